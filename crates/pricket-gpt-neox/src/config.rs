@@ -1,0 +1,212 @@
+use pricket_nn::config::{parse, plausible};
+use pricket_nn::{Activation, Error, Result, Rotary};
+use serde::Deserialize;
+
+/// The keys of a GPT-NeoX config.json that change the maths, with transformers' defaults.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Config {
+    /// `gpt_neox`.
+    #[serde(default)]
+    pub model_type: Option<String>,
+    /// Rows of the embedding and the head, padding included.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// Number of heads; divides `hidden_size`.
+    pub num_attention_heads: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// `gelu` is the error function, `gelu_fast` and its relatives the tanh form.
+    #[serde(default = "gelu")]
+    pub hidden_act: String,
+    /// Positions trained for.
+    #[serde(default = "max_positions")]
+    pub max_position_embeddings: usize,
+    /// Added to the variance in every norm.
+    #[serde(default = "eps")]
+    pub layer_norm_eps: f64,
+    /// Whether attention and MLP read the same residual stream.
+    #[serde(default = "yes")]
+    pub use_parallel_residual: bool,
+    /// Whether the attention projections have biases.
+    #[serde(default = "yes")]
+    pub attention_bias: bool,
+    /// Whether the head is the embedding.
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    /// Share of each head's dimensions that are rotated.
+    #[serde(default)]
+    pub rotary_pct: Option<f64>,
+    /// Base of the rotary frequencies.
+    #[serde(default)]
+    pub rotary_emb_base: Option<f64>,
+    /// transformers 5's spelling of both.
+    #[serde(default)]
+    pub rope_parameters: Option<RopeParameters>,
+    /// Replaces `rope_parameters` where it is set.
+    #[serde(default)]
+    pub rope_scaling: Option<RopeParameters>,
+}
+
+/// `rope_parameters` or `rope_scaling`, old spellings included.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct RopeParameters {
+    /// `default` or `linear`; others are refused.
+    #[serde(alias = "type")]
+    pub rope_type: Option<String>,
+    /// Base of the frequencies.
+    pub rope_theta: Option<f64>,
+    /// Share of the dimensions.
+    pub partial_rotary_factor: Option<f64>,
+    /// Of linear scaling.
+    pub factor: Option<f64>,
+}
+
+fn gelu() -> String {
+    "gelu".into()
+}
+
+fn max_positions() -> usize {
+    2048
+}
+
+fn eps() -> f64 {
+    1e-5
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Config {
+    /// Reads a config.json and checks that the sizes fit each other.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the key.
+    pub fn from_json(json: &serde_json::Value) -> Result<Self> {
+        let config: Self = parse(json)?;
+        plausible("vocab_size", config.vocab_size, 1 << 24)?;
+        plausible("hidden_size", config.hidden_size, 1 << 17)?;
+        plausible("num_hidden_layers", config.num_hidden_layers, 1 << 12)?;
+        plausible("num_attention_heads", config.num_attention_heads, 1 << 12)?;
+        plausible("intermediate_size", config.intermediate_size, 1 << 20)?;
+        plausible("max_position_embeddings", config.max_position_embeddings, 1 << 24)?;
+        let (d, heads) = (config.hidden_size, config.num_attention_heads);
+        if d % heads != 0 {
+            return Err(Error::config("num_attention_heads", format!("{heads} does not divide hidden_size {d}")));
+        }
+        if !(config.layer_norm_eps > 0.0 && config.layer_norm_eps < 1.0) {
+            return Err(Error::config("layer_norm_eps", format!("{} is not between 0 and 1", config.layer_norm_eps)));
+        }
+        config.rotary()?;
+        config.activation()?;
+        Ok(config)
+    }
+
+    /// The family's name.
+    pub(crate) fn family(&self) -> &'static str {
+        "gpt_neox"
+    }
+
+    pub(crate) fn activation(&self) -> Result<Activation> {
+        Activation::from_name(&self.hidden_act)
+            .ok_or_else(|| Error::config("hidden_act", format!("{:?} is not implemented", self.hidden_act)))
+    }
+
+    /// Rotary positions; `None` if no dimension is rotated.
+    ///
+    /// `rope_scaling`, if set, replaces `rope_parameters`, whose keys come before `rotary_pct` and `rotary_emb_base`;
+    /// flat `rope_theta` and `partial_rotary_factor` are ignored, as transformers ignores them in this family.
+    pub(crate) fn rotary(&self) -> Result<Option<Rotary>> {
+        let (key, rope) = match (&self.rope_scaling, &self.rope_parameters) {
+            (Some(scaling), _) => ("rope_scaling", scaling.clone()),
+            (None, Some(parameters)) => ("rope_parameters", parameters.clone()),
+            (None, None) => ("rotary_pct", RopeParameters::default()),
+        };
+        let base = rope.rope_theta.or(self.rotary_emb_base).unwrap_or(10000.0);
+        let share = rope.partial_rotary_factor.or(self.rotary_pct).unwrap_or(0.25);
+        if !(base.is_finite() && base > 0.0) {
+            return Err(Error::config(key, format!("base {base} is not a positive number")));
+        }
+        if !(0.0..=1.0).contains(&share) {
+            return Err(Error::config(key, format!("share {share} of rotated dimensions is not between 0 and 1")));
+        }
+        let factor = match rope.rope_type.as_deref() {
+            None | Some("default") => 1.0,
+            Some("linear") => match rope.factor {
+                Some(factor) if factor.is_finite() && factor >= 1.0 => factor,
+                other => {
+                    return Err(Error::config(
+                        key,
+                        format!("linear scaling needs a factor of at least 1, found {other:?}"),
+                    ));
+                }
+            },
+            Some(other) => return Err(Error::config(key, format!("rope type {other:?} is not implemented"))),
+        };
+        let dims = ((self.hidden_size / self.num_attention_heads) as f64 * share) as usize;
+        if dims % 2 != 0 {
+            return Err(Error::config(key, format!("{dims} rotated dimensions cannot be paired")));
+        }
+        Ok((dims > 0).then_some(Rotary { dims, base, factor }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn with(changes: serde_json::Value) -> Result<Config> {
+        let mut config = json!({
+            "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+        });
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        Config::from_json(&config)
+    }
+
+    fn rotary(changes: serde_json::Value) -> Rotary {
+        with(changes).unwrap().rotary().unwrap().unwrap()
+    }
+
+    #[test]
+    fn absent_keys_take_the_defaults_of_transformers() {
+        let config = with(json!({})).unwrap();
+        assert!(config.use_parallel_residual && config.attention_bias && !config.tie_word_embeddings);
+        assert_eq!(config.activation().unwrap(), Activation::Gelu);
+        assert_eq!(config.rotary().unwrap().unwrap(), Rotary { dims: 8, base: 10000.0, factor: 1.0 });
+    }
+
+    #[test]
+    fn rotary_keys_take_precedence_as_in_transformers() {
+        let parameters = json!({"rope_theta": 20000.0, "partial_rotary_factor": 0.5, "rope_type": "default"});
+        let both = json!({"rotary_pct": 1.0, "rotary_emb_base": 500, "rope_parameters": parameters});
+        assert_eq!(rotary(both.clone()), Rotary { dims: 16, base: 20000.0, factor: 1.0 });
+        let mut scaled = both;
+        scaled["rope_scaling"] = json!({"type": "linear", "factor": 4});
+        assert_eq!(rotary(scaled), Rotary { dims: 32, base: 500.0, factor: 4.0 });
+        let flat = json!({"rotary_pct": 1.0, "partial_rotary_factor": 0.5, "rope_theta": 3.0});
+        assert_eq!(rotary(flat), Rotary { dims: 32, base: 10000.0, factor: 1.0 });
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_refused_by_key() {
+        let refused = [
+            (json!({"hidden_act": "swish"}), "hidden_act"),
+            (json!({"rope_scaling": {"type": "yarn", "factor": 2}}), "rope_scaling"),
+            (json!({"rope_parameters": {"rope_type": "dynamic", "factor": 2}}), "rope_parameters"),
+            (json!({"num_attention_heads": 3}), "num_attention_heads"),
+            (json!({"num_hidden_layers": -1}), "num_hidden_layers"),
+            (json!({"hidden_size": 1u64 << 40}), "hidden_size"),
+            (json!({"rotary_pct": 1.5}), "rotary_pct"),
+            (json!({"vocab_size": "many"}), "vocab_size"),
+        ];
+        for (change, key) in refused {
+            let Err(Error::Config { key: found, .. }) = with(change) else { panic!("{key} was accepted") };
+            assert_eq!(found, key);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! GPT-NeoX: Pythia (Biderman et al. 2023, arXiv:2304.01373), GPT-NeoX-20B (Black et al. 2022, arXiv:2204.06745) and
+//! every other checkpoint of `GPTNeoXForCausalLM`.
+//!
+//! ```text
+//!  use_parallel_residual: true (Pythia)          false (RedPajama-INCITE)
+//!
+//!        x ─┬─ LN1 ─ attention ─┐                x ─┬─ LN1 ─ attention ─(+)─┬─ LN2 ─ MLP ─(+)─ x'
+//!           ├─ LN2 ─── MLP ─────(+)─ x'             └────────────────────┘  └─────────────┘
+//!           └───────────────────┘
+//! ```
+//!
+//! Everything that decides the maths is read from config.json; nothing is guessed from shapes or names.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use candle_core::{Device, Tensor};
+//! use pricket_gpt_neox::{Config, NAMES, load};
+//! use pricket_nn::{CausalLm, Context, Policy, Weights};
+//! use pricket_weights::{Dtype, Random};
+//!
+//! let config = Config::from_json(&serde_json::json!({
+//!     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+//!     "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64,
+//! }))?;
+//! let weights = Weights::new(Arc::new(Random::new(Dtype::F16, 0)), NAMES, &Device::Cpu, Policy::Stored);
+//! let model = load(&config, &weights)?;
+//! let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?;
+//! let hidden = model.hidden(&ids, &mut Context::new())?;
+//! assert_eq!(model.head(&hidden)?.dims(), [1, 3, 96]);
+//! # Ok::<(), pricket_nn::Error>(())
+//! ```
+
+mod config;
+mod names;
+
+pub use config::Config;
+pub use names::NAMES;
+
+use candle_core::Tensor;
+use pricket_nn::{
+    Attention, Block, Context, Decoder, LayerNorm, Linear, Mlp, Result, RowOrder, Site, Sizes, Weights, residual,
+};
+
+/// A GPT-NeoX model.
+pub type GptNeoX = Decoder<GptNeoXBlock>;
+
+/// One block: two norms, attention, MLP, and the two ways of adding them up.
+#[derive(Clone, Debug)]
+pub struct GptNeoXBlock {
+    input_layernorm: LayerNorm,
+    attention: Attention,
+    post_attention_layernorm: LayerNorm,
+    mlp: Mlp,
+    use_parallel_residual: bool,
+}
+
+impl Block for GptNeoXBlock {
+    fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let attention = self.attention.forward(&self.input_layernorm, x, ctx)?;
+        if self.use_parallel_residual {
+            let mlp = self.mlp.forward(&self.post_attention_layernorm, x, ctx)?;
+            return residual(x, &[&mlp, &attention]);
+        }
+        let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
+        let mlp = self.mlp.forward(&self.post_attention_layernorm, &x, ctx)?;
+        residual(&x, &[&mlp])
+    }
+}
+
+impl GptNeoXBlock {
+    fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        let (d, hidden, heads, eps) =
+            (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.layer_norm_eps);
+        let (attention, mlp) = (weights.pp("attention"), weights.pp("mlp"));
+        let bias = config.attention_bias;
+        let head_dim = d / heads;
+        Ok(Self {
+            input_layernorm: weights.layer_norm("input_layernorm", d, eps, true)?,
+            attention: Attention {
+                qkv: attention.linear_in_order("query_key_value", d, 3 * d, bias, RowOrder::PerHead { heads })?,
+                out: attention.linear("dense", d, d, bias)?,
+                heads,
+                kv_heads: heads,
+                head_dim,
+                scale: 1.0 / (head_dim as f64).sqrt(),
+                rotary: config.rotary()?,
+            },
+            post_attention_layernorm: weights.layer_norm("post_attention_layernorm", d, eps, true)?,
+            mlp: Mlp {
+                up: mlp.linear("dense_h_to_4h", d, hidden, true)?,
+                down: mlp.linear("dense_4h_to_h", hidden, d, true)?,
+                activation: config.activation()?,
+            },
+            use_parallel_residual: config.use_parallel_residual,
+        })
+    }
+}
+
+/// Loads the model that `config` describes.
+///
+/// # Errors
+/// If a tensor is missing or has another shape than the configuration implies.
+pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
+    let (vocab, d) = (config.vocab_size, config.hidden_size);
+    let trunk = weights.pp("gpt_neox");
+    let embed = trunk.embedding("embed_in", vocab, d)?;
+    let layers = trunk.pp("layers");
+    let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| GptNeoXBlock::load(config, &layers.pp(i))).collect();
+    let blocks = blocks?;
+    let norm = trunk.layer_norm("final_layer_norm", d, config.layer_norm_eps, true)?;
+    let head =
+        if config.tie_word_embeddings { Linear::tied(&embed) } else { weights.linear("embed_out", d, vocab, false)? };
+    let heads = config.num_attention_heads;
+    let context = Some(config.max_position_embeddings);
+    let sizes = Sizes { family: config.family(), d_model: d, heads, kv_heads: heads, vocab, context };
+    Ok(Decoder::new(sizes, embed, blocks, norm, head, weights))
+}

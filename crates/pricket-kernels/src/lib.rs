@@ -1,0 +1,24 @@
+//! Fast operations for decoder models: plain functions over slices, and candle custom ops over them.
+//!
+//! Tensors only: nothing here knows a layer, a cache or a model. Every operation has a twin in plain candle ops in
+//! `pricket-nn`, and tests that compare the two over shapes and types. Activations are f32; weights stay as they are
+//! stored (f32, f16, bf16) and are widened a panel at a time, so that memory is the file's size and accumulation is f32.
+//!
+//! ```
+//! use pricket_kernels::{Stored, linear};
+//! let weight = [half::f16::ONE, half::f16::from_f32(2.0), half::f16::ZERO, half::f16::ONE]; // [2, 2]
+//! let mut y = [0.0; 2];
+//! linear(&[3.0, 4.0], Stored::F16(&weight), Some(&[0.5, 0.0]), 2, 2, &mut y); // y = x Wᵀ + b
+//! assert_eq!(y, [11.5, 4.0]);
+//! ```
+
+mod attention;
+mod dot;
+mod linear;
+mod rotary;
+mod shared;
+
+pub use attention::{AttentionOp, Causal, attention};
+pub use dot::dot;
+pub use linear::{LinearOp, Stored, linear, linear_transposed};
+pub use rotary::RotaryOp;

@@ -1,0 +1,293 @@
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::dot;
+use crate::shared::{Shared, f32_slice};
+
+/// Up to here each weight row is widened once and multiplied with every activation row; beyond, panels go through a
+/// blocked matrix product.
+const FEW_ROWS: usize = 8;
+
+/// Bytes of a widened panel: it should stay in the second-level cache.
+const PANEL_BYTES: usize = 512 << 10;
+
+/// A row-major matrix of weights as they are stored.
+#[derive(Clone, Copy, Debug)]
+pub enum Stored<'a> {
+    /// 32-bit float.
+    F32(&'a [f32]),
+    /// IEEE half.
+    F16(&'a [f16]),
+    /// bfloat16.
+    BF16(&'a [bf16]),
+}
+
+impl<'a> Stored<'a> {
+    fn len(&self) -> usize {
+        match self {
+            Stored::F32(w) => w.len(),
+            Stored::F16(w) => w.len(),
+            Stored::BF16(w) => w.len(),
+        }
+    }
+
+    /// Elements `[start, end)` as f32: in place if they are, else widened into `buffer`.
+    fn widen<'b>(&self, start: usize, end: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        buffer.resize(end - start, 0.0);
+        match self {
+            Stored::F32(w) => return &w[start..end],
+            Stored::F16(w) => w[start..end].convert_to_f32_slice(buffer),
+            Stored::BF16(w) => {
+                for (wide, narrow) in buffer.iter_mut().zip(&w[start..end]) {
+                    *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+                }
+            }
+        }
+        buffer
+    }
+}
+
+/// Rows of weights that one task takes: panels of the cache's size, but enough of them for every thread.
+fn rows_per_task(out_features: usize, in_features: usize) -> usize {
+    let panel = (PANEL_BYTES / 4 / in_features.max(1)).clamp(8, 256);
+    let share = out_features.div_ceil(4 * rayon::current_num_threads());
+    panel.min(share.next_multiple_of(8)).max(1)
+}
+
+/// `y = x Wᵀ + b` for `x` of `[rows, in_features]` and `weight` of `[out_features, in_features]`, in f32.
+///
+/// Runs on the current rayon pool.
+///
+/// # Panics
+/// If a slice does not have the size that the others imply.
+pub fn linear(
+    x: &[f32],
+    weight: Stored<'_>,
+    bias: Option<&[f32]>,
+    in_features: usize,
+    out_features: usize,
+    y: &mut [f32],
+) {
+    let (k, n) = (in_features, out_features);
+    let rows = if k == 0 { 0 } else { x.len() / k };
+    assert_eq!(x.len(), rows * k, "activations do not fill their rows");
+    assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
+    assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
+    assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
+    let step = rows_per_task(n, k);
+    let out = Shared::new(y);
+    (0..n.div_ceil(step)).into_par_iter().for_each_init(Vec::new, |buffer, task| {
+        let (from, to) = (task * step, ((task + 1) * step).min(n));
+        if rows <= FEW_ROWS {
+            for row in from..to {
+                let w = weight.widen(row * k, (row + 1) * k, buffer);
+                let b = bias.map_or(0.0, |b| b[row]);
+                for (i, x) in x.chunks_exact(k).enumerate() {
+                    // SAFETY: column `row` belongs to this task alone.
+                    unsafe { *out.at(i * n + row) = dot(x, w) + b };
+                }
+            }
+            return;
+        }
+        let w = weight.widen(from * k, to * k, buffer);
+        // SAFETY: `x` is [rows, k], `w` is [to - from, k], and the columns [from, to) of `y` belong to this task alone.
+        unsafe {
+            gemm::gemm(
+                rows,
+                to - from,
+                k,
+                out.at(from),
+                1,
+                n as isize,
+                false,
+                x.as_ptr(),
+                1,
+                k as isize,
+                w.as_ptr(),
+                k as isize,
+                1,
+                0.0,
+                1.0,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+            if let Some(bias) = bias {
+                for i in 0..rows {
+                    for (row, b) in (from..to).zip(&bias[from..to]) {
+                        *out.at(i * n + row) += b;
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// `x = y W` for `y` of `[rows, out_features]`: the gradient of [`linear`] with respect to its activations.
+///
+/// # Panics
+/// As [`linear`].
+pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_features: usize, x: &mut [f32]) {
+    let (k, n) = (in_features, out_features);
+    let rows = if n == 0 { 0 } else { y.len() / n };
+    assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
+    assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
+    assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
+    let panel = (PANEL_BYTES / 4 / k.max(1)).clamp(8, 256);
+    // Each task owns some rows of `x` and walks the weight: no two tasks add to one element.
+    let share = rows.div_ceil(rayon::current_num_threads()).max(1);
+    x.par_chunks_mut(share * k).zip(y.par_chunks(share * n)).for_each_init(Vec::new, |buffer, (x, y)| {
+        let rows = y.len() / n;
+        for from in (0..n).step_by(panel) {
+            let to = (from + panel).min(n);
+            let w = weight.widen(from * k, to * k, buffer);
+            // SAFETY: `y` is [rows, n] and columns [from, to) are read, `w` is [to - from, k], `x` is [rows, k].
+            unsafe {
+                gemm::gemm(
+                    rows,
+                    k,
+                    to - from,
+                    x.as_mut_ptr(),
+                    1,
+                    k as isize,
+                    from > 0,
+                    y.as_ptr().add(from),
+                    1,
+                    n as isize,
+                    w.as_ptr(),
+                    1,
+                    k as isize,
+                    1.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
+        }
+    });
+}
+
+/// [`linear`] as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16 or bf16 on the CPU.
+///
+/// The backward pass gives the gradient of the activations only: the weight is frozen, and candle's own matrix
+/// product would compute and keep a gradient of its size.
+#[derive(Debug)]
+pub struct LinearOp {
+    /// The weight, `[out_features, in_features]`, contiguous.
+    pub weight: Tensor,
+    /// The bias, `[out_features]`, f32.
+    pub bias: Option<Tensor>,
+    /// Multiply with the weight instead of its transpose: the backward pass.
+    pub transposed: bool,
+}
+
+impl LinearOp {
+    fn with_weight<R>(&self, f: impl FnOnce(Stored<'_>) -> R) -> Result<R> {
+        let (storage, layout) = self.weight.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("linear: the weight is not on the CPU") };
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("linear: the weight is not contiguous") };
+        Ok(f(match storage {
+            CpuStorage::F32(w) => Stored::F32(&w[start..end]),
+            CpuStorage::F16(w) => Stored::F16(&w[start..end]),
+            CpuStorage::BF16(w) => Stored::BF16(&w[start..end]),
+            other => bail!("linear: weights of type {:?} are not multiplied here", candle_dtype(other)),
+        }))
+    }
+}
+
+fn candle_dtype(storage: &CpuStorage) -> DType {
+    use candle_core::backend::BackendStorage;
+    storage.dtype()
+}
+
+impl CustomOp1 for LinearOp {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice("linear", storage, layout)?;
+        let (n, k) = self.weight.dims2()?;
+        let (inner, outer) = if self.transposed { (n, k) } else { (k, n) };
+        let dims = layout.dims();
+        if dims.last() != Some(&inner) {
+            bail!("linear: activations {dims:?} do not end in {inner}");
+        }
+        let mut shape = dims.to_vec();
+        shape[dims.len() - 1] = outer;
+        let mut y = vec![0f32; x.len() / inner.max(1) * outer];
+        self.with_weight(|w| -> Result<()> {
+            if self.transposed {
+                linear_transposed(x, w, k, n, &mut y);
+            } else if let Some(bias) = &self.bias {
+                let (bias, layout) = bias.storage_and_layout();
+                let Storage::Cpu(bias) = &*bias else { bail!("linear: the bias is not on the CPU") };
+                linear(x, w, Some(f32_slice("linear bias", bias, layout)?), k, n, &mut y);
+            } else {
+                linear(x, w, None, k, n, &mut y);
+            }
+            Ok(())
+        })??;
+        Ok((CpuStorage::F32(y), shape.into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let op = LinearOp { weight: self.weight.clone(), bias: None, transposed: !self.transposed };
+        Ok(Some(grad.detach().contiguous()?.apply_op1_no_bwd(&op)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    fn twin(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Tensor {
+        let y = x.broadcast_matmul(&w.to_dtype(DType::F32).unwrap().t().unwrap()).unwrap();
+        b.map_or(y.clone(), |b| y.broadcast_add(b).unwrap())
+    }
+
+    fn worst(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(48))]
+        #[test]
+        fn equals_its_plain_twin(rows in 1usize..40, k in 1usize..150, n in 1usize..150, kind in 0usize..3, bias: bool) {
+            let dtype = [DType::F32, DType::F16, DType::BF16][kind];
+            let x = Tensor::randn(0f32, 1.0, (rows, k), &Device::Cpu).unwrap();
+            let w = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let b = bias.then(|| Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap());
+            let x = Var::from_tensor(&x).unwrap();
+            let y = x.apply_op1(LinearOp { weight: w.clone(), bias: b.clone(), transposed: false }).unwrap();
+            let reference = twin(&x, &w, b.as_ref());
+            proptest::prop_assert!(worst(&y, &reference) < 2e-4);
+
+            let cotangent = Tensor::randn(0f32, 1.0, (rows, n), &Device::Cpu).unwrap();
+            let gradient = |y: &Tensor| {
+                let loss = (y * &cotangent).unwrap().sum_all().unwrap();
+                loss.backward().unwrap().get(&x).unwrap().clone()
+            };
+            proptest::prop_assert!(worst(&gradient(&y), &gradient(&reference)) < 2e-4);
+        }
+    }
+
+    #[test]
+    fn the_backward_pass_keeps_no_gradient_of_the_weight() {
+        let w = Var::from_tensor(&Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let x = Var::from_tensor(&Tensor::ones((1, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let y = x.apply_op1(LinearOp { weight: w.as_tensor().clone(), bias: None, transposed: false }).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert!(grads.get(&w).is_none() && grads.get(&x).is_some());
+    }
+}

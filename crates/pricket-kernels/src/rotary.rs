@@ -1,0 +1,69 @@
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use crate::shared::f32_slice;
+
+/// Rotary embedding of the first `2 * pairs` of each head's dimensions, the rest passed through.
+///
+/// Inputs: `x` of `[batch, time, heads, head_dim]` with any strides whose last is 1, `cos` and `sin` of
+/// `[batch or 1, time, pairs]`. Output: `[batch, heads, time, head_dim]`, contiguous, so that splitting heads costs
+/// no copy of its own. Pairs are dimensions `i` and `i + pairs` ("rotate half", as GPT-NeoX does it).
+#[derive(Clone, Copy, Debug)]
+pub struct RotaryOp;
+
+impl CustomOp3 for RotaryOp {
+    fn name(&self) -> &'static str {
+        "rotary"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        cos: &CpuStorage,
+        cos_layout: &Layout,
+        sin: &CpuStorage,
+        sin_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let CpuStorage::F32(data) = x else { bail!("rotary: expected f32 activations") };
+        let (&[b, t, h, d], &[sb, st, sh, sd]) = (x_layout.dims(), x_layout.stride()) else {
+            bail!("rotary: expected [batch, time, heads, head_dim], got {:?}", x_layout.dims())
+        };
+        let &[rows, time, pairs] = cos_layout.dims() else { bail!("rotary: expected cos of [batch, time, pairs]") };
+        if sd != 1 || time != t || 2 * pairs > d || (rows != b && rows != 1) || cos_layout.dims() != sin_layout.dims() {
+            bail!("rotary: x {:?} does not fit cos {:?}, sin {:?}", x_layout, cos_layout.dims(), sin_layout.dims());
+        }
+        let (cos, sin) = (f32_slice("rotary cos", cos, cos_layout)?, f32_slice("rotary sin", sin, sin_layout)?);
+        let data = &data[x_layout.start_offset()..];
+        let mut out = vec![0f32; b * h * t * d];
+        out.par_chunks_mut(t * d).enumerate().for_each(|(bh, out)| {
+            let (bi, hi) = (bh / h, bh % h);
+            for (ti, out) in out.chunks_exact_mut(d).enumerate() {
+                let row = &data[bi * sb + ti * st + hi * sh..][..d];
+                let angle = ((bi % rows) * t + ti) * pairs;
+                let (cos, sin) = (&cos[angle..angle + pairs], &sin[angle..angle + pairs]);
+                for i in 0..pairs {
+                    let (a, z) = (row[i], row[i + pairs]);
+                    out[i] = a * cos[i] - z * sin[i];
+                    out[i + pairs] = z * cos[i] + a * sin[i];
+                }
+                out[2 * pairs..].copy_from_slice(&row[2 * pairs..]);
+            }
+        });
+        Ok((CpuStorage::F32(out), (b, h, t, d).into()))
+    }
+
+    /// A rotation's transpose is the rotation back.
+    fn bwd(
+        &self,
+        _: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.detach().transpose(1, 2)?.contiguous()?;
+        let back = grad.apply_op3_no_bwd(cos, &sin.neg()?, &RotaryOp)?;
+        Ok((Some(back.transpose(1, 2)?.contiguous()?), None, None))
+    }
+}

@@ -1,0 +1,43 @@
+//! What one does with a causal language model, whichever family it is of: text to ids and back, sampling, generating
+//! a batch, log-probabilities.
+//!
+//! Everything is written against [`pricket_nn::CausalLm`]. A [`Generation`] runs a batch of [`Request`]s, each with
+//! its own sampling, seed and stop rules, and gives one [`Token`] a row and step; [`token_logprobs`] scores a text;
+//! [`Tokenizer`] and [`TextStream`] turn ids into text without ever emitting half a character.
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use pricket_nn::{Policy, Weights};
+//! # let config = pricket_gpt_neox::Config::from_json(&serde_json::json!({
+//! #     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}))?;
+//! # let store = Arc::new(pricket_weights::Random::new(pricket_weights::Dtype::F32, 0));
+//! # let weights = Weights::new(store, pricket_gpt_neox::NAMES, &candle_core::Device::Cpu, Policy::Stored);
+//! # let model: Arc<dyn pricket_nn::CausalLm> = Arc::new(pricket_gpt_neox::load(&config, &weights)?);
+//! use pricket_lm::{Generation, Request, Sampling, token_logprobs};
+//! // Two prompts of different lengths, four tokens each.
+//! let requests = [vec![5, 6, 7], vec![9]].map(|ids| Request { max_tokens: 4, ..Request::greedy(ids) });
+//! let mut generation = Generation::new(model.clone(), requests.to_vec())?;
+//! let mut rows = vec![Vec::new(); 2];
+//! while let Some(tokens) = generation.step()? {
+//!     for token in tokens {
+//!         rows[token.row].push(token.id);
+//!     }
+//! }
+//! assert_eq!((rows[0].len(), rows[1].len()), (4, 4));
+//! assert_eq!(token_logprobs(&*model, &rows[0])?.len(), 3);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod error;
+mod generate;
+mod sampling;
+mod score;
+mod text;
+mod tokenizer;
+
+pub use error::{Error, Result};
+pub use generate::{Finish, Generation, Request, Token};
+pub use sampling::{Sampler, Sampling};
+pub use score::{TokenLogprob, check_finite, loss, token_logprobs};
+pub use text::TextStream;
+pub use tokenizer::{Decoder, Tokenizer};

@@ -1,0 +1,310 @@
+use candle_transformers::generation::Sampling as CandleSampling;
+use rand::Rng;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+/// How the next token is chosen from logits, in transformers' terms and order: penalties, temperature, top-k, top-p,
+/// min-p, typical-p.
+///
+/// ```
+/// use pricket_lm::Sampling;
+/// let sampling = Sampling { temperature: 0.8, top_k: 40, ..Sampling::default() };
+/// let mut scores = vec![1.0, 3.0, 2.0];
+/// Sampling { temperature: 1.0, top_k: 1, ..Sampling::default() }.process(&mut scores, &[], 0);
+/// assert_eq!(scores, [f32::NEG_INFINITY, 3.0, f32::NEG_INFINITY]);
+/// # drop(sampling);
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the most likely token.
+    pub temperature: f32,
+    /// Keeps the k most likely tokens, ties included; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the most likely tokens that together have this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps tokens with at least this share of the most likely one's probability; 0 keeps all.
+    pub min_p: f32,
+    /// Keeps the most typical tokens (Meister et al. 2022, arXiv:2202.00666) that together have this probability; 1 keeps all.
+    pub typical_p: f32,
+    /// Divides positive and multiplies negative logits of tokens that occur in prompt or continuation (Keskar et al.
+    /// 2019, arXiv:1909.05858); 1 for none.
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logit of each token that occurs in the continuation; 0 for none.
+    pub presence_penalty: f32,
+    /// Subtracted for each time that a token occurs in the continuation; 0 for none.
+    pub frequency_penalty: f32,
+    /// No run of this many tokens occurs twice; 0 for no such rule.
+    pub no_repeat_ngram_size: usize,
+}
+
+impl Default for Sampling {
+    /// The model's own distribution, unchanged.
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            typical_p: 1.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            no_repeat_ngram_size: 0,
+        }
+    }
+}
+
+impl From<CandleSampling> for Sampling {
+    fn from(sampling: CandleSampling) -> Self {
+        let at = |temperature: f64| Self { temperature: temperature as f32, ..Self::default() };
+        match sampling {
+            CandleSampling::ArgMax => Self::greedy(),
+            // Adding Gumbel noise and taking the maximum is another way to draw from the same distribution.
+            CandleSampling::All { temperature } | CandleSampling::GumbelSoftmax { temperature } => at(temperature),
+            CandleSampling::TopK { k, temperature } => Self { top_k: k, ..at(temperature) },
+            CandleSampling::TopP { p, temperature } => Self { top_p: p as f32, ..at(temperature) },
+            CandleSampling::TopKThenTopP { k, p, temperature } => Self { top_k: k, top_p: p as f32, ..at(temperature) },
+        }
+    }
+}
+
+impl Sampling {
+    /// Always the most likely token.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Says what is wrong with a setting, if anything is.
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`], naming the setting.
+    pub fn check(&self) -> crate::Result<()> {
+        let rules = [
+            ("temperature", self.temperature, self.temperature >= 0.0, "at least 0"),
+            ("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0, at most 1"),
+            ("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "between 0 and 1"),
+            ("typical_p", self.typical_p, self.typical_p > 0.0 && self.typical_p <= 1.0, "above 0, at most 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0.0, "above 0"),
+            ("presence_penalty", self.presence_penalty, self.presence_penalty.is_finite(), "a number"),
+            ("frequency_penalty", self.frequency_penalty, self.frequency_penalty.is_finite(), "a number"),
+        ];
+        match rules.iter().find(|(_, value, holds, _)| !holds || !value.is_finite()) {
+            Some((name, value, _, rule)) => Err(crate::Error::Input(format!("{name} must be {rule}, found {value}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Logits to scores: what is dropped becomes negative infinity. `ids` is prompt and continuation, which begins at
+    /// `prompt_len`.
+    pub fn process(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize) {
+        self.penalise(logits, ids, prompt_len);
+        if self.temperature == 0.0 {
+            return;
+        }
+        if self.temperature != 1.0 {
+            logits.iter_mut().for_each(|x| *x /= self.temperature);
+        }
+        if self.top_k > 0 && self.top_k < logits.len() {
+            top_k(logits, self.top_k);
+        }
+        if self.top_p < 1.0 {
+            top_p(logits, self.top_p);
+        }
+        if self.min_p > 0.0 {
+            min_p(logits, self.min_p);
+        }
+        if self.typical_p < 1.0 {
+            typical_p(logits, self.typical_p);
+        }
+    }
+
+    fn penalise(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize) {
+        if self.repetition_penalty != 1.0 {
+            let mut seen = ids.to_vec();
+            seen.sort_unstable();
+            seen.dedup();
+            for id in seen {
+                if let Some(x) = logits.get_mut(id as usize) {
+                    *x = if *x < 0.0 { *x * self.repetition_penalty } else { *x / self.repetition_penalty };
+                }
+            }
+        }
+        if self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 {
+            let mut written = ids[prompt_len.min(ids.len())..].to_vec();
+            written.sort_unstable();
+            for run in written.chunk_by(|a, b| a == b) {
+                if let Some(x) = logits.get_mut(run[0] as usize) {
+                    *x -= self.presence_penalty + self.frequency_penalty * run.len() as f32;
+                }
+            }
+        }
+        let n = self.no_repeat_ngram_size;
+        if n > 0 && ids.len() + 1 >= n {
+            let tail = &ids[ids.len() + 1 - n..];
+            for run in ids.windows(n).filter(|run| &run[..n - 1] == tail) {
+                if let Some(x) = logits.get_mut(run[n - 1] as usize) {
+                    *x = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+/// Softmax in f64; the sum over a large vocabulary would lose digits otherwise.
+fn softmax(scores: &[f32]) -> Vec<f64> {
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = scores.iter().map(|&x| f64::from(x - max).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|w| w / sum).collect()
+}
+
+fn drop_where(scores: &mut [f32], dropped: impl Fn(usize, f32) -> bool) {
+    for (i, x) in scores.iter_mut().enumerate() {
+        if dropped(i, *x) {
+            *x = f32::NEG_INFINITY;
+        }
+    }
+}
+
+fn top_k(scores: &mut [f32], k: usize) {
+    let mut sorted = scores.to_vec();
+    let (_, &mut kth, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+    drop_where(scores, |_, x| x < kth);
+}
+
+/// From the least likely up, drops while the sum stays within `1 - p`; the most likely stays.
+fn top_p(scores: &mut [f32], p: f32) {
+    let probabilities = softmax(scores);
+    let mut order: Vec<usize> = (0..scores.len()).filter(|&i| scores[i] > f32::NEG_INFINITY).collect();
+    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    order.pop();
+    let mut sum = 0.0;
+    for i in order {
+        sum += probabilities[i];
+        if sum > 1.0 - f64::from(p) {
+            break;
+        }
+        scores[i] = f32::NEG_INFINITY;
+    }
+}
+
+fn min_p(scores: &mut [f32], p: f32) {
+    let probabilities = softmax(scores);
+    let least = probabilities.iter().copied().fold(0.0, f64::max) * f64::from(p);
+    drop_where(scores, |i, _| probabilities[i] < least);
+}
+
+fn typical_p(scores: &mut [f32], p: f32) {
+    let probabilities = softmax(scores);
+    let entropy: f64 = probabilities.iter().filter(|&&q| q > 0.0).map(|q| -q * q.ln()).sum();
+    let surprise = |i: usize| (-probabilities[i].ln() - entropy).abs();
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| surprise(a).total_cmp(&surprise(b)));
+    let mut sum = 0.0;
+    let last = order.iter().find(|&&i| {
+        sum += probabilities[i];
+        sum >= f64::from(p)
+    });
+    let limit = surprise(last.copied().unwrap_or(order[order.len() - 1]));
+    drop_where(scores, |i, _| surprise(i) > limit);
+}
+
+/// Draws tokens; the same seed gives the same tokens in every release and on every platform.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler for one row.
+    pub fn new(sampling: Sampling, seed: u64) -> Self {
+        Self { sampling, rng: ChaCha8Rng::seed_from_u64(seed) }
+    }
+
+    /// Chooses a token; `logits` become scores on the way. Arguments as [`Sampling::process`].
+    pub fn sample(&mut self, logits: &mut [f32], ids: &[u32], prompt_len: usize) -> u32 {
+        self.sampling.process(logits, ids, prompt_len);
+        if self.sampling.temperature == 0.0 {
+            return argmax(logits);
+        }
+        let probabilities = softmax(logits);
+        let mut left = self.rng.random::<f64>();
+        for (i, &p) in probabilities.iter().enumerate() {
+            left -= p;
+            if left < 0.0 {
+                return i as u32;
+            }
+        }
+        // Rounding left a sliver at the end.
+        argmax(logits)
+    }
+}
+
+/// The first of the largest.
+fn argmax(scores: &[f32]) -> u32 {
+    let best =
+        scores.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best });
+    best.0 as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use candle_transformers::generation::LogitsProcessor;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// How often each token is drawn.
+    fn histogram(n: usize, mut draw: impl FnMut() -> u32) -> Vec<f64> {
+        let mut counts = vec![0.0; n];
+        for _ in 0..4000 {
+            counts[draw() as usize] += 1.0 / 4000.0;
+        }
+        counts
+    }
+
+    #[test]
+    fn draws_as_candles_sampler_does() {
+        let logits = [1.0f32, -2.0, 0.5, 3.0, 2.0, -1.0];
+        let tensor = Tensor::new(&logits, &Device::Cpu).unwrap();
+        for sampling in [
+            CandleSampling::All { temperature: 0.9 },
+            CandleSampling::TopK { k: 3, temperature: 1.2 },
+            CandleSampling::TopP { p: 0.8, temperature: 1.0 },
+            CandleSampling::TopKThenTopP { k: 4, p: 0.9, temperature: 0.7 },
+        ] {
+            let mut theirs = LogitsProcessor::from_sampling(7, sampling.clone());
+            let mut ours = Sampler::new(sampling.clone().into(), 7);
+            let a = histogram(6, || theirs.sample(&tensor).unwrap());
+            let b = histogram(6, || ours.sample(&mut logits.to_vec(), &[], 0));
+            for (a, b) in a.iter().zip(&b) {
+                assert!((a - b).abs() < 0.035, "{sampling:?}: {a} and {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn presence_and_frequency_count_the_continuation_only() {
+        let sampling = Sampling { presence_penalty: 1.0, frequency_penalty: 0.5, ..Sampling::default() };
+        let mut logits = vec![0.0; 4];
+        sampling.process(&mut logits, &[0, 1, 1, 2], 2);
+        assert_eq!(logits, [0.0, -1.5, -1.5, 0.0]);
+    }
+
+    proptest! {
+        #[test]
+        fn something_is_always_left(
+            logits in prop::collection::vec(-20f32..20.0, 1..80),
+            k in 0usize..90, p in 0.01f32..=1.0, m in 0f32..=1.0, typical in 0.01f32..=1.0, seed: u64,
+        ) {
+            let sampling = Sampling { top_k: k, top_p: p, min_p: m, typical_p: typical, ..Sampling::default() };
+            sampling.check().unwrap();
+            let mut scores = logits.clone();
+            let id = Sampler::new(sampling, seed).sample(&mut scores, &[], 0) as usize;
+            prop_assert!(scores[id] > f32::NEG_INFINITY);
+            prop_assert!(scores.iter().zip(&logits).all(|(s, l)| *s == f32::NEG_INFINITY || s == l));
+        }
+    }
+}

@@ -1,0 +1,106 @@
+use candle_core::{D, IndexOp, Tensor};
+use pricket_nn::{CausalLm, Context, ops};
+
+use crate::{Error, Result};
+
+/// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.
+const BLOCK: usize = 64;
+
+/// A token and how likely the model thought it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub id: u32,
+    /// Natural logarithm of its probability given everything before it.
+    pub logprob: f32,
+    /// Whether no token was more likely.
+    pub is_greedy: bool,
+}
+
+/// The log-probability of each token but the first, given all before it.
+///
+/// The head is applied to a few positions at a time, so memory does not grow with length times vocabulary.
+///
+/// # Errors
+/// [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for,
+/// [`Error::NonFinite`] if the model overflows.
+pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogprob>> {
+    if ids.len() < 2 {
+        return Ok(Vec::new());
+    }
+    let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
+    let hidden = model.hidden(&input, &mut Context::new())?;
+    let mut out = Vec::with_capacity(ids.len() - 1);
+    for (block, targets) in ids[1..].chunks(BLOCK).enumerate() {
+        let logits = model.head(&hidden.narrow(1, block * BLOCK, targets.len())?)?.i(0)?;
+        for (row, &id) in logits.to_vec2::<f32>()?.iter().zip(targets) {
+            let (logprob, is_greedy) = logprob(row, id)?;
+            if !logprob.is_finite() {
+                return Err(diagnose(model, ids));
+            }
+            out.push(TokenLogprob { id, logprob, is_greedy });
+        }
+    }
+    Ok(out)
+}
+
+/// Log-softmax of `row` at `id`, summed in f64.
+fn logprob(row: &[f32], id: u32) -> Result<(f32, bool)> {
+    let Some(&target) = row.get(id as usize) else {
+        return Err(Error::Input(format!("token {id} is outside the vocabulary of {}", row.len())));
+    };
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.iter().map(|&x| f64::from(x - max).exp()).sum();
+    Ok(((f64::from(target - max) - sum.ln()) as f32, target >= max))
+}
+
+/// Mean cross-entropy of each token of `ids` `[b, t]` given those before it, with a gradient: a scalar.
+///
+/// # Errors
+/// What the model says.
+pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
+    let (_, t) = ids.dims2()?;
+    if t < 2 {
+        return Err(Error::Input("a loss needs at least two tokens a row".into()));
+    }
+    let hidden = model.hidden(&ids.narrow(1, 0, t - 1)?.contiguous()?, &mut Context::new())?;
+    let logprobs = ops::log_softmax(&model.head(&hidden)?)?;
+    let targets = ids.narrow(1, 1, t - 1)?.contiguous()?.unsqueeze(2)?;
+    Ok(logprobs.gather(&targets, D::Minus1)?.mean_all()?.neg()?)
+}
+
+/// Refuses logits with a NaN or an infinity in them, saying where `ids` first overflows.
+///
+/// # Errors
+/// [`Error::NonFinite`].
+pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<()> {
+    if logits.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(diagnose(model, ids)) }
+}
+
+/// Runs `ids` once more, looking after every layer.
+fn diagnose(model: &dyn CausalLm, ids: &[u32]) -> Error {
+    let info = model.info();
+    let overflow = |what: String, layer| Error::NonFinite {
+        what,
+        layer,
+        dtype: info.dtype.as_str(),
+        activations: info.activations.as_str(),
+        advice: "the checkpoint may be damaged; in f16, try f32 or bf16",
+    };
+    let search = || -> Result<Option<usize>> {
+        let keep = ids.len().min(info.context.unwrap_or(usize::MAX));
+        let mut ctx = Context::new();
+        let mut x = model.embed(&Tensor::new(&ids[ids.len() - keep..], &info.device)?.unsqueeze(0)?, &mut ctx)?;
+        for layer in 0..info.layers {
+            x = model.block(layer, &x, &mut ctx)?;
+            if !x.to_dtype(candle_core::DType::F32)?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    };
+    match search() {
+        Ok(Some(layer)) => overflow(format!("the activations after layer {layer}"), Some(layer)),
+        _ => overflow("the logits".into(), None),
+    }
+}

@@ -1,0 +1,82 @@
+use crate::{Decoder, Tokenizer};
+
+/// Turns a row's ids into text and watches for stop strings, also where they cross token borders.
+///
+/// Text that could be the beginning of a stop string is held back until it is clear.
+///
+/// The caller stops when [`TextStream::stopped`] says so; the stop string itself is never emitted.
+#[derive(Clone, Debug)]
+pub struct TextStream {
+    decoder: Decoder,
+    stop: Vec<String>,
+    held: String,
+    stopped: bool,
+}
+
+impl TextStream {
+    /// Text until one of `stop`; empty strings are ignored.
+    pub fn new(tokenizer: &Tokenizer, stop: &[String]) -> Self {
+        let stop = stop.iter().filter(|s| !s.is_empty()).cloned().collect();
+        Self { decoder: tokenizer.decoder(), stop, held: String::new(), stopped: false }
+    }
+
+    /// Text that is certain after `id`.
+    pub fn push(&mut self, id: u32) -> String {
+        if self.stopped {
+            return String::new();
+        }
+        if !self.decoder_skips(id) {
+            let text = self.decoder.push(id);
+            self.held.push_str(&text);
+        }
+        if let Some(at) = self.stop.iter().filter_map(|s| self.held.find(s.as_str())).min() {
+            self.stopped = true;
+            self.held.truncate(at);
+            return std::mem::take(&mut self.held);
+        }
+        let keep = self.stop.iter().map(|s| overlap(&self.held, s)).max().unwrap_or(0);
+        let rest = self.held.split_off(self.held.len() - keep);
+        std::mem::replace(&mut self.held, rest)
+    }
+
+    /// What was held back, at the end of the row.
+    pub fn finish(&mut self) -> String {
+        if !self.stopped {
+            let text = self.decoder.finish();
+            self.held.push_str(&text);
+        }
+        std::mem::take(&mut self.held)
+    }
+
+    /// Whether a stop string has been seen.
+    pub fn stopped(&self) -> bool {
+        self.stopped
+    }
+
+    fn decoder_skips(&self, id: u32) -> bool {
+        // A special token is no text, unless somebody waits for its spelling.
+        self.decoder.is_special(id) && !self.stop.iter().any(|s| s.as_bytes() == self.decoder.bytes(id))
+    }
+}
+
+/// Length of the longest end of `text` that begins `stop`.
+fn overlap(text: &str, stop: &str) -> usize {
+    let longest = stop.len().min(text.len());
+    (1..=longest)
+        .rev()
+        .find(|&n| stop.is_char_boundary(n) && text.as_bytes().ends_with(&stop.as_bytes()[..n]))
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::overlap;
+
+    #[test]
+    fn overlap_is_the_longest_beginning_of_the_stop_string() {
+        assert_eq!(overlap("one <hum", "<human>"), 4);
+        assert_eq!(overlap("<<<", "<<human>"), 2);
+        assert_eq!(overlap("abc", "xyz"), 0);
+        assert_eq!(overlap("caf\u{e9}", "\u{e9}\u{e9}"), 2);
+    }
+}

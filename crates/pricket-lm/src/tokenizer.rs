@@ -1,0 +1,197 @@
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::{Error, Result};
+
+/// A repository's tokenizer.json. Cheap to clone.
+///
+/// Decoding is of bytes: the bytes of all tokens, put together, read as UTF-8 with U+FFFD for what is none. So
+/// decoding at once and decoding token by token give the same text, whatever the ids.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    inner: tokenizers::Tokenizer,
+    origin: String,
+    /// Bytes of each id, empty for ids that are none.
+    bytes: Vec<Vec<u8>>,
+    special: Vec<bool>,
+}
+
+impl Tokenizer {
+    /// Reads a tokenizer.json.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`], naming the file.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let origin = path.display().to_string();
+        let bytes =
+            std::fs::read(path).map_err(|e| Error::Tokenizer { origin: origin.clone(), what: e.to_string() })?;
+        Self::from_bytes(&bytes, origin)
+    }
+
+    /// Reads the bytes of a tokenizer.json; `origin` names it in messages.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`], naming the file.
+    pub fn from_bytes(json: &[u8], origin: impl Into<String>) -> Result<Self> {
+        let origin = origin.into();
+        let bad = |what: String| Error::Tokenizer { origin: origin.clone(), what };
+        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| bad(format!("not a tokenizer.json: {e}")))?;
+        let byte_level = matches!(inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
+        if !byte_level {
+            return Err(bad("its decoder is not ByteLevel, as that of every tokenizer of these families is".into()));
+        }
+        let vocab = inner.get_vocab(true);
+        let size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        // A hostile file may give one token the id 2^32 - 1: the table grows with tokens, not with ids.
+        if size > 4 * vocab.len() + 1024 {
+            return Err(bad(format!("{} tokens with ids up to {}", vocab.len(), size - 1)));
+        }
+        let alphabet = byte_alphabet();
+        let mut bytes = vec![Vec::new(); size];
+        for (token, id) in &vocab {
+            let decoded: Option<Vec<u8>> = token.chars().map(|c| alphabet.get(&c).copied()).collect();
+            // Added tokens such as runs of spaces stand in the file as plain text.
+            bytes[*id as usize] = decoded.unwrap_or_else(|| token.as_bytes().to_vec());
+        }
+        let mut special = vec![false; size];
+        for (id, token) in inner.get_added_tokens_decoder() {
+            if let Some(slot) = bytes.get_mut(id as usize) {
+                *slot = token.content.as_bytes().to_vec();
+                special[id as usize] = token.special;
+            }
+        }
+        Ok(Self { shared: Arc::new(Shared { inner, origin, bytes, special }) })
+    }
+
+    /// Ids below this are the tokenizer's; a model's vocabulary is mostly padded beyond.
+    pub fn vocab_size(&self) -> usize {
+        self.shared.bytes.len()
+    }
+
+    /// The id of `token`, spelled as in the file.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.shared.inner.token_to_id(token)
+    }
+
+    /// Text to ids; adds no token of its own.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer says so.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.shared.inner.encode_fast(text, false);
+        let encoding =
+            encoding.map_err(|e| Error::Tokenizer { origin: self.shared.origin.clone(), what: e.to_string() })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Ids to text, special tokens included; ids that are none are left out.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// As [`Tokenizer::decode`], without special tokens such as `<|endoftext|>`.
+    pub fn decode_text(&self, ids: &[u32]) -> String {
+        let ids: Vec<u32> = ids.iter().copied().filter(|&id| !self.is_special(id)).collect();
+        self.decode(&ids)
+    }
+
+    /// As [`Tokenizer::decode`] in transformers with `clean_up_tokenization_spaces`: no space before punctuation and
+    /// English contractions.
+    pub fn decode_cleaned(&self, ids: &[u32]) -> String {
+        let rules = [
+            (" .", "."),
+            (" ?", "?"),
+            (" !", "!"),
+            (" ,", ","),
+            (" ' ", "'"),
+            (" n't", "n't"),
+            (" 'm", "'m"),
+            (" 's", "'s"),
+            (" 've", "'ve"),
+            (" 're", "'re"),
+        ];
+        rules.iter().fold(self.decode(ids), |text, (from, to)| text.replace(from, to))
+    }
+
+    /// The bytes that a token stands for; mostly UTF-8, sometimes a part of a character.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.shared.bytes.get(id as usize).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether `id` is a token with a meaning of its own rather than text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.shared.special.get(id as usize).copied().unwrap_or(false)
+    }
+
+    /// Decodes token by token.
+    pub fn decoder(&self) -> Decoder {
+        Decoder { tokenizer: self.clone(), pending: Vec::new() }
+    }
+}
+
+/// Turns ids into text as they come, holding back the bytes of an unfinished character.
+#[derive(Clone, Debug)]
+pub struct Decoder {
+    tokenizer: Tokenizer,
+    pending: Vec<u8>,
+}
+
+impl Decoder {
+    pub(crate) fn is_special(&self, id: u32) -> bool {
+        self.tokenizer.is_special(id)
+    }
+
+    pub(crate) fn bytes(&self, id: u32) -> &[u8] {
+        self.tokenizer.token_bytes(id)
+    }
+
+    /// The text that `id` completes, possibly none.
+    pub fn push(&mut self, id: u32) -> String {
+        self.pending.extend_from_slice(self.tokenizer.token_bytes(id));
+        let mut out = String::new();
+        loop {
+            match std::str::from_utf8(&self.pending) {
+                Ok(text) => {
+                    out.push_str(text);
+                    self.pending.clear();
+                    return out;
+                }
+                Err(e) => {
+                    let valid = e.valid_up_to();
+                    out.push_str(&String::from_utf8_lossy(&self.pending[..valid]));
+                    match e.error_len() {
+                        Some(wrong) => {
+                            out.push(char::REPLACEMENT_CHARACTER);
+                            self.pending.drain(..valid + wrong);
+                        }
+                        None => {
+                            self.pending.drain(..valid);
+                            return out;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is left at the end: a character that was never finished is U+FFFD.
+    pub fn finish(&mut self) -> String {
+        String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
+    }
+}
+
+/// GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode`, openai/gpt-2).
+fn byte_alphabet() -> HashMap<char, u8> {
+    let visible = |b: &u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let hidden = (0..=255u8).filter(|b| !visible(b)).zip(256u32..);
+    let moved = hidden.filter_map(|(b, code)| Some((char::from_u32(code)?, b)));
+    (0..=255u8).filter(visible).map(|b| (char::from(b), b)).chain(moved).collect()
+}

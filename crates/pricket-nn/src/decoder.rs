@@ -1,0 +1,210 @@
+use candle_core::{DType, Device, Tensor};
+
+use crate::{Context, Embedding, LayerNorm, Linear, Result, Site, Weights};
+
+/// What a model is, in numbers.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ModelInfo {
+    /// The family, as config.json's `model_type` spells it.
+    pub family: &'static str,
+    /// Number of blocks.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Rows of the head, padding included.
+    pub vocab: usize,
+    /// Positions the model was trained for, where going beyond them is refused unless asked for.
+    pub context: Option<usize>,
+    /// Number of weights, each once.
+    pub parameters: u64,
+    /// Bytes the weights take in memory.
+    pub weight_bytes: u64,
+    /// Type of activations unless a [`Context`] says otherwise.
+    pub activations: DType,
+    /// Type of the largest matrices.
+    pub dtype: DType,
+    /// Where the weights are.
+    pub device: Device,
+}
+
+impl ModelInfo {
+    /// Multiplications and additions for one token, attention over the past left out.
+    pub fn flops_per_token(&self) -> u64 {
+        2 * (self.parameters - (self.vocab * self.d_model) as u64)
+    }
+
+    /// Bytes that the cache takes for each position of each row, stored as activations are.
+    pub fn cache_bytes_per_token(&self) -> u64 {
+        (2 * self.layers * self.kv_heads * self.head_dim * self.activations.size_in_bytes()) as u64
+    }
+
+    /// Bytes that a pass over `positions` needs beside weights and cache, by rule of thumb.
+    pub fn workspace_bytes(&self, positions: usize) -> u64 {
+        (positions * (16 * self.d_model) * 4 + self.vocab * 4 * 3) as u64
+    }
+}
+
+/// A causal language model as a residual stream: embed, blocks, norm, head.
+///
+/// Decoding (head of the last position), scoring (head of a few positions at a time), probing, patching and gradient
+/// checkpointing are all written against these steps, outside the families.
+pub trait CausalLm: Send + Sync {
+    /// What the model is.
+    fn info(&self) -> &ModelInfo;
+
+    /// Token ids `[b, t]` to `[b, t, d]`; begins a pass.
+    ///
+    /// # Errors
+    /// [`crate::Error::ContextExceeded`], or candle's for an id outside the vocabulary.
+    fn embed(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor>;
+
+    /// Block `i`: `[b, t, d]` to `[b, t, d]`. The last block ends the pass: its positions become past.
+    ///
+    /// # Errors
+    /// What an operation or a tap says.
+    fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> Result<Tensor>;
+
+    /// The final norm, `[b, t, d]` to `[b, t, d]`.
+    ///
+    /// # Errors
+    /// What candle says.
+    fn finish(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// Hidden states `[.., d]` to logits `[.., vocab]` in f32.
+    ///
+    /// # Errors
+    /// What candle says.
+    fn head(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// All of it but the head: ids `[b, t]` to `[b, t, d]`.
+    ///
+    /// # Errors
+    /// As the steps.
+    fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let mut x = self.embed(ids, ctx)?;
+        for i in 0..self.info().layers {
+            x = self.block(i, &x, ctx)?;
+        }
+        let x = self.finish(&x)?;
+        ctx.tap(Site::FinalNorm, x)
+    }
+}
+
+/// One block of a family: the residual wiring, which is what a reader comes to see.
+pub trait Block: Send + Sync {
+    /// `[b, t, d]` to `[b, t, d]`.
+    ///
+    /// # Errors
+    /// What an operation or a tap says.
+    fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor>;
+}
+
+/// Adds to the residual stream: `x + (parts[0] + parts[1] + ..)`, in that order.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn residual(x: &Tensor, parts: &[&Tensor]) -> Result<Tensor> {
+    let Some((first, rest)) = parts.split_first() else { return Ok(x.clone()) };
+    let mut sum = (*first).clone();
+    for part in rest {
+        sum = (sum + *part)?;
+    }
+    Ok((sum + x)?)
+}
+
+/// The sizes that a family reads from its configuration.
+#[derive(Clone, Debug)]
+pub struct Sizes {
+    /// As [`ModelInfo::family`].
+    pub family: &'static str,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Rows of the head.
+    pub vocab: usize,
+    /// As [`ModelInfo::context`].
+    pub context: Option<usize>,
+}
+
+/// A [`CausalLm`] made of a family's blocks.
+#[derive(Debug)]
+pub struct Decoder<B> {
+    info: ModelInfo,
+    embed: Embedding,
+    blocks: Vec<B>,
+    norm: LayerNorm,
+    head: Linear,
+}
+
+impl<B: Block> Decoder<B> {
+    /// Puts the parts together; `weights` is the cursor they were loaded from.
+    pub fn new(
+        sizes: Sizes,
+        embed: Embedding,
+        blocks: Vec<B>,
+        norm: LayerNorm,
+        head: Linear,
+        weights: &Weights,
+    ) -> Self {
+        let Sizes { family, d_model, heads, kv_heads, vocab, context } = sizes;
+        let info = ModelInfo {
+            family,
+            layers: blocks.len(),
+            d_model,
+            heads,
+            kv_heads,
+            head_dim: d_model / heads,
+            vocab,
+            context,
+            parameters: weights.elements(),
+            weight_bytes: weights.bytes(),
+            activations: weights.activations(),
+            dtype: head.weight.dtype(),
+            device: weights.device().clone(),
+        };
+        Self { info, embed, blocks, norm, head }
+    }
+}
+
+impl<B: Block> CausalLm for Decoder<B> {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn embed(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let (b, t) = ids.dims2()?;
+        ctx.begin(b, t, self.info.context)?;
+        let x = self.embed.forward(ids, ctx.activations(self.info.activations))?;
+        ctx.tap(Site::Embed, x)
+    }
+
+    fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let (b, t, _) = x.dims3()?;
+        ctx.enter(i, b, t, self.info.context)?;
+        let x = ctx.tap(Site::ResidPre, x.clone())?;
+        let x = self.blocks[i].forward(&x, ctx)?;
+        let x = ctx.tap(Site::ResidPost, x)?;
+        if i + 1 == self.blocks.len() {
+            ctx.commit();
+        }
+        Ok(x)
+    }
+
+    fn finish(&self, x: &Tensor) -> Result<Tensor> {
+        self.norm.forward(x)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.head.forward(hidden)?.to_dtype(DType::F32)?)
+    }
+}

@@ -1,0 +1,43 @@
+/// What can go wrong between a configuration and its logits.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The weights on disk.
+    #[error(transparent)]
+    Weights(#[from] pricket_weights::Error),
+    /// An operation on tensors.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// A key of the configuration that is missing, impossible, or not implemented.
+    #[error("config.json: {key}: {what}")]
+    Config {
+        /// The key, as config.json spells it.
+        key: String,
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// More positions than the model was trained for.
+    #[error("{asked} positions asked for, the model was trained for {limit}; allow it explicitly to go beyond")]
+    ContextExceeded {
+        /// Positions that the call would reach.
+        asked: usize,
+        /// `max_position_embeddings`.
+        limit: usize,
+    },
+    /// An argument that does not fit the model or the other arguments.
+    #[error("{0}")]
+    Input(String),
+    /// A [`crate::Progress`] asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// A [`Error::Config`] from anything printable.
+    pub fn config(key: impl Into<String>, what: impl Into<String>) -> Self {
+        Error::Config { key: key.into(), what: what.into() }
+    }
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,51 @@
+//! What two decoder families share, over candle: weights under names, linear layers that keep their weights as stored,
+//! norms, rotary positions, attention with a cache, and taps into the residual stream.
+//!
+//! The nouns and how they meet: a family reads its configuration, takes layers from a [`Weights`] cursor over any
+//! [`pricket_weights::Store`], and wires them in its [`Block`]. A [`Decoder`] of blocks is a [`CausalLm`], which is all
+//! that the rest of pricket knows. What changes from call to call comes in by a [`Context`]: the [`Cache`], padding,
+//! precision and [`Taps`]. No family mentions a device, a type or a cache; [`ops`] alone decides what runs fused.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use candle_core::{Device, Tensor};
+//! use pricket_nn::{Names, Policy, Weights};
+//! use pricket_weights::{Dtype, Random};
+//!
+//! // A layer of random f16 weights, used with f32 activations.
+//! let store = Arc::new(Random::new(Dtype::F16, 0));
+//! let weights = Weights::new(store, Names::default(), &Device::Cpu, Policy::Stored);
+//! let dense = weights.pp("attention").linear("dense", 8, 4, true)?;
+//! let x = Tensor::ones((1, 3, 8), candle_core::DType::F32, &Device::Cpu)?;
+//! assert_eq!(dense.forward(&x)?.dims(), [1, 3, 4]);
+//! assert_eq!(weights.elements(), 8 * 4 + 4);
+//! # Ok::<(), pricket_nn::Error>(())
+//! ```
+
+mod attention;
+mod cache;
+pub mod config;
+mod context;
+mod decoder;
+mod error;
+mod layers;
+mod linear;
+mod mlp;
+pub mod ops;
+mod progress;
+mod rotary;
+mod tap;
+mod weights;
+
+pub use attention::Attention;
+pub use cache::Cache;
+pub use context::Context;
+pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, residual};
+pub use error::{Error, Result};
+pub use layers::{Activation, Embedding, LayerNorm};
+pub use linear::{Linear, RowOrder};
+pub use mlp::Mlp;
+pub use progress::{Progress, Silent};
+pub use rotary::Rotary;
+pub use tap::{Recording, Site, Taps};
+pub use weights::{Names, Parameter, Policy, Weights};

@@ -1,0 +1,75 @@
+use candle_core::Tensor;
+
+use crate::{Result, ops};
+
+/// How the rows of a weight on file relate to the rows that the model multiplies with.
+///
+/// A fused query-key-value matrix is re-laid once, at load, so that there is one attention path. This type is the only
+/// place that applies the order or undoes it, for gradients, adapters, merging and export.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RowOrder {
+    /// As on file.
+    #[default]
+    AsStored,
+    /// On file `[heads, 3, head_dim]`: each head's q, k and v side by side, as GPT-NeoX trains them. In memory
+    /// `[3, heads, head_dim]`: Q, then K, then V.
+    PerHead {
+        /// Number of heads.
+        heads: usize,
+    },
+}
+
+impl RowOrder {
+    /// From the order on file to the order in memory; `tensor` is `[rows, ..]`.
+    ///
+    /// # Errors
+    /// If the rows do not divide into heads.
+    pub fn apply(self, tensor: &Tensor) -> Result<Tensor> {
+        match self {
+            RowOrder::AsStored => Ok(tensor.clone()),
+            RowOrder::PerHead { heads } => swap(tensor, heads, 3),
+        }
+    }
+
+    /// From the order in memory back to the order on file.
+    ///
+    /// # Errors
+    /// If the rows do not divide into heads.
+    pub fn undo(self, tensor: &Tensor) -> Result<Tensor> {
+        match self {
+            RowOrder::AsStored => Ok(tensor.clone()),
+            RowOrder::PerHead { heads } => swap(tensor, 3, heads),
+        }
+    }
+}
+
+/// Rows `[outer, inner, ..]` to `[inner, outer, ..]`.
+fn swap(tensor: &Tensor, outer: usize, inner: usize) -> Result<Tensor> {
+    let rows = tensor.dim(0)?;
+    let split = tensor.reshape((outer, inner, tensor.elem_count() / (outer * inner)))?;
+    let mut shape = tensor.dims().to_vec();
+    shape[0] = rows;
+    Ok(split.transpose(0, 1)?.contiguous()?.reshape(shape)?)
+}
+
+/// `y = x Wᵀ + b`. A frozen weight stays as it is stored and is never widened whole.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Multiplies with the table of an embedding: a tied head, from one copy.
+    pub fn tied(embedding: &crate::Embedding) -> Self {
+        Self { weight: embedding.weight.clone(), bias: None }
+    }
+
+    /// `[.., in]` to `[.., out]`.
+    ///
+    /// # Errors
+    /// If the last dimension of `x` is not this layer's input.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::linear(x, &self.weight, self.bias.as_ref())
+    }
+}

@@ -1,0 +1,176 @@
+//! The only file that calls fused operations, candle's or ours.
+//!
+//! There is no training mode to forget. Each function asks its inputs whether a gradient is tracked: if none is, it
+//! takes the fused form; if any is, an operation with a backward pass or the plain twin, because candle's fused
+//! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
+
+use candle_core::{D, DType, Tensor};
+use pricket_kernels::{AttentionOp, LinearOp, RotaryOp};
+
+use crate::Result;
+
+/// The kernels of ours run on the CPU and compute in f32.
+fn on_our_kernels(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if on_our_kernels(x) && !weight.track_op() {
+        let fused = bias.filter(|b| !b.track_op());
+        let y =
+            x.contiguous()?.apply_op1(LinearOp { weight: weight.clone(), bias: fused.cloned(), transposed: false })?;
+        return Ok(match bias {
+            Some(b) if fused.is_none() => y.broadcast_add(b)?,
+            _ => y,
+        });
+    }
+    plain_linear(x, weight, bias)
+}
+
+/// The plain twin of [`linear`].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let dtype = x.dtype();
+    let (rows, dims) = (x.elem_count() / x.dim(D::Minus1)?.max(1), x.dims());
+    let mut shape = dims.to_vec();
+    shape[dims.len() - 1] = weight.dim(0)?;
+    let flat = x.reshape((rows, x.dim(D::Minus1)?))?.to_dtype(weight.dtype())?;
+    let y = flat.matmul(&weight.t()?)?.to_dtype(dtype)?;
+    let y = match bias {
+        Some(b) => y.broadcast_add(&b.to_dtype(dtype)?)?,
+        None => y,
+    };
+    Ok(y.reshape(shape)?)
+}
+
+/// Layer norm over the last dimension: `(x - mean) / sqrt(var + eps) · weight + bias`, statistics in f32.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.track_op() || weight.track_op() || bias.track_op() {
+        return plain_layer_norm(x, weight, bias, eps);
+    }
+    Ok(candle_nn::ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32)?)
+}
+
+/// The plain twin of [`layer_norm`].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let dtype = x.dtype();
+    let x = x.to_dtype(DType::F32)?;
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+    let normed = centred.broadcast_div(&deviation)?.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
+    Ok(normed.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?)
+}
+
+/// Splits heads and rotates: `x` of `[b, t, h, head_dim]`, `cos` and `sin` of `[b or 1, t, pairs]` give
+/// `[b, h, t, head_dim]`, contiguous.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if on_our_kernels(x) && x.stride().last() == Some(&1) {
+        return Ok(x.apply_op3(cos, sin, RotaryOp)?);
+    }
+    plain_rotary(x, cos, sin)
+}
+
+/// The plain twin of [`rotary`].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let x = x.transpose(1, 2)?;
+    let (pairs, dim) = (cos.dim(D::Minus1)?, x.dim(D::Minus1)?);
+    let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
+    let (a, z) = (x.narrow(D::Minus1, 0, pairs)?, x.narrow(D::Minus1, pairs, pairs)?);
+    let turned_a = (a.broadcast_mul(&cos)? - z.broadcast_mul(&sin)?)?;
+    let turned_z = (z.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+    let rest = x.narrow(D::Minus1, 2 * pairs, dim - 2 * pairs)?;
+    let parts = if 2 * pairs < dim { vec![turned_a, turned_z, rest] } else { vec![turned_a, turned_z] };
+    Ok(Tensor::cat(&parts, D::Minus1)?.contiguous()?)
+}
+
+/// Causal attention, the queries being the last positions of the keys: `q` of `[b, h, t, head_dim]`, `k` and `v` of
+/// `[b, kv_heads, s, head_dim]`, `padding` keys hidden on the left of each row (empty for none). Gives
+/// `[b, t, h · head_dim]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, padding: &[usize]) -> Result<Tensor> {
+    let tracked = q.track_op() || k.track_op() || v.track_op();
+    if on_our_kernels(q) && k.dtype() == DType::F32 && v.dtype() == DType::F32 && !tracked {
+        let op = AttentionOp { scale: scale as f32, padding: padding.to_vec() };
+        return Ok(q.contiguous()?.apply_op3_no_bwd(k, v, &op)?);
+    }
+    attention_output(&attention_pattern(q, k, scale, padding)?, v)
+}
+
+/// The probabilities of [`attention`], `[b, h, t, s]`; with [`attention_output`] its plain twin.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn attention_pattern(q: &Tensor, k: &Tensor, scale: f64, padding: &[usize]) -> Result<Tensor> {
+    let (b, h, t, _) = q.dims4()?;
+    let (k, s) = (repeat_heads(k, h)?, k.dim(2)?);
+    let scores = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scale)?;
+    let rows = if padding.is_empty() { 1 } else { b };
+    let hidden = |row: usize, i: usize, j: usize| {
+        let last = s - t + i;
+        j > last || j < padding.get(row).copied().unwrap_or(0).min(last)
+    };
+    let mask = (0..rows).flat_map(|row| (0..t).flat_map(move |i| (0..s).map(move |j| (row, i, j))));
+    let mask: Vec<f32> = mask.map(|(row, i, j)| if hidden(row, i, j) { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, 1, t, s), q.device())?)?;
+    Ok(softmax(&scores)?.to_dtype(q.dtype())?)
+}
+
+/// Mixes values by a pattern of `[b, h, t, s]` and merges heads: `[b, t, h · head_dim]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn attention_output(pattern: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let (b, h, t, _) = pattern.dims4()?;
+    let v = repeat_heads(v, h)?.contiguous()?;
+    let mixed = pattern.matmul(&v)?;
+    Ok(mixed.transpose(1, 2)?.reshape((b, t, h * v.dim(3)?))?)
+}
+
+/// Softmax over the last dimension, with a gradient.
+///
+/// # Errors
+/// What candle says.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?.exp()?;
+    Ok(shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?)
+}
+
+/// Log-softmax over the last dimension in f32, with a gradient.
+///
+/// # Errors
+/// What candle says.
+pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
+    let x = x.to_dtype(DType::F32)?;
+    let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?;
+    Ok(shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?)
+}
+
+/// Each key head as often as query heads share it.
+fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (b, kv, s, d) = x.dims4()?;
+    if kv == heads {
+        return Ok(x.clone());
+    }
+    let shared = x.unsqueeze(2)?.broadcast_as((b, kv, heads / kv, s, d))?;
+    Ok(shared.reshape((b, heads, s, d))?)
+}

@@ -1,0 +1,139 @@
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use crate::Result;
+
+/// A place in a forward pass where a tensor can be looked at or changed. `b` is the batch, `t` the new positions,
+/// `s` the positions seen so far, `d` the width, `h` the heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Site {
+    /// After the embedding, `[b, t, d]`.
+    Embed,
+    /// Residual stream before a block, `[b, t, d]`.
+    ResidPre,
+    /// Residual stream between attention and MLP, `[b, t, d]`; parallel blocks have none.
+    ResidMid,
+    /// Residual stream after a block, `[b, t, d]`.
+    ResidPost,
+    /// Queries after rotation, `[b, h, t, head_dim]`.
+    Query,
+    /// Keys after rotation, `[b, h, t, head_dim]`.
+    Key,
+    /// Values, `[b, h, t, head_dim]`.
+    Value,
+    /// Attention probabilities, `[b, h, t, s]`. Asking for them selects the unfused attention.
+    Pattern,
+    /// What attention adds to the residual stream, `[b, t, d]`.
+    AttentionOut,
+    /// What the MLP adds to the residual stream, `[b, t, d]`.
+    MlpOut,
+    /// After the final norm, `[b, t, d]`.
+    FinalNorm,
+}
+
+impl Site {
+    /// Whether there is one per layer.
+    pub fn is_per_layer(self) -> bool {
+        !matches!(self, Site::Embed | Site::FinalNorm)
+    }
+}
+
+type Edit = Box<dyn FnMut(usize, &Tensor) -> Result<Tensor> + Send>;
+
+/// What to record and what to change during forward passes. Without taps, nothing is spent on them.
+///
+/// ```
+/// use pricket_nn::{Site, Taps};
+/// let taps = Taps::new()
+///     .record(Site::ResidPost)                       // of every layer
+///     .record_at(Site::Pattern, 3)                   // of layer 3 alone
+///     .edit(Site::AttentionOut, |layer, x| if layer == 5 { Ok(x.zeros_like()?) } else { Ok(x.clone()) });
+/// # drop(taps);
+/// ```
+#[derive(Default)]
+pub struct Taps {
+    record: Vec<(Site, Option<usize>)>,
+    edits: Vec<(Site, Edit)>,
+    recording: Recording,
+}
+
+impl std::fmt::Debug for Taps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Taps {{ record: {:?}, edits: {} }}", self.record, self.edits.len())
+    }
+}
+
+impl Taps {
+    /// Taps that do nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Records `site`, of every layer where it is per layer.
+    #[must_use]
+    pub fn record(mut self, site: Site) -> Self {
+        self.record.push((site, None));
+        self
+    }
+
+    /// Records `site` of one layer.
+    #[must_use]
+    pub fn record_at(mut self, site: Site, layer: usize) -> Self {
+        self.record.push((site, Some(layer)));
+        self
+    }
+
+    /// Replaces the tensor at `site` by what `edit(layer, tensor)` returns, before it is recorded. The layer of a
+    /// site that is not per layer is 0.
+    #[must_use]
+    pub fn edit(mut self, site: Site, edit: impl FnMut(usize, &Tensor) -> Result<Tensor> + Send + 'static) -> Self {
+        self.edits.push((site, Box::new(edit)));
+        self
+    }
+
+    /// Whether anything here looks at `site` of `layer`.
+    pub(crate) fn wants(&self, site: Site, layer: usize) -> bool {
+        self.records(site, layer) || self.edits.iter().any(|(at, _)| *at == site)
+    }
+
+    fn records(&self, site: Site, layer: usize) -> bool {
+        self.record.iter().any(|&(at, only)| at == site && only.is_none_or(|only| only == layer))
+    }
+
+    pub(crate) fn visit(&mut self, site: Site, layer: usize, tensor: Tensor) -> Result<Tensor> {
+        let mut tensor = tensor;
+        for (at, edit) in &mut self.edits {
+            if *at == site {
+                tensor = edit(layer, &tensor)?;
+            }
+        }
+        if self.records(site, layer) {
+            self.recording.tensors.insert((site, layer), tensor.clone());
+        }
+        Ok(tensor)
+    }
+
+    pub(crate) fn take(&mut self) -> Recording {
+        std::mem::take(&mut self.recording)
+    }
+}
+
+/// The tensors that [`Taps`] kept, owned.
+#[derive(Debug, Default)]
+pub struct Recording {
+    tensors: BTreeMap<(Site, usize), Tensor>,
+}
+
+impl Recording {
+    /// The tensor of `site` at `layer` (0 for sites that are not per layer), from the last forward pass.
+    pub fn get(&self, site: Site, layer: usize) -> Option<&Tensor> {
+        self.tensors.get(&(site, layer))
+    }
+
+    /// Everything recorded, in the order of sites and layers.
+    pub fn iter(&self) -> impl Iterator<Item = (Site, usize, &Tensor)> {
+        self.tensors.iter().map(|(&(site, layer), tensor)| (site, layer, tensor))
+    }
+}

@@ -1,0 +1,278 @@
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor, Var};
+use pricket_weights::{Entry, Store};
+
+use crate::{Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Silent};
+
+/// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Names {
+    /// Canonical name to an old or new spelling of the same tensor.
+    pub aliases: &'static [(&'static str, &'static str)],
+    /// Prefixes that files of a larger or smaller whole carry or lack: with `("gpt_neox.", "")` the canonical
+    /// `gpt_neox.embed_in.weight` is also found as `embed_in.weight`.
+    pub prefixes: &'static [(&'static str, &'static str)],
+    /// Endings of tensors that are no weights: masks and tables that old code saved.
+    pub buffers: &'static [&'static str],
+}
+
+impl Names {
+    /// Spellings of `name`, canonical first.
+    fn spellings(&self, name: &str) -> Vec<String> {
+        let mut out = vec![name.to_owned()];
+        out.extend(
+            self.aliases.iter().filter(|(canonical, _)| *canonical == name).map(|(_, other)| (*other).to_owned()),
+        );
+        for (prefix, other) in self.prefixes {
+            let swapped: Vec<String> =
+                out.iter().filter_map(|n| Some(format!("{other}{}", n.strip_prefix(prefix)?))).collect();
+            out.extend(swapped);
+        }
+        out
+    }
+
+    /// Whether `name` is a buffer rather than a weight.
+    pub fn is_buffer(&self, name: &str) -> bool {
+        self.buffers.iter().any(|ending| name.ends_with(ending))
+    }
+}
+
+/// What becomes of a weight when it is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Policy {
+    /// Matrices stay as stored (f64 becomes f32); vectors take the type of the activations.
+    #[default]
+    Stored,
+    /// Matrices become this type; vectors take the type of the activations.
+    Cast(DType),
+    /// Everything becomes an f32 variable that collects gradients; see [`Weights::parameters`].
+    Train,
+}
+
+/// A trainable parameter: a variable, and how it relates to the tensor on file.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    /// The name on file.
+    pub name: String,
+    /// The variable the model computes with.
+    pub var: Var,
+    /// How its rows are ordered; [`RowOrder::undo`] brings a gradient into the order on file.
+    pub rows: RowOrder,
+}
+
+/// A cursor over named weights that knows what to make of them.
+///
+/// Moves like `cd`: `weights.pp("attention").pp("dense")`. It carries the store, the device and the policy, so that a
+/// family says names and sizes and nothing else.
+#[derive(Clone)]
+pub struct Weights {
+    shared: Arc<Shared>,
+    path: String,
+}
+
+struct Shared {
+    store: Arc<dyn Store>,
+    names: Names,
+    device: Device,
+    policy: Policy,
+    progress: Arc<dyn Progress>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    asked: BTreeSet<String>,
+    parameters: Vec<Parameter>,
+    elements: u64,
+    /// In memory.
+    bytes: u64,
+    /// On file.
+    read: u64,
+}
+
+impl std::fmt::Debug for Weights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Weights({:?}, {:?}, {:?})", self.path, self.shared.device, self.shared.policy)
+    }
+}
+
+impl Weights {
+    /// The root of `store`, to be read as `names` says.
+    pub fn new(store: Arc<dyn Store>, names: Names, device: &Device, policy: Policy) -> Self {
+        Self::with_progress(store, names, device, policy, Arc::new(Silent))
+    }
+
+    /// As [`Weights::new`], reporting bytes read to `progress`, which may cancel.
+    pub fn with_progress(
+        store: Arc<dyn Store>,
+        names: Names,
+        device: &Device,
+        policy: Policy,
+        progress: Arc<dyn Progress>,
+    ) -> Self {
+        let shared = Shared { store, names, device: device.clone(), policy, progress, state: Mutex::default() };
+        Self { shared: Arc::new(shared), path: String::new() }
+    }
+
+    /// The cursor one level down.
+    #[must_use]
+    pub fn pp(&self, name: impl Display) -> Self {
+        Self { shared: Arc::clone(&self.shared), path: self.name(name) }
+    }
+
+    fn name(&self, name: impl Display) -> String {
+        if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The type in which activations are best computed with these weights.
+    pub fn activations(&self) -> DType {
+        match self.shared.policy {
+            Policy::Cast(dtype) if !self.shared.device.is_cpu() => dtype,
+            _ => DType::F32,
+        }
+    }
+
+    /// The device the weights go to.
+    pub fn device(&self) -> &Device {
+        &self.shared.device
+    }
+
+    /// Elements loaded so far, each tensor once.
+    pub fn elements(&self) -> u64 {
+        self.state().elements
+    }
+
+    /// Bytes that the loaded tensors take in memory.
+    pub fn bytes(&self) -> u64 {
+        self.state().bytes
+    }
+
+    /// Bytes that the loaded tensors take on file.
+    pub fn bytes_read(&self) -> u64 {
+        self.state().read
+    }
+
+    /// The variables made under [`Policy::Train`], in the order of loading.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        self.state().parameters.clone()
+    }
+
+    /// Tensors of the store that nothing asked for and that are no known buffers.
+    pub fn unused(&self) -> Vec<String> {
+        let state = self.state();
+        let names = self.shared.store.names().into_iter();
+        names.filter(|name| !state.asked.contains(name) && !self.shared.names.is_buffer(name)).collect()
+    }
+
+    /// A linear layer `name`: `weight` of `[outputs, inputs]` and, if `bias`, `bias` of `[outputs]`.
+    ///
+    /// # Errors
+    /// If a tensor is missing, misshapen, or no floating-point type.
+    pub fn linear(&self, name: &str, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
+        self.linear_in_order(name, inputs, outputs, bias, RowOrder::AsStored)
+    }
+
+    /// As [`Weights::linear`], its rows brought into the model's order.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`].
+    pub fn linear_in_order(
+        &self,
+        name: &str,
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        rows: RowOrder,
+    ) -> Result<Linear> {
+        let at = self.pp(name);
+        let weight = at.tensor("weight", &[outputs, inputs], rows)?;
+        let bias = bias.then(|| at.tensor("bias", &[outputs], rows)).transpose()?;
+        Ok(Linear { weight, bias })
+    }
+
+    /// A layer norm `name` over `dim`, with a bias if `bias`.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`].
+    pub fn layer_norm(&self, name: &str, dim: usize, eps: f64, bias: bool) -> Result<LayerNorm> {
+        let at = self.pp(name);
+        let weight = at.tensor("weight", &[dim], RowOrder::AsStored)?;
+        // A norm without a bias gets a zero one: candle's fused form needs it.
+        let bias = if bias { at.tensor("bias", &[dim], RowOrder::AsStored)? } else { weight.detach().zeros_like()? };
+        Ok(LayerNorm { weight, bias, eps })
+    }
+
+    /// A table `name` of `[rows, dim]`.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`].
+    pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
+        Ok(Embedding { weight: self.pp(name).tensor("weight", &[rows, dim], RowOrder::AsStored)? })
+    }
+
+    fn find(&self, name: &str, shape: &[usize]) -> Result<(String, Entry)> {
+        let store = &*self.shared.store;
+        let spellings = self.shared.names.spellings(name);
+        let found =
+            spellings.into_iter().find_map(|spelling| Some((spelling.clone(), store.expect(&spelling, shape)?)));
+        let Some((spelling, entry)) = found else {
+            return Err(pricket_weights::Error::Missing { origin: store.origin(name), name: name.into() }.into());
+        };
+        let origin = store.origin(&spelling);
+        if !entry.dtype.is_float() {
+            return Err(pricket_weights::Error::NotFloat { origin, name: spelling, found: entry.dtype }.into());
+        }
+        if entry.shape != shape {
+            let expected = shape.to_vec();
+            return Err(pricket_weights::Error::Shape { origin, name: spelling, expected, found: entry.shape }.into());
+        }
+        Ok((spelling, entry))
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize], rows: RowOrder) -> Result<Tensor> {
+        let Shared { store, device, policy, progress, .. } = &*self.shared;
+        if progress.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let (name, entry) = self.find(&self.name(name), shape)?;
+        let stored = entry.dtype.to_candle().unwrap_or(DType::F32);
+        let target = match policy {
+            Policy::Train => DType::F32,
+            // Vectors are small, and every fused kernel wants them in the type of the activations.
+            _ if shape.len() == 1 => self.activations(),
+            Policy::Cast(dtype) => *dtype,
+            Policy::Stored if stored == DType::F64 => DType::F32,
+            Policy::Stored => stored,
+        };
+        let tensor = if store.shapes_only() {
+            // One element seen through zero strides: the shape of the real thing and none of its memory.
+            Tensor::zeros((), target, device)?.broadcast_as(shape)?
+        } else {
+            let tensor = rows.apply(&pricket_weights::read_tensor(&**store, &name, &Device::Cpu)?)?;
+            tensor.to_dtype(target)?.to_device(device)?
+        };
+        let mut state = self.state();
+        let tensor = if *policy == Policy::Train && !store.shapes_only() {
+            let var = Var::from_tensor(&tensor)?;
+            let tensor = var.as_tensor().clone();
+            state.parameters.push(Parameter { name: name.clone(), var, rows });
+            tensor
+        } else {
+            tensor
+        };
+        if state.asked.insert(name) {
+            state.elements += entry.elements() as u64;
+            state.bytes += (entry.elements() * target.size_in_bytes()) as u64;
+            state.read += (entry.elements() * entry.dtype.size()) as u64;
+        }
+        progress.update(state.read);
+        Ok(tensor)
+    }
+}

@@ -1,0 +1,137 @@
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result, SafetensorsFile, Sharded, Store, TorchFile};
+
+/// What a file's first bytes say it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Format {
+    /// safetensors.
+    Safetensors,
+    /// PyTorch's zip format, 1.6 and later.
+    TorchZip,
+    /// PyTorch's earlier bare-pickle format.
+    TorchLegacy,
+    /// GGUF.
+    Gguf,
+    /// One of the containers before GGUF: ggml, ggmf, ggjt.
+    LegacyGgml,
+    /// None of them.
+    Unknown,
+}
+
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Format::Safetensors => "safetensors",
+            Format::TorchZip => "PyTorch (zip)",
+            Format::TorchLegacy => "PyTorch (legacy, before 1.6)",
+            Format::Gguf => "GGUF",
+            Format::LegacyGgml => "legacy GGML",
+            Format::Unknown => "unknown",
+        })
+    }
+}
+
+/// Files that hold a checkpoint in Hub layout, best first.
+const CANDIDATES: [&str; 4] =
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
+
+/// Opens whatever checkpoint lies at `path`: a weight file, an index, or a directory in Hub layout.
+///
+/// # Errors
+/// [`Error::NotFound`] if nothing is there, [`Error::Unsupported`] for formats that are known and not read, and what
+/// the format's reader says.
+pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Store>> {
+    let path = path.as_ref();
+    let file = if path.is_dir() { find_weights(path)? } else { path.to_owned() };
+    if file.to_string_lossy().ends_with(".index.json") { Ok(Box::new(Sharded::open(file)?)) } else { open_file(&file) }
+}
+
+/// The file or index of a directory that holds its weights.
+///
+/// # Errors
+/// [`Error::NotFound`] if there is none, [`Error::Unsupported`] for training shards.
+pub fn find_weights(directory: &Path) -> Result<PathBuf> {
+    if let Some(found) = CANDIDATES.iter().map(|name| directory.join(name)).find(|path| path.exists()) {
+        return Ok(found);
+    }
+    let entries = std::fs::read_dir(directory).map_err(|source| Error::Io { path: directory.into(), source })?;
+    let mut names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    if let Some(name) = names.iter().find(|name| name.ends_with("model_states.pt") || name.ends_with("optim_states.pt"))
+    {
+        return Err(Error::Unsupported {
+            path: directory.into(),
+            what: format!(
+                "{name} is a DeepSpeed / GPT-NeoX training shard, not a checkpoint in Hub layout; use the converted repository"
+            ),
+        });
+    }
+    let weights: Vec<&String> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
+    match &weights[..] {
+        [only] => Ok(directory.join(only)),
+        [] => Err(Error::NotFound {
+            path: directory.into(),
+            what: format!("no weights here: none of {}", CANDIDATES.join(", ")),
+        }),
+        [first, ..] => Err(Error::NotFound {
+            path: directory.into(),
+            what: format!(
+                "{} safetensors files ({first}, ...) and no model.safetensors.index.json that maps them",
+                weights.len()
+            ),
+        }),
+    }
+}
+
+/// What the first bytes of `path` say it is.
+///
+/// # Errors
+/// [`Error::Io`], and [`Error::Corrupt`] for what is no regular file.
+pub fn sniff(path: &Path) -> Result<Format> {
+    let io = |source| Error::Io { path: path.into(), source };
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(Error::Corrupt { path: path.into(), what: "not a regular file".into() });
+    }
+    let mut head = Vec::new();
+    File::open(path).map_err(io)?.take(16).read_to_end(&mut head).map_err(io)?;
+    Ok(match &head[..] {
+        [b'P', b'K', 3, 4, ..] => Format::TorchZip,
+        [b'G', b'G', b'U', b'F', ..] => Format::Gguf,
+        [b'l', b'm', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] => {
+            Format::LegacyGgml
+        }
+        // PROTO 2, LONG1 of ten bytes: torch's magic number 0x1950a86a20f9469cfc6c.
+        [0x80, _, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, ..] => Format::TorchLegacy,
+        [_, _, _, _, _, _, _, _, b'{', ..] => Format::Safetensors,
+        _ if path.extension().is_some_and(|e| e == "safetensors") => Format::Safetensors,
+        _ => Format::Unknown,
+    })
+}
+
+/// Opens one weight file by what its first bytes say, never by its name.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_file(path: &Path) -> Result<Box<dyn Store>> {
+    if !path.exists() {
+        return Err(Error::NotFound { path: path.into(), what: "no such file".into() });
+    }
+    let unsupported = |what: &str| Error::Unsupported { path: path.into(), what: what.into() };
+    match sniff(path)? {
+        Format::Safetensors => Ok(Box::new(SafetensorsFile::open(path)?)),
+        Format::TorchZip => Ok(Box::new(TorchFile::open(path)?)),
+        Format::TorchLegacy => Err(unsupported(
+            "legacy PyTorch format (before 1.6, not a zip); load and save it once with a current torch, or use safetensors",
+        )),
+        Format::Gguf => Err(unsupported("a GGUF file; this version reads safetensors and PyTorch .bin")),
+        Format::LegacyGgml => Err(unsupported("a legacy GGML file; this version reads safetensors and PyTorch .bin")),
+        Format::Unknown => {
+            Err(unsupported("not a weight file: neither safetensors nor a PyTorch zip by its first bytes"))
+        }
+    }
+}

@@ -1,0 +1,551 @@
+//! A pickle reader that can execute nothing.
+//!
+//! A pickle is a program for a stack machine. This one knows the opcodes that build numbers, strings and containers;
+//! `GLOBAL` resolves to a member of [`Global`] or fails, and `REDUCE` "calls" those by building our own values. Values
+//! live in an arena and refer to each other by index, so a pickle nested a million deep is a million entries, not a
+//! million stack frames, and a cycle is harmless.
+
+use crate::Dtype;
+
+/// Index of a value in [`Pickle::values`].
+pub(crate) type Id = u32;
+
+/// No honest checkpoint comes near: a tensor takes about thirty values.
+const MAX_VALUES: usize = 1 << 20;
+
+/// `_rebuild_tensor_v2` takes seven.
+const MAX_ARGUMENTS: usize = 16;
+
+/// Storage keys are small decimal numbers.
+const MAX_KEY: usize = 64;
+
+/// The only names that a pickle may mention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Global {
+    RebuildTensor,
+    RebuildParameter,
+    OrderedDict,
+    Size,
+    Storage(Dtype),
+}
+
+impl Global {
+    fn find(module: &str, name: &str) -> Option<Self> {
+        Some(match (module, name) {
+            ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor") => Global::RebuildTensor,
+            ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
+            ("collections", "OrderedDict") => Global::OrderedDict,
+            ("torch", "Size") => Global::Size,
+            ("torch", "DoubleStorage") => Global::Storage(Dtype::F64),
+            ("torch", "FloatStorage") => Global::Storage(Dtype::F32),
+            ("torch", "HalfStorage") => Global::Storage(Dtype::F16),
+            ("torch", "BFloat16Storage") => Global::Storage(Dtype::BF16),
+            ("torch", "LongStorage") => Global::Storage(Dtype::I64),
+            ("torch", "IntStorage") => Global::Storage(Dtype::I32),
+            ("torch", "ShortStorage") => Global::Storage(Dtype::I16),
+            ("torch", "CharStorage") => Global::Storage(Dtype::I8),
+            ("torch", "ByteStorage") => Global::Storage(Dtype::U8),
+            ("torch", "BoolStorage") => Global::Storage(Dtype::Bool),
+            _ => return None,
+        })
+    }
+}
+
+/// Raw storage that a tensor views: an entry `data/KEY` of the archive.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct StorageRef {
+    pub(crate) key: String,
+    pub(crate) dtype: Dtype,
+    /// Elements that the pickle claims; checked against the archive by the caller.
+    pub(crate) elements: u64,
+}
+
+/// A strided view of a storage, in elements.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct TensorRef {
+    pub(crate) storage: StorageRef,
+    pub(crate) offset: u64,
+    pub(crate) shape: Vec<u64>,
+    pub(crate) stride: Vec<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Value {
+    None,
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Str(String),
+    Bytes,
+    Tuple(Vec<Id>),
+    List(Vec<Id>),
+    Dict(Vec<(Id, Id)>),
+    Global(Global),
+    Storage(StorageRef),
+    Tensor(TensorRef),
+}
+
+/// The values that a pickle built, and which of them is the result.
+#[derive(Debug)]
+pub(crate) struct Pickle {
+    pub(crate) values: Vec<Value>,
+    pub(crate) root: Id,
+}
+
+impl Pickle {
+    pub(crate) fn get(&self, id: Id) -> &Value {
+        &self.values[id as usize]
+    }
+}
+
+/// Why a pickle was not read.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Fault {
+    /// It names something outside the list.
+    Forbidden(String),
+    /// It is not a pickle that torch writes.
+    Malformed(String),
+}
+
+type Result<T> = std::result::Result<T, Fault>;
+
+fn malformed<T>(what: impl Into<String>) -> Result<T> {
+    Err(Fault::Malformed(what.into()))
+}
+
+/// Runs the pickle `bytes`.
+pub(crate) fn read(bytes: &[u8]) -> Result<Pickle> {
+    let mut machine =
+        Machine { input: bytes, at: 0, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: Vec::new() };
+    let root = machine.run()?;
+    Ok(Pickle { values: machine.values, root })
+}
+
+struct Machine<'a> {
+    input: &'a [u8],
+    at: usize,
+    values: Vec<Value>,
+    stack: Vec<Id>,
+    marks: Vec<usize>,
+    memo: Vec<Option<Id>>,
+}
+
+impl<'a> Machine<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8]> {
+        let end = self.at.checked_add(n).filter(|&end| end <= self.input.len());
+        let Some(end) = end else { return malformed("the pickle ends in the middle of an opcode") };
+        let bytes = &self.input[self.at..end];
+        self.at = end;
+        Ok(bytes)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.take(N)?);
+        Ok(out)
+    }
+
+    fn byte(&mut self) -> Result<u8> {
+        Ok(self.array::<1>()?[0])
+    }
+
+    fn length_u32(&mut self) -> Result<usize> {
+        Ok(u32::from_le_bytes(self.array()?) as usize)
+    }
+
+    fn length_u64(&mut self) -> Result<usize> {
+        usize::try_from(u64::from_le_bytes(self.array()?)).or_else(|_| malformed("a length does not fit in memory"))
+    }
+
+    fn line(&mut self) -> Result<&'a str> {
+        let rest = &self.input[self.at..];
+        let Some(n) = rest.iter().position(|&b| b == b'\n') else { return malformed("a line without an end") };
+        let line = self.take(n + 1)?;
+        std::str::from_utf8(&line[..n]).or_else(|_| malformed("a name that is not UTF-8"))
+    }
+
+    fn text(&mut self, n: usize) -> Result<()> {
+        let bytes = self.take(n)?;
+        // Python pickles lone surrogates as invalid UTF-8; such a key names no weight of ours.
+        let text = String::from_utf8_lossy(bytes).into_owned();
+        self.push(Value::Str(text))
+    }
+
+    fn push(&mut self, value: Value) -> Result<()> {
+        if self.values.len() >= MAX_VALUES {
+            return malformed(format!("the pickle builds more than {MAX_VALUES} values"));
+        }
+        self.values.push(value);
+        self.stack.push(self.values.len() as Id - 1);
+        Ok(())
+    }
+
+    fn pop(&mut self) -> Result<Id> {
+        if self.marks.last().is_some_and(|&mark| mark == self.stack.len()) {
+            return malformed("an opcode takes a value across a mark");
+        }
+        self.stack.pop().ok_or(Fault::Malformed("an opcode takes a value from an empty stack".into()))
+    }
+
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>> {
+        match self.marks.pop() {
+            Some(mark) if mark <= self.stack.len() => Ok(self.stack.split_off(mark)),
+            _ => malformed("an opcode looks for a mark that is not there"),
+        }
+    }
+
+    fn top(&self) -> Result<Id> {
+        self.stack.last().copied().ok_or(Fault::Malformed("an opcode looks at an empty stack".into()))
+    }
+
+    fn value(&self, id: Id) -> &Value {
+        &self.values[id as usize]
+    }
+
+    fn pairs(items: &[Id]) -> Result<Vec<(Id, Id)>> {
+        if items.len() % 2 != 0 {
+            return malformed("a dictionary with a key and no value");
+        }
+        Ok(items.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect())
+    }
+
+    fn remember(&mut self, slot: usize) -> Result<()> {
+        if slot >= MAX_VALUES {
+            return malformed("a memo slot out of all proportion");
+        }
+        let id = self.top()?;
+        if self.memo.len() <= slot {
+            self.memo.resize(slot + 1, None);
+        }
+        self.memo[slot] = Some(id);
+        Ok(())
+    }
+
+    fn recall(&mut self, slot: usize) -> Result<()> {
+        let Some(Some(id)) = self.memo.get(slot).copied() else {
+            return malformed(format!("memo slot {slot} is read before it is written"));
+        };
+        // Recalling costs no value, so the stack is bounded by itself.
+        if self.stack.len() >= MAX_VALUES {
+            return malformed("the stack grows out of all proportion");
+        }
+        self.stack.push(id);
+        Ok(())
+    }
+
+    fn global(&mut self, module: &str, name: &str) -> Result<()> {
+        match Global::find(module, name) {
+            Some(global) => self.push(Value::Global(global)),
+            None => Err(Fault::Forbidden(format!("{module} {name}"))),
+        }
+    }
+
+    fn run(&mut self) -> Result<Id> {
+        loop {
+            let opcode = self.byte()?;
+            match opcode {
+                0x80 => {
+                    let protocol = self.byte()?;
+                    if protocol > 5 {
+                        return malformed(format!("pickle protocol {protocol} is not known"));
+                    }
+                }
+                0x95 => drop(self.take(8)?), // FRAME: only a hint for buffering
+                b'(' => {
+                    if self.marks.len() >= MAX_VALUES {
+                        return malformed("marks out of all proportion");
+                    }
+                    self.marks.push(self.stack.len());
+                }
+                b'.' => return self.pop(),
+                b'0' => drop(self.pop()?),
+                b'N' => self.push(Value::None)?,
+                0x88 => self.push(Value::Bool(true))?,
+                0x89 => self.push(Value::Bool(false))?,
+                b'J' => {
+                    let v = i32::from_le_bytes(self.array()?);
+                    self.push(Value::Int(v.into()))?;
+                }
+                b'K' => {
+                    let v = self.byte()?;
+                    self.push(Value::Int(v.into()))?;
+                }
+                b'M' => {
+                    let v = u16::from_le_bytes(self.array()?);
+                    self.push(Value::Int(v.into()))?;
+                }
+                0x8a => self.long1()?,
+                b'G' => {
+                    let v = f64::from_be_bytes(self.array()?);
+                    self.push(Value::Float(v))?;
+                }
+                b'X' => {
+                    let n = self.length_u32()?;
+                    self.text(n)?;
+                }
+                0x8c | b'U' => {
+                    let n = self.byte()?.into();
+                    self.text(n)?;
+                }
+                0x8d => {
+                    let n = self.length_u64()?;
+                    self.text(n)?;
+                }
+                b'T' => {
+                    let n = self.length_u32()?;
+                    self.text(n)?;
+                }
+                b'C' => {
+                    let n = self.byte()?.into();
+                    self.take(n)?;
+                    self.push(Value::Bytes)?;
+                }
+                b'B' => {
+                    let n = self.length_u32()?;
+                    self.take(n)?;
+                    self.push(Value::Bytes)?;
+                }
+                b')' => self.push(Value::Tuple(Vec::new()))?,
+                b']' => self.push(Value::List(Vec::new()))?,
+                b'}' => self.push(Value::Dict(Vec::new()))?,
+                b't' => {
+                    let items = self.pop_to_mark()?;
+                    self.push(Value::Tuple(items))?;
+                }
+                0x85..=0x87 => {
+                    let mut items = Vec::new();
+                    for _ in 0..opcode - 0x84 {
+                        items.push(self.pop()?);
+                    }
+                    items.reverse();
+                    self.push(Value::Tuple(items))?;
+                }
+                b'l' => {
+                    let items = self.pop_to_mark()?;
+                    self.push(Value::List(items))?;
+                }
+                b'd' => {
+                    let items = self.pop_to_mark()?;
+                    self.push(Value::Dict(Self::pairs(&items)?))?;
+                }
+                b'a' => {
+                    let item = self.pop()?;
+                    self.extend_list(vec![item])?;
+                }
+                b'e' => {
+                    let items = self.pop_to_mark()?;
+                    self.extend_list(items)?;
+                }
+                b's' => {
+                    let value = self.pop()?;
+                    let key = self.pop()?;
+                    self.extend_dict(vec![(key, value)])?;
+                }
+                b'u' => {
+                    let items = self.pop_to_mark()?;
+                    self.extend_dict(Self::pairs(&items)?)?;
+                }
+                b'q' => {
+                    let slot = self.byte()?.into();
+                    self.remember(slot)?;
+                }
+                b'r' => {
+                    let slot = self.length_u32()?;
+                    self.remember(slot)?;
+                }
+                0x94 => self.remember(self.memo.len())?,
+                b'h' => {
+                    let slot = self.byte()?.into();
+                    self.recall(slot)?;
+                }
+                b'j' => {
+                    let slot = self.length_u32()?;
+                    self.recall(slot)?;
+                }
+                b'c' => {
+                    let module = self.line()?;
+                    let name = self.line()?;
+                    self.global(module, name)?;
+                }
+                0x93 => {
+                    let name = self.pop()?;
+                    let module = self.pop()?;
+                    let (Value::Str(module), Value::Str(name)) = (self.value(module).clone(), self.value(name).clone())
+                    else {
+                        return malformed("STACK_GLOBAL without two strings");
+                    };
+                    self.global(&module, &name)?;
+                }
+                b'Q' => self.persistent()?,
+                b'R' => self.reduce()?,
+                b'b' => {
+                    // BUILD gives an OrderedDict its attributes (`_metadata`): no weights in it.
+                    self.pop()?;
+                    let target = self.top()?;
+                    if !matches!(self.value(target), Value::Dict(_)) {
+                        return malformed("BUILD on something that is no dictionary");
+                    }
+                }
+                other => return malformed(format!("pickle opcode {other:#04x} is none that a state dict needs")),
+            }
+        }
+    }
+
+    fn long1(&mut self) -> Result<()> {
+        let n = self.byte()?.into();
+        let bytes = self.take(n)?;
+        if n > 8 {
+            return malformed("an integer of more than 64 bits");
+        }
+        let negative = bytes.last().is_some_and(|b| b & 0x80 != 0);
+        let mut out = if negative { [0xff; 8] } else { [0; 8] };
+        out[..n].copy_from_slice(bytes);
+        self.push(Value::Int(i64::from_le_bytes(out)))
+    }
+
+    fn extend_list(&mut self, items: Vec<Id>) -> Result<()> {
+        let target = self.top()?;
+        match &mut self.values[target as usize] {
+            Value::List(list) => list.extend(items),
+            _ => return malformed("APPEND to something that is no list"),
+        }
+        Ok(())
+    }
+
+    fn extend_dict(&mut self, items: Vec<(Id, Id)>) -> Result<()> {
+        let target = self.top()?;
+        match &mut self.values[target as usize] {
+            Value::Dict(dict) => dict.extend(items),
+            _ => return malformed("SETITEM on something that is no dictionary"),
+        }
+        Ok(())
+    }
+
+    fn tuple(&self, id: Id) -> Result<&[Id]> {
+        match self.value(id) {
+            Value::Tuple(items) => Ok(items),
+            other => malformed(format!("a tuple expected, found {other:.40?}")),
+        }
+    }
+
+    fn natural(&self, id: Id) -> Result<u64> {
+        match self.value(id) {
+            Value::Int(v) if *v >= 0 => Ok(*v as u64),
+            other => malformed(format!("a size or stride expected, found {other:.40?}")),
+        }
+    }
+
+    fn naturals(&self, id: Id) -> Result<Vec<u64>> {
+        let items = self.tuple(id)?;
+        if items.len() > 8 {
+            return malformed("a tensor of more than eight dimensions");
+        }
+        items.iter().map(|&id| self.natural(id)).collect()
+    }
+
+    /// `BINPERSID`: torch's tuple ("storage", type, key, location, elements).
+    fn persistent(&mut self) -> Result<()> {
+        let id = self.pop()?;
+        let items = self.tuple(id)?;
+        let &[tag, kind, key, _location, elements, ..] = items else {
+            return malformed("a persistent id that is no storage");
+        };
+        let (Value::Str(tag), Value::Global(Global::Storage(dtype)), Value::Str(key)) =
+            (self.value(tag), self.value(kind), self.value(key))
+        else {
+            return malformed("a persistent id that is no storage of a known type");
+        };
+        if tag != "storage" || key.len() > MAX_KEY {
+            return malformed("a persistent id that is no storage");
+        }
+        let storage = StorageRef { key: key.clone(), dtype: *dtype, elements: self.natural(elements)? };
+        self.push(Value::Storage(storage))
+    }
+
+    fn reduce(&mut self) -> Result<()> {
+        let args = self.pop()?;
+        let callable = self.pop()?;
+        let &Value::Global(global) = self.value(callable) else {
+            return malformed("REDUCE of something that is not callable");
+        };
+        let args = self.tuple(args)?;
+        // The memo lets a short pickle name one long tuple many times over: never copy one unchecked.
+        if args.len() > MAX_ARGUMENTS {
+            return malformed(format!("{global:?} with {} arguments", args.len()));
+        }
+        let args = args.to_vec();
+        match global {
+            Global::OrderedDict if args.is_empty() => self.push(Value::Dict(Vec::new())),
+            Global::Size if args.len() == 1 => {
+                // A size is a tuple of numbers already.
+                self.naturals(args[0])?;
+                self.stack.push(args[0]);
+                Ok(())
+            }
+            Global::RebuildParameter if !args.is_empty() => {
+                let Value::Tensor(tensor) = self.value(args[0]).clone() else {
+                    return malformed("a parameter that is no tensor");
+                };
+                self.push(Value::Tensor(tensor))
+            }
+            Global::RebuildTensor if args.len() >= 4 => {
+                let Value::Storage(storage) = self.value(args[0]).clone() else {
+                    return malformed("a tensor without a storage");
+                };
+                let tensor = TensorRef {
+                    storage,
+                    offset: self.natural(args[1])?,
+                    shape: self.naturals(args[2])?,
+                    stride: self.naturals(args[3])?,
+                };
+                self.push(Value::Tensor(tensor))
+            }
+            other => malformed(format!("{other:?} with {} arguments", args.len())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nested_list_a_million_deep_is_refused_without_overflow() {
+        let mut bytes = vec![0x80, 2];
+        bytes.extend(std::iter::repeat_n(b']', 2_000_000));
+        assert!(matches!(read(&bytes), Err(Fault::Malformed(_))));
+        // 500,000 levels fit: each list is appended to the one below it.
+        let mut bytes = vec![0x80, 2];
+        bytes.extend(std::iter::repeat_n(b']', 500_000));
+        bytes.extend(std::iter::repeat_n(b'a', 499_999));
+        bytes.push(b'.');
+        assert!(read(&bytes).is_ok());
+    }
+
+    #[test]
+    fn a_list_that_holds_itself_is_harmless() {
+        let pickle = read(b"\x80\x02]q\x00h\x00a.").unwrap();
+        assert_eq!(pickle.get(pickle.root), &Value::List(vec![pickle.root]));
+    }
+
+    #[test]
+    fn globals_outside_the_list_are_named() {
+        assert_eq!(read(b"\x80\x02cposix\nsystem\n.").unwrap_err(), Fault::Forbidden("posix system".into()));
+        let stack_global = b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.";
+        assert_eq!(read(stack_global).unwrap_err(), Fault::Forbidden("builtins eval".into()));
+    }
+
+    #[test]
+    fn opcodes_that_build_instances_are_refused() {
+        for opcode in [b'o', b'i', 0x81, 0x92, b'P', 0x82] {
+            assert!(matches!(read(&[0x80, 2, opcode]), Err(Fault::Malformed(_))), "{opcode:#x}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400)) {
+            let _ = read(&bytes);
+        }
+    }
+}

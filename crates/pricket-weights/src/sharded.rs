@@ -1,0 +1,109 @@
+use std::collections::BTreeMap;
+use std::path::{Component, Path};
+
+use crate::{Bytes, Entry, Error, Result, Store, open_file};
+
+/// An index with more than this is no index of a checkpoint (a 30B one is 20 kB).
+const MAX_INDEX: u64 = 64 << 20;
+
+/// A checkpoint in several files, as `*.index.json` maps its tensors to them.
+pub struct Sharded {
+    index: String,
+    shards: Vec<Box<dyn Store>>,
+    /// Tensor to position in `shards`.
+    tensors: BTreeMap<String, usize>,
+}
+
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Sharded {
+    /// Reads the index and the header of every shard that it names.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a shard that is not a plain file name beside the index, [`Error::NotFound`] for one
+    /// that is not there, [`Error::Corrupt`] if the index names a tensor that its shard does not hold.
+    pub fn open(index: impl AsRef<Path>) -> Result<Self> {
+        let index = index.as_ref();
+        let io = |source| Error::Io { path: index.into(), source };
+        let corrupt = |what: String| Error::Corrupt { path: index.into(), what };
+        let size = std::fs::metadata(index).map_err(io)?.len();
+        if size > MAX_INDEX {
+            return Err(corrupt(format!("an index of {size} bytes is out of all proportion")));
+        }
+        let text = std::fs::read(index).map_err(io)?;
+        let map: Index = serde_json::from_slice(&text).map_err(|e| corrupt(format!("not a shard index: {e}")))?;
+        for file in map.weight_map.values() {
+            if !is_plain_file_name(file) {
+                return Err(Error::Refused {
+                    path: index.into(),
+                    what: format!("the shard name {file:?} is not a plain file name"),
+                });
+            }
+        }
+        let folder = index.parent().unwrap_or(Path::new("."));
+        let mut positions = BTreeMap::new();
+        let mut shards: Vec<Box<dyn Store>> = Vec::new();
+        let mut tensors = BTreeMap::new();
+        for (name, file) in &map.weight_map {
+            let position = match positions.get(file) {
+                Some(&position) => position,
+                None => {
+                    let path = folder.join(file);
+                    if !path.exists() {
+                        return Err(Error::NotFound {
+                            path,
+                            what: format!("the shard is named by {} but is not there", index.display()),
+                        });
+                    }
+                    shards.push(open_file(&path)?);
+                    positions.insert(file, shards.len() - 1);
+                    shards.len() - 1
+                }
+            };
+            if shards[position].entry(name).is_none() {
+                return Err(corrupt(format!("it says that {file} holds {name}, which it does not")));
+            }
+            tensors.insert(name.clone(), position);
+        }
+        Ok(Self { index: index.display().to_string(), shards, tensors })
+    }
+
+    fn shard(&self, name: &str) -> Option<&dyn Store> {
+        self.tensors.get(name).map(|&position| &*self.shards[position])
+    }
+}
+
+impl std::fmt::Debug for Sharded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sharded({}, {} shards, {} tensors)", self.index, self.shards.len(), self.tensors.len())
+    }
+}
+
+/// One component, nothing that any platform reads as a path.
+fn is_plain_file_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    let plain = matches!(components.next(), Some(Component::Normal(_))) && components.next().is_none();
+    plain && !name.contains(['/', '\\', ':', '\0'])
+}
+
+impl Store for Sharded {
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.shard(name)?.entry(name)
+    }
+
+    fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
+        let missing = || Error::Missing { origin: self.index.clone(), name: name.into() };
+        self.shard(name).ok_or_else(missing)?.bytes(name)
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.shard(name).map_or_else(|| self.index.clone(), |shard| shard.origin(name))
+    }
+}

@@ -1,0 +1,171 @@
+//! Stores without a file.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex};
+
+use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+
+/// Says yes to every name with the shape that the reader expects, holds no bytes, and remembers what was asked.
+///
+/// The real loading code run over this store counts a model's parameters, or estimates its memory, without a
+/// checkpoint.
+#[derive(Debug)]
+pub struct ShapesOnly {
+    dtype: Dtype,
+    asked: Mutex<BTreeMap<String, Vec<usize>>>,
+}
+
+impl ShapesOnly {
+    /// A store whose tensors would all be of `dtype`.
+    pub fn new(dtype: Dtype) -> Self {
+        Self { dtype, asked: Mutex::default() }
+    }
+
+    /// The number of elements of every tensor asked for so far.
+    pub fn elements(&self) -> u64 {
+        let asked = self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        asked.values().map(|shape| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+    }
+
+    /// Bytes that those tensors take in a file of this store's type.
+    pub fn bytes_on_file(&self) -> u64 {
+        self.elements() * self.dtype.size() as u64
+    }
+}
+
+impl Store for ShapesOnly {
+    fn names(&self) -> Vec<String> {
+        self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner).keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        let asked = self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        asked.get(name).map(|shape| Entry { shape: shape.clone(), dtype: self.dtype })
+    }
+
+    fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
+        let mut asked = self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        asked.insert(name.into(), shape.into());
+        Some(Entry { shape: shape.into(), dtype: self.dtype })
+    }
+
+    fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
+        Err(Error::Unsupported {
+            path: self.origin(name).into(),
+            what: format!("tensor {name} has a shape but no bytes"),
+        })
+    }
+
+    fn origin(&self, _: &str) -> String {
+        "shapes only".into()
+    }
+
+    fn shapes_only(&self) -> bool {
+        true
+    }
+}
+
+/// Reproducible random weights of whatever shape is asked for: a norm's weight is 1, everything else is normal with
+/// standard deviation 0.02, seeded by name. For measuring speed and memory at a published shape without its file.
+#[derive(Debug)]
+pub struct Random {
+    shapes: ShapesOnly,
+    seed: u64,
+}
+
+impl Random {
+    /// Weights stored as `dtype` (F32, F16 or BF16), the same for the same `seed`.
+    pub fn new(dtype: Dtype, seed: u64) -> Self {
+        Self { shapes: ShapesOnly::new(dtype), seed }
+    }
+}
+
+impl Store for Random {
+    fn names(&self) -> Vec<String> {
+        self.shapes.names()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.shapes.entry(name)
+    }
+
+    fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
+        self.shapes.expect(name, shape)
+    }
+
+    fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
+        let missing = || Error::Missing { origin: self.origin(name), name: name.into() };
+        let entry = self.entry(name).ok_or_else(missing)?;
+        let mut hasher = DefaultHasher::new();
+        (self.seed, name).hash(&mut hasher);
+        let mut state = hasher.finish() | 1;
+        let is_norm_weight = entry.shape.len() == 1 && name.ends_with("weight");
+        let mut next = || {
+            if is_norm_weight {
+                return 1.0;
+            }
+            // xorshift64*; the sum of its four 16-bit parts is close enough to a normal for a speed test.
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            let bits = state.wrapping_mul(0x2545_F491_4F6C_DD1D);
+            let sum: u64 = (0..4).map(|i| (bits >> (16 * i)) & 0xffff).sum();
+            (sum as f32 / 65535.0 - 2.0) * (0.02 * 3f32.sqrt())
+        };
+        let n = entry.elements();
+        Ok(match entry.dtype {
+            Dtype::F32 => (0..n).flat_map(|_| next().to_le_bytes()).collect::<Vec<u8>>(),
+            Dtype::F16 => (0..n).flat_map(|_| half::f16::from_f32(next()).to_le_bytes()).collect(),
+            Dtype::BF16 => (0..n).flat_map(|_| half::bf16::from_f32(next()).to_le_bytes()).collect(),
+            other => {
+                return Err(Error::Unsupported {
+                    path: self.origin(name).into(),
+                    what: format!("random weights are F32, F16 or BF16, not {other}"),
+                });
+            }
+        }
+        .into())
+    }
+
+    fn origin(&self, _: &str) -> String {
+        "random weights".into()
+    }
+}
+
+/// Another store without its bytes: running the loading code over it checks every name, type and shape, and sums up the
+/// memory, before a byte is read.
+pub struct Headers(Arc<dyn Store>);
+
+impl Headers {
+    /// The headers of `store`.
+    pub fn of(store: Arc<dyn Store>) -> Self {
+        Self(store)
+    }
+}
+
+impl Store for Headers {
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.0.entry(name)
+    }
+
+    fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
+        self.0.expect(name, shape)
+    }
+
+    fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
+        self.0.bytes(name)
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.0.origin(name)
+    }
+
+    fn shapes_only(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,250 @@
+use std::collections::BTreeMap;
+use std::io::Cursor;
+use std::path::Path;
+
+use crate::mapped::Mapped;
+use crate::pickle::{self, Fault, Id, Pickle, TensorRef, Value};
+use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+
+/// The largest `data.pkl` that is read: that of a 20B checkpoint is below 200 kB.
+const MAX_PICKLE: u64 = 32 << 20;
+
+/// One PyTorch checkpoint in the zip format (1.6 and later), memory-mapped.
+///
+/// The zip is stored, not compressed, so a storage is a range of the file and a contiguous tensor a range of that.
+#[derive(Debug)]
+pub struct TorchFile {
+    file: Mapped,
+    tensors: BTreeMap<String, View>,
+}
+
+/// A tensor as a strided view of bytes of the file, checked to lie inside it.
+#[derive(Debug)]
+struct View {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    stride: Vec<usize>,
+    /// Byte offset of the first element.
+    start: usize,
+}
+
+impl View {
+    fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        for (&n, &stride) in self.shape.iter().zip(&self.stride).rev() {
+            if n != 1 && stride != expected {
+                return false;
+            }
+            expected *= n.max(1);
+        }
+        true
+    }
+}
+
+impl TorchFile {
+    /// Reads the pickle of `path`, not the storages.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the pickle names anything but tensors and containers, [`Error::Corrupt`] if a tensor
+    /// does not fit its storage or a storage its file, [`Error::Unsupported`] for `TorchScript` archives.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = Mapped::open(path)?;
+        let tensors = read_tensors(&file)?;
+        Ok(Self { file, tensors })
+    }
+}
+
+fn corrupt(file: &Mapped, what: impl Into<String>) -> Error {
+    Error::Corrupt { path: file.path().into(), what: what.into() }
+}
+
+fn read_tensors(file: &Mapped) -> Result<BTreeMap<String, View>> {
+    let archive = Archive::open(file)?;
+    let pickle = pickle::read(archive.pickle()?).map_err(|fault| match fault {
+        Fault::Forbidden(global) => Error::Refused {
+            path: file.path().into(),
+            what: format!("the pickle names the global {global:?}, which is neither a tensor nor a container; nothing was executed"),
+        },
+        Fault::Malformed(what) => corrupt(file, format!("not a state dict: {what}")),
+    })?;
+    let mut tensors = BTreeMap::new();
+    for (name, tensor) in state_dict(&pickle).ok_or_else(|| corrupt(file, "the pickle holds no state dict"))? {
+        tensors.insert(name.to_owned(), archive.view(name, tensor)?);
+    }
+    Ok(tensors)
+}
+
+/// The tensors of the dictionary, or of the one it keeps under the key that training code uses.
+fn state_dict(pickle: &Pickle) -> Option<Vec<(&str, &TensorRef)>> {
+    let top = named(pickle, pickle.root)?;
+    let found = tensors(pickle, &top);
+    if !found.is_empty() {
+        return Some(found);
+    }
+    let &(_, inner) = top.iter().find(|(name, _)| ["state_dict", "model", "module"].contains(name))?;
+    Some(tensors(pickle, &named(pickle, inner)?)).filter(|found| !found.is_empty())
+}
+
+/// The entries of a dictionary that have a string for a key.
+fn named(pickle: &Pickle, id: Id) -> Option<Vec<(&str, Id)>> {
+    let Value::Dict(pairs) = pickle.get(id) else { return None };
+    let name = |id| if let Value::Str(text) = pickle.get(id) { Some(text.as_str()) } else { None };
+    Some(pairs.iter().filter_map(|&(key, value)| Some((name(key)?, value))).collect())
+}
+
+fn tensors<'a>(pickle: &'a Pickle, items: &[(&'a str, Id)]) -> Vec<(&'a str, &'a TensorRef)> {
+    let tensor = |id| if let Value::Tensor(tensor) = pickle.get(id) { Some(tensor) } else { None };
+    items.iter().filter_map(|&(name, id)| Some((name, tensor(id)?))).collect()
+}
+
+struct Archive<'a> {
+    file: &'a Mapped,
+    /// Name without the leading folder, and the range of the file it takes.
+    entries: BTreeMap<String, (usize, usize)>,
+}
+
+impl<'a> Archive<'a> {
+    fn open(file: &'a Mapped) -> Result<Self> {
+        let bad = |e: zip::result::ZipError| corrupt(file, format!("not a readable PyTorch zip file: {e}"));
+        let bytes: &[u8] = file;
+        let mut zip = zip::ZipArchive::new(Cursor::new(bytes)).map_err(bad)?;
+        let mut entries = BTreeMap::new();
+        for index in 0..zip.len() {
+            let entry = zip.by_index_raw(index).map_err(bad)?;
+            let full = entry.name().map_err(bad)?;
+            let name = full.split_once('/').map_or(&*full, |(_, rest)| rest).to_owned();
+            if entry.compression() != zip::CompressionMethod::Stored {
+                return Err(corrupt(file, format!("zip entry {name} is compressed; PyTorch stores its entries plain")));
+            }
+            let start = entry.data_start().unwrap_or(u64::MAX);
+            let size = entry.size();
+            if start.checked_add(size).is_none_or(|end| end > bytes.len() as u64) {
+                return Err(corrupt(file, format!("zip entry {name} claims {size} bytes and the file is shorter")));
+            }
+            entries.insert(name, (start as usize, size as usize));
+        }
+        if entries.contains_key("constants.pkl") {
+            return Err(Error::Unsupported {
+                path: file.path().into(),
+                what: "a TorchScript archive holds a program, not a state dict".into(),
+            });
+        }
+        let archive = Self { file, entries };
+        if archive.bytes("byteorder").is_some_and(|order| order == b"big") {
+            return Err(Error::Unsupported { path: file.path().into(), what: "the file is big-endian".into() });
+        }
+        Ok(archive)
+    }
+
+    fn bytes(&self, name: &str) -> Option<&'a [u8]> {
+        let &(start, size) = self.entries.get(name)?;
+        self.file.range(start, size)
+    }
+
+    fn pickle(&self) -> Result<&'a [u8]> {
+        let pickle = self
+            .bytes("data.pkl")
+            .ok_or_else(|| corrupt(self.file, "the zip holds no data.pkl, so it is no PyTorch checkpoint"))?;
+        if pickle.len() as u64 > MAX_PICKLE {
+            return Err(corrupt(
+                self.file,
+                format!("data.pkl is {} bytes long; a state dict needs less than {MAX_PICKLE}", pickle.len()),
+            ));
+        }
+        Ok(pickle)
+    }
+
+    /// Checks a tensor against its storage and the storage against the archive.
+    fn view(&self, name: &str, tensor: &TensorRef) -> Result<View> {
+        let bad = |what: String| corrupt(self.file, format!("tensor {name}: {what}"));
+        let storage = &tensor.storage;
+        let (start, size) = *self
+            .entries
+            .get(&format!("data/{}", storage.key))
+            .ok_or_else(|| bad(format!("its storage {:?} is not in the file", storage.key)))?;
+        let width = storage.dtype.size() as u64;
+        if storage.elements.checked_mul(width) != Some(size as u64) {
+            return Err(bad(format!(
+                "its storage claims {} elements of {width} bytes, the file holds {size} bytes",
+                storage.elements
+            )));
+        }
+        if tensor.shape.len() != tensor.stride.len() {
+            return Err(bad(format!("shape {:?} and stride {:?} differ in length", tensor.shape, tensor.stride)));
+        }
+        let elements = tensor.shape.iter().try_fold(1u64, |product, &n| product.checked_mul(n));
+        let Some(elements) = elements.filter(|&n| n <= storage.elements) else {
+            return Err(bad(format!(
+                "shape {:?} has more elements than its storage of {}; such a view is not read",
+                tensor.shape, storage.elements
+            )));
+        };
+        if elements > 0 {
+            let last = tensor
+                .shape
+                .iter()
+                .zip(&tensor.stride)
+                .try_fold(tensor.offset, |last, (&n, &stride)| last.checked_add((n - 1).checked_mul(stride)?));
+            if last.is_none_or(|last| last >= storage.elements) {
+                return Err(bad(format!(
+                    "offset {} with shape {:?} and stride {:?} leaves its storage of {} elements",
+                    tensor.offset, tensor.shape, tensor.stride, storage.elements
+                )));
+            }
+        }
+        let first = if elements > 0 { tensor.offset * width } else { 0 };
+        let to_usize = |values: &[u64]| values.iter().map(|&v| v as usize).collect();
+        Ok(View {
+            dtype: storage.dtype,
+            shape: to_usize(&tensor.shape),
+            stride: to_usize(&tensor.stride),
+            start: start + first as usize,
+        })
+    }
+}
+
+impl Store for TorchFile {
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        let view = self.tensors.get(name)?;
+        Some(Entry { shape: view.shape.clone(), dtype: view.dtype })
+    }
+
+    fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
+        let view =
+            self.tensors.get(name).ok_or_else(|| Error::Missing { origin: self.origin(name), name: name.into() })?;
+        let width = view.dtype.size();
+        let elements = view.elements();
+        if view.is_contiguous() {
+            return Ok(Bytes::mapped(&self.file, view.start, elements * width));
+        }
+        // A transposed or sliced view: gathered element by element, in row-major order.
+        let mut out = Vec::with_capacity(elements * width);
+        let mut index = vec![0; view.shape.len()];
+        for _ in 0..elements {
+            let at: usize = index.iter().zip(&view.stride).map(|(i, stride)| i * stride).sum();
+            let start = view.start + at * width;
+            out.extend_from_slice(&self.file[start..start + width]);
+            for (i, &n) in index.iter_mut().zip(&view.shape).rev() {
+                *i += 1;
+                if *i < n {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+        Ok(out.into())
+    }
+
+    fn origin(&self, _: &str) -> String {
+        self.file.path().display().to_string()
+    }
+}

@@ -1,0 +1,121 @@
+use std::path::PathBuf;
+
+/// Everything that can go wrong, as a caller would tell it apart.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Nothing is there: a path, a revision, a tokenizer.
+    #[error("{}: {what}", path.display())]
+    NotFound {
+        /// Where we looked.
+        path: PathBuf,
+        /// What was looked for.
+        what: String,
+    },
+    /// A configuration that asks for something impossible or not implemented.
+    #[error("{}: {key}: {what}", path.display())]
+    Refused {
+        /// The config.json.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// Weights that are damaged, missing, or of another shape than the configuration implies.
+    #[error(transparent)]
+    Weights(pricket_weights::Error),
+    /// The tokenizer file, or a text that it cannot take.
+    #[error("{origin}: {what}")]
+    Tokenizer {
+        /// The file.
+        origin: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A device that is not there or was not built in.
+    #[error("{0}")]
+    Device(String),
+    /// The model does not fit in the memory that is free.
+    #[error(
+        "{what} needs about {} of memory, {} is free; load a smaller type, or allow it explicitly",
+        gib(*needed),
+        gib(*available)
+    )]
+    OutOfMemory {
+        /// What was to be loaded.
+        what: String,
+        /// Bytes estimated.
+        needed: u64,
+        /// Bytes free.
+        available: u64,
+    },
+    /// More positions than the model was trained for.
+    #[error("{asked} positions asked for, the model was trained for {limit}; allow it explicitly to go beyond")]
+    ContextExceeded {
+        /// Positions that the call would reach.
+        asked: usize,
+        /// `max_position_embeddings`.
+        limit: usize,
+    },
+    /// The model's numbers overflowed.
+    #[error("{message}")]
+    NonFinite {
+        /// The first layer that did, if it was one.
+        layer: Option<usize>,
+        /// The whole story.
+        message: String,
+    },
+    /// A [`crate::Progress`] asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+    /// An argument out of range.
+    #[error("{0}")]
+    Input(String),
+    /// An operation on tensors.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+fn gib(bytes: u64) -> String {
+    let gib = bytes as f64 / f64::from(1u32 << 30);
+    if gib >= 0.1 { format!("{gib:.1} GiB") } else { format!("{:.1} MiB", gib * 1024.0) }
+}
+
+impl From<pricket_weights::Error> for Error {
+    fn from(e: pricket_weights::Error) -> Self {
+        match e {
+            pricket_weights::Error::NotFound { path, what } => Error::NotFound { path, what },
+            other => Error::Weights(other),
+        }
+    }
+}
+
+impl From<pricket_nn::Error> for Error {
+    fn from(e: pricket_nn::Error) -> Self {
+        use pricket_nn::Error as Nn;
+        match e {
+            Nn::Weights(e) => e.into(),
+            Nn::Candle(e) => Error::Tensor(e),
+            Nn::Config { key, what } => Error::Refused { path: "config.json".into(), key, what },
+            Nn::ContextExceeded { asked, limit } => Error::ContextExceeded { asked, limit },
+            Nn::Cancelled => Error::Cancelled,
+            other => Error::Input(other.to_string()),
+        }
+    }
+}
+
+impl From<pricket_lm::Error> for Error {
+    fn from(e: pricket_lm::Error) -> Self {
+        use pricket_lm::Error as Lm;
+        match e {
+            Lm::Nn(e) => e.into(),
+            Lm::Tokenizer { origin, what } => Error::Tokenizer { origin, what },
+            Lm::NonFinite { layer, .. } => Error::NonFinite { layer, message: e.to_string() },
+            other => Error::Input(other.to_string()),
+        }
+    }
+}
+
+/// `Result` with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

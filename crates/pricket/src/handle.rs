@@ -1,0 +1,328 @@
+use std::sync::Arc;
+
+use pricket_lm::{Finish, Generation, Request, Sampling, TextStream, Tokenizer, token_logprobs};
+use pricket_nn::{CausalLm, ModelInfo, Parameter};
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// A loaded model: text in, text out. Cheap to clone, owned, and safe to share between threads.
+#[derive(Clone)]
+pub struct Pricket {
+    parts: Arc<Parts>,
+}
+
+pub(crate) struct Parts {
+    pub(crate) model: Arc<dyn CausalLm>,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) config: Value,
+    pub(crate) eos: Vec<u32>,
+    pub(crate) parameters: Vec<Parameter>,
+    pub(crate) warnings: Vec<String>,
+}
+
+impl std::fmt::Debug for Pricket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let info = self.info();
+        write!(f, "Pricket({}, {} layers of {}, {} weights)", info.family, info.layers, info.d_model, info.parameters)
+    }
+}
+
+/// How to continue a prompt.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// New tokens at most.
+    pub max_tokens: usize,
+    /// How tokens are chosen; greedy by default.
+    pub sampling: Sampling,
+    /// Where the random numbers begin. Every row of a batch begins here, so that it gives the text it gives alone.
+    pub seed: u64,
+    /// Strings that end the text; they are not part of it.
+    pub stop: Vec<String>,
+    /// Whether the model's end token ends the text.
+    pub stop_at_eos: bool,
+    /// Allows positions beyond the length that the model was trained for.
+    pub beyond_trained_length: bool,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_tokens: 128,
+            sampling: Sampling::greedy(),
+            seed: 0,
+            stop: Vec::new(),
+            stop_at_eos: true,
+            beyond_trained_length: false,
+        }
+    }
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FinishReason {
+    /// The model wrote its end token.
+    Eos,
+    /// One of [`GenerateOptions::stop`] came up.
+    Stop,
+    /// [`GenerateOptions::max_tokens`] were written.
+    Length,
+    /// The model's context is full.
+    Context,
+}
+
+/// A continued prompt.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The continuation, without prompt, stop string and special tokens.
+    pub text: String,
+    /// Its tokens, end token included.
+    pub ids: Vec<u32>,
+    /// The log-probability of each under the model.
+    pub logprobs: Vec<f32>,
+    /// The prompt's tokens.
+    pub prompt_ids: Vec<u32>,
+    /// Why it ended.
+    pub finish: FinishReason,
+}
+
+/// A token of a text and how likely the model thought it.
+#[derive(Clone, Debug)]
+pub struct ScoredToken {
+    /// The token.
+    pub id: u32,
+    /// Its text; a part of a character is U+FFFD.
+    pub text: String,
+    /// Natural logarithm of its probability given everything before it.
+    pub logprob: f32,
+    /// Whether no token was more likely.
+    pub is_greedy: bool,
+}
+
+impl Pricket {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self { parts: Arc::new(parts) }
+    }
+
+    /// What the model is.
+    pub fn info(&self) -> &ModelInfo {
+        self.parts.model.info()
+    }
+
+    /// The model itself, for everything that is not text.
+    pub fn model(&self) -> Arc<dyn CausalLm> {
+        Arc::clone(&self.parts.model)
+    }
+
+    /// The config.json it was loaded by.
+    pub fn config(&self) -> &Value {
+        &self.parts.config
+    }
+
+    /// The model's end tokens.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.parts.eos
+    }
+
+    /// The variables, if it was loaded with [`crate::Loader::train`].
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parts.parameters
+    }
+
+    /// What a careful user should know about this checkpoint.
+    pub fn warnings(&self) -> &[String] {
+        &self.parts.warnings
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the checkpoint came without one.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = || Error::Tokenizer {
+            origin: "tokenizer.json".into(),
+            what: "the checkpoint has none; give one to read or write text".into(),
+        };
+        self.parts.tokenizer.as_ref().ok_or_else(missing)
+    }
+
+    /// Text to ids.
+    ///
+    /// # Errors
+    /// As [`Pricket::tokenizer`].
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.tokenizer()?.encode(text)?)
+    }
+
+    /// Ids to text, special tokens included.
+    ///
+    /// # Errors
+    /// As [`Pricket::tokenizer`].
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        Ok(self.tokenizer()?.decode(ids))
+    }
+
+    /// Continues `prompt`.
+    ///
+    /// # Errors
+    /// [`Error::ContextExceeded`] for a prompt longer than the model can read, [`Error::NonFinite`] if it overflows.
+    pub fn generate(&self, prompt: &str, options: &GenerateOptions) -> Result<Completion> {
+        let mut stream = self.stream(prompt, options)?;
+        while stream.advance()?.is_some() {}
+        Ok(stream.into_completion())
+    }
+
+    /// Continues several prompts at once; each gives the text that it gives alone.
+    ///
+    /// # Errors
+    /// As [`Pricket::generate`].
+    pub fn generate_batch(&self, prompts: &[&str], options: &GenerateOptions) -> Result<Vec<Completion>> {
+        let mut batch = Batch::new(self, prompts, options)?;
+        while batch.step()?.is_some() {}
+        Ok(batch.rows.into_iter().map(|row| row.completion).collect())
+    }
+
+    /// Continues `prompt`, giving text as it is written. Nothing is computed before the first `next`.
+    ///
+    /// # Errors
+    /// As [`Pricket::generate`].
+    pub fn stream(&self, prompt: &str, options: &GenerateOptions) -> Result<Stream> {
+        Ok(Stream { batch: Batch::new(self, &[prompt], options)? })
+    }
+
+    /// The log-probability of each token of `text` but the first.
+    ///
+    /// # Errors
+    /// [`Error::ContextExceeded`] if the text is longer than the model can read.
+    pub fn logprobs(&self, text: &str) -> Result<Vec<ScoredToken>> {
+        let tokenizer = self.tokenizer()?;
+        let scored = token_logprobs(&*self.parts.model, &tokenizer.encode(text)?)?;
+        let token = |t: pricket_lm::TokenLogprob| ScoredToken {
+            id: t.id,
+            text: tokenizer.decode(&[t.id]),
+            logprob: t.logprob,
+            is_greedy: t.is_greedy,
+        };
+        Ok(scored.into_iter().map(token).collect())
+    }
+
+    /// The request that continues `ids` under `options`, stop strings left to the caller.
+    fn request(&self, ids: Vec<u32>, options: &GenerateOptions) -> Request {
+        Request {
+            ids,
+            max_tokens: options.max_tokens,
+            sampling: options.sampling.clone(),
+            seed: options.seed,
+            eos: if options.stop_at_eos { self.parts.eos.clone() } else { Vec::new() },
+            vocab: self.parts.tokenizer.as_ref().map(Tokenizer::vocab_size),
+            beyond_trained_length: options.beyond_trained_length,
+        }
+    }
+
+    /// Continues prompts of ids, for models without a tokenizer.
+    ///
+    /// # Errors
+    /// As [`Pricket::generate`].
+    pub fn generation(&self, prompts: Vec<Vec<u32>>, options: &GenerateOptions) -> Result<Generation> {
+        let requests = prompts.into_iter().map(|ids| self.request(ids, options)).collect();
+        Ok(Generation::new(self.model(), requests)?)
+    }
+}
+
+/// A batch of texts being written.
+#[derive(Debug)]
+struct Batch {
+    generation: Generation,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug)]
+struct Row {
+    text: TextStream,
+    completion: Completion,
+}
+
+impl Batch {
+    fn new(pricket: &Pricket, prompts: &[&str], options: &GenerateOptions) -> Result<Self> {
+        let tokenizer = pricket.tokenizer()?;
+        let mut rows = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let mut prompt_ids = tokenizer.encode(prompt)?;
+            if prompt_ids.is_empty() {
+                // An empty prompt is the beginning of a document.
+                let begin = pricket.parts.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+                prompt_ids.push(begin.or(pricket.parts.eos.first().copied()).unwrap_or(0));
+            }
+            let completion = Completion {
+                text: String::new(),
+                ids: Vec::new(),
+                logprobs: Vec::new(),
+                prompt_ids,
+                finish: FinishReason::Length,
+            };
+            rows.push(Row { text: TextStream::new(tokenizer, &options.stop), completion });
+        }
+        let prompts = rows.iter().map(|row| row.completion.prompt_ids.clone()).collect();
+        Ok(Self { generation: pricket.generation(prompts, options)?, rows })
+    }
+
+    /// One token a row; gives the text that became certain, by row.
+    fn step(&mut self) -> Result<Option<Vec<(usize, String)>>> {
+        let Some(tokens) = self.generation.step()? else { return Ok(None) };
+        let mut out = Vec::with_capacity(tokens.len());
+        for token in tokens {
+            let Row { text, completion } = &mut self.rows[token.row];
+            completion.ids.push(token.id);
+            completion.logprobs.push(token.logprob);
+            let mut new = text.push(token.id);
+            let finish = if text.stopped() {
+                self.generation.stop(token.row);
+                Some(FinishReason::Stop)
+            } else {
+                token.finish.map(|finish| match finish {
+                    Finish::Eos => FinishReason::Eos,
+                    Finish::Context => FinishReason::Context,
+                    _ => FinishReason::Length,
+                })
+            };
+            if let Some(finish) = finish {
+                new.push_str(&text.finish());
+                completion.finish = finish;
+            }
+            completion.text.push_str(&new);
+            out.push((token.row, new));
+        }
+        Ok(Some(out))
+    }
+}
+
+/// Text as it is written: an iterator over pieces, never half a character, none of them a part of a stop string.
+#[derive(Debug)]
+pub struct Stream {
+    batch: Batch,
+}
+
+impl Stream {
+    fn advance(&mut self) -> Result<Option<String>> {
+        Ok(self.batch.step()?.map(|mut pieces| pieces.pop().map_or_else(String::new, |(_, text)| text)))
+    }
+
+    /// What has been written so far.
+    pub fn completion(&self) -> &Completion {
+        &self.batch.rows[0].completion
+    }
+
+    /// What was written.
+    pub fn into_completion(mut self) -> Completion {
+        self.batch.rows.swap_remove(0).completion
+    }
+}
+
+impl Iterator for Stream {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.advance().transpose()
+    }
+}

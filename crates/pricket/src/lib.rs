@@ -1,0 +1,51 @@
+//! pricket: a Candle-based model zoo for the open decoder families that research still stands on.
+//!
+//! [`load`] gives a [`Pricket`]: an owned handle with text in and text out, cheap to clone. What lies below it is public
+//! too: [`Pricket::model`] is a [`CausalLm`], a residual stream that can be scored, probed and patched step by step.
+//!
+//! ```
+//! use pricket::{GenerateOptions, Sampling};
+//!
+//! let pricket = pricket::tiny()?; // or pricket::load("path/to/pythia-410m")?
+//! let options = GenerateOptions {
+//!     max_tokens: 24,
+//!     sampling: Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::default() },
+//!     seed: 7,
+//!     ..Default::default()
+//! };
+//! for piece in pricket.stream("My fellow citizens,", &options)? {
+//!     print!("{}", piece?);
+//! }
+//! let scored = pricket.logprobs("The Congress of the United States")?;
+//! assert!(scored.last().unwrap().logprob > -0.5, "States follows United");
+//! # Ok::<(), pricket::Error>(())
+//! ```
+//!
+//! No code of a repository is ever executed, nothing is guessed from a file's name, and a bad file gives an
+//! [`Error`] that names it.
+
+mod device;
+mod error;
+mod family;
+mod handle;
+mod load;
+mod memory;
+
+pub use candle_core as candle;
+
+pub use device::device;
+pub use error::{Error, Result};
+pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
+pub use load::{Loader, Precision, load, tiny};
+pub use memory::{Estimate, estimate};
+
+pub use pricket_lm::{self as lm, Sampling, Tokenizer};
+pub use pricket_nn::{
+    self as nn, Cache, CausalLm, Context, ModelInfo, Parameter, Progress, Recording, Silent, Site, Taps,
+};
+pub use pricket_weights::{self as weights, Dtype};
+
+/// What a program or a notebook mostly needs.
+pub mod prelude {
+    pub use crate::{CausalLm, Context, GenerateOptions, Loader, Pricket, Sampling, Site, Taps, load, tiny};
+}

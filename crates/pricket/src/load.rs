@@ -1,0 +1,422 @@
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use pricket_lm::Tokenizer;
+use pricket_nn::{CausalLm, Context, ModelInfo, Policy, Progress, Silent, Weights};
+use pricket_weights::{Headers, SafetensorsFile, Store};
+use serde_json::Value;
+
+use crate::family::Family;
+use crate::handle::Parts;
+use crate::memory::{self, Estimate};
+use crate::{Error, Pricket, Result};
+
+/// The checkpoint that is compiled into the program.
+mod tiny {
+    pub(super) static CONFIG: &[u8] = include_bytes!("../../../models/tiny/config.json");
+    pub(super) static TOKENIZER: &[u8] = include_bytes!("../../../models/tiny/tokenizer.json");
+    pub(super) static WEIGHTS: &[u8] = include_bytes!("../../../models/tiny/model.safetensors");
+}
+
+/// A config.json is a kilobyte.
+const MAX_JSON: u64 = 16 << 20;
+
+/// Loads a model with the default settings: weights as stored, on the CPU, a thread for each physical core.
+///
+/// `path` is a directory in Hub layout, or a weight file with its config.json beside it. `DIRECTORY@REVISION` is the
+/// directory `revisions/REVISION` in it, as `models/tiny@step64`.
+///
+/// # Errors
+/// One that names the file and what is wrong with it; see [`Error`].
+pub fn load(path: impl AsRef<Path>) -> Result<Pricket> {
+    Loader::new(path).load()
+}
+
+/// The model that comes with pricket: 1.3 million weights that write English of a kind. Needs no file and no network.
+///
+/// ```
+/// let pricket = pricket::tiny()?;
+/// let text = pricket.generate("The people of the United", &Default::default())?.text;
+/// assert!(text.starts_with(" States"));
+/// # Ok::<(), pricket::Error>(())
+/// ```
+///
+/// # Errors
+/// Only if the machine cannot make threads.
+pub fn tiny() -> Result<Pricket> {
+    Loader::tiny().load()
+}
+
+/// Types that the weights can be loaded as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Precision {
+    /// As stored on the CPU, bf16 on a GPU.
+    #[default]
+    Auto,
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    BF16,
+    /// IEEE half. Pythia-70m and RedPajama-INCITE overflow in it on a GPU.
+    F16,
+}
+
+impl std::str::FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Precision::Auto),
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::BF16),
+            "f16" => Ok(Precision::F16),
+            _ => Err(Error::Input(format!("{name:?} is no precision; use auto, f32, bf16 or f16"))),
+        }
+    }
+}
+
+/// How to load a model. Every setting has a default.
+///
+/// ```no_run
+/// use pricket::{Loader, Precision};
+/// let pricket = Loader::new("models/pythia-410m").precision(Precision::F32).threads(4).load()?;
+/// # Ok::<(), pricket::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Loader {
+    source: Source,
+    device: Device,
+    precision: Precision,
+    threads: Option<usize>,
+    tokenizer: Option<PathBuf>,
+    progress: Arc<dyn Progress>,
+    train: bool,
+    any_memory: bool,
+}
+
+#[derive(Clone)]
+enum Source {
+    Path(PathBuf),
+    Embedded,
+    Store { config: Value, store: Arc<dyn Store> },
+}
+
+impl std::fmt::Debug for Loader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Loader({}, {:?}, {:?})", self.source.name(), self.device, self.precision)
+    }
+}
+
+impl Source {
+    fn name(&self) -> String {
+        match self {
+            Source::Path(path) => path.display().to_string(),
+            Source::Embedded => "the embedded model".into(),
+            Source::Store { .. } => "the model".into(),
+        }
+    }
+}
+
+impl Loader {
+    /// Loads from `path`, as [`load`] reads it.
+    pub fn new(path: impl AsRef<Path>) -> Self {
+        Self::from_source(Source::Path(path.as_ref().to_owned()))
+    }
+
+    /// Loads the embedded model.
+    pub fn tiny() -> Self {
+        Self::from_source(Source::Embedded)
+    }
+
+    /// Loads the model that `config` describes from any store, without a tokenizer: random weights, say.
+    pub fn from_store(config: Value, store: Arc<dyn Store>) -> Self {
+        Self::from_source(Source::Store { config, store })
+    }
+
+    fn from_source(source: Source) -> Self {
+        Self {
+            source,
+            device: Device::Cpu,
+            precision: Precision::Auto,
+            threads: None,
+            tokenizer: None,
+            progress: Arc::new(Silent),
+            train: false,
+            any_memory: false,
+        }
+    }
+
+    /// Where to compute; see [`crate::device`].
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// The type of the weights.
+    #[must_use]
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// CPU threads; physical cores by default.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// A tokenizer.json to use instead of the repository's.
+    #[must_use]
+    pub fn tokenizer(mut self, path: impl AsRef<Path>) -> Self {
+        self.tokenizer = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// Reports bytes loaded, and can cancel.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = progress;
+        self
+    }
+
+    /// Loads every weight as an f32 variable that collects gradients; see [`Pricket::parameters`].
+    #[must_use]
+    pub fn train(mut self) -> Self {
+        self.train = true;
+        self
+    }
+
+    /// Does not look at free memory before loading.
+    #[must_use]
+    pub fn allow_any_memory(mut self) -> Self {
+        self.any_memory = true;
+        self
+    }
+
+    /// Loads it. Headers, names, shapes and memory are checked before a weight is read.
+    ///
+    /// # Errors
+    /// One that names the file and what is wrong with it; see [`Error`].
+    pub fn load(self) -> Result<Pricket> {
+        let opened = self.open()?;
+        let refused = |e: pricket_nn::Error| match e {
+            pricket_nn::Error::Config { key, what } => Error::Refused { path: opened.config_path.clone(), key, what },
+            other => other.into(),
+        };
+        let family = Family::from_config(&opened.config).map_err(refused)?;
+        let policy = match (self.train, self.precision, self.device.is_cpu()) {
+            (true, ..) => Policy::Train,
+            (_, Precision::Auto, true) => Policy::Stored,
+            (_, Precision::F32, _) => Policy::Cast(DType::F32),
+            (_, Precision::F16, _) => Policy::Cast(DType::F16),
+            (_, Precision::BF16, _) | (_, Precision::Auto, false) => Policy::Cast(DType::BF16),
+        };
+        let headers =
+            Weights::new(Arc::new(Headers::of(Arc::clone(&opened.store))), family.names(), &Device::Cpu, policy);
+        let dry = family.load(&headers).map_err(refused)?;
+        if self.device.is_cpu() && !self.any_memory {
+            memory::check(&self.source.name(), &Estimate::of(dry.info().clone(), 512))?;
+        }
+        let pool = pool(self.threads)?;
+        let progress = &self.progress;
+        progress.begin(&format!("loading {}", self.source.name()), headers.bytes_read(), "bytes");
+        let weights = Weights::with_progress(opened.store, family.names(), &self.device, policy, Arc::clone(progress));
+        let model = pool.install(|| family.load(&weights));
+        progress.end();
+        let model = model.map_err(refused)?;
+        let unused = weights.unused();
+        let mut warnings = Vec::new();
+        if let Some(first) = unused.first() {
+            warnings.push(format!(
+                "{} tensors of the checkpoint are not used by this configuration ({first}, ...)",
+                unused.len()
+            ));
+        }
+        Ok(Pricket::new(Parts {
+            model: Arc::new(Pooled { model, pool }),
+            tokenizer: opened.tokenizer,
+            eos: eos_ids(&opened.config, opened.generation_config.as_ref()),
+            config: opened.config,
+            parameters: weights.parameters(),
+            warnings,
+        }))
+    }
+
+    fn open(&self) -> Result<Opened> {
+        let given = self.tokenizer.as_ref().map(Tokenizer::from_file).transpose()?;
+        match &self.source {
+            Source::Embedded => {
+                let name = |file: &str| PathBuf::from(format!("models/tiny/{file} (embedded)"));
+                let tokenizer = match given {
+                    Some(tokenizer) => tokenizer,
+                    None => Tokenizer::from_bytes(tiny::TOKENIZER, name("tokenizer.json").display().to_string())?,
+                };
+                Ok(Opened {
+                    config: parse_json(&name("config.json"), tiny::CONFIG)?,
+                    config_path: name("config.json"),
+                    generation_config: None,
+                    tokenizer: Some(tokenizer),
+                    store: Arc::new(SafetensorsFile::embedded(tiny::WEIGHTS)?),
+                })
+            }
+            Source::Store { config, store } => Ok(Opened {
+                config: config.clone(),
+                config_path: "config".into(),
+                generation_config: None,
+                tokenizer: given,
+                store: Arc::clone(store),
+            }),
+            Source::Path(path) => {
+                let path = resolve_revision(path)?;
+                let directory = if path.is_dir() { path.clone() } else { parent(&path) };
+                let config_path = directory.join("config.json");
+                if !config_path.is_file() {
+                    return Err(Error::NotFound {
+                        path: config_path,
+                        what: "no such file; a checkpoint needs its config.json".into(),
+                    });
+                }
+                let config = read_json(&config_path)?;
+                // The configuration first: its errors say more than those of files that belong to another model.
+                Family::from_config(&config).map_err(|e| match e {
+                    pricket_nn::Error::Config { key, what } => Error::Refused { path: config_path.clone(), key, what },
+                    other => other.into(),
+                })?;
+                let generation = directory.join("generation_config.json");
+                let tokenizer = directory.join("tokenizer.json");
+                Ok(Opened {
+                    config,
+                    config_path,
+                    generation_config: generation.is_file().then(|| read_json(&generation)).transpose()?,
+                    tokenizer: match given {
+                        Some(tokenizer) => Some(tokenizer),
+                        None => tokenizer.is_file().then(|| Tokenizer::from_file(&tokenizer)).transpose()?,
+                    },
+                    store: Arc::from(pricket_weights::open(&path)?),
+                })
+            }
+        }
+    }
+}
+
+/// What lies at a path, opened and not yet read.
+struct Opened {
+    config: Value,
+    config_path: PathBuf,
+    generation_config: Option<Value>,
+    tokenizer: Option<Tokenizer>,
+    store: Arc<dyn Store>,
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// `DIRECTORY@REVISION` to `DIRECTORY/revisions/REVISION`; anything that exists as it is stays as it is.
+fn resolve_revision(path: &Path) -> Result<PathBuf> {
+    if path.exists() {
+        return Ok(path.to_owned());
+    }
+    let missing = |what: String| Error::NotFound { path: path.to_owned(), what };
+    let text = path.to_string_lossy();
+    let Some((directory, revision)) = text.rsplit_once('@').filter(|(directory, _)| Path::new(directory).is_dir())
+    else {
+        return Err(missing("no such file or directory".into()));
+    };
+    if revision == "main" {
+        return Ok(directory.into());
+    }
+    let all = Path::new(directory).join("revisions");
+    let found = all.join(revision);
+    if !revision.contains(['/', '\\']) && revision != ".." && found.is_dir() {
+        return Ok(found);
+    }
+    let mut known: Vec<String> = std::fs::read_dir(&all)
+        .map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+        .unwrap_or_default();
+    known
+        .sort_by_key(|name| (name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().ok(), name.clone()));
+    Err(missing(if known.is_empty() {
+        format!("{directory} has no revisions")
+    } else {
+        format!("no revision {revision:?}; there are main, {}", known.join(", "))
+    }))
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let io = |e: std::io::Error| Error::Weights(pricket_weights::Error::Io { path: path.into(), source: e });
+    let size = std::fs::metadata(path).map_err(io)?.len();
+    if size > MAX_JSON {
+        let what = format!("{size} bytes are no configuration");
+        return Err(Error::Weights(pricket_weights::Error::Corrupt { path: path.into(), what }));
+    }
+    parse_json(path, &std::fs::read(path).map_err(io)?)
+}
+
+fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+    serde_json::from_slice(bytes).map_err(|e| {
+        Error::Weights(pricket_weights::Error::Corrupt { path: path.into(), what: format!("not valid JSON: {e}") })
+    })
+}
+
+/// End tokens: those of generation_config.json and config.json together, each a number or a list.
+fn eos_ids(config: &Value, generation_config: Option<&Value>) -> Vec<u32> {
+    let sources = [Some(config), generation_config];
+    let values = sources.into_iter().flatten().map(|source| &source["eos_token_id"]);
+    let mut ids: Vec<u32> = values
+        .flat_map(|value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]))
+        .filter_map(|value| value.as_u64().and_then(|id| u32::try_from(id).ok()))
+        .collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+fn pool(threads: Option<usize>) -> Result<Arc<rayon::ThreadPool>> {
+    let threads = threads.unwrap_or_else(num_cpus::get_physical);
+    if threads == 0 {
+        return Err(Error::Input("at least one thread is needed".into()));
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("pricket-{i}")).build();
+    Ok(Arc::new(pool.map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))?))
+}
+
+/// A model whose work runs on a pool of its own size.
+struct Pooled {
+    model: Arc<dyn CausalLm>,
+    pool: Arc<rayon::ThreadPool>,
+}
+
+impl CausalLm for Pooled {
+    fn info(&self) -> &ModelInfo {
+        self.model.info()
+    }
+
+    fn embed(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.embed(ids, ctx))
+    }
+
+    fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.block(i, x, ctx))
+    }
+
+    fn finish(&self, x: &Tensor) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.finish(x))
+    }
+
+    fn head(&self, hidden: &Tensor) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.head(hidden))
+    }
+
+    // Entering the pool once for all layers rather than once for each.
+    fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.hidden(ids, ctx))
+    }
+}

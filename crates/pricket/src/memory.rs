@@ -1,0 +1,73 @@
+use std::sync::Arc;
+
+use pricket_nn::{ModelInfo, Policy, Weights};
+use pricket_weights::{Dtype, ShapesOnly};
+use serde_json::Value;
+
+use crate::family::Family;
+use crate::{Error, Result};
+
+/// What a model will take in memory, in bytes.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Estimate {
+    /// The weights.
+    pub weights: u64,
+    /// Keys and values of one row of the context asked for.
+    pub cache: u64,
+    /// What a pass over a prompt takes beside them, by rule of thumb.
+    pub workspace: u64,
+    /// What the model is.
+    pub info: ModelInfo,
+}
+
+impl Estimate {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.weights + self.cache + self.workspace
+    }
+
+    pub(crate) fn of(info: ModelInfo, context: usize) -> Self {
+        Self {
+            weights: info.weight_bytes,
+            cache: info.cache_bytes_per_token() * context as u64,
+            workspace: info.workspace_bytes(context.min(512)),
+            info,
+        }
+    }
+}
+
+/// Memory for a model that has not been loaded, nor even downloaded: `config` is its config.json, `dtype` the type of
+/// its weights, `context` the positions of one row.
+///
+/// The weights are counted by the code that loads them, over a store that has shapes and no bytes.
+///
+/// # Errors
+/// [`Error::Refused`] for a configuration that cannot be loaded either.
+pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate> {
+    let family = Family::from_config(config)?;
+    let store = Arc::new(ShapesOnly::new(dtype));
+    let weights = Weights::new(store, family.names(), &candle_core::Device::Cpu, Policy::Stored);
+    let model = family.load(&weights)?;
+    Ok(Estimate::of(model.info().clone(), context))
+}
+
+/// Bytes that can be had without swapping: of the machine, or of the container if that is less. `None` where the
+/// platform cannot tell.
+fn available() -> Option<u64> {
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    let machine = system.available_memory();
+    // The page cache of a container counts as used and yet gives way: only what is resident is taken.
+    let container = system.cgroup_limits().map_or(machine, |limits| limits.total_memory.saturating_sub(limits.rss));
+    Some(machine.min(container)).filter(|&bytes| bytes > 0)
+}
+
+/// Refuses politely what the system would kill.
+pub(crate) fn check(what: &str, estimate: &Estimate) -> Result<()> {
+    let needed = estimate.total();
+    match available() {
+        Some(available) if needed > available => Err(Error::OutOfMemory { what: what.into(), needed, available }),
+        _ => Ok(()),
+    }
+}
