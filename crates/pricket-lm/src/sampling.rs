@@ -176,7 +176,8 @@ fn top_k(scores: &mut [f32], k: usize) {
 fn top_p(scores: &mut [f32], p: f32) {
     let probabilities = softmax(scores);
     let mut order: Vec<usize> = (0..scores.len()).filter(|&i| scores[i] > f32::NEG_INFINITY).collect();
-    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    // Of tied tokens the one with the smaller id counts as the more likely, as for greedy decoding.
+    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(b.cmp(&a)));
     order.pop();
     let mut sum = 0.0;
     for i in order {

@@ -28,16 +28,20 @@ mod device;
 mod error;
 mod family;
 mod handle;
+mod inspect;
 mod load;
 mod memory;
+mod shapes;
 
 pub use candle_core as candle;
 
 pub use device::device;
 pub use error::{Error, Result};
 pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
+pub use inspect::{Inspection, TensorInfo, inspect};
 pub use load::{Loader, Precision, load, tiny};
 pub use memory::{Estimate, estimate};
+pub use shapes::{published_config, published_shapes};
 
 pub use pricket_lm::{self as lm, Sampling, Tokenizer};
 pub use pricket_nn::{

@@ -203,10 +203,7 @@ impl Loader {
     /// One that names the file and what is wrong with it; see [`Error`].
     pub fn load(self) -> Result<Pricket> {
         let opened = self.open()?;
-        let refused = |e: pricket_nn::Error| match e {
-            pricket_nn::Error::Config { key, what } => Error::Refused { path: opened.config_path.clone(), key, what },
-            other => other.into(),
-        };
+        let refused = |e| at(&opened.config_path, e);
         let family = Family::from_config(&opened.config).map_err(refused)?;
         let policy = match (self.train, self.precision, self.device.is_cpu()) {
             (true, ..) => Policy::Train,
@@ -228,21 +225,13 @@ impl Loader {
         let model = pool.install(|| family.load(&weights));
         progress.end();
         let model = model.map_err(refused)?;
-        let unused = weights.unused();
-        let mut warnings = Vec::new();
-        if let Some(first) = unused.first() {
-            warnings.push(format!(
-                "{} tensors of the checkpoint are not used by this configuration ({first}, ...)",
-                unused.len()
-            ));
-        }
         Ok(Pricket::new(Parts {
             model: Arc::new(Pooled { model, pool }),
             tokenizer: opened.tokenizer,
             eos: eos_ids(&opened.config, opened.generation_config.as_ref()),
             config: opened.config,
             parameters: weights.parameters(),
-            warnings,
+            warnings: unused_warning(&weights).into_iter().collect(),
         }))
     }
 
@@ -271,7 +260,7 @@ impl Loader {
                 store: Arc::clone(store),
             }),
             Source::Path(path) => {
-                let path = resolve_revision(path)?;
+                let path = resolve(path)?;
                 let directory = if path.is_dir() { path.clone() } else { parent(&path) };
                 let config_path = directory.join("config.json");
                 if !config_path.is_file() {
@@ -282,10 +271,7 @@ impl Loader {
                 }
                 let config = read_json(&config_path)?;
                 // The configuration first: its errors say more than those of files that belong to another model.
-                Family::from_config(&config).map_err(|e| match e {
-                    pricket_nn::Error::Config { key, what } => Error::Refused { path: config_path.clone(), key, what },
-                    other => other.into(),
-                })?;
+                Family::from_config(&config).map_err(|e| at(&config_path, e))?;
                 let generation = directory.join("generation_config.json");
                 let tokenizer = directory.join("tokenizer.json");
                 Ok(Opened {
@@ -303,6 +289,21 @@ impl Loader {
     }
 }
 
+/// An error of configuration, with the file that it is in.
+pub(crate) fn at(config_path: &Path, e: pricket_nn::Error) -> Error {
+    match e {
+        pricket_nn::Error::Config { key, what } => Error::Refused { path: config_path.into(), key, what },
+        other => other.into(),
+    }
+}
+
+/// Says so if the checkpoint holds weights that the configuration has no use for.
+pub(crate) fn unused_warning(weights: &Weights) -> Option<String> {
+    let unused = weights.unused();
+    let first = unused.first()?;
+    Some(format!("{} tensors of the checkpoint are not used by this configuration ({first}, ...)", unused.len()))
+}
+
 /// What lies at a path, opened and not yet read.
 struct Opened {
     config: Value,
@@ -312,7 +313,7 @@ struct Opened {
     store: Arc<dyn Store>,
 }
 
-fn parent(path: &Path) -> PathBuf {
+pub(crate) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
@@ -320,7 +321,7 @@ fn parent(path: &Path) -> PathBuf {
 }
 
 /// `DIRECTORY@REVISION` to `DIRECTORY/revisions/REVISION`; anything that exists as it is stays as it is.
-fn resolve_revision(path: &Path) -> Result<PathBuf> {
+pub(crate) fn resolve(path: &Path) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_owned());
     }
@@ -350,7 +351,7 @@ fn resolve_revision(path: &Path) -> Result<PathBuf> {
     }))
 }
 
-fn read_json(path: &Path) -> Result<Value> {
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
     let io = |e: std::io::Error| Error::Weights(pricket_weights::Error::Io { path: path.into(), source: e });
     let size = std::fs::metadata(path).map_err(io)?.len();
     if size > MAX_JSON {

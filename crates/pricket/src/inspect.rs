@@ -1,0 +1,110 @@
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::Device;
+use pricket_nn::{ModelInfo, Policy, Weights};
+use pricket_weights::{Dtype, Format, Headers, Store};
+use serde_json::Value;
+
+use crate::family::Family;
+use crate::load::{at, read_json, resolve};
+use crate::{Error, Result};
+
+/// What is in a checkpoint, by its headers: no weight is read.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Inspection {
+    /// The weight file or index.
+    pub file: PathBuf,
+    /// Its format; of the first shard, for an index.
+    pub format: Format,
+    /// The config.json, where there is one.
+    pub config: Option<Value>,
+    /// The model that configuration and weights make up, where there is a configuration.
+    pub info: Option<ModelInfo>,
+    /// Whether a tokenizer.json is there.
+    pub has_tokenizer: bool,
+    /// Every tensor, by name.
+    pub tensors: Vec<TensorInfo>,
+    /// What a careful user should know.
+    pub warnings: Vec<String>,
+}
+
+/// A tensor on file.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
+    /// The file it is in.
+    pub file: String,
+    /// Whether it is a mask or table that the model does not read.
+    pub is_buffer: bool,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product()
+    }
+
+    /// Bytes on file.
+    pub fn bytes(&self) -> u64 {
+        self.elements() * self.dtype.size() as u64
+    }
+}
+
+/// Looks at the checkpoint at `path` (as [`crate::load`] reads it) without reading a weight: every name, type and shape
+/// is checked against the configuration. A weight file without a config.json is only listed.
+///
+/// # Errors
+/// The one that loading would give.
+pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
+    let path = resolve(path.as_ref())?;
+    let directory = if path.is_dir() { path.clone() } else { crate::load::parent(&path) };
+    let config_path = directory.join("config.json");
+    let config = if config_path.is_file() {
+        Some(read_json(&config_path)?)
+    } else if path.is_dir() {
+        return Err(Error::NotFound {
+            path: config_path,
+            what: "no such file; a checkpoint needs its config.json".into(),
+        });
+    } else {
+        None
+    };
+    let family = config.as_ref().map(Family::from_config).transpose().map_err(|e| at(&config_path, e))?;
+    let file = if path.is_dir() { pricket_weights::find_weights(&path)? } else { path.clone() };
+    let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
+    let mut warnings = Vec::new();
+    let names = store.names();
+    let is_buffer = |name: &str| family.as_ref().is_some_and(|family| family.names().is_buffer(name));
+    let mut tensors = Vec::with_capacity(names.len());
+    for name in names {
+        match store.entry(&name) {
+            Some(entry) => {
+                let (file, is_buffer) = (store.origin(&name), is_buffer(&name));
+                tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
+            }
+            None => warnings.push(format!("{name} is of a type that is not read")),
+        }
+    }
+    let first = tensors.first().map_or_else(|| file.clone(), |tensor| PathBuf::from(&tensor.file));
+    let format = pricket_weights::sniff(&first)?;
+    let mut info = None;
+    if let Some(family) = &family {
+        let weights =
+            Weights::new(Arc::new(Headers::of(Arc::clone(&store))), family.names(), &Device::Cpu, Policy::Stored);
+        info = Some(family.load(&weights).map_err(|e| at(&config_path, e))?.info().clone());
+        warnings.extend(crate::load::unused_warning(&weights));
+    }
+    let has_tokenizer = directory.join("tokenizer.json").is_file();
+    if config.is_some() && !has_tokenizer {
+        warnings.push("no tokenizer.json: give one to read or write text".into());
+    }
+    Ok(Inspection { file, format, config, info, has_tokenizer, tensors, warnings })
+}

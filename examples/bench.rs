@@ -1,0 +1,163 @@
+//! Measures reading and writing speed, memory, and the share of the machine's bandwidth that decoding reaches.
+//!
+//! `cargo run --release --example bench -- --shape 160m --dtype f16`
+
+mod common;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+use pricket::weights::Random;
+use pricket::{Dtype, GenerateOptions, Loader, Pricket};
+use serde_json::json;
+
+/// Measures prefill and decode. Decoding is `generate` end to end: a prompt, then new tokens, greedily.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(flatten)]
+    model: common::ModelArgs,
+    /// Random weights of a published shape (14m to 12b, neox-20b, incite-3b, incite-7b) instead of a model;
+    /// --dtype says how they are stored, f16 if it is auto
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<String>,
+    /// Prompt lengths whose reading is timed
+    #[arg(long, value_delimiter = ',', default_value = "128,512")]
+    prefill: Vec<usize>,
+    /// Prompt lengths from which decoding is timed
+    #[arg(long, value_delimiter = ',', default_value = "128,1792")]
+    decode: Vec<usize>,
+    /// New tokens of a decoding run
+    #[arg(long, default_value_t = 128)]
+    new_tokens: usize,
+    /// Runs of each; the median is reported
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    common::finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    ensure!(args.runs > 0 && args.new_tokens > 1, "at least one run of two tokens is needed");
+    let start = Instant::now();
+    let pricket = load(args)?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let info = pricket.info();
+    let context = info.context.unwrap_or(usize::MAX);
+    let mut rows = Vec::new();
+    for &len in args.prefill.iter().filter(|&&len| len < context) {
+        let rate = median(args.runs, || Ok(len as f64 / generate(&pricket, len, 1)?.0))?;
+        rows.push(("prefill", len, rate));
+    }
+    for &len in args.decode.iter().filter(|&&len| len + args.new_tokens <= context) {
+        let rate = median(args.runs, || {
+            let (first, rest) = generate(&pricket, len, args.new_tokens)?;
+            ensure!(first > 0.0, "the clock stands still");
+            Ok((args.new_tokens - 1) as f64 / rest)
+        })?;
+        rows.push(("decode", len, rate));
+    }
+    let threads = args.model.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    // Every weight but the embedding's unread rows passes through the processor for each token.
+    let read = info.weight_bytes - (info.vocab * info.d_model * info.dtype.size_in_bytes()) as u64;
+    let bandwidth = bandwidth(info.weight_bytes as usize, threads);
+    let share = |rate: f64| read as f64 * rate / bandwidth;
+    if args.json {
+        let row = |&(what, len, rate): &(&str, usize, f64)| {
+            let share = (what == "decode").then(|| share(rate));
+            json!({"what": what, "prompt": len, "tokens_per_second": rate, "share_of_bandwidth": share})
+        };
+        let rows: Vec<_> = rows.iter().map(row).collect();
+        let name = args.shape.clone().unwrap_or_else(|| info.family.into());
+        println!(
+            "{}",
+            json!({
+                "model": name, "parameters": info.parameters, "dtype": info.dtype.as_str(), "weight_bytes": info.weight_bytes,
+                "load_seconds": load_seconds, "peak_rss": peak_rss(), "bandwidth": bandwidth, "threads": threads, "rows": rows,
+            })
+        );
+        return Ok(());
+    }
+    println!("{} weights in {}, loaded in {load_seconds:.2} s", info.parameters, info.dtype.as_str());
+    for &(what, len, rate) in &rows {
+        let share =
+            if what == "decode" { format!("  {:.0} % of the bandwidth", 100.0 * share(rate)) } else { String::new() };
+        println!("{what:8} {len:5}  {rate:10.1} tokens/s{share}");
+    }
+    println!("bandwidth {:.1} GB/s over {} threads", bandwidth / 1e9, threads);
+    if let Some(peak) = peak_rss() {
+        println!("peak memory {:.0} MiB, weights {:.0} MiB", mib(peak), mib(info.weight_bytes));
+    }
+    Ok(())
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn load(args: &Args) -> anyhow::Result<Pricket> {
+    let Some(shape) = &args.shape else { return Ok(args.model.load()?) };
+    let known = || pricket::published_shapes().collect::<Vec<_>>().join(", ");
+    let config =
+        pricket::published_config(shape).with_context(|| format!("no shape {shape:?}; there are {}", known()))?;
+    let dtype = match args.model.dtype {
+        pricket::Precision::F32 => Dtype::F32,
+        pricket::Precision::BF16 => Dtype::BF16,
+        _ => Dtype::F16,
+    };
+    let loader = Loader::from_store(config, Arc::new(Random::new(dtype, 0)));
+    Ok(args.model.configure(loader)?.load()?)
+}
+
+/// Seconds until the first token after a prompt of `len`, and for the rest.
+fn generate(pricket: &Pricket, len: usize, new_tokens: usize) -> anyhow::Result<(f64, f64)> {
+    let vocab = pricket.info().vocab as u32;
+    let prompt = (0..len as u32).map(|i| i * 7919 % vocab).collect();
+    let options = GenerateOptions { max_tokens: new_tokens, stop_at_eos: false, ..Default::default() };
+    let mut generation = pricket.generation(vec![prompt], &options)?;
+    let start = Instant::now();
+    generation.step()?;
+    let first = start.elapsed().as_secs_f64();
+    while generation.step()?.is_some() {}
+    Ok((first, start.elapsed().as_secs_f64() - first))
+}
+
+fn median(runs: usize, mut measure: impl FnMut() -> anyhow::Result<f64>) -> anyhow::Result<f64> {
+    let mut values = (0..runs).map(|_| measure()).collect::<anyhow::Result<Vec<_>>>()?;
+    values.sort_by(f64::total_cmp);
+    Ok(values[runs / 2])
+}
+
+/// Bytes a second that `threads` read from a buffer of the model's own size, at most 4 GiB; the best of three.
+fn bandwidth(bytes: usize, threads: usize) -> f64 {
+    let words = bytes.clamp(1 << 20, 4 << 30) / 8;
+    let buffer: Vec<u64> = (0..words as u64).collect();
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let start = Instant::now();
+        let sum: u64 = std::thread::scope(|scope| {
+            let parts = buffer.chunks(words.div_ceil(threads));
+            let workers: Vec<_> =
+                parts.map(|part| scope.spawn(move || part.iter().fold(0u64, |sum, x| sum.wrapping_add(*x)))).collect();
+            workers.into_iter().map(|worker| worker.join().unwrap_or(0)).fold(0, u64::wrapping_add)
+        });
+        std::hint::black_box(sum);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    (words * 8) as f64 / best
+}
+
+/// The most memory that this process ever held, where the system tells.
+fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}

@@ -1,0 +1,107 @@
+//! What the examples share: flags, a progress bar, and how they end.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use pricket::{Loader, Precision, Pricket, Progress};
+
+/// Which model to load, and how.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct ModelArgs {
+    /// A directory in Hub layout or a weight file with its config.json beside it [default: the embedded model]
+    #[arg(long, short)]
+    pub(crate) model: Option<PathBuf>,
+    /// A training step kept beside the model, such as step64
+    #[arg(long)]
+    pub(crate) revision: Option<String>,
+    /// Where to compute: cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// Type of the weights: auto (as stored on the CPU, bf16 on a GPU), f32, bf16 or f16
+    #[arg(long, default_value = "auto")]
+    pub(crate) dtype: Precision,
+    /// A tokenizer.json to use instead of the model's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// CPU threads [default: physical cores]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// Loads it, with a progress bar on a terminal; warnings go to stderr.
+    pub(crate) fn load(&self) -> pricket::Result<Pricket> {
+        let loader = match (&self.model, &self.revision) {
+            (None, None) => Loader::tiny(),
+            (model, revision) => {
+                let tiny = || concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny").into();
+                let mut path = model.clone().unwrap_or_else(tiny).into_os_string();
+                if let Some(revision) = revision {
+                    path.push("@");
+                    path.push(revision);
+                }
+                Loader::new(PathBuf::from(path))
+            }
+        };
+        let loaded = self.configure(loader)?.precision(self.dtype).load()?;
+        for warning in loaded.warnings() {
+            eprintln!("warning: {warning}");
+        }
+        Ok(loaded)
+    }
+
+    /// Everything that these flags say but the model and its type.
+    pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
+        let mut loader = loader.device(pricket::device(&self.device)?).progress(Arc::new(Bar::default()));
+        if let Some(tokenizer) = &self.tokenizer {
+            loader = loader.tokenizer(tokenizer);
+        }
+        if let Some(threads) = self.threads {
+            loader = loader.threads(threads);
+        }
+        Ok(loader)
+    }
+}
+
+/// A progress bar on stderr; indicatif hides it where that is no terminal.
+#[derive(Default)]
+pub(crate) struct Bar(Mutex<Option<ProgressBar>>);
+
+impl Progress for Bar {
+    fn begin(&self, what: &str, total: u64, unit: &str) {
+        let style = if unit == "bytes" {
+            "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}"
+        } else {
+            "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}"
+        };
+        let bar = ProgressBar::new(total).with_message(what.to_owned());
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(bar);
+    }
+
+    fn update(&self, done: u64) {
+        if let Some(bar) = &*self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            bar.set_position(done);
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Ends a program: one clear line and exit code 1 on an error.
+pub(crate) fn finish(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let line = format!("{e:#}").replace('\n', " ");
+            eprintln!("error: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}

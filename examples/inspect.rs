@@ -1,0 +1,131 @@
+//! What is in a checkpoint: format, configuration, tensors, parameters, memory. Reads headers only.
+//!
+//! `cargo run --example inspect -- models/tiny`
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use pricket::{Dtype, Inspection};
+use serde_json::json;
+
+/// Shows what is in a checkpoint; exit code 1 and one line if it is damaged.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// A directory in Hub layout, or a weight file
+    #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
+    path: PathBuf,
+    /// The same as --model of the other examples
+    #[arg(long, short, conflicts_with = "path")]
+    model: Option<PathBuf>,
+    /// Leave out the table of tensors
+    #[arg(long, short)]
+    brief: bool,
+    /// Positions for the estimate of memory [default: what the model was trained for]
+    #[arg(long)]
+    context: Option<usize>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let found = pricket::inspect(args.model.as_ref().unwrap_or(&args.path))?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        print_json(&mut out, &found, args)?
+    } else {
+        print_text(&mut out, &found, args)?
+    }
+    Ok(())
+}
+
+/// Memory of the model as it would be loaded.
+fn estimate(found: &Inspection, context: Option<usize>) -> anyhow::Result<Option<(usize, pricket::Estimate)>> {
+    let (Some(config), Some(info)) = (&found.config, &found.info) else { return Ok(None) };
+    let context = context.or(info.context).unwrap_or(2048);
+    let dtype = found.tensors.iter().find(|t| !t.is_buffer && t.shape.len() == 2).map_or(Dtype::F32, |t| t.dtype);
+    Ok(Some((context, pricket::estimate(config, dtype, context)?)))
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::Result<()> {
+    writeln!(out, "file        {}", found.file.display())?;
+    writeln!(out, "format      {}", found.format)?;
+    let (weights, buffers): (Vec<_>, Vec<_>) = found.tensors.iter().partition(|t| !t.is_buffer);
+    let bytes = |tensors: &[&pricket::TensorInfo]| tensors.iter().map(|t| t.bytes()).sum::<u64>();
+    writeln!(out, "tensors     {} of {}", weights.len(), mib(bytes(&weights)))?;
+    if !buffers.is_empty() {
+        writeln!(out, "buffers     {} of {}, not read", buffers.len(), mib(bytes(&buffers)))?;
+    }
+    if let Some(info) = &found.info {
+        writeln!(out, "family      {}", info.family)?;
+        writeln!(out, "parameters  {}", info.parameters)?;
+        let context = info.context.map_or("no limit".into(), |n| n.to_string());
+        writeln!(
+            out,
+            "shape       {} layers of {}, {} heads of {}, vocabulary {}, context {context}",
+            info.layers, info.d_model, info.heads, info.head_dim, info.vocab
+        )?;
+    }
+    writeln!(out, "tokenizer   {}", if found.has_tokenizer { "tokenizer.json" } else { "none" })?;
+    if let Some((context, estimate)) = estimate(found, args.context)? {
+        let (weights, cache) = (mib(estimate.weights), mib(estimate.cache));
+        writeln!(
+            out,
+            "memory      {} for {context} positions: weights {weights}, cache {cache}",
+            mib(estimate.total())
+        )?;
+    }
+    for warning in &found.warnings {
+        writeln!(out, "warning     {warning}")?;
+    }
+    if !args.brief {
+        writeln!(out)?;
+        let width = found.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
+        for tensor in &found.tensors {
+            let note = if tensor.is_buffer { "  buffer" } else { "" };
+            writeln!(out, "{:width$}  {:5} {:?}{note}", tensor.name, tensor.dtype.to_string(), tensor.shape)?;
+        }
+    }
+    Ok(())
+}
+
+fn print_json(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::Result<()> {
+    let tensor = |t: &pricket::TensorInfo| json!({"name": t.name, "dtype": t.dtype.to_string(), "shape": t.shape, "bytes": t.bytes(), "file": t.file, "buffer": t.is_buffer});
+    let mut object = json!({
+        "file": found.file, "format": found.format.to_string(), "config": found.config, "warnings": found.warnings,
+        "tokenizer": found.has_tokenizer, "tensors": found.tensors.len(),
+    });
+    if let Some(info) = &found.info {
+        object["family"] = json!(info.family);
+        object["parameters"] = json!(info.parameters);
+    }
+    if let Some((context, estimate)) = estimate(found, args.context)? {
+        object["memory"] = json!({
+            "context": context, "total": estimate.total(), "weights": estimate.weights, "cache": estimate.cache,
+            "workspace": estimate.workspace,
+        });
+    }
+    if !args.brief {
+        object["tensors"] = found.tensors.iter().map(tensor).collect();
+    }
+    writeln!(out, "{object}")?;
+    Ok(())
+}

@@ -1,0 +1,399 @@
+//! The kinds of golden cases, told apart by the files they hold, never by their names.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use pricket::candle::{DType, Device, IndexOp, Tensor};
+use pricket::lm::{loss, token_logprobs};
+use pricket::nn::RowOrder;
+use pricket::{Cache, Context, GenerateOptions, Loader, Pricket, Sampling, Site, Taps, Tokenizer};
+use serde_json::{Value, json};
+
+/// How a case went.
+pub(crate) struct Outcome {
+    pub(crate) case: String,
+    pub(crate) ok: bool,
+    /// Largest absolute difference of each thing compared.
+    pub(crate) max_abs: BTreeMap<String, f64>,
+    pub(crate) tolerance: Value,
+    pub(crate) error: Option<String>,
+}
+
+impl Outcome {
+    pub(crate) fn to_json(&self) -> Value {
+        let mut line = json!({"case": self.case, "ok": self.ok, "max_abs": self.max_abs, "tolerance": self.tolerance});
+        if let Some(error) = &self.error {
+            line["error"] = json!(error);
+        }
+        line
+    }
+}
+
+/// Runs the case in `dir`, whatever its kind; an unknown kind fails.
+pub(crate) fn run(dir: &Path, device: &Device) -> Outcome {
+    let case = read_json(&dir.join("case.json"));
+    let name = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
+    let tolerance = case.as_ref().map_or(Value::Null, |case| case["tolerance"].clone());
+    let mut check = Check::default();
+    let result = case.and_then(|case| compare(dir, &case, device, &mut check));
+    let error = result.err().map(|e| format!("{e:#}")).or_else(|| check.failures.first().cloned());
+    Outcome { case: name, ok: error.is_none(), max_abs: check.max_abs, tolerance, error }
+}
+
+fn compare(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+    let has = |file: &str| dir.join(file).is_file();
+    if has("generate.safetensors") {
+        generate(dir, case, device, check)?;
+        if has("processors.safetensors") {
+            processors(dir, case, check)?;
+        }
+        return Ok(());
+    }
+    if has("grads.safetensors") {
+        return train(dir, case, device, check);
+    }
+    if has("encode.jsonl") {
+        return tokenizer(dir, check);
+    }
+    if has("config.json") && has("expected.safetensors") {
+        return model(dir, case, device, check);
+    }
+    bail!("a case of a kind that this version does not know")
+}
+
+/// Collects differences and judges them.
+#[derive(Default)]
+struct Check {
+    max_abs: BTreeMap<String, f64>,
+    failures: Vec<String>,
+}
+
+impl Check {
+    /// Notes a difference; NaN is larger than any tolerance.
+    fn within(&mut self, what: &str, difference: f64, tolerance: f64) {
+        let difference = if difference.is_nan() { f64::INFINITY } else { difference };
+        let worst = self.max_abs.entry(what.into()).or_insert(0.0);
+        *worst = worst.max(difference);
+        if difference > tolerance {
+            self.failures.push(format!("{what} differs by {difference:e}, allowed {tolerance:e}"));
+        }
+    }
+
+    fn equal<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, found: &T, expected: &T) {
+        if found != expected {
+            self.failures.push(format!("{what}: expected {expected:?}, found {found:?}"));
+        }
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
+}
+
+fn read_lines(path: &Path) -> Result<Vec<Value>> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+}
+
+fn read_tensors(path: &Path) -> Result<HashMap<String, Tensor>> {
+    pricket::candle::safetensors::load(path, &Device::Cpu).with_context(|| path.display().to_string())
+}
+
+fn get<'a>(tensors: &'a HashMap<String, Tensor>, name: &str) -> Result<&'a Tensor> {
+    tensors.get(name).with_context(|| format!("the case holds no tensor {name}"))
+}
+
+fn ids(tensor: &Tensor) -> Result<Vec<Vec<u32>>> {
+    Ok(tensor.to_dtype(DType::U32)?.to_vec2()?)
+}
+
+fn tolerance(case: &Value, key: &str) -> Result<f64> {
+    case["tolerance"][key].as_f64().with_context(|| format!("case.json gives no tolerance {key}"))
+}
+
+fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_device(&Device::Cpu)?.to_vec1()?)
+}
+
+/// Largest difference of two `[b, t, ..]` tensors over positions that are no padding.
+fn difference(found: &Tensor, expected: &Tensor, padding: &[usize]) -> Result<f64> {
+    ensure!(found.dims() == expected.dims(), "shape {:?}, expected {:?}", found.dims(), expected.dims());
+    let mut worst = 0f64;
+    for (row, &pad) in padding.iter().enumerate() {
+        let t = found.dim(1)?;
+        let (a, b) = (found.i(row)?.narrow(0, pad, t - pad)?, expected.i(row)?.narrow(0, pad, t - pad)?);
+        for (a, b) in flat(&a)?.iter().zip(&flat(&b)?) {
+            let d = f64::from((a - b).abs());
+            worst = if d.is_nan() { f64::INFINITY } else { worst.max(d) };
+        }
+    }
+    Ok(worst)
+}
+
+/// Padding on the left of each row.
+fn left_padding(expected: &HashMap<String, Tensor>, batch: usize) -> Result<Vec<usize>> {
+    let Some(mask) = expected.get("attention_mask") else { return Ok(vec![0; batch]) };
+    let count = |row: Vec<u32>| {
+        let pad = row.iter().take_while(|&&m| m == 0).count();
+        ensure!(row[pad..].iter().all(|&m| m == 1), "the mask is not left padding");
+        Ok(pad)
+    };
+    ids(mask)?.into_iter().map(count).collect()
+}
+
+/// Logits, hidden states, log-probabilities, and a cached run, against the reference's.
+fn model(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+    let pricket = Loader::new(dir).device(device.clone()).load()?;
+    let expected = read_tensors(&dir.join("expected.safetensors"))?;
+    let model = pricket.model();
+    let input = get(&expected, "input_ids")?.to_dtype(DType::U32)?;
+    let (batch, time) = input.dims2()?;
+    let padding = left_padding(&expected, batch)?;
+    let (logits_atol, hidden_atol) = (tolerance(case, "logits_atol")?, tolerance(case, "hidden_atol")?);
+    if let Some(count) = case["param_count"].as_u64() {
+        check.equal("param_count", &model.info().parameters, &count);
+    }
+
+    let taps = Taps::new().record(Site::Embed).record(Site::ResidPost);
+    let mut ctx = Context::new().with_padding(padding.clone()).with_taps(taps);
+    let on_device = input.to_device(device)?;
+    let final_norm = model.hidden(&on_device, &mut ctx)?;
+    let logits = model.head(&final_norm)?;
+    ensure!(logits.device().same_device(device), "the logits are not on the device asked for");
+    check.within("logits", difference(&logits, get(&expected, "logits")?, &padding)?, logits_atol);
+
+    let recording = ctx.take_recording();
+    let at_positions = |x: &Tensor| -> Result<Tensor> {
+        let x = x.to_device(&Device::Cpu)?;
+        Ok(match expected.get("hidden_positions") {
+            Some(positions) => x.index_select(positions, 1)?,
+            None => x,
+        })
+    };
+    let kept =
+        |x: Tensor| if expected.contains_key("hidden_positions") { vec![0; x.dims()[0]] } else { padding.clone() };
+    let found = at_positions(&final_norm)?;
+    check.within("final_norm", difference(&found, get(&expected, "final_norm")?, &kept(found.clone()))?, hidden_atol);
+    let hidden = get(&expected, "hidden")?;
+    check.equal("hidden layers", &hidden.dim(0)?, &(model.info().layers + 1));
+    for layer in 0..hidden.dim(0)? {
+        let found = if layer == 0 { recording.get(Site::Embed, 0) } else { recording.get(Site::ResidPost, layer - 1) };
+        let found = at_positions(found.context("nothing was recorded")?)?;
+        check.within("hidden", difference(&found, &hidden.i(layer)?, &kept(found.clone()))?, hidden_atol);
+    }
+
+    let nll = get(&expected, "nll")?.to_vec2::<f32>()?;
+    for ((row, pad), nll) in ids(&input)?.iter().zip(&padding).zip(&nll) {
+        for (scored, nll) in token_logprobs(&*model, &row[*pad..])?.iter().zip(&nll[*pad..]) {
+            check.within("nll", f64::from((scored.logprob + nll).abs()), tolerance(case, "nll_atol")?);
+        }
+    }
+
+    // The same through the cache: in the chunks that the case gives, then a token at a time.
+    let splits = expected.get("split").map(|split| -> Result<Vec<usize>> {
+        Ok(split.to_dtype(DType::U32)?.to_vec1::<u32>()?.into_iter().map(|n| n as usize).collect())
+    });
+    for (what, split) in [("split_logits", splits.transpose()?), ("stepped_logits", Some(vec![1; time]))] {
+        let Some(split) = split else { continue };
+        ensure!(split.iter().sum::<usize>() == time, "the split {split:?} does not add up to {time}");
+        let mut ctx = Context::new().with_padding(padding.clone()).with_cache(Cache::new());
+        let mut parts = Vec::new();
+        let mut at = 0;
+        for len in split {
+            let chunk = on_device.narrow(1, at, len)?.contiguous()?;
+            parts.push(model.head(&model.hidden(&chunk, &mut ctx)?)?);
+            at += len;
+        }
+        let logits = Tensor::cat(&parts, 1)?;
+        check.within(what, difference(&logits, get(&expected, "logits")?, &padding)?, logits_atol);
+    }
+    Ok(())
+}
+
+/// The model that a case without weights of its own refers to.
+fn base(dir: &Path, case: &Value) -> Result<std::path::PathBuf> {
+    let name = case["base_case"].as_str().context("case.json names no base_case")?;
+    Ok(dir.parent().context("the case has no parent directory")?.join(name))
+}
+
+/// Greedy continuations, all prompts in one batch and each alone, and a run into an end token.
+fn generate(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+    let pricket = Loader::new(base(dir, case)?).device(device.clone()).load()?;
+    let expected = read_tensors(&dir.join("generate.safetensors"))?;
+    let lens = get(&expected, "prompt_lens")?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+    let padded = ids(get(&expected, "prompts_left_padded")?)?;
+    let prompts: Vec<Vec<u32>> =
+        padded.iter().zip(&lens).map(|(row, &len)| row[row.len() - len as usize..].to_vec()).collect();
+    let continuations = ids(get(&expected, "continuations")?)?;
+    let step_logits = get(&expected, "step_logits")?;
+    let atol = tolerance(case, "step_logits_atol")?;
+    let options = |eos| GenerateOptions { max_tokens: continuations[0].len(), stop_at_eos: eos, ..Default::default() };
+
+    let (rows, logits) = run_greedy(&pricket, prompts.clone(), &options(false))?;
+    check.equal("continuations", &rows, &continuations);
+    if rows == continuations {
+        for (row, steps) in logits.iter().enumerate() {
+            for (step, logits) in steps.iter().enumerate() {
+                let found = Tensor::new(logits.as_slice(), &Device::Cpu)?.reshape((1, 1, logits.len()))?;
+                let reference = step_logits.i((row, step))?.reshape((1, 1, logits.len()))?;
+                check.within("step_logits", difference(&found, &reference, &[0])?, atol);
+            }
+        }
+    }
+    for (prompt, continuation) in prompts.iter().zip(&continuations) {
+        let (alone, _) = run_greedy(&pricket, vec![prompt.clone()], &options(false))?;
+        check.equal("continuation alone", &alone[0], continuation);
+    }
+
+    let eos = &case["eos"];
+    if !eos.is_null() {
+        let id = eos["eos_token_id"].as_u64().context("eos_token_id")? as u32;
+        let prompt = eos["prompt"].as_u64().context("prompt")? as usize;
+        let wanted: Vec<u32> = serde_json::from_value(eos["expected"].clone())?;
+        let mut request = pricket::lm::Request::greedy(prompts[prompt].clone());
+        (request.max_tokens, request.eos) = (continuations[0].len(), vec![id]);
+        let mut generation = pricket::lm::Generation::new(pricket.model(), vec![request])?;
+        let mut found = Vec::new();
+        while let Some(tokens) = generation.step()? {
+            found.extend(tokens.iter().map(|token| token.id));
+        }
+        check.equal("continuation to its end token", &found, &wanted);
+    }
+    Ok(())
+}
+
+type Rows = (Vec<Vec<u32>>, Vec<Vec<Vec<f32>>>);
+
+fn run_greedy(pricket: &Pricket, prompts: Vec<Vec<u32>>, options: &GenerateOptions) -> Result<Rows> {
+    let mut rows = vec![Vec::new(); prompts.len()];
+    let mut logits = vec![Vec::new(); prompts.len()];
+    let mut generation = pricket.generation(prompts, options)?;
+    while let Some(tokens) = generation.step()? {
+        for (token, row) in tokens.iter().zip(generation.logits()) {
+            rows[token.row].push(token.id);
+            logits[token.row].push(row.clone());
+        }
+    }
+    Ok((rows, logits))
+}
+
+fn sampling(settings: &Value) -> Result<Sampling> {
+    let mut sampling = Sampling::default();
+    for (key, value) in settings.as_object().context("settings are no object")? {
+        let number = || value.as_f64().map(|x| x as f32).with_context(|| format!("{key} is no number"));
+        let count = || value.as_u64().map(|x| x as usize).with_context(|| format!("{key} is no count"));
+        match key.as_str() {
+            "temperature" => sampling.temperature = number()?,
+            "top_k" => sampling.top_k = count()?,
+            "top_p" => sampling.top_p = number()?,
+            "min_p" => sampling.min_p = number()?,
+            "typical_p" => sampling.typical_p = number()?,
+            "repetition_penalty" => sampling.repetition_penalty = number()?,
+            "no_repeat_ngram_size" => sampling.no_repeat_ngram_size = count()?,
+            other => bail!("logits processor {other} is not known"),
+        }
+    }
+    Ok(sampling)
+}
+
+/// Logits processors: which tokens survive, their scores and probabilities.
+fn processors(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
+    let tensors = read_tensors(&dir.join("processors.safetensors"))?;
+    let (logits, context) = (get(&tensors, "in_logits")?.to_vec2::<f32>()?, ids(get(&tensors, "in_ids")?)?);
+    let tolerance =
+        |key: &str| case["processors"]["tolerance"][key].as_f64().with_context(|| format!("no tolerance {key}"));
+    let (scores_atol, probs_atol) = (tolerance("scores_atol")?, tolerance("probs_atol")?);
+    for setting in case["processors"]["settings"].as_array().context("no processor settings")? {
+        let index = setting["index"].as_u64().context("index")?;
+        let sampling = sampling(&setting["settings"])?;
+        let scores = get(&tensors, &format!("s{index}.scores"))?.to_vec2::<f32>()?;
+        let probs = get(&tensors, &format!("s{index}.probs"))?.to_vec2::<f32>()?;
+        for (row, ((logits, context), (scores, probs))) in
+            logits.iter().zip(&context).zip(scores.iter().zip(&probs)).enumerate()
+        {
+            let mut found = logits.clone();
+            sampling.process(&mut found, context, context.len());
+            let survivors = |x: &[f32]| x.iter().map(|x| *x > f32::NEG_INFINITY).collect::<Vec<_>>();
+            check.equal(&format!("survivors of setting {index} row {row}"), &survivors(&found), &survivors(scores));
+            for (a, b) in found.iter().zip(scores).filter(|(_, b)| **b > f32::NEG_INFINITY) {
+                check.within("scores", f64::from((a - b).abs()), scores_atol);
+            }
+            let max = found.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f64 = found.iter().map(|&x| f64::from(x - max).exp()).sum();
+            for (a, b) in found.iter().zip(probs) {
+                check.within("probs", (f64::from(a - max).exp() / sum - f64::from(*b)).abs(), probs_atol);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The loss of a batch and its gradient with respect to every parameter.
+fn train(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+    let base = base(dir, case)?;
+    let prefix = read_json(&base.join("case.json"))?["name_prefix"].as_str().unwrap_or("").to_owned();
+    let pricket = Loader::new(&base).device(device.clone()).train().load()?;
+    let expected = read_tensors(&dir.join("grads.safetensors"))?;
+    let batch = get(&expected, "batch")?.to_dtype(DType::U32)?.to_device(device)?;
+    let loss = loss(&*pricket.model(), &batch)?;
+    let reference = case["loss"].as_f64().context("loss")?;
+    check.within("loss", (f64::from(loss.to_scalar::<f32>()?) - reference).abs(), tolerance(case, "loss_atol")?);
+    let grads = loss.backward()?;
+    let wanted = expected.keys().filter(|name| name.starts_with("grad.")).count();
+    check.equal("number of parameters", &pricket.parameters().len(), &wanted);
+    for parameter in pricket.parameters() {
+        let name = parameter.name.strip_prefix(prefix.trim_start_matches('-')).unwrap_or(&parameter.name);
+        let reference = get(&expected, &format!("grad.{name}"))?;
+        let grad = grads.get(&parameter.var).with_context(|| format!("{name} has no gradient"))?;
+        let grad = RowOrder::undo(parameter.rows, &grad.to_device(&Device::Cpu)?)?;
+        ensure!(grad.dims() == reference.dims(), "{name}: shape {:?}, expected {:?}", grad.dims(), reference.dims());
+        let (found, reference) = (flat(&grad)?, flat(reference)?);
+        let abs_max = reference.iter().fold(0f32, |max, x| max.max(x.abs()));
+        let (mut distance, mut norm) = (0f64, 0f64);
+        for (a, b) in found.iter().zip(&reference) {
+            check.within("grad", f64::from((a - b).abs()), 1e-5 + 1e-3 * f64::from(abs_max));
+            distance += f64::from(a - b).powi(2);
+            norm += f64::from(*b).powi(2);
+        }
+        check.within("grad_relative_norm", (distance / norm).sqrt(), 1e-4);
+    }
+    Ok(())
+}
+
+/// Text to ids, ids to text at once and in a stream.
+fn tokenizer(dir: &Path, check: &mut Check) -> Result<()> {
+    let mut files = std::fs::read_dir(dir)?.flatten().map(|entry| entry.path());
+    let file = files
+        .find(|path| path.to_string_lossy().ends_with("tokenizer.json"))
+        .context("the case holds no tokenizer.json")?;
+    let tokenizer = Tokenizer::from_file(file)?;
+    let list = |value: &Value| -> Result<Vec<u32>> { Ok(serde_json::from_value(value.clone())?) };
+    let text = |value: &Value| value.as_str().map(str::to_owned).context("a string was expected");
+    for line in read_lines(&dir.join("encode.jsonl"))? {
+        let (input, wanted) = (text(&line["text"])?, list(&line["ids"])?);
+        check.equal(&format!("ids of {input:?}"), &tokenizer.encode(&input)?, &wanted);
+        let decoded = if line["decoded"].is_string() { text(&line["decoded"])? } else { input };
+        check.equal("decoded ids", &tokenizer.decode(&wanted), &decoded);
+    }
+    for line in read_lines(&dir.join("decode.jsonl"))? {
+        let (input, decoded) = (list(&line["ids"])?, text(&line["decoded"])?);
+        check.equal("decoded", &tokenizer.decode(&input), &decoded);
+        let bytes: String =
+            input.iter().flat_map(|&id| tokenizer.token_bytes(id)).map(|b| format!("{b:02x}")).collect();
+        check.equal("bytes", &bytes, &text(&line["bytes_hex"])?);
+        let mut decoder = tokenizer.decoder();
+        let chunks: Vec<String> = input.iter().map(|&id| decoder.push(id)).collect();
+        let flush = decoder.finish();
+        check.equal("streamed", &(chunks.concat() + &flush), &decoded);
+    }
+    if dir.join("hf_cleanup.jsonl").is_file() {
+        for line in read_lines(&dir.join("hf_cleanup.jsonl"))? {
+            let input = list(&line["ids"])?;
+            check.equal("decoded, raw", &tokenizer.decode(&input), &text(&line["decoded_raw"])?);
+            check.equal("decoded, cleaned", &tokenizer.decode_cleaned(&input), &text(&line["decoded_clean_up"])?);
+        }
+    }
+    Ok(())
+}
