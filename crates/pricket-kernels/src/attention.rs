@@ -101,8 +101,9 @@ fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, s: Sizes, scale: f32, mask: Causal
         let visible = s.keys - s.queries + to;
         let rows = to - from;
         scores.resize(rows * visible, 0.0);
-        let (q, k, v) = (q.from(b, h, from), (k.from(b, h / s.group, 0), k.time), (v.from(b, h / s.group, 0), v.time));
-        score(q, k, rows, visible, s.dim, s.dim, scores);
+        let (q, k, v) =
+            ((q.from(b, h, from), q.time), (k.from(b, h / s.group, 0), k.time), (v.from(b, h / s.group, 0), v.time));
+        score(q, k, rows, visible, s.dim, scores);
         for (i, row) in scores.chunks_exact_mut(visible).enumerate() {
             let last = s.keys - s.queries + from + i;
             softmax(row, mask.first(b).min(last), last, scale);
@@ -124,12 +125,11 @@ fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, s: Sizes, scale: f32, mask: Causal
 
 /// `scores = q kᵀ`.
 fn score(
-    q: &[f32],
+    (q, q_stride): (&[f32], usize),
     (k, k_stride): (&[f32], usize),
     rows: usize,
     visible: usize,
     dim: usize,
-    q_stride: usize,
     scores: &mut [f32],
 ) {
     if rows <= FEW_ROWS {
@@ -269,7 +269,7 @@ impl CustomOp3 for AttentionOp {
         let (k, [k_batch, kv_heads, keys, k_dim]) = Rows::new("k", k, k_layout)?;
         let (v, v_dims) = Rows::new("v", v, v_layout)?;
         let fits = k_batch == batch && k_dim == dim && kv_heads > 0 && heads % kv_heads == 0 && queries <= keys;
-        if !fits || v_dims != [batch, kv_heads, keys, dim] || q.time != dim {
+        if !fits || v_dims != [batch, kv_heads, keys, dim] {
             bail!("attention: q {:?}, k {:?} and v {v_dims:?} do not fit", q_layout, k_layout.dims());
         }
         if !self.padding.is_empty() && self.padding.len() != batch {

@@ -7,7 +7,7 @@ pub enum Error {
     Weights(#[from] pricket_weights::Error),
     /// An operation on tensors.
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
     /// A key of the configuration that is missing, impossible, or not implemented.
     #[error("config.json: {key}: {what}")]
     Config {
@@ -36,6 +36,16 @@ impl Error {
     /// A [`Error::Config`] from anything printable.
     pub fn config(key: impl Into<String>, what: impl Into<String>) -> Self {
         Error::Config { key: key.into(), what: what.into() }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    /// Without candle's backtrace, which would make its message a page long where RUST_BACKTRACE is set.
+    fn from(mut e: candle_core::Error) -> Self {
+        while let candle_core::Error::WithBacktrace { inner, .. } = e {
+            e = *inner;
+        }
+        Error::Candle(e)
     }
 }
 

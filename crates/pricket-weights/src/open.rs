@@ -67,7 +67,7 @@ pub fn find_weights(directory: &Path) -> Result<PathBuf> {
         return Err(Error::Unsupported {
             path: directory.into(),
             what: format!(
-                "{name} is a DeepSpeed / GPT-NeoX training shard, not a checkpoint in Hub layout; use the converted repository"
+                "{name} is a DeepSpeed training shard, not a checkpoint in Hub layout; use the converted repository"
             ),
         });
     }

@@ -74,7 +74,7 @@ pub enum Error {
     Input(String),
     /// An operation on tensors.
     #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
+    Tensor(candle_core::Error),
 }
 
 fn gib(bytes: u64) -> String {
@@ -114,6 +114,12 @@ impl From<pricket_lm::Error> for Error {
             Lm::NonFinite { layer, .. } => Error::NonFinite { layer, message: e.to_string() },
             other => Error::Input(other.to_string()),
         }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(e: candle_core::Error) -> Self {
+        pricket_nn::Error::from(e).into()
     }
 }
 

@@ -1,0 +1,57 @@
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use pricket::candle::Tensor;
+use pricket::weights::Random;
+use pricket::{Dtype, Loader, Pricket};
+use serde_json::{Value, json};
+
+/// The root of the repository.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A built example; `cargo test` builds all of them, `cargo test --test tests` none.
+pub(crate) fn example(name: &str) -> Command {
+    let deps = std::env::current_exe().expect("the test knows itself");
+    let target = deps.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
+    let file = target.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+    if !file.is_file() {
+        let status = Command::new(env!("CARGO")).args(["build", "--example", name]).current_dir(root()).status();
+        assert!(status.is_ok_and(|status| status.success()), "example {name} does not build");
+    }
+    Command::new(file)
+}
+
+/// A small GPT-NeoX configuration; `changes` go over it.
+pub(crate) fn small_config(changes: &Value) -> Value {
+    let mut config = json!({
+        "model_type": "gpt_neox", "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "intermediate_size": 40, "hidden_act": "gelu", "max_position_embeddings": 96, "rotary_pct": 0.5, "eos_token_id": 0,
+    });
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    config
+}
+
+/// Random weights of that configuration.
+pub(crate) fn small(changes: &Value, seed: u64) -> Pricket {
+    Loader::from_store(small_config(changes), Arc::new(Random::new(Dtype::F32, seed))).threads(2).load().unwrap()
+}
+
+/// Largest absolute difference.
+pub(crate) fn worst(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.dims(), b.dims());
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+/// Every file below `dir`, sorted.
+pub(crate) fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() { out.extend(files(&path)) } else { out.push(path) }
+    }
+    out.sort();
+    out
+}

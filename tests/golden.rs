@@ -1,0 +1,94 @@
+use std::path::PathBuf;
+
+use pricket::candle::Device;
+use sha2::{Digest, Sha256};
+
+use crate::common::{files, root};
+
+#[path = "../examples/parity/cases.rs"]
+mod cases;
+
+fn golden() -> PathBuf {
+    root().join("tests/golden")
+}
+
+#[test]
+fn the_data_is_what_the_originals_answered() {
+    let sums = std::fs::read_to_string(golden().join("SHA256SUMS")).unwrap();
+    let mut listed = 0;
+    for line in sums.lines() {
+        let (sum, file) = line.split_once("  ./").unwrap();
+        let found = Sha256::digest(std::fs::read(golden().join(file)).unwrap());
+        let found: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(found, sum, "{file} was changed");
+        listed += 1;
+    }
+    let present = files(&golden()).into_iter().filter(|path| !path.ends_with("SHA256SUMS")).count();
+    assert_eq!(present, listed, "every file below tests/golden has a checksum");
+}
+
+#[test]
+fn every_case_is_answered_as_the_original_answered() {
+    let mut cases: Vec<PathBuf> = std::fs::read_dir(golden().join("models"))
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.join("case.json").is_file())
+        .collect();
+    cases.sort();
+    assert!(cases.len() >= 15, "{} cases", cases.len());
+    let failures: Vec<String> = cases
+        .iter()
+        .map(|case| cases::run(case, &Device::Cpu))
+        .filter(|outcome| !outcome.ok)
+        .map(|outcome| outcome.to_json().to_string())
+        .collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Vectors of our own tokenizer, made by tools/tokenizer_vectors.py with the reference implementation.
+#[test]
+fn our_tokenizer_reads_and_writes_as_the_reference() {
+    let outcome = cases::run(&root().join("tests/data/tokenizer-tiny"), &Device::Cpu);
+    assert!(outcome.ok, "{}", outcome.to_json());
+}
+
+/// The file is not ours to commit: PRICKET_GOLDEN_TEXT names a directory with it and its vectors.
+#[test]
+fn the_20b_tokenizer_reads_and_writes_as_the_reference() {
+    let beside = root().join("../shared/golden/text");
+    let dir = std::env::var_os("PRICKET_GOLDEN_TEXT").map(PathBuf::from).or(beside.is_dir().then_some(beside));
+    let Some(dir) = dir else {
+        eprintln!("not run: PRICKET_GOLDEN_TEXT is not set");
+        return;
+    };
+    let outcome = cases::run(&dir, &Device::Cpu);
+    assert!(outcome.ok, "{}", outcome.to_json());
+}
+
+#[test]
+fn a_case_that_is_not_understood_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("case.json"), "{}").unwrap();
+    assert!(!cases::run(dir.path(), &Device::Cpu).ok);
+}
+
+/// The comparison itself can fail: one answer is changed by a little more than the tolerance.
+#[test]
+fn a_wrong_answer_is_noticed() {
+    let case = golden().join("models/neox-tied");
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["case.json", "config.json", "model.safetensors"] {
+        std::fs::copy(case.join(file), dir.path().join(file)).unwrap();
+    }
+    let mut expected = pricket::candle::safetensors::load(case.join("expected.safetensors"), &Device::Cpu).unwrap();
+    for name in ["logits", "hidden", "final_norm", "nll"] {
+        let right = expected[name].clone();
+        expected.insert(name.into(), (&right + 2e-4).unwrap());
+        pricket::candle::safetensors::save(&expected, dir.path().join("expected.safetensors")).unwrap();
+        assert!(!cases::run(dir.path(), &Device::Cpu).ok, "{name}");
+        expected.insert(name.into(), right);
+    }
+    pricket::candle::safetensors::save(&expected, dir.path().join("expected.safetensors")).unwrap();
+    assert!(cases::run(dir.path(), &Device::Cpu).ok);
+}

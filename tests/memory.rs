@@ -1,0 +1,101 @@
+use crate::common::root;
+
+/// The most memory that this process ever held, in bytes.
+#[cfg(target_os = "linux")]
+pub(crate) fn peak_rss() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// Writes an f16 safetensors file of a published shape: random bytes that are small finite numbers, repeated.
+#[cfg(target_os = "linux")]
+fn write_f16_file(config: &serde_json::Value, path: &std::path::Path) -> u64 {
+    use std::io::Write;
+    use std::sync::Arc;
+
+    use pricket::weights::{Dtype, ShapesOnly, Store};
+
+    let store = Arc::new(ShapesOnly::new(Dtype::F16));
+    let asked: Arc<dyn Store> = store.clone();
+    drop(pricket::Loader::from_store(config.clone(), asked).allow_any_memory().load().unwrap());
+    let mut offset = 0u64;
+    let mut header = serde_json::Map::new();
+    for name in store.names() {
+        let entry = store.entry(&name).unwrap();
+        let end = offset + 2 * entry.elements() as u64;
+        let info = serde_json::json!({"dtype": "F16", "shape": entry.shape, "data_offsets": [offset, end]});
+        header.insert(name, info);
+        offset = end;
+    }
+    let mut header = serde_json::to_vec(&header).unwrap();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut state = 1u64;
+    let noise: Vec<u8> = (0..1 << 19)
+        .flat_map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            half::f16::from_f32(((state >> 40) as f32 / f32::from(1u16 << 12) / 4096.0 - 0.5) * 0.05).to_le_bytes()
+        })
+        .collect();
+    let mut file = std::fs::File::create(path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(&header).unwrap();
+    let mut left = offset as usize;
+    while left > 0 {
+        let n = left.min(noise.len());
+        file.write_all(&noise[..n]).unwrap();
+        left -= n;
+    }
+    8 + header.len() as u64 + offset
+}
+
+/// A 1.4b model in f16 takes its file, a tenth of it, 64 MiB, and its cache; never a second or a widened copy.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_takes_the_memory_of_its_file() {
+    let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let config = pricket::published_config("1.4b").unwrap();
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let file = write_f16_file(&config, &dir.path().join("model.safetensors"));
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "memory::child_runs_a_model", "--nocapture"])
+        .env("PRICKET_CHILD_MODEL", dir.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let number = |label: &str| -> u64 {
+        let rest =
+            text.split(label).nth(1).unwrap_or_else(|| panic!("{text}\n{}", String::from_utf8_lossy(&output.stderr)));
+        rest.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    let (peak, cache) = (number("PEAK "), number("CACHE "));
+    let allowed = file + file / 10 + (64 << 20) + cache;
+    println!("peak {peak}, file {file}, cache {cache}: {:.3} of the file", peak as f64 / file as f64);
+    assert!(peak <= allowed, "{peak} bytes at the peak, {allowed} allowed");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn child_runs_a_model() {
+    let Some(dir) = std::env::var_os("PRICKET_CHILD_MODEL") else { return };
+    let pricket = pricket::load(dir).unwrap();
+    let options = pricket::GenerateOptions { max_tokens: 4, stop_at_eos: false, ..Default::default() };
+    let mut generation = pricket.generation(vec![(0..64).collect()], &options).unwrap();
+    let mut tokens = 0;
+    while generation.step().unwrap().is_some() {
+        tokens += 1;
+    }
+    assert_eq!(tokens, 4);
+    println!("PEAK {} CACHE {}", peak_rss(), generation.context().cache().unwrap().bytes());
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_refused_before_it_is_read() {
+    let mut config = pricket::published_config("12b").unwrap();
+    config["num_hidden_layers"] = 4000.into();
+    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, 0));
+    let error = pricket::Loader::from_store(config, store).load().unwrap_err();
+    assert!(matches!(error, pricket::Error::OutOfMemory { .. }), "{error}");
+    assert!(error.to_string().contains("GiB"), "{error}");
+    assert!(pricket::load(root().join("models/tiny")).is_ok());
+}

@@ -1,0 +1,30 @@
+//! Whole-product tests, one program so that they link once.
+
+mod common;
+
+/// The crates depend on each other as docs/architecture.md says, and keep to their own business.
+mod layering;
+
+/// What the original implementations answered.
+mod golden;
+
+/// Damaged and malicious files.
+mod hostile;
+
+/// Parameter counts of the published shapes.
+mod shapes;
+
+/// Cache, batch, padding, taps and gradients against plain twins.
+mod properties;
+
+/// The embedded checkpoint and its training steps.
+mod tiny;
+
+/// Tokenising, streaming, stop strings, sampling.
+mod text;
+
+/// Loading and running within the memory that the file takes.
+mod memory;
+
+/// The examples as a user runs them.
+mod examples;

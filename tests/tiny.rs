@@ -1,0 +1,97 @@
+use std::collections::HashSet;
+
+use pricket::lm::token_logprobs;
+use pricket::{GenerateOptions, Pricket, Sampling};
+
+use crate::common::{files, root};
+
+fn data(name: &str) -> String {
+    std::fs::read_to_string(root().join("tests/data/tiny").join(name)).unwrap()
+}
+
+/// Nats per token over windows of the model's context.
+fn held_out_loss(pricket: &Pricket, ids: &[u32]) -> f64 {
+    let (mut sum, mut count) = (0.0, 0);
+    for window in ids.chunks(256).filter(|window| window.len() > 1) {
+        for token in token_logprobs(&*pricket.model(), window).unwrap() {
+            sum -= f64::from(token.logprob);
+            count += 1;
+        }
+    }
+    sum / f64::from(count)
+}
+
+/// Nats per token of the training text's token frequencies, one added to each.
+fn unigram_loss(ids: &[u32]) -> f64 {
+    let counts: Vec<f64> = serde_json::from_str(&data("unigram_counts.json")).unwrap();
+    let total: f64 = counts.iter().map(|n| n + 1.0).sum();
+    let tail = &ids[1..];
+    tail.iter().map(|&id| -((counts[id as usize] + 1.0) / total).ln()).sum::<f64>() / tail.len() as f64
+}
+
+#[test]
+fn it_predicts_text_that_it_has_not_seen() {
+    let pricket = pricket::tiny().unwrap();
+    let ids = pricket.encode(&data("held_out.txt")).unwrap();
+    let (model, unigram) = (held_out_loss(&pricket, &ids), unigram_loss(&ids));
+    println!("held out: {model:.3} nats a token, unigram {unigram:.3}");
+    assert!(model < unigram - 1.5, "model {model}, unigram {unigram}");
+}
+
+#[test]
+fn it_writes_words_of_the_language_it_was_trained_on() {
+    let pricket = pricket::tiny().unwrap();
+    let list = data("words.txt");
+    let known: HashSet<&str> = list.lines().collect();
+    let mut words: Vec<String> = Vec::new();
+    let mut seed = 0;
+    while words.len() < 500 {
+        let sampling = Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::default() };
+        let options = GenerateOptions { max_tokens: 200, sampling, seed, ..Default::default() };
+        let text = pricket.generate("The", &options).unwrap().text.to_lowercase();
+        let mut found: Vec<&str> = text.split(|c: char| !c.is_ascii_alphabetic()).filter(|w| !w.is_empty()).collect();
+        // The first piece continues the prompt's word and the last may be cut off.
+        found.pop();
+        words.extend(found.iter().skip(1).map(|w| (*w).to_owned()));
+        seed += 1;
+    }
+    words.truncate(500);
+    let real = words.iter().filter(|word| known.contains(word.as_str())).count();
+    println!("{real} of 500 sampled words are in the training text");
+    assert!(real >= 450, "{real} of 500: {words:?}");
+}
+
+#[test]
+fn its_training_steps_can_be_loaded_and_tell_its_history() {
+    let held_out = data("held_out.txt");
+    let held_out = &held_out[..12_000];
+    let mut last = f64::INFINITY;
+    for step in [0, 16, 128, 1000, 4000] {
+        let pricket = pricket::load(root().join(format!("models/tiny@step{step}"))).unwrap();
+        let loss = held_out_loss(&pricket, &pricket.encode(held_out).unwrap());
+        println!("step {step}: {loss:.3}");
+        assert!(loss < last, "step {step}: {loss} after {last}");
+        last = loss;
+    }
+    // The embedded model is the last step, and so is main.
+    let ids = pricket::tiny().unwrap().encode(held_out).unwrap();
+    let close = |other: f64| (other - last).abs() < 1e-9;
+    assert!(close(held_out_loss(&pricket::tiny().unwrap(), &ids)));
+    assert!(close(held_out_loss(&pricket::load(root().join("models/tiny@main")).unwrap(), &ids)));
+}
+
+#[test]
+fn a_revision_that_is_not_there_is_answered_with_those_that_are() {
+    let error = pricket::load(root().join("models/tiny@step3")).unwrap_err().to_string();
+    assert!(error.contains("step3") && error.contains("main, step0, step1, step2, step4, step16"), "{error}");
+}
+
+#[test]
+fn it_is_small() {
+    let top =
+        files(&root().join("models/tiny")).into_iter().filter(|path| !path.to_string_lossy().contains("revisions"));
+    let bytes: u64 = top.map(|path| path.metadata().unwrap().len()).sum();
+    assert!(bytes < 3_000_000, "{bytes} bytes");
+    let steps = std::fs::read_dir(root().join("models/tiny/revisions")).unwrap().count();
+    assert!(steps >= 12, "{steps} steps");
+}
