@@ -26,6 +26,8 @@ pub(crate) enum Global {
     RebuildParameter,
     OrderedDict,
     Size,
+    /// `_codecs.encode`, which is how protocol 2 spells a bytes object.
+    Encode,
     Storage(Dtype),
 }
 
@@ -36,6 +38,7 @@ impl Global {
             ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
             ("collections", "OrderedDict") => Global::OrderedDict,
             ("torch", "Size") => Global::Size,
+            ("_codecs", "encode") => Global::Encode,
             ("torch", "DoubleStorage") => Global::Storage(Dtype::F64),
             ("torch", "FloatStorage") => Global::Storage(Dtype::F32),
             ("torch", "HalfStorage") => Global::Storage(Dtype::F16),
@@ -482,6 +485,7 @@ impl<'a> Machine<'a> {
                 self.stack.push(args[0]);
                 Ok(())
             }
+            Global::Encode if args.len() == 2 => self.push(Value::Bytes),
             Global::RebuildParameter if !args.is_empty() => {
                 let Value::Tensor(tensor) = self.value(args[0]).clone() else {
                     return malformed("a parameter that is no tensor");
