@@ -46,9 +46,9 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let found = pricket::inspect(args.model.as_ref().unwrap_or(&args.path))?;
     let mut out = std::io::stdout().lock();
     if args.json {
-        print_json(&mut out, &found, args)?
+        print_json(&mut out, &found, args)?;
     } else {
-        print_text(&mut out, &found, args)?
+        print_text(&mut out, &found, args)?;
     }
     Ok(())
 }

@@ -19,8 +19,7 @@ fn the_data_is_what_the_originals_answered() {
     for line in sums.lines() {
         let (sum, file) = line.split_once("  ./").unwrap();
         let found = Sha256::digest(std::fs::read(golden().join(file)).unwrap());
-        let found: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(found, sum, "{file} was changed");
+        assert_eq!(cases::hex(&found), sum, "{file} was changed");
         listed += 1;
     }
     let present = files(&golden()).into_iter().filter(|path| !path.ends_with("SHA256SUMS")).count();

@@ -314,7 +314,7 @@ fn overflow_is_reported_with_its_layer() {
     }
     let store = Overflow(pricket::weights::Random::new(pricket::Dtype::F32, 1));
     let model = Loader::from_store(small_config(&json!({})), std::sync::Arc::new(store)).load().unwrap();
-    let mut generation = model.generation(vec![vec![1, 2, 3]], &Default::default()).unwrap();
+    let mut generation = model.generation(vec![vec![1, 2, 3]], &pricket::GenerateOptions::default()).unwrap();
     let error = pricket::Error::from(generation.step().unwrap_err());
     assert!(matches!(error, pricket::Error::NonFinite { layer: Some(1), .. }), "{error}");
     assert!(error.to_string().contains("layer 1") && error.to_string().contains("f32"), "{error}");

@@ -1,6 +1,7 @@
 //! The kinds of golden cases, told apart by the files they hold, never by their names.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -362,6 +363,14 @@ fn train(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result
     Ok(())
 }
 
+/// Lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut out, byte| {
+        let _ = write!(out, "{byte:02x}");
+        out
+    })
+}
+
 /// Text to ids, ids to text at once and in a stream.
 fn tokenizer(dir: &Path, check: &mut Check) -> Result<()> {
     let mut files = std::fs::read_dir(dir)?.flatten().map(|entry| entry.path());
@@ -380,9 +389,8 @@ fn tokenizer(dir: &Path, check: &mut Check) -> Result<()> {
     for line in read_lines(&dir.join("decode.jsonl"))? {
         let (input, decoded) = (list(&line["ids"])?, text(&line["decoded"])?);
         check.equal("decoded", &tokenizer.decode(&input), &decoded);
-        let bytes: String =
-            input.iter().flat_map(|&id| tokenizer.token_bytes(id)).map(|b| format!("{b:02x}")).collect();
-        check.equal("bytes", &bytes, &text(&line["bytes_hex"])?);
+        let bytes: Vec<u8> = input.iter().flat_map(|&id| tokenizer.token_bytes(id)).copied().collect();
+        check.equal("bytes", &hex(&bytes), &text(&line["bytes_hex"])?);
         let mut decoder = tokenizer.decoder();
         let chunks: Vec<String> = input.iter().map(|&id| decoder.push(id)).collect();
         let flush = decoder.finish();

@@ -105,11 +105,6 @@ impl Config {
         Ok(config)
     }
 
-    /// The family's name.
-    pub(crate) fn family(&self) -> &'static str {
-        "gpt_neox"
-    }
-
     pub(crate) fn activation(&self) -> Result<Activation> {
         Activation::from_name(&self.hidden_act)
             .ok_or_else(|| Error::config("hidden_act", format!("{:?} is not implemented", self.hidden_act)))
@@ -147,7 +142,7 @@ impl Config {
             Some(other) => return Err(Error::config(key, format!("rope type {other:?} is not implemented"))),
         };
         let dims = ((self.hidden_size / self.num_attention_heads) as f64 * share) as usize;
-        if dims % 2 != 0 {
+        if !dims.is_multiple_of(2) {
             return Err(Error::config(key, format!("{dims} rotated dimensions cannot be paired")));
         }
         Ok((dims > 0).then_some(Rotary { dims, base, factor }))
@@ -160,7 +155,7 @@ mod tests {
 
     use super::*;
 
-    fn with(changes: serde_json::Value) -> Result<Config> {
+    fn with(changes: &serde_json::Value) -> Result<Config> {
         let mut config = json!({
             "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
         });
@@ -168,13 +163,13 @@ mod tests {
         Config::from_json(&config)
     }
 
-    fn rotary(changes: serde_json::Value) -> Rotary {
+    fn rotary(changes: &serde_json::Value) -> Rotary {
         with(changes).unwrap().rotary().unwrap().unwrap()
     }
 
     #[test]
     fn absent_keys_take_the_defaults_of_transformers() {
-        let config = with(json!({})).unwrap();
+        let config = with(&json!({})).unwrap();
         assert!(config.use_parallel_residual && config.attention_bias && !config.tie_word_embeddings);
         assert_eq!(config.activation().unwrap(), Activation::Gelu);
         assert_eq!(config.rotary().unwrap().unwrap(), Rotary { dims: 8, base: 10000.0, factor: 1.0 });
@@ -184,12 +179,12 @@ mod tests {
     fn rotary_keys_take_precedence_as_in_transformers() {
         let parameters = json!({"rope_theta": 20000.0, "partial_rotary_factor": 0.5, "rope_type": "default"});
         let both = json!({"rotary_pct": 1.0, "rotary_emb_base": 500, "rope_parameters": parameters});
-        assert_eq!(rotary(both.clone()), Rotary { dims: 16, base: 20000.0, factor: 1.0 });
-        let mut scaled = both;
+        assert_eq!(rotary(&both), Rotary { dims: 16, base: 20000.0, factor: 1.0 });
+        let mut scaled = both.clone();
         scaled["rope_scaling"] = json!({"type": "linear", "factor": 4});
-        assert_eq!(rotary(scaled), Rotary { dims: 32, base: 500.0, factor: 4.0 });
+        assert_eq!(rotary(&scaled), Rotary { dims: 32, base: 500.0, factor: 4.0 });
         let flat = json!({"rotary_pct": 1.0, "partial_rotary_factor": 0.5, "rope_theta": 3.0});
-        assert_eq!(rotary(flat), Rotary { dims: 32, base: 10000.0, factor: 1.0 });
+        assert_eq!(rotary(&flat), Rotary { dims: 32, base: 10000.0, factor: 1.0 });
     }
 
     #[test]

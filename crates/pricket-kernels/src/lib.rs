@@ -19,6 +19,6 @@ mod rotary;
 mod shared;
 
 pub use attention::{AttentionOp, Causal, attention};
-pub use dot::dot;
+pub use dot::{dot, dot_bf16, dot_f16};
 pub use linear::{LinearOp, Stored, linear, linear_transposed};
 pub use rotary::RotaryOp;

@@ -3,7 +3,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::dot;
+use crate::dot::{dot, dot_bf16, dot_f16};
 use crate::shared::{Shared, f32_slice};
 
 /// Up to here each weight row is widened once and multiplied with every activation row; beyond, panels go through a
@@ -30,6 +30,15 @@ impl<'a> Stored<'a> {
             Stored::F32(w) => w.len(),
             Stored::F16(w) => w.len(),
             Stored::BF16(w) => w.len(),
+        }
+    }
+
+    /// The inner product of elements `[start, end)` with `x`, widened in registers.
+    fn dot(&self, start: usize, end: usize, x: &[f32]) -> f32 {
+        match self {
+            Stored::F32(w) => dot(x, &w[start..end]),
+            Stored::F16(w) => dot_f16(x, &w[start..end]),
+            Stored::BF16(w) => dot_bf16(x, &w[start..end]),
         }
     }
 
@@ -74,7 +83,7 @@ pub fn linear(
     y: &mut [f32],
 ) {
     let (k, n) = (in_features, out_features);
-    let rows = if k == 0 { 0 } else { x.len() / k };
+    let rows = x.len().checked_div(k).unwrap_or(0);
     assert_eq!(x.len(), rows * k, "activations do not fill their rows");
     assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
     assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
@@ -85,8 +94,13 @@ pub fn linear(
         let (from, to) = (task * step, ((task + 1) * step).min(n));
         if rows <= FEW_ROWS {
             for row in from..to {
-                let w = weight.widen(row * k, (row + 1) * k, buffer);
                 let b = bias.map_or(0.0, |b| b[row]);
+                if rows == 1 {
+                    // SAFETY: column `row` belongs to this task alone.
+                    unsafe { *out.at(row) = weight.dot(row * k, (row + 1) * k, x) + b };
+                    continue;
+                }
+                let w = weight.widen(row * k, (row + 1) * k, buffer);
                 for (i, x) in x.chunks_exact(k).enumerate() {
                     // SAFETY: column `row` belongs to this task alone.
                     unsafe { *out.at(i * n + row) = dot(x, w) + b };
@@ -135,7 +149,7 @@ pub fn linear(
 /// As [`linear`].
 pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_features: usize, x: &mut [f32]) {
     let (k, n) = (in_features, out_features);
-    let rows = if n == 0 { 0 } else { y.len() / n };
+    let rows = y.len().checked_div(n).unwrap_or(0);
     assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
     assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
     assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");

@@ -102,7 +102,9 @@ impl Sampling {
             return;
         }
         if self.temperature != 1.0 {
-            logits.iter_mut().for_each(|x| *x /= self.temperature);
+            for x in logits.iter_mut() {
+                *x /= self.temperature;
+            }
         }
         if self.top_k > 0 && self.top_k < logits.len() {
             top_k(logits, self.top_k);

@@ -167,15 +167,12 @@ impl Decoder {
                 Err(e) => {
                     let valid = e.valid_up_to();
                     out.push_str(&String::from_utf8_lossy(&self.pending[..valid]));
-                    match e.error_len() {
-                        Some(wrong) => {
-                            out.push(char::REPLACEMENT_CHARACTER);
-                            self.pending.drain(..valid + wrong);
-                        }
-                        None => {
-                            self.pending.drain(..valid);
-                            return out;
-                        }
+                    if let Some(wrong) = e.error_len() {
+                        out.push(char::REPLACEMENT_CHARACTER);
+                        self.pending.drain(..valid + wrong);
+                    } else {
+                        self.pending.drain(..valid);
+                        return out;
                     }
                 }
             }

@@ -145,7 +145,7 @@ impl Context {
 
     /// Enters a layer; a pass that starts in the middle of the model begins here.
     pub(crate) fn enter(&mut self, layer: usize, batch: usize, len: usize, limit: Option<usize>) -> Result<()> {
-        if !self.step.as_ref().is_some_and(|step| (step.batch, step.len) == (batch, len)) {
+        if self.step.as_ref().is_none_or(|step| (step.batch, step.len) != (batch, len)) {
             self.begin(batch, len, limit)?;
         }
         self.step_mut().layer = layer;

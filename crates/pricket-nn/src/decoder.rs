@@ -120,7 +120,7 @@ pub fn residual(x: &Tensor, parts: &[&Tensor]) -> Result<Tensor> {
 }
 
 /// The sizes that a family reads from its configuration.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Sizes {
     /// As [`ModelInfo::family`].
     pub family: &'static str,

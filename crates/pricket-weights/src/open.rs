@@ -102,9 +102,7 @@ pub fn sniff(path: &Path) -> Result<Format> {
     Ok(match &head[..] {
         [b'P', b'K', 3, 4, ..] => Format::TorchZip,
         [b'G', b'G', b'U', b'F', ..] => Format::Gguf,
-        [b'l', b'm', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] => {
-            Format::LegacyGgml
-        }
+        [b'l' | b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] => Format::LegacyGgml,
         // PROTO 2, LONG1 of ten bytes: torch's magic number 0x1950a86a20f9469cfc6c.
         [0x80, _, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, ..] => Format::TorchLegacy,
         [_, _, _, _, _, _, _, _, b'{', ..] => Format::Safetensors,

@@ -206,7 +206,7 @@ impl<'a> Machine<'a> {
     }
 
     fn pairs(items: &[Id]) -> Result<Vec<(Id, Id)>> {
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return malformed("a dictionary with a key and no value");
         }
         Ok(items.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect())
@@ -243,6 +243,7 @@ impl<'a> Machine<'a> {
         }
     }
 
+    #[allow(clippy::too_many_lines, reason = "one opcode after the other")]
     fn run(&mut self) -> Result<Id> {
         loop {
             let opcode = self.byte()?;
@@ -282,7 +283,7 @@ impl<'a> Machine<'a> {
                     let v = f64::from_be_bytes(self.array()?);
                     self.push(Value::Float(v))?;
                 }
-                b'X' => {
+                b'X' | b'T' => {
                     let n = self.length_u32()?;
                     self.text(n)?;
                 }
@@ -292,10 +293,6 @@ impl<'a> Machine<'a> {
                 }
                 0x8d => {
                     let n = self.length_u64()?;
-                    self.text(n)?;
-                }
-                b'T' => {
-                    let n = self.length_u32()?;
                     self.text(n)?;
                 }
                 b'C' => {

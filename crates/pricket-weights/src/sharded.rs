@@ -48,20 +48,19 @@ impl Sharded {
         let mut shards: Vec<Box<dyn Store>> = Vec::new();
         let mut tensors = BTreeMap::new();
         for (name, file) in &map.weight_map {
-            let position = match positions.get(file) {
-                Some(&position) => position,
-                None => {
-                    let path = folder.join(file);
-                    if !path.exists() {
-                        return Err(Error::NotFound {
-                            path,
-                            what: format!("the shard is named by {} but is not there", index.display()),
-                        });
-                    }
-                    shards.push(open_file(&path)?);
-                    positions.insert(file, shards.len() - 1);
-                    shards.len() - 1
+            let position = if let Some(&position) = positions.get(file) {
+                position
+            } else {
+                let path = folder.join(file);
+                if !path.exists() {
+                    return Err(Error::NotFound {
+                        path,
+                        what: format!("the shard is named by {} but is not there", index.display()),
+                    });
                 }
+                shards.push(open_file(&path)?);
+                positions.insert(file, shards.len() - 1);
+                shards.len() - 1
             };
             if shards[position].entry(name).is_none() {
                 return Err(corrupt(format!("it says that {file} holds {name}, which it does not")));

@@ -37,6 +37,9 @@ pub trait Store: Send + Sync {
     }
 
     /// The bytes of a tensor: contiguous, row-major, little-endian.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], or [`Error::Unsupported`] for an element type that is not read.
     fn bytes(&self, name: &str) -> Result<Bytes<'_>>;
 
     /// The file that holds `name`, for messages; the store itself where that is not known.
