@@ -200,7 +200,7 @@ mod tests {
             (json!({"vocab_size": "many"}), "vocab_size"),
         ];
         for (change, key) in refused {
-            let Err(Error::Config { key: found, .. }) = with(change) else { panic!("{key} was accepted") };
+            let Err(Error::Config { key: found, .. }) = with(&change) else { panic!("{key} was accepted") };
             assert_eq!(found, key);
         }
     }
