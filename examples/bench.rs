@@ -65,9 +65,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
         })?;
         rows.push(("decode", len, rate));
     }
-    let threads = args.model.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    // Every weight but the embedding's unread rows passes through the processor for each token.
-    let read = info.weight_bytes - (info.vocab * info.d_model * info.dtype.size_in_bytes()) as u64;
+    let threads = pricket.threads();
+    // Every weight passes through the processor for each token, but the rows of an embedding that is not the head too.
+    let tied = pricket.config()["tie_word_embeddings"] == true;
+    let unread = if tied { 0 } else { (info.vocab * info.d_model * info.dtype.size_in_bytes()) as u64 };
+    let read = info.weight_bytes - unread;
     let bandwidth = bandwidth(info.weight_bytes as usize, threads);
     let share = |rate: f64| read as f64 * rate / bandwidth;
     if args.json {

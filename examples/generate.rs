@@ -93,6 +93,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             no_repeat_ngram_size: args.no_repeat_ngram_size,
         },
         seed: args.seed.unwrap_or_else(clock),
+        row_seeds: Vec::new(),
         stop: args.stop,
         stop_at_eos: !args.ignore_eos,
         beyond_trained_length: args.beyond_trained_length,

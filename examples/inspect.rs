@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use pricket::{Dtype, Inspection};
+use pricket::Inspection;
 use serde_json::json;
 
 /// Shows what is in a checkpoint; exit code 1 and one line if it is damaged.
@@ -54,11 +54,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Memory of the model as it would be loaded.
-fn estimate(found: &Inspection, context: Option<usize>) -> anyhow::Result<Option<(usize, pricket::Estimate)>> {
-    let (Some(config), Some(info)) = (&found.config, &found.info) else { return Ok(None) };
+fn estimate(found: &Inspection, context: Option<usize>) -> Option<(usize, pricket::Estimate)> {
+    let info = found.info.as_ref()?;
     let context = context.or(info.context).unwrap_or(2048);
-    let dtype = found.tensors.iter().find(|t| !t.is_buffer && t.shape.len() == 2).map_or(Dtype::F32, |t| t.dtype);
-    Ok(Some((context, pricket::estimate(config, dtype, context)?)))
+    Some((context, pricket::Estimate::new(info.clone(), context)))
 }
 
 fn mib(bytes: u64) -> String {
@@ -85,7 +84,7 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
         )?;
     }
     writeln!(out, "tokenizer   {}", if found.has_tokenizer { "tokenizer.json" } else { "none" })?;
-    if let Some((context, estimate)) = estimate(found, args.context)? {
+    if let Some((context, estimate)) = estimate(found, args.context) {
         let (weights, cache) = (mib(estimate.weights), mib(estimate.cache));
         writeln!(
             out,
@@ -117,7 +116,7 @@ fn print_json(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
         object["family"] = json!(info.family);
         object["parameters"] = json!(info.parameters);
     }
-    if let Some((context, estimate)) = estimate(found, args.context)? {
+    if let Some((context, estimate)) = estimate(found, args.context) {
         object["memory"] = json!({
             "context": context, "total": estimate.total(), "weights": estimate.weights, "cache": estimate.cache,
             "workspace": estimate.workspace,

@@ -17,7 +17,7 @@ fn bad_cases() -> Vec<PathBuf> {
     dirs
 }
 
-/// Runs an example with 200 MB of address space beyond what the program itself maps, and gives its single line.
+/// Runs an example on a bad checkpoint and gives its single line.
 fn refuse(program: &str, dir: &Path) -> String {
     let mut command = example(program);
     command.arg("--model").arg(dir).arg("--json");
@@ -58,7 +58,9 @@ fn bad_checkpoints_get_one_clear_line_and_exit_code_1() {
 #[cfg(target_os = "linux")]
 #[test]
 fn bad_checkpoints_cost_little_memory() {
-    for dir in bad_cases() {
+    let more = more_bad_checkpoints();
+    let more = more.iter().map(|dir| dir.path().to_owned());
+    for dir in bad_cases().into_iter().chain(more) {
         let output = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "hostile::child_loads_a_bad_checkpoint", "--nocapture"])
             .env("PRICKET_BAD_CHECKPOINT", &dir)
@@ -79,8 +81,81 @@ fn bad_checkpoints_cost_little_memory() {
 #[test]
 fn child_loads_a_bad_checkpoint() {
     let Some(dir) = std::env::var_os("PRICKET_BAD_CHECKPOINT") else { return };
-    assert!(pricket::load(&dir).is_err());
+    // As the examples end: the message is made too.
+    let line = pricket::load(&dir).unwrap_err().to_string().replace('\n', " ");
+    let inspected = pricket::inspect(&dir).unwrap_err().to_string().replace('\n', " ");
+    assert!(line.len() < 2000 && inspected.len() < 2000, "{} and {} bytes", line.len(), inspected.len());
     println!("PEAK {}", crate::memory::peak_rss());
+}
+
+fn safetensors_bytes(header: &str, data: usize) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat()
+}
+
+/// A PyTorch zip around a pickle of our own making.
+fn torch_zip(pickle: &[u8]) -> Vec<u8> {
+    use std::io::Write;
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    zip.start_file("archive/data.pkl", stored).unwrap();
+    zip.write_all(pickle).unwrap();
+    zip.finish().unwrap().into_inner()
+}
+
+/// What a file can do wrong that the golden cases do not.
+fn more_bad_checkpoints() -> Vec<tempfile::TempDir> {
+    // Eight tensors whose ends add up to just below 2^64.
+    let huge = (1u64 << 61) - 1;
+    let eighths: Vec<String> = (0..8u64)
+        .map(|i| {
+            format!(r#""t{i}":{{"dtype":"U8","shape":[{huge}],"data_offsets":[{},{}]}}"#, i * huge, (i + 1) * huge)
+        })
+        .collect();
+    let overflow = safetensors_bytes(&format!("{{{}}}", eighths.join(",")), 16);
+    let unknown = r#"{"gpt_neox.embed_in.weight":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}"#;
+    let metadata = safetensors_bytes(&format!(r#"{{"__metadata__":{{"x":"{}"}}}}"#, "y".repeat(8 << 20)), 0);
+    // A memoised tuple named again and again, and a name of 16 MB.
+    let repeated =
+        [&b"\x80\x02ctorch\nSize\nq\x00(K\x01K\x02t\x85q\x01("[..], &b"h\x00h\x01R".repeat(3 << 20)].concat();
+    let name = [&b"\x80\x02c"[..], &vec![1; 16 << 20], b"\nsystem\n."].concat();
+    let mut dirs = vec![
+        with_weights("neox-tied", "model.safetensors", &overflow),
+        with_weights("neox-tied", "model.safetensors", &safetensors_bytes(unknown, 1)),
+        with_weights("neox-tied", "model.safetensors", &metadata),
+        with_weights("neox-tied", "pytorch_model.bin", &torch_zip(&repeated)),
+        with_weights("neox-tied", "pytorch_model.bin", &torch_zip(&name)),
+        with_weights("neox-tied", "pytorch_model.bin", &torch_zip(b"")),
+    ];
+    let index: Vec<String> = (0..400_000).map(|i| format!(r#""{i}":"""#)).collect();
+    dirs.push(with_weights(
+        "neox-tied",
+        "model.safetensors.index.json",
+        format!(r#"{{"weight_map":{{{}}}}}"#, index.join(",")).as_bytes(),
+    ));
+    for config in [
+        "null",
+        "[]",
+        "3",
+        "{",
+        "{\"model_type\": \"gpt_neox\"}",
+        "{\"model_type\": \"gpt_neox\", \"vocab_size\": 1e400}",
+    ] {
+        dirs.push(with_weights("neox-tied", "config.json", config.as_bytes()));
+    }
+    let long = format!(r#"{{"model_type": "{}"}}"#, "z".repeat(900_000));
+    dirs.push(with_weights("neox-tied", "config.json", long.as_bytes()));
+    dirs.push(with_weights("neox-tied", "config.json", &vec![b' '; 40 << 20]));
+    dirs
+}
+
+/// Types that no weight has are named, not called missing.
+#[test]
+fn a_weight_of_an_unread_type_is_named_with_its_type() {
+    let shape = r#""shape":[112,40],"data_offsets":[0,17920]"#;
+    let header = format!(r#"{{"gpt_neox.embed_in.weight":{{"dtype":"U32",{shape}}}}}"#);
+    let dir = with_weights("neox-tied", "model.safetensors", &safetensors_bytes(&header, 17920));
+    let line = pricket::load(dir.path()).unwrap_err().to_string();
+    assert!(line.contains("gpt_neox.embed_in.weight") && line.contains("U32"), "{line}");
 }
 
 /// A directory with the configuration of a golden case and `weights` under `name`.
@@ -155,7 +230,26 @@ fn a_broken_tokenizer_is_named() {
     for file in ["config.json", "model.safetensors"] {
         std::fs::copy(root().join("models/tiny").join(file), dir.path().join(file)).unwrap();
     }
-    for text in ["", "{}", "{\"model\": 3}", "not json"] {
+    let bpe = |vocab: &str, merges: &str, more: &str| {
+        format!(
+            r#"{{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+            "decoder": {{"type": "ByteLevel"}}, "model": {{"type": "BPE", "vocab": {vocab}, "merges": {merges}{more}}}}}"#
+        )
+    };
+    let files = [
+        String::new(),
+        "{}".into(),
+        r#"{"model": 3}"#.into(),
+        "not json".into(),
+        bpe(r#"{"a": 0, "b": 1}"#, r#"["a b"]"#, ""),
+        bpe(r#"{"a": 0, "b": 1, "ab": 2}"#, r#"["a c"]"#, ""),
+        bpe(r#"{"a": 0, "b": 1, "ab": 2}"#, r#"["ab"]"#, ""),
+        bpe(r#"{"a": 0, "b": 1, "ab": 2}"#, r#"["a b"]"#, r#", "continuing_subword_prefix": "xxxx""#),
+        bpe(r#"{"a": 0, "b": 4294967295}"#, "[]", ""),
+        bpe(r#"{"a": -1}"#, "[]", ""),
+        bpe("{}", "[]", "").replace("ByteLevel", "WordPiece"),
+    ];
+    for text in files {
         std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
         let line = pricket::load(dir.path()).unwrap_err().to_string();
         assert!(line.contains("tokenizer.json"), "{line}");

@@ -66,6 +66,58 @@ fn prompts_in_a_batch_give_the_texts_they_give_alone() {
 }
 
 #[test]
+fn rows_of_a_batch_can_have_seeds_of_their_own() {
+    let pricket = pricket::tiny().unwrap();
+    let options = GenerateOptions { row_seeds: vec![7, 8], ..sampled(9) };
+    let rows = pricket.generate_batch(&["The"; 3], &options).unwrap();
+    for (row, seed) in rows.iter().zip([7, 8, 9]) {
+        assert_eq!(row.text, pricket.generate("The", &sampled(seed)).unwrap().text);
+    }
+}
+
+/// Fine-tunes save how they cut and filled their batches.
+#[test]
+fn truncation_and_padding_in_a_tokenizer_file_are_left_alone() {
+    let plain = pricket::tiny().unwrap().tokenizer().unwrap().clone();
+    let mut file: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(crate::common::root().join("models/tiny/tokenizer.json")).unwrap())
+            .unwrap();
+    file["truncation"] =
+        serde_json::json!({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0});
+    file["padding"] = serde_json::json!({
+        "strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": null, "pad_id": 1, "pad_type_id": 0, "pad_token": "x",
+    });
+    let tokenizer = pricket::Tokenizer::from_bytes(file.to_string().as_bytes(), "changed").unwrap();
+    for text in ["", "The", "The people of the United States of America"] {
+        assert_eq!(tokenizer.encode(text).unwrap(), plain.encode(text).unwrap());
+    }
+}
+
+#[test]
+fn a_row_can_be_stopped_at_any_time() {
+    let pricket = pricket::tiny().unwrap();
+    let prompts = vec![pricket.encode("The people of the").unwrap(), pricket.encode("A").unwrap()];
+    let options = GenerateOptions { max_tokens: 6, stop_at_eos: false, ..Default::default() };
+    let alone = pricket.generate("A", &options).unwrap().ids;
+    for when in 0..3 {
+        let mut generation = pricket.generation(prompts.clone(), &options).unwrap();
+        let mut rows = vec![Vec::new(); 2];
+        let mut steps = 0;
+        loop {
+            if steps == when {
+                generation.stop(0);
+            }
+            let Some(tokens) = generation.step().unwrap() else { break };
+            for token in tokens {
+                rows[token.row].push(token.id);
+            }
+            steps += 1;
+        }
+        assert_eq!((rows[0].len(), &rows[1]), (when, &alone));
+    }
+}
+
+#[test]
 fn tokens_beyond_the_tokenizer_are_never_written() {
     let pricket = pricket::tiny().unwrap();
     let known = pricket.tokenizer().unwrap().vocab_size();

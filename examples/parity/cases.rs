@@ -395,6 +395,11 @@ fn tokenizer(dir: &Path, check: &mut Check) -> Result<()> {
         let chunks: Vec<String> = input.iter().map(|&id| decoder.push(id)).collect();
         let flush = decoder.finish();
         check.equal("streamed", &(chunks.concat() + &flush), &decoded);
+        // Where the pieces end is ours to choose, but not later than the reference's.
+        if let Ok(wanted) = serde_json::from_value::<Vec<String>>(line["stream_chunks"].clone()) {
+            let on_time = (1..=chunks.len()).all(|n| chunks[..n].concat().starts_with(&wanted[..n].concat()));
+            check.equal("streamed on time", &on_time, &true);
+        }
     }
     if dir.join("hf_cleanup.jsonl").is_file() {
         for line in read_lines(&dir.join("hf_cleanup.jsonl"))? {

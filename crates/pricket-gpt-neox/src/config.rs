@@ -51,11 +51,13 @@ pub struct Config {
 }
 
 /// `rope_parameters` or `rope_scaling`, old spellings included.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 pub struct RopeParameters {
     /// `default` or `linear`; others are refused.
-    #[serde(alias = "type")]
     pub rope_type: Option<String>,
+    /// The older spelling of `rope_type`; some files hold both.
+    #[serde(rename = "type")]
+    pub old_type: Option<String>,
     /// Base of the frequencies.
     pub rope_theta: Option<f64>,
     /// Share of the dimensions.
@@ -115,9 +117,11 @@ impl Config {
     /// `rope_scaling`, if set, replaces `rope_parameters`, whose keys come before `rotary_pct` and `rotary_emb_base`;
     /// flat `rope_theta` and `partial_rotary_factor` are ignored, as transformers ignores them in this family.
     pub(crate) fn rotary(&self) -> Result<Option<Rotary>> {
-        let (key, rope) = match (&self.rope_scaling, &self.rope_parameters) {
-            (Some(scaling), _) => ("rope_scaling", scaling.clone()),
-            (None, Some(parameters)) => ("rope_parameters", parameters.clone()),
+        // An empty object counts as none, as it does in Python.
+        let given = |rope: &Option<RopeParameters>| rope.clone().filter(|rope| *rope != RopeParameters::default());
+        let (key, rope) = match (given(&self.rope_scaling), given(&self.rope_parameters)) {
+            (Some(scaling), _) => ("rope_scaling", scaling),
+            (None, Some(parameters)) => ("rope_parameters", parameters),
             (None, None) => ("rotary_pct", RopeParameters::default()),
         };
         let base = rope.rope_theta.or(self.rotary_emb_base).unwrap_or(10000.0);
@@ -128,7 +132,8 @@ impl Config {
         if !(0.0..=1.0).contains(&share) {
             return Err(Error::config(key, format!("share {share} of rotated dimensions is not between 0 and 1")));
         }
-        let factor = match rope.rope_type.as_deref() {
+        let factor = match rope.rope_type.or(rope.old_type).as_deref() {
+            None if rope.factor.is_some() => return Err(Error::config(key, "a factor without a type")),
             None | Some("default") => 1.0,
             Some("linear") => match rope.factor {
                 Some(factor) if factor.is_finite() && factor >= 1.0 => factor,
@@ -183,6 +188,10 @@ mod tests {
         let mut scaled = both.clone();
         scaled["rope_scaling"] = json!({"type": "linear", "factor": 4});
         assert_eq!(rotary(&scaled), Rotary { dims: 32, base: 500.0, factor: 4.0 });
+        let both_spellings = json!({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}});
+        assert_eq!(rotary(&both_spellings), Rotary { dims: 8, base: 10000.0, factor: 2.0 });
+        let empty = json!({"rope_scaling": {}, "rope_parameters": {"rope_theta": 500.0}});
+        assert_eq!(rotary(&empty), Rotary { dims: 8, base: 500.0, factor: 1.0 });
         let flat = json!({"rotary_pct": 1.0, "partial_rotary_factor": 0.5, "rope_theta": 3.0});
         assert_eq!(rotary(&flat), Rotary { dims: 32, base: 10000.0, factor: 1.0 });
     }
@@ -193,6 +202,7 @@ mod tests {
             (json!({"hidden_act": "swish"}), "hidden_act"),
             (json!({"rope_scaling": {"type": "yarn", "factor": 2}}), "rope_scaling"),
             (json!({"rope_parameters": {"rope_type": "dynamic", "factor": 2}}), "rope_parameters"),
+            (json!({"rope_scaling": {"factor": 2.0}}), "rope_scaling"),
             (json!({"num_attention_heads": 3}), "num_attention_heads"),
             (json!({"num_hidden_layers": -1}), "num_hidden_layers"),
             (json!({"hidden_size": 1u64 << 40}), "hidden_size"),

@@ -118,8 +118,8 @@ fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, s: Sizes, scale: f32, mask: Causal
                 s.dim,
                 out.at(((b * s.queries + from) * s.heads + h) * s.dim),
                 s.heads * s.dim,
-            )
-        };
+            );
+        }
     });
 }
 

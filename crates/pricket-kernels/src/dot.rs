@@ -39,9 +39,8 @@ fn wide_bf16(x: bf16) -> f32 {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256i, _mm_loadu_si128, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-        _mm256_setzero_ps, _mm256_storeu_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_setzero_ps,
-        _mm512_storeu_ps,
+        _mm_loadu_si128, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_epi16, _mm256_loadu_ps, _mm256_setzero_ps,
+        _mm256_storeu_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
     use super::{LANES, bf16, f16, fold, wide_bf16};
@@ -66,7 +65,7 @@ mod x86 {
         dot_body!(a, b, wide_bf16, f32::mul_add)
     }
 
-    #[target_feature(enable = "avx512f,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
     pub(super) fn dot_f16_avx512(a: &[f32], b: &[f16]) -> f32 {
         let (a_lanes, b_lanes) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
         let tail: f32 = a_lanes.remainder().iter().zip(b_lanes.remainder()).map(|(x, y)| x * y.to_f32()).sum();
@@ -75,10 +74,7 @@ mod x86 {
             for (i, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: both chunks hold LANES elements.
                 let (x, y) = unsafe {
-                    (
-                        _mm512_loadu_ps(x.as_ptr().add(16 * i)),
-                        _mm256_loadu_si256(y.as_ptr().add(16 * i).cast::<__m256i>()),
-                    )
+                    (_mm512_loadu_ps(x.as_ptr().add(16 * i)), _mm256_loadu_epi16(y.as_ptr().add(16 * i).cast()))
                 };
                 *sum = _mm512_fmadd_ps(x, _mm512_cvtph_ps(y), *sum);
             }
@@ -113,7 +109,9 @@ mod x86 {
     }
 
     pub(super) fn has_avx512() -> bool {
-        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
     }
 
     pub(super) fn has_fma() -> bool {

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use candle_core::{IndexOp, Tensor};
 use pricket_nn::{Cache, CausalLm, Context, Error as NnError};
 
+use crate::score::logprob;
 use crate::{Error, Result, Sampler, Sampling, check_finite};
 
 /// Prompt positions read at a time: it bounds the memory that reading a long prompt takes.
@@ -52,8 +53,6 @@ pub enum Finish {
     Length,
     /// The model's context is full.
     Context,
-    /// [`Generation::stop`] was called for the row.
-    Stopped,
 }
 
 /// A token that a row was given.
@@ -124,9 +123,7 @@ impl Generation {
             request,
         };
         let rows: Vec<Row> = requests.into_iter().enumerate().map(row).filter(|row| !row.done).collect();
-        let longest = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
-        let padding = rows.iter().map(|row| longest - row.ids.len()).collect();
-        let ctx = Context::new().with_cache(Cache::new()).with_padding(padding);
+        let ctx = Context::new().with_cache(Cache::new());
         let ctx = if beyond { ctx.beyond_trained_length() } else { ctx };
         Ok(Self { model, ctx, rows, started: false, logits: Vec::new() })
     }
@@ -134,8 +131,16 @@ impl Generation {
     /// One token for every row still running; `None` when there is none.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if the model overflows, and what it says otherwise.
+    /// [`Error::NonFinite`] if the model overflows, and what it says otherwise. The batch is over then.
     pub fn step(&mut self) -> Result<Option<Vec<Token>>> {
+        let tokens = self.advance();
+        if tokens.is_err() {
+            self.rows.clear();
+        }
+        tokens
+    }
+
+    fn advance(&mut self) -> Result<Option<Vec<Token>>> {
         if self.rows.iter().any(|row| row.done) && !self.rows.is_empty() {
             self.drop_finished()?;
         }
@@ -165,7 +170,7 @@ impl Generation {
                 full.then_some(Finish::Context)
             };
             row.done = finish.is_some();
-            tokens.push(Token { row: row.index, id, logprob: logprob(logits, id), finish });
+            tokens.push(Token { row: row.index, id, logprob: logprob(logits, id)?.0, finish });
         }
         self.logits = logits;
         Ok(Some(tokens))
@@ -201,6 +206,7 @@ impl Generation {
     /// Reads the prompts; gives the last position, `[rows, 1, d]`.
     fn prefill(&mut self) -> Result<Tensor> {
         let longest = self.rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+        self.ctx.set_padding(self.rows.iter().map(|row| longest - row.ids.len()).collect());
         let padded = |row: &Row| -> Vec<u32> {
             let pad = std::iter::repeat_n(0, longest - row.ids.len());
             pad.chain(row.ids.iter().copied()).collect()
@@ -221,10 +227,4 @@ impl Generation {
         let ids = Tensor::new(last, &self.model.info().device)?.unsqueeze(1)?;
         Ok(self.model.hidden(&ids, &mut self.ctx)?)
     }
-}
-
-fn logprob(logits: &[f32], id: u32) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = logits.iter().map(|x| (x - max).exp()).sum();
-    logits[id as usize] - max - sum.ln()
 }

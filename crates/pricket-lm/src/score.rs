@@ -45,7 +45,7 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogp
 }
 
 /// Log-softmax of `row` at `id`, summed in f64.
-fn logprob(row: &[f32], id: u32) -> Result<(f32, bool)> {
+pub(crate) fn logprob(row: &[f32], id: u32) -> Result<(f32, bool)> {
     let Some(&target) = row.get(id as usize) else {
         return Err(Error::Input(format!("token {id} is outside the vocabulary of {}", row.len())));
     };

@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use crate::{Error, Result};
 
+/// That of GPT-NeoX has 2.5 MB.
+const MAX_FILE: u64 = 16 << 20;
+
 /// A repository's tokenizer.json. Cheap to clone.
 ///
 /// Decoding is of bytes: the bytes of all tokens, put together, read as UTF-8 with U+FFFD for what is none. So
@@ -30,8 +33,13 @@ impl Tokenizer {
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let origin = path.display().to_string();
-        let bytes =
-            std::fs::read(path).map_err(|e| Error::Tokenizer { origin: origin.clone(), what: e.to_string() })?;
+        let bad = |what: String| Error::Tokenizer { origin: origin.clone(), what };
+        // Looked at before it is read: a pipe would never end.
+        let meta = std::fs::metadata(path).map_err(|e| bad(e.to_string()))?;
+        if !meta.is_file() || meta.len() > MAX_FILE {
+            return Err(bad(format!("{} bytes are no tokenizer.json", meta.len())));
+        }
+        let bytes = std::fs::read(path).map_err(|e| bad(e.to_string()))?;
         Self::from_bytes(&bytes, origin)
     }
 
@@ -42,7 +50,12 @@ impl Tokenizer {
     pub fn from_bytes(json: &[u8], origin: impl Into<String>) -> Result<Self> {
         let origin = origin.into();
         let bad = |what: String| Error::Tokenizer { origin: origin.clone(), what };
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| bad(format!("not a tokenizer.json: {e}")))?;
+        check_bpe(json).map_err(&bad)?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(json)
+            .map_err(|e| bad(format!("not a tokenizer.json: {}", clip(&e.to_string()))))?;
+        // Left over from fine-tuning: a prompt is never cut or filled up.
+        inner.with_truncation(None).map_err(|e| bad(e.to_string()))?;
+        inner.with_padding(None);
         let byte_level = matches!(inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
         if !byte_level {
             return Err(bad("its decoder is not ByteLevel, as that of every tokenizer of these families is".into()));
@@ -183,6 +196,72 @@ impl Decoder {
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
+}
+
+/// Checks what the tokenizers library takes for granted of a BPE model: it panics on a merge of tokens that are not there.
+fn check_bpe(json: &[u8]) -> Result<(), String> {
+    let file: BpeFile =
+        serde_json::from_slice(json).map_err(|e| format!("not a tokenizer.json: {}", clip(&e.to_string())))?;
+    let model = file.model;
+    if model.kind.as_deref().is_some_and(|kind| kind != "BPE") {
+        return Err(format!(
+            "its model is {:?}; the tokenizers of these families are BPE",
+            clip(&model.kind.unwrap_or_default())
+        ));
+    }
+    let affixes = [model.continuing_subword_prefix, model.end_of_word_suffix];
+    if affixes.into_iter().flatten().any(|affix| !affix.is_empty()) {
+        return Err("its model marks word parts with a prefix or suffix, which byte-level BPE does not".into());
+    }
+    for merge in &model.merges {
+        let (left, right) = match merge {
+            Merge::Pair(left, right) => (left.as_str(), right.as_str()),
+            Merge::Text(text) => {
+                text.split_once(' ').ok_or_else(|| format!("the merge {:?} is no pair", clip(text)))?
+            }
+        };
+        let known = |token: &str| model.vocab.contains_key(token);
+        if !(known(left) && known(right) && known(&format!("{left}{right}"))) {
+            return Err(format!(
+                "the merge of {:?} and {:?} names a token that is not in the vocabulary",
+                clip(left),
+                clip(right)
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// What [`check_bpe`] looks at.
+#[derive(serde::Deserialize)]
+struct BpeFile {
+    model: BpeModel,
+}
+
+#[derive(serde::Deserialize)]
+struct BpeModel {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    vocab: HashMap<String, u32>,
+    merges: Vec<Merge>,
+    #[serde(default)]
+    continuing_subword_prefix: Option<String>,
+    #[serde(default)]
+    end_of_word_suffix: Option<String>,
+}
+
+/// `["a", "b"]`, or `"a b"` in files of before 2024.
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Text(String),
+}
+
+/// Text out of a file for a message.
+fn clip(text: &str) -> String {
+    let short: String = text.chars().take(160).collect();
+    if short.len() < text.len() { short + "..." } else { short }
 }
 
 /// GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode`, openai/gpt-2).

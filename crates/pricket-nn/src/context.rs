@@ -50,8 +50,13 @@ impl Context {
     /// from the first that is not.
     #[must_use]
     pub fn with_padding(mut self, padding: Vec<usize>) -> Self {
-        self.padding = if padding.iter().all(|&n| n == 0) { Vec::new() } else { padding };
+        self.set_padding(padding);
         self
+    }
+
+    /// As [`Context::with_padding`].
+    pub fn set_padding(&mut self, padding: Vec<usize>) {
+        self.padding = if padding.iter().all(|&n| n == 0) { Vec::new() } else { padding };
     }
 
     /// Records or edits at `taps`.
@@ -61,7 +66,7 @@ impl Context {
         self
     }
 
-    /// Computes activations in `dtype` rather than the model's default (f32 on the CPU).
+    /// Computes activations in `dtype` rather than the model's default. On the CPU they are f32 and nothing else.
     #[must_use]
     pub fn with_activations(mut self, dtype: DType) -> Self {
         self.activations = Some(dtype);
@@ -107,13 +112,15 @@ impl Context {
     /// # Errors
     /// If a row is not there.
     pub fn select_rows(&mut self, rows: &[u32]) -> Result<()> {
-        if let Some(cache) = &mut self.cache {
-            cache.select_rows(rows)?;
-        }
         if !self.padding.is_empty() {
-            self.padding = rows.iter().map(|&row| self.padding[row as usize]).collect();
+            let kept = rows.iter().map(|&row| self.padding.get(row as usize).copied());
+            let missing = || Error::Input(format!("rows {rows:?} of a batch of {}", self.padding.len()));
+            self.padding = kept.collect::<Option<_>>().ok_or_else(missing)?;
         }
-        Ok(())
+        match &mut self.cache {
+            Some(cache) => cache.select_rows(rows),
+            None => Ok(()),
+        }
     }
 
     /// What the taps have recorded, leaving them in place and empty.

@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Tensor};
 
-use crate::{Context, Embedding, LayerNorm, Linear, Result, Site, Weights};
+use crate::{Context, Embedding, Error, LayerNorm, Linear, Result, Site, Weights};
 
 /// What a model is, in numbers.
 #[derive(Clone, Debug)]
@@ -184,7 +184,14 @@ impl<B: Block> CausalLm for Decoder<B> {
     fn embed(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
         ctx.begin(b, t, self.info.context)?;
-        let x = self.embed.forward(ids, ctx.activations(self.info.activations))?;
+        let activations = ctx.activations(self.info.activations);
+        if self.info.device.is_cpu() && activations != DType::F32 {
+            return Err(Error::Input(format!(
+                "activations are f32 on the CPU, {} is not computed there",
+                activations.as_str()
+            )));
+        }
+        let x = self.embed.forward(ids, activations)?;
         ctx.tap(Site::Embed, x)
     }
 

@@ -33,9 +33,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// A [`Error::Config`] from anything printable.
+    /// A [`Error::Config`] from anything printable. What a file says may be of any length and is cut.
     pub fn config(key: impl Into<String>, what: impl Into<String>) -> Self {
-        Error::Config { key: key.into(), what: what.into() }
+        let clip = |text: String| match text.char_indices().nth(300) {
+            Some((at, _)) => format!("{}...", &text[..at]),
+            None => text,
+        };
+        Error::Config { key: clip(key.into()), what: clip(what.into()) }
     }
 }
 

@@ -5,7 +5,7 @@
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
 use candle_core::{D, DType, Tensor};
-use pricket_kernels::{AttentionOp, LinearOp, RotaryOp};
+use pricket_kernels::{AttentionOp, LayerNormOp, LinearOp, RotaryOp};
 
 use crate::Result;
 
@@ -57,7 +57,11 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if x.track_op() || weight.track_op() || bias.track_op() {
         return plain_layer_norm(x, weight, bias, eps);
     }
-    Ok(candle_nn::ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32)?)
+    let x = x.contiguous()?;
+    if on_our_kernels(&x) {
+        return Ok(x.apply_op3_no_bwd(weight, bias, &LayerNormOp { eps: eps as f32 })?);
+    }
+    Ok(candle_nn::ops::layer_norm(&x, weight, bias, eps as f32)?)
 }
 
 /// The plain twin of [`layer_norm`].

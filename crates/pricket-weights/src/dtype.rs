@@ -24,16 +24,19 @@ pub enum Dtype {
     U8,
     /// One byte, 0 or 1.
     Bool,
+    /// A type by name that no reader here makes anything of.
+    Other(&'static str),
 }
 
 impl Dtype {
-    /// Bytes an element takes.
+    /// Bytes an element takes; 0 if that is not known.
     pub const fn size(self) -> usize {
         match self {
             Dtype::F64 | Dtype::I64 => 8,
             Dtype::F32 | Dtype::I32 => 4,
             Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
             Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+            Dtype::Other(_) => 0,
         }
     }
 
@@ -53,7 +56,7 @@ impl Dtype {
             Dtype::I32 => DType::I32,
             Dtype::I16 => DType::I16,
             Dtype::U8 | Dtype::Bool => DType::U8,
-            Dtype::I8 => return None,
+            Dtype::I8 | Dtype::Other(_) => return None,
         })
     }
 }
@@ -71,6 +74,7 @@ impl std::fmt::Display for Dtype {
             Dtype::I8 => "I8",
             Dtype::U8 => "U8",
             Dtype::Bool => "BOOL",
+            Dtype::Other(name) => name,
         })
     }
 }

@@ -86,5 +86,19 @@ pub enum Error {
     },
 }
 
+/// Text out of a file for a message: one line of a length that can be read.
+pub(crate) fn clip(text: &str) -> String {
+    const LENGTH: usize = 160;
+    let mut out: String = text
+        .chars()
+        .take(LENGTH)
+        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+        .collect();
+    if text.chars().nth(LENGTH).is_some() {
+        out.push_str("...");
+    }
+    out
+}
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

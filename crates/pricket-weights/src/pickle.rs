@@ -6,12 +6,13 @@
 //! million stack frames, and a cycle is harmless.
 
 use crate::Dtype;
+use crate::error::clip;
 
 /// Index of a value in [`Pickle::values`].
 pub(crate) type Id = u32;
 
-/// No honest checkpoint comes near: a tensor takes about thirty values.
-const MAX_VALUES: usize = 1 << 20;
+/// Values, and items of all containers: a tensor takes about thirty, the largest single file fifteen thousand.
+const MAX_VALUES: usize = 1 << 17;
 
 /// `_rebuild_tensor_v2` takes seven.
 const MAX_ARGUMENTS: usize = 16;
@@ -88,6 +89,26 @@ pub(crate) enum Value {
     Tensor(TensorRef),
 }
 
+impl Value {
+    /// What it is, without what is in it: that may be of any length.
+    fn kind(&self) -> &'static str {
+        match self {
+            Value::None => "None",
+            Value::Bool(_) => "a bool",
+            Value::Int(_) => "a negative number",
+            Value::Float(_) => "a float",
+            Value::Str(_) => "a string",
+            Value::Bytes => "bytes",
+            Value::Tuple(_) => "a tuple",
+            Value::List(_) => "a list",
+            Value::Dict(_) => "a dictionary",
+            Value::Global(_) => "a callable",
+            Value::Storage(_) => "a storage",
+            Value::Tensor(_) => "a tensor",
+        }
+    }
+}
+
 /// The values that a pickle built, and which of them is the result.
 #[derive(Debug)]
 pub(crate) struct Pickle {
@@ -118,8 +139,15 @@ fn malformed<T>(what: impl Into<String>) -> Result<T> {
 
 /// Runs the pickle `bytes`.
 pub(crate) fn read(bytes: &[u8]) -> Result<Pickle> {
-    let mut machine =
-        Machine { input: bytes, at: 0, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: Vec::new() };
+    let mut machine = Machine {
+        input: bytes,
+        at: 0,
+        values: Vec::new(),
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: Vec::new(),
+        items: 0,
+    };
     let root = machine.run()?;
     Ok(Pickle { values: machine.values, root })
 }
@@ -131,6 +159,8 @@ struct Machine<'a> {
     stack: Vec<Id>,
     marks: Vec<usize>,
     memo: Vec<Option<Id>>,
+    /// Items of containers so far.
+    items: usize,
 }
 
 impl<'a> Machine<'a> {
@@ -192,7 +222,10 @@ impl<'a> Machine<'a> {
 
     fn pop_to_mark(&mut self) -> Result<Vec<Id>> {
         match self.marks.pop() {
-            Some(mark) if mark <= self.stack.len() => Ok(self.stack.split_off(mark)),
+            Some(mark) if mark <= self.stack.len() => {
+                self.count_items(self.stack.len() - mark)?;
+                Ok(self.stack.split_off(mark))
+            }
             _ => malformed("an opcode looks for a mark that is not there"),
         }
     }
@@ -239,7 +272,7 @@ impl<'a> Machine<'a> {
     fn global(&mut self, module: &str, name: &str) -> Result<()> {
         match Global::find(module, name) {
             Some(global) => self.push(Value::Global(global)),
-            None => Err(Fault::Forbidden(format!("{module} {name}"))),
+            None => Err(Fault::Forbidden(clip(&format!("{module:.200} {name:.200}")))),
         }
     }
 
@@ -403,7 +436,14 @@ impl<'a> Machine<'a> {
         self.push(Value::Int(i64::from_le_bytes(out)))
     }
 
+    /// Counts items that containers take beside the values themselves: the memo lets two bytes name one.
+    fn count_items(&mut self, n: usize) -> Result<()> {
+        self.items += n;
+        if self.items > 4 * MAX_VALUES { malformed("containers out of all proportion") } else { Ok(()) }
+    }
+
     fn extend_list(&mut self, items: Vec<Id>) -> Result<()> {
+        self.count_items(items.len())?;
         let target = self.top()?;
         match &mut self.values[target as usize] {
             Value::List(list) => list.extend(items),
@@ -413,6 +453,7 @@ impl<'a> Machine<'a> {
     }
 
     fn extend_dict(&mut self, items: Vec<(Id, Id)>) -> Result<()> {
+        self.count_items(2 * items.len())?;
         let target = self.top()?;
         match &mut self.values[target as usize] {
             Value::Dict(dict) => dict.extend(items),
@@ -424,14 +465,14 @@ impl<'a> Machine<'a> {
     fn tuple(&self, id: Id) -> Result<&[Id]> {
         match self.value(id) {
             Value::Tuple(items) => Ok(items),
-            other => malformed(format!("a tuple expected, found {other:.40?}")),
+            other => malformed(format!("a tuple expected, found {}", other.kind())),
         }
     }
 
     fn natural(&self, id: Id) -> Result<u64> {
         match self.value(id) {
             Value::Int(v) if *v >= 0 => Ok(*v as u64),
-            other => malformed(format!("a size or stride expected, found {other:.40?}")),
+            other => malformed(format!("a size or stride expected, found {}", other.kind())),
         }
     }
 
@@ -515,12 +556,33 @@ mod tests {
         let mut bytes = vec![0x80, 2];
         bytes.extend(std::iter::repeat_n(b']', 2_000_000));
         assert!(matches!(read(&bytes), Err(Fault::Malformed(_))));
-        // 500,000 levels fit: each list is appended to the one below it.
+        // 100,000 levels fit: each list is appended to the one below it.
         let mut bytes = vec![0x80, 2];
-        bytes.extend(std::iter::repeat_n(b']', 500_000));
-        bytes.extend(std::iter::repeat_n(b'a', 499_999));
+        bytes.extend(std::iter::repeat_n(b']', 100_000));
+        bytes.extend(std::iter::repeat_n(b'a', 99_999));
         bytes.push(b'.');
         assert!(read(&bytes).is_ok());
+    }
+
+    #[test]
+    fn a_short_pickle_cannot_name_one_thing_a_million_times() {
+        // MEMO 0 is a string; a list of it, twice as many items as bytes allow values.
+        let mut bytes = b"\x80\x02U\x01xq\x000](".to_vec();
+        bytes.extend(b"h\x00".repeat(1_000_000));
+        bytes.extend(b"e.");
+        assert!(matches!(read(&bytes), Err(Fault::Malformed(_))));
+        // One tuple, ever again the argument of a size.
+        let mut bytes = b"\x80\x02ctorch\nSize\nq\x00(K\x01K\x02t\x85q\x01".to_vec();
+        bytes.extend(b"h\x00h\x01R0".repeat(300_000));
+        bytes.push(b'.');
+        assert!(read(&bytes).is_ok(), "nothing is kept");
+    }
+
+    #[test]
+    fn a_name_of_a_megabyte_is_not_repeated_in_the_message() {
+        let bytes = [b"\x80\x02c", "\u{1}".repeat(1 << 20).as_bytes(), b"\nx\n."].concat();
+        let Err(Fault::Forbidden(name)) = read(&bytes) else { panic!("accepted") };
+        assert!(name.len() < 2000, "{}", name.len());
     }
 
     #[test]

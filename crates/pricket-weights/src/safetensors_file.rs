@@ -1,10 +1,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use safetensors::SafeTensors;
+use safetensors::tensor::Metadata;
 
+use crate::error::clip;
 use crate::mapped::Mapped;
 use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+
+/// The headers of the largest shards take a few hundred kilobytes.
+const MAX_HEADER: u64 = 16 << 20;
 
 /// One safetensors file, memory-mapped, or the same bytes embedded in the program.
 #[derive(Debug)]
@@ -55,11 +59,25 @@ impl SafetensorsFile {
     }
 
     fn new(source: Source) -> Result<Self> {
-        let (header, metadata) = SafeTensors::read_metadata(source.bytes()).map_err(|e| Error::Corrupt {
+        let corrupt = |what: String| Error::Corrupt {
             path: source.path().into(),
-            what: format!("not a valid safetensors file: {e}"),
-        })?;
-        let base = header + 8;
+            what: format!("not a valid safetensors file: {}", clip(&what)),
+        };
+        let bytes = source.bytes();
+        let length = bytes.first_chunk::<8>().ok_or_else(|| corrupt("shorter than its header's length".into()))?;
+        let length = u64::from_le_bytes(*length);
+        if length > MAX_HEADER {
+            return Err(corrupt(format!("a header of {length} bytes is too large")));
+        }
+        let base = 8 + length as usize;
+        let header =
+            bytes.get(8..base).ok_or_else(|| corrupt(format!("the file ends inside its header of {length} bytes")))?;
+        // Parsing checks every tensor: its shape fills its range, ranges follow one another without a gap.
+        let metadata: Metadata = serde_json::from_slice(header).map_err(|e| corrupt(e.to_string()))?;
+        if metadata.data_len().checked_add(base) != Some(bytes.len()) {
+            let (claimed, found) = (metadata.data_len(), bytes.len() - base);
+            return Err(corrupt(format!("its tensors take {claimed} bytes, the file holds {found}")));
+        }
         let tensors = metadata.tensors().into_iter().map(|(name, info)| {
             let (start, end) = info.data_offsets;
             (name, (info.dtype, info.shape.clone(), base + start, end - start))
@@ -75,9 +93,9 @@ impl SafetensorsFile {
     }
 }
 
-fn dtype(stored: safetensors::Dtype) -> Option<Dtype> {
+fn dtype(stored: safetensors::Dtype) -> Dtype {
     use safetensors::Dtype as S;
-    Some(match stored {
+    match stored {
         S::F64 => Dtype::F64,
         S::F32 => Dtype::F32,
         S::F16 => Dtype::F16,
@@ -88,30 +106,28 @@ fn dtype(stored: safetensors::Dtype) -> Option<Dtype> {
         S::I8 => Dtype::I8,
         S::U8 => Dtype::U8,
         S::BOOL => Dtype::Bool,
-        _ => return None,
-    })
+        S::U64 => Dtype::Other("U64"),
+        S::U32 => Dtype::Other("U32"),
+        S::U16 => Dtype::Other("U16"),
+        S::F8_E4M3 => Dtype::Other("F8_E4M3"),
+        S::F8_E5M2 => Dtype::Other("F8_E5M2"),
+        _ => Dtype::Other("a type that is not known"),
+    }
 }
 
 impl Store for SafetensorsFile {
-    /// Names of the tensors whose type can be read; others are reported when they are asked for.
     fn names(&self) -> Vec<String> {
         self.tensors.keys().cloned().collect()
     }
 
     fn entry(&self, name: &str) -> Option<Entry> {
         let (stored, shape, ..) = self.tensors.get(name)?;
-        Some(Entry { shape: shape.clone(), dtype: dtype(*stored)? })
+        Some(Entry { shape: shape.clone(), dtype: dtype(*stored) })
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
         let missing = || Error::Missing { origin: self.origin(name), name: name.into() };
-        let &(stored, _, start, len) = self.tensors.get(name).ok_or_else(missing)?;
-        if dtype(stored).is_none() {
-            return Err(Error::Unsupported {
-                path: self.source.path().into(),
-                what: format!("tensor {name} is stored as {stored:?}, which is not read"),
-            });
-        }
+        let &(_, _, start, len) = self.tensors.get(name).ok_or_else(missing)?;
         Ok(match &self.source {
             Source::File(file) => Bytes::mapped(file, start, len),
             Source::Embedded(bytes) => bytes[start..start + len].to_vec().into(),

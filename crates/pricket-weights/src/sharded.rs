@@ -1,10 +1,11 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
+use crate::error::clip;
 use crate::{Bytes, Entry, Error, Result, Store, open_file};
 
 /// An index with more than this is no index of a checkpoint (a 30B one is 20 kB).
-const MAX_INDEX: u64 = 64 << 20;
+const MAX_INDEX: u64 = 4 << 20;
 
 /// A checkpoint in several files, as `*.index.json` maps its tensors to them.
 pub struct Sharded {
@@ -29,17 +30,22 @@ impl Sharded {
         let index = index.as_ref();
         let io = |source| Error::Io { path: index.into(), source };
         let corrupt = |what: String| Error::Corrupt { path: index.into(), what };
-        let size = std::fs::metadata(index).map_err(io)?.len();
+        let meta = std::fs::metadata(index).map_err(io)?;
+        let size = meta.len();
+        if !meta.is_file() {
+            return Err(corrupt("not a regular file".into()));
+        }
         if size > MAX_INDEX {
             return Err(corrupt(format!("an index of {size} bytes is out of all proportion")));
         }
         let text = std::fs::read(index).map_err(io)?;
-        let map: Index = serde_json::from_slice(&text).map_err(|e| corrupt(format!("not a shard index: {e}")))?;
+        let map: Index = serde_json::from_slice(&text)
+            .map_err(|e| corrupt(format!("not a shard index: {}", clip(&e.to_string()))))?;
         for file in map.weight_map.values() {
             if !is_plain_file_name(file) {
                 return Err(Error::Refused {
                     path: index.into(),
-                    what: format!("the shard name {file:?} is not a plain file name"),
+                    what: format!("the shard name {:?} is not a plain file name", clip(file)),
                 });
             }
         }
@@ -63,7 +69,7 @@ impl Sharded {
                 shards.len() - 1
             };
             if shards[position].entry(name).is_none() {
-                return Err(corrupt(format!("it says that {file} holds {name}, which it does not")));
+                return Err(corrupt(format!("it says that {} holds {}, which it does not", clip(file), clip(name))));
             }
             tensors.insert(name.clone(), position);
         }

@@ -1,6 +1,7 @@
 use std::ops::Deref;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
 
 use crate::mapped::Mapped;
 use crate::{Dtype, Error, Result};
@@ -53,8 +54,6 @@ pub trait Store: Send + Sync {
 
 /// Bytes of a tensor, borrowed from a memory-mapped file or owned.
 ///
-/// Dropping a borrowed one tells the system that its pages may go, so that copying a checkpoint into memory does
-/// not hold it twice.
 #[derive(Debug)]
 pub struct Bytes<'a>(Source<'a>);
 
@@ -67,6 +66,13 @@ enum Source<'a> {
 impl<'a> Bytes<'a> {
     pub(crate) fn mapped(file: &'a Mapped, start: usize, len: usize) -> Self {
         Self(Source::Mapped { file, start, len })
+    }
+
+    /// Tells the system that the pages of a range may go; they come back from the file if somebody looks again.
+    fn release(&self, from: usize, len: usize) {
+        if let Source::Mapped { file, start, .. } = self.0 {
+            file.release(start + from, len);
+        }
     }
 }
 
@@ -87,13 +93,8 @@ impl Deref for Bytes<'_> {
     }
 }
 
-impl Drop for Bytes<'_> {
-    fn drop(&mut self) {
-        if let Source::Mapped { file, start, len } = self.0 {
-            file.release(start, len);
-        }
-    }
-}
+/// Bytes copied before their pages are let go.
+const PIECE: usize = 16 << 20;
 
 /// Reads `name` whole into a tensor of its stored type on `device`.
 ///
@@ -101,19 +102,33 @@ impl Drop for Bytes<'_> {
 /// [`Error::Missing`], [`Error::Unsupported`] for a type candle lacks, or what the store says of the bytes.
 pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Tensor> {
     let entry = store.entry(name).ok_or_else(|| Error::Missing { origin: store.origin(name), name: name.into() })?;
-    tensor_of(store, name, &entry, device)
+    let bytes = store.bytes(name)?;
+    let shape = &entry.shape[..];
+    let tensor = match entry.dtype {
+        Dtype::F64 => Tensor::from_vec(elements(&bytes, f64::from_le_bytes), shape, device),
+        Dtype::F32 => Tensor::from_vec(elements(&bytes, f32::from_le_bytes), shape, device),
+        Dtype::F16 => Tensor::from_vec(elements(&bytes, f16::from_le_bytes), shape, device),
+        Dtype::BF16 => Tensor::from_vec(elements(&bytes, bf16::from_le_bytes), shape, device),
+        Dtype::I64 => Tensor::from_vec(elements(&bytes, i64::from_le_bytes), shape, device),
+        Dtype::I32 => Tensor::from_vec(elements(&bytes, i32::from_le_bytes), shape, device),
+        Dtype::I16 => Tensor::from_vec(elements(&bytes, i16::from_le_bytes), shape, device),
+        Dtype::U8 | Dtype::Bool => Tensor::from_vec(elements(&bytes, u8::from_le_bytes), shape, device),
+        Dtype::I8 | Dtype::Other(_) => {
+            let what = format!("tensor {name} is stored as {}, which candle cannot hold", entry.dtype);
+            return Err(Error::Unsupported { path: store.origin(name).into(), what });
+        }
+    };
+    tensor.map_err(|source| Error::Candle { origin: store.origin(name), name: name.into(), source })
 }
 
-/// As [`read_tensor`], for an entry that the caller has already looked up and checked.
-pub(crate) fn tensor_of(store: &dyn Store, name: &str, entry: &Entry, device: &Device) -> Result<Tensor> {
-    let dtype: DType = entry.dtype.to_candle().ok_or_else(|| Error::Unsupported {
-        path: store.origin(name).into(),
-        what: format!("tensor {name} is stored as {}, which candle cannot hold", entry.dtype),
-    })?;
-    let bytes = store.bytes(name)?;
-    Tensor::from_raw_buffer(&bytes, dtype, &entry.shape, device).map_err(|source| Error::Candle {
-        origin: store.origin(name),
-        name: name.into(),
-        source,
-    })
+/// Copies elements out of a file, which may hold them at any alignment, in pieces: pages that have been read are let go
+/// before the next are touched, so that a large tensor is never in memory twice.
+fn elements<T, const N: usize>(bytes: &Bytes<'_>, from_le_bytes: impl Fn([u8; N]) -> T) -> Vec<T> {
+    let mut out = Vec::with_capacity(bytes.len() / N);
+    for (i, piece) in bytes.chunks(PIECE).enumerate() {
+        // Every element size divides the piece.
+        out.extend(piece.as_chunks::<N>().0.iter().map(|element| from_le_bytes(*element)));
+        bytes.release(i * PIECE, piece.len());
+    }
+    out
 }

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::Path;
 
+use crate::error::clip;
 use crate::mapped::Mapped;
 use crate::pickle::{self, Fault, Id, Pickle, TensorRef, Value};
 use crate::{Bytes, Dtype, Entry, Error, Result, Store};
@@ -34,12 +35,16 @@ impl View {
     }
 
     fn is_contiguous(&self) -> bool {
+        // Nothing to lay out; the other dimensions of an empty tensor may be anything.
+        if self.elements() == 0 {
+            return true;
+        }
         let mut expected = 1;
         for (&n, &stride) in self.shape.iter().zip(&self.stride).rev() {
             if n != 1 && stride != expected {
                 return false;
             }
-            expected *= n.max(1);
+            expected *= n;
         }
         true
     }
@@ -110,7 +115,9 @@ struct Archive<'a> {
 
 impl<'a> Archive<'a> {
     fn open(file: &'a Mapped) -> Result<Self> {
-        let bad = |e: zip::result::ZipError| corrupt(file, format!("not a readable PyTorch zip file: {e}"));
+        let bad = |e: zip::result::ZipError| {
+            corrupt(file, format!("not a readable PyTorch zip file: {}", clip(&e.to_string())))
+        };
         let bytes: &[u8] = file;
         let mut zip = zip::ZipArchive::new(Cursor::new(bytes)).map_err(bad)?;
         let mut entries = BTreeMap::new();
@@ -119,12 +126,18 @@ impl<'a> Archive<'a> {
             let full = entry.name().map_err(bad)?;
             let name = full.split_once('/').map_or(&*full, |(_, rest)| rest).to_owned();
             if entry.compression() != zip::CompressionMethod::Stored {
-                return Err(corrupt(file, format!("zip entry {name} is compressed; PyTorch stores its entries plain")));
+                return Err(corrupt(
+                    file,
+                    format!("zip entry {} is compressed; PyTorch stores its entries plain", clip(&name)),
+                ));
             }
             let start = entry.data_start().unwrap_or(u64::MAX);
             let size = entry.size();
             if start.checked_add(size).is_none_or(|end| end > bytes.len() as u64) {
-                return Err(corrupt(file, format!("zip entry {name} claims {size} bytes and the file is shorter")));
+                return Err(corrupt(
+                    file,
+                    format!("zip entry {} claims {size} bytes and the file is shorter", clip(&name)),
+                ));
             }
             entries.insert(name, (start as usize, size as usize));
         }
@@ -161,7 +174,7 @@ impl<'a> Archive<'a> {
 
     /// Checks a tensor against its storage and the storage against the archive.
     fn view(&self, name: &str, tensor: &TensorRef) -> Result<View> {
-        let bad = |what: String| corrupt(self.file, format!("tensor {name}: {what}"));
+        let bad = |what: String| corrupt(self.file, format!("tensor {}: {what}", clip(name)));
         let storage = &tensor.storage;
         let (start, size) = *self
             .entries

@@ -22,9 +22,38 @@ pub enum Error {
         /// What was found and what was expected.
         what: String,
     },
-    /// Weights that are damaged, missing, or of another shape than the configuration implies.
-    #[error(transparent)]
-    Weights(pricket_weights::Error),
+    /// Weights or metadata that contradict themselves, or are not what the configuration implies.
+    #[error("{source}")]
+    Corrupt {
+        /// The tensor, where it is one.
+        tensor: Option<String>,
+        /// The file and what is wrong with it.
+        source: pricket_weights::Error,
+    },
+    /// A file that asks for what is never done: running code, leaving its directory.
+    #[error("{}: refused: {what}", path.display())]
+    Unsafe {
+        /// The file.
+        path: PathBuf,
+        /// What it asked for.
+        what: String,
+    },
+    /// A format or element type that is known and not read.
+    #[error("{}: {what}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The format or type.
+        what: String,
+    },
+    /// The system would not read a file.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: std::io::Error,
+    },
     /// The tokenizer file, or a text that it cannot take.
     #[error("{origin}: {what}")]
     Tokenizer {
@@ -84,9 +113,18 @@ fn gib(bytes: u64) -> String {
 
 impl From<pricket_weights::Error> for Error {
     fn from(e: pricket_weights::Error) -> Self {
+        use pricket_weights::Error as W;
+        let tensor = match &e {
+            W::Missing { name, .. } | W::Shape { name, .. } | W::NotFloat { name, .. } => Some(name.clone()),
+            _ => None,
+        };
         match e {
-            pricket_weights::Error::NotFound { path, what } => Error::NotFound { path, what },
-            other => Error::Weights(other),
+            W::NotFound { path, what } => Error::NotFound { path, what },
+            W::Refused { path, what } => Error::Unsafe { path, what },
+            W::Unsupported { path, what } => Error::Unsupported { path, what },
+            W::Io { path, source } => Error::Io { path, source },
+            W::Candle { source, .. } => source.into(),
+            source => Error::Corrupt { tensor, source },
         }
     }
 }

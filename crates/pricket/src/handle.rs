@@ -16,6 +16,7 @@ pub(crate) struct Parts {
     pub(crate) model: Arc<dyn CausalLm>,
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) config: Value,
+    pub(crate) threads: usize,
     pub(crate) eos: Vec<u32>,
     pub(crate) parameters: Vec<Parameter>,
     pub(crate) warnings: Vec<String>,
@@ -37,6 +38,8 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Where the random numbers begin. Every row of a batch begins here, so that it gives the text it gives alone.
     pub seed: u64,
+    /// Seeds of the first rows of a batch, one each, instead of `seed`: several samples of one prompt need them.
+    pub row_seeds: Vec<u64>,
     /// Strings that end the text; they are not part of it.
     pub stop: Vec<String>,
     /// Whether the model's end token ends the text.
@@ -51,6 +54,7 @@ impl Default for GenerateOptions {
             max_tokens: 128,
             sampling: Sampling::greedy(),
             seed: 0,
+            row_seeds: Vec::new(),
             stop: Vec::new(),
             stop_at_eos: true,
             beyond_trained_length: false,
@@ -118,6 +122,11 @@ impl Pricket {
     /// The config.json it was loaded by.
     pub fn config(&self) -> &Value {
         &self.parts.config
+    }
+
+    /// CPU threads that it computes with.
+    pub fn threads(&self) -> usize {
+        self.parts.threads
     }
 
     /// The model's end tokens.
@@ -207,13 +216,13 @@ impl Pricket {
         Ok(scored.into_iter().map(token).collect())
     }
 
-    /// The request that continues `ids` under `options`, stop strings left to the caller.
-    fn request(&self, ids: Vec<u32>, options: &GenerateOptions) -> Request {
+    /// The request that continues `ids`, row `row` of a batch, under `options`, stop strings left to the caller.
+    fn request(&self, row: usize, ids: Vec<u32>, options: &GenerateOptions) -> Request {
         Request {
             ids,
             max_tokens: options.max_tokens,
             sampling: options.sampling.clone(),
-            seed: options.seed,
+            seed: options.row_seeds.get(row).copied().unwrap_or(options.seed),
             eos: if options.stop_at_eos { self.parts.eos.clone() } else { Vec::new() },
             vocab: self.parts.tokenizer.as_ref().map(Tokenizer::vocab_size),
             beyond_trained_length: options.beyond_trained_length,
@@ -225,7 +234,7 @@ impl Pricket {
     /// # Errors
     /// As [`Pricket::generate`].
     pub fn generation(&self, prompts: Vec<Vec<u32>>, options: &GenerateOptions) -> Result<Generation> {
-        let requests = prompts.into_iter().map(|ids| self.request(ids, options)).collect();
+        let requests = prompts.into_iter().enumerate().map(|(row, ids)| self.request(row, ids, options)).collect();
         Ok(Generation::new(self.model(), requests)?)
     }
 }

@@ -90,7 +90,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
                 let (file, is_buffer) = (store.origin(&name), is_buffer(&name));
                 tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
             }
-            None => warnings.push(format!("{name} is of a type that is not read")),
+            None => warnings.push(format!("{name} is named and not there")),
         }
     }
     let first = tensors.first().map_or_else(|| file.clone(), |tensor| PathBuf::from(&tensor.file));
@@ -102,7 +102,15 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
         info = Some(family.load(&weights).map_err(|e| at(&config_path, e))?.info().clone());
         warnings.extend(crate::load::unused_warning(&weights));
     }
-    let has_tokenizer = directory.join("tokenizer.json").is_file();
+    let tokenizer = directory.join("tokenizer.json");
+    let has_tokenizer = tokenizer.is_file();
+    if has_tokenizer && config.is_some() {
+        pricket_lm::Tokenizer::from_file(&tokenizer)?;
+    }
+    let generation = directory.join("generation_config.json");
+    if generation.is_file() {
+        read_json(&generation)?;
+    }
     if config.is_some() && !has_tokenizer {
         warnings.push("no tokenizer.json: give one to read or write text".into());
     }

@@ -20,7 +20,7 @@ mod tiny {
 }
 
 /// A config.json is a kilobyte.
-const MAX_JSON: u64 = 16 << 20;
+const MAX_JSON: u64 = 1 << 20;
 
 /// Loads a model with the default settings: weights as stored, on the CPU, a thread for each physical core.
 ///
@@ -162,7 +162,7 @@ impl Loader {
         self
     }
 
-    /// CPU threads; physical cores by default.
+    /// CPU threads; by default the physical cores, or what the container grants if that is less.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
@@ -216,7 +216,7 @@ impl Loader {
             Weights::new(Arc::new(Headers::of(Arc::clone(&opened.store))), family.names(), &Device::Cpu, policy);
         let dry = family.load(&headers).map_err(refused)?;
         if self.device.is_cpu() && !self.any_memory {
-            memory::check(&self.source.name(), &Estimate::of(dry.info().clone(), 512))?;
+            memory::check(&self.source.name(), &Estimate::new(dry.info().clone(), 512))?;
         }
         let pool = pool(self.threads)?;
         let progress = &self.progress;
@@ -226,6 +226,7 @@ impl Loader {
         progress.end();
         let model = model.map_err(refused)?;
         Ok(Pricket::new(Parts {
+            threads: pool.current_num_threads(),
             model: Arc::new(Pooled { model, pool }),
             tokenizer: opened.tokenizer,
             eos: eos_ids(&opened.config, opened.generation_config.as_ref()),
@@ -352,19 +353,20 @@ pub(crate) fn resolve(path: &Path) -> Result<PathBuf> {
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value> {
-    let io = |e: std::io::Error| Error::Weights(pricket_weights::Error::Io { path: path.into(), source: e });
+    let io = |source: std::io::Error| Error::Io { path: path.into(), source };
     let size = std::fs::metadata(path).map_err(io)?.len();
     if size > MAX_JSON {
-        let what = format!("{size} bytes are no configuration");
-        return Err(Error::Weights(pricket_weights::Error::Corrupt { path: path.into(), what }));
+        return Err(corrupt(path, format!("{size} bytes are no configuration")));
     }
     parse_json(path, &std::fs::read(path).map_err(io)?)
 }
 
 fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
-    serde_json::from_slice(bytes).map_err(|e| {
-        Error::Weights(pricket_weights::Error::Corrupt { path: path.into(), what: format!("not valid JSON: {e}") })
-    })
+    serde_json::from_slice(bytes).map_err(|e| corrupt(path, format!("not valid JSON: {e}")))
+}
+
+fn corrupt(path: &Path, what: String) -> Error {
+    Error::Corrupt { tensor: None, source: pricket_weights::Error::Corrupt { path: path.into(), what } }
 }
 
 /// End tokens: those of generation_config.json and config.json together, each a number or a list.
@@ -381,7 +383,7 @@ fn eos_ids(config: &Value, generation_config: Option<&Value>) -> Vec<u32> {
 }
 
 fn pool(threads: Option<usize>) -> Result<Arc<rayon::ThreadPool>> {
-    let threads = threads.unwrap_or_else(num_cpus::get_physical);
+    let threads = threads.unwrap_or_else(|| num_cpus::get_physical().min(num_cpus::get()));
     if threads == 0 {
         return Err(Error::Input("at least one thread is needed".into()));
     }

@@ -24,13 +24,14 @@ pub struct Estimate {
 impl Estimate {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.cache + self.workspace
+        self.weights.saturating_add(self.cache).saturating_add(self.workspace)
     }
 
-    pub(crate) fn of(info: ModelInfo, context: usize) -> Self {
+    /// The memory of a model, for `context` positions of one row.
+    pub fn new(info: ModelInfo, context: usize) -> Self {
         Self {
             weights: info.weight_bytes,
-            cache: info.cache_bytes_per_token() * context as u64,
+            cache: info.cache_bytes_per_token().saturating_mul(context as u64),
             workspace: info.workspace_bytes(context.min(512)),
             info,
         }
@@ -49,7 +50,7 @@ pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate
     let store = Arc::new(ShapesOnly::new(dtype));
     let weights = Weights::new(store, family.names(), &candle_core::Device::Cpu, Policy::Stored);
     let model = family.load(&weights)?;
-    Ok(Estimate::of(model.info().clone(), context))
+    Ok(Estimate::new(model.info().clone(), context))
 }
 
 /// Bytes that can be had without swapping: of the machine, or of the container if that is less. `None` where the
