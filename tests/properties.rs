@@ -156,7 +156,7 @@ proptest! {
         let exact = Tensor::from_vec(exact, (rows, dim), &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
         let exact = exact.broadcast_mul(&w).unwrap().broadcast_add(&b).unwrap();
         // f32 holds x to 4e-6 here, and a flat row divides that by the root of eps.
-        let close = if flat { 0.02 } else { 2e-4 };
+        let close = if flat { 5e-3 } else { 2e-4 };
         prop_assert!(worst(&fused, &exact) < close, "{}", worst(&fused, &exact));
         // Candle's mean is one chain of additions: where nothing but rounding is left, the twin shows its own.
         prop_assert!(flat || worst(&ops::plain_layer_norm(&x, &w, &b, 1e-5).unwrap(), &exact) < close);

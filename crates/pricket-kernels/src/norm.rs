@@ -14,17 +14,17 @@ pub struct LayerNormOp {
     pub eps: f32,
 }
 
-/// A sum in sixteen lanes: one chain of additions would be slow and lose digits.
-fn sum(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0f32; 16];
-    let parts = row.chunks_exact(16);
-    let tail: f32 = parts.remainder().iter().map(|&x| f(x)).sum();
+/// A sum in f64, in eight lanes: one chain of f32 additions loses the digits that the mean of a flat row needs.
+fn sum(row: &[f32], f: impl Fn(f64) -> f64) -> f64 {
+    let mut lanes = [0f64; 8];
+    let parts = row.chunks_exact(8);
+    let tail: f64 = parts.remainder().iter().map(|&x| f(x.into())).sum();
     for part in parts {
         for (lane, &x) in lanes.iter_mut().zip(part) {
-            *lane += f(x);
+            *lane += f(x.into());
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    lanes.iter().sum::<f64>() + tail
 }
 
 impl CustomOp3 for LayerNormOp {
@@ -51,9 +51,9 @@ impl CustomOp3 for LayerNormOp {
         }
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(out, x)| {
-            let mean = sum(x, |v| v) / width as f32;
-            let variance = sum(x, |v| (v - mean) * (v - mean)) / width as f32;
-            let scale = 1.0 / (variance + self.eps).sqrt();
+            let mean = sum(x, |v| v) / width as f64;
+            let variance = sum(x, |v| (v - mean) * (v - mean)) / width as f64;
+            let (mean, scale) = (mean as f32, (1.0 / (variance + f64::from(self.eps)).sqrt()) as f32);
             for ((out, x), (weight, bias)) in out.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
                 *out = (x - mean) * scale * weight + bias;
             }
