@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -72,6 +73,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let read = info.weight_bytes - unread;
     let bandwidth = bandwidth(info.weight_bytes as usize, threads);
     let share = |rate: f64| read as f64 * rate / bandwidth;
+    let mut out = std::io::stdout().lock();
     if args.json {
         let row = |&(what, len, rate): &(&str, usize, f64)| {
             let share = (what == "decode").then(|| share(rate));
@@ -79,24 +81,25 @@ fn run(args: &Args) -> anyhow::Result<()> {
         };
         let rows: Vec<_> = rows.iter().map(row).collect();
         let name = args.shape.clone().unwrap_or_else(|| info.family.into());
-        println!(
+        writeln!(
+            out,
             "{}",
             json!({
                 "model": name, "parameters": info.parameters, "dtype": info.dtype.as_str(), "weight_bytes": info.weight_bytes,
                 "load_seconds": load_seconds, "peak_rss": peak_rss(), "bandwidth": bandwidth, "threads": threads, "rows": rows,
             })
-        );
+        )?;
         return Ok(());
     }
-    println!("{} weights in {}, loaded in {load_seconds:.2} s", info.parameters, info.dtype.as_str());
+    writeln!(out, "{} weights in {}, loaded in {load_seconds:.2} s", info.parameters, info.dtype.as_str())?;
     for &(what, len, rate) in &rows {
         let share =
             if what == "decode" { format!("  {:.0} % of the bandwidth", 100.0 * share(rate)) } else { String::new() };
-        println!("{what:8} {len:5}  {rate:10.1} tokens/s{share}");
+        writeln!(out, "{what:8} {len:5}  {rate:10.1} tokens/s{share}")?;
     }
-    println!("bandwidth {:.1} GB/s over {} threads", bandwidth / 1e9, threads);
+    writeln!(out, "bandwidth {:.1} GB/s over {} threads", bandwidth / 1e9, threads)?;
     if let Some(peak) = peak_rss() {
-        println!("peak memory {:.0} MiB, weights {:.0} MiB", mib(peak), mib(info.weight_bytes));
+        writeln!(out, "peak memory {:.0} MiB, weights {:.0} MiB", mib(peak), mib(info.weight_bytes))?;
     }
     Ok(())
 }

@@ -2,6 +2,9 @@
 //!
 //! `cargo run --example inspect -- models/tiny`
 
+#[path = "common/finish.rs"]
+mod finish;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,14 +35,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
-            ExitCode::FAILURE
-        }
-    }
+    finish::finish(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {

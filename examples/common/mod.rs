@@ -1,11 +1,14 @@
 //! What the examples share: flags, a progress bar, and how they end.
 
+mod finish;
+
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use pricket::{Loader, Precision, Pricket, Progress};
+
+pub(crate) use finish::finish;
 
 /// Which model to load, and how.
 #[derive(clap::Args, Clone, Debug)]
@@ -90,18 +93,6 @@ impl Progress for Bar {
     fn end(&self) {
         if let Some(bar) = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
             bar.finish_and_clear();
-        }
-    }
-}
-
-/// Ends a program: one clear line and exit code 1 on an error.
-pub(crate) fn finish(result: anyhow::Result<()>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            let line = format!("{e:#}").replace('\n', " ");
-            eprintln!("error: {line}");
-            ExitCode::FAILURE
         }
     }
 }

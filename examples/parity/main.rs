@@ -4,7 +4,10 @@
 //! `cargo run --example parity -- tests/golden/models/neox-*`
 
 mod cases;
+#[path = "../common/finish.rs"]
+mod finish;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -23,20 +26,19 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let device = match pricket::device(&args.device) {
-        Ok(device) => device,
-        Err(e) => {
-            eprintln!("error: {e}");
-            return ExitCode::FAILURE;
-        }
-    };
+    finish::finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let device = pricket::device(&args.device)?;
+    let mut out = std::io::stdout().lock();
     let mut failed = 0;
     for dir in &args.cases {
         let outcome = cases::run(dir, &device);
-        println!("{}", outcome.to_json());
+        writeln!(out, "{}", outcome.to_json())?;
         failed += usize::from(!outcome.ok);
     }
-    eprintln!("{} of {} cases passed", args.cases.len() - failed, args.cases.len());
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    anyhow::ensure!(failed == 0, "{failed} of {} cases failed", args.cases.len());
+    eprintln!("{} cases passed", args.cases.len());
+    Ok(())
 }

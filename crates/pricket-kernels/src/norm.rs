@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use crate::shared::f32_slice;
 
-/// Layer norm over the last dimension of `x`, with weight and bias, in f32.
+/// Layer norm over the last dimension of `x`, with weight and bias: f32, its statistics in f64.
 ///
 /// The variance is taken of centred values in a second pass: the mean of squares less the square of the mean loses all
 /// digits where the mean is large, and a residual stream has such rows. It has no backward pass: training takes the

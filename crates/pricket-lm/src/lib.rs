@@ -34,6 +34,7 @@ mod sampling;
 mod score;
 mod text;
 mod tokenizer;
+mod tokenizer_file;
 
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};

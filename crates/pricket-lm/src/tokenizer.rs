@@ -2,10 +2,8 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::tokenizer_file::{self, clip};
 use crate::{Error, Result};
-
-/// That of GPT-NeoX has 2.5 MB.
-const MAX_FILE: u64 = 16 << 20;
 
 /// A repository's tokenizer.json. Cheap to clone.
 ///
@@ -36,7 +34,7 @@ impl Tokenizer {
         let bad = |what: String| Error::Tokenizer { origin: origin.clone(), what };
         // Looked at before it is read: a pipe would never end.
         let meta = std::fs::metadata(path).map_err(|e| bad(e.to_string()))?;
-        if !meta.is_file() || meta.len() > MAX_FILE {
+        if !meta.is_file() || meta.len() > tokenizer_file::MAX_SIZE {
             return Err(bad(format!("{} bytes are no tokenizer.json", meta.len())));
         }
         let bytes = std::fs::read(path).map_err(|e| bad(e.to_string()))?;
@@ -50,22 +48,11 @@ impl Tokenizer {
     pub fn from_bytes(json: &[u8], origin: impl Into<String>) -> Result<Self> {
         let origin = origin.into();
         let bad = |what: String| Error::Tokenizer { origin: origin.clone(), what };
-        check_bpe(json).map_err(&bad)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(json)
-            .map_err(|e| bad(format!("not a tokenizer.json: {}", clip(&e.to_string()))))?;
-        // Left over from fine-tuning: a prompt is never cut or filled up.
-        inner.with_truncation(None).map_err(|e| bad(e.to_string()))?;
-        inner.with_padding(None);
-        let byte_level = matches!(inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
-        if !byte_level {
-            return Err(bad("its decoder is not ByteLevel, as that of every tokenizer of these families is".into()));
-        }
+        let json = tokenizer_file::checked(json).map_err(&bad)?;
+        let inner = tokenizers::Tokenizer::from_bytes(json);
+        let inner = inner.map_err(|e| bad(format!("not a tokenizer.json: {}", clip(&e.to_string()))))?;
         let vocab = inner.get_vocab(true);
         let size = vocab.values().max().map_or(0, |&id| id as usize + 1);
-        // A hostile file may give one token the id 2^32 - 1: the table grows with tokens, not with ids.
-        if size > 4 * vocab.len() + 1024 {
-            return Err(bad(format!("{} tokens with ids up to {}", vocab.len(), size - 1)));
-        }
         let alphabet = byte_alphabet();
         let mut bytes = vec![Vec::new(); size];
         for (token, id) in &vocab {
@@ -196,72 +183,6 @@ impl Decoder {
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
-}
-
-/// Checks what the tokenizers library takes for granted of a BPE model: it panics on a merge of tokens that are not there.
-fn check_bpe(json: &[u8]) -> Result<(), String> {
-    let file: BpeFile =
-        serde_json::from_slice(json).map_err(|e| format!("not a tokenizer.json: {}", clip(&e.to_string())))?;
-    let model = file.model;
-    if model.kind.as_deref().is_some_and(|kind| kind != "BPE") {
-        return Err(format!(
-            "its model is {:?}; the tokenizers of these families are BPE",
-            clip(&model.kind.unwrap_or_default())
-        ));
-    }
-    let affixes = [model.continuing_subword_prefix, model.end_of_word_suffix];
-    if affixes.into_iter().flatten().any(|affix| !affix.is_empty()) {
-        return Err("its model marks word parts with a prefix or suffix, which byte-level BPE does not".into());
-    }
-    for merge in &model.merges {
-        let (left, right) = match merge {
-            Merge::Pair(left, right) => (left.as_str(), right.as_str()),
-            Merge::Text(text) => {
-                text.split_once(' ').ok_or_else(|| format!("the merge {:?} is no pair", clip(text)))?
-            }
-        };
-        let known = |token: &str| model.vocab.contains_key(token);
-        if !(known(left) && known(right) && known(&format!("{left}{right}"))) {
-            return Err(format!(
-                "the merge of {:?} and {:?} names a token that is not in the vocabulary",
-                clip(left),
-                clip(right)
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// What [`check_bpe`] looks at.
-#[derive(serde::Deserialize)]
-struct BpeFile {
-    model: BpeModel,
-}
-
-#[derive(serde::Deserialize)]
-struct BpeModel {
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    vocab: HashMap<String, u32>,
-    merges: Vec<Merge>,
-    #[serde(default)]
-    continuing_subword_prefix: Option<String>,
-    #[serde(default)]
-    end_of_word_suffix: Option<String>,
-}
-
-/// `["a", "b"]`, or `"a b"` in files of before 2024.
-#[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum Merge {
-    Pair(String, String),
-    Text(String),
-}
-
-/// Text out of a file for a message.
-fn clip(text: &str) -> String {
-    let short: String = text.chars().take(160).collect();
-    if short.len() < text.len() { short + "..." } else { short }
 }
 
 /// GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode`, openai/gpt-2).

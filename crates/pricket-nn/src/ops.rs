@@ -49,7 +49,7 @@ pub fn plain_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resul
     Ok(y.reshape(shape)?)
 }
 
-/// Layer norm over the last dimension: `(x - mean) / sqrt(var + eps) · weight + bias`, statistics in f32.
+/// Layer norm over the last dimension: `(x - mean) / sqrt(var + eps) · weight + bias`, statistics in f64 on the CPU.
 ///
 /// # Errors
 /// If the shapes do not fit.

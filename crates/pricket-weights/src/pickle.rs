@@ -2,8 +2,8 @@
 //!
 //! A pickle is a program for a stack machine. This one knows the opcodes that build numbers, strings and containers;
 //! `GLOBAL` resolves to a member of [`Global`] or fails, and `REDUCE` "calls" those by building our own values. Values
-//! live in an arena and refer to each other by index, so a pickle nested a million deep is a million entries, not a
-//! million stack frames, and a cycle is harmless.
+//! live in an arena and refer to each other by index, so a pickle nested a hundred thousand deep is as many entries,
+//! not as many stack frames, and a cycle is harmless.
 
 use crate::Dtype;
 use crate::error::clip;
@@ -135,6 +135,10 @@ type Result<T> = std::result::Result<T, Fault>;
 
 fn malformed<T>(what: impl Into<String>) -> Result<T> {
     Err(Fault::Malformed(what.into()))
+}
+
+fn find_global(module: &str, name: &str) -> Result<Global> {
+    Global::find(module, name).ok_or_else(|| Fault::Forbidden(clip(&format!("{module:.200} {name:.200}"))))
 }
 
 /// Runs the pickle `bytes`.
@@ -269,13 +273,6 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn global(&mut self, module: &str, name: &str) -> Result<()> {
-        match Global::find(module, name) {
-            Some(global) => self.push(Value::Global(global)),
-            None => Err(Fault::Forbidden(clip(&format!("{module:.200} {name:.200}")))),
-        }
-    }
-
     #[allow(clippy::too_many_lines, reason = "one opcode after the other")]
     fn run(&mut self) -> Result<Id> {
         loop {
@@ -398,16 +395,16 @@ impl<'a> Machine<'a> {
                 b'c' => {
                     let module = self.line()?;
                     let name = self.line()?;
-                    self.global(module, name)?;
+                    self.push(Value::Global(find_global(module, name)?))?;
                 }
                 0x93 => {
                     let name = self.pop()?;
                     let module = self.pop()?;
-                    let (Value::Str(module), Value::Str(name)) = (self.value(module).clone(), self.value(name).clone())
-                    else {
+                    let (Value::Str(module), Value::Str(name)) = (self.value(module), self.value(name)) else {
                         return malformed("STACK_GLOBAL without two strings");
                     };
-                    self.global(&module, &name)?;
+                    let global = find_global(module, name)?;
+                    self.push(Value::Global(global))?;
                 }
                 b'Q' => self.persistent()?,
                 b'R' => self.reduce()?,

@@ -7,8 +7,11 @@ use crate::error::clip;
 use crate::mapped::Mapped;
 use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
-/// The headers of the largest shards take a few hundred kilobytes.
-const MAX_HEADER: u64 = 16 << 20;
+/// The header of a 20B model in one file would take a hundred kilobytes.
+const MAX_HEADER: u64 = 4 << 20;
+
+/// No weight has more, and a message that quotes a shape stays readable.
+const MAX_DIMS: usize = 8;
 
 /// One safetensors file, memory-mapped, or the same bytes embedded in the program.
 #[derive(Debug)]
@@ -78,12 +81,15 @@ impl SafetensorsFile {
             let (claimed, found) = (metadata.data_len(), bytes.len() - base);
             return Err(corrupt(format!("its tensors take {claimed} bytes, the file holds {found}")));
         }
+        if let Some((name, info)) = metadata.tensors().iter().find(|(_, info)| info.shape.len() > MAX_DIMS) {
+            return Err(corrupt(format!("tensor {} has {} dimensions", clip(name), info.shape.len())));
+        }
         let tensors = metadata.tensors().into_iter().map(|(name, info)| {
             let (start, end) = info.data_offsets;
             (name, (info.dtype, info.shape.clone(), base + start, end - start))
         });
         let tensors = tensors.collect();
-        let metadata = metadata.metadata().clone().unwrap_or_default().into_iter().collect();
+        let metadata = metadata.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
         Ok(Self { source, tensors, metadata })
     }
 

@@ -91,7 +91,7 @@ impl std::fmt::Debug for Sharded {
 fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     let plain = matches!(components.next(), Some(Component::Normal(_))) && components.next().is_none();
-    plain && !name.contains(['/', '\\', ':', '\0'])
+    plain && name.len() <= 255 && !name.contains(|c: char| c.is_control() || matches!(c, '/' | '\\' | ':'))
 }
 
 impl Store for Sharded {

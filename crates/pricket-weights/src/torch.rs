@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::io::Cursor;
+use std::io::{Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use crate::error::clip;
@@ -95,16 +95,44 @@ fn state_dict(pickle: &Pickle) -> Option<Vec<(&str, &TensorRef)>> {
     Some(tensors(pickle, &named(pickle, inner)?)).filter(|found| !found.is_empty())
 }
 
+/// Longer than any tensor's name: each name is copied, and a memo lets one long string be many keys.
+const MAX_NAME: usize = 1 << 10;
+
 /// The entries of a dictionary that have a string for a key.
 fn named(pickle: &Pickle, id: Id) -> Option<Vec<(&str, Id)>> {
     let Value::Dict(pairs) = pickle.get(id) else { return None };
     let name = |id| if let Value::Str(text) = pickle.get(id) { Some(text.as_str()) } else { None };
+    let name = |id| name(id).filter(|name| name.len() <= MAX_NAME);
     Some(pairs.iter().filter_map(|&(key, value)| Some((name(key)?, value))).collect())
 }
 
 fn tensors<'a>(pickle: &'a Pickle, items: &[(&'a str, Id)]) -> Vec<(&'a str, &'a TensorRef)> {
     let tensor = |id| if let Value::Tensor(tensor) = pickle.get(id) { Some(tensor) } else { None };
     items.iter().filter_map(|&(name, id)| Some((name, tensor(id)?))).collect()
+}
+
+/// Bytes of its directory that a zip may have read: that of a 20B checkpoint takes a tenth.
+const MAX_DIRECTORY: usize = 4 << 20;
+
+/// The file as the zip reader sees it: it fails rather than read, and keep, a directory as large as the file.
+struct Directory<'a> {
+    bytes: Cursor<&'a [u8]>,
+    left: usize,
+}
+
+impl Read for Directory<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.bytes.read(buffer)?;
+        self.left =
+            self.left.checked_sub(n).ok_or_else(|| std::io::Error::other("its directory is out of all proportion"))?;
+        Ok(n)
+    }
+}
+
+impl Seek for Directory<'_> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        self.bytes.seek(to)
+    }
 }
 
 struct Archive<'a> {
@@ -119,7 +147,8 @@ impl<'a> Archive<'a> {
             corrupt(file, format!("not a readable PyTorch zip file: {}", clip(&e.to_string())))
         };
         let bytes: &[u8] = file;
-        let mut zip = zip::ZipArchive::new(Cursor::new(bytes)).map_err(bad)?;
+        let mut zip =
+            zip::ZipArchive::new(Directory { bytes: Cursor::new(bytes), left: MAX_DIRECTORY }).map_err(bad)?;
         let mut entries = BTreeMap::new();
         for index in 0..zip.len() {
             let entry = zip.by_index_raw(index).map_err(bad)?;

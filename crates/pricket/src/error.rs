@@ -23,12 +23,12 @@ pub enum Error {
         what: String,
     },
     /// Weights or metadata that contradict themselves, or are not what the configuration implies.
-    #[error("{source}")]
+    #[error("{error}")]
     Corrupt {
         /// The tensor, where it is one.
         tensor: Option<String>,
-        /// The file and what is wrong with it.
-        source: pricket_weights::Error,
+        /// The file and what is wrong with it. Not a `source`: a chain of causes would say it twice.
+        error: pricket_weights::Error,
     },
     /// A file that asks for what is never done: running code, leaving its directory.
     #[error("{}: refused: {what}", path.display())]
@@ -47,12 +47,12 @@ pub enum Error {
         what: String,
     },
     /// The system would not read a file.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {error}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What it said.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The tokenizer file, or a text that it cannot take.
     #[error("{origin}: {what}")]
@@ -122,9 +122,9 @@ impl From<pricket_weights::Error> for Error {
             W::NotFound { path, what } => Error::NotFound { path, what },
             W::Refused { path, what } => Error::Unsafe { path, what },
             W::Unsupported { path, what } => Error::Unsupported { path, what },
-            W::Io { path, source } => Error::Io { path, source },
+            W::Io { path, source } => Error::Io { path, error: source },
             W::Candle { source, .. } => source.into(),
-            source => Error::Corrupt { tensor, source },
+            error => Error::Corrupt { tensor, error },
         }
     }
 }

@@ -78,6 +78,15 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
         None
     };
     let family = config.as_ref().map(Family::from_config).transpose().map_err(|e| at(&config_path, e))?;
+    let generation = directory.join("generation_config.json");
+    if generation.is_file() {
+        read_json(&generation)?;
+    }
+    let tokenizer = directory.join("tokenizer.json");
+    let has_tokenizer = tokenizer.is_file();
+    if has_tokenizer && config.is_some() {
+        pricket_lm::Tokenizer::from_file(&tokenizer)?;
+    }
     let file = if path.is_dir() { pricket_weights::find_weights(&path)? } else { path.clone() };
     let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
     let mut warnings = Vec::new();
@@ -101,15 +110,6 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
             Weights::new(Arc::new(Headers::of(Arc::clone(&store))), family.names(), &Device::Cpu, Policy::Stored);
         info = Some(family.load(&weights).map_err(|e| at(&config_path, e))?.info().clone());
         warnings.extend(crate::load::unused_warning(&weights));
-    }
-    let tokenizer = directory.join("tokenizer.json");
-    let has_tokenizer = tokenizer.is_file();
-    if has_tokenizer && config.is_some() {
-        pricket_lm::Tokenizer::from_file(&tokenizer)?;
-    }
-    let generation = directory.join("generation_config.json");
-    if generation.is_file() {
-        read_json(&generation)?;
     }
     if config.is_some() && !has_tokenizer {
         warnings.push("no tokenizer.json: give one to read or write text".into());

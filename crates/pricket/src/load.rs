@@ -353,7 +353,7 @@ pub(crate) fn resolve(path: &Path) -> Result<PathBuf> {
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value> {
-    let io = |source: std::io::Error| Error::Io { path: path.into(), source };
+    let io = |error: std::io::Error| Error::Io { path: path.into(), error };
     let size = std::fs::metadata(path).map_err(io)?.len();
     if size > MAX_JSON {
         return Err(corrupt(path, format!("{size} bytes are no configuration")));
@@ -366,7 +366,7 @@ fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
 }
 
 fn corrupt(path: &Path, what: String) -> Error {
-    Error::Corrupt { tensor: None, source: pricket_weights::Error::Corrupt { path: path.into(), what } }
+    Error::Corrupt { tensor: None, error: pricket_weights::Error::Corrupt { path: path.into(), what } }
 }
 
 /// End tokens: those of generation_config.json and config.json together, each a number or a list.
