@@ -71,6 +71,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let tied = pricket.config()["tie_word_embeddings"] == true;
     let unread = if tied { 0 } else { (info.vocab * info.d_model * info.dtype.size_in_bytes()) as u64 };
     let read = info.weight_bytes - unread;
+    // Before the buffer whose reading is timed, which is as large as the model.
+    let peak = peak_rss();
     let bandwidth = bandwidth(info.weight_bytes as usize, threads);
     let share = |rate: f64| read as f64 * rate / bandwidth;
     let mut out = std::io::stdout().lock();
@@ -86,7 +88,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             "{}",
             json!({
                 "model": name, "parameters": info.parameters, "dtype": info.dtype.as_str(), "weight_bytes": info.weight_bytes,
-                "load_seconds": load_seconds, "peak_rss": peak_rss(), "bandwidth": bandwidth, "threads": threads, "rows": rows,
+                "load_seconds": load_seconds, "peak_rss": peak, "bandwidth": bandwidth, "threads": threads, "rows": rows,
             })
         )?;
         return Ok(());
@@ -98,7 +100,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         writeln!(out, "{what:8} {len:5}  {rate:10.1} tokens/s{share}")?;
     }
     writeln!(out, "bandwidth {:.1} GB/s over {} threads", bandwidth / 1e9, threads)?;
-    if let Some(peak) = peak_rss() {
+    if let Some(peak) = peak {
         writeln!(out, "peak memory {:.0} MiB, weights {:.0} MiB", mib(peak), mib(info.weight_bytes))?;
     }
     Ok(())

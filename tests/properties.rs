@@ -297,6 +297,9 @@ fn arguments_that_do_not_fit_are_errors() {
     let model = small(&json!({}), 2).model();
     assert!(model.hidden(&Tensor::new(&[[61u32]], &Device::Cpu).unwrap(), &mut Context::new()).is_err());
     assert!(model.hidden(&random_ids(2, 4, 0), &mut Context::new().with_padding(vec![1, 2, 3])).is_err());
+    let request = pricket::lm::Request::greedy(vec![1, 61]);
+    let error = pricket::lm::Generation::new(model.clone(), vec![request]).unwrap_err().to_string();
+    assert!(error.contains("61"), "{error}");
     assert!(Context::new().with_padding(vec![1, 2]).select_rows(&[2]).is_err());
     let error = model.hidden(&random_ids(1, 4, 0), &mut Context::new().with_activations(DType::BF16)).unwrap_err();
     assert!(error.to_string().contains("bf16"), "{error}");

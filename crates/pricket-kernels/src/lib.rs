@@ -16,6 +16,7 @@
 
 mod attention;
 mod dot;
+mod gelu;
 mod linear;
 mod norm;
 mod rotary;
@@ -23,6 +24,7 @@ mod shared;
 
 pub use attention::{AttentionOp, Causal, attention};
 pub use dot::{dot, dot_bf16, dot_f16};
+pub use gelu::GeluOp;
 pub use linear::{LinearOp, Stored, linear, linear_transposed};
 pub use norm::LayerNormOp;
 pub use rotary::RotaryOp;

@@ -77,8 +77,9 @@ pub struct Generation {
     ctx: Context,
     /// Rows still running, in the order of the batch.
     rows: Vec<Row>,
-    /// Logits of the step before, [rows][vocab]; `None` before the prompts have been read.
+    /// Whether the prompts have been read.
     started: bool,
+    /// Logits that the last step chose from, `[rows][vocab]`.
     logits: Vec<Vec<f32>>,
 }
 
@@ -108,6 +109,10 @@ impl Generation {
             request.sampling.check()?;
             if request.ids.is_empty() {
                 return Err(Error::Input("a prompt needs at least one token".into()));
+            }
+            let vocab = model.info().vocab;
+            if let Some(id) = request.ids.iter().find(|&&id| id as usize >= vocab) {
+                return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab}")));
             }
             let asked = request.ids.len();
             if let Some(limit) = limit.filter(|&limit| asked > limit && !request.beyond_trained_length) {
@@ -141,7 +146,7 @@ impl Generation {
     }
 
     fn advance(&mut self) -> Result<Option<Vec<Token>>> {
-        if self.rows.iter().any(|row| row.done) && !self.rows.is_empty() {
+        if self.rows.iter().any(|row| row.done) {
             self.drop_finished()?;
         }
         if self.rows.is_empty() {

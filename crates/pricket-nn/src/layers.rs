@@ -54,9 +54,9 @@ impl Activation {
     }
 
     pub(crate) fn forward(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Activation::Gelu => x.gelu_erf()?,
-            Activation::GeluTanh => x.gelu()?,
-        })
+        match self {
+            Activation::Gelu => ops::gelu(x),
+            Activation::GeluTanh => ops::gelu_tanh(x),
+        }
     }
 }

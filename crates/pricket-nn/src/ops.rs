@@ -5,7 +5,7 @@
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
 use candle_core::{D, DType, Tensor};
-use pricket_kernels::{AttentionOp, LayerNormOp, LinearOp, RotaryOp};
+use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp};
 
 use crate::Result;
 
@@ -75,6 +75,28 @@ pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) ->
     let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
     let normed = centred.broadcast_div(&deviation)?.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
     Ok(normed.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?)
+}
+
+/// The GELU by the error function; candle's `gelu_erf` is its plain twin.
+///
+/// # Errors
+/// What candle says.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if on_our_kernels(x) && !x.track_op() {
+        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp::Erf)?);
+    }
+    Ok(x.gelu_erf()?)
+}
+
+/// The tanh approximation of the GELU; candle's `gelu` is its plain twin.
+///
+/// # Errors
+/// What candle says.
+pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    if on_our_kernels(x) && !x.track_op() {
+        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp::Tanh)?);
+    }
+    Ok(x.gelu()?)
 }
 
 /// Splits heads and rotates: `x` of `[b, t, h, head_dim]`, `cos` and `sin` of `[b or 1, t, pairs]` give

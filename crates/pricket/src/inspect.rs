@@ -94,13 +94,12 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
     let is_buffer = |name: &str| family.as_ref().is_some_and(|family| family.names().is_buffer(name));
     let mut tensors = Vec::with_capacity(names.len());
     for name in names {
-        match store.entry(&name) {
-            Some(entry) => {
-                let (file, is_buffer) = (store.origin(&name), is_buffer(&name));
-                tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
-            }
-            None => warnings.push(format!("{name} is named and not there")),
+        let Some(entry) = store.entry(&name) else { continue };
+        let (file, is_buffer) = (store.origin(&name), is_buffer(&name));
+        if let (Dtype::Other(kind), false) = (entry.dtype, is_buffer) {
+            warnings.push(format!("{name} is stored as {kind}, which is not read"));
         }
+        tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
     }
     let first = tensors.first().map_or_else(|| file.clone(), |tensor| PathBuf::from(&tensor.file));
     let format = pricket_weights::sniff(&first)?;
