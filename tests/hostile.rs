@@ -59,6 +59,11 @@ fn bad_checkpoints_get_one_clear_line_and_exit_code_1() {
         }
         assert!(!marker.exists(), "{}: code of the file was executed", dir.display());
     }
+    let more = more_bad_checkpoints();
+    assert!(more.len() > 40, "{}", more.len());
+    for dir in &more {
+        refuse("inspect", dir.path());
+    }
 }
 
 /// In a child of its own, whose peak is its own: the test runs itself once more for each case.
