@@ -45,6 +45,14 @@ pub(crate) fn worst(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
+/// The directories in `dir` that hold `file`, sorted.
+pub(crate) fn directories_with(dir: &Path, file: &str) -> Vec<PathBuf> {
+    let mut out: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().flatten().map(|entry| entry.path()).collect();
+    out.retain(|path| path.join(file).is_file());
+    out.sort();
+    out
+}
+
 /// Every file below `dir`, sorted.
 pub(crate) fn files(dir: &Path) -> Vec<PathBuf> {
     let mut out = Vec::new();

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use pricket::candle::Device;
 use sha2::{Digest, Sha256};
 
-use crate::common::{files, root};
+use crate::common::{directories_with, files, root};
 
 #[path = "../examples/parity/cases.rs"]
 mod cases;
@@ -28,13 +28,7 @@ fn the_data_is_what_the_originals_answered() {
 
 #[test]
 fn every_case_is_answered_as_the_original_answered() {
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(golden().join("models"))
-        .unwrap()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.join("case.json").is_file())
-        .collect();
-    cases.sort();
+    let cases = directories_with(&golden().join("models"), "case.json");
     assert!(cases.len() >= 15, "{} cases", cases.len());
     let failures: Vec<String> = cases
         .iter()

@@ -3,16 +3,10 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use serde_json::Value;
 
-use crate::common::{example, root};
+use crate::common::{directories_with, example, root};
 
 fn bad_cases() -> Vec<PathBuf> {
-    let mut dirs: Vec<PathBuf> = std::fs::read_dir(root().join("tests/golden/models/bad"))
-        .unwrap()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.join("config.json").is_file())
-        .collect();
-    dirs.sort();
+    let dirs = directories_with(&root().join("tests/golden/models/bad"), "config.json");
     assert!(dirs.len() >= 17);
     dirs
 }

@@ -13,18 +13,18 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use candle_core::{Device, Tensor};
+//! use candle_core::Tensor;
 //! use pricket_gpt_neox::{Config, NAMES, load};
-//! use pricket_nn::{CausalLm, Context, Policy, Weights};
+//! use pricket_nn::{CausalLm, Context, Weights};
 //! use pricket_weights::{Dtype, Random};
 //!
 //! let config = Config::from_json(&serde_json::json!({
 //!     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
 //!     "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64,
 //! }))?;
-//! let weights = Weights::new(Arc::new(Random::new(Dtype::F16, 0)), NAMES, &Device::Cpu, Policy::Stored);
+//! let weights = Weights::as_stored(Arc::new(Random::new(Dtype::F16, 0)), NAMES);
 //! let model = load(&config, &weights)?;
-//! let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?;
+//! let ids = Tensor::new(&[[1u32, 2, 3]], weights.device())?;
 //! let hidden = model.hidden(&ids, &mut Context::new())?;
 //! assert_eq!(model.head(&hidden)?.dims(), [1, 3, 96]);
 //! # Ok::<(), pricket_nn::Error>(())

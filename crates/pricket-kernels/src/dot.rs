@@ -107,16 +107,6 @@ mod x86 {
         }
         fold(lanes) + tail
     }
-
-    pub(super) fn has_avx512() -> bool {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bw")
-    }
-
-    pub(super) fn has_fma() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-    }
 }
 
 /// Calls the first of a function's forms that the processor has.
@@ -125,11 +115,11 @@ macro_rules! dispatch {
         assert_eq!($a.len(), $b.len(), "inner product of slices of different lengths");
         #[cfg(target_arch = "x86_64")]
         {
-            if x86::has_avx512() {
+            if crate::cpu::has_avx512() {
                 // SAFETY: the processor has the instructions.
                 return unsafe { x86::$avx512($a, $b) };
             }
-            if x86::has_fma() {
+            if crate::cpu::has_fma() {
                 // SAFETY: the processor has the instructions.
                 return unsafe { x86::$fma($a, $b) };
             }
@@ -206,7 +196,7 @@ mod tests {
             let brain: Vec<bf16> = b.iter().map(|&x| bf16::from_f32(x)).collect();
             let (a, half, brain) = (&a[..], &half[..], &brain[..]);
             let b = &b[..];
-            if x86::has_fma() {
+            if crate::cpu::has_fma() {
                 // SAFETY: the processor has the instructions.
                 let (f, h, w) = unsafe { (x86::dot_fma(a, b), x86::dot_f16_fma(a, half), x86::dot_bf16_fma(a, brain)) };
                 proptest::prop_assert!(close(f, a, b.iter().copied()));

@@ -84,11 +84,11 @@ fn gelu_fma(form: GeluOp, x: &[f32], y: &mut [f32]) {
 fn dispatch(form: GeluOp, x: &[f32], y: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+        if crate::cpu::has_avx512() {
             // SAFETY: the processor has the instructions.
             return unsafe { gelu_avx512(form, x, y) };
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if crate::cpu::has_fma() {
             // SAFETY: the processor has the instructions.
             return unsafe { gelu_fma(form, x, y) };
         }
@@ -131,7 +131,7 @@ mod tests {
             gelu(form, &x, &mut y, |x, y, sum| x * y + sum);
             check(&y, "plain");
             #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if crate::cpu::has_fma() {
                 // SAFETY: the processor has the instructions.
                 unsafe { gelu_fma(form, &x, &mut y) };
                 check(&y, "fma");

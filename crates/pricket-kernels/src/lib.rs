@@ -15,6 +15,7 @@
 #![allow(unsafe_code, reason = "the workspace denies it; here and where files are mapped is where it lives")]
 
 mod attention;
+mod cpu;
 mod dot;
 mod gelu;
 mod linear;

@@ -7,11 +7,11 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use pricket_nn::{Policy, Weights};
+//! # use pricket_nn::Weights;
 //! # let config = pricket_gpt_neox::Config::from_json(&serde_json::json!({
 //! #     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}))?;
 //! # let store = Arc::new(pricket_weights::Random::new(pricket_weights::Dtype::F32, 0));
-//! # let weights = Weights::new(store, pricket_gpt_neox::NAMES, &candle_core::Device::Cpu, Policy::Stored);
+//! # let weights = Weights::as_stored(store, pricket_gpt_neox::NAMES);
 //! # let model: Arc<dyn pricket_nn::CausalLm> = Arc::new(pricket_gpt_neox::load(&config, &weights)?);
 //! use pricket_lm::{Generation, Request, Sampling, token_logprobs};
 //! // Two prompts of different lengths, four tokens each.

@@ -2,8 +2,9 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::tokenizer_file::{self, clip};
-use crate::{Error, Result};
+use pricket_nn::clip;
+
+use crate::{Error, Result, tokenizer_file};
 
 /// A repository's tokenizer.json. Cheap to clone.
 ///

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use pricket_nn::clip;
 use serde_json::{Value, json};
 
 /// That of GPT-NeoX has 2.5 MB, and twice that if it is written with one merge a line.
@@ -182,13 +183,4 @@ fn merges(model: &Model) -> Result<Vec<(&str, &str)>> {
         out.push((left, right));
     }
     Ok(out)
-}
-
-/// Text out of a file for a message: one line of a length that can be read.
-pub(crate) fn clip(text: &str) -> String {
-    let mut out: String = text.chars().take(160).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
-    if text.chars().nth(160).is_some() {
-        out.push_str("...");
-    }
-    out
 }

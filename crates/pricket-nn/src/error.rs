@@ -1,3 +1,5 @@
+use pricket_weights::clip;
+
 /// What can go wrong between a configuration and its logits.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -35,11 +37,7 @@ pub enum Error {
 impl Error {
     /// A [`Error::Config`] from anything printable. What a file says may be of any length and is cut.
     pub fn config(key: impl Into<String>, what: impl Into<String>) -> Self {
-        let clip = |text: String| match text.char_indices().nth(300) {
-            Some((at, _)) => format!("{}...", &text[..at]),
-            None => text,
-        };
-        Error::Config { key: clip(key.into()), what: clip(what.into()) }
+        Error::Config { key: clip(&key.into()), what: clip(&what.into()) }
     }
 }
 

@@ -9,12 +9,12 @@
 //! ```
 //! use std::sync::Arc;
 //! use candle_core::{Device, Tensor};
-//! use pricket_nn::{Names, Policy, Weights};
+//! use pricket_nn::{Names, Weights};
 //! use pricket_weights::{Dtype, Random};
 //!
 //! // A layer of random f16 weights, used with f32 activations.
 //! let store = Arc::new(Random::new(Dtype::F16, 0));
-//! let weights = Weights::new(store, Names::default(), &Device::Cpu, Policy::Stored);
+//! let weights = Weights::as_stored(store, Names::default());
 //! let dense = weights.pp("attention").linear("dense", 8, 4, true)?;
 //! let x = Tensor::ones((1, 3, 8), candle_core::DType::F32, &Device::Cpu)?;
 //! assert_eq!(dense.forward(&x)?.dims(), [1, 3, 4]);
@@ -45,6 +45,8 @@ pub use error::{Error, Result};
 pub use layers::{Activation, Embedding, LayerNorm};
 pub use linear::{Linear, RowOrder};
 pub use mlp::Mlp;
+/// For messages of the crates above, which see weights through this one.
+pub use pricket_weights::clip;
 pub use progress::{Progress, Silent};
 pub use rotary::Rotary;
 pub use tap::{Recording, Site, Taps};

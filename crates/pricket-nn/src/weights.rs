@@ -100,6 +100,11 @@ impl std::fmt::Debug for Weights {
 }
 
 impl Weights {
+    /// The root of `store` for the CPU, everything as stored.
+    pub fn as_stored(store: Arc<dyn Store>, names: Names) -> Self {
+        Self::new(store, names, &Device::Cpu, Policy::Stored)
+    }
+
     /// The root of `store`, to be read as `names` says.
     pub fn new(store: Arc<dyn Store>, names: Names, device: &Device, policy: Policy) -> Self {
         Self::with_progress(store, names, device, policy, Arc::new(Silent))

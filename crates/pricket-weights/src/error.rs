@@ -86,8 +86,8 @@ pub enum Error {
     },
 }
 
-/// Text out of a file for a message: one line of a length that can be read.
-pub(crate) fn clip(text: &str) -> String {
+/// Text out of a file for a message: one line of a length that can be read, whatever the file holds.
+pub fn clip(text: &str) -> String {
     const LENGTH: usize = 160;
     let mut out: String = text
         .chars()

@@ -46,7 +46,7 @@ mod synthetic;
 mod torch;
 
 pub use dtype::Dtype;
-pub use error::{Error, Result};
+pub use error::{Error, Result, clip};
 pub use open::{Format, find_weights, open, open_file, sniff};
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::Sharded;

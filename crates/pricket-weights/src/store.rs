@@ -53,7 +53,6 @@ pub trait Store: Send + Sync {
 }
 
 /// Bytes of a tensor, borrowed from a memory-mapped file or owned.
-///
 #[derive(Debug)]
 pub struct Bytes<'a>(Source<'a>);
 

@@ -1,8 +1,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
-use pricket_nn::{ModelInfo, Policy, Weights};
+use pricket_nn::{ModelInfo, Weights};
 use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
 
@@ -105,8 +104,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
     let format = pricket_weights::sniff(&first)?;
     let mut info = None;
     if let Some(family) = &family {
-        let weights =
-            Weights::new(Arc::new(Headers::of(Arc::clone(&store))), family.names(), &Device::Cpu, Policy::Stored);
+        let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());
         info = Some(family.load(&weights).map_err(|e| at(&config_path, e))?.info().clone());
         warnings.extend(crate::load::unused_warning(&weights));
     }

@@ -301,7 +301,7 @@ pub(crate) fn at(config_path: &Path, e: pricket_nn::Error) -> Error {
 /// Says so if the checkpoint holds weights that the configuration has no use for.
 pub(crate) fn unused_warning(weights: &Weights) -> Option<String> {
     let unused = weights.unused();
-    let first = unused.first()?;
+    let first = pricket_weights::clip(unused.first()?);
     Some(format!("{} tensors of the checkpoint are not used by this configuration ({first}, ...)", unused.len()))
 }
 

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use pricket_nn::{ModelInfo, Policy, Weights};
+use pricket_nn::{ModelInfo, Weights};
 use pricket_weights::{Dtype, ShapesOnly};
 use serde_json::Value;
 
@@ -48,7 +48,7 @@ impl Estimate {
 pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate> {
     let family = Family::from_config(config)?;
     let store = Arc::new(ShapesOnly::new(dtype));
-    let weights = Weights::new(store, family.names(), &candle_core::Device::Cpu, Policy::Stored);
+    let weights = Weights::as_stored(store, family.names());
     let model = family.load(&weights)?;
     Ok(Estimate::new(model.info().clone(), context))
 }
