@@ -1,0 +1,401 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use crate::layout::{Layout, TEMPORARY};
+use crate::lock::Lock;
+use crate::part::SUFFIX;
+use crate::{Digest, Error, Events, Listed, RepoId, Result};
+
+/// A cache in the standard layout, shared with Python and whoever else.
+///
+/// Listing and verifying look at every model in it. Evicting touches only commits that pricket fetched.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+/// A repository in the cache.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CachedRepo {
+    /// Which.
+    pub repo: RepoId,
+    /// Its commits.
+    pub revisions: Vec<CachedRevision>,
+    /// Bytes on disk, every blob counted once.
+    pub bytes: u64,
+    /// Of these, bytes of files that are not all there yet.
+    pub partial_bytes: u64,
+}
+
+/// A commit in the cache.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CachedRevision {
+    /// Which.
+    pub commit: String,
+    /// Branches and tags that were last seen there.
+    pub refs: Vec<String>,
+    /// Its files.
+    pub files: Vec<CachedFile>,
+    /// When pricket last used it, if it is pricket that fetched it.
+    pub last_used: Option<SystemTime>,
+}
+
+/// A file of a commit.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CachedFile {
+    /// Its path in the repository.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// What it should hash to, as far as the cache knows.
+    pub digest: Option<Digest>,
+    /// Where the bytes are.
+    pub location: PathBuf,
+}
+
+/// A file whose hash was taken.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Verified {
+    /// The repository.
+    pub repo: RepoId,
+    /// A path and the commits that have it.
+    pub path: String,
+    /// Where the bytes are.
+    pub location: PathBuf,
+    /// What it should be.
+    pub expected: Option<Digest>,
+    /// What it is; `None` if it could not be read, or nothing is expected.
+    pub found: Option<Digest>,
+}
+
+impl Verified {
+    /// Whether the bytes are what they should be. A file that nothing is known of is neither good nor bad.
+    pub fn is_good(&self) -> Option<bool> {
+        self.expected.as_ref().map(|expected| self.found.as_ref() == Some(expected))
+    }
+}
+
+/// What [`Cache::evict`] did.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Evicted {
+    /// Commits that went, the least recently used first.
+    pub revisions: Vec<(RepoId, String)>,
+    /// Bytes that are free now.
+    pub freed: u64,
+    /// Bytes that pricket's commits and unfinished files take now.
+    pub left: u64,
+    /// Commits that were to go and are in use.
+    pub in_use: Vec<(RepoId, String)>,
+}
+
+impl Cache {
+    /// The cache at `root`; see [`crate::Settings::cache`].
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// All models in it, by name. A cache that is not there is empty.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read.
+    pub fn repos(&self) -> Result<Vec<CachedRepo>> {
+        let mut out: Vec<CachedRepo> = names_in(&self.root)?
+            .iter()
+            .filter_map(|name| RepoId::from_folder(name))
+            .map(|repo| self.repo(repo))
+            .collect();
+        out.sort_by(|a, b| a.repo.cmp(&b.repo));
+        Ok(out)
+    }
+
+    fn repo(&self, repo: RepoId) -> CachedRepo {
+        let layout = Layout::new(&self.root, &repo);
+        let mut refs: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for name in files_below(&layout.root().join("refs")) {
+            if let Some(commit) = layout.read_reference(&name) {
+                refs.entry(commit).or_default().push(name);
+            }
+        }
+        let mut revisions = Vec::new();
+        for commit in names_in(&layout.root().join("snapshots")).unwrap_or_default() {
+            let used = std::fs::metadata(layout.in_use(&commit)).and_then(|meta| meta.modified()).ok();
+            revisions.push(CachedRevision {
+                files: cached_files(&layout, &commit),
+                refs: refs.remove(&commit).unwrap_or_default(),
+                last_used: used,
+                commit,
+            });
+        }
+        let mut sizes: BTreeMap<PathBuf, u64> = BTreeMap::new();
+        for file in revisions.iter().flat_map(|revision: &CachedRevision| &revision.files) {
+            sizes.insert(file.location.clone(), file.bytes);
+        }
+        let blobs = layout.root().join("blobs");
+        let mut partial_bytes = 0;
+        for name in names_in(&blobs).unwrap_or_default() {
+            let path = blobs.join(&name);
+            let bytes = space_taken(&path);
+            if name.ends_with(SUFFIX) {
+                partial_bytes += bytes;
+            }
+            sizes.entry(path).or_insert(bytes);
+        }
+        CachedRepo { bytes: sizes.values().sum(), partial_bytes, revisions, repo }
+    }
+
+    /// Takes the hash of every file once and compares it with its blob's name, or with the listing that it was fetched by.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`]; a file that cannot be read is in the list as one that is not good.
+    pub fn verify(&self, repos: &[CachedRepo], events: &dyn Events) -> Result<Vec<Verified>> {
+        let mut seen = BTreeMap::new();
+        for repo in repos {
+            for file in repo.revisions.iter().flat_map(|revision| &revision.files) {
+                seen.entry(&file.location).or_insert((repo, file));
+            }
+        }
+        let total = seen.values().map(|(_, file)| file.bytes).sum();
+        let mut done = 0;
+        let mut out = Vec::new();
+        for (location, (repo, file)) in seen {
+            events.progress(done, total);
+            let hashed = match &file.digest {
+                Some(expected) => hash_file(location, expected, events),
+                None => Ok(None),
+            };
+            if let Err(Error::Cancelled) = hashed {
+                return Err(Error::Cancelled);
+            }
+            done += file.bytes;
+            out.push(Verified {
+                repo: repo.repo.clone(),
+                path: file.path.clone(),
+                location: location.clone(),
+                expected: file.digest.clone(),
+                found: hashed.unwrap_or(None),
+            });
+        }
+        events.progress(total, total);
+        Ok(out)
+    }
+
+    /// Deletes commits, the least recently used first, until those that pricket fetched take at most `budget` bytes.
+    ///
+    /// Only commits that pricket fetched are counted and touched: what Python or another program brought stays. A commit
+    /// in use (see [`crate::InUse`]) stays, and so does a blob that another commit links to. Unfinished files go first.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something cannot be deleted.
+    pub fn evict(&self, budget: u64, events: &dyn Events) -> Result<Evicted> {
+        let mut out = Evicted::default();
+        let repos = self.repos()?;
+        let mut candidates = Vec::new();
+        let mut ours: BTreeMap<&PathBuf, u64> = BTreeMap::new();
+        for repo in &repos {
+            out.left += repo.partial_bytes;
+            for revision in &repo.revisions {
+                if let Some(used) = revision.last_used {
+                    candidates.push((used, repo, revision));
+                    ours.extend(revision.files.iter().map(|file| (&file.location, file.bytes)));
+                }
+            }
+        }
+        out.left += ours.values().sum::<u64>();
+        candidates.sort_by(|a, b| (a.0, &a.2.commit).cmp(&(b.0, &b.2.commit)));
+        for repo in repos.iter().filter(|repo| repo.partial_bytes > 0) {
+            if out.left > budget {
+                let freed = Self::drop_partial(&Layout::new(&self.root, &repo.repo))?;
+                out.freed += freed;
+                out.left -= freed.min(out.left);
+            }
+        }
+        for (_, repo, revision) in candidates {
+            if out.left <= budget {
+                break;
+            }
+            if events.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let layout = Layout::new(&self.root, &repo.repo);
+            let name = (repo.repo.clone(), revision.commit.clone());
+            match self.drop_revision(&layout, &repo.repo, revision, events)? {
+                Some(freed) => {
+                    out.freed += freed;
+                    out.left -= freed.min(out.left);
+                    out.revisions.push(name);
+                }
+                None => out.in_use.push(name),
+            }
+        }
+        Ok(out)
+    }
+
+    /// Deletes unfinished files that nobody is fetching.
+    fn drop_partial(layout: &Layout) -> Result<u64> {
+        let blobs = layout.root().join("blobs");
+        let mut freed = 0;
+        for name in names_in(&blobs)? {
+            let Some(blob) = name.strip_suffix(SUFFIX) else { continue };
+            let Some(_lock) = Lock::try_new(&layout.blob_lock(blob))? else { continue };
+            let path = blobs.join(&name);
+            freed += space_taken(&path);
+            remove(&path)?;
+        }
+        Ok(freed)
+    }
+
+    /// `None` if it is in use.
+    fn drop_revision(
+        &self,
+        layout: &Layout,
+        repo: &RepoId,
+        revision: &CachedRevision,
+        events: &dyn Events,
+    ) -> Result<Option<u64>> {
+        let in_use = layout.in_use(&revision.commit);
+        let Some(_lock) = Lock::try_new(&in_use)? else { return Ok(None) };
+        let _mutex = Lock::wait(&layout.mutex(), "this repository", events, &|| false)?;
+        // Looked at again, now that nothing moves.
+        let now = self.repo(repo.clone());
+        let kept: BTreeSet<&PathBuf> = now
+            .revisions
+            .iter()
+            .filter(|other| other.commit != revision.commit)
+            .flat_map(|other| other.files.iter().map(|file| &file.location))
+            .collect();
+        let Some(going) = now.revisions.iter().find(|other| other.commit == revision.commit) else {
+            return Ok(Some(0));
+        };
+        // References first, then links, then bytes: at no moment does anything lead nowhere.
+        for name in &going.refs {
+            remove(&layout.reference(name))?;
+        }
+        remove(&layout.record(&revision.commit))?;
+        let snapshot = layout.snapshot(&revision.commit);
+        let mut freed = 0;
+        let mut blobs = BTreeMap::new();
+        for file in going.files.iter().filter(|file| !kept.contains(&file.location)) {
+            if file.location.starts_with(&snapshot) {
+                freed += file.bytes;
+            } else {
+                blobs.insert(&file.location, file.bytes);
+            }
+        }
+        std::fs::remove_dir_all(&snapshot).map_err(Error::io(&snapshot))?;
+        for (path, bytes) in blobs {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            // Whoever holds this lock is about to link to the blob.
+            if let Some(_lock) = Lock::try_new(&layout.blob_lock(&name))? {
+                remove(path)?;
+                freed += bytes;
+            }
+        }
+        remove(&in_use)?;
+        for name in names_in(&layout.root().join(".pricket"))? {
+            if name.starts_with(TEMPORARY) {
+                remove(&layout.root().join(".pricket").join(name))?;
+            }
+        }
+        Ok(Some(freed))
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// What a file takes on disk, holes left out.
+fn space_taken(path: &Path) -> u64 {
+    let Ok(meta) = std::fs::metadata(path) else { return 0 };
+    #[cfg(unix)]
+    let bytes = std::os::unix::fs::MetadataExt::blocks(&meta) * 512;
+    #[cfg(not(unix))]
+    let bytes = meta.len();
+    bytes.min(meta.len())
+}
+
+/// Names in a directory, sorted; none if it is not there.
+fn names_in(directory: &Path) -> Result<Vec<String>> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(Error::io(directory))?,
+    };
+    let mut names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Paths of the files below a directory, relative to it, with `/`; directories that are links are not entered.
+pub(crate) fn files_below(directory: &Path) -> Vec<String> {
+    let mut out = Vec::new();
+    for name in names_in(directory).unwrap_or_default() {
+        let path = directory.join(&name);
+        if std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+            out.extend(files_below(&path).into_iter().map(|below| format!("{name}/{below}")));
+        } else {
+            out.push(name);
+        }
+    }
+    out
+}
+
+fn cached_files(layout: &Layout, commit: &str) -> Vec<CachedFile> {
+    let snapshot = layout.snapshot(commit);
+    let listed: BTreeMap<String, Digest> = recorded_digests(layout, commit);
+    let file = |path: String| {
+        let pointer = snapshot.join(&path);
+        let bytes = std::fs::metadata(&pointer).ok().filter(std::fs::Metadata::is_file)?.len();
+        let target = std::fs::read_link(&pointer).ok();
+        let blob = target.as_deref().and_then(Path::file_name).and_then(|name| Digest::from_hex(name.to_str()?));
+        let location = match (&target, &blob) {
+            (Some(_), Some(digest)) => layout.blob(digest),
+            _ => pointer,
+        };
+        let digest = listed.get(&path).cloned().or(blob);
+        Some(CachedFile { path, bytes, digest, location })
+    };
+    files_below(&snapshot).into_iter().filter_map(file).collect()
+}
+
+fn recorded_digests(layout: &Layout, commit: &str) -> BTreeMap<String, Digest> {
+    let files = crate::hub::read_record(layout, commit).unwrap_or_default();
+    files.into_iter().filter_map(|file| Some((file.path, file.digest?))).collect()
+}
+
+/// The files of a snapshot, with their hashes as far as those are known.
+pub(crate) fn snapshot_files(layout: &Layout, commit: &str) -> Option<Vec<Listed>> {
+    let files = cached_files(layout, commit);
+    let listed = |file: CachedFile| Listed { path: file.path, size: file.bytes, digest: file.digest };
+    (!files.is_empty()).then(|| files.into_iter().map(listed).collect())
+}
+
+/// The hash of a file, of the same kind as `like`.
+fn hash_file(path: &Path, like: &Digest, events: &dyn Events) -> Result<Option<Digest>> {
+    use std::io::Read;
+    let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
+    let mut hasher = like.hasher(file.metadata().map_err(Error::io(path))?.len());
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        if events.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        match file.read(&mut buffer).map_err(Error::io(path))? {
+            0 => return Ok(Some(hasher.finish())),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+}

@@ -1,0 +1,100 @@
+use sha1::Sha1;
+use sha2::{Digest as _, Sha256};
+
+/// The hash under which the Hub knows a file, and which names its blob in the cache.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Digest {
+    /// SHA-256 of the bytes: files in large-file storage.
+    Sha256(String),
+    /// SHA-1 of the bytes after git's header `blob LENGTH\0`: files in the git repository itself.
+    GitBlob(String),
+}
+
+impl Digest {
+    /// Tells the two apart by their length, as blob names in a cache are.
+    pub fn from_hex(hex: &str) -> Option<Self> {
+        let hex_digits = hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        match hex.len() {
+            64 if hex_digits => Some(Digest::Sha256(hex.into())),
+            40 if hex_digits => Some(Digest::GitBlob(hex.into())),
+            _ => None,
+        }
+    }
+
+    /// The digits, in lower case.
+    pub fn hex(&self) -> &str {
+        let (Digest::Sha256(hex) | Digest::GitBlob(hex)) = self;
+        hex
+    }
+
+    /// A hasher of the same kind, for `size` bytes.
+    pub(crate) fn hasher(&self, size: u64) -> Hasher {
+        match self {
+            Digest::Sha256(_) => Hasher::Sha256(Sha256::new()),
+            Digest::GitBlob(_) => Hasher::GitBlob(Sha1::new_with_prefix(format!("blob {size}\0"))),
+        }
+    }
+
+    /// The digest of `bytes`, of the same kind as `self`.
+    #[must_use]
+    pub fn of(&self, bytes: &[u8]) -> Self {
+        let mut hasher = self.hasher(bytes.len() as u64);
+        hasher.update(bytes);
+        hasher.finish()
+    }
+}
+
+impl std::fmt::Display for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Digest::Sha256(hex) => write!(f, "sha256 {hex}"),
+            Digest::GitBlob(hex) => write!(f, "git blob {hex}"),
+        }
+    }
+}
+
+pub(crate) enum Hasher {
+    Sha256(Sha256),
+    GitBlob(Sha1),
+}
+
+impl Hasher {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Hasher::Sha256(hasher) => hasher.update(bytes),
+            Hasher::GitBlob(hasher) => hasher.update(bytes),
+        }
+    }
+
+    pub(crate) fn finish(self) -> Digest {
+        match self {
+            Hasher::Sha256(hasher) => Digest::Sha256(hex(&hasher.finalize())),
+            Hasher::GitBlob(hasher) => Digest::GitBlob(hex(&hasher.finalize())),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut out, byte| {
+        let _ = write!(out, "{byte:02x}");
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_kinds_are_those_of_the_tools() {
+        // sha256sum and git hash-object of "hello\n".
+        let sha = Digest::Sha256("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03".into());
+        let git = Digest::GitBlob("ce013625030ba8dba906f756967f9e9ca394464a".into());
+        for digest in [sha, git] {
+            assert_eq!(digest.of(b"hello\n"), digest);
+            assert_eq!(Digest::from_hex(digest.hex()), Some(digest));
+        }
+        assert_eq!(Digest::from_hex("../../etc/passwd"), None);
+    }
+}

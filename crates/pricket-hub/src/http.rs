@@ -1,0 +1,296 @@
+//! One request at a time: redirects by hand, the token for the Hub alone, and what is worth another try told apart from
+//! what is not.
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant, SystemTime};
+
+use ureq::http::{HeaderMap, Response, Uri};
+use ureq::{Agent, Body};
+
+use crate::settings::{Patience, Settings};
+use crate::{Error, Events, Result};
+
+const MAX_REDIRECTS: usize = 10;
+/// Read at once. Four connections hold eight of these, half of what an interruption may cost.
+pub(crate) const CHUNK: usize = 64 << 10;
+/// Fewer bytes than this are no progress.
+pub(crate) const WORTHWHILE: u64 = 64 << 10;
+
+/// A connection pool and whom it speaks for.
+pub(crate) struct Http {
+    agent: Agent,
+    settings: Settings,
+}
+
+/// Why a request has no answer.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The same request may succeed later; the server may have said when.
+    Again { url: String, what: String, after: Option<Duration> },
+    /// It was answered, with this.
+    Status { url: String, status: u16, code: String },
+    /// It makes no sense to ask again.
+    Fatal(Error),
+}
+
+impl Failure {
+    pub(crate) fn again(url: &str, what: impl Into<String>) -> Self {
+        Failure::Again { url: bare(url), what: what.into(), after: None }
+    }
+}
+
+/// An address without its query, which may be a signature.
+fn bare(url: &str) -> String {
+    let end = url.find(['?', '#']).unwrap_or(url.len());
+    url[..end].into()
+}
+
+/// Scheme, host and port: who gets to see a token.
+fn origin(url: &str) -> Option<(String, String, u16)> {
+    let uri: Uri = url.parse().ok()?;
+    let scheme = uri.scheme_str()?.to_ascii_lowercase();
+    let port = uri.port_u16().unwrap_or(if scheme == "https" { 443 } else { 80 });
+    Some((scheme, uri.host()?.to_ascii_lowercase(), port))
+}
+
+/// Where a `Location` leads from `url`.
+fn join(url: &str, location: &str) -> Option<String> {
+    if location.starts_with("http://") || location.starts_with("https://") {
+        return Some(location.into());
+    }
+    let (scheme, rest) = url.split_once("://")?;
+    let host = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
+    match location {
+        _ if location.starts_with("//") => Some(format!("{scheme}:{location}")),
+        _ if location.starts_with('/') => Some(format!("{scheme}://{host}{location}")),
+        // Another scheme, or relative to the directory, which no Hub sends.
+        _ => None,
+    }
+}
+
+impl Http {
+    pub(crate) fn new(settings: &Settings) -> Self {
+        let patience = &settings.patience;
+        let config = Agent::config_builder()
+            .user_agent(concat!("pricket/", env!("CARGO_PKG_VERSION")))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .timeout_resolve(Some(patience.connect))
+            .timeout_connect(Some(patience.connect))
+            .timeout_recv_response(Some(patience.answer))
+            .timeout_per_read(Some(patience.stall))
+            .timeout_per_write(Some(patience.stall))
+            .input_buffer_size(CHUNK)
+            .max_idle_connections_per_host(settings.files * settings.ranges)
+            .max_idle_connections(settings.files * settings.ranges)
+            .build();
+        Self { agent: config.into(), settings: settings.clone() }
+    }
+
+    pub(crate) fn patience(&self) -> &Patience {
+        &self.settings.patience
+    }
+
+    /// Fails whatever is under way, at once.
+    pub(crate) fn shutdown(&self) {
+        self.agent.clone().shutdown();
+    }
+
+    /// GET, redirects followed; the answer has status 200 or 206.
+    pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>) -> Result<Response<Body>, Failure> {
+        let ours = origin(&self.settings.endpoint);
+        let mut url = url.to_owned();
+        let mut seen = Vec::new();
+        loop {
+            let mut request = self.agent.get(&url).header("accept-encoding", "identity");
+            if let Some((start, end)) = range {
+                request = request.header("range", format!("bytes={start}-{}", end - 1));
+            }
+            if let Some(token) = self.settings.token.as_ref().filter(|_| ours.is_some() && origin(&url) == ours) {
+                request = request.header("authorization", token.bearer());
+            }
+            let response = request.call().map_err(|e| transport(&url, e))?;
+            let status = response.status().as_u16();
+            match status {
+                200 | 206 => return Ok(response),
+                301 | 302 | 303 | 307 | 308 => {
+                    let location = header(response.headers(), "location").unwrap_or_default();
+                    let Some(next) = join(&url, &location) else {
+                        return Err(Failure::again(&url, format!("a redirect to {:?}", bare(&location))));
+                    };
+                    seen.push(std::mem::replace(&mut url, next));
+                    if seen.len() > MAX_REDIRECTS || seen.contains(&url) {
+                        return Err(Failure::again(&seen[0], "its redirects lead nowhere"));
+                    }
+                }
+                _ => {
+                    let code = header(response.headers(), "x-error-code").unwrap_or_default();
+                    return Err(match status {
+                        408 | 429 | 500..=599 => Failure::Again {
+                            url: bare(&url),
+                            what: format!("status {status}"),
+                            after: header(response.headers(), "retry-after").and_then(|text| retry_after(&text)),
+                        },
+                        // The signature of a redirect has run out: the first address gives a new one.
+                        401 | 403 | 410 if !seen.is_empty() => {
+                            Failure::again(&url, format!("status {status} after a redirect"))
+                        }
+                        _ => Failure::Status { url: bare(&url), status, code },
+                    });
+                }
+            }
+        }
+    }
+
+    /// GETs a text of at most `limit` bytes, with its headers.
+    pub(crate) fn text(&self, url: &str, limit: u64) -> Result<(HeaderMap, Vec<u8>), Failure> {
+        let (head, body) = self.get(url, None)?.into_parts();
+        plain(url, &head.headers)?;
+        let expected = body.content_length();
+        let deadline = Instant::now() + self.settings.patience.answer;
+        let mut out = Vec::new();
+        let mut reader = body.into_with_config().limit(u64::MAX).reader();
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let n = std::io::Read::read(&mut reader, &mut chunk).map_err(|e| Failure::again(url, reason(&e)))?;
+            out.extend_from_slice(&chunk[..n]);
+            if out.len() as u64 > limit {
+                let what = format!("an answer of more than {limit} bytes is out of all proportion");
+                return Err(Failure::Fatal(Error::Protocol { url: bare(url), what }));
+            }
+            if n == 0 {
+                break;
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::again(url, "the answer comes too slowly"));
+            }
+        }
+        match expected {
+            Some(expected) if expected != out.len() as u64 => {
+                Err(Failure::again(url, format!("{} of {expected} bytes arrived", out.len())))
+            }
+            _ => Ok((head.headers, out)),
+        }
+    }
+}
+
+/// Refuses a body that is packed, which nobody asked for and no offset would fit.
+pub(crate) fn plain(url: &str, headers: &HeaderMap) -> Result<(), Failure> {
+    match header(headers, "content-encoding").filter(|encoding| encoding != "identity") {
+        Some(encoding) => Err(Failure::again(url, format!("the answer is packed with {encoding:?}"))),
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn header(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get(name)?.to_str().ok().map(str::to_owned)
+}
+
+/// Seconds, or a date.
+fn retry_after(text: &str) -> Option<Duration> {
+    match text.trim().parse::<f64>() {
+        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok(),
+    }
+}
+
+fn transport(url: &str, e: ureq::Error) -> Failure {
+    match e {
+        ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
+            Failure::Fatal(Error::Protocol { url: bare(url), what: format!("not an address that can be asked: {e}") })
+        }
+        ureq::Error::Io(e) => Failure::again(url, reason(&e)),
+        e => Failure::again(url, e.to_string()),
+    }
+}
+
+/// What the system said, in one line.
+pub(crate) fn reason(e: &std::io::Error) -> String {
+    match e.kind() {
+        std::io::ErrorKind::UnexpectedEof => "the connection closed early".into(),
+        std::io::ErrorKind::TimedOut => "no byte arrived in time".into(),
+        _ => e.to_string(),
+    }
+}
+
+/// Failures in a row, and what they lead to.
+pub(crate) struct Tries<'a> {
+    patience: &'a Patience,
+    events: &'a dyn Events,
+    failures: u32,
+}
+
+impl<'a> Tries<'a> {
+    pub(crate) fn new(patience: &'a Patience, events: &'a dyn Events) -> Self {
+        Self { patience, events, failures: 0 }
+    }
+
+    /// Waits before another try, or gives the error that there is no point in one. `gained` is what the failed try
+    /// brought all the same.
+    pub(crate) fn failed(&mut self, failure: Failure, gained: u64, stop: &dyn Fn() -> bool) -> Result<()> {
+        let (url, what, after) = match failure {
+            Failure::Fatal(e) => return Err(e),
+            Failure::Status { url, status, .. } => {
+                return Err(Error::Network { url, what: format!("status {status}") });
+            }
+            Failure::Again { url, what, after } => (url, what, after),
+        };
+        if self.events.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        self.failures = if gained >= WORTHWHILE { 1 } else { self.failures + 1 };
+        if self.failures >= self.patience.tries {
+            let what = format!("{what}; given up after {} tries", self.failures);
+            return Err(Error::Network { url, what });
+        }
+        let doubled = self.patience.pause.saturating_mul(1 << (self.failures - 1).min(16));
+        let own = doubled.min(self.patience.longest_pause).mul_f64(0.5 + 0.5 * chance());
+        let pause = match after {
+            Some(asked) if asked > self.patience.longest_asked => {
+                let what = format!("{what}; the server asks to come back in {} s", asked.as_secs());
+                return Err(Error::Network { url, what });
+            }
+            Some(asked) => asked.max(own),
+            None => own,
+        };
+        self.events.notice(&format!("{url}: {what}; trying again in {:.1} s", pause.as_secs_f64()));
+        let end = Instant::now() + pause;
+        loop {
+            if self.events.cancelled() || stop() {
+                return Err(Error::Cancelled);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(Duration::from_millis(50)));
+        }
+    }
+}
+
+/// A number from 0 to 1, so that two processes do not knock at the same moment again and again.
+fn chance() -> f64 {
+    let bits = RandomState::new().hash_one(Instant::now());
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        assert_eq!(bare("https://cdn/x?Signature=secret"), "https://cdn/x");
+        assert_eq!(origin("https://Hub.co/x"), origin("https://hub.co:443/y"));
+        assert_ne!(origin("https://hub.co/x"), origin("http://hub.co/x"));
+        assert_ne!(origin("https://hub.co/x"), origin("https://hub.co.evil.org/x"));
+        assert_ne!(origin("https://hub.co/x"), origin("https://hub.co@evil.org/x"));
+        assert_eq!(join("http://a:1/b?c", "/d").as_deref(), Some("http://a:1/d"));
+        assert_eq!(join("http://a:1/b", "//e/f").as_deref(), Some("http://e/f"));
+        assert_eq!(join("http://a:1/b", "ftp://e"), None);
+        assert_eq!(retry_after("2"), Some(Duration::from_secs(2)));
+        assert_eq!(retry_after("-1"), None);
+        assert!(retry_after("Fri, 31 Dec 2100 23:59:59 GMT").unwrap() > Duration::from_hours(1));
+    }
+}

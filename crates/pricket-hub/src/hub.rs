@@ -1,0 +1,381 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::http::{Failure, Http, Tries, header};
+use crate::id::{is_relative_path, is_revision};
+use crate::layout::Layout;
+use crate::{Digest, Error, Events, ModelId, RepoId, Result, Settings, is_commit};
+
+/// A listing of 154 branches is 20 kB, one of a repository's files less.
+const MAX_LISTING: u64 = 16 << 20;
+/// More files than this are no model.
+const MAX_FILES: usize = 100_000;
+
+/// The Hugging Face Hub, or whatever speaks its protocol, and the cache of what came from it.
+///
+/// Cheap to clone, and safe to share between threads.
+#[derive(Clone)]
+pub struct Hub {
+    pub(crate) settings: Arc<Settings>,
+    http: Arc<Http>,
+}
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hub({}, {})", self.settings.endpoint, self.settings.cache.display())
+    }
+}
+
+/// Branches and tags of a repository, each with its commit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Refs {
+    /// Branches, `main` and `step3000` among them.
+    pub branches: BTreeMap<String, String>,
+    /// Tags.
+    pub tags: BTreeMap<String, String>,
+}
+
+impl Refs {
+    /// The commit of a branch or tag.
+    pub fn commit(&self, revision: &str) -> Option<&str> {
+        self.branches.get(revision).or_else(|| self.tags.get(revision)).map(String::as_str)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.branches.keys().chain(self.tags.keys()).cloned().collect()
+    }
+}
+
+/// A file as a commit lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Listed {
+    /// Its path in the repository, with `/`.
+    pub path: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Its hash. Only of a file that is in the cache and nowhere else it may be unknown.
+    pub digest: Option<Digest>,
+}
+
+/// A [`Listed`] file in our records, in the words of the Hub.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    path: String,
+    size: u64,
+    oid: String,
+}
+
+/// What the Hub sends.
+mod wire {
+    use serde::Deserialize;
+
+    #[derive(Deserialize)]
+    pub(super) struct Refs {
+        #[serde(default)]
+        pub(super) branches: Vec<Ref>,
+        #[serde(default)]
+        pub(super) tags: Vec<Ref>,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    pub(super) struct Ref {
+        pub(super) name: String,
+        pub(super) target_commit: String,
+    }
+
+    #[derive(Deserialize)]
+    pub(super) struct Info {
+        pub(super) sha: String,
+    }
+
+    #[derive(Deserialize)]
+    pub(super) struct File {
+        #[serde(rename = "type")]
+        pub(super) kind: String,
+        pub(super) path: String,
+        pub(super) size: u64,
+        pub(super) oid: String,
+        pub(super) lfs: Option<Lfs>,
+    }
+
+    #[derive(Deserialize)]
+    pub(super) struct Lfs {
+        pub(super) oid: String,
+        pub(super) size: u64,
+    }
+}
+
+impl Hub {
+    /// The Hub that the environment names; see [`Settings::from_env`].
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the environment makes no sense.
+    pub fn from_env() -> Result<Self> {
+        Ok(Self::new(Settings::from_env()?))
+    }
+
+    /// The Hub that `settings` name.
+    pub fn new(settings: Settings) -> Self {
+        Self { http: Arc::new(Http::new(&settings)), settings: Arc::new(settings) }
+    }
+
+    /// Where it is and how it is asked.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(crate) fn http(&self) -> &Http {
+        &self.http
+    }
+
+    pub(crate) fn layout(&self, repo: &RepoId) -> Layout {
+        Layout::new(&self.settings.cache, repo)
+    }
+
+    /// All branches and tags, in one request; offline, those that the cache has seen.
+    ///
+    /// # Errors
+    /// [`Error::Repository`] if the Hub does not show the repository, [`Error::Network`] if it cannot be reached.
+    pub fn refs(&self, repo: &RepoId, events: &dyn Events) -> Result<Refs> {
+        if self.settings.offline {
+            return self.cached_refs(repo);
+        }
+        let url = format!("{}/api/models/{repo}/refs", self.settings.endpoint);
+        let parse = |refs: wire::Refs| Some(Refs { branches: commits(refs.branches)?, tags: commits(refs.tags)? });
+        Ok(self.json(repo, "main", &url, events, parse)?.0)
+    }
+
+    /// The branches that the cache has seen, with the commits that they had then.
+    ///
+    /// # Errors
+    /// [`Error::Offline`] if it has seen none.
+    pub fn cached_refs(&self, repo: &RepoId) -> Result<Refs> {
+        let layout = self.layout(repo);
+        let mut refs = Refs::default();
+        for name in crate::cache::files_below(&layout.root().join("refs")) {
+            if let Some(commit) = layout.read_reference(&name) {
+                refs.branches.insert(name, commit);
+            }
+        }
+        if refs.branches.is_empty() {
+            let what = format!("{repo} is not in the cache ({})", self.settings.cache.display());
+            return Err(Error::Offline { what });
+        }
+        Ok(refs)
+    }
+
+    /// The commit of a branch, tag or commit. A network that fails is answered from the cache, with a notice.
+    ///
+    /// # Errors
+    /// [`Error::Revision`] with those that exist, [`Error::Repository`], [`Error::Offline`], [`Error::Network`].
+    pub fn resolve(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
+        let ModelId { repo, revision } = id;
+        if is_commit(revision) {
+            return Ok(revision.clone());
+        }
+        let cached = self.layout(repo).read_reference(revision);
+        if self.settings.offline {
+            return cached.ok_or_else(|| {
+                let known = self.cached_refs(repo).map(|refs| refs.names()).unwrap_or_default();
+                let what = match &known[..] {
+                    [] => format!("{repo} is not in the cache ({})", self.settings.cache.display()),
+                    known => format!("{id} is not in the cache, which has {}", known.join(", ")),
+                };
+                Error::Offline { what }
+            });
+        }
+        match self.ask_commit(id, events) {
+            Err(e) if e.is_network() && cached.is_some() => {
+                events.notice(&format!("{e}; going on with what the cache has of {id}"));
+                Ok(cached.unwrap_or_default())
+            }
+            answer => answer,
+        }
+    }
+
+    fn ask_commit(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
+        let ModelId { repo, revision } = id;
+        let refs = self.refs(repo, events)?;
+        if let Some(commit) = refs.commit(revision) {
+            return Ok(commit.into());
+        }
+        // A pull request or a shortened commit is in no list.
+        let url = format!("{}/api/models/{repo}/revision/{}", self.settings.endpoint, encode(revision, ""));
+        let parse = |info: wire::Info| is_commit(&info.sha).then_some(info.sha);
+        match self.json(repo, revision, &url, events, parse) {
+            Ok((commit, _)) => Ok(commit),
+            Err(Error::Revision { repo, revision, .. }) => Err(Error::Revision { repo, revision, known: refs.names() }),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The files of a commit. It never changes, so it is asked for once; offline, what the cache has of it.
+    ///
+    /// # Errors
+    /// As [`Hub::refs`]; [`Error::Protocol`] for a listing that leaves the repository.
+    pub fn files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
+        if !is_commit(commit) {
+            return Err(Error::Input(format!("{commit:?} is no commit")));
+        }
+        if let Some(files) = read_record(&self.layout(repo), commit) {
+            return Ok(files);
+        }
+        if self.settings.offline {
+            return crate::cache::snapshot_files(&self.layout(repo), commit).ok_or_else(|| Error::Offline {
+                what: format!("{repo}@{commit} is not in the cache ({})", self.settings.cache.display()),
+            });
+        }
+        let mut url = format!("{}/api/models/{repo}/tree/{commit}?recursive=true", self.settings.endpoint);
+        let mut out = Vec::new();
+        loop {
+            let parse = |page: Vec<wire::File>| {
+                let files = page.into_iter().filter(|file| file.kind != "directory");
+                files.map(listed).collect::<Option<Vec<Listed>>>()
+            };
+            let (page, next) = self.json(repo, commit, &url, events, parse)?;
+            if let Some(file) = page.iter().find(|file| !is_relative_path(&file.path)) {
+                let what = format!("the listing names {:?}, which no repository can hold", file.path);
+                return Err(Error::Protocol { url, what });
+            }
+            out.extend(page);
+            match next {
+                Some(_) if out.len() > MAX_FILES => {
+                    return Err(Error::Protocol { url, what: format!("more than {MAX_FILES} files") });
+                }
+                Some(next) if next != url => url = next,
+                _ => return Ok(out),
+            }
+        }
+    }
+
+    /// Keeps the listing of a commit that is being fetched.
+    pub(crate) fn record(&self, repo: &RepoId, commit: &str, files: &[Listed]) -> Result<()> {
+        let layout = self.layout(repo);
+        let path = layout.record(commit);
+        if path.is_file() {
+            return Ok(());
+        }
+        let entries: Vec<Entry> = files
+            .iter()
+            .map(|file| Entry {
+                path: file.path.clone(),
+                size: file.size,
+                oid: file.digest.as_ref().map_or_else(String::new, |digest| digest.hex().into()),
+            })
+            .collect();
+        let json = serde_json::to_vec_pretty(&entries).map_err(|e| Error::io(&path)(e.into()))?;
+        layout.replace(&path, &json)
+    }
+
+    /// GETs JSON that `parse` makes sense of, and the address of the next page if the answer names one on the same Hub.
+    fn json<W: serde::de::DeserializeOwned, T>(
+        &self,
+        repo: &RepoId,
+        revision: &str,
+        url: &str,
+        events: &dyn Events,
+        parse: impl Fn(W) -> Option<T>,
+    ) -> Result<(T, Option<String>)> {
+        let mut tries = Tries::new(self.http.patience(), events);
+        loop {
+            if events.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let answer = self.http.text(url, MAX_LISTING).and_then(|(headers, body)| {
+                // A page of a proxy that answers everything with "200 OK" is worth another try.
+                let nonsense = |e: String| Failure::again(url, format!("the answer is not what the Hub sends{e}"));
+                let value = serde_json::from_slice(&body).map_err(|e| nonsense(format!(": {e}")))?;
+                let value = parse(value).ok_or_else(|| nonsense(String::new()))?;
+                Ok((value, header(&headers, "link").and_then(|link| next_page(&link, &self.settings.endpoint))))
+            });
+            match answer {
+                Ok(answer) => return Ok(answer),
+                Err(Failure::Status { url, status, code }) => {
+                    return Err(self.refused(repo, revision, url, status, &code));
+                }
+                Err(failure) => tries.failed(failure, 0, &|| false)?,
+            }
+        }
+    }
+
+    /// What a status means that will not go away.
+    pub(crate) fn refused(&self, repo: &RepoId, revision: &str, url: String, status: u16, code: &str) -> Error {
+        let token = if self.settings.token.is_some() { "the token given" } else { "no token (set HF_TOKEN)" };
+        let what = match (status, code) {
+            (404, "RevisionNotFound") => {
+                let (repo, revision) = (repo.to_string(), revision.into());
+                return Error::Revision { repo, revision, known: Vec::new() };
+            }
+            (404, "EntryNotFound") => {
+                let what = format!("the Hub has no file at {url}");
+                return Error::NoFile { repo: repo.to_string(), revision: revision.into(), what };
+            }
+            (_, "GatedRepo") => format!("its owner asks you to accept terms on its page first; asked with {token}"),
+            (401 | 404, _) => format!("the Hub has no such repository, or does not show it to you; asked with {token}"),
+            (403, _) => format!("the Hub does not show it to you; asked with {token}"),
+            _ => return Error::Network { url, what: format!("status {status}") },
+        };
+        Error::Repository { repo: repo.to_string(), status, what }
+    }
+
+    /// Where a file of a commit is fetched from.
+    pub(crate) fn file_url(&self, repo: &RepoId, commit: &str, path: &str) -> String {
+        format!("{}/{repo}/resolve/{commit}/{}", self.settings.endpoint, encode(path, "/"))
+    }
+}
+
+/// The listing of a commit that we fetched from.
+pub(crate) fn read_record(layout: &Layout, commit: &str) -> Option<Vec<Listed>> {
+    let path = layout.record(commit);
+    let small = std::fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() < MAX_LISTING);
+    let bytes = small.then(|| std::fs::read(path).ok()).flatten()?;
+    let entries: Vec<Entry> = serde_json::from_slice(&bytes).ok()?;
+    let entry = |entry: Entry| {
+        let digest = Some(Digest::from_hex(&entry.oid)?);
+        is_relative_path(&entry.path).then_some(Listed { path: entry.path, size: entry.size, digest })
+    };
+    entries.into_iter().map(entry).collect()
+}
+
+fn commits(refs: Vec<wire::Ref>) -> Option<BTreeMap<String, String>> {
+    let commit =
+        |r: wire::Ref| (is_revision(&r.name) && is_commit(&r.target_commit)).then_some((r.name, r.target_commit));
+    refs.into_iter().map(commit).collect()
+}
+
+fn listed(file: wire::File) -> Option<Listed> {
+    if file.kind != "file" {
+        return None;
+    }
+    let (size, digest) = match file.lfs {
+        Some(lfs) => (lfs.size, Digest::from_hex(lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid))?),
+        None => (file.size, Digest::from_hex(&file.oid)?),
+    };
+    Some(Listed { path: file.path, size, digest: Some(digest) })
+}
+
+/// The `rel="next"` of a `Link` header, if it stays on the same Hub.
+fn next_page(link: &str, endpoint: &str) -> Option<String> {
+    let next = link.split(',').find(|part| part.contains("rel=\"next\""))?;
+    let url = next.trim().strip_prefix('<')?.split_once('>')?.0;
+    url.strip_prefix(endpoint).filter(|rest| rest.starts_with('/')).map(|_| url.to_owned())
+}
+
+/// Percent-encoding for one part of a path, `keep` left as it is.
+fn encode(text: &str, keep: &str) -> String {
+    use std::fmt::Write;
+    let mut out = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || keep.as_bytes().contains(&byte) {
+            out.push(byte as char);
+        } else {
+            let _ = write!(out, "%{byte:02X}");
+        }
+    }
+    out
+}

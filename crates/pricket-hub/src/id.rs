@@ -1,0 +1,145 @@
+use std::fmt;
+use std::str::FromStr;
+
+use crate::{Error, Result};
+
+/// A model repository: `owner/name`, or a bare `name` of the Hub's early days.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RepoId(String);
+
+impl RepoId {
+    /// The id as it is written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Its folder in a cache, as `models--owner--name`.
+    pub(crate) fn folder(&self) -> String {
+        hf_hub::Repo::model(self.0.clone()).folder_name()
+    }
+
+    /// The inverse of [`RepoId::folder`].
+    pub(crate) fn from_folder(folder: &str) -> Option<Self> {
+        folder.strip_prefix("models--")?.replace("--", "/").parse().ok()
+    }
+}
+
+impl fmt::Display for RepoId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for RepoId {
+    type Err = Error;
+
+    /// The Hub's own rules, which also keep an id from leaving the cache.
+    fn from_str(text: &str) -> Result<Self> {
+        let part = |part: &str| {
+            !part.is_empty()
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+                && !part.starts_with(['-', '.'])
+                && !part.ends_with(['-', '.'])
+        };
+        let good = text.len() <= 96
+            && !text.contains("--")
+            && !text.contains("..")
+            && text.split('/').count() <= 2
+            && text.split('/').all(part);
+        if good {
+            Ok(Self(text.into()))
+        } else {
+            Err(Error::Input(format!("{text:?} is no repository id; expected owner/name")))
+        }
+    }
+}
+
+/// A repository and a branch, tag or commit of it: `owner/name@revision`, `main` where none is given.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModelId {
+    /// The repository.
+    pub repo: RepoId,
+    /// Branch, tag or commit.
+    pub revision: String,
+}
+
+impl ModelId {
+    /// Checks the revision as [`ModelId::from_str`] does.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if `revision` can be no name in git.
+    pub fn new(repo: RepoId, revision: impl Into<String>) -> Result<Self> {
+        let revision = revision.into();
+        if is_revision(&revision) {
+            Ok(Self { repo, revision })
+        } else {
+            Err(Error::Input(format!("{revision:?} is no revision; expected a branch, tag or commit")))
+        }
+    }
+}
+
+impl fmt::Display for ModelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.revision == "main" { self.repo.fmt(f) } else { write!(f, "{}@{}", self.repo, self.revision) }
+    }
+}
+
+impl FromStr for ModelId {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (repo, revision) = text.split_once('@').unwrap_or((text, "main"));
+        Self::new(repo.parse()?, revision)
+    }
+}
+
+/// What git allows in a name, less what a file system could take for something else.
+pub(crate) fn is_revision(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.contains(|c: char| c.is_control() || " ~^:?*[\\@{<>|\"".contains(c))
+        && is_relative_path(name)
+}
+
+/// Whether `path` stays below wherever it is joined to, on every platform.
+pub(crate) fn is_relative_path(path: &str) -> bool {
+    path.split('/').all(|part| !part.is_empty() && part != "." && part != ".." && part.len() <= 255)
+        && !path.contains(|c: char| c.is_control() || matches!(c, '\\' | ':'))
+}
+
+/// Whether `text` is a complete commit hash.
+pub fn is_commit(text: &str) -> bool {
+    text.len() == 40 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_read_and_nonsense_is_not() {
+        let id: ModelId = "EleutherAI/pythia-410m@step3000".parse().unwrap();
+        assert_eq!((id.repo.as_str(), id.revision.as_str()), ("EleutherAI/pythia-410m", "step3000"));
+        assert_eq!(id.repo.folder(), "models--EleutherAI--pythia-410m");
+        assert_eq!(RepoId::from_folder(&id.repo.folder()), Some(id.repo.clone()));
+        assert_eq!("a/b@refs/pr/6".parse::<ModelId>().unwrap().revision, "refs/pr/6");
+        assert_eq!("a/b".parse::<ModelId>().unwrap().to_string(), "a/b");
+        for bad in [
+            "",
+            "/",
+            "a/",
+            "../x",
+            "a/b/c",
+            "a/..",
+            "a b/c",
+            "a/b@",
+            "a/b@../c",
+            "a/b@x/../y",
+            "a/b@/x",
+            "a--b/c",
+            "-a/b",
+        ] {
+            assert!(bad.parse::<ModelId>().is_err(), "{bad}");
+        }
+    }
+}

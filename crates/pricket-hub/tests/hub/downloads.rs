@@ -1,0 +1,275 @@
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pricket_hub::{Error, Hub, ModelId, Phase, Quiet, Settings};
+use pricket_testhub::{Content, Fault, Repo, TestHub};
+
+use crate::{
+    ID, TOKEN, Watch, assert_clean, assert_discreet, assert_same, by_path, fetch_all, noise, repo, serve, settings,
+};
+
+fn hub(server: &TestHub, cache: &Path) -> Hub {
+    Hub::new(settings(server, cache))
+}
+
+#[test]
+fn a_revision_comes_whole_and_is_not_asked_for_twice() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(300_000));
+    let server = serve(content.clone());
+    let hub = hub(&server, dir.path());
+    let watch = Watch::default();
+    let snapshot = fetch_all(&hub, "owner/tiny@step1000", &watch).unwrap();
+    assert_same(&snapshot.directory, &content, "step1000");
+    assert_eq!(assert_clean(dir.path()), 5);
+    let report = snapshot.report;
+    assert_eq!((report.on_disk, report.repeated, report.received), (0, 0, report.total));
+    assert_eq!(watch.done.load(Ordering::Relaxed), report.total);
+    assert!(watch.notices.lock().unwrap().is_empty());
+    let log = server.take_log();
+    // The token goes to the Hub, and never to where the large files are.
+    assert!(log.iter().filter(|r| r.cdn).count() >= 5, "ranges are fetched from the other host");
+    assert!(log.iter().filter(|r| r.cdn).all(|r| r.authorization.is_none()));
+    assert!(log.iter().filter(|r| !r.cdn).all(|r| r.authorization.as_deref() == Some(&format!("Bearer {TOKEN}"))));
+    // Each phase of each file, in order.
+    for path in content.files("step1000").unwrap().keys() {
+        let of: Vec<Phase> =
+            watch.phases.lock().unwrap().iter().filter(|(p, _)| p == path).map(|(_, phase)| *phase).collect();
+        assert_eq!(of, [Phase::Body, Phase::Hash, Phase::Rename], "{path}");
+    }
+    let pointer = snapshot.directory.join("nested/notes on it.txt");
+    let target = std::fs::read_link(&pointer).unwrap();
+    assert!(target.starts_with("../../../blobs"), "{}", target.display());
+    assert_eq!(std::fs::read_to_string(dir.path().join("models--owner--tiny/refs/step1000")).unwrap(), snapshot.commit);
+    // By branch: one question. By commit: none at all.
+    assert_eq!(fetch_all(&hub, "owner/tiny@step1000", &Quiet).unwrap().report.received, 0);
+    assert_eq!(server.take_log().len(), 1);
+    fetch_all(&hub, &format!("{ID}@{}", snapshot.commit), &Quiet).unwrap();
+    assert!(server.take_log().is_empty());
+    // What another revision shares is linked, not fetched.
+    let main = fetch_all(&hub, ID, &Quiet).unwrap();
+    assert_eq!((main.report.on_disk, main.report.received), (main.report.total, 0));
+    let step0 = fetch_all(&hub, "owner/tiny@step0", &Quiet).unwrap();
+    assert_eq!(step0.report.received, 300_000 + 11);
+}
+
+#[test]
+fn listings_come_in_pages() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(1000));
+    let server = serve(content.clone());
+    server.page(2);
+    let snapshot = fetch_all(&hub(&server, dir.path()), "owner/tiny@v1.0", &Quiet).unwrap();
+    assert_same(&snapshot.directory, &content, "main");
+    assert_eq!(snapshot.files.len(), 5);
+}
+
+#[test]
+fn every_branch_in_one_request() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(10));
+    let server = serve(content.clone());
+    let refs = hub(&server, dir.path()).refs(&ID.parse().unwrap(), &Quiet).unwrap();
+    assert_eq!(server.take_log().len(), 1);
+    assert_eq!(refs.branches.keys().collect::<Vec<_>>(), ["main", "step0", "step1", "step1000"]);
+    assert_eq!(refs.commit("v1.0"), content.resolve("main"));
+}
+
+#[test]
+fn errors_say_what_there_is() {
+    let (dir, mut content) = (tempfile::tempdir().unwrap(), repo(10));
+    content.private(TOKEN);
+    let server = serve(content);
+    let hub = hub(&server, dir.path());
+    let error = fetch_all(&hub, "owner/tiny@step7", &Quiet).unwrap_err();
+    assert!(matches!(&error, Error::Revision { known, .. } if known.len() == 5), "{error}");
+    assert!(error.to_string().contains("step1000"), "{error}");
+    let error = fetch_all(&hub, "mosaicml/mpt-7b", &Quiet).unwrap_err();
+    assert!(matches!(error, Error::Repository { status: 401, .. }), "{error}");
+    let mut others = settings(&server, dir.path());
+    others.token = None;
+    let error = fetch_all(&Hub::new(others.clone()), ID, &Quiet).unwrap_err();
+    assert!(error.to_string().contains("HF_TOKEN"), "{error}");
+    others.offline = true;
+    let error = fetch_all(&Hub::new(others), ID, &Quiet).unwrap_err();
+    assert!(matches!(error, Error::Offline { .. }), "{error}");
+    // Nobody listens there any more.
+    let (gone, cache) = (TestHub::start().url(), dir.path().join("other"));
+    let mut nowhere = Settings::new(&gone, cache);
+    nowhere.patience = settings(&server, dir.path()).patience;
+    let error = fetch_all(&Hub::new(nowhere), ID, &Quiet).unwrap_err();
+    assert!(error.is_network(), "{error}");
+}
+
+#[test]
+fn a_listing_that_leaves_the_repository_is_refused() {
+    for path in ["../escape", "a/../../b", "/etc/passwd", "a\\b", "c:d", "a//b", "new\nline"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut content = Repo::default();
+        let commit = content.commit([(path, Content::text("x"))]);
+        content.branch("main", &commit);
+        let error = fetch_all(&hub(&serve(content), dir.path()), ID, &Quiet).unwrap_err();
+        assert!(matches!(error, Error::Protocol { .. }), "{path}: {error}");
+        assert_discreet(&error.to_string());
+    }
+}
+
+#[test]
+fn an_interrupted_download_goes_on_where_it_was() {
+    const SIZE: usize = 6 << 20;
+    let content = repo(SIZE);
+    for (cut, seed) in [(10_000, 0), (1 << 20, 1), (3_333_333, 2), (SIZE as u64 - 5, 3)] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = serve(content.clone());
+        let mut settings = settings(&server, dir.path());
+        settings.range_bytes = [1 << 20, 64 << 10, 777_777, 32 << 20][seed];
+        let hub = Hub::new(settings);
+        let watch = Watch { cancel_at: Some(cut), ..Watch::default() };
+        let error = fetch_all(&hub, ID, &watch).unwrap_err();
+        assert!(matches!(error, Error::Cancelled), "{error}");
+        let reached = watch.done.load(Ordering::Relaxed);
+        assert!(assert_clean(dir.path()) <= 5);
+        let sent: u64 = server.take_log().iter().filter(|r| r.is_body()).map(|r| r.sent()).sum();
+        // The same program again, or a new one.
+        let snapshot = fetch_all(&hub, ID, &Quiet).unwrap();
+        assert_same(&snapshot.directory, &content, "main");
+        let report = snapshot.report;
+        assert!(report.on_disk >= reached, "{report:?} after {reached}");
+        assert_eq!(report.received + report.on_disk, report.total);
+        let asked: u64 = server.take_log().iter().filter(|r| r.is_body()).map(|r| r.sent()).sum();
+        assert_eq!(asked, report.received, "nothing that was there is sent again");
+        assert!(sent >= reached);
+    }
+}
+
+/// The server goes silent for good after some bytes, or drops the connection: nothing that arrived is asked for again.
+#[test]
+fn a_dropped_connection_costs_nothing() {
+    for fault in [Fault::Truncate(30_000), Fault::Stall(30_000), Fault::WrongLength(500), Fault::NoLength] {
+        let (dir, content) = (tempfile::tempdir().unwrap(), repo(200_000));
+        let server = serve(content.clone());
+        let planned = fault.clone();
+        server.misbehave(move |r| (r.is_body() && r.number % 2 == 0).then(|| planned.clone()));
+        let snapshot = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+        assert_same(&snapshot.directory, &content, "main");
+        assert_eq!((snapshot.report.received, snapshot.report.repeated), (snapshot.report.total, 0), "{fault:?}");
+    }
+}
+
+#[test]
+fn a_server_without_ranges_is_taken_as_it_is() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(300_000));
+    let server = serve(content.clone());
+    server.misbehave(|r| r.is_body().then_some(Fault::IgnoreRange));
+    let snapshot = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    assert_same(&snapshot.directory, &content, "main");
+    assert_clean(dir.path());
+}
+
+#[test]
+fn wrong_bytes_never_get_the_name() {
+    for fault in [Fault::Corrupt(7), Fault::ErrorPageOfLength, Fault::LyingRange] {
+        let (dir, content) = (tempfile::tempdir().unwrap(), repo(100_000));
+        let server = serve(content.clone());
+        let planned = fault.clone();
+        server.misbehave(move |r| r.is_body().then(|| planned.clone()));
+        let error = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. } | Error::Network { .. }), "{fault:?}: {error}");
+        assert_discreet(&error.to_string());
+        assert_clean(dir.path());
+        let weights = content.files("main").unwrap()["pytorch_model.bin"].etag().to_owned();
+        assert!(!dir.path().join("models--owner--tiny/blobs").join(weights).exists());
+        assert!(!dir.path().join("models--owner--tiny/refs/main").exists(), "the branch leads to no half snapshot");
+        // Once it behaves, all is well; bytes fetched for nothing are counted within a run.
+        let bad_once = std::sync::atomic::AtomicBool::new(true);
+        let again = fault.clone();
+        server.misbehave(move |r| (r.cdn && bad_once.swap(false, Ordering::Relaxed)).then(|| again.clone()));
+        let watch = Watch::default();
+        let snapshot = fetch_all(&hub(&server, dir.path()), ID, &watch).unwrap();
+        assert_same(&snapshot.directory, &content, "main");
+        assert!(snapshot.report.repeated >= 1, "{fault:?}: {:?}", snapshot.report);
+        assert!(!watch.notices.lock().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn the_server_says_when_to_come_back() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(1000));
+    let server = serve(content);
+    let planned = std::sync::atomic::AtomicBool::new(true);
+    server.misbehave(move |_| planned.swap(false, Ordering::Relaxed).then(|| Fault::TooMany("0.4".into())));
+    let start = Instant::now();
+    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(400));
+    // Longer than anybody wants to wait.
+    server.misbehave(|_| Some(Fault::TooMany("3600".into())));
+    let error = fetch_all(&hub(&server, dir.path()), ID, &Quiet).err();
+    // The cache knows the branch, so the answer comes from there; without it the wait is named.
+    assert!(error.is_none());
+    let error = fetch_all(&hub(&server, &dir.path().join("empty")), ID, &Quiet).unwrap_err();
+    assert!(error.to_string().contains("3600 s"), "{error}");
+}
+
+#[test]
+fn cancelling_does_not_wait_for_a_silent_server() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(500_000));
+    let server = serve(content);
+    server.misbehave(|r| r.cdn.then_some(Fault::Stall(100)));
+    let mut settings = settings(&server, dir.path());
+    settings.patience.stall = Duration::from_secs(60);
+    let watch = Watch { cancel_at: Some(5_200), ..Watch::default() };
+    let start = Instant::now();
+    let error = fetch_all(&Hub::new(settings), ID, &watch).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn the_branch_that_moves_does_not_mix_files() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(100_000));
+    let server = serve(content.clone());
+    let elsewhere = content.resolve("step0").unwrap().to_owned();
+    server.misbehave(move |r| (r.number == 2).then(|| Fault::MoveMain(elsewhere.clone())));
+    let snapshot = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    assert_eq!(Some(&*snapshot.commit), content.resolve("main"));
+    assert_same(&snapshot.directory, &content, "main");
+}
+
+#[test]
+fn a_full_disk_is_noticed_before_anything_is_fetched() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(repo(10));
+    let hub = hub(&server, dir.path());
+    let id: ModelId = ID.parse().unwrap();
+    let commit = hub.resolve(&id, &Quiet).unwrap();
+    let listing = hub.files(&id.repo, &commit, &Quiet).unwrap();
+    let mut huge = listing.clone();
+    huge[3].size = 1 << 60;
+    server.take_log();
+    let error = hub.fetch(&id, &commit, &huge, &listing, &Quiet).unwrap_err();
+    assert!(matches!(error, Error::NoSpace { needed, available, .. } if needed > available), "{error}");
+    assert!(server.take_log().is_empty());
+}
+
+#[test]
+fn a_part_of_a_file_without_the_file() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(300_000));
+    let server = serve(content.clone());
+    let hub = hub(&server, dir.path());
+    let id: ModelId = ID.parse().unwrap();
+    let commit = hub.resolve(&id, &Quiet).unwrap();
+    let file = by_path(&hub.files(&id.repo, &commit, &Quiet).unwrap(), "pytorch_model.bin");
+    let bytes = noise(1, 300_000);
+    server.take_log();
+    for range in [0..10, 299_990..300_000, 1234..200_000, 5..5, 0..300_000] {
+        let found = hub.read(&id.repo, &commit, &file, range.clone(), &Quiet).unwrap();
+        assert!(found == bytes[range.start as usize..range.end as usize], "{range:?}");
+    }
+    let sent: u64 = server.take_log().iter().filter(|r| r.cdn).map(|r| r.sent()).sum();
+    assert_eq!(sent, 10 + 10 + 200_000 - 1234 + 300_000);
+    assert!(hub.read(&id.repo, &commit, &file, 0..300_001, &Quiet).is_err());
+    server.misbehave(|r| r.cdn.then_some(Fault::IgnoreRange));
+    let error = hub.read(&id.repo, &commit, &file, 5..10, &Quiet).unwrap_err();
+    assert!(error.to_string().contains("no ranges"), "{error}");
+    server.misbehave(|r| (r.cdn && r.number % 2 == 0).then_some(Fault::Truncate(3)));
+    assert_eq!(hub.read(&id.repo, &commit, &file, 5..10, &Quiet).unwrap(), &bytes[5..10]);
+    assert!(!dir.path().join("models--owner--tiny/blobs").exists());
+}

@@ -1,0 +1,563 @@
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::{Content, Repo};
+
+/// How to answer badly. Offsets count from the first byte of the body that would have been sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Closes the connection after so many bytes of the body.
+    Truncate(u64),
+    /// Falls silent after so many bytes, until the client has gone.
+    Stall(u64),
+    /// Says nothing at all, until the client has gone.
+    Silence,
+    /// Sends the body a byte at a time, with this pause in between.
+    Trickle(Duration),
+    /// Announces a length that is off by so much, and closes after the body.
+    WrongLength(i64),
+    /// Answers with a status.
+    Status(u16),
+    /// Answers 429 with a `Retry-After`.
+    TooMany(String),
+    /// A page of text with status 200.
+    ErrorPage,
+    /// A page of text with status 200 and the length that was expected.
+    ErrorPageOfLength,
+    /// Changes one byte.
+    Corrupt(u64),
+    /// Redirects to itself.
+    RedirectLoop,
+    /// Redirects on and on.
+    RedirectChain,
+    /// Answers a range with the whole file.
+    IgnoreRange,
+    /// Answers a range with another one, and says so.
+    OtherRange,
+    /// Answers a range with the bytes of another one under the right name.
+    LyingRange,
+    /// Says that the file has another length.
+    WrongTotal,
+    /// Ends the body by closing the connection instead of a length.
+    NoLength,
+    /// Says that the body is packed.
+    Packed,
+    /// Closes the connection before a byte of the answer.
+    Close,
+    /// Points `main` at another commit, then answers rightly.
+    MoveMain(String),
+}
+
+/// A request as it came.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Its number, from 0.
+    pub number: u64,
+    /// GET or HEAD.
+    pub method: String,
+    /// Path and query.
+    pub target: String,
+    /// First and last byte asked for.
+    pub range: Option<(u64, Option<u64>)>,
+    /// The `Authorization` header.
+    pub authorization: Option<String>,
+    /// Whether it came to the address of the large files.
+    pub cdn: bool,
+    /// The hash of the file that it asks for.
+    pub etag: Option<String>,
+    sent: Arc<AtomicU64>,
+}
+
+impl Request {
+    /// Bytes of body that were given to the socket so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Whether it asks for the bytes of a file.
+    pub fn is_body(&self) -> bool {
+        self.method == "GET" && (self.cdn || self.target.contains("/resolve-cache/"))
+    }
+}
+
+type Plan = dyn Fn(&Request) -> Option<Fault> + Send + Sync;
+
+struct State {
+    repos: Mutex<BTreeMap<String, Repo>>,
+    plan: Mutex<Option<Arc<Plan>>>,
+    log: Mutex<Vec<Request>>,
+    count: AtomicU64,
+    page: AtomicU64,
+    stop: AtomicBool,
+    api: SocketAddr,
+    cdn: SocketAddr,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The server, until it is dropped. It has two addresses: the Hub's and that of the large files.
+pub struct TestHub {
+    state: Arc<State>,
+}
+
+impl std::fmt::Debug for TestHub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TestHub({})", self.url())
+    }
+}
+
+impl Default for TestHub {
+    fn default() -> Self {
+        Self::start()
+    }
+}
+
+impl TestHub {
+    /// Starts on free ports of this machine.
+    pub fn start() -> Self {
+        let bind = || TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let (api, cdn) = (bind(), bind());
+        let address = |listener: &TcpListener| listener.local_addr().expect("a bound socket");
+        let state = Arc::new(State {
+            repos: Mutex::default(),
+            plan: Mutex::new(None),
+            log: Mutex::default(),
+            count: AtomicU64::new(0),
+            page: AtomicU64::new(1000),
+            stop: AtomicBool::new(false),
+            api: address(&api),
+            cdn: address(&cdn),
+        });
+        for listener in [api, cdn] {
+            let state = Arc::clone(&state);
+            std::thread::spawn(move || {
+                let is_cdn = address(&listener) == state.cdn;
+                for stream in listener.incoming().flatten() {
+                    if state.stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let state = Arc::clone(&state);
+                    std::thread::spawn(move || {
+                        let _ = serve(&state, stream, is_cdn);
+                    });
+                }
+            });
+        }
+        Self { state }
+    }
+
+    /// What to set `HF_ENDPOINT` to.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.state.api)
+    }
+
+    /// Adds or replaces a repository.
+    pub fn add(&self, id: &str, repo: Repo) {
+        lock(&self.state.repos).insert(id.into(), repo);
+    }
+
+    /// Answers as `plan` says from now on; rightly where it says nothing.
+    pub fn misbehave(&self, plan: impl Fn(&Request) -> Option<Fault> + Send + Sync + 'static) {
+        *lock(&self.state.plan) = Some(Arc::new(plan));
+    }
+
+    /// Answers rightly from now on.
+    pub fn behave(&self) {
+        *lock(&self.state.plan) = None;
+    }
+
+    /// How many files a page of a listing holds.
+    pub fn page(&self, files: u64) {
+        self.state.page.store(files, Ordering::Relaxed);
+    }
+
+    /// Every request so far, and forgets them.
+    pub fn take_log(&self) -> Vec<Request> {
+        std::mem::take(&mut *lock(&self.state.log))
+    }
+}
+
+impl Drop for TestHub {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::Relaxed);
+        // Both threads wait for one more connection.
+        for address in [self.state.api, self.state.cdn] {
+            let _ = TcpStream::connect(address);
+        }
+    }
+}
+
+/// An answer before faults are put in.
+struct Answer {
+    status: u16,
+    headers: Vec<(&'static str, String)>,
+    body: Body,
+}
+
+enum Body {
+    Bytes(Vec<u8>),
+    /// A range of a file.
+    File(Content, u64, u64),
+}
+
+impl Body {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Body::Bytes(bytes) => bytes,
+            Body::File(content, first, end) => &content.bytes[*first as usize..*end as usize],
+        }
+    }
+}
+
+impl Answer {
+    fn json(value: &Value) -> Self {
+        let headers = vec![("Content-Type", "application/json".into())];
+        Self { status: 200, headers, body: Body::Bytes(value.to_string().into_bytes()) }
+    }
+
+    fn error(status: u16, code: &str, message: &str) -> Self {
+        let headers = vec![("X-Error-Code", code.into()), ("X-Error-Message", message.into())];
+        let body = json!({ "error": message }).to_string().into_bytes();
+        Self { status, headers, body: Body::Bytes(body) }
+    }
+
+    fn redirect(status: u16, location: String) -> Self {
+        Self { status, headers: vec![("Location", location)], body: Body::Bytes(Vec::new()) }
+    }
+}
+
+fn serve(state: &State, stream: TcpStream, cdn: bool) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut stream = stream;
+    loop {
+        let Some(mut request) = read_request(state, &mut reader, cdn)? else { return Ok(()) };
+        let plan = lock(&state.plan).clone();
+        let fault = plan.and_then(|plan| plan(&request));
+        if let Some(Fault::MoveMain(commit)) = &fault {
+            for repo in lock(&state.repos).values_mut() {
+                repo.branches.insert("main".into(), commit.clone());
+            }
+        }
+        let answer = answer(state, &mut request);
+        lock(&state.log).push(request.clone());
+        let result = respond(state, &mut stream, &request, answer, fault.as_ref());
+        if !result? {
+            let _ = stream.shutdown(Shutdown::Both);
+            return Ok(());
+        }
+    }
+}
+
+fn read_request(state: &State, reader: &mut impl BufRead, cdn: bool) -> std::io::Result<Option<Request>> {
+    let mut line = String::new();
+    if reader.take(64 << 10).read_line(&mut line)? == 0 {
+        return Ok(None);
+    }
+    let mut words = line.split_whitespace();
+    let (method, target) = (words.next().unwrap_or("").to_owned(), words.next().unwrap_or("/").to_owned());
+    let (mut range, mut authorization, mut length) = (None, None, 0);
+    loop {
+        let mut line = String::new();
+        if reader.take(64 << 10).read_line(&mut line)? == 0 || line.trim().is_empty() {
+            break;
+        }
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let value = value.trim();
+        match name.to_ascii_lowercase().as_str() {
+            "range" => {
+                range = value
+                    .strip_prefix("bytes=")
+                    .and_then(|v| v.split_once('-'))
+                    .and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok())));
+            }
+            "authorization" => authorization = Some(value.to_owned()),
+            "content-length" => length = value.parse().unwrap_or(0),
+            _ => {}
+        }
+    }
+    std::io::copy(&mut reader.take(length), &mut std::io::sink())?;
+    let number = state.count.fetch_add(1, Ordering::Relaxed);
+    Ok(Some(Request { number, method, target, range, authorization, cdn, etag: None, sent: Arc::default() }))
+}
+
+fn decode(text: &str) -> String {
+    let mut out = Vec::new();
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte == b'%' {
+            let digits: String = bytes.by_ref().take(2).map(char::from).collect();
+            out.push(u8::from_str_radix(&digits, 16).unwrap_or(b'?'));
+        } else {
+            out.push(byte);
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn answer(state: &State, request: &mut Request) -> Answer {
+    let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
+    let path = path.to_owned();
+    let query: BTreeMap<String, String> =
+        query.split('&').filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.into(), decode(v))).collect();
+    let repos = lock(&state.repos);
+    if request.cdn {
+        let oid = path.trim_start_matches("/file/");
+        let all = repos.values().flat_map(|repo| repo.commits.values()).flat_map(BTreeMap::values);
+        let mut found = all.filter(|content| content.etag() == oid);
+        return match found.next().cloned() {
+            Some(content) => file(request, content, None),
+            None => Answer::error(404, "", "no such object"),
+        };
+    }
+    let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+    let hidden = || Answer::error(401, "RepoNotFound", "Repository not found");
+    let visible = |owner: &str, name: &str| {
+        let repo = repos.get(&format!("{owner}/{name}"))?;
+        let token = request.authorization.as_deref().and_then(|text| text.strip_prefix("Bearer "));
+        (repo.token.is_none() || repo.token.as_deref() == token).then_some(repo)
+    };
+    match parts[..] {
+        ["api", "models", owner, name, ref rest @ ..] => {
+            let Some(repo) = visible(owner, name) else { return hidden() };
+            api(state, repo, &format!("{owner}/{name}"), rest, &query)
+        }
+        ["api", "resolve-cache", "models", owner, name, commit, ref rest @ ..] => {
+            let Some(repo) = visible(owner, name) else { return hidden() };
+            match repo.files(commit).and_then(|files| files.get(&decode(&rest.join("/")))) {
+                Some(content) => file(request, content.clone(), Some(commit)),
+                None => Answer::error(404, "EntryNotFound", "Entry not found"),
+            }
+        }
+        [owner, name, "resolve", revision, ref rest @ ..] => {
+            let Some(repo) = visible(owner, name) else { return hidden() };
+            let revision = decode(revision);
+            let Some(commit) = repo.resolve(&revision) else {
+                return Answer::error(404, "RevisionNotFound", "Invalid rev id");
+            };
+            let path = rest.join("/");
+            let Some(content) = repo.commits[commit].get(&decode(&path)) else {
+                let mut answer = Answer::error(404, "EntryNotFound", "Entry not found");
+                answer.headers.push(("X-Repo-Commit", commit.into()));
+                return answer;
+            };
+            request.etag = Some(content.etag().into());
+            let mut answer = match &content.sha256 {
+                Some(oid) => {
+                    let location = format!("http://{}/file/{oid}?Signature=very-secret", state.cdn);
+                    let mut answer = Answer::redirect(302, location);
+                    answer.headers.push(("X-Linked-Size", content.bytes.len().to_string()));
+                    answer.headers.push(("X-Linked-Etag", format!("\"{oid}\"")));
+                    answer
+                }
+                None => Answer::redirect(307, format!("/api/resolve-cache/models/{owner}/{name}/{commit}/{path}")),
+            };
+            answer.headers.push(("X-Repo-Commit", commit.into()));
+            answer.headers.push(("ETag", format!("\"{}\"", content.etag())));
+            answer
+        }
+        _ => Answer::error(404, "", "Not found"),
+    }
+}
+
+fn api(state: &State, repo: &Repo, id: &str, rest: &[&str], query: &BTreeMap<String, String>) -> Answer {
+    let resolve = |revision: &str| repo.resolve(&decode(revision)).map(str::to_owned);
+    let unknown = || Answer::error(404, "RevisionNotFound", "Invalid rev id");
+    match rest {
+        [] | ["revision", _] => {
+            let Some(commit) = resolve(rest.get(1).unwrap_or(&"main")) else { return unknown() };
+            let siblings: Vec<Value> = repo.commits[&commit].keys().map(|path| json!({ "rfilename": path })).collect();
+            Answer::json(&json!({
+                "_id": "0", "id": id, "modelId": id, "sha": commit, "private": false, "gated": false, "disabled": false,
+                "downloads": 0, "likes": 0, "tags": [], "siblings": siblings,
+            }))
+        }
+        ["refs"] => {
+            let list = |refs: &BTreeMap<String, String>, kind: &str| -> Vec<Value> {
+                let one = |(name, commit): (&String, &String)| json!({ "name": name, "ref": format!("refs/{kind}/{name}"), "targetCommit": commit });
+                refs.iter().map(one).collect()
+            };
+            Answer::json(&json!({
+                "branches": list(&repo.branches, "heads"), "converts": [], "tags": list(&repo.tags, "tags"),
+            }))
+        }
+        ["tree", revision] => {
+            let Some(commit) = resolve(revision) else { return unknown() };
+            let entry = |(path, content): (&String, &Content)| {
+                let size = content.bytes.len();
+                let mut entry = json!({ "type": "file", "oid": content.oid, "size": size, "path": path });
+                if let Some(sha256) = &content.sha256 {
+                    entry["lfs"] = json!({ "oid": sha256, "size": size, "pointerSize": 134 });
+                }
+                entry
+            };
+            let page = state.page.load(Ordering::Relaxed) as usize;
+            let from: usize = query.get("cursor").and_then(|cursor| cursor.parse().ok()).unwrap_or(0);
+            let files = &repo.commits[&commit];
+            let mut answer = Answer::json(&files.iter().skip(from).take(page).map(entry).collect());
+            if from + page < files.len() {
+                let next = format!(
+                    "<http://{}/api/models/{id}/tree/{commit}?recursive=true&cursor={}>; rel=\"next\"",
+                    state.api,
+                    from + page
+                );
+                answer.headers.push(("Link", next));
+            }
+            answer
+        }
+        _ => Answer::error(404, "", "Not found"),
+    }
+}
+
+/// A file or the range of it that was asked for.
+fn file(request: &mut Request, content: Content, commit: Option<&str>) -> Answer {
+    let size = content.bytes.len() as u64;
+    let mut headers = vec![("Accept-Ranges", "bytes".into()), ("ETag", format!("\"{}\"", content.etag()))];
+    if let Some(commit) = commit {
+        headers.push(("X-Repo-Commit", commit.into()));
+    }
+    request.etag = Some(content.etag().into());
+    match request.range {
+        Some((first, _)) if first >= size => {
+            headers.push(("Content-Range", format!("bytes */{size}")));
+            Answer { status: 416, headers, body: Body::Bytes(Vec::new()) }
+        }
+        Some((first, last)) => {
+            let end = last.map_or(size, |last| size.min(last + 1));
+            headers.push(("Content-Range", format!("bytes {first}-{}/{size}", end - 1)));
+            Answer { status: 206, headers, body: Body::File(content, first, end) }
+        }
+        None => Answer { status: 200, headers, body: Body::File(content, 0, size) },
+    }
+}
+
+const PAGE: &[u8] = b"<html><body>Our servers are having a rest. Please come back later.</body></html>";
+
+/// The answer as the fault has it, as far as it is about what is said.
+fn changed(state: &State, request: &Request, mut answer: Answer, fault: Option<&Fault>) -> Answer {
+    let here = || format!("http://{}{}", if request.cdn { state.cdn } else { state.api }, request.target);
+    let is_range = answer.status == 206;
+    match fault {
+        Some(Fault::Status(status)) => Answer::error(*status, "", "injected"),
+        Some(Fault::TooMany(after)) => {
+            answer = Answer::error(429, "", "injected");
+            answer.headers.push(("Retry-After", after.clone()));
+            answer
+        }
+        Some(Fault::ErrorPage) => Answer { status: 200, headers: Vec::new(), body: Body::Bytes(PAGE.to_vec()) },
+        Some(Fault::ErrorPageOfLength) => {
+            let length = answer.body.bytes().len();
+            answer.body = Body::Bytes(PAGE.iter().copied().cycle().take(length).collect());
+            answer
+        }
+        Some(Fault::RedirectLoop) => Answer::redirect(302, here()),
+        Some(Fault::RedirectChain) => {
+            let mark = if request.target.contains('?') { "&" } else { "?" };
+            Answer::redirect(302, format!("{}{mark}again={}", here(), request.number))
+        }
+        Some(Fault::WrongTotal) => {
+            answer
+                .headers
+                .iter_mut()
+                .filter(|(name, _)| *name == "Content-Range")
+                .for_each(|(_, value)| value.push('7'));
+            answer
+        }
+        Some(Fault::Packed) => {
+            answer.headers.push(("Content-Encoding", "gzip".into()));
+            answer
+        }
+        Some(fault @ (Fault::IgnoreRange | Fault::OtherRange | Fault::LyingRange)) if is_range => {
+            let Body::File(content, first, end) = answer.body else { return answer };
+            let size = content.bytes.len() as u64;
+            if *fault == Fault::IgnoreRange {
+                return Answer { status: 200, headers: Vec::new(), body: Body::File(content, 0, size) };
+            }
+            let other = if first == 0 { size.min(1) } else { first - 1 };
+            let until = size.min(other + (end - first));
+            let said = if *fault == Fault::OtherRange { other } else { first };
+            let range = format!("bytes {said}-{}/{size}", said + (until - other).max(1) - 1);
+            Answer { status: 206, headers: vec![("Content-Range", range)], body: Body::File(content, other, until) }
+        }
+        _ => answer,
+    }
+}
+
+/// Writes the answer, as the fault has it. Whether the connection can be used again.
+fn respond(
+    state: &State,
+    stream: &mut TcpStream,
+    request: &Request,
+    answer: Answer,
+    fault: Option<&Fault>,
+) -> std::io::Result<bool> {
+    match fault {
+        Some(Fault::Close) => return Ok(false),
+        Some(Fault::Silence) => return wait_for_the_end(stream),
+        _ => {}
+    }
+    let answer = changed(state, request, answer, fault);
+    let body = answer.body.bytes();
+    let length = match fault {
+        Some(Fault::WrongLength(off)) => (body.len() as i64 + off).max(0) as u64,
+        _ => body.len() as u64,
+    };
+    let mut head = format!("HTTP/1.1 {} Answer\r\n", answer.status);
+    for (name, value) in &answer.headers {
+        let _ = write!(head, "{name}: {value}\r\n");
+    }
+    if fault == Some(&Fault::NoLength) {
+        head.push_str("Connection: close\r\n");
+    } else {
+        let _ = write!(head, "Content-Length: {length}\r\n");
+    }
+    head.push_str("\r\n");
+    stream.write_all(head.as_bytes())?;
+    if request.method == "HEAD" {
+        return Ok(true);
+    }
+    let mut send = |bytes: &[u8]| -> std::io::Result<()> {
+        for piece in bytes.chunks(256 << 10) {
+            request.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            stream.write_all(piece)?;
+        }
+        Ok(())
+    };
+    match fault {
+        Some(Fault::Truncate(n)) => send(&body[..body.len().min(*n as usize)]).map(|()| false),
+        Some(Fault::Stall(n)) => {
+            send(&body[..body.len().min(*n as usize)])?;
+            wait_for_the_end(stream)
+        }
+        Some(Fault::Trickle(pause)) => {
+            for byte in body {
+                send(&[*byte])?;
+                std::thread::sleep(*pause);
+            }
+            Ok(true)
+        }
+        Some(Fault::Corrupt(at)) if !body.is_empty() => {
+            let mut body = body.to_vec();
+            let at = *at as usize % body.len();
+            body[at] ^= 0x20;
+            send(&body).map(|()| true)
+        }
+        Some(Fault::WrongLength(_) | Fault::NoLength) => send(body).map(|()| false),
+        _ => send(body).map(|()| true),
+    }
+}
+
+/// Says nothing until the client closes the connection.
+fn wait_for_the_end(stream: &mut TcpStream) -> std::io::Result<bool> {
+    std::io::copy(stream, &mut std::io::sink())?;
+    Ok(false)
+}
