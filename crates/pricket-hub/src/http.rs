@@ -25,8 +25,8 @@ pub(crate) struct Http {
 /// Why a request has no answer.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The same request may succeed later; the server may have said when.
-    Again { url: String, what: String, after: Option<Duration> },
+    /// The same request may succeed later; the server may have said when, if it was `reached` at all.
+    Again { url: String, what: String, after: Option<Duration>, reached: bool },
     /// It was answered, with this.
     Status { url: String, status: u16, code: String },
     /// It makes no sense to ask again.
@@ -35,7 +35,7 @@ pub(crate) enum Failure {
 
 impl Failure {
     pub(crate) fn again(url: &str, what: impl Into<String>) -> Self {
-        Failure::Again { url: bare(url), what: what.into(), after: None }
+        Failure::Again { url: bare(url), what: what.into(), after: None, reached: true }
     }
 }
 
@@ -131,6 +131,7 @@ impl Http {
                             url: bare(&url),
                             what: format!("status {status}"),
                             after: header(response.headers(), "retry-after").and_then(|text| retry_after(&text)),
+                            reached: true,
                         },
                         // The signature of a redirect has run out: the first address gives a new one.
                         401 | 403 | 410 if !seen.is_empty() => {
@@ -200,8 +201,21 @@ fn transport(url: &str, e: ureq::Error) -> Failure {
         ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
             Failure::Fatal(Error::Protocol { url: bare(url), what: format!("not an address that can be asked: {e}") })
         }
-        ureq::Error::Io(e) => Failure::again(url, reason(&e)),
-        e => Failure::again(url, e.to_string()),
+        e => {
+            use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable};
+            let (what, reached) = match e {
+                ureq::Error::Io(e) => {
+                    let nowhere = [ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable];
+                    // The resolver's failures have no kind.
+                    let unknown = e.to_string().starts_with("failed to lookup");
+                    (reason(&e), !unknown && !nowhere.contains(&e.kind()))
+                }
+                ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => (e.to_string(), false),
+                ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect) => (e.to_string(), false),
+                e => (e.to_string(), true),
+            };
+            Failure::Again { url: bare(url), what, after: None, reached }
+        }
     }
 }
 
@@ -219,28 +233,35 @@ pub(crate) struct Tries<'a> {
     patience: &'a Patience,
     events: &'a dyn Events,
     failures: u32,
+    /// Tries of a server that cannot be reached at all.
+    unreached: u32,
 }
 
 impl<'a> Tries<'a> {
     pub(crate) fn new(patience: &'a Patience, events: &'a dyn Events) -> Self {
-        Self { patience, events, failures: 0 }
+        Self { patience, events, failures: 0, unreached: patience.tries }
+    }
+
+    /// For the first question to a Hub: if there is no network now, that is soon said.
+    pub(crate) fn of_a_question(patience: &'a Patience, events: &'a dyn Events) -> Self {
+        Self { unreached: patience.tries.min(2), ..Self::new(patience, events) }
     }
 
     /// Waits before another try, or gives the error that there is no point in one. `gained` is what the failed try
     /// brought all the same.
     pub(crate) fn failed(&mut self, failure: Failure, gained: u64, stop: &dyn Fn() -> bool) -> Result<()> {
-        let (url, what, after) = match failure {
+        let (url, what, after, reached) = match failure {
             Failure::Fatal(e) => return Err(e),
             Failure::Status { url, status, .. } => {
                 return Err(Error::Network { url, what: format!("status {status}") });
             }
-            Failure::Again { url, what, after } => (url, what, after),
+            Failure::Again { url, what, after, reached } => (url, what, after, reached),
         };
         if self.events.cancelled() {
             return Err(Error::Cancelled);
         }
         self.failures = if gained >= WORTHWHILE { 1 } else { self.failures + 1 };
-        if self.failures >= self.patience.tries {
+        if self.failures >= if reached { self.patience.tries } else { self.unreached } {
             let what = format!("{what}; given up after {} tries", self.failures);
             return Err(Error::Network { url, what });
         }

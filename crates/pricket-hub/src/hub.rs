@@ -281,7 +281,7 @@ impl Hub {
         events: &dyn Events,
         parse: impl Fn(W) -> Option<T>,
     ) -> Result<(T, Option<String>)> {
-        let mut tries = Tries::new(self.http.patience(), events);
+        let mut tries = Tries::of_a_question(self.http.patience(), events);
         loop {
             if events.cancelled() {
                 return Err(Error::Cancelled);
