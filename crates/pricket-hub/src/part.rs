@@ -170,6 +170,8 @@ impl Part {
     /// Gives the file its final name. The caller has compared its hash.
     pub(crate) fn finish(self, blob: &Path) -> Result<()> {
         self.file.set_len(self.size).map_err(Error::io(&self.path))?;
+        // The bytes first: after a power cut a name must not lead to holes.
+        self.file.sync_data().map_err(Error::io(&self.path))?;
         std::fs::rename(&self.path, blob).map_err(Error::io(blob))
     }
 }
