@@ -38,11 +38,6 @@ impl Mapped {
         &self.path
     }
 
-    /// `[start, start + len)`, if the file reaches that far.
-    pub(crate) fn range(&self, start: usize, len: usize) -> Option<&[u8]> {
-        self.map.get(start..start.checked_add(len)?)
-    }
-
     /// Lets the pages of a range go. They are read again from the file if somebody looks.
     pub(crate) fn release(&self, start: usize, len: usize) {
         #[cfg(unix)]

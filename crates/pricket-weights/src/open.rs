@@ -1,8 +1,10 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::{Error, Result, SafetensorsFile, Sharded, Store, TorchFile};
+use crate::source::Source;
+use crate::{Error, ReadAt, Result, SafetensorsFile, Sharded, Store, TorchFile};
 
 /// What a file's first bytes say it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,36 +57,39 @@ pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Store>> {
 /// # Errors
 /// [`Error::NotFound`] if there is none, [`Error::Unsupported`] for training shards.
 pub fn find_weights(directory: &Path) -> Result<PathBuf> {
-    if let Some(found) = CANDIDATES.iter().map(|name| directory.join(name)).find(|path| path.exists()) {
-        return Ok(found);
-    }
     let entries = std::fs::read_dir(directory).map_err(|source| Error::Io { path: directory.into(), source })?;
     let mut names: Vec<String> =
         entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
-    if let Some(name) = names.iter().find(|name| name.ends_with("model_states.pt") || name.ends_with("optim_states.pt"))
-    {
+    choose_weights(&names, directory).map(|name| directory.join(name))
+}
+
+/// The file or index among the names of a directory or repository that holds its weights; `place` is what messages call it.
+///
+/// # Errors
+/// [`Error::NotFound`] if there is none, [`Error::Unsupported`] for training shards.
+pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<&'a str> {
+    let names = || names.iter().map(AsRef::as_ref);
+    if let Some(found) = CANDIDATES.iter().find_map(|candidate| names().find(|name| name == candidate)) {
+        return Ok(found);
+    }
+    if let Some(name) = names().find(|name| name.ends_with("model_states.pt") || name.ends_with("optim_states.pt")) {
         return Err(Error::Unsupported {
-            path: directory.into(),
+            path: place.into(),
             what: format!(
                 "{name} is a DeepSpeed training shard, not a checkpoint in Hub layout; use the converted repository"
             ),
         });
     }
-    let weights: Vec<&String> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
-    match &weights[..] {
-        [only] => Ok(directory.join(only)),
-        [] => Err(Error::NotFound {
-            path: directory.into(),
-            what: format!("no weights here: none of {}", CANDIDATES.join(", ")),
-        }),
-        [first, ..] => Err(Error::NotFound {
-            path: directory.into(),
-            what: format!(
-                "{} safetensors files ({first}, ...) and no model.safetensors.index.json that maps them",
-                weights.len()
-            ),
-        }),
+    let not_found = |what: String| Err(Error::NotFound { path: place.into(), what });
+    let weights: Vec<&str> = names().filter(|name| name.ends_with(".safetensors")).collect();
+    match weights[..] {
+        [only] => Ok(only),
+        [] => not_found(format!("no weights here: none of {}", CANDIDATES.join(", "))),
+        [first, ..] => not_found(format!(
+            "{} safetensors files ({first}, ...) and no model.safetensors.index.json that maps them",
+            weights.len()
+        )),
     }
 }
 
@@ -99,7 +104,11 @@ pub fn sniff(path: &Path) -> Result<Format> {
     }
     let mut head = Vec::new();
     File::open(path).map_err(io)?.take(16).read_to_end(&mut head).map_err(io)?;
-    Ok(match &head[..] {
+    Ok(format_of(&head, path))
+}
+
+fn format_of(head: &[u8], path: &Path) -> Format {
+    match head {
         [b'P', b'K', 3, 4, ..] => Format::TorchZip,
         [b'G', b'G', b'U', b'F', ..] => Format::Gguf,
         [b'l' | b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] => Format::LegacyGgml,
@@ -108,7 +117,7 @@ pub fn sniff(path: &Path) -> Result<Format> {
         [_, _, _, _, _, _, _, _, b'{', ..] => Format::Safetensors,
         _ if path.extension().is_some_and(|e| e == "safetensors") => Format::Safetensors,
         _ => Format::Unknown,
-    })
+    }
 }
 
 /// Opens one weight file by what its first bytes say, never by its name.
@@ -119,17 +128,36 @@ pub fn open_file(path: &Path) -> Result<Box<dyn Store>> {
     if !path.exists() {
         return Err(Error::NotFound { path: path.into(), what: "no such file".into() });
     }
-    let unsupported = |what: &str| Error::Unsupported { path: path.into(), what: what.into() };
     match sniff(path)? {
         Format::Safetensors => Ok(Box::new(SafetensorsFile::open(path)?)),
         Format::TorchZip => Ok(Box::new(TorchFile::open(path)?)),
-        Format::TorchLegacy => Err(unsupported(
+        other => Err(unread(other, path)),
+    }
+}
+
+/// Opens one weight file that is somewhere else; of its bytes only headers are read now.
+///
+/// # Errors
+/// As [`open`], and what reading says.
+pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
+    let path = PathBuf::from(file.name());
+    let head =
+        Source::remote(Arc::clone(&file)).read(0, usize::try_from(file.size().min(16)).unwrap_or(0))?.into_owned();
+    match format_of(&head, &path) {
+        Format::Safetensors => Ok(Box::new(SafetensorsFile::remote(file)?)),
+        Format::TorchZip => Ok(Box::new(TorchFile::remote(file)?)),
+        other => Err(unread(other, &path)),
+    }
+}
+
+fn unread(format: Format, path: &Path) -> Error {
+    let unsupported = |what: &str| Error::Unsupported { path: path.into(), what: what.into() };
+    match format {
+        Format::TorchLegacy => unsupported(
             "legacy PyTorch format (before 1.6, not a zip); load and save it once with a current torch, or use safetensors",
-        )),
-        Format::Gguf => Err(unsupported("a GGUF file; this version reads safetensors and PyTorch .bin")),
-        Format::LegacyGgml => Err(unsupported("a legacy GGML file; this version reads safetensors and PyTorch .bin")),
-        Format::Unknown => {
-            Err(unsupported("not a weight file: neither safetensors nor a PyTorch zip by its first bytes"))
-        }
+        ),
+        Format::Gguf => unsupported("a GGUF file; this version reads safetensors and PyTorch .bin"),
+        Format::LegacyGgml => unsupported("a legacy GGML file; this version reads safetensors and PyTorch .bin"),
+        _ => unsupported("not a weight file: neither safetensors nor a PyTorch zip by its first bytes"),
     }
 }

@@ -1,11 +1,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use safetensors::tensor::Metadata;
 
 use crate::error::clip;
 use crate::mapped::Mapped;
-use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+use crate::source::Source;
+use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
 /// The header of a 20B model in one file would take a hundred kilobytes.
 const MAX_HEADER: u64 = 4 << 20;
@@ -21,28 +23,6 @@ pub struct SafetensorsFile {
     metadata: BTreeMap<String, String>,
 }
 
-#[derive(Debug)]
-enum Source {
-    File(Mapped),
-    Embedded(&'static [u8]),
-}
-
-impl Source {
-    fn path(&self) -> &Path {
-        match self {
-            Source::File(file) => file.path(),
-            Source::Embedded(_) => Path::new("embedded.safetensors"),
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Source::File(file) => file,
-            Source::Embedded(bytes) => bytes,
-        }
-    }
-}
-
 impl SafetensorsFile {
     /// Reads the header of `path`.
     ///
@@ -50,7 +30,7 @@ impl SafetensorsFile {
     /// [`Error::Corrupt`] if header and file disagree: a header longer than the file, overlapping or missing
     /// ranges, a shape that does not fill its range.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::new(Source::File(Mapped::open(path.as_ref())?))
+        Self::new(Source::Mapped(Mapped::open(path.as_ref())?))
     }
 
     /// Reads the header of a checkpoint that is compiled into the program.
@@ -61,24 +41,35 @@ impl SafetensorsFile {
         Self::new(Source::Embedded(bytes))
     }
 
+    /// Reads the header of a file that is somewhere else; later only the tensors that are asked for.
+    ///
+    /// # Errors
+    /// As [`SafetensorsFile::open`], and what reading says.
+    pub fn remote(file: Arc<dyn ReadAt>) -> Result<Self> {
+        Self::new(Source::remote(file))
+    }
+
     fn new(source: Source) -> Result<Self> {
         let corrupt = |what: String| Error::Corrupt {
             path: source.path().into(),
             what: format!("not a valid safetensors file: {}", clip(&what)),
         };
-        let bytes = source.bytes();
-        let length = bytes.first_chunk::<8>().ok_or_else(|| corrupt("shorter than its header's length".into()))?;
-        let length = u64::from_le_bytes(*length);
+        if source.len() < 8 {
+            return Err(corrupt("shorter than its header's length".into()));
+        }
+        let length = source.read(0, 8)?.first_chunk::<8>().map_or(u64::MAX, |length| u64::from_le_bytes(*length));
         if length > MAX_HEADER {
             return Err(corrupt(format!("a header of {length} bytes is too large")));
         }
         let base = 8 + length as usize;
-        let header =
-            bytes.get(8..base).ok_or_else(|| corrupt(format!("the file ends inside its header of {length} bytes")))?;
+        if base > source.len() {
+            return Err(corrupt(format!("the file ends inside its header of {length} bytes")));
+        }
+        let header = source.read(8, length as usize)?;
         // Parsing checks every tensor: its shape fills its range, ranges follow one another without a gap.
-        let metadata: Metadata = serde_json::from_slice(header).map_err(|e| corrupt(e.to_string()))?;
-        if metadata.data_len().checked_add(base) != Some(bytes.len()) {
-            let (claimed, found) = (metadata.data_len(), bytes.len() - base);
+        let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| corrupt(e.to_string()))?;
+        if metadata.data_len().checked_add(base) != Some(source.len()) {
+            let (claimed, found) = (metadata.data_len(), source.len() - base);
             return Err(corrupt(format!("its tensors take {claimed} bytes, the file holds {found}")));
         }
         if let Some((name, info)) = metadata.tensors().iter().find(|(_, info)| info.shape.len() > MAX_DIMS) {
@@ -89,6 +80,7 @@ impl SafetensorsFile {
             (name, (info.dtype, info.shape.clone(), base + start, end - start))
         });
         let tensors = tensors.collect();
+        drop(header);
         let metadata = metadata.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
         Ok(Self { source, tensors, metadata })
     }
@@ -134,10 +126,7 @@ impl Store for SafetensorsFile {
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
         let missing = || Error::Missing { origin: self.origin(name), name: name.into() };
         let &(_, _, start, len) = self.tensors.get(name).ok_or_else(missing)?;
-        Ok(match &self.source {
-            Source::File(file) => Bytes::mapped(file, start, len),
-            Source::Embedded(bytes) => bytes[start..start + len].to_vec().into(),
-        })
+        self.source.bytes(start, len)
     }
 
     fn origin(&self, _: &str) -> String {

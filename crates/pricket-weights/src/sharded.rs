@@ -20,6 +20,26 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// Which file holds each tensor, as the bytes of an `*.index.json` say; `path` is what messages call it.
+///
+/// # Errors
+/// [`Error::Corrupt`] if they are no index, [`Error::Refused`] for a shard that is not a plain file name.
+pub fn shard_map(index: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
+    let corrupt = |what: String| Error::Corrupt { path: path.into(), what };
+    if index.len() as u64 > MAX_INDEX {
+        return Err(corrupt(format!("an index of {} bytes is out of all proportion", index.len())));
+    }
+    let map: Index =
+        serde_json::from_slice(index).map_err(|e| corrupt(format!("not a shard index: {}", clip(&e.to_string()))))?;
+    match map.weight_map.values().find(|file| !is_plain_file_name(file)) {
+        Some(file) => Err(Error::Refused {
+            path: path.into(),
+            what: format!("the shard name {:?} is not a plain file name", clip(file)),
+        }),
+        None => Ok(map.weight_map),
+    }
+}
+
 impl Sharded {
     /// Reads the index and the header of every shard that it names.
     ///
@@ -38,22 +58,12 @@ impl Sharded {
         if size > MAX_INDEX {
             return Err(corrupt(format!("an index of {size} bytes is out of all proportion")));
         }
-        let text = std::fs::read(index).map_err(io)?;
-        let map: Index = serde_json::from_slice(&text)
-            .map_err(|e| corrupt(format!("not a shard index: {}", clip(&e.to_string()))))?;
-        for file in map.weight_map.values() {
-            if !is_plain_file_name(file) {
-                return Err(Error::Refused {
-                    path: index.into(),
-                    what: format!("the shard name {:?} is not a plain file name", clip(file)),
-                });
-            }
-        }
+        let map = shard_map(&std::fs::read(index).map_err(io)?, index)?;
         let folder = index.parent().unwrap_or(Path::new("."));
         let mut positions = BTreeMap::new();
         let mut shards: Vec<Box<dyn Store>> = Vec::new();
         let mut tensors = BTreeMap::new();
-        for (name, file) in &map.weight_map {
+        for (name, file) in &map {
             let position = if let Some(&position) = positions.get(file) {
                 position
             } else {

@@ -1,11 +1,14 @@
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::{Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::error::clip;
 use crate::mapped::Mapped;
 use crate::pickle::{self, Fault, Id, Pickle, TensorRef, Value};
-use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+use crate::source::Source;
+use crate::zip_directory::{self, Record};
+use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
 /// The largest `data.pkl` that is read: that of a 20B checkpoint is below 200 kB.
 const MAX_PICKLE: u64 = 32 << 20;
@@ -15,7 +18,7 @@ const MAX_PICKLE: u64 = 32 << 20;
 /// The zip is stored, not compressed, so a storage is a range of the file and a contiguous tensor a range of that.
 #[derive(Debug)]
 pub struct TorchFile {
-    file: Mapped,
+    file: Source,
     tensors: BTreeMap<String, View>,
 }
 
@@ -25,8 +28,9 @@ struct View {
     dtype: Dtype,
     shape: Vec<usize>,
     stride: Vec<usize>,
-    /// Byte offset of the first element.
-    start: usize,
+    /// The zip entry that holds the storage, and the byte of it where the first element begins.
+    record: Record,
+    offset: usize,
 }
 
 impl View {
@@ -58,27 +62,34 @@ impl TorchFile {
     /// does not fit its storage or a storage its file, [`Error::Unsupported`] for `TorchScript` archives.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = Mapped::open(path)?;
+        Self::new(Source::Mapped(Mapped::open(path)?))
+    }
+
+    /// The same for a file that is somewhere else; only what is looked at is read.
+    ///
+    /// # Errors
+    /// As [`TorchFile::open`], and what reading says.
+    pub fn remote(file: Arc<dyn ReadAt>) -> Result<Self> {
+        Self::new(Source::remote(file))
+    }
+
+    fn new(file: Source) -> Result<Self> {
         let tensors = read_tensors(&file)?;
         Ok(Self { file, tensors })
     }
 }
 
-fn corrupt(file: &Mapped, what: impl Into<String>) -> Error {
-    Error::Corrupt { path: file.path().into(), what: what.into() }
-}
-
-fn read_tensors(file: &Mapped) -> Result<BTreeMap<String, View>> {
+fn read_tensors(file: &Source) -> Result<BTreeMap<String, View>> {
     let archive = Archive::open(file)?;
-    let pickle = pickle::read(archive.pickle()?).map_err(|fault| match fault {
+    let pickle = pickle::read(&archive.pickle()?).map_err(|fault| match fault {
         Fault::Forbidden(global) => Error::Refused {
             path: file.path().into(),
             what: format!("the pickle names the global {global:?}, which is neither a tensor nor a container; nothing was executed"),
         },
-        Fault::Malformed(what) => corrupt(file, format!("not a state dict: {what}")),
+        Fault::Malformed(what) => file.corrupt(format!("not a state dict: {what}")),
     })?;
     let mut tensors = BTreeMap::new();
-    for (name, tensor) in state_dict(&pickle).ok_or_else(|| corrupt(file, "the pickle holds no state dict"))? {
+    for (name, tensor) in state_dict(&pickle).ok_or_else(|| file.corrupt("the pickle holds no state dict"))? {
         tensors.insert(name.to_owned(), archive.view(name, tensor)?);
     }
     Ok(tensors)
@@ -111,109 +122,60 @@ fn tensors<'a>(pickle: &'a Pickle, items: &[(&'a str, Id)]) -> Vec<(&'a str, &'a
     items.iter().filter_map(|&(name, id)| Some((name, tensor(id)?))).collect()
 }
 
-/// Bytes of its directory that a zip may have read: that of a 20B checkpoint takes a tenth.
-const MAX_DIRECTORY: usize = 4 << 20;
-
-/// The file as the zip reader sees it: it fails rather than read, and keep, a directory as large as the file.
-struct Directory<'a> {
-    bytes: Cursor<&'a [u8]>,
-    left: usize,
-}
-
-impl Read for Directory<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let n = self.bytes.read(buffer)?;
-        self.left =
-            self.left.checked_sub(n).ok_or_else(|| std::io::Error::other("its directory is out of all proportion"))?;
-        Ok(n)
-    }
-}
-
-impl Seek for Directory<'_> {
-    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
-        self.bytes.seek(to)
-    }
-}
-
 struct Archive<'a> {
-    file: &'a Mapped,
-    /// Name without the leading folder, and the range of the file it takes.
-    entries: BTreeMap<String, (usize, usize)>,
+    file: &'a Source,
+    /// By name without the leading folder.
+    entries: BTreeMap<String, Record>,
 }
 
 impl<'a> Archive<'a> {
-    fn open(file: &'a Mapped) -> Result<Self> {
-        let bad = |e: zip::result::ZipError| {
-            corrupt(file, format!("not a readable PyTorch zip file: {}", clip(&e.to_string())))
-        };
-        let bytes: &[u8] = file;
-        let mut zip =
-            zip::ZipArchive::new(Directory { bytes: Cursor::new(bytes), left: MAX_DIRECTORY }).map_err(bad)?;
-        let mut entries = BTreeMap::new();
-        for index in 0..zip.len() {
-            let entry = zip.by_index_raw(index).map_err(bad)?;
-            let full = entry.name().map_err(bad)?;
-            let name = full.split_once('/').map_or(&*full, |(_, rest)| rest).to_owned();
-            if entry.compression() != zip::CompressionMethod::Stored {
-                return Err(corrupt(
-                    file,
-                    format!("zip entry {} is compressed; PyTorch stores its entries plain", clip(&name)),
-                ));
-            }
-            let start = entry.data_start().unwrap_or(u64::MAX);
-            let size = entry.size();
-            if start.checked_add(size).is_none_or(|end| end > bytes.len() as u64) {
-                return Err(corrupt(
-                    file,
-                    format!("zip entry {} claims {size} bytes and the file is shorter", clip(&name)),
-                ));
-            }
-            entries.insert(name, (start as usize, size as usize));
-        }
+    fn open(file: &'a Source) -> Result<Self> {
+        let entries = zip_directory::read(file)?;
         if entries.contains_key("constants.pkl") {
             return Err(Error::Unsupported {
                 path: file.path().into(),
                 what: "a TorchScript archive holds a program, not a state dict".into(),
             });
         }
+        if !file.is_remote() {
+            // A damaged file is better found now than when its last tensor is read.
+            entries.values().try_for_each(|record| record.start(file).map(drop))?;
+        }
         let archive = Self { file, entries };
-        if archive.bytes("byteorder").is_some_and(|order| order == b"big") {
+        if archive.bytes("byteorder")?.is_some_and(|order| *order == *b"big") {
             return Err(Error::Unsupported { path: file.path().into(), what: "the file is big-endian".into() });
         }
         Ok(archive)
     }
 
-    fn bytes(&self, name: &str) -> Option<&'a [u8]> {
-        let &(start, size) = self.entries.get(name)?;
-        self.file.range(start, size)
+    /// The bytes of a small entry.
+    fn bytes(&self, name: &str) -> Result<Option<Cow<'a, [u8]>>> {
+        let Some(record) = self.entries.get(name) else { return Ok(None) };
+        if record.size as u64 > MAX_PICKLE {
+            let what = format!("{name} is {} bytes long; it needs less than {MAX_PICKLE}", record.size);
+            return Err(self.file.corrupt(what));
+        }
+        self.file.read(record.start(self.file)?, record.size).map(Some)
     }
 
-    fn pickle(&self) -> Result<&'a [u8]> {
-        let pickle = self
-            .bytes("data.pkl")
-            .ok_or_else(|| corrupt(self.file, "the zip holds no data.pkl, so it is no PyTorch checkpoint"))?;
-        if pickle.len() as u64 > MAX_PICKLE {
-            return Err(corrupt(
-                self.file,
-                format!("data.pkl is {} bytes long; a state dict needs less than {MAX_PICKLE}", pickle.len()),
-            ));
-        }
-        Ok(pickle)
+    fn pickle(&self) -> Result<Cow<'a, [u8]>> {
+        let missing = || self.file.corrupt("the zip holds no data.pkl, so it is no PyTorch checkpoint");
+        self.bytes("data.pkl")?.ok_or_else(missing)
     }
 
     /// Checks a tensor against its storage and the storage against the archive.
     fn view(&self, name: &str, tensor: &TensorRef) -> Result<View> {
-        let bad = |what: String| corrupt(self.file, format!("tensor {}: {what}", clip(name)));
+        let bad = |what: String| self.file.corrupt(format!("tensor {}: {what}", clip(name)));
         let storage = &tensor.storage;
-        let (start, size) = *self
+        let record = *self
             .entries
             .get(&format!("data/{}", storage.key))
             .ok_or_else(|| bad(format!("its storage {:?} is not in the file", storage.key)))?;
         let width = storage.dtype.size() as u64;
-        if storage.elements.checked_mul(width) != Some(size as u64) {
+        if storage.elements.checked_mul(width) != Some(record.size as u64) {
             return Err(bad(format!(
-                "its storage claims {} elements of {width} bytes, the file holds {size} bytes",
-                storage.elements
+                "its storage claims {} elements of {width} bytes, the file holds {} bytes",
+                storage.elements, record.size
             )));
         }
         if tensor.shape.len() != tensor.stride.len() {
@@ -245,7 +207,8 @@ impl<'a> Archive<'a> {
             dtype: storage.dtype,
             shape: to_usize(&tensor.shape),
             stride: to_usize(&tensor.stride),
-            start: start + first as usize,
+            record,
+            offset: first as usize,
         })
     }
 }
@@ -265,16 +228,18 @@ impl Store for TorchFile {
             self.tensors.get(name).ok_or_else(|| Error::Missing { origin: self.origin(name), name: name.into() })?;
         let width = view.dtype.size();
         let elements = view.elements();
+        let start = view.record.start(&self.file)?;
         if view.is_contiguous() {
-            return Ok(Bytes::mapped(&self.file, view.start, elements * width));
+            return self.file.bytes(start + view.offset, elements * width);
         }
+        let storage = self.file.bytes(start, view.record.size)?;
         // A transposed or sliced view: gathered element by element, in row-major order.
         let mut out = Vec::with_capacity(elements * width);
         let mut index = vec![0; view.shape.len()];
         for _ in 0..elements {
             let at: usize = index.iter().zip(&view.stride).map(|(i, stride)| i * stride).sum();
-            let start = view.start + at * width;
-            out.extend_from_slice(&self.file[start..start + width]);
+            let start = view.offset + at * width;
+            out.extend_from_slice(&storage[start..start + width]);
             for (i, &n) in index.iter_mut().zip(&view.shape).rev() {
                 *i += 1;
                 if *i < n {
