@@ -124,6 +124,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         let json = serde_json::json!({
             "prompt": prompt, "text": completion.text, "ids": completion.ids, "prompt_ids": completion.prompt_ids,
             "logprobs": completion.logprobs, "finish": finish, "seed": options.seed,
+            "provenance": pricket.provenance().to_json(),
             "prefill_tokens_per_second": read as f64 / prefill, "decode_tokens_per_second": decode,
         });
         writeln!(out, "{json}")?;

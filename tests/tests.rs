@@ -26,5 +26,11 @@ mod text;
 /// Loading and running within the memory that the file takes.
 mod memory;
 
+/// What is known of every published checkpoint.
+mod cards;
+
+/// Models by their ids: a server that speaks the Hub's protocol, its steps, audits and single tensors.
+mod hub;
+
 /// The examples as a user runs them.
 mod examples;

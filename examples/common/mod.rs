@@ -1,22 +1,24 @@
 //! What the examples share: flags, a progress bar, and how they end.
 
+mod bar;
 mod finish;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use pricket::{Loader, Precision, Pricket, Progress};
+use pricket::{Loader, Precision, Pricket};
 
+pub(crate) use bar::Bar;
 pub(crate) use finish::finish;
 
 /// Which model to load, and how.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
-    /// A directory in Hub layout or a weight file with its config.json beside it [default: the embedded model]
+    /// A repository of the Hub (EleutherAI/pythia-410m, or pythia-410m), a directory in its layout, or a weight file with its
+    /// config.json beside it [default: the embedded model]
     #[arg(long, short)]
     pub(crate) model: Option<PathBuf>,
-    /// A training step kept beside the model, such as step64
+    /// A branch, tag or commit, such as step3000; of a directory, a training step kept beside it
     #[arg(long)]
     pub(crate) revision: Option<String>,
     /// Where to compute: cpu, cuda, cuda:N or metal
@@ -65,34 +67,5 @@ impl ModelArgs {
             loader = loader.threads(threads);
         }
         Ok(loader)
-    }
-}
-
-/// A progress bar on stderr; indicatif hides it where that is no terminal.
-#[derive(Default)]
-pub(crate) struct Bar(Mutex<Option<ProgressBar>>);
-
-impl Progress for Bar {
-    fn begin(&self, what: &str, total: u64, unit: &str) {
-        let style = if unit == "bytes" {
-            "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}"
-        } else {
-            "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}"
-        };
-        let bar = ProgressBar::new(total).with_message(what.to_owned());
-        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
-        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(bar);
-    }
-
-    fn update(&self, done: u64) {
-        if let Some(bar) = &*self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
-            bar.set_position(done);
-        }
-    }
-
-    fn end(&self) {
-        if let Some(bar) = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
-            bar.finish_and_clear();
-        }
     }
 }

@@ -171,7 +171,7 @@ impl Cache {
         for (location, (repo, file)) in seen {
             events.progress(done, total);
             let hashed = match &file.digest {
-                Some(expected) => hash_file(location, expected, events),
+                Some(expected) => hash_file(location, expected, events).map(Some),
                 None => Ok(None),
             };
             if let Err(Error::Cancelled) = hashed {
@@ -384,7 +384,7 @@ pub(crate) fn snapshot_files(layout: &Layout, commit: &str) -> Option<Vec<Listed
 }
 
 /// The hash of a file, of the same kind as `like`.
-fn hash_file(path: &Path, like: &Digest, events: &dyn Events) -> Result<Option<Digest>> {
+pub(crate) fn hash_file(path: &Path, like: &Digest, events: &dyn Events) -> Result<Digest> {
     use std::io::Read;
     let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
     let mut hasher = like.hasher(file.metadata().map_err(Error::io(path))?.len());
@@ -394,7 +394,7 @@ fn hash_file(path: &Path, like: &Digest, events: &dyn Events) -> Result<Option<D
             return Err(Error::Cancelled);
         }
         match file.read(&mut buffer).map_err(Error::io(path))? {
-            0 => return Ok(Some(hasher.finish())),
+            0 => return Ok(hasher.finish()),
             n => hasher.update(&buffer[..n]),
         }
     }

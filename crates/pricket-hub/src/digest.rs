@@ -35,6 +35,14 @@ impl Digest {
         }
     }
 
+    /// The SHA-256 of a file.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`], [`crate::Error::Cancelled`].
+    pub fn sha256_of(path: &std::path::Path, events: &dyn crate::Events) -> crate::Result<Self> {
+        crate::cache::hash_file(path, &Digest::Sha256(String::new()), events)
+    }
+
     /// The digest of `bytes`, of the same kind as `self`.
     #[must_use]
     pub fn of(&self, bytes: &[u8]) -> Self {

@@ -116,7 +116,7 @@ impl Error {
 }
 
 /// The revisions that are there, steps by number, runs of them abridged.
-fn listed(known: &[String]) -> String {
+pub(crate) fn listed(known: &[String]) -> String {
     if known.is_empty() {
         return "it has no branches".into();
     }

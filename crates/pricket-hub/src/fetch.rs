@@ -4,15 +4,12 @@
 //! behind the first gap, so that the hash is ready when the last byte is. Only a file whose hash is the listed one gets
 //! its name.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ureq::http::HeaderMap;
-
-use crate::http::{CHUNK, Failure, Http, Tries, header, plain, reason};
+use crate::http::{Answer, CHUNK, Failure, Http, Tries, reason};
 use crate::layout::Layout;
 use crate::lock::Lock;
 use crate::part::Part;
@@ -415,19 +412,14 @@ impl One<'_> {
         let end = part.range_start(i) + part.range_len(i);
         let all = start == 0 && end == size;
         let url = self.hub.file_url(self.repo, self.commit, &self.file.path);
-        let response = self.http.get(&url, (!all).then_some((start, end)))?;
-        let (head, body) = response.into_parts();
-        plain(&url, &head.headers)?;
-        let end = match (head.status.as_u16(), all) {
+        let answer = self.http.get(&url, (!all).then_some((start, end)))?;
+        let end = match (answer.status, all) {
             (200, false) => return Ok(false),
             (200, true) => end,
-            _ => check_range(&url, &head.headers, start, end, size)?,
+            _ => check_range(&url, &answer, start, end, size)?,
         };
-        if let Some(length) = body.content_length().filter(|&length| length != end - start) {
-            return Err(Failure::again(&url, format!("{length} bytes came where {} were expected", end - start)));
-        }
         let append = |bytes: &[u8]| part.append(i, bytes).map_err(Failure::Fatal);
-        self.receive(&url, body, end - start, halted, append)?;
+        self.receive(&url, answer, end - start, halted, append)?;
         Ok(true)
     }
 
@@ -435,13 +427,15 @@ impl One<'_> {
     fn receive(
         &self,
         url: &str,
-        body: ureq::Body,
+        mut answer: Answer,
         expected: u64,
         halted: &dyn Fn() -> bool,
         mut append: impl FnMut(&[u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
+        if let Some(length) = answer.length.filter(|&length| length != expected) {
+            return Err(Failure::again(url, format!("{length} bytes came where {expected} were expected")));
+        }
         let stall = self.http.patience().stall;
-        let mut reader = body.into_with_config().limit(u64::MAX).reader();
         let mut buffer = vec![0; CHUNK];
         let (mut left, mut since, mut recent) = (expected, Instant::now(), 0);
         while left > 0 {
@@ -449,7 +443,7 @@ impl One<'_> {
                 return Err(Failure::Fatal(Error::Cancelled));
             }
             let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            let n = reader.read(&mut buffer[..room]).map_err(|e| Failure::again(url, reason(&e)))?;
+            let n = answer.body.read(&mut buffer[..room]).map_err(|e| Failure::again(url, reason(&e)))?;
             if n == 0 {
                 return Err(Failure::again(url, format!("the body ended {left} bytes early")));
             }
@@ -466,7 +460,7 @@ impl One<'_> {
             }
         }
         // Reading the end lets the connection be used again, and shows a body without a length that goes on.
-        match reader.read(&mut buffer[..1]) {
+        match answer.body.read(&mut buffer[..1]) {
             Ok(1..) => Err(Failure::again(url, format!("more than the {expected} bytes expected came"))),
             // After an error, too: the bytes are here, only the connection is spoiled.
             Ok(0) | Err(_) => Ok(()),
@@ -482,15 +476,9 @@ impl One<'_> {
         loop {
             self.ledger.lost(part.total());
             part.restart_whole()?;
-            let received = self.http.get(&url, None).and_then(|response| {
-                let (head, body) = response.into_parts();
-                plain(&url, &head.headers)?;
-                if let Some(length) = body.content_length().filter(|&length| length != self.file.size) {
-                    let what = format!("{length} bytes came where {} were expected", self.file.size);
-                    return Err(Failure::again(&url, what));
-                }
+            let received = self.http.get(&url, None).and_then(|answer| {
                 let append = |bytes: &[u8]| part.append(0, bytes).map_err(Failure::Fatal);
-                self.receive(&url, body, self.file.size, &halted, append)
+                self.receive(&url, answer, self.file.size, &halted, append)
             });
             match received {
                 Ok(()) => return self.hash(part, &halted),
@@ -502,8 +490,8 @@ impl One<'_> {
 }
 
 /// The end of what a 206 holds, if it begins where it was asked to and is of a file of this size.
-fn check_range(url: &str, headers: &HeaderMap, start: u64, end: u64, size: u64) -> Result<u64, Failure> {
-    let text = header(headers, "content-range").unwrap_or_default();
+fn check_range(url: &str, answer: &Answer, start: u64, end: u64, size: u64) -> Result<u64, Failure> {
+    let text = answer.header("content-range").unwrap_or_default();
     let parsed = text.strip_prefix("bytes ").and_then(|text| {
         let (range, total) = text.split_once('/')?;
         let (first, last) = range.split_once('-')?;
@@ -555,19 +543,16 @@ impl Hub {
                 return Err(Error::Cancelled);
             }
             let (before, at) = (out.len(), start + out.len() as u64);
-            let received = http.get(&url, Some((at, end))).and_then(|response| {
-                let (head, body) = response.into_parts();
-                plain(&url, &head.headers)?;
-                if head.status.as_u16() == 200 && (at, end) != (0, file.size) {
-                    let what = "the server knows no ranges; fetch the whole file".into();
-                    return Err(Failure::Fatal(Error::Protocol { url: url.clone(), what }));
-                }
-                let upto = if head.status.as_u16() == 200 {
-                    end
-                } else {
-                    check_range(&url, &head.headers, at, end, file.size)?
+            let received = http.get(&url, Some((at, end))).and_then(|answer| {
+                let upto = match answer.status {
+                    200 if (at, end) == (0, file.size) => end,
+                    200 => {
+                        let what = "the server knows no ranges; fetch the whole file".into();
+                        return Err(Failure::Fatal(Error::Protocol { url: url.clone(), what }));
+                    }
+                    _ => check_range(&url, &answer, at, end, file.size)?,
                 };
-                one.receive(&url, body, upto - at, &|| events.cancelled(), |bytes| {
+                one.receive(&url, answer, upto - at, &|| events.cancelled(), |bytes| {
                     out.extend_from_slice(bytes);
                     Ok(())
                 })

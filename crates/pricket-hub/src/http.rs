@@ -2,10 +2,8 @@
 //! what is not.
 
 use std::hash::{BuildHasher, RandomState};
-use std::time::{Duration, Instant, SystemTime};
-
-use ureq::http::{HeaderMap, Response, Uri};
-use ureq::{Agent, Body};
+use std::io::Read;
+use std::time::{Duration, Instant};
 
 use crate::settings::{Patience, Settings};
 use crate::{Error, Events, Result};
@@ -18,8 +16,32 @@ pub(crate) const WORTHWHILE: u64 = 64 << 10;
 
 /// A connection pool and whom it speaks for.
 pub(crate) struct Http {
-    agent: Agent,
+    agent: wire::Agent,
     settings: Settings,
+}
+
+/// An answer whose body has not been read yet.
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    headers: Vec<(String, String)>,
+    /// Of the body, where the answer says so.
+    pub(crate) length: Option<u64>,
+    pub(crate) body: Box<dyn Read>,
+}
+
+impl Answer {
+    /// A header by its name in lower case.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Refuses a body that is packed, which nobody asked for and no offset would fit.
+    fn plain(self, url: &str) -> Result<Self, Failure> {
+        match self.header("content-encoding").filter(|encoding| *encoding != "identity") {
+            Some(encoding) => Err(Failure::again(url, format!("the answer is packed with {encoding:?}"))),
+            None => Ok(self),
+        }
+    }
 }
 
 /// Why a request has no answer.
@@ -45,12 +67,20 @@ fn bare(url: &str) -> String {
     url[..end].into()
 }
 
-/// Scheme, host and port: who gets to see a token.
-fn origin(url: &str) -> Option<(String, String, u16)> {
-    let uri: Uri = url.parse().ok()?;
-    let scheme = uri.scheme_str()?.to_ascii_lowercase();
-    let port = uri.port_u16().unwrap_or(if scheme == "https" { 443 } else { 80 });
-    Some((scheme, uri.host()?.to_ascii_lowercase(), port))
+/// Scheme, host and port: who gets to see a token. `None` for an address that leaves any of it in doubt.
+fn origin(url: &str) -> Option<(&str, String, u16)> {
+    let (scheme, rest) = url.split_once("://")?;
+    let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
+    let default = match scheme {
+        "https" => 443,
+        "http" => 80,
+        _ => return None,
+    };
+    let (host, port) = match authority.rsplit_once(':').filter(|(_, port)| !port.ends_with(']')) {
+        Some((host, port)) => (host, port.parse().ok()?),
+        None => (authority, default),
+    };
+    (!host.is_empty() && !host.contains(['@', '\\'])).then(|| (scheme, host.to_ascii_lowercase(), port))
 }
 
 /// Where a `Location` leads from `url`.
@@ -70,22 +100,7 @@ fn join(url: &str, location: &str) -> Option<String> {
 
 impl Http {
     pub(crate) fn new(settings: &Settings) -> Self {
-        let patience = &settings.patience;
-        let config = Agent::config_builder()
-            .user_agent(concat!("pricket/", env!("CARGO_PKG_VERSION")))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_resolve(Some(patience.connect))
-            .timeout_connect(Some(patience.connect))
-            .timeout_recv_response(Some(patience.answer))
-            .timeout_per_read(Some(patience.stall))
-            .timeout_per_write(Some(patience.stall))
-            .input_buffer_size(CHUNK)
-            .max_idle_connections_per_host(settings.files * settings.ranges)
-            .max_idle_connections(settings.files * settings.ranges)
-            .build();
-        Self { agent: config.into(), settings: settings.clone() }
+        Self { agent: wire::Agent::new(settings), settings: settings.clone() }
     }
 
     pub(crate) fn patience(&self) -> &Patience {
@@ -94,67 +109,64 @@ impl Http {
 
     /// Fails whatever is under way, at once.
     pub(crate) fn shutdown(&self) {
-        self.agent.clone().shutdown();
+        self.agent.shutdown();
     }
 
     /// GET, redirects followed; the answer has status 200 or 206.
-    pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>) -> Result<Response<Body>, Failure> {
+    pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>) -> Result<Answer, Failure> {
         let ours = origin(&self.settings.endpoint);
         let mut url = url.to_owned();
         let mut seen = Vec::new();
         loop {
-            let mut request = self.agent.get(&url).header("accept-encoding", "identity");
+            let mut headers = vec![("accept-encoding", "identity".to_owned())];
             if let Some((start, end)) = range {
-                request = request.header("range", format!("bytes={start}-{}", end - 1));
+                headers.push(("range", format!("bytes={start}-{}", end - 1)));
             }
             if let Some(token) = self.settings.token.as_ref().filter(|_| ours.is_some() && origin(&url) == ours) {
-                request = request.header("authorization", token.bearer());
+                headers.push(("authorization", token.bearer()));
             }
-            let response = request.call().map_err(|e| transport(&url, e))?;
-            let status = response.status().as_u16();
-            match status {
-                200 | 206 => return Ok(response),
+            let answer = self.agent.get(&url, &headers)?;
+            match answer.status {
+                200 | 206 => return answer.plain(&url),
                 301 | 302 | 303 | 307 | 308 => {
-                    let location = header(response.headers(), "location").unwrap_or_default();
-                    let Some(next) = join(&url, &location) else {
-                        return Err(Failure::again(&url, format!("a redirect to {:?}", bare(&location))));
+                    let location = answer.header("location").unwrap_or_default();
+                    let Some(next) = join(&url, location) else {
+                        return Err(Failure::again(&url, format!("a redirect to {:?}", bare(location))));
                     };
                     seen.push(std::mem::replace(&mut url, next));
                     if seen.len() > MAX_REDIRECTS || seen.contains(&url) {
                         return Err(Failure::again(&seen[0], "its redirects lead nowhere"));
                     }
                 }
-                _ => {
-                    let code = header(response.headers(), "x-error-code").unwrap_or_default();
-                    return Err(match status {
-                        408 | 429 | 500..=599 => Failure::Again {
-                            url: bare(&url),
-                            what: format!("status {status}"),
-                            after: header(response.headers(), "retry-after").and_then(|text| retry_after(&text)),
-                            reached: true,
-                        },
-                        // The signature of a redirect has run out: the first address gives a new one.
-                        401 | 403 | 410 if !seen.is_empty() => {
-                            Failure::again(&url, format!("status {status} after a redirect"))
-                        }
-                        _ => Failure::Status { url: bare(&url), status, code },
+                status @ (408 | 429 | 500..=599) => {
+                    let after = answer.header("retry-after").and_then(wire::retry_after);
+                    return Err(Failure::Again {
+                        url: bare(&url),
+                        what: format!("status {status}"),
+                        after,
+                        reached: true,
                     });
+                }
+                // The signature of a redirect has run out: the first address gives a new one.
+                status @ (401 | 403 | 410) if !seen.is_empty() => {
+                    return Err(Failure::again(&url, format!("status {status} after a redirect")));
+                }
+                status => {
+                    let code = answer.header("x-error-code").unwrap_or_default().to_owned();
+                    return Err(Failure::Status { url: bare(&url), status, code });
                 }
             }
         }
     }
 
-    /// GETs a text of at most `limit` bytes, with its headers.
-    pub(crate) fn text(&self, url: &str, limit: u64) -> Result<(HeaderMap, Vec<u8>), Failure> {
-        let (head, body) = self.get(url, None)?.into_parts();
-        plain(url, &head.headers)?;
-        let expected = body.content_length();
+    /// GETs a text of at most `limit` bytes, with its `Link` header.
+    pub(crate) fn text(&self, url: &str, limit: u64) -> Result<(Option<String>, Vec<u8>), Failure> {
+        let mut answer = self.get(url, None)?;
         let deadline = Instant::now() + self.settings.patience.answer;
         let mut out = Vec::new();
-        let mut reader = body.into_with_config().limit(u64::MAX).reader();
         let mut chunk = vec![0; CHUNK];
         loop {
-            let n = std::io::Read::read(&mut reader, &mut chunk).map_err(|e| Failure::again(url, reason(&e)))?;
+            let n = answer.body.read(&mut chunk).map_err(|e| Failure::again(url, reason(&e)))?;
             out.extend_from_slice(&chunk[..n]);
             if out.len() as u64 > limit {
                 let what = format!("an answer of more than {limit} bytes is out of all proportion");
@@ -167,55 +179,121 @@ impl Http {
                 return Err(Failure::again(url, "the answer comes too slowly"));
             }
         }
-        match expected {
+        match answer.length {
             Some(expected) if expected != out.len() as u64 => {
                 Err(Failure::again(url, format!("{} of {expected} bytes arrived", out.len())))
             }
-            _ => Ok((head.headers, out)),
+            _ => Ok((answer.header("link").map(str::to_owned), out)),
         }
     }
 }
 
-/// Refuses a body that is packed, which nobody asked for and no offset would fit.
-pub(crate) fn plain(url: &str, headers: &HeaderMap) -> Result<(), Failure> {
-    match header(headers, "content-encoding").filter(|encoding| encoding != "identity") {
-        Some(encoding) => Err(Failure::again(url, format!("the answer is packed with {encoding:?}"))),
-        None => Ok(()),
-    }
-}
+/// The only place that knows which HTTP library this is.
+#[cfg(feature = "http")]
+mod wire {
+    use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable};
+    use std::time::{Duration, SystemTime};
 
-pub(crate) fn header(headers: &HeaderMap, name: &str) -> Option<String> {
-    headers.get(name)?.to_str().ok().map(str::to_owned)
-}
+    use super::{Answer, CHUNK, Failure, bare, reason};
+    use crate::{Error, Settings};
 
-/// Seconds, or a date.
-fn retry_after(text: &str) -> Option<Duration> {
-    match text.trim().parse::<f64>() {
-        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
-        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok(),
-    }
-}
+    pub(super) struct Agent(ureq::Agent);
 
-fn transport(url: &str, e: ureq::Error) -> Failure {
-    match e {
-        ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
-            Failure::Fatal(Error::Protocol { url: bare(url), what: format!("not an address that can be asked: {e}") })
+    impl Agent {
+        pub(super) fn new(settings: &Settings) -> Self {
+            let patience = &settings.patience;
+            let connections = settings.files.saturating_mul(settings.ranges);
+            let config = ureq::Agent::config_builder()
+                .user_agent(concat!("pricket/", env!("CARGO_PKG_VERSION")))
+                .http_status_as_error(false)
+                .max_redirects(0)
+                .max_redirects_will_error(false)
+                .timeout_resolve(Some(patience.connect))
+                .timeout_connect(Some(patience.connect))
+                .timeout_recv_response(Some(patience.answer))
+                .timeout_per_read(Some(patience.stall))
+                .timeout_per_write(Some(patience.stall))
+                .input_buffer_size(CHUNK)
+                .max_idle_connections_per_host(connections)
+                .max_idle_connections(connections)
+                .build();
+            Self(config.into())
         }
-        e => {
-            use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable};
-            let (what, reached) = match e {
-                ureq::Error::Io(e) => {
-                    let nowhere = [ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable];
-                    // The resolver's failures have no kind.
-                    let unknown = e.to_string().starts_with("failed to lookup");
-                    (reason(&e), !unknown && !nowhere.contains(&e.kind()))
-                }
-                ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => (e.to_string(), false),
-                ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect) => (e.to_string(), false),
-                e => (e.to_string(), true),
+
+        pub(super) fn shutdown(&self) {
+            self.0.clone().shutdown();
+        }
+
+        pub(super) fn get(&self, url: &str, headers: &[(&str, String)]) -> Result<Answer, Failure> {
+            let request = headers.iter().fold(self.0.get(url), |request, (name, value)| request.header(*name, value));
+            let (head, body) = request.call().map_err(|e| failure(url, e))?.into_parts();
+            let header = |(name, value): (&ureq::http::HeaderName, &ureq::http::HeaderValue)| {
+                Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))
             };
-            Failure::Again { url: bare(url), what, after: None, reached }
+            Ok(Answer {
+                status: head.status.as_u16(),
+                headers: head.headers.iter().filter_map(header).collect(),
+                length: body.content_length(),
+                body: Box::new(body.into_with_config().limit(u64::MAX).reader()),
+            })
         }
+    }
+
+    fn failure(url: &str, e: ureq::Error) -> Failure {
+        let (what, reached) = match e {
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
+                let what = format!("not an address that can be asked: {e}");
+                return Failure::Fatal(Error::Protocol { url: bare(url), what });
+            }
+            ureq::Error::Io(e) => {
+                let nowhere = [ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable];
+                // The resolver's failures have no kind.
+                let unknown = e.to_string().starts_with("failed to lookup");
+                (reason(&e), !unknown && !nowhere.contains(&e.kind()))
+            }
+            ureq::Error::HostNotFound
+            | ureq::Error::ConnectionFailed
+            | ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect) => (e.to_string(), false),
+            e => (e.to_string(), true),
+        };
+        Failure::Again { url: bare(url), what, after: None, reached }
+    }
+
+    /// Seconds, or a date.
+    pub(super) fn retry_after(text: &str) -> Option<Duration> {
+        match text.trim().parse::<f64>() {
+            Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+            Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok(),
+        }
+    }
+}
+
+/// Built without a network: every question is answered as if it were down.
+#[cfg(not(feature = "http"))]
+#[allow(clippy::unused_self)]
+mod wire {
+    use std::time::Duration;
+
+    use super::{Answer, Failure, bare};
+    use crate::{Error, Settings};
+
+    pub(super) struct Agent;
+
+    impl Agent {
+        pub(super) fn new(_: &Settings) -> Self {
+            Self
+        }
+
+        pub(super) fn shutdown(&self) {}
+
+        pub(super) fn get(&self, url: &str, _: &[(&str, String)]) -> Result<Answer, Failure> {
+            let what = "this program was built without the network; build it with the feature `hub`".into();
+            Err(Failure::Fatal(Error::Network { url: bare(url), what }))
+        }
+    }
+
+    pub(super) fn retry_after(_: &str) -> Option<Duration> {
+        None
     }
 }
 
@@ -304,12 +382,20 @@ mod tests {
     fn addresses() {
         assert_eq!(bare("https://cdn/x?Signature=secret"), "https://cdn/x");
         assert_eq!(origin("https://Hub.co/x"), origin("https://hub.co:443/y"));
+        assert_eq!(origin("http://[::1]:80/x"), origin("http://[::1]/"));
+        assert_ne!(origin("https://hub.co/x"), origin("https://hub.co\\@evil.org/x"));
         assert_ne!(origin("https://hub.co/x"), origin("http://hub.co/x"));
         assert_ne!(origin("https://hub.co/x"), origin("https://hub.co.evil.org/x"));
         assert_ne!(origin("https://hub.co/x"), origin("https://hub.co@evil.org/x"));
         assert_eq!(join("http://a:1/b?c", "/d").as_deref(), Some("http://a:1/d"));
         assert_eq!(join("http://a:1/b", "//e/f").as_deref(), Some("http://e/f"));
         assert_eq!(join("http://a:1/b", "ftp://e"), None);
+    }
+
+    #[cfg(feature = "http")]
+    #[test]
+    fn a_time_to_wait_is_seconds_or_a_date() {
+        use wire::retry_after;
         assert_eq!(retry_after("2"), Some(Duration::from_secs(2)));
         assert_eq!(retry_after("-1"), None);
         assert!(retry_after("Fri, 31 Dec 2100 23:59:59 GMT").unwrap() > Duration::from_hours(1));

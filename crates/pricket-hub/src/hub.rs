@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::http::{Failure, Http, Tries, header};
+use crate::http::{Failure, Http, Tries};
 use crate::id::{is_relative_path, is_revision};
 use crate::layout::Layout;
 use crate::{Digest, Error, Events, ModelId, RepoId, Result, Settings, is_commit};
@@ -59,6 +59,13 @@ pub struct Listed {
     pub size: u64,
     /// Its hash. Only of a file that is in the cache and nowhere else it may be unknown.
     pub digest: Option<Digest>,
+}
+
+impl Listed {
+    /// A file, listed by somebody else than the Hub.
+    pub fn new(path: impl Into<String>, size: u64, digest: Option<Digest>) -> Self {
+        Self { path: path.into(), size, digest }
+    }
 }
 
 /// A [`Listed`] file in our records, in the words of the Hub.
@@ -150,6 +157,16 @@ impl Hub {
         Ok(self.json(repo, "main", &url, events, parse)?.0)
     }
 
+    /// The cache that it fills.
+    pub fn cache(&self) -> crate::Cache {
+        crate::Cache::new(&self.settings.cache)
+    }
+
+    /// A file of a commit, if it is in the cache and as long as listed.
+    pub fn cached(&self, repo: &RepoId, commit: &str, file: &Listed) -> Option<std::path::PathBuf> {
+        self.layout(repo).present(commit, file)
+    }
+
     /// The branches that the cache has seen, with the commits that they had then.
     ///
     /// # Errors
@@ -184,7 +201,7 @@ impl Hub {
                 let known = self.cached_refs(repo).map(|refs| refs.names()).unwrap_or_default();
                 let what = match &known[..] {
                     [] => format!("{repo} is not in the cache ({})", self.settings.cache.display()),
-                    known => format!("{id} is not in the cache, which has {}", known.join(", ")),
+                    known => format!("{id} is not in the cache; {}", crate::error::listed(known)),
                 };
                 Error::Offline { what }
             });
@@ -214,7 +231,8 @@ impl Hub {
         }
     }
 
-    /// The files of a commit. It never changes, so it is asked for once; offline, what the cache has of it.
+    /// The files of a commit. It never changes, so once it was fetched from it is not asked for again; offline, what the
+    /// cache has of it.
     ///
     /// # Errors
     /// As [`Hub::refs`]; [`Error::Protocol`] for a listing that leaves the repository.
@@ -230,6 +248,19 @@ impl Hub {
                 what: format!("{repo}@{commit} is not in the cache ({})", self.settings.cache.display()),
             });
         }
+        match self.ask_files(repo, commit, events) {
+            Err(e) if e.is_network() => match crate::cache::snapshot_files(&self.layout(repo), commit) {
+                Some(files) => {
+                    events.notice(&format!("{e}; going on with what the cache has of {repo}@{commit}"));
+                    Ok(files)
+                }
+                None => Err(e),
+            },
+            answer => answer,
+        }
+    }
+
+    fn ask_files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
         let mut url = format!("{}/api/models/{repo}/tree/{commit}?recursive=true", self.settings.endpoint);
         let mut out = Vec::new();
         loop {
@@ -286,12 +317,12 @@ impl Hub {
             if events.cancelled() {
                 return Err(Error::Cancelled);
             }
-            let answer = self.http.text(url, MAX_LISTING).and_then(|(headers, body)| {
+            let answer = self.http.text(url, MAX_LISTING).and_then(|(link, body)| {
                 // A page of a proxy that answers everything with "200 OK" is worth another try.
                 let nonsense = |e: String| Failure::again(url, format!("the answer is not what the Hub sends{e}"));
                 let value = serde_json::from_slice(&body).map_err(|e| nonsense(format!(": {e}")))?;
                 let value = parse(value).ok_or_else(|| nonsense(String::new()))?;
-                Ok((value, header(&headers, "link").and_then(|link| next_page(&link, &self.settings.endpoint))))
+                Ok((value, link.and_then(|link| next_page(&link, &self.settings.endpoint))))
             });
             match answer {
                 Ok(answer) => return Ok(answer),

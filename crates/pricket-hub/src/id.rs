@@ -14,12 +14,12 @@ impl RepoId {
     }
 
     /// Its folder in a cache, as `models--owner--name`.
-    pub(crate) fn folder(&self) -> String {
+    pub fn folder(&self) -> String {
         hf_hub::Repo::model(self.0.clone()).folder_name()
     }
 
     /// The inverse of [`RepoId::folder`].
-    pub(crate) fn from_folder(folder: &str) -> Option<Self> {
+    pub fn from_folder(folder: &str) -> Option<Self> {
         folder.strip_prefix("models--")?.replace("--", "/").parse().ok()
     }
 }

@@ -20,6 +20,11 @@ pub trait Progress: Send + Sync {
         let _ = done;
     }
 
+    /// Something that a user may want to know meanwhile: a retry, a wait.
+    fn notice(&self, message: &str) {
+        let _ = message;
+    }
+
     /// The work has ended, one way or the other.
     fn end(&self) {}
 

@@ -34,6 +34,17 @@ impl Names {
         out
     }
 
+    /// The canonical name of a tensor that a file calls `name`, for comparing files that spell differently. A prefix that
+    /// is missing is not made up.
+    pub fn canonical<'a>(&self, name: &'a str) -> std::borrow::Cow<'a, str> {
+        let added = self.prefixes.iter().filter(|(canonical, other)| canonical.is_empty() && !other.is_empty());
+        let bare = added.fold(name, |name, (_, other)| name.strip_prefix(other).unwrap_or(name));
+        match self.aliases.iter().find(|(_, other)| *other == bare) {
+            Some((canonical, _)) => (*canonical).into(),
+            None => bare.into(),
+        }
+    }
+
     /// Whether `name` is a buffer rather than a weight.
     pub fn is_buffer(&self, name: &str) -> bool {
         self.buffers.iter().any(|ending| name.ends_with(ending))

@@ -140,13 +140,12 @@ pub fn open_file(path: &Path) -> Result<Box<dyn Store>> {
 /// # Errors
 /// As [`open`], and what reading says.
 pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
-    let path = PathBuf::from(file.name());
-    let head =
-        Source::remote(Arc::clone(&file)).read(0, usize::try_from(file.size().min(16)).unwrap_or(0))?.into_owned();
-    match format_of(&head, &path) {
-        Format::Safetensors => Ok(Box::new(SafetensorsFile::remote(file)?)),
-        Format::TorchZip => Ok(Box::new(TorchFile::remote(file)?)),
-        other => Err(unread(other, &path)),
+    let source = Source::remote(file);
+    let head = source.read(0, source.len().min(16))?.into_owned();
+    match format_of(&head, source.path()) {
+        Format::Safetensors => Ok(Box::new(SafetensorsFile::new(source)?)),
+        Format::TorchZip => Ok(Box::new(TorchFile::new(source)?)),
+        other => Err(unread(other, source.path())),
     }
 }
 

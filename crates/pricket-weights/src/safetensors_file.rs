@@ -1,13 +1,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use safetensors::tensor::Metadata;
 
 use crate::error::clip;
 use crate::mapped::Mapped;
 use crate::source::Source;
-use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
+use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
 /// The header of a 20B model in one file would take a hundred kilobytes.
 const MAX_HEADER: u64 = 4 << 20;
@@ -41,15 +40,7 @@ impl SafetensorsFile {
         Self::new(Source::Embedded(bytes))
     }
 
-    /// Reads the header of a file that is somewhere else; later only the tensors that are asked for.
-    ///
-    /// # Errors
-    /// As [`SafetensorsFile::open`], and what reading says.
-    pub fn remote(file: Arc<dyn ReadAt>) -> Result<Self> {
-        Self::new(Source::remote(file))
-    }
-
-    fn new(source: Source) -> Result<Self> {
+    pub(crate) fn new(source: Source) -> Result<Self> {
         let corrupt = |what: String| Error::Corrupt {
             path: source.path().into(),
             what: format!("not a valid safetensors file: {}", clip(&what)),

@@ -29,47 +29,55 @@ pub(crate) enum Source {
     Remote(Remote),
 }
 
-/// Headers are read in small pieces that lie together, so a few windows of the file are kept.
+/// Headers are read in small pieces that lie together, so blocks of the file are kept for a while.
 pub(crate) struct Remote {
     file: Arc<dyn ReadAt>,
     path: PathBuf,
-    windows: Mutex<VecDeque<(u64, Arc<[u8]>)>>,
+    /// By their number, the newest first.
+    blocks: Mutex<VecDeque<(u64, Arc<[u8]>)>>,
 }
 
 /// Asked for at least: a request costs as much as this many bytes.
-const WINDOW: u64 = 64 << 10;
-const WINDOWS: usize = 4;
+const BLOCK: u64 = 32 << 10;
+/// Kept; a small checkpoint is whole in them.
+const BLOCKS: usize = 32;
 
 impl Remote {
     fn read(&self, start: u64, len: u64) -> Result<Vec<u8>> {
-        if len > WINDOW {
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        if len > BLOCK {
             return self.file.read_at(start..start + len);
         }
-        let cut = |(at, bytes): &(u64, Arc<[u8]>)| {
-            let from = usize::try_from(start.checked_sub(*at)?).ok()?;
-            bytes.get(from..from + len as usize).map(<[u8]>::to_vec)
-        };
-        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = windows.iter().find_map(cut) {
-            return Ok(found);
+        let (first, last) = (start / BLOCK, (start + len - 1) / BLOCK);
+        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing: Vec<u64> = (first..=last).filter(|n| blocks.iter().all(|(known, _)| known != n)).collect();
+        if let (Some(from), Some(to)) = (missing.first(), missing.last()) {
+            let range = from * BLOCK..((to + 1) * BLOCK).min(self.file.size());
+            let bytes = self.file.read_at(range)?;
+            for (n, block) in (*from..).zip(bytes.chunks(BLOCK as usize)) {
+                blocks.push_front((n, block.into()));
+            }
+            blocks.truncate(BLOCKS);
         }
-        // At the end of the file the window looks back: that is where a zip has its directory.
-        let end = (start + WINDOW).min(self.file.size());
-        let start = start.min(end.saturating_sub(WINDOW));
-        let window = (start, self.file.read_at(start..end)?.into());
-        let found = cut(&window);
-        windows.push_front(window);
-        windows.truncate(WINDOWS);
-        found.ok_or_else(|| Error::Corrupt {
-            path: self.path.clone(),
-            what: "fewer bytes came than were asked for".into(),
-        })
+        let mut out = Vec::with_capacity(len as usize);
+        for n in first..=last {
+            let block = blocks.iter().find(|(known, _)| *known == n).map_or(&[][..], |(_, block)| block);
+            let (from, to) = (start.max(n * BLOCK) - n * BLOCK, (start + len).min((n + 1) * BLOCK) - n * BLOCK);
+            out.extend_from_slice(block.get(from as usize..to as usize).unwrap_or_default());
+        }
+        if out.len() as u64 == len {
+            Ok(out)
+        } else {
+            Err(Error::Corrupt { path: self.path.clone(), what: "fewer bytes came than were asked for".into() })
+        }
     }
 }
 
 impl Source {
     pub(crate) fn remote(file: Arc<dyn ReadAt>) -> Self {
-        Source::Remote(Remote { path: file.name().into(), file, windows: Mutex::default() })
+        Source::Remote(Remote { path: file.name().into(), file, blocks: Mutex::default() })
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -1,14 +1,13 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use crate::error::clip;
 use crate::mapped::Mapped;
 use crate::pickle::{self, Fault, Id, Pickle, TensorRef, Value};
 use crate::source::Source;
 use crate::zip_directory::{self, Record};
-use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
+use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
 /// The largest `data.pkl` that is read: that of a 20B checkpoint is below 200 kB.
 const MAX_PICKLE: u64 = 32 << 20;
@@ -65,15 +64,7 @@ impl TorchFile {
         Self::new(Source::Mapped(Mapped::open(path)?))
     }
 
-    /// The same for a file that is somewhere else; only what is looked at is read.
-    ///
-    /// # Errors
-    /// As [`TorchFile::open`], and what reading says.
-    pub fn remote(file: Arc<dyn ReadAt>) -> Result<Self> {
-        Self::new(Source::remote(file))
-    }
-
-    fn new(file: Source) -> Result<Self> {
+    pub(crate) fn new(file: Source) -> Result<Self> {
         let tensors = read_tensors(&file)?;
         Ok(Self { file, tensors })
     }

@@ -16,6 +16,8 @@ const MAX_DIRECTORY: u64 = 4 << 20;
 const END: u32 = 0x0605_4b50;
 const END_64: u32 = 0x0606_4b50;
 const END_64_LOCATOR: u32 = 0x0706_4b50;
+const END_LEN: usize = 22;
+const LOCATOR_LEN: usize = 20;
 const CENTRAL: u32 = 0x0201_4b50;
 const LOCAL: u32 = 0x0403_4b50;
 
@@ -75,10 +77,15 @@ pub(crate) fn read(file: &Source) -> Result<BTreeMap<String, Record>> {
 /// Entries, bytes and place of the directory.
 fn end(file: &Source) -> Result<Option<(u64, u64, u64)>> {
     // The end is 22 bytes and a comment, which PyTorch does not write and others may.
-    let tail_len = file.len().min(22 + 0xffff);
-    let tail_start = file.len() - tail_len;
-    let tail = file.read(tail_start, tail_len)?;
-    let Some(at) = tail.windows(4).rposition(|window| window == END.to_le_bytes()) else { return Ok(None) };
+    let tail_len = file.len().min(END_LEN + LOCATOR_LEN);
+    let mut tail = file.read(file.len() - tail_len, tail_len)?;
+    let mut at = tail.len().checked_sub(END_LEN).filter(|&at| tail[at..].starts_with(&END.to_le_bytes()));
+    if at.is_none() {
+        let tail_len = file.len().min(END_LEN + LOCATOR_LEN + 0xffff);
+        tail = file.read(file.len() - tail_len, tail_len)?;
+        at = tail.windows(4).rposition(|window| window == END.to_le_bytes());
+    }
+    let Some(at) = at else { return Ok(None) };
     let parse = || {
         let mut fields = Fields(&tail[at + 4..]);
         fields.take(4)?;
@@ -91,7 +98,7 @@ fn end(file: &Source) -> Result<Option<(u64, u64, u64)>> {
     }
     // Too large for these fields: a locator before the end says where the wide ones are.
     let locate = || {
-        let mut fields = Fields(tail.get(at.checked_sub(20)?..at)?);
+        let mut fields = Fields(tail.get(at.checked_sub(LOCATOR_LEN)?..at)?);
         fields.is(END_64_LOCATOR)?;
         fields.take(4)?;
         usize::try_from(fields.u64()?).ok()
@@ -168,5 +175,85 @@ impl Record {
             what: format!("a zip entry of {} bytes is not where the directory says, or cut off", self.size),
         };
         parse().ok_or_else(e)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+    use zip::write::SimpleFileOptions;
+    use zip::{CompressionMethod, ZipWriter};
+
+    use super::*;
+
+    fn written(entries: &[(String, Vec<u8>)], wide: bool, align: u16, comment: &str) -> Vec<u8> {
+        let mut zip = ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        for (name, bytes) in entries {
+            let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+            zip.start_file(format!("archive/{name}"), options.large_file(wide).with_alignment(align)).unwrap();
+            zip.write_all(bytes).unwrap();
+        }
+        zip.set_comment(comment).unwrap();
+        zip.finish().unwrap().into_inner()
+    }
+
+    fn opened(bytes: Vec<u8>) -> Source {
+        Source::Embedded(bytes.leak())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// What another library writes, with wide sizes or not, aligned or not, with a comment or not.
+        #[test]
+        fn every_entry_is_where_it_was_written(
+            sizes in proptest::collection::vec(0usize..300, 0..20),
+            wide: bool,
+            align in proptest::sample::select(vec![1u16, 64]),
+            comment in "[a-z]{0,40}",
+        ) {
+            let entries: Vec<(String, Vec<u8>)> =
+                sizes.iter().enumerate().map(|(i, &n)| (format!("data/{i}"), vec![i as u8; n])).collect();
+            let file = opened(written(&entries, wide, align, &comment));
+            let records = read(&file).unwrap();
+            prop_assert_eq!(records.len(), entries.len());
+            for (name, bytes) in &entries {
+                let record = records[name];
+                prop_assert_eq!(&*file.read(record.start(&file).unwrap(), record.size).unwrap(), &bytes[..]);
+            }
+        }
+
+        /// Whatever is changed or cut off, the answer is an answer.
+        #[test]
+        fn damage_is_read_or_refused(at in 0usize..2000, to: u8, cut in 0usize..600) {
+            let entries = [("data.pkl".to_owned(), vec![1; 200]), ("data/0".to_owned(), vec![2; 100])];
+            let mut bytes = written(&entries, true, 1, "");
+            let at = at % bytes.len();
+            bytes[at] = to;
+            bytes.truncate(bytes.len() - cut.min(bytes.len()));
+            let file = opened(bytes);
+            if let Ok(records) = read(&file) {
+                for record in records.values() {
+                    if let Ok(start) = record.start(&file) {
+                        prop_assert!(start + record.size <= file.len());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_packed_entry_is_refused() {
+        let mut zip = ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        zip.start_file("a/data.pkl", SimpleFileOptions::default().compression_method(CompressionMethod::Stored))
+            .unwrap();
+        zip.write_all(&[1; 100]).unwrap();
+        let mut bytes = zip.finish().unwrap().into_inner();
+        // The method of the only entry of the directory.
+        let at = bytes.windows(4).rposition(|window| window == CENTRAL.to_le_bytes()).unwrap() + 10;
+        bytes[at] = 8;
+        assert!(read(&opened(bytes)).unwrap_err().to_string().contains("compressed"));
     }
 }

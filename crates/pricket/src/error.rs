@@ -54,6 +54,20 @@ pub enum Error {
         /// What it said.
         error: std::io::Error,
     },
+    /// A repository or revision that the Hub does not show, with what is known of it.
+    #[error("{id}: {what}")]
+    Repository {
+        /// What was asked for.
+        id: String,
+        /// What the Hub said, and where else to look.
+        what: String,
+    },
+    /// Something is not in the cache and the Hub may not be asked.
+    #[error("{0}")]
+    Offline(String),
+    /// Anything else between a repository and its files: the network, a wrong hash, a full disk.
+    #[error("{0}")]
+    Hub(pricket_hub::Error),
     /// The tokenizer file, or a text that it cannot take.
     #[error("{origin}: {what}")]
     Tokenizer {
@@ -125,6 +139,19 @@ impl From<pricket_weights::Error> for Error {
             W::Io { path, source } => Error::Io { path, error: source },
             W::Candle { source, .. } => source.into(),
             error => Error::Corrupt { tensor, error },
+        }
+    }
+}
+
+impl From<pricket_hub::Error> for Error {
+    fn from(e: pricket_hub::Error) -> Self {
+        use pricket_hub::Error as H;
+        match e {
+            H::Input(what) => Error::Input(what),
+            H::Io { path, source } => Error::Io { path, error: source },
+            H::Cancelled => Error::Cancelled,
+            H::Offline { .. } => Error::Offline(e.to_string()),
+            other => Error::Hub(other),
         }
     }
 }

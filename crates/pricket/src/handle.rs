@@ -1,10 +1,11 @@
 use std::sync::Arc;
 
+use pricket_hub::InUse;
 use pricket_lm::{Finish, Generation, Request, Sampling, TextStream, Tokenizer, token_logprobs};
 use pricket_nn::{CausalLm, ModelInfo, Parameter};
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{Error, Provenance, Result};
 
 /// A loaded model: text in, text out. Cheap to clone, owned, and safe to share between threads.
 #[derive(Clone)]
@@ -20,6 +21,9 @@ pub(crate) struct Parts {
     pub(crate) eos: Vec<u32>,
     pub(crate) parameters: Vec<Parameter>,
     pub(crate) warnings: Vec<String>,
+    pub(crate) provenance: Provenance,
+    /// Files in the cache stay there while somebody has them loaded.
+    pub(crate) _in_use: Option<InUse>,
 }
 
 impl std::fmt::Debug for Pricket {
@@ -137,6 +141,11 @@ impl Pricket {
     /// The variables, if it was loaded with [`crate::Loader::train`].
     pub fn parameters(&self) -> &[Parameter] {
         &self.parts.parameters
+    }
+
+    /// Where it came from: repository, revision, commit, file hashes, licence.
+    pub fn provenance(&self) -> &Provenance {
+        &self.parts.provenance
     }
 
     /// What a careful user should know about this checkpoint.

@@ -1,12 +1,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pricket_nn::{ModelInfo, Weights};
+use pricket_hub::Hub;
+use pricket_nn::{ModelInfo, Silent, Weights};
 use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
 
 use crate::family::Family;
-use crate::load::{at, read_json, resolve};
+use crate::load::{at, read_json};
+use crate::repository::{Place, fetch_id, locate};
 use crate::{Error, Result};
 
 /// What is in a checkpoint, by its headers: no weight is read.
@@ -63,7 +65,10 @@ impl TensorInfo {
 /// # Errors
 /// The one that loading would give.
 pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
-    let path = resolve(path.as_ref())?;
+    let path = match locate(path.as_ref())? {
+        Place::Local(path) => path,
+        Place::Hub(id) => fetch_id(&id, &Hub::from_env()?, &Silent)?.directory,
+    };
     let directory = if path.is_dir() { path.clone() } else { crate::load::parent(&path) };
     let config_path = directory.join("config.json");
     let config = if config_path.is_file() {

@@ -6,7 +6,7 @@
 //! ```
 //! use pricket::{GenerateOptions, Sampling};
 //!
-//! let pricket = pricket::tiny()?; // or pricket::load("path/to/pythia-410m")?
+//! let pricket = pricket::tiny()?; // or pricket::load("EleutherAI/pythia-410m@step3000")?
 //! let options = GenerateOptions {
 //!     max_tokens: 24,
 //!     sampling: Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::default() },
@@ -24,6 +24,9 @@
 //! No code of a repository is ever executed, nothing is guessed from a file's name, and a bad file gives an
 //! [`Error`] that names it.
 
+mod audit;
+mod cards;
+mod checkpoints;
 mod device;
 mod error;
 mod family;
@@ -31,18 +34,28 @@ mod handle;
 mod inspect;
 mod load;
 mod memory;
+mod provenance;
+mod remote;
+mod repository;
 mod shapes;
 
 pub use candle_core as candle;
 
+pub use audit::{Audit, Audited, Finding, FindingKind, audit};
+pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
+pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
 pub use device::device;
 pub use error::{Error, Result};
 pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
 pub use inspect::{Inspection, TensorInfo, inspect};
 pub use load::{Loader, Precision, load, tiny};
 pub use memory::{Estimate, estimate};
+pub use provenance::{Provenance, SourceFile};
+pub use remote::{Tensors, tensors};
+pub use repository::{Fetched, fetch};
 pub use shapes::{published_config, published_shapes};
 
+pub use pricket_hub::{self as hub, Hub, Steps};
 pub use pricket_lm::{self as lm, Sampling, Tokenizer};
 pub use pricket_nn::{
     self as nn, Cache, CausalLm, Context, ModelInfo, Parameter, Progress, Recording, Silent, Site, Taps,

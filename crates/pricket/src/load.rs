@@ -2,6 +2,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use pricket_hub::{Hub, InUse};
 use pricket_lm::Tokenizer;
 use pricket_nn::{CausalLm, Context, ModelInfo, Policy, Progress, Silent, Weights};
 use pricket_weights::{Headers, SafetensorsFile, Store};
@@ -10,7 +11,8 @@ use serde_json::Value;
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
-use crate::{Error, Pricket, Result};
+use crate::repository::{Fetched, Place, fetch_id, locate};
+use crate::{Error, Pricket, Provenance, Result};
 
 /// The checkpoint that is compiled into the program.
 mod tiny {
@@ -24,13 +26,18 @@ const MAX_JSON: u64 = 1 << 20;
 
 /// Loads a model with the default settings: weights as stored, on the CPU, a thread for each physical core.
 ///
-/// `path` is a directory in Hub layout, or a weight file with its config.json beside it. `DIRECTORY@REVISION` is the
-/// directory `revisions/REVISION` in it, as `models/tiny@step64`.
+/// `model` is a directory in Hub layout, a weight file with its config.json beside it, or a repository of the Hub:
+/// `EleutherAI/pythia-410m`, `EleutherAI/pythia-410m@step3000`, a name of [`crate::cards`] without its owner. After `@` stands a
+/// branch, tag or commit; of a directory it is `revisions/REVISION` in it, as `models/tiny@step64`. What is there as a path is
+/// taken as one.
+///
+/// From the Hub comes what loading needs, verified, into the cache that Python uses too; `HF_HUB_OFFLINE`, `HF_TOKEN` and
+/// the others mean what they mean there (see [`crate::hub::Settings`]).
 ///
 /// # Errors
 /// One that names the file and what is wrong with it; see [`Error`].
-pub fn load(path: impl AsRef<Path>) -> Result<Pricket> {
-    Loader::new(path).load()
+pub fn load(model: impl AsRef<Path>) -> Result<Pricket> {
+    Loader::new(model).load()
 }
 
 /// The model that comes with pricket: 1.3 million weights that write English of a kind. Needs no file and no network.
@@ -92,6 +99,7 @@ pub struct Loader {
     threads: Option<usize>,
     tokenizer: Option<PathBuf>,
     progress: Arc<dyn Progress>,
+    hub: Option<Hub>,
     train: bool,
     any_memory: bool,
 }
@@ -120,9 +128,9 @@ impl Source {
 }
 
 impl Loader {
-    /// Loads from `path`, as [`load`] reads it.
-    pub fn new(path: impl AsRef<Path>) -> Self {
-        Self::from_source(Source::Path(path.as_ref().to_owned()))
+    /// Loads `model`, as [`load`] reads it.
+    pub fn new(model: impl AsRef<Path>) -> Self {
+        Self::from_source(Source::Path(model.as_ref().to_owned()))
     }
 
     /// Loads the embedded model.
@@ -143,6 +151,7 @@ impl Loader {
             threads: None,
             tokenizer: None,
             progress: Arc::new(Silent),
+            hub: None,
             train: false,
             any_memory: false,
         }
@@ -176,7 +185,14 @@ impl Loader {
         self
     }
 
-    /// Reports bytes loaded, and can cancel.
+    /// Where repositories come from, instead of the Hub that the environment names.
+    #[must_use]
+    pub fn hub(mut self, hub: Hub) -> Self {
+        self.hub = Some(hub);
+        self
+    }
+
+    /// Reports bytes fetched and loaded, and can cancel.
     #[must_use]
     pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
         self.progress = progress;
@@ -225,6 +241,7 @@ impl Loader {
         let model = pool.install(|| family.load(&weights));
         progress.end();
         let model = model.map_err(refused)?;
+        let stranger = stranger_warning(&opened.provenance, model.info());
         Ok(Pricket::new(Parts {
             threads: pool.current_num_threads(),
             model: Arc::new(Pooled { model, pool }),
@@ -232,7 +249,9 @@ impl Loader {
             eos: eos_ids(&opened.config, opened.generation_config.as_ref()),
             config: opened.config,
             parameters: weights.parameters(),
-            warnings: unused_warning(&weights).into_iter().collect(),
+            warnings: opened.warnings.into_iter().chain(unused_warning(&weights)).chain(stranger).collect(),
+            provenance: opened.provenance,
+            _in_use: opened.in_use,
         }))
     }
 
@@ -251,6 +270,9 @@ impl Loader {
                     generation_config: None,
                     tokenizer: Some(tokenizer),
                     store: Arc::new(SafetensorsFile::embedded(tiny::WEIGHTS)?),
+                    provenance: Provenance { licence: Some("mit or apache-2.0".into()), ..Provenance::default() },
+                    warnings: Vec::new(),
+                    in_use: None,
                 })
             }
             Source::Store { config, store } => Ok(Opened {
@@ -259,35 +281,75 @@ impl Loader {
                 generation_config: None,
                 tokenizer: given,
                 store: Arc::clone(store),
+                provenance: Provenance::default(),
+                warnings: Vec::new(),
+                in_use: None,
             }),
-            Source::Path(path) => {
-                let path = resolve(path)?;
-                let directory = if path.is_dir() { path.clone() } else { parent(&path) };
-                let config_path = directory.join("config.json");
-                if !config_path.is_file() {
-                    return Err(Error::NotFound {
-                        path: config_path,
-                        what: "no such file; a checkpoint needs its config.json".into(),
-                    });
+            Source::Path(path) => match locate(path)? {
+                Place::Local(path) => open_files(&path, None, given),
+                Place::Hub(id) => {
+                    let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
+                    let fetched = fetch_id(&id, &hub, &*self.progress)?;
+                    open_files(&fetched.weights.clone(), Some(fetched), given)
                 }
-                let config = read_json(&config_path)?;
-                // The configuration first: its errors say more than those of files that belong to another model.
-                Family::from_config(&config).map_err(|e| at(&config_path, e))?;
-                let generation = directory.join("generation_config.json");
-                let tokenizer = directory.join("tokenizer.json");
-                Ok(Opened {
-                    config,
-                    config_path,
-                    generation_config: generation.is_file().then(|| read_json(&generation)).transpose()?,
-                    tokenizer: match given {
-                        Some(tokenizer) => Some(tokenizer),
-                        None => tokenizer.is_file().then(|| Tokenizer::from_file(&tokenizer)).transpose()?,
-                    },
-                    store: Arc::from(pricket_weights::open(&path)?),
-                })
-            }
+            },
         }
     }
+}
+
+/// Opens a directory or a weight file with its configuration beside it.
+fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -> Result<Opened> {
+    let directory = if path.is_dir() { path.to_owned() } else { parent(path) };
+    let config_path = directory.join("config.json");
+    if !config_path.is_file() {
+        return Err(Error::NotFound {
+            path: config_path,
+            what: "no such file; a checkpoint needs its config.json".into(),
+        });
+    }
+    let config = read_json(&config_path)?;
+    // The configuration first: its errors say more than those of files that belong to another model.
+    Family::from_config(&config).map_err(|e| at(&config_path, e))?;
+    let generation = directory.join("generation_config.json");
+    let tokenizer = directory.join("tokenizer.json");
+    let generation_config = generation.is_file().then(|| read_json(&generation)).transpose()?;
+    let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
+    let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&weights)?);
+    let (provenance, warnings, in_use) = if let Some(fetched) = fetched {
+        (fetched.provenance, fetched.warnings, Some(fetched.in_use))
+    } else {
+        let mut files = vec![config_path.clone(), generation, tokenizer.clone(), weights];
+        // Shards are known by the tensors that they hold.
+        files.extend(store.names().iter().map(|name| PathBuf::from(store.origin(name))));
+        files.sort();
+        files.dedup();
+        (Provenance::of_directory(&directory, &files), Vec::new(), None)
+    };
+    Ok(Opened {
+        config,
+        config_path,
+        generation_config,
+        tokenizer: match given {
+            Some(tokenizer) => Some(tokenizer),
+            None => tokenizer.is_file().then(|| Tokenizer::from_file(&tokenizer)).transpose()?,
+        },
+        store,
+        provenance,
+        warnings,
+        in_use,
+    })
+}
+
+/// Says so if what a repository holds is not what its card says.
+fn stranger_warning(provenance: &Provenance, info: &ModelInfo) -> Option<String> {
+    let card = crate::card(provenance.repo.as_deref()?)?;
+    let found = (info.parameters, [info.vocab, info.d_model]);
+    (found != (card.parameters, card.embedding)).then(|| {
+        format!(
+            "{}: {} weights and an embedding of {:?}, where the published model has {} and {:?}",
+            card.id, found.0, found.1, card.parameters, card.embedding
+        )
+    })
 }
 
 /// An error of configuration, with the file that it is in.
@@ -312,6 +374,9 @@ struct Opened {
     generation_config: Option<Value>,
     tokenizer: Option<Tokenizer>,
     store: Arc<dyn Store>,
+    provenance: Provenance,
+    warnings: Vec<String>,
+    in_use: Option<InUse>,
 }
 
 pub(crate) fn parent(path: &Path) -> PathBuf {
@@ -319,37 +384,6 @@ pub(crate) fn parent(path: &Path) -> PathBuf {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     }
-}
-
-/// `DIRECTORY@REVISION` to `DIRECTORY/revisions/REVISION`; anything that exists as it is stays as it is.
-pub(crate) fn resolve(path: &Path) -> Result<PathBuf> {
-    if path.exists() {
-        return Ok(path.to_owned());
-    }
-    let missing = |what: String| Error::NotFound { path: path.to_owned(), what };
-    let text = path.to_string_lossy();
-    let Some((directory, revision)) = text.rsplit_once('@').filter(|(directory, _)| Path::new(directory).is_dir())
-    else {
-        return Err(missing("no such file or directory".into()));
-    };
-    if revision == "main" {
-        return Ok(directory.into());
-    }
-    let all = Path::new(directory).join("revisions");
-    let found = all.join(revision);
-    if !revision.contains(['/', '\\']) && revision != ".." && found.is_dir() {
-        return Ok(found);
-    }
-    let mut known: Vec<String> = std::fs::read_dir(&all)
-        .map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
-        .unwrap_or_default();
-    known
-        .sort_by_key(|name| (name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().ok(), name.clone()));
-    Err(missing(if known.is_empty() {
-        format!("{directory} has no revisions")
-    } else {
-        format!("no revision {revision:?}; there are main, {}", known.join(", "))
-    }))
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value> {

@@ -3,7 +3,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pricket_hub::{Error, Hub, ModelId, Phase, Quiet, Settings};
-use pricket_testhub::{Content, Fault, Repo, TestHub};
+use pricket_testhub::{Content, Fault, Repo, Request, TestHub};
 
 use crate::{
     ID, TOKEN, Watch, assert_clean, assert_discreet, assert_same, by_path, fetch_all, noise, repo, serve, settings,
@@ -127,14 +127,14 @@ fn an_interrupted_download_goes_on_where_it_was() {
         assert!(matches!(error, Error::Cancelled), "{error}");
         let reached = watch.done.load(Ordering::Relaxed);
         assert!(assert_clean(dir.path()) <= 5);
-        let sent: u64 = server.take_log().iter().filter(|r| r.is_body()).map(|r| r.sent()).sum();
+        let sent: u64 = server.take_log().iter().filter(|r| r.is_body()).map(Request::sent).sum();
         // The same program again, or a new one.
         let snapshot = fetch_all(&hub, ID, &Quiet).unwrap();
         assert_same(&snapshot.directory, &content, "main");
         let report = snapshot.report;
         assert!(report.on_disk >= reached, "{report:?} after {reached}");
         assert_eq!(report.received + report.on_disk, report.total);
-        let asked: u64 = server.take_log().iter().filter(|r| r.is_body()).map(|r| r.sent()).sum();
+        let asked: u64 = server.take_log().iter().filter(|r| r.is_body()).map(Request::sent).sum();
         assert_eq!(asked, report.received, "nothing that was there is sent again");
         assert!(sent >= reached);
     }
@@ -214,7 +214,7 @@ fn cancelling_does_not_wait_for_a_silent_server() {
     let server = serve(content);
     server.misbehave(|r| r.cdn.then_some(Fault::Stall(100)));
     let mut settings = settings(&server, dir.path());
-    settings.patience.stall = Duration::from_secs(60);
+    settings.patience.stall = Duration::from_mins(1);
     let watch = Watch { cancel_at: Some(5_200), ..Watch::default() };
     let start = Instant::now();
     let error = fetch_all(&Hub::new(settings), ID, &watch).unwrap_err();
@@ -263,7 +263,7 @@ fn a_part_of_a_file_without_the_file() {
         let found = hub.read(&id.repo, &commit, &file, range.clone(), &Quiet).unwrap();
         assert!(found == bytes[range.start as usize..range.end as usize], "{range:?}");
     }
-    let sent: u64 = server.take_log().iter().filter(|r| r.cdn).map(|r| r.sent()).sum();
+    let sent: u64 = server.take_log().iter().filter(|r| r.cdn).map(Request::sent).sum();
     assert_eq!(sent, 10 + 10 + 200_000 - 1234 + 300_000);
     assert!(hub.read(&id.repo, &commit, &file, 0..300_001, &Quiet).is_err());
     server.misbehave(|r| r.cdn.then_some(Fault::IgnoreRange));

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pricket_hub::{Hub, Quiet};
-use pricket_testhub::Fault;
+use pricket_testhub::{Fault, Request};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -73,7 +73,7 @@ fn run(seed: u64) -> Ran {
             assert_same(&snapshot.directory, &content, &snapshot.commit);
             let report = snapshot.report;
             assert_eq!(report.received + report.on_disk, report.total + report.repeated, "{report:?}");
-            let sent: u64 = server.take_log().iter().filter(|r| r.is_body()).map(|r| r.sent()).sum();
+            let sent: u64 = server.take_log().iter().filter(|r| r.is_body()).map(Request::sent).sum();
             assert!(report.received <= sent, "{report:?}, {sent} sent");
             Ran { complete: true, repeated: report.repeated }
         }

@@ -4,7 +4,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use pricket_hub::{Cache, Events, Hub, Phase, Quiet};
-use pricket_testhub::{Repo, TestHub};
+use pricket_testhub::{Repo, Request, TestHub};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -151,7 +151,7 @@ fn four_processes_fetch_each_blob_once() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     }
     assert_clean(dir.path());
-    let bodies: u64 = server.take_log().iter().filter(|r| r.is_body()).map(|r| r.sent()).sum();
+    let bodies: u64 = server.take_log().iter().filter(|r| r.is_body()).map(Request::sent).sum();
     let total: u64 = content.files("main").unwrap().values().map(|content| content.bytes.len() as u64).sum();
     assert_eq!(bodies, total, "every byte is sent once");
     whole(&content, &Hub::new(settings(&server, dir.path())));

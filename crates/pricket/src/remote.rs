@@ -1,0 +1,195 @@
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+use pricket_hub::{Hub, Listed, ModelId, Quiet};
+use pricket_weights::{Entry, ReadAt, Store, open_file, open_remote, read_tensor, shard_map};
+
+use crate::cards::card;
+use crate::repository::{Chosen, Place, explained, locate};
+use crate::{Error, Result};
+
+/// The tensors of a revision, each read when it is asked for.
+///
+/// Of a repository on the Hub only headers are fetched, and then the bytes of the tensors asked for: one matrix over 154
+/// steps costs the matrix and some kilobytes 154 times. What is in the cache is read there.
+///
+/// ```
+/// let tensors = pricket::tensors(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny@step64"))?;
+/// let norm = tensors.read("gpt_neox.final_layer_norm.weight")?;
+/// assert_eq!(norm.dims(), [128]);
+/// # Ok::<(), pricket::Error>(())
+/// ```
+pub struct Tensors {
+    name: String,
+    /// File to what opens it.
+    files: BTreeMap<String, File>,
+    /// Tensor to file.
+    map: BTreeMap<String, String>,
+    opened: Mutex<BTreeMap<String, Arc<dyn Store>>>,
+}
+
+/// Where the bytes of a weight file are.
+#[derive(Clone)]
+enum File {
+    Local(PathBuf),
+    Remote(Arc<RemoteFile>),
+}
+
+/// The tensors of `model`, which is named as in [`crate::load`].
+///
+/// # Errors
+/// As [`crate::load`] for what can be told without the weights.
+pub fn tensors(model: impl AsRef<Path>) -> Result<Tensors> {
+    match locate(model.as_ref())? {
+        Place::Local(path) => Tensors::local(&path),
+        Place::Hub(id) => Tensors::on(&Hub::from_env()?, &id),
+    }
+}
+
+impl Tensors {
+    pub(crate) fn local(path: &Path) -> Result<Self> {
+        let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
+        let name = weights.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let folder = weights.parent().unwrap_or(Path::new("")).to_owned();
+        let read = |index: &str| {
+            let path = folder.join(index);
+            std::fs::read(&path).map_err(|error| Error::Io { path, error })
+        };
+        Self::new(path.display().to_string(), &name, read, |file| Ok(File::Local(folder.join(file))))
+    }
+
+    /// The tensors of a revision on `hub`.
+    ///
+    /// # Errors
+    /// As [`tensors`].
+    pub fn on(hub: &Hub, id: &ModelId) -> Result<Self> {
+        let explain = |e| explained(e, id, card(id.repo.as_str()));
+        let commit = hub.resolve(id, &Quiet).map_err(explain)?;
+        let listing = hub.files(&id.repo, &commit, &Quiet).map_err(explain)?;
+        Self::of_listing(hub, id, &commit, &listing)
+    }
+
+    pub(crate) fn of_listing(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed]) -> Result<Self> {
+        let weights = Chosen::among(listing, id)?.weights.path;
+        let find = |name: &str| {
+            let listed = listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
+                path: id.to_string().into(),
+                what: format!("the index names {name}, which the revision does not have"),
+            })?;
+            let here = hub.cached(&id.repo, commit, &listed);
+            Ok(here.map_or_else(
+                || {
+                    let (id, commit) = (id.clone(), commit.to_owned());
+                    File::Remote(Arc::new(RemoteFile { hub: hub.clone(), id, commit, listed }))
+                },
+                File::Local,
+            ))
+        };
+        let read = |index: &str| match find(index)? {
+            File::Local(path) => std::fs::read(&path).map_err(|error| Error::Io { path, error }),
+            File::Remote(file) => Ok(file.read_at(0..file.size())?),
+        };
+        Self::new(id.to_string(), &weights, read, find)
+    }
+
+    fn new(
+        name: String,
+        weights: &str,
+        read: impl Fn(&str) -> Result<Vec<u8>>,
+        find: impl Fn(&str) -> Result<File>,
+    ) -> Result<Self> {
+        let mut out = Self { name, files: BTreeMap::new(), map: BTreeMap::new(), opened: Mutex::default() };
+        if weights.ends_with(".index.json") {
+            out.map = shard_map(&read(weights)?, Path::new(weights))?;
+            for file in out.map.values() {
+                if !out.files.contains_key(file) {
+                    out.files.insert(file.clone(), find(file)?);
+                }
+            }
+        } else {
+            out.files.insert(weights.to_owned(), find(weights)?);
+            let names = out.open(weights)?.names();
+            out.map = names.into_iter().map(|name| (name, weights.to_owned())).collect();
+        }
+        Ok(out)
+    }
+
+    fn open(&self, file: &str) -> Result<Arc<dyn Store>> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = opened.get(file) {
+            return Ok(Arc::clone(store));
+        }
+        let store: Arc<dyn Store> = Arc::from(match &self.files[file] {
+            File::Local(path) => open_file(path)?,
+            File::Remote(remote) => open_remote(Arc::clone(remote) as Arc<dyn ReadAt>)?,
+        });
+        opened.insert(file.to_owned(), Arc::clone(&store));
+        Ok(store)
+    }
+
+    /// The store that holds a tensor.
+    pub(crate) fn holder(&self, name: &str) -> Result<Arc<dyn Store>> {
+        let missing = || pricket_weights::Error::Missing { origin: self.name.clone(), name: name.into() };
+        self.open(self.map.get(name).ok_or_else(missing)?)
+    }
+
+    /// Every name, sorted. Of shards those that the index names, so no shard is opened.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.map.keys().map(String::as_str)
+    }
+
+    /// Shape and type of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if there is no such tensor; what fetching a header says.
+    pub fn entry(&self, name: &str) -> Result<Entry> {
+        let store = self.holder(name)?;
+        let missing = || pricket_weights::Error::Missing { origin: store.origin(name), name: name.into() };
+        Ok(store.entry(name).ok_or_else(missing)?)
+    }
+
+    /// A tensor, as stored.
+    ///
+    /// # Errors
+    /// As [`Tensors::entry`], and what fetching its bytes says.
+    pub fn read(&self, name: &str) -> Result<Tensor> {
+        Ok(read_tensor(&*self.holder(name)?, name, &Device::Cpu)?)
+    }
+
+    /// Whether all of it is on disk, so that reading costs nothing.
+    pub fn is_local(&self) -> bool {
+        self.files.values().all(|file| matches!(file, File::Local(_)))
+    }
+}
+
+impl std::fmt::Debug for Tensors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensors({}, {} tensors in {} files)", self.name, self.map.len(), self.files.len())
+    }
+}
+
+/// A file of a commit, read in ranges.
+struct RemoteFile {
+    hub: Hub,
+    id: ModelId,
+    commit: String,
+    listed: Listed,
+}
+
+impl ReadAt for RemoteFile {
+    fn name(&self) -> String {
+        format!("{}/{}", self.id, self.listed.path)
+    }
+
+    fn size(&self) -> u64 {
+        self.listed.size
+    }
+
+    fn read_at(&self, range: Range<u64>) -> pricket_weights::Result<Vec<u8>> {
+        let read = self.hub.read(&self.id.repo, &self.commit, &self.listed, range, &Quiet);
+        read.map_err(|e| pricket_weights::Error::Io { path: self.name().into(), source: std::io::Error::other(e) })
+    }
+}

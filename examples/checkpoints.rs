@@ -1,0 +1,405 @@
+//! Training steps of a model: list them, fetch them, find out which are not what they say, and look after the cache.
+//!
+//! `cargo run --example checkpoints -- list EleutherAI/pythia-160m`
+
+#[path = "common/bar.rs"]
+mod bar;
+#[path = "common/finish.rs"]
+mod finish;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use clap::{Parser, Subcommand};
+use pricket::candle::DType;
+use pricket::hub::{Cache, CachedRepo, RepoId};
+use pricket::{Audit, Checkpoints, Hub, Progress, Steps};
+use serde_json::{Value, json};
+
+/// Lists, fetches and audits the training steps of a model, and looks after the cache.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// Which steps of which model.
+#[derive(clap::Args, Clone)]
+struct Which {
+    /// A repository, a name such as pythia-160m, or a directory with revisions/
+    #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
+    model: String,
+    /// all, final, log, numbers and ranges such as 0..143000:10000, with commas
+    #[arg(long, short, default_value = "all")]
+    steps: Steps,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// What there is: steps, commits, tokens seen, what is missing or known to be wrong
+    List {
+        #[command(flatten)]
+        which: Which,
+        /// Ask for the size of each
+        #[arg(long)]
+        sizes: bool,
+    },
+    /// Fetches steps into the cache, verified; goes on where it was interrupted
+    Fetch {
+        #[command(flatten)]
+        which: Which,
+        /// Afterwards evict what was least recently used until pricket's files take at most this, such as 50GB
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        budget: Option<u64>,
+    },
+    /// Tells which revisions hold the same weights, equal main, or are missing; exit code 2 if something is wrong
+    Audit {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// The norm of one tensor at each step, without fetching the rest
+    Norm {
+        #[command(flatten)]
+        which: Which,
+        /// The tensor
+        #[arg(long, short, default_value = "gpt_neox.final_layer_norm.weight")]
+        tensor: String,
+    },
+    /// What is in the cache
+    Cache {
+        #[command(subcommand)]
+        what: Option<CacheCommand>,
+    },
+    /// The models that are known by name
+    Cards,
+}
+
+#[derive(Subcommand)]
+enum CacheCommand {
+    /// Repositories and commits, with sizes and when they were last used
+    List,
+    /// Takes the hash of every file again; exit code 2 if one is damaged
+    Verify {
+        /// Only of this repository
+        repo: Option<RepoId>,
+    },
+    /// Deletes commits that pricket fetched, the least recently used first
+    Evict {
+        /// Bytes that may stay, such as 50GB
+        #[arg(value_parser = size)]
+        budget: u64,
+    },
+}
+
+/// `50GB`, `200MiB`, `1000`.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim();
+    let unit: f64 = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024f64.powi(2),
+        "gib" => 1024f64.powi(3),
+        "tib" => 1024f64.powi(4),
+        _ => return Err("expected a number of bytes, with kB, MB, GB, TB, KiB, MiB, GiB or TiB if you like".into()),
+    };
+    let number: f64 = digits.parse().map_err(|_| "expected a number of bytes".to_string())?;
+    if number.is_finite() && number >= 0.0 { Ok((number * unit) as u64) } else { Err("expected a size".into()) }
+}
+
+fn bytes(n: u64) -> String {
+    match n as f64 {
+        n if n >= 1e9 => format!("{:.2} GB", n / 1e9),
+        n if n >= 1e6 => format!("{:.1} MB", n / 1e6),
+        n => format!("{:.1} kB", n / 1e3),
+    }
+}
+
+/// Prints one JSON value, or what `text` writes.
+struct Out(bool);
+
+impl Out {
+    fn put(&self, json: &Value, text: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        if self.0 {
+            writeln!(out, "{json}")?;
+        } else {
+            text(&mut out)?;
+        }
+        Ok(())
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(code) => code,
+        Err(e) => finish::finish(Err(e)),
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let out = Out(args.json);
+    let which = || Which { model: concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny").into(), steps: Steps::all() };
+    match args.command.unwrap_or_else(|| Command::List { which: which(), sizes: false }) {
+        Command::List { which, sizes } => list(&which, sizes, &out),
+        Command::Fetch { which, budget } => fetch(&which, budget, &out),
+        Command::Audit { which } => {
+            let audit = pricket::audit(&which.model, &which.steps, &bar::Bar::default())?;
+            print_audit(&audit, &out)?;
+            Ok(if audit.is_alarming() { ExitCode::from(2) } else { ExitCode::SUCCESS })
+        }
+        Command::Norm { which, tensor } => norm(&which, &tensor, &out),
+        Command::Cache { what } => cache(what.unwrap_or(CacheCommand::List), &out),
+        Command::Cards => cards(&out),
+    }
+}
+
+fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
+    let mut found = pricket::checkpoints(&which.model)?;
+    if sizes {
+        found.ask_sizes(&which.steps, &bar::Bar::default())?;
+    }
+    let chosen = found.select(&which.steps)?;
+    let json = json!({ "model": found.model, "checkpoints": chosen.iter().map(|c| c.to_json()).collect::<Vec<_>>() });
+    out.put(&json, |out| {
+        for checkpoint in &chosen {
+            let commit = checkpoint.commit.as_deref().map_or("", |commit| &commit[..10]);
+            let tokens =
+                checkpoint.tokens.map_or(String::new(), |tokens| format!("{:.1}B tokens", tokens as f64 / 1e9));
+            let size = checkpoint.bytes.map_or(String::new(), bytes);
+            let state = if checkpoint.present { "" } else { "missing " };
+            let note = if checkpoint.known_bad { checkpoint.known.join("; ") } else { String::new() };
+            let line = format!("{:12} {commit:10} {tokens:>14} {size:>10}  {state}{note}", checkpoint.revision);
+            writeln!(out, "{}", line.trim_end())?;
+        }
+        let there = chosen.iter().filter(|checkpoint| checkpoint.present).count();
+        let known = if found.card.is_some() { "" } else { ", of a model without a card" };
+        writeln!(out, "{there} of {} steps of {} are there{known}", chosen.len(), found.model)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCode> {
+    let hub = Hub::from_env()?;
+    let found = pricket::checkpoints(&which.model)?;
+    let mut failed = false;
+    for checkpoint in found.select(&which.steps)? {
+        if !checkpoint.present {
+            eprintln!("warning: {} is not there{}", checkpoint.revision, known(checkpoint));
+            failed = true;
+            continue;
+        }
+        let fetched = pricket::fetch(&found.id(checkpoint), &hub, &bar::Bar::default())?;
+        for warning in &fetched.warnings {
+            eprintln!("warning: {warning}");
+        }
+        let report = fetched.report;
+        let json = json!({
+            "provenance": fetched.provenance.to_json(), "bytes": report.total, "on_disk": report.on_disk,
+            "received": report.received, "repeated": report.repeated,
+        });
+        out.put(&json, |out| {
+            let repeated =
+                if report.repeated > 0 { format!(", {} twice", bytes(report.repeated)) } else { String::new() };
+            let (received, total) = (bytes(report.received), bytes(report.total));
+            writeln!(
+                out,
+                "{:12} {received} of {total} received{repeated}  {}",
+                checkpoint.revision,
+                fetched.directory.display()
+            )
+        })?;
+        // It may go when the next one needs its place, and not before.
+        drop(fetched);
+        if let Some(budget) = budget {
+            hub.cache().evict(budget, &pricket::hub::Quiet)?;
+        }
+    }
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn known(checkpoint: &pricket::Checkpoint) -> String {
+    if checkpoint.known.is_empty() { String::new() } else { format!(": {}", checkpoint.known.join("; ")) }
+}
+
+fn print_audit(audit: &Audit, out: &Out) -> anyhow::Result<()> {
+    out.put(&audit.to_json(), |out| {
+        for revision in &audit.revisions {
+            let hash = revision.weights.first().and_then(|(_, digest)| digest.as_ref());
+            let hash = hash.map_or("-", |digest| digest.hex().get(..12).unwrap_or("-"));
+            let (file, more) = match &revision.weights[..] {
+                [] => ("", String::new()),
+                [(file, _)] => (file.as_str(), String::new()),
+                [(file, _), rest @ ..] => (file.as_str(), format!(" and {} more", rest.len())),
+            };
+            let twins: Vec<&str> = audit
+                .identical
+                .iter()
+                .filter(|group| group.contains(&revision.revision))
+                .flatten()
+                .filter(|other| **other != revision.revision)
+                .map(String::as_str)
+                .take(4)
+                .collect();
+            let same = if twins.is_empty() { String::new() } else { format!("  = {}", twins.join(", ")) };
+            writeln!(out, "{:12} {hash}  {file}{more}{same}", revision.revision)?;
+        }
+        writeln!(out)?;
+        for finding in &audit.findings {
+            let sources =
+                if finding.sources.is_empty() { String::new() } else { format!(" ({})", finding.sources.join(", ")) };
+            writeln!(out, "{} {}{sources}", if finding.alarming { "WRONG:" } else { "fine: " }, finding.words)?;
+        }
+        let wrong = audit.findings.iter().filter(|finding| finding.alarming).count();
+        writeln!(out, "{} revisions of {} looked at, {wrong} things wrong", audit.revisions.len(), audit.model)
+    })
+}
+
+fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
+    let found: Checkpoints = pricket::checkpoints(&which.model)?;
+    let chosen = found.select(&which.steps)?;
+    let bar = bar::Bar::default();
+    bar.begin("reading", chosen.len() as u64, "steps");
+    for (done, checkpoint) in chosen.into_iter().enumerate() {
+        bar.update(done as u64);
+        if !checkpoint.present {
+            eprintln!("warning: {} is not there{}", checkpoint.revision, known(checkpoint));
+            continue;
+        }
+        let tensor = pricket::tensors(found.id(checkpoint))?.read(tensor)?;
+        let norm = tensor.to_dtype(DType::F32)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
+        let json =
+            json!({ "revision": checkpoint.revision, "step": checkpoint.step, "shape": tensor.dims(), "norm": norm });
+        out.put(&json, |out| writeln!(out, "{:12} {norm:.6}", checkpoint.revision))?;
+    }
+    bar.end();
+    Ok(ExitCode::SUCCESS)
+}
+
+fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
+    let cache = Hub::from_env()?.cache();
+    let quiet = pricket::hub::Quiet;
+    match what {
+        CacheCommand::List => {
+            let repos = cache.repos()?;
+            let json: Vec<Value> = repos.iter().map(repo_json).collect();
+            out.put(&json!({ "cache": cache.root(), "repos": json }), |out| list_cache(&cache, &repos, out))?;
+        }
+        CacheCommand::Verify { repo } => {
+            let mut repos = cache.repos()?;
+            repos.retain(|known| repo.as_ref().is_none_or(|wanted| known.repo == *wanted));
+            if let (Some(wanted), true) = (&repo, repos.is_empty()) {
+                anyhow::bail!("{wanted} is not in {}", cache.root().display());
+            }
+            let verified = cache.verify(&repos, &quiet)?;
+            let bad: Vec<_> = verified.iter().filter(|file| file.is_good() == Some(false)).collect();
+            let unknown = verified.iter().filter(|file| file.is_good().is_none()).count();
+            let damaged: Vec<Value> = bad
+                .iter()
+                .map(|file| json!({ "repo": file.repo.as_str(), "path": file.path, "file": file.location }))
+                .collect();
+            let json = json!({ "files": verified.len(), "damaged": damaged, "of_unknown_hash": unknown });
+            out.put(&json, |out| {
+                for file in &bad {
+                    writeln!(
+                        out,
+                        "DAMAGED {} {}: {}; delete it and fetch again",
+                        file.repo,
+                        file.path,
+                        file.location.display()
+                    )?;
+                }
+                let good = verified.len() - bad.len() - unknown;
+                writeln!(
+                    out,
+                    "{good} files are what they should be, {} are damaged, of {unknown} nothing is known",
+                    bad.len()
+                )
+            })?;
+            return Ok(if bad.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) });
+        }
+        CacheCommand::Evict { budget } => {
+            let evicted = cache.evict(budget, &quiet)?;
+            let name = |(repo, commit): &(RepoId, String)| format!("{repo}@{commit}");
+            let (gone, in_use): (Vec<String>, Vec<String>) =
+                (evicted.revisions.iter().map(name).collect(), evicted.in_use.iter().map(name).collect());
+            let json = json!({ "evicted": gone, "freed": evicted.freed, "left": evicted.left, "in_use": in_use });
+            out.put(&json, |out| {
+                gone.iter().try_for_each(|name| writeln!(out, "evicted {name}"))?;
+                in_use.iter().try_for_each(|name| writeln!(out, "in use, so it stays: {name}"))?;
+                writeln!(out, "{} freed; what pricket fetched takes {}", bytes(evicted.freed), bytes(evicted.left))
+            })?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn repo_json(repo: &CachedRepo) -> Value {
+    let revisions: Vec<Value> = repo
+        .revisions
+        .iter()
+        .map(|revision| {
+            let used = revision.last_used.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+            json!({
+                "commit": revision.commit, "refs": revision.refs, "files": revision.files.len(),
+                "bytes": revision.files.iter().map(|file| file.bytes).sum::<u64>(), "last_used": used.map(|t| t.as_secs()),
+            })
+        })
+        .collect();
+    json!({ "repo": repo.repo.as_str(), "bytes": repo.bytes, "partial_bytes": repo.partial_bytes, "revisions": revisions })
+}
+
+fn list_cache(cache: &Cache, repos: &[CachedRepo], out: &mut dyn Write) -> std::io::Result<()> {
+    for repo in repos {
+        let partial = if repo.partial_bytes > 0 {
+            format!(", {} of it unfinished", bytes(repo.partial_bytes))
+        } else {
+            String::new()
+        };
+        writeln!(out, "{}  {}{partial}", repo.repo, bytes(repo.bytes))?;
+        for revision in &repo.revisions {
+            let size: u64 = revision.files.iter().map(|file| file.bytes).sum();
+            let used = revision.last_used.and_then(|time| time.elapsed().ok());
+            let used = used.map_or("not fetched by pricket".into(), |time| {
+                format!("used {:.1} h ago", time.as_secs_f64() / 3600.0)
+            });
+            let commit = revision.commit.get(..10).unwrap_or(&revision.commit);
+            writeln!(out, "  {commit}  {:>10}  {used}  {}", bytes(size), revision.refs.join(", "))?;
+        }
+    }
+    writeln!(out, "{} in {}", bytes(repos.iter().map(|repo| repo.bytes).sum()), cache.root().display())
+}
+
+fn cards(out: &Out) -> anyhow::Result<ExitCode> {
+    let cards = pricket::cards();
+    let json: Vec<Value> = cards
+        .iter()
+        .map(|card| {
+            json!({
+                "id": card.id, "suite": card.suite, "family": card.family, "size": card.size, "licence": card.licence,
+                "parameters": card.parameters, "prompt": card.prompt, "aliases": card.aliases, "gone": card.gone,
+                "mirrors": card.mirrors, "note": card.note, "non_commercial": card.non_commercial,
+                "checkpoints": card.checkpoints.as_ref().map(|steps| steps.steps().len()),
+            })
+        })
+        .collect();
+    out.put(&json!(json), |out| {
+        for card in cards {
+            let steps =
+                card.checkpoints.as_ref().map_or(String::new(), |steps| format!("{} steps", steps.steps().len()));
+            let gone = card.gone.as_ref().map_or(String::new(), |month| format!("gone since {month}"));
+            let line = format!("{:50} {:>14} {:16} {steps:10} {gone}", card.id, card.parameters, card.licence);
+            writeln!(out, "{}", line.trim_end())?;
+        }
+        writeln!(out, "{} models", cards.len())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,50 @@
+//! Progress as a terminal shows it.
+
+use std::io::IsTerminal;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use pricket::Progress;
+
+/// A progress bar on stderr; indicatif hides it where that is no terminal.
+#[derive(Default)]
+pub(crate) struct Bar(Mutex<Option<ProgressBar>>);
+
+impl Bar {
+    fn bar(&self) -> MutexGuard<'_, Option<ProgressBar>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Progress for Bar {
+    fn begin(&self, what: &str, total: u64, unit: &str) {
+        let style = if unit == "bytes" {
+            "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}"
+        } else {
+            "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}"
+        };
+        let bar = ProgressBar::new(total).with_message(what.to_owned());
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        *self.bar() = Some(bar);
+    }
+
+    fn notice(&self, message: &str) {
+        match &*self.bar() {
+            Some(bar) if !bar.is_hidden() => bar.println(message),
+            _ if std::io::stderr().is_terminal() => eprintln!("{message}"),
+            _ => {}
+        }
+    }
+
+    fn update(&self, done: u64) {
+        if let Some(bar) = &*self.bar() {
+            bar.set_position(done);
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = self.bar().take() {
+            bar.finish_and_clear();
+        }
+    }
+}

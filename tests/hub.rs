@@ -1,0 +1,596 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pricket::candle::Device;
+use pricket::hub::{Cache, Quiet, Settings, Token};
+use pricket::{Audit, Checkpoints, Error, FindingKind, GenerateOptions, Hub, Loader, Silent, Steps};
+use pricket_testhub::{Content, Fault, Repo, TestHub};
+use serde_json::{Value, json};
+
+use crate::common::{example, root};
+
+const SUITE: &str = "test/tiny-neox";
+
+fn suite() -> PathBuf {
+    root().join("tests/golden/scoring/suite-tiny-neox")
+}
+
+fn case() -> Value {
+    serde_json::from_slice(&std::fs::read(suite().join("case.json")).unwrap()).unwrap()
+}
+
+/// Where a file of a golden snapshot leads, also where a checkout made links to plain text.
+fn blob(pointer: &Path) -> PathBuf {
+    let target = std::fs::read_link(pointer).unwrap_or_else(|_| std::fs::read_to_string(pointer).unwrap().into());
+    suite().join("cache/models--test--tiny-neox/blobs").join(target.file_name().unwrap())
+}
+
+/// Branch to directory of the golden suite.
+fn snapshots() -> BTreeMap<String, PathBuf> {
+    let folder = suite().join("cache/models--test--tiny-neox");
+    let refs = std::fs::read_dir(folder.join("refs")).unwrap().flatten();
+    refs.map(|entry| {
+        let commit = std::fs::read_to_string(entry.path()).unwrap();
+        (entry.file_name().into_string().unwrap(), folder.join("snapshots").join(commit))
+    })
+    .collect()
+}
+
+/// The golden suite as a repository.
+fn suite_repo() -> Repo {
+    let mut repo = Repo::default();
+    for (branch, directory) in snapshots() {
+        let files: Vec<(String, Content)> = std::fs::read_dir(&directory)
+            .unwrap()
+            .flatten()
+            .map(|entry| {
+                let name = entry.file_name().into_string().unwrap();
+                let bytes = std::fs::read(blob(&entry.path())).unwrap();
+                let large = Path::new(&name).extension().is_some_and(|e| e == "bin" || e == "safetensors");
+                (name, if large { Content::lfs(bytes) } else { Content::text(bytes) })
+            })
+            .collect();
+        let commit = repo.commit(files.iter().map(|(name, content)| (name.as_str(), content.clone())));
+        repo.branch(&branch, &commit);
+    }
+    repo
+}
+
+/// The golden suite as the cache it came as, with links.
+fn suite_cache(into: &Path) {
+    let (from, to) = (suite().join("cache/models--test--tiny-neox"), into.join("models--test--tiny-neox"));
+    for folder in ["refs", "blobs"] {
+        std::fs::create_dir_all(to.join(folder)).unwrap();
+        for entry in std::fs::read_dir(from.join(folder)).unwrap().flatten() {
+            std::fs::copy(entry.path(), to.join(folder).join(entry.file_name())).unwrap();
+        }
+    }
+    for directory in snapshots().values() {
+        let snapshot = to.join("snapshots").join(directory.file_name().unwrap());
+        std::fs::create_dir_all(&snapshot).unwrap();
+        for entry in std::fs::read_dir(directory).unwrap().flatten() {
+            let target = Path::new("../../blobs").join(blob(&entry.path()).file_name().unwrap());
+            std::os::unix::fs::symlink(target, snapshot.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+struct World {
+    server: TestHub,
+    cache: tempfile::TempDir,
+}
+
+impl World {
+    fn new(repos: impl IntoIterator<Item = (&'static str, Repo)>) -> Self {
+        let server = TestHub::start();
+        for (id, repo) in repos {
+            server.add(id, repo);
+        }
+        Self { server, cache: tempfile::tempdir().unwrap() }
+    }
+
+    fn settings(&self) -> Settings {
+        let mut settings = Settings::new(&self.server.url(), self.cache.path());
+        settings.token = Some(Token::new("hf_secret").unwrap());
+        settings
+    }
+
+    fn hub(&self) -> Hub {
+        Hub::new(self.settings())
+    }
+
+    fn offline(&self) -> Hub {
+        let mut settings = self.settings();
+        settings.offline = true;
+        Hub::new(settings)
+    }
+
+    fn loader(&self, id: &str) -> Loader {
+        Loader::new(id).hub(self.hub()).threads(2)
+    }
+
+    fn checkpoints(&self, id: &str) -> Checkpoints {
+        Checkpoints::on(&self.hub(), &id.parse().unwrap(), &Silent).unwrap()
+    }
+
+    fn audit(&self, id: &str) -> Audit {
+        self.checkpoints(id).audit(&Steps::all(), &Silent).unwrap()
+    }
+
+    /// Bytes of large files sent so far.
+    fn large_bytes(&self) -> u64 {
+        self.server.take_log().iter().filter(|r| r.cdn).map(pricket_testhub::Request::sent).sum()
+    }
+}
+
+fn only<'a>(files: impl IntoIterator<Item = (&'a str, Content)>) -> Repo {
+    let mut repo = Repo::default();
+    let commit = repo.commit(files);
+    repo.branch("main", &commit);
+    repo
+}
+
+/// The embedded model and some of its steps, as a repository.
+fn tiny_repo(steps: &[&str]) -> Repo {
+    let mut repo = Repo::default();
+    let commit = repo.commit_directory(&root().join("models/tiny")).unwrap();
+    repo.branch("main", &commit);
+    for step in steps {
+        let commit = repo.commit_directory(&root().join("models/tiny/revisions").join(step)).unwrap();
+        repo.branch(step, &commit);
+    }
+    repo
+}
+
+#[test]
+fn a_model_is_loaded_by_its_id() {
+    let content = tiny_repo(&["step64"]);
+    let commit = content.resolve("step64").unwrap().to_owned();
+    let world = World::new([("owner/tiny", content)]);
+    let here = Loader::new(root().join("models/tiny@step64")).threads(2).load().unwrap();
+    let words = "The people of the United";
+    let expected = here.generate(words, &GenerateOptions::default()).unwrap();
+    for id in ["owner/tiny@step64", &format!("owner/tiny@{commit}")] {
+        let loaded = world.loader(id).load().unwrap();
+        assert_eq!(loaded.generate(words, &GenerateOptions::default()).unwrap().ids, expected.ids);
+        assert!(loaded.warnings().is_empty(), "{:?}", loaded.warnings());
+        let from = loaded.provenance();
+        assert_eq!((from.repo.as_deref(), from.commit.as_deref()), (Some("owner/tiny"), Some(commit.as_str())));
+        let weights = from.files.iter().find(|file| file.path == "model.safetensors").unwrap();
+        assert_eq!(
+            weights.digest.as_ref().unwrap().hex(),
+            sha256(&root().join("models/tiny/revisions/step64/model.safetensors"))
+        );
+        // A directory of the cache is known for what it is, and says the same.
+        let again = Loader::new(from.directory.as_ref().unwrap()).threads(2).load().unwrap();
+        assert_eq!(
+            (again.provenance().repo.as_deref(), again.provenance().commit.as_deref()),
+            (Some("owner/tiny"), Some(commit.as_str()))
+        );
+        assert!(again.provenance().files.iter().all(|file| file.digest.is_some()));
+    }
+    // Without the network: by branch and by commit.
+    world.server.take_log();
+    for id in ["owner/tiny@step64", &format!("owner/tiny@{commit}")] {
+        let loaded = Loader::new(id).hub(world.offline()).threads(2).load().unwrap();
+        assert_eq!(loaded.provenance().commit.as_deref(), Some(commit.as_str()));
+    }
+    assert!(world.server.take_log().is_empty());
+    let error = Loader::new("owner/tiny").hub(world.offline()).load().unwrap_err();
+    assert!(matches!(&error, Error::Offline(what) if what.contains("step64")), "{error}");
+    // With a network that is down: what the cache has, and it says so.
+    world.server.misbehave(|_| Some(Fault::Status(503)));
+    let mut settings = world.settings();
+    settings.patience.pause = std::time::Duration::from_millis(1);
+    let loaded = Loader::new("owner/tiny@step64").hub(Hub::new(settings)).threads(2).load().unwrap();
+    assert!(loaded.warnings().iter().any(|warning| warning.contains("503")), "{:?}", loaded.warnings());
+}
+
+fn sha256(path: &Path) -> String {
+    pricket::hub::Digest::sha256_of(path, &Quiet).unwrap().hex().to_owned()
+}
+
+#[test]
+fn only_what_loading_needs_is_fetched() {
+    let golden = root().join("tests/golden/models/neox-bin-sharded-fp16");
+    let mut files: Vec<(String, Content)> = std::fs::read_dir(&golden)
+        .unwrap()
+        .flatten()
+        .map(|entry| (entry.file_name().into_string().unwrap(), Content::file(&entry.path()).unwrap()))
+        .collect();
+    files.push(("training_state.bin".into(), Content::lfs(vec![0; 100_000])));
+    files.push(("pytorch_model-00009-of-00009.bin".into(), Content::lfs(vec![1; 100_000])));
+    let world =
+        World::new([("owner/sharded", only(files.iter().map(|(name, content)| (name.as_str(), content.clone()))))]);
+    let here = Loader::new(&golden).threads(1).load().unwrap();
+    let there = world.loader("owner/sharded").load().unwrap();
+    assert_eq!(here.info().parameters, there.info().parameters);
+    let names: BTreeSet<String> = there.provenance().files.iter().map(|file| file.path.clone()).collect();
+    assert!(names.contains("pytorch_model-00001-of-00003.bin") && names.contains("config.json"), "{names:?}");
+    assert!(!names.contains("training_state.bin") && !names.contains("pytorch_model-00009-of-00009.bin"), "{names:?}");
+    assert!(world.large_bytes() < 100_000);
+    // A shard that the index names and the revision lacks is named.
+    let lacking = files.iter().filter(|(name, _)| name != "pytorch_model-00003-of-00003.bin");
+    world.server.add("owner/lacking", only(lacking.map(|(name, content)| (name.as_str(), content.clone()))));
+    let error = world.loader("owner/lacking").load().unwrap_err();
+    assert!(error.to_string().contains("pytorch_model-00003-of-00003.bin"), "{error}");
+}
+
+#[test]
+fn what_is_not_there_is_explained() {
+    let world = World::new([("EleutherAI/pythia-70m", tiny_repo(&["step0", "step512"]))]);
+    let error = |id: &str| {
+        let error = world.loader(id).load().unwrap_err().to_string();
+        assert!(!error.contains('\n') && !error.contains("hf_secret"), "{error}");
+        error
+    };
+    let text = error("EleutherAI/pythia-70m@step7");
+    assert!(text.contains("main, step0, step512"), "{text}");
+    // The repositories of MPT are gone; the card knows of copies.
+    let text = error("mosaicml/mpt-7b@main");
+    assert!(text.contains("2025-12") && text.contains("anas-awadalla/mpt-7b"), "{text}");
+    let text = error("nobody/nothing");
+    assert!(text.contains("nobody/nothing"), "{text}");
+    let text = error("not-a-model");
+    assert!(text.contains("no such file or directory"), "{text}");
+    let text = error("owner/weights.safetensors");
+    assert!(text.contains("no such file or directory"), "{text}");
+    // A repository of training shards is said to be one.
+    world.server.add(
+        "owner/shards",
+        only([
+            ("config.json", Content::text("{\"model_type\": \"gpt_neox\"}")),
+            ("layer_00-model_00-model_states.pt", Content::lfs("x")),
+        ]),
+    );
+    let text = error("owner/shards");
+    assert!(text.contains("DeepSpeed"), "{text}");
+}
+
+#[test]
+fn a_name_of_the_cards_is_enough() {
+    let world = World::new([("EleutherAI/pythia-70m", tiny_repo(&[]))]);
+    for name in ["pythia-70m", "EleutherAI/pythia-19m", "eleutherai/Pythia-70M"] {
+        let loaded = world.loader(name).load().unwrap();
+        assert_eq!(loaded.provenance().repo.as_deref(), Some("EleutherAI/pythia-70m"));
+        assert_eq!(loaded.provenance().licence.as_deref(), Some("apache-2.0"));
+        // It is not the published one, and its card shows it.
+        assert!(loaded.warnings().iter().any(|warning| warning.contains("70426624")), "{:?}", loaded.warnings());
+    }
+}
+
+#[test]
+fn a_revision_known_to_be_wrong_warns_with_its_source() {
+    let content = tiny_repo(&["step0", "step64"]);
+    let commit = content.resolve("step0").unwrap().to_owned();
+    let world = World::new([("EleutherAI/pythia-2.8b", content)]);
+    let warnings = |id: &str| world.loader(id).load().unwrap().warnings().join("\n");
+    assert!(warnings("pythia-2.8b@step64").contains("pythia/issues/205"));
+    let text = warnings("pythia-2.8b@step0");
+    assert!(text.contains("step0 holds the final weights") && text.contains("issues/205"), "{text}");
+    // The same by its commit, once the cache knows which branch that is.
+    assert!(warnings(&format!("pythia-2.8b@{commit}")).contains("issues/205"));
+    assert!(!warnings("pythia-2.8b@main").contains("issues"));
+}
+
+#[test]
+fn the_licence_of_a_stranger_is_read_from_its_readme() {
+    let mut files: Vec<(String, Content)> = ["config.json", "tokenizer.json", "model.safetensors"]
+        .into_iter()
+        .map(|name| (name.to_owned(), Content::file(&root().join("models/tiny").join(name)).unwrap()))
+        .collect();
+    files.push(("README.md".into(), Content::text("---\nlanguage: en\nlicense: \"mit\"\n---\n# Hello\n")));
+    let world =
+        World::new([("owner/tiny", only(files.iter().map(|(name, content)| (name.as_str(), content.clone()))))]);
+    let loaded = world.loader("owner/tiny").load().unwrap();
+    assert_eq!(loaded.provenance().licence.as_deref(), Some("mit"));
+    let json = loaded.provenance().to_json();
+    assert_eq!((&json["repo"], &json["revision"]), (&json!("owner/tiny"), &json!("main")));
+    // Of a plain directory the hashes are taken when somebody asks.
+    let local = Loader::new(root().join("models/tiny")).threads(1).load().unwrap();
+    assert_eq!(local.provenance().repo, None);
+    let hashed = local.provenance().clone().hashed().unwrap();
+    let weights = hashed.files.iter().find(|file| file.path == "model.safetensors").unwrap();
+    assert_eq!(weights.digest.as_ref().unwrap().hex(), sha256(&root().join("models/tiny/model.safetensors")));
+}
+
+#[test]
+fn a_model_in_use_is_not_evicted() {
+    let world = World::new([("owner/tiny", tiny_repo(&["step0"]))]);
+    let main = world.loader("owner/tiny").load().unwrap();
+    drop(world.loader("owner/tiny@step0").load().unwrap());
+    let evicted = Cache::new(world.cache.path()).evict(0, &Quiet).unwrap();
+    assert_eq!((evicted.revisions.len(), evicted.in_use.len()), (1, 1));
+    assert!(main.provenance().directory.as_ref().unwrap().join("model.safetensors").exists());
+    drop(main);
+    assert_eq!(Cache::new(world.cache.path()).evict(0, &Quiet).unwrap().revisions.len(), 1);
+}
+
+#[test]
+fn steps_are_listed_in_one_request() {
+    let mut content = tiny_repo(&["step0", "step512", "step1000"]);
+    let commit = content.resolve("step0").unwrap().to_owned();
+    content.branch("something-else", &commit);
+    let world = World::new([("EleutherAI/pythia-160m", content)]);
+    let mut found = world.checkpoints("EleutherAI/pythia-160m");
+    assert_eq!(world.server.take_log().len(), 1);
+    assert_eq!(found.steps.len(), 154);
+    let there: Vec<&str> = found.steps.iter().filter(|c| c.present).map(|c| c.revision.as_str()).collect();
+    assert_eq!(there, ["step0", "step512", "step1000"]);
+    let last = found.steps.last().unwrap();
+    assert_eq!((last.step, last.tokens, last.present), (Some(143_000), Some(299_892_736_000), false));
+    assert_eq!(found.steps[0].commit.as_deref(), Some(commit.as_str()));
+    let steps = |text: &str| -> Steps { text.parse().unwrap() };
+    assert_eq!(found.select(&steps("0..143000:10000")).unwrap().len(), 15);
+    let error = found.select(&steps("7")).unwrap_err();
+    assert!(error.to_string().contains("4, 8") || error.to_string().contains("4, 8, 2"), "{error}");
+    assert!(found.select(&steps("7..7")).is_err());
+    found.ask_sizes(&steps("0,1000"), &Silent).unwrap();
+    let size = std::fs::metadata(root().join("models/tiny/revisions/step0/model.safetensors")).unwrap().len();
+    assert_eq!((found.steps[0].bytes, found.select(&steps("512")).unwrap()[0].bytes), (Some(size), None));
+    // A directory speaks the same language.
+    let local = pricket::checkpoints(root().join("models/tiny").to_str().unwrap()).unwrap();
+    assert_eq!(local.select(&steps("log")).unwrap().len(), 12);
+    assert_eq!(local.select(&steps("final")).unwrap()[0].revision, "step4000");
+}
+
+#[test]
+fn one_tensor_comes_without_its_file() {
+    let world = World::new([
+        (SUITE, suite_repo()),
+        ("owner/sharded", {
+            let golden = root().join("tests/golden/models/neox-bin-sharded-fp16");
+            let mut repo = Repo::default();
+            let commit = repo.commit_directory(&golden).unwrap();
+            repo.branch("main", &commit);
+            repo
+        }),
+    ]);
+    let name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight";
+    let snapshots = snapshots();
+    for (revision, file) in [("step64", "pytorch_model.bin"), ("main", "model.safetensors")] {
+        let tensors = pricket::Tensors::on(&world.hub(), &format!("{SUITE}@{revision}").parse().unwrap()).unwrap();
+        let found = tensors.read(name).unwrap();
+        let local = pricket::weights::open_file(&blob(&snapshots[revision].join(file))).unwrap();
+        let expected = pricket::weights::read_tensor(&*local, name, &Device::Cpu).unwrap();
+        assert_eq!(
+            found.flatten_all().unwrap().to_vec1::<half::f16>().unwrap(),
+            expected.flatten_all().unwrap().to_vec1::<half::f16>().unwrap()
+        );
+        let size = std::fs::metadata(blob(&snapshots[revision].join(file))).unwrap().len();
+        let sent = world.large_bytes();
+        assert!(sent < size / 2, "{revision}: {sent} of {size} bytes");
+        assert!(tensors.read("no.such.tensor").unwrap_err().to_string().contains("no.such.tensor"));
+        assert_eq!(tensors.names().count(), local.names().len());
+    }
+    // Of shards only the one that holds it.
+    let tensors = pricket::Tensors::on(&world.hub(), &"owner/sharded".parse().unwrap()).unwrap();
+    let local = pricket::tensors(root().join("tests/golden/models/neox-bin-sharded-fp16")).unwrap();
+    for name in local.names() {
+        let (a, b) = (tensors.read(name).unwrap(), local.read(name).unwrap());
+        assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "{name}");
+    }
+    // Nothing was left in the cache, and once the file is there it is read there.
+    assert!(Cache::new(world.cache.path()).repos().unwrap().is_empty());
+    pricket::fetch(&format!("{SUITE}@step64"), &world.hub(), &Silent).unwrap();
+    world.server.take_log();
+    let tensors = pricket::Tensors::on(&world.hub(), &format!("{SUITE}@step64").parse().unwrap()).unwrap();
+    assert!(tensors.is_local() && tensors.read(name).is_ok());
+    assert_eq!(world.large_bytes(), 0);
+}
+
+fn groups(audit: &Audit) -> BTreeSet<BTreeSet<String>> {
+    audit.identical.iter().map(|group| group.iter().cloned().collect()).collect()
+}
+
+fn assert_golden(audit: &Audit) {
+    let expected: BTreeSet<BTreeSet<String>> =
+        serde_json::from_value(case()["identical_weight_groups"].clone()).unwrap();
+    assert_eq!(groups(audit), expected);
+    let alarming: Vec<_> = audit.findings.iter().filter(|finding| finding.alarming).collect();
+    assert_eq!(alarming.len(), 1, "{:?}", audit.findings);
+    assert_eq!((alarming[0].kind, &alarming[0].revisions[..]), (FindingKind::EqualsFinal, &["step512".to_owned()][..]));
+    let words = &alarming[0].words;
+    assert!(words.starts_with("step512 holds the weights of step1000") && words.contains("main"), "{words}");
+    let expected = audit.findings.iter().find(|finding| finding.kind == FindingKind::Expected).unwrap();
+    assert!(expected.words.contains("step0 and step1") && !expected.alarming, "{}", expected.words);
+}
+
+/// main is safetensors, the steps are pickles with buffers: only tensors tell.
+#[test]
+fn the_planted_branch_is_found() {
+    let world = World::new([(SUITE, suite_repo())]);
+    assert_golden(&world.audit(SUITE));
+    let sent = world.large_bytes();
+    let all: u64 = snapshots()
+        .values()
+        .map(|directory| {
+            let file = ["model.safetensors", "pytorch_model.bin"]
+                .map(|name| directory.join(name))
+                .into_iter()
+                .find(|p| p.symlink_metadata().is_ok());
+            std::fs::metadata(blob(&file.unwrap())).unwrap().len()
+        })
+        .sum();
+    assert!(sent < all / 2, "{sent} of {all} bytes were read to compare");
+    // The same from the cache as it came, without any network.
+    let cache = tempfile::tempdir().unwrap();
+    suite_cache(cache.path());
+    let mut settings = Settings::new("http://127.0.0.1:9", cache.path());
+    settings.offline = true;
+    let hub = Hub::new(settings);
+    assert_golden(
+        &Checkpoints::on(&hub, &SUITE.parse().unwrap(), &Silent).unwrap().audit(&Steps::all(), &Silent).unwrap(),
+    );
+    // And from plain directories.
+    let plain = tempfile::tempdir().unwrap();
+    for (branch, directory) in snapshots() {
+        let to = if branch == "main" { plain.path().to_owned() } else { plain.path().join("revisions").join(branch) };
+        std::fs::create_dir_all(&to).unwrap();
+        for entry in std::fs::read_dir(directory).unwrap().flatten() {
+            std::fs::copy(blob(&entry.path()), to.join(entry.file_name())).unwrap();
+        }
+    }
+    assert_golden(&pricket::audit(plain.path().to_str().unwrap(), &Steps::all(), &Silent).unwrap());
+}
+
+/// A repository of made-up weights: branch to files, each file a letter for its content.
+fn letters(branches: &[(&str, &[(&str, &str)])]) -> Repo {
+    let mut repo = Repo::default();
+    for (branch, files) in branches {
+        let files = files.iter().map(|(path, letter)| (*path, Content::lfs(*letter)));
+        let commit = repo.commit(files.chain([("config.json", Content::text("{}"))]));
+        repo.branch(branch, &commit);
+    }
+    repo
+}
+
+/// What was seen of pythia-2.8b and 12b, in small. Hashes alone: no weight is read.
+#[test]
+fn an_audit_needs_hashes_alone() {
+    const ONE: &str = "pytorch_model-00001-of-00002.bin";
+    const TWO: &str = "pytorch_model-00002-of-00002.bin";
+    let world = World::new([
+        (
+            "EleutherAI/pythia-2.8b",
+            letters(&[
+                ("step0", &[("model.safetensors", "z"), ("pytorch_model.bin", "a")]),
+                ("step1", &[("model.safetensors", "z"), ("pytorch_model.bin", "b")]),
+                ("step2", &[("model.safetensors", "c")]),
+                ("step4", &[("model.safetensors", "d")]),
+                ("step8", &[("model.safetensors", "d")]),
+                ("step16", &[("notes.txt", "no weights")]),
+                ("step143000", &[("model.safetensors", "y")]),
+                ("main", &[("model.safetensors", "z"), ("pytorch_model.bin", "z'")]),
+            ]),
+        ),
+        (
+            "owner/sharded",
+            letters(&[
+                ("step1", &[(ONE, "a1"), (TWO, "a2")]),
+                ("step2", &[(ONE, "z1"), (TWO, "b2")]),
+                ("step3", &[(ONE, "z1"), (TWO, "z2")]),
+                ("main", &[(ONE, "z1"), (TWO, "z2")]),
+            ]),
+        ),
+    ]);
+    let audit = world.checkpoints("EleutherAI/pythia-2.8b");
+    // The letters are no files, and comparing main with the last step would open them.
+    let error = audit.audit(&"all".parse().unwrap(), &Silent).unwrap_err();
+    assert!(error.to_string().contains("model.safetensors"), "{error}");
+    let audit = audit.audit(&"0..512".parse().unwrap(), &Silent).unwrap();
+    let find = |kind| audit.findings.iter().filter(|finding| finding.kind == kind).collect::<Vec<_>>();
+    let ends = find(FindingKind::EqualsFinal);
+    assert_eq!(ends[0].revisions, ["step0", "step1"]);
+    assert!(
+        ends[0].sources.iter().any(|source| source.ends_with("205"))
+            && ends[0].words.contains("pytorch_model.bin differ"),
+        "{}",
+        ends[0].words
+    );
+    let same = find(FindingKind::Identical);
+    assert!(
+        same.len() == 1 && same[0].revisions == ["step4", "step8"] && same[0].words.contains("at most one"),
+        "{same:?}"
+    );
+    assert_eq!(find(FindingKind::NoWeights)[0].revisions, ["step16"]);
+    assert_eq!(find(FindingKind::Missing)[0].revisions, ["step32", "step64", "step128", "step256", "step512"]);
+    assert!(
+        find(FindingKind::Known).iter().any(|finding| finding.revisions == ["step2"]),
+        "{:?}",
+        find(FindingKind::Known)
+    );
+    let audit = world.audit("owner/sharded");
+    let shared: Vec<_> = audit.findings.iter().filter(|f| f.kind == FindingKind::SharedShard).collect();
+    assert!(shared.len() == 1 && shared[0].revisions == ["step2"] && shared[0].words.contains(ONE), "{shared:?}");
+    assert_eq!(world.large_bytes(), 1, "one file of one byte was opened, in the comparison that failed");
+}
+
+fn checkpoints(world: &World, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
+    let output = example("checkpoints")
+        .args(arguments)
+        .current_dir(root())
+        .env("HF_ENDPOINT", world.server.url())
+        .env("HF_HUB_CACHE", world.cache.path())
+        .env("HF_TOKEN", "hf_secret")
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let (out, err) = (text(output.stdout), text(output.stderr));
+    assert!(!out.contains("hf_secret") && !err.contains("hf_secret"));
+    (output.status.code(), out, err)
+}
+
+#[test]
+fn the_example_lists_fetches_audits_and_cleans_up() {
+    let world = World::new([(SUITE, suite_repo())]);
+    let run = |arguments: &[&str]| checkpoints(&world, arguments, &[]);
+    let (code, out, _) = run(&[]);
+    assert!(code == Some(0) && out.contains("12 of 12 steps"), "{out}");
+    let (code, out, err) = run(&["list", SUITE, "--sizes", "--json"]);
+    let json: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
+    assert_eq!((code, json["checkpoints"].as_array().unwrap().len()), (Some(0), 7));
+    assert_eq!(json["checkpoints"][0]["bytes"], 561_424);
+    let (code, out, err) = run(&["fetch", SUITE, "--steps", "0,64..256", "--budget", "1.2MB"]);
+    assert!(code == Some(0) && out.lines().count() == 4 && err.is_empty(), "{out}{err}");
+    let (_, out, _) = run(&["cache", "list", "--json"]);
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["repos"][0]["revisions"].as_array().unwrap().len(), 2, "the budget holds two");
+    let (code, out, _) = run(&["cache", "verify"]);
+    assert!(code == Some(0) && out.contains("0 are damaged"), "{out}");
+    let (code, out, _) = run(&["audit", SUITE]);
+    assert!(code == Some(2) && out.contains("WRONG: step512 holds the weights of step1000"), "{out}");
+    let (code, out, _) = run(&["audit", SUITE, "--json", "--steps", "0..256"]);
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &json["identical"]), (Some(0), &json!([["step0", "step1"]])));
+    let (code, out, _) = run(&["norm", SUITE, "--steps", "0,1000"]);
+    assert!(code == Some(0) && out.lines().count() == 2, "{out}");
+    let (code, out, _) = run(&["cache", "evict", "0"]);
+    assert!(code == Some(0) && out.contains("takes 0.0 kB"), "{out}");
+    let (code, out, err) = run(&["list", "mosaicml/mpt-7b"]);
+    assert!(code == Some(1) && out.is_empty() && err.lines().count() == 1 && err.contains("anas-awadalla"), "{err}");
+    let (code, out, _) = run(&["cards"]);
+    assert!(code == Some(0) && out.lines().count() == 102);
+}
+
+#[test]
+fn generate_and_inspect_take_ids() {
+    let world = World::new([(SUITE, suite_repo())]);
+    let run = |name: &str, arguments: &[&str], offline: &str| {
+        let mut command = example(name);
+        command.args(arguments).env("HF_ENDPOINT", world.server.url()).env("HF_HUB_CACHE", world.cache.path());
+        let output = command.env("HF_HUB_OFFLINE", offline).current_dir(root()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let arguments = ["--model", SUITE, "--revision", "step64", "--json", "-n", "4", "--seed", "1"];
+    let (code, first, err) = run("generate", &arguments, "0");
+    assert_eq!(code, Some(0), "{err}");
+    assert!(err.is_empty(), "no bar and no word where there is no terminal: {err}");
+    let (first, again): (Value, Value) =
+        (serde_json::from_str(&first).unwrap(), serde_json::from_str(&run("generate", &arguments, "1").1).unwrap());
+    assert_eq!(first["ids"], again["ids"]);
+    assert_eq!(first["provenance"]["revision"], "step64");
+    let (code, out, err) = run("inspect", &[&format!("{SUITE}@step64"), "--brief"], "1");
+    assert!(code == Some(0) && out.contains("gpt_neox"), "{out}{err}");
+}
+
+/// `PRICKET_REAL_HUB=1 cargo test real_hub` asks the Hub itself, and fetches 70 MB.
+#[test]
+fn the_real_hub_answers() {
+    if std::env::var_os("PRICKET_REAL_HUB").is_none() {
+        return;
+    }
+    let cache = tempfile::tempdir().unwrap();
+    let mut settings = Settings::from_env().unwrap();
+    settings.cache = cache.path().into();
+    let hub = Hub::new(settings);
+    let found = Checkpoints::on(&hub, &"EleutherAI/pythia-14m".parse().unwrap(), &Silent).unwrap();
+    assert!(found.steps.iter().filter(|checkpoint| checkpoint.present).count() >= 150);
+    let loaded = Loader::new("EleutherAI/pythia-14m@step143000").hub(hub).load().unwrap();
+    assert_eq!(loaded.info().parameters, 14_067_712);
+    assert!(loaded.provenance().files.iter().all(|file| file.digest.is_some()));
+    let model: Arc<dyn pricket::CausalLm> = loaded.model();
+    assert_eq!(model.info().vocab, 50_304);
+}
