@@ -274,7 +274,7 @@ fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
             eprintln!("warning: {} is not there{}", checkpoint.revision, known(checkpoint));
             continue;
         }
-        let tensor = pricket::tensors(found.id(checkpoint))?.read(tensor)?;
+        let tensor = found.tensors(checkpoint)?.read(tensor)?;
         let norm = tensor.to_dtype(DType::F32)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
         let json =
             json!({ "revision": checkpoint.revision, "step": checkpoint.step, "shape": tensor.dims(), "norm": norm });
@@ -299,7 +299,9 @@ fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
             if let (Some(wanted), true) = (&repo, repos.is_empty()) {
                 anyhow::bail!("{wanted} is not in {}", cache.root().display());
             }
-            let verified = cache.verify(&repos, &quiet)?;
+            let bar = bar::Bar::default();
+            let verified = cache.verify(&repos, &bar)?;
+            bar.end();
             let bad: Vec<_> = verified.iter().filter(|file| file.is_good() == Some(false)).collect();
             let unknown = verified.iter().filter(|file| file.is_good().is_none()).count();
             let damaged: Vec<Value> = bad

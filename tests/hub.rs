@@ -574,6 +574,12 @@ fn generate_and_inspect_take_ids() {
     assert_eq!(first["provenance"]["revision"], "step64");
     let (code, out, err) = run("inspect", &[&format!("{SUITE}@step64"), "--brief"], "1");
     assert!(code == Some(0) && out.contains("gpt_neox"), "{out}{err}");
+    // Looking at a repository does not fetch its weights.
+    world.server.take_log();
+    let (code, out, err) = run("inspect", &[SUITE], "0");
+    assert!(code == Some(0) && out.contains("safetensors") && out.contains("final_layer_norm"), "{out}{err}");
+    let sent = world.large_bytes();
+    assert!(sent < 100_000, "{sent}");
 }
 
 /// `PRICKET_REAL_HUB=1 cargo test real_hub` asks the Hub itself, and fetches 70 MB.

@@ -217,18 +217,29 @@ impl Hub {
 
     fn ask_commit(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
         let ModelId { repo, revision } = id;
-        let refs = self.refs(repo, events)?;
+        let refs = match self.refs(repo, events) {
+            Ok(refs) => refs,
+            // Not every mirror lists branches.
+            Err(e @ Error::Repository { status: 404, .. }) => {
+                return self.ask_revision(id, events).map_err(|second| if second.is_network() { second } else { e });
+            }
+            Err(e) => return Err(e),
+        };
         if let Some(commit) = refs.commit(revision) {
             return Ok(commit.into());
         }
         // A pull request or a shortened commit is in no list.
+        match self.ask_revision(id, events) {
+            Err(Error::Revision { repo, revision, .. }) => Err(Error::Revision { repo, revision, known: refs.names() }),
+            answer => answer,
+        }
+    }
+
+    fn ask_revision(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
+        let ModelId { repo, revision } = id;
         let url = format!("{}/api/models/{repo}/revision/{}", self.settings.endpoint, encode(revision, ""));
         let parse = |info: wire::Info| is_commit(&info.sha).then_some(info.sha);
-        match self.json(repo, revision, &url, events, parse) {
-            Ok((commit, _)) => Ok(commit),
-            Err(Error::Revision { repo, revision, .. }) => Err(Error::Revision { repo, revision, known: refs.names() }),
-            Err(e) => Err(e),
-        }
+        Ok(self.json(repo, revision, &url, events, parse)?.0)
     }
 
     /// The files of a commit. It never changes, so once it was fetched from it is not asked for again; offline, what the

@@ -49,7 +49,7 @@ mod zip_directory;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result, clip};
-pub use open::{Format, choose_weights, find_weights, open, open_file, open_remote, sniff};
+pub use open::{Format, choose_weights, find_weights, open, open_file, open_remote, sniff, sniff_remote};
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{Sharded, shard_map};
 pub use source::ReadAt;

@@ -149,6 +149,14 @@ pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
     }
 }
 
+/// What the first bytes of a file that is somewhere else say it is.
+///
+/// # Errors
+/// What reading them says.
+pub fn sniff_remote(file: &dyn ReadAt) -> Result<Format> {
+    Ok(format_of(&file.read_at(0..file.size().min(16))?, Path::new(&file.name())))
+}
+
 fn unread(format: Format, path: &Path) -> Error {
     let unsupported = |what: &str| Error::Unsupported { path: path.into(), what: what.into() };
     match format {

@@ -208,7 +208,10 @@ impl Checkpoints {
         let mut findings = Vec::new();
         let mut looked = Vec::new();
         let (mut missing, mut empty) = (Vec::new(), Vec::new());
-        for (checkpoint, listing) in chosen.into_iter().zip(listings) {
+        for (checkpoint, mut listing) in chosen.into_iter().zip(listings) {
+            for file in listing.iter_mut().flatten().filter(|file| form_of(&file.path).is_some()) {
+                self.home.hash(&checkpoint, file)?;
+            }
             match listing.map(|listing| Looked::new(checkpoint.clone(), listing)) {
                 None => missing.push(checkpoint.revision),
                 Some(found) if found.forms.is_empty() => empty.push(checkpoint.revision),

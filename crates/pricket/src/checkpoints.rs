@@ -156,6 +156,16 @@ impl Checkpoints {
         format!("{}@{}", self.model, checkpoint.revision)
     }
 
+    /// The tensors of a checkpoint, without fetching it: see [`Tensors`].
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if it is not there; what the Hub says.
+    pub fn tensors(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
+        let missing = || Error::NotFound { path: self.id(checkpoint).into(), what: "is not there".into() };
+        let listing = self.home.listing(checkpoint, &Silent)?.ok_or_else(missing)?;
+        self.home.tensors(checkpoint, &listing)
+    }
+
     /// Fills in the sizes of the chosen steps, for which each is asked for its files.
     ///
     /// # Errors
@@ -243,6 +253,14 @@ impl Home {
         }
     }
 
+    /// Takes the hash of a file that lies in a directory; those of the Hub are listed with theirs.
+    pub(crate) fn hash(&self, checkpoint: &Checkpoint, file: &mut Listed) -> Result<()> {
+        if let (None, Some(directory)) = (&file.digest, self.directory(checkpoint)) {
+            file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &pricket_hub::Quiet)?);
+        }
+        Ok(())
+    }
+
     /// The tensors of a checkpoint.
     pub(crate) fn tensors(&self, checkpoint: &Checkpoint, listing: &[Listed]) -> Result<Tensors> {
         match (self, &checkpoint.commit) {
@@ -280,7 +298,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// The files of a directory, weights with their hashes.
+/// The files of a directory.
 fn list(directory: &Path) -> Result<Vec<Listed>> {
     let io = |error| Error::Io { path: directory.into(), error };
     let mut out = Vec::new();
@@ -289,9 +307,7 @@ fn list(directory: &Path) -> Result<Vec<Listed>> {
         let Ok(meta) = std::fs::metadata(&path) else { continue };
         if meta.is_file() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let is_weights = crate::audit::form_of(&name).is_some();
-            let digest = is_weights.then(|| Digest::sha256_of(&path, &pricket_hub::Quiet)).transpose()?;
-            out.push(Listed::new(name, meta.len(), digest));
+            out.push(Listed::new(name, meta.len(), None));
         }
     }
     out.sort_by(|a, b| a.path.cmp(&b.path));

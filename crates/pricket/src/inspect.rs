@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use crate::family::Family;
 use crate::load::{at, read_json};
-use crate::repository::{Place, fetch_id, locate};
+use crate::remote::Tensors;
+use crate::repository::{Place, Revision, locate};
 use crate::{Error, Result};
 
 /// What is in a checkpoint, by its headers: no weight is read.
@@ -59,17 +60,43 @@ impl TensorInfo {
     }
 }
 
-/// Looks at the checkpoint at `path` (as [`crate::load`] reads it) without reading a weight: every name, type and shape
-/// is checked against the configuration. A weight file without a config.json is only listed.
+/// Looks at `model` (as [`crate::load`] reads it) without reading a weight: every name, type and shape is checked against the
+/// configuration. A weight file without a config.json is only listed; of a repository on the Hub only configuration,
+/// tokenizer and headers are fetched.
 ///
 /// # Errors
 /// The one that loading would give.
-pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
-    let path = match locate(path.as_ref())? {
-        Place::Local(path) => path,
-        Place::Hub(id) => fetch_id(&id, &Hub::from_env()?, &Silent)?.directory,
-    };
-    let directory = if path.is_dir() { path.clone() } else { crate::load::parent(&path) };
+pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
+    match locate(model.as_ref())? {
+        Place::Local(path) => {
+            let open = || {
+                let file = if path.is_dir() { pricket_weights::find_weights(&path)? } else { path.clone() };
+                let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
+                let first = store.names().first().map_or_else(|| file.clone(), |name| store.origin(name).into());
+                Ok((file, pricket_weights::sniff(&first)?, store))
+            };
+            look(&path, Vec::new(), open)
+        }
+        Place::Hub(id) => {
+            let hub = Hub::from_env()?;
+            let found = Revision::find(&id, &hub, &Silent)?;
+            let small = found.fetch_small(&hub, &Silent)?;
+            let open = || {
+                let tensors = Tensors::of_listing(&hub, &id, &found.commit, &found.listing)?;
+                Ok((id.to_string().into(), tensors.format()?, tensors.into_store()?))
+            };
+            look(&small.directory, found.warnings.clone(), open)
+        }
+    }
+}
+
+/// Looks at configuration and tokenizer, then at the weights that `open` opens.
+fn look(
+    path: &Path,
+    mut warnings: Vec<String>,
+    open: impl FnOnce() -> Result<(PathBuf, Format, Arc<dyn Store>)>,
+) -> Result<Inspection> {
+    let directory = if path.is_dir() { path.to_owned() } else { crate::load::parent(path) };
     let config_path = directory.join("config.json");
     let config = if config_path.is_file() {
         Some(read_json(&config_path)?)
@@ -91,9 +118,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
     if has_tokenizer && config.is_some() {
         pricket_lm::Tokenizer::from_file(&tokenizer)?;
     }
-    let file = if path.is_dir() { pricket_weights::find_weights(&path)? } else { path.clone() };
-    let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
-    let mut warnings = Vec::new();
+    let (file, format, store) = open()?;
     let names = store.names();
     let is_buffer = |name: &str| family.as_ref().is_some_and(|family| family.names().is_buffer(name));
     let mut tensors = Vec::with_capacity(names.len());
@@ -105,8 +130,6 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection> {
         }
         tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
     }
-    let first = tensors.first().map_or_else(|| file.clone(), |tensor| PathBuf::from(&tensor.file));
-    let format = pricket_weights::sniff(&first)?;
     let mut info = None;
     if let Some(family) = &family {
         let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());

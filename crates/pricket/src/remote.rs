@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 use pricket_hub::{Hub, Listed, ModelId, Quiet};
-use pricket_weights::{Entry, ReadAt, Store, open_file, open_remote, read_tensor, shard_map};
+use pricket_weights::{
+    Bytes, Entry, Format, ReadAt, Store, open_file, open_remote, read_tensor, shard_map, sniff, sniff_remote,
+};
 
 use crate::cards::card;
 use crate::repository::{Chosen, Place, explained, locate};
@@ -159,9 +161,50 @@ impl Tensors {
         Ok(read_tensor(&*self.holder(name)?, name, &Device::Cpu)?)
     }
 
+    /// All of them as one store; every header is read now, so that nothing can fail when it is asked.
+    ///
+    /// # Errors
+    /// What fetching a header says, or that a shard does not hold what the index says.
+    pub(crate) fn into_store(self) -> Result<Arc<dyn Store>> {
+        for name in self.map.keys() {
+            self.entry(name)?;
+        }
+        Ok(Arc::new(self))
+    }
+
+    /// The format of the first file.
+    pub(crate) fn format(&self) -> Result<Format> {
+        Ok(match self.files.values().next() {
+            Some(File::Local(path)) => sniff(path)?,
+            Some(File::Remote(remote)) => sniff_remote(&**remote)?,
+            None => Format::Unknown,
+        })
+    }
+
     /// Whether all of it is on disk, so that reading costs nothing.
     pub fn is_local(&self) -> bool {
         self.files.values().all(|file| matches!(file, File::Local(_)))
+    }
+}
+
+impl Store for Tensors {
+    fn names(&self) -> Vec<String> {
+        self.map.keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.holder(name).ok()?.entry(name)
+    }
+
+    fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
+        let missing = || pricket_weights::Error::Missing { origin: self.name.clone(), name: name.into() };
+        let store = self.holder(name).map_err(|_| missing())?;
+        let bytes = store.bytes(name)?.to_vec();
+        Ok(bytes.into())
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.holder(name).map_or_else(|_| self.name.clone(), |store| store.origin(name))
     }
 }
 

@@ -1,10 +1,10 @@
 //! From the name of a model to its files: a path, a directory's revision, or a repository of the Hub.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use pricket_hub::{Events, Hub, InUse, Listed, ModelId, Report, is_commit};
+use pricket_hub::{Events, Hub, InUse, Listed, ModelId, Report, Snapshot, is_commit};
 use pricket_nn::Progress;
 
 use crate::cards::{Card, KnownKind, card};
@@ -128,6 +128,10 @@ impl<'a> Telling<'a> {
     pub(crate) fn new(progress: &'a dyn Progress, what: impl Into<String>) -> Self {
         Self { progress, what: what.into(), begun: AtomicBool::new(false), notices: Mutex::default() }
     }
+
+    fn notices(&self) -> Vec<String> {
+        self.notices.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl Drop for Telling<'_> {
@@ -148,7 +152,7 @@ impl Events for Telling<'_> {
 
     fn notice(&self, message: &str) {
         self.progress.notice(message);
-        self.notices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(message.into());
+        self.notices.lock().unwrap_or_else(PoisonError::into_inner).push(message.into());
     }
 
     fn cancelled(&self) -> bool {
@@ -157,43 +161,64 @@ impl Events for Telling<'_> {
 }
 
 pub(crate) fn fetch_id(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
-    let card = card(id.repo.as_str());
-    let explain = |e| explained(e, id, card);
-    // An answer from the cache instead of the network is worth a warning, a retry is not.
-    let asking = Telling::new(progress, String::new());
-    let commit = hub.resolve(id, &asking).map_err(explain)?;
-    let listing = hub.files(&id.repo, &commit, &asking).map_err(explain)?;
-    let mut warnings: Vec<String> = asking
-        .notices
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-        .drain(..)
-        .filter(|notice| notice.contains("going on with"))
-        .collect();
-    warnings.extend(known_warnings(id, &commit, hub, card));
-    let chosen = Chosen::among(&listing, id)?;
-    let first = chosen.fetch_first();
-    let telling = || Telling::new(progress, format!("fetching {id}"));
-    let small = hub.fetch(id, &commit, &first, &listing, &telling()).map_err(explain)?;
-    let weights = small.directory.join(&chosen.weights.path);
-    let wanted = if chosen.is_index() {
-        [first, shards(&listing, &weights)?].concat()
-    } else {
-        [first, vec![chosen.weights]].concat()
-    };
-    let whole = hub.fetch(id, &commit, &wanted, &listing, &telling()).map_err(explain)?;
-    let mut report = whole.report;
-    report.received += small.report.received;
-    report.repeated += small.report.repeated;
-    report.on_disk -= small.report.received - small.report.repeated;
-    Ok(Fetched {
-        provenance: Provenance::of_repository(&id.repo, &id.revision, &commit, &whole.directory, &wanted),
-        directory: whole.directory,
-        weights,
-        report,
-        warnings,
-        in_use: whole.in_use,
-    })
+    Revision::find(id, hub, progress)?.fetch(hub, progress)
+}
+
+/// A revision that has been found, and of which nothing has been fetched.
+pub(crate) struct Revision {
+    id: ModelId,
+    pub(crate) commit: String,
+    pub(crate) listing: Vec<Listed>,
+    chosen: Chosen,
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Revision {
+    pub(crate) fn find(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
+        let card = card(id.repo.as_str());
+        let explain = |e| explained(e, id, card);
+        let asking = Telling::new(progress, String::new());
+        let commit = hub.resolve(id, &asking).map_err(explain)?;
+        let listing = hub.files(&id.repo, &commit, &asking).map_err(explain)?;
+        // An answer from the cache instead of the network is worth a warning, a retry is not.
+        let mut warnings = asking.notices();
+        warnings.retain(|notice| notice.contains("going on with"));
+        warnings.extend(known_warnings(id, &commit, hub, card));
+        Ok(Self { chosen: Chosen::among(&listing, id)?, id: id.clone(), commit, listing, warnings })
+    }
+
+    fn get(&self, wanted: &[Listed], hub: &Hub, progress: &dyn Progress) -> Result<Snapshot> {
+        let telling = Telling::new(progress, format!("fetching {}", self.id));
+        let fetched = hub.fetch(&self.id, &self.commit, wanted, &self.listing, &telling);
+        fetched.map_err(|e| explained(e, &self.id, card(self.id.repo.as_str())))
+    }
+
+    /// Configuration, tokenizer, and the index of shards if there is one.
+    pub(crate) fn fetch_small(&self, hub: &Hub, progress: &dyn Progress) -> Result<Snapshot> {
+        self.get(&self.chosen.fetch_first(), hub, progress)
+    }
+
+    fn fetch(self, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
+        let small = self.fetch_small(hub, progress)?;
+        let weights = small.directory.join(&self.chosen.weights.path);
+        let large =
+            if self.chosen.is_index() { shards(&self.listing, &weights)? } else { vec![self.chosen.weights.clone()] };
+        let wanted = [self.chosen.fetch_first(), large].concat();
+        let whole = self.get(&wanted, hub, progress)?;
+        let mut report = whole.report;
+        report.received += small.report.received;
+        report.repeated += small.report.repeated;
+        report.on_disk -= small.report.received - small.report.repeated;
+        let ModelId { repo, revision } = &self.id;
+        Ok(Fetched {
+            provenance: Provenance::of_repository(repo, revision, &self.commit, &whole.directory, &wanted),
+            directory: whole.directory,
+            weights,
+            report,
+            warnings: self.warnings,
+            in_use: whole.in_use,
+        })
+    }
 }
 
 /// Which files of a revision are its weights.
