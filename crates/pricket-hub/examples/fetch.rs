@@ -18,7 +18,7 @@ fn main() -> Result<(), pricket_hub::Error> {
     let hub = Hub::from_env()?;
     let start = Instant::now();
     let commit = hub.resolve(&id, &Notices)?;
-    let listing = hub.files(&id.repo, &commit, &Notices)?;
+    let listing = hub.files(&id.repo, &commit, &Notices)?.files;
     let snapshot = hub.fetch(&id, &commit, &listing, &listing, &Notices)?;
     let (report, seconds) = (snapshot.report, start.elapsed().as_secs_f64());
     println!(

@@ -1,8 +1,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use crate::layout::{Layout, TEMPORARY};
+use crate::layout::{GOING, Layout, TEMPORARY};
 use crate::lock::Lock;
 use crate::part::SUFFIX;
 use crate::{Digest, Error, Events, Listed, RepoId, Result};
@@ -63,7 +63,7 @@ pub struct CachedFile {
 pub struct Verified {
     /// The repository.
     pub repo: RepoId,
-    /// A path and the commits that have it.
+    /// Its path in one of the commits that have it.
     pub path: String,
     /// Where the bytes are.
     pub location: PathBuf,
@@ -213,6 +213,9 @@ impl Cache {
         }
         out.left += ours.values().sum::<u64>();
         candidates.sort_by(|a, b| (a.0, &a.2.commit).cmp(&(b.0, &b.2.commit)));
+        for repo in &repos {
+            out.freed += self.sweep(&repo.repo, &Layout::new(&self.root, &repo.repo), events)?;
+        }
         for repo in repos.iter().filter(|repo| repo.partial_bytes > 0) {
             if out.left > budget {
                 let freed = Self::drop_partial(&Layout::new(&self.root, &repo.repo))?;
@@ -265,7 +268,7 @@ impl Cache {
     ) -> Result<Option<u64>> {
         let in_use = layout.in_use(&revision.commit);
         let Some(_lock) = Lock::try_new(&in_use)? else { return Ok(None) };
-        let _mutex = Lock::wait(&layout.mutex(), "this repository", events, &|| false)?;
+        let _mutex = Lock::wait(&layout.mutex(), "another process that changes this repository", events, &|| false)?;
         // Looked at again, now that nothing moves.
         let now = self.repo(repo.clone());
         let kept: BTreeSet<&PathBuf> = now
@@ -275,6 +278,8 @@ impl Cache {
             .flat_map(|other| other.files.iter().map(|file| &file.location))
             .collect();
         let Some(going) = now.revisions.iter().find(|other| other.commit == revision.commit) else {
+            // Another process was faster; the mark came back when its lock was asked for.
+            remove(&in_use)?;
             return Ok(Some(0));
         };
         // References first, then links, then bytes: at no moment does anything lead nowhere.
@@ -282,33 +287,62 @@ impl Cache {
             remove(&layout.reference(name))?;
         }
         remove(&layout.record(&revision.commit))?;
-        let snapshot = layout.snapshot(&revision.commit);
-        let mut freed = 0;
-        let mut blobs = BTreeMap::new();
-        for file in going.files.iter().filter(|file| !kept.contains(&file.location)) {
-            if file.location.starts_with(&snapshot) {
-                freed += file.bytes;
-            } else {
-                blobs.insert(&file.location, file.bytes);
-            }
-        }
-        std::fs::remove_dir_all(&snapshot).map_err(Error::io(&snapshot))?;
-        for (path, bytes) in blobs {
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            // Whoever holds this lock is about to link to the blob.
-            if let Some(_lock) = Lock::try_new(&layout.blob_lock(&name))? {
-                remove(path)?;
-                freed += bytes;
-            }
-        }
+        let (snapshot, gone) = (layout.snapshot(&revision.commit), layout.going(&revision.commit));
+        let own =
+            going.files.iter().filter(|file| file.location.starts_with(&snapshot)).map(|file| file.bytes).sum::<u64>();
+        // Out of the way in one step, and still there to tell which blobs are to follow.
+        std::fs::rename(&snapshot, &gone).map_err(Error::io(&snapshot))?;
+        let freed = own + drop_blobs(layout, &gone, &kept)?;
         remove(&in_use)?;
-        for name in names_in(&layout.root().join(".pricket"))? {
-            if name.starts_with(TEMPORARY) {
-                remove(&layout.root().join(".pricket").join(name))?;
-            }
-        }
         Ok(Some(freed))
     }
+
+    /// Finishes what an eviction that was killed had begun, and deletes what was on its way to another name for hours.
+    fn sweep(&self, repo: &RepoId, layout: &Layout, events: &dyn Events) -> Result<u64> {
+        let directory = layout.root().join(".pricket");
+        let mut freed = 0;
+        for name in names_in(&directory)? {
+            let path = directory.join(&name);
+            if name.starts_with(GOING) {
+                let _mutex =
+                    Lock::wait(&layout.mutex(), "another process that changes this repository", events, &|| false)?;
+                let now = self.repo(repo.clone());
+                let kept =
+                    now.revisions.iter().flat_map(|other| other.files.iter().map(|file| &file.location)).collect();
+                freed += drop_blobs(layout, &path, &kept)?;
+            } else if name.starts_with(TEMPORARY) {
+                let age = std::fs::symlink_metadata(&path)
+                    .and_then(|meta| meta.modified())
+                    .ok()
+                    .and_then(|t| t.elapsed().ok());
+                if age.is_some_and(|age| age > Duration::from_hours(6)) {
+                    remove(&path)?;
+                }
+            }
+        }
+        Ok(freed)
+    }
+}
+
+/// Deletes the blobs that a snapshot on its way out leads to and no other does, then the snapshot.
+fn drop_blobs(layout: &Layout, gone: &Path, kept: &BTreeSet<&PathBuf>) -> Result<u64> {
+    let mut freed = 0;
+    for path in files_below(gone) {
+        let target = std::fs::read_link(gone.join(&path)).ok();
+        let name = target.as_deref().and_then(Path::file_name).and_then(|name| name.to_str());
+        let Some(digest) = name.and_then(Digest::from_hex) else { continue };
+        let blob = layout.blob(&digest);
+        if kept.contains(&blob) {
+            continue;
+        }
+        // Whoever holds this lock is about to link to the blob.
+        if let Some(_lock) = Lock::try_new(&layout.blob_lock(digest.hex()))? {
+            freed += std::fs::metadata(&blob).map_or(0, |meta| meta.len());
+            remove(&blob)?;
+        }
+    }
+    std::fs::remove_dir_all(gone).map_err(Error::io(gone))?;
+    Ok(freed)
 }
 
 fn remove(path: &Path) -> Result<()> {

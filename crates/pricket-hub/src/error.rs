@@ -20,7 +20,7 @@ pub enum Error {
         what: String,
     },
     /// The repository has no such branch, tag or commit.
-    #[error("{repo}: no revision {revision:?}; {}", listed(known))]
+    #[error("{repo}: no revision {revision:?}{}", listed(known))]
     Revision {
         /// The repository.
         repo: String,
@@ -40,12 +40,12 @@ pub enum Error {
         what: String,
     },
     /// Something is not in the cache and the network may not be asked.
-    #[error("{what}; HF_HUB_OFFLINE is set, so the Hub was not asked")]
+    #[error("{what}; the Hub was not asked, as this is offline (HF_HUB_OFFLINE)")]
     Offline {
         /// What is missing.
         what: String,
     },
-    /// The network failed for longer than our patience.
+    /// The network failed for longer than our patience, or a server refused for good.
     #[error("{url}: {what}")]
     Network {
         /// The address, without its query.
@@ -62,7 +62,7 @@ pub enum Error {
         what: String,
     },
     /// A file that came complete and is not what the repository lists.
-    #[error("{repo}@{commit}: {file}: expected {expected}, received {found}, {times} times; nothing was kept")]
+    #[error("{repo}@{commit}: {file}: expected {expected}, received {found}; nothing of {times} tries was kept")]
     Mismatch {
         /// The repository.
         repo: String,
@@ -118,12 +118,12 @@ impl Error {
 /// The revisions that are there, steps by number, runs of them abridged.
 pub(crate) fn listed(known: &[String]) -> String {
     if known.is_empty() {
-        return "it has no branches".into();
+        return String::new();
     }
     let mut names: Vec<&str> = known.iter().map(String::as_str).collect();
     names.sort_by_key(|name| (crate::step_of(name), *name));
     let (first, last) = (names.iter().take(16), names.len().saturating_sub(16));
-    let mut text = format!("there are {}", first.copied().collect::<Vec<_>>().join(", "));
+    let mut text = format!("; there are {}", first.copied().collect::<Vec<_>>().join(", "));
     match last {
         0 => {}
         1..=4 => text = format!("{text}, {}", names[16..].join(", ")),

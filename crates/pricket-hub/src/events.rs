@@ -2,7 +2,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Revisions and listings are read.
+    /// The Hub is asked for revisions or a listing; the name told is the repository's.
     Metadata,
     /// Bytes arrive. They are hashed as they do.
     Body,
@@ -24,7 +24,12 @@ pub trait Events: Send + Sync {
         let _ = (file, phase);
     }
 
-    /// Something that a user may want to know: a retry, a wait, an answer from the cache.
+    /// The network failed, and what the cache has is used in its place.
+    fn fallback(&self, message: &str) {
+        self.notice(message);
+    }
+
+    /// Something that a user may want to know: a retry, a wait.
     fn notice(&self, message: &str) {
         let _ = message;
     }

@@ -4,12 +4,14 @@
 //! behind the first gap, so that the hash is ready when the last byte is. Only a file whose hash is the listed one gets
 //! its name.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::http::{Answer, CHUNK, Failure, Http, Tries, reason};
+use crate::http::{Answer, CHUNK, Failure, Http, Tries, WORTHWHILE, reason};
+use crate::id::{is_commit, is_relative_path};
 use crate::layout::Layout;
 use crate::lock::Lock;
 use crate::part::Part;
@@ -100,6 +102,33 @@ impl Hub {
         events: &dyn Events,
     ) -> Result<Snapshot> {
         let ModelId { repo, revision } = id;
+        let snapshot = self.fetch_part(repo, commit, wanted, events)?;
+        let layout = self.layout(repo);
+        // Last, so that a branch never leads to half a snapshot where it led to a whole one, and that no listing is kept
+        // that has not proved right.
+        let keep = || {
+            let _mutex = Lock::wait(&layout.mutex(), MUTEX, events, &|| false)?;
+            if layout.in_use(commit).is_file() {
+                self.record(repo, commit, listing)?;
+            }
+            layout.write_reference(revision, commit)
+        };
+        let is_known = revision == commit || layout.read_reference(revision).as_deref() == Some(commit);
+        if !is_known || !layout.record(commit).is_file() {
+            // The files are there, whatever else cannot be written, as in a cache that somebody else owns.
+            if let Err(e) = keep() {
+                events.notice(&format!("{id}: not remembered: {e}"));
+            }
+        }
+        Ok(snapshot)
+    }
+
+    /// The same for files that are not yet all: no branch leads to them, and the listing is not kept.
+    ///
+    /// # Errors
+    /// As [`Hub::fetch`].
+    pub fn fetch_part(&self, repo: &RepoId, commit: &str, wanted: &[Listed], events: &dyn Events) -> Result<Snapshot> {
+        check_names(commit, wanted)?;
         let layout = self.layout(repo);
         let total = wanted.iter().map(|file| file.size).sum();
         let snapshot = |in_use, report| Snapshot {
@@ -113,15 +142,16 @@ impl Hub {
         let in_use = self.in_use(repo, commit);
         let mut missing: Vec<&Listed> = wanted.iter().filter(|file| layout.present(commit, file).is_none()).collect();
         if missing.is_empty() {
-            // A cache that cannot be written is read all the same.
-            let _ = layout.write_reference(revision, commit);
             return Ok(snapshot(in_use, Report { total, on_disk: total, ..Report::default() }));
         }
         if self.settings.offline {
             let names: Vec<&str> = missing.iter().map(|file| file.path.as_str()).collect();
             return Err(Error::Offline { what: format!("{repo}@{commit}: {} is not in the cache", names.join(", ")) });
         }
-        let in_use = InUse { _lock: Some(Lock::share(&layout.in_use(commit))?) };
+        let mark = layout.in_use(commit);
+        // A commit that another program brought stays theirs, also if a file of it is ours.
+        let is_ours = mark.is_file() || !layout.snapshot(commit).exists();
+        let in_use = InUse { _lock: if is_ours { Some(Lock::share(&mark)?) } else { None } };
         self.check_space(&layout, &missing)?;
         // The large ones first: the small ones fit beside them.
         missing.sort_by_key(|file| std::cmp::Reverse(file.size));
@@ -129,10 +159,7 @@ impl Hub {
         let ledger = Ledger { events, total, done: AtomicU64::new(0), received: AtomicU64::new(0) };
         ledger.found(total - waiting);
         let report = self.fetch_all(repo, commit, &layout, &missing, &ledger)?;
-        // Last, so that a branch never leads to half a snapshot where it led to a whole one, and that no listing is kept
-        // that has not proved right.
-        self.record(repo, commit, listing)?;
-        layout.write_reference(revision, commit)?;
+        events.progress(total, total);
         Ok(snapshot(in_use, report))
     }
 
@@ -153,13 +180,29 @@ impl Hub {
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {
+                    let _over = AtEnd(|| {
+                        over.fetch_add(1, Ordering::Release);
+                    });
                     while let Some(file) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
                         if stop.load(Ordering::Relaxed) {
+                            failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(Error::Cancelled);
                             break;
                         }
                         let fetched = known(file).and_then(|digest| {
-                            One { hub: self, http: &http, repo, commit, layout, file, digest, ledger, stop: &stop }
-                                .fetch()
+                            let stop = &stop;
+                            let one = One {
+                                hub: self,
+                                http: &http,
+                                repo,
+                                commit,
+                                layout,
+                                file,
+                                digest,
+                                ledger,
+                                stop,
+                                moved: Mutex::default(),
+                            };
+                            one.fetch()
                         });
                         match fetched {
                             Ok(found) => {
@@ -172,7 +215,6 @@ impl Hub {
                             }
                         }
                     }
-                    over.fetch_add(1, Ordering::Release);
                 });
             }
             // Whoever cancels does not wait for a silent server.
@@ -194,8 +236,11 @@ impl Hub {
     }
 
     fn check_space(&self, layout: &Layout, missing: &[&Listed]) -> Result<()> {
-        let mut needed = 0;
+        let (mut needed, mut counted) = (0, BTreeSet::new());
         for file in missing {
+            if !counted.insert(known(file)?) && self.settings.symlinks {
+                continue;
+            }
             let blob = layout.blob(known(file)?);
             let there = std::fs::metadata(&blob).is_ok_and(|meta| meta.len() == file.size);
             if !there {
@@ -219,6 +264,33 @@ impl Hub {
     }
 }
 
+/// What the mutex of a repository is waited for.
+const MUTEX: &str = "another process that changes this repository in the cache";
+
+/// Does something when it goes, also in a panic: whoever waits for a thread must not wait for ever.
+struct AtEnd<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for AtEnd<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+/// Refuses what would leave the cache. A listing has been checked, but anybody can make one up.
+fn check_names(commit: &str, files: &[Listed]) -> Result<()> {
+    let bad = |what: &str| Err(Error::Input(format!("{what:?} is not the name of anything in a cache")));
+    if !is_commit(commit) {
+        return bad(commit);
+    }
+    for file in files {
+        let hex = file.digest.as_ref().map_or("", Digest::hex);
+        if !is_relative_path(&file.path) || !(hex.is_empty() || Digest::from_hex(hex).is_some()) {
+            return bad(&file.path);
+        }
+    }
+    Ok(())
+}
+
 /// The hash of a file that is to be fetched; every listing of the Hub has one.
 fn known(file: &Listed) -> Result<&Digest> {
     file.digest
@@ -227,7 +299,6 @@ fn known(file: &Listed) -> Result<&Digest> {
 }
 
 /// One file on its way.
-#[derive(Clone, Copy)]
 struct One<'a> {
     hub: &'a Hub,
     http: &'a Http,
@@ -238,6 +309,8 @@ struct One<'a> {
     digest: &'a Digest,
     ledger: &'a Ledger<'a>,
     stop: &'a AtomicBool,
+    /// Where the last redirect led, which is good for a while.
+    moved: Mutex<Option<String>>,
 }
 
 /// Why a part could not be filled by ranges.
@@ -254,18 +327,23 @@ impl One<'_> {
         let blob = layout.blob(expected);
         let blobs = layout.root().join("blobs");
         std::fs::create_dir_all(&blobs).map_err(Error::io(&blobs))?;
-        let _lock = Lock::wait(&layout.blob_lock(expected.hex()), &file.path, ledger.events, &|| self.stopped())?;
+        let for_what = format!("another process that fetches {}", file.path);
+        let lock = Lock::wait(&layout.blob_lock(expected.hex()), &for_what, ledger.events, &|| self.stopped())?;
         if layout.present(self.commit, file).is_some() {
             ledger.found(file.size);
             return Ok(file.size);
         }
         if std::fs::metadata(&blob).is_ok_and(|meta| meta.is_file() && meta.len() == file.size) {
-            self.link(None, &blob)?;
+            self.link(false, || Ok(()))?;
             ledger.found(file.size);
             return Ok(file.size);
         }
-        let part_path = Part::path_for(&blob);
-        let mut part = Part::open(&part_path, file.size, self.hub.settings.range_bytes.max(1))?;
+        let mut part_path = Part::path_for(&blob);
+        if !lock.is_real {
+            // Nobody keeps others off the file, so it must be one that nobody else has.
+            part_path = layout.private_part(expected)?;
+        }
+        let mut part = Part::open(&part_path, file.size, self.hub.settings.range_bytes)?;
         let on_disk = part.total();
         ledger.found(on_disk);
         let mut ranged = true;
@@ -297,19 +375,37 @@ impl One<'_> {
                 std::fs::remove_file(&part_path).map_err(Error::io(&part_path))?;
                 return Err(mismatch);
             }
-            ledger.events.notice(&mismatch.to_string());
+            let what = format!("{}: expected {expected}, received {digest}; fetching it again", file.path);
+            ledger.events.notice(&what);
         }
-        self.link(Some(part), &blob)?;
+        self.phase(Phase::Rename);
+        part.complete()?;
+        self.link(true, || part.name(&blob))?;
         Ok(on_disk)
     }
 
-    fn link(&self, part: Option<Part>, blob: &Path) -> Result<()> {
-        self.phase(Phase::Rename);
-        let _mutex = Lock::wait(&self.layout.mutex(), "this repository", self.ledger.events, &|| self.stopped())?;
-        if let Some(part) = part {
-            part.finish(blob)?;
-        }
-        self.layout.link(self.commit, &self.file.path, self.digest, self.hub.settings.symlinks)
+    /// Links the snapshot to the blob that `name` gives its name.
+    fn link(&self, is_new: bool, name: impl FnOnce() -> Result<()>) -> Result<()> {
+        let layout = self.layout;
+        let _mutex = Lock::wait(&layout.mutex(), MUTEX, self.ledger.events, &|| self.stopped())?;
+        name()?;
+        layout.link(self.commit, &self.file.path, self.digest, self.hub.settings.symlinks, is_new)
+    }
+
+    /// GETs a range or all of the file, from where the last redirect led if that is known.
+    fn get(&self, range: Option<(u64, u64)>) -> Result<Answer, Failure> {
+        let lock = || self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = lock().clone();
+        let answer = match &known {
+            Some(url) => self.http.get(url, range, true),
+            None => self.http.get(&self.url(), range, false),
+        };
+        *lock() = answer.as_ref().ok().and_then(|answer| answer.moved.clone());
+        answer
+    }
+
+    fn url(&self) -> String {
+        self.hub.file_url(self.repo, self.commit, &self.file.path)
     }
 
     fn phase(&self, phase: Phase) {
@@ -327,6 +423,13 @@ impl One<'_> {
         let (next, halt) = (AtomicUsize::new(0), AtomicBool::new(false));
         let failed = Mutex::new(None);
         let worker = || {
+            let _halt = AtEnd(|| {
+                // Whoever waits for the bytes of a worker that panicked would wait for ever.
+                if std::thread::panicking() {
+                    halt.store(true, Ordering::Relaxed);
+                    part.announce();
+                }
+            });
             while let Some(&i) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
                 if let Err(e) = self.fill(part, i, &|| halt.load(Ordering::Relaxed) || self.stopped()) {
                     failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
@@ -411,15 +514,18 @@ impl One<'_> {
         let start = part.range_start(i) + part.done(i);
         let end = part.range_start(i) + part.range_len(i);
         let all = start == 0 && end == size;
-        let url = self.hub.file_url(self.repo, self.commit, &self.file.path);
-        let answer = self.http.get(&url, (!all).then_some((start, end)))?;
-        let end = match (answer.status, all) {
+        let answer = self.get((!all).then_some((start, end)))?;
+        let url = self.url();
+        let upto = match (answer.status, all) {
             (200, false) => return Ok(false),
             (200, true) => end,
             _ => check_range(&url, &answer, start, end, size)?,
         };
         let append = |bytes: &[u8]| part.append(i, bytes).map_err(Failure::Fatal);
-        self.receive(&url, answer, end - start, halted, append)?;
+        self.receive(&url, answer, upto - start, halted, append)?;
+        if upto < end && upto - start < WORTHWHILE {
+            return Err(Failure::again(&url, format!("only {} bytes of a range came", upto - start)));
+        }
         Ok(true)
     }
 
@@ -467,22 +573,27 @@ impl One<'_> {
         }
     }
 
-    /// The whole file in one body, from the first byte at every try: for servers that know no ranges.
+    /// The whole file in one body, from the first byte: for servers that know no ranges.
     fn whole(&self, part: &mut Part) -> Result<Digest> {
         self.phase(Phase::Body);
         let halted = || self.stopped();
-        let url = self.hub.file_url(self.repo, self.commit, &self.file.path);
         let mut tries = Tries::new(self.http.patience(), self.ledger.events);
+        let mut restart = true;
         loop {
-            self.ledger.lost(part.total());
-            part.restart_whole()?;
-            let received = self.http.get(&url, None).and_then(|answer| {
-                let append = |bytes: &[u8]| part.append(0, bytes).map_err(Failure::Fatal);
-                self.receive(&url, answer, self.file.size, &halted, append)
-            });
+            if halted() {
+                return Err(Error::Cancelled);
+            }
+            if restart {
+                self.ledger.lost(part.total());
+                part.restart_whole()?;
+            }
+            // A try that broke off is gone on with, in case the server knows ranges after all.
+            let received = self.range(part, 0, &halted);
+            restart = matches!(received, Ok(false));
             match received {
-                Ok(()) => return self.hash(part, &halted),
-                // What came is worth nothing without the rest, so it is no progress.
+                _ if part.total() == self.file.size => return self.hash(part, &halted),
+                Ok(_) => {}
+                // What came may be worth nothing without the rest, so it is no progress.
                 Err(failure) => tries.failed(self.explained(failure), 0, &halted)?,
             }
         }
@@ -519,7 +630,11 @@ impl Hub {
         range: std::ops::Range<u64>,
         events: &dyn Events,
     ) -> Result<Vec<u8>> {
+        check_names(commit, std::slice::from_ref(file))?;
         let std::ops::Range { start, end } = range;
+        let too_much =
+            || Error::Input(format!("{} bytes at once are too many for this machine", end.saturating_sub(start)));
+        let wanted = usize::try_from(end.saturating_sub(start)).map_err(|_| too_much())?;
         if start >= end {
             return Ok(Vec::new());
         }
@@ -528,22 +643,33 @@ impl Hub {
             return Err(Error::NoFile { repo: repo.to_string(), revision: commit.into(), what });
         }
         if self.settings.offline {
-            return Err(Error::Offline { what: format!("{repo}@{commit}: {} is not in the cache", file.path) });
+            return Err(Error::Offline { what: format!("{repo}@{commit}: {} would be read from the Hub", file.path) });
         }
         let (layout, stop) = (self.layout(repo), AtomicBool::new(false));
         let ledger = Ledger { events, total: end - start, done: AtomicU64::new(0), received: AtomicU64::new(0) };
         let http = self.http();
         let digest = known(file)?;
-        let one = One { hub: self, http, repo, commit, layout: &layout, file, digest, ledger: &ledger, stop: &stop };
-        let url = self.file_url(repo, commit, &file.path);
+        let one = One {
+            hub: self,
+            http,
+            repo,
+            commit,
+            layout: &layout,
+            file,
+            digest,
+            ledger: &ledger,
+            stop: &stop,
+            moved: Mutex::default(),
+        };
+        let url = one.url();
         let mut tries = Tries::new(http.patience(), events);
         let mut out = Vec::new();
-        while out.len() < (end - start) as usize {
+        while out.len() < wanted {
             if events.cancelled() {
                 return Err(Error::Cancelled);
             }
             let (before, at) = (out.len(), start + out.len() as u64);
-            let received = http.get(&url, Some((at, end))).and_then(|answer| {
+            let received = one.get(Some((at, end))).and_then(|answer| {
                 let upto = match answer.status {
                     200 if (at, end) == (0, file.size) => end,
                     200 => {

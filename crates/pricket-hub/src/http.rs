@@ -23,6 +23,8 @@ pub(crate) struct Http {
 /// An answer whose body has not been read yet.
 pub(crate) struct Answer {
     pub(crate) status: u16,
+    /// The address that gave it, if that is not the one that was asked.
+    pub(crate) moved: Option<String>,
     headers: Vec<(String, String)>,
     /// Of the body, where the answer says so.
     pub(crate) length: Option<u64>,
@@ -61,14 +63,16 @@ impl Failure {
     }
 }
 
-/// An address without its query, which may be a signature.
+/// An address without its query, which may be a signature, and without a user and a password.
 fn bare(url: &str) -> String {
-    let end = url.find(['?', '#']).unwrap_or(url.len());
-    url[..end].into()
+    let url = &url[..url.find(['?', '#']).unwrap_or(url.len())];
+    let Some((scheme, rest)) = url.split_once("://") else { return url.into() };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    format!("{scheme}://{}{path}", authority.rsplit_once('@').map_or(authority, |(_, host)| host))
 }
 
 /// Scheme, host and port: who gets to see a token. `None` for an address that leaves any of it in doubt.
-fn origin(url: &str) -> Option<(&str, String, u16)> {
+pub(crate) fn origin(url: &str) -> Option<(&str, String, u16)> {
     let (scheme, rest) = url.split_once("://")?;
     let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
     let default = match scheme {
@@ -83,8 +87,8 @@ fn origin(url: &str) -> Option<(&str, String, u16)> {
     (!host.is_empty() && !host.contains(['@', '\\'])).then(|| (scheme, host.to_ascii_lowercase(), port))
 }
 
-/// Where a `Location` leads from `url`.
-fn join(url: &str, location: &str) -> Option<String> {
+/// Where a `Location` or `Link` leads from `url`.
+pub(crate) fn join(url: &str, location: &str) -> Option<String> {
     if location.starts_with("http://") || location.starts_with("https://") {
         return Some(location.into());
     }
@@ -112,8 +116,8 @@ impl Http {
         self.agent.shutdown();
     }
 
-    /// GET, redirects followed; the answer has status 200 or 206.
-    pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>) -> Result<Answer, Failure> {
+    /// GET, redirects followed; the answer has status 200 or 206. `is_moved` says that `url` is itself where a redirect led.
+    pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>, is_moved: bool) -> Result<Answer, Failure> {
         let ours = origin(&self.settings.endpoint);
         let mut url = url.to_owned();
         let mut seen = Vec::new();
@@ -125,13 +129,19 @@ impl Http {
             if let Some(token) = self.settings.token.as_ref().filter(|_| ours.is_some() && origin(&url) == ours) {
                 headers.push(("authorization", token.bearer()));
             }
-            let answer = self.agent.get(&url, &headers)?;
+            let mut answer = self.agent.get(&url, &headers)?;
+            let is_moved = is_moved || !seen.is_empty();
             match answer.status {
-                200 | 206 => return answer.plain(&url),
+                200 | 206 => {
+                    answer.moved = is_moved.then(|| url.clone());
+                    return answer.plain(&url);
+                }
                 301 | 302 | 303 | 307 | 308 => {
-                    let location = answer.header("location").unwrap_or_default();
-                    let Some(next) = join(&url, location) else {
-                        return Err(Failure::again(&url, format!("a redirect to {:?}", bare(location))));
+                    let location = answer.header("location").unwrap_or_default().to_owned();
+                    // Read to its end, the connection can be used again.
+                    let _ = std::io::copy(&mut answer.body.take(CHUNK as u64), &mut std::io::sink());
+                    let Some(next) = join(&url, &location) else {
+                        return Err(Failure::again(&url, format!("a redirect to {:?}", bare(&location))));
                     };
                     seen.push(std::mem::replace(&mut url, next));
                     if seen.len() > MAX_REDIRECTS || seen.contains(&url) {
@@ -140,6 +150,7 @@ impl Http {
                 }
                 status @ (408 | 429 | 500..=599) => {
                     let after = answer.header("retry-after").and_then(wire::retry_after);
+                    let after = after.or_else(|| rate_limit(answer.header("ratelimit")?));
                     return Err(Failure::Again {
                         url: bare(&url),
                         what: format!("status {status}"),
@@ -147,8 +158,8 @@ impl Http {
                         reached: true,
                     });
                 }
-                // The signature of a redirect has run out: the first address gives a new one.
-                status @ (401 | 403 | 410) if !seen.is_empty() => {
+                // A signature that has run out, mostly: the first address gives a new one.
+                status if is_moved => {
                     return Err(Failure::again(&url, format!("status {status} after a redirect")));
                 }
                 status => {
@@ -161,7 +172,7 @@ impl Http {
 
     /// GETs a text of at most `limit` bytes, with its `Link` header.
     pub(crate) fn text(&self, url: &str, limit: u64) -> Result<(Option<String>, Vec<u8>), Failure> {
-        let mut answer = self.get(url, None)?;
+        let mut answer = self.get(url, None, false)?;
         let deadline = Instant::now() + self.settings.patience.answer;
         let mut out = Vec::new();
         let mut chunk = vec![0; CHUNK];
@@ -232,6 +243,7 @@ mod wire {
             };
             Ok(Answer {
                 status: head.status.as_u16(),
+                moved: None,
                 headers: head.headers.iter().filter_map(header).collect(),
                 length: body.content_length(),
                 body: Box::new(body.into_with_config().limit(u64::MAX).reader()),
@@ -244,6 +256,13 @@ mod wire {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
                 let what = format!("not an address that can be asked: {e}");
                 return Failure::Fatal(Error::Protocol { url: bare(url), what });
+            }
+            // A certificate does not get better.
+            ureq::Error::Rustls(_) | ureq::Error::Tls(_) => {
+                return Failure::Fatal(Error::Network { url: bare(url), what: e.to_string() });
+            }
+            ureq::Error::Io(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                return Failure::Fatal(Error::Network { url: bare(url), what: e.to_string() });
             }
             ureq::Error::Io(e) => {
                 let nowhere = [ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable];
@@ -297,6 +316,12 @@ mod wire {
     }
 }
 
+/// The `t` of a `RateLimit: "resolvers";r=0;t=120`, which the Hub sends in place of `Retry-After`.
+fn rate_limit(text: &str) -> Option<Duration> {
+    let field = |name: &str| text.split(';').find_map(|part| part.trim().strip_prefix(name)?.parse::<u64>().ok());
+    (field("r=") == Some(0)).then(|| field("t=")).flatten().map(Duration::from_secs)
+}
+
 /// What the system said, in one line.
 pub(crate) fn reason(e: &std::io::Error) -> String {
     match e.kind() {
@@ -335,7 +360,7 @@ impl<'a> Tries<'a> {
             }
             Failure::Again { url, what, after, reached } => (url, what, after, reached),
         };
-        if self.events.cancelled() {
+        if self.events.cancelled() || stop() {
             return Err(Error::Cancelled);
         }
         self.failures = if gained >= WORTHWHILE { 1 } else { self.failures + 1 };
@@ -381,6 +406,9 @@ mod tests {
     #[test]
     fn addresses() {
         assert_eq!(bare("https://cdn/x?Signature=secret"), "https://cdn/x");
+        assert_eq!(bare("https://me:secret@cdn/a@b"), "https://cdn/a@b");
+        assert_eq!(rate_limit("\"resolvers\";r=0;t=120"), Some(Duration::from_mins(2)));
+        assert_eq!(rate_limit("\"api\";r=5;t=120"), None);
         assert_eq!(origin("https://Hub.co/x"), origin("https://hub.co:443/y"));
         assert_eq!(origin("http://[::1]:80/x"), origin("http://[::1]/"));
         assert_ne!(origin("https://hub.co/x"), origin("https://hub.co\\@evil.org/x"));

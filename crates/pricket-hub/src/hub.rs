@@ -3,15 +3,18 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::http::{Failure, Http, Tries};
+use crate::http::{Failure, Http, Tries, join, origin};
 use crate::id::{is_relative_path, is_revision};
 use crate::layout::Layout;
-use crate::{Digest, Error, Events, ModelId, RepoId, Result, Settings, is_commit};
+use crate::{Digest, Error, Events, ModelId, Phase, RepoId, Result, Settings, is_commit};
 
 /// A listing of 154 branches is 20 kB, one of a repository's files less.
 const MAX_LISTING: u64 = 16 << 20;
+/// A pebibyte is no file, and sums of sizes stay sums.
+const MAX_FILE: u64 = 1 << 50;
 /// More files than this are no model.
 const MAX_FILES: usize = 100_000;
+const MAX_PAGES: usize = 10_000;
 
 /// The Hugging Face Hub, or whatever speaks its protocol, and the cache of what came from it.
 ///
@@ -66,6 +69,16 @@ impl Listed {
     pub fn new(path: impl Into<String>, size: u64, digest: Option<Digest>) -> Self {
         Self { path: path.into(), size, digest }
     }
+}
+
+/// The files of a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Listing {
+    /// The files.
+    pub files: Vec<Listed>,
+    /// Whether these are all that the commit has; else they are those that the cache has of it.
+    pub is_complete: bool,
 }
 
 /// A [`Listed`] file in our records, in the words of the Hub.
@@ -164,7 +177,7 @@ impl Hub {
 
     /// A file of a commit, if it is in the cache and as long as listed.
     pub fn cached(&self, repo: &RepoId, commit: &str, file: &Listed) -> Option<std::path::PathBuf> {
-        self.layout(repo).present(commit, file)
+        (is_commit(commit) && is_relative_path(&file.path)).then(|| self.layout(repo).present(commit, file)).flatten()
     }
 
     /// The branches that the cache has seen, with the commits that they had then.
@@ -201,14 +214,15 @@ impl Hub {
                 let known = self.cached_refs(repo).map(|refs| refs.names()).unwrap_or_default();
                 let what = match &known[..] {
                     [] => format!("{repo} is not in the cache ({})", self.settings.cache.display()),
-                    known => format!("{id} is not in the cache; {}", crate::error::listed(known)),
+                    known => format!("{id} is not in the cache{}", crate::error::listed(known)),
                 };
                 Error::Offline { what }
             });
         }
         match self.ask_commit(id, events) {
-            Err(e) if e.is_network() && cached.is_some() => {
-                events.notice(&format!("{e}; going on with what the cache has of {id}"));
+            // A repository that has left the Hub is still what it was.
+            Err(e) if (e.is_network() || matches!(e, Error::Repository { .. })) && cached.is_some() => {
+                events.fallback(&format!("{e}; going on with what the cache has of {id}"));
                 Ok(cached.unwrap_or_default())
             }
             answer => answer,
@@ -247,22 +261,28 @@ impl Hub {
     ///
     /// # Errors
     /// As [`Hub::refs`]; [`Error::Protocol`] for a listing that leaves the repository.
-    pub fn files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
+    pub fn files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Listing> {
         if !is_commit(commit) {
             return Err(Error::Input(format!("{commit:?} is no commit")));
         }
-        if let Some(files) = read_record(&self.layout(repo), commit) {
-            return Ok(files);
+        let layout = self.layout(repo);
+        if let Some(files) = read_record(&layout, commit) {
+            return Ok(Listing { files, is_complete: true });
         }
+        let cached = || Some(Listing { files: crate::cache::snapshot_files(&layout, commit)?, is_complete: false });
         if self.settings.offline {
-            return crate::cache::snapshot_files(&self.layout(repo), commit).ok_or_else(|| Error::Offline {
+            return cached().ok_or_else(|| Error::Offline {
                 what: format!("{repo}@{commit} is not in the cache ({})", self.settings.cache.display()),
             });
         }
-        match self.ask_files(repo, commit, events) {
-            Err(e) if e.is_network() => match crate::cache::snapshot_files(&self.layout(repo), commit) {
+        match self.ask_files(repo, commit, events).map(|files| Listing { files, is_complete: true }) {
+            Err(Error::Revision { repo: name, revision, .. }) => {
+                let known = self.refs(repo, events).map(|refs| refs.names()).unwrap_or_default();
+                Err(Error::Revision { repo: name, revision, known })
+            }
+            Err(e) if e.is_network() || matches!(e, Error::Repository { .. }) => match cached() {
                 Some(files) => {
-                    events.notice(&format!("{e}; going on with what the cache has of {repo}@{commit}"));
+                    events.fallback(&format!("{e}; going on with what the cache has of {repo}@{commit}"));
                     Ok(files)
                 }
                 None => Err(e),
@@ -274,32 +294,35 @@ impl Hub {
     fn ask_files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
         let mut url = format!("{}/api/models/{repo}/tree/{commit}?recursive=true", self.settings.endpoint);
         let mut out = Vec::new();
-        loop {
+        for _ in 0..MAX_PAGES {
             let parse = |page: Vec<wire::File>| {
-                let files = page.into_iter().filter(|file| file.kind != "directory");
+                // A submodule is "unknown".
+                let files = page.into_iter().filter(|file| file.kind != "directory" && file.kind != "unknown");
                 files.map(listed).collect::<Option<Vec<Listed>>>()
             };
             let (page, next) = self.json(repo, commit, &url, events, parse)?;
-            if let Some(file) = page.iter().find(|file| !is_relative_path(&file.path)) {
+            if let Some(file) = page.iter().find(|file| leaves(&file.path)) {
                 let what = format!("the listing names {:?}, which no repository can hold", file.path);
                 return Err(Error::Protocol { url, what });
             }
-            out.extend(page);
+            // What no file system of ours could name is not for us; git allows more.
+            out.extend(page.into_iter().filter(|file| is_relative_path(&file.path)));
             match next {
                 Some(_) if out.len() > MAX_FILES => {
                     return Err(Error::Protocol { url, what: format!("more than {MAX_FILES} files") });
                 }
-                Some(next) if next != url => url = next,
-                _ => return Ok(out),
+                Some(next) => url = next,
+                None => return Ok(out),
             }
         }
+        Err(Error::Protocol { url, what: "the listing has no end".into() })
     }
 
     /// Keeps the listing of a commit that is being fetched.
     pub(crate) fn record(&self, repo: &RepoId, commit: &str, files: &[Listed]) -> Result<()> {
         let layout = self.layout(repo);
         let path = layout.record(commit);
-        if path.is_file() {
+        if read_record(&layout, commit).is_some() || files.iter().any(|file| file.digest.is_none()) {
             return Ok(());
         }
         let entries: Vec<Entry> = files
@@ -323,6 +346,7 @@ impl Hub {
         events: &dyn Events,
         parse: impl Fn(W) -> Option<T>,
     ) -> Result<(T, Option<String>)> {
+        events.phase(repo.as_str(), Phase::Metadata);
         let mut tries = Tries::of_a_question(self.http.patience(), events);
         loop {
             if events.cancelled() {
@@ -333,7 +357,17 @@ impl Hub {
                 let nonsense = |e: String| Failure::again(url, format!("the answer is not what the Hub sends{e}"));
                 let value = serde_json::from_slice(&body).map_err(|e| nonsense(format!(": {e}")))?;
                 let value = parse(value).ok_or_else(|| nonsense(String::new()))?;
-                Ok((value, link.and_then(|link| next_page(&link, &self.settings.endpoint))))
+                let next = match link.as_deref().and_then(next_page) {
+                    None => None,
+                    Some(next) => {
+                        let next = join(url, next).filter(|next| origin(next).is_some() && origin(next) == origin(url));
+                        Some(
+                            next.filter(|next| next != url)
+                                .ok_or_else(|| nonsense(": the next page is elsewhere".into()))?,
+                        )
+                    }
+                };
+                Ok((value, next))
             });
             match answer {
                 Ok(answer) => return Ok(answer),
@@ -379,15 +413,24 @@ pub(crate) fn read_record(layout: &Layout, commit: &str) -> Option<Vec<Listed>> 
     let entries: Vec<Entry> = serde_json::from_slice(&bytes).ok()?;
     let entry = |entry: Entry| {
         let digest = Some(Digest::from_hex(&entry.oid)?);
-        is_relative_path(&entry.path).then_some(Listed { path: entry.path, size: entry.size, digest })
+        (is_relative_path(&entry.path) && entry.size <= MAX_FILE).then_some(Listed {
+            path: entry.path,
+            size: entry.size,
+            digest,
+        })
     };
     entries.into_iter().map(entry).collect()
 }
 
+/// Whether a path would leave the directory that it is joined to.
+fn leaves(path: &str) -> bool {
+    path.split(['/', '\\']).any(|part| part.is_empty() || part == "." || part == "..")
+}
+
 fn commits(refs: Vec<wire::Ref>) -> Option<BTreeMap<String, String>> {
-    let commit =
-        |r: wire::Ref| (is_revision(&r.name) && is_commit(&r.target_commit)).then_some((r.name, r.target_commit));
-    refs.into_iter().map(commit).collect()
+    // A name that we could not keep a file under is left out; git allows a few.
+    let named = refs.into_iter().filter(|r| is_revision(&r.name));
+    named.map(|r| is_commit(&r.target_commit).then_some((r.name, r.target_commit))).collect()
 }
 
 fn listed(file: wire::File) -> Option<Listed> {
@@ -398,14 +441,17 @@ fn listed(file: wire::File) -> Option<Listed> {
         Some(lfs) => (lfs.size, Digest::from_hex(lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid))?),
         None => (file.size, Digest::from_hex(&file.oid)?),
     };
-    Some(Listed { path: file.path, size, digest: Some(digest) })
+    (size <= MAX_FILE).then_some(Listed { path: file.path, size, digest: Some(digest) })
 }
 
-/// The `rel="next"` of a `Link` header, if it stays on the same Hub.
-fn next_page(link: &str, endpoint: &str) -> Option<String> {
-    let next = link.split(',').find(|part| part.contains("rel=\"next\""))?;
-    let url = next.trim().strip_prefix('<')?.split_once('>')?.0;
-    url.strip_prefix(endpoint).filter(|rest| rest.starts_with('/')).map(|_| url.to_owned())
+/// The address of the `rel="next"` of a `Link` header.
+fn next_page(link: &str) -> Option<&str> {
+    let links = link.split('<').skip(1).filter_map(|part| part.split_once('>'));
+    let is_next = |rest: &str| {
+        let rest = rest.split('<').next().unwrap_or_default();
+        rest.split(';').any(|field| matches!(field.trim().trim_end_matches(','), "rel=\"next\"" | "rel=next"))
+    };
+    links.into_iter().find(|(_, rest)| is_next(rest)).map(|(url, _)| url)
 }
 
 /// Percent-encoding for one part of a path, `keep` left as it is.

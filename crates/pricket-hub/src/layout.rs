@@ -1,24 +1,32 @@
 //! Where things lie in a cache: `models--owner--name/{blobs,snapshots,refs}` and `.locks`, as Python's `huggingface_hub`
 //! has them. What is our own lies in `models--owner--name/.pricket`, where Python does not look.
 
+use std::hash::{BuildHasher, RandomState};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
+use crate::id::is_revision;
+use crate::part::Part;
 use crate::{Digest, Error, Listed, RepoId, Result};
 
 /// What files on their way to another name begin with.
 pub(crate) const TEMPORARY: &str = "tmp-";
+/// What folders of evicted commits begin with until their blobs are gone too.
+pub(crate) const GOING: &str = "going-";
 
 /// The folders of one repository.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
     cache: PathBuf,
+    repo: RepoId,
     folder: String,
 }
 
 impl Layout {
     pub(crate) fn new(cache: &Path, repo: &RepoId) -> Self {
-        Self { cache: cache.into(), folder: repo.folder() }
+        Self { cache: cache.into(), repo: repo.clone(), folder: repo.folder() }
     }
 
     pub(crate) fn root(&self) -> PathBuf {
@@ -30,7 +38,7 @@ impl Layout {
     }
 
     pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
-        let repo = hf_hub::Repo::model(self.folder.trim_start_matches("models--").replace("--", "/"));
+        let repo = hf_hub::Repo::model(self.repo.to_string());
         hf_hub::Cache::new(self.cache.clone()).repo(repo).pointer_path(commit)
     }
 
@@ -46,6 +54,11 @@ impl Layout {
     /// What we know of a commit that we fetched from.
     pub(crate) fn record(&self, commit: &str) -> PathBuf {
         self.root().join(".pricket").join(format!("{commit}.json"))
+    }
+
+    /// A commit on its way out: its links, at the depth that they were made for.
+    pub(crate) fn going(&self, commit: &str) -> PathBuf {
+        self.root().join(".pricket").join(format!("{GOING}{commit}"))
     }
 
     /// Shared by who uses a commit that we fetched; its time is that of the last use.
@@ -66,9 +79,9 @@ impl Layout {
         Some(text.trim().to_owned()).filter(|commit| crate::is_commit(commit))
     }
 
-    /// Remembers it, if it is new. A cache that cannot be written is read all the same.
+    /// Remembers it, if it is new.
     pub(crate) fn write_reference(&self, revision: &str, commit: &str) -> Result<()> {
-        if revision == commit || self.read_reference(revision).as_deref() == Some(commit) {
+        if revision == commit || !is_revision(revision) || self.read_reference(revision).as_deref() == Some(commit) {
             return Ok(());
         }
         self.replace(&self.reference(revision), commit.as_bytes())
@@ -79,7 +92,16 @@ impl Layout {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let directory = self.root().join(".pricket");
         std::fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
-        Ok(directory.join(format!("{TEMPORARY}{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))))
+        // Process numbers repeat on a cache that several machines share.
+        let chance = RandomState::new().hash_one(SystemTime::now());
+        Ok(directory.join(format!("{TEMPORARY}{chance:016x}-{}", COUNT.fetch_add(1, Ordering::Relaxed))))
+    }
+
+    /// Where a file is put together when nobody can be kept off its usual place.
+    pub(crate) fn private_part(&self, digest: &Digest) -> Result<PathBuf> {
+        let name = self.temporary()?;
+        let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Part::path_for(&self.root().join("blobs").join(format!("{}.{name}", digest.hex()))))
     }
 
     /// Writes a small file in one step: readers see the old one or the new one.
@@ -87,31 +109,38 @@ impl Layout {
         let parent = path.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
         let temporary = self.temporary()?;
-        let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
-        written.map_err(|e| {
+        let write = || {
+            let mut file = std::fs::File::create_new(&temporary)?;
+            file.write_all(bytes)?;
+            file.sync_data()?;
+            std::fs::rename(&temporary, path)
+        };
+        write().map_err(|e| {
             let _ = std::fs::remove_file(&temporary);
             Error::io(path)(e)
         })
     }
 
-    /// Whether `pointer` is now a link to `target`.
+    /// Makes `pointer` a link to `target`.
     #[cfg(unix)]
-    fn symlink(&self, target: &str, pointer: &Path) -> bool {
+    fn symlink(&self, target: &str, pointer: &Path) -> std::io::Result<()> {
         use std::os::unix::fs::symlink;
         match symlink(target, pointer) {
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                std::fs::read_link(pointer).is_ok_and(|old| old == Path::new(target))
-                    || self.temporary().is_ok_and(|temporary| {
-                        symlink(target, &temporary).is_ok() && std::fs::rename(&temporary, pointer).is_ok()
-                    })
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                if std::fs::read_link(pointer).is_ok_and(|old| old == Path::new(target)) {
+                    return Ok(());
+                }
+                let temporary = self.temporary().map_err(std::io::Error::other)?;
+                symlink(target, &temporary)?;
+                std::fs::rename(&temporary, pointer)
             }
-            made => made.is_ok(),
+            made => made,
         }
     }
 
     #[cfg(not(unix))]
-    fn symlink(&self, _: &str, _: &Path) -> bool {
-        false
+    fn symlink(&self, _: &str, _: &Path) -> std::io::Result<()> {
+        Err(ErrorKind::Unsupported.into())
     }
 
     /// The file of a snapshot, if it is there and as long as listed.
@@ -120,17 +149,27 @@ impl Layout {
         std::fs::metadata(&path).ok().filter(|meta| meta.is_file() && meta.len() == file.size).map(|_| path)
     }
 
-    /// Makes `snapshots/COMMIT/PATH` the blob: a relative link, or where there are none the file itself.
-    pub(crate) fn link(&self, commit: &str, file: &str, digest: &Digest, symlinks: bool) -> Result<()> {
+    /// Makes `snapshots/COMMIT/PATH` the blob: a relative link, or where there are none the file itself. Nobody else has a
+    /// link to a blob that `is_new`.
+    pub(crate) fn link(&self, commit: &str, file: &str, digest: &Digest, symlinks: bool, is_new: bool) -> Result<()> {
         let pointer = self.snapshot(commit).join(file);
         let parent = pointer.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
         let blob = self.blob(digest);
         let up = "../".repeat(2 + file.matches('/').count());
-        if symlinks && self.symlink(&format!("{up}blobs/{}", digest.hex()), &pointer) {
-            return Ok(());
+        if symlinks {
+            match self.symlink(&format!("{up}blobs/{}", digest.hex()), &pointer) {
+                // A file system without links.
+                Err(e) if matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied) => {}
+                made => return made.map_err(Error::io(&pointer)),
+            }
         }
-        // The blob's name goes, as with Python, so that the bytes are there once.
-        std::fs::rename(&blob, &pointer).map_err(Error::io(&pointer))
+        if is_new {
+            // The blob's name goes, as with Python, so that the bytes are there once.
+            return std::fs::rename(&blob, &pointer).map_err(Error::io(&pointer));
+        }
+        let temporary = self.temporary()?;
+        let copied = std::fs::hard_link(&blob, &temporary).or_else(|_| std::fs::copy(&blob, &temporary).map(drop));
+        copied.and_then(|()| std::fs::rename(&temporary, &pointer)).map_err(Error::io(&pointer))
     }
 }

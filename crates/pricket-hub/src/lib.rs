@@ -18,8 +18,8 @@
 //! let id: ModelId = "EleutherAI/pythia-70m@step3000".parse()?;
 //! let commit = hub.resolve(&id, &Quiet)?;
 //! let listing = hub.files(&id.repo, &commit, &Quiet)?;
-//! let wanted: Vec<_> = listing.iter().filter(|file| file.path.ends_with(".json")).cloned().collect();
-//! let snapshot = hub.fetch(&id, &commit, &wanted, &listing, &Quiet)?;
+//! let wanted: Vec<_> = listing.files.iter().filter(|file| file.path.ends_with(".json")).cloned().collect();
+//! let snapshot = hub.fetch(&id, &commit, &wanted, &listing.files, &Quiet)?;
 //! println!("{}: {} bytes received", snapshot.directory.display(), snapshot.report.received);
 //! # Ok::<(), pricket_hub::Error>(())
 //! ```
@@ -43,7 +43,7 @@ pub use digest::Digest;
 pub use error::{Error, Result};
 pub use events::{Events, Phase, Quiet};
 pub use fetch::{InUse, Report, Snapshot};
-pub use hub::{Hub, Listed, Refs};
+pub use hub::{Hub, Listed, Listing, Refs};
 pub use id::{ModelId, RepoId, is_commit};
 pub use settings::{Patience, Settings, Token};
 pub use steps::{Steps, step_of};

@@ -1,4 +1,5 @@
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -8,18 +9,48 @@ use crate::{Error, Events, Result};
 #[derive(Debug)]
 pub(crate) struct Lock {
     _file: File,
+    /// Whether the file system knows locks at all; else everybody gets one.
+    pub(crate) is_real: bool,
 }
 
 fn open(path: &Path) -> Result<File> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
     }
-    File::options().create(true).truncate(false).write(true).open(path).map_err(Error::io(path))
+    // Readable too: network file systems want that of a shared lock.
+    let options = |new| {
+        let mut options = File::options();
+        options.read(true).write(true).create_new(new).truncate(false).open(path)
+    };
+    match options(true) {
+        Ok(file) => {
+            share_with_group(&file);
+            Ok(file)
+        }
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => options(false).map_err(Error::io(path)),
+        Err(e) => Err(Error::io(path)(e)),
+    }
+}
+
+/// Members of the group wait for each other on a cache that they share, as Python has it.
+#[cfg(unix)]
+fn share_with_group(file: &File) {
+    use std::os::unix::fs::PermissionsExt;
+    let _ = file.set_permissions(std::fs::Permissions::from_mode(0o664));
+}
+
+#[cfg(not(unix))]
+fn share_with_group(_: &File) {}
+
+/// Whether the file system has no locks, as some network file systems.
+fn has_no_locks(e: &std::io::Error) -> bool {
+    // ENOLCK and ENOSYS.
+    e.kind() == ErrorKind::Unsupported || cfg!(target_os = "linux") && matches!(e.raw_os_error(), Some(37 | 38))
 }
 
 impl Lock {
     /// Waits for whoever holds it, however long that takes, and says so once; gives up when `stop` says so.
-    pub(crate) fn wait(path: &Path, what: &str, events: &dyn Events, stop: &dyn Fn() -> bool) -> Result<Self> {
+    pub(crate) fn wait(path: &Path, for_what: &str, events: &dyn Events, stop: &dyn Fn() -> bool) -> Result<Self> {
         let began = Instant::now();
         let mut told = false;
         loop {
@@ -31,7 +62,7 @@ impl Lock {
             }
             if !told && began.elapsed() > Duration::from_secs(2) {
                 told = true;
-                events.notice(&format!("waiting for another process that fetches {what}"));
+                events.notice(&format!("waiting for {for_what}"));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -42,12 +73,11 @@ impl Lock {
         let file = open(path)?;
         match file.try_lock() {
             // Who deletes lock files splits those who wait for them: the lock must be on the file of this name.
-            Ok(()) if same_file(&file, path) => Ok(Some(Self { _file: file })),
+            Ok(()) if same_file(&file, path) => Ok(Some(Self { _file: file, is_real: true })),
             Ok(()) | Err(std::fs::TryLockError::WouldBlock) => Ok(None),
-            // A file system without locks: every download checks its hash, so two at once cost traffic, no more.
-            Err(std::fs::TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {
-                Ok(Some(Self { _file: file }))
-            }
+            Err(std::fs::TryLockError::Error(e)) if has_no_locks(&e) => Ok(Some(Self { _file: file, is_real: false })),
+            // Some file systems say so when somebody else holds it.
+            Err(std::fs::TryLockError::Error(e)) if e.kind() == ErrorKind::PermissionDenied => Ok(None),
             Err(std::fs::TryLockError::Error(e)) => Err(Error::io(path)(e)),
         }
     }
@@ -55,13 +85,13 @@ impl Lock {
     /// Held together with others who share it; the file's time becomes now.
     pub(crate) fn share(path: &Path) -> Result<Self> {
         let file = open(path)?;
-        let locked = file.lock_shared();
-        if let Err(e) = locked.and_then(|()| file.set_modified(SystemTime::now()))
-            && e.kind() != std::io::ErrorKind::Unsupported
-        {
-            return Err(Error::io(path)(e));
-        }
-        Ok(Self { _file: file })
+        let is_real = match file.lock_shared() {
+            Ok(()) => true,
+            Err(e) if has_no_locks(&e) => false,
+            Err(e) => return Err(Error::io(path)(e)),
+        };
+        file.set_modified(SystemTime::now()).map_err(Error::io(path))?;
+        Ok(Self { _file: file, is_real })
     }
 }
 

@@ -12,6 +12,7 @@ use crate::{Error, Result};
 /// What a file is called before it has its own name. Python's `.incomplete` files are not ours to touch.
 pub(crate) const SUFFIX: &str = ".pricket-part";
 const MAGIC: &[u8; 8] = b"pricket1";
+const MOST_RANGES: u64 = 1 << 20;
 
 #[derive(Debug)]
 pub(crate) struct Part {
@@ -94,7 +95,9 @@ impl Part {
     }
 
     fn begin(&mut self) -> Result<()> {
-        let ranges = self.size.div_ceil(self.range_bytes.max(1));
+        // So few ranges that their counts stay small.
+        self.range_bytes = self.range_bytes.max(self.size / MOST_RANGES).max(1);
+        let ranges = self.size.div_ceil(self.range_bytes);
         self.done = (0..ranges).map(|_| AtomicU64::new(0)).collect();
         let mut trailer = MAGIC.to_vec();
         trailer.extend_from_slice(&self.range_bytes.to_le_bytes());
@@ -167,11 +170,15 @@ impl Part {
         Ok(n)
     }
 
-    /// Gives the file its final name. The caller has compared its hash.
-    pub(crate) fn finish(self, blob: &Path) -> Result<()> {
+    /// Makes it the file itself. The caller has compared its hash.
+    pub(crate) fn complete(&self) -> Result<()> {
         self.file.set_len(self.size).map_err(Error::io(&self.path))?;
-        // The bytes first: after a power cut a name must not lead to holes.
-        self.file.sync_data().map_err(Error::io(&self.path))?;
+        // The bytes before the name: after a power cut it must not lead to holes.
+        self.file.sync_data().map_err(Error::io(&self.path))
+    }
+
+    /// Gives it its final name.
+    pub(crate) fn name(self, blob: &Path) -> Result<()> {
         std::fs::rename(&self.path, blob).map_err(Error::io(blob))
     }
 }
@@ -229,7 +236,8 @@ mod tests {
         let mut buffer = [0; 8];
         assert_eq!(part.read(1, 1, &mut buffer).unwrap(), 3);
         assert_eq!(&buffer[..3], b"fgh");
-        part.finish(&dir.path().join("x")).unwrap();
+        part.complete().unwrap();
+        part.name(&dir.path().join("x")).unwrap();
         assert_eq!(std::fs::read(dir.path().join("x")).unwrap(), b"abcdefghij");
     }
 
@@ -244,7 +252,8 @@ mod tests {
         }
         let part = Part::open(&path, 0, 4).unwrap();
         assert_eq!((part.ranges(), part.total()), (0, 0));
-        part.finish(&dir.path().join("empty")).unwrap();
+        part.complete().unwrap();
+        part.name(&dir.path().join("empty")).unwrap();
         assert_eq!(std::fs::metadata(dir.path().join("empty")).unwrap().len(), 0);
     }
 }

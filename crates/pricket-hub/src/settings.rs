@@ -5,9 +5,10 @@ use crate::{Error, Result};
 
 /// Where the Hub and the cache are, and how patient to be.
 ///
-/// [`Settings::from_env`] reads what Python's `huggingface_hub` reads: `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`,
-/// `HF_TOKEN` or the token file, `HF_HUB_OFFLINE`, `HF_HUB_DOWNLOAD_TIMEOUT`, `HF_HUB_ETAG_TIMEOUT`,
-/// `HF_HUB_DISABLE_SYMLINKS`.
+/// [`Settings::from_env`] reads what Python's `huggingface_hub` reads: `HF_ENDPOINT`; `HF_HOME` (or `XDG_CACHE_HOME`),
+/// `HF_HUB_CACHE` (or `HUGGINGFACE_HUB_CACHE`); `HF_TOKEN` (or `HUGGING_FACE_HUB_TOKEN`), `HF_TOKEN_PATH`,
+/// `HF_HUB_DISABLE_IMPLICIT_TOKEN`; `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`); `HF_HUB_DOWNLOAD_TIMEOUT`,
+/// `HF_HUB_ETAG_TIMEOUT`; `HF_HUB_DISABLE_SYMLINKS`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Settings {
@@ -144,14 +145,15 @@ impl Settings {
         let cache =
             var("HF_HUB_CACHE").or_else(|| var("HUGGINGFACE_HUB_CACHE")).map_or_else(|| hf_home.join("hub"), path);
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        if !endpoint.starts_with("https://") && !endpoint.starts_with("http://") {
-            return Err(Error::Input(format!("HF_ENDPOINT is {endpoint:?}; expected an http or https address")));
+        if crate::http::origin(&endpoint).is_none() {
+            let what = "HF_ENDPOINT is no address of a Hub; expected http or https, without a user and a password";
+            return Err(Error::Input(what.into()));
         }
         let mut settings = Self::new(&endpoint, cache);
         let token_file = var("HF_TOKEN_PATH").map_or_else(|| hf_home.join("token"), path);
         settings.token = match var("HF_TOKEN").or_else(|| var("HUGGING_FACE_HUB_TOKEN")) {
+            _ if yes("HF_HUB_DISABLE_IMPLICIT_TOKEN") => None,
             Some(token) => Some(Token::new(&token)?),
-            None if yes("HF_HUB_DISABLE_IMPLICIT_TOKEN") => None,
             None => read_token(&token_file)?,
         };
         settings.offline = yes("HF_HUB_OFFLINE") || yes("TRANSFORMERS_OFFLINE");
@@ -198,6 +200,10 @@ mod tests {
         assert_eq!(settings.token.as_ref().unwrap().bearer(), "Bearer hf_secret");
         assert!(!format!("{settings:?}").contains("secret"));
         let error = with(&[("HF_HOME", "/y"), ("HF_TOKEN", "hf_\nsecret")]).unwrap_err();
+        assert!(!error.to_string().contains("secret"), "{error}");
+        let unasked = with(&[("HF_HOME", "/y"), ("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).unwrap();
+        assert!(unasked.token.is_none());
+        let error = with(&[("HF_HOME", "/y"), ("HF_ENDPOINT", "https://me:secret@hub")]).unwrap_err();
         assert!(!error.to_string().contains("secret"), "{error}");
         for bad in [("HF_ENDPOINT", "ftp://x"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon"), ("HF_HUB_ETAG_TIMEOUT", "-1")] {
             assert!(with(&[("HF_HOME", "/y"), bad]).is_err());

@@ -61,7 +61,9 @@ impl Steps {
                     near.truncate(3);
                     near.sort_unstable();
                     let near: Vec<String> = near.iter().map(u64::to_string).collect();
-                    let what = format!("there is no step {step}; the nearest are {}", near.join(", "));
+                    let nearest =
+                        if near.is_empty() { String::new() } else { format!("; the nearest are {}", near.join(", ")) };
+                    let what = format!("there is no step {step}{nearest}");
                     return Err(Error::Input(what));
                 }
                 Part::One(step) => {

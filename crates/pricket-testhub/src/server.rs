@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -53,6 +53,10 @@ pub enum Fault {
     Close,
     /// Points `main` at another commit, then answers rightly.
     MoveMain(String),
+    /// Answers 429 as the Hub does, with this `RateLimit`.
+    RateLimit(String),
+    /// Names this as the next page.
+    NextPage(String),
 }
 
 /// A request as it came.
@@ -231,7 +235,8 @@ impl Answer {
     }
 
     fn redirect(status: u16, location: String) -> Self {
-        Self { status, headers: vec![("Location", location)], body: Body::Bytes(Vec::new()) }
+        let body = format!("Found. Redirecting to {location}").into_bytes();
+        Self { status, headers: vec![("Location", location)], body: Body::Bytes(body) }
     }
 }
 
@@ -403,7 +408,14 @@ fn api(state: &State, repo: &Repo, id: &str, rest: &[&str], query: &BTreeMap<Str
             let page = state.page.load(Ordering::Relaxed) as usize;
             let from: usize = query.get("cursor").and_then(|cursor| cursor.parse().ok()).unwrap_or(0);
             let files = &repo.commits[&commit];
-            let mut answer = Answer::json(&files.iter().skip(from).take(page).map(entry).collect());
+            let mut entries: Vec<Value> = files.iter().skip(from).take(page).map(entry).collect();
+            if from == 0 {
+                let folders: BTreeSet<&str> = files.keys().filter_map(|path| Some(path.rsplit_once('/')?.0)).collect();
+                let folder =
+                    |path: &str| json!({ "type": "directory", "oid": "0".repeat(40), "size": 0, "path": path });
+                entries.extend(folders.into_iter().map(folder));
+            }
+            let mut answer = Answer::json(&json!(entries));
             if from + page < files.len() {
                 let next = format!(
                     "<http://{}/api/models/{id}/tree/{commit}?recursive=true&cursor={}>; rel=\"next\"",
@@ -432,7 +444,7 @@ fn file(request: &mut Request, content: Content, commit: Option<&str>) -> Answer
             Answer { status: 416, headers, body: Body::Bytes(Vec::new()) }
         }
         Some((first, last)) => {
-            let end = last.map_or(size, |last| size.min(last + 1));
+            let end = last.map_or(size, |last| size.min(last.saturating_add(1))).max(first + 1);
             headers.push(("Content-Range", format!("bytes {first}-{}/{size}", end - 1)));
             Answer { status: 206, headers, body: Body::File(content, first, end) }
         }
@@ -451,6 +463,16 @@ fn changed(state: &State, request: &Request, mut answer: Answer, fault: Option<&
         Some(Fault::TooMany(after)) => {
             answer = Answer::error(429, "", "injected");
             answer.headers.push(("Retry-After", after.clone()));
+            answer
+        }
+        Some(Fault::RateLimit(limit)) => {
+            answer = Answer::error(429, "", "injected");
+            answer.headers.push(("RateLimit", limit.clone()));
+            answer
+        }
+        Some(Fault::NextPage(url)) => {
+            answer.headers.retain(|(name, _)| *name != "Link");
+            answer.headers.push(("Link", format!("<{url}>; rel=\"next\"")));
             answer
         }
         Some(Fault::ErrorPage) => Answer { status: 200, headers: Vec::new(), body: Body::Bytes(PAGE.to_vec()) },

@@ -153,6 +153,51 @@ fn without_links_the_files_are_there_themselves() {
     assert_eq!((evicted.revisions.len(), evicted.freed, evicted.left), (1, 60_000, 60_000));
 }
 
+/// Turning links off must not take the blobs that earlier links lead to.
+#[test]
+fn turning_links_off_breaks_no_link() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_server, content, hub) = fetched(dir.path());
+    std::fs::remove_dir_all(dir.path().join("models--owner--tiny/snapshots").join(content.resolve("step1").unwrap()))
+        .unwrap();
+    let mut settings = hub.settings().clone();
+    settings.symlinks = false;
+    let snapshot = fetch_all(&Hub::new(settings), "owner/tiny@step1", &Quiet).unwrap();
+    assert_same(&snapshot.directory, &content, "step1");
+    assert!(snapshot.directory.join("tokenizer.json").symlink_metadata().unwrap().is_file());
+    assert_clean(dir.path());
+    assert_same(&fetch_all(&hub, "owner/tiny@step0", &Quiet).unwrap().directory, &content, "step0");
+}
+
+/// A commit that Python brought stays Python's, also when we add a file to it.
+#[test]
+fn a_file_added_does_not_make_a_commit_ours() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_server, content, hub) = fetched(dir.path());
+    std::fs::remove_dir_all(dir.path().join("models--owner--tiny/.pricket")).unwrap();
+    let commit = content.resolve("step1").unwrap();
+    std::fs::remove_file(dir.path().join("models--owner--tiny/snapshots").join(commit).join("tokenizer.json")).unwrap();
+    assert_same(&fetch_all(&hub, "owner/tiny@step1", &Quiet).unwrap().directory, &content, "step1");
+    let evicted = Cache::new(dir.path()).evict(0, &Quiet).unwrap();
+    assert!(evicted.revisions.is_empty(), "{evicted:?}");
+}
+
+/// Killed between its steps, an eviction is finished by the next.
+#[test]
+fn an_eviction_that_was_killed_is_finished() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_server, content, hub) = fetched(dir.path());
+    let folder = dir.path().join("models--owner--tiny");
+    let commit = content.resolve("step1").unwrap();
+    std::fs::rename(folder.join("snapshots").join(commit), folder.join(".pricket").join(format!("going-{commit}")))
+        .unwrap();
+    let cache = Cache::new(dir.path());
+    let evicted = cache.evict(1 << 30, &Quiet).unwrap();
+    assert_eq!((evicted.freed, evicted.revisions.len()), (50_000, 0));
+    assert_eq!(only(&cache).bytes, 110_000);
+    assert_same(&fetch_all(&hub, "owner/tiny@step0", &Quiet).unwrap().directory, &content, "step0");
+}
+
 #[test]
 fn unfinished_files_go_first_of_all() {
     let dir = tempfile::tempdir().unwrap();

@@ -101,7 +101,7 @@ fn errors_say_what_there_is() {
 
 #[test]
 fn a_listing_that_leaves_the_repository_is_refused() {
-    for path in ["../escape", "a/../../b", "/etc/passwd", "a\\b", "c:d", "a//b", "new\nline"] {
+    for path in ["../escape", "a/../../b", "/etc/passwd", "a\\..\\b", "a//b"] {
         let dir = tempfile::tempdir().unwrap();
         let mut content = Repo::default();
         let commit = content.commit([(path, Content::text("x"))]);
@@ -110,6 +110,150 @@ fn a_listing_that_leaves_the_repository_is_refused() {
         assert!(matches!(error, Error::Protocol { .. }), "{path}: {error}");
         assert_discreet(&error.to_string());
     }
+}
+
+#[test]
+fn the_hubs_own_way_to_say_wait() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(1000));
+    let server = serve(content);
+    server.misbehave(|r| (r.number == 0).then(|| Fault::RateLimit("\"api\";r=0;t=1".into())));
+    let start = Instant::now();
+    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    assert!(start.elapsed() >= Duration::from_secs(1));
+}
+
+/// A listing that is cut short must not be taken for all there is.
+#[test]
+fn a_next_page_that_is_elsewhere_is_not_the_end() {
+    for url in ["https://elsewhere.org/api/models/owner/tiny/tree/x?cursor=2", "ftp://x", "?cursor=2"] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = serve(repo(1000));
+        server.misbehave(move |r| r.target.contains("/tree/").then(|| Fault::NextPage(url.into())));
+        let error = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap_err();
+        assert!(error.to_string().contains("next page"), "{url}: {error}");
+    }
+}
+
+#[test]
+fn one_redirect_serves_all_ranges() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(1_000_000));
+    let server = serve(content);
+    let mut settings = settings(&server, dir.path());
+    settings.ranges = 1;
+    fetch_all(&Hub::new(settings), ID, &Quiet).unwrap();
+    let log = server.take_log();
+    let asked = log.iter().filter(|r| r.target.contains("/resolve/") && r.target.contains("pytorch_model")).count();
+    assert_eq!((asked, log.iter().filter(|r| r.cdn).count()), (1, 16));
+    // And when its signature runs out, another is asked for.
+    let dir = tempfile::tempdir().unwrap();
+    server.misbehave(|r| (r.cdn && r.number % 3 == 0).then_some(Fault::Status(403)));
+    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+}
+
+/// The repositories of MPT: gone from the Hub, and in many a cache.
+#[test]
+fn what_has_left_the_hub_is_still_in_the_cache() {
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(1000));
+    let server = serve(content.clone());
+    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    server.misbehave(|r| (!r.cdn).then_some(Fault::Status(401)));
+    let watch = Watch::default();
+    assert_same(&fetch_all(&hub(&server, dir.path()), ID, &watch).unwrap().directory, &content, "main");
+    assert!(watch.notices.lock().unwrap()[0].contains("what the cache has"));
+}
+
+/// Cancelled between one file and the next, it has not succeeded.
+#[test]
+fn cancelled_between_files_is_cancelled() {
+    struct After(std::sync::atomic::AtomicBool);
+    impl pricket_hub::Events for After {
+        fn phase(&self, _: &str, phase: Phase) {
+            if phase == Phase::Rename {
+                self.0.store(true, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(30));
+            }
+        }
+        fn cancelled(&self) -> bool {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+    let (dir, content) = (tempfile::tempdir().unwrap(), repo(100_000));
+    let server = serve(content);
+    let mut settings = settings(&server, dir.path());
+    settings.files = 1;
+    let error = fetch_all(&Hub::new(settings), ID, &After(false.into())).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error}");
+    assert!(!dir.path().join("models--owner--tiny/refs/main").exists());
+    assert_clean(dir.path());
+}
+
+/// A listener that panics is a bug of its owner; it must not become a program that hangs.
+#[test]
+fn a_panic_in_a_listener_is_passed_on() {
+    struct Panics(u64);
+    impl pricket_hub::Events for Panics {
+        fn progress(&self, done: u64, _: u64) {
+            assert!(done < self.0, "a bug of the listener");
+        }
+    }
+    for at in [1, 10_000, 150_000, 250_000] {
+        let (dir, content) = (tempfile::tempdir().unwrap(), repo(300_000));
+        let server = serve(content.clone());
+        let hub = hub(&server, dir.path());
+        let attempt = std::panic::AssertUnwindSafe(|| drop(fetch_all(&hub, ID, &Panics(at))));
+        let outcome = std::panic::catch_unwind(attempt);
+        assert!(outcome.is_err());
+        assert_same(&fetch_all(&hub, ID, &Quiet).unwrap().directory, &content, "main");
+    }
+}
+
+#[test]
+fn nothing_is_written_outside_the_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let hub = hub(&serve(repo(10)), dir.path());
+    let id: ModelId = ID.parse().unwrap();
+    let digest = pricket_hub::Digest::from_hex(&"a".repeat(64));
+    let file = |path: &str| pricket_hub::Listed::new(path, 1, digest.clone());
+    let commit = "a".repeat(40);
+    for (commit, file) in [("../../x", file("a")), (&commit, file("../../.bashrc")), (&commit, file("/etc/passwd"))] {
+        let error = hub.fetch(&id, commit, std::slice::from_ref(&file), &[], &Quiet).unwrap_err();
+        assert!(matches!(error, Error::Input(_)), "{error}");
+        assert!(hub.cached(&id.repo, commit, &file).is_none());
+    }
+    let bad = pricket_hub::Listed::new("a", 1, Some(pricket_hub::Digest::Sha256("../../x".into())));
+    assert!(matches!(hub.fetch(&id, &commit, &[bad], &[], &Quiet).unwrap_err(), Error::Input(_)));
+}
+
+#[test]
+fn names_that_no_file_system_has_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut content = Repo::default();
+    let commit =
+        content.commit([("c:d", Content::text("x")), ("new\nline", Content::text("y")), ("fine", Content::text("z"))]);
+    content.branch("main", &commit);
+    content.branch("odd@name", &commit);
+    let snapshot = fetch_all(&hub(&serve(content), dir.path()), ID, &Quiet).unwrap();
+    assert_eq!(snapshot.files.iter().map(|file| file.path.as_str()).collect::<Vec<_>>(), ["fine"]);
+}
+
+/// A branch leads to what it led to until all of what it leads to now is there.
+#[test]
+fn an_interrupted_update_leaves_the_branch_where_it_was() {
+    let (dir, mut content) = (tempfile::tempdir().unwrap(), repo(300_000));
+    let server = serve(content.clone());
+    let hub = hub(&server, dir.path());
+    let before = fetch_all(&hub, ID, &Quiet).unwrap();
+    let commit =
+        content.commit([("config.json", Content::text("{}")), ("pytorch_model.bin", Content::lfs(noise(50, 300_000)))]);
+    content.branch("main", &commit);
+    server.add(ID, content.clone());
+    let watch = Watch { cancel_at: Some(100_000), ..Watch::default() };
+    assert!(fetch_all(&hub, ID, &watch).is_err());
+    let mut offline = hub.settings().clone();
+    offline.offline = true;
+    let after = fetch_all(&Hub::new(offline), ID, &Quiet).unwrap();
+    assert_eq!(after.commit, before.commit);
+    assert_eq!(fetch_all(&hub, ID, &Quiet).unwrap().commit, commit);
 }
 
 #[test]
@@ -240,7 +384,7 @@ fn a_full_disk_is_noticed_before_anything_is_fetched() {
     let hub = hub(&server, dir.path());
     let id: ModelId = ID.parse().unwrap();
     let commit = hub.resolve(&id, &Quiet).unwrap();
-    let listing = hub.files(&id.repo, &commit, &Quiet).unwrap();
+    let listing = hub.files(&id.repo, &commit, &Quiet).unwrap().files;
     let mut huge = listing.clone();
     huge[3].size = 1 << 60;
     server.take_log();
@@ -256,7 +400,7 @@ fn a_part_of_a_file_without_the_file() {
     let hub = hub(&server, dir.path());
     let id: ModelId = ID.parse().unwrap();
     let commit = hub.resolve(&id, &Quiet).unwrap();
-    let file = by_path(&hub.files(&id.repo, &commit, &Quiet).unwrap(), "pytorch_model.bin");
+    let file = by_path(&hub.files(&id.repo, &commit, &Quiet).unwrap().files, "pytorch_model.bin");
     let bytes = noise(1, 300_000);
     server.take_log();
     for range in [0..10, 299_990..300_000, 1234..200_000, 5..5, 0..300_000] {

@@ -80,7 +80,7 @@ pub(crate) fn settings(server: &TestHub, cache: &Path) -> Settings {
 pub(crate) fn fetch_all(hub: &Hub, id: &str, events: &dyn Events) -> Result<Snapshot> {
     let id: ModelId = id.parse()?;
     let commit = hub.resolve(&id, events)?;
-    let listing = hub.files(&id.repo, &commit, events)?;
+    let listing = hub.files(&id.repo, &commit, events)?.files;
     hub.fetch(&id, &commit, &listing, &listing, events)
 }
 
