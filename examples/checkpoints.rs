@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use clap::{Parser, Subcommand};
 use pricket::candle::DType;
 use pricket::hub::{Cache, CachedRepo, RepoId};
-use pricket::{Audit, Checkpoints, Hub, Progress, Steps};
+use pricket::{Audit, AuditOptions, Checkpoints, Hub, Progress, Steps};
 use serde_json::{Value, json};
 
 /// Lists, fetches and audits the training steps of a model, and looks after the cache.
@@ -57,10 +57,13 @@ enum Command {
         #[arg(long, value_name = "SIZE", value_parser = size)]
         budget: Option<u64>,
     },
-    /// Tells which revisions hold the same weights, equal main, or are missing; exit code 2 if something is wrong
+    /// Tells which revisions hold the same weights, equal main, or are missing; exit code 3 if something is wrong
     Audit {
         #[command(flatten)]
         which: Which,
+        /// Compare tensors wherever files differ, in case only their headers do
+        #[arg(long)]
+        deep: bool,
     },
     /// The norm of one tensor at each step, without fetching the rest
     Norm {
@@ -83,7 +86,7 @@ enum Command {
 enum CacheCommand {
     /// Repositories and commits, with sizes and when they were last used
     List,
-    /// Takes the hash of every file again; exit code 2 if one is damaged
+    /// Takes the hash of every file again; exit code 3 if one is damaged
     Verify {
         /// Only of this repository
         repo: Option<RepoId>,
@@ -96,10 +99,15 @@ enum CacheCommand {
     },
 }
 
+/// The exit code of a program that ran well and found something wrong; 1 and 2 are errors and usage.
+const WRONG: u8 = 3;
+
 /// `50GB`, `200MiB`, `1000`.
 fn size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim();
-    let unit: f64 = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
+    let text = text.trim();
+    let (digits, unit) = text.split_at(text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).len());
+    let digits = digits.trim();
+    let unit: f64 = match unit.to_ascii_lowercase().as_str() {
         "" | "b" => 1.0,
         "kb" => 1e3,
         "mb" => 1e6,
@@ -151,10 +159,11 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command.unwrap_or_else(|| Command::List { which: which(), sizes: false }) {
         Command::List { which, sizes } => list(&which, sizes, &out),
         Command::Fetch { which, budget } => fetch(&which, budget, &out),
-        Command::Audit { which } => {
-            let audit = pricket::audit(&which.model, &which.steps, &bar::Bar::default())?;
+        Command::Audit { which, deep } => {
+            let options = AuditOptions::default().deep(deep);
+            let audit = pricket::checkpoints(&which.model)?.audit(&which.steps, options, &bar::Bar::default())?;
             print_audit(&audit, &out)?;
-            Ok(if audit.is_alarming() { ExitCode::from(2) } else { ExitCode::SUCCESS })
+            Ok(if audit.is_alarming() { WRONG.into() } else { ExitCode::SUCCESS })
         }
         Command::Norm { which, tensor } => norm(&which, &tensor, &out),
         Command::Cache { what } => cache(what.unwrap_or(CacheCommand::List), &out),
@@ -168,7 +177,10 @@ fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
         found.ask_sizes(&which.steps, &bar::Bar::default())?;
     }
     let chosen = found.select(&which.steps)?;
-    let json = json!({ "model": found.model, "checkpoints": chosen.iter().map(|c| c.to_json()).collect::<Vec<_>>() });
+    let json = json!({
+        "model": found.model, "main": found.main.as_ref().map(pricket::Checkpoint::to_json),
+        "checkpoints": chosen.iter().map(|c| c.to_json()).collect::<Vec<_>>(),
+    });
     out.put(&json, |out| {
         for checkpoint in &chosen {
             let commit = checkpoint.commit.as_deref().map_or("", |commit| &commit[..10]);
@@ -180,6 +192,9 @@ fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
             let line = format!("{:12} {commit:10} {tokens:>14} {size:>10}  {state}{note}", checkpoint.revision);
             writeln!(out, "{}", line.trim_end())?;
         }
+        if let Some(commit) = found.main.as_ref().and_then(|main| main.commit.as_deref()) {
+            writeln!(out, "{:12} {}", "main", &commit[..10])?;
+        }
         let there = chosen.iter().filter(|checkpoint| checkpoint.present).count();
         let known = if found.card.is_some() { "" } else { ", of a model without a card" };
         writeln!(out, "{there} of {} steps of {} are there{known}", chosen.len(), found.model)
@@ -188,16 +203,28 @@ fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
 }
 
 fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCode> {
-    let hub = Hub::from_env()?;
     let found = pricket::checkpoints(&which.model)?;
+    let chosen = found.select(&which.steps)?;
+    if found.is_local() {
+        let json = json!({ "model": found.model, "on_disk": chosen.len() });
+        out.put(&json, |out| writeln!(out, "{} is a directory: its {} steps are here", found.model, chosen.len()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut failed = false;
-    for checkpoint in found.select(&which.steps)? {
-        if !checkpoint.present {
-            eprintln!("warning: {} is not there{}", checkpoint.revision, known(checkpoint));
-            failed = true;
-            continue;
-        }
-        let fetched = pricket::fetch(&found.id(checkpoint), &hub, &bar::Bar::default())?;
+    for checkpoint in chosen {
+        let fetched = match found.fetch(checkpoint, &bar::Bar::default()) {
+            Ok(fetched) => fetched,
+            Err(pricket::Error::Cancelled) => return Err(pricket::Error::Cancelled.into()),
+            // One of twenty that is not there is no reason to go without the others.
+            Err(e) => {
+                failed = true;
+                eprintln!("error: {e}");
+                if out.0 {
+                    out.put(&json!({ "revision": checkpoint.revision, "error": e.to_string() }), |_| Ok(()))?;
+                }
+                continue;
+            }
+        };
         for warning in &fetched.warnings {
             eprintln!("warning: {warning}");
         }
@@ -209,18 +236,14 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
         out.put(&json, |out| {
             let repeated =
                 if report.repeated > 0 { format!(", {} twice", bytes(report.repeated)) } else { String::new() };
-            let (received, total) = (bytes(report.received), bytes(report.total));
-            writeln!(
-                out,
-                "{:12} {received} of {total} received{repeated}  {}",
-                checkpoint.revision,
-                fetched.directory.display()
-            )
+            let (received, total, directory) =
+                (bytes(report.received), bytes(report.total), fetched.directory.display());
+            writeln!(out, "{:12} {received} of {total} received{repeated}  {directory}", checkpoint.revision)
         })?;
         // It may go when the next one needs its place, and not before.
         drop(fetched);
         if let Some(budget) = budget {
-            hub.cache().evict(budget, &pricket::hub::Quiet)?;
+            Hub::from_env()?.cache().evict(budget, &pricket::hub::Quiet)?;
         }
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -268,20 +291,32 @@ fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
     let chosen = found.select(&which.steps)?;
     let bar = bar::Bar::default();
     bar.begin("reading", chosen.len() as u64, "steps");
-    for (done, checkpoint) in chosen.into_iter().enumerate() {
-        bar.update(done as u64);
-        if !checkpoint.present {
-            eprintln!("warning: {} is not there{}", checkpoint.revision, known(checkpoint));
-            continue;
+    let read = || -> anyhow::Result<ExitCode> {
+        let mut code = ExitCode::SUCCESS;
+        for (done, checkpoint) in chosen.into_iter().enumerate() {
+            bar.update(done as u64);
+            if !checkpoint.present {
+                eprintln!("error: {} is not there{}", checkpoint.revision, known(checkpoint));
+                code = ExitCode::FAILURE;
+                continue;
+            }
+            if checkpoint.known_bad {
+                eprintln!("warning: {}{}", checkpoint.revision, known(checkpoint));
+            }
+            let tensors = found.tensors(checkpoint)?;
+            let values = tensors.read(tensor)?;
+            let norm = values.to_dtype(DType::F32)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
+            let json = json!({
+                "revision": checkpoint.revision, "step": checkpoint.step, "tensor": tensor, "shape": values.dims(),
+                "norm": norm, "known": checkpoint.known, "provenance": tensors.provenance().to_json(),
+            });
+            out.put(&json, |out| writeln!(out, "{:12} {norm:.6}", checkpoint.revision))?;
         }
-        let tensor = found.tensors(checkpoint)?.read(tensor)?;
-        let norm = tensor.to_dtype(DType::F32)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
-        let json =
-            json!({ "revision": checkpoint.revision, "step": checkpoint.step, "shape": tensor.dims(), "norm": norm });
-        out.put(&json, |out| writeln!(out, "{:12} {norm:.6}", checkpoint.revision))?;
-    }
+        Ok(code)
+    };
+    let code = read();
     bar.end();
-    Ok(ExitCode::SUCCESS)
+    code
 }
 
 fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
@@ -326,7 +361,7 @@ fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
                     bad.len()
                 )
             })?;
-            return Ok(if bad.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) });
+            return Ok(if bad.is_empty() { ExitCode::SUCCESS } else { WRONG.into() });
         }
         CacheCommand::Evict { budget } => {
             let evicted = cache.evict(budget, &quiet)?;

@@ -17,12 +17,15 @@ use serde_json::json;
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// A directory in Hub layout, or a weight file
+    /// A repository of the Hub, of which headers are read, a directory in its layout, or a weight file
     #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
     path: PathBuf,
     /// The same as --model of the other examples
     #[arg(long, short, conflicts_with = "path")]
     model: Option<PathBuf>,
+    /// A branch, tag or commit, such as step3000
+    #[arg(long)]
+    revision: Option<String>,
     /// Leave out the table of tensors
     #[arg(long, short)]
     brief: bool,
@@ -39,7 +42,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    let found = pricket::inspect(args.model.as_ref().unwrap_or(&args.path))?;
+    let mut model = args.model.as_ref().unwrap_or(&args.path).clone().into_os_string();
+    if let Some(revision) = &args.revision {
+        model.push("@");
+        model.push(revision);
+    }
+    let found = pricket::inspect(PathBuf::from(model))?;
     let mut out = std::io::stdout().lock();
     if args.json {
         print_json(&mut out, &found, args)?;
@@ -107,6 +115,7 @@ fn print_json(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
     let mut object = json!({
         "file": found.file, "format": found.format.to_string(), "config": found.config, "warnings": found.warnings,
         "tokenizer": found.has_tokenizer, "tensors": found.tensors.len(),
+        "provenance": found.provenance.to_json(),
     });
     if let Some(info) = &found.info {
         object["family"] = json!(info.family);

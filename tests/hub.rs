@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pricket::candle::Device;
 use pricket::hub::{Cache, Quiet, Settings, Token};
-use pricket::{Audit, Checkpoints, Error, FindingKind, GenerateOptions, Hub, Loader, Silent, Steps};
+use pricket::{Audit, AuditOptions, Checkpoints, Error, FindingKind, GenerateOptions, Hub, Loader, Silent, Steps};
 use pricket_testhub::{Content, Fault, Repo, TestHub};
 use serde_json::{Value, json};
 
@@ -111,11 +111,11 @@ impl World {
     }
 
     fn checkpoints(&self, id: &str) -> Checkpoints {
-        Checkpoints::on(&self.hub(), &id.parse().unwrap(), &Silent).unwrap()
+        Checkpoints::on(&self.hub(), id, &Silent).unwrap()
     }
 
     fn audit(&self, id: &str) -> Audit {
-        self.checkpoints(id).audit(&Steps::all(), &Silent).unwrap()
+        self.checkpoints(id).audit(&Steps::all(), AuditOptions::default(), &Silent).unwrap()
     }
 
     /// Bytes of large files sent so far.
@@ -269,8 +269,17 @@ fn a_revision_known_to_be_wrong_warns_with_its_source() {
     assert!(warnings("pythia-2.8b@step64").contains("pythia/issues/205"));
     let text = warnings("pythia-2.8b@step0");
     assert!(text.contains("step0 holds the final weights") && text.contains("issues/205"), "{text}");
-    // The same by its commit, once the cache knows which branch that is.
+    // The same by its commit, also in a new cache.
     assert!(warnings(&format!("pythia-2.8b@{commit}")).contains("issues/205"));
+    let fresh = tempfile::tempdir().unwrap();
+    let mut settings = world.settings();
+    settings.cache = fresh.path().into();
+    let loaded = Loader::new(format!("pythia-2.8b@{commit}")).hub(Hub::new(settings)).threads(1).load().unwrap();
+    assert!(loaded.warnings().join(" ").contains("issues/205"), "{:?}", loaded.warnings());
+    // And as the directory that it is in.
+    let directory = world.loader("pythia-2.8b@step0").load().unwrap().provenance().directory.clone().unwrap();
+    let loaded = Loader::new(directory).threads(1).load().unwrap();
+    assert!(loaded.warnings().join(" ").contains("issues/205"), "{:?}", loaded.warnings());
     assert!(!warnings("pythia-2.8b@main").contains("issues"));
 }
 
@@ -350,7 +359,7 @@ fn one_tensor_comes_without_its_file() {
     let name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight";
     let snapshots = snapshots();
     for (revision, file) in [("step64", "pytorch_model.bin"), ("main", "model.safetensors")] {
-        let tensors = pricket::Tensors::on(&world.hub(), &format!("{SUITE}@{revision}").parse().unwrap()).unwrap();
+        let tensors = pricket::Tensors::on(&world.hub(), format!("{SUITE}@{revision}")).unwrap();
         let found = tensors.read(name).unwrap();
         let local = pricket::weights::open_file(&blob(&snapshots[revision].join(file))).unwrap();
         let expected = pricket::weights::read_tensor(&*local, name, &Device::Cpu).unwrap();
@@ -365,7 +374,7 @@ fn one_tensor_comes_without_its_file() {
         assert_eq!(tensors.names().count(), local.names().len());
     }
     // Of shards only the one that holds it.
-    let tensors = pricket::Tensors::on(&world.hub(), &"owner/sharded".parse().unwrap()).unwrap();
+    let tensors = pricket::Tensors::on(&world.hub(), "owner/sharded").unwrap();
     let local = pricket::tensors(root().join("tests/golden/models/neox-bin-sharded-fp16")).unwrap();
     for name in local.names() {
         let (a, b) = (tensors.read(name).unwrap(), local.read(name).unwrap());
@@ -375,7 +384,7 @@ fn one_tensor_comes_without_its_file() {
     assert!(Cache::new(world.cache.path()).repos().unwrap().is_empty());
     pricket::fetch(&format!("{SUITE}@step64"), &world.hub(), &Silent).unwrap();
     world.server.take_log();
-    let tensors = pricket::Tensors::on(&world.hub(), &format!("{SUITE}@step64").parse().unwrap()).unwrap();
+    let tensors = pricket::Tensors::on(&world.hub(), format!("{SUITE}@step64")).unwrap();
     assert!(tensors.is_local() && tensors.read(name).is_ok());
     assert_eq!(world.large_bytes(), 0);
 }
@@ -421,7 +430,7 @@ fn the_planted_branch_is_found() {
     settings.offline = true;
     let hub = Hub::new(settings);
     assert_golden(
-        &Checkpoints::on(&hub, &SUITE.parse().unwrap(), &Silent).unwrap().audit(&Steps::all(), &Silent).unwrap(),
+        &Checkpoints::on(&hub, SUITE, &Silent).unwrap().audit(&Steps::all(), AuditOptions::default(), &Silent).unwrap(),
     );
     // And from plain directories.
     let plain = tempfile::tempdir().unwrap();
@@ -446,65 +455,224 @@ fn letters(branches: &[(&str, &[(&str, &str)])]) -> Repo {
     repo
 }
 
-/// What was seen of pythia-2.8b and 12b, in small. Hashes alone: no weight is read.
+/// What there is to say of a kind: the revisions, alarming or not, the words.
+fn said(audit: &Audit, kind: FindingKind) -> Vec<(Vec<&str>, bool, &str)> {
+    let of_kind = audit.findings.iter().filter(|finding| finding.kind == kind);
+    of_kind.map(|f| (f.revisions.iter().map(String::as_str).collect(), f.alarming, f.words.as_str())).collect()
+}
+
+/// What was seen of pythia-2.8b, in small. Hashes alone: no weight is read.
 #[test]
 fn an_audit_needs_hashes_alone() {
+    let world = World::new([(
+        "EleutherAI/pythia-2.8b",
+        letters(&[
+            ("step0", &[("model.safetensors", "z"), ("pytorch_model.bin", "a")]),
+            ("step1", &[("model.safetensors", "z"), ("pytorch_model.bin", "b")]),
+            ("step2", &[("model.safetensors", "c")]),
+            ("step4", &[("model.safetensors", "d")]),
+            ("step8", &[("model.safetensors", "d")]),
+            ("step16", &[("notes.txt", "no weights")]),
+            ("step143000", &[("model.safetensors", "z")]),
+            ("main", &[("model.safetensors", "z"), ("pytorch_model.bin", "z'")]),
+        ]),
+    )]);
+    let audit = world.checkpoints("EleutherAI/pythia-2.8b");
+    let audit = audit.audit(&"0..512,143000".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    assert_eq!(world.large_bytes(), 0);
+    let ends = said(&audit, FindingKind::EqualsFinal);
+    assert!(ends.len() == 1 && ends[0].0 == ["step0", "step1"] && ends[0].2.contains("step143000"), "{ends:?}");
+    assert!(!ends[0].2.contains("differ"), "not all of their other files are there: {ends:?}");
+    assert!(audit.findings[0].sources.iter().any(|source| source.ends_with("205")));
+    let same = said(&audit, FindingKind::Identical);
+    assert!(same.len() == 1 && same[0].0 == ["step4", "step8"] && same[0].2.contains("at most one is"), "{same:?}");
+    assert_eq!(said(&audit, FindingKind::NoWeights)[0].0, ["step16"]);
+    let missing = said(&audit, FindingKind::Missing);
+    assert!(missing.len() == 1 && missing[0].0 == ["step32", "step64", "step128", "step256", "step512"], "{missing:?}");
+    // step2 is reported to be wrong, and has files of its own.
+    let known = said(&audit, FindingKind::Known);
+    assert!(
+        known.iter().any(|(who, alarming, words)| who == &["step2"] && !alarming && words.contains("their own now")),
+        "{known:?}"
+    );
+}
+
+#[test]
+fn the_other_form_may_be_right() {
+    let both = |st: &'static str, bin: &'static str| [("model.safetensors", st), ("pytorch_model.bin", bin)];
+    let (zero, four, last, main) = (both("z", "a"), both("z", "b"), both("z", "y"), both("z", "x"));
+    let world =
+        World::new([("owner/x", letters(&[("step0", &zero), ("step4", &four), ("step9", &last), ("main", &main)]))]);
+    let audit = world.audit("owner/x");
+    let ends = said(&audit, FindingKind::EqualsFinal);
+    assert!(ends[0].0 == ["step0", "step4"] && ends[0].2.contains("pytorch_model.bin all differ"), "{ends:?}");
+}
+
+/// What was seen of pythia-12b: one shard of another step.
+#[test]
+fn a_shard_of_another_step_is_found() {
     const ONE: &str = "pytorch_model-00001-of-00002.bin";
     const TWO: &str = "pytorch_model-00002-of-00002.bin";
-    let world = World::new([
-        (
-            "EleutherAI/pythia-2.8b",
-            letters(&[
-                ("step0", &[("model.safetensors", "z"), ("pytorch_model.bin", "a")]),
-                ("step1", &[("model.safetensors", "z"), ("pytorch_model.bin", "b")]),
-                ("step2", &[("model.safetensors", "c")]),
-                ("step4", &[("model.safetensors", "d")]),
-                ("step8", &[("model.safetensors", "d")]),
-                ("step16", &[("notes.txt", "no weights")]),
-                ("step143000", &[("model.safetensors", "y")]),
-                ("main", &[("model.safetensors", "z"), ("pytorch_model.bin", "z'")]),
-            ]),
-        ),
-        (
-            "owner/sharded",
-            letters(&[
-                ("step1", &[(ONE, "a1"), (TWO, "a2")]),
-                ("step2", &[(ONE, "z1"), (TWO, "b2")]),
-                ("step3", &[(ONE, "z1"), (TWO, "z2")]),
-                ("main", &[(ONE, "z1"), (TWO, "z2")]),
-            ]),
-        ),
-    ]);
-    let audit = world.checkpoints("EleutherAI/pythia-2.8b");
-    // The letters are no files, and comparing main with the last step would open them.
-    let error = audit.audit(&"all".parse().unwrap(), &Silent).unwrap_err();
-    assert!(error.to_string().contains("model.safetensors"), "{error}");
-    let audit = audit.audit(&"0..512".parse().unwrap(), &Silent).unwrap();
-    let find = |kind| audit.findings.iter().filter(|finding| finding.kind == kind).collect::<Vec<_>>();
-    let ends = find(FindingKind::EqualsFinal);
-    assert_eq!(ends[0].revisions, ["step0", "step1"]);
-    assert!(
-        ends[0].sources.iter().any(|source| source.ends_with("205"))
-            && ends[0].words.contains("pytorch_model.bin differ"),
-        "{}",
-        ends[0].words
-    );
-    let same = find(FindingKind::Identical);
-    assert!(
-        same.len() == 1 && same[0].revisions == ["step4", "step8"] && same[0].words.contains("at most one"),
-        "{same:?}"
-    );
-    assert_eq!(find(FindingKind::NoWeights)[0].revisions, ["step16"]);
-    assert_eq!(find(FindingKind::Missing)[0].revisions, ["step32", "step64", "step128", "step256", "step512"]);
-    assert!(
-        find(FindingKind::Known).iter().any(|finding| finding.revisions == ["step2"]),
-        "{:?}",
-        find(FindingKind::Known)
-    );
+    const INDEX: (&str, &str) = ("pytorch_model.bin.index.json", "{}");
+    let world = World::new([(
+        "owner/sharded",
+        letters(&[
+            ("step1", &[INDEX, (ONE, "a1"), (TWO, "a2")]),
+            ("step2", &[INDEX, (ONE, "z1"), (TWO, "b2")]),
+            ("step3", &[INDEX, (ONE, "z1"), (TWO, "z2")]),
+            // main in another form, its pickles beside it.
+            ("main", &[("model.safetensors", "zz"), INDEX, (ONE, "z1"), (TWO, "z2")]),
+        ]),
+    )]);
     let audit = world.audit("owner/sharded");
-    let shared: Vec<_> = audit.findings.iter().filter(|f| f.kind == FindingKind::SharedShard).collect();
-    assert!(shared.len() == 1 && shared[0].revisions == ["step2"] && shared[0].words.contains(ONE), "{shared:?}");
-    assert_eq!(world.large_bytes(), 1, "one file of one byte was opened, in the comparison that failed");
+    let shared = said(&audit, FindingKind::SharedShard);
+    assert!(
+        shared.iter().any(|(who, alarming, words)| who == &["step2"] && *alarming && words.contains(ONE)),
+        "{shared:?}"
+    );
+}
+
+/// Who is wrong is only said where it is known.
+#[test]
+fn nobody_is_accused_without_reason() {
+    let st = |letter: &'static str| [("model.safetensors", letter)];
+    let (a, b, c) = (st("a"), st("b"), st("c"));
+    let world = World::new([
+        // main is a step in the middle: the step or main is wrong.
+        ("owner/middle", letters(&[("step1", &a), ("step2", &b), ("step3", &c), ("main", &b)])),
+        // The last step is missing from the Hub, as its card knows: main is not blamed for being more.
+        ("EleutherAI/pythia-160m", letters(&[("step1000", &a), ("step2000", &b), ("main", &c)])),
+        ("owner/three", letters(&[("step0", &a), ("step1", &a), ("step2", &a), ("step9", &b), ("main", &b)])),
+    ]);
+    let found = world.checkpoints("owner/middle");
+    let audit = found.audit(&"1,2".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    let ends = said(&audit, FindingKind::EqualsFinal);
+    assert!(ends.len() == 1, "without the last step main stands for it: {ends:?}");
+    let found = world.checkpoints("EleutherAI/pythia-160m");
+    let audit = found.audit(&"1000,2000,143000".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    assert!(
+        said(&audit, FindingKind::MainDiffers).is_empty() && said(&audit, FindingKind::EqualsFinal).is_empty(),
+        "{:?}",
+        audit.findings
+    );
+    assert_eq!(said(&audit, FindingKind::Missing)[0].0, ["step143000"]);
+    let audit = world.audit("owner/three");
+    let same = said(&audit, FindingKind::Identical);
+    assert!(same[0].2.contains("counted as one"), "{same:?}");
+    assert_eq!(said(&audit, FindingKind::Expected)[0].0, ["step9", "main"]);
+}
+
+/// A v0 model starts at step1000; its card says so, and nobody is alarmed.
+#[test]
+fn what_was_never_published_is_not_missed() {
+    let world = World::new([("EleutherAI/pythia-70m-v0", tiny_repo(&["step1000"]))]);
+    let found = world.checkpoints("EleutherAI/pythia-70m-v0");
+    let audit = found.audit(&"0..1000".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    let missing = said(&audit, FindingKind::Missing);
+    assert!(missing.len() == 1 && !missing[0].1 && missing[0].2.contains("never published"), "{missing:?}");
+    assert!(!audit.is_alarming(), "{:?}", audit.findings);
+}
+
+/// The golden suite again, in every way that is not the fixture's.
+#[test]
+fn the_planted_branch_is_found_whatever_it_looks_like() {
+    let file = |branch: &str, name: &str| std::fs::read(blob(&snapshots()[branch].join(name))).unwrap();
+    let config = || Content::text(file("step64", "config.json"));
+    let bin = |branch: &str| ("pytorch_model.bin", Content::lfs(file(branch, "pytorch_model.bin")));
+    let st = || Content::lfs(file("main", "model.safetensors"));
+    // The same tensors around another header: another hash.
+    let resaved = {
+        let bytes = file("main", "model.safetensors");
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let metadata = Some(std::collections::HashMap::from([("saved".to_owned(), "again".to_owned())]));
+        Content::lfs(safetensors::serialize(tensors.tensors(), metadata).unwrap())
+    };
+    let mut repo = Repo::default();
+    for (branch, files) in [
+        ("step64", vec![bin("step64")]),
+        ("step128", vec![("model.safetensors", resaved)]),
+        ("step256", vec![("model.safetensors", Content::lfs(vec![7; 100]))]),
+        ("step512", vec![bin("step1000")]),
+        ("step1000", vec![bin("step1000")]),
+        // Both forms, and both of the same step.
+        ("main", vec![("model.safetensors", st()), bin("step1000")]),
+    ] {
+        let commit = repo.commit(files.into_iter().chain([("config.json", config())]));
+        repo.branch(branch, &commit);
+    }
+    let world = World::new([("owner/odd", repo.clone())]);
+    let audit = world.audit("owner/odd");
+    assert_eq!(said(&audit, FindingKind::EqualsFinal)[0].0, ["step512"]);
+    // Damaged, and a finding rather than the end of the audit: it is only looked into where that is worth it.
+    let deep =
+        world.checkpoints("owner/odd").audit(&Steps::all(), AuditOptions::default().deep(true), &Silent).unwrap();
+    assert_eq!(said(&deep, FindingKind::EqualsFinal)[0].0, ["step128", "step512"]);
+    let unreadable = said(&deep, FindingKind::Unreadable);
+    assert!(unreadable.len() == 1 && unreadable[0].0 == ["step256"] && unreadable[0].1, "{unreadable:?}");
+    // The two forms of main do not agree: that is said, and the pickles decide nothing.
+    let commit = repo.commit([("model.safetensors", st()), bin("step64"), ("config.json", config())]);
+    repo.branch("main", &commit);
+    world.server.add("owner/odd", repo);
+    let audit = world.audit("owner/odd");
+    assert_eq!(said(&audit, FindingKind::FormsDiffer)[0].0, ["main"]);
+    assert_eq!(said(&audit, FindingKind::EqualsFinal)[0].0, ["step512"]);
+    assert!(groups(&audit).iter().all(|group| !group.contains("step64")));
+}
+
+/// What is not in the cache is not there to be judged.
+#[test]
+fn an_audit_of_a_cache_judges_what_it_has() {
+    let world = World::new([(SUITE, suite_repo())]);
+    let found = world.checkpoints(SUITE);
+    for step in &found.steps[..3] {
+        found.fetch(step, &Silent).unwrap();
+    }
+    // Of main the configuration alone, as Python leaves it.
+    let (hub, id): (Hub, pricket::hub::ModelId) = (world.hub(), SUITE.parse().unwrap());
+    let commit = hub.resolve(&id, &Quiet).unwrap();
+    let listing = hub.files(&id.repo, &commit, &Quiet).unwrap().files;
+    let config: Vec<_> = listing.iter().filter(|file| file.path == "config.json").cloned().collect();
+    hub.fetch_part(&id.repo, &commit, &config, &Quiet).unwrap();
+    std::fs::write(world.cache.path().join("models--test--tiny-neox/refs/main"), &commit).unwrap();
+    let audit = Checkpoints::on(&world.offline(), SUITE, &Silent).unwrap();
+    let audit = audit.audit(&Steps::all(), AuditOptions::default(), &Silent).unwrap();
+    assert!(!audit.is_alarming(), "{:?}", audit.findings);
+    assert_eq!(said(&audit, FindingKind::NotCached)[0].0, ["main"]);
+}
+
+#[test]
+fn looking_changes_nothing_and_nothing_is_fetched_in_vain() {
+    let content = tiny_repo(&["step0"]);
+    let world = World::new([("owner/tiny", content.clone())]);
+    let before = world.loader("owner/tiny").load().unwrap().provenance().commit.clone();
+    // main moves; looking at it must not lead the branch to half a snapshot.
+    let mut moved = content.clone();
+    let commit = content.resolve("step0").unwrap().to_owned();
+    moved.branch("main", &commit);
+    world.server.add("owner/tiny", moved);
+    let mut command = example("inspect");
+    command.args(["owner/tiny", "--brief", "--json"]).current_dir(root());
+    let output =
+        command.env("HF_ENDPOINT", world.server.url()).env("HF_HUB_CACHE", world.cache.path()).output().unwrap();
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["provenance"]["commit"], json!(commit));
+    let after = Loader::new("owner/tiny").hub(world.offline()).threads(1).load().unwrap();
+    assert_eq!(after.provenance().commit, before);
+    // A model that nothing here can run is refused before its weights come.
+    world.server.add(
+        "owner/other",
+        only([
+            ("config.json", Content::text("{\"model_type\": \"llama\"}")),
+            ("model.safetensors", Content::lfs(vec![1; 300_000])),
+        ]),
+    );
+    world.server.take_log();
+    let error = world.loader("owner/other").load().unwrap_err();
+    assert!(error.to_string().contains("llama") && world.large_bytes() == 0, "{error}");
+    // A commit that is not there is answered with what is.
+    let error = world.loader(&format!("owner/tiny@{}", "0".repeat(40))).load().unwrap_err();
+    assert!(matches!(&error, Error::Revision { known, .. } if known.contains(&"step0".to_owned())), "{error}");
+    assert!(!error.to_string().contains("no branches"), "{error}");
 }
 
 fn checkpoints(world: &World, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
@@ -541,7 +709,7 @@ fn the_example_lists_fetches_audits_and_cleans_up() {
     let (code, out, _) = run(&["cache", "verify"]);
     assert!(code == Some(0) && out.contains("0 are damaged"), "{out}");
     let (code, out, _) = run(&["audit", SUITE]);
-    assert!(code == Some(2) && out.contains("WRONG: step512 holds the weights of step1000"), "{out}");
+    assert!(code == Some(3) && out.contains("WRONG: step512 holds the weights of step1000"), "{out}");
     let (code, out, _) = run(&["audit", SUITE, "--json", "--steps", "0..256"]);
     let json: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((code, &json["identical"]), (Some(0), &json!([["step0", "step1"]])));
@@ -592,7 +760,7 @@ fn the_real_hub_answers() {
     let mut settings = Settings::from_env().unwrap();
     settings.cache = cache.path().into();
     let hub = Hub::new(settings);
-    let found = Checkpoints::on(&hub, &"EleutherAI/pythia-14m".parse().unwrap(), &Silent).unwrap();
+    let found = Checkpoints::on(&hub, "EleutherAI/pythia-14m", &Silent).unwrap();
     assert!(found.steps.iter().filter(|checkpoint| checkpoint.present).count() >= 150);
     let loaded = Loader::new("EleutherAI/pythia-14m@step143000").hub(hub).load().unwrap();
     assert_eq!(loaded.info().parameters, 14_067_712);

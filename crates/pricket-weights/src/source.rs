@@ -44,33 +44,46 @@ const BLOCKS: usize = 32;
 
 impl Remote {
     fn read(&self, start: u64, len: u64) -> Result<Vec<u8>> {
-        if len == 0 {
-            return Ok(Vec::new());
-        }
+        let end = start + len;
         if len > BLOCK {
-            return self.file.read_at(start..start + len);
-        }
-        let (first, last) = (start / BLOCK, (start + len - 1) / BLOCK);
-        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
-        let missing: Vec<u64> = (first..=last).filter(|n| blocks.iter().all(|(known, _)| known != n)).collect();
-        if let (Some(from), Some(to)) = (missing.first(), missing.last()) {
-            let range = from * BLOCK..((to + 1) * BLOCK).min(self.file.size());
-            let bytes = self.file.read_at(range)?;
-            for (n, block) in (*from..).zip(bytes.chunks(BLOCK as usize)) {
-                blocks.push_front((n, block.into()));
-            }
-            blocks.truncate(BLOCKS);
+            return self.fetch(start..end);
         }
         let mut out = Vec::with_capacity(len as usize);
-        for n in first..=last {
-            let block = blocks.iter().find(|(known, _)| *known == n).map_or(&[][..], |(_, block)| block);
-            let (from, to) = (start.max(n * BLOCK) - n * BLOCK, (start + len).min((n + 1) * BLOCK) - n * BLOCK);
-            out.extend_from_slice(block.get(from as usize..to as usize).unwrap_or_default());
+        for n in start / BLOCK..end.div_ceil(BLOCK) {
+            let (block, base) = (self.block(n)?, n * BLOCK);
+            let (from, to) = (start.max(base) - base, end.min(base + BLOCK) - base);
+            out.extend_from_slice(&block[from as usize..to as usize]);
         }
-        if out.len() as u64 == len {
-            Ok(out)
+        Ok(out)
+    }
+
+    fn block(&self, n: u64) -> Result<Arc<[u8]>> {
+        let lock = || self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mut blocks = lock();
+            if let Some(at) = blocks.iter().position(|(known, _)| *known == n)
+                && let Some(found) = blocks.remove(at)
+            {
+                blocks.push_front(found.clone());
+                return Ok(found.1);
+            }
+        }
+        // Nobody waits for our request. At worst a block is fetched twice.
+        let block: Arc<[u8]> = self.fetch(n * BLOCK..((n + 1) * BLOCK).min(self.file.size()))?.into();
+        let mut blocks = lock();
+        blocks.push_front((n, Arc::clone(&block)));
+        blocks.truncate(BLOCKS);
+        Ok(block)
+    }
+
+    fn fetch(&self, range: Range<u64>) -> Result<Vec<u8>> {
+        let wanted = range.end - range.start;
+        let bytes = self.file.read_at(range)?;
+        if bytes.len() as u64 == wanted {
+            Ok(bytes)
         } else {
-            Err(Error::Corrupt { path: self.path.clone(), what: "fewer bytes came than were asked for".into() })
+            let what = format!("{} bytes came where {wanted} were asked for", bytes.len());
+            Err(Error::Corrupt { path: self.path.clone(), what })
         }
     }
 }
@@ -132,5 +145,63 @@ impl Source {
 impl std::fmt::Debug for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} ({} bytes)", self.path().display(), self.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Every byte says where it is.
+    struct Counting(u64);
+
+    fn byte(at: u64) -> u8 {
+        (at ^ (at >> 8) ^ (at >> 16)) as u8
+    }
+
+    impl ReadAt for Counting {
+        fn name(&self) -> String {
+            "counting".into()
+        }
+
+        fn size(&self) -> u64 {
+            self.0
+        }
+
+        fn read_at(&self, range: Range<u64>) -> Result<Vec<u8>> {
+            assert!(range.end <= self.0);
+            Ok(range.map(byte).collect())
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Any reads in any order, more blocks than are kept.
+        #[test]
+        fn a_read_is_what_the_file_has(
+            size in 1u64..3_000_000,
+            reads in proptest::collection::vec((0u64..3_000_000, 0u64..100_000), 1..120),
+        ) {
+            let source = Source::remote(Arc::new(Counting(size)));
+            for (start, len) in reads {
+                let start = start % size;
+                let len = len.min(size - start);
+                let found = source.read(start as usize, len as usize).unwrap();
+                prop_assert!(found.iter().enumerate().all(|(i, &b)| b == byte(start + i as u64)) && found.len() as u64 == len);
+            }
+            prop_assert!(source.read(size as usize, 1).is_err());
+        }
+    }
+
+    #[test]
+    fn a_block_that_is_old_and_wanted_stays() {
+        let source = Source::remote(Arc::new(Counting(BLOCK * 64)));
+        for n in (0..=BLOCKS as u64).filter(|&n| n != 1) {
+            source.read((n * BLOCK) as usize, 1).unwrap();
+        }
+        assert_eq!(source.read((BLOCK - 1) as usize, 2).unwrap().len(), 2);
     }
 }

@@ -69,7 +69,9 @@ pub(crate) fn read(file: &Source) -> Result<BTreeMap<String, Record>> {
     // The directory's size bounds the entries, whatever their number is said to be.
     for _ in 0..count {
         let (name, record) = entry(file, &mut fields)?.ok_or_else(|| bad("its directory ends inside an entry"))?;
-        records.insert(name, record);
+        if records.insert(name, record).is_some() {
+            return Err(bad("its directory names an entry twice"));
+        }
     }
     Ok(records)
 }
@@ -167,7 +169,7 @@ impl Record {
             fields.is(LOCAL)?;
             fields.take(22)?;
             let (name_len, extra_len) = (fields.u16()? as usize, fields.u16()? as usize);
-            let start = self.header + 30 + name_len + extra_len;
+            let start = self.header.checked_add(30 + name_len + extra_len)?;
             start.checked_add(self.size).filter(|&end| end <= file.len()).map(|_| start)
         };
         let e = || Error::Corrupt {

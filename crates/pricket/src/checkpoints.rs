@@ -1,19 +1,27 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use pricket_hub::{Digest, Hub, Listed, ModelId, RepoId, Steps, step_of};
 use pricket_nn::{Progress, Silent};
 use serde_json::{Value, json};
 
 use crate::cards::{Card, KnownKind, card};
+use crate::forms::forms;
 use crate::remote::Tensors;
-use crate::repository::{Place, Telling, explained, locate, revisions_in};
+use crate::repository::{Fetched, Place, Telling, explained, fetch_commit, locate, revisions_in};
+use crate::task::Task;
 use crate::{Error, Result};
 
 /// Listings asked for at once.
 const AT_ONCE: usize = 8;
+
+/// The files of a checkpoint, and whether they are all that it has.
+pub(crate) struct Files {
+    pub(crate) files: Vec<Listed>,
+    pub(crate) is_complete: bool,
+}
 
 /// Where the revisions of a model are.
 #[derive(Clone, Debug)]
@@ -76,7 +84,7 @@ pub fn checkpoints(model: &str) -> Result<Checkpoints> {
     // A directory needs no Hub, nor an environment that makes sense of one.
     match locate(Path::new(model))? {
         Place::Local(path) => Checkpoints::in_directory(&path),
-        Place::Hub(id) => Checkpoints::on(&Hub::from_env()?, &id.repo, &Silent),
+        Place::Hub(id) => Checkpoints::of_repository(&Hub::from_env()?, &id, &Silent),
     }
 }
 
@@ -98,14 +106,24 @@ impl Checkpoints {
         })
     }
 
-    /// The training steps of a repository on `hub`.
+    /// As [`checkpoints`], of a Hub of your own.
     ///
     /// # Errors
     /// As [`checkpoints`].
-    pub fn on(hub: &Hub, repo: &RepoId, progress: &dyn Progress) -> Result<Self> {
+    pub fn on(hub: &Hub, model: &str, progress: &dyn Progress) -> Result<Self> {
+        match locate(Path::new(model))? {
+            Place::Local(path) => Self::in_directory(&path),
+            Place::Hub(id) => Self::of_repository(hub, &id, progress),
+        }
+    }
+
+    fn of_repository(hub: &Hub, id: &ModelId, progress: &dyn Progress) -> Result<Self> {
+        if id.revision != "main" {
+            return Err(Error::Input(format!("{id} is one revision; its repository {} has training steps", id.repo)));
+        }
+        let repo = &id.repo;
         let card = card(repo.as_str());
-        let id = ModelId::new(repo.clone(), "main")?;
-        let refs = hub.refs(repo, &Telling::new(progress, "")).map_err(|e| explained(e, &id, card))?;
+        let refs = hub.refs(repo, &Telling::new(progress, "")).map_err(|e| explained(e, id, card))?;
         let number = |name: &str| card.map_or_else(|| step_of(name), |card| card.step_of(name));
         let pattern = card.and_then(|card| card.checkpoints.as_ref());
         let mut steps: BTreeMap<u64, Checkpoint> = BTreeMap::new();
@@ -122,10 +140,14 @@ impl Checkpoints {
         }
         for (&step, checkpoint) in &mut steps {
             checkpoint.step = Some(step);
-            checkpoint.tokens = pattern.map(|pattern| step * pattern.tokens_per_step);
+            checkpoint.tokens = pattern.and_then(|pattern| step.checked_mul(pattern.tokens_per_step));
             let known = card.map(|card| card.known_of(&checkpoint.revision)).unwrap_or_default();
             checkpoint.known = known.iter().map(|known| format!("{} ({})", known.what, known.source)).collect();
-            checkpoint.known_bad = known.iter().any(|known| known.kind != KnownKind::Odd);
+            checkpoint.known_bad = known.iter().any(|known| match known.kind {
+                KnownKind::Wrong | KnownKind::Suspect => true,
+                KnownKind::Missing => !checkpoint.present,
+                KnownKind::Odd => false,
+            });
         }
         let main = refs.branches.get("main").map(|commit| Checkpoint::new("main".into(), Some(commit.clone()), true));
         Ok(Self {
@@ -156,14 +178,38 @@ impl Checkpoints {
         format!("{}@{}", self.model, checkpoint.revision)
     }
 
+    fn missing(&self, checkpoint: &Checkpoint) -> Error {
+        let why = checkpoint.known.first().map_or(String::new(), |known| format!(": {known}"));
+        Error::NotFound { path: self.id(checkpoint).into(), what: format!("it is not there{why}") }
+    }
+
     /// The tensors of a checkpoint, without fetching it: see [`Tensors`].
     ///
     /// # Errors
     /// [`Error::NotFound`] if it is not there; what the Hub says.
     pub fn tensors(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
-        let missing = || Error::NotFound { path: self.id(checkpoint).into(), what: "is not there".into() };
-        let listing = self.home.listing(checkpoint, &Silent)?.ok_or_else(missing)?;
-        self.home.tensors(checkpoint, &listing)
+        let listing = self.home.listing(checkpoint, &Silent)?.ok_or_else(|| self.missing(checkpoint))?;
+        self.home.tensors(checkpoint, &listing.files)
+    }
+
+    /// Fetches a checkpoint into the cache, as [`crate::fetch`], at the commit that it was listed with.
+    ///
+    /// # Errors
+    /// As [`crate::fetch`]; [`Error::Input`] if it is a directory here.
+    pub fn fetch(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Fetched> {
+        match (&self.home, &checkpoint.commit) {
+            (Home::Hub(repo, hub), Some(commit)) => {
+                let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
+                fetch_commit(&id, commit, hub, progress)
+            }
+            (Home::Hub(..), None) => Err(self.missing(checkpoint)),
+            (Home::Local(_), _) => Err(Error::Input(format!("{} is here already", self.id(checkpoint)))),
+        }
+    }
+
+    /// Whether the model is a directory rather than a repository.
+    pub fn is_local(&self) -> bool {
+        self.home.is_local()
     }
 
     /// Fills in the sizes of the chosen steps, for which each is asked for its files.
@@ -174,7 +220,7 @@ impl Checkpoints {
         let chosen: Vec<Checkpoint> = self.select(steps)?.into_iter().cloned().collect();
         let listings = self.home.listings(&chosen, progress)?;
         for (asked, listing) in chosen.iter().zip(listings) {
-            let bytes = listing.as_deref().and_then(|listing| weight_bytes(listing, &self.model));
+            let bytes = listing?.and_then(|listing| weight_bytes(&listing.files));
             if let Some(checkpoint) = self.steps.iter_mut().find(|checkpoint| checkpoint.revision == asked.revision) {
                 checkpoint.bytes = bytes;
             }
@@ -184,17 +230,9 @@ impl Checkpoints {
 }
 
 /// Bytes of the weights that a loader would take.
-fn weight_bytes(listing: &[Listed], model: &str) -> Option<u64> {
-    let names: Vec<&str> = listing.iter().map(|file| file.path.as_str()).collect();
-    let chosen = pricket_weights::choose_weights(&names, Path::new(model)).ok()?;
-    let taken = |file: &&Listed| match chosen.strip_suffix(".index.json") {
-        // The shards of `model.safetensors.index.json` are `model-00001-of-00002.safetensors`.
-        Some(whole) => whole.split_once('.').is_some_and(|(stem, kind)| {
-            file.path.starts_with(&format!("{stem}-")) && file.path.ends_with(&format!(".{kind}"))
-        }),
-        None => file.path == chosen,
-    };
-    Some(listing.iter().filter(taken).map(|file| file.size).sum())
+fn weight_bytes(listing: &[Listed]) -> Option<u64> {
+    let (_, taken) = forms(listing).into_iter().next()?;
+    Some(taken.iter().map(|file| file.size).sum())
 }
 
 impl Checkpoint {
@@ -214,43 +252,60 @@ impl Checkpoint {
 
 impl Home {
     /// The files of a checkpoint; `None` if it is not there.
-    pub(crate) fn listing(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Option<Vec<Listed>>> {
+    pub(crate) fn listing(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Option<Files>> {
         match (self, &checkpoint.commit) {
-            (Home::Local(_), _) => self.directory(checkpoint).map(|directory| list(&directory)).transpose(),
-            (Home::Hub(repo, hub), Some(commit)) => Ok(Some(hub.files(repo, commit, &Telling::new(progress, ""))?)),
+            (Home::Local(_), _) => {
+                let directory = self.directory(checkpoint);
+                directory.map(|directory| Ok(Files { files: list(&directory)?, is_complete: true })).transpose()
+            }
+            (Home::Hub(repo, hub), Some(commit)) => {
+                let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
+                let listing = hub.files(repo, commit, &Telling::new(progress, ""));
+                let listing = listing.map_err(|e| explained(e, &id, card(repo.as_str())))?;
+                Ok(Some(Files { files: listing.files, is_complete: listing.is_complete }))
+            }
             (Home::Hub(..), None) => Ok(None),
         }
     }
 
+    /// Whether this is a cache that may have a part of what there is.
+    pub(crate) fn is_partial(&self) -> bool {
+        matches!(self, Home::Hub(_, hub) if hub.settings().offline)
+    }
+
+    pub(crate) fn is_local(&self) -> bool {
+        matches!(self, Home::Local(_))
+    }
+
     /// The files of many, several at once.
-    pub(crate) fn listings(&self, chosen: &[Checkpoint], progress: &dyn Progress) -> Result<Vec<Option<Vec<Listed>>>> {
+    pub(crate) fn listings(
+        &self,
+        chosen: &[Checkpoint],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Result<Option<Files>>>> {
         let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let out = Mutex::new(vec![None; chosen.len()]);
-        let failed = Mutex::new(None);
-        progress.begin("asking for the files of each step", chosen.len() as u64, "steps");
+        let out = Mutex::new(chosen.iter().map(|_| Ok(None)).collect::<Vec<_>>());
+        let task = Task::begin(progress, "asking for the files of each step", chosen.len(), "steps");
         std::thread::scope(|scope| {
             for _ in 0..AT_ONCE.min(chosen.len()) {
                 scope.spawn(|| {
                     loop {
                         let i = next.fetch_add(1, Ordering::Relaxed);
                         let Some(checkpoint) = chosen.get(i) else { return };
-                        match self.listing(checkpoint, progress) {
-                            Ok(listing) => lock(&out)[i] = listing,
-                            Err(e) => {
-                                lock(&failed).get_or_insert(e);
-                                next.store(chosen.len(), Ordering::Relaxed);
-                            }
+                        if progress.cancelled() {
+                            return;
                         }
-                        progress.update(done.fetch_add(1, Ordering::Relaxed) as u64 + 1);
+                        let listing = self.listing(checkpoint, progress);
+                        out.lock().unwrap_or_else(PoisonError::into_inner)[i] = listing;
+                        task.update(done.fetch_add(1, Ordering::Relaxed) + 1);
                     }
                 });
             }
         });
-        progress.end();
-        match lock(&failed).take() {
-            Some(e) => Err(e),
-            None => Ok(std::mem::take(&mut *lock(&out))),
+        if progress.cancelled() {
+            return Err(Error::Cancelled);
         }
+        Ok(out.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Takes the hash of a file that lies in a directory; those of the Hub are listed with theirs.
@@ -273,15 +328,23 @@ impl Home {
     }
 
     /// The bytes of a small file of a checkpoint, if it has it.
-    pub(crate) fn small_file(&self, checkpoint: &Checkpoint, listing: &[Listed], name: &str) -> Option<Vec<u8>> {
-        let listed = listing.iter().find(|file| file.path == name && file.size < 1 << 20)?;
-        match (self, &checkpoint.commit) {
+    pub(crate) fn small_file(
+        &self,
+        checkpoint: &Checkpoint,
+        listing: &[Listed],
+        name: &str,
+    ) -> Result<Option<Vec<u8>>> {
+        let Some(listed) = listing.iter().find(|file| file.path == name && file.size < 1 << 20) else {
+            return Ok(None);
+        };
+        let path = match (self, &checkpoint.commit) {
             (Home::Hub(repo, hub), Some(commit)) => match hub.cached(repo, commit, listed) {
-                Some(path) => std::fs::read(path).ok(),
-                None => hub.read(repo, commit, listed, 0..listed.size, &pricket_hub::Quiet).ok(),
+                Some(path) => path,
+                None => return Ok(Some(hub.read(repo, commit, listed, 0..listed.size, &pricket_hub::Quiet)?)),
             },
-            _ => std::fs::read(self.directory(checkpoint)?.join(name)).ok(),
-        }
+            _ => self.directory(checkpoint).unwrap_or_default().join(name),
+        };
+        std::fs::read(&path).map(Some).map_err(|error| Error::Io { path, error })
     }
 
     fn directory(&self, checkpoint: &Checkpoint) -> Option<PathBuf> {
@@ -292,10 +355,6 @@ impl Home {
         };
         directory.is_dir().then_some(directory)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// The files of a directory.

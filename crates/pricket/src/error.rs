@@ -54,7 +54,17 @@ pub enum Error {
         /// What it said.
         error: std::io::Error,
     },
-    /// A repository or revision that the Hub does not show, with what is known of it.
+    /// A repository that is there, and has no such revision.
+    #[error("{what}")]
+    Revision {
+        /// What was asked for.
+        id: String,
+        /// Branches and tags that are there.
+        known: Vec<String>,
+        /// The same in words.
+        what: String,
+    },
+    /// A repository that the Hub does not show, with what is known of it.
     #[error("{id}: {what}")]
     Repository {
         /// What was asked for.

@@ -10,7 +10,7 @@ use crate::family::Family;
 use crate::load::{at, read_json};
 use crate::remote::Tensors;
 use crate::repository::{Place, Revision, locate};
-use crate::{Error, Result};
+use crate::{Error, Provenance, Result};
 
 /// What is in a checkpoint, by its headers: no weight is read.
 #[derive(Clone, Debug)]
@@ -30,6 +30,8 @@ pub struct Inspection {
     pub tensors: Vec<TensorInfo>,
     /// What a careful user should know.
     pub warnings: Vec<String>,
+    /// Where it came from.
+    pub provenance: Provenance,
 }
 
 /// A tensor on file.
@@ -73,7 +75,10 @@ pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
                 let file = if path.is_dir() { pricket_weights::find_weights(&path)? } else { path.clone() };
                 let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
                 let first = store.names().first().map_or_else(|| file.clone(), |name| store.origin(name).into());
-                Ok((file, pricket_weights::sniff(&first)?, store))
+                let mut files: Vec<PathBuf> = store.names().iter().map(|name| store.origin(name).into()).collect();
+                files.dedup();
+                let directory = file.parent().unwrap_or(Path::new("")).to_owned();
+                Ok((file, pricket_weights::sniff(&first)?, store, Provenance::of_directory(&directory, &files)))
             };
             look(&path, Vec::new(), open)
         }
@@ -83,7 +88,8 @@ pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
             let small = found.fetch_small(&hub, &Silent)?;
             let open = || {
                 let tensors = Tensors::of_listing(&hub, &id, &found.commit, &found.listing)?;
-                Ok((id.to_string().into(), tensors.format()?, tensors.into_store()?))
+                let provenance = tensors.provenance().clone();
+                Ok((id.to_string().into(), tensors.format()?, tensors.into_store()?, provenance))
             };
             look(&small.directory, found.warnings.clone(), open)
         }
@@ -94,7 +100,7 @@ pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
 fn look(
     path: &Path,
     mut warnings: Vec<String>,
-    open: impl FnOnce() -> Result<(PathBuf, Format, Arc<dyn Store>)>,
+    open: impl FnOnce() -> Result<(PathBuf, Format, Arc<dyn Store>, Provenance)>,
 ) -> Result<Inspection> {
     let directory = if path.is_dir() { path.to_owned() } else { crate::load::parent(path) };
     let config_path = directory.join("config.json");
@@ -118,7 +124,7 @@ fn look(
     if has_tokenizer && config.is_some() {
         pricket_lm::Tokenizer::from_file(&tokenizer)?;
     }
-    let (file, format, store) = open()?;
+    let (file, format, store, provenance) = open()?;
     let names = store.names();
     let is_buffer = |name: &str| family.as_ref().is_some_and(|family| family.names().is_buffer(name));
     let mut tensors = Vec::with_capacity(names.len());
@@ -139,5 +145,5 @@ fn look(
     if config.is_some() && !has_tokenizer {
         warnings.push("no tokenizer.json: give one to read or write text".into());
     }
-    Ok(Inspection { file, format, config, info, has_tokenizer, tensors, warnings })
+    Ok(Inspection { file, format, config, info, has_tokenizer, tensors, warnings, provenance })
 }

@@ -30,6 +30,7 @@ mod checkpoints;
 mod device;
 mod error;
 mod family;
+mod forms;
 mod handle;
 mod inspect;
 mod load;
@@ -38,10 +39,11 @@ mod provenance;
 mod remote;
 mod repository;
 mod shapes;
+mod task;
 
 pub use candle_core as candle;
 
-pub use audit::{Audit, Audited, Finding, FindingKind, audit};
+pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
 pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
 pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
 pub use device::device;

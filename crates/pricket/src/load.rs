@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
-use crate::repository::{Fetched, Place, fetch_id, locate};
+use crate::repository::{Fetched, Place, fetch_id, locate, snapshot_warnings};
 use crate::{Error, Pricket, Provenance, Result};
 
 /// The checkpoint that is compiled into the program.
@@ -218,7 +218,10 @@ impl Loader {
     /// # Errors
     /// One that names the file and what is wrong with it; see [`Error`].
     pub fn load(self) -> Result<Pricket> {
-        let opened = self.open()?;
+        let mut opened = self.open()?;
+        if let Some(path) = &self.tokenizer {
+            opened.provenance.replace("tokenizer.json", path);
+        }
         let refused = |e| at(&opened.config_path, e);
         let family = Family::from_config(&opened.config).map_err(refused)?;
         let policy = match (self.train, self.precision, self.device.is_cpu()) {
@@ -270,7 +273,11 @@ impl Loader {
                     generation_config: None,
                     tokenizer: Some(tokenizer),
                     store: Arc::new(SafetensorsFile::embedded(tiny::WEIGHTS)?),
-                    provenance: Provenance { licence: Some("mit or apache-2.0".into()), ..Provenance::default() },
+                    provenance: Provenance::of_embedded(&[
+                        ("config.json", tiny::CONFIG),
+                        ("tokenizer.json", tiny::TOKENIZER),
+                        ("model.safetensors", tiny::WEIGHTS),
+                    ]),
                     warnings: Vec::new(),
                     in_use: None,
                 })
@@ -323,7 +330,9 @@ fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -
         files.extend(store.names().iter().map(|name| PathBuf::from(store.origin(name))));
         files.sort();
         files.dedup();
-        (Provenance::of_directory(&directory, &files), Vec::new(), None)
+        let provenance = Provenance::of_directory(&directory, &files);
+        let warnings = snapshot_warnings(&provenance);
+        (provenance, warnings, None)
     };
     Ok(Opened {
         config,

@@ -31,7 +31,10 @@ pub struct SourceFile {
     pub path: String,
     /// Its length.
     pub bytes: u64,
-    /// Its hash, where that is known without reading it; see [`Provenance::hashed`].
+    /// Its hash, as the commit lists it or its blob is named, where that is known without reading it; see
+    /// [`Provenance::hashed`]. What pricket fetched was compared with it, what others did is verified by [`Cache::verify`].
+    ///
+    /// [`Cache::verify`]: crate::hub::Cache::verify
     pub digest: Option<Digest>,
 }
 
@@ -77,12 +80,31 @@ impl Provenance {
         }
     }
 
+    /// Of files that are compiled into the program.
+    pub(crate) fn of_embedded(files: &[(&str, &[u8])]) -> Self {
+        let file = |(path, bytes): &(&str, &[u8])| SourceFile {
+            path: (*path).to_owned(),
+            bytes: bytes.len() as u64,
+            digest: Some(Digest::Sha256(String::new()).of(bytes)),
+        };
+        Self { files: files.iter().map(file).collect(), licence: Some("mit or apache-2.0".into()), ..Self::default() }
+    }
+
+    /// Another file was used in place of one of these.
+    pub(crate) fn replace(&mut self, path: &str, by: &Path) {
+        self.files.retain(|file| file.path != path);
+        let bytes = std::fs::metadata(by).map_or(0, |meta| meta.len());
+        let path = std::path::absolute(by).unwrap_or_else(|_| by.to_owned()).to_string_lossy().into_owned();
+        self.files.push(SourceFile { path, bytes, digest: None });
+    }
+
     /// The same with every hash, for which files are read whose hash was not known.
     ///
     /// # Errors
     /// [`crate::Error::Io`] if a file cannot be read any more.
     pub fn hashed(mut self) -> Result<Self> {
-        let Some(directory) = &self.directory else { return Ok(self) };
+        // An absolute path stays what it is when it is joined.
+        let directory = self.directory.clone().unwrap_or_default();
         for file in self.files.iter_mut().filter(|file| file.digest.is_none()) {
             file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &Quiet)?);
         }
@@ -94,7 +116,9 @@ impl Provenance {
         match (&self.repo, &self.revision) {
             (Some(repo), Some(revision)) => format!("{repo}@{revision}"),
             (Some(repo), None) => repo.clone(),
-            _ => self.directory.as_ref().map_or("memory".into(), |directory| directory.display().to_string()),
+            _ => {
+                self.directory.as_ref().map_or("the embedded model".into(), |directory| directory.display().to_string())
+            }
         }
     }
 

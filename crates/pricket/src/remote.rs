@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 use pricket_hub::{Hub, Listed, ModelId, Quiet};
+use pricket_nn::Silent;
 use pricket_weights::{
     Bytes, Entry, Format, ReadAt, Store, open_file, open_remote, read_tensor, shard_map, sniff, sniff_remote,
 };
 
-use crate::cards::card;
-use crate::repository::{Chosen, Place, explained, locate};
-use crate::{Error, Result};
+use crate::forms::forms;
+use crate::repository::{Chosen, Place, Revision, locate};
+use crate::{Error, Provenance, Result};
 
 /// The tensors of a revision, each read when it is asked for.
 ///
@@ -25,7 +26,7 @@ use crate::{Error, Result};
 /// # Ok::<(), pricket::Error>(())
 /// ```
 pub struct Tensors {
-    name: String,
+    provenance: Provenance,
     /// File to what opens it.
     files: BTreeMap<String, File>,
     /// Tensor to file.
@@ -47,7 +48,7 @@ enum File {
 pub fn tensors(model: impl AsRef<Path>) -> Result<Tensors> {
     match locate(model.as_ref())? {
         Place::Local(path) => Tensors::local(&path),
-        Place::Hub(id) => Tensors::on(&Hub::from_env()?, &id),
+        Place::Hub(_) => Tensors::on(&Hub::from_env()?, model),
     }
 }
 
@@ -56,22 +57,23 @@ impl Tensors {
         let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
         let name = weights.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let folder = weights.parent().unwrap_or(Path::new("")).to_owned();
-        let read = |index: &str| {
-            let path = folder.join(index);
-            std::fs::read(&path).map_err(|error| Error::Io { path, error })
-        };
-        Self::new(path.display().to_string(), &name, read, |file| Ok(File::Local(folder.join(file))))
+        let read = |index: &str| read_index(&folder.join(index));
+        Self::new(Provenance::of_directory(&folder, std::slice::from_ref(&weights)), &name, read, |file| {
+            Ok(File::Local(folder.join(file)))
+        })
     }
 
-    /// The tensors of a revision on `hub`.
+    /// As [`tensors`], of a Hub of your own.
     ///
     /// # Errors
     /// As [`tensors`].
-    pub fn on(hub: &Hub, id: &ModelId) -> Result<Self> {
-        let explain = |e| explained(e, id, card(id.repo.as_str()));
-        let commit = hub.resolve(id, &Quiet).map_err(explain)?;
-        let listing = hub.files(&id.repo, &commit, &Quiet).map_err(explain)?;
-        Self::of_listing(hub, id, &commit, &listing)
+    pub fn on(hub: &Hub, model: impl AsRef<Path>) -> Result<Self> {
+        let id = match locate(model.as_ref())? {
+            Place::Local(path) => return Self::local(&path),
+            Place::Hub(id) => id,
+        };
+        let found = Revision::find(&id, hub, &Silent)?;
+        Self::of_listing(hub, &id, &found.commit, &found.listing)
     }
 
     pub(crate) fn of_listing(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed]) -> Result<Self> {
@@ -91,19 +93,22 @@ impl Tensors {
             ))
         };
         let read = |index: &str| match find(index)? {
-            File::Local(path) => std::fs::read(&path).map_err(|error| Error::Io { path, error }),
+            File::Local(path) => read_index(&path),
+            // Its size was looked at when it was chosen.
             File::Remote(file) => Ok(file.read_at(0..file.size())?),
         };
-        Self::new(id.to_string(), &weights, read, find)
+        let layout = hub.cache().root().join(id.repo.folder()).join("snapshots").join(commit);
+        let files: Vec<Listed> = forms(listing).into_values().next().unwrap_or_default();
+        Self::new(Provenance::of_repository(&id.repo, &id.revision, commit, &layout, &files), &weights, read, find)
     }
 
     fn new(
-        name: String,
+        provenance: Provenance,
         weights: &str,
         read: impl Fn(&str) -> Result<Vec<u8>>,
         find: impl Fn(&str) -> Result<File>,
     ) -> Result<Self> {
-        let mut out = Self { name, files: BTreeMap::new(), map: BTreeMap::new(), opened: Mutex::default() };
+        let mut out = Self { provenance, files: BTreeMap::new(), map: BTreeMap::new(), opened: Mutex::default() };
         if weights.ends_with(".index.json") {
             out.map = shard_map(&read(weights)?, Path::new(weights))?;
             for file in out.map.values() {
@@ -120,22 +125,28 @@ impl Tensors {
     }
 
     fn open(&self, file: &str) -> Result<Arc<dyn Store>> {
-        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(store) = opened.get(file) {
+        let lock = || self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = lock().get(file) {
             return Ok(Arc::clone(store));
         }
+        // Nobody waits for our requests. At worst a header is read twice.
         let store: Arc<dyn Store> = Arc::from(match &self.files[file] {
             File::Local(path) => open_file(path)?,
             File::Remote(remote) => open_remote(Arc::clone(remote) as Arc<dyn ReadAt>)?,
         });
-        opened.insert(file.to_owned(), Arc::clone(&store));
+        lock().insert(file.to_owned(), Arc::clone(&store));
         Ok(store)
     }
 
     /// The store that holds a tensor.
     pub(crate) fn holder(&self, name: &str) -> Result<Arc<dyn Store>> {
-        let missing = || pricket_weights::Error::Missing { origin: self.name.clone(), name: name.into() };
+        let missing = || pricket_weights::Error::Missing { origin: self.provenance.name(), name: name.into() };
         self.open(self.map.get(name).ok_or_else(missing)?)
+    }
+
+    /// Where they come from: repository, revision, commit, and the weight files with their hashes as listed.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
     }
 
     /// Every name, sorted. Of shards those that the index names, so no shard is opened.
@@ -197,21 +208,33 @@ impl Store for Tensors {
     }
 
     fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
-        let missing = || pricket_weights::Error::Missing { origin: self.name.clone(), name: name.into() };
-        let store = self.holder(name).map_err(|_| missing())?;
-        let bytes = store.bytes(name)?.to_vec();
-        Ok(bytes.into())
+        let io = |e: Error| pricket_weights::Error::Io {
+            path: self.provenance.name().into(),
+            source: std::io::Error::other(e.to_string()),
+        };
+        Ok(self.holder(name).map_err(io)?.bytes(name)?.to_vec().into())
     }
 
     fn origin(&self, name: &str) -> String {
-        self.holder(name).map_or_else(|_| self.name.clone(), |store| store.origin(name))
+        self.holder(name).map_or_else(|_| self.provenance.name(), |store| store.origin(name))
     }
 }
 
 impl std::fmt::Debug for Tensors {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tensors({}, {} tensors in {} files)", self.name, self.map.len(), self.files.len())
+        write!(f, "Tensors({}, {} tensors in {} files)", self.provenance.name(), self.map.len(), self.files.len())
     }
+}
+
+/// An index on disk, which is never large.
+fn read_index(path: &Path) -> Result<Vec<u8>> {
+    let io = |error| Error::Io { path: path.into(), error };
+    let meta = std::fs::metadata(path).map_err(io)?;
+    if !meta.is_file() || meta.len() > 6 << 20 {
+        let error = pricket_weights::Error::Corrupt { path: path.into(), what: "not an index of shards".into() };
+        return Err(Error::Corrupt { tensor: None, error });
+    }
+    std::fs::read(path).map_err(io)
 }
 
 /// A file of a commit, read in ranges.

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use pricket_hub::{Events, Hub, InUse, Listed, ModelId, Report, Snapshot, is_commit};
+use pricket_hub::{Events, Hub, InUse, Listed, ModelId, Refs, Report, Settings, Snapshot};
 use pricket_nn::Progress;
 
 use crate::cards::{Card, KnownKind, card};
+use crate::family::Family;
+use crate::load::{at, read_json};
 use crate::{Error, Provenance, Result};
 
 /// What is fetched beside the weights, as far as it is there. Python's tokenizers want the last three.
@@ -19,8 +21,8 @@ const SMALL: [&str; 6] = [
     "special_tokens_map.json",
     "README.md",
 ];
-/// None of these is larger.
-const SMALL_BYTES: u64 = 16 << 20;
+/// None of these is larger, nor is an index of shards.
+const SMALL_BYTES: u64 = 6 << 20;
 
 /// Where a model is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,27 +39,33 @@ pub(crate) fn locate(path: &Path) -> Result<Place> {
         return Ok(Place::Local(path.to_owned()));
     }
     let text = path.to_string_lossy();
-    if let Some((directory, revision)) = text.rsplit_once('@')
-        && Path::new(directory).is_dir()
-    {
-        return revision_in(Path::new(directory), revision).map(Place::Local);
+    if let Some((there, revision)) = text.rsplit_once('@') {
+        if Path::new(there).is_dir() {
+            return revision_in(Path::new(there), revision).map(Place::Local);
+        }
+        if Path::new(there).is_file() {
+            return Err(Error::Input(format!("{there} is a file, so it has no revision {revision:?}")));
+        }
     }
-    repository(&text).map(Place::Hub).ok_or_else(|| Error::NotFound {
-        path: path.to_owned(),
-        what: "no such file or directory, and no repository of that name is known".into(),
-    })
+    match repository(&text)? {
+        Some(id) => Ok(Place::Hub(id)),
+        None => Err(Error::NotFound {
+            path: path.to_owned(),
+            what: "no such file or directory, and no repository of that name is known".into(),
+        }),
+    }
 }
 
 /// `owner/name@revision`, or a name that a card has.
-fn repository(text: &str) -> Option<ModelId> {
+fn repository(text: &str) -> Result<Option<ModelId>> {
     let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
-    let id = match card(name) {
-        Some(card) => card.id.parse().ok()?,
-        None if name.contains('/') => name.parse().ok()?,
-        None => return None,
-    };
     let is_file = [".safetensors", ".bin", ".gguf", ".json", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
-    if is_file { None } else { ModelId::new(id, revision).ok() }
+    let repo = match card(name) {
+        Some(card) => card.id.parse().ok(),
+        None if name.contains('/') && !is_file => name.parse().ok(),
+        None => None,
+    };
+    Ok(repo.map(|repo| ModelId::new(repo, revision)).transpose()?)
 }
 
 /// `revisions/REVISION` in a directory.
@@ -66,7 +74,7 @@ fn revision_in(directory: &Path, revision: &str) -> Result<PathBuf> {
         return Ok(directory.into());
     }
     let found = directory.join("revisions").join(revision);
-    if !revision.contains(['/', '\\']) && revision != ".." && found.is_dir() {
+    if !revision.contains(['/', '\\']) && !["", ".", ".."].contains(&revision) && found.is_dir() {
         return Ok(found);
     }
     let known = revisions_in(directory);
@@ -116,21 +124,22 @@ pub fn fetch(model: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched>
     }
 }
 
-/// Passes on what a download tells, and keeps the notices.
+/// Passes on what a download tells, and keeps what is a warning.
 pub(crate) struct Telling<'a> {
     progress: &'a dyn Progress,
     what: String,
     begun: AtomicBool,
-    notices: Mutex<Vec<String>>,
+    fallbacks: Mutex<Vec<String>>,
 }
 
 impl<'a> Telling<'a> {
     pub(crate) fn new(progress: &'a dyn Progress, what: impl Into<String>) -> Self {
-        Self { progress, what: what.into(), begun: AtomicBool::new(false), notices: Mutex::default() }
+        Self { progress, what: what.into(), begun: AtomicBool::new(false), fallbacks: Mutex::default() }
     }
 
-    fn notices(&self) -> Vec<String> {
-        self.notices.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Where the cache stood in for the network.
+    fn fallbacks(&self) -> Vec<String> {
+        self.fallbacks.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -150,9 +159,12 @@ impl Events for Telling<'_> {
         self.progress.update(done);
     }
 
+    fn fallback(&self, message: &str) {
+        self.fallbacks.lock().unwrap_or_else(PoisonError::into_inner).push(message.into());
+    }
+
     fn notice(&self, message: &str) {
         self.progress.notice(message);
-        self.notices.lock().unwrap_or_else(PoisonError::into_inner).push(message.into());
     }
 
     fn cancelled(&self) -> bool {
@@ -162,6 +174,11 @@ impl Events for Telling<'_> {
 
 pub(crate) fn fetch_id(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
     Revision::find(id, hub, progress)?.fetch(hub, progress)
+}
+
+/// The same of a revision whose commit is known, so that a branch that moves meanwhile does not matter.
+pub(crate) fn fetch_commit(id: &ModelId, commit: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
+    Revision::at(id, commit.to_owned(), hub, &Telling::new(progress, ""))?.fetch(hub, progress)
 }
 
 /// A revision that has been found, and of which nothing has been fetched.
@@ -175,40 +192,50 @@ pub(crate) struct Revision {
 
 impl Revision {
     pub(crate) fn find(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
+        let asking = Telling::new(progress, "");
+        let commit = hub.resolve(id, &asking).map_err(|e| explained(e, id, card(id.repo.as_str())))?;
+        Self::at(id, commit, hub, &asking)
+    }
+
+    fn at(id: &ModelId, commit: String, hub: &Hub, asking: &Telling<'_>) -> Result<Self> {
         let card = card(id.repo.as_str());
-        let explain = |e| explained(e, id, card);
-        let asking = Telling::new(progress, String::new());
-        let commit = hub.resolve(id, &asking).map_err(explain)?;
-        let listing = hub.files(&id.repo, &commit, &asking).map_err(explain)?;
-        // An answer from the cache instead of the network is worth a warning, a retry is not.
-        let mut warnings = asking.notices();
-        warnings.retain(|notice| notice.contains("going on with"));
-        warnings.extend(known_warnings(id, &commit, hub, card));
+        let listing = hub.files(&id.repo, &commit, asking).map_err(|e| explained(e, id, card))?.files;
+        let mut warnings = asking.fallbacks();
+        warnings.extend(card.map(|card| known_warnings(card, id, &commit, hub)).unwrap_or_default());
         Ok(Self { chosen: Chosen::among(&listing, id)?, id: id.clone(), commit, listing, warnings })
     }
 
-    fn get(&self, wanted: &[Listed], hub: &Hub, progress: &dyn Progress) -> Result<Snapshot> {
-        let telling = Telling::new(progress, format!("fetching {}", self.id));
-        let fetched = hub.fetch(&self.id, &self.commit, wanted, &self.listing, &telling);
-        fetched.map_err(|e| explained(e, &self.id, card(self.id.repo.as_str())))
+    fn explained(&self, e: pricket_hub::Error) -> Error {
+        explained(e, &self.id, card(self.id.repo.as_str()))
     }
 
     /// Configuration, tokenizer, and the index of shards if there is one.
     pub(crate) fn fetch_small(&self, hub: &Hub, progress: &dyn Progress) -> Result<Snapshot> {
-        self.get(&self.chosen.fetch_first(), hub, progress)
+        let telling = Telling::new(progress, format!("fetching {}", self.id));
+        let first = self.chosen.fetch_first();
+        hub.fetch_part(&self.id.repo, &self.commit, &first, &telling).map_err(|e| self.explained(e))
     }
 
     fn fetch(self, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
         let small = self.fetch_small(hub, progress)?;
+        // Before gigabytes of weights that nothing here can load.
+        let config = small.directory.join("config.json");
+        if !config.is_file() {
+            let what = format!("{} has none; a checkpoint needs its config.json", self.id);
+            return Err(Error::NotFound { path: "config.json".into(), what });
+        }
+        Family::from_config(&read_json(&config)?).map_err(|e| at(&config, e))?;
         let weights = small.directory.join(&self.chosen.weights.path);
         let large =
             if self.chosen.is_index() { shards(&self.listing, &weights)? } else { vec![self.chosen.weights.clone()] };
         let wanted = [self.chosen.fetch_first(), large].concat();
-        let whole = self.get(&wanted, hub, progress)?;
+        let telling = Telling::new(progress, format!("fetching {}", self.id));
+        let whole =
+            hub.fetch(&self.id, &self.commit, &wanted, &self.listing, &telling).map_err(|e| self.explained(e))?;
         let mut report = whole.report;
         report.received += small.report.received;
         report.repeated += small.report.repeated;
-        report.on_disk -= small.report.received - small.report.repeated;
+        report.on_disk = report.on_disk.saturating_sub(small.report.received - small.report.repeated);
         let ModelId { repo, revision } = &self.id;
         Ok(Fetched {
             provenance: Provenance::of_repository(repo, revision, &self.commit, &whole.directory, &wanted),
@@ -219,6 +246,10 @@ impl Revision {
             in_use: whole.in_use,
         })
     }
+}
+
+fn is_index(path: &str) -> bool {
+    path.ends_with(".index.json")
 }
 
 /// Which files of a revision are its weights.
@@ -236,17 +267,23 @@ impl Chosen {
         let name = pricket_weights::choose_weights(&names, &place)?;
         let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
         let missing = || Error::NotFound { path: place.clone(), what: format!("{name} is not listed") };
+        let small = ["config.json", "tokenizer.json"].into_iter().chain(is_index(name).then_some(name));
+        if let Some(large) = small.filter_map(find).find(|file| file.size > SMALL_BYTES) {
+            let what = format!("{} bytes are out of all proportion", large.size);
+            let error = pricket_weights::Error::Corrupt { path: place.join(large.path), what };
+            return Err(Error::Corrupt { tensor: None, error });
+        }
         let small = SMALL.iter().filter_map(|name| find(name)).filter(|file| file.size <= SMALL_BYTES);
         Ok(Self { weights: find(name).ok_or_else(missing)?, small: small.collect() })
     }
 
     pub(crate) fn is_index(&self) -> bool {
-        self.weights.path.ends_with(".index.json")
+        is_index(&self.weights.path)
     }
 
     /// The small files, an index among them.
     pub(crate) fn fetch_first(&self) -> Vec<Listed> {
-        let index = self.is_index().then(|| self.weights.clone()).filter(|index| index.size <= SMALL_BYTES);
+        let index = self.is_index().then(|| self.weights.clone());
         self.small.iter().cloned().chain(index).collect()
     }
 }
@@ -264,14 +301,33 @@ fn shards(listing: &[Listed], path: &Path) -> Result<Vec<Listed>> {
     names.into_iter().map(listed).collect()
 }
 
-/// What the card knows of a revision that should keep nobody from sleeping, and what should.
-fn known_warnings(id: &ModelId, commit: &str, hub: &Hub, card: Option<&Card>) -> Vec<String> {
-    let Some(card) = card else { return Vec::new() };
-    // A commit is what its branches are.
+/// The same of a snapshot that was given as a directory, as far as the cache that it is in knows its branches.
+pub(crate) fn snapshot_warnings(provenance: &Provenance) -> Vec<String> {
+    let snapshot = || {
+        let (repo, commit) = (provenance.repo.as_deref()?, provenance.commit.as_deref()?);
+        let cache = std::path::absolute(provenance.directory.as_deref()?).ok()?;
+        let mut settings = Settings::new("https://huggingface.co", cache.ancestors().nth(3)?);
+        settings.offline = true;
+        let id = ModelId::new(repo.parse().ok()?, commit).ok()?;
+        Some(known_warnings(card(repo)?, &id, commit, &Hub::new(settings)))
+    };
+    snapshot().unwrap_or_default()
+}
+
+/// What the card knows of a revision that a careful user should know.
+fn known_warnings(card: &Card, id: &ModelId, commit: &str, hub: &Hub) -> Vec<String> {
     let mut names = vec![id.revision.clone()];
-    if is_commit(&id.revision) {
-        let refs = hub.cached_refs(&id.repo).unwrap_or_default();
-        names.extend(refs.branches.into_iter().filter(|(_, at)| at == commit).map(|(name, _)| name));
+    if card.step_of(&id.revision).is_none() && id.revision != "main" && !card.known.is_empty() {
+        // A commit, a tag, a pull request: it is what the branches at its commit are.
+        let here = |refs: &Refs| {
+            let at = refs.branches.iter().filter(|(_, at)| *at == commit);
+            at.map(|(name, _)| name.clone()).collect::<Vec<_>>()
+        };
+        let mut found = hub.cached_refs(&id.repo).map(|refs| here(&refs)).unwrap_or_default();
+        if found.is_empty() && !hub.settings().offline {
+            found = hub.refs(&id.repo, &pricket_hub::Quiet).map(|refs| here(&refs)).unwrap_or_default();
+        }
+        names.extend(found);
     }
     let known = names.iter().flat_map(|name| card.known_of(name).into_iter().map(move |known| (name, known)));
     let alarming = known.filter(|(_, known)| matches!(known.kind, KnownKind::Wrong | KnownKind::Suspect));
@@ -304,11 +360,12 @@ pub(crate) fn explained(e: pricket_hub::Error, id: &ModelId, card: Option<&Card>
             Error::Repository { id: id.to_string(), what: format!("{what}; it left the Hub in {gone}; {instead}") }
         }
         (H::Repository { what, .. }, _) => Error::Repository { id: id.to_string(), what: format!("{what}{}", local()) },
-        (H::Revision { repo, revision, known }, Some(card)) => {
-            let missing = card.known_of(&revision).into_iter().find(|known| known.kind == KnownKind::Missing);
+        (H::Revision { repo, revision, known }, card) => {
+            let missing = card.map(|card| card.known_of(&id.revision)).unwrap_or_default();
+            let missing = missing.into_iter().find(|known| known.kind == KnownKind::Missing);
             let why = missing.map_or(String::new(), |known| format!("; it {} ({})", known.what, known.source));
-            let e = H::Revision { repo, revision, known };
-            Error::Repository { id: id.to_string(), what: format!("{e}{why}") }
+            let what = format!("{}{why}", H::Revision { repo, revision, known: known.clone() });
+            Error::Revision { id: id.to_string(), known, what }
         }
         (e, _) => e.into(),
     }

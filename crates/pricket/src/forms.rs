@@ -1,0 +1,91 @@
+//! The forms that a revision's weights come in. Some revisions have several, which do not always hold the same.
+
+use std::collections::BTreeMap;
+
+use pricket_hub::Listed;
+
+/// In the order in which a loader looks for them; as [`pricket_weights::choose_weights`] chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Form {
+    Safetensors,
+    SafetensorsShards,
+    Torch,
+    TorchShards,
+}
+
+const SHARDED: [(&str, &str, &str, Form); 2] = [
+    ("model.safetensors.index.json", "model-", ".safetensors", Form::SafetensorsShards),
+    ("pytorch_model.bin.index.json", "pytorch_model-", ".bin", Form::TorchShards),
+];
+
+/// The weight files of each form that is there, sorted. The first form is what a loader takes.
+pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
+    let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
+    let mut out = BTreeMap::new();
+    for (name, form) in [("model.safetensors", Form::Safetensors), ("pytorch_model.bin", Form::Torch)] {
+        if let Some(file) = find(name) {
+            out.insert(form, vec![file]);
+        }
+    }
+    for (index, stem, end, form) in SHARDED {
+        let is_shard = |file: &&Listed| {
+            let middle = file.path.strip_prefix(stem).and_then(|rest| rest.strip_suffix(end));
+            middle.is_some_and(|middle| middle.contains("-of-") && !middle.contains('/'))
+        };
+        let mut shards: Vec<Listed> = listing.iter().filter(is_shard).cloned().collect();
+        if find(index).is_some() && !shards.is_empty() {
+            shards.sort_by(|a, b| a.path.cmp(&b.path));
+            out.insert(form, shards);
+        }
+    }
+    if out.is_empty() {
+        let is_weights =
+            |file: &&Listed| file.path.strip_suffix(".safetensors").is_some_and(|stem| !stem.contains('/'));
+        let only: Vec<Listed> = listing.iter().filter(is_weights).cloned().collect();
+        if only.len() == 1 {
+            out.insert(Form::Safetensors, only);
+        }
+    }
+    out
+}
+
+/// The listing without the weights of other forms, so that a loader takes this one.
+pub(crate) fn only(form: Form, listing: &[Listed]) -> Vec<Listed> {
+    let taken = &forms(listing)[&form];
+    let index = SHARDED.iter().find(|(.., of)| *of == form).map(|(index, ..)| *index);
+    let is_weights = |path: &str| [".safetensors", ".bin", ".index.json"].iter().any(|end| path.ends_with(end));
+    let keep = |file: &&Listed| !is_weights(&file.path) || taken.contains(file) || Some(file.path.as_str()) == index;
+    listing.iter().filter(keep).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_form_is_what_a_loader_takes() {
+        let sets: [&[&str]; 6] = [
+            &["model.safetensors", "pytorch_model.bin", "config.json"],
+            &[
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "adapter_model.safetensors",
+            ],
+            &["pytorch_model.bin", "model-00001-of-00002.safetensors"],
+            &["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "training_args.bin"],
+            &["weights.safetensors"],
+            &["sub/model.safetensors", "optimizer.bin"],
+        ];
+        for names in sets {
+            let listing: Vec<Listed> = names.iter().map(|name| Listed::new(*name, 1, None)).collect();
+            let chosen = pricket_weights::choose_weights(names, std::path::Path::new("x")).ok();
+            let found = forms(&listing).into_iter().next();
+            assert_eq!(chosen.is_some(), found.is_some(), "{names:?}");
+            let Some((form, files)) = found else { continue };
+            let index = SHARDED.iter().find(|(.., of)| *of == form).map(|(index, ..)| *index);
+            assert_eq!(chosen, Some(index.unwrap_or(&files[0].path)), "{names:?}");
+            assert_eq!(forms(&only(form, &listing)).len(), 1);
+        }
+    }
+}
