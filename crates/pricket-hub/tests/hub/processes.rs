@@ -18,6 +18,12 @@ const SIZE: usize = 2 << 20;
 struct Narrate(Duration);
 
 impl Events for Narrate {
+    fn progress(&self, done: u64, _: u64) {
+        let mut out = std::io::stdout().lock();
+        let _ = write!(out, "{done};");
+        let _ = out.flush();
+    }
+
     fn phase(&self, _: &str, phase: Phase) {
         tell(match phase {
             Phase::Body => 'b',
@@ -72,8 +78,8 @@ fn begun(child: &mut Child) -> BufReader<std::process::ChildStdout> {
     out
 }
 
-/// Kills a download at a moment; gives the letter that it told last.
-fn kill_after(server: &TestHub, cache: &Path, moment: Duration) -> char {
+/// Kills a download at a moment; gives the letter that it told last, and the most bytes that it said were on disk.
+fn kill_after(server: &TestHub, cache: &Path, moment: Duration) -> (char, u64) {
     let mut child = start(server, cache, 3);
     let mut out = begun(&mut child);
     std::thread::sleep(moment);
@@ -81,13 +87,18 @@ fn kill_after(server: &TestHub, cache: &Path, moment: Duration) -> char {
     child.wait().unwrap();
     let mut told = String::new();
     out.read_to_string(&mut told).unwrap();
-    told.chars().rfind(|letter| "mbhre".contains(*letter)).unwrap_or('m')
+    // The last number may be cut off.
+    let numbers = told.split(|c: char| !c.is_ascii_digit() && c != ';').flat_map(|text| text.split_inclusive(';'));
+    let done = numbers.filter_map(|text| text.strip_suffix(';')?.parse().ok()).max().unwrap_or(0);
+    (told.chars().rfind(|letter| "mbhre".contains(*letter)).unwrap_or('m'), done)
 }
 
-fn whole(content: &Repo, hub: &Hub) {
+/// Fetches the rest; what the one that was killed had is not fetched again.
+fn whole(content: &Repo, hub: &Hub, had: u64) {
     let snapshot = fetch_all(hub, ID, &Quiet).unwrap();
     assert_same(&snapshot.directory, content, "main");
     assert_eq!(snapshot.report.received + snapshot.report.on_disk, snapshot.report.total);
+    assert!(snapshot.report.on_disk >= had, "{had} were there: {:?}", snapshot.report);
 }
 
 /// SIGKILL at moments drawn over the time that a download takes, in each phase of it: the next run completes and verifies.
@@ -113,11 +124,11 @@ fn killed_at_a_hundred_moments() {
         assert!(kills < 10 * KILLS, "the phases cannot be met: {seen:?}");
         let dir = tempfile::tempdir().unwrap();
         let moment = undisturbed.mul_f64(rng.random_range(0.0..1.0));
-        let phase = kill_after(&server, dir.path(), moment);
+        let (phase, had) = kill_after(&server, dir.path(), moment);
         *seen.get_mut(&phase).unwrap() += 1;
         assert_clean(dir.path());
         let hub = Hub::new(settings(&server, dir.path()));
-        whole(&content, &hub);
+        whole(&content, &hub, had);
         let cache = Cache::new(dir.path());
         let verified = cache.verify(&cache.repos().unwrap(), &Quiet).unwrap();
         assert!(verified.len() == 5 && verified.iter().all(|file| file.is_good() == Some(true)), "{verified:?}");
@@ -133,11 +144,13 @@ fn killed_until_it_is_done() {
     let server = serve(content.clone());
     let dir = tempfile::tempdir().unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let mut most = 0;
     for _ in 0..10 {
-        kill_after(&server, dir.path(), Duration::from_millis(rng.random_range(0..25)));
+        let (_, had) = kill_after(&server, dir.path(), Duration::from_millis(rng.random_range(0..25)));
+        most = most.max(had);
         assert_clean(dir.path());
     }
-    whole(&content, &Hub::new(settings(&server, dir.path())));
+    whole(&content, &Hub::new(settings(&server, dir.path())), most);
 }
 
 #[test]
@@ -154,5 +167,5 @@ fn four_processes_fetch_each_blob_once() {
     let bodies: u64 = server.take_log().iter().filter(|r| r.is_body()).map(Request::sent).sum();
     let total: u64 = content.files("main").unwrap().values().map(|content| content.bytes.len() as u64).sum();
     assert_eq!(bodies, total, "every byte is sent once");
-    whole(&content, &Hub::new(settings(&server, dir.path())));
+    whole(&content, &Hub::new(settings(&server, dir.path())), total);
 }
