@@ -29,8 +29,11 @@ mod memory;
 /// What is known of every published checkpoint.
 mod cards;
 
-/// Models by their ids: a server that speaks the Hub's protocol, its steps, audits and single tensors.
+/// Models by their ids: a server that speaks the Hub's protocol, its steps and single tensors.
 mod hub;
+
+/// Which revisions hold what.
+mod audit;
 
 /// The examples as a user runs them.
 mod examples;

@@ -29,6 +29,7 @@ mod digest;
 mod error;
 mod events;
 mod fetch;
+mod file;
 mod http;
 mod hub;
 mod id;
