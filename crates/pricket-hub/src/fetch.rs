@@ -1,8 +1,4 @@
-//! From a listing to files under their final names, through whatever the network does.
-//!
-//! A file is fetched in ranges, several at a time, into a [`Part`] that remembers what has arrived; a hasher follows
-//! behind the first gap, so that the hash is ready when the last byte is. Only a file whose hash is the listed one gets
-//! its name.
+//! From a listing to a snapshot: what is there, what fits, several files at once, and what is remembered of it.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

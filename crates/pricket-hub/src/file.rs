@@ -1,4 +1,7 @@
-//! One file on its way, from its first byte to its name.
+//! One file on its way, from its first byte to its name, through whatever the network does.
+//!
+//! It is fetched in ranges, several at a time, into a [`Part`] that remembers what has arrived; a hasher follows behind the
+//! first gap, so that the hash is ready when the last byte is. Only a file whose hash is the listed one gets its name.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
