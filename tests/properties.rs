@@ -7,8 +7,44 @@ use serde_json::{Value, json};
 
 use crate::common::{small, small_config, worst};
 
-/// What changes the maths of a GPT-NeoX model.
 fn any_config() -> impl Strategy<Value = Value> {
+    prop_oneof![any_neox(), any_mpt()]
+}
+
+/// What changes the maths of an MPT model, in both of its own spellings.
+fn any_mpt() -> impl Strategy<Value = Value> {
+    let attention = ["multihead_attention", "multiquery_attention", "grouped_query_attention"];
+    let attention = prop::sample::select(attention.to_vec());
+    let clip = prop::sample::select(vec![Value::Null, json!(0.5), json!(3)]);
+    let scale = prop::sample::select(vec![Value::Null, json!("inv_sqrt_d_model"), json!(0.7)]);
+    let heads = prop::sample::select(vec![2, 4, 6, 12]);
+    let switches = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    (switches, heads, attention, clip, scale).prop_map(|((alibi, bias, qk_ln, mosaic), heads, attention, clip, scale)| {
+        let common = json!({
+            "d_model": 24, "n_heads": heads, "n_layers": 2, "max_seq_len": 96, "no_bias": !bias, "logit_scale": scale,
+        });
+        let own = if mosaic {
+            json!({
+                "model_type": "mosaic_gpt", "architectures": ["MosaicGPT"], "mlp_ratio": 2, "alibi": alibi,
+                "attn_qk_ln": qk_ln, "attn_clip_qkv": clip, "alibi_bias_max": 16,
+            })
+        } else {
+            json!({
+                "model_type": "mpt", "architectures": ["MPTForCausalLM"], "expansion_ratio": 1.5,
+                "attn_config": {
+                    "alibi": alibi, "qk_ln": qk_ln, "clip_qkv": clip, "attn_type": attention, "kv_n_heads": 2,
+                    "softmax_scale": 0.3,
+                },
+            })
+        };
+        let mut config = common;
+        config.as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
+        config
+    })
+}
+
+/// What changes the maths of a GPT-NeoX model.
+fn any_neox() -> impl Strategy<Value = Value> {
     let share = prop::sample::select(vec![0.0, 0.25, 0.5, 1.0]);
     let gelu = prop::sample::select(vec!["gelu", "gelu_fast"]);
     (any::<bool>(), any::<bool>(), any::<bool>(), share, gelu).prop_map(|(parallel, tied, bias, share, gelu)| {
@@ -134,8 +170,11 @@ proptest! {
         let (k, v) = (randn(&[batch, kv, keys + 7, dim]), randn(&[batch, kv, keys + 7, dim]));
         let (k, v) = (k.narrow(2, 0, keys).unwrap(), v.narrow(2, 0, keys).unwrap());
         let padding: Vec<usize> = if pad == 0 { Vec::new() } else { (0..batch).map(|row| (pad * row).min(keys - 1)).collect() };
-        let fused = ops::attention(&q, &k, &v, 0.3, &padding).unwrap();
-        let pattern = ops::attention_pattern(&q, &k, 0.3, &padding).unwrap();
+        // With ALiBi in half of the cases.
+        let slopes = if pad % 2 == 0 { Vec::new() } else { pricket::nn::Alibi::new(heads, 8.0).slopes().to_vec() };
+        let scores = ops::Scores { scale: 0.3, slopes: &slopes, padding: &padding };
+        let fused = ops::attention(&q, &k, &v, scores).unwrap();
+        let pattern = ops::attention_pattern(&q, &k, scores).unwrap();
         let plain = ops::attention_output(&pattern, &v).unwrap();
         prop_assert!(worst(&fused, &plain) < 2e-5);
     }

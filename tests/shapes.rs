@@ -1,7 +1,7 @@
 use pricket::{Dtype, estimate, published_config, published_shapes};
 
 /// Total and non-embedding parameters as published (Biderman et al. 2023, table 6; the INCITE model pages).
-const PUBLISHED: [(&str, u64, Option<u64>); 13] = [
+const PUBLISHED: [(&str, u64, Option<u64>); 18] = [
     ("14m", 14_067_712, Some(1_189_888)),
     ("31m", 30_494_720, Some(4_739_072)),
     ("70m", 70_426_624, Some(18_915_328)),
@@ -15,6 +15,11 @@ const PUBLISHED: [(&str, u64, Option<u64>); 13] = [
     ("neox-20b", 20_554_567_680, Some(19_934_859_264)),
     ("incite-3b", 2_775_864_320, None),
     ("incite-7b", 6_857_302_016, None),
+    ("mpt-1b", 1_311_442_944, None),
+    ("mpt-7b", 6_649_286_656, None),
+    ("mpt-7b-8k", 6_649_286_656, None),
+    ("mpt-7b-storywriter", 6_649_286_656, None),
+    ("mpt-30b", 29_957_200_896, None),
 ];
 
 /// Summed over the tensors that the real loading code asks a store without bytes for.

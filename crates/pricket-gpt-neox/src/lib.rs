@@ -84,6 +84,9 @@ impl GptNeoXBlock {
                 head_dim,
                 scale: 1.0 / (head_dim as f64).sqrt(),
                 rotary: config.rotary()?,
+                alibi: None,
+                clip: None,
+                qk_norm: None,
             },
             post_attention_layernorm: weights.layer_norm("post_attention_layernorm", d, eps, true)?,
             mlp: Mlp {

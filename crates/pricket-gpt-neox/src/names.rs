@@ -4,6 +4,7 @@ use pricket_nn::Names;
 pub const NAMES: Names = Names {
     // transformers 5 calls the head by its other name.
     aliases: &[("embed_out.weight", "lm_head.weight")],
+    parts: &[],
     // Training wrappers add a prefix, a bare `GPTNeoXModel` lacks one.
     prefixes: &[("", "model."), ("", "module."), ("gpt_neox.", "")],
     // The causal mask, its fill value and rounded frequencies, which transformers once saved in every layer.

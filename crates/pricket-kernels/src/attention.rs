@@ -10,11 +10,14 @@ const BLOCK: usize = 64;
 /// Up to here scores are inner products against the cache as it lies; beyond, a blocked matrix product.
 const FEW_ROWS: usize = 4;
 
-/// Which keys a query sees: those up to its own position, less the padding on the left of its row.
-#[derive(Clone, Copy, Debug)]
+/// Which keys a query sees, and how far away they look: those up to its own position, less the padding on the left of
+/// its row.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Causal<'a> {
     /// Keys on the left of each batch row that are padding; empty means none anywhere.
     pub padding: &'a [usize],
+    /// ALiBi: a key `n` positions back loses `n` times the slope of its head; empty means no such bias.
+    pub slopes: &'a [f32],
 }
 
 impl Causal<'_> {
@@ -106,7 +109,7 @@ fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, s: Sizes, scale: f32, mask: Causal
         score(q, k, rows, visible, s.dim, scores);
         for (i, row) in scores.chunks_exact_mut(visible).enumerate() {
             let last = s.keys - s.queries + from + i;
-            softmax(row, mask.first(b).min(last), last, scale);
+            softmax(row, mask.first(b).min(last), last, scale, mask.slopes.get(h).copied().unwrap_or(0.0));
         }
         // SAFETY: rows [from, to) of head `h` of batch row `b` belong to this task alone.
         unsafe {
@@ -168,11 +171,17 @@ fn score(
     }
 }
 
-/// Softmax of `scale * row` over `[first, last]`, zero elsewhere.
-fn softmax(row: &mut [f32], first: usize, last: usize, scale: f32) {
+/// Softmax of `scale * row`, less `slope` for each position before the last, over `[first, last]`; zero elsewhere.
+fn softmax(row: &mut [f32], first: usize, last: usize, mut scale: f32, slope: f32) {
     row[..first].fill(0.0);
     row[last + 1..].fill(0.0);
     let row = &mut row[first..=last];
+    if slope != 0.0 {
+        for (back, x) in row.iter_mut().rev().enumerate() {
+            *x = *x * scale - slope * back as f32;
+        }
+        scale = 1.0;
+    }
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0;
     for x in row.iter_mut() {
@@ -249,6 +258,8 @@ pub struct AttentionOp {
     pub scale: f32,
     /// As [`Causal::padding`].
     pub padding: Vec<usize>,
+    /// As [`Causal::slopes`].
+    pub slopes: Vec<f32>,
 }
 
 impl CustomOp3 for AttentionOp {
@@ -275,10 +286,13 @@ impl CustomOp3 for AttentionOp {
         if !self.padding.is_empty() && self.padding.len() != batch {
             bail!("attention: {} padding lengths for {batch} rows", self.padding.len());
         }
+        if !self.slopes.is_empty() && self.slopes.len() != heads {
+            bail!("attention: {} slopes for {heads} heads", self.slopes.len());
+        }
         let sizes = Sizes { batch, heads, group: heads / kv_heads, queries, keys, dim };
         let mut out = vec![0f32; batch * queries * heads * dim];
         if !out.is_empty() {
-            run(q, k, v, sizes, self.scale, Causal { padding: &self.padding }, &mut out);
+            run(q, k, v, sizes, self.scale, Causal { padding: &self.padding, slopes: &self.slopes }, &mut out);
         }
         Ok((CpuStorage::F32(out), (batch, queries, heads * dim).into()))
     }

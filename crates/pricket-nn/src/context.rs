@@ -186,20 +186,21 @@ impl Context {
 
     /// Cosines and sines for the positions of this pass, computed once for all layers.
     pub(crate) fn angles(&mut self, rotary: &Rotary, dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
-        let padding = std::mem::take(&mut self.padding);
+        let positions = self.positions();
         let step = self.step_mut();
         if step.angles.as_ref().is_none_or(|(of, ..)| of != rotary) {
-            let (start, len) = (step.start, step.len);
-            let row = |pad: usize| (start..start + len).map(move |i| i.saturating_sub(pad));
-            let positions: Vec<usize> =
-                if padding.is_empty() { row(0).collect() } else { padding.iter().flat_map(|&pad| row(pad)).collect() };
-            let (cos, sin) = rotary.angles(&positions, len, dtype, device)?;
+            let (cos, sin) = rotary.angles(&positions, step.len, dtype, device)?;
             step.angles = Some((rotary.clone(), cos, sin));
         }
         let (_, cos, sin) = step.angles.as_ref().expect("just made");
-        let angles = (cos.clone(), sin.clone());
-        self.padding = padding;
-        Ok(angles)
+        Ok((cos.clone(), sin.clone()))
+    }
+
+    /// Positions of this pass, row after row; one row stands for all where there is no padding. Padding is at position 0.
+    pub(crate) fn positions(&self) -> Vec<usize> {
+        let (start, len) = self.step.as_ref().map_or((0, 0), |step| (step.start, step.len));
+        let row = |pad: usize| (start..start + len).map(move |i| i.saturating_sub(pad));
+        if self.padding.is_empty() { row(0).collect() } else { self.padding.iter().flat_map(|&pad| row(pad)).collect() }
     }
 
     /// Whether somebody looks at `site` of the current layer.

@@ -144,6 +144,8 @@ pub struct Decoder<B> {
     blocks: Vec<B>,
     norm: LayerNorm,
     head: Linear,
+    positions: Option<Embedding>,
+    logit_scale: f64,
 }
 
 impl<B: Block> Decoder<B> {
@@ -172,7 +174,31 @@ impl<B: Block> Decoder<B> {
             dtype: head.weight.dtype(),
             device: weights.device().clone(),
         };
-        Self { info, embed, blocks, norm, head }
+        Self { info, embed, blocks, norm, head, positions: None, logit_scale: 1.0 }
+    }
+
+    /// Adds learned positions to the token vectors; there are no positions beyond their table.
+    #[must_use]
+    pub fn with_positions(mut self, positions: Embedding) -> Self {
+        self.positions = Some(positions);
+        self
+    }
+
+    /// Multiplies the logits.
+    #[must_use]
+    pub fn with_logit_scale(mut self, scale: f64) -> Self {
+        self.logit_scale = scale;
+        self
+    }
+
+    /// The learned vectors of this pass's positions, `[1 or b, t, d]`.
+    fn position_vectors(&self, table: &Embedding, t: usize, dtype: DType, ctx: &Context) -> Result<Tensor> {
+        let (positions, limit) = (ctx.positions(), table.weight.dim(0)?);
+        if let Some(&last) = positions.iter().max().filter(|&&last| last >= limit) {
+            return Err(Error::ContextExceeded { asked: last + 1, limit });
+        }
+        let ids: Vec<u32> = positions.iter().map(|&position| position as u32).collect();
+        table.forward(&Tensor::from_vec(ids, (positions.len() / t.max(1), t), &self.info.device)?, dtype)
     }
 }
 
@@ -191,7 +217,10 @@ impl<B: Block> CausalLm for Decoder<B> {
                 activations.as_str()
             )));
         }
-        let x = self.embed.forward(ids, activations)?;
+        let mut x = self.embed.forward(ids, activations)?;
+        if let Some(table) = &self.positions {
+            x = x.broadcast_add(&self.position_vectors(table, t, activations, ctx)?)?;
+        }
         ctx.tap(Site::Embed, x)
     }
 
@@ -212,6 +241,7 @@ impl<B: Block> CausalLm for Decoder<B> {
     }
 
     fn head(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(self.head.forward(hidden)?.to_dtype(DType::F32)?)
+        let logits = self.head.forward(hidden)?.to_dtype(DType::F32)?;
+        if self.logit_scale == 1.0 { Ok(logits) } else { Ok((logits * self.logit_scale)?) }
     }
 }

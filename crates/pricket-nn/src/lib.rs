@@ -22,6 +22,7 @@
 //! # Ok::<(), pricket_nn::Error>(())
 //! ```
 
+mod alibi;
 mod attention;
 mod cache;
 pub mod config;
@@ -37,6 +38,7 @@ mod rotary;
 mod tap;
 mod weights;
 
+pub use alibi::Alibi;
 pub use attention::Attention;
 pub use cache::Cache;
 pub use context::Context;

@@ -129,29 +129,48 @@ pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&parts, D::Minus1)?.contiguous()?)
 }
 
+/// What becomes of the scores of queries and keys before the softmax.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores<'a> {
+    /// Multiplies them.
+    pub scale: f64,
+    /// ALiBi: a key `n` positions back loses `n` times the slope of its head; empty for none.
+    pub slopes: &'a [f32],
+    /// Keys hidden on the left of each row; empty for none.
+    pub padding: &'a [usize],
+}
+
 /// Causal attention, the queries being the last positions of the keys: `q` of `[b, h, t, head_dim]`, `k` and `v` of
-/// `[b, kv_heads, s, head_dim]`, `padding` keys hidden on the left of each row (empty for none). Gives
-/// `[b, t, h · head_dim]`.
+/// `[b, kv_heads, s, head_dim]`. Gives `[b, t, h · head_dim]`.
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, padding: &[usize]) -> Result<Tensor> {
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
     let tracked = q.track_op() || k.track_op() || v.track_op();
     if on_our_kernels(q) && k.dtype() == DType::F32 && v.dtype() == DType::F32 && !tracked {
-        let op = AttentionOp { scale: scale as f32, padding: padding.to_vec() };
+        let Scores { scale, slopes, padding } = scores;
+        let op = AttentionOp { scale: scale as f32, padding: padding.to_vec(), slopes: slopes.to_vec() };
         return Ok(q.contiguous()?.apply_op3_no_bwd(k, v, &op)?);
     }
-    attention_output(&attention_pattern(q, k, scale, padding)?, v)
+    attention_output(&attention_pattern(q, k, scores)?, v)
 }
 
 /// The probabilities of [`attention`], `[b, h, t, s]`; with [`attention_output`] its plain twin.
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn attention_pattern(q: &Tensor, k: &Tensor, scale: f64, padding: &[usize]) -> Result<Tensor> {
+pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
+    let Scores { scale, slopes, padding } = scores;
     let (b, h, t, _) = q.dims4()?;
     let (k, s) = (repeat_heads(k, h)?, k.dim(2)?);
-    let scores = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scale)?;
+    let mut scores = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scale)?;
+    if !slopes.is_empty() {
+        let back = |i: usize, j: usize| (j as f32) - (s - t + i) as f32;
+        let distance: Vec<f32> = (0..t).flat_map(|i| (0..s).map(move |j| back(i, j))).collect();
+        let distance = Tensor::from_vec(distance, (1, t, s), q.device())?;
+        let slopes = Tensor::from_vec(slopes.to_vec(), (h, 1, 1), q.device())?;
+        scores = scores.broadcast_add(&slopes.broadcast_mul(&distance)?)?;
+    }
     let rows = if padding.is_empty() { 1 } else { b };
     let hidden = |row: usize, i: usize, j: usize| {
         let last = s - t + i;

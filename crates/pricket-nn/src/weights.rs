@@ -12,6 +12,8 @@ use crate::{Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Sil
 pub struct Names {
     /// Canonical name to an old or new spelling of the same tensor.
     pub aliases: &'static [(&'static str, &'static str)],
+    /// Parts of names, from dot to dot, to another spelling of them in every layer: `("norm_1", "ln_1")`.
+    pub parts: &'static [(&'static str, &'static str)],
     /// Prefixes that files of a larger or smaller whole carry or lack: with `("gpt_neox.", "")` the canonical
     /// `gpt_neox.embed_in.weight` is also found as `embed_in.weight`.
     pub prefixes: &'static [(&'static str, &'static str)],
@@ -26,6 +28,10 @@ impl Names {
         out.extend(
             self.aliases.iter().filter(|(canonical, _)| *canonical == name).map(|(_, other)| (*other).to_owned()),
         );
+        let other = self.parts.iter().fold(name.to_owned(), |name, (part, other)| respelled(&name, part, other));
+        if other != name {
+            out.push(other);
+        }
         for (prefix, other) in self.prefixes {
             let swapped: Vec<String> =
                 out.iter().filter_map(|n| Some(format!("{other}{}", n.strip_prefix(prefix)?))).collect();
@@ -39,16 +45,25 @@ impl Names {
     pub fn canonical<'a>(&self, name: &'a str) -> std::borrow::Cow<'a, str> {
         let added = self.prefixes.iter().filter(|(canonical, other)| canonical.is_empty() && !other.is_empty());
         let bare = added.fold(name, |name, (_, other)| name.strip_prefix(other).unwrap_or(name));
-        match self.aliases.iter().find(|(_, other)| *other == bare) {
-            Some((canonical, _)) => (*canonical).into(),
-            None => bare.into(),
+        if let Some((canonical, _)) = self.aliases.iter().find(|(_, other)| *other == bare) {
+            return (*canonical).into();
         }
+        if self.parts.iter().all(|(_, other)| !bare.contains(other)) {
+            return bare.into();
+        }
+        self.parts.iter().fold(bare.to_owned(), |name, (part, other)| respelled(&name, other, part)).into()
     }
 
     /// Whether `name` is a buffer rather than a weight.
     pub fn is_buffer(&self, name: &str) -> bool {
         self.buffers.iter().any(|ending| name.ends_with(ending))
     }
+}
+
+/// `name` with the part `from`, which stands between dots or at an end, spelled `to`.
+fn respelled(name: &str, from: &str, to: &str) -> String {
+    let padded = format!(".{name}.").replace(&format!(".{from}."), &format!(".{to}."));
+    padded[1..padded.len() - 1].to_owned()
 }
 
 /// What becomes of a weight when it is loaded.
@@ -231,6 +246,13 @@ impl Weights {
     /// As [`Weights::linear`].
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
         Ok(Embedding { weight: self.pp(name).tensor("weight", &[rows, dim], RowOrder::AsStored)? })
+    }
+
+    /// Whether the checkpoint holds a tensor `name`. A store without a file holds none that is not asked for by shape.
+    pub fn holds(&self, name: &str) -> bool {
+        let store = &*self.shared.store;
+        !store.shapes_only()
+            && self.shared.names.spellings(&self.name(name)).iter().any(|spelling| store.entry(spelling).is_some())
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<(String, Entry)> {

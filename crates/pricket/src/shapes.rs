@@ -17,13 +17,44 @@ const GPT_NEOX: [(&str, usize, usize, usize, usize); 13] = [
     ("incite-7b", 32, 4096, 32, 50432),
 ];
 
+/// Layers, width, heads, positions, `alibi_bias_max` and `clip_qkv` of the published MPT checkpoints.
+const MPT: [(&str, [usize; 4], f64, Option<f64>); 5] = [
+    ("mpt-1b", [24, 2048, 16, 2048], 8.0, None),
+    ("mpt-7b", [32, 4096, 32, 2048], 8.0, None),
+    ("mpt-7b-8k", [32, 4096, 32, 8192], 8.0, None),
+    ("mpt-7b-storywriter", [32, 4096, 32, 65536], 16.0, Some(6.0)),
+    ("mpt-30b", [48, 7168, 64, 8192], 8.0, None),
+];
+
 /// The names that [`published_config`] knows.
 pub fn published_shapes() -> impl Iterator<Item = &'static str> {
-    GPT_NEOX.iter().map(|(name, ..)| *name)
+    GPT_NEOX.iter().map(|(name, ..)| *name).chain(MPT.iter().map(|(name, ..)| *name))
 }
 
-/// The config.json of a published shape, such as `1.4b` (Pythia), `neox-20b` or `incite-3b`, for estimates and for
-/// measuring with random weights.
+fn mpt(name: &str) -> Option<Value> {
+    let &(_, [layers, d, heads, positions], bias_max, clip) = MPT.iter().find(|(known, ..)| *known == name)?;
+    let common = json!({
+        "d_model": d, "n_heads": heads, "n_layers": layers, "vocab_size": 50432, "max_seq_len": positions,
+        "no_bias": true, "eos_token_id": 0,
+    });
+    let own = if name == "mpt-1b" {
+        json!({
+            "architectures": ["MosaicGPT"], "model_type": "mosaic_gpt", "mlp_ratio": 4, "alibi": true,
+            "alibi_bias_max": bias_max, "attn_qk_ln": true,
+        })
+    } else {
+        json!({
+            "architectures": ["MPTForCausalLM"], "model_type": "mpt", "expansion_ratio": 4,
+            "attn_config": {"alibi": true, "alibi_bias_max": bias_max, "clip_qkv": clip},
+        })
+    };
+    let mut config = common;
+    config.as_object_mut()?.extend(own.as_object()?.clone());
+    Some(config)
+}
+
+/// The config.json of a published shape, such as `1.4b` (Pythia), `neox-20b`, `incite-3b` or `mpt-7b`, for estimates and
+/// for measuring with random weights.
 ///
 /// ```
 /// let config = pricket::published_config("12b").unwrap();
@@ -32,7 +63,9 @@ pub fn published_shapes() -> impl Iterator<Item = &'static str> {
 /// # Ok::<(), pricket::Error>(())
 /// ```
 pub fn published_config(name: &str) -> Option<Value> {
-    let &(_, layers, d, heads, vocab) = GPT_NEOX.iter().find(|(known, ..)| *known == name)?;
+    let Some(&(_, layers, d, heads, vocab)) = GPT_NEOX.iter().find(|(known, ..)| *known == name) else {
+        return mpt(name);
+    };
     let incite = name.starts_with("incite");
     Some(json!({
         "architectures": ["GPTNeoXForCausalLM"],

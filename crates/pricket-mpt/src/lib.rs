@@ -1,0 +1,122 @@
+//! MPT: decoders with attention biased by distance (ALiBi), no biases elsewhere, and the embedding for a head.
+//!
+//! ```text
+//!  x ──┬── norm_1 ── attn ──+──┬── norm_2 ── ffn ──+── x'
+//!      └────────────────────┘  └───────────────────┘
+//! ```
+//!
+//! Three spellings of one model are read: llm-foundry's `MPTForCausalLM` (the published 7b, 7b-8k, storywriter and 30b),
+//! transformers' native `MptForCausalLM`, and `MosaicGPT`, the forerunner (mpt-1b). They differ in keys and names, and in
+//! little more: MosaicGPT takes other slopes where the heads are no power of two; the native code ignores
+//! `alibi_bias_max` and knows no length beyond its table, neither of which is copied here.
+//!
+//! Sources: llm-foundry v0.1 to v0.3 (`models/mpt`), mosaicml/examples v0.0.4, Press et al. 2022 (arXiv:2108.12409).
+//!
+//! ```
+//! use std::sync::Arc;
+//! use candle_core::{Device, Tensor};
+//! use pricket_mpt::Config;
+//! use pricket_nn::{CausalLm, Context, Weights};
+//! use pricket_weights::{Dtype, Random};
+//!
+//! let config = Config::from_json(&serde_json::json!({
+//!     "architectures": ["MPTForCausalLM"], "d_model": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 32, "no_bias": true,
+//!     "attn_config": {"alibi": true},
+//! }))?;
+//! let weights = Weights::as_stored(Arc::new(Random::new(Dtype::F32, 0)), pricket_mpt::NAMES);
+//! let model = pricket_mpt::load(&config, &weights)?;
+//! let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?;
+//! let hidden = model.hidden(&ids, &mut Context::new())?;
+//! assert_eq!(model.head(&hidden)?.dims(), [1, 3, 32]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod config;
+mod names;
+
+use candle_core::Tensor;
+use pricket_nn::{Attention, Block, Context, Decoder, LayerNorm, Linear, Mlp, Result, Site, Sizes, Weights, residual};
+
+pub use config::{AttentionConfig, Config};
+pub use names::NAMES;
+
+/// An MPT model.
+pub type Mpt = Decoder<MptBlock>;
+
+/// One block.
+#[derive(Debug)]
+pub struct MptBlock {
+    norm_1: LayerNorm,
+    attn: Attention,
+    norm_2: LayerNorm,
+    ffn: Mlp,
+}
+
+impl Block for MptBlock {
+    fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let attention = self.attn.forward(&self.norm_1, x, ctx)?;
+        let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
+        let ffn = self.ffn.forward(&self.norm_2, &x, ctx)?;
+        residual(&x, &[&ffn])
+    }
+}
+
+impl MptBlock {
+    fn load(config: &Config, alibi: bool, weights: &Weights) -> Result<Self> {
+        let (d, hidden, heads) = (config.d_model, config.hidden(), config.n_heads);
+        let (kv_heads, head_dim) = (config.kv_heads()?, d / heads);
+        let (bias, eps) = (config.has_bias(), config.layer_norm_epsilon);
+        let (attn, ffn) = (weights.pp("attn"), weights.pp("ffn"));
+        let qk_norm =
+            |name, width| config.attn_config.qk_ln.then(|| attn.layer_norm(name, width, eps, bias)).transpose();
+        Ok(Self {
+            norm_1: weights.layer_norm("norm_1", d, eps, bias)?,
+            attn: Attention {
+                qkv: attn.linear("Wqkv", d, d + 2 * kv_heads * head_dim, bias)?,
+                out: attn.linear("out_proj", d, d, bias)?,
+                heads,
+                kv_heads,
+                head_dim,
+                scale: config.attn_config.softmax_scale.unwrap_or(1.0 / (head_dim as f64).sqrt()),
+                rotary: None,
+                alibi: alibi.then(|| config.alibi()),
+                clip: config.attn_config.clip_qkv,
+                qk_norm: qk_norm("q_ln", d)?.zip(qk_norm("k_ln", kv_heads * head_dim)?),
+            },
+            norm_2: weights.layer_norm("norm_2", d, eps, bias)?,
+            ffn: Mlp {
+                up: ffn.linear("up_proj", d, hidden, bias)?,
+                down: ffn.linear("down_proj", hidden, d, bias)?,
+                activation: config.activation()?,
+            },
+        })
+    }
+}
+
+/// Loads the model that `config` describes.
+///
+/// # Errors
+/// If a tensor is missing or has another shape than the configuration implies.
+pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
+    let (vocab, d) = (config.vocab_size, config.d_model);
+    let trunk = weights.pp("transformer");
+    // A native configuration may say nothing: then learned positions are what the checkpoint has, or has not.
+    let alibi = config.attn_config.alibi.unwrap_or_else(|| !trunk.holds("wpe.weight"));
+    let learned = !alibi && config.learned_pos_emb;
+    let embed = trunk.embedding("wte", vocab, d)?;
+    let positions = learned.then(|| trunk.embedding("wpe", config.max_seq_len, d)).transpose()?;
+    let layers = trunk.pp("blocks");
+    let blocks: Result<_> = (0..config.n_layers).map(|i| MptBlock::load(config, alibi, &layers.pp(i))).collect();
+    let blocks = blocks?;
+    let norm = trunk.layer_norm("norm_f", d, config.layer_norm_epsilon, config.has_bias())?;
+    let head = Linear::tied(&embed);
+    // Biases by distance have no end; learned positions do.
+    let context = (!alibi).then_some(config.max_seq_len);
+    let sizes =
+        Sizes { family: "mpt", d_model: d, heads: config.n_heads, kv_heads: config.kv_heads()?, vocab, context };
+    let model = Decoder::new(sizes, embed, blocks, norm, head, weights).with_logit_scale(config.logit_scale()?);
+    Ok(match positions {
+        Some(table) => model.with_positions(table),
+        None => model,
+    })
+}
