@@ -114,9 +114,6 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let context = (!alibi).then_some(config.max_seq_len);
     let sizes =
         Sizes { family: "mpt", d_model: d, heads: config.n_heads, kv_heads: config.kv_heads()?, vocab, context };
-    let model = Decoder::new(sizes, embed, blocks, norm, head, weights).with_logit_scale(config.logit_scale()?);
-    Ok(match positions {
-        Some(table) => model.with_positions(table),
-        None => model,
-    })
+    let model = Decoder::new(sizes, embed, blocks, norm, head, weights);
+    Ok(model.with_positions(positions).with_logit_scale(config.logit_scale()?))
 }

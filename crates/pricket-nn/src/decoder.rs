@@ -177,10 +177,10 @@ impl<B: Block> Decoder<B> {
         Self { info, embed, blocks, norm, head, positions: None, logit_scale: 1.0 }
     }
 
-    /// Adds learned positions to the token vectors; there are no positions beyond their table.
+    /// Adds learned positions, if there are any, to the token vectors; there are none beyond their table.
     #[must_use]
-    pub fn with_positions(mut self, positions: Embedding) -> Self {
-        self.positions = Some(positions);
+    pub fn with_positions(mut self, positions: Option<Embedding>) -> Self {
+        self.positions = positions;
         self
     }
 
