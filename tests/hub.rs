@@ -260,6 +260,14 @@ fn a_name_of_the_cards_is_enough() {
     }
 }
 
+/// INCITE-3B and Pythia-2.8b have the same shapes: only the configuration tells them apart.
+#[test]
+fn a_pythia_is_not_mistaken_for_an_incite() {
+    let world = World::new([("togethercomputer/RedPajama-INCITE-Base-3B-v1", tiny_repo(&[]))]);
+    let loaded = world.loader("RedPajama-INCITE-Base-3B-v1").load().unwrap();
+    assert!(loaded.warnings().join(" ").contains("use_parallel_residual"), "{:?}", loaded.warnings());
+}
+
 #[test]
 fn a_revision_known_to_be_wrong_warns_with_its_source() {
     let content = tiny_repo(&["step0", "step64"]);

@@ -4,7 +4,7 @@ use std::process::Command;
 use crate::common::{files, root};
 
 /// Which crate may use which; the same table stands in crates/README.md.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     ("pricket-hub", &[]),
     ("pricket-testhub", &[]),
     ("pricket-weights", &[]),
@@ -12,8 +12,20 @@ const ALLOWED: [(&str, &[&str]); 9] = [
     ("pricket-nn", &["pricket-weights", "pricket-kernels"]),
     ("pricket-gpt-neox", &["pricket-nn"]),
     ("pricket-mpt", &["pricket-nn"]),
+    ("pricket-redpajama-incite", &["pricket-gpt-neox", "pricket-nn"]),
     ("pricket-lm", &["pricket-nn"]),
-    ("pricket", &["pricket-hub", "pricket-weights", "pricket-nn", "pricket-gpt-neox", "pricket-mpt", "pricket-lm"]),
+    (
+        "pricket",
+        &[
+            "pricket-hub",
+            "pricket-weights",
+            "pricket-nn",
+            "pricket-gpt-neox",
+            "pricket-mpt",
+            "pricket-redpajama-incite",
+            "pricket-lm",
+        ],
+    ),
 ];
 
 fn metadata() -> serde_json::Value {
@@ -68,7 +80,7 @@ fn refuse(krate: &str, words: &[&str]) {
 
 #[test]
 fn families_know_no_device_type_feature_or_cache() {
-    for family in ["pricket-gpt-neox", "pricket-mpt"] {
+    for family in ["pricket-gpt-neox", "pricket-mpt", "pricket-redpajama-incite"] {
         refuse(family, &["cfg(feature", "Device::", "to_dtype", "DType", "uantis", "uantiz", "Cache"]);
         let lines = code(family).len();
         assert!(lines < 300, "{family} has {lines} lines; a family is config, names and block");

@@ -40,6 +40,15 @@ impl Family {
         }
     }
 
+    /// What sets this configuration apart from the family that a card names; `None` if nothing does.
+    pub(crate) fn unlike(&self, family: &str) -> Option<String> {
+        match (self, family) {
+            (Family::GptNeoX(config), "redpajama-incite") => pricket_redpajama_incite::unlike(config),
+            (Family::GptNeoX(_), "gpt-neox") | (Family::Mpt(_), "mpt") => None,
+            (_, other) => Some(format!("it is not of the family {other}")),
+        }
+    }
+
     pub(crate) fn names(&self) -> Names {
         match self {
             Family::GptNeoX(_) => pricket_gpt_neox::NAMES,

@@ -244,7 +244,7 @@ impl Loader {
         let model = pool.install(|| family.load(&weights));
         progress.end();
         let model = model.map_err(refused)?;
-        let stranger = stranger_warning(&opened.provenance, model.info());
+        let stranger = stranger_warning(&opened.provenance, model.info(), &family);
         Ok(Pricket::new(Parts {
             threads: pool.current_num_threads(),
             model: Arc::new(Pooled { model, pool }),
@@ -350,8 +350,11 @@ fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -
 }
 
 /// Says so if what a repository holds is not what its card says.
-fn stranger_warning(provenance: &Provenance, info: &ModelInfo) -> Option<String> {
+fn stranger_warning(provenance: &Provenance, info: &ModelInfo, family: &Family) -> Option<String> {
     let card = crate::card(provenance.repo.as_deref()?)?;
+    if let Some(what) = family.unlike(&card.family) {
+        return Some(format!("{}: config.json is not one of {}: {what}", card.id, card.suite));
+    }
     let found = (info.parameters, [info.vocab, info.d_model]);
     (found != (card.parameters, card.embedding)).then(|| {
         format!(
