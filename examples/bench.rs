@@ -68,7 +68,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     let threads = pricket.threads();
     // Every weight passes through the processor for each token, but the rows of an embedding that is not the head too.
-    let tied = pricket.config()["tie_word_embeddings"] == true;
+    // MPT has no other head than its embedding, whatever its configuration says.
+    let tied = info.family == "mpt" || pricket.config()["tie_word_embeddings"] == true;
     let unread = if tied { 0 } else { (info.vocab * info.d_model * info.dtype.size_in_bytes()) as u64 };
     let read = info.weight_bytes - unread;
     // Before the buffer whose reading is timed, which is as large as the model.
@@ -87,7 +88,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
             out,
             "{}",
             json!({
-                "model": name, "parameters": info.parameters, "dtype": info.dtype.as_str(), "weight_bytes": info.weight_bytes,
+                "model": name, "provenance": pricket.provenance().to_json(), "parameters": info.parameters,
+                "dtype": info.dtype.as_str(), "weight_bytes": info.weight_bytes,
                 "load_seconds": load_seconds, "peak_rss": peak, "bandwidth": bandwidth, "threads": threads, "rows": rows,
             })
         )?;

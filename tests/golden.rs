@@ -40,6 +40,25 @@ fn every_case_is_answered_as_the_original_answered() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+#[test]
+fn a_configuration_silent_on_positions_means_those_on_file() {
+    let (from, silent) = (golden().join("models/mpt-wpe"), tempfile::tempdir().unwrap());
+    for file in files(&from) {
+        std::fs::copy(&file, silent.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let path = silent.path().join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["attn_config"].as_object_mut().unwrap().remove("alibi").unwrap();
+    std::fs::write(&path, config.to_string()).unwrap();
+
+    let outcome = cases::run(silent.path(), &Device::Cpu);
+    assert!(outcome.ok, "{}", outcome.to_json());
+    let (said, meant) = (pricket::inspect(silent.path()).unwrap(), pricket::inspect(&from).unwrap());
+    let (said_info, meant_info) = (said.info.unwrap(), meant.info.unwrap());
+    assert_eq!((said_info.context, said_info.parameters), (meant_info.context, meant_info.parameters));
+    assert_eq!(said.warnings, meant.warnings);
+}
+
 /// Vectors of our own tokenizer, made by tools/tokenizer_vectors.py with the reference implementation.
 #[test]
 fn our_tokenizer_reads_and_writes_as_the_reference() {

@@ -106,7 +106,9 @@ impl Hub {
             layout.write_reference(revision, commit)
         };
         let is_known = revision == commit || layout.read_reference(revision).as_deref() == Some(commit);
-        if !is_known || !layout.record(commit).is_file() {
+        // Only a commit that we took ourselves has a listing to keep: Python's has no lock of ours.
+        let is_unlisted = layout.in_use(commit).is_file() && !layout.record(commit).is_file();
+        if !is_known || is_unlisted {
             // The files are there, whatever else cannot be written, as in a cache that somebody else owns.
             if let Err(e) = keep() {
                 events.notice(&format!("{id}: not remembered: {e}"));

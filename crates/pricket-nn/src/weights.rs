@@ -248,11 +248,10 @@ impl Weights {
         Ok(Embedding { weight: self.pp(name).tensor("weight", &[rows, dim], RowOrder::AsStored)? })
     }
 
-    /// Whether the checkpoint holds a tensor `name`. A store without a file holds none that is not asked for by shape.
+    /// Whether the checkpoint holds a tensor `name`. A store without a file holds what was asked for by shape so far.
     pub fn holds(&self, name: &str) -> bool {
         let store = &*self.shared.store;
-        !store.shapes_only()
-            && self.shared.names.spellings(&self.name(name)).iter().any(|spelling| store.entry(spelling).is_some())
+        self.shared.names.spellings(&self.name(name)).iter().any(|spelling| store.entry(spelling).is_some())
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<(String, Entry)> {
