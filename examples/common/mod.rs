@@ -36,10 +36,10 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// Loads it, with a progress bar on a terminal; warnings go to stderr.
-    pub(crate) fn load(&self) -> pricket::Result<Pricket> {
+    /// Loads it, or an embedded model where none is named, with a progress bar on a terminal; warnings go to stderr.
+    pub(crate) fn load(&self, embedded: &str) -> pricket::Result<Pricket> {
         let loader = match (&self.model, &self.revision) {
-            (None, None) => Loader::tiny(),
+            (None, None) => Loader::embedded(embedded)?,
             (model, revision) => {
                 let tiny = || concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny").into();
                 let mut path = model.clone().unwrap_or_else(tiny).into_os_string();
@@ -53,6 +53,9 @@ impl ModelArgs {
         let loaded = self.configure(loader)?.precision(self.dtype).load()?;
         for warning in loaded.warnings() {
             eprintln!("warning: {warning}");
+        }
+        for note in loaded.notes() {
+            eprintln!("note: {note}");
         }
         Ok(loaded)
     }

@@ -114,7 +114,8 @@ pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
     let head =
         if config.tie_word_embeddings { Linear::tied(&embed) } else { weights.linear("embed_out", d, vocab, false)? };
     let heads = config.num_attention_heads;
-    let context = Some(config.max_position_embeddings);
-    let sizes = Sizes { family: "gpt_neox", d_model: d, heads, kv_heads: heads, vocab, context };
+    let trained_length = config.max_position_embeddings;
+    let context = Some(trained_length);
+    let sizes = Sizes { family: "gpt_neox", d_model: d, heads, kv_heads: heads, vocab, trained_length, context };
     Ok(Decoder::new(sizes, embed, blocks, norm, head, weights))
 }

@@ -133,6 +133,21 @@ impl Generation {
         Ok(Self { model, ctx, rows, started: false, logits: Vec::new() })
     }
 
+    /// Begins from a cache that holds the first tokens of the prompt, as many as it is long: those are not read again.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for more than one prompt, or if no token of it would be left to read.
+    pub fn with_past(mut self, past: Cache) -> Result<Self> {
+        let read = past.len();
+        match &self.rows[..] {
+            [] => {}
+            [row] if read < row.ids.len() => self.ctx = self.ctx.with_cache(past),
+            [row] => return Err(Error::Input(format!("a past of {read} for a prompt of {}", row.ids.len()))),
+            rows => return Err(Error::Input(format!("a past belongs to one prompt, not to {}", rows.len()))),
+        }
+        Ok(self)
+    }
+
     /// One token for every row still running; `None` when there is none.
     ///
     /// # Errors
@@ -219,7 +234,7 @@ impl Generation {
         let ids: Vec<Vec<u32>> = self.rows.iter().map(padded).collect();
         let ids = Tensor::new(ids, &self.model.info().device)?;
         let mut last = None;
-        for start in (0..longest).step_by(PREFILL) {
+        for start in (self.ctx.position()..longest).step_by(PREFILL) {
             let len = PREFILL.min(longest - start);
             let hidden = self.model.hidden(&ids.narrow(1, start, len)?.contiguous()?, &mut self.ctx)?;
             last = Some(hidden.narrow(1, len - 1, 1)?);

@@ -1,9 +1,10 @@
 //! What one does with a causal language model, whichever family it is of: text to ids and back, sampling, generating
-//! a batch, log-probabilities.
+//! a batch, prompts of conversations, log-probabilities.
 //!
 //! Everything is written against [`pricket_nn::CausalLm`]. A [`Generation`] runs a batch of [`Request`]s, each with
 //! its own sampling, seed and stop rules, and gives one [`Token`] a row and step; [`token_logprobs`] scores a text;
-//! [`Tokenizer`] and [`TextStream`] turn ids into text without ever emitting half a character.
+//! [`Tokenizer`] and [`TextStream`] turn ids into text without ever emitting half a character; a [`PromptFormat`] is how a
+//! conversation is spelled for a model that was tuned on conversations.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -30,6 +31,7 @@
 
 mod error;
 mod generate;
+mod prompt;
 mod sampling;
 mod score;
 mod text;
@@ -38,6 +40,7 @@ mod tokenizer_file;
 
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};
+pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::{Sampler, Sampling};
 pub use score::{TokenLogprob, check_finite, loss, token_logprobs};
 pub use text::TextStream;

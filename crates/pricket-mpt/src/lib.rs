@@ -111,9 +111,10 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let norm = trunk.layer_norm("norm_f", d, config.layer_norm_epsilon, config.has_bias())?;
     let head = Linear::tied(&embed);
     // Biases by distance have no end; learned positions do.
-    let context = (!alibi).then_some(config.max_seq_len);
-    let sizes =
-        Sizes { family: "mpt", d_model: d, heads: config.n_heads, kv_heads: config.kv_heads()?, vocab, context };
+    let trained_length = config.max_seq_len;
+    let context = (!alibi).then_some(trained_length);
+    let (heads, kv_heads) = (config.n_heads, config.kv_heads()?);
+    let sizes = Sizes { family: "mpt", d_model: d, heads, kv_heads, vocab, trained_length, context };
     let model = Decoder::new(sizes, embed, blocks, norm, head, weights);
     Ok(model.with_positions(positions).with_logit_scale(config.logit_scale()?))
 }

@@ -20,7 +20,9 @@ pub struct ModelInfo {
     pub head_dim: usize,
     /// Rows of the head, padding included.
     pub vocab: usize,
-    /// Positions the model was trained for, where going beyond them is refused unless asked for.
+    /// Positions the model was trained for.
+    pub trained_length: usize,
+    /// The same, where going beyond them is refused unless asked for.
     pub context: Option<usize>,
     /// Number of weights, each once.
     pub parameters: u64,
@@ -132,6 +134,8 @@ pub struct Sizes {
     pub kv_heads: usize,
     /// Rows of the head.
     pub vocab: usize,
+    /// As [`ModelInfo::trained_length`].
+    pub trained_length: usize,
     /// As [`ModelInfo::context`].
     pub context: Option<usize>,
 }
@@ -158,7 +162,7 @@ impl<B: Block> Decoder<B> {
         head: Linear,
         weights: &Weights,
     ) -> Self {
-        let Sizes { family, d_model, heads, kv_heads, vocab, context } = sizes;
+        let Sizes { family, d_model, heads, kv_heads, vocab, trained_length, context } = sizes;
         let info = ModelInfo {
             family,
             layers: blocks.len(),
@@ -167,6 +171,7 @@ impl<B: Block> Decoder<B> {
             kv_heads,
             head_dim: d_model / heads,
             vocab,
+            trained_length,
             context,
             parameters: weights.elements(),
             weight_bytes: weights.bytes(),

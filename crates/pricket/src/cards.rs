@@ -49,6 +49,8 @@ pub struct Card {
     pub gone: Option<String>,
     /// Copies by others, not compared with the original.
     pub mirrors: Vec<String>,
+    /// The repository whose tokenizer it takes where it has none.
+    pub tokenizer: Option<String>,
     /// A sentence that a user should read.
     pub note: Option<String>,
     /// Where these facts come from.
@@ -161,6 +163,7 @@ struct Rule {
     seeds: Vec<u64>,
     licence: Option<String>,
     prompt: Option<String>,
+    tokenizer: Option<String>,
     note: Option<String>,
     #[serde(default)]
     mirrors: Vec<String>,
@@ -234,6 +237,7 @@ impl Suite {
                 .collect(),
             gone: rule.gone.clone(),
             mirrors: rule.mirrors.clone(),
+            tokenizer: rule.tokenizer.clone(),
             note: rule.note.clone(),
             source: self.source.clone(),
             id,

@@ -1,8 +1,8 @@
 use std::sync::Arc;
 
 use pricket_hub::InUse;
-use pricket_lm::{Finish, Generation, Request, Sampling, TextStream, Tokenizer, token_logprobs};
-use pricket_nn::{CausalLm, ModelInfo, Parameter};
+use pricket_lm::{Finish, Generation, PromptFormat, Request, Sampling, TextStream, Tokenizer, token_logprobs};
+use pricket_nn::{Cache, CausalLm, ModelInfo, Parameter};
 use serde_json::Value;
 
 use crate::{Error, Provenance, Result};
@@ -21,6 +21,8 @@ pub(crate) struct Parts {
     pub(crate) eos: Vec<u32>,
     pub(crate) parameters: Vec<Parameter>,
     pub(crate) warnings: Vec<String>,
+    pub(crate) notes: Vec<String>,
+    pub(crate) format: PromptFormat,
     pub(crate) provenance: Provenance,
     /// Files in the cache stay there while somebody has them loaded.
     pub(crate) _in_use: Option<InUse>,
@@ -46,6 +48,8 @@ pub struct GenerateOptions {
     pub row_seeds: Vec<u64>,
     /// Strings that end the text; they are not part of it.
     pub stop: Vec<String>,
+    /// Tokens that end the text beside the model's end token.
+    pub stop_ids: Vec<u32>,
     /// Whether the model's end token ends the text.
     pub stop_at_eos: bool,
     /// Allows positions beyond the length that the model was trained for.
@@ -60,6 +64,7 @@ impl Default for GenerateOptions {
             seed: 0,
             row_seeds: Vec::new(),
             stop: Vec::new(),
+            stop_ids: Vec::new(),
             stop_at_eos: true,
             beyond_trained_length: false,
         }
@@ -70,7 +75,7 @@ impl Default for GenerateOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FinishReason {
-    /// The model wrote its end token.
+    /// The model wrote its end token, or one of [`GenerateOptions::stop_ids`].
     Eos,
     /// One of [`GenerateOptions::stop`] came up.
     Stop,
@@ -153,14 +158,27 @@ impl Pricket {
         &self.parts.warnings
     }
 
+    /// What was decided while loading and may be decided otherwise: the prompt format, a tokenizer from elsewhere.
+    pub fn notes(&self) -> &[String] {
+        &self.parts.notes
+    }
+
+    /// How conversations are spelled for this model: as its card says, else as its configuration or its tokenizer's tokens
+    /// tell; `plain` if nothing does.
+    pub fn prompt_format(&self) -> &PromptFormat {
+        &self.parts.format
+    }
+
     /// The tokenizer.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the checkpoint came without one.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        let missing = || Error::Tokenizer {
-            origin: "tokenizer.json".into(),
-            what: "the checkpoint has none; give one to read or write text".into(),
+        let missing = || {
+            let named = self.parts.config["tokenizer_name"].as_str();
+            let of = named.map_or(String::new(), |name| format!(", that of {}", pricket_weights::clip(name)));
+            let what = format!("the checkpoint has none; give one{of} to read or write text");
+            Error::Tokenizer { origin: "tokenizer.json".into(), what }
         };
         self.parts.tokenizer.as_ref().ok_or_else(missing)
     }
@@ -227,12 +245,13 @@ impl Pricket {
 
     /// The request that continues `ids`, row `row` of a batch, under `options`, stop strings left to the caller.
     fn request(&self, row: usize, ids: Vec<u32>, options: &GenerateOptions) -> Request {
+        let eos = if options.stop_at_eos { &self.parts.eos[..] } else { &[] };
         Request {
             ids,
             max_tokens: options.max_tokens,
             sampling: options.sampling.clone(),
             seed: options.row_seeds.get(row).copied().unwrap_or(options.seed),
-            eos: if options.stop_at_eos { self.parts.eos.clone() } else { Vec::new() },
+            eos: [eos, &options.stop_ids].concat(),
             vocab: self.parts.tokenizer.as_ref().map(Tokenizer::vocab_size),
             beyond_trained_length: options.beyond_trained_length,
         }
@@ -264,7 +283,7 @@ struct Row {
 impl Batch {
     fn new(pricket: &Pricket, prompts: &[&str], options: &GenerateOptions) -> Result<Self> {
         let tokenizer = pricket.tokenizer()?;
-        let mut rows = Vec::with_capacity(prompts.len());
+        let mut ids = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let mut prompt_ids = tokenizer.encode(prompt)?;
             if prompt_ids.is_empty() {
@@ -272,16 +291,24 @@ impl Batch {
                 let begin = pricket.parts.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
                 prompt_ids.push(begin.or(pricket.parts.eos.first().copied()).unwrap_or(0));
             }
-            let completion = Completion {
+            ids.push(prompt_ids);
+        }
+        Self::of_ids(pricket, ids, options)
+    }
+
+    fn of_ids(pricket: &Pricket, prompts: Vec<Vec<u32>>, options: &GenerateOptions) -> Result<Self> {
+        let tokenizer = pricket.tokenizer()?;
+        let row = |prompt_ids: &Vec<u32>| Row {
+            text: TextStream::new(tokenizer, &options.stop),
+            completion: Completion {
                 text: String::new(),
                 ids: Vec::new(),
                 logprobs: Vec::new(),
-                prompt_ids,
+                prompt_ids: prompt_ids.clone(),
                 finish: FinishReason::Length,
-            };
-            rows.push(Row { text: TextStream::new(tokenizer, &options.stop), completion });
-        }
-        let prompts = rows.iter().map(|row| row.completion.prompt_ids.clone()).collect();
+            },
+        };
+        let rows = prompts.iter().map(row).collect();
         Ok(Self { generation: pricket.generation(prompts, options)?, rows })
     }
 
@@ -324,6 +351,22 @@ pub struct Stream {
 impl Stream {
     fn advance(&mut self) -> Result<Option<String>> {
         Ok(self.batch.step()?.map(|mut pieces| pieces.pop().map_or_else(String::new, |(_, text)| text)))
+    }
+
+    /// Continues ids, of which `past` holds the first.
+    pub(crate) fn of_ids(pricket: &Pricket, ids: Vec<u32>, past: Cache, options: &GenerateOptions) -> Result<Self> {
+        let mut batch = Batch::of_ids(pricket, vec![ids], options)?;
+        batch.generation = batch.generation.with_past(past)?;
+        Ok(Self { batch })
+    }
+
+    /// Every id that the cache holds, and the cache.
+    pub(crate) fn take_past(&mut self) -> (Vec<u32>, Cache) {
+        let cache = self.batch.generation.context().cache_mut().map(std::mem::take).unwrap_or_default();
+        let Completion { prompt_ids, ids, .. } = self.completion();
+        let mut ids = [&prompt_ids[..], ids].concat();
+        ids.truncate(cache.len());
+        (ids, cache)
     }
 
     /// What has been written so far.

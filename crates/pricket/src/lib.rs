@@ -27,6 +27,7 @@
 mod audit;
 mod cards;
 mod checkpoints;
+mod conversation;
 mod device;
 mod error;
 mod family;
@@ -35,6 +36,7 @@ mod handle;
 mod inspect;
 mod load;
 mod memory;
+mod prompts;
 mod provenance;
 mod remote;
 mod repository;
@@ -46,19 +48,21 @@ pub use candle_core as candle;
 pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
 pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
 pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
+pub use conversation::{Conversation, Reply};
 pub use device::device;
 pub use error::{Error, Result};
 pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
 pub use inspect::{Inspection, TensorInfo, inspect};
 pub use load::{Loader, Precision, load, tiny};
 pub use memory::{Estimate, estimate};
+pub use prompts::{prompt_format, prompt_formats};
 pub use provenance::{Provenance, SourceFile};
 pub use remote::{Tensors, tensors};
 pub use repository::{Fetched, fetch};
 pub use shapes::{published_config, published_shapes};
 
 pub use pricket_hub::{self as hub, Hub, Steps};
-pub use pricket_lm::{self as lm, Sampling, Tokenizer};
+pub use pricket_lm::{self as lm, PromptFormat, Role, Sampling, Tokenizer, Turn};
 pub use pricket_nn::{
     self as nn, Cache, CausalLm, Context, ModelInfo, Parameter, Progress, Recording, Silent, Site, Taps,
 };
@@ -66,5 +70,7 @@ pub use pricket_weights::{self as weights, Dtype};
 
 /// What a program or a notebook mostly needs.
 pub mod prelude {
-    pub use crate::{CausalLm, Context, GenerateOptions, Loader, Pricket, Sampling, Site, Taps, load, tiny};
+    pub use crate::{
+        CausalLm, Context, Conversation, GenerateOptions, Loader, Pricket, Sampling, Site, Taps, load, tiny,
+    };
 }

@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use pricket_hub::{Hub, InUse};
+use pricket_hub::{Hub, InUse, ModelId};
 use pricket_lm::Tokenizer;
 use pricket_nn::{CausalLm, Context, ModelInfo, Policy, Progress, Silent, Weights};
 use pricket_weights::{Headers, SafetensorsFile, Store};
@@ -11,14 +11,53 @@ use serde_json::Value;
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
-use crate::repository::{Fetched, Place, fetch_id, locate, snapshot_warnings};
-use crate::{Error, Pricket, Provenance, Result};
+use crate::repository::{Fetched, Place, fetch_id, fetch_tokenizer, locate, snapshot_warnings};
+use crate::{Error, Pricket, Provenance, Result, prompts};
 
-/// The checkpoint that is compiled into the program.
-mod tiny {
-    pub(super) static CONFIG: &[u8] = include_bytes!("../../../models/tiny/config.json");
-    pub(super) static TOKENIZER: &[u8] = include_bytes!("../../../models/tiny/tokenizer.json");
-    pub(super) static WEIGHTS: &[u8] = include_bytes!("../../../models/tiny/model.safetensors");
+/// A checkpoint that is compiled into the program.
+struct Embedded {
+    name: &'static str,
+    config: &'static [u8],
+    tokenizer: &'static [u8],
+    weights: &'static [u8],
+}
+
+macro_rules! embedded {
+    ($name:literal) => {
+        Embedded {
+            name: $name,
+            config: include_bytes!(concat!("../../../models/", $name, "/config.json")),
+            tokenizer: include_bytes!(concat!("../../../models/", $name, "/tokenizer.json")),
+            weights: include_bytes!(concat!("../../../models/", $name, "/model.safetensors")),
+        }
+    };
+}
+
+static EMBEDDED: [Embedded; 3] = [embedded!("tiny"), embedded!("tiny-mpt"), embedded!("tiny-chat")];
+
+impl Embedded {
+    fn find(name: &str) -> Option<&'static Self> {
+        EMBEDDED.iter().find(|model| model.name == name)
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        format!("models/{}/{file} (embedded)", self.name).into()
+    }
+
+    fn open(&self, given: Option<Tokenizer>) -> Result<Opened> {
+        let own = || Tokenizer::from_bytes(self.tokenizer, self.path("tokenizer.json").display().to_string());
+        Ok(Opened {
+            config: parse_json(&self.path("config.json"), self.config)?,
+            config_path: self.path("config.json"),
+            tokenizer: Some(given.map_or_else(own, Ok)?),
+            provenance: Provenance::of_embedded(&[
+                ("config.json", self.config),
+                ("tokenizer.json", self.tokenizer),
+                ("model.safetensors", self.weights),
+            ]),
+            ..Opened::new(Arc::new(SafetensorsFile::embedded(self.weights)?))
+        })
+    }
 }
 
 /// A config.json is a kilobyte.
@@ -29,7 +68,7 @@ const MAX_JSON: u64 = 1 << 20;
 /// `model` is a directory in Hub layout, a weight file with its config.json beside it, or a repository of the Hub:
 /// `EleutherAI/pythia-410m`, `EleutherAI/pythia-410m@step3000`, a name of [`crate::cards`] without its owner. After `@` stands a
 /// branch, tag or commit; of a directory it is `revisions/REVISION` in it, as `models/tiny@step64`. What is there as a path is
-/// taken as one.
+/// taken as one; what is not, and is called as an embedded model ([`Loader::embedded`]), is that.
 ///
 /// From the Hub comes what loading needs, verified, into the cache that Python uses too; `HF_HUB_OFFLINE`, `HF_TOKEN` and
 /// the others mean what they mean there (see [`crate::hub::Settings`]).
@@ -107,7 +146,7 @@ pub struct Loader {
 #[derive(Clone)]
 enum Source {
     Path(PathBuf),
-    Embedded,
+    Embedded(&'static Embedded),
     Store { config: Value, store: Arc<dyn Store> },
 }
 
@@ -121,7 +160,7 @@ impl Source {
     fn name(&self) -> String {
         match self {
             Source::Path(path) => path.display().to_string(),
-            Source::Embedded => "the embedded model".into(),
+            Source::Embedded(model) => format!("the embedded model {}", model.name),
             Source::Store { .. } => "the model".into(),
         }
     }
@@ -130,12 +169,26 @@ impl Source {
 impl Loader {
     /// Loads `model`, as [`load`] reads it.
     pub fn new(model: impl AsRef<Path>) -> Self {
-        Self::from_source(Source::Path(model.as_ref().to_owned()))
+        let path = model.as_ref();
+        match path.to_str().filter(|_| !path.exists()).and_then(Embedded::find) {
+            Some(model) => Self::from_source(Source::Embedded(model)),
+            None => Self::from_source(Source::Path(path.to_owned())),
+        }
     }
 
-    /// Loads the embedded model.
+    /// Loads the embedded model that [`tiny`] loads.
     pub fn tiny() -> Self {
-        Self::from_source(Source::Embedded)
+        Self::from_source(Source::Embedded(&EMBEDDED[0]))
+    }
+
+    /// Loads one of the embedded models: `tiny`, a Pythia; `tiny-mpt`, an MPT; `tiny-chat`, a RedPajama-INCITE-Chat.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another name.
+    pub fn embedded(name: &str) -> Result<Self> {
+        let names = || EMBEDDED.iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
+        let missing = || Error::Input(format!("{name:?} is not embedded; there are {}", names()));
+        Embedded::find(name).map(|model| Self::from_source(Source::Embedded(model))).ok_or_else(missing)
     }
 
     /// Loads the model that `config` describes from any store, without a tokenizer: random weights, say.
@@ -245,14 +298,18 @@ impl Loader {
         progress.end();
         let model = model.map_err(refused)?;
         let stranger = stranger_warning(&opened.provenance, model.info(), &family);
+        let (format, chosen) = prompts::choose(&opened.provenance, &opened.config, opened.tokenizer.as_ref());
+        let generation_config = opened.generation_config.as_ref();
         Ok(Pricket::new(Parts {
             threads: pool.current_num_threads(),
             model: Arc::new(Pooled { model, pool }),
+            eos: eos_ids(&opened.config, generation_config, opened.tokenizer.as_ref()),
             tokenizer: opened.tokenizer,
-            eos: eos_ids(&opened.config, opened.generation_config.as_ref()),
             config: opened.config,
             parameters: weights.parameters(),
             warnings: opened.warnings.into_iter().chain(unused_warning(&weights)).chain(stranger).collect(),
+            notes: opened.notes.into_iter().chain(chosen).collect(),
+            format,
             provenance: opened.provenance,
             _in_use: opened.in_use,
         }))
@@ -261,43 +318,19 @@ impl Loader {
     fn open(&self) -> Result<Opened> {
         let given = self.tokenizer.as_ref().map(Tokenizer::from_file).transpose()?;
         match &self.source {
-            Source::Embedded => {
-                let name = |file: &str| PathBuf::from(format!("models/tiny/{file} (embedded)"));
-                let tokenizer = match given {
-                    Some(tokenizer) => tokenizer,
-                    None => Tokenizer::from_bytes(tiny::TOKENIZER, name("tokenizer.json").display().to_string())?,
-                };
-                Ok(Opened {
-                    config: parse_json(&name("config.json"), tiny::CONFIG)?,
-                    config_path: name("config.json"),
-                    generation_config: None,
-                    tokenizer: Some(tokenizer),
-                    store: Arc::new(SafetensorsFile::embedded(tiny::WEIGHTS)?),
-                    provenance: Provenance::of_embedded(&[
-                        ("config.json", tiny::CONFIG),
-                        ("tokenizer.json", tiny::TOKENIZER),
-                        ("model.safetensors", tiny::WEIGHTS),
-                    ]),
-                    warnings: Vec::new(),
-                    in_use: None,
-                })
+            Source::Embedded(model) => model.open(given),
+            Source::Store { config, store } => {
+                let config = config.clone();
+                Ok(Opened { config, config_path: "config".into(), tokenizer: given, ..Opened::new(Arc::clone(store)) })
             }
-            Source::Store { config, store } => Ok(Opened {
-                config: config.clone(),
-                config_path: "config".into(),
-                generation_config: None,
-                tokenizer: given,
-                store: Arc::clone(store),
-                provenance: Provenance::default(),
-                warnings: Vec::new(),
-                in_use: None,
-            }),
             Source::Path(path) => match locate(path)? {
                 Place::Local(path) => open_files(&path, None, given),
                 Place::Hub(id) => {
                     let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
                     let fetched = fetch_id(&id, &hub, &*self.progress)?;
-                    open_files(&fetched.weights.clone(), Some(fetched), given)
+                    let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given)?;
+                    opened.borrow_tokenizer(&id, &hub, &*self.progress);
+                    Ok(opened)
                 }
             },
         }
@@ -342,10 +375,10 @@ fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -
             Some(tokenizer) => Some(tokenizer),
             None => tokenizer.is_file().then(|| Tokenizer::from_file(&tokenizer)).transpose()?,
         },
-        store,
         provenance,
         warnings,
         in_use,
+        ..Opened::new(store)
     })
 }
 
@@ -388,7 +421,41 @@ struct Opened {
     store: Arc<dyn Store>,
     provenance: Provenance,
     warnings: Vec<String>,
+    notes: Vec<String>,
     in_use: Option<InUse>,
+}
+
+impl Opened {
+    fn new(store: Arc<dyn Store>) -> Self {
+        Self {
+            config: Value::Null,
+            config_path: PathBuf::new(),
+            generation_config: None,
+            tokenizer: None,
+            store,
+            provenance: Provenance::default(),
+            warnings: Vec::new(),
+            notes: Vec::new(),
+            in_use: None,
+        }
+    }
+
+    /// Where a repository has no tokenizer, takes that of the one that its card or configuration names.
+    fn borrow_tokenizer(&mut self, id: &ModelId, hub: &Hub, progress: &dyn Progress) {
+        let named = crate::card(id.repo.as_str()).and_then(|card| card.tokenizer.as_deref());
+        let Some(from) = named.or(self.config["tokenizer_name"].as_str()).filter(|_| self.tokenizer.is_none()) else {
+            return;
+        };
+        let found = fetch_tokenizer(from, hub, progress).and_then(|path| Ok((Tokenizer::from_file(&path)?, path)));
+        match found {
+            Ok((tokenizer, path)) => {
+                self.tokenizer = Some(tokenizer);
+                self.provenance.replace("tokenizer.json", &path);
+                self.notes.push(format!("{id} has no tokenizer: that of {from} is used"));
+            }
+            Err(e) => self.warnings.push(format!("{id} has no tokenizer, and that of {from} cannot be had: {e}")),
+        }
+    }
 }
 
 pub(crate) fn parent(path: &Path) -> PathBuf {
@@ -399,12 +466,17 @@ pub(crate) fn parent(path: &Path) -> PathBuf {
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value> {
+    parse_json(path, &read_small(path)?)
+}
+
+/// A file of settings.
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
     let io = |error: std::io::Error| Error::Io { path: path.into(), error };
     let size = std::fs::metadata(path).map_err(io)?.len();
     if size > MAX_JSON {
         return Err(corrupt(path, format!("{size} bytes are no configuration")));
     }
-    parse_json(path, &std::fs::read(path).map_err(io)?)
+    std::fs::read(path).map_err(io)
 }
 
 fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
@@ -415,14 +487,18 @@ fn corrupt(path: &Path, what: String) -> Error {
     Error::Corrupt { tensor: None, error: pricket_weights::Error::Corrupt { path: path.into(), what } }
 }
 
-/// End tokens: those of generation_config.json and config.json together, each a number or a list.
-fn eos_ids(config: &Value, generation_config: Option<&Value>) -> Vec<u32> {
+/// End tokens: those of generation_config.json and config.json together, each a number or a list. Early MPT repositories name
+/// none and would never end: theirs is the tokenizer's end of text.
+fn eos_ids(config: &Value, generation_config: Option<&Value>, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
     let sources = [Some(config), generation_config];
     let values = sources.into_iter().flatten().map(|source| &source["eos_token_id"]);
     let mut ids: Vec<u32> = values
         .flat_map(|value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]))
         .filter_map(|value| value.as_u64().and_then(|id| u32::try_from(id).ok()))
         .collect();
+    if ids.is_empty() {
+        ids.extend(tokenizer.and_then(|tokenizer| tokenizer.token_to_id("<|endoftext|>")));
+    }
     ids.sort_unstable();
     ids.dedup();
     ids

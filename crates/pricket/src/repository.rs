@@ -181,6 +181,18 @@ pub(crate) fn fetch_commit(id: &ModelId, commit: &str, hub: &Hub, progress: &dyn
     Revision::at(id, commit.to_owned(), hub, &Telling::new(progress, ""))?.fetch(hub, progress)
 }
 
+/// The tokenizer.json of a repository, where another one has none.
+pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) -> Result<PathBuf> {
+    let id: ModelId = repo.parse()?;
+    let telling = Telling::new(progress, format!("fetching the tokenizer of {id}"));
+    let commit = hub.resolve(&id, &telling)?;
+    let listing = hub.files(&id.repo, &commit, &telling)?.files;
+    let file = listing.into_iter().find(|file| file.path == "tokenizer.json" && file.size <= SMALL_BYTES);
+    let missing = || Error::NotFound { path: "tokenizer.json".into(), what: format!("{id} has none") };
+    let snapshot = hub.fetch_part(&id.repo, &commit, &[file.ok_or_else(missing)?], &telling)?;
+    Ok(snapshot.directory.join("tokenizer.json"))
+}
+
 /// A revision that has been found, and of which nothing has been fetched.
 pub(crate) struct Revision {
     id: ModelId,

@@ -1,0 +1,69 @@
+//! How tokens are chosen, as flags.
+
+use pricket::{GenerateOptions, Pricket, PromptFormat, Sampling};
+
+/// How tokens are chosen.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct SamplingArgs {
+    /// New tokens at most
+    #[arg(long, short = 'n', default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// Divides the logits; 0 always takes the most likely token
+    #[arg(long, short, default_value_t = 0.8)]
+    temperature: f32,
+    /// Choose among the K most likely tokens; 0 for all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+    /// Choose among the most likely tokens that together have probability P
+    #[arg(long, default_value_t = 0.95, value_name = "P")]
+    top_p: f32,
+    /// Choose among tokens with at least this share of the most likely one's probability
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    min_p: f32,
+    /// Choose among the most typical tokens that together have probability P
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    typical_p: f32,
+    /// Makes tokens that have occurred less likely; 1 for no change
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    repetition_penalty: f32,
+    /// Subtracted from the logits of tokens already written
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    presence_penalty: f32,
+    /// Subtracted for each time a token has been written
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    frequency_penalty: f32,
+    /// No run of N tokens occurs twice; 0 for no such rule
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    no_repeat_ngram_size: usize,
+    /// Where the random numbers begin [default: somewhere new each time]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// The options that these flags say.
+    pub(crate) fn options(&self) -> GenerateOptions {
+        let clock = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
+        GenerateOptions {
+            max_tokens: self.max_tokens,
+            sampling: Sampling {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                typical_p: self.typical_p,
+                repetition_penalty: self.repetition_penalty,
+                presence_penalty: self.presence_penalty,
+                frequency_penalty: self.frequency_penalty,
+                no_repeat_ngram_size: self.no_repeat_ngram_size,
+            },
+            seed: self.seed.unwrap_or_else(clock),
+            ..GenerateOptions::default()
+        }
+    }
+}
+
+/// The format that a flag says: a name, a file, or `auto` for the model's own.
+pub(crate) fn prompt_format(name: &str, pricket: &Pricket) -> pricket::Result<PromptFormat> {
+    if name == "auto" { Ok(pricket.prompt_format().clone()) } else { pricket::prompt_format(name) }
+}

@@ -1,0 +1,365 @@
+use std::path::Path;
+
+use pricket::{Conversation, FinishReason, GenerateOptions, Loader, Pricket, Role, Sampling, Turn, prompt_format};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use crate::common::root;
+
+fn tiny_chat() -> Pricket {
+    Loader::embedded("tiny-chat").unwrap().threads(2).load().unwrap()
+}
+
+/// Every format, letter for letter, over the same three turns; ¶ is a line break.
+#[test]
+fn formats_are_spelled_as_the_models_saw_them() {
+    let intro =
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.";
+    let chatml =
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.";
+    let stablelm = "<|SYSTEM|># StableLM Tuned (Alpha version)¶- StableLM is a helpful and harmless open-source AI language model \
+        developed by StabilityAI.¶- StableLM is excited to be able to help the user, but will refuse to do anything that could \
+        be considered harmful to the user.¶- StableLM is more than just an information source, StableLM is also able to write \
+        poetry, short stories, and make jokes.¶- StableLM will refuse to participate in anything that could harm a human.¶";
+    let expected = [
+        ("plain", "One?".into(), "One?Yes.Two?".into()),
+        (
+            "dolly",
+            format!("{intro}¶### Instruction:¶One?¶### Response:¶"),
+            format!("{intro}¶### Instruction:¶One?¶### Response:¶Yes.¶### Instruction:¶Two?¶### Response:¶"),
+        ),
+        (
+            "dolly-blank",
+            format!("{intro}¶¶### Instruction:¶One?¶¶### Response:¶"),
+            format!(
+                "{intro}¶¶### Instruction:¶One?¶¶### Response:¶Yes.¶¶### End¶¶### Instruction:¶Two?¶¶### Response:¶"
+            ),
+        ),
+        (
+            "mpt-instruct",
+            format!("{intro}¶¶###Instruction¶One?¶¶### Response¶"),
+            format!("{intro}¶¶###Instruction¶One?¶¶### Response¶Yes.¶¶###Instruction¶Two?¶¶### Response¶"),
+        ),
+        (
+            "chatml",
+            format!("<|im_start|>system¶{chatml}<|im_end|>¶<|im_start|>user¶One?<|im_end|>¶<|im_start|>assistant¶"),
+            format!(
+                "<|im_start|>system¶{chatml}<|im_end|>¶<|im_start|>user¶One?<|im_end|>¶<|im_start|>assistant¶Yes.<|im_end|>¶\
+                 <|im_start|>user¶Two?<|im_end|>¶<|im_start|>assistant¶"
+            ),
+        ),
+        (
+            "chatml-shipped",
+            format!("<|im_start|>system¶{chatml}¶<|im_start|>user¶One?<|im_end|>¶<|im_start|>assistant¶"),
+            format!(
+                "<|im_start|>system¶{chatml}¶<|im_start|>user¶One?<|im_end|>¶<|im_start|>assistant¶¶<|im_start|>assistant¶\
+                 Yes.<|im_end|>¶<|im_start|>assistant¶¶<|im_start|>user¶Two?<|im_end|>¶<|im_start|>assistant¶"
+            ),
+        ),
+        ("incite-chat", "<human>: One?¶<bot>:".into(), "<human>: One?¶<bot>: Yes.¶<human>: Two?¶<bot>:".into()),
+        ("incite-instruct", "Q: One?¶A:".into(), "Q: One?¶A: Yes.¶Q: Two?¶A:".into()),
+        (
+            "oasst",
+            "<|prompter|>One?<|endoftext|><|assistant|>".into(),
+            "<|prompter|>One?<|endoftext|><|assistant|>Yes.<|endoftext|><|prompter|>Two?<|endoftext|><|assistant|>"
+                .into(),
+        ),
+        (
+            "stablelm-tuned-alpha",
+            format!("{stablelm}<|USER|>One?<|ASSISTANT|>"),
+            format!("{stablelm}<|USER|>One?<|ASSISTANT|>Yes.<|USER|>Two?<|ASSISTANT|>"),
+        ),
+    ];
+    assert_eq!(expected.len(), pricket::prompt_formats().len());
+    let turns = [Turn::user("One?"), Turn::assistant("Yes."), Turn::user("Two?")];
+    for (name, one, two) in expected {
+        let format = prompt_format(name).unwrap();
+        assert_eq!(format.prompt(None, &turns[..1]).unwrap().replace('\n', "¶"), one, "{name}");
+        assert_eq!(format.prompt(None, &turns).unwrap().replace('\n', "¶"), two, "{name}");
+    }
+    // Every card's format is there.
+    for card in pricket::cards() {
+        prompt_format(&card.prompt).unwrap_or_else(|e| panic!("{}: {e}", card.id));
+    }
+}
+
+#[test]
+fn a_system_text_can_be_set_left_out_and_refused() {
+    let chatml = prompt_format("chatml").unwrap();
+    let turns = [Turn::user("One?")];
+    assert!(chatml.prompt(Some("Be brief."), &turns).unwrap().starts_with("<|im_start|>system\nBe brief.<|im_end|>\n"));
+    assert!(chatml.prompt(Some(""), &turns).unwrap().starts_with("<|im_start|>user\n"));
+    let refused = prompt_format("incite-chat").unwrap().prompt(Some("Be brief."), &turns).unwrap_err();
+    assert!(refused.to_string().contains("incite-chat has no place for a system text"), "{refused}");
+    let wrong = Turn { role: Role::System, content: "late".into() };
+    assert!(chatml.prompt(None, &[turns[0].clone(), wrong]).is_err());
+    // What a person says is said, also where it looks like a template.
+    assert!(chatml.prompt(None, &[Turn::user("{text}")]).unwrap().contains("user\n{text}<|im_end|>"));
+}
+
+#[test]
+fn a_format_can_come_from_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |text: &str| {
+        let path = dir.path().join("format.toml");
+        std::fs::write(&path, text).unwrap();
+        prompt_format(path.to_str().unwrap())
+    };
+    let good =
+        write("[[format]]\nname = \"mine\"\nuser = \"U {text}\"\nassistant = \"A {text}\"\nreply = \"A\"\n").unwrap();
+    assert_eq!(good.prompt(None, &[Turn::user("x")]).unwrap(), "U xA");
+    let wrong = [
+        ("[[format]]\nname = \"m\"\nuser = \"U\"\nassistant = \"{text}\"\n", "`user` needs {text} exactly once"),
+        ("[[format]]\nname = \"m\"\nuser = \"{text}\"\n", "missing field `assistant`"),
+        ("[[format]]\nname = \"m\"\nuser = \"{text}\"\nassistant = \"{text}\"\nstop = [\"\"]\n", "an empty `stop`"),
+        ("[[format]]\nname = \"m\"\nusr = \"{text}\"\n", "unknown field `usr`"),
+        ("", "missing field `format`"),
+    ];
+    for (text, part) in wrong {
+        let error = write(text).unwrap_err().to_string();
+        assert!(error.contains(part) && error.contains("format.toml"), "{error}");
+    }
+    let unknown = prompt_format("vicuna").unwrap_err().to_string();
+    assert!(unknown.contains("incite-chat"), "{unknown}");
+}
+
+const TALK: [&str; 6] = [
+    "Hello, my name is Zamira.",
+    "What is 3 plus 4?",
+    "I like horses.",
+    "What is my name?",
+    "What do I like?",
+    "Where does a whale live?",
+];
+
+#[test]
+fn it_remembers_what_was_said() {
+    let mut chat = tiny_chat().conversation();
+    assert_eq!(chat.format().name, "incite-chat");
+    let options = GenerateOptions::default();
+    let replies: Vec<String> = TALK.iter().map(|text| chat.say(text, &options).unwrap().text).collect();
+    let expected = [
+        "Hello, Zamira!",
+        "3 plus 4 is 7.",
+        "I will remember that you like horses.",
+        "Your name is Zamira.",
+        "You like horses.",
+        "A whale lives in the sea.",
+    ];
+    assert_eq!(replies, expected);
+    chat.reset();
+    assert_eq!(chat.say("What is my name?", &options).unwrap().text, "You have not told me your name.");
+}
+
+/// How well it follows its format: every reply ends where the next question would begin.
+#[test]
+fn replies_end_at_the_next_question_which_is_not_shown() {
+    let pricket = tiny_chat();
+    let human = pricket.encode("<human>").unwrap();
+    assert!(human.len() > 1, "the stop string is to be several tokens");
+    let mut chat = pricket.conversation();
+    for seed in 0..12 {
+        let sampling = Sampling { temperature: 0.7, ..Sampling::default() };
+        let options = GenerateOptions { sampling, seed, ..Default::default() };
+        let mut reply = chat.stream(TALK[seed as usize % TALK.len()], &options).unwrap();
+        let pieces: Vec<String> = reply.by_ref().map(Result::unwrap).collect();
+        let done = reply.finish();
+        assert_eq!(pieces.concat(), done.text);
+        assert!(!done.text.contains('<') && done.text == done.text.trim() && !done.text.is_empty(), "{done:?}");
+        assert_eq!(chat.turns().last().unwrap().content, done.text);
+        match done.finish {
+            FinishReason::Stop => assert!(pricket.decode(&done.ids).unwrap().contains("<human>")),
+            finish => assert_eq!(finish, FinishReason::Eos),
+        }
+    }
+}
+
+fn both_ways(pricket: &Pricket, context: Option<usize>, options: &GenerateOptions) -> (Conversation, usize, usize) {
+    let with_context = |chat: Conversation| match context {
+        Some(context) => chat.with_context(context),
+        None => chat,
+    };
+    let mut reusing = with_context(pricket.conversation());
+    let mut anew = with_context(pricket.conversation().without_reuse());
+    let (mut read, mut all) = (0, 0);
+    for (i, text) in TALK.iter().cycle().take(12).enumerate() {
+        let options = GenerateOptions { seed: i as u64, ..options.clone() };
+        let (a, b) = (reusing.say(text, &options).unwrap(), anew.say(text, &options).unwrap());
+        assert_eq!((a.ids, &a.prompt_ids, &a.text), (b.ids, &b.prompt_ids, &b.text), "turn {i}");
+        assert!(a.logprobs.iter().zip(&b.logprobs).all(|(a, b)| (a - b).abs() < 1e-4));
+        assert_eq!(anew.read(), a.prompt_ids.len());
+        assert_eq!(reusing.left_out(), anew.left_out());
+        read += reusing.read();
+        all += anew.read();
+    }
+    (reusing, read, all)
+}
+
+/// Greedy and sampled, of all three families' kinds, with and without a full context.
+#[test]
+fn the_cache_changes_no_token_of_a_conversation() {
+    let sampling = Sampling { temperature: 0.9, ..Sampling::default() };
+    for name in ["tiny-chat", "tiny", "tiny-mpt"] {
+        let pricket = Loader::embedded(name).unwrap().threads(2).load().unwrap();
+        for sampling in [Sampling::greedy(), sampling.clone()] {
+            let options = GenerateOptions { max_tokens: 24, sampling, ..Default::default() };
+            let (_, read, all) = both_ways(&pricket, None, &options);
+            assert!(3 * read < all, "{name}: {read} of {all} tokens read");
+            let (chat, ..) = both_ways(&pricket, Some(110), &options);
+            assert!(chat.left_out() > 0, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_full_context_leaves_out_the_oldest_and_keeps_the_system_text() {
+    let pricket = tiny_chat();
+    let system = "Be kind.";
+    let mut format = prompt_format("incite-chat").unwrap();
+    format.system = Some("<system>: {text}".into());
+    let mut chat = pricket.conversation().with_format(format).with_context(100);
+    chat.set_system(Some(system.into())).unwrap();
+    let options = GenerateOptions { max_tokens: 20, ..Default::default() };
+    let mut left_out = 0;
+    for (i, text) in TALK.iter().cycle().take(18).enumerate() {
+        let done = chat.say(text, &options).unwrap();
+        let prompt = pricket.decode(&done.prompt_ids).unwrap();
+        assert!(prompt.starts_with("<system>: Be kind.\n<human>: "), "{prompt}");
+        assert!(prompt.ends_with(&format!("<human>: {text}\n<bot>:")), "{prompt}");
+        assert!(done.prompt_ids.len() + 20 <= 100, "{}", done.prompt_ids.len());
+        assert!(chat.left_out() % 2 == 0 && chat.left_out() >= left_out);
+        // Freed in larger pieces, so that most prompts begin as the one before.
+        left_out = chat.left_out();
+        assert_eq!(chat.turns().len(), 2 * (i + 1));
+    }
+    assert!(left_out >= 20, "{left_out}");
+    let before = chat.turns().len();
+    let error = chat.say(&"a long story ".repeat(60), &options).unwrap_err().to_string();
+    assert!(error.contains("tokens of the last turn do not fit a context of 100 that leaves 20"), "{error}");
+    assert_eq!(chat.turns().len(), before, "what could not be said was not said");
+    assert!(chat.say("Hello.", &options).is_ok());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever was said: the prompt fits, keeps the last turn, and leaves out whole questions only.
+    #[test]
+    fn fitting_keeps_what_it_promises(lengths in proptest::collection::vec(0..60usize, 1..20), limit in 1..400usize, reserve in 0..200usize) {
+        let tokenizer = pricket::Tokenizer::from_file(root().join("models/tiny/tokenizer.json")).unwrap();
+        let format = prompt_format("incite-chat").unwrap();
+        let word = |n: usize| "sea ".repeat(n);
+        let turns: Vec<Turn> = lengths.iter().enumerate()
+            .map(|(i, &n)| if i % 2 == 0 { Turn::user(word(n)) } else { Turn::assistant(word(n)) }).collect();
+        let turns = if turns.len() % 2 == 0 { &turns[..turns.len() - 1] } else { &turns[..] };
+        let room = limit - reserve.min(limit / 2);
+        match format.fit(&tokenizer, None, turns, Some(limit), reserve) {
+            Ok((ids, left_out)) => {
+                prop_assert!(ids.len() <= room);
+                prop_assert!(left_out % 2 == 0 && left_out < turns.len());
+                prop_assert_eq!(&ids, &tokenizer.encode(&format.prompt(None, &turns[left_out..]).unwrap()).unwrap());
+            }
+            Err(e) => {
+                let last = tokenizer.encode(&format.prompt(None, &turns[turns.len() - 1..]).unwrap()).unwrap();
+                prop_assert!(last.len() > room, "{e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_reply_that_is_broken_off_is_what_was_said() {
+    let mut chat = tiny_chat().conversation();
+    let options = GenerateOptions::default();
+    let begun: String = chat.stream("Count from 1 to 7.", &options).unwrap().take(4).map(Result::unwrap).collect();
+    assert_eq!(chat.turns()[1], Turn::assistant(begun.clone()));
+    assert!("1, 2, 3, 4, 5, 6, 7.".starts_with(&begun) && begun.len() < 12, "{begun:?}");
+    assert_eq!(chat.undo().as_deref(), Some("Count from 1 to 7."));
+    assert!(chat.turns().is_empty() && chat.undo().is_none());
+    assert_eq!(chat.say("Count from 1 to 7.", &options).unwrap().text, "1, 2, 3, 4, 5, 6, 7.");
+}
+
+#[test]
+fn conversations_are_saved_and_gone_on_with() {
+    let pricket = tiny_chat();
+    let options = GenerateOptions::default();
+    let mut chat = pricket.conversation();
+    chat.say("My name is Vera.", &options).unwrap();
+    let json: Value = serde_json::from_str(&chat.to_json()).unwrap();
+    assert_eq!(json["messages"][1], json!({"role": "assistant", "content": "Hello, Vera!"}));
+    let mut other = pricket.conversation();
+    other.load_json(&chat.to_json()).unwrap();
+    assert_eq!(other.turns(), chat.turns());
+    assert_eq!(other.say("What is my name?", &options).unwrap().text, "Your name is Vera.");
+    // Anybody's messages, with a system text where the format has a place for one.
+    let messages = r#"[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]"#;
+    let mut chatml = pricket.conversation().with_format(prompt_format("chatml").unwrap());
+    chatml.load_json(messages).unwrap();
+    assert_eq!((chatml.system(), chatml.turns().len()), (Some("Be brief."), 1));
+    for wrong in
+        [messages, "{", "[{\"role\": \"robot\", \"content\": \"\"}]", "{\"format\": \"none\", \"messages\": []}"]
+    {
+        assert!(other.load_json(wrong).is_err(), "{wrong}");
+        assert_eq!(other.turns().len(), 4, "nothing changes");
+    }
+}
+
+/// models/tiny with tokens added to its tokenizer and keys to its configuration.
+fn variant(dir: &Path, tokens: &[&str], config: &Value) -> Pricket {
+    for file in ["model.safetensors", "config.json", "tokenizer.json"] {
+        std::fs::copy(root().join("models/tiny").join(file), dir.join(file)).unwrap();
+    }
+    let change = |file: &str, change: &dyn Fn(&mut Value)| {
+        let mut json = serde_json::from_slice(&std::fs::read(dir.join(file)).unwrap()).unwrap();
+        change(&mut json);
+        std::fs::write(dir.join(file), json.to_string()).unwrap();
+    };
+    change("tokenizer.json", &|json| {
+        for (i, token) in tokens.iter().enumerate() {
+            json["added_tokens"].as_array_mut().unwrap().push(json!({
+                "id": 2000 + i, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            }));
+        }
+    });
+    change("config.json", &|json| json.as_object_mut().unwrap().extend(config.as_object().unwrap().clone()));
+    pricket::load(dir).unwrap()
+}
+
+#[test]
+fn the_format_is_known_by_tokens_or_configuration_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let told = |tokens: &[&str], config: Value| {
+        let pricket = variant(dir.path(), tokens, &config);
+        (pricket.prompt_format().name.clone(), pricket.notes().join("; "))
+    };
+    let none = || json!({});
+    assert_eq!(told(&[], none()), ("plain".into(), String::new()));
+    let (name, note) = told(&["<|im_start|>", "<|im_end|>"], none());
+    assert_eq!((name.as_str(), note.contains("the tokenizer has <|im_start|>")), ("chatml", true));
+    assert_eq!(told(&["<|prompter|>", "<|system|>", "<|assistant|>"], none()).0, "oasst");
+    assert_eq!(told(&["<|SYSTEM|>", "<|USER|>", "<|ASSISTANT|>"], none()).0, "stablelm-tuned-alpha");
+    assert_eq!(told(&["### End", "### Instruction:", "### Response:"], none()).0, "dolly-blank");
+    assert_eq!(told(&["<|im_start|>"], none()).0, "plain");
+    let (name, note) = told(&[], json!({"_name_or_path": "togethercomputer/RedPajama-INCITE-Chat-3B-v1"}));
+    assert_eq!((name.as_str(), note.contains("config.json was made from that of")), ("incite-chat", true));
+    // A copy of a card's model is spelled as the model.
+    assert_eq!(told(&[], json!({"_name_or_path": "gl198976/mpt-7b-instruct"})).0, "dolly");
+    assert_eq!(told(&[], json!({"prompt_format": "mpt-instruct"})).0, "mpt-instruct");
+    assert_eq!(told(&[], json!({"_name_or_path": "somebody/else"})).0, "plain");
+}
+
+#[test]
+fn special_tokens_stop_by_their_ids() {
+    let dir = tempfile::tempdir().unwrap();
+    let pricket = variant(dir.path(), &["<|im_start|>", "<|im_end|>"], &json!({}));
+    let format = pricket.prompt_format();
+    assert_eq!(format.stop_ids(pricket.tokenizer().unwrap()), [2001, 2000]);
+    let free = pricket.conversation().say("We", &GenerateOptions { max_tokens: 12, ..Default::default() }).unwrap();
+    // Any token of the free reply, made a stop token, ends it there.
+    let (at, &id) = free.ids.iter().enumerate().skip(3).find(|(i, id)| !free.ids[..*i].contains(id)).unwrap();
+    let options = GenerateOptions { max_tokens: 12, stop_ids: vec![id], ..Default::default() };
+    let done = pricket.conversation().say("We", &options).unwrap();
+    assert_eq!((done.ids.len(), done.finish), (at + 1, FinishReason::Eos));
+    assert_eq!(done.ids[..], free.ids[..=at]);
+}
