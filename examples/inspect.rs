@@ -80,7 +80,8 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
     if let Some(info) = &found.info {
         writeln!(out, "family      {}", info.family)?;
         writeln!(out, "parameters  {}", info.parameters)?;
-        let context = info.context.map_or("no limit".into(), |n| n.to_string());
+        let beyond = if info.context.is_none() { " and beyond" } else { "" };
+        let context = format!("{}{beyond}", info.trained_length);
         writeln!(
             out,
             "shape       {} layers of {}, {} heads of {}, vocabulary {}, context {context}",

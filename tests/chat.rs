@@ -227,7 +227,7 @@ fn a_full_context_leaves_out_the_oldest_and_keeps_the_system_text() {
         assert!(prompt.starts_with("<system>: Be kind.\n<human>: "), "{prompt}");
         assert!(prompt.ends_with(&format!("<human>: {text}\n<bot>:")), "{prompt}");
         assert!(done.prompt_ids.len() + 20 <= 100, "{}", done.prompt_ids.len());
-        assert!(chat.left_out() % 2 == 0 && chat.left_out() >= left_out);
+        assert!(chat.left_out().is_multiple_of(2) && chat.left_out() >= left_out);
         // Freed in larger pieces, so that most prompts begin as the one before.
         left_out = chat.left_out();
         assert_eq!(chat.turns().len(), 2 * (i + 1));
@@ -251,7 +251,7 @@ proptest! {
         let word = |n: usize| "sea ".repeat(n);
         let turns: Vec<Turn> = lengths.iter().enumerate()
             .map(|(i, &n)| if i % 2 == 0 { Turn::user(word(n)) } else { Turn::assistant(word(n)) }).collect();
-        let turns = if turns.len() % 2 == 0 { &turns[..turns.len() - 1] } else { &turns[..] };
+        let turns = if turns.len().is_multiple_of(2) { &turns[..turns.len() - 1] } else { &turns[..] };
         let room = limit - reserve.min(limit / 2);
         match format.fit(&tokenizer, None, turns, Some(limit), reserve) {
             Ok((ids, left_out)) => {

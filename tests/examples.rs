@@ -65,6 +65,69 @@ fn bench_measures_random_weights() {
     assert!(json["rows"].as_array().unwrap().iter().all(|row| row["tokens_per_second"].as_f64().unwrap() > 0.0));
 }
 
+/// What the program writes when `lines` are its input.
+fn chat(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
+    use std::io::Write;
+    use std::process::Stdio;
+
+    let mut command = example("chat");
+    command.args(args).current_dir(root()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // A program that has ended does not read on.
+    let _ = child.stdin.take().unwrap().write_all(lines.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn chat_talks_and_obeys() {
+    let (code, out, err) = chat(
+        &["-t", "0"],
+        "My name is Rose.\n\nWhat is \\\nmy name?\nWhat is my name?\n/undo\n/reset\nWhat is my name?\n/quit\nHello.\n",
+    );
+    assert_eq!(code, Some(0), "{err}");
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!((lines[0], lines[2]), ("Hello, Rose!", "Your name is Rose."), "{out}");
+    assert_eq!((lines[3], lines.len()), ("You have not told me your name.", 4), "{out}");
+    assert!(err.contains("prompt format incite-chat") && err.contains("taken back: What is my name?"), "{err}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let (file, other) = (dir.path().join("talk.json"), dir.path().join("notes.txt"));
+    std::fs::write(&other, "keep me").unwrap();
+    let save = format!("I like tea.\n/save {}\n", file.display());
+    assert_eq!(chat(&["-t", "0"], &save).0, Some(0));
+    let (code, out, _) = chat(&["-t", "0", "--json", "--load", file.to_str().unwrap()], "What do I like?\n");
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, json["text"].as_str(), json["finish"].as_str()), (Some(0), Some("You like tea."), Some("stop")));
+    // Nothing else is written over, and a script learns of it.
+    let (code, _, err) = chat(&[], &format!("/save {}\n", other.display()));
+    assert_eq!((code, std::fs::read_to_string(&other).unwrap().as_str()), (Some(1), "keep me"), "{err}");
+    assert!(err.contains("notes.txt is there and is not overwritten"), "{err}");
+    let (code, out, err) = chat(&["--system", "Be kind."], "Hello.\n");
+    assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+    assert!(err.contains("no place for a system text"), "{err}");
+    let (_, out, _) = chat(&["--formats"], "");
+    assert!(out.contains("chatml-shipped") && out.contains("oasst"), "{out}");
+}
+
+#[test]
+fn generate_asks_in_a_prompt_format() {
+    let ask = |format: &str| {
+        let prompt = ["--prompt", "What is the opposite of war?", "-t", "0", "--json", "--prompt-format", format];
+        let (code, out, err) = output("generate", &[&["--model", "tiny-chat"], &prompt[..]].concat());
+        assert_eq!(code, Some(0), "{err}");
+        serde_json::from_str::<Value>(&out).unwrap()
+    };
+    let json = ask("auto");
+    assert_eq!(json["prompt"], "<human>: What is the opposite of war?\n<bot>:");
+    assert_eq!(
+        (json["text"].as_str(), json["finish"].as_str()),
+        (Some(" The opposite of war is peace.\n"), Some("stop"))
+    );
+    assert_eq!(ask("plain")["prompt"], "What is the opposite of war?");
+}
+
 #[test]
 fn wrong_arguments_are_one_line() {
     let wrong: [&[&str]; 5] = [

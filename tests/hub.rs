@@ -268,6 +268,72 @@ fn a_pythia_is_not_mistaken_for_an_incite() {
     assert!(loaded.warnings().join(" ").contains("use_parallel_residual"), "{:?}", loaded.warnings());
 }
 
+/// models/tiny-mpt as a repository, without its tokenizer.
+fn mute_mpt() -> Repo {
+    let file = |name: &str| Content::file(&root().join("models/tiny-mpt").join(name)).unwrap();
+    only(["config.json", "model.safetensors"].map(|name| (name, file(name))))
+}
+
+#[test]
+fn a_model_without_a_tokenizer_takes_the_one_that_its_card_names() {
+    let tokenizer = Content::file(&root().join("models/tiny/tokenizer.json")).unwrap();
+    let world = World::new([
+        ("mosaicml/mpt-1b-redpajama-200b-dolly", mute_mpt()),
+        ("EleutherAI/gpt-neox-20b", only([("tokenizer.json", tokenizer), ("model.bin", Content::lfs("large"))])),
+    ]);
+    let loaded = world.loader("mpt-1b-redpajama-200b-dolly").load().unwrap();
+    assert!(loaded.notes().iter().any(|note| note.contains("that of EleutherAI/gpt-neox-20b is used")), "{loaded:?}");
+    assert_eq!(loaded.prompt_format().name, "dolly-blank");
+    let options = GenerateOptions { max_tokens: 8, ..Default::default() };
+    let own = Loader::embedded("tiny-mpt").unwrap().threads(2).load().unwrap();
+    let expected = own.generate("The United", &options).unwrap().ids;
+    assert_eq!(loaded.generate("The United", &options).unwrap().ids, expected);
+    let names: Vec<_> = loaded.provenance().files.iter().map(|file| file.path.clone()).collect();
+    assert!(names.iter().any(|name| name.contains("tokenizer.json")), "{names:?}");
+    assert!(!world.server.take_log().iter().any(|request| request.target.contains("model.bin")));
+    // From the cache as well.
+    let offline = Loader::new("mpt-1b-redpajama-200b-dolly").hub(world.offline()).threads(2).load().unwrap();
+    assert_eq!(offline.generate("The United", &options).unwrap().ids, expected);
+    // Where there is none to take, the model is loaded all the same, and says what it lacks.
+    let world = World::new([("mosaicml/mpt-1b-redpajama-200b", mute_mpt())]);
+    let loaded = world.loader("mpt-1b-redpajama-200b").load().unwrap();
+    assert!(loaded.warnings().iter().any(|text| text.contains("EleutherAI/gpt-neox-20b cannot be had")), "{loaded:?}");
+    assert!(loaded.generate("The", &options).unwrap_err().to_string().contains("the checkpoint has none"));
+}
+
+#[test]
+fn prompts_are_those_of_the_card_or_of_what_it_is_a_copy_of() {
+    let world = World::new([
+        ("togethercomputer/RedPajama-INCITE-Chat-3B-v1", tiny_repo(&[])),
+        ("gl198976/mpt-7b-instruct", tiny_repo(&[])),
+    ]);
+    let format = |id: &str| {
+        let loaded = world.loader(id).load().unwrap();
+        (loaded.prompt_format().name.clone(), loaded.notes().join(" "))
+    };
+    let (name, note) = format("RedPajama-INCITE-Chat-3B-v1");
+    assert_eq!(name, "incite-chat");
+    assert!(note.contains("the card of togethercomputer/RedPajama-INCITE-Chat-3B-v1 says so"), "{note}");
+    assert_eq!(format("gl198976/mpt-7b-instruct").0, "dolly");
+}
+
+#[test]
+fn a_licence_that_forbids_commerce_is_told() {
+    let chat = mute_mpt();
+    let world = World::new([("mosaicml/mpt-7b-chat", chat)]);
+    let loaded = world.loader("mpt-7b-chat").load().unwrap();
+    assert!(loaded.warnings().iter().any(|text| text.contains("cc-by-nc-sa-4.0, no commercial use")), "{loaded:?}");
+    // A copy in a directory says it itself.
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(root().join("models/tiny-mpt").join(file), dir.path().join(file)).unwrap();
+    }
+    assert!(pricket::load(dir.path()).unwrap().warnings().is_empty());
+    std::fs::write(dir.path().join("README.md"), "---\nlicense: cc-by-nc-sa-4.0\n---\n# MPT-7B-Chat\n").unwrap();
+    let warnings = pricket::load(dir.path()).unwrap().warnings().join(" ");
+    assert!(warnings.contains("licence cc-by-nc-sa-4.0, no commercial use"), "{warnings}");
+}
+
 #[test]
 fn a_revision_known_to_be_wrong_warns_with_its_source() {
     let content = tiny_repo(&["step0", "step64"]);

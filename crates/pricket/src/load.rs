@@ -298,6 +298,7 @@ impl Loader {
         progress.end();
         let model = model.map_err(refused)?;
         let stranger = stranger_warning(&opened.provenance, model.info(), &family);
+        let licence = licence_warning(&opened.provenance);
         let (format, chosen) = prompts::choose(&opened.provenance, &opened.config, opened.tokenizer.as_ref());
         let generation_config = opened.generation_config.as_ref();
         Ok(Pricket::new(Parts {
@@ -307,7 +308,13 @@ impl Loader {
             tokenizer: opened.tokenizer,
             config: opened.config,
             parameters: weights.parameters(),
-            warnings: opened.warnings.into_iter().chain(unused_warning(&weights)).chain(stranger).collect(),
+            warnings: opened
+                .warnings
+                .into_iter()
+                .chain(unused_warning(&weights))
+                .chain(stranger)
+                .chain(licence)
+                .collect(),
             notes: opened.notes.into_iter().chain(chosen).collect(),
             format,
             provenance: opened.provenance,
@@ -395,6 +402,13 @@ fn stranger_warning(provenance: &Provenance, info: &ModelInfo, family: &Family) 
             card.id, found.0, found.1, card.parameters, card.embedding
         )
     })
+}
+
+/// Says so if the README of a copy forbids commercial use; for the published ones their cards have said it.
+fn licence_warning(provenance: &Provenance) -> Option<String> {
+    let licence = provenance.licence.as_deref().filter(|licence| licence.split('-').any(|part| part == "nc"))?;
+    let known = provenance.repo.as_deref().and_then(crate::card).is_some();
+    (!known).then(|| format!("{}: licence {licence}, no commercial use", provenance.name()))
 }
 
 /// An error of configuration, with the file that it is in.

@@ -187,9 +187,9 @@ pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) ->
     let telling = Telling::new(progress, format!("fetching the tokenizer of {id}"));
     let commit = hub.resolve(&id, &telling)?;
     let listing = hub.files(&id.repo, &commit, &telling)?.files;
-    let file = listing.into_iter().find(|file| file.path == "tokenizer.json" && file.size <= SMALL_BYTES);
+    let file = listing.iter().find(|file| file.path == "tokenizer.json" && file.size <= SMALL_BYTES);
     let missing = || Error::NotFound { path: "tokenizer.json".into(), what: format!("{id} has none") };
-    let snapshot = hub.fetch_part(&id.repo, &commit, &[file.ok_or_else(missing)?], &telling)?;
+    let snapshot = hub.fetch(&id, &commit, &[file.cloned().ok_or_else(missing)?], &listing, &telling)?;
     Ok(snapshot.directory.join("tokenizer.json"))
 }
 
