@@ -70,7 +70,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     // Every weight passes through the processor for each token, but the rows of an embedding that is not the head too.
     // MPT has no other head than its embedding, whatever its configuration says.
     let tied = info.family == "mpt" || pricket.config()["tie_word_embeddings"] == true;
-    let unread = if tied { 0 } else { (info.vocab * info.d_model * info.dtype.size_in_bytes()) as u64 };
+    let unread = if tied { 0 } else { info.dtype.bytes(info.vocab * info.d_model) as u64 };
     let read = info.weight_bytes - unread;
     // Before the buffer whose reading is timed, which is as large as the model.
     let peak = peak_rss();
@@ -89,13 +89,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
             "{}",
             json!({
                 "model": name, "provenance": pricket.provenance().to_json(), "parameters": info.parameters,
-                "dtype": info.dtype.as_str(), "weight_bytes": info.weight_bytes,
+                "dtype": info.dtype.name().to_lowercase(), "weight_bytes": info.weight_bytes,
                 "load_seconds": load_seconds, "peak_rss": peak, "bandwidth": bandwidth, "threads": threads, "rows": rows,
             })
         )?;
         return Ok(());
     }
-    writeln!(out, "{} weights in {}, loaded in {load_seconds:.2} s", info.parameters, info.dtype.as_str())?;
+    writeln!(out, "{} weights in {}, loaded in {load_seconds:.2} s", info.parameters, info.dtype)?;
     for &(what, len, rate) in &rows {
         let share =
             if what == "decode" { format!("  {:.0} % of the bandwidth", 100.0 * share(rate)) } else { String::new() };

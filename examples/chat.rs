@@ -86,6 +86,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     if let Some(file) = &args.load {
         load(&mut conversation, file)?;
+        eprintln!("note: {} turns of {}", conversation.turns().len(), file.display());
     }
     if let Some(text) = &args.system {
         conversation.set_system(Some(text.clone()))?;
@@ -93,7 +94,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let mut options = args.sampling.options();
     // Somebody who asks for more than the model was trained for has asked for it.
     options.beyond_trained_length = args.context.is_some();
-    let chat = Chat { options, stats: args.stats, json: args.json, stop: interrupts()? };
+    let mut chat = Chat { options, stats: args.stats, json: args.json, stop: interrupts()? };
     let mut lines = Lines::new()?;
     while let Some(line) = lines.next()? {
         let done = match line.strip_prefix('/') {
@@ -131,7 +132,9 @@ struct Chat {
 }
 
 impl Chat {
-    fn say(&self, conversation: &mut Conversation, text: &str) -> anyhow::Result<()> {
+    fn say(&mut self, conversation: &mut Conversation, text: &str) -> anyhow::Result<()> {
+        // Every reply has random numbers of its own, so that a retry is another reply.
+        self.options.seed = self.options.seed.wrapping_add(1);
         self.stop.store(false, Ordering::Relaxed);
         let (start, left_out) = (Instant::now(), conversation.left_out());
         let mut out = std::io::stdout().lock();
@@ -162,8 +165,12 @@ impl Chat {
         if now_left_out > left_out {
             eprintln!("note: the context is full: the oldest {now_left_out} turns are no longer read");
         }
-        if done.finish == FinishReason::Length && !self.stop.load(Ordering::Relaxed) && !self.json {
-            eprintln!("note: cut off after {} tokens; see --max-tokens", done.ids.len());
+        match done.finish {
+            FinishReason::Length if !self.json => {
+                eprintln!("note: cut off after {} tokens; see --max-tokens", done.ids.len());
+            }
+            FinishReason::Context if !self.json => eprintln!("note: the context is full; see --context and /reset"),
+            _ => {}
         }
         if self.stats {
             let (read, whole, written) = (conversation.read(), done.prompt_ids.len(), done.ids.len());
@@ -173,7 +180,7 @@ impl Chat {
     }
 
     /// Does what a line after `/` says; gives whether that was the end.
-    fn command(&self, conversation: &mut Conversation, line: &str) -> anyhow::Result<bool> {
+    fn command(&mut self, conversation: &mut Conversation, line: &str) -> anyhow::Result<bool> {
         let (name, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         let rest = rest.trim();
         let file = || if rest.is_empty() { bail!("/{name} needs a file") } else { Ok(Path::new(rest)) };
@@ -191,12 +198,19 @@ impl Chat {
                 None => bail!("nothing was said yet"),
             },
             "retry" => {
+                let before = conversation.clone();
                 let asked = conversation.undo().context("nothing was said yet")?;
-                self.say(conversation, &asked)?;
+                if let Err(e) = self.say(conversation, &asked) {
+                    *conversation = before;
+                    return Err(e);
+                }
             }
             "prompt" => println!("{}", conversation.prompt("...")?),
             "save" => save(conversation, file()?)?,
-            "load" => load(conversation, file()?)?,
+            "load" => {
+                load(conversation, file()?)?;
+                eprintln!("note: {} turns of {rest}", conversation.turns().len());
+            }
             other => bail!("/{other} is no command; see /help"),
         }
         Ok(false)
@@ -221,8 +235,10 @@ fn save(conversation: &Conversation, path: &Path) -> anyhow::Result<()> {
 fn load(conversation: &mut Conversation, path: &Path) -> anyhow::Result<()> {
     let name = path.display();
     let json = std::fs::read_to_string(path).with_context(|| format!("{name} cannot be read"))?;
-    conversation.load_json(&json).with_context(|| name.to_string())?;
-    eprintln!("note: {} turns of {name}", conversation.turns().len());
+    let was = conversation.load_json(&json).with_context(|| name.to_string())?;
+    if let Some(was) = was.filter(|was| *was != conversation.format().name) {
+        eprintln!("note: {name} was in the prompt format {was}, and goes on in {}", conversation.format().name);
+    }
     Ok(())
 }
 

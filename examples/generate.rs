@@ -65,7 +65,6 @@ fn run(args: Args) -> anyhow::Result<()> {
     let shown = prompt.clone();
     prompt = format.prompt(args.system.as_deref(), &[Turn::user(prompt)])?;
     options.stop.extend(format.stop.iter().cloned());
-    options.stop_ids = format.stop_ids(pricket.tokenizer()?);
     let mut stream = pricket.stream(&prompt, &options)?;
     let mut out = std::io::stdout().lock();
     let start = Instant::now();

@@ -217,25 +217,26 @@ fn a_full_context_leaves_out_the_oldest_and_keeps_the_system_text() {
     let system = "Be kind.";
     let mut format = prompt_format("incite-chat").unwrap();
     format.system = Some("<system>: {text}".into());
-    let mut chat = pricket.conversation().with_format(format).with_context(100);
+    let mut chat = pricket.conversation().with_format(format).with_context(240);
     chat.set_system(Some(system.into())).unwrap();
     let options = GenerateOptions { max_tokens: 20, ..Default::default() };
-    let mut left_out = 0;
-    for (i, text) in TALK.iter().cycle().take(18).enumerate() {
+    let (mut left_out, mut steps) = (0, 0);
+    for (i, text) in TALK.iter().cycle().take(30).enumerate() {
         let done = chat.say(text, &options).unwrap();
         let prompt = pricket.decode(&done.prompt_ids).unwrap();
         assert!(prompt.starts_with("<system>: Be kind.\n<human>: "), "{prompt}");
         assert!(prompt.ends_with(&format!("<human>: {text}\n<bot>:")), "{prompt}");
-        assert!(done.prompt_ids.len() + 20 <= 100, "{}", done.prompt_ids.len());
+        assert!(done.prompt_ids.len() + 20 <= 240, "{}", done.prompt_ids.len());
         assert!(chat.left_out().is_multiple_of(2) && chat.left_out() >= left_out);
-        // Freed in larger pieces, so that most prompts begin as the one before.
+        steps += usize::from(chat.left_out() > left_out);
         left_out = chat.left_out();
         assert_eq!(chat.turns().len(), 2 * (i + 1));
     }
-    assert!(left_out >= 20, "{left_out}");
+    // In larger pieces, so that most prompts begin as the one before.
+    assert!(left_out >= 20 && 3 * steps < left_out, "{left_out} turns in {steps} steps");
     let before = chat.turns().len();
-    let error = chat.say(&"a long story ".repeat(60), &options).unwrap_err().to_string();
-    assert!(error.contains("tokens of the last turn do not fit a context of 100 that leaves 20"), "{error}");
+    let error = chat.say(&"a long story ".repeat(200), &options).unwrap_err().to_string();
+    assert!(error.contains("more than a context of 240 holds that leaves 20 for the reply"), "{error}");
     assert_eq!(chat.turns().len(), before, "what could not be said was not said");
     assert!(chat.say("Hello.", &options).is_ok());
 }
@@ -253,10 +254,17 @@ proptest! {
             .map(|(i, &n)| if i % 2 == 0 { Turn::user(word(n)) } else { Turn::assistant(word(n)) }).collect();
         let turns = if turns.len().is_multiple_of(2) { &turns[..turns.len() - 1] } else { &turns[..] };
         let room = limit - reserve.min(limit / 2);
-        match format.fit(&tokenizer, None, turns, Some(limit), reserve) {
+        match format.fit(&tokenizer, None, turns, limit, reserve) {
             Ok((ids, left_out)) => {
                 prop_assert!(ids.len() <= room);
                 prop_assert!(left_out % 2 == 0 && left_out < turns.len());
+                let count = |first: usize| tokenizer.encode(&format.prompt(None, &turns[first..]).unwrap()).unwrap().len();
+                let goal = count(0).saturating_sub(count(0).saturating_sub(room).next_multiple_of((room / 4).max(1)));
+                // No smaller number of turns would have freed the quarter, or have fitted where none frees it.
+                let most = if count(left_out) <= goal { goal } else { room };
+                for fewer in (0..left_out).step_by(2) {
+                    prop_assert!(count(fewer) > most);
+                }
                 prop_assert_eq!(&ids, &tokenizer.encode(&format.prompt(None, &turns[left_out..]).unwrap()).unwrap());
             }
             Err(e) => {
@@ -296,9 +304,7 @@ fn conversations_are_saved_and_gone_on_with() {
     let mut chatml = pricket.conversation().with_format(prompt_format("chatml").unwrap());
     chatml.load_json(messages).unwrap();
     assert_eq!((chatml.system(), chatml.turns().len()), (Some("Be brief."), 1));
-    for wrong in
-        [messages, "{", "[{\"role\": \"robot\", \"content\": \"\"}]", "{\"format\": \"none\", \"messages\": []}"]
-    {
+    for wrong in [messages, "{", "[{\"role\": \"robot\", \"content\": \"\"}]", "{\"format\": \"none\"}"] {
         assert!(other.load_json(wrong).is_err(), "{wrong}");
         assert_eq!(other.turns().len(), 4, "nothing changes");
     }
@@ -339,27 +345,74 @@ fn the_format_is_known_by_tokens_or_configuration_and_told() {
     assert_eq!((name.as_str(), note.contains("the tokenizer has <|im_start|>")), ("chatml", true));
     assert_eq!(told(&["<|prompter|>", "<|system|>", "<|assistant|>"], none()).0, "oasst");
     assert_eq!(told(&["<|SYSTEM|>", "<|USER|>", "<|ASSISTANT|>"], none()).0, "stablelm-tuned-alpha");
-    assert_eq!(told(&["### End", "### Instruction:", "### Response:"], none()).0, "dolly-blank");
+    assert_eq!(told(&["### End", "### Instruction:", "### Response:\n"], none()).0, "dolly-blank");
     assert_eq!(told(&["<|im_start|>"], none()).0, "plain");
     let (name, note) = told(&[], json!({"_name_or_path": "togethercomputer/RedPajama-INCITE-Chat-3B-v1"}));
     assert_eq!((name.as_str(), note.contains("config.json was made from that of")), ("incite-chat", true));
     // A copy of a card's model is spelled as the model.
     assert_eq!(told(&[], json!({"_name_or_path": "gl198976/mpt-7b-instruct"})).0, "dolly");
     assert_eq!(told(&[], json!({"prompt_format": "mpt-instruct"})).0, "mpt-instruct");
+    let (name, note) = told(&[], json!({"prompt_format": "incite_chat"}));
+    assert_eq!(
+        (name.as_str(), note.contains("incite_chat: config.json names it, and it is not known")),
+        ("plain", true)
+    );
     assert_eq!(told(&[], json!({"_name_or_path": "somebody/else"})).0, "plain");
 }
 
 #[test]
-fn special_tokens_stop_by_their_ids() {
+fn special_tokens_and_ids_end_a_reply() {
+    use pricket::lm::TextStream;
+
     let dir = tempfile::tempdir().unwrap();
     let pricket = variant(dir.path(), &["<|im_start|>", "<|im_end|>"], &json!({}));
-    let format = pricket.prompt_format();
-    assert_eq!(format.stop_ids(pricket.tokenizer().unwrap()), [2001, 2000]);
+    // The spelling of a special token in the format's list is met by the token.
+    let mut text = TextStream::new(pricket.tokenizer().unwrap(), &pricket.prompt_format().stop);
+    let word = pricket.encode(" sea").unwrap();
+    let said: String = word.iter().map(|&id| text.push(id)).collect();
+    assert_eq!((said.as_str(), text.push(2001).as_str(), text.stopped()), (" sea", "", true));
+    // Any token of a free reply, made a stop token, ends it there.
     let free = pricket.conversation().say("We", &GenerateOptions { max_tokens: 12, ..Default::default() }).unwrap();
-    // Any token of the free reply, made a stop token, ends it there.
     let (at, &id) = free.ids.iter().enumerate().skip(3).find(|(i, id)| !free.ids[..*i].contains(id)).unwrap();
     let options = GenerateOptions { max_tokens: 12, stop_ids: vec![id], ..Default::default() };
     let done = pricket.conversation().say("We", &options).unwrap();
     assert_eq!((done.ids.len(), done.finish), (at + 1, FinishReason::Eos));
     assert_eq!(done.ids[..], free.ids[..=at]);
+}
+
+/// However it came about: the next reply is what a conversation that reads everything anew gives.
+#[test]
+fn a_reply_depends_on_the_turns_alone() {
+    let pricket = tiny_chat();
+    let options = GenerateOptions { max_tokens: 24, ..Default::default() };
+    let mut chat = pricket.conversation().with_context(100);
+    let same = |chat: &mut Conversation, what: &str| {
+        let mut fresh = pricket.conversation().with_context(100).without_reuse();
+        fresh.load_json(&chat.to_json()).unwrap();
+        let (a, b) = (chat.say("What do I like?", &options).unwrap(), fresh.say("What do I like?", &options).unwrap());
+        assert_eq!((a.prompt_ids, a.ids), (b.prompt_ids, b.ids), "{what}");
+        chat.undo();
+    };
+    for text in TALK.iter().cycle().take(9) {
+        chat.say(text, &options).unwrap();
+    }
+    assert!(chat.left_out() > 0);
+    same(&mut chat, "after a full context");
+    drop(chat.stream("Count from 1 to 7.", &options).unwrap().take(3).map(Result::unwrap).collect::<String>());
+    same(&mut chat, "after a reply that was broken off");
+    for _ in 0..9 {
+        chat.undo();
+    }
+    same(&mut chat, "after taking back what had pushed the rest out");
+    assert_eq!(chat.left_out(), 0);
+    chat.load_json(r#"[{"role": "user", "content": "I like tea."}]"#).unwrap();
+    same(&mut chat, "after loading");
+    let mut long = pricket.conversation().with_context(4000);
+    let error = long.say(&"a long story ".repeat(400), &options).unwrap_err().to_string();
+    assert!(error.contains("a context of 512"), "a rotary model's own limit holds: {error}");
+    let far = GenerateOptions { beyond_trained_length: true, max_tokens: 2, ..Default::default() };
+    assert!(long.say(&"a long story ".repeat(400), &far).is_ok());
+    let full = GenerateOptions { max_tokens: 500, stop_at_eos: false, ..Default::default() };
+    let mut plain = pricket::tiny().unwrap().conversation().with_context(40);
+    assert_eq!(plain.say("The sea", &full).unwrap().finish, FinishReason::Context);
 }

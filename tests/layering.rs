@@ -7,7 +7,7 @@ use crate::common::{files, root};
 const ALLOWED: [(&str, &[&str]); 10] = [
     ("pricket-hub", &[]),
     ("pricket-testhub", &[]),
-    ("pricket-weights", &[]),
+    ("pricket-weights", &["pricket-kernels"]),
     ("pricket-kernels", &[]),
     ("pricket-nn", &["pricket-weights", "pricket-kernels"]),
     ("pricket-gpt-neox", &["pricket-nn"]),

@@ -3,8 +3,19 @@ use crate::common::root;
 /// The most memory that this process ever held, in bytes.
 #[cfg(target_os = "linux")]
 pub(crate) fn peak_rss() -> u64 {
+    status("VmHWM:")
+}
+
+/// The memory that this process holds, in bytes.
+#[cfg(target_os = "linux")]
+pub(crate) fn rss() -> u64 {
+    status("VmRSS:")
+}
+
+#[cfg(target_os = "linux")]
+fn status(key: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(key)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 

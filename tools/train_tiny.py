@@ -254,8 +254,8 @@ def main():
     p = torch.tensor(counts, dtype=torch.float64) + 1
     unigram = -(p / p.sum()).log()[held_ids[1:].cpu()].mean().item()
     if a.facts:
-        losses = {step: loss for step, loss in losses if step in keep}
-        json.dump({"unigram_held_out": unigram, "held_out": losses}, open(f"{a.facts}/losses.json", "w"), indent=1)
+        kept = {step: loss for step, loss in losses if step in keep}
+        json.dump({"unigram_held_out": unigram, "held_out": kept}, open(f"{a.facts}/losses.json", "w"), indent=1)
     print(f"unigram {unigram:.4f}, model {losses[-1][1]:.4f}", flush=True)
 
 

@@ -41,7 +41,7 @@ impl ModelArgs {
         let loader = match (&self.model, &self.revision) {
             (None, None) => Loader::embedded(embedded)?,
             (model, revision) => {
-                let tiny = || concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny").into();
+                let tiny = || format!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/{}"), embedded).into();
                 let mut path = model.clone().unwrap_or_else(tiny).into_os_string();
                 if let Some(revision) = revision {
                     path.push("@");

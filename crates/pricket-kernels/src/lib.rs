@@ -15,17 +15,21 @@
 #![allow(unsafe_code, reason = "the workspace denies it; here and where files are mapped is where it lives")]
 
 mod attention;
+mod blocks;
 mod cpu;
 mod dot;
 mod gelu;
 mod linear;
+mod matrix;
 mod norm;
 mod rotary;
 mod shared;
 
 pub use attention::{AttentionOp, Causal, attention};
+pub use blocks::{BlockType, Blocks, dequantise, halves_from_pairs};
 pub use dot::{dot, dot_bf16, dot_f16};
 pub use gelu::GeluOp;
 pub use linear::{LinearOp, Stored, linear, linear_transposed};
+pub use matrix::Matrix;
 pub use norm::LayerNormOp;
 pub use rotary::RotaryOp;

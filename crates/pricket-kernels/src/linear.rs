@@ -3,7 +3,9 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::blocks::{Blocks, dequantise};
 use crate::dot::{dot, dot_bf16, dot_f16};
+use crate::matrix::Matrix;
 use crate::shared::{Shared, f32_slice};
 
 /// Up to here each weight row is widened once and multiplied with every activation row; beyond, panels go through a
@@ -22,6 +24,8 @@ pub enum Stored<'a> {
     F16(&'a [f16]),
     /// bfloat16.
     BF16(&'a [bf16]),
+    /// Quantised.
+    Blocks(&'a Blocks),
 }
 
 impl<'a> Stored<'a> {
@@ -30,19 +34,21 @@ impl<'a> Stored<'a> {
             Stored::F32(w) => w.len(),
             Stored::F16(w) => w.len(),
             Stored::BF16(w) => w.len(),
+            Stored::Blocks(w) => w.shape().0 * w.shape().1,
         }
     }
 
-    /// The inner product of elements `[start, end)` with `x`, widened in registers.
-    fn dot(&self, start: usize, end: usize, x: &[f32]) -> f32 {
+    /// The inner product of a row's elements `[start, end)` with `x`, widened in registers where that can be.
+    fn dot(&self, start: usize, end: usize, x: &[f32], buffer: &mut Vec<f32>) -> f32 {
         match self {
             Stored::F32(w) => dot(x, &w[start..end]),
             Stored::F16(w) => dot_f16(x, &w[start..end]),
             Stored::BF16(w) => dot_bf16(x, &w[start..end]),
+            Stored::Blocks(_) => dot(x, self.widen(start, end, buffer)),
         }
     }
 
-    /// Elements `[start, end)` as f32: in place if they are, else widened into `buffer`.
+    /// Elements `[start, end)`, whole rows, as f32: in place if they are, else widened into `buffer`.
     fn widen<'b>(&self, start: usize, end: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
     where
         'a: 'b,
@@ -55,6 +61,10 @@ impl<'a> Stored<'a> {
                 for (wide, narrow) in buffer.iter_mut().zip(&w[start..end]) {
                     *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
                 }
+            }
+            Stored::Blocks(w) => {
+                let (kind, bytes) = (w.kind(), w.bytes());
+                dequantise(kind, &bytes[kind.bytes(start)..kind.bytes(end)], buffer);
             }
         }
         buffer
@@ -97,7 +107,7 @@ pub fn linear(
                 let b = bias.map_or(0.0, |b| b[row]);
                 if rows == 1 {
                     // SAFETY: column `row` belongs to this task alone.
-                    unsafe { *out.at(row) = weight.dot(row * k, (row + 1) * k, x) + b };
+                    unsafe { *out.at(row) = weight.dot(row * k, (row + 1) * k, x, buffer) + b };
                     continue;
                 }
                 let w = weight.widen(row * k, (row + 1) * k, buffer);
@@ -189,14 +199,14 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
     });
 }
 
-/// [`linear`] as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16 or bf16 on the CPU.
+/// [`linear`] as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16, bf16 or blocks on the CPU.
 ///
 /// The backward pass gives the gradient of the activations only: the weight is frozen, and candle's own matrix
 /// product would compute and keep a gradient of its size.
 #[derive(Debug)]
 pub struct LinearOp {
     /// The weight, `[out_features, in_features]`, contiguous.
-    pub weight: Tensor,
+    pub weight: Matrix,
     /// The bias, `[out_features]`, f32.
     pub bias: Option<Tensor>,
     /// Multiply with the weight instead of its transpose: the backward pass.
@@ -205,7 +215,11 @@ pub struct LinearOp {
 
 impl LinearOp {
     fn with_weight<R>(&self, f: impl FnOnce(Stored<'_>) -> R) -> Result<R> {
-        let (storage, layout) = self.weight.storage_and_layout();
+        let weight = match &self.weight {
+            Matrix::Dense(weight) => weight,
+            Matrix::Blocks(blocks) => return Ok(f(Stored::Blocks(blocks))),
+        };
+        let (storage, layout) = weight.storage_and_layout();
         let Storage::Cpu(storage) = &*storage else { bail!("linear: the weight is not on the CPU") };
         let Some((start, end)) = layout.contiguous_offsets() else { bail!("linear: the weight is not contiguous") };
         Ok(f(match storage {
@@ -229,7 +243,7 @@ impl CustomOp1 for LinearOp {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = f32_slice("linear", storage, layout)?;
-        let (n, k) = self.weight.dims2()?;
+        let (n, k) = self.weight.shape()?;
         let (inner, outer) = if self.transposed { (n, k) } else { (k, n) };
         let dims = layout.dims();
         if dims.last() != Some(&inner) {
@@ -283,7 +297,7 @@ mod tests {
             let w = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
             let b = bias.then(|| Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap());
             let x = Var::from_tensor(&x).unwrap();
-            let y = x.apply_op1(LinearOp { weight: w.clone(), bias: b.clone(), transposed: false }).unwrap();
+            let y = x.apply_op1(LinearOp { weight: Matrix::Dense(w.clone()), bias: b.clone(), transposed: false }).unwrap();
             let reference = twin(&x, &w, b.as_ref());
             proptest::prop_assert!(worst(&y, &reference) < 2e-4);
 
@@ -297,10 +311,34 @@ mod tests {
     }
 
     #[test]
+    fn quantised_weights_are_multiplied_as_their_values() {
+        use candle_core::quantized::{GgmlDType, QTensor};
+
+        use crate::BlockType;
+
+        let w = Tensor::randn(0f32, 1.0, (37, 256), &Device::Cpu).unwrap();
+        for (kind, theirs) in [(BlockType::Q4_0, GgmlDType::Q4_0), (BlockType::Q6K, GgmlDType::Q6K)] {
+            let bytes = QTensor::quantize(&w, theirs).unwrap().data().unwrap().into_owned();
+            let blocks = Matrix::Blocks(Blocks::new(kind, 37, 256, bytes));
+            let dense = blocks.to_dense(DType::F32, &Device::Cpu).unwrap();
+            for rows in [1, 3, 20] {
+                let x = Var::from_tensor(&Tensor::randn(0f32, 1.0, (rows, 256), &Device::Cpu).unwrap()).unwrap();
+                let y = x.apply_op1(LinearOp { weight: blocks.clone(), bias: None, transposed: false }).unwrap();
+                let reference = twin(&x, &dense, None);
+                assert!(worst(&y, &reference) < 2e-4);
+                let gradient = |y: &Tensor| y.sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
+                assert!(worst(&gradient(&y), &gradient(&reference)) < 2e-4);
+            }
+        }
+    }
+
+    #[test]
     fn the_backward_pass_keeps_no_gradient_of_the_weight() {
         let w = Var::from_tensor(&Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
         let x = Var::from_tensor(&Tensor::ones((1, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
-        let y = x.apply_op1(LinearOp { weight: w.as_tensor().clone(), bias: None, transposed: false }).unwrap();
+        let y = x
+            .apply_op1(LinearOp { weight: Matrix::Dense(w.as_tensor().clone()), bias: None, transposed: false })
+            .unwrap();
         let grads = y.sum_all().unwrap().backward().unwrap();
         assert!(grads.get(&w).is_none() && grads.get(&x).is_some());
     }

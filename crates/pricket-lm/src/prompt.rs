@@ -121,6 +121,7 @@ impl PromptFormat {
     /// # Errors
     /// [`Error::Input`] for a system text where the format has no place for one, or one among the turns.
     pub fn prompt(&self, system: Option<&str>, turns: &[Turn]) -> Result<String> {
+        self.check()?;
         let mut pieces = Vec::with_capacity(turns.len() + 2);
         if let Some(text) = system.or(self.default_system.as_deref()).filter(|text| !text.is_empty()) {
             let template = self.system.as_ref().ok_or_else(|| {
@@ -144,17 +145,11 @@ impl PromptFormat {
         Ok(pieces.join(&self.between))
     }
 
-    /// The stop strings that are special tokens of `tokenizer`, as their ids.
-    pub fn stop_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
-        let special = |stop: &String| tokenizer.token_to_id(stop).filter(|&id| tokenizer.is_special(id));
-        self.stop.iter().filter_map(special).collect()
-    }
-
-    /// The ids of the prompt of the newest turns that leave `limit` ids room for `reserve` more, and how many of the
-    /// oldest turns that leaves out: whole questions with their answers, and never the system text or the last turn.
+    /// The ids of the prompt, and how many of the oldest turns it leaves out so that `limit` ids have room for `reserve`
+    /// more: whole questions with their answers, never the system text or the last turn.
     ///
-    /// Where something must be left out, a quarter of the room is freed at once: the prompts to come then begin alike, and
-    /// need not be read anew each time.
+    /// What is left out grows in steps of a quarter of the room, so that most prompts of a growing conversation begin as
+    /// the one before and need not be read anew. It depends on nothing but the turns.
     ///
     /// # Errors
     /// [`Error::Input`] if even the last turn alone is too long; as [`PromptFormat::prompt`].
@@ -163,33 +158,36 @@ impl PromptFormat {
         tokenizer: &Tokenizer,
         system: Option<&str>,
         turns: &[Turn],
-        limit: Option<usize>,
+        limit: usize,
         reserve: usize,
     ) -> Result<(Vec<u32>, usize)> {
         let ids = |first: usize| tokenizer.encode(&self.prompt(system, &turns[first..])?);
         let whole = ids(0)?;
-        let Some(limit) = limit else { return Ok((whole, 0)) };
         // A short limit is shared between the past and the reply.
         let room = limit.saturating_sub(reserve.min(limit / 2));
         if whole.len() <= room {
             return Ok((whole, 0));
         }
-        let questions = turns.iter().enumerate().skip(1).filter(|(_, turn)| turn.role == Role::User);
-        let mut kept = None;
-        for (first, _) in questions {
-            let left = ids(first)?;
-            let enough = left.len() <= room - room / 4;
-            kept = (left.len() <= room).then_some((left, first)).or(kept);
-            if enough {
-                break;
+        let step = (room / 4).max(1);
+        let goal = whole.len().saturating_sub((whole.len() - room).next_multiple_of(step));
+        let questions: Vec<usize> = (1..turns.len()).filter(|&i| turns[i].role == Role::User).collect();
+        // Fewer turns are fewer ids: the first question from which on there are `most` at most.
+        let first = |most: usize| -> Result<usize> {
+            let (mut low, mut high) = (0, questions.len());
+            while low < high {
+                let middle = (low + high) / 2;
+                if ids(questions[middle])?.len() > most { low = middle + 1 } else { high = middle }
             }
+            Ok(low)
+        };
+        let found = questions.get(first(goal)?).or(questions.get(first(room)?));
+        if let Some(&first) = found {
+            return Ok((ids(first)?, first));
         }
-        kept.ok_or_else(|| {
-            Error::Input(format!(
-                "{} tokens of the last turn do not fit a context of {limit} that leaves {} for the reply",
-                ids(turns.len().saturating_sub(1)).map_or(whole.len(), |ids| ids.len()),
-                limit - room
-            ))
-        })
+        let (alone, reply) = (ids(turns.len().saturating_sub(1))?.len(), limit - room);
+        Err(Error::Input(format!(
+            "the last turn and the system text are {alone} tokens, more than a context of {limit} holds that leaves {reply} \
+             for the reply"
+        )))
     }
 }

@@ -83,7 +83,7 @@ fn diagnose(model: &dyn CausalLm, ids: &[u32]) -> Error {
     let overflow = |what: String, layer| Error::NonFinite {
         what,
         layer,
-        dtype: info.dtype.as_str(),
+        dtype: info.dtype.name(),
         activations: info.activations.as_str(),
         advice: "the checkpoint may be damaged; in f16, try f32 or bf16",
     };

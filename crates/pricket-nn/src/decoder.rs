@@ -1,4 +1,5 @@
 use candle_core::{DType, Device, Tensor};
+use pricket_weights::Dtype;
 
 use crate::{Context, Embedding, Error, LayerNorm, Linear, Result, Site, Weights};
 
@@ -30,8 +31,8 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Type of activations unless a [`Context`] says otherwise.
     pub activations: DType,
-    /// Type of the largest matrices.
-    pub dtype: DType,
+    /// Type of the largest matrix.
+    pub dtype: Dtype,
     /// Where the weights are.
     pub device: Device,
 }
@@ -176,7 +177,7 @@ impl<B: Block> Decoder<B> {
             parameters: weights.elements(),
             weight_bytes: weights.bytes(),
             activations: weights.activations(),
-            dtype: head.weight.dtype(),
+            dtype: weights.largest(),
             device: weights.device().clone(),
         };
         Self { info, embed, blocks, norm, head, positions: None, logit_scale: 1.0 }
@@ -198,7 +199,7 @@ impl<B: Block> Decoder<B> {
 
     /// The learned vectors of this pass's positions, `[1 or b, t, d]`.
     fn position_vectors(&self, table: &Embedding, t: usize, dtype: DType, ctx: &Context) -> Result<Tensor> {
-        let (positions, limit) = (ctx.positions(), table.weight.dim(0)?);
+        let (positions, limit) = (ctx.positions(), table.weight.shape()?.0);
         if let Some(&last) = positions.iter().max().filter(|&&last| last >= limit) {
             return Err(Error::ContextExceeded { asked: last + 1, limit });
         }

@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::{Result, ops};
+use crate::Result;
+use crate::ops::{self, Matrix};
 
 /// Layer norm (Ba et al. 2016, arXiv:1607.06450) over the last dimension, weight and bias.
 #[derive(Clone, Debug)]
@@ -21,15 +22,15 @@ impl LayerNorm {
 /// A table of token vectors, `[vocab, d]`, kept as stored.
 #[derive(Clone, Debug)]
 pub struct Embedding {
-    pub(crate) weight: Tensor,
+    pub(crate) weight: Matrix,
 }
 
 impl Embedding {
     /// `ids` of `[b, t]` to `[b, t, d]` in `dtype`.
     pub(crate) fn forward(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
-        let rows = self.weight.index_select(&ids.flatten_all()?, 0)?;
-        Ok(rows.reshape((b, t, self.weight.dim(1)?))?.to_dtype(dtype)?)
+        let rows = self.weight.gather(&ids.flatten_all()?, dtype)?;
+        Ok(rows.reshape((b, t, self.weight.shape()?.1))?)
     }
 }
 

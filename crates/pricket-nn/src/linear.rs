@@ -1,6 +1,7 @@
 use candle_core::Tensor;
 
-use crate::{Result, ops};
+use crate::ops::{self, Matrix};
+use crate::{Error, Result};
 
 /// How the rows of a weight on file relate to the rows that the model multiplies with.
 ///
@@ -31,6 +32,27 @@ impl RowOrder {
         }
     }
 
+    /// As [`RowOrder::apply`], of a matrix in any form.
+    ///
+    /// # Errors
+    /// If the rows do not divide into heads.
+    pub fn apply_to_matrix(self, matrix: Matrix) -> Result<Matrix> {
+        match (self, matrix) {
+            (_, Matrix::Dense(tensor)) => Ok(Matrix::Dense(self.apply(&tensor)?)),
+            (RowOrder::AsStored, matrix) => Ok(matrix),
+            (RowOrder::PerHead { heads }, Matrix::Blocks(blocks)) => {
+                let (rows, _) = blocks.shape();
+                if !rows.is_multiple_of(3 * heads) {
+                    return Err(Error::Input(format!("{rows} rows are not three for each dimension of {heads} heads")));
+                }
+                let dim = rows / heads / 3;
+                // Row [part, head, i] in memory is row [head, part, i] on file.
+                let order = |row: usize| (row / dim % heads * 3 + row / dim / heads) * dim + row % dim;
+                Ok(Matrix::Blocks(blocks.reordered(order)))
+            }
+        }
+    }
+
     /// From the order in memory back to the order on file.
     ///
     /// # Errors
@@ -55,7 +77,7 @@ fn swap(tensor: &Tensor, outer: usize, inner: usize) -> Result<Tensor> {
 /// `y = x Wᵀ + b`. A frozen weight stays as it is stored and is never widened whole.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    pub(crate) weight: Tensor,
+    pub(crate) weight: Matrix,
     pub(crate) bias: Option<Tensor>,
 }
 

@@ -5,6 +5,7 @@
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
 use candle_core::{D, DType, Tensor};
+pub use pricket_kernels::Matrix;
 use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp};
 
 use crate::Result;
@@ -18,7 +19,7 @@ fn on_our_kernels(x: &Tensor) -> bool {
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     if on_our_kernels(x) && !weight.track_op() {
         let fused = bias.filter(|b| !b.track_op());
         let y =
@@ -35,8 +36,12 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn plain_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn plain_linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     let dtype = x.dtype();
+    let weight = &match weight {
+        Matrix::Dense(weight) => weight.clone(),
+        Matrix::Blocks(_) => weight.to_dense(dtype, x.device())?,
+    };
     let (rows, dims) = (x.elem_count() / x.dim(D::Minus1)?.max(1), x.dims());
     let mut shape = dims.to_vec();
     shape[dims.len() - 1] = weight.dim(0)?;

@@ -3,8 +3,9 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
-use pricket_weights::{Entry, Store};
+use pricket_weights::{Dtype, Entry, Store};
 
+use crate::ops::Matrix;
 use crate::{Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Silent};
 
 /// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
@@ -105,6 +106,7 @@ struct Shared {
     device: Device,
     policy: Policy,
     progress: Arc<dyn Progress>,
+    in_model_order: bool,
     state: Mutex<State>,
 }
 
@@ -117,6 +119,8 @@ struct State {
     bytes: u64,
     /// On file.
     read: u64,
+    /// Type and size of the largest matrix on file.
+    largest: (Option<Dtype>, usize),
 }
 
 impl std::fmt::Debug for Weights {
@@ -144,8 +148,40 @@ impl Weights {
         policy: Policy,
         progress: Arc<dyn Progress>,
     ) -> Self {
-        let shared = Shared { store, names, device: device.clone(), policy, progress, state: Mutex::default() };
+        let (device, state) = (device.clone(), Mutex::default());
+        let shared = Shared { store, names, device, policy, progress, in_model_order: false, state };
         Self { shared: Arc::new(shared), path: String::new() }
+    }
+
+    /// The same store, whose fused matrices are in the model's order already, as some converters write them: no
+    /// [`RowOrder`] is applied. For a cursor from which nothing has been loaded.
+    #[must_use]
+    pub fn in_model_order(self) -> Self {
+        let Shared { store, names, device, policy, progress, .. } = &*self.shared;
+        let shared = Shared {
+            store: Arc::clone(store),
+            names: *names,
+            device: device.clone(),
+            policy: *policy,
+            progress: Arc::clone(progress),
+            in_model_order: true,
+            state: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared), path: self.path }
+    }
+
+    /// The type of the largest matrix, as the model keeps it.
+    pub fn largest(&self) -> Dtype {
+        let stored = self.state().largest.0.unwrap_or(Dtype::F32);
+        match self.shared.policy {
+            Policy::Train => Dtype::F32,
+            Policy::Cast(dtype) => Dtype::from_candle(dtype),
+            Policy::Stored if stored == Dtype::F64 => Dtype::F32,
+            Policy::Stored if stored.to_candle().is_none() && !self.device().is_cpu() => {
+                Dtype::from_candle(self.activations())
+            }
+            Policy::Stored => stored,
+        }
     }
 
     /// The cursor one level down.
@@ -223,7 +259,8 @@ impl Weights {
         rows: RowOrder,
     ) -> Result<Linear> {
         let at = self.pp(name);
-        let weight = at.tensor("weight", &[outputs, inputs], rows)?;
+        let rows = if self.shared.in_model_order { RowOrder::AsStored } else { rows };
+        let weight = at.matrix("weight", &[outputs, inputs], rows)?;
         let bias = bias.then(|| at.tensor("bias", &[outputs], rows)).transpose()?;
         Ok(Linear { weight, bias })
     }
@@ -245,7 +282,7 @@ impl Weights {
     /// # Errors
     /// As [`Weights::linear`].
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
-        Ok(Embedding { weight: self.pp(name).tensor("weight", &[rows, dim], RowOrder::AsStored)? })
+        Ok(Embedding { weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored)? })
     }
 
     /// Whether the checkpoint holds a tensor `name`. A store without a file holds what was asked for by shape so far.
@@ -273,43 +310,79 @@ impl Weights {
         Ok((spelling, entry))
     }
 
+    /// A vector, in the type of the activations.
     fn tensor(&self, name: &str, shape: &[usize], rows: RowOrder) -> Result<Tensor> {
-        let Shared { store, device, policy, progress, .. } = &*self.shared;
-        if progress.cancelled() {
-            return Err(Error::Cancelled);
-        }
-        let (name, entry) = self.find(&self.name(name), shape)?;
-        let stored = entry.dtype.to_candle().unwrap_or(DType::F32);
-        let target = match policy {
-            Policy::Train => DType::F32,
-            // Vectors are small, and every fused kernel wants them in the type of the activations.
-            _ if shape.len() == 1 => self.activations(),
-            Policy::Cast(dtype) => *dtype,
-            Policy::Stored if stored == DType::F64 => DType::F32,
-            Policy::Stored => stored,
-        };
+        let Shared { store, device, policy, .. } = &*self.shared;
+        let target = if *policy == Policy::Train { DType::F32 } else { self.activations() };
+        let (name, entry) = self.begin(name, shape)?;
         let tensor = if store.shapes_only() {
-            // One element seen through zero strides: the shape of the real thing and none of its memory.
-            Tensor::zeros((), target, device)?.broadcast_as(shape)?
+            self.shape_only(target, shape)?
         } else {
             let tensor = rows.apply(&pricket_weights::read_tensor(&**store, &name, &Device::Cpu)?)?;
-            tensor.to_dtype(target)?.to_device(device)?
+            self.variable(&name, tensor.to_dtype(target)?.to_device(device)?, rows)?
         };
+        self.loaded(name, &entry, target.size_in_bytes() * entry.elements());
+        Ok(tensor)
+    }
+
+    /// A matrix, as the policy says.
+    fn matrix(&self, name: &str, shape: &[usize], rows: RowOrder) -> Result<Matrix> {
+        let Shared { store, device, policy, .. } = &*self.shared;
+        let (name, entry) = self.begin(name, shape)?;
+        let stored = entry.dtype.to_candle();
+        let target = match (policy, stored) {
+            (Policy::Train, _) | (Policy::Stored, Some(DType::F64)) => Some(DType::F32),
+            (Policy::Cast(dtype), _) => Some(*dtype),
+            // Blocks are multiplied on the CPU; elsewhere they become what they stand for.
+            (Policy::Stored, None) if !device.is_cpu() => Some(self.activations()),
+            (Policy::Stored, stored) => stored,
+        };
+        let bytes = target.map_or(entry.bytes(), |target| target.size_in_bytes() * entry.elements());
+        let matrix = match target {
+            _ if store.shapes_only() => Matrix::Dense(self.shape_only(target.unwrap_or(DType::F32), shape)?),
+            None => rows.apply_to_matrix(pricket_weights::read_matrix(&**store, &name)?)?,
+            Some(target) => {
+                let tensor = rows.apply(&pricket_weights::read_tensor(&**store, &name, &Device::Cpu)?)?;
+                Matrix::Dense(self.variable(&name, tensor.to_dtype(target)?.to_device(device)?, rows)?)
+            }
+        };
+        self.loaded(name, &entry, bytes);
+        Ok(matrix)
+    }
+
+    /// One element seen through zero strides: the shape of the real thing and none of its memory.
+    fn shape_only(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::zeros((), dtype, self.device())?.broadcast_as(shape)?)
+    }
+
+    fn begin(&self, name: &str, shape: &[usize]) -> Result<(String, Entry)> {
+        if self.shared.progress.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        self.find(&self.name(name), shape)
+    }
+
+    /// The variable that it is under [`Policy::Train`].
+    fn variable(&self, name: &str, tensor: Tensor, rows: RowOrder) -> Result<Tensor> {
+        if self.shared.policy != Policy::Train {
+            return Ok(tensor);
+        }
+        let var = Var::from_tensor(&tensor)?;
+        let tensor = var.as_tensor().clone();
+        self.state().parameters.push(Parameter { name: name.into(), var, rows });
+        Ok(tensor)
+    }
+
+    fn loaded(&self, name: String, entry: &Entry, bytes: usize) {
         let mut state = self.state();
-        let tensor = if *policy == Policy::Train && !store.shapes_only() {
-            let var = Var::from_tensor(&tensor)?;
-            let tensor = var.as_tensor().clone();
-            state.parameters.push(Parameter { name: name.clone(), var, rows });
-            tensor
-        } else {
-            tensor
-        };
         if state.asked.insert(name) {
             state.elements += entry.elements() as u64;
-            state.bytes += (entry.elements() * target.size_in_bytes()) as u64;
-            state.read += (entry.elements() * entry.dtype.size()) as u64;
+            state.bytes += bytes as u64;
+            state.read += entry.bytes() as u64;
+            if entry.shape.len() > 1 && entry.bytes() > state.largest.1 {
+                state.largest = (Some(entry.dtype), entry.bytes());
+            }
         }
-        progress.update(state.read);
-        Ok(tensor)
+        self.shared.progress.update(state.read);
     }
 }

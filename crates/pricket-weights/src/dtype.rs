@@ -1,4 +1,5 @@
 use candle_core::DType;
+use pricket_kernels::BlockType;
 
 /// The element type of a stored tensor, spelled as safetensors spells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,28 +25,31 @@ pub enum Dtype {
     U8,
     /// One byte, 0 or 1.
     Bool,
+    /// Quantised.
+    Block(BlockType),
     /// A type by name that no reader here makes anything of.
     Other(&'static str),
 }
 
 impl Dtype {
-    /// Bytes an element takes; 0 if that is not known.
-    pub const fn size(self) -> usize {
-        match self {
+    /// Bytes that `elements` take, for blocks a whole number of them; 0 if that is not known.
+    pub const fn bytes(self, elements: usize) -> usize {
+        elements.saturating_mul(match self {
             Dtype::F64 | Dtype::I64 => 8,
             Dtype::F32 | Dtype::I32 => 4,
             Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
             Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+            Dtype::Block(kind) => return kind.bytes(elements),
             Dtype::Other(_) => 0,
-        }
+        })
     }
 
     /// Whether a weight can be of this type.
     pub const fn is_float(self) -> bool {
-        matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
+        matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::Block(_))
     }
 
-    /// The candle type that holds these bytes unchanged; `None` where candle has none.
+    /// The type of candle's tensors that holds these bytes unchanged; `None` where there is none.
     pub const fn to_candle(self) -> Option<DType> {
         Some(match self {
             Dtype::F64 => DType::F64,
@@ -56,14 +60,24 @@ impl Dtype {
             Dtype::I32 => DType::I32,
             Dtype::I16 => DType::I16,
             Dtype::U8 | Dtype::Bool => DType::U8,
-            Dtype::I8 | Dtype::Other(_) => return None,
+            Dtype::I8 | Dtype::Block(_) | Dtype::Other(_) => return None,
         })
     }
-}
 
-impl std::fmt::Display for Dtype {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
+    /// What a float tensor of candle's is stored as.
+    pub fn from_candle(dtype: DType) -> Self {
+        match dtype {
+            DType::F64 => Dtype::F64,
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            _ => Dtype::Other(dtype.as_str()),
+        }
+    }
+
+    /// Its name, as files spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
             Dtype::F64 => "F64",
             Dtype::F32 => "F32",
             Dtype::F16 => "F16",
@@ -74,7 +88,14 @@ impl std::fmt::Display for Dtype {
             Dtype::I8 => "I8",
             Dtype::U8 => "U8",
             Dtype::Bool => "BOOL",
+            Dtype::Block(kind) => kind.name(),
             Dtype::Other(name) => name,
-        })
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }

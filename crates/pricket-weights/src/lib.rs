@@ -53,6 +53,6 @@ pub use open::{Format, choose_weights, find_weights, open, open_file, open_remot
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{Sharded, shard_map};
 pub use source::ReadAt;
-pub use store::{Bytes, Entry, Store, read_tensor};
+pub use store::{Bytes, Entry, Store, read_matrix, read_tensor};
 pub use synthetic::{Headers, Random, ShapesOnly};
 pub use torch::TorchFile;

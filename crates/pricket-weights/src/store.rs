@@ -2,6 +2,7 @@ use std::ops::Deref;
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
+use pricket_kernels::{Blocks, Matrix, dequantise};
 
 use crate::mapped::Mapped;
 use crate::{Dtype, Error, Result};
@@ -19,6 +20,11 @@ impl Entry {
     /// Number of elements. Stores have checked that the product does not overflow.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Bytes on file.
+    pub fn bytes(&self) -> usize {
+        self.dtype.bytes(self.elements())
     }
 }
 
@@ -95,7 +101,7 @@ impl Deref for Bytes<'_> {
 /// Bytes copied before their pages are let go.
 const PIECE: usize = 16 << 20;
 
-/// Reads `name` whole into a tensor of its stored type on `device`.
+/// Reads `name` whole into a tensor of its stored type on `device`; quantised values become f32.
 ///
 /// # Errors
 /// [`Error::Missing`], [`Error::Unsupported`] for a type candle lacks, or what the store says of the bytes.
@@ -112,12 +118,34 @@ pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Ten
         Dtype::I32 => Tensor::from_vec(elements(&bytes, i32::from_le_bytes), shape, device),
         Dtype::I16 => Tensor::from_vec(elements(&bytes, i16::from_le_bytes), shape, device),
         Dtype::U8 | Dtype::Bool => Tensor::from_vec(elements(&bytes, u8::from_le_bytes), shape, device),
+        Dtype::Block(kind) => {
+            let mut values = vec![0f32; entry.elements()];
+            let (out, from) = (PIECE / 4, kind.bytes(PIECE / 4));
+            for (i, (out, piece)) in values.chunks_mut(out).zip(bytes.chunks(from)).enumerate() {
+                dequantise(kind, piece, out);
+                bytes.release(i * from, piece.len());
+            }
+            Tensor::from_vec(values, shape, device)
+        }
         Dtype::I8 | Dtype::Other(_) => {
             let what = format!("tensor {name} is stored as {}, which candle cannot hold", entry.dtype);
             return Err(Error::Unsupported { path: store.origin(name).into(), what });
         }
     };
     tensor.map_err(|source| Error::Candle { origin: store.origin(name), name: name.into(), source })
+}
+
+/// Reads a matrix as it is stored: blocks stay blocks.
+///
+/// # Errors
+/// As [`read_tensor`].
+pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
+    let entry = store.entry(name).ok_or_else(|| Error::Missing { origin: store.origin(name), name: name.into() })?;
+    let (Dtype::Block(kind), [rows, columns]) = (entry.dtype, &entry.shape[..]) else {
+        return Ok(Matrix::Dense(read_tensor(store, name, &Device::Cpu)?));
+    };
+    let bytes = store.bytes(name)?;
+    Ok(Matrix::Blocks(Blocks::new(kind, *rows, *columns, elements(&bytes, u8::from_le_bytes))))
 }
 
 /// Copies elements out of a file, which may hold them at any alignment, in pieces: pages that have been read are let go

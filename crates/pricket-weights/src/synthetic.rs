@@ -30,7 +30,7 @@ impl ShapesOnly {
 
     /// Bytes that those tensors take in a file of this store's type.
     pub fn bytes_on_file(&self) -> u64 {
-        self.elements() * self.dtype.size() as u64
+        self.dtype.bytes(self.elements() as usize) as u64
     }
 }
 

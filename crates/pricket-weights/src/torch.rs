@@ -162,7 +162,7 @@ impl<'a> Archive<'a> {
             .entries
             .get(&format!("data/{}", storage.key))
             .ok_or_else(|| bad(format!("its storage {:?} is not in the file", storage.key)))?;
-        let width = storage.dtype.size() as u64;
+        let width = storage.dtype.bytes(1) as u64;
         if storage.elements.checked_mul(width) != Some(record.size as u64) {
             return Err(bad(format!(
                 "its storage claims {} elements of {width} bytes, the file holds {} bytes",
@@ -217,7 +217,7 @@ impl Store for TorchFile {
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
         let view =
             self.tensors.get(name).ok_or_else(|| Error::Missing { origin: self.origin(name), name: name.into() })?;
-        let width = view.dtype.size();
+        let width = view.dtype.bytes(1);
         let elements = view.elements();
         let start = view.record.start(&self.file)?;
         if view.is_contiguous() {

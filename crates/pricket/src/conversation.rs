@@ -2,7 +2,7 @@ use pricket_lm::{PromptFormat, Role, Turn};
 use pricket_nn::Cache;
 use serde::{Deserialize, Serialize};
 
-use crate::{Completion, Error, GenerateOptions, Pricket, Result, Stream};
+use crate::{Completion, Error, FinishReason, GenerateOptions, Pricket, Result, Stream};
 
 /// A conversation with a model: turns in the spelling that it was tuned on, with the past read once.
 ///
@@ -22,7 +22,7 @@ pub struct Conversation {
     format: PromptFormat,
     system: Option<String>,
     turns: Vec<Turn>,
-    /// How many of the oldest turns the prompt leaves out.
+    /// How many of the oldest turns the last prompt left out.
     left_out: usize,
     limit: Option<usize>,
     reuse: bool,
@@ -71,7 +71,8 @@ impl Conversation {
         self
     }
 
-    /// Prompt and reply together take `tokens` at most, instead of as many as the model was trained for.
+    /// Prompt and reply together take `tokens` at most, instead of as many as the model was trained for. More than that
+    /// is for models without a limit, or with [`GenerateOptions::beyond_trained_length`].
     #[must_use]
     pub fn with_context(mut self, tokens: usize) -> Self {
         self.limit = Some(tokens);
@@ -110,7 +111,7 @@ impl Conversation {
         &self.turns
     }
 
-    /// How many of the oldest turns the prompt leaves out, for want of room.
+    /// How many of the oldest turns the last prompt left out, for want of room.
     pub fn left_out(&self) -> usize {
         self.left_out
     }
@@ -129,17 +130,15 @@ impl Conversation {
     /// Takes back the last question and its answer; gives the question.
     pub fn undo(&mut self) -> Option<String> {
         let last = self.turns.iter().rposition(|turn| turn.role == Role::User)?;
-        let asked = self.turns.drain(last..).next()?;
-        self.left_out = self.left_out.min(self.turns.len());
-        Some(asked.content)
+        self.turns.drain(last..).next().map(|asked| asked.content)
     }
 
-    /// The text that the model would continue if `text` were said now and there were room for everything.
+    /// The text that the model would continue if `text` were said now, before anything is left out for want of room.
     ///
     /// # Errors
     /// As [`PromptFormat::prompt`].
     pub fn prompt(&self, text: &str) -> Result<String> {
-        let turns = [&self.turns[self.left_out..], &[Turn::user(text)]].concat();
+        let turns = [&self.turns[..], &[Turn::user(text)]].concat();
         Ok(self.format.prompt(self.system.as_deref(), &turns)?)
     }
 
@@ -158,28 +157,30 @@ impl Conversation {
     /// # Errors
     /// As [`Conversation::say`].
     pub fn stream(&mut self, text: &str, options: &GenerateOptions) -> Result<Reply<'_>> {
-        let limit = self.limit.unwrap_or(self.pricket.info().trained_length);
-        let mut turns = self.turns[self.left_out..].to_vec();
+        let info = self.pricket.info();
+        let hard = info.context.filter(|_| !options.beyond_trained_length).unwrap_or(usize::MAX);
+        let limit = self.limit.unwrap_or(info.trained_length).min(hard);
+        let mut turns = self.turns.clone();
         turns.push(Turn::user(text));
         let tokenizer = self.pricket.tokenizer()?;
-        let (ids, dropped) =
-            self.format.fit(tokenizer, self.system.as_deref(), &turns, Some(limit), options.max_tokens)?;
+        let (ids, left_out) = self.format.fit(tokenizer, self.system.as_deref(), &turns, limit, options.max_tokens)?;
         if ids.is_empty() {
             return Err(Error::Input("nothing was said: the prompt is empty".into()));
         }
         let mut options = options.clone();
         options.stop.extend(self.format.stop.iter().cloned());
-        options.stop_ids.extend(self.format.stop_ids(tokenizer));
-        options.max_tokens = options.max_tokens.min(limit.saturating_sub(ids.len()).max(1));
+        let left = limit.saturating_sub(ids.len()).max(1);
+        let cut = options.max_tokens > left;
+        options.max_tokens = options.max_tokens.min(left);
         let mut past = if self.reuse { std::mem::take(&mut self.past) } else { Past::default() };
         // The last token is always read: its logits are what comes next.
         let same = past.ids.iter().zip(&ids[..ids.len() - 1]).take_while(|(a, b)| a == b).count();
         past.cache.truncate(same);
         self.read = ids.len() - past.cache.len();
         let stream = Stream::of_ids(&self.pricket, ids, past.cache, &options)?;
-        self.left_out += dropped;
-        self.turns.push(Turn::user(text));
-        Ok(Reply { conversation: self, stream, text: String::new(), space: String::new(), failed: false })
+        self.left_out = left_out;
+        self.turns = turns;
+        Ok(Reply { conversation: self, stream, text: String::new(), space: String::new(), cut, failed: false })
     }
 
     /// The conversation as JSON, in the form that everybody's message files have.
@@ -190,26 +191,22 @@ impl Conversation {
         serde_json::to_string_pretty(&saved).expect("strings are JSON")
     }
 
-    /// Takes over what [`Conversation::to_json`] wrote, or an array of messages, in place of what was said. A format that
-    /// the file names is taken too, if it is known.
+    /// Takes over what [`Conversation::to_json`] wrote, or an array of messages, in place of what was said. It stays spelled
+    /// as it is; what the file calls the format that it was spelled in is given back.
     ///
     /// # Errors
     /// [`Error::Input`] saying what is wrong with it; nothing is changed then.
-    pub fn load_json(&mut self, json: &str) -> Result<()> {
+    pub fn load_json(&mut self, json: &str) -> Result<Option<String>> {
         let wrong = |e: serde_json::Error| Error::Input(format!("not a conversation: {e}"));
         let Saved { format, mut messages } = if json.trim_start().starts_with('[') {
             Saved { format: None, messages: serde_json::from_str(json).map_err(wrong)? }
         } else {
             serde_json::from_str(json).map_err(wrong)?
         };
-        let format = match format {
-            Some(name) if name != self.format.name => crate::prompt_format(&name)?,
-            _ => self.format.clone(),
-        };
         let system = messages.first().is_some_and(|turn| turn.role == Role::System).then(|| messages.remove(0).content);
-        format.prompt(system.as_deref(), &messages)?;
-        (self.format, self.system, self.turns, self.left_out) = (format, system, messages, 0);
-        Ok(())
+        self.format.prompt(system.as_deref(), &messages)?;
+        (self.system, self.turns, self.left_out) = (system, messages, 0);
+        Ok(format)
     }
 }
 
@@ -222,6 +219,8 @@ pub struct Reply<'a> {
     text: String,
     /// White space that may be the end.
     space: String,
+    /// Whether it is the context that limits its length.
+    cut: bool,
     failed: bool,
 }
 
@@ -251,7 +250,11 @@ impl Reply<'_> {
 
     /// The reply so far, as a completion: its text is the turn, its ids and log-probabilities are all that was written.
     pub fn finish(self) -> Completion {
-        Completion { text: self.text.clone(), ..self.stream.completion().clone() }
+        let mut done = Completion { text: self.text.clone(), ..self.stream.completion().clone() };
+        if self.cut && done.finish == FinishReason::Length {
+            done.finish = FinishReason::Context;
+        }
+        done
     }
 }
 

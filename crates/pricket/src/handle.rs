@@ -83,6 +83,8 @@ pub enum FinishReason {
     Length,
     /// The model's context is full.
     Context,
+    /// It has not ended: it was broken off.
+    Unfinished,
 }
 
 /// A continued prompt.
@@ -305,7 +307,8 @@ impl Batch {
                 ids: Vec::new(),
                 logprobs: Vec::new(),
                 prompt_ids: prompt_ids.clone(),
-                finish: FinishReason::Length,
+                // Where no token is asked for, none is missing.
+                finish: if options.max_tokens == 0 { FinishReason::Length } else { FinishReason::Unfinished },
             },
         };
         let rows = prompts.iter().map(row).collect();

@@ -58,7 +58,7 @@ impl TensorInfo {
 
     /// Bytes on file.
     pub fn bytes(&self) -> u64 {
-        self.elements() * self.dtype.size() as u64
+        self.dtype.bytes(self.elements() as usize) as u64
     }
 }
 

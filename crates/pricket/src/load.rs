@@ -336,7 +336,7 @@ impl Loader {
                     let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
                     let fetched = fetch_id(&id, &hub, &*self.progress)?;
                     let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given)?;
-                    opened.borrow_tokenizer(&id, &hub, &*self.progress);
+                    opened.borrow_tokenizer(&id, &hub, &*self.progress)?;
                     Ok(opened)
                 }
             },
@@ -455,10 +455,10 @@ impl Opened {
     }
 
     /// Where a repository has no tokenizer, takes that of the one that its card or configuration names.
-    fn borrow_tokenizer(&mut self, id: &ModelId, hub: &Hub, progress: &dyn Progress) {
-        let named = crate::card(id.repo.as_str()).and_then(|card| card.tokenizer.as_deref());
+    fn borrow_tokenizer(&mut self, id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<()> {
+        let named = prompts::card_of(id.repo.as_str()).and_then(|card| card.tokenizer.as_deref());
         let Some(from) = named.or(self.config["tokenizer_name"].as_str()).filter(|_| self.tokenizer.is_none()) else {
-            return;
+            return Ok(());
         };
         let found = fetch_tokenizer(from, hub, progress).and_then(|path| Ok((Tokenizer::from_file(&path)?, path)));
         match found {
@@ -467,8 +467,10 @@ impl Opened {
                 self.provenance.replace("tokenizer.json", &path);
                 self.notes.push(format!("{id} has no tokenizer: that of {from} is used"));
             }
+            Err(Error::Cancelled) => return Err(Error::Cancelled),
             Err(e) => self.warnings.push(format!("{id} has no tokenizer, and that of {from} cannot be had: {e}")),
         }
+        Ok(())
     }
 }
 

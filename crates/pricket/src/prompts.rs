@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use pricket_lm::{PromptFormat, Tokenizer};
+use pricket_weights::clip;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -59,7 +60,7 @@ pub fn prompt_format(name: &str) -> Result<PromptFormat> {
 }
 
 /// The card of a repository, or of the one that it is a copy of.
-fn card_of(repo: &str) -> Option<&'static Card> {
+pub(crate) fn card_of(repo: &str) -> Option<&'static Card> {
     let mirrored = || cards().iter().find(|card| card.mirrors.iter().any(|mirror| mirror.eq_ignore_ascii_case(repo)));
     card(repo).or_else(mirrored)
 }
@@ -88,11 +89,14 @@ pub(crate) fn choose(
         let card = card_of(config["_name_or_path"].as_str()?)?;
         Some((known(&card.prompt)?, format!("config.json was made from that of {}", card.id)))
     };
+    let unknown = config["prompt_format"].as_str().filter(|name| known(name).is_none());
+    let unknown =
+        unknown.map(|name| format!("prompt format {}: config.json names it, and it is not known", clip(name)));
     match by_card().or_else(by_key).or_else(by_tokens).or_else(by_origin) {
         Some((format, why)) => {
             let note = format!("prompt format {}: {why}", format.name);
-            (format.clone(), Some(note).filter(|_| format.name != "plain"))
+            (format.clone(), unknown.or(Some(note).filter(|_| format.name != "plain")))
         }
-        None => (known("plain").expect("plain is there").clone(), None),
+        None => (known("plain").expect("plain is there").clone(), unknown),
     }
 }

@@ -42,7 +42,7 @@ impl Fingerprints {
 
     fn bytes(&self, canonical: &str) -> Result<usize> {
         let entry = self.tensors.entry(&self.names[canonical])?;
-        Ok(entry.elements() * entry.dtype.size())
+        Ok(entry.bytes())
     }
 }
 

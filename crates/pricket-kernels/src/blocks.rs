@@ -1,0 +1,501 @@
+//! Quantised blocks, as ggml lays them out on file, and what their values are.
+//!
+//! Every type is a run of small blocks: a scale or two, then packed integers. The value of an element is a product of a
+//! scale with an integer and perhaps a sum with another, each rounded to f32 as ggml's own C code rounds it, so that a
+//! dequantised tensor is equal to ggml's bit by bit.
+
+#![allow(clippy::inline_always, reason = "the loops must become part of the functions that have the instructions")]
+
+use std::sync::Arc;
+
+use half::f16;
+use rayon::prelude::*;
+
+/// A block-quantised type. Names are ggml's; a suffix `_v1` marks the blocks of before 2023-05-20, whose scales are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(non_camel_case_types, reason = "the field's own spelling")]
+#[non_exhaustive]
+pub enum BlockType {
+    /// 32 elements in 18 bytes: `d (q - 8)`.
+    Q4_0,
+    /// 32 in 20: `d q + m`.
+    Q4_1,
+    /// 32 in 22: `d (q - 16)`.
+    Q5_0,
+    /// 32 in 24: `d q + m`.
+    Q5_1,
+    /// 32 in 34: `d q`.
+    Q8_0,
+    /// 32 in 36: as `Q8_0`, with a sum that nobody needs here.
+    Q8_1,
+    /// 256 in 84, with scales of 4 bits for every 16.
+    Q2K,
+    /// 256 in 110, with scales of 6 bits for every 16.
+    Q3K,
+    /// 256 in 144, with scales and minima of 6 bits for every 32.
+    Q4K,
+    /// 256 in 176, with scales and minima of 6 bits for every 32.
+    Q5K,
+    /// 256 in 210, with scales of 8 bits for every 16.
+    Q6K,
+    /// 256 in 292: `d q`, with sums that nobody needs here.
+    Q8K,
+    /// 32 in 20: as `Q4_0`, its scale in f32.
+    Q4_0V1,
+    /// 32 in 24: as `Q4_1`, both in f32.
+    Q4_1V1,
+    /// 32 in 36: as `Q8_0`, its scale in f32.
+    Q8_0V1,
+    /// 16 in 10: `d (q - 8)`, neighbours in a byte. April and May 2023 only.
+    Q4_2,
+    /// 16 in 12: `d q + m`, neighbours in a byte. April 2023 only.
+    Q4_3,
+}
+
+impl BlockType {
+    /// All of them.
+    pub const ALL: [Self; 17] = [
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q8_1,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::Q8K,
+        Self::Q4_0V1,
+        Self::Q4_1V1,
+        Self::Q8_0V1,
+        Self::Q4_2,
+        Self::Q4_3,
+    ];
+
+    /// Elements and bytes of a block.
+    pub const fn layout(self) -> (usize, usize) {
+        match self {
+            Self::Q4_0 => (32, 18),
+            Self::Q4_1 | Self::Q4_0V1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 | Self::Q4_1V1 => (32, 24),
+            Self::Q8_0 => (32, 34),
+            Self::Q8_1 | Self::Q8_0V1 => (32, 36),
+            Self::Q2K => (256, 84),
+            Self::Q3K => (256, 110),
+            Self::Q4K => (256, 144),
+            Self::Q5K => (256, 176),
+            Self::Q6K => (256, 210),
+            Self::Q8K => (256, 292),
+            Self::Q4_2 => (16, 10),
+            Self::Q4_3 => (16, 12),
+        }
+    }
+
+    /// Elements of a block.
+    pub const fn elements(self) -> usize {
+        self.layout().0
+    }
+
+    /// Bytes that `elements` take, a whole number of blocks.
+    pub const fn bytes(self, elements: usize) -> usize {
+        elements / self.layout().0 * self.layout().1
+    }
+
+    /// The name, as files and flags spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q5_0 => "q5_0",
+            Self::Q5_1 => "q5_1",
+            Self::Q8_0 => "q8_0",
+            Self::Q8_1 => "q8_1",
+            Self::Q2K => "q2k",
+            Self::Q3K => "q3k",
+            Self::Q4K => "q4k",
+            Self::Q5K => "q5k",
+            Self::Q6K => "q6k",
+            Self::Q8K => "q8k",
+            Self::Q4_0V1 => "q4_0_v1",
+            Self::Q4_1V1 => "q4_1_v1",
+            Self::Q8_0V1 => "q8_0_v1",
+            Self::Q4_2 => "q4_2",
+            Self::Q4_3 => "q4_3",
+        }
+    }
+}
+
+impl std::fmt::Display for BlockType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A matrix of quantised rows. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Blocks {
+    kind: BlockType,
+    rows: usize,
+    columns: usize,
+    bytes: Arc<Vec<u8>>,
+}
+
+impl Blocks {
+    /// `rows` times `columns` elements; every row is a whole number of blocks.
+    ///
+    /// # Panics
+    /// If the bytes are not as many as that takes.
+    pub fn new(kind: BlockType, rows: usize, columns: usize, bytes: Vec<u8>) -> Self {
+        assert!(columns.is_multiple_of(kind.elements()), "rows of {columns} are no whole {kind} blocks");
+        assert_eq!(bytes.len(), rows * kind.bytes(columns), "bytes of {rows} rows of {columns} in {kind}");
+        Self { kind, rows, columns, bytes: Arc::new(bytes) }
+    }
+
+    /// The type.
+    pub fn kind(&self) -> BlockType {
+        self.kind
+    }
+
+    /// Rows, columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// The bytes, row after row.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The bytes of a row.
+    pub fn row(&self, row: usize) -> &[u8] {
+        let width = self.kind.bytes(self.columns);
+        &self.bytes[row * width..(row + 1) * width]
+    }
+
+    /// The rows in another order: row `i` of the result is row `order(i)`.
+    #[must_use]
+    pub fn reordered(&self, order: impl Fn(usize) -> usize) -> Self {
+        let mut bytes = Vec::with_capacity(self.bytes.len());
+        (0..self.rows).for_each(|row| bytes.extend_from_slice(self.row(order(row))));
+        Self { bytes: Arc::new(bytes), ..self.clone() }
+    }
+
+    /// Every value, row after row.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.columns];
+        let width = self.columns.max(1);
+        out.par_chunks_mut(width).enumerate().for_each(|(row, out)| dequantise(self.kind, self.row(row), out));
+        out
+    }
+}
+
+/// The values of whole blocks.
+///
+/// # Panics
+/// If `out` is not as long as the blocks have elements.
+pub fn dequantise(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
+    assert!(
+        out.len().is_multiple_of(kind.elements()) && bytes.len() == kind.bytes(out.len()),
+        "no whole {kind} blocks"
+    );
+    #[cfg(target_arch = "x86_64")]
+    {
+        if crate::cpu::has_avx512() {
+            // SAFETY: the processor has the instructions.
+            return unsafe { x86::avx512(kind, bytes, out) };
+        }
+        if crate::cpu::has_fma() {
+            // SAFETY: the processor has the instructions.
+            return unsafe { x86::avx2(kind, bytes, out) };
+        }
+    }
+    plain(kind, bytes, out);
+}
+
+/// The same loops, compiled for more instructions. Nothing is fused: the compiler must not, and the values are ggml's.
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{BlockType, plain};
+
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,f16c")]
+    pub(super) fn avx512(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
+        plain(kind, bytes, out);
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    pub(super) fn avx2(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
+        plain(kind, bytes, out);
+    }
+}
+
+fn half(bytes: &[u8]) -> f32 {
+    f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
+}
+
+fn single(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+/// Applies `value` to blocks of `N` elements in `B` bytes.
+#[inline(always)]
+fn blocks<const N: usize, const B: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn(&[u8; B], &mut [f32; N])) {
+    for (block, out) in bytes.as_chunks::<B>().0.iter().zip(out.as_chunks_mut::<N>().0) {
+        value(block, out);
+    }
+}
+
+/// Low halves of the bytes, then the high ones.
+#[inline(always)]
+fn nibbles(qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
+    let (low, high) = out.split_at_mut(qs.len());
+    for ((q, low), high) in qs.iter().zip(low).zip(high) {
+        *low = value(i32::from(q & 15));
+        *high = value(i32::from(q >> 4));
+    }
+}
+
+/// As [`nibbles`], with a fifth bit for each element.
+#[inline(always)]
+fn five_bits(qh: &[u8], qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
+    let qh = u32::from_le_bytes([qh[0], qh[1], qh[2], qh[3]]);
+    let (low, high) = out.split_at_mut(16);
+    for (i, ((q, low), high)) in qs.iter().zip(low).zip(high).enumerate() {
+        *low = value((u32::from(q & 15) | ((qh >> i) & 1) << 4) as i32);
+        *high = value((u32::from(q >> 4) | ((qh >> (i + 16)) & 1) << 4) as i32);
+    }
+}
+
+/// Scale and minimum `j` of the twelve bytes in which `Q4K` and `Q5K` pack eight of each.
+#[inline(always)]
+fn scale_and_min(j: usize, q: &[u8]) -> (f32, f32) {
+    let (scale, min) = if j < 4 {
+        (q[j] & 63, q[j + 4] & 63)
+    } else {
+        (q[j + 4] & 15 | q[j - 4] >> 6 << 4, q[j + 4] >> 4 | q[j] >> 6 << 4)
+    };
+    (f32::from(scale), f32::from(min))
+}
+
+/// The sixteen scales that `Q3K` packs in twelve bytes.
+#[inline(always)]
+fn q3k_scales(q: &[u8]) -> [f32; 16] {
+    std::array::from_fn(|i| {
+        let low = if i < 8 { q[i] & 15 } else { q[i - 8] >> 4 };
+        let high = q[8 + i % 4] >> (2 * (i / 4)) & 3;
+        f32::from((low | high << 4) as i8 - 32)
+    })
+}
+
+#[inline(always)]
+fn plain(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
+    match kind {
+        BlockType::Q4_0 => blocks::<32, 18>(bytes, out, |b, out| {
+            let d = half(b);
+            nibbles(&b[2..], out, |q| (q - 8) as f32 * d);
+        }),
+        BlockType::Q4_0V1 => blocks::<32, 20>(bytes, out, |b, out| {
+            let d = single(b);
+            nibbles(&b[4..], out, |q| (q - 8) as f32 * d);
+        }),
+        BlockType::Q4_1 => blocks::<32, 20>(bytes, out, |b, out| {
+            let (d, m) = (half(b), half(&b[2..]));
+            nibbles(&b[4..], out, |q| q as f32 * d + m);
+        }),
+        BlockType::Q4_1V1 => blocks::<32, 24>(bytes, out, |b, out| {
+            let (d, m) = (single(b), single(&b[4..]));
+            nibbles(&b[8..], out, |q| q as f32 * d + m);
+        }),
+        BlockType::Q5_0 => blocks::<32, 22>(bytes, out, |b, out| {
+            let d = half(b);
+            five_bits(&b[2..6], &b[6..], out, |q| (q - 16) as f32 * d);
+        }),
+        BlockType::Q5_1 => blocks::<32, 24>(bytes, out, |b, out| {
+            let (d, m) = (half(b), half(&b[2..]));
+            five_bits(&b[4..8], &b[8..], out, |q| q as f32 * d + m);
+        }),
+        BlockType::Q8_0 => blocks::<32, 34>(bytes, out, |b, out| bytewise(half(b), &b[2..], out)),
+        BlockType::Q8_0V1 => blocks::<32, 36>(bytes, out, |b, out| bytewise(single(b), &b[4..], out)),
+        BlockType::Q8_1 => blocks::<32, 36>(bytes, out, |b, out| bytewise(half(b), &b[4..], out)),
+        BlockType::Q8K => blocks::<256, 292>(bytes, out, |b, out| bytewise(single(b), &b[4..260], out)),
+        BlockType::Q4_2 => blocks::<16, 10>(bytes, out, |b, out| {
+            let d = half(b);
+            pairs(&b[2..], out, |q| (q - 8) as f32 * d);
+        }),
+        BlockType::Q4_3 => blocks::<16, 12>(bytes, out, |b, out| {
+            let (d, m) = (half(b), half(&b[2..]));
+            pairs(&b[4..], out, |q| q as f32 * d + m);
+        }),
+        BlockType::Q2K => blocks::<256, 84>(bytes, out, q2k),
+        BlockType::Q3K => blocks::<256, 110>(bytes, out, q3k),
+        BlockType::Q4K => blocks::<256, 144>(bytes, out, |b, out| {
+            let (d, min) = (half(b), half(&b[2..]));
+            for (j, (qs, out)) in b[16..].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
+                let ((s1, m1), (s2, m2)) = (scale_and_min(2 * j, &b[4..16]), scale_and_min(2 * j + 1, &b[4..16]));
+                let (d1, m1, d2, m2) = (d * s1, min * m1, d * s2, min * m2);
+                let (low, high) = out.split_at_mut(32);
+                for ((q, low), high) in qs.iter().zip(low).zip(high) {
+                    *low = d1 * f32::from(q & 15) - m1;
+                    *high = d2 * f32::from(q >> 4) - m2;
+                }
+            }
+        }),
+        BlockType::Q5K => blocks::<256, 176>(bytes, out, |b, out| {
+            let (d, min) = (half(b), half(&b[2..]));
+            for (j, (qs, out)) in b[48..].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
+                let ((s1, m1), (s2, m2)) = (scale_and_min(2 * j, &b[4..16]), scale_and_min(2 * j + 1, &b[4..16]));
+                let (d1, m1, d2, m2) = (d * s1, min * m1, d * s2, min * m2);
+                let (low, high) = out.split_at_mut(32);
+                for (((q, h), low), high) in qs.iter().zip(&b[16..48]).zip(low).zip(high) {
+                    *low = d1 * f32::from(q & 15 | (h >> (2 * j) & 1) << 4) - m1;
+                    *high = d2 * f32::from(q >> 4 | (h >> (2 * j + 1) & 1) << 4) - m2;
+                }
+            }
+        }),
+        BlockType::Q6K => blocks::<256, 210>(bytes, out, q6k),
+    }
+}
+
+#[inline(always)]
+fn bytewise(d: f32, qs: &[u8], out: &mut [f32]) {
+    for (q, out) in qs.iter().zip(out) {
+        *out = f32::from(*q as i8) * d;
+    }
+}
+
+/// Neighbours in a byte.
+#[inline(always)]
+fn pairs(qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
+    for (q, out) in qs.iter().zip(out.as_chunks_mut::<2>().0) {
+        *out = [value(i32::from(q & 15)), value(i32::from(q >> 4))];
+    }
+}
+
+#[inline(always)]
+fn q2k(b: &[u8; 84], out: &mut [f32; 256]) {
+    let (scales, qs, d, min) = (&b[..16], &b[16..80], half(&b[80..]), half(&b[82..]));
+    for (i, out) in out.chunks_exact_mut(16).enumerate() {
+        let (d, min) = (d * f32::from(scales[i] & 15), min * f32::from(scales[i] >> 4));
+        let (from, shift) = (i / 8 * 32 + i % 2 * 16, i % 8 / 2 * 2);
+        for (q, out) in qs[from..from + 16].iter().zip(out) {
+            *out = d * f32::from(q >> shift & 3) - min;
+        }
+    }
+}
+
+#[inline(always)]
+fn q3k(b: &[u8; 110], out: &mut [f32; 256]) {
+    let (high, qs, scales, d) = (&b[..32], &b[32..96], q3k_scales(&b[96..108]), half(&b[108..]));
+    for (i, out) in out.chunks_exact_mut(16).enumerate() {
+        let d = d * scales[i];
+        let (from, shift, bit) = (i / 8 * 32 + i % 2 * 16, i % 8 / 2 * 2, i / 2);
+        let high = &high[i % 2 * 16..][..16];
+        for ((q, h), out) in qs[from..from + 16].iter().zip(high).zip(out) {
+            *out = d * f32::from((q >> shift & 3) as i8 - if h >> bit & 1 == 1 { 0 } else { 4 });
+        }
+    }
+}
+
+#[inline(always)]
+fn q6k(b: &[u8; 210], out: &mut [f32; 256]) {
+    let d = half(&b[208..]);
+    for (n, out) in out.chunks_exact_mut(128).enumerate() {
+        let (low, high, scales) = (&b[64 * n..][..64], &b[128 + 32 * n..][..32], &b[192 + 8 * n..][..8]);
+        for (i, out) in out.chunks_exact_mut(32).enumerate() {
+            let (low, shift) = (&low[i % 2 * 32..][..32], i / 2 * 4);
+            for (l, out) in out.iter_mut().enumerate() {
+                let q = (low[l] >> shift & 15 | (high[l] >> (2 * i) & 3) << 4) as i8 - 32;
+                *out = d * f32::from(scales[l / 16 + 2 * i] as i8) * f32::from(q);
+            }
+        }
+    }
+}
+
+/// The 4-bit integers of 32-element blocks of before 2023-05-14, neighbours in a byte, brought into today's order: the
+/// first sixteen in the low halves. `kind` tells where in a block they are. Nothing is lost.
+pub fn halves_from_pairs(kind: BlockType, bytes: &mut [u8]) {
+    let (elements, width) = kind.layout();
+    let from = match kind {
+        BlockType::Q4_0
+        | BlockType::Q4_0V1
+        | BlockType::Q4_1
+        | BlockType::Q4_1V1
+        | BlockType::Q5_0
+        | BlockType::Q5_1 => width - elements / 2,
+        _ => return,
+    };
+    for block in bytes.chunks_exact_mut(width) {
+        let qs = &mut block[from..];
+        let element = |qs: &[u8; 16], i: usize| qs[i / 2] >> (4 * (i % 2)) & 15;
+        let old: [u8; 16] = std::array::from_fn(|i| qs[i]);
+        for (i, q) in qs.iter_mut().enumerate() {
+            *q = element(&old, i) | element(&old, i + 16) << 4;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    /// Candle's blocks are read as candle reads them.
+    #[test]
+    fn values_are_those_of_another_reader() {
+        let types = [
+            (BlockType::Q4_0, GgmlDType::Q4_0),
+            (BlockType::Q4_1, GgmlDType::Q4_1),
+            (BlockType::Q5_0, GgmlDType::Q5_0),
+            (BlockType::Q5_1, GgmlDType::Q5_1),
+            (BlockType::Q8_0, GgmlDType::Q8_0),
+            (BlockType::Q2K, GgmlDType::Q2K),
+            (BlockType::Q3K, GgmlDType::Q3K),
+            (BlockType::Q4K, GgmlDType::Q4K),
+            (BlockType::Q5K, GgmlDType::Q5K),
+            (BlockType::Q6K, GgmlDType::Q6K),
+        ];
+        let source = Tensor::randn(0f32, 1.0, (6, 512), &Device::Cpu).unwrap();
+        for (kind, theirs) in types {
+            let quantised = QTensor::quantize(&source, theirs).unwrap();
+            let bytes = quantised.data().unwrap().into_owned();
+            let expected: Vec<f32> =
+                quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let blocks = Blocks::new(kind, 6, 512, bytes);
+            assert_eq!(blocks.to_f32(), expected, "{kind}");
+            // Whatever the processor: the plain loop gives the same bits.
+            let mut slow = vec![0.0; 512];
+            plain(kind, blocks.row(3), &mut slow);
+            assert_eq!(slow, expected[3 * 512..4 * 512], "{kind}");
+        }
+    }
+
+    #[test]
+    fn old_blocks_are_read_by_hand() {
+        let mut pairs: Vec<u8> = 2.5f32.to_le_bytes().to_vec();
+        pairs.extend((0..16).map(|k: u8| (2 * k % 16) | ((2 * k + 1) % 16) << 4));
+        let value = |i: usize| (i % 16) as f32 * 2.5 - 20.0;
+        halves_from_pairs(BlockType::Q4_0V1, &mut pairs);
+        let mut out = [0.0; 32];
+        dequantise(BlockType::Q4_0V1, &pairs, &mut out);
+        assert!(out.iter().enumerate().all(|(i, &x)| x == value(i)), "{out:?}");
+        let mut small = half::f16::from_f32(0.5).to_le_bytes().to_vec();
+        small.extend([0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe]);
+        let mut out = [0.0; 16];
+        dequantise(BlockType::Q4_2, &small, &mut out);
+        assert!(out.iter().enumerate().all(|(i, &x)| x == (i as f32 - 8.0) * 0.5), "{out:?}");
+    }
+
+    #[test]
+    fn every_type_fills_its_layout() {
+        for kind in BlockType::ALL {
+            let (elements, bytes) = kind.layout();
+            let mut out = vec![f32::NAN; elements * 3];
+            dequantise(kind, &vec![0; bytes * 3], &mut out);
+            assert!(out.iter().all(|x| *x == 0.0), "{kind}");
+        }
+    }
+}

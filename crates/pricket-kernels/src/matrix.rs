@@ -1,0 +1,66 @@
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::Blocks;
+
+/// A weight matrix as it is stored: numbers, or quantised blocks. Cheap to clone.
+#[derive(Clone, Debug)]
+pub enum Matrix {
+    /// A contiguous tensor of `[rows, columns]`.
+    Dense(Tensor),
+    /// Blocks, on the CPU.
+    Blocks(Blocks),
+}
+
+impl Matrix {
+    /// Rows, columns.
+    ///
+    /// # Errors
+    /// If a tensor has not two dimensions.
+    pub fn shape(&self) -> Result<(usize, usize)> {
+        match self {
+            Matrix::Dense(tensor) => tensor.dims2(),
+            Matrix::Blocks(blocks) => Ok(blocks.shape()),
+        }
+    }
+
+    /// Whether a gradient is collected for it.
+    pub fn track_op(&self) -> bool {
+        matches!(self, Matrix::Dense(tensor) if tensor.track_op())
+    }
+
+    /// The whole of it in `dtype`.
+    ///
+    /// # Errors
+    /// What candle says.
+    pub fn to_dense(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        match self {
+            Matrix::Dense(tensor) => tensor.to_dtype(dtype)?.to_device(device),
+            Matrix::Blocks(blocks) => {
+                Tensor::from_vec(blocks.to_f32(), blocks.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+            }
+        }
+    }
+
+    /// The rows that `ids` names, `[ids, columns]`, in `dtype`.
+    ///
+    /// # Errors
+    /// For an id that is no row.
+    pub fn gather(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
+        match self {
+            Matrix::Dense(tensor) => tensor.index_select(ids, 0)?.to_dtype(dtype),
+            Matrix::Blocks(blocks) => {
+                let (rows, columns) = blocks.shape();
+                let device = ids.device();
+                let ids = ids.to_vec1::<u32>()?;
+                let mut out = vec![0f32; ids.len() * columns];
+                for (id, out) in ids.iter().zip(out.chunks_exact_mut(columns)) {
+                    if *id as usize >= rows {
+                        candle_core::bail!("row {id} of a table of {rows}");
+                    }
+                    crate::dequantise(blocks.kind(), blocks.row(*id as usize), out);
+                }
+                Tensor::from_vec(out, (ids.len(), columns), device)?.to_dtype(dtype)
+            }
+        }
+    }
+}
