@@ -70,7 +70,7 @@ fn mib(bytes: u64) -> String {
 
 fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::Result<()> {
     writeln!(out, "file        {}", found.file.display())?;
-    writeln!(out, "format      {}", found.format)?;
+    writeln!(out, "format      {}", found.describe)?;
     let (weights, buffers): (Vec<_>, Vec<_>) = found.tensors.iter().partition(|t| !t.is_buffer);
     let bytes = |tensors: &[&pricket::TensorInfo]| tensors.iter().map(|t| t.bytes()).sum::<u64>();
     writeln!(out, "tensors     {} of {}", weights.len(), mib(bytes(&weights)))?;
@@ -88,7 +88,8 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
             info.layers, info.d_model, info.heads, info.head_dim, info.vocab
         )?;
     }
-    writeln!(out, "tokenizer   {}", if found.has_tokenizer { "tokenizer.json" } else { "none" })?;
+    let whose = if found.metadata.is_some() { "its own" } else { "tokenizer.json" };
+    writeln!(out, "tokenizer   {}", if found.has_tokenizer { whose } else { "none" })?;
     if let Some((context, estimate)) = estimate(found, args.context) {
         let (weights, cache) = (mib(estimate.weights), mib(estimate.cache));
         writeln!(
@@ -101,6 +102,12 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
         writeln!(out, "warning     {warning}")?;
     }
     if !args.brief {
+        if let Some(metadata) = found.metadata.as_ref().and_then(|metadata| metadata.as_object()) {
+            writeln!(out)?;
+            for (key, value) in metadata {
+                writeln!(out, "{key} = {}", pricket::weights::clip(&value.to_string()))?;
+            }
+        }
         writeln!(out)?;
         let width = found.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
         for tensor in &found.tensors {
@@ -114,7 +121,7 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
 fn print_json(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::Result<()> {
     let tensor = |t: &pricket::TensorInfo| json!({"name": t.name, "dtype": t.dtype.to_string(), "shape": t.shape, "bytes": t.bytes(), "file": t.file, "buffer": t.is_buffer});
     let mut object = json!({
-        "file": found.file, "format": found.format.to_string(), "config": found.config, "warnings": found.warnings,
+        "file": found.file, "format": found.describe, "config": found.config, "metadata": found.metadata, "warnings": found.warnings,
         "tokenizer": found.has_tokenizer, "tensors": found.tensors.len(),
         "provenance": found.provenance.to_json(),
     });

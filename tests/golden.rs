@@ -29,8 +29,9 @@ fn the_data_is_what_the_originals_answered() {
 
 #[test]
 fn every_case_is_answered_as_the_original_answered() {
-    let cases = directories_with(&golden().join("models"), "case.json");
-    assert!(cases.len() >= 35, "{} cases", cases.len());
+    let mut cases = directories_with(&golden().join("models"), "case.json");
+    cases.extend(directories_with(&golden().join("files"), "case.json"));
+    assert!(cases.len() >= 59, "{} cases", cases.len());
     let failures: Vec<String> = cases
         .iter()
         .map(|case| cases::run(case, &Device::Cpu))

@@ -14,8 +14,8 @@ pub(crate) use finish::finish;
 /// Which model to load, and how.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
-    /// A repository of the Hub (EleutherAI/pythia-410m, or pythia-410m), a directory in its layout, or a weight file with its
-    /// config.json beside it [default: the embedded model]
+    /// A repository of the Hub (EleutherAI/pythia-410m, or pythia-410m), a directory in its layout, or a weight file: GGUF,
+    /// legacy GGML, or another with its config.json beside it [default: the embedded model]
     #[arg(long, short)]
     pub(crate) model: Option<PathBuf>,
     /// A branch, tag or commit, such as step3000; of a directory, a training step kept beside it
@@ -30,6 +30,15 @@ pub(crate) struct ModelArgs {
     /// A tokenizer.json to use instead of the model's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
+    /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
+    #[arg(long, value_name = "NAME")]
+    pub(crate) activation: Option<String>,
+    /// Order of the QKV rows in a GPT-NeoX GGUF file: split, interleaved, or auto to find out by the loss of a text
+    #[arg(long, value_name = "ORDER", default_value = "auto")]
+    pub(crate) neox_qkv: pricket::QkvOrder,
+    /// Changes a key of the configuration, as use_parallel_residual=false; can be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
     /// CPU threads [default: physical cores]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -69,6 +78,14 @@ impl ModelArgs {
         if let Some(threads) = self.threads {
             loader = loader.threads(threads);
         }
-        Ok(loader)
+        if let Some(name) = &self.activation {
+            loader = loader.activation(name);
+        }
+        for change in &self.set {
+            let (key, value) = change.split_once('=').unwrap_or((change, ""));
+            let value = serde_json::from_str::<serde_json::Value>(value).unwrap_or_else(|_| value.into());
+            loader = loader.set(key, value);
+        }
+        Ok(loader.neox_qkv(self.neox_qkv))
     }
 }

@@ -57,6 +57,14 @@ fn compare(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Resu
     if has("encode.jsonl") {
         return tokenizer(dir, check);
     }
+    if let Some(file) = case["files"]["model"].as_str() {
+        let file = dir.join(file);
+        return if case["expect"]["error"] == true {
+            refused(&file, case)
+        } else {
+            container(&file, case, device, check)
+        };
+    }
     if has("config.json") && has("expected.safetensors") {
         return model(dir, case, device, check);
     }
@@ -211,6 +219,84 @@ fn model(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result
         check.within(what, difference(&logits, get(&expected, "logits")?, &padding)?, logits_atol);
     }
     Ok(())
+}
+
+/// A file that must not load, with an error that says why.
+fn refused(file: &Path, case: &Value) -> Result<()> {
+    let error = match Loader::new(file).load() {
+        Ok(_) => bail!("{} was loaded", file.display()),
+        Err(e) => e.to_string(),
+    };
+    let words = case["expect"]["message_should_mention_any_of"].as_array().cloned().unwrap_or_default();
+    let mentioned =
+        |word: &Value| word.as_str().is_some_and(|word| error.to_lowercase().contains(&word.to_lowercase()));
+    ensure!(words.is_empty() || words.iter().any(mentioned), "{error:?} mentions none of {words:?}");
+    Ok(())
+}
+
+/// A file that holds everything: its tensors as they are stored, then logits.
+fn container(file: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+    let expected = match case["files"]["expected"].as_str() {
+        Some(name) => read_tensors(&file.with_file_name(name))?,
+        None => HashMap::new(),
+    };
+    let store = pricket::open_weights(file)?;
+    for entry in case["tensors"].as_array().into_iter().flatten() {
+        let name = entry["name"].as_str().context("a tensor without a name")?;
+        let found = pricket::weights::read_tensor(&*store, name, &Device::Cpu)?.to_dtype(DType::F32)?;
+        let shape: Vec<usize> = serde_json::from_value(entry["shape"].clone())?;
+        check.equal(&format!("shape of {name}"), &found.dims(), &&shape[..]);
+        let found = flat(&found)?;
+        if let Some(expected) = expected.get(name) {
+            let worst = found.iter().zip(flat(expected)?).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
+            check.within("tensors", worst, tolerance(case, "tensors_abs")?);
+        } else if let Some(hash) = entry["dequantised_sha256"].as_str() {
+            let bytes: Vec<u8> = found.iter().flat_map(|x| x.to_le_bytes()).collect();
+            check.equal(&format!("hash of {name}"), &sha256(&bytes).as_str(), &hash);
+        }
+    }
+
+    let pricket = Loader::new(file).device(device.clone()).load()?;
+    let input = get(&expected, "__input_ids__")?.to_dtype(DType::U32)?.flatten_all()?.to_vec1::<u32>()?;
+    let logits = file_logits(&pricket, &input, device, input.len())?;
+    let stepped = file_logits(&pricket, &input, device, 1)?;
+    let logits_abs = tolerance(case, "logits_abs")?;
+    for (what, found) in [("logits", &logits), ("stepped_logits", &stepped)] {
+        let (all, last8) = (expected.get("__logits__"), expected.get("__logits_last8__"));
+        let expected = all.or(last8).context("the case holds no logits")?;
+        let kept = expected.dim(0)?;
+        let found = found.narrow(0, input.len() - kept, kept)?.unsqueeze(0)?;
+        check.within(what, difference(&found, &expected.unsqueeze(0)?, &[0])?, logits_abs);
+    }
+    if let Some(expected) = expected.get("__logits_tanh_gelu_last__") {
+        let pricket = Loader::new(file).device(device.clone()).activation("gelu_tanh").load()?;
+        let last = file_logits(&pricket, &input, device, input.len())?.narrow(0, input.len() - 1, 1)?;
+        let found = difference(&last.unsqueeze(0)?, &expected.reshape((1, 1, ()))?, &[0])?;
+        check.within("tanh_logits", found, tolerance(case, "logits_tanh_abs").unwrap_or(logits_abs));
+    }
+    if let Some(text) = case["text_for_loss"].as_str() {
+        check.equal("ids of the text", &pricket.encode(text)?, &input[1..].to_vec());
+        let scored = token_logprobs(&*pricket.model(), &input)?;
+        let nll = -scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len() as f64;
+        let expected = case["mean_nll_right_order"].as_f64().context("mean_nll_right_order")?;
+        check.within("mean_nll", (nll - expected).abs(), tolerance(case, "mean_nll_abs")?);
+    }
+    Ok(())
+}
+
+/// Logits of every position, read `chunk` at a time.
+fn file_logits(pricket: &Pricket, ids: &[u32], device: &Device, chunk: usize) -> Result<Tensor> {
+    let model = pricket.model();
+    let mut ctx = Context::new().with_cache(Cache::new());
+    let parts = ids.chunks(chunk).map(|ids| {
+        let ids = Tensor::new(ids, device)?.unsqueeze(0)?;
+        Ok(model.head(&model.hidden(&ids, &mut ctx)?)?.i(0)?)
+    });
+    Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    pricket::hub::Digest::Sha256(String::new()).of(bytes).hex().to_owned()
 }
 
 /// The model that a case without weights of its own refers to.

@@ -31,10 +31,12 @@
 //! ```
 
 mod config;
+mod formats;
 mod names;
 
 pub use config::Config;
-pub use names::NAMES;
+pub use formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
+pub use names::{GGUF, NAMES};
 
 use candle_core::Tensor;
 use pricket_nn::{

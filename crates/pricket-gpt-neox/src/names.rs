@@ -4,9 +4,23 @@ use pricket_nn::Names;
 pub const NAMES: Names = Names {
     // transformers 5 calls the head by its other name.
     aliases: &[("embed_out.weight", "lm_head.weight")],
-    parts: &[],
+    spellings: &[GGUF],
     // Training wrappers add a prefix, a bare `GPTNeoXModel` lacks one.
     prefixes: &[("", "model."), ("", "module."), ("gpt_neox.", "")],
     // The causal mask, its fill value and rounded frequencies, which transformers once saved in every layer.
     buffers: &[".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", ".attention.norm_factor"],
 };
+
+/// llama.cpp's names.
+pub const GGUF: &[(&str, &str)] = &[
+    ("gpt_neox.embed_in", "token_embd"),
+    ("gpt_neox.layers", "blk"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("attention.query_key_value", "attn_qkv"),
+    ("attention.dense", "attn_output"),
+    ("mlp.dense_h_to_4h", "ffn_up"),
+    ("mlp.dense_4h_to_h", "ffn_down"),
+    ("gpt_neox.final_layer_norm", "output_norm"),
+    ("embed_out", "output"),
+];

@@ -37,6 +37,7 @@ mod score;
 mod text;
 mod tokenizer;
 mod tokenizer_file;
+mod vocabulary;
 
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};

@@ -175,7 +175,7 @@ impl PromptFormat {
         let first = |most: usize| -> Result<usize> {
             let (mut low, mut high) = (0, questions.len());
             while low < high {
-                let middle = (low + high) / 2;
+                let middle = usize::midpoint(low, high);
                 if ids(questions[middle])?.len() > most { low = middle + 1 } else { high = middle }
             }
             Ok(low)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pricket_nn::clip;
 
-use crate::{Error, Result, tokenizer_file};
+use crate::{Error, Result, tokenizer_file, vocabulary};
 
 /// A repository's tokenizer.json. Cheap to clone.
 ///
@@ -69,6 +69,20 @@ impl Tokenizer {
             }
         }
         Ok(Self { shared: Arc::new(Shared { inner, origin, bytes, special }) })
+    }
+
+    /// A byte-level BPE tokenizer from the lists that GGUF files carry: words, their kinds (3 is special, 4 is added, 5 is
+    /// padding; an empty list where there are none) and merges. Text is normalised as NFC, as GPT-NeoX's tokenizer does.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`], naming `origin`.
+    pub fn from_vocabulary(
+        words: &[Vec<u8>],
+        kinds: &[i64],
+        merges: &[Vec<u8>],
+        origin: impl Into<String>,
+    ) -> Result<Self> {
+        Self::from_bytes(vocabulary::to_json(words, kinds, merges).to_string().as_bytes(), origin)
     }
 
     /// Ids below this are the tokenizer's; a model's vocabulary is mostly padded beyond.
@@ -187,7 +201,7 @@ impl Decoder {
 }
 
 /// GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode`, openai/gpt-2).
-fn byte_alphabet() -> HashMap<char, u8> {
+pub(crate) fn byte_alphabet() -> HashMap<char, u8> {
     let visible = |b: &u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let hidden = (0..=255u8).filter(|b| !visible(b)).zip(256u32..);
     let moved = hidden.filter_map(|(b, code)| Some((char::from_u32(code)?, b)));

@@ -14,7 +14,7 @@ pub struct Config {
     pub n_heads: usize,
     /// Number of blocks.
     pub n_layers: usize,
-    /// Rows of the embedding, which is the head too, padding included.
+    /// Rows of the embedding, padding included.
     pub vocab_size: usize,
     /// Positions trained for; a limit only where positions are learned.
     #[serde(default = "max_seq_len")]
@@ -34,6 +34,9 @@ pub struct Config {
     /// Multiplies the logits: a number, or `inv_sqrt_d_model`.
     #[serde(default)]
     pub logit_scale: Option<Value>,
+    /// Whether the embedding is the head too.
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
     /// Of attention.
     #[serde(default)]
     pub attn_config: AttentionConfig,
@@ -110,7 +113,6 @@ fn from_mosaic_gpt(json: &Value) -> Value {
 /// Refuses by name what changes the maths and is not done here.
 fn check_implemented(json: &Value) -> Result<()> {
     let harmless = |key: &str, value: &Value| match key {
-        "tie_word_embeddings" => *value != json!(false),
         "attn_config.sliding_window_size" => *value == json!(-1) || value.is_null(),
         "ffn_config.ffn_type" => *value == json!("mptmlp") || value.is_null(),
         "norm_type" => {
@@ -120,7 +122,7 @@ fn check_implemented(json: &Value) -> Result<()> {
     };
     let keys = ["prefix_lm", "attn_uses_sequence_id", "rope", "qk_gn", "sliding_window_size"];
     let attention = keys.iter().map(|key| (format!("attn_config.{key}"), &json["attn_config"][key]));
-    let others = ["norm_type", "tie_word_embeddings"].map(|key| (key.to_owned(), &json[key]));
+    let others = ["norm_type"].map(|key| (key.to_owned(), &json[key]));
     let ffn = ("ffn_config.ffn_type".to_owned(), &json["ffn_config"]["ffn_type"]);
     match attention.chain(others).chain([ffn]).find(|(key, value)| !harmless(key, value)) {
         Some((key, value)) => Err(Error::config(key, format!("{value} is not implemented"))),
@@ -216,6 +218,11 @@ impl Config {
         }
     }
 
+    /// Whether slopes are those of everybody else's rule too.
+    pub(crate) fn alibi_as_others_do(&self) -> bool {
+        self.alibi() == Alibi::new(self.n_heads, self.attn_config.alibi_bias_max.unwrap_or(8.0))
+    }
+
     pub(crate) fn activation(&self) -> Result<Activation> {
         let function = &self.ffn_config["ffn_act_fn"];
         match (function["name"].as_str(), function["approximate"].as_str()) {
@@ -281,7 +288,6 @@ mod tests {
             ("norm_type", json!("rmsnorm")),
             ("expansion_ratio", json!(0.001)),
             ("logit_scale", json!("large")),
-            ("tie_word_embeddings", json!(false)),
             ("ffn_config", json!({"ffn_type": "te_ln_mlp"})),
             ("n_heads", json!(5)),
             ("layer_norm_epsilon", json!(0)),

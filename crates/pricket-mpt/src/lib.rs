@@ -32,13 +32,15 @@
 //! ```
 
 mod config;
+mod formats;
 mod names;
 
 use candle_core::Tensor;
 use pricket_nn::{Attention, Block, Context, Decoder, LayerNorm, Linear, Mlp, Result, Site, Sizes, Weights, residual};
 
 pub use config::{AttentionConfig, Config};
-pub use names::NAMES;
+pub use formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
+pub use names::{GGUF, NAMES};
 
 /// An MPT model.
 pub type Mpt = Decoder<MptBlock>;
@@ -109,7 +111,8 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let blocks: Result<_> = (0..config.n_layers).map(|i| MptBlock::load(config, alibi, &layers.pp(i))).collect();
     let blocks = blocks?;
     let norm = trunk.layer_norm("norm_f", d, config.layer_norm_epsilon, config.has_bias())?;
-    let head = Linear::tied(&embed);
+    let head =
+        if config.tie_word_embeddings { Linear::tied(&embed) } else { weights.linear("lm_head", d, vocab, false)? };
     // Biases by distance have no end; learned positions do.
     let trained_length = config.max_seq_len;
     let context = (!alibi).then_some(trained_length);

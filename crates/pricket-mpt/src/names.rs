@@ -3,16 +3,35 @@ use pricket_nn::Names;
 /// The names of llm-foundry's `MPTForCausalLM`, as the Hub has them.
 pub const NAMES: Names = Names {
     aliases: &[],
-    // MosaicGPT, the forerunner, called the same tensors so.
-    parts: &[
-        ("norm_1", "ln_1"),
-        ("norm_2", "ln_2"),
-        ("norm_f", "ln_f"),
-        ("ffn.up_proj", "mlp.mlp_up"),
-        ("ffn.down_proj", "mlp.mlp_down"),
-    ],
+    spellings: &[MOSAIC_GPT, GGUF],
     // Composer adds a prefix, a bare `MPTModel` lacks one.
     prefixes: &[("", "model."), ("transformer.", "")],
     // transformers stores the head although it is the embedding; old code saved its bias tables.
     buffers: &["lm_head.weight", ".attn_bias"],
 };
+
+/// MosaicGPT, the forerunner, called the same tensors so.
+const MOSAIC_GPT: &[(&str, &str)] = &[
+    ("norm_1", "ln_1"),
+    ("norm_2", "ln_2"),
+    ("norm_f", "ln_f"),
+    ("ffn.up_proj", "mlp.mlp_up"),
+    ("ffn.down_proj", "mlp.mlp_down"),
+];
+
+/// llama.cpp's names.
+pub const GGUF: &[(&str, &str)] = &[
+    ("transformer.wte", "token_embd"),
+    ("transformer.wpe", "position_embd"),
+    ("transformer.blocks", "blk"),
+    ("norm_1", "attn_norm"),
+    ("norm_2", "ffn_norm"),
+    ("attn.Wqkv", "attn_qkv"),
+    ("attn.out_proj", "attn_output"),
+    ("attn.q_ln", "attn_q_norm"),
+    ("attn.k_ln", "attn_k_norm"),
+    ("ffn.up_proj", "ffn_up"),
+    ("ffn.down_proj", "ffn_down"),
+    ("transformer.norm_f", "output_norm"),
+    ("lm_head", "output"),
+];

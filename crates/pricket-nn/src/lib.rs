@@ -47,8 +47,8 @@ pub use error::{Error, Result};
 pub use layers::{Activation, Embedding, LayerNorm};
 pub use linear::{Linear, RowOrder};
 pub use mlp::Mlp;
-/// For messages of the crates above, which see weights through this one.
-pub use pricket_weights::clip;
+/// For the crates above, which see weights through this one.
+pub use pricket_weights::{GgmlLayout, clip};
 pub use progress::{Progress, Silent};
 pub use rotary::Rotary;
 pub use tap::{Recording, Site, Taps};

@@ -13,8 +13,8 @@ use crate::{Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Sil
 pub struct Names {
     /// Canonical name to an old or new spelling of the same tensor.
     pub aliases: &'static [(&'static str, &'static str)],
-    /// Parts of names, from dot to dot, to another spelling of them in every layer: `("norm_1", "ln_1")`.
-    pub parts: &'static [(&'static str, &'static str)],
+    /// Other ways of spelling, each a table of parts of names, from dot to dot: `("norm_1", "ln_1")`.
+    pub spellings: &'static [&'static [(&'static str, &'static str)]],
     /// Prefixes that files of a larger or smaller whole carry or lack: with `("gpt_neox.", "")` the canonical
     /// `gpt_neox.embed_in.weight` is also found as `embed_in.weight`.
     pub prefixes: &'static [(&'static str, &'static str)],
@@ -29,10 +29,7 @@ impl Names {
         out.extend(
             self.aliases.iter().filter(|(canonical, _)| *canonical == name).map(|(_, other)| (*other).to_owned()),
         );
-        let other = self.parts.iter().fold(name.to_owned(), |name, (part, other)| respelled(&name, part, other));
-        if other != name {
-            out.push(other);
-        }
+        out.extend(self.spellings.iter().map(|table| Self::spelled(name, table)).filter(|other| other != name));
         for (prefix, other) in self.prefixes {
             let swapped: Vec<String> =
                 out.iter().filter_map(|n| Some(format!("{other}{}", n.strip_prefix(prefix)?))).collect();
@@ -49,15 +46,27 @@ impl Names {
         if let Some((canonical, _)) = self.aliases.iter().find(|(_, other)| *other == bare) {
             return (*canonical).into();
         }
-        if self.parts.iter().all(|(_, other)| !bare.contains(other)) {
-            return bare.into();
+        for table in self.spellings.iter().filter(|table| table.iter().any(|(_, other)| bare.contains(other))) {
+            let name = table.iter().fold(bare.to_owned(), |name, (part, other)| respelled(&name, other, part));
+            if name != bare {
+                return name.into();
+            }
         }
-        self.parts.iter().fold(bare.to_owned(), |name, (part, other)| respelled(&name, other, part)).into()
+        bare.into()
+    }
+
+    /// `name` as a table spells it.
+    pub fn spelled(name: &str, table: &[(&str, &str)]) -> String {
+        table.iter().fold(name.to_owned(), |name, (part, other)| respelled(&name, part, other))
     }
 
     /// Whether `name` is a buffer rather than a weight.
     pub fn is_buffer(&self, name: &str) -> bool {
-        self.buffers.iter().any(|ending| name.ends_with(ending))
+        self.buffers.iter().any(|ending| {
+            let before = name.strip_suffix(ending);
+            // A whole name, or the end of one from a dot on.
+            before.is_some_and(|before| before.is_empty() || before.ends_with('.') || ending.starts_with('.'))
+        })
     }
 }
 

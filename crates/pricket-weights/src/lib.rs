@@ -34,8 +34,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod cursor;
 mod dtype;
 mod error;
+mod ggml;
+mod gguf;
 mod mapped;
 mod open;
 mod pickle;
@@ -49,6 +52,8 @@ mod zip_directory;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result, clip};
+pub use ggml::{GgmlFile, GgmlLayout};
+pub use gguf::GgufFile;
 pub use open::{Format, choose_weights, find_weights, open, open_file, open_remote, sniff, sniff_remote};
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{Sharded, shard_map};

@@ -73,6 +73,14 @@ impl<'a> Bytes<'a> {
         Self(Source::Mapped { file, start, len })
     }
 
+    /// The bytes, copied if they are a file's; pages that have been read are let go.
+    pub fn into_vec(self) -> Vec<u8> {
+        match self.0 {
+            Source::Owned(bytes) => bytes,
+            Source::Mapped { .. } => elements(&self, u8::from_le_bytes),
+        }
+    }
+
     /// Tells the system that the pages of a range may go; they come back from the file if somebody looks again.
     fn release(&self, from: usize, len: usize) {
         if let Source::Mapped { file, start, .. } = self.0 {
@@ -144,8 +152,7 @@ pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
     let (Dtype::Block(kind), [rows, columns]) = (entry.dtype, &entry.shape[..]) else {
         return Ok(Matrix::Dense(read_tensor(store, name, &Device::Cpu)?));
     };
-    let bytes = store.bytes(name)?;
-    Ok(Matrix::Blocks(Blocks::new(kind, *rows, *columns, elements(&bytes, u8::from_le_bytes))))
+    Ok(Matrix::Blocks(Blocks::new(kind, *rows, *columns, store.bytes(name)?.into_vec())))
 }
 
 /// Copies elements out of a file, which may hold them at any alignment, in pieces: pages that have been read are let go

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use pricket_nn::{CausalLm, Error, Names, Result, Weights};
-use serde_json::Value;
+use pricket_nn::{CausalLm, Error, GgmlLayout, Names, Result, Weights};
+use serde_json::{Value, json};
 
 /// What `model_type` can be.
 const KNOWN: &str = "\"gpt_neox\", \"mpt\", \"mosaic_gpt\"";
@@ -38,6 +38,53 @@ impl Family {
             )),
             (None, None) => Err(Error::config("model_type", format!("missing; expected one of {KNOWN}"))),
         }
+    }
+
+    /// Every header of legacy GGML files.
+    pub(crate) fn ggml_layouts() -> Vec<GgmlLayout> {
+        [&pricket_gpt_neox::GGML[..], &pricket_mpt::GGML].concat()
+    }
+
+    /// The config.json that a legacy GGML header stands for.
+    pub(crate) fn config_from_ggml(
+        layout: &GgmlLayout,
+        header: &Value,
+        shape: &dyn Fn(&str) -> Option<Vec<usize>>,
+    ) -> Result<Value> {
+        if pricket_mpt::GGML.contains(layout) {
+            pricket_mpt::config_from_ggml(header, shape)
+        } else {
+            pricket_gpt_neox::config_from_ggml(header, shape)
+        }
+    }
+
+    /// The config.json that GGUF metadata stand for.
+    pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+        match metadata["general.architecture"].as_str() {
+            Some("gptneox") => pricket_gpt_neox::config_from_gguf(metadata, shape),
+            Some("mpt") => pricket_mpt::config_from_gguf(metadata, shape),
+            other => Err(Error::config(
+                "general.architecture",
+                format!("{other:?} is not a family of this zoo; expected \"gptneox\" or \"mpt\""),
+            )),
+        }
+    }
+
+    /// Names another activation in a config.json: `gelu` by the error function, or `gelu_tanh`.
+    pub(crate) fn set_activation(config: &mut Value, name: &str) -> Result<()> {
+        let tanh = match name {
+            "gelu" => false,
+            "gelu_tanh" => true,
+            _ => return Err(Error::Input(format!("{name:?} is no activation; use gelu or gelu_tanh"))),
+        };
+        match Self::from_config(config)? {
+            Family::GptNeoX(_) => config["hidden_act"] = if tanh { "gelu_pytorch_tanh" } else { "gelu" }.into(),
+            Family::Mpt(_) => {
+                let approximate = if tanh { "tanh" } else { "none" };
+                config["ffn_config"]["ffn_act_fn"] = json!({"name": "gelu", "approximate": approximate});
+            }
+        }
+        Ok(())
     }
 
     /// What sets this configuration apart from the family that a card names; `None` if nothing does.

@@ -6,6 +6,7 @@ use pricket_nn::{ModelInfo, Silent, Weights};
 use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
 
+use crate::containers::{self, Container};
 use crate::family::Family;
 use crate::load::{at, read_json};
 use crate::remote::Tensors;
@@ -20,11 +21,15 @@ pub struct Inspection {
     pub file: PathBuf,
     /// Its format; of the first shard, for an index.
     pub format: Format,
-    /// The config.json, where there is one.
+    /// The format in a line, with its version where there are several.
+    pub describe: String,
+    /// The config.json, where there is one; of a GGUF or GGML file the one that it stands for.
     pub config: Option<Value>,
+    /// What a GGUF or GGML file says of itself; of arrays their lengths.
+    pub metadata: Option<Value>,
     /// The model that configuration and weights make up, where there is a configuration.
     pub info: Option<ModelInfo>,
-    /// Whether a tokenizer.json is there.
+    /// Whether there is a tokenizer: a tokenizer.json, or one that a GGUF file holds.
     pub has_tokenizer: bool,
     /// Every tensor, by name.
     pub tensors: Vec<TensorInfo>,
@@ -71,6 +76,12 @@ impl TensorInfo {
 pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
     match locate(model.as_ref())? {
         Place::Local(path) => {
+            let file = if path.is_dir() { pricket_weights::find_weights(&path).ok() } else { Some(path.clone()) };
+            if let Some(file) = file.filter(|file| file.is_file())
+                && let Some(container) = containers::open(&file, None)?
+            {
+                return contained(file, container);
+            }
             let open = || {
                 let file = if path.is_dir() { pricket_weights::find_weights(&path)? } else { path.clone() };
                 let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
@@ -125,17 +136,7 @@ fn look(
         pricket_lm::Tokenizer::from_file(&tokenizer)?;
     }
     let (file, format, store, provenance) = open()?;
-    let names = store.names();
-    let is_buffer = |name: &str| family.as_ref().is_some_and(|family| family.names().is_buffer(name));
-    let mut tensors = Vec::with_capacity(names.len());
-    for name in names {
-        let Some(entry) = store.entry(&name) else { continue };
-        let (file, is_buffer) = (store.origin(&name), is_buffer(&name));
-        if let (Dtype::Other(kind), false) = (entry.dtype, is_buffer) {
-            warnings.push(format!("{name} is stored as {kind}, which is not read"));
-        }
-        tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
-    }
+    let tensors = list(&*store, family.as_ref(), &mut warnings);
     let mut info = None;
     if let Some(family) = &family {
         let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());
@@ -145,5 +146,56 @@ fn look(
     if config.is_some() && !has_tokenizer {
         warnings.push("no tokenizer.json: give one to read or write text".into());
     }
-    Ok(Inspection { file, format, config, info, has_tokenizer, tensors, warnings, provenance })
+    Ok(Inspection {
+        file,
+        format,
+        describe: format.to_string(),
+        config,
+        metadata: None,
+        info,
+        has_tokenizer,
+        tensors,
+        warnings,
+        provenance,
+    })
+}
+
+/// Every tensor; warns of those that are not read.
+fn list(store: &dyn Store, family: Option<&Family>, warnings: &mut Vec<String>) -> Vec<TensorInfo> {
+    let is_buffer = |name: &str| family.is_some_and(|family| family.names().is_buffer(name));
+    let mut tensors = Vec::new();
+    for name in store.names() {
+        let Some(entry) = store.entry(&name) else { continue };
+        let (file, is_buffer) = (store.origin(&name), is_buffer(&name));
+        if let (Dtype::Other(kind), false) = (entry.dtype, is_buffer) {
+            warnings.push(format!("{name} is stored as {kind}, which is not read"));
+        }
+        tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
+    }
+    tensors
+}
+
+/// Looks at a file that holds everything.
+fn contained(file: PathBuf, container: Container) -> Result<Inspection> {
+    let Container { config, tokenizer, store, describe, metadata, mut warnings, .. } = container;
+    let family = Family::from_config(&config).map_err(|e| at(&file, e))?;
+    let tensors = list(&*store, Some(&family), &mut warnings);
+    let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());
+    let info = family.load(&weights).map_err(|e| at(&file, e))?.info().clone();
+    warnings.extend(crate::load::unused_warning(&weights));
+    if tokenizer.is_none() {
+        warnings.push("no tokenizer: give one to read or write text".into());
+    }
+    Ok(Inspection {
+        format: pricket_weights::sniff(&file)?,
+        describe,
+        config: Some(config),
+        metadata: Some(metadata),
+        info: Some(info),
+        has_tokenizer: tokenizer.is_some(),
+        tensors,
+        warnings,
+        provenance: Provenance::of_directory(&crate::load::parent(&file), std::slice::from_ref(&file)),
+        file,
+    })
 }

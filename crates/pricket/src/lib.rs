@@ -27,6 +27,7 @@
 mod audit;
 mod cards;
 mod checkpoints;
+mod containers;
 mod conversation;
 mod device;
 mod error;
@@ -48,6 +49,7 @@ pub use candle_core as candle;
 pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
 pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
 pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
+pub use containers::{QkvOrder, open_weights};
 pub use conversation::{Conversation, Reply};
 pub use device::device;
 pub use error::{Error, Result};

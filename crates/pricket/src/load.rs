@@ -8,11 +8,12 @@ use pricket_nn::{CausalLm, Context, ModelInfo, Policy, Progress, Silent, Weights
 use pricket_weights::{Headers, SafetensorsFile, Store};
 use serde_json::Value;
 
+use crate::containers::Fused;
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
 use crate::repository::{Fetched, Place, fetch_id, fetch_tokenizer, locate, snapshot_warnings};
-use crate::{Error, Pricket, Provenance, Result, prompts};
+use crate::{Error, Pricket, Provenance, QkvOrder, Result, containers, prompts};
 
 /// A checkpoint that is compiled into the program.
 struct Embedded {
@@ -59,6 +60,9 @@ impl Embedded {
         })
     }
 }
+
+/// Whose tokenizer legacy GGML files were made with.
+const NEOX_TOKENIZER: &str = "EleutherAI/gpt-neox-20b";
 
 /// A config.json is a kilobyte.
 const MAX_JSON: u64 = 1 << 20;
@@ -141,6 +145,9 @@ pub struct Loader {
     hub: Option<Hub>,
     train: bool,
     any_memory: bool,
+    qkv: QkvOrder,
+    activation: Option<String>,
+    changes: Vec<(String, Value)>,
 }
 
 #[derive(Clone)]
@@ -207,6 +214,9 @@ impl Loader {
             hub: None,
             train: false,
             any_memory: false,
+            qkv: QkvOrder::Auto,
+            activation: None,
+            changes: Vec::new(),
         }
     }
 
@@ -266,6 +276,29 @@ impl Loader {
         self
     }
 
+    /// How the fused matrices of a GPT-NeoX model's GGUF file are laid out, instead of finding out.
+    #[must_use]
+    pub fn neox_qkv(mut self, order: QkvOrder) -> Self {
+        self.qkv = order;
+        self
+    }
+
+    /// Computes another GELU than the configuration says: `gelu` by the error function, or `gelu_tanh`, which llama.cpp takes
+    /// for every model and GPT-NeoX was trained with.
+    #[must_use]
+    pub fn activation(mut self, name: impl Into<String>) -> Self {
+        self.activation = Some(name.into());
+        self
+    }
+
+    /// Changes a key of the configuration, `use_parallel_residual` or `attn_config.clip_qkv`: for files that say something
+    /// wrong, or nothing.
+    #[must_use]
+    pub fn set(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.changes.push((key.into(), value.into()));
+        self
+    }
+
     /// Loads it. Headers, names, shapes and memory are checked before a weight is read.
     ///
     /// # Errors
@@ -275,7 +308,14 @@ impl Loader {
         if let Some(path) = &self.tokenizer {
             opened.provenance.replace("tokenizer.json", path);
         }
-        let refused = |e| at(&opened.config_path, e);
+        let config_path = opened.config_path.clone();
+        let refused = |e| at(&config_path, e);
+        for (key, value) in &self.changes {
+            set(&mut opened.config, key, value.clone())?;
+        }
+        if let Some(name) = &self.activation {
+            Family::set_activation(&mut opened.config, name)?;
+        }
         let family = Family::from_config(&opened.config).map_err(refused)?;
         let policy = match (self.train, self.precision, self.device.is_cpu()) {
             (true, ..) => Policy::Train,
@@ -291,19 +331,33 @@ impl Loader {
             memory::check(&self.source.name(), &Estimate::new(dry.info().clone(), 512))?;
         }
         let pool = pool(self.threads)?;
-        let progress = &self.progress;
-        progress.begin(&format!("loading {}", self.source.name()), headers.bytes_read(), "bytes");
-        let weights = Weights::with_progress(opened.store, family.names(), &self.device, policy, Arc::clone(progress));
-        let model = pool.install(|| family.load(&weights));
-        progress.end();
-        let model = model.map_err(refused)?;
+        let read = headers.bytes_read();
+        let build = |in_model_order: bool| {
+            self.progress.begin(&format!("loading {}", self.source.name()), read, "bytes");
+            let (store, progress) = (Arc::clone(&opened.store), Arc::clone(&self.progress));
+            let weights = Weights::with_progress(store, family.names(), &self.device, policy, progress);
+            let weights = if in_model_order { weights.in_model_order() } else { weights };
+            let model = pool.install(|| family.load(&weights));
+            self.progress.end();
+            let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: Arc::clone(&pool) }) };
+            Ok((model.map(pooled).map_err(refused)?, weights))
+        };
+        let (model, weights) = match (&opened.fused, self.qkv) {
+            (Fused::Unknown(..), QkvOrder::Split) | (Fused::Model, _) => build(true)?,
+            (Fused::Unknown(..), QkvOrder::Interleaved) | (Fused::Trained, _) => build(false)?,
+            (&Fused::Unknown(likely, why), QkvOrder::Auto) => {
+                let (built, note) = by_evidence(build, likely, why, &opened)?;
+                opened.notes.push(note);
+                built
+            }
+        };
         let stranger = stranger_warning(&opened.provenance, model.info(), &family);
         let licence = licence_warning(&opened.provenance);
         let (format, chosen) = prompts::choose(&opened.provenance, &opened.config, opened.tokenizer.as_ref());
         let generation_config = opened.generation_config.as_ref();
         Ok(Pricket::new(Parts {
             threads: pool.current_num_threads(),
-            model: Arc::new(Pooled { model, pool }),
+            model,
             eos: eos_ids(&opened.config, generation_config, opened.tokenizer.as_ref()),
             tokenizer: opened.tokenizer,
             config: opened.config,
@@ -331,7 +385,21 @@ impl Loader {
                 Ok(Opened { config, config_path: "config".into(), tokenizer: given, ..Opened::new(Arc::clone(store)) })
             }
             Source::Path(path) => match locate(path)? {
-                Place::Local(path) => open_files(&path, None, given),
+                Place::Local(path) => {
+                    let mut opened = open_files(&path, None, given)?;
+                    if opened.wants_neox_tokenizer {
+                        let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
+                        let why = "no tokenizer can be made of the words in the file, which have lost bytes";
+                        opened.take_tokenizer(
+                            &path.display().to_string(),
+                            why,
+                            NEOX_TOKENIZER,
+                            &hub,
+                            &*self.progress,
+                        )?;
+                    }
+                    Ok(opened)
+                }
                 Place::Hub(id) => {
                     let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
                     let fetched = fetch_id(&id, &hub, &*self.progress)?;
@@ -344,8 +412,108 @@ impl Loader {
     }
 }
 
+/// Sets a key, `outer.inner` for one inside another.
+fn set(config: &mut Value, key: &str, value: Value) -> Result<()> {
+    let mut at = config;
+    for part in key.split('.') {
+        if !(at.is_object() || at.is_null()) {
+            return Err(Error::Input(format!("{key}: the configuration has no such place")));
+        }
+        at = &mut at[part];
+    }
+    *at = value;
+    Ok(())
+}
+
+/// Sentences of the simplest kind, which every model that was trained on English finds likelier in its right mind.
+const EVIDENCE: &str = "Tom had a red ball and a big dog. One day the dog took the ball and ran to the house. \
+    Tom said that he would look for it. He looked in the box, but the ball was not in the box. \
+    The man asked what the dog had done with the ball, and she said that it was in the water.";
+
+/// By how many nats a token one loss must be below the other, and below that of guessing: what was never trained, or on
+/// something else, tells nothing.
+const CLEAR: f64 = 0.25;
+
+/// A model, and the cursor that it was loaded from.
+type Built = (Arc<dyn CausalLm>, Weights);
+
+/// Loads a model both ways and keeps the one that finds a text likelier; where that tells nothing, the one that its weights
+/// speak for; else the likely one.
+fn by_evidence(
+    build: impl Fn(bool) -> Result<Built>,
+    likely: bool,
+    why: &str,
+    opened: &Opened,
+) -> Result<(Built, String)> {
+    let name = |in_model_order: bool| if in_model_order { "split" } else { "interleaved" };
+    let by_rows = || -> Result<(bool, String)> {
+        let heads = opened.config["num_attention_heads"].as_u64().unwrap_or(1) as usize;
+        let (split, interleaved) = containers::told_by_rows(&*opened.store, heads)?;
+        let told = format!(
+            "{:.2} of the spread of row norms, and {:.2} the other way",
+            split.max(interleaved),
+            split.min(interleaved)
+        );
+        Ok(match split.max(interleaved) {
+            most if most > 0.1 && most > 2.0 * split.min(interleaved) => {
+                (split > interleaved, format!("Q, K and V explain {told}"))
+            }
+            _ => (likely, why.into()),
+        })
+    };
+    let Some(tokenizer) = &opened.tokenizer else {
+        let (order, why) = by_rows()?;
+        return Ok((
+            build(order)?,
+            format!("QKV rows are {}: {why}; without a tokenizer no text can tell", name(order)),
+        ));
+    };
+    let ids = tokenizer.encode(EVIDENCE)?;
+    let loss = |model: &Arc<dyn CausalLm>| -> Result<f64> {
+        let room = model.info().context.unwrap_or(ids.len()).min(ids.len());
+        let scored = pricket_lm::token_logprobs(&**model, &ids[..room])?;
+        Ok(-scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len().max(1) as f64)
+    };
+    // The unlikely one first, so that the one that is kept is mostly the one in memory.
+    let other = loss(&build(!likely)?.0)?;
+    let built = build(likely)?;
+    let found = loss(&built.0)?;
+    let guessing = (tokenizer.vocab_size() as f64).ln();
+    let clear = |this: f64, that: f64| this + CLEAR < that.min(guessing);
+    let (order, why) = if clear(other, found) || clear(found, other) {
+        let (this, that) = (found.min(other), found.max(other));
+        (likely == (found < other), format!("loss of a text {this:.2} nats a token, and {that:.2} the other way"))
+    } else {
+        let (order, why) = by_rows()?;
+        (order, format!("{why}; the loss of a text tells nothing ({found:.2} and {other:.2} nats a token)"))
+    };
+    let note = format!("QKV rows are {}: {why}", name(order));
+    Ok((if order == likely { built } else { build(order)? }, note))
+}
+
+/// Opens a file that holds everything, if it is one.
+fn open_container(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Opened>> {
+    let Some(container) = containers::open(path, given)? else { return Ok(None) };
+    let directory = parent(path);
+    Ok(Some(Opened {
+        config: container.config,
+        config_path: path.to_owned(),
+        tokenizer: container.tokenizer,
+        provenance: Provenance::of_directory(&directory, &[path.to_owned()]),
+        warnings: container.warnings,
+        fused: container.fused,
+        wants_neox_tokenizer: container.wants_neox_tokenizer,
+        ..Opened::new(container.store)
+    }))
+}
+
 /// Opens a directory or a weight file with its configuration beside it.
 fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -> Result<Opened> {
+    let file = if path.is_dir() { pricket_weights::find_weights(path).ok() } else { Some(path.to_owned()) };
+    let file = file.filter(|file| fetched.is_none() && file.is_file());
+    if let Some(opened) = file.map(|file| open_container(&file, given.as_ref())).transpose()?.flatten() {
+        return Ok(opened);
+    }
     let directory = if path.is_dir() { path.to_owned() } else { parent(path) };
     let config_path = directory.join("config.json");
     if !config_path.is_file() {
@@ -437,6 +605,8 @@ struct Opened {
     warnings: Vec<String>,
     notes: Vec<String>,
     in_use: Option<InUse>,
+    fused: Fused,
+    wants_neox_tokenizer: bool,
 }
 
 impl Opened {
@@ -451,24 +621,31 @@ impl Opened {
             warnings: Vec::new(),
             notes: Vec::new(),
             in_use: None,
+            fused: Fused::Trained,
+            wants_neox_tokenizer: false,
         }
     }
 
     /// Where a repository has no tokenizer, takes that of the one that its card or configuration names.
     fn borrow_tokenizer(&mut self, id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<()> {
         let named = prompts::card_of(id.repo.as_str()).and_then(|card| card.tokenizer.as_deref());
-        let Some(from) = named.or(self.config["tokenizer_name"].as_str()).filter(|_| self.tokenizer.is_none()) else {
-            return Ok(());
-        };
+        let from = named.or(self.config["tokenizer_name"].as_str()).map(str::to_owned);
+        match from.filter(|_| self.tokenizer.is_none()) {
+            Some(from) => self.take_tokenizer(&id.to_string(), "it has no tokenizer", &from, hub, progress),
+            None => Ok(()),
+        }
+    }
+
+    fn take_tokenizer(&mut self, whose: &str, why: &str, from: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {
         let found = fetch_tokenizer(from, hub, progress).and_then(|path| Ok((Tokenizer::from_file(&path)?, path)));
         match found {
             Ok((tokenizer, path)) => {
                 self.tokenizer = Some(tokenizer);
                 self.provenance.replace("tokenizer.json", &path);
-                self.notes.push(format!("{id} has no tokenizer: that of {from} is used"));
+                self.notes.push(format!("{whose}: {why}, so that of {from} is used"));
             }
             Err(Error::Cancelled) => return Err(Error::Cancelled),
-            Err(e) => self.warnings.push(format!("{id} has no tokenizer, and that of {from} cannot be had: {e}")),
+            Err(e) => self.warnings.push(format!("{whose}: {why}, and that of {from} cannot be had: {e}")),
         }
         Ok(())
     }

@@ -1,0 +1,146 @@
+//! What GGUF and the containers before it call the keys of config.json.
+
+use pricket_nn::{Error, GgmlLayout, Result};
+use serde_json::{Value, json};
+
+/// The headers of legacy GGML files: with the residual's kind since 2023-05-13, without it before.
+pub const GGML: [GgmlLayout; 2] = [
+    GgmlLayout { name: "gpt-neox header of 8", fields: &fields::<8>(Some("par_res")), plain_version: 0 },
+    GgmlLayout { name: "gpt-neox header of 7", fields: &fields::<7>(None), plain_version: 0 },
+];
+
+const fn fields<const N: usize>(residual: Option<&'static str>) -> [(&'static str, bool); N] {
+    let mut out = [("ftype", false); N];
+    let first = ["n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "n_rot"];
+    let mut i = 0;
+    while i < first.len() {
+        out[i].0 = first[i];
+        i += 1;
+    }
+    if let Some(residual) = residual {
+        out[first.len()].0 = residual;
+    }
+    out
+}
+
+/// The rotated share that makes `rotated` of `head_dim` after rounding down, as transformers rounds.
+fn share(rotated: u64, head_dim: u64) -> f64 {
+    let mut share = rotated as f64 / head_dim.max(1) as f64;
+    while ((head_dim as f64 * share) as u64) < rotated && share < 1.0 {
+        share = share.next_up();
+    }
+    share
+}
+
+/// The config.json that the header of a legacy GGML file stands for; `shape` tells the shape of a tensor of the file.
+///
+/// # Errors
+/// [`Error::Config`] naming a field that is missing.
+pub fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+    let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
+    let (width, heads, rotated) = (field("n_embd")?, field("n_head")?, field("n_rot")?);
+    let head_dim = width / heads.max(1);
+    // Files of before the field exist for both kinds; those of RedPajama-INCITE rotate every dimension.
+    let parallel = header["par_res"].as_u64().map_or(rotated != head_dim, |flag| flag != 0);
+    Ok(json!({
+        "model_type": "gpt_neox", "hidden_act": "gelu", "vocab_size": field("n_vocab")?, "hidden_size": width,
+        "num_attention_heads": heads, "num_hidden_layers": field("n_layer")?, "max_position_embeddings": field("n_ctx")?,
+        "intermediate_size": rows(shape, "gpt_neox.layers.0.mlp.dense_h_to_4h.weight")?, "layer_norm_eps": 1e-5,
+        "rotary_pct": share(rotated, head_dim), "rotary_emb_base": 10000, "use_parallel_residual": parallel,
+        "tie_word_embeddings": false, "eos_token_id": 0, "bos_token_id": 0,
+    }))
+}
+
+/// The config.json that GGUF metadata stand for; `shape` tells the shape of a tensor of the file.
+///
+/// # Errors
+/// [`Error::Config`] naming a key that is missing or not implemented.
+pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+    let at = |key: &str| &metadata[format!("gptneox.{key}")];
+    let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("gptneox.{key}"), "missing"));
+    let (width, heads) = (number("embedding_length")?, number("attention.head_count")?);
+    let head_dim = width / heads.max(1);
+    let scaling = at("rope.scaling.type")
+        .as_str()
+        .filter(|kind| *kind != "none")
+        .map(|kind| json!({"type": kind, "factor": at("rope.scaling.factor")}));
+    let kv = at("attention.head_count_kv");
+    if kv.as_u64().is_some_and(|kv| kv != heads) {
+        return Err(Error::config("gptneox.attention.head_count_kv", format!("{kv} is not implemented")));
+    }
+    Ok(json!({
+        // The file says nothing of the activation: it is the one of the published checkpoints.
+        "model_type": "gpt_neox", "hidden_act": "gelu", "vocab_size": rows(shape, "token_embd.weight")?,
+        "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": number("block_count")?,
+        "max_position_embeddings": number("context_length")?, "intermediate_size": number("feed_forward_length")?,
+        "layer_norm_eps": at("attention.layer_norm_epsilon").as_f64().unwrap_or(1e-5),
+        "rotary_pct": share(at("rope.dimension_count").as_u64().unwrap_or(head_dim), head_dim),
+        "rotary_emb_base": at("rope.freq_base").as_f64().unwrap_or(10000.0), "rope_scaling": scaling,
+        "use_parallel_residual": at("use_parallel_residual").as_bool().unwrap_or(true),
+        "attention_bias": shape("blk.0.attn_qkv.bias").is_some(),
+        "tie_word_embeddings": shape("output.weight").is_none(),
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"], "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+    }))
+}
+
+/// The GGUF metadata that a config.json stands for: the reverse of [`config_from_gguf`].
+///
+/// # Errors
+/// As [`crate::Config::from_json`].
+pub fn gguf_metadata(config: &Value) -> Result<Value> {
+    let read = crate::Config::from_json(config)?;
+    let rotary = read.rotary()?;
+    let mut out = json!({
+        "general.architecture": "gptneox",
+        "gptneox.context_length": read.max_position_embeddings, "gptneox.embedding_length": read.hidden_size,
+        "gptneox.block_count": read.num_hidden_layers, "gptneox.feed_forward_length": read.intermediate_size,
+        "gptneox.attention.head_count": read.num_attention_heads,
+        "gptneox.rope.dimension_count": rotary.as_ref().map_or(0, |rotary| rotary.dims),
+        "gptneox.rope.freq_base": rotary.as_ref().map_or(10000.0, |rotary| rotary.base),
+        "gptneox.use_parallel_residual": read.use_parallel_residual,
+        "gptneox.attention.layer_norm_epsilon": read.layer_norm_eps,
+    });
+    if let Some(rotary) = rotary.filter(|rotary| rotary.factor != 1.0) {
+        out["gptneox.rope.scaling.type"] = "linear".into();
+        out["gptneox.rope.scaling.factor"] = rotary.factor.into();
+    }
+    Ok(out)
+}
+
+fn rows(shape: &dyn Fn(&str) -> Option<Vec<usize>>, name: &str) -> Result<usize> {
+    let found = shape(name).and_then(|shape| shape.first().copied());
+    found.ok_or_else(|| Error::config(name, "the file has no such tensor"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_comes_back_as_the_dimensions_that_it_was_made_of() {
+        for head_dim in 1..=256u64 {
+            for rotated in 0..=head_dim {
+                assert_eq!((head_dim as f64 * share(rotated, head_dim)) as u64, rotated, "{rotated} of {head_dim}");
+            }
+        }
+    }
+
+    #[test]
+    fn metadata_come_back_as_the_configuration_that_they_were_made_of() {
+        let config = json!({
+            "model_type": "gpt_neox", "vocab_size": 96, "hidden_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 100, "hidden_act": "gelu", "max_position_embeddings": 77, "rotary_pct": 0.3,
+            "rotary_emb_base": 5000, "use_parallel_residual": false, "layer_norm_eps": 1e-6,
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+        });
+        let metadata = gguf_metadata(&config).unwrap();
+        let shape = |name: &str| (name != "blk.0.attn_qkv.bias").then(|| vec![96, 80]);
+        let back = crate::Config::from_json(&config_from_gguf(&metadata, &shape).unwrap()).unwrap();
+        let config = crate::Config::from_json(&config).unwrap();
+        assert_eq!(back.rotary().unwrap(), config.rotary().unwrap());
+        assert_eq!((back.hidden_size, back.max_position_embeddings, back.layer_norm_eps), (80, 77, 1e-6));
+        assert!(!back.use_parallel_residual && !back.attention_bias && back.intermediate_size == 100);
+        let missing = config_from_gguf(&json!({}), &shape).unwrap_err();
+        assert!(missing.to_string().contains("gptneox.embedding_length"), "{missing}");
+    }
+}

@@ -1,0 +1,109 @@
+//! What GGUF and the containers before it call the keys of config.json.
+
+use pricket_nn::{Error, GgmlLayout, Result};
+use serde_json::{Value, json};
+
+/// The header of legacy GGML files. Its quantised blocks were never those of before the first reordering, whatever
+/// `ftype` says.
+pub const GGML: [GgmlLayout; 1] = [GgmlLayout {
+    name: "mpt header",
+    fields: &[
+        ("d_model", false),
+        ("max_seq_len", false),
+        ("n_heads", false),
+        ("n_layers", false),
+        ("n_vocab", false),
+        ("alibi_bias_max", true),
+        ("clip_qkv", true),
+        ("ftype", false),
+    ],
+    plain_version: 1,
+}];
+
+/// The config.json that the header of a legacy GGML file stands for; `shape` tells the shape of a tensor of the file.
+///
+/// # Errors
+/// [`Error::Config`] naming a field that is missing.
+pub fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+    let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
+    let float = |key: &str| header[key].as_f64().filter(|x| *x > 0.0);
+    let d = field("d_model")?;
+    Ok(json!({
+        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "d_model": d, "n_heads": field("n_heads")?,
+        "n_layers": field("n_layers")?, "vocab_size": field("n_vocab")?, "max_seq_len": field("max_seq_len")?,
+        "expansion_ratio": rows(shape, "transformer.blocks.0.ffn.up_proj.weight")? as f64 / d.max(1) as f64,
+        "no_bias": shape("transformer.blocks.0.attn.Wqkv.bias").is_none(),
+        "attn_config": {
+            "alibi": float("alibi_bias_max").is_some(), "alibi_bias_max": float("alibi_bias_max"),
+            "clip_qkv": float("clip_qkv"),
+        },
+        "eos_token_id": 0, "bos_token_id": 0,
+    }))
+}
+
+/// The config.json that GGUF metadata stand for; `shape` tells the shape of a tensor of the file.
+///
+/// # Errors
+/// [`Error::Config`] naming a key that is missing or not implemented.
+pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+    let at = |key: &str| &metadata[format!("mpt.{key}")];
+    let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("mpt.{key}"), "missing"));
+    let float = |key: &str| at(key).as_f64().filter(|x| *x > 0.0);
+    let (d, heads) = (number("embedding_length")?, number("attention.head_count")?);
+    let kv = at("attention.head_count_kv").as_u64().unwrap_or(heads);
+    let holds = |name: &str| shape(name).is_some();
+    if holds("blk.0.ffn_act.scales") {
+        return Err(Error::config("blk.0.ffn_act.scales", "scaled activations are not implemented"));
+    }
+    Ok(json!({
+        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "d_model": d, "n_heads": heads,
+        "n_layers": number("block_count")?, "vocab_size": rows(shape, "token_embd.weight")?,
+        "max_seq_len": number("context_length")?, "learned_pos_emb": holds("position_embd.weight"),
+        "expansion_ratio": number("feed_forward_length")? as f64 / d.max(1) as f64,
+        "layer_norm_epsilon": at("attention.layer_norm_epsilon").as_f64().unwrap_or(1e-5),
+        "no_bias": !holds("blk.0.attn_norm.bias"),
+        "attn_config": {
+            "attn_type": if kv == heads { "multihead_attention" } else { "grouped_query_attention" }, "kv_n_heads": kv,
+            "alibi": !holds("position_embd.weight"), "alibi_bias_max": float("attention.max_alibi_bias"),
+            "clip_qkv": float("attention.clamp_kqv"), "qk_ln": holds("blk.0.attn_q_norm.weight"),
+        },
+        // Files of 2023 hold the head a second time, quantised with more bits.
+        "tie_word_embeddings": !holds("output.weight"),
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"], "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+    }))
+}
+
+/// The GGUF metadata that a config.json stands for: the reverse of [`config_from_gguf`].
+///
+/// # Errors
+/// As [`crate::Config::from_json`], and for what GGUF has no key for.
+pub fn gguf_metadata(config: &Value) -> Result<Value> {
+    let read = crate::Config::from_json(config)?;
+    let attention = &read.attn_config;
+    let lost = [
+        ("attn_config.softmax_scale", attention.softmax_scale.is_some()),
+        ("logit_scale", read.logit_scale()? != 1.0),
+        ("attn_config.alibi_bias_max", attention.alibi.unwrap_or(true) && !read.alibi_as_others_do()),
+    ];
+    if let Some((key, _)) = lost.into_iter().find(|(_, lost)| *lost) {
+        return Err(Error::config(key, "GGUF has no key for it"));
+    }
+    let mut out = json!({
+        "general.architecture": "mpt",
+        "mpt.context_length": read.max_seq_len, "mpt.embedding_length": read.d_model, "mpt.block_count": read.n_layers,
+        "mpt.feed_forward_length": read.hidden(), "mpt.attention.head_count": read.n_heads,
+        "mpt.attention.head_count_kv": read.kv_heads()?,
+        "mpt.attention.layer_norm_epsilon": read.layer_norm_epsilon,
+        "mpt.attention.max_alibi_bias":
+            if attention.alibi.unwrap_or(true) { attention.alibi_bias_max.unwrap_or(8.0) } else { 0.0 },
+    });
+    if let Some(clip) = attention.clip_qkv {
+        out["mpt.attention.clamp_kqv"] = clip.into();
+    }
+    Ok(out)
+}
+
+fn rows(shape: &dyn Fn(&str) -> Option<Vec<usize>>, name: &str) -> Result<usize> {
+    let found = shape(name).and_then(|shape| shape.first().copied());
+    found.ok_or_else(|| Error::config(name, "the file has no such tensor"))
+}

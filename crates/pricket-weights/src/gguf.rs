@@ -1,0 +1,393 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use pricket_kernels::BlockType;
+use serde_json::Value;
+
+use crate::cursor::Cursor;
+use crate::error::clip;
+use crate::mapped::Mapped;
+use crate::source::Source;
+use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+
+/// Names of keys and tensors are a few dozen bytes long.
+const MAX_NAME: usize = 256;
+/// Texts beside the vocabulary: licences, templates.
+const MAX_TEXT: usize = 1 << 20;
+const MAX_DIMS: u32 = 4;
+
+/// A GGUF file, version 1 to 3, memory-mapped (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
+///
+/// A tensor of a type that is not read is listed, and an error only when its bytes are asked for.
+#[derive(Debug)]
+pub struct GgufFile {
+    source: Source,
+    version: u32,
+    metadata: BTreeMap<String, Meta>,
+    tensors: BTreeMap<String, Place>,
+}
+
+/// A tensor: its type, shape (outermost first), and where its bytes are.
+#[derive(Debug)]
+struct Place {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    start: usize,
+    len: usize,
+}
+
+/// A value of the metadata. Arrays stay in the file: a header may say that they are longer than memory.
+#[derive(Clone, Debug)]
+enum Meta {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+    Bool(bool),
+    Text(Vec<u8>),
+    Array { kind: u32, count: usize, start: usize },
+}
+
+/// Bytes of a number of a metadata type; `None` for strings and arrays.
+fn width(kind: u32) -> Option<usize> {
+    match kind {
+        0 | 1 | 7 => Some(1),
+        2 | 3 => Some(2),
+        4..=6 => Some(4),
+        10..=12 => Some(8),
+        _ => None,
+    }
+}
+
+const TEXT: u32 = 8;
+const ARRAY: u32 = 9;
+
+/// The type that ggml numbers so.
+pub(crate) fn dtype_of(kind: u32) -> Dtype {
+    match kind {
+        0 => Dtype::F32,
+        1 => Dtype::F16,
+        24 => Dtype::I8,
+        25 => Dtype::I16,
+        26 => Dtype::I32,
+        27 => Dtype::I64,
+        28 => Dtype::F64,
+        30 => Dtype::BF16,
+        _ => match NUMBERS.iter().find(|(number, _)| *number == kind) {
+            Some((_, block)) => Dtype::Block(*block),
+            None => Dtype::Other(
+                NAMES.iter().find(|(number, _)| *number == kind).map_or("a type of no known name", |n| n.1),
+            ),
+        },
+    }
+}
+
+/// ggml's numbers of the block types.
+pub(crate) const NUMBERS: [(u32, BlockType); 12] = [
+    (2, BlockType::Q4_0),
+    (3, BlockType::Q4_1),
+    (6, BlockType::Q5_0),
+    (7, BlockType::Q5_1),
+    (8, BlockType::Q8_0),
+    (9, BlockType::Q8_1),
+    (10, BlockType::Q2K),
+    (11, BlockType::Q3K),
+    (12, BlockType::Q4K),
+    (13, BlockType::Q5K),
+    (14, BlockType::Q6K),
+    (15, BlockType::Q8K),
+];
+
+/// Those that are known and not read.
+const NAMES: [(u32, &str); 13] = [
+    (16, "iq2_xxs"),
+    (17, "iq2_xs"),
+    (18, "iq3_xxs"),
+    (19, "iq1_s"),
+    (20, "iq4_nl"),
+    (21, "iq3_s"),
+    (22, "iq2_s"),
+    (23, "iq4_xs"),
+    (29, "iq1_m"),
+    (34, "tq1_0"),
+    (35, "tq2_0"),
+    (39, "mxfp4"),
+    (40, "nvfp4"),
+];
+
+/// Reads a header: counts and lengths are 32 bits wide in version 1.
+struct Reader<'a> {
+    cursor: Cursor<'a>,
+    version: u32,
+}
+
+impl Reader<'_> {
+    fn count(&mut self, what: &str) -> Result<usize> {
+        let count = if self.version == 1 { u64::from(self.cursor.u32(what)?) } else { self.cursor.u64(what)? };
+        usize::try_from(count).map_err(|_| self.cursor.corrupt(format!("{what} of {count}")))
+    }
+
+    fn text(&mut self, most: usize, what: &str) -> Result<Vec<u8>> {
+        let len = self.count(what)?;
+        if len > most {
+            return Err(self.cursor.corrupt(format!("{what} of {len} bytes, where {most} are the most")));
+        }
+        Ok(self.cursor.take(len, what)?.into_owned())
+    }
+
+    fn name(&mut self, what: &str) -> Result<String> {
+        let bytes = self.text(MAX_NAME, what)?;
+        String::from_utf8(bytes).map_err(|_| self.cursor.corrupt(format!("{what} that is no UTF-8")))
+    }
+
+    fn value(&mut self, kind: u32, key: &str) -> Result<Meta> {
+        if kind == TEXT {
+            return Ok(Meta::Text(self.text(MAX_TEXT, key)?));
+        }
+        if kind == ARRAY {
+            let kind = self.cursor.u32(key)?;
+            let count = self.count(key)?;
+            let start = self.cursor.at;
+            if let Some(width) = width(kind) {
+                self.cursor.skip(count.saturating_mul(width), key)?;
+            } else if kind == TEXT {
+                let smallest = if self.version == 1 { 4 } else { 8 };
+                if count > self.cursor.left() / smallest {
+                    return Err(self.cursor.corrupt(format!("truncated: {key} of {count} strings")));
+                }
+                for _ in 0..count {
+                    let len = self.count(key)?;
+                    self.cursor.skip(len, key)?;
+                }
+            } else {
+                return Err(self.cursor.corrupt(format!("{key} is an array of type {kind}, which is not read")));
+            }
+            return Ok(Meta::Array { kind, count, start });
+        }
+        let Some(width) = width(kind) else {
+            return Err(self.cursor.corrupt(format!("{key} has the type {kind}, which there is none of")));
+        };
+        let bytes = self.cursor.take(width, key)?;
+        Ok(number(kind, &bytes))
+    }
+}
+
+fn number(kind: u32, bytes: &[u8]) -> Meta {
+    let mut wide = [0; 8];
+    wide[..bytes.len()].copy_from_slice(bytes);
+    let unsigned = u64::from_le_bytes(wide);
+    // Shifted up and down again, the sign fills what the number does not.
+    let signed = || {
+        let unused = 64 - 8 * bytes.len() as u32;
+        ((unsigned << unused) as i64) >> unused
+    };
+    match kind {
+        1 | 3 | 5 | 11 => Meta::Signed(signed()),
+        6 => Meta::Float(f64::from(f32::from_bits(unsigned as u32))),
+        12 => Meta::Float(f64::from_bits(unsigned)),
+        7 => Meta::Bool(unsigned != 0),
+        _ => Meta::Unsigned(unsigned),
+    }
+}
+
+impl GgufFile {
+    /// Reads the header of `path`.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming the key or tensor if the file contradicts itself.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::new(Source::Mapped(Mapped::open(path.as_ref())?))
+    }
+
+    pub(crate) fn new(source: Source) -> Result<Self> {
+        let mut cursor = Cursor::new(&source, 0);
+        if *cursor.take(4, "the magic")? != *b"GGUF" {
+            return Err(source.corrupt("not a GGUF file"));
+        }
+        let version = cursor.u32("the version")?;
+        if version.swap_bytes() < 16 && version >= 16 {
+            let what = "a GGUF file for big-endian machines".into();
+            return Err(Error::Unsupported { path: source.path().into(), what });
+        }
+        if !(1..=3).contains(&version) {
+            let what = format!("GGUF version {version}; versions 1 to 3 are read");
+            return Err(Error::Unsupported { path: source.path().into(), what });
+        }
+        let mut reader = Reader { cursor, version };
+        let tensor_count = reader.count("the number of tensors")?;
+        let value_count = reader.count("the number of metadata values")?;
+        // Each takes two dozen bytes at least, so that a header cannot ask for more than the file could hold.
+        let most = reader.cursor.left() / 12;
+        if tensor_count > most || value_count > most {
+            let what = format!("truncated: {tensor_count} tensors and {value_count} values in {} bytes", source.len());
+            return Err(source.corrupt(what));
+        }
+        let mut metadata = BTreeMap::new();
+        for _ in 0..value_count {
+            let key = reader.name("the key of a metadata value")?;
+            let kind = reader.cursor.u32(&clip(&key))?;
+            let value = reader.value(kind, &format!("metadata {}", clip(&key)))?;
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(source.corrupt(format!("metadata {} is there twice", clip(&key))));
+            }
+        }
+        let alignment = match metadata.get("general.alignment") {
+            None => 32,
+            Some(Meta::Unsigned(n)) if n.is_power_of_two() && (8..=1 << 20).contains(n) => *n as usize,
+            Some(other) => return Err(source.corrupt(format!("general.alignment is {other:?}"))),
+        };
+        let mut headers = Vec::with_capacity(tensor_count.min(1 << 16));
+        for _ in 0..tensor_count {
+            headers.push(Self::tensor(&mut reader)?);
+        }
+        let base = reader.cursor.at.next_multiple_of(alignment);
+        let tensors = Self::places(&source, headers, base, alignment)?;
+        Ok(Self { source, version, metadata, tensors })
+    }
+
+    /// Name, type, shape and offset of the next tensor.
+    fn tensor(reader: &mut Reader<'_>) -> Result<(String, Dtype, Vec<usize>, u64)> {
+        let name = reader.name("the name of a tensor")?;
+        let shown = clip(&name);
+        let dims = reader.cursor.u32(&shown)?;
+        if dims == 0 || dims > MAX_DIMS {
+            return Err(reader.cursor.corrupt(format!("tensor {shown} has {dims} dimensions")));
+        }
+        let mut shape = Vec::with_capacity(dims as usize);
+        for _ in 0..dims {
+            shape.push(reader.count(&shown)?);
+        }
+        // ggml counts from the innermost.
+        shape.reverse();
+        let dtype = dtype_of(reader.cursor.u32(&shown)?);
+        let offset = reader.cursor.u64(&shown)?;
+        Ok((name, dtype, shape, offset))
+    }
+
+    /// Checks that every tensor lies in the file and none in another.
+    fn places(
+        source: &Source,
+        headers: Vec<(String, Dtype, Vec<usize>, u64)>,
+        base: usize,
+        alignment: usize,
+    ) -> Result<BTreeMap<String, Place>> {
+        let mut tensors = BTreeMap::new();
+        let mut ranges = Vec::with_capacity(headers.len());
+        for (name, dtype, shape, offset) in headers {
+            let shown = clip(&name);
+            let len = tensor_bytes(dtype, &shape).map_err(|what| source.corrupt(format!("tensor {shown}: {what}")))?;
+            let start = usize::try_from(offset).ok().filter(|offset| offset.is_multiple_of(alignment));
+            let start = start.and_then(|offset| base.checked_add(offset));
+            let end = start.and_then(|start| start.checked_add(len)).filter(|&end| end <= source.len());
+            let (Some(start), Some(end)) = (start, end) else {
+                return Err(source.corrupt(format!(
+                    "truncated: tensor {shown} of {len} bytes at offset {offset} of the data does not lie in the file of {} bytes",
+                    source.len()
+                )));
+            };
+            ranges.push((start, end, name.clone()));
+            if tensors.insert(name, Place { dtype, shape, start, len }).is_some() {
+                return Err(source.corrupt(format!("tensor {shown} is there twice")));
+            }
+        }
+        ranges.sort();
+        if let Some(pair) = ranges.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+            let (a, b) = (clip(&pair[0].2), clip(&pair[1].2));
+            return Err(source.corrupt(format!("tensors {a} and {b} overlap")));
+        }
+        Ok(tensors)
+    }
+
+    /// The version of the format.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The metadata as JSON: numbers, texts and flags by key, of an array its length.
+    pub fn metadata(&self) -> Value {
+        let value = |meta: &Meta| match meta {
+            Meta::Unsigned(n) => Value::from(*n),
+            Meta::Signed(n) => Value::from(*n),
+            Meta::Float(x) => Value::from(*x),
+            Meta::Bool(b) => Value::from(*b),
+            Meta::Text(text) => Value::from(String::from_utf8_lossy(text)),
+            Meta::Array { count, .. } => serde_json::json!({ "array": count }),
+        };
+        self.metadata.iter().map(|(key, meta)| (key.clone(), value(meta))).collect()
+    }
+
+    fn array(&self, key: &str, kinds: &[u32]) -> Option<(u32, usize, usize)> {
+        match self.metadata.get(key) {
+            Some(Meta::Array { kind, count, start }) if kinds.contains(kind) => Some((*kind, *count, *start)),
+            _ => None,
+        }
+    }
+
+    /// An array of strings, which may be of any bytes. `None` if there is none of that name.
+    ///
+    /// # Errors
+    /// What reading says.
+    pub fn texts(&self, key: &str) -> Result<Option<Vec<Vec<u8>>>> {
+        let Some((_, count, start)) = self.array(key, &[TEXT]) else { return Ok(None) };
+        let mut reader = Reader { cursor: Cursor::new(&self.source, start), version: self.version };
+        let mut out = Vec::with_capacity(count);
+        for _ in 0..count {
+            let len = reader.count(key)?;
+            out.push(reader.cursor.take(len, key)?.into_owned());
+        }
+        Ok(Some(out))
+    }
+
+    /// An array of integers. `None` if there is none of that name.
+    ///
+    /// # Errors
+    /// What reading says.
+    pub fn integers(&self, key: &str) -> Result<Option<Vec<i64>>> {
+        let Some((kind, count, start)) = self.array(key, &[0, 1, 2, 3, 4, 5, 10, 11]) else { return Ok(None) };
+        let mut cursor = Cursor::new(&self.source, start);
+        let width = width(kind).unwrap_or(1);
+        let bytes = cursor.take(count.saturating_mul(width), key)?;
+        let value = |bytes: &[u8]| match number(kind, bytes) {
+            Meta::Signed(n) => n,
+            Meta::Unsigned(n) => n as i64,
+            _ => 0,
+        };
+        Ok(Some(bytes.chunks_exact(width).map(value).collect()))
+    }
+}
+
+/// Bytes of a tensor; 0 for a type whose size is not known.
+pub(crate) fn tensor_bytes(dtype: Dtype, shape: &[usize]) -> Result<usize, String> {
+    let elements = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n).filter(|&n| n < 1 << 48));
+    let elements = elements.filter(|&n| n > 0).ok_or_else(|| format!("a size of {shape:?}"))?;
+    if let (Dtype::Block(kind), Some(columns)) = (dtype, shape.last())
+        && !columns.is_multiple_of(kind.elements())
+    {
+        return Err(format!("rows of {columns} are no whole {kind} blocks of {}", kind.elements()));
+    }
+    Ok(dtype.bytes(elements))
+}
+
+impl Store for GgufFile {
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        let place = self.tensors.get(name)?;
+        Some(Entry { shape: place.shape.clone(), dtype: place.dtype })
+    }
+
+    fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
+        let missing = || Error::Missing { origin: self.origin(name), name: name.into() };
+        let place = self.tensors.get(name).ok_or_else(missing)?;
+        if let Dtype::Other(kind) = place.dtype {
+            let what = format!("tensor {name} is stored as {kind}, which is not read");
+            return Err(Error::Unsupported { path: self.source.path().into(), what });
+        }
+        self.source.bytes(place.start, place.len)
+    }
+
+    fn origin(&self, _: &str) -> String {
+        self.source.path().display().to_string()
+    }
+}

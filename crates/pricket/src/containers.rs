@@ -1,0 +1,227 @@
+//! Files that hold configuration, vocabulary and weights in one: GGUF, and the containers before it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use pricket_lm::Tokenizer;
+use pricket_weights::{Format, GgmlFile, GgufFile, Store};
+use serde_json::Value;
+
+use crate::family::Family;
+use crate::{Error, Result};
+
+/// How a GGUF file of a GPT-NeoX model has the rows of its fused query-key-value matrices.
+///
+/// Converters of before May 2024 left them as they were trained, each head's three side by side; later ones write all of Q,
+/// then K, then V. Nothing in a file says which.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum QkvOrder {
+    /// What gives a text the lower loss; where that tells nothing, what the file's age suggests.
+    #[default]
+    Auto,
+    /// Q, then K, then V.
+    Split,
+    /// Head by head.
+    Interleaved,
+}
+
+impl std::str::FromStr for QkvOrder {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "split" => Ok(Self::Split),
+            "interleaved" => Ok(Self::Interleaved),
+            _ => Err(Error::Input(format!("{name:?} is no order of QKV rows; use auto, split or interleaved"))),
+        }
+    }
+}
+
+/// The order of a file's fused matrices, as far as the file tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fused {
+    /// As the Hub has them.
+    Trained,
+    /// As the model wants them.
+    Model,
+    /// One of the two; whether it is more likely the model's, and why.
+    Unknown(bool, &'static str),
+}
+
+/// What such a file holds.
+pub(crate) struct Container {
+    pub(crate) config: Value,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) fused: Fused,
+    /// What it is, in a line.
+    pub(crate) describe: String,
+    /// What it says of itself.
+    pub(crate) metadata: Value,
+    pub(crate) warnings: Vec<String>,
+    /// Whether its vocabulary is that of GPT-NeoX-20B, whose tokenizer it lacks.
+    pub(crate) wants_neox_tokenizer: bool,
+}
+
+/// Opens `path` if it is such a file; `given` is the tokenizer that the user names, which comes before the file's.
+pub(crate) fn open(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Container>> {
+    match pricket_weights::sniff(path)? {
+        Format::Gguf => gguf(path, given).map(Some),
+        Format::LegacyGgml => ggml(path, given).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// The tensors of a weight file of any format, as they are named and stored there: a safetensors or PyTorch file, an index
+/// of shards, GGUF, or legacy GGML.
+///
+/// # Errors
+/// One that names the file and what is wrong with it.
+pub fn open_weights(path: impl AsRef<Path>) -> Result<Arc<dyn Store>> {
+    let path = path.as_ref();
+    if path.is_file()
+        && let Some(container) = open(path, None)?
+    {
+        return Ok(container.store);
+    }
+    Ok(Arc::from(pricket_weights::open(path)?))
+}
+
+fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
+    let file = GgufFile::open(path)?;
+    let metadata = file.metadata();
+    let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
+    let config = Family::config_from_gguf(&metadata, &shape).map_err(|e| crate::load::at(path, e))?;
+    let mut warnings = Vec::new();
+    let tokenizer = if let Some(given) = given {
+        Some(given.clone())
+    } else {
+        match gguf_tokenizer(&file, &metadata, path) {
+            Ok(tokenizer) => tokenizer,
+            Err(e) => {
+                warnings.push(format!("its tokenizer is not used: {e}"));
+                None
+            }
+        }
+    };
+    let fused = match (config["model_type"].as_str(), metadata["pricket.qkv_order"].as_str()) {
+        (Some("gpt_neox"), Some("split")) => Fused::Model,
+        (Some("gpt_neox"), _) if file.version() < 3 => Fused::Unknown(false, "the file is of version 1 or 2"),
+        (Some("gpt_neox"), _) if metadata["tokenizer.ggml.pre"].is_null() => {
+            Fused::Unknown(false, "the file has no tokenizer.ggml.pre, so it is of before May 2024")
+        }
+        (Some("gpt_neox"), _) => Fused::Unknown(true, "the file has tokenizer.ggml.pre, as those since May 2024 have"),
+        _ => Fused::Model,
+    };
+    let describe = format!("GGUF, version {}", file.version());
+    Ok(Container {
+        config,
+        tokenizer,
+        store: Arc::new(file),
+        fused,
+        describe,
+        metadata,
+        warnings,
+        wants_neox_tokenizer: false,
+    })
+}
+
+/// How much of the spread of the rows' norms it explains to call them Q, K and V in one order or the other: split,
+/// interleaved. Training makes values other than queries and keys; rows that are called wrong are all alike.
+pub(crate) fn told_by_rows(store: &dyn Store, heads: usize) -> Result<(f64, f64)> {
+    let (mut total, mut explained) = (0.0, [0.0; 2]);
+    // A few layers tell as well as all.
+    for layer in 0..8 {
+        let name = format!("blk.{layer}.attn_qkv.weight");
+        if store.entry(&name).is_none() {
+            break;
+        }
+        let weight = pricket_weights::read_tensor(store, &name, &Device::Cpu)?.to_dtype(DType::F32)?;
+        let norms: Vec<f32> = weight.sqr()?.sum(1)?.to_vec1()?;
+        let logs: Vec<f64> = norms.iter().map(|norm| f64::from(norm.max(1e-20)).ln()).collect();
+        let width = logs.len() / 3;
+        let dim = (width / heads.max(1)).max(1);
+        let mean = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
+        total += logs.iter().map(|x| (x - mean).powi(2)).sum::<f64>();
+        let part = [|row: usize, width: usize, _: usize| row / width.max(1), |row, _, dim| row / dim % 3];
+        for (part, explained) in part.iter().zip(&mut explained) {
+            let (mut sums, mut counts) = ([0.0; 3], [0.0f64; 3]);
+            for (row, x) in logs.iter().enumerate() {
+                let part = part(row, width, dim).min(2);
+                sums[part] += x - mean;
+                counts[part] += 1.0;
+            }
+            *explained += sums.iter().zip(&counts).map(|(sum, count)| sum * sum / count.max(1.0)).sum::<f64>();
+        }
+    }
+    let share = |x: f64| if total > 0.0 { x / total } else { 0.0 };
+    Ok((share(explained[0]), share(explained[1])))
+}
+
+/// The pre-tokenizers that are GPT-2's under other names.
+const GPT2_LIKE: [&str; 6] = ["default", "gpt-2", "gpt-neox", "mpt", "olmo", "stablelm"];
+
+/// Tokens and merges of GPT-NeoX-20B's tokenizer without its added runs of spaces, and the first of those: 24 spaces.
+const NEOX_BASE: (usize, usize) = (50254, 50009);
+
+fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Option<Tokenizer>> {
+    let Some(mut words) = file.texts("tokenizer.ggml.tokens")? else { return Ok(None) };
+    let origin = path.display().to_string();
+    let wrong = |what: String| Error::Tokenizer { origin: origin.clone(), what };
+    let (model, pre) = (metadata["tokenizer.ggml.model"].as_str(), metadata["tokenizer.ggml.pre"].as_str());
+    if model != Some("gpt2") || pre.is_some_and(|pre| !GPT2_LIKE.contains(&pre)) {
+        return Err(wrong(format!("a tokenizer of kind {model:?}, {pre:?}; byte-level BPE as GPT-2's is read")));
+    }
+    let Some(merges) = file.texts("tokenizer.ggml.merges")? else {
+        return Err(wrong("it has tokens and no merges".into()));
+    };
+    let kinds = file.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
+    if (words.len(), merges.len()) == NEOX_BASE {
+        // The first converters left out the runs of spaces, longest first, which the model was trained with.
+        words.extend((2..=24).rev().map(|n| vec![b' '; n]));
+    }
+    Ok(Some(Tokenizer::from_vocabulary(&words, &kinds, &merges, origin)?))
+}
+
+fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
+    let file = GgmlFile::open(path, &Family::ggml_layouts())?;
+    let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
+    let config =
+        Family::config_from_ggml(file.layout(), &file.header(), &shape).map_err(|e| crate::load::at(path, e))?;
+    let mut warnings = file.warnings().to_vec();
+    let beside = crate::load::parent(path).join("tokenizer.json");
+    let tokenizer = match given {
+        Some(given) => Some(given.clone()),
+        None => beside.is_file().then(|| Tokenizer::from_file(&beside)).transpose()?,
+    };
+    if let Some(tokenizer) = &tokenizer {
+        let known = (0..file.words()).filter_map(|id| Some((id, file.word(id)?)));
+        // Bytes of parts of characters became U+FFFD, and added tokens are spelled in other ways.
+        let known = known.filter(|(id, word)| {
+            !word.is_empty() && word.is_ascii() && !word.contains(&b'[') && !tokenizer.is_special(*id as u32)
+        });
+        let (mut all, mut other) = (0, 0);
+        for (id, word) in known {
+            all += 1;
+            other += usize::from(tokenizer.token_bytes(id as u32) != word);
+        }
+        if 20 * other > all {
+            warnings.push(format!("the tokenizer is not the file's: {other} of {all} words differ"));
+        }
+    }
+    let word = |id: usize, text: &str| file.word(id).is_some_and(|word| word == text.as_bytes());
+    let is_neox = word(0, "<|endoftext|>") && word(2422, "Al") && word(547, "ice") && file.words() >= NEOX_BASE.0;
+    Ok(Container {
+        config,
+        wants_neox_tokenizer: tokenizer.is_none() && is_neox,
+        tokenizer,
+        fused: Fused::Trained,
+        describe: file.describe(),
+        metadata: file.header(),
+        warnings,
+        store: Arc::new(file),
+    })
+}
