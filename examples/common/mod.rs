@@ -6,7 +6,7 @@ mod finish;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pricket::{Loader, Precision, Pricket};
+use pricket::{BlockType, Loader, Precision, Pricket, Quantisation};
 
 pub(crate) use bar::Bar;
 pub(crate) use finish::finish;
@@ -27,6 +27,12 @@ pub(crate) struct ModelArgs {
     /// Type of the weights: auto (as stored on the CPU, bf16 on a GPU), f32, bf16 or f16
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: Precision,
+    /// Quantises the matrices while they are loaded: q4_0, q4_1, q5_0, q5_1, q8_0, or q2k to q6k
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) quantize: Option<BlockType>,
+    /// The type of embedding and head under --quantize, or none to leave them as they are
+    #[arg(long, value_name = "TYPE", default_value = "q8_0")]
+    pub(crate) quantize_tables: String,
     /// A tokenizer.json to use instead of the model's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
@@ -45,9 +51,18 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// Loads it, or an embedded model where none is named, with a progress bar on a terminal; warnings go to stderr.
-    pub(crate) fn load(&self, embedded: &str) -> pricket::Result<Pricket> {
-        let loader = match (&self.model, &self.revision) {
+    /// What --quantize and --quantize-tables say.
+    pub(crate) fn quantisation(&self) -> pricket::Result<Option<Quantisation>> {
+        let tables = match self.quantize_tables.as_str() {
+            "none" => None,
+            name => Some(name.parse().map_err(pricket::Error::Input)?),
+        };
+        Ok(self.quantize.map(|weights| Quantisation { weights, tables }))
+    }
+
+    /// Where the model is, or an embedded one where none is named.
+    pub(crate) fn source(&self, embedded: &str) -> pricket::Result<Loader> {
+        Ok(match (&self.model, &self.revision) {
             (None, None) => Loader::embedded(embedded)?,
             (model, revision) => {
                 let tiny = || format!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/{}"), embedded).into();
@@ -58,8 +73,12 @@ impl ModelArgs {
                 }
                 Loader::new(PathBuf::from(path))
             }
-        };
-        let loaded = self.configure(loader)?.precision(self.dtype).load()?;
+        })
+    }
+
+    /// Loads it, or an embedded model where none is named, with a progress bar on a terminal; warnings go to stderr.
+    pub(crate) fn load(&self, embedded: &str) -> pricket::Result<Pricket> {
+        let loaded = self.configure(self.source(embedded)?)?.precision(self.dtype).load()?;
         for warning in loaded.warnings() {
             eprintln!("warning: {warning}");
         }
@@ -77,6 +96,9 @@ impl ModelArgs {
         }
         if let Some(threads) = self.threads {
             loader = loader.threads(threads);
+        }
+        if let Some(wanted) = self.quantisation()? {
+            loader = loader.quantise(wanted);
         }
         if let Some(name) = &self.activation {
             loader = loader.activation(name);

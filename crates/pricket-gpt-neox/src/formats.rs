@@ -69,8 +69,8 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
         return Err(Error::config("gptneox.attention.head_count_kv", format!("{kv} is not implemented")));
     }
     Ok(json!({
-        // The file says nothing of the activation: it is the one of the published checkpoints.
-        "model_type": "gpt_neox", "hidden_act": "gelu", "vocab_size": rows(shape, "token_embd.weight")?,
+        // Other programs' files say nothing of the activation: it is the one of the published checkpoints.
+        "model_type": "gpt_neox", "hidden_act": metadata["pricket.hidden_act"].as_str().unwrap_or("gelu"), "vocab_size": rows(shape, "token_embd.weight")?,
         "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": number("block_count")?,
         "max_position_embeddings": number("context_length")?, "intermediate_size": number("feed_forward_length")?,
         "layer_norm_eps": at("attention.layer_norm_epsilon").as_f64().unwrap_or(1e-5),
@@ -98,7 +98,7 @@ pub fn gguf_metadata(config: &Value) -> Result<Value> {
         "gptneox.rope.dimension_count": rotary.as_ref().map_or(0, |rotary| rotary.dims),
         "gptneox.rope.freq_base": rotary.as_ref().map_or(10000.0, |rotary| rotary.base),
         "gptneox.use_parallel_residual": read.use_parallel_residual,
-        "gptneox.attention.layer_norm_epsilon": read.layer_norm_eps,
+        "gptneox.attention.layer_norm_epsilon": read.layer_norm_eps, "pricket.hidden_act": read.hidden_act,
     });
     if let Some(rotary) = rotary.filter(|rotary| rotary.factor != 1.0) {
         out["gptneox.rope.scaling.type"] = "linear".into();

@@ -8,6 +8,8 @@
 
 use std::sync::Arc;
 
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Result, Tensor, bail};
 use half::f16;
 use rayon::prelude::*;
 
@@ -128,6 +130,76 @@ impl BlockType {
     }
 }
 
+impl BlockType {
+    /// Those that [`quantise`] makes, by the names that flags give them.
+    pub const MADE: [Self; 10] = [
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
+
+    fn to_candle(self) -> Option<GgmlDType> {
+        Some(match self {
+            Self::Q4_0 => GgmlDType::Q4_0,
+            Self::Q4_1 => GgmlDType::Q4_1,
+            Self::Q5_0 => GgmlDType::Q5_0,
+            Self::Q5_1 => GgmlDType::Q5_1,
+            Self::Q8_0 => GgmlDType::Q8_0,
+            Self::Q2K => GgmlDType::Q2K,
+            Self::Q3K => GgmlDType::Q3K,
+            Self::Q4K => GgmlDType::Q4K,
+            Self::Q5K => GgmlDType::Q5K,
+            Self::Q6K => GgmlDType::Q6K,
+            _ => return None,
+        })
+    }
+
+    /// Whether it is one of those that GGUF files hold.
+    pub const fn is_current(self) -> bool {
+        !matches!(self, Self::Q4_0V1 | Self::Q4_1V1 | Self::Q8_0V1 | Self::Q4_2 | Self::Q4_3)
+    }
+
+    /// The type of the same blocks with scales in f16, for those that have them in f32.
+    pub const fn narrow(self) -> Option<Self> {
+        match self {
+            Self::Q4_0V1 => Some(Self::Q4_0),
+            Self::Q4_1V1 => Some(Self::Q4_1),
+            Self::Q8_0V1 => Some(Self::Q8_0),
+            _ => None,
+        }
+    }
+
+    /// This type for rows of `columns`; where they are no whole blocks of it, the next larger one of small blocks, as
+    /// llama.cpp chooses. `None` if no type fits.
+    pub fn fitting(self, columns: usize) -> Option<Self> {
+        let small = match self {
+            Self::Q2K | Self::Q3K => Self::Q4_0,
+            Self::Q4K => Self::Q5_0,
+            Self::Q5K => Self::Q5_1,
+            Self::Q6K => Self::Q8_0,
+            other => other,
+        };
+        [self, small].into_iter().find(|kind| columns > 0 && columns.is_multiple_of(kind.elements()))
+    }
+}
+
+impl std::str::FromStr for BlockType {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        let same = |kind: &&Self| kind.name() == name.to_lowercase().replace("_k", "k");
+        let names = || Self::MADE.map(Self::name).join(", ");
+        Self::MADE.iter().find(same).copied().ok_or_else(|| format!("{name:?} is no quantised type; use {}", names()))
+    }
+}
+
 impl std::fmt::Display for BlockType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
@@ -229,6 +301,25 @@ mod x86 {
     pub(super) fn avx2(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
         plain(kind, bytes, out);
     }
+}
+
+/// Quantises rows of `columns` values, as ggml's reference code does it.
+///
+/// # Errors
+/// For values that are not finite, rows that are no whole blocks, and types that are not in [`BlockType::MADE`].
+pub fn quantise(kind: BlockType, values: &[f32], columns: usize) -> Result<Vec<u8>> {
+    let Some(theirs) = kind.to_candle() else { bail!("{kind} is read and not written") };
+    if columns == 0 || !columns.is_multiple_of(kind.elements()) || !values.len().is_multiple_of(columns) {
+        bail!("rows of {columns} are no whole {kind} blocks of {}", kind.elements());
+    }
+    if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+        bail!("{} in row {} cannot be quantised", values[at], at / columns);
+    }
+    let parts = values.par_chunks(columns * 16).map(|rows| {
+        let tensor = Tensor::from_slice(rows, (rows.len() / columns, columns), &Device::Cpu)?;
+        Ok(QTensor::quantize(&tensor, theirs)?.data()?.into_owned())
+    });
+    Ok(parts.collect::<Result<Vec<_>>>()?.concat())
 }
 
 fn half(bytes: &[u8]) -> f32 {
@@ -413,6 +504,24 @@ fn q6k(b: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
+/// Old blocks with their scales in f16, as blocks of [`BlockType::narrow`]; `None` if a scale is no such number.
+pub fn narrowed(kind: BlockType, bytes: &[u8]) -> Option<Vec<u8>> {
+    let narrow = kind.narrow()?;
+    let scales = if kind == BlockType::Q4_1V1 { 2 } else { 1 };
+    let mut out = Vec::with_capacity(bytes.len() / kind.layout().1 * narrow.layout().1);
+    for block in bytes.chunks_exact(kind.layout().1) {
+        for scale in block[..4 * scales].chunks_exact(4) {
+            let (wide, small) = (single(scale), f16::from_f32(single(scale)));
+            if small.to_f32().to_bits() != wide.to_bits() {
+                return None;
+            }
+            out.extend(small.to_le_bytes());
+        }
+        out.extend(&block[4 * scales..]);
+    }
+    Some(out)
+}
+
 /// The 4-bit integers of 32-element blocks of before 2023-05-14, neighbours in a byte, brought into today's order: the
 /// first sixteen in the low halves. `kind` tells where in a block they are. Nothing is lost.
 pub fn halves_from_pairs(kind: BlockType, bytes: &mut [u8]) {
@@ -438,32 +547,19 @@ pub fn halves_from_pairs(kind: BlockType, bytes: &mut [u8]) {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::{GgmlDType, QTensor};
-    use candle_core::{Device, Tensor};
-
     use super::*;
 
     /// Candle's blocks are read as candle reads them.
     #[test]
     fn values_are_those_of_another_reader() {
-        let types = [
-            (BlockType::Q4_0, GgmlDType::Q4_0),
-            (BlockType::Q4_1, GgmlDType::Q4_1),
-            (BlockType::Q5_0, GgmlDType::Q5_0),
-            (BlockType::Q5_1, GgmlDType::Q5_1),
-            (BlockType::Q8_0, GgmlDType::Q8_0),
-            (BlockType::Q2K, GgmlDType::Q2K),
-            (BlockType::Q3K, GgmlDType::Q3K),
-            (BlockType::Q4K, GgmlDType::Q4K),
-            (BlockType::Q5K, GgmlDType::Q5K),
-            (BlockType::Q6K, GgmlDType::Q6K),
-        ];
         let source = Tensor::randn(0f32, 1.0, (6, 512), &Device::Cpu).unwrap();
-        for (kind, theirs) in types {
-            let quantised = QTensor::quantize(&source, theirs).unwrap();
+        for kind in BlockType::MADE {
+            let quantised = QTensor::quantize(&source, kind.to_candle().unwrap()).unwrap();
             let bytes = quantised.data().unwrap().into_owned();
             let expected: Vec<f32> =
                 quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let values: Vec<f32> = source.flatten_all().unwrap().to_vec1().unwrap();
+            assert_eq!(quantise(kind, &values, 512).unwrap(), bytes, "{kind}");
             let blocks = Blocks::new(kind, 6, 512, bytes);
             assert_eq!(blocks.to_f32(), expected, "{kind}");
             // Whatever the processor: the plain loop gives the same bits.
@@ -471,6 +567,20 @@ mod tests {
             plain(kind, blocks.row(3), &mut slow);
             assert_eq!(slow, expected[3 * 512..4 * 512], "{kind}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_quantised_is_refused() {
+        assert!(quantise(BlockType::Q4_0, &[1.0; 33], 33).unwrap_err().to_string().contains("no whole q4_0 blocks"));
+        let mut values = [1.0; 64];
+        values[40] = f32::NAN;
+        assert!(quantise(BlockType::Q8_0, &values, 32).unwrap_err().to_string().contains("NaN in row 1"));
+        assert!(quantise(BlockType::Q4_2, &values[..32], 32).is_err());
+        assert_eq!(
+            (BlockType::Q4K.fitting(512), BlockType::Q4K.fitting(96)),
+            (Some(BlockType::Q4K), Some(BlockType::Q5_0))
+        );
+        assert_eq!((BlockType::Q6K.fitting(48), "Q4_K".parse()), (None, Ok(BlockType::Q4K)));
     }
 
     #[test]
@@ -487,6 +597,18 @@ mod tests {
         let mut out = [0.0; 16];
         dequantise(BlockType::Q4_2, &small, &mut out);
         assert!(out.iter().enumerate().all(|(i, &x)| x == (i as f32 - 8.0) * 0.5), "{out:?}");
+    }
+
+    #[test]
+    fn scales_that_are_f16_lose_nothing() {
+        let block = |scale: f32| [&scale.to_le_bytes()[..], &[0x5a; 16]].concat();
+        let whole = [block(0.5), block(-3.0)].concat();
+        let small = narrowed(BlockType::Q4_0V1, &whole).unwrap();
+        let (mut a, mut b) = ([0.0; 64], [0.0; 64]);
+        dequantise(BlockType::Q4_0V1, &whole, &mut a);
+        dequantise(BlockType::Q4_0, &small, &mut b);
+        assert_eq!((a, small.len()), (b, 36));
+        assert!(narrowed(BlockType::Q4_0V1, &[block(0.5), block(0.1)].concat()).is_none());
     }
 
     #[test]

@@ -26,7 +26,7 @@ mod rotary;
 mod shared;
 
 pub use attention::{AttentionOp, Causal, attention};
-pub use blocks::{BlockType, Blocks, dequantise, halves_from_pairs};
+pub use blocks::{BlockType, Blocks, dequantise, halves_from_pairs, narrowed, quantise};
 pub use dot::{dot, dot_bf16, dot_f16};
 pub use gelu::GeluOp;
 pub use linear::{LinearOp, Stored, linear, linear_transposed};

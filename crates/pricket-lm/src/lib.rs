@@ -46,3 +46,4 @@ pub use sampling::{Sampler, Sampling};
 pub use score::{TokenLogprob, check_finite, loss, token_logprobs};
 pub use text::TextStream;
 pub use tokenizer::{Decoder, Tokenizer};
+pub use vocabulary::Vocabulary;

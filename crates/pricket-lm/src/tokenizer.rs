@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use pricket_nn::clip;
 
-use crate::{Error, Result, tokenizer_file, vocabulary};
+use crate::vocabulary::{self, Vocabulary};
+use crate::{Error, Result, tokenizer_file};
 
 /// A repository's tokenizer.json. Cheap to clone.
 ///
@@ -83,6 +84,26 @@ impl Tokenizer {
         origin: impl Into<String>,
     ) -> Result<Self> {
         Self::from_bytes(vocabulary::to_json(words, kinds, merges).to_string().as_bytes(), origin)
+    }
+
+    /// The tokenizer.json that says the same.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the library cannot write it.
+    pub fn to_json(&self) -> Result<String> {
+        let wrong = |e: tokenizers::Error| Error::Tokenizer { origin: self.shared.origin.clone(), what: e.to_string() };
+        self.shared.inner.to_string(false).map_err(wrong)
+    }
+
+    /// The reverse of [`Tokenizer::from_vocabulary`]: words, kinds (1 plain, 3 special, 4 added, 5 padding up to `count`) and merges.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if it is no BPE.
+    pub fn to_vocabulary(&self, count: usize) -> Result<Vocabulary> {
+        let wrong = |what: String| Error::Tokenizer { origin: self.shared.origin.clone(), what };
+        let json = self.shared.inner.to_string(false).map_err(|e| wrong(e.to_string()))?;
+        let json = serde_json::from_str(&json).map_err(|e| wrong(e.to_string()))?;
+        vocabulary::from_json(&json, count).ok_or_else(|| wrong("it is no byte-pair encoding".into()))
     }
 
     /// Ids below this are the tokenizer's; a model's vocabulary is mostly padded beyond.

@@ -10,6 +10,44 @@ const SPECIAL: i64 = 3;
 const ADDED: i64 = 4;
 const UNUSED: i64 = 5;
 
+/// A tokenizer as lists, as GGUF files carry it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// The words by id, spelled in letters that stand for bytes; special and added ones as they are.
+    pub words: Vec<String>,
+    /// Their kinds.
+    pub kinds: Vec<i32>,
+    /// Two words that become one, with a space between, the first to be merged first.
+    pub merges: Vec<String>,
+}
+
+/// The lists of a tokenizer.json, padded to `count` words.
+pub(crate) fn from_json(json: &Value, count: usize) -> Option<Vocabulary> {
+    let vocab = json["model"]["vocab"].as_object()?;
+    let added = json["added_tokens"].as_array()?;
+    let ids = vocab.values().chain(added.iter().map(|token| &token["id"])).filter_map(Value::as_u64);
+    let count = ids.max().map_or(0, |id| id as usize + 1).max(count);
+    let mut words: Vec<String> = (0..count).map(|id| format!("[PAD{id}]")).collect();
+    let mut kinds = vec![UNUSED as i32; count];
+    for (word, id) in vocab {
+        let id = id.as_u64()? as usize;
+        (words[id], kinds[id]) = (word.clone(), 1);
+    }
+    for token in added {
+        let id = token["id"].as_u64()? as usize;
+        let kind = if token["special"] == true { SPECIAL } else { ADDED };
+        (words[id], kinds[id]) = (token["content"].as_str()?.into(), kind as i32);
+    }
+    let merge = |merge: &Value| match merge {
+        Value::String(merge) => Some(merge.clone()),
+        // Later versions write the two words apart.
+        Value::Array(pair) => Some(format!("{} {}", pair.first()?.as_str()?, pair.get(1)?.as_str()?)),
+        _ => None,
+    };
+    let merges = json["model"]["merges"].as_array()?.iter().map(merge).collect::<Option<_>>()?;
+    Some(Vocabulary { words, kinds, merges })
+}
+
 /// The file that [`crate::Tokenizer::from_vocabulary`] reads.
 pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> Value {
     let alphabet = byte_alphabet();

@@ -69,6 +69,7 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
         },
         // Files of 2023 hold the head a second time, quantised with more bits.
         "tie_word_embeddings": !holds("output.weight"),
+        "ffn_config": {"ffn_act_fn": serde_json::from_str(metadata["pricket.ffn_act_fn"].as_str().unwrap_or("null")).unwrap_or(Value::Null)},
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"], "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
     }))
 }
@@ -97,6 +98,9 @@ pub fn gguf_metadata(config: &Value) -> Result<Value> {
         "mpt.attention.max_alibi_bias":
             if attention.alibi.unwrap_or(true) { attention.alibi_bias_max.unwrap_or(8.0) } else { 0.0 },
     });
+    if let function @ Value::Object(_) = &read.ffn_config["ffn_act_fn"] {
+        out["pricket.ffn_act_fn"] = function.to_string().into();
+    }
     if let Some(clip) = attention.clip_qkv {
         out["mpt.attention.clamp_kqv"] = clip.into();
     }

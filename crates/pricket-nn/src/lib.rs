@@ -52,4 +52,4 @@ pub use pricket_weights::{GgmlLayout, clip};
 pub use progress::{Progress, Silent};
 pub use rotary::Rotary;
 pub use tap::{Recording, Site, Taps};
-pub use weights::{Names, Parameter, Policy, Weights};
+pub use weights::{Names, Parameter, Policy, Quantisation, Weights};

@@ -5,8 +5,8 @@
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
 use candle_core::{D, DType, Tensor};
-pub use pricket_kernels::Matrix;
 use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp};
+pub use pricket_kernels::{BlockType, Blocks, Matrix, narrowed, quantise};
 
 use crate::Result;
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Device, Tensor, Var};
 use pricket_weights::{Dtype, Entry, Store};
 
-use crate::ops::Matrix;
+use crate::ops::{self, BlockType, Blocks, Matrix};
 use crate::{Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Silent};
 
 /// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
@@ -76,6 +76,23 @@ fn respelled(name: &str, from: &str, to: &str) -> String {
     padded[1..padded.len() - 1].to_owned()
 }
 
+/// Which matrices become which blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantisation {
+    /// The type of the blocks' matrices, where their rows are whole blocks of it.
+    pub weights: BlockType,
+    /// That of the embedding and the head; `None` leaves them as stored.
+    pub tables: Option<BlockType>,
+}
+
+impl Quantisation {
+    /// The type of a matrix with rows of `columns`, whether it is an embedding or a head or not; `None` if it stays as it is.
+    pub fn of(self, is_table: bool, columns: usize) -> Option<BlockType> {
+        let kind = if is_table { self.tables } else { Some(self.weights) };
+        kind?.fitting(columns)
+    }
+}
+
 /// What becomes of a weight when it is loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Policy {
@@ -84,6 +101,8 @@ pub enum Policy {
     Stored,
     /// Matrices become this type; vectors take the type of the activations.
     Cast(DType),
+    /// Matrices become quantised blocks; vectors take the type of the activations.
+    Quantise(Quantisation),
     /// Everything becomes an f32 variable that collects gradients; see [`Weights::parameters`].
     Train,
 }
@@ -122,12 +141,16 @@ struct Shared {
 #[derive(Default)]
 struct State {
     asked: BTreeSet<String>,
+    /// Canonical names, and names on file.
+    canonical: Vec<(String, String)>,
     parameters: Vec<Parameter>,
     elements: u64,
     /// In memory.
     bytes: u64,
     /// On file.
     read: u64,
+    /// By canonical name, those that were brought into another order.
+    fused: Vec<(String, RowOrder)>,
     /// Type and size of the largest matrix on file.
     largest: (Option<Dtype>, usize),
 }
@@ -189,8 +212,19 @@ impl Weights {
             Policy::Stored if stored.to_candle().is_none() && !self.device().is_cpu() => {
                 Dtype::from_candle(self.activations())
             }
-            Policy::Stored => stored,
+            Policy::Quantise(wanted) if self.device().is_cpu() => Dtype::Block(wanted.weights),
+            Policy::Stored | Policy::Quantise(_) => stored,
         }
+    }
+
+    /// What was loaded, in that order: canonical names, and names on file.
+    pub fn asked(&self) -> Vec<(String, String)> {
+        self.state().canonical.clone()
+    }
+
+    /// The tensors whose rows are in another order in the model than on file, by their canonical names.
+    pub fn fused(&self) -> Vec<(String, RowOrder)> {
+        self.state().fused.clone()
     }
 
     /// The cursor one level down.
@@ -269,7 +303,12 @@ impl Weights {
     ) -> Result<Linear> {
         let at = self.pp(name);
         let rows = if self.shared.in_model_order { RowOrder::AsStored } else { rows };
-        let weight = at.matrix("weight", &[outputs, inputs], rows)?;
+        if rows != RowOrder::AsStored {
+            self.state().fused.push((at.name("weight"), rows));
+            self.state().fused.push((at.name("bias"), rows));
+        }
+        // What is at the root is the head.
+        let weight = at.matrix("weight", &[outputs, inputs], rows, self.path.is_empty())?;
         let bias = bias.then(|| at.tensor("bias", &[outputs], rows)).transpose()?;
         Ok(Linear { weight, bias })
     }
@@ -291,7 +330,7 @@ impl Weights {
     /// # Errors
     /// As [`Weights::linear`].
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
-        Ok(Embedding { weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored)? })
+        Ok(Embedding { weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored, true)? })
     }
 
     /// Whether the checkpoint holds a tensor `name`. A store without a file holds what was asked for by shape so far.
@@ -335,16 +374,22 @@ impl Weights {
     }
 
     /// A matrix, as the policy says.
-    fn matrix(&self, name: &str, shape: &[usize], rows: RowOrder) -> Result<Matrix> {
+    fn matrix(&self, name: &str, shape: &[usize], rows: RowOrder, is_table: bool) -> Result<Matrix> {
         let Shared { store, device, policy, .. } = &*self.shared;
         let (name, entry) = self.begin(name, shape)?;
+        if let Policy::Quantise(wanted) = policy
+            && device.is_cpu()
+            && let Some(kind) = wanted.of(is_table, shape[1])
+        {
+            return self.quantised(name, &entry, rows, kind);
+        }
         let stored = entry.dtype.to_candle();
         let target = match (policy, stored) {
-            (Policy::Train, _) | (Policy::Stored, Some(DType::F64)) => Some(DType::F32),
+            (Policy::Train, _) | (Policy::Stored | Policy::Quantise(_), Some(DType::F64)) => Some(DType::F32),
             (Policy::Cast(dtype), _) => Some(*dtype),
             // Blocks are multiplied on the CPU; elsewhere they become what they stand for.
-            (Policy::Stored, None) if !device.is_cpu() => Some(self.activations()),
-            (Policy::Stored, stored) => stored,
+            (_, None) if !device.is_cpu() => Some(self.activations()),
+            (_, stored) => stored,
         };
         let bytes = target.map_or(entry.bytes(), |target| target.size_in_bytes() * entry.elements());
         let matrix = match target {
@@ -359,6 +404,32 @@ impl Weights {
         Ok(matrix)
     }
 
+    /// A matrix in blocks of `kind`, row after row, so that of a large one only a part is widened at a time.
+    fn quantised(&self, name: String, entry: &Entry, rows: RowOrder, kind: BlockType) -> Result<Matrix> {
+        let store = &*self.shared.store;
+        let (count, columns) = (entry.shape[0], entry.shape[1]);
+        let bytes = kind.bytes(entry.elements());
+        let matrix = if store.shapes_only() {
+            Matrix::Dense(self.shape_only(DType::F32, &entry.shape)?)
+        } else if entry.dtype == Dtype::Block(kind) {
+            rows.apply_to_matrix(pricket_weights::read_matrix(store, &name)?)?
+        } else {
+            let tensor = rows.apply(&pricket_weights::read_tensor(store, &name, &Device::Cpu)?)?;
+            let mut out = Vec::with_capacity(bytes);
+            for start in (0..count).step_by(512) {
+                let part = tensor.narrow(0, start, 512.min(count - start))?.to_dtype(DType::F32)?;
+                let part = part.flatten_all()?.to_vec1::<f32>()?;
+                let quantised = ops::quantise(kind, &part, columns);
+                out.extend(
+                    quantised.map_err(|e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(&name))))?,
+                );
+            }
+            Matrix::Blocks(Blocks::new(kind, count, columns, out))
+        };
+        self.loaded(name, entry, bytes);
+        Ok(matrix)
+    }
+
     /// One element seen through zero strides: the shape of the real thing and none of its memory.
     fn shape_only(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
         Ok(Tensor::zeros((), dtype, self.device())?.broadcast_as(shape)?)
@@ -368,7 +439,14 @@ impl Weights {
         if self.shared.progress.cancelled() {
             return Err(Error::Cancelled);
         }
-        self.find(&self.name(name), shape)
+        let canonical = self.name(name);
+        let (name, entry) = self.find(&canonical, shape)?;
+        let mut state = self.state();
+        if state.canonical.iter().all(|(known, _)| *known != canonical) {
+            state.canonical.push((canonical, name.clone()));
+        }
+        drop(state);
+        Ok((name, entry))
     }
 
     /// The variable that it is under [`Policy::Train`].

@@ -48,6 +48,7 @@ mod source;
 mod store;
 mod synthetic;
 mod torch;
+mod write;
 mod zip_directory;
 
 pub use dtype::Dtype;
@@ -61,3 +62,4 @@ pub use source::ReadAt;
 pub use store::{Bytes, Entry, Store, read_matrix, read_tensor};
 pub use synthetic::{Headers, Random, ShapesOnly};
 pub use torch::TorchFile;
+pub use write::{GgufValue, Outline, Writer};

@@ -70,6 +70,27 @@ impl Family {
         }
     }
 
+    /// The GGUF metadata that a config.json stands for.
+    pub(crate) fn gguf_metadata(&self, config: &Value) -> Result<Value> {
+        match self {
+            Family::GptNeoX(_) => pricket_gpt_neox::gguf_metadata(config),
+            Family::Mpt(_) => pricket_mpt::gguf_metadata(config),
+        }
+    }
+
+    /// What llama.cpp calls the tensors.
+    pub(crate) fn gguf_names(&self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Family::GptNeoX(_) => pricket_gpt_neox::GGUF,
+            Family::Mpt(_) => pricket_mpt::GGUF,
+        }
+    }
+
+    /// Whether a tensor is the embedding or the head.
+    pub(crate) fn is_table(&self, canonical: &str) -> bool {
+        ["token_embd.weight", "output.weight"].contains(&Names::spelled(canonical, self.gguf_names()).as_str())
+    }
+
     /// Names another activation in a config.json: `gelu` by the error function, or `gelu_tanh`.
     pub(crate) fn set_activation(config: &mut Value, name: &str) -> Result<()> {
         let tanh = match name {

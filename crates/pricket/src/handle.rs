@@ -22,6 +22,7 @@ pub(crate) struct Parts {
     pub(crate) parameters: Vec<Parameter>,
     pub(crate) warnings: Vec<String>,
     pub(crate) notes: Vec<String>,
+    pub(crate) in_model_order: bool,
     pub(crate) format: PromptFormat,
     pub(crate) provenance: Provenance,
     /// Files in the cache stay there while somebody has them loaded.
@@ -163,6 +164,11 @@ impl Pricket {
     /// What was decided while loading and may be decided otherwise: the prompt format, a tokenizer from elsewhere.
     pub fn notes(&self) -> &[String] {
         &self.parts.notes
+    }
+
+    /// Whether its fused matrices were in the model's order on file.
+    pub(crate) fn in_model_order(&self) -> bool {
+        self.parts.in_model_order
     }
 
     /// How conversations are spelled for this model: as its card says, else as its configuration or its tokenizer's tokens

@@ -27,8 +27,10 @@
 mod audit;
 mod cards;
 mod checkpoints;
+mod compare;
 mod containers;
 mod conversation;
+mod convert;
 mod device;
 mod error;
 mod family;
@@ -49,8 +51,10 @@ pub use candle_core as candle;
 pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
 pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
 pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
+pub use compare::{Comparison, compare};
 pub use containers::{QkvOrder, open_weights};
 pub use conversation::{Conversation, Reply};
+pub use convert::{ConvertOptions, Converted, Target};
 pub use device::device;
 pub use error::{Error, Result};
 pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
@@ -65,8 +69,9 @@ pub use shapes::{published_config, published_shapes};
 
 pub use pricket_hub::{self as hub, Hub, Steps};
 pub use pricket_lm::{self as lm, PromptFormat, Role, Sampling, Tokenizer, Turn};
+pub use pricket_nn::ops::BlockType;
 pub use pricket_nn::{
-    self as nn, Cache, CausalLm, Context, ModelInfo, Parameter, Progress, Recording, Silent, Site, Taps,
+    self as nn, Cache, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent, Site, Taps,
 };
 pub use pricket_weights::{self as weights, Dtype};
 

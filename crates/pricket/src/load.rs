@@ -4,7 +4,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use pricket_hub::{Hub, InUse, ModelId};
 use pricket_lm::Tokenizer;
-use pricket_nn::{CausalLm, Context, ModelInfo, Policy, Progress, Silent, Weights};
+use pricket_nn::{CausalLm, Context, ModelInfo, Policy, Progress, Quantisation, Silent, Weights};
 use pricket_weights::{Headers, SafetensorsFile, Store};
 use serde_json::Value;
 
@@ -146,6 +146,7 @@ pub struct Loader {
     train: bool,
     any_memory: bool,
     qkv: QkvOrder,
+    quantisation: Option<Quantisation>,
     activation: Option<String>,
     changes: Vec<(String, Value)>,
 }
@@ -215,6 +216,7 @@ impl Loader {
             train: false,
             any_memory: false,
             qkv: QkvOrder::Auto,
+            quantisation: None,
             activation: None,
             changes: Vec::new(),
         }
@@ -231,6 +233,13 @@ impl Loader {
     #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
+        self
+    }
+
+    /// Quantises the matrices while they are loaded, on the CPU.
+    #[must_use]
+    pub fn quantise(mut self, quantisation: Quantisation) -> Self {
+        self.quantisation = Some(quantisation);
         self
     }
 
@@ -304,21 +313,13 @@ impl Loader {
     /// # Errors
     /// One that names the file and what is wrong with it; see [`Error`].
     pub fn load(self) -> Result<Pricket> {
-        let mut opened = self.open()?;
-        if let Some(path) = &self.tokenizer {
-            opened.provenance.replace("tokenizer.json", path);
-        }
+        let mut opened = self.opened()?;
         let config_path = opened.config_path.clone();
         let refused = |e| at(&config_path, e);
-        for (key, value) in &self.changes {
-            set(&mut opened.config, key, value.clone())?;
-        }
-        if let Some(name) = &self.activation {
-            Family::set_activation(&mut opened.config, name)?;
-        }
         let family = Family::from_config(&opened.config).map_err(refused)?;
         let policy = match (self.train, self.precision, self.device.is_cpu()) {
             (true, ..) => Policy::Train,
+            _ if self.quantisation.is_some() => self.quantisation.map_or(Policy::Stored, Policy::Quantise),
             (_, Precision::Auto, true) => Policy::Stored,
             (_, Precision::F32, _) => Policy::Cast(DType::F32),
             (_, Precision::F16, _) => Policy::Cast(DType::F16),
@@ -342,13 +343,13 @@ impl Loader {
             let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: Arc::clone(&pool) }) };
             Ok((model.map(pooled).map_err(refused)?, weights))
         };
-        let (model, weights) = match (&opened.fused, self.qkv) {
-            (Fused::Unknown(..), QkvOrder::Split) | (Fused::Model, _) => build(true)?,
-            (Fused::Unknown(..), QkvOrder::Interleaved) | (Fused::Trained, _) => build(false)?,
+        let (in_model_order, (model, weights)) = match (&opened.fused, self.qkv) {
+            (Fused::Unknown(..), QkvOrder::Split) | (Fused::Model, _) => (true, build(true)?),
+            (Fused::Unknown(..), QkvOrder::Interleaved) | (Fused::Trained, _) => (false, build(false)?),
             (&Fused::Unknown(likely, why), QkvOrder::Auto) => {
-                let (built, note) = by_evidence(build, likely, why, &opened)?;
+                let (order, built, note) = by_evidence(build, likely, why, &opened)?;
                 opened.notes.push(note);
-                built
+                (order, built)
             }
         };
         let stranger = stranger_warning(&opened.provenance, model.info(), &family);
@@ -370,10 +371,34 @@ impl Loader {
                 .chain(licence)
                 .collect(),
             notes: opened.notes.into_iter().chain(chosen).collect(),
+            in_model_order,
             format,
             provenance: opened.provenance,
             _in_use: opened.in_use,
         }))
+    }
+
+    /// The checkpoint with everything that these settings change about it.
+    pub(crate) fn opened(&self) -> Result<Opened> {
+        let mut opened = self.open()?;
+        if let Some(path) = &self.tokenizer {
+            opened.provenance.replace("tokenizer.json", path);
+        }
+        for (key, value) in &self.changes {
+            set(&mut opened.config, key, value.clone())?;
+        }
+        if let Some(name) = &self.activation {
+            Family::set_activation(&mut opened.config, name)?;
+        }
+        Ok(opened)
+    }
+
+    pub(crate) fn order(&self) -> QkvOrder {
+        self.qkv
+    }
+
+    pub(crate) fn reporter(&self) -> &dyn Progress {
+        &*self.progress
     }
 
     fn open(&self) -> Result<Opened> {
@@ -444,7 +469,7 @@ fn by_evidence(
     likely: bool,
     why: &str,
     opened: &Opened,
-) -> Result<(Built, String)> {
+) -> Result<(bool, Built, String)> {
     let name = |in_model_order: bool| if in_model_order { "split" } else { "interleaved" };
     let by_rows = || -> Result<(bool, String)> {
         let heads = opened.config["num_attention_heads"].as_u64().unwrap_or(1) as usize;
@@ -464,6 +489,7 @@ fn by_evidence(
     let Some(tokenizer) = &opened.tokenizer else {
         let (order, why) = by_rows()?;
         return Ok((
+            order,
             build(order)?,
             format!("QKV rows are {}: {why}; without a tokenizer no text can tell", name(order)),
         ));
@@ -488,7 +514,7 @@ fn by_evidence(
         (order, format!("{why}; the loss of a text tells nothing ({found:.2} and {other:.2} nats a token)"))
     };
     let note = format!("QKV rows are {}: {why}", name(order));
-    Ok((if order == likely { built } else { build(order)? }, note))
+    Ok((order, if order == likely { built } else { build(order)? }, note))
 }
 
 /// Opens a file that holds everything, if it is one.
@@ -595,17 +621,17 @@ pub(crate) fn unused_warning(weights: &Weights) -> Option<String> {
 }
 
 /// What lies at a path, opened and not yet read.
-struct Opened {
-    config: Value,
-    config_path: PathBuf,
-    generation_config: Option<Value>,
-    tokenizer: Option<Tokenizer>,
-    store: Arc<dyn Store>,
-    provenance: Provenance,
+pub(crate) struct Opened {
+    pub(crate) config: Value,
+    pub(crate) config_path: PathBuf,
+    pub(crate) generation_config: Option<Value>,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) provenance: Provenance,
     warnings: Vec<String>,
-    notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
     in_use: Option<InUse>,
-    fused: Fused,
+    pub(crate) fused: Fused,
     wants_neox_tokenizer: bool,
 }
 
@@ -682,7 +708,7 @@ fn corrupt(path: &Path, what: String) -> Error {
 
 /// End tokens: those of generation_config.json and config.json together, each a number or a list. Early MPT repositories name
 /// none and would never end: theirs is the tokenizer's end of text.
-fn eos_ids(config: &Value, generation_config: Option<&Value>, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
+pub(crate) fn eos_ids(config: &Value, generation_config: Option<&Value>, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
     let sources = [Some(config), generation_config];
     let values = sources.into_iter().flatten().map(|source| &source["eos_token_id"]);
     let mut ids: Vec<u32> = values

@@ -1,0 +1,438 @@
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use pricket_lm::Vocabulary;
+use pricket_nn::ops::{BlockType, Blocks, Matrix};
+use pricket_nn::{Names, Policy, Quantisation, RowOrder, Weights};
+use pricket_weights::{Dtype, GgufValue, Headers, Outline, Store, Writer};
+use serde_json::Value;
+
+use crate::containers::Fused;
+use crate::family::Family;
+use crate::load::{Opened, at};
+use crate::{Error, Loader, QkvOrder, Result};
+
+/// What a conversion makes of matrices. Vectors keep their values in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Target {
+    /// As they are stored, where the format has that type. Old blocks become today's if that loses nothing, else f16.
+    #[default]
+    Stored,
+    /// 32-bit float.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// Quantised blocks.
+    Quantised(Quantisation),
+}
+
+/// How to convert a checkpoint.
+#[derive(Clone, Debug, Default)]
+pub struct ConvertOptions {
+    /// What becomes of the matrices.
+    pub target: Target,
+    /// Writes over a file that is there.
+    pub overwrite: bool,
+}
+
+/// What a conversion made.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Converted {
+    /// The file.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub bytes: u64,
+    /// Number of weights.
+    pub parameters: u64,
+    /// What was done otherwise than asked for, and why.
+    pub notes: Vec<String>,
+}
+
+impl Converted {
+    /// Bits of the file for each weight.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.parameters.max(1) as f64
+    }
+}
+
+/// A tensor of the model: where it comes from, and what becomes of it.
+struct Item {
+    /// Name on file.
+    from: String,
+    rows: Change,
+    outline: Outline,
+}
+
+/// What happens to the order of the rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    None,
+    Apply(RowOrder),
+    Undo(RowOrder),
+}
+
+impl Loader {
+    /// Writes the model in another form: to a path that ends in `.gguf` one file with configuration and tokenizer, as
+    /// llama.cpp reads it; to any other path a directory in Hub layout with one safetensors file.
+    ///
+    /// No more than a tensor is in memory at a time, and a file has its name only when it is whole.
+    ///
+    /// # Errors
+    /// As loading; [`Error::Refused`] for what the format has no key for, [`Error::Input`] for a path that is there.
+    pub fn convert(self, out: impl AsRef<Path>, options: &ConvertOptions) -> Result<Converted> {
+        let out = out.as_ref();
+        let mut opened = self.opened()?;
+        let family = Family::from_config(&opened.config).map_err(|e| at(&opened.config_path, e))?;
+        let in_model_order = match (&opened.fused, self.order()) {
+            (Fused::Model, _) | (Fused::Unknown(..), QkvOrder::Split) => true,
+            (Fused::Trained, _) | (Fused::Unknown(..), QkvOrder::Interleaved) => false,
+            (Fused::Unknown(..), QkvOrder::Auto) => {
+                let loaded = self.clone().load()?;
+                opened.notes.extend(loaded.notes().iter().cloned());
+                loaded.in_model_order()
+            }
+        };
+        let headers = Arc::new(Headers::of(Arc::clone(&opened.store)));
+        let dry = Weights::new(headers, family.names(), &Device::Cpu, Policy::Stored);
+        let info = family.load(&dry).map_err(|e| at(&opened.config_path, e))?.info().clone();
+        let gguf = out.extension().is_some_and(|e| e == "gguf");
+        let plan = Plan { family: &family, options, gguf, in_model_order };
+        let items = plan.items(&dry, &*opened.store)?;
+        let progress = self.reporter();
+        progress.begin(
+            &format!("writing {}", out.display()),
+            items.iter().map(|i| i.outline.bytes() as u64).sum(),
+            "bytes",
+        );
+        let mut notes: Vec<String> = opened.notes.clone();
+        notes.extend(plan.notes(&items, &*opened.store));
+        let path = if gguf { out.to_owned() } else { out.join("model.safetensors") };
+        if !gguf {
+            std::fs::create_dir_all(out).map_err(|error| Error::Io { path: out.into(), error })?;
+        }
+        let part = Part::create(&path, options.overwrite)?;
+        let io = |error: std::io::Error| Error::Io { path: path.clone(), error };
+        let outlines = items.iter().map(|item| item.outline.clone()).collect();
+        let file = BufWriter::with_capacity(1 << 20, part.file.try_clone().map_err(io)?);
+        let mut writer = if gguf {
+            Writer::gguf(file, &metadata(&opened, &family, options, info.vocab)?, outlines).map_err(io)?
+        } else {
+            Writer::safetensors(file, &BTreeMap::new(), outlines).map_err(io)?
+        };
+        let mut done = 0;
+        for item in &items {
+            if progress.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            plan.write(item, &*opened.store, &mut |bytes| {
+                done += bytes.len() as u64;
+                progress.update(done);
+                writer.write(bytes).map_err(io)
+            })?;
+        }
+        writer.finish().map_err(io)?;
+        let bytes = part.finish()?;
+        if !gguf {
+            beside(out, &opened, options)?;
+        }
+        progress.end();
+        Ok(Converted { path, bytes, parameters: info.parameters, notes })
+    }
+}
+
+struct Plan<'a> {
+    family: &'a Family,
+    options: &'a ConvertOptions,
+    gguf: bool,
+    in_model_order: bool,
+}
+
+impl Plan<'_> {
+    fn items(&self, dry: &Weights, store: &dyn Store) -> Result<Vec<Item>> {
+        let fused = dry.fused();
+        let mut out = Vec::new();
+        for (canonical, from) in dry.asked() {
+            let missing = || pricket_weights::Error::Missing { origin: store.origin(&from), name: from.clone() };
+            let entry = store.entry(&from).ok_or_else(missing)?;
+            let order = fused.iter().find(|(name, _)| *name == canonical).map(|(_, order)| *order);
+            let rows = match (order, self.gguf, self.in_model_order) {
+                (Some(order), true, false) => Change::Apply(order),
+                (Some(order), false, true) => Change::Undo(order),
+                _ => Change::None,
+            };
+            let dtype = self.dtype(&canonical, &from, &entry.shape, entry.dtype, store)?;
+            let name = if self.gguf { Names::spelled(&canonical, self.family.gguf_names()) } else { canonical };
+            out.push(Item { rows, outline: Outline { name, dtype, shape: entry.shape }, from });
+        }
+        // llama.cpp wants a head of its own from this family.
+        if self.gguf
+            && matches!(self.family, Family::GptNeoX(_))
+            && !out.iter().any(|i| i.outline.name == "output.weight")
+            && let Some(embed) = out.iter().find(|item| item.outline.name == "token_embd.weight")
+        {
+            let outline = Outline { name: "output.weight".into(), ..embed.outline.clone() };
+            let item = Item { from: embed.from.clone(), rows: Change::None, outline };
+            out.push(item);
+        }
+        Ok(out)
+    }
+
+    /// The type of a tensor in the new file.
+    fn dtype(&self, canonical: &str, from: &str, shape: &[usize], stored: Dtype, store: &dyn Store) -> Result<Dtype> {
+        // Vectors are small, and llama.cpp wants them so. Learned positions are added to the residual stream as they are.
+        if self.gguf && (shape.len() == 1 || canonical.ends_with("wpe.weight")) {
+            return Ok(Dtype::F32);
+        }
+        let stored = if stored == Dtype::F64 { Dtype::F32 } else { stored };
+        Ok(match self.options.target {
+            Target::F32 => Dtype::F32,
+            Target::F16 => Dtype::F16,
+            Target::BF16 => Dtype::BF16,
+            Target::Quantised(wanted) if self.gguf && shape.len() == 2 => {
+                match wanted.of(self.family.is_table(canonical), shape[1]) {
+                    Some(kind) => Dtype::Block(kind),
+                    None if stored.to_candle().is_some() => stored,
+                    None => Dtype::F16,
+                }
+            }
+            Target::Stored | Target::Quantised(_) => match stored {
+                Dtype::Block(_) if !self.gguf => Dtype::F32,
+                Dtype::Block(kind) => match kind.narrow() {
+                    None if kind.is_current() => stored,
+                    Some(narrow) if self.narrows(from, kind, store)? => Dtype::Block(narrow),
+                    _ => Dtype::F16,
+                },
+                other => other,
+            },
+        })
+    }
+
+    /// Whether the scales of an old tensor are all numbers that today's blocks can hold.
+    fn narrows(&self, from: &str, kind: BlockType, store: &dyn Store) -> Result<bool> {
+        Ok(pricket_nn::ops::narrowed(kind, &store.bytes(from)?).is_some())
+    }
+
+    fn notes(&self, items: &[Item], store: &dyn Store) -> Vec<String> {
+        let mut changed: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+        for item in items {
+            let stored = store.entry(&item.from).map_or(Dtype::F32, |entry| entry.dtype);
+            let wanted = match self.options.target {
+                Target::Quantised(wanted) if item.outline.shape.len() == 2 => Dtype::Block(wanted.weights),
+                Target::Stored => stored,
+                _ => continue,
+            };
+            let head = matches!(item.outline.name.as_str(), "token_embd.weight" | "output.weight");
+            if item.outline.dtype != wanted && item.outline.shape.len() == 2 && !head {
+                *changed.entry((wanted.name(), item.outline.dtype.name())).or_default() += 1;
+            }
+        }
+        let note = |((wanted, got), count): ((&str, &str), usize)| {
+            format!("{count} matrices that were to be {wanted} are {got}: the format or their width has no such blocks")
+        };
+        changed.into_iter().map(note).collect()
+    }
+
+    /// Writes the bytes of a tensor.
+    fn write(&self, item: &Item, store: &dyn Store, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (from, dtype) = (&item.from, item.outline.dtype);
+        let entry = store.entry(from).map(|entry| entry.dtype);
+        let rows = |tensor: &Tensor| match item.rows {
+            Change::None => Ok(tensor.clone()),
+            Change::Apply(order) => order.apply(tensor),
+            Change::Undo(order) => order.undo(tensor),
+        };
+        if let (Some(Dtype::Block(stored)), Dtype::Block(wanted)) = (entry, dtype)
+            && (stored == wanted || stored.narrow() == Some(wanted))
+            && let Matrix::Blocks(blocks) = pricket_weights::read_matrix(store, from)?
+        {
+            let narrowed = (stored != wanted).then(|| pricket_nn::ops::narrowed(stored, blocks.bytes())).flatten();
+            if stored == wanted || narrowed.is_some() {
+                let (count, columns) = blocks.shape();
+                let blocks = narrowed.map_or(blocks, |bytes| Blocks::new(wanted, count, columns, bytes));
+                let blocks = match item.rows {
+                    Change::Apply(order) => match order.apply_to_matrix(Matrix::Blocks(blocks))? {
+                        Matrix::Blocks(blocks) => blocks,
+                        Matrix::Dense(_) => return Err(Error::Input(format!("tensor {from} lost its blocks"))),
+                    },
+                    _ => blocks,
+                };
+                return out(blocks.bytes());
+            }
+        }
+        let tensor = rows(&pricket_weights::read_tensor(store, from, &Device::Cpu)?)?;
+        let (count, columns) = match tensor.dims() {
+            [count, columns] => (*count, *columns),
+            dims => (1, dims.iter().product()),
+        };
+        let tensor = tensor.reshape((count, columns))?;
+        for start in (0..count).step_by(512) {
+            let part = tensor.narrow(0, start, 512.min(count - start))?;
+            out(&self.encode(&part, dtype, columns, from, store)?)?;
+        }
+        Ok(())
+    }
+
+    fn encode(&self, part: &Tensor, dtype: Dtype, columns: usize, from: &str, store: &dyn Store) -> Result<Vec<u8>> {
+        let values = part.flatten_all()?;
+        let f32s = |tensor: &Tensor| -> Result<Vec<f32>> { Ok(tensor.to_dtype(DType::F32)?.to_vec1()?) };
+        Ok(match dtype {
+            Dtype::F16 => {
+                values.to_dtype(DType::F16)?.to_vec1::<half::f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+            Dtype::BF16 => {
+                values.to_dtype(DType::BF16)?.to_vec1::<half::bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+            Dtype::Block(kind) => pricket_nn::ops::quantise(kind, &f32s(&values)?, columns)
+                .map_err(|e| Error::Input(format!("{}: tensor {from}: {e}", store.origin(from))))?,
+            _ => f32s(&values)?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        })
+    }
+}
+
+/// The number by which llama.cpp knows what a file is mostly made of.
+fn file_type(options: &ConvertOptions, stored: Dtype) -> u32 {
+    let dtype = match options.target {
+        Target::F32 => Dtype::F32,
+        Target::F16 => Dtype::F16,
+        Target::BF16 => Dtype::BF16,
+        Target::Quantised(wanted) => Dtype::Block(wanted.weights),
+        Target::Stored => stored,
+    };
+    match dtype {
+        Dtype::F16 => 1,
+        Dtype::BF16 => 32,
+        Dtype::Block(kind) => match kind.narrow().unwrap_or(kind) {
+            BlockType::Q4_0 => 2,
+            BlockType::Q4_1 => 3,
+            BlockType::Q8_0 => 7,
+            BlockType::Q5_0 => 8,
+            BlockType::Q5_1 => 9,
+            BlockType::Q2K => 10,
+            BlockType::Q3K => 11,
+            BlockType::Q4K => 14,
+            BlockType::Q5K => 16,
+            BlockType::Q6K => 18,
+            _ => 1024,
+        },
+        _ => 0,
+    }
+}
+
+fn metadata(
+    opened: &Opened,
+    family: &Family,
+    options: &ConvertOptions,
+    vocab: usize,
+) -> Result<Vec<(String, GgufValue)>> {
+    let own = family.gguf_metadata(&opened.config).map_err(|e| at(&opened.config_path, e))?;
+    let value = |value: &Value| match value {
+        Value::Bool(flag) => GgufValue::Bool(*flag),
+        Value::String(text) => GgufValue::Text(text.clone()),
+        // A number that was an integer stays one; llama.cpp refuses the other kind.
+        number => number.as_u64().map_or_else(
+            || GgufValue::F32(number.as_f64().unwrap_or(0.0) as f32),
+            |n| GgufValue::U32(u32::try_from(n).unwrap_or(u32::MAX)),
+        ),
+    };
+    let mut out: Vec<(String, GgufValue)> =
+        own.as_object().into_iter().flatten().map(|(key, of)| (key.clone(), value(of))).collect();
+    let mut add = |key: &str, value: GgufValue| out.push((key.to_owned(), value));
+    let stored = opened.store.names().iter().filter_map(|name| opened.store.entry(name)).max_by_key(|e| e.elements());
+    add("general.name", GgufValue::Text(opened.provenance.name()));
+    add("general.quantization_version", GgufValue::U32(2));
+    add("general.file_type", GgufValue::U32(file_type(options, stored.map_or(Dtype::F32, |entry| entry.dtype))));
+    if let Some(licence) = &opened.provenance.licence {
+        add("general.license", GgufValue::Text(licence.clone()));
+    }
+    add("pricket.version", GgufValue::Text(env!("CARGO_PKG_VERSION").into()));
+    add("pricket.qkv_order", GgufValue::Text("split".into()));
+    add("pricket.source", GgufValue::Text(opened.provenance.name()));
+    if let Some(commit) = &opened.provenance.commit {
+        add("pricket.source.commit", GgufValue::Text(commit.clone()));
+    }
+    let Some(tokenizer) = &opened.tokenizer else {
+        add("tokenizer.ggml.model", GgufValue::Text("none".into()));
+        return Ok(out);
+    };
+    let Vocabulary { words, kinds, merges } = tokenizer.to_vocabulary(vocab)?;
+    let bytes = |texts: Vec<String>| GgufValue::Texts(texts.into_iter().map(String::into_bytes).collect());
+    add("tokenizer.ggml.model", GgufValue::Text("gpt2".into()));
+    // The name under which llama.cpp has the rules of this tokenizer; its own converter writes it for these families.
+    add("tokenizer.ggml.pre", GgufValue::Text("olmo".into()));
+    add("tokenizer.ggml.tokens", bytes(words));
+    add("tokenizer.ggml.token_type", GgufValue::Integers(kinds));
+    add("tokenizer.ggml.merges", bytes(merges));
+    let end = crate::load::eos_ids(&opened.config, opened.generation_config.as_ref(), Some(tokenizer));
+    let end = end.last().copied().unwrap_or(0);
+    let begin = opened.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()).unwrap_or(end);
+    for (key, id) in [("bos", begin), ("eos", end), ("unknown", begin)] {
+        add(&format!("tokenizer.ggml.{key}_token_id"), GgufValue::U32(id));
+    }
+    add("tokenizer.ggml.add_bos_token", GgufValue::Bool(false));
+    add("tokenizer.ggml.add_eos_token", GgufValue::Bool(false));
+    Ok(out)
+}
+
+/// Configuration and tokenizer, beside the weights of a directory.
+fn beside(directory: &Path, opened: &Opened, options: &ConvertOptions) -> Result<()> {
+    let mut config = opened.config.clone();
+    if let Some(object) = config.as_object_mut() {
+        object.retain(|_, value| !value.is_null());
+    }
+    let mut files = vec![("config.json", serde_json::to_string_pretty(&config).unwrap_or_default())];
+    if let Some(tokenizer) = &opened.tokenizer {
+        files.push(("tokenizer.json", tokenizer.to_json()?));
+    }
+    for (name, text) in files {
+        let mut part = Part::create(&directory.join(name), options.overwrite)?;
+        let io = |error| Error::Io { path: directory.join(name), error };
+        std::io::Write::write_all(&mut part.file, text.as_bytes()).map_err(io)?;
+        part.finish()?;
+    }
+    Ok(())
+}
+
+/// A file that gets its name when it is whole, and leaves nothing behind otherwise.
+struct Part {
+    file: File,
+    at: PathBuf,
+    path: PathBuf,
+    done: bool,
+}
+
+impl Part {
+    fn create(path: &Path, overwrite: bool) -> Result<Self> {
+        if path.exists() && !overwrite {
+            return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
+        }
+        let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let at = crate::load::parent(path).join(format!(".{name}.{}.part", std::process::id()));
+        let file = File::create(&at).map_err(|error| Error::Io { path: at.clone(), error })?;
+        Ok(Self { file, at, path: path.to_owned(), done: false })
+    }
+
+    fn finish(mut self) -> Result<u64> {
+        let io = |error| Error::Io { path: self.path.clone(), error };
+        self.file.sync_all().map_err(io)?;
+        let bytes = self.file.metadata().map_err(io)?.len();
+        std::fs::rename(&self.at, &self.path).map_err(io)?;
+        self.done = true;
+        Ok(bytes)
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = std::fs::remove_file(&self.at);
+        }
+    }
+}
