@@ -36,6 +36,9 @@ pub(crate) struct ModelArgs {
     /// A tokenizer.json to use instead of the model's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
+    /// Precision of activations on the CPU: f32, or q8 to round them as ggml does (8 bits beside quantised weights)
+    #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "q8"])]
+    pub(crate) activations: String,
     /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
     #[arg(long, value_name = "NAME")]
     pub(crate) activation: Option<String>,
@@ -102,6 +105,9 @@ impl ModelArgs {
         }
         if let Some(name) = &self.activation {
             loader = loader.activation(name);
+        }
+        if self.activations == "q8" {
+            loader = loader.activations_as_ggml();
         }
         for change in &self.set {
             let (key, value) = change.split_once('=').unwrap_or((change, ""));

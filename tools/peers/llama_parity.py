@@ -6,7 +6,7 @@
 Needs llama-cpp-python. For each model and type: `quantize` writes the file, llama.cpp reads it and continues four prompts
 greedily by 64 tokens with keys and values in f32, pricket does the same with the activation that llama.cpp takes for
 every model. Where they part, llama.cpp's own margin between its first and second token is printed: a coin's toss if it is
-under 1e-2 (llama.cpp multiplies quantised weights with activations of 8 bits, pricket with f32).
+under 1e-2.
 """
 import argparse, ctypes, json, os, subprocess, tempfile
 
@@ -35,6 +35,7 @@ def main():
     p.add_argument("models", nargs="*", default=["tiny", "tiny-mpt", "tiny-chat"])
     p.add_argument("--examples", default="target/debug/examples")
     p.add_argument("--types", default="f16,q8_0,q4_0,q5_1,q4_1,q5_0")
+    p.add_argument("--activations", default="q8", help="q8 to round as ggml does, or f32")
     a = p.parse_args()
     worst = 0
     for model in a.models:
@@ -46,7 +47,7 @@ def main():
                 same, parted = 0, []
                 for prompt in PROMPTS:
                     command = [f"{a.examples}/generate", "--model", path, "--prompt", prompt, "-n", "64", "-t", "0", "--json",
-                               "--ignore-eos", "--activation", "gelu_tanh", "--neox-qkv", "split"]
+                               "--ignore-eos", "--activation", "gelu_tanh", "--activations", a.activations]
                     ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                     llm = llama_cpp.Llama(path, vocab_only=True, verbose=False)
                     theirs = llm.tokenize(prompt.encode(), add_bos=False, special=True)

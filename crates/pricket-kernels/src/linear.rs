@@ -209,6 +209,8 @@ pub struct LinearOp {
     pub weight: Matrix,
     /// The bias, `[out_features]`, f32.
     pub bias: Option<Tensor>,
+    /// Round activations as ggml does before it multiplies.
+    pub as_ggml: bool,
     /// Multiply with the weight instead of its transpose: the backward pass.
     pub transposed: bool,
 }
@@ -251,6 +253,8 @@ impl CustomOp1 for LinearOp {
         }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = outer;
+        let rounded = (self.as_ggml && !self.transposed).then(|| rounded(x, &self.weight)).flatten();
+        let x = rounded.as_deref().unwrap_or(x);
         let mut y = vec![0f32; x.len() / inner.max(1) * outer];
         self.with_weight(|w| -> Result<()> {
             if self.transposed {
@@ -268,8 +272,32 @@ impl CustomOp1 for LinearOp {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let op = LinearOp { weight: self.weight.clone(), bias: None, transposed: !self.transposed };
+        let op = LinearOp { weight: self.weight.clone(), bias: None, as_ggml: false, transposed: !self.transposed };
         Ok(Some(grad.detach().contiguous()?.apply_op1_no_bwd(&op)?))
+    }
+}
+
+/// Activations as ggml's products see them: in the type of f16 and bf16 weights, and as integers of 8 bits with a scale for
+/// every 32 (every 256 for the types of 256) beside quantised ones. `None` where it leaves them as they are.
+fn rounded(x: &[f32], weight: &Matrix) -> Option<Vec<f32>> {
+    match weight {
+        Matrix::Dense(weight) => match weight.dtype() {
+            DType::F16 => Some(x.iter().map(|&x| f16::from_f32(x).to_f32()).collect()),
+            DType::BF16 => Some(x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()),
+            _ => None,
+        },
+        Matrix::Blocks(blocks) => {
+            let width = blocks.kind().elements().max(32);
+            let mut out = x.to_vec();
+            for block in out.chunks_mut(width) {
+                let most = block.iter().fold(0f32, |most, x| most.max(x.abs()));
+                let d = most / 127.0;
+                let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+                let d = if width == 32 { f16::from_f32(d).to_f32() } else { d };
+                block.iter_mut().for_each(|x| *x = (*x * inverse).round() * d);
+            }
+            Some(out)
+        }
     }
 }
 
@@ -297,7 +325,7 @@ mod tests {
             let w = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
             let b = bias.then(|| Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap());
             let x = Var::from_tensor(&x).unwrap();
-            let y = x.apply_op1(LinearOp { weight: Matrix::Dense(w.clone()), bias: b.clone(), transposed: false }).unwrap();
+            let y = x.apply_op1(LinearOp { weight: Matrix::Dense(w.clone()), bias: b.clone(), as_ggml: false, transposed: false }).unwrap();
             let reference = twin(&x, &w, b.as_ref());
             proptest::prop_assert!(worst(&y, &reference) < 2e-4);
 
@@ -323,7 +351,9 @@ mod tests {
             let dense = blocks.to_dense(DType::F32, &Device::Cpu).unwrap();
             for rows in [1, 3, 20] {
                 let x = Var::from_tensor(&Tensor::randn(0f32, 1.0, (rows, 256), &Device::Cpu).unwrap()).unwrap();
-                let y = x.apply_op1(LinearOp { weight: blocks.clone(), bias: None, transposed: false }).unwrap();
+                let y = x
+                    .apply_op1(LinearOp { weight: blocks.clone(), bias: None, as_ggml: false, transposed: false })
+                    .unwrap();
                 let reference = twin(&x, &dense, None);
                 assert!(worst(&y, &reference) < 2e-4);
                 let gradient = |y: &Tensor| y.sum_all().unwrap().backward().unwrap().get(&x).unwrap().clone();
@@ -337,7 +367,12 @@ mod tests {
         let w = Var::from_tensor(&Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
         let x = Var::from_tensor(&Tensor::ones((1, 2), DType::F32, &Device::Cpu).unwrap()).unwrap();
         let y = x
-            .apply_op1(LinearOp { weight: Matrix::Dense(w.as_tensor().clone()), bias: None, transposed: false })
+            .apply_op1(LinearOp {
+                weight: Matrix::Dense(w.as_tensor().clone()),
+                bias: None,
+                as_ggml: false,
+                transposed: false,
+            })
             .unwrap();
         let grads = y.sum_all().unwrap().backward().unwrap();
         assert!(grads.get(&w).is_none() && grads.get(&x).is_some());

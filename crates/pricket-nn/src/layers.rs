@@ -23,6 +23,8 @@ impl LayerNorm {
 #[derive(Clone, Debug)]
 pub struct Embedding {
     pub(crate) weight: Matrix,
+    /// For a head that is tied to it.
+    pub(crate) as_ggml: bool,
 }
 
 impl Embedding {

@@ -79,12 +79,13 @@ fn swap(tensor: &Tensor, outer: usize, inner: usize) -> Result<Tensor> {
 pub struct Linear {
     pub(crate) weight: Matrix,
     pub(crate) bias: Option<Tensor>,
+    pub(crate) as_ggml: bool,
 }
 
 impl Linear {
     /// Multiplies with the table of an embedding: a tied head, from one copy.
     pub fn tied(embedding: &crate::Embedding) -> Self {
-        Self { weight: embedding.weight.clone(), bias: None }
+        Self { weight: embedding.weight.clone(), bias: None, as_ggml: embedding.as_ggml }
     }
 
     /// `[.., in]` to `[.., out]`.
@@ -92,6 +93,6 @@ impl Linear {
     /// # Errors
     /// If the last dimension of `x` is not this layer's input.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
+        ops::linear(x, &self.weight, self.bias.as_ref(), self.as_ggml)
     }
 }

@@ -1,4 +1,4 @@
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::{Activation, Context, LayerNorm, Linear, Result, Site};
 
@@ -19,7 +19,14 @@ impl Mlp {
     /// # Errors
     /// What an operation or a tap says.
     pub fn forward(&self, norm: &LayerNorm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let hidden = self.activation.forward(&self.up.forward(&norm.forward(x)?)?)?;
+        let hidden = self.up.forward(&norm.forward(x)?)?;
+        let hidden = if self.up.as_ggml {
+            // ggml looks the function up in a table of halves.
+            let half = |x: &Tensor| -> Result<Tensor> { Ok(x.to_dtype(DType::F16)?.to_dtype(x.dtype())?) };
+            half(&self.activation.forward(&half(&hidden)?)?)?
+        } else {
+            self.activation.forward(&hidden)?
+        };
         ctx.tap(Site::MlpOut, self.down.forward(&hidden)?)
     }
 }

@@ -15,15 +15,20 @@ fn on_our_kernels(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`.
+/// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`. With
+/// `as_ggml` activations are rounded as ggml rounds them, on the CPU.
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, as_ggml: bool) -> Result<Tensor> {
     if on_our_kernels(x) && !weight.track_op() {
         let fused = bias.filter(|b| !b.track_op());
-        let y =
-            x.contiguous()?.apply_op1(LinearOp { weight: weight.clone(), bias: fused.cloned(), transposed: false })?;
+        let y = x.contiguous()?.apply_op1(LinearOp {
+            weight: weight.clone(),
+            bias: fused.cloned(),
+            as_ggml,
+            transposed: false,
+        })?;
         return Ok(match bias {
             Some(b) if fused.is_none() => y.broadcast_add(b)?,
             _ => y,

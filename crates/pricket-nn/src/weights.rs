@@ -135,6 +135,7 @@ struct Shared {
     policy: Policy,
     progress: Arc<dyn Progress>,
     in_model_order: bool,
+    as_ggml: bool,
     state: Mutex<State>,
 }
 
@@ -181,7 +182,7 @@ impl Weights {
         progress: Arc<dyn Progress>,
     ) -> Self {
         let (device, state) = (device.clone(), Mutex::default());
-        let shared = Shared { store, names, device, policy, progress, in_model_order: false, state };
+        let shared = Shared { store, names, device, policy, progress, in_model_order: false, as_ggml: false, state };
         Self { shared: Arc::new(shared), path: String::new() }
     }
 
@@ -189,16 +190,29 @@ impl Weights {
     /// [`RowOrder`] is applied. For a cursor from which nothing has been loaded.
     #[must_use]
     pub fn in_model_order(self) -> Self {
-        let Shared { store, names, device, policy, progress, .. } = &*self.shared;
-        let shared = Shared {
+        self.with(|shared| shared.in_model_order = true)
+    }
+
+    /// Activations are rounded as ggml rounds them before a product: to the type of f16 and bf16 weights, to 8 bits beside
+    /// quantised ones. For a cursor from which nothing has been loaded.
+    #[must_use]
+    pub fn activations_as_ggml(self) -> Self {
+        self.with(|shared| shared.as_ggml = true)
+    }
+
+    fn with(self, change: impl FnOnce(&mut Shared)) -> Self {
+        let Shared { store, names, device, policy, progress, in_model_order, as_ggml, .. } = &*self.shared;
+        let mut shared = Shared {
             store: Arc::clone(store),
             names: *names,
             device: device.clone(),
             policy: *policy,
             progress: Arc::clone(progress),
-            in_model_order: true,
+            in_model_order: *in_model_order,
+            as_ggml: *as_ggml,
             state: Mutex::default(),
         };
+        change(&mut shared);
         Self { shared: Arc::new(shared), path: self.path }
     }
 
@@ -310,7 +324,7 @@ impl Weights {
         // What is at the root is the head.
         let weight = at.matrix("weight", &[outputs, inputs], rows, self.path.is_empty())?;
         let bias = bias.then(|| at.tensor("bias", &[outputs], rows)).transpose()?;
-        Ok(Linear { weight, bias })
+        Ok(Linear { weight, bias, as_ggml: self.shared.as_ggml })
     }
 
     /// A layer norm `name` over `dim`, with a bias if `bias`.
@@ -330,7 +344,10 @@ impl Weights {
     /// # Errors
     /// As [`Weights::linear`].
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
-        Ok(Embedding { weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored, true)? })
+        Ok(Embedding {
+            weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored, true)?,
+            as_ggml: self.shared.as_ggml,
+        })
     }
 
     /// Whether the checkpoint holds a tensor `name`. A store without a file holds what was asked for by shape so far.

@@ -147,6 +147,7 @@ pub struct Loader {
     any_memory: bool,
     qkv: QkvOrder,
     quantisation: Option<Quantisation>,
+    as_ggml: bool,
     activation: Option<String>,
     changes: Vec<(String, Value)>,
 }
@@ -217,6 +218,7 @@ impl Loader {
             any_memory: false,
             qkv: QkvOrder::Auto,
             quantisation: None,
+            as_ggml: false,
             activation: None,
             changes: Vec::new(),
         }
@@ -240,6 +242,14 @@ impl Loader {
     #[must_use]
     pub fn quantise(mut self, quantisation: Quantisation) -> Self {
         self.quantisation = Some(quantisation);
+        self
+    }
+
+    /// Rounds activations as ggml does before it multiplies (8 bits beside quantised weights) instead of computing in f32:
+    /// for the answers that llama.cpp gives, on the CPU.
+    #[must_use]
+    pub fn activations_as_ggml(mut self) -> Self {
+        self.as_ggml = true;
         self
     }
 
@@ -338,6 +348,7 @@ impl Loader {
             let (store, progress) = (Arc::clone(&opened.store), Arc::clone(&self.progress));
             let weights = Weights::with_progress(store, family.names(), &self.device, policy, progress);
             let weights = if in_model_order { weights.in_model_order() } else { weights };
+            let weights = if self.as_ggml { weights.activations_as_ggml() } else { weights };
             let model = pool.install(|| family.load(&weights));
             self.progress.end();
             let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: Arc::clone(&pool) }) };
