@@ -129,6 +129,31 @@ fn generate_asks_in_a_prompt_format() {
 }
 
 #[test]
+fn quantize_writes_and_reports() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tiny.gguf");
+    let out = file.to_str().unwrap();
+    let text = "tests/data/tiny/held_out.txt";
+    let (code, json, err) =
+        output("quantize", &["--out", out, "--quantize", "q4_0", "--report", "--text", text, "--json"]);
+    assert_eq!(code, Some(0), "{err}");
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["bytes"].as_u64(), Some(file.metadata().unwrap().len()));
+    let report = &json["report"];
+    let perplexity = |key: &str| report[key].as_f64().unwrap();
+    assert!(perplexity("reference_perplexity") < perplexity("perplexity") && perplexity("perplexity") < 40.0, "{json}");
+    assert!(report["top_1_agreement"].as_f64().unwrap() > 0.7 && report["tokens"].as_u64().unwrap() > 10_000, "{json}");
+    let (code, shown, _) = output("inspect", &[out, "--brief"]);
+    assert!(code == Some(0) && shown.contains("GGUF, version 3") && shown.contains("its own"), "{shown}");
+    let (code, _, err) = output("quantize", &["--out", out, "--quantize", "q4_0"]);
+    assert!(code == Some(1) && err.contains("is there already"), "{err}");
+    let (code, _, err) = output("quantize", &["--out", dir.path().to_str().unwrap(), "--quantize", "q4_0"]);
+    assert!(code == Some(1) && err.contains("a name that ends in .gguf"), "{err}");
+    let (code, text, _) = output("generate", &["--quantize", "q8_0", "-t", "0", "-n", "4", "--prompt", "The United"]);
+    assert!(code == Some(0) && text.starts_with("The United States"), "{text}");
+}
+
+#[test]
 fn wrong_arguments_are_one_line() {
     let wrong: [&[&str]; 5] = [
         &["--model", "nowhere"],

@@ -8,6 +8,9 @@ mod layering;
 /// What the original implementations answered.
 mod golden;
 
+/// Conversions between forms, quantising, what GGUF and GGML files leave open.
+mod formats;
+
 /// Damaged and malicious files.
 mod hostile;
 

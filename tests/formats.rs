@@ -1,0 +1,258 @@
+use std::path::{Path, PathBuf};
+
+use pricket::candle::{DType, Device, Tensor};
+use pricket::{BlockType, Context, ConvertOptions, Dtype, Loader, Pricket, Quantisation, Target, Tokenizer};
+
+use crate::common::{directories_with, root, worst};
+
+fn golden(part: &str) -> PathBuf {
+    root().join("tests/golden").join(part)
+}
+
+fn logits(pricket: &Pricket) -> Tensor {
+    let vocab = pricket.info().vocab as u32;
+    let ids: Vec<u32> = (0..20).map(|i| i * 37 % vocab).collect();
+    let model = pricket.model();
+    let hidden =
+        model.hidden(&Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap(), &mut Context::new()).unwrap();
+    model.head(&hidden).unwrap()
+}
+
+fn load(path: &Path) -> Pricket {
+    Loader::new(path).threads(2).load().unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+fn options(target: Target) -> ConvertOptions {
+    ConvertOptions { target, ..Default::default() }
+}
+
+/// The weights of a golden case, and whether GGUF can say what its configuration says.
+fn sources() -> Vec<(PathBuf, bool)> {
+    let unsaid = ["mpt-logit-scale-inv-sqrt", "mpt-native-clip-scale", "mosaicgpt-6heads"];
+    let files = directories_with(&golden("files"), "expected.safetensors");
+    let files = files.into_iter().map(|dir| {
+        let name = if dir.join("model.gguf").is_file() { "model.gguf" } else { "model.bin" };
+        (dir.join(name), true)
+    });
+    let models = directories_with(&golden("models"), "config.json");
+    let models = models.into_iter().filter(|dir| dir.join("expected.safetensors").is_file()).map(|dir| {
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        (dir, !unsaid.contains(&name.as_str()))
+    });
+    files.chain(models).collect()
+}
+
+/// From every form to every form, without loss: the same logits as the source's.
+#[test]
+fn conversions_keep_every_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut said, mut unsaid) = (0, 0);
+    for (i, (source, gguf)) in sources().into_iter().enumerate() {
+        let expected = logits(&load(&source));
+        let hub = dir.path().join(format!("{i}"));
+        Loader::new(&source).convert(&hub, &options(Target::F32)).unwrap();
+        assert_eq!(worst(&logits(&load(&hub)), &expected), 0.0, "{}", source.display());
+        for target in [Target::F32, Target::Stored] {
+            let file = dir.path().join(format!("{i}-{target:?}.gguf"));
+            let done = Loader::new(&source).convert(&file, &options(target));
+            if !gguf {
+                let error = done.unwrap_err().to_string();
+                assert!(error.contains("GGUF has no key for it"), "{}: {error}", source.display());
+                assert!(!file.exists());
+                unsaid += 1;
+                continue;
+            }
+            let done = done.unwrap_or_else(|e| panic!("{}: {e}", source.display()));
+            let found = worst(&logits(&load(&file)), &expected);
+            // What has no blocks of today is f16, and says so.
+            let rounded = target == Target::Stored && done.notes.iter().any(|note| note.contains("are F16"));
+            assert!(found < if rounded { 2e-2 } else { 1e-5 }, "{} {target:?}: {found}", source.display());
+            said += 1;
+            if target == Target::F32 {
+                // And back from there.
+                let back = dir.path().join(format!("{i}-back"));
+                Loader::new(&file).convert(&back, &options(Target::F32)).unwrap();
+                assert!(worst(&logits(&load(&back)), &expected) < 1e-5, "{}", source.display());
+            }
+        }
+    }
+    assert!(said >= 80 && unsaid == 6, "{said} conversions, {unsaid} refused");
+    let left = std::fs::read_dir(dir.path()).unwrap().flatten();
+    assert!(
+        left.into_iter().all(|entry| !entry.file_name().to_string_lossy().ends_with(".part")),
+        "nothing half-written"
+    );
+}
+
+#[test]
+fn old_blocks_whose_scales_are_halves_stay_quantised() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.gguf");
+    let source = golden("files/neox-ggml-20230515-q4_0/model.bin");
+    let done = Loader::new(&source).convert(&file, &options(Target::Stored)).unwrap();
+    assert!(done.notes.iter().any(|note| note.contains("q4_0_v1 are q4_0")), "{:?}", done.notes);
+    let store = pricket::open_weights(&file).unwrap();
+    assert_eq!(store.entry("blk.0.ffn_up.weight").unwrap().dtype, Dtype::Block(BlockType::Q4_0));
+    assert_eq!(worst(&logits(&load(&file)), &logits(&load(&source))), 0.0);
+}
+
+/// Quantising while loading and quantising to a file make the same model.
+#[test]
+fn a_file_and_a_flag_quantise_alike() {
+    let dir = tempfile::tempdir().unwrap();
+    let exact = logits(&pricket::tiny().unwrap());
+    let mut last = f32::INFINITY;
+    for kind in [BlockType::Q4_0, BlockType::Q5_1, BlockType::Q8_0] {
+        let wanted = Quantisation { weights: kind, tables: Some(BlockType::Q8_0) };
+        let loaded = Loader::tiny().quantise(wanted).threads(2).load().unwrap();
+        assert_eq!(loaded.info().dtype, Dtype::Block(kind));
+        let file = dir.path().join(format!("{kind}.gguf"));
+        let done = Loader::tiny().convert(&file, &options(Target::Quantised(wanted))).unwrap();
+        let (a, b) = (logits(&loaded), logits(&load(&file)));
+        assert_eq!(worst(&a, &b), 0.0, "{kind}");
+        let off = worst(&a, &exact);
+        assert!(off > 0.0 && off < last, "{kind}: {off} after {last}");
+        last = off;
+        assert!(done.bits_per_weight() < 9.2 && loaded.info().weight_bytes < 1_600_000, "{}", done.bits_per_weight());
+        // The handle of a quantised model does what any other does.
+        let text = loaded.generate("The people of the United", &Default::default()).unwrap().text;
+        assert!(text.starts_with(" States"), "{kind}: {text}");
+    }
+    let compared = pricket::compare(
+        &pricket::tiny().unwrap(),
+        &load(&dir.path().join("q8_0.gguf")),
+        &std::fs::read_to_string(root().join("tests/data/tiny/held_out.txt")).unwrap()[..6000],
+        &pricket::Silent,
+    );
+    let compared = compared.unwrap();
+    assert!(compared.kl_divergence > 0.0 && compared.kl_divergence < 2e-3, "{compared:?}");
+    assert!(
+        compared.top_1_agreement > 0.97 && (compared.perplexity / compared.reference_perplexity - 1.0).abs() < 0.01
+    );
+}
+
+#[test]
+fn a_width_that_is_no_whole_block_takes_the_next_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.gguf");
+    let wanted = Quantisation { weights: BlockType::Q6K, tables: None };
+    let done = Loader::tiny().convert(&file, &options(Target::Quantised(wanted))).unwrap();
+    assert!(done.notes.iter().any(|note| note.contains("q6k are q8_0")), "{:?}", done.notes);
+    let store = pricket::open_weights(&file).unwrap();
+    assert_eq!(store.entry("token_embd.weight").unwrap().dtype, Dtype::F16);
+    assert_eq!(store.entry("blk.0.ffn_down.weight").unwrap().dtype, Dtype::Block(BlockType::Q6K));
+}
+
+#[test]
+fn nothing_is_written_over_unless_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.gguf");
+    std::fs::write(&file, "precious").unwrap();
+    let error = Loader::tiny().convert(&file, &options(Target::F16)).unwrap_err().to_string();
+    assert!(error.contains("is there already, and is not written over"), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    let all = ConvertOptions { overwrite: true, ..options(Target::F16) };
+    assert!(Loader::tiny().convert(&file, &all).unwrap().bytes > 2_000_000);
+    assert_eq!(load(&file).provenance().repo, None);
+}
+
+/// Lists of words and merges say all that a tokenizer.json says.
+#[test]
+fn a_tokenizer_survives_as_lists() {
+    let mut paths = vec![root().join("models/tiny/tokenizer.json")];
+    let neox = std::env::var_os("PRICKET_GOLDEN_TEXT").map(PathBuf::from);
+    let neox = neox.unwrap_or_else(|| root().join("../shared/golden/text")).join("20B_tokenizer.json");
+    paths.extend(neox.is_file().then_some(neox));
+    for path in paths {
+        let own = Tokenizer::from_file(&path).unwrap();
+        let lists = own.to_vocabulary(own.vocab_size() + 27).unwrap();
+        let bytes = |texts: &[String]| texts.iter().map(|text| text.clone().into_bytes()).collect::<Vec<_>>();
+        let kinds: Vec<i64> = lists.kinds.iter().map(|&kind| kind.into()).collect();
+        let words = bytes(&lists.words);
+        for kinds in [&kinds[..], &[]] {
+            let again = Tokenizer::from_vocabulary(&words, kinds, &bytes(&lists.merges), "lists").unwrap();
+            assert_eq!(again.vocab_size(), own.vocab_size());
+            for text in [
+                "Hello, I am",
+                "    def foo():\n        return 1\n",
+                "\t\t x",
+                "e\u{301} \u{212b} \u{fb01}",
+                "日本語 \u{1f917}",
+                "Hello<|endoftext|>World",
+                "a\r\nb  c   d",
+                " Alice Alice",
+                "1234567",
+                "",
+            ] {
+                let ids = own.encode(text).unwrap();
+                assert_eq!(again.encode(text).unwrap(), ids, "{text:?}");
+                assert_eq!(again.decode(&ids), own.decode(&ids));
+            }
+        }
+    }
+}
+
+/// Words in a legacy file have lost bytes: another tokenizer beside it is noticed, the right one is used.
+#[test]
+fn a_legacy_file_takes_the_tokenizer_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ggml-model.bin");
+    std::fs::copy(golden("files/neox-ggml-20230515-q5_1/model.bin"), &path).unwrap();
+    let mute = load(&path);
+    assert!(mute.generate("Anna", &Default::default()).unwrap_err().to_string().contains("has none"));
+    let other = Loader::new(&path).tokenizer(root().join("models/tiny/tokenizer.json")).load().unwrap();
+    assert!(
+        other.warnings().iter().any(|text| text.contains("the tokenizer is not the file's")),
+        "{:?}",
+        other.warnings()
+    );
+    // The same vocabulary, as a GGUF of the same model family carries it.
+    let hub = dir.path().join("hub");
+    Loader::new(golden("files/neox-gguf-f16/model.gguf")).convert(&hub, &options(Target::F32)).unwrap();
+    std::fs::copy(hub.join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let talking = load(&path);
+    assert!(talking.warnings().is_empty(), "{:?}", talking.warnings());
+    assert!(!talking.encode("Anna had a red ball.").unwrap().is_empty());
+    assert_eq!(load(dir.path()).info().parameters, talking.info().parameters, "a directory with nothing else");
+}
+
+#[test]
+fn the_order_of_rows_is_found_by_what_the_model_knows() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.gguf");
+    Loader::tiny().convert(&file, &options(Target::F16)).unwrap();
+    let expected = logits(&pricket::tiny().unwrap());
+    // Our files say it. Without the key it is found out; a wrong word is a user's own.
+    let key = b"pricket.qkv_order";
+    let mut bytes = std::fs::read(&file).unwrap();
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+    bytes[at] = b'P';
+    std::fs::write(&file, bytes).unwrap();
+    let found = load(&file);
+    assert!(
+        found.notes().iter().any(|note| note.contains("QKV rows are split: loss of a text")),
+        "{:?}",
+        found.notes()
+    );
+    assert!(worst(&logits(&found), &expected) < 1e-5);
+    let wrong = Loader::new(&file).neox_qkv(pricket::QkvOrder::Interleaved).load().unwrap();
+    assert!(worst(&logits(&wrong), &expected) > 0.1);
+}
+
+#[test]
+fn keys_can_be_changed_and_the_activation_too() {
+    let tiny = |change: fn(Loader) -> Loader| change(Loader::tiny()).load();
+    let own = logits(&tiny(|loader| loader).unwrap());
+    let tanh = logits(&tiny(|loader| loader.activation("gelu_tanh")).unwrap());
+    let off = worst(&own, &tanh);
+    assert!(off > 1e-5 && off < 0.05, "{off}");
+    assert!(worst(&own, &logits(&tiny(|loader| loader.set("use_parallel_residual", false)).unwrap())) > 0.1);
+    let error = tiny(|loader| loader.set("hidden_act", "swish")).unwrap_err().to_string();
+    assert!(error.contains("hidden_act"), "{error}");
+    assert!(tiny(|loader| loader.set("hidden_act.name", 1)).is_err());
+    assert!(tiny(|loader| loader.activation("relu")).unwrap_err().to_string().contains("use gelu or gelu_tanh"));
+    let rounded = logits(&tiny(Loader::activations_as_ggml).unwrap());
+    let off = worst(&own, &rounded);
+    assert!(off > 0.0 && off < 0.05, "{off}");
+    assert_eq!(rounded.dtype(), DType::F32);
+}
