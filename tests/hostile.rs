@@ -342,3 +342,70 @@ fn a_broken_tokenizer_is_named() {
         assert!(line.contains("tokenizer.json"), "{line}");
     }
 }
+
+/// tests/hostile holds files with one thing wrong each, and what their errors must say.
+#[test]
+fn kept_bad_files_get_the_error_that_they_must() {
+    let folder = root().join("tests/hostile");
+    let errors = std::fs::read(folder.join("errors.json")).unwrap();
+    let errors: std::collections::BTreeMap<String, String> = serde_json::from_slice(&errors).unwrap();
+    let files = crate::common::files(&folder).into_iter().filter(|path| !path.ends_with("errors.json"));
+    assert_eq!(files.count(), errors.len(), "every file has an error");
+    for (name, words) in errors {
+        let path = folder.join(&name);
+        let (loaded, seen) = (pricket::load(&path).map(|_| ()), pricket::inspect(&path).map(|_| ()));
+        for result in [loaded, seen] {
+            let error = result.expect_err(&name).to_string();
+            assert!(error.contains(&words), "{name}: {words:?} is not in {error:?}");
+            assert!(error.contains(&name) && error.len() < 1000 && !error.contains('\n'), "{name}: {error}");
+        }
+    }
+    // As programs, too.
+    for name in ["gguf-tensors-overlap.gguf", "ggml-tensor-cut-off.bin"] {
+        refuse("inspect", &folder.join(name));
+    }
+}
+
+/// Golden GGUF and GGML files with some bytes changed or cut off: an answer or an error, never a panic.
+#[test]
+fn damaged_containers_are_answered() {
+    let files: Vec<Vec<u8>> = crate::common::files(&root().join("tests/golden/files"))
+        .into_iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "gguf" || e == "bin"))
+        .map(|path| std::fs::read(path).unwrap())
+        .collect();
+    assert!(files.len() >= 20);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("damaged");
+    let mut state = 12345u64;
+    let mut random = |most: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % most.max(1)
+    };
+    let (mut opened, mut refused) = (0, 0);
+    for file in &files {
+        for round in 0..60 {
+            let mut bytes = file.clone();
+            // Headers are at the beginning, so most of the damage is there.
+            let reach = if round % 3 == 0 { bytes.len() } else { 4000.min(bytes.len()) };
+            for _ in 0..=random(4) {
+                let at = random(reach);
+                bytes[at] = [0, 255, 1, bytes[at] ^ (1 << random(8)), random(256) as u8][random(5)];
+            }
+            if round % 7 == 0 {
+                bytes.truncate(random(bytes.len()));
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            // Only headers: what loads may take as long as a model takes.
+            match pricket::inspect(&path) {
+                Ok(_) => opened += 1,
+                Err(e) => {
+                    refused += 1;
+                    assert!(e.to_string().len() < 1500, "{e}");
+                }
+            }
+        }
+    }
+    println!("{opened} opened, {refused} refused");
+    assert!(opened > 100 && refused > 100, "{opened} opened, {refused} refused");
+}

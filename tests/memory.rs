@@ -110,3 +110,124 @@ fn a_model_that_does_not_fit_is_refused_before_it_is_read() {
     assert!(error.to_string().contains("GiB"), "{error}");
     assert!(pricket::load(root().join("models/tiny")).is_ok());
 }
+
+/// Initial RAM in MiB of the programs of 2023, for q4_0 and q5_1: the table in the card of the GGML files of Pythia.
+#[cfg(target_os = "linux")]
+const CARD: [(&str, f64, f64); 6] = [
+    ("70m", 113.3, 121.5),
+    ("160m", 199.4, 227.5),
+    ("410m", 399.2, 455.7),
+    ("1b", 803.0, 927.3),
+    ("1.4b", 1126.4, 1331.2),
+    ("2.8b", 2048.0, 2457.6),
+];
+
+/// Writes a legacy GGML file of a published shape, as ggml wrote them in the middle of May 2023: blocks of any bytes with
+/// scales that are small.
+#[cfg(target_os = "linux")]
+fn write_ggml_file(shape: &str, kind: u32, path: &std::path::Path) {
+    use std::io::Write;
+    use std::sync::Arc;
+
+    use pricket::weights::{Dtype, ShapesOnly, Store};
+
+    let config = pricket::published_config(shape).unwrap();
+    let store = Arc::new(ShapesOnly::new(Dtype::F32));
+    let asked: Arc<dyn Store> = store.clone();
+    let info = pricket::Loader::from_store(config, asked).allow_any_memory().load().unwrap().info().clone();
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
+    let rotated = (info.head_dim / 4) as u32;
+    // q4_0 is file type 2, q5_1 file type 9; both of version 1.
+    let file_type = 1000 + if kind == 2 { 2 } else { 9 };
+    let sizes = [info.vocab, 2048, info.d_model, info.heads, info.layers].map(|n| n as u32);
+    file.write_all(b"lmgg").unwrap();
+    for n in sizes.into_iter().chain([rotated, 1, file_type]) {
+        file.write_all(&n.to_le_bytes()).unwrap();
+    }
+    for id in 0..info.vocab {
+        let word = if id == 0 { "<|endoftext|>".to_owned() } else { format!("w{id}") };
+        file.write_all(&(word.len() as u32).to_le_bytes()).unwrap();
+        file.write_all(word.as_bytes()).unwrap();
+    }
+    let block: Vec<u8> = if kind == 2 {
+        [&0.002f32.to_le_bytes()[..], &[0x5b; 16]].concat()
+    } else {
+        [
+            &half::f16::from_f32(0.001).to_le_bytes()[..],
+            &half::f16::from_f32(-0.015).to_le_bytes(),
+            &[0xa5; 4],
+            &[0x3c; 16],
+        ]
+        .concat()
+    };
+    let run = block.repeat(1 << 14);
+    for name in store.names() {
+        let shape = store.entry(&name).unwrap().shape;
+        let number = if shape.len() == 1 { 0 } else { kind };
+        for n in [shape.len() as u32, name.len() as u32, number] {
+            file.write_all(&n.to_le_bytes()).unwrap();
+        }
+        shape.iter().rev().for_each(|&n| file.write_all(&(n as u32).to_le_bytes()).unwrap());
+        file.write_all(name.as_bytes()).unwrap();
+        let elements: usize = shape.iter().product();
+        if number == 0 {
+            (0..elements).for_each(|_| file.write_all(&1f32.to_le_bytes()).unwrap());
+            continue;
+        }
+        let mut left = elements / 32 * block.len();
+        while left > 0 {
+            let n = left.min(run.len());
+            file.write_all(&run[..n]).unwrap();
+            left -= n;
+        }
+    }
+    file.into_inner().unwrap().sync_all().unwrap();
+}
+
+/// Peak memory of writing 128 tokens with a legacy file of every type that the card lists for a shape, in MiB.
+#[cfg(target_os = "linux")]
+fn needs_no_more_than_the_card(rows: &[(&str, f64, f64)]) {
+    for (shape, q4_0, q5_1) in rows {
+        for (kind, name, most) in [(2, "q4_0", q4_0), (7, "q5_1", q5_1)] {
+            let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+            let path = dir.path().join("ggml-model.bin");
+            write_ggml_file(shape, kind, &path);
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "memory::child_writes_128_tokens", "--nocapture"])
+                .env("PRICKET_CHILD_GGML", &path)
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let peak = text.split("PEAK ").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+            let peak = peak.unwrap_or_else(|| panic!("{text}\n{}", String::from_utf8_lossy(&output.stderr)));
+            let (peak, file) = (peak as f64 / 1_048_576.0, path.metadata().unwrap().len() as f64 / 1_048_576.0);
+            println!("| {shape} {name} | {file:.1} | {most:.1} | {peak:.1} |");
+            assert!(peak <= *most, "{shape} {name}: {peak:.1} MiB, the card has {most:.1}");
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_legacy_file_takes_no_more_memory_than_its_card_says() {
+    needs_no_more_than_the_card(&CARD[..1]);
+}
+
+/// `cargo test --test tests -- --ignored --nocapture memory::`
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "minutes, and files of 2 GB"]
+fn a_large_legacy_file_takes_no_more_memory_than_its_card_says() {
+    needs_no_more_than_the_card(&CARD[1..]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn child_writes_128_tokens() {
+    let Some(path) = std::env::var_os("PRICKET_CHILD_GGML") else { return };
+    let pricket = pricket::load(path).unwrap();
+    let options = pricket::GenerateOptions { max_tokens: 128, stop_at_eos: false, ..Default::default() };
+    let mut generation = pricket.generation(vec![vec![1, 2, 3, 4]], &options).unwrap();
+    while generation.step().unwrap().is_some() {}
+    println!("PEAK {}", peak_rss());
+}

@@ -294,7 +294,9 @@ fn rounded(x: &[f32], weight: &Matrix) -> Option<Vec<f32>> {
                 let d = most / 127.0;
                 let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
                 let d = if width == 32 { f16::from_f32(d).to_f32() } else { d };
-                block.iter_mut().for_each(|x| *x = (*x * inverse).round() * d);
+                for x in block.iter_mut() {
+                    *x = (*x * inverse).round() * d;
+                }
             }
             Some(out)
         }

@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use pricket_kernels::{BlockType, halves_from_pairs};
 use serde_json::Value;
@@ -9,7 +10,7 @@ use crate::error::clip;
 use crate::gguf::tensor_bytes;
 use crate::mapped::Mapped;
 use crate::source::Source;
-use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
 /// The header of a family's files from before GGUF: 32-bit fields in their order, `n_vocab` and `ftype` among them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +111,15 @@ impl GgmlFile {
         Self::new(Source::Mapped(Mapped::open(path.as_ref())?), layouts)
     }
 
-    pub(crate) fn new(source: Source, layouts: &[GgmlLayout]) -> Result<Self> {
+    /// The same of a file that is somewhere else; its vocabulary and the heads of its records are read now.
+    ///
+    /// # Errors
+    /// As [`GgmlFile::open`], and what reading says.
+    pub fn open_remote(file: Arc<dyn ReadAt>, layouts: &[GgmlLayout]) -> Result<Self> {
+        Self::new(Source::remote(file), layouts)
+    }
+
+    fn new(source: Source, layouts: &[GgmlLayout]) -> Result<Self> {
         let (container, start) = container(&source)?;
         let mut furthest: Option<(usize, Error)> = None;
         let mut found: Vec<(GgmlLayout, Reading, Walk)> = Vec::new();

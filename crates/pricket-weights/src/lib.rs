@@ -7,7 +7,9 @@
 //! |---|---|
 //! | `model.safetensors` | [`SafetensorsFile`], memory-mapped |
 //! | `pytorch_model.bin` (PyTorch ≥ 1.6, a zip of a pickle and raw storages) | [`TorchFile`], memory-mapped |
-//! | either of them in shards with an `*.index.json` | [`Sharded`] |
+//! | `*.gguf`, version 1 to 3 | [`GgufFile`], memory-mapped; quantised blocks as they are |
+//! | ggml, ggmf, ggjt (2023) | [`GgmlFile`], which wants the headers of its families |
+//! | the first two in shards with an `*.index.json` | [`Sharded`] |
 //!
 //! Opening reads headers only, so a 24 GB repository costs milliseconds; bytes are paged in when a tensor is asked
 //! for and let go when it has been copied. A file is never believed: sizes, offsets and shapes are checked against

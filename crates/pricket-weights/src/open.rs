@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::source::Source;
-use crate::{Error, ReadAt, Result, SafetensorsFile, Sharded, Store, TorchFile};
+use crate::{Error, GgufFile, ReadAt, Result, SafetensorsFile, Sharded, Store, TorchFile};
 
 /// What a file's first bytes say it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +140,7 @@ pub fn open_file(path: &Path) -> Result<Box<dyn Store>> {
     match sniff(path)? {
         Format::Safetensors => Ok(Box::new(SafetensorsFile::open(path)?)),
         Format::TorchZip => Ok(Box::new(TorchFile::open(path)?)),
+        Format::Gguf => Ok(Box::new(GgufFile::open(path)?)),
         other => Err(unread(other, path)),
     }
 }
@@ -154,6 +155,7 @@ pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
     match format_of(&head, source.path()) {
         Format::Safetensors => Ok(Box::new(SafetensorsFile::new(source)?)),
         Format::TorchZip => Ok(Box::new(TorchFile::new(source)?)),
+        Format::Gguf => Ok(Box::new(GgufFile::new(source)?)),
         other => Err(unread(other, source.path())),
     }
 }
@@ -172,8 +174,7 @@ fn unread(format: Format, path: &Path) -> Error {
         Format::TorchLegacy => unsupported(
             "legacy PyTorch format (before 1.6, not a zip); load and save it once with a current torch, or use safetensors",
         ),
-        Format::Gguf => unsupported("a GGUF file; this version reads safetensors and PyTorch .bin"),
-        Format::LegacyGgml => unsupported("a legacy GGML file; this version reads safetensors and PyTorch .bin"),
-        _ => unsupported("not a weight file: neither safetensors nor a PyTorch zip by its first bytes"),
+        Format::LegacyGgml => unsupported("a legacy GGML file, whose header is its family's: see GgmlFile"),
+        _ => unsupported("not a weight file: neither safetensors nor a PyTorch zip, GGUF or GGML by its first bytes"),
     }
 }

@@ -554,6 +554,10 @@ fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -
     let directory = if path.is_dir() { path.to_owned() } else { parent(path) };
     let config_path = directory.join("config.json");
     if !config_path.is_file() {
+        // What is no weight file at all needs no configuration.
+        if path.is_file() && !path.to_string_lossy().ends_with(".json") {
+            pricket_weights::open_file(path)?;
+        }
         return Err(Error::NotFound {
             path: config_path,
             what: "no such file; a checkpoint needs its config.json".into(),
