@@ -308,8 +308,8 @@ fn files_of_other_kinds_are_refused_by_name() {
     let legacy: Vec<u8> = [&b"tjgg"[..], &[0; 60]].concat();
     let kinds: [(&str, &[u8], &str); 5] = [
         ("model.safetensors", b"", "empty"),
-        ("pytorch_model.bin", &legacy, "legacy GGML"),
-        ("pytorch_model.bin", b"GGUF\x03\0\0\0 and so on", "GGUF"),
+        ("pytorch_model.bin", &legacy, "ggjt version 0"),
+        ("pytorch_model.bin", b"GGUF\x03\0\0\0 and so on", "truncated: the number of"),
         ("pytorch_model.bin", b"<html>404</html>", "not a weight file"),
         ("layer_00-model_00-model_states.pt", b"anything", "DeepSpeed"),
     ];

@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use pricket_kernels::BlockType;
 use serde_json::Value;
@@ -8,7 +9,7 @@ use crate::cursor::Cursor;
 use crate::error::clip;
 use crate::mapped::Mapped;
 use crate::source::Source;
-use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
 /// Names of keys and tensors are a few dozen bytes long.
 const MAX_NAME: usize = 256;
@@ -196,6 +197,14 @@ impl GgufFile {
     /// [`Error::Corrupt`] naming the key or tensor if the file contradicts itself.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::new(Source::Mapped(Mapped::open(path.as_ref())?))
+    }
+
+    /// The same of a file that is somewhere else.
+    ///
+    /// # Errors
+    /// As [`GgufFile::open`], and what reading says.
+    pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Self> {
+        Self::new(Source::remote(file))
     }
 
     pub(crate) fn new(source: Source) -> Result<Self> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use pricket_lm::Tokenizer;
-use pricket_weights::{Format, GgmlFile, GgufFile, Store};
+use pricket_weights::{Format, GgmlFile, GgmlLayout, GgufFile, Store};
 use serde_json::Value;
 
 use crate::family::Family;
@@ -88,6 +88,11 @@ pub fn open_weights(path: impl AsRef<Path>) -> Result<Arc<dyn Store>> {
         return Ok(container.store);
     }
     Ok(Arc::from(pricket_weights::open(path)?))
+}
+
+/// The headers of legacy GGML files that are known, for [`GgmlFile`].
+pub fn ggml_layouts() -> Vec<GgmlLayout> {
+    Family::ggml_layouts()
 }
 
 fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {

@@ -52,7 +52,7 @@ pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
 pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
 pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
 pub use compare::{Comparison, compare};
-pub use containers::{QkvOrder, open_weights};
+pub use containers::{QkvOrder, ggml_layouts, open_weights};
 pub use conversation::{Conversation, Reply};
 pub use convert::{ConvertOptions, Converted, Target};
 pub use device::device;

@@ -1,0 +1,44 @@
+//! A file that is in memory.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use pricket::weights::{ReadAt, Result, Store};
+
+pub struct Bytes(pub Vec<u8>);
+
+impl ReadAt for Bytes {
+    fn name(&self) -> String {
+        "fuzzed".into()
+    }
+
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, range: Range<u64>) -> Result<Vec<u8>> {
+        Ok(self.0[range.start as usize..range.end as usize].to_vec())
+    }
+}
+
+/// Opens it as what its first bytes say, and reads every tensor.
+#[allow(dead_code)]
+pub fn open(data: &[u8]) {
+    if let Ok(store) = pricket::weights::open_remote(Arc::new(Bytes(data.to_vec()))) {
+        read(&*store);
+    }
+}
+
+/// Reads every tensor of a store.
+pub fn read(store: &dyn Store) {
+    for name in store.names() {
+        let entry = store.entry(&name).expect("a name has an entry");
+        if let Ok(bytes) = store.bytes(&name) {
+            assert_eq!(bytes.len(), entry.bytes(), "{name}");
+        }
+        // Pickles can say that a tensor is larger than its bytes; nobody reads that much here.
+        if entry.bytes() < 1 << 22 {
+            let _ = pricket::weights::read_matrix(store, &name);
+        }
+    }
+}
