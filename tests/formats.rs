@@ -115,7 +115,7 @@ fn a_file_and_a_flag_quantise_alike() {
         last = off;
         assert!(done.bits_per_weight() < 9.2 && loaded.info().weight_bytes < 1_600_000, "{}", done.bits_per_weight());
         // The handle of a quantised model does what any other does.
-        let text = loaded.generate("The people of the United", &Default::default()).unwrap().text;
+        let text = loaded.generate("The people of the United", &pricket::GenerateOptions::default()).unwrap().text;
         assert!(text.starts_with(" States"), "{kind}: {text}");
     }
     let compared = pricket::compare(
@@ -199,7 +199,7 @@ fn a_legacy_file_takes_the_tokenizer_beside_it() {
     let path = dir.path().join("ggml-model.bin");
     std::fs::copy(golden("files/neox-ggml-20230515-q5_1/model.bin"), &path).unwrap();
     let mute = load(&path);
-    assert!(mute.generate("Anna", &Default::default()).unwrap_err().to_string().contains("has none"));
+    assert!(mute.generate("Anna", &pricket::GenerateOptions::default()).unwrap_err().to_string().contains("has none"));
     let other = Loader::new(&path).tokenizer(root().join("models/tiny/tokenizer.json")).load().unwrap();
     assert!(
         other.warnings().iter().any(|text| text.contains("the tokenizer is not the file's")),

@@ -82,13 +82,13 @@ fn refuse(krate: &str, words: &[&str]) {
 fn families_know_no_device_type_feature_or_cache() {
     for family in ["pricket-gpt-neox", "pricket-mpt", "pricket-redpajama-incite"] {
         refuse(family, &["cfg(feature", "Device::", "to_dtype", "DType", "uantis", "uantiz", "Cache"]);
-        // What other file formats call its keys is a table beside the family.
-        let (tables, code): (Vec<_>, Vec<_>) =
-            code(family).into_iter().partition(|(place, _)| place.contains("formats.rs"));
+        // What files call its tensors and keys are tables beside it.
+        let is_table = |place: &str| place.contains("formats.rs") || place.contains("names.rs");
+        let (tables, code): (Vec<_>, Vec<_>) = code(family).into_iter().partition(|(place, _)| is_table(place));
         let (tables, lines) = (tables.len(), code.len());
         assert!(
-            lines < 300 && tables < 120,
-            "{family} has {lines} and {tables} lines; a family is config, names and block"
+            lines < 300 && tables < 160,
+            "{family}: {lines} lines, {tables} in tables; a family is config and block"
         );
     }
 }

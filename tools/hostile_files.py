@@ -37,7 +37,7 @@ FILES = {
     "gguf-big-endian.gguf": (b"GGUF" + struct.pack(">I", 3) + b"\0" * 64, "big-endian"),
     "gguf-more-tensors-than-bytes.gguf": (gguf(counts=(1 << 60, 1)), "1152921504606846976 tensors"),
     "gguf-more-values-than-bytes.gguf": (gguf(counts=(0, 1 << 40)), "1099511627776 values"),
-    "gguf-key-too-long.gguf": (gguf([u64(1 << 50)]), "the key of a metadata value"),
+    "gguf-key-too-long.gguf": (gguf([u64(1 << 50)], data=b"\0" * 64), "the key of a metadata value"),
     "gguf-key-twice.gguf": (gguf([ARCH, ARCH]), "metadata general.architecture is there twice"),
     "gguf-value-of-no-type.gguf": (gguf([text(b"k") + u32(77)]), "metadata k has the type 77"),
     "gguf-array-longer-than-file.gguf": (gguf([text(b"k") + u32(9) + u32(4) + u64(1 << 61)]), "metadata k"),

@@ -83,17 +83,19 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
     }
     let not_found = |what: String| Err(Error::NotFound { path: place.into(), what });
     let weights: Vec<&str> = names().filter(|name| name.ends_with(".safetensors")).collect();
-    let others = |end: &str| names().filter(|name| name.ends_with(end)).collect::<Vec<&str>>();
-    let (ggufs, ggmls) =
-        (others(".gguf"), names().filter(|n| n.ends_with(".bin") && n.contains("ggml")).collect::<Vec<_>>());
+    // Other programs' files, by the names that these give them; what they are is told by what is in them.
+    let is_other = |name: &&str| match Path::new(name).extension().and_then(|end| end.to_str()) {
+        Some("gguf") => true,
+        Some("bin") => name.contains("ggml"),
+        _ => false,
+    };
+    let others: Vec<&str> = names().filter(is_other).collect();
     match weights[..] {
         [only] => Ok(only),
-        [] if ggufs.len() + ggmls.len() == 1 => Ok(ggufs.first().or(ggmls.first()).copied().unwrap_or_default()),
-        [] if ggufs.len() + ggmls.len() > 1 => not_found(format!(
-            "{} files of a model ({}, ...): name one of them",
-            ggufs.len() + ggmls.len(),
-            ggufs.first().or(ggmls.first()).copied().unwrap_or_default()
-        )),
+        [] if others.len() == 1 => Ok(others[0]),
+        [] if others.len() > 1 => {
+            not_found(format!("{} files of a model ({}, ...): name one of them", others.len(), others[0]))
+        }
         [] => not_found(format!("no weights here: none of {}", CANDIDATES.join(", "))),
         [first, ..] => not_found(format!(
             "{} safetensors files ({first}, ...) and no model.safetensors.index.json that maps them",

@@ -112,12 +112,14 @@ impl<W: Write> Writer<W> {
                 GgufValue::Texts(values) => {
                     kind(&mut header, &[9, 8]);
                     header.extend((values.len() as u64).to_le_bytes());
-                    values.iter().for_each(|value| text(&mut header, value));
+                    for value in values {
+                        text(&mut header, value);
+                    }
                 }
                 GgufValue::Integers(values) => {
                     kind(&mut header, &[9, 5]);
                     header.extend((values.len() as u64).to_le_bytes());
-                    values.iter().for_each(|value| header.extend(value.to_le_bytes()));
+                    header.extend(values.iter().flat_map(|value| value.to_le_bytes()));
                 }
             }
         }
@@ -158,7 +160,9 @@ impl<W: Write> Writer<W> {
         check(&outlines)?;
         let mut header = serde_json::Map::new();
         let mut about = json!({"format": "pt"});
-        metadata.iter().for_each(|(key, value)| about[key] = Value::from(value.clone()));
+        for (key, value) in metadata {
+            about[key] = Value::from(value.clone());
+        }
         header.insert("__metadata__".into(), about);
         let mut offset = 0;
         for outline in &outlines {

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use pricket_lm::Vocabulary;
-use pricket_nn::ops::{BlockType, Blocks, Matrix};
+use pricket_nn::ops::{BlockType, Blocks, Matrix, narrowed, quantise};
 use pricket_nn::{Names, Policy, Quantisation, RowOrder, Weights};
-use pricket_weights::{Dtype, GgufValue, Headers, Outline, Store, Writer};
+use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer};
 use serde_json::Value;
 
 use crate::containers::Fused;
@@ -132,7 +132,7 @@ impl Loader {
             if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
-            plan.write(item, &*opened.store, &mut |bytes| {
+            item.write(&*opened.store, &mut |bytes| {
                 done += bytes.len() as u64;
                 progress.update(done);
                 writer.write(bytes).map_err(io)
@@ -207,17 +207,13 @@ impl Plan<'_> {
                 Dtype::Block(_) if !self.gguf => Dtype::F32,
                 Dtype::Block(kind) => match kind.narrow() {
                     None if kind.is_current() => stored,
-                    Some(narrow) if self.narrows(from, kind, store)? => Dtype::Block(narrow),
+                    // Whether its scales are all numbers that today's blocks can hold.
+                    Some(narrow) if narrowed(kind, &store.bytes(from)?).is_some() => Dtype::Block(narrow),
                     _ => Dtype::F16,
                 },
                 other => other,
             },
         })
-    }
-
-    /// Whether the scales of an old tensor are all numbers that today's blocks can hold.
-    fn narrows(&self, from: &str, kind: BlockType, store: &dyn Store) -> Result<bool> {
-        Ok(pricket_nn::ops::narrowed(kind, &store.bytes(from)?).is_some())
     }
 
     fn notes(&self, items: &[Item], store: &dyn Store) -> Vec<String> {
@@ -239,12 +235,14 @@ impl Plan<'_> {
         };
         changed.into_iter().map(note).collect()
     }
+}
 
+impl Item {
     /// Writes the bytes of a tensor.
-    fn write(&self, item: &Item, store: &dyn Store, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let (from, dtype) = (&item.from, item.outline.dtype);
+    fn write(&self, store: &dyn Store, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (from, dtype) = (&self.from, self.outline.dtype);
         let entry = store.entry(from).map(|entry| entry.dtype);
-        let rows = |tensor: &Tensor| match item.rows {
+        let rows = |tensor: &Tensor| match self.rows {
             Change::None => Ok(tensor.clone()),
             Change::Apply(order) => order.apply(tensor),
             Change::Undo(order) => order.undo(tensor),
@@ -253,11 +251,11 @@ impl Plan<'_> {
             && (stored == wanted || stored.narrow() == Some(wanted))
             && let Matrix::Blocks(blocks) = pricket_weights::read_matrix(store, from)?
         {
-            let narrowed = (stored != wanted).then(|| pricket_nn::ops::narrowed(stored, blocks.bytes())).flatten();
+            let narrowed = (stored != wanted).then(|| narrowed(stored, blocks.bytes())).flatten();
             if stored == wanted || narrowed.is_some() {
                 let (count, columns) = blocks.shape();
                 let blocks = narrowed.map_or(blocks, |bytes| Blocks::new(wanted, count, columns, bytes));
-                let blocks = match item.rows {
+                let blocks = match self.rows {
                     Change::Apply(order) => match order.apply_to_matrix(Matrix::Blocks(blocks))? {
                         Matrix::Blocks(blocks) => blocks,
                         Matrix::Dense(_) => return Err(Error::Input(format!("tensor {from} lost its blocks"))),
@@ -275,26 +273,29 @@ impl Plan<'_> {
         let tensor = tensor.reshape((count, columns))?;
         for start in (0..count).step_by(512) {
             let part = tensor.narrow(0, start, 512.min(count - start))?;
-            out(&self.encode(&part, dtype, columns, from, store)?)?;
+            let bytes = encode(&part, dtype, columns);
+            out(&bytes.map_err(|e| Error::Input(format!("{}: tensor {from}: {e}", store.origin(from))))?)?;
         }
         Ok(())
     }
+}
 
-    fn encode(&self, part: &Tensor, dtype: Dtype, columns: usize, from: &str, store: &dyn Store) -> Result<Vec<u8>> {
-        let values = part.flatten_all()?;
-        let f32s = |tensor: &Tensor| -> Result<Vec<f32>> { Ok(tensor.to_dtype(DType::F32)?.to_vec1()?) };
-        Ok(match dtype {
-            Dtype::F16 => {
-                values.to_dtype(DType::F16)?.to_vec1::<half::f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            Dtype::BF16 => {
-                values.to_dtype(DType::BF16)?.to_vec1::<half::bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            Dtype::Block(kind) => pricket_nn::ops::quantise(kind, &f32s(&values)?, columns)
-                .map_err(|e| Error::Input(format!("{}: tensor {from}: {e}", store.origin(from))))?,
-            _ => f32s(&values)?.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        })
-    }
+/// Rows in the bytes of a type.
+fn encode(part: &Tensor, dtype: Dtype, columns: usize) -> candle_core::Result<Vec<u8>> {
+    let values = part.flatten_all()?;
+    let wide = |values: &Tensor| values.to_dtype(DType::F32)?.to_vec1::<f32>();
+    Ok(match dtype {
+        Dtype::F16 => {
+            let values = values.to_dtype(DType::F16)?.to_vec1::<half::f16>()?;
+            values.iter().flat_map(|x| x.to_le_bytes()).collect()
+        }
+        Dtype::BF16 => {
+            let values = values.to_dtype(DType::BF16)?.to_vec1::<half::bf16>()?;
+            values.iter().flat_map(|x| x.to_le_bytes()).collect()
+        }
+        Dtype::Block(kind) => quantise(kind, &wide(&values)?, columns)?,
+        _ => wide(&values)?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    })
 }
 
 /// The number by which llama.cpp knows what a file is mostly made of.
@@ -345,7 +346,7 @@ fn metadata(
     let mut out: Vec<(String, GgufValue)> =
         own.as_object().into_iter().flatten().map(|(key, of)| (key.clone(), value(of))).collect();
     let mut add = |key: &str, value: GgufValue| out.push((key.to_owned(), value));
-    let stored = opened.store.names().iter().filter_map(|name| opened.store.entry(name)).max_by_key(|e| e.elements());
+    let stored = opened.store.names().iter().filter_map(|name| opened.store.entry(name)).max_by_key(Entry::elements);
     add("general.name", GgufValue::Text(opened.provenance.name()));
     add("general.quantization_version", GgufValue::U32(2));
     add("general.file_type", GgufValue::U32(file_type(options, stored.map_or(Dtype::F32, |entry| entry.dtype))));
