@@ -93,7 +93,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
 /// Compares the model at `out` with the one that it was made of.
 fn report(args: &Args, source: &common::ModelArgs) -> anyhow::Result<Comparison> {
     let text = args.text.as_ref().map(std::fs::read_to_string).transpose()?;
-    let made = common::ModelArgs { model: Some(args.out.clone()), revision: None, ..source.clone() };
+    let made = common::ModelArgs { model: Some(args.out.clone()), revision: None, file: None, ..source.clone() };
     let (source, made) = (source.load("tiny")?, made.load("tiny")?);
     Ok(pricket::compare(&source, &made, text.as_deref().unwrap_or(TEXT), &common::Bar::default())?)
 }

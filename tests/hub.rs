@@ -301,6 +301,35 @@ fn a_model_without_a_tokenizer_takes_the_one_that_its_card_names() {
     assert!(loaded.generate("The", &options).unwrap_err().to_string().contains("the checkpoint has none"));
 }
 
+/// Repositories of converted files hold many of them and no configuration.
+#[test]
+fn one_of_several_files_is_loaded_by_its_name() {
+    let golden = |case: &str| root().join("tests/golden/files").join(case);
+    let file = |path: PathBuf| Content::lfs(std::fs::read(path).unwrap());
+    let repo = only([
+        ("a.q4_0.gguf", file(golden("neox-gguf-q4_0/model.gguf"))),
+        ("a.q8_0.gguf", file(golden("neox-gguf-q8_0/model.gguf"))),
+        ("a-ggml-q5_1.bin", file(golden("neox-ggml-20230515-q5_1/model.bin"))),
+        ("README.md", Content::text("---\nlicense: mit\n---\n")),
+    ]);
+    let one = only([("only.gguf", file(golden("mpt-gguf-f16/model.gguf")))]);
+    let world = World::new([("owner/many-GGUF", repo), ("owner/one-GGUF", one)]);
+    let loaded = world.loader("owner/many-GGUF").file("a.q8_0.gguf").load().unwrap();
+    assert_eq!(loaded.info().dtype.to_string(), "q8_0");
+    assert_eq!(loaded.provenance().licence.as_deref(), Some("mit"));
+    assert_eq!(loaded.provenance().repo.as_deref(), Some("owner/many-GGUF"));
+    assert!(world.large_bytes() < 80_000, "the others are not fetched");
+    let legacy = world.loader("owner/many-GGUF").file("a-ggml-q5_1.bin").load().unwrap();
+    assert_eq!(legacy.info().dtype.to_string(), "q5_1");
+    let offline = Loader::new("owner/many-GGUF").hub(world.offline()).file("a.q8_0.gguf").load().unwrap();
+    assert_eq!(offline.info().parameters, loaded.info().parameters);
+    let error = world.loader("owner/many-GGUF").load().unwrap_err().to_string();
+    assert!(error.contains("3 files of a model") && error.contains("name one of them"), "{error}");
+    let error = world.loader("owner/many-GGUF").file("b.gguf").load().unwrap_err().to_string();
+    assert!(error.contains("no file \"b.gguf\"; there are a-ggml-q5_1.bin, a.q4_0.gguf, a.q8_0.gguf"), "{error}");
+    assert_eq!(world.loader("owner/one-GGUF").load().unwrap().info().family, "mpt");
+}
+
 #[test]
 fn prompts_are_those_of_the_card_or_of_what_it_is_a_copy_of() {
     let world = World::new([
@@ -589,4 +618,70 @@ fn the_real_hub_answers() {
     assert!(loaded.provenance().files.iter().all(|file| file.digest.is_some()));
     let model: Arc<dyn pricket::CausalLm> = loaded.model();
     assert_eq!(model.info().vocab, 50_304);
+}
+
+/// A legacy file with the words of GPT-NeoX-20B gets its tokenizer, and says so.
+#[test]
+fn a_legacy_file_fetches_the_tokenizer_that_its_words_are_of() {
+    // A file of the smallest model with so many words; all of them are made up but those that tell.
+    let word = |id: usize| match id {
+        0 => "<|endoftext|>".to_owned(),
+        2422 => "Al".to_owned(),
+        547 => "ice".to_owned(),
+        _ => format!("w{id}"),
+    };
+    let (vocab, d) = (50_304usize, 8usize);
+    let mut file: Vec<u8> = b"lmgg".to_vec();
+    let mut put = |numbers: &[usize]| numbers.iter().for_each(|n| file.extend((*n as u32).to_le_bytes()));
+    put(&[vocab, 64, d, 1, 1, 2, 1, 1]);
+    for id in 0..vocab {
+        file.extend((word(id).len() as u32).to_le_bytes());
+        file.extend(word(id).bytes());
+    }
+    let layer = "gpt_neox.layers.0";
+    let tensors = [
+        ("gpt_neox.embed_in.weight".to_owned(), vec![vocab, d]),
+        ("embed_out.weight".to_owned(), vec![vocab, d]),
+        (format!("{layer}.attention.query_key_value.weight"), vec![3 * d, d]),
+        (format!("{layer}.attention.query_key_value.bias"), vec![3 * d]),
+        (format!("{layer}.attention.dense.weight"), vec![d, d]),
+        (format!("{layer}.attention.dense.bias"), vec![d]),
+        (format!("{layer}.mlp.dense_h_to_4h.weight"), vec![4 * d, d]),
+        (format!("{layer}.mlp.dense_h_to_4h.bias"), vec![4 * d]),
+        (format!("{layer}.mlp.dense_4h_to_h.weight"), vec![d, 4 * d]),
+        (format!("{layer}.mlp.dense_4h_to_h.bias"), vec![d]),
+    ];
+    let norms = [
+        format!("{layer}.input_layernorm"),
+        format!("{layer}.post_attention_layernorm"),
+        "gpt_neox.final_layer_norm".into(),
+    ];
+    let norms = norms.iter().flat_map(|norm| ["weight", "bias"].map(|end| (format!("{norm}.{end}"), vec![d])));
+    for (name, shape) in tensors.into_iter().chain(norms) {
+        for n in [shape.len(), name.len(), usize::from(shape.len() > 1)] {
+            file.extend((n as u32).to_le_bytes());
+        }
+        shape.iter().rev().for_each(|n| file.extend((*n as u32).to_le_bytes()));
+        file.extend(name.bytes());
+        let bytes = shape.iter().product::<usize>() * if shape.len() > 1 { 2 } else { 4 };
+        file.extend(vec![0; bytes]);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ggml-model-f16.bin");
+    std::fs::write(&path, file).unwrap();
+    // Any tokenizer stands in for the real one here.
+    let tokenizer = Content::file(&root().join("models/tiny/tokenizer.json")).unwrap();
+    let world = World::new([("EleutherAI/gpt-neox-20b", only([("tokenizer.json", tokenizer)]))]);
+    let loaded = Loader::new(&path).hub(world.hub()).threads(1).load().unwrap();
+    assert!(
+        loaded.notes().iter().any(|note| note.contains("so that of EleutherAI/gpt-neox-20b is used")),
+        "{loaded:?}"
+    );
+    assert!(loaded.encode("Alice").is_ok());
+    let alone = tempfile::tempdir().unwrap();
+    let mut settings = world.settings();
+    settings.cache = alone.path().into();
+    settings.offline = true;
+    let mute = Loader::new(&path).hub(Hub::new(settings)).threads(1).load().unwrap();
+    assert!(mute.warnings().iter().any(|text| text.contains("cannot be had")), "{:?}", mute.warnings());
 }

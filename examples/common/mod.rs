@@ -21,6 +21,9 @@ pub(crate) struct ModelArgs {
     /// A branch, tag or commit, such as step3000; of a directory, a training step kept beside it
     #[arg(long)]
     pub(crate) revision: Option<String>,
+    /// The weight file to load of a repository or directory that has several, such as one of its GGUF files
+    #[arg(long, value_name = "NAME")]
+    pub(crate) file: Option<String>,
     /// Where to compute: cpu, cuda, cuda:N or metal
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
@@ -99,6 +102,9 @@ impl ModelArgs {
         }
         if let Some(threads) = self.threads {
             loader = loader.threads(threads);
+        }
+        if let Some(name) = &self.file {
+            loader = loader.file(name);
         }
         if let Some(wanted) = self.quantisation()? {
             loader = loader.quantise(wanted);

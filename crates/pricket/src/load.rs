@@ -145,6 +145,7 @@ pub struct Loader {
     hub: Option<Hub>,
     train: bool,
     any_memory: bool,
+    file: Option<String>,
     qkv: QkvOrder,
     quantisation: Option<Quantisation>,
     as_ggml: bool,
@@ -216,6 +217,7 @@ impl Loader {
             hub: None,
             train: false,
             any_memory: false,
+            file: None,
             qkv: QkvOrder::Auto,
             quantisation: None,
             as_ggml: false,
@@ -264,6 +266,14 @@ impl Loader {
     #[must_use]
     pub fn tokenizer(mut self, path: impl AsRef<Path>) -> Self {
         self.tokenizer = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// The weight file of the repository or directory to load, instead of the one that is best read: one of several GGUF
+    /// files, or `pytorch_model.bin` beside a `model.safetensors`.
+    #[must_use]
+    pub fn file(mut self, name: impl Into<String>) -> Self {
+        self.file = Some(name.into());
         self
     }
 
@@ -422,25 +432,22 @@ impl Loader {
             }
             Source::Path(path) => match locate(path)? {
                 Place::Local(path) => {
-                    let mut opened = open_files(&path, None, given)?;
+                    let file = self.file.as_ref().map(|file| path.join(file));
+                    let mut opened = open_files(file.as_ref().unwrap_or(&path), None, given)?;
                     if opened.wants_neox_tokenizer {
                         let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
-                        let why = "no tokenizer can be made of the words in the file, which have lost bytes";
-                        opened.take_tokenizer(
-                            &path.display().to_string(),
-                            why,
-                            NEOX_TOKENIZER,
-                            &hub,
-                            &*self.progress,
-                        )?;
+                        opened.take_neox_tokenizer(&path.display().to_string(), &hub, &*self.progress)?;
                     }
                     Ok(opened)
                 }
                 Place::Hub(id) => {
                     let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
-                    let fetched = fetch_id(&id, &hub, &*self.progress)?;
+                    let fetched = fetch_id(&id, self.file.as_deref(), &hub, &*self.progress)?;
                     let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given)?;
                     opened.borrow_tokenizer(&id, &hub, &*self.progress)?;
+                    if opened.wants_neox_tokenizer && opened.tokenizer.is_none() {
+                        opened.take_neox_tokenizer(&id.to_string(), &hub, &*self.progress)?;
+                    }
                     Ok(opened)
                 }
             },
@@ -547,8 +554,13 @@ fn open_container(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Opene
 /// Opens a directory or a weight file with its configuration beside it.
 fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -> Result<Opened> {
     let file = if path.is_dir() { pricket_weights::find_weights(path).ok() } else { Some(path.to_owned()) };
-    let file = file.filter(|file| fetched.is_none() && file.is_file());
-    if let Some(opened) = file.map(|file| open_container(&file, given.as_ref())).transpose()?.flatten() {
+    let file = file.filter(|file| file.is_file());
+    if let Some(mut opened) = file.map(|file| open_container(&file, given.as_ref())).transpose()?.flatten() {
+        if let Some(fetched) = fetched {
+            opened.provenance = fetched.provenance;
+            opened.warnings.extend(fetched.warnings);
+            opened.in_use = Some(fetched.in_use);
+        }
         return Ok(opened);
     }
     let directory = if path.is_dir() { path.to_owned() } else { parent(path) };
@@ -675,6 +687,12 @@ impl Opened {
             Some(from) => self.take_tokenizer(&id.to_string(), "it has no tokenizer", &from, hub, progress),
             None => Ok(()),
         }
+    }
+
+    /// For a legacy GGML file, whose words are those of GPT-NeoX-20B and have lost bytes.
+    fn take_neox_tokenizer(&mut self, whose: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {
+        let why = "no tokenizer can be made of the words in the file, which have lost bytes";
+        self.take_tokenizer(whose, why, NEOX_TOKENIZER, hub, progress)
     }
 
     fn take_tokenizer(&mut self, whose: &str, why: &str, from: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {

@@ -77,7 +77,7 @@ impl Tensors {
     }
 
     pub(crate) fn of_listing(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed]) -> Result<Self> {
-        let weights = Chosen::among(listing, id)?.weights.path;
+        let weights = Chosen::among(listing, None, id)?.weights.path;
         let find = |name: &str| {
             let listed = listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
                 path: id.to_string().into(),

@@ -119,7 +119,7 @@ pub struct Fetched {
 /// [`Error::Repository`] with what is known of mirrors, [`Error::Hub`], [`Error::Offline`].
 pub fn fetch(model: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
     match locate(Path::new(model))? {
-        Place::Hub(id) => fetch_id(&id, hub, progress),
+        Place::Hub(id) => fetch_id(&id, None, hub, progress),
         Place::Local(path) => Err(Error::Input(format!("{} is here already", path.display()))),
     }
 }
@@ -172,13 +172,15 @@ impl Events for Telling<'_> {
     }
 }
 
-pub(crate) fn fetch_id(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
-    Revision::find(id, hub, progress)?.fetch(hub, progress)
+/// Fetches a revision, with the weight file that is named rather than the one that is best read.
+pub(crate) fn fetch_id(id: &ModelId, file: Option<&str>, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
+    let found = Revision::find_file(id, file, hub, progress)?;
+    found.fetch(hub, progress)
 }
 
 /// The same of a revision whose commit is known, so that a branch that moves meanwhile does not matter.
 pub(crate) fn fetch_commit(id: &ModelId, commit: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
-    Revision::at(id, commit.to_owned(), hub, &Telling::new(progress, ""))?.fetch(hub, progress)
+    Revision::at(id, commit.to_owned(), None, hub, &Telling::new(progress, ""))?.fetch(hub, progress)
 }
 
 /// The tokenizer.json of a repository, where another one has none.
@@ -204,17 +206,21 @@ pub(crate) struct Revision {
 
 impl Revision {
     pub(crate) fn find(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
-        let asking = Telling::new(progress, "");
-        let commit = hub.resolve(id, &asking).map_err(|e| explained(e, id, card(id.repo.as_str())))?;
-        Self::at(id, commit, hub, &asking)
+        Self::find_file(id, None, hub, progress)
     }
 
-    fn at(id: &ModelId, commit: String, hub: &Hub, asking: &Telling<'_>) -> Result<Self> {
+    fn find_file(id: &ModelId, file: Option<&str>, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
+        let asking = Telling::new(progress, "");
+        let commit = hub.resolve(id, &asking).map_err(|e| explained(e, id, card(id.repo.as_str())))?;
+        Self::at(id, commit, file, hub, &asking)
+    }
+
+    fn at(id: &ModelId, commit: String, file: Option<&str>, hub: &Hub, asking: &Telling<'_>) -> Result<Self> {
         let card = card(id.repo.as_str());
         let listing = hub.files(&id.repo, &commit, asking).map_err(|e| explained(e, id, card))?.files;
         let mut warnings = asking.fallbacks();
         warnings.extend(card.map(|card| known_warnings(card, id, &commit, hub)).unwrap_or_default());
-        Ok(Self { chosen: Chosen::among(&listing, id)?, id: id.clone(), commit, listing, warnings })
+        Ok(Self { chosen: Chosen::among(&listing, file, id)?, id: id.clone(), commit, listing, warnings })
     }
 
     fn explained(&self, e: pricket_hub::Error) -> Error {
@@ -230,13 +236,15 @@ impl Revision {
 
     fn fetch(self, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
         let small = self.fetch_small(hub, progress)?;
-        // Before gigabytes of weights that nothing here can load.
+        // Before gigabytes of weights that nothing here can load. Files that hold everything need no configuration.
         let config = small.directory.join("config.json");
-        if !config.is_file() {
+        if !config.is_file() && !self.chosen.holds_everything() {
             let what = format!("{} has none; a checkpoint needs its config.json", self.id);
             return Err(Error::NotFound { path: "config.json".into(), what });
         }
-        Family::from_config(&read_json(&config)?).map_err(|e| at(&config, e))?;
+        if config.is_file() {
+            Family::from_config(&read_json(&config)?).map_err(|e| at(&config, e))?;
+        }
         let weights = small.directory.join(&self.chosen.weights.path);
         let large =
             if self.chosen.is_index() { shards(&self.listing, &weights)? } else { vec![self.chosen.weights.clone()] };
@@ -272,11 +280,19 @@ pub(crate) struct Chosen {
 }
 
 impl Chosen {
-    pub(crate) fn among(listing: &[Listed], id: &ModelId) -> Result<Self> {
+    pub(crate) fn among(listing: &[Listed], file: Option<&str>, id: &ModelId) -> Result<Self> {
         let names: Vec<&str> =
             listing.iter().map(|file| file.path.as_str()).filter(|path| !path.contains('/')).collect();
         let place = PathBuf::from(id.to_string());
-        let name = pricket_weights::choose_weights(&names, &place)?;
+        let named = |file| {
+            let others: Vec<&str> = names.iter().copied().filter(|name| !SMALL.contains(name)).collect();
+            let what = format!("no file {file:?}; there are {}", others.join(", "));
+            names.iter().copied().find(|name| *name == file).ok_or(Error::NotFound { path: place.clone(), what })
+        };
+        let name = match file {
+            Some(file) => named(file)?,
+            None => pricket_weights::choose_weights(&names, &place)?,
+        };
         let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
         let missing = || Error::NotFound { path: place.clone(), what: format!("{name} is not listed") };
         let small = ["config.json", "tokenizer.json"].into_iter().chain(is_index(name).then_some(name));
@@ -291,6 +307,12 @@ impl Chosen {
 
     pub(crate) fn is_index(&self) -> bool {
         is_index(&self.weights.path)
+    }
+
+    /// Whether configuration and vocabulary are in the file of the weights.
+    fn holds_everything(&self) -> bool {
+        let path = Path::new(&self.weights.path);
+        path.extension().is_some_and(|end| end == "gguf" || (end == "bin" && self.weights.path.contains("ggml")))
     }
 
     /// The small files, an index among them.
