@@ -256,3 +256,19 @@ fn keys_can_be_changed_and_the_activation_too() {
     assert!(off > 0.0 && off < 0.05, "{off}");
     assert_eq!(rounded.dtype(), DType::F32);
 }
+
+/// A file of 2023 with its words as bytes reads text as its twin of today does.
+#[test]
+fn words_written_as_bytes_are_the_same_words() {
+    let today = load(&golden("files/neox-gguf-f16/model.gguf"));
+    let old = load(&golden("files/neox-gguf-old-v2-interleaved-f16/model.gguf"));
+    assert!(old.warnings().is_empty(), "{:?}", old.warnings());
+    for text in ["Anna had a red ball.", "the  hat\n\n", " caf\u{e9} \u{1f917}", "<|endoftext|>a"] {
+        let ids = old.encode(text).unwrap();
+        assert_eq!(old.decode(&ids).unwrap(), text);
+        // Today's has the runs of spaces as tokens beside.
+        if !text.contains("  ") {
+            assert_eq!(ids, today.encode(text).unwrap(), "{text:?}");
+        }
+    }
+}

@@ -66,6 +66,7 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
     };
     let looks_special = |word: &[u8]| word.starts_with(b"<|") && word.ends_with(b"|>");
     let is_padding = |id: usize, word: &[u8]| word == format!("[PAD{id}]").as_bytes();
+    let results: HashSet<&String> = made.iter().collect();
     let (mut vocab, mut added) = (serde_json::Map::new(), Vec::new());
     for (id, word) in words.iter().enumerate() {
         let kind = kinds.get(id).copied();
@@ -74,8 +75,9 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
         }
         let plain = String::from_utf8_lossy(word).into_owned();
         let special = kind == Some(SPECIAL) || looks_special(word);
-        // Runs of spaces are added tokens whatever kind they are said to have: no letter stands for a space.
-        let spaces = word.len() > 1 && word.iter().all(|byte| *byte == b' ');
+        // Runs of spaces are added tokens whatever kind they are said to have, but for one that merges lead to.
+        let spaces =
+            word.len() > 1 && word.iter().all(|byte| *byte == b' ') && !(raw && results.contains(&spelled(word)));
         if special || kind == Some(ADDED) || spaces {
             added.push(json!({
                 "id": id, "content": plain, "single_word": false, "lstrip": false, "rstrip": false,

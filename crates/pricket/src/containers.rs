@@ -135,9 +135,10 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
 }
 
 /// How much of the spread of the rows' norms it explains to call them Q, K and V in one order or the other: split,
-/// interleaved. Training makes values other than queries and keys; rows that are called wrong are all alike.
-pub(crate) fn told_by_rows(store: &dyn Store, heads: usize) -> Result<(f64, f64)> {
-    let (mut total, mut explained) = (0.0, [0.0; 2]);
+/// interleaved; and how much chance explains. Training makes values other than queries and keys; rows that are called wrong
+/// are all alike.
+pub(crate) fn told_by_rows(store: &dyn Store, heads: usize) -> Result<(f64, f64, f64)> {
+    let (mut total, mut explained, mut chance) = (0.0, [0.0; 2], 1.0f64);
     // A few layers tell as well as all.
     for layer in 0..8 {
         let name = format!("blk.{layer}.attn_qkv.weight");
@@ -147,6 +148,8 @@ pub(crate) fn told_by_rows(store: &dyn Store, heads: usize) -> Result<(f64, f64)
         let weight = pricket_weights::read_tensor(store, &name, &Device::Cpu)?.to_dtype(DType::F32)?;
         let norms: Vec<f32> = weight.sqr()?.sum(1)?.to_vec1()?;
         let logs: Vec<f64> = norms.iter().map(|norm| f64::from(norm.max(1e-20)).ln()).collect();
+        // Three means of rows that are all of a kind explain this much of their spread.
+        chance = 2.0 / logs.len().saturating_sub(1).max(1) as f64;
         let width = logs.len() / 3;
         let dim = (width / heads.max(1)).max(1);
         let mean = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
@@ -163,7 +166,7 @@ pub(crate) fn told_by_rows(store: &dyn Store, heads: usize) -> Result<(f64, f64)
         }
     }
     let share = |x: f64| if total > 0.0 { x / total } else { 0.0 };
-    Ok((share(explained[0]), share(explained[1])))
+    Ok((share(explained[0]), share(explained[1]), chance))
 }
 
 /// The pre-tokenizers that are GPT-2's under other names.

@@ -491,18 +491,13 @@ fn by_evidence(
     let name = |in_model_order: bool| if in_model_order { "split" } else { "interleaved" };
     let by_rows = || -> Result<(bool, String)> {
         let heads = opened.config["num_attention_heads"].as_u64().unwrap_or(1) as usize;
-        let (split, interleaved) = containers::told_by_rows(&*opened.store, heads)?;
-        let told = format!(
-            "{:.2} of the spread of row norms, and {:.2} the other way",
-            split.max(interleaved),
-            split.min(interleaved)
-        );
-        Ok(match split.max(interleaved) {
-            most if most > 0.1 && most > 2.0 * split.min(interleaved) => {
-                (split > interleaved, format!("Q, K and V explain {told}"))
-            }
-            _ => (likely, why.into()),
-        })
+        let (split, interleaved, chance) = containers::told_by_rows(&*opened.store, heads)?;
+        let (most, least) = (split.max(interleaved), split.min(interleaved));
+        if most > (6.0 * chance).max(0.03) && most > 2.0 * least {
+            let told = format!("Q, K and V explain {most:.2} of the spread of row norms, and {least:.2} the other way");
+            return Ok((split > interleaved, told));
+        }
+        Ok((likely, why.into()))
     };
     let Some(tokenizer) = &opened.tokenizer else {
         let (order, why) = by_rows()?;
