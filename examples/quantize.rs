@@ -60,6 +60,9 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let source = common::ModelArgs { quantize: None, dtype: Precision::Auto, ..args.model.clone() };
     let loader = source.configure(source.source("tiny")?)?;
     let done = loader.convert(&args.out, &ConvertOptions { target, overwrite: args.overwrite })?;
+    for warning in &done.warnings {
+        eprintln!("warning: {warning}");
+    }
     for note in &done.notes {
         eprintln!("note: {note}");
     }
@@ -75,7 +78,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         });
         let json = json!({
             "path": done.path, "bytes": done.bytes, "parameters": done.parameters, "bits_per_weight": bits,
-            "notes": done.notes, "report": report,
+            "notes": done.notes, "warnings": done.warnings, "report": report,
         });
         println!("{json}");
         return Ok(());

@@ -169,8 +169,11 @@ fn a_tokenizer_survives_as_lists() {
         let bytes = |texts: &[String]| texts.iter().map(|text| text.clone().into_bytes()).collect::<Vec<_>>();
         let kinds: Vec<i64> = lists.kinds.iter().map(|&kind| kind.into()).collect();
         let words = bytes(&lists.words);
-        for kinds in [&kinds[..], &[]] {
-            let again = Tokenizer::from_vocabulary(&words, kinds, &bytes(&lists.merges), "lists").unwrap();
+        // As today's programs write them, as one of 2023 that called every word plain, and as one that wrote their bytes.
+        let plain = vec![1; words.len()];
+        let raw: Vec<Vec<u8>> = (0..words.len() as u32).map(|id| own.token_bytes(id).to_vec()).collect();
+        for (words, kinds) in [(&words, &kinds[..]), (&words, &[]), (&words, &plain), (&raw, &[])] {
+            let again = Tokenizer::from_vocabulary(words, kinds, &bytes(&lists.merges), "lists").unwrap();
             assert_eq!(again.vocab_size(), own.vocab_size());
             for text in [
                 "Hello, I am",
@@ -257,6 +260,20 @@ fn keys_can_be_changed_and_the_activation_too() {
     assert_eq!(rounded.dtype(), DType::F32);
 }
 
+#[test]
+fn several_files_in_a_directory_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a.gguf", "b.gguf"] {
+        std::fs::copy(golden("files/mpt-gguf-f16/model.gguf"), dir.path().join(name)).unwrap();
+    }
+    for error in
+        [pricket::load(dir.path()).unwrap_err().to_string(), pricket::inspect(dir.path()).unwrap_err().to_string()]
+    {
+        assert!(error.contains("2 files of a model (a.gguf, ...): name one of them"), "{error}");
+    }
+    assert_eq!(Loader::new(dir.path()).file("b.gguf").load().unwrap().info().family, "mpt");
+}
+
 /// A file of 2023 with its words as bytes reads text as its twin of today does.
 #[test]
 fn words_written_as_bytes_are_the_same_words() {
@@ -271,4 +288,163 @@ fn words_written_as_bytes_are_the_same_words() {
             assert_eq!(ids, today.encode(text).unwrap(), "{text:?}");
         }
     }
+}
+
+/// The header of a GGUF file written anew as version 1, whose counts and lengths have 32 bits.
+fn as_version_1(file: &[u8]) -> Vec<u8> {
+    let mut at = 24;
+    let u32_at = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap());
+    let u64_at = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
+    let mut out = b"GGUF".to_vec();
+    let put = |out: &mut Vec<u8>, n: u64| out.extend((n as u32).to_le_bytes());
+    put(&mut out, 1);
+    let (tensors, values) = (u64_at(8), u64_at(16));
+    put(&mut out, tensors);
+    put(&mut out, values);
+    let text = |out: &mut Vec<u8>, at: &mut usize| {
+        let len = u64_at(*at);
+        put(out, len);
+        out.extend(&file[*at + 8..*at + 8 + len as usize]);
+        *at += 8 + len as usize;
+    };
+    let width = |kind: u32| [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8][kind as usize];
+    for _ in 0..values {
+        text(&mut out, &mut at);
+        let kind = u32_at(at);
+        put(&mut out, kind.into());
+        at += 4;
+        match kind {
+            8 => text(&mut out, &mut at),
+            9 => {
+                let (kind, count) = (u32_at(at), u64_at(at + 4));
+                put(&mut out, kind.into());
+                put(&mut out, count);
+                at += 12;
+                for _ in 0..count {
+                    if kind == 8 {
+                        text(&mut out, &mut at);
+                    } else {
+                        out.extend(&file[at..at + width(kind)]);
+                        at += width(kind);
+                    }
+                }
+            }
+            _ => {
+                out.extend(&file[at..at + width(kind)]);
+                at += width(kind);
+            }
+        }
+    }
+    for _ in 0..tensors {
+        text(&mut out, &mut at);
+        let dims = u32_at(at);
+        put(&mut out, dims.into());
+        at += 4;
+        for _ in 0..dims {
+            put(&mut out, u64_at(at));
+            at += 8;
+        }
+        out.extend(&file[at..at + 12]);
+        at += 12;
+    }
+    out.resize(out.len().next_multiple_of(32), 0);
+    out.extend(&file[at.next_multiple_of(32)..]);
+    out
+}
+
+#[test]
+fn version_1_of_gguf_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.gguf");
+    for case in ["neox-gguf-q8_0", "mpt-gguf-f16"] {
+        let today = golden("files").join(case).join("model.gguf");
+        std::fs::write(&path, as_version_1(&std::fs::read(&today).unwrap())).unwrap();
+        assert_eq!(pricket::inspect(&path).unwrap().describe, "GGUF, version 1");
+        let split = Loader::new(&path).neox_qkv(pricket::QkvOrder::Split).load().unwrap();
+        assert_eq!(worst(&logits(&split), &logits(&load(&today))), 0.0, "{case}");
+        assert_eq!(split.encode("Anna had a ball").unwrap(), load(&today).encode("Anna had a ball").unwrap());
+    }
+}
+
+/// A plain legacy file in the containers that had scores of words, and tensors at multiples of 32.
+fn in_container(file: &[u8], magic: &[u8], version: u32, fields: usize, words: usize) -> Vec<u8> {
+    let u32_at = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap());
+    let mut out = [magic, &version.to_le_bytes()].concat();
+    let mut at = 4 + 4 * fields;
+    // What these containers say of their blocks is their version; the field says nothing.
+    out.extend(&file[4..at - 4]);
+    out.extend((u32_at(at - 4) % 1000).to_le_bytes());
+    for _ in 0..words {
+        let len = u32_at(at) as usize;
+        out.extend(&file[at..at + 4 + len]);
+        out.extend(0.5f32.to_le_bytes());
+        at += 4 + len;
+    }
+    while at < file.len() {
+        let (dims, name, kind) = (u32_at(at) as usize, u32_at(at + 4) as usize, u32_at(at + 8));
+        let elements: usize = (0..dims).map(|i| u32_at(at + 12 + 4 * i) as usize).product();
+        let head = 12 + 4 * dims + name;
+        out.extend(&file[at..at + head]);
+        if magic == b"tjgg" {
+            out.resize(out.len().next_multiple_of(32), 0);
+        }
+        at += head;
+        let bytes = match kind {
+            0 => 4 * elements,
+            2 if version == 3 => elements / 32 * 18,
+            2 => elements / 32 * 20,
+            _ => elements / 32 * 24,
+        };
+        out.extend(&file[at..at + bytes]);
+        at += bytes;
+    }
+    out
+}
+
+#[test]
+fn the_other_containers_of_2023_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ggml-a.bin");
+    // The blocks of versions 0, 1 and 2 came with ggjt 1, 2 and 3.
+    for (case, version, fields) in [
+        ("neox-ggml-20230430-q5_1", 1, 7),
+        ("neox-ggml-20230515-q5_1", 2, 8),
+        ("neox-ggml-20230520-q4_0-qnt2", 3, 8),
+        ("mpt-ggml-20230517-q4_0-plainftype", 2, 8),
+    ] {
+        let plain = golden("files").join(case).join("model.bin");
+        let bytes = std::fs::read(&plain).unwrap();
+        std::fs::write(&path, in_container(&bytes, b"tjgg", version, fields, 352)).unwrap();
+        let described = pricket::inspect(&path).unwrap().describe;
+        assert!(
+            described.starts_with("ggjt") && described.ends_with(&format!("version {}", version - 1)),
+            "{described}"
+        );
+        assert_eq!(worst(&logits(&load(&path)), &logits(&load(&plain))), 0.0, "{case}");
+    }
+    let plain = golden("files/neox-ggml-20230430-q5_1/model.bin");
+    std::fs::write(&path, in_container(&std::fs::read(&plain).unwrap(), b"fmgg", 1, 7, 352)).unwrap();
+    assert!(pricket::inspect(&path).unwrap().describe.starts_with("ggmf"));
+    assert_eq!(worst(&logits(&load(&path)), &logits(&load(&plain))), 0.0);
+}
+
+#[test]
+fn a_directory_is_written_whole_and_over_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("pytorch_model.bin"), "another").unwrap();
+    let error = Loader::tiny().convert(dir.path(), &options(Target::F16)).unwrap_err().to_string();
+    assert!(error.contains("holds a model already"), "{error}");
+    assert!(!dir.path().join("model.safetensors").exists());
+    let source = root().join("models/tiny");
+    let out = dir.path().join("out");
+    let done = Loader::new(&source).convert(&out, &options(Target::Stored)).unwrap();
+    assert!(done.warnings.is_empty(), "{:?}", done.warnings);
+    for file in ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"] {
+        assert!(out.join(file).is_file(), "{file}");
+    }
+    let mute = Loader::new(golden("files/neox-ggml-20230515-q5_1/model.bin"));
+    let over = ConvertOptions { overwrite: true, ..options(Target::F32) };
+    let done = mute.convert(&out, &over).unwrap();
+    assert!(done.warnings.iter().any(|text| text.contains("no tokenizer")), "{:?}", done.warnings);
+    assert!(!out.join("tokenizer.json").exists() && !out.join("generation_config.json").exists(), "another model's");
 }

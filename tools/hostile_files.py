@@ -42,7 +42,10 @@ FILES = {
     "gguf-value-of-no-type.gguf": (gguf([text(b"k") + u32(77)]), "metadata k has the type 77"),
     "gguf-array-longer-than-file.gguf": (gguf([text(b"k") + u32(9) + u32(4) + u64(1 << 61)]), "metadata k"),
     "gguf-array-of-strings-longer-than-file.gguf": (gguf([text(b"k") + u32(9) + u32(8) + u64(1 << 40)]), "metadata k"),
-    "gguf-array-of-arrays.gguf": (gguf([text(b"k") + u32(9) + u32(9) + u64(1)]), "array of type 9"),
+    "gguf-array-of-arrays-cut-off.gguf": (gguf([text(b"k") + u32(9) + u32(9) + u64(1 << 30)]), "metadata k"),
+    "gguf-array-of-arrays-of-arrays.gguf": (gguf([text(b"k") + u32(9) + (u32(9) + u64(1)) * 6], data=b"\0" * 64), "metadata k is an array of type 9"),
+    "gguf-type-not-read.gguf": (gguf([ARCH] + [text(k) + u32(4) + u32(2 if b"length" in k else 1) for k in (b"gptneox.context_length", b"gptneox.embedding_length", b"gptneox.block_count", b"gptneox.feed_forward_length", b"gptneox.attention.head_count")],
+                                      [tensor(b"token_embd.weight", [2, 1], 20, 0)], b"\0" * 32), "tensor token_embd.weight is stored as iq4_nl, which is not read"),
     "gguf-text-longer-than-file.gguf": (gguf([text(b"k") + u32(8) + u64(1 << 63)]), "metadata k"),
     "gguf-alignment-0.gguf": (gguf([ARCH, text(b"general.alignment") + u32(4) + u32(0)]), "general.alignment"),
     "gguf-alignment-huge.gguf": (gguf([ARCH, text(b"general.alignment") + u32(4) + u32(1 << 31)]), "general.alignment"),
@@ -71,7 +74,7 @@ FILES = {
     "ggml-bytes-after-the-end.bin": (ggml(records=[record(b"a", [4], 0, b"\0" * 16), b"\1\2"]), "truncated"),
     "ggml-name-no-utf8.bin": (ggml(records=[record(b"\xff\xff", [4], 0, b"\0" * 16)]), "no UTF-8"),
     "ggml-version-of-tomorrow.bin": (b"tjgg" + u32(9) + b"\0" * 64, "ggjt version 9"),
-    "ggml-an-adapter.bin": (b"algg" + u32(1) + b"\0" * 64, "not a weight file"),
+    "ggml-an-adapter.bin": (b"algg" + u32(1) + b"\0" * 64, "a LoRA adapter"),
     "ggml-without-its-tensors.bin": (ggml(records=[record(b"a", [4], 0, b"\0" * 16)]), "mlp.dense_h_to_4h.weight"),
 }
 

@@ -83,6 +83,12 @@ impl Tokenizer {
         merges: &[Vec<u8>],
         origin: impl Into<String>,
     ) -> Result<Self> {
+        let origin = origin.into();
+        let bytes: usize = words.iter().chain(merges).map(Vec::len).sum();
+        if words.len() > 1 << 20 || bytes > tokenizer_file::MAX_SIZE as usize {
+            let what = format!("{} words and {} merges of {bytes} bytes are too many", words.len(), merges.len());
+            return Err(Error::Tokenizer { origin, what });
+        }
         Self::from_bytes(vocabulary::to_json(words, kinds, merges).to_string().as_bytes(), origin)
     }
 

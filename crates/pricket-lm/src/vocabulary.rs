@@ -75,9 +75,9 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
         }
         let plain = String::from_utf8_lossy(word).into_owned();
         let special = kind == Some(SPECIAL) || looks_special(word);
-        // Runs of spaces are added tokens whatever kind they are said to have, but for one that merges lead to.
-        let spaces =
-            word.len() > 1 && word.iter().all(|byte| *byte == b' ') && !(raw && results.contains(&spelled(word)));
+        // Runs of spaces are added tokens whatever kind they are said to have, but for the first that merges lead to.
+        let merged = || raw && results.contains(&spelled(word)) && !vocab.contains_key(&spelled(word));
+        let spaces = word.len() > 1 && word.iter().all(|byte| *byte == b' ') && !merged();
         if special || kind == Some(ADDED) || spaces {
             added.push(json!({
                 "id": id, "content": plain, "single_word": false, "lstrip": false, "rstrip": false,

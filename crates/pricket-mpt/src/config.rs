@@ -162,7 +162,8 @@ impl Config {
             return Err(Error::config("n_heads", format!("{heads} does not divide d_model {d}")));
         }
         let hidden = self.expansion_ratio * d as f64;
-        if !(hidden >= 1.0 && hidden <= f64::from(1 << 20) && hidden.fract() == 0.0) {
+        // A ratio that was made of two widths is not always the float that gives them back.
+        if !(hidden >= 1.0 && hidden <= f64::from(1 << 20) && (hidden - hidden.round()).abs() < 1e-6) {
             let what = format!("{} times d_model {d} is no width of an MLP", self.expansion_ratio);
             return Err(Error::config("expansion_ratio", what));
         }
@@ -200,7 +201,7 @@ impl Config {
     }
 
     pub(crate) fn hidden(&self) -> usize {
-        (self.expansion_ratio * self.d_model as f64) as usize
+        (self.expansion_ratio * self.d_model as f64).round() as usize
     }
 
     pub(crate) fn has_bias(&self) -> bool {

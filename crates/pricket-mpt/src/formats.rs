@@ -61,10 +61,13 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
         "max_seq_len": number("context_length")?, "learned_pos_emb": holds("position_embd.weight"),
         "expansion_ratio": number("feed_forward_length")? as f64 / d.max(1) as f64,
         "layer_norm_epsilon": at("attention.layer_norm_epsilon").as_f64().unwrap_or(1e-5),
-        "no_bias": !holds("blk.0.attn_norm.bias"),
+        "no_bias": !["attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"]
+            .iter()
+            .any(|part| holds(&format!("blk.0.{part}.bias"))),
         "attn_config": {
             "attn_type": if kv == heads { "multihead_attention" } else { "grouped_query_attention" }, "kv_n_heads": kv,
-            "alibi": !holds("position_embd.weight"), "alibi_bias_max": float("attention.max_alibi_bias"),
+            "alibi": at("attention.max_alibi_bias").as_f64().map_or(!holds("position_embd.weight"), |bias| bias > 0.0),
+            "alibi_bias_max": float("attention.max_alibi_bias"),
             "clip_qkv": float("attention.clamp_kqv"), "qk_ln": holds("blk.0.attn_q_norm.weight"),
         },
         // Files of 2023 hold the head a second time, quantised with more bits.
@@ -74,17 +77,20 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
     }))
 }
 
-/// The GGUF metadata that a config.json stands for: the reverse of [`config_from_gguf`].
+/// The GGUF metadata that a config.json stands for, of a checkpoint with learned positions or without: the reverse of
+/// [`config_from_gguf`].
 ///
 /// # Errors
 /// As [`crate::Config::from_json`], and for what GGUF has no key for.
-pub fn gguf_metadata(config: &Value) -> Result<Value> {
+pub fn gguf_metadata(config: &Value, learned_positions: bool) -> Result<Value> {
     let read = crate::Config::from_json(config)?;
     let attention = &read.attn_config;
+    // As loading decides where the configuration is silent.
+    let alibi = attention.alibi.unwrap_or(!learned_positions);
     let lost = [
         ("attn_config.softmax_scale", attention.softmax_scale.is_some()),
         ("logit_scale", read.logit_scale()? != 1.0),
-        ("attn_config.alibi_bias_max", attention.alibi.unwrap_or(true) && !read.alibi_as_others_do()),
+        ("attn_config.alibi_bias_max", alibi && !read.alibi_as_others_do()),
     ];
     if let Some((key, _)) = lost.into_iter().find(|(_, lost)| *lost) {
         return Err(Error::config(key, "GGUF has no key for it"));
@@ -96,7 +102,7 @@ pub fn gguf_metadata(config: &Value) -> Result<Value> {
         "mpt.attention.head_count_kv": read.kv_heads()?,
         "mpt.attention.layer_norm_epsilon": read.layer_norm_epsilon,
         "mpt.attention.max_alibi_bias":
-            if attention.alibi.unwrap_or(true) { attention.alibi_bias_max.unwrap_or(8.0) } else { 0.0 },
+            if alibi { attention.alibi_bias_max.unwrap_or(8.0) } else { 0.0 },
     });
     if let function @ Value::Object(_) = &read.ffn_config["ffn_act_fn"] {
         out["pricket.ffn_act_fn"] = function.to_string().into();

@@ -365,6 +365,10 @@ impl Weights {
             return Err(pricket_weights::Error::Missing { origin: store.origin(name), name: name.into() }.into());
         };
         let origin = store.origin(&spelling);
+        if let Dtype::Other(kind) = entry.dtype {
+            let what = format!("tensor {spelling} is stored as {kind}, which is not read");
+            return Err(pricket_weights::Error::Unsupported { path: origin.into(), what }.into());
+        }
         if !entry.dtype.is_float() {
             return Err(pricket_weights::Error::NotFloat { origin, name: spelling, found: entry.dtype }.into());
         }

@@ -20,6 +20,14 @@ pub enum Error {
         /// What was looked for.
         what: String,
     },
+    /// A directory holds several models.
+    #[error("{}: {what}", path.display())]
+    Ambiguous {
+        /// The directory.
+        path: PathBuf,
+        /// What is in it.
+        what: String,
+    },
     /// The bytes contradict themselves or their format.
     #[error("{}: {what}", path.display())]
     Corrupt {

@@ -199,6 +199,10 @@ fn container(source: &Source) -> Result<(Container, usize)> {
         b"lmgg" => return Ok((plain, cursor.at)),
         b"fmgg" => Container { name: "ggmf", scores: true, ..plain },
         b"tjgg" => Container { name: "ggjt", scores: true, alignment: 32, version: None },
+        b"algg" => {
+            let what = "a LoRA adapter (ggla), not a model".into();
+            return Err(Error::Unsupported { path: source.path().into(), what });
+        }
         _ => return Err(source.corrupt("not a GGML file")),
     };
     let version = cursor.u32("the container's version")?;
@@ -247,7 +251,7 @@ fn read_header(cursor: &mut Cursor<'_>, layout: &GgmlLayout, reading: Reading, w
     }
     let field = |name: &str| walk.header.get(name).and_then(Value::as_u64).unwrap_or(0);
     let (words, file_type) = (field("n_vocab") as usize, field("ftype") as u32);
-    if words > cursor.left() / 4 {
+    if words > (cursor.left() / 4).min(1 << 24) {
         return Err(cursor.corrupt(format!("a vocabulary of {words} words")));
     }
     // The numbering of three days had no versions, and only two types tell it from the usual one.

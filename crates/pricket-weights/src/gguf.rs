@@ -45,7 +45,13 @@ enum Meta {
     Float(f64),
     Bool(bool),
     Text(Vec<u8>),
-    Array { kind: u32, count: usize, start: usize },
+    /// A text that is longer than anything here asks for, which stays in the file.
+    Long(usize),
+    Array {
+        kind: u32,
+        count: usize,
+        start: usize,
+    },
 }
 
 /// Bytes of a number of a metadata type; `None` for strings and arrays.
@@ -99,7 +105,15 @@ pub(crate) const NUMBERS: [(u32, BlockType); 12] = [
 ];
 
 /// Those that are known and not read.
-const NAMES: [(u32, &str); 13] = [
+const NAMES: [(u32, &str); 21] = [
+    (4, "q4_2, which ggml removed"),
+    (5, "q4_3, which ggml removed"),
+    (31, "q4_0_4_4, which ggml removed"),
+    (32, "q4_0_4_8, which ggml removed"),
+    (33, "q4_0_8_8, which ggml removed"),
+    (36, "iq4_nl_4_4, which ggml removed"),
+    (37, "iq4_nl_4_8, which ggml removed"),
+    (38, "iq4_nl_8_8, which ggml removed"),
     (16, "iq2_xxs"),
     (17, "iq2_xs"),
     (18, "iq3_xxs"),
@@ -142,26 +156,15 @@ impl Reader<'_> {
 
     fn value(&mut self, kind: u32, key: &str) -> Result<Meta> {
         if kind == TEXT {
-            return Ok(Meta::Text(self.text(MAX_TEXT, key)?));
+            let len = self.count(key)?;
+            if len > MAX_TEXT {
+                self.cursor.skip(len, key)?;
+                return Ok(Meta::Long(len));
+            }
+            return Ok(Meta::Text(self.cursor.take(len, key)?.into_owned()));
         }
         if kind == ARRAY {
-            let kind = self.cursor.u32(key)?;
-            let count = self.count(key)?;
-            let start = self.cursor.at;
-            if let Some(width) = width(kind) {
-                self.cursor.skip(count.saturating_mul(width), key)?;
-            } else if kind == TEXT {
-                let smallest = if self.version == 1 { 4 } else { 8 };
-                if count > self.cursor.left() / smallest {
-                    return Err(self.cursor.corrupt(format!("truncated: {key} of {count} strings")));
-                }
-                for _ in 0..count {
-                    let len = self.count(key)?;
-                    self.cursor.skip(len, key)?;
-                }
-            } else {
-                return Err(self.cursor.corrupt(format!("{key} is an array of type {kind}, which is not read")));
-            }
+            let (kind, count, start) = self.skip_array(key, 0)?;
             return Ok(Meta::Array { kind, count, start });
         }
         let Some(width) = width(kind) else {
@@ -169,6 +172,40 @@ impl Reader<'_> {
         };
         let bytes = self.cursor.take(width, key)?;
         Ok(number(kind, &bytes))
+    }
+}
+
+impl Reader<'_> {
+    /// Goes over an array: the type of its elements, their number, and where they begin.
+    fn skip_array(&mut self, key: &str, depth: u32) -> Result<(u32, usize, usize)> {
+        let kind = self.cursor.u32(key)?;
+        let count = self.count(key)?;
+        let start = self.cursor.at;
+        if let Some(width) = width(kind) {
+            self.cursor.skip(count.saturating_mul(width), key)?;
+            return Ok((kind, count, start));
+        }
+        // Each takes some bytes, so that the loop ends before a count does that is larger than the file.
+        if count > self.cursor.left() / 4 {
+            return Err(self.cursor.corrupt(format!("truncated: {key} of {count} elements")));
+        }
+        for _ in 0..count {
+            match kind {
+                TEXT => {
+                    let len = self.count(key)?;
+                    self.cursor.skip(len, key)?;
+                }
+                ARRAY if depth < 4 => {
+                    self.skip_array(key, depth + 1)?;
+                }
+                _ => {
+                    return Err(self
+                        .cursor
+                        .corrupt(format!("{key} is an array of type {kind}, which there is none of")));
+                }
+            }
+        }
+        Ok((kind, count, start))
     }
 }
 
@@ -319,6 +356,7 @@ impl GgufFile {
             Meta::Float(x) => Value::from(*x),
             Meta::Bool(b) => Value::from(*b),
             Meta::Text(text) => Value::from(String::from_utf8_lossy(text)),
+            Meta::Long(bytes) => serde_json::json!({ "text of bytes": bytes }),
             Meta::Array { count, .. } => serde_json::json!({ "array": count }),
         };
         self.metadata.iter().map(|(key, meta)| (key.clone(), value(meta))).collect()

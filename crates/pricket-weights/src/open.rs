@@ -94,7 +94,8 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
         [only] => Ok(only),
         [] if others.len() == 1 => Ok(others[0]),
         [] if others.len() > 1 => {
-            not_found(format!("{} files of a model ({}, ...): name one of them", others.len(), others[0]))
+            let what = format!("{} files of a model ({}, ...): name one of them", others.len(), others[0]);
+            Err(Error::Ambiguous { path: place.into(), what })
         }
         [] => not_found(format!("no weights here: none of {}", CANDIDATES.join(", "))),
         [first, ..] => not_found(format!(
@@ -122,7 +123,9 @@ fn format_of(head: &[u8], path: &Path) -> Format {
     match head {
         [b'P', b'K', 3, 4, ..] => Format::TorchZip,
         [b'G', b'G', b'U', b'F', ..] => Format::Gguf,
-        [b'l' | b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] => Format::LegacyGgml,
+        [b'l' | b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'a', b'l', b'g', b'g', ..] => {
+            Format::LegacyGgml
+        }
         // PROTO 2, LONG1 of ten bytes: torch's magic number 0x1950a86a20f9469cfc6c.
         [0x80, _, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, ..] => Format::TorchLegacy,
         [_, _, _, _, _, _, _, _, b'{', ..] => Format::Safetensors,

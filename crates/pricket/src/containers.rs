@@ -1,6 +1,6 @@
 //! Files that hold configuration, vocabulary and weights in one: GGUF, and the containers before it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
@@ -47,6 +47,8 @@ pub(crate) enum Fused {
     Trained,
     /// As the model wants them.
     Model,
+    /// The same, as the file says.
+    Said,
     /// One of the two; whether it is more likely the model's, and why.
     Unknown(bool, &'static str),
 }
@@ -64,6 +66,18 @@ pub(crate) struct Container {
     pub(crate) warnings: Vec<String>,
     /// Whether its vocabulary is that of GPT-NeoX-20B, whose tokenizer it lacks.
     pub(crate) wants_neox_tokenizer: bool,
+}
+
+/// The file at `path` that may be such a file: itself, or the weights of a directory.
+pub(crate) fn candidate(path: &Path) -> Result<Option<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(path.is_file().then(|| path.to_owned()));
+    }
+    match pricket_weights::find_weights(path) {
+        Ok(file) => Ok(Some(file).filter(|file| file.is_file())),
+        Err(e @ pricket_weights::Error::Ambiguous { .. }) if !path.join("config.json").is_file() => Err(e.into()),
+        Err(_) => Ok(None),
+    }
 }
 
 /// Opens `path` if it is such a file; `given` is the tokenizer that the user names, which comes before the file's.
@@ -101,19 +115,20 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
     let config = Family::config_from_gguf(&metadata, &shape).map_err(|e| crate::load::at(path, e))?;
     let mut warnings = Vec::new();
-    let tokenizer = if let Some(given) = given {
-        Some(given.clone())
-    } else {
-        match gguf_tokenizer(&file, &metadata, path) {
-            Ok(tokenizer) => tokenizer,
-            Err(e) => {
-                warnings.push(format!("its tokenizer is not used: {e}"));
-                None
+    let tokenizer = match given {
+        Some(given) => Some(given.clone()),
+        None => match gguf_tokenizer(&file, &metadata, path) {
+            Ok(Some(tokenizer)) => Some(tokenizer),
+            own => {
+                if let Err(e) = own {
+                    warnings.push(format!("its tokenizer is not used: {e}"));
+                }
+                tokenizer_beside(path)?
             }
-        }
+        },
     };
     let fused = match (config["model_type"].as_str(), metadata["pricket.qkv_order"].as_str()) {
-        (Some("gpt_neox"), Some("split")) => Fused::Model,
+        (Some("gpt_neox"), Some("split")) => Fused::Said,
         (Some("gpt_neox"), _) if file.version() < 3 => Fused::Unknown(false, "the file is of version 1 or 2"),
         (Some("gpt_neox"), _) if metadata["tokenizer.ggml.pre"].is_null() => {
             Fused::Unknown(false, "the file has no tokenizer.ggml.pre, so it is of before May 2024")
@@ -194,17 +209,19 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
     Ok(Some(Tokenizer::from_vocabulary(&words, &kinds, &merges, origin)?))
 }
 
+/// The tokenizer.json in the directory of a file.
+fn tokenizer_beside(path: &Path) -> Result<Option<Tokenizer>> {
+    let beside = crate::load::parent(path).join("tokenizer.json");
+    Ok(beside.is_file().then(|| Tokenizer::from_file(&beside)).transpose()?)
+}
+
 fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let file = GgmlFile::open(path, &Family::ggml_layouts())?;
     let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
     let config =
         Family::config_from_ggml(file.layout(), &file.header(), &shape).map_err(|e| crate::load::at(path, e))?;
     let mut warnings = file.warnings().to_vec();
-    let beside = crate::load::parent(path).join("tokenizer.json");
-    let tokenizer = match given {
-        Some(given) => Some(given.clone()),
-        None => beside.is_file().then(|| Tokenizer::from_file(&beside)).transpose()?,
-    };
+    let tokenizer = given.cloned().map_or_else(|| tokenizer_beside(path), |given| Ok(Some(given)))?;
     if let Some(tokenizer) = &tokenizer {
         let known = (0..file.words()).filter_map(|id| Some((id, file.word(id)?)));
         // Bytes of parts of characters became U+FFFD, and added tokens are spelled in other ways.

@@ -54,6 +54,8 @@ pub struct Converted {
     pub parameters: u64,
     /// What was done otherwise than asked for, and why.
     pub notes: Vec<String>,
+    /// What a careful user should know of the source.
+    pub warnings: Vec<String>,
 }
 
 impl Converted {
@@ -83,7 +85,8 @@ impl Loader {
     /// Writes the model in another form: to a path that ends in `.gguf` one file with configuration and tokenizer, as
     /// llama.cpp reads it; to any other path a directory in Hub layout with one safetensors file.
     ///
-    /// No more than a tensor is in memory at a time, and a file has its name only when it is whole.
+    /// No more than a tensor is in memory at a time, but for a GGUF file whose order of QKV rows has to be found out by loading
+    /// it. A file has its name only when it is whole.
     ///
     /// # Errors
     /// As loading; [`Error::Refused`] for what the format has no key for, [`Error::Input`] for a path that is there.
@@ -92,8 +95,10 @@ impl Loader {
         let mut opened = self.opened()?;
         let family = Family::from_config(&opened.config).map_err(|e| at(&opened.config_path, e))?;
         let in_model_order = match (&opened.fused, self.order()) {
-            (Fused::Model, _) | (Fused::Unknown(..), QkvOrder::Split) => true,
-            (Fused::Trained, _) | (Fused::Unknown(..), QkvOrder::Interleaved) => false,
+            (Fused::Model, _) | (Fused::Unknown(..) | Fused::Said, QkvOrder::Split) | (Fused::Said, QkvOrder::Auto) => {
+                true
+            }
+            (Fused::Trained, _) | (Fused::Unknown(..) | Fused::Said, QkvOrder::Interleaved) => false,
             (Fused::Unknown(..), QkvOrder::Auto) => {
                 let loaded = self.clone().load()?;
                 opened.notes.extend(loaded.notes().iter().cloned());
@@ -112,18 +117,34 @@ impl Loader {
             items.iter().map(|i| i.outline.bytes() as u64).sum(),
             "bytes",
         );
+        let mut warnings = opened.warnings.clone();
+        warnings.extend(crate::load::unused_warning(&dry));
+        if opened.tokenizer.is_none() {
+            warnings.push("there is no tokenizer, so none is written; give one with the source".into());
+        }
         let mut notes: Vec<String> = opened.notes.clone();
         notes.extend(plan.notes(&items, &*opened.store));
         let path = if gguf { out.to_owned() } else { out.join("model.safetensors") };
-        if !gguf {
+        if gguf {
+            let ends =
+                crate::load::eos_ids(&opened.config, opened.generation_config.as_ref(), opened.tokenizer.as_ref());
+            if let [others @ .., last] = &ends[..]
+                && !others.is_empty()
+            {
+                notes.push(format!("GGUF has room for one end token: {last} is written, {others:?} are not"));
+            }
+        } else {
             std::fs::create_dir_all(out).map_err(|error| Error::Io { path: out.into(), error })?;
+            if !options.overwrite && (pricket_weights::find_weights(out).is_ok() || out.join("config.json").exists()) {
+                return Err(Error::Input(format!("{} holds a model already, and is not written over", out.display())));
+            }
         }
         let part = Part::create(&path, options.overwrite)?;
         let io = |error: std::io::Error| Error::Io { path: path.clone(), error };
-        let outlines = items.iter().map(|item| item.outline.clone()).collect();
+        let outlines: Vec<Outline> = items.iter().map(|item| item.outline.clone()).collect();
         let file = BufWriter::with_capacity(1 << 20, part.file.try_clone().map_err(io)?);
         let mut writer = if gguf {
-            Writer::gguf(file, &metadata(&opened, &family, options, info.vocab)?, outlines).map_err(io)?
+            Writer::gguf(file, &metadata(&opened, &family, options, info.vocab, &outlines)?, outlines).map_err(io)?
         } else {
             Writer::safetensors(file, &BTreeMap::new(), outlines).map_err(io)?
         };
@@ -139,12 +160,13 @@ impl Loader {
             })?;
         }
         writer.finish().map_err(io)?;
-        let bytes = part.finish()?;
+        // The weights last: without them nobody takes the directory for a model.
         if !gguf {
-            beside(out, &opened, options)?;
+            beside(out, &opened)?;
         }
+        let bytes = part.finish()?;
         progress.end();
-        Ok(Converted { path, bytes, parameters: info.parameters, notes })
+        Ok(Converted { path, bytes, parameters: info.parameters, notes, warnings })
     }
 }
 
@@ -199,8 +221,10 @@ impl Plan<'_> {
             Target::Quantised(wanted) if self.gguf && shape.len() == 2 => {
                 match wanted.of(self.family.is_table(canonical), shape[1]) {
                     Some(kind) => Dtype::Block(kind),
-                    None if stored.to_candle().is_some() => stored,
-                    None => Dtype::F16,
+                    None => match stored {
+                        Dtype::Block(kind) if !kind.is_current() => Dtype::F16,
+                        stored => stored,
+                    },
                 }
             }
             Target::Stored | Target::Quantised(_) => match stored {
@@ -286,8 +310,11 @@ fn encode(part: &Tensor, dtype: Dtype, columns: usize) -> candle_core::Result<Ve
     let wide = |values: &Tensor| values.to_dtype(DType::F32)?.to_vec1::<f32>();
     Ok(match dtype {
         Dtype::F16 => {
-            let values = values.to_dtype(DType::F16)?.to_vec1::<half::f16>()?;
-            values.iter().flat_map(|x| x.to_le_bytes()).collect()
+            let halves = values.to_dtype(DType::F16)?.to_vec1::<half::f16>()?;
+            if let Some(at) = halves.iter().position(|x| !x.is_finite()) {
+                candle_core::bail!("{} in it is too large for f16", wide(&values)?[at]);
+            }
+            halves.iter().flat_map(|x| x.to_le_bytes()).collect()
         }
         Dtype::BF16 => {
             let values = values.to_dtype(DType::BF16)?.to_vec1::<half::bf16>()?;
@@ -332,8 +359,10 @@ fn metadata(
     family: &Family,
     options: &ConvertOptions,
     vocab: usize,
+    outlines: &[Outline],
 ) -> Result<Vec<(String, GgufValue)>> {
-    let own = family.gguf_metadata(&opened.config).map_err(|e| at(&opened.config_path, e))?;
+    let learned = outlines.iter().any(|outline| outline.name == "position_embd.weight");
+    let own = family.gguf_metadata(&opened.config, learned).map_err(|e| at(&opened.config_path, e))?;
     let value = |value: &Value| match value {
         Value::Bool(flag) => GgufValue::Bool(*flag),
         Value::String(text) => GgufValue::Text(text.clone()),
@@ -382,21 +411,28 @@ fn metadata(
     Ok(out)
 }
 
-/// Configuration and tokenizer, beside the weights of a directory.
-fn beside(directory: &Path, opened: &Opened, options: &ConvertOptions) -> Result<()> {
+/// Configuration and tokenizer, beside the weights of a directory; of another model's nothing stays.
+fn beside(directory: &Path, opened: &Opened) -> Result<()> {
     let mut config = opened.config.clone();
     if let Some(object) = config.as_object_mut() {
         object.retain(|_, value| !value.is_null());
     }
-    let mut files = vec![("config.json", serde_json::to_string_pretty(&config).unwrap_or_default())];
-    if let Some(tokenizer) = &opened.tokenizer {
-        files.push(("tokenizer.json", tokenizer.to_json()?));
-    }
+    let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap_or_default();
+    let files = [
+        ("config.json", Some(pretty(&config))),
+        ("generation_config.json", opened.generation_config.as_ref().map(pretty)),
+        ("tokenizer.json", opened.tokenizer.as_ref().map(pricket_lm::Tokenizer::to_json).transpose()?),
+    ];
     for (name, text) in files {
-        let mut part = Part::create(&directory.join(name), options.overwrite)?;
-        let io = |error| Error::Io { path: directory.join(name), error };
-        std::io::Write::write_all(&mut part.file, text.as_bytes()).map_err(io)?;
-        part.finish()?;
+        let path = directory.join(name);
+        let io = |error| Error::Io { path: path.clone(), error };
+        if let Some(text) = text {
+            let mut part = Part::create(&path, true)?;
+            std::io::Write::write_all(&mut part.file, text.as_bytes()).map_err(io)?;
+            part.finish()?;
+        } else if path.exists() {
+            std::fs::remove_file(&path).map_err(io)?;
+        }
     }
     Ok(())
 }

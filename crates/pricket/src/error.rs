@@ -143,7 +143,7 @@ impl From<pricket_weights::Error> for Error {
             _ => None,
         };
         match e {
-            W::NotFound { path, what } => Error::NotFound { path, what },
+            W::NotFound { path, what } | W::Ambiguous { path, what } => Error::NotFound { path, what },
             W::Refused { path, what } => Error::Unsafe { path, what },
             W::Unsupported { path, what } => Error::Unsupported { path, what },
             W::Io { path, source } => Error::Io { path, error: source },

@@ -71,10 +71,10 @@ impl Family {
     }
 
     /// The GGUF metadata that a config.json stands for.
-    pub(crate) fn gguf_metadata(&self, config: &Value) -> Result<Value> {
+    pub(crate) fn gguf_metadata(&self, config: &Value, learned_positions: bool) -> Result<Value> {
         match self {
             Family::GptNeoX(_) => pricket_gpt_neox::gguf_metadata(config),
-            Family::Mpt(_) => pricket_mpt::gguf_metadata(config),
+            Family::Mpt(_) => pricket_mpt::gguf_metadata(config, learned_positions),
         }
     }
 
@@ -102,6 +102,9 @@ impl Family {
             Family::GptNeoX(_) => config["hidden_act"] = if tanh { "gelu_pytorch_tanh" } else { "gelu" }.into(),
             Family::Mpt(_) => {
                 let approximate = if tanh { "tanh" } else { "none" };
+                if !config["ffn_config"].is_object() {
+                    config["ffn_config"] = json!({});
+                }
                 config["ffn_config"]["ffn_act_fn"] = json!({"name": "gelu", "approximate": approximate});
             }
         }

@@ -76,8 +76,7 @@ impl TensorInfo {
 pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
     match locate(model.as_ref())? {
         Place::Local(path) => {
-            let file = if path.is_dir() { pricket_weights::find_weights(&path).ok() } else { Some(path.clone()) };
-            if let Some(file) = file.filter(|file| file.is_file())
+            if let Some(file) = containers::candidate(&path)?
                 && let Some(container) = containers::open(&file, None)?
             {
                 return contained(file, container);
@@ -97,6 +96,10 @@ pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
             let hub = Hub::from_env()?;
             let found = Revision::find(&id, &hub, &Silent)?;
             let small = found.fetch_small(&hub, &Silent)?;
+            if !small.directory.join("config.json").is_file() {
+                let what = format!("{id} has no config.json: a GGUF or GGML file is looked at when it is here");
+                return Err(Error::NotFound { path: "config.json".into(), what });
+            }
             let open = || {
                 let tensors = Tensors::of_listing(&hub, &id, &found.commit, &found.listing)?;
                 let provenance = tensors.provenance().clone();

@@ -337,6 +337,10 @@ impl Loader {
         let config_path = opened.config_path.clone();
         let refused = |e| at(&config_path, e);
         let family = Family::from_config(&opened.config).map_err(refused)?;
+        if self.quantisation.is_some() && (!self.device.is_cpu() || self.precision != Precision::Auto) {
+            let what = "quantising while loading is for the CPU, and leaves no other type to choose";
+            return Err(Error::Input(what.into()));
+        }
         let policy = match (self.train, self.precision, self.device.is_cpu()) {
             (true, ..) => Policy::Train,
             _ if self.quantisation.is_some() => self.quantisation.map_or(Policy::Stored, Policy::Quantise),
@@ -365,8 +369,10 @@ impl Loader {
             Ok((model.map(pooled).map_err(refused)?, weights))
         };
         let (in_model_order, (model, weights)) = match (&opened.fused, self.qkv) {
-            (Fused::Unknown(..), QkvOrder::Split) | (Fused::Model, _) => (true, build(true)?),
-            (Fused::Unknown(..), QkvOrder::Interleaved) | (Fused::Trained, _) => (false, build(false)?),
+            (Fused::Unknown(..) | Fused::Said, QkvOrder::Split) | (Fused::Model, _) | (Fused::Said, QkvOrder::Auto) => {
+                (true, build(true)?)
+            }
+            (Fused::Unknown(..) | Fused::Said, QkvOrder::Interleaved) | (Fused::Trained, _) => (false, build(false)?),
             (&Fused::Unknown(likely, why), QkvOrder::Auto) => {
                 let (order, built, note) = by_evidence(build, likely, why, &opened)?;
                 opened.notes.push(note);
@@ -514,9 +520,10 @@ fn by_evidence(
         Ok(-scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len().max(1) as f64)
     };
     // The unlikely one first, so that the one that is kept is mostly the one in memory.
-    let other = loss(&build(!likely)?.0)?;
+    // A wrong order may overflow: that is no error of the file.
+    let other = build(!likely).and_then(|built| loss(&built.0)).unwrap_or(f64::INFINITY);
     let built = build(likely)?;
-    let found = loss(&built.0)?;
+    let found = loss(&built.0).unwrap_or(f64::INFINITY);
     let guessing = (tokenizer.vocab_size() as f64).ln();
     let clear = |this: f64, that: f64| this + CLEAR < that.min(guessing);
     let (order, why) = if clear(other, found) || clear(found, other) {
@@ -527,7 +534,12 @@ fn by_evidence(
         (order, format!("{why}; the loss of a text tells nothing ({found:.2} and {other:.2} nats a token)"))
     };
     let note = format!("QKV rows are {}: {why}", name(order));
-    Ok((order, if order == likely { built } else { build(order)? }, note))
+    if order == likely {
+        return Ok((order, built, note));
+    }
+    // Not two at once.
+    drop(built);
+    Ok((order, build(order)?, note))
 }
 
 /// Opens a file that holds everything, if it is one.
@@ -548,8 +560,7 @@ fn open_container(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Opene
 
 /// Opens a directory or a weight file with its configuration beside it.
 fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -> Result<Opened> {
-    let file = if path.is_dir() { pricket_weights::find_weights(path).ok() } else { Some(path.to_owned()) };
-    let file = file.filter(|file| file.is_file());
+    let file = containers::candidate(path)?;
     if let Some(mut opened) = file.map(|file| open_container(&file, given.as_ref())).transpose()?.flatten() {
         if let Some(fetched) = fetched {
             opened.provenance = fetched.provenance;
@@ -650,7 +661,7 @@ pub(crate) struct Opened {
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) provenance: Provenance,
-    warnings: Vec<String>,
+    pub(crate) warnings: Vec<String>,
     pub(crate) notes: Vec<String>,
     in_use: Option<InUse>,
     pub(crate) fused: Fused,

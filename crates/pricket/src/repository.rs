@@ -238,7 +238,7 @@ impl Revision {
         let small = self.fetch_small(hub, progress)?;
         // Before gigabytes of weights that nothing here can load. Files that hold everything need no configuration.
         let config = small.directory.join("config.json");
-        if !config.is_file() && !self.chosen.holds_everything() {
+        if !config.is_file() && !self.chosen.by_name && !self.chosen.holds_everything() {
             let what = format!("{} has none; a checkpoint needs its config.json", self.id);
             return Err(Error::NotFound { path: "config.json".into(), what });
         }
@@ -276,6 +276,8 @@ fn is_index(path: &str) -> bool {
 pub(crate) struct Chosen {
     /// The file, or the index.
     pub(crate) weights: Listed,
+    /// Whether the user named it.
+    by_name: bool,
     small: Vec<Listed>,
 }
 
@@ -302,7 +304,7 @@ impl Chosen {
             return Err(Error::Corrupt { tensor: None, error });
         }
         let small = SMALL.iter().filter_map(|name| find(name)).filter(|file| file.size <= SMALL_BYTES);
-        Ok(Self { weights: find(name).ok_or_else(missing)?, small: small.collect() })
+        Ok(Self { by_name: file.is_some(), weights: find(name).ok_or_else(missing)?, small: small.collect() })
     }
 
     pub(crate) fn is_index(&self) -> bool {
