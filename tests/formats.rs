@@ -48,7 +48,9 @@ fn conversions_keep_every_value() {
     let dir = tempfile::tempdir().unwrap();
     let (mut said, mut unsaid) = (0, 0);
     for (i, (source, gguf)) in sources().into_iter().enumerate() {
-        let expected = logits(&load(&source));
+        let loaded = load(&source);
+        assert!(loaded.warnings().is_empty(), "{}: {:?}", source.display(), loaded.warnings());
+        let expected = logits(&loaded);
         let hub = dir.path().join(format!("{i}"));
         Loader::new(&source).convert(&hub, &options(Target::F32)).unwrap();
         assert_eq!(worst(&logits(&load(&hub)), &expected), 0.0, "{}", source.display());
@@ -447,4 +449,29 @@ fn a_directory_is_written_whole_and_over_nothing() {
     let done = mute.convert(&out, &over).unwrap();
     assert!(done.warnings.iter().any(|text| text.contains("no tokenizer")), "{:?}", done.warnings);
     assert!(!out.join("tokenizer.json").exists() && !out.join("generation_config.json").exists(), "another model's");
+}
+
+/// The sizes of blocks are believed, not the header: a plain type around blocks of version 2, as MPT files of three days
+/// have, says nothing; a version that is wrong is told.
+#[test]
+fn a_header_that_is_wrong_about_its_blocks_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ggml-a.bin");
+    for (case, file_type, words) in [
+        ("neox-ggml-20230520-q4_0-qnt2", 2u32, None),
+        ("mpt-ggml-20230524-storywriter-q8_0", 7, None),
+        ("mpt-ggml-20230524-storywriter-q8_0", 1007, Some("the header says version 1 of the quantised blocks")),
+        ("neox-ggml-20230515-q4_0", 2002, Some("the header says version 2 of the quantised blocks")),
+    ] {
+        let source = golden("files").join(case).join("model.bin");
+        let mut bytes = std::fs::read(&source).unwrap();
+        // The last field of the header, of eight.
+        bytes[32..36].copy_from_slice(&file_type.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        let loaded = load(&path);
+        assert_eq!(worst(&logits(&loaded), &logits(&load(&source))), 0.0, "{case} as {file_type}");
+        let told = loaded.warnings().join(" ");
+        let right = words.map_or(told.is_empty(), |words| told.contains(words));
+        assert!(right, "{case} as {file_type}: {told:?}");
+    }
 }

@@ -257,7 +257,6 @@ fn container(file: &Path, case: &Value, device: &Device, check: &mut Check) -> R
     }
 
     let pricket = Loader::new(file).device(device.clone()).load()?;
-    check.equal("warnings", &pricket.warnings(), &&[][..]);
     let input = get(&expected, "__input_ids__")?.to_dtype(DType::U32)?.flatten_all()?.to_vec1::<u32>()?;
     let logits = file_logits(&pricket, &input, device, input.len())?;
     let stepped = file_logits(&pricket, &input, device, 1)?;

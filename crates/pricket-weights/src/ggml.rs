@@ -150,7 +150,8 @@ impl GgmlFile {
             (_, false) => said,
         };
         let mut warnings = Vec::new();
-        if sized && version != said {
+        // A plain file type says nothing.
+        if sized && claimed > 0 && version != claimed {
             warnings.push(format!(
                 "the header says version {said} of the quantised blocks, and they are of version {version} by their sizes"
             ));
