@@ -3,8 +3,7 @@
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
 
-/// The header of legacy GGML files. Its quantised blocks were never those of before the first reordering, whatever
-/// `ftype` says.
+/// The header of legacy GGML files. Their blocks were never those of before the first reordering, whatever `ftype` says.
 pub const GGML: [GgmlLayout; 1] = [GgmlLayout {
     name: "mpt header",
     fields: &[
@@ -70,7 +69,7 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
             "alibi_bias_max": float("attention.max_alibi_bias"),
             "clip_qkv": float("attention.clamp_kqv"), "qk_ln": holds("blk.0.attn_q_norm.weight"),
         },
-        // Files of 2023 hold the head a second time, quantised with more bits.
+        // Files of 2023 hold the head a second time, in more bits.
         "tie_word_embeddings": !holds("output.weight"),
         "ffn_config": {"ffn_act_fn": serde_json::from_str(metadata["pricket.ffn_act_fn"].as_str().unwrap_or("null")).unwrap_or(Value::Null)},
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"], "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],

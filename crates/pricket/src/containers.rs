@@ -3,55 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
 use pricket_lm::Tokenizer;
 use pricket_weights::{Format, GgmlFile, GgmlLayout, GgufFile, Store};
 use serde_json::Value;
 
 use crate::family::Family;
+use crate::qkv::Fused;
 use crate::{Error, Result};
-
-/// How a GGUF file of a GPT-NeoX model has the rows of its fused query-key-value matrices.
-///
-/// Converters of before May 2024 left them as they were trained, each head's three side by side; later ones write all of Q,
-/// then K, then V. Nothing in a file says which.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum QkvOrder {
-    /// What gives a text the lower loss; where that tells nothing, what the file's age suggests.
-    #[default]
-    Auto,
-    /// Q, then K, then V.
-    Split,
-    /// Head by head.
-    Interleaved,
-}
-
-impl std::str::FromStr for QkvOrder {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "auto" => Ok(Self::Auto),
-            "split" => Ok(Self::Split),
-            "interleaved" => Ok(Self::Interleaved),
-            _ => Err(Error::Input(format!("{name:?} is no order of QKV rows; use auto, split or interleaved"))),
-        }
-    }
-}
-
-/// The order of a file's fused matrices, as far as the file tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fused {
-    /// As the Hub has them.
-    Trained,
-    /// As the model wants them.
-    Model,
-    /// The same, as the file says.
-    Said,
-    /// One of the two; whether it is more likely the model's, and why.
-    Unknown(bool, &'static str),
-}
 
 /// What such a file holds.
 pub(crate) struct Container {
@@ -147,41 +105,6 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         warnings,
         wants_neox_tokenizer: false,
     })
-}
-
-/// How much of the spread of the rows' norms it explains to call them Q, K and V in one order or the other: split,
-/// interleaved; and how much chance explains. Training makes values other than queries and keys; rows that are called wrong
-/// are all alike.
-pub(crate) fn told_by_rows(store: &dyn Store, heads: usize) -> Result<(f64, f64, f64)> {
-    let (mut total, mut explained, mut chance) = (0.0, [0.0; 2], 1.0f64);
-    // A few layers tell as well as all.
-    for layer in 0..8 {
-        let name = format!("blk.{layer}.attn_qkv.weight");
-        if store.entry(&name).is_none() {
-            break;
-        }
-        let weight = pricket_weights::read_tensor(store, &name, &Device::Cpu)?.to_dtype(DType::F32)?;
-        let norms: Vec<f32> = weight.sqr()?.sum(1)?.to_vec1()?;
-        let logs: Vec<f64> = norms.iter().map(|norm| f64::from(norm.max(1e-20)).ln()).collect();
-        // Three means of rows that are all of a kind explain this much of their spread.
-        chance = 2.0 / logs.len().saturating_sub(1).max(1) as f64;
-        let width = logs.len() / 3;
-        let dim = (width / heads.max(1)).max(1);
-        let mean = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
-        total += logs.iter().map(|x| (x - mean).powi(2)).sum::<f64>();
-        let part = [|row: usize, width: usize, _: usize| row / width.max(1), |row, _, dim| row / dim % 3];
-        for (part, explained) in part.iter().zip(&mut explained) {
-            let (mut sums, mut counts) = ([0.0; 3], [0.0f64; 3]);
-            for (row, x) in logs.iter().enumerate() {
-                let part = part(row, width, dim).min(2);
-                sums[part] += x - mean;
-                counts[part] += 1.0;
-            }
-            *explained += sums.iter().zip(&counts).map(|(sum, count)| sum * sum / count.max(1.0)).sum::<f64>();
-        }
-    }
-    let share = |x: f64| if total > 0.0 { x / total } else { 0.0 };
-    Ok((share(explained[0]), share(explained[1]), chance))
 }
 
 /// The pre-tokenizers that are GPT-2's under other names.

@@ -11,9 +11,9 @@ use pricket_nn::{Names, Policy, Quantisation, RowOrder, Weights};
 use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer};
 use serde_json::Value;
 
-use crate::containers::Fused;
 use crate::family::Family;
 use crate::load::{Opened, at};
+use crate::qkv::Fused;
 use crate::{Error, Loader, QkvOrder, Result};
 
 /// What a conversion makes of matrices. Vectors keep their values in any case.

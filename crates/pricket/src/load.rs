@@ -1,65 +1,21 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use pricket_hub::{Hub, InUse, ModelId};
 use pricket_lm::Tokenizer;
-use pricket_nn::{CausalLm, Context, ModelInfo, Policy, Progress, Quantisation, Silent, Weights};
-use pricket_weights::{Headers, SafetensorsFile, Store};
+use pricket_nn::{CausalLm, ModelInfo, Policy, Progress, Quantisation, Silent, Weights};
+use pricket_weights::{Headers, Store};
 use serde_json::Value;
 
-use crate::containers::Fused;
+use crate::embedded::{EMBEDDED, Embedded};
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
+use crate::pool::{Pooled, pool};
+use crate::qkv::{self, Fused, QkvOrder};
 use crate::repository::{Fetched, Place, fetch_id, fetch_tokenizer, locate, snapshot_warnings};
-use crate::{Error, Pricket, Provenance, QkvOrder, Result, containers, prompts};
-
-/// A checkpoint that is compiled into the program.
-struct Embedded {
-    name: &'static str,
-    config: &'static [u8],
-    tokenizer: &'static [u8],
-    weights: &'static [u8],
-}
-
-macro_rules! embedded {
-    ($name:literal) => {
-        Embedded {
-            name: $name,
-            config: include_bytes!(concat!("../../../models/", $name, "/config.json")),
-            tokenizer: include_bytes!(concat!("../../../models/", $name, "/tokenizer.json")),
-            weights: include_bytes!(concat!("../../../models/", $name, "/model.safetensors")),
-        }
-    };
-}
-
-static EMBEDDED: [Embedded; 3] = [embedded!("tiny"), embedded!("tiny-mpt"), embedded!("tiny-chat")];
-
-impl Embedded {
-    fn find(name: &str) -> Option<&'static Self> {
-        EMBEDDED.iter().find(|model| model.name == name)
-    }
-
-    fn path(&self, file: &str) -> PathBuf {
-        format!("models/{}/{file} (embedded)", self.name).into()
-    }
-
-    fn open(&self, given: Option<Tokenizer>) -> Result<Opened> {
-        let own = || Tokenizer::from_bytes(self.tokenizer, self.path("tokenizer.json").display().to_string());
-        Ok(Opened {
-            config: parse_json(&self.path("config.json"), self.config)?,
-            config_path: self.path("config.json"),
-            tokenizer: Some(given.map_or_else(own, Ok)?),
-            provenance: Provenance::of_embedded(&[
-                ("config.json", self.config),
-                ("tokenizer.json", self.tokenizer),
-                ("model.safetensors", self.weights),
-            ]),
-            ..Opened::new(Arc::new(SafetensorsFile::embedded(self.weights)?))
-        })
-    }
-}
+use crate::{Error, Pricket, Provenance, Result, containers, prompts};
 
 /// Whose tokenizer legacy GGML files were made with.
 const NEOX_TOKENIZER: &str = "EleutherAI/gpt-neox-20b";
@@ -374,7 +330,7 @@ impl Loader {
             }
             (Fused::Unknown(..) | Fused::Said, QkvOrder::Interleaved) | (Fused::Trained, _) => (false, build(false)?),
             (&Fused::Unknown(likely, why), QkvOrder::Auto) => {
-                let (order, built, note) = by_evidence(build, likely, why, &opened)?;
+                let (order, built, note) = qkv::by_evidence(build, likely, why, &opened)?;
                 opened.notes.push(note);
                 (order, built)
             }
@@ -472,74 +428,6 @@ fn set(config: &mut Value, key: &str, value: Value) -> Result<()> {
     }
     *at = value;
     Ok(())
-}
-
-/// Sentences of the simplest kind, which every model that was trained on English finds likelier in its right mind.
-const EVIDENCE: &str = "Tom had a red ball and a big dog. One day the dog took the ball and ran to the house. \
-    Tom said that he would look for it. He looked in the box, but the ball was not in the box. \
-    The man asked what the dog had done with the ball, and she said that it was in the water.";
-
-/// By how many nats a token one loss must be below the other, and below that of guessing: what was never trained, or on
-/// something else, tells nothing.
-const CLEAR: f64 = 0.25;
-
-/// A model, and the cursor that it was loaded from.
-type Built = (Arc<dyn CausalLm>, Weights);
-
-/// Loads a model both ways and keeps the one that finds a text likelier; where that tells nothing, the one that its weights
-/// speak for; else the likely one.
-fn by_evidence(
-    build: impl Fn(bool) -> Result<Built>,
-    likely: bool,
-    why: &str,
-    opened: &Opened,
-) -> Result<(bool, Built, String)> {
-    let name = |in_model_order: bool| if in_model_order { "split" } else { "interleaved" };
-    let by_rows = || -> Result<(bool, String)> {
-        let heads = opened.config["num_attention_heads"].as_u64().unwrap_or(1) as usize;
-        let (split, interleaved, chance) = containers::told_by_rows(&*opened.store, heads)?;
-        let (most, least) = (split.max(interleaved), split.min(interleaved));
-        if most > (6.0 * chance).max(0.03) && most > 2.0 * least {
-            let told = format!("Q, K and V explain {most:.2} of the spread of row norms, and {least:.2} the other way");
-            return Ok((split > interleaved, told));
-        }
-        Ok((likely, why.into()))
-    };
-    let Some(tokenizer) = &opened.tokenizer else {
-        let (order, why) = by_rows()?;
-        return Ok((
-            order,
-            build(order)?,
-            format!("QKV rows are {}: {why}; without a tokenizer no text can tell", name(order)),
-        ));
-    };
-    let ids = tokenizer.encode(EVIDENCE)?;
-    let loss = |model: &Arc<dyn CausalLm>| -> Result<f64> {
-        let room = model.info().context.unwrap_or(ids.len()).min(ids.len());
-        let scored = pricket_lm::token_logprobs(&**model, &ids[..room])?;
-        Ok(-scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len().max(1) as f64)
-    };
-    // The unlikely one first, so that the one that is kept is mostly the one in memory.
-    // A wrong order may overflow: that is no error of the file.
-    let other = build(!likely).and_then(|built| loss(&built.0)).unwrap_or(f64::INFINITY);
-    let built = build(likely)?;
-    let found = loss(&built.0).unwrap_or(f64::INFINITY);
-    let guessing = (tokenizer.vocab_size() as f64).ln();
-    let clear = |this: f64, that: f64| this + CLEAR < that.min(guessing);
-    let (order, why) = if clear(other, found) || clear(found, other) {
-        let (this, that) = (found.min(other), found.max(other));
-        (likely == (found < other), format!("loss of a text {this:.2} nats a token, and {that:.2} the other way"))
-    } else {
-        let (order, why) = by_rows()?;
-        (order, format!("{why}; the loss of a text tells nothing ({found:.2} and {other:.2} nats a token)"))
-    };
-    let note = format!("QKV rows are {}: {why}", name(order));
-    if order == likely {
-        return Ok((order, built, note));
-    }
-    // Not two at once.
-    drop(built);
-    Ok((order, build(order)?, note))
 }
 
 /// Opens a file that holds everything, if it is one.
@@ -663,13 +551,13 @@ pub(crate) struct Opened {
     pub(crate) provenance: Provenance,
     pub(crate) warnings: Vec<String>,
     pub(crate) notes: Vec<String>,
-    in_use: Option<InUse>,
+    pub(crate) in_use: Option<InUse>,
     pub(crate) fused: Fused,
-    wants_neox_tokenizer: bool,
+    pub(crate) wants_neox_tokenizer: bool,
 }
 
 impl Opened {
-    fn new(store: Arc<dyn Store>) -> Self {
+    pub(crate) fn new(store: Arc<dyn Store>) -> Self {
         Self {
             config: Value::Null,
             config_path: PathBuf::new(),
@@ -737,7 +625,7 @@ pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(io)
 }
 
-fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
     serde_json::from_slice(bytes).map_err(|e| corrupt(path, format!("not valid JSON: {e}")))
 }
 
@@ -760,46 +648,4 @@ pub(crate) fn eos_ids(config: &Value, generation_config: Option<&Value>, tokeniz
     ids.sort_unstable();
     ids.dedup();
     ids
-}
-
-fn pool(threads: Option<usize>) -> Result<Arc<rayon::ThreadPool>> {
-    let threads = threads.unwrap_or_else(|| num_cpus::get_physical().min(num_cpus::get()));
-    if threads == 0 {
-        return Err(Error::Input("at least one thread is needed".into()));
-    }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("pricket-{i}")).build();
-    Ok(Arc::new(pool.map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))?))
-}
-
-/// A model whose work runs on a pool of its own size.
-struct Pooled {
-    model: Arc<dyn CausalLm>,
-    pool: Arc<rayon::ThreadPool>,
-}
-
-impl CausalLm for Pooled {
-    fn info(&self) -> &ModelInfo {
-        self.model.info()
-    }
-
-    fn embed(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
-        self.pool.install(|| self.model.embed(ids, ctx))
-    }
-
-    fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
-        self.pool.install(|| self.model.block(i, x, ctx))
-    }
-
-    fn finish(&self, x: &Tensor) -> pricket_nn::Result<Tensor> {
-        self.pool.install(|| self.model.finish(x))
-    }
-
-    fn head(&self, hidden: &Tensor) -> pricket_nn::Result<Tensor> {
-        self.pool.install(|| self.model.head(hidden))
-    }
-
-    // Entering the pool once for all layers rather than once for each.
-    fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
-        self.pool.install(|| self.model.hidden(ids, ctx))
-    }
 }

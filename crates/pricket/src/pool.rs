@@ -1,0 +1,51 @@
+//! Threads: a pool for each handle, on which all of its model's work runs.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use pricket_nn::{CausalLm, Context, ModelInfo};
+
+use crate::{Error, Result};
+
+/// Threads, by default the physical cores or what the container grants.
+pub(crate) fn pool(threads: Option<usize>) -> Result<Arc<rayon::ThreadPool>> {
+    let threads = threads.unwrap_or_else(|| num_cpus::get_physical().min(num_cpus::get()));
+    if threads == 0 {
+        return Err(Error::Input("at least one thread is needed".into()));
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("pricket-{i}")).build();
+    Ok(Arc::new(pool.map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))?))
+}
+
+/// A model whose work runs on a pool of its own size.
+pub(crate) struct Pooled {
+    pub(crate) model: Arc<dyn CausalLm>,
+    pub(crate) pool: Arc<rayon::ThreadPool>,
+}
+
+impl CausalLm for Pooled {
+    fn info(&self) -> &ModelInfo {
+        self.model.info()
+    }
+
+    fn embed(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.embed(ids, ctx))
+    }
+
+    fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.block(i, x, ctx))
+    }
+
+    fn finish(&self, x: &Tensor) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.finish(x))
+    }
+
+    fn head(&self, hidden: &Tensor) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.head(hidden))
+    }
+
+    // Entering the pool once for all layers rather than once for each.
+    fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.hidden(ids, ctx))
+    }
+}
