@@ -1,7 +1,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
-use rayon::prelude::*;
 
 use crate::dot;
+use crate::pool::{parallel, scratch};
 use crate::shared::Shared;
 
 /// Query rows that one task takes: the buffer of scores is this times the number of keys.
@@ -96,7 +96,7 @@ fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, s: Sizes, scale: f32, mask: Causal
     assert_eq!(out.len(), s.batch * s.queries * s.heads * s.dim, "out");
     let out = Shared::new(out);
     let blocks = s.queries.div_ceil(BLOCK);
-    (0..s.batch * s.heads * blocks).into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, task| {
+    parallel(s.batch * s.heads * blocks, |task| scratch(|scores| {
         // The last blocks see most keys: they go first, so that no thread is left with one at the end.
         let block = blocks - 1 - task / (s.batch * s.heads);
         let (b, h) = (task % (s.batch * s.heads) / s.heads, task % s.heads);
@@ -123,7 +123,7 @@ fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, s: Sizes, scale: f32, mask: Causal
                 s.heads * s.dim,
             );
         }
-    });
+    }));
 }
 
 /// `scores = q kᵀ`.

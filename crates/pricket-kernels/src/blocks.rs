@@ -6,12 +6,14 @@
 
 #![allow(clippy::inline_always, reason = "the loops must become part of the functions that have the instructions")]
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Result, Tensor, bail};
 use half::f16;
-use rayon::prelude::*;
+
+use crate::cpu::{Path, path};
+use crate::pool::{parallel, parallel_chunks};
 
 /// A block-quantised type. Names are ggml's; a suffix `_v1` marks the blocks of before 2023-05-20, whose scales are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -241,6 +243,11 @@ impl Blocks {
         &self.bytes
     }
 
+    /// The bytes, copied if somebody else has them too.
+    pub(crate) fn into_bytes(self) -> Vec<u8> {
+        Arc::unwrap_or_clone(self.bytes)
+    }
+
     /// The bytes of a row.
     pub fn row(&self, row: usize) -> &[u8] {
         let width = self.kind.bytes(self.columns);
@@ -259,7 +266,7 @@ impl Blocks {
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.columns];
         let width = self.columns.max(1);
-        out.par_chunks_mut(width).enumerate().for_each(|(row, out)| dequantise(self.kind, self.row(row), out));
+        parallel_chunks(&mut out, width, |row, out| dequantise(self.kind, self.row(row), out));
         out
     }
 }
@@ -275,11 +282,11 @@ pub fn dequantise(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     );
     #[cfg(target_arch = "x86_64")]
     {
-        if crate::cpu::has_avx512() {
+        if path() >= Path::Avx512 {
             // SAFETY: the processor has the instructions.
             return unsafe { x86::avx512(kind, bytes, out) };
         }
-        if crate::cpu::has_fma() {
+        if path() >= Path::Avx2 {
             // SAFETY: the processor has the instructions.
             return unsafe { x86::avx2(kind, bytes, out) };
         }
@@ -315,11 +322,16 @@ pub fn quantise(kind: BlockType, values: &[f32], columns: usize) -> Result<Vec<u
     if let Some(at) = values.iter().position(|x| !x.is_finite()) {
         bail!("{} in row {} cannot be quantised", values[at], at / columns);
     }
-    let parts = values.par_chunks(columns * 16).map(|rows| {
-        let tensor = Tensor::from_slice(rows, (rows.len() / columns, columns), &Device::Cpu)?;
-        Ok(QTensor::quantize(&tensor, theirs)?.data()?.into_owned())
+    let parts: Vec<_> = values.chunks(columns * 16).collect();
+    let done: Vec<OnceLock<Result<Vec<u8>>>> = parts.iter().map(|_| OnceLock::new()).collect();
+    parallel(parts.len(), |i| {
+        done[i].get_or_init(|| {
+            let tensor = Tensor::from_slice(parts[i], (parts[i].len() / columns, columns), &Device::Cpu)?;
+            Ok(QTensor::quantize(&tensor, theirs)?.data()?.into_owned())
+        });
     });
-    Ok(parts.collect::<Result<Vec<_>>>()?.concat())
+    let done = done.into_iter().filter_map(OnceLock::into_inner).collect::<Result<Vec<_>>>()?;
+    Ok(done.concat())
 }
 
 fn half(bytes: &[u8]) -> f32 {
@@ -361,7 +373,7 @@ fn five_bits(qh: &[u8], qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) 
 
 /// Scale and minimum `j` of the twelve bytes in which `Q4K` and `Q5K` pack eight of each.
 #[inline(always)]
-fn scale_and_min(j: usize, q: &[u8]) -> (f32, f32) {
+pub(crate) fn scale_and_min(j: usize, q: &[u8]) -> (f32, f32) {
     let (scale, min) = if j < 4 {
         (q[j] & 63, q[j + 4] & 63)
     } else {
@@ -372,7 +384,7 @@ fn scale_and_min(j: usize, q: &[u8]) -> (f32, f32) {
 
 /// The sixteen scales that `Q3K` packs in twelve bytes.
 #[inline(always)]
-fn q3k_scales(q: &[u8]) -> [f32; 16] {
+pub(crate) fn q3k_scales(q: &[u8]) -> [f32; 16] {
     std::array::from_fn(|i| {
         let low = if i < 8 { q[i] & 15 } else { q[i - 8] >> 4 };
         let high = q[8 + i % 4] >> (2 * (i / 4)) & 3;

@@ -1,11 +1,99 @@
-//! What the processor can do; one answer for every kernel, found once by the standard library.
+//! What the processor can do; one answer for every kernel, found once.
 
-#![cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
 
-pub(crate) fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512bw")
+/// An instruction set that the kernels have a form for, the later the faster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Path {
+    /// What every processor has.
+    Scalar,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL, DQ and VNNI.
+    Avx512,
+    /// The same with AMX tiles of bfloat16, which the system allowed us to use.
+    Amx,
 }
 
-pub(crate) fn has_fma() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+impl Path {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx];
+
+    /// As `PRICKET_CPU` spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Amx => "amx",
+        }
+    }
+
+    /// The best that this processor has.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Path> = OnceLock::new();
+        *BEST.get_or_init(|| Self::ALL.into_iter().rev().find(|path| path.is_there()).unwrap_or(Self::Scalar))
+    }
+
+    /// Those that this processor has.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|&path| path <= Self::best())
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_there(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            Self::Avx512 => {
+                Self::Avx2.is_there()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            Self::Amx => false,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_there(self) -> bool {
+        self == Self::Scalar
+    }
+}
+
+/// The path that kernels take: the best, or the one that the environment variable `PRICKET_CPU` names.
+pub(crate) fn path() -> Path {
+    chosen().unwrap_or_else(|_| Path::best())
+}
+
+/// As the kernels choose: the best path, or the one that the environment variable `PRICKET_CPU` names.
+///
+/// # Errors
+/// A sentence, if the variable names no path, or one that this processor does not have.
+pub fn chosen() -> Result<Path, String> {
+    static CHOSEN: OnceLock<Result<Path, String>> = OnceLock::new();
+    CHOSEN
+        .get_or_init(|| {
+            let Ok(name) = std::env::var("PRICKET_CPU") else { return Ok(Path::best()) };
+            let names = |paths: &mut dyn Iterator<Item = Path>| paths.map(Path::name).collect::<Vec<_>>().join(", ");
+            match Path::ALL.into_iter().find(|path| path.name() == name) {
+                None => Err(format!("PRICKET_CPU is {name:?}; it can be {}", names(&mut Path::ALL.into_iter()))),
+                Some(path) if path > Path::best() => {
+                    Err(format!("PRICKET_CPU is {name}, this processor has {}", names(&mut Path::available())))
+                }
+                Some(path) => Ok(path),
+            }
+        })
+        .clone()
+}
+
+/// Whether rows of bfloat16 can be multiplied as they are.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_bf16_products() -> bool {
+    is_x86_feature_detected!("avx512bf16")
 }

@@ -1,6 +1,8 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::cpu::{Path, path};
+
 /// Lanes summed independently: enough to keep the multipliers of every instruction set here busy.
 const LANES: usize = 64;
 
@@ -115,11 +117,11 @@ macro_rules! dispatch {
         assert_eq!($a.len(), $b.len(), "inner product of slices of different lengths");
         #[cfg(target_arch = "x86_64")]
         {
-            if crate::cpu::has_avx512() {
+            if path() >= Path::Avx512 {
                 // SAFETY: the processor has the instructions.
                 return unsafe { x86::$avx512($a, $b) };
             }
-            if crate::cpu::has_fma() {
+            if path() >= Path::Avx2 {
                 // SAFETY: the processor has the instructions.
                 return unsafe { x86::$fma($a, $b) };
             }
@@ -196,7 +198,7 @@ mod tests {
             let brain: Vec<bf16> = b.iter().map(|&x| bf16::from_f32(x)).collect();
             let (a, half, brain) = (&a[..], &half[..], &brain[..]);
             let b = &b[..];
-            if crate::cpu::has_fma() {
+            if Path::best() >= Path::Avx2 {
                 // SAFETY: the processor has the instructions.
                 let (f, h, w) = unsafe { (x86::dot_fma(a, b), x86::dot_f16_fma(a, half), x86::dot_bf16_fma(a, brain)) };
                 proptest::prop_assert!(close(f, a, b.iter().copied()));

@@ -2,8 +2,9 @@
 #![allow(clippy::excessive_precision, reason = "coefficients stand as they were fitted")]
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape};
-use rayon::prelude::*;
 
+use crate::cpu::{Path, path};
+use crate::pool::parallel_chunks;
 use crate::shared::f32_slice;
 
 /// Elements of a task: enough that handing it out costs nothing.
@@ -84,11 +85,11 @@ fn gelu_fma(form: GeluOp, x: &[f32], y: &mut [f32]) {
 fn dispatch(form: GeluOp, x: &[f32], y: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
-        if crate::cpu::has_avx512() {
+        if path() >= Path::Avx512 {
             // SAFETY: the processor has the instructions.
             return unsafe { gelu_avx512(form, x, y) };
         }
-        if crate::cpu::has_fma() {
+        if path() >= Path::Avx2 {
             // SAFETY: the processor has the instructions.
             return unsafe { gelu_fma(form, x, y) };
         }
@@ -104,7 +105,7 @@ impl CustomOp1 for GeluOp {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = f32_slice("gelu", x, layout)?;
         let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(y, x)| dispatch(*self, x, y));
+        parallel_chunks(&mut y, TASK, |i, y| dispatch(*self, &x[i * TASK..][..y.len()], y));
         Ok((CpuStorage::F32(y), layout.dims().into()))
     }
 }
@@ -131,7 +132,7 @@ mod tests {
             gelu(form, &x, &mut y, |x, y, sum| x * y + sum);
             check(&y, "plain");
             #[cfg(target_arch = "x86_64")]
-            if crate::cpu::has_fma() {
+            if Path::best() >= Path::Avx2 {
                 // SAFETY: the processor has the instructions.
                 unsafe { gelu_fma(form, &x, &mut y) };
                 check(&y, "fma");

@@ -1,11 +1,14 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use crate::blocks::{Blocks, dequantise};
 use crate::dot::{dot, dot_bf16, dot_f16};
+use crate::cpu::path;
+use crate::integer::{self, Activations};
 use crate::matrix::Matrix;
+use crate::packed::Packed;
+use crate::pool::{parallel, parallel_chunks, scratch, threads};
 use crate::shared::{Shared, f32_slice};
 
 /// Up to here each weight row is widened once and multiplied with every activation row; beyond, panels go through a
@@ -26,6 +29,8 @@ pub enum Stored<'a> {
     BF16(&'a [bf16]),
     /// Quantised.
     Blocks(&'a Blocks),
+    /// Quantised, in the kernels' own order.
+    Packed(&'a Packed),
 }
 
 impl<'a> Stored<'a> {
@@ -35,6 +40,7 @@ impl<'a> Stored<'a> {
             Stored::F16(w) => w.len(),
             Stored::BF16(w) => w.len(),
             Stored::Blocks(w) => w.shape().0 * w.shape().1,
+            Stored::Packed(w) => w.shape().0 * w.shape().1,
         }
     }
 
@@ -44,7 +50,7 @@ impl<'a> Stored<'a> {
             Stored::F32(w) => dot(x, &w[start..end]),
             Stored::F16(w) => dot_f16(x, &w[start..end]),
             Stored::BF16(w) => dot_bf16(x, &w[start..end]),
-            Stored::Blocks(_) => dot(x, self.widen(start, end, buffer)),
+            Stored::Blocks(_) | Stored::Packed(_) => dot(x, self.widen(start, end, buffer)),
         }
     }
 
@@ -66,6 +72,7 @@ impl<'a> Stored<'a> {
                 let (kind, bytes) = (w.kind(), w.bytes());
                 dequantise(kind, &bytes[kind.bytes(start)..kind.bytes(end)], buffer);
             }
+            Stored::Packed(w) => w.widen(start / w.shape().1, end / w.shape().1, buffer),
         }
         buffer
     }
@@ -74,13 +81,13 @@ impl<'a> Stored<'a> {
 /// Rows of weights that one task takes: panels of the cache's size, but enough of them for every thread.
 fn rows_per_task(out_features: usize, in_features: usize) -> usize {
     let panel = (PANEL_BYTES / 4 / in_features.max(1)).clamp(8, 256);
-    let share = out_features.div_ceil(4 * rayon::current_num_threads());
+    let share = out_features.div_ceil(4 * threads());
     panel.min(share.next_multiple_of(8)).max(1)
 }
 
 /// `y = x Wᵀ + b` for `x` of `[rows, in_features]` and `weight` of `[out_features, in_features]`, in f32.
 ///
-/// Runs on the current rayon pool.
+/// Runs on the installed [`Pool`](crate::Pool).
 ///
 /// # Panics
 /// If a slice does not have the size that the others imply.
@@ -100,7 +107,7 @@ pub fn linear(
     assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
     let step = rows_per_task(n, k);
     let out = Shared::new(y);
-    (0..n.div_ceil(step)).into_par_iter().for_each_init(Vec::new, |buffer, task| {
+    parallel(n.div_ceil(step), |task| scratch(|buffer| {
         let (from, to) = (task * step, ((task + 1) * step).min(n));
         if rows <= FEW_ROWS {
             for row in from..to {
@@ -150,7 +157,7 @@ pub fn linear(
                 }
             }
         }
-    });
+    }));
 }
 
 /// `x = y W` for `y` of `[rows, out_features]`: the gradient of [`linear`] with respect to its activations.
@@ -165,8 +172,9 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
     assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
     let panel = (PANEL_BYTES / 4 / k.max(1)).clamp(8, 256);
     // Each task owns some rows of `x` and walks the weight: no two tasks add to one element.
-    let share = rows.div_ceil(rayon::current_num_threads()).max(1);
-    x.par_chunks_mut(share * k).zip(y.par_chunks(share * n)).for_each_init(Vec::new, |buffer, (x, y)| {
+    let share = rows.div_ceil(threads()).max(1);
+    parallel_chunks(x, share * k, |i, x| scratch(|buffer| {
+        let y = &y[i * share * n..][..x.len() / k * n];
         let rows = y.len() / n;
         for from in (0..n).step_by(panel) {
             let to = (from + panel).min(n);
@@ -196,7 +204,7 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
                 );
             }
         }
-    });
+    }));
 }
 
 /// [`linear`] as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16, bf16 or blocks on the CPU.
@@ -220,6 +228,7 @@ impl LinearOp {
         let weight = match &self.weight {
             Matrix::Dense(weight) => weight,
             Matrix::Blocks(blocks) => return Ok(f(Stored::Blocks(blocks))),
+            Matrix::Packed(packed) => return Ok(f(Stored::Packed(packed))),
         };
         let (storage, layout) = weight.storage_and_layout();
         let Storage::Cpu(storage) = &*storage else { bail!("linear: the weight is not on the CPU") };
@@ -259,12 +268,22 @@ impl CustomOp1 for LinearOp {
         self.with_weight(|w| -> Result<()> {
             if self.transposed {
                 linear_transposed(x, w, k, n, &mut y);
-            } else if let Some(bias) = &self.bias {
-                let (bias, layout) = bias.storage_and_layout();
-                let Storage::Cpu(bias) = &*bias else { bail!("linear: the bias is not on the CPU") };
-                linear(x, w, Some(f32_slice("linear bias", bias, layout)?), k, n, &mut y);
-            } else {
-                linear(x, w, None, k, n, &mut y);
+                return Ok(());
+            }
+            let bias = self.bias.as_ref().map(Tensor::storage_and_layout);
+            let bias = match &bias {
+                None => None,
+                Some((bias, layout)) => {
+                    let Storage::Cpu(bias) = &**bias else { bail!("linear: the bias is not on the CPU") };
+                    Some(f32_slice("linear bias", bias, layout)?)
+                }
+            };
+            match w {
+                Stored::Packed(w) => {
+                    let x = Activations::new(x, k, w.kind(), w.form(), self.as_ggml, path());
+                    integer::multiply(&x, w, bias, &mut y, path());
+                }
+                w => linear(x, w, bias, k, n, &mut y),
             }
             Ok(())
         })??;
@@ -286,6 +305,7 @@ fn rounded(x: &[f32], weight: &Matrix) -> Option<Vec<f32>> {
             DType::BF16 => Some(x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()),
             _ => None,
         },
+        Matrix::Packed(_) => None,
         Matrix::Blocks(blocks) => {
             let width = blocks.kind().elements().max(32);
             let mut out = x.to_vec();

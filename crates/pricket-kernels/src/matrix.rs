@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::Blocks;
+use crate::{Blocks, Packed};
 
 /// A weight matrix as it is stored: numbers, or quantised blocks. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -9,6 +9,8 @@ pub enum Matrix {
     Dense(Tensor),
     /// Blocks, on the CPU.
     Blocks(Blocks),
+    /// Blocks in the order of the kernels.
+    Packed(Packed),
 }
 
 impl Matrix {
@@ -20,6 +22,7 @@ impl Matrix {
         match self {
             Matrix::Dense(tensor) => tensor.dims2(),
             Matrix::Blocks(blocks) => Ok(blocks.shape()),
+            Matrix::Packed(packed) => Ok(packed.shape()),
         }
     }
 
@@ -38,6 +41,9 @@ impl Matrix {
             Matrix::Blocks(blocks) => {
                 Tensor::from_vec(blocks.to_f32(), blocks.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
             }
+            Matrix::Packed(packed) => {
+                Tensor::from_vec(packed.to_f32(), packed.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+            }
         }
     }
 
@@ -49,18 +55,37 @@ impl Matrix {
         match self {
             Matrix::Dense(tensor) => tensor.index_select(ids, 0)?.to_dtype(dtype),
             Matrix::Blocks(blocks) => {
-                let (rows, columns) = blocks.shape();
-                let device = ids.device();
-                let ids = ids.to_vec1::<u32>()?;
-                let mut out = vec![0f32; ids.len() * columns];
-                for (id, out) in ids.iter().zip(out.chunks_exact_mut(columns)) {
-                    if *id as usize >= rows {
-                        candle_core::bail!("row {id} of a table of {rows}");
-                    }
-                    crate::dequantise(blocks.kind(), blocks.row(*id as usize), out);
-                }
-                Tensor::from_vec(out, (ids.len(), columns), device)?.to_dtype(dtype)
+                let row = |row: usize, out: &mut [f32]| crate::dequantise(blocks.kind(), blocks.row(row), out);
+                gather(ids, blocks.shape(), dtype, row)
             }
+            Matrix::Packed(packed) => gather(ids, packed.shape(), dtype, |row, out| packed.row(row, out)),
         }
     }
+
+    /// In the order in which the kernels read it, in the same memory where that can be.
+    #[must_use]
+    pub fn packed(self) -> Self {
+        match self {
+            Matrix::Blocks(blocks) => Packed::new(blocks).map_or_else(Matrix::Blocks, Matrix::Packed),
+            other => other,
+        }
+    }
+}
+
+fn gather(
+    ids: &Tensor,
+    (rows, columns): (usize, usize),
+    dtype: DType,
+    row: impl Fn(usize, &mut [f32]),
+) -> Result<Tensor> {
+    let device = ids.device();
+    let ids = ids.to_vec1::<u32>()?;
+    let mut out = vec![0f32; ids.len() * columns];
+    for (&id, out) in ids.iter().zip(out.chunks_exact_mut(columns)) {
+        if id as usize >= rows {
+            candle_core::bail!("row {id} of a table of {rows}");
+        }
+        row(id as usize, out);
+    }
+    Tensor::from_vec(out, (ids.len(), columns), device)?.to_dtype(dtype)
 }

@@ -1,6 +1,6 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
-use rayon::prelude::*;
 
+use crate::pool::parallel_chunks;
 use crate::shared::f32_slice;
 
 /// Layer norm over the last dimension of `x`, with weight and bias: f32, its statistics in f64.
@@ -50,7 +50,8 @@ impl CustomOp3 for LayerNormOp {
             bail!("layer norm: x {dims:?} does not fit weight {} and bias {}", weight.len(), bias.len());
         }
         let mut out = vec![0f32; x.len()];
-        out.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(out, x)| {
+        parallel_chunks(&mut out, width, |row, out| {
+            let x = &x[row * width..][..width];
             let mean = sum(x, |v| v) / width as f64;
             let variance = sum(x, |v| (v - mean) * (v - mean)) / width as f64;
             let (mean, scale) = (mean as f32, (1.0 / (variance + f64::from(self.eps)).sqrt()) as f32);

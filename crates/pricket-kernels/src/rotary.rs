@@ -1,6 +1,6 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
+use crate::pool::parallel_chunks;
 use crate::shared::f32_slice;
 
 /// Rotary embedding of the first `2 * pairs` of each head's dimensions, the rest passed through.
@@ -36,7 +36,7 @@ impl CustomOp3 for RotaryOp {
         let (cos, sin) = (f32_slice("rotary cos", cos, cos_layout)?, f32_slice("rotary sin", sin, sin_layout)?);
         let data = &data[x_layout.start_offset()..];
         let mut out = vec![0f32; b * h * t * d];
-        out.par_chunks_mut(t * d).enumerate().for_each(|(bh, out)| {
+        parallel_chunks(&mut out, t * d, |bh, out| {
             let (bi, hi) = (bh / h, bh % h);
             for (ti, out) in out.chunks_exact_mut(d).enumerate() {
                 let row = &data[bi * sb + ti * st + hi * sh..][..d];

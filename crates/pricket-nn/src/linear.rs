@@ -40,6 +40,7 @@ impl RowOrder {
         match (self, matrix) {
             (_, Matrix::Dense(tensor)) => Ok(Matrix::Dense(self.apply(&tensor)?)),
             (RowOrder::AsStored, matrix) => Ok(matrix),
+            (_, Matrix::Packed(_)) => Err(Error::Input("packed rows are in the model's order already".into())),
             (RowOrder::PerHead { heads }, Matrix::Blocks(blocks)) => {
                 let (rows, _) = blocks.shape();
                 if !rows.is_multiple_of(3 * heads) {

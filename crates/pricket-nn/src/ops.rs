@@ -6,7 +6,7 @@
 
 use candle_core::{D, DType, Tensor};
 use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp};
-pub use pricket_kernels::{BlockType, Blocks, Matrix, narrowed, quantise};
+pub use pricket_kernels::{BlockType, Blocks, Matrix, Pool, chosen as cpu_path, narrowed, quantise};
 
 use crate::Result;
 
@@ -45,7 +45,7 @@ pub fn plain_linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Resul
     let dtype = x.dtype();
     let weight = &match weight {
         Matrix::Dense(weight) => weight.clone(),
-        Matrix::Blocks(_) => weight.to_dense(dtype, x.device())?,
+        Matrix::Blocks(_) | Matrix::Packed(_) => weight.to_dense(dtype, x.device())?,
     };
     let (rows, dims) = (x.elem_count() / x.dim(D::Minus1)?.max(1), x.dims());
     let mut shape = dims.to_vec();

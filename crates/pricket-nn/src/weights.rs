@@ -415,7 +415,7 @@ impl Weights {
         let bytes = target.map_or(entry.bytes(), |target| target.size_in_bytes() * entry.elements());
         let matrix = match target {
             _ if store.shapes_only() => Matrix::Dense(self.shape_only(target.unwrap_or(DType::F32), shape)?),
-            None => rows.apply_to_matrix(pricket_weights::read_matrix(&**store, &name)?)?,
+            None => rows.apply_to_matrix(pricket_weights::read_matrix(&**store, &name)?)?.packed(),
             Some(target) => {
                 let tensor = rows.apply(&pricket_weights::read_tensor(&**store, &name, &Device::Cpu)?)?;
                 Matrix::Dense(self.variable(&name, tensor.to_dtype(target)?.to_device(device)?, rows)?)
@@ -433,7 +433,7 @@ impl Weights {
         let matrix = if store.shapes_only() {
             Matrix::Dense(self.shape_only(DType::F32, &entry.shape)?)
         } else if entry.dtype == Dtype::Block(kind) {
-            rows.apply_to_matrix(pricket_weights::read_matrix(store, &name)?)?
+            rows.apply_to_matrix(pricket_weights::read_matrix(store, &name)?)?.packed()
         } else {
             let tensor = rows.apply(&pricket_weights::read_tensor(store, &name, &Device::Cpu)?)?;
             let mut out = Vec::with_capacity(bytes);
@@ -445,7 +445,7 @@ impl Weights {
                     quantised.map_err(|e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(&name))))?,
                 );
             }
-            Matrix::Blocks(Blocks::new(kind, count, columns, out))
+            Matrix::Blocks(Blocks::new(kind, count, columns, out)).packed()
         };
         self.loaded(name, entry, bytes);
         Ok(matrix)

@@ -282,7 +282,7 @@ impl Item {
                 let blocks = match self.rows {
                     Change::Apply(order) => match order.apply_to_matrix(Matrix::Blocks(blocks))? {
                         Matrix::Blocks(blocks) => blocks,
-                        Matrix::Dense(_) => return Err(Error::Input(format!("tensor {from} lost its blocks"))),
+                        _ => return Err(Error::Input(format!("tensor {from} lost its blocks"))),
                     },
                     _ => blocks,
                 };

@@ -321,7 +321,7 @@ impl Loader {
             let weights = if self.as_ggml { weights.activations_as_ggml() } else { weights };
             let model = pool.install(|| family.load(&weights));
             self.progress.end();
-            let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: Arc::clone(&pool) }) };
+            let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: pool.clone() }) };
             Ok((model.map(pooled).map_err(refused)?, weights))
         };
         let (in_model_order, (model, weights)) = match (&opened.fused, self.qkv) {
@@ -340,7 +340,7 @@ impl Loader {
         let (format, chosen) = prompts::choose(&opened.provenance, &opened.config, opened.tokenizer.as_ref());
         let generation_config = opened.generation_config.as_ref();
         Ok(Pricket::new(Parts {
-            threads: pool.current_num_threads(),
+            threads: pool.threads(),
             model,
             eos: eos_ids(&opened.config, generation_config, opened.tokenizer.as_ref()),
             tokenizer: opened.tokenizer,

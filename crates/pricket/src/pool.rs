@@ -3,24 +3,25 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use pricket_nn::ops::{self, Pool};
 use pricket_nn::{CausalLm, Context, ModelInfo};
 
 use crate::{Error, Result};
 
 /// Threads, by default the physical cores or what the container grants.
-pub(crate) fn pool(threads: Option<usize>) -> Result<Arc<rayon::ThreadPool>> {
+pub(crate) fn pool(threads: Option<usize>) -> Result<Pool> {
     let threads = threads.unwrap_or_else(|| num_cpus::get_physical().min(num_cpus::get()));
     if threads == 0 {
         return Err(Error::Input("at least one thread is needed".into()));
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("pricket-{i}")).build();
-    Ok(Arc::new(pool.map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))?))
+    ops::cpu_path().map_err(Error::Input)?;
+    Pool::new(threads).map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))
 }
 
 /// A model whose work runs on a pool of its own size.
 pub(crate) struct Pooled {
     pub(crate) model: Arc<dyn CausalLm>,
-    pub(crate) pool: Arc<rayon::ThreadPool>,
+    pub(crate) pool: Pool,
 }
 
 impl CausalLm for Pooled {

@@ -1,0 +1,543 @@
+//! Products of packed integers with activations that are integers too: of one term (8 bits a block, as ggml has them) or
+//! of three, which is f32.
+//!
+//! An activation is `scale (a + b / 254 + c / 254²)` with `a`, `b`, `c` of 8 bits: to the last bit or two what f32 holds
+//! beside the largest of its block. Sums of products are exact integers in every instruction set, and three of them cost
+//! less than widening the weights would.
+
+#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+
+use half::f16;
+
+use crate::blocks::BlockType;
+use crate::cpu::Path;
+use crate::lanes::{LANES, Lanes};
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::{Avx2, Avx512};
+use crate::packed::{Form, Packed, STEP, Scales};
+use crate::pool::{parallel, parallel_chunks, threads};
+use crate::shared::Shared;
+
+/// The ratio of one term's step to the next one's.
+const FINER: f32 = 254.0;
+
+/// Rows of activations that are multiplied before the next tile: they stay in the second-level cache.
+const ROWS: usize = 64;
+
+/// Where things are in the words of 32 activations: the scale; sums of the values, of all and of each half; then for each
+/// term what a sum of products starts from, for all and for each half, and eight words of four integers.
+const SUMS: usize = 1;
+const TERMS: usize = 4;
+const TERM: usize = 11;
+
+/// Rows of activations as integers, for weights of one form.
+pub(crate) struct Activations {
+    words: Vec<i32>,
+    rows: usize,
+    terms: usize,
+    steps: usize,
+}
+
+const fn words_of(terms: usize) -> usize {
+    if terms == 1 { 16 } else { 40 }
+}
+
+impl Activations {
+    /// `x` of rows of `columns`, a multiple of 32. With `as_ggml` in one term, rounded as ggml rounds them for `kind`; else
+    /// in three.
+    pub(crate) fn new(x: &[f32], columns: usize, kind: BlockType, form: Form, as_ggml: bool, path: Path) -> Self {
+        let terms = if as_ggml { 1 } else { 3 };
+        let (steps, width) = (columns / STEP, words_of(terms));
+        let rows = x.len() / columns;
+        let mut words = vec![0; rows * steps * width];
+        // A row at a time is much for one thread and little for two.
+        let size = if x.len() < 16 << 10 { x.len() } else { columns };
+        parallel_chunks(&mut words, size / STEP * width, |i, words| {
+            let x = &x[i * size..][..words.len() / width * STEP];
+            round(x, words, kind, form, terms, path);
+        });
+        Self { words, rows, terms, steps }
+    }
+}
+
+fn round(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize, path: Path) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c")]
+        fn avx512(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize) {
+            round_body(x, words, kind, form, terms);
+        }
+        #[target_feature(enable = "avx2,f16c")]
+        fn avx2(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize) {
+            round_body(x, words, kind, form, terms);
+        }
+        if path >= Path::Avx512 {
+            // SAFETY: the processor has the instructions.
+            return unsafe { avx512(x, words, kind, form, terms) };
+        }
+        if path >= Path::Avx2 {
+            // SAFETY: the processor has the instructions.
+            return unsafe { avx2(x, words, kind, form, terms) };
+        }
+    }
+    let _ = path;
+    round_body(x, words, kind, form, terms);
+}
+
+#[inline(always)]
+fn round_body(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize) {
+    let most = |x: &[f32]| {
+        let mut lanes = [0f32; 16];
+        for x in x.chunks_exact(16) {
+            for (most, x) in lanes.iter_mut().zip(x) {
+                *most = if x.abs() > *most { x.abs() } else { *most };
+            }
+        }
+        lanes.iter().copied().fold(0f32, f32::max)
+    };
+    // ggml has one scale for 256 beside blocks of 256, in f32, and for 32 elsewhere, in f16.
+    let block = if terms == 1 { kind.elements().max(STEP) } else { STEP };
+    let width = words_of(terms);
+    for (x, words) in x.chunks(block).zip(words.chunks_mut(block / STEP * width)) {
+        let largest = most(x);
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let scale = match (terms, block) {
+            (1, STEP) => f16::from_f32(largest / 127.0).to_f32(),
+            _ => largest / 127.0,
+        };
+        for (x, words) in x.as_chunks::<STEP>().0.iter().zip(words.chunks_exact_mut(width)) {
+            round_step(x, words, (inverse, scale), form, terms);
+        }
+    }
+}
+
+#[inline(always)]
+fn round_step(x: &[f32; STEP], words: &mut [i32], (inverse, scale): (f32, f32), form: Form, terms: usize) {
+    let mut rest = [0f32; STEP];
+    let mut broken = 0f32;
+    for (rest, x) in rest.iter_mut().zip(x) {
+        *rest = x * inverse;
+        // What is not a number makes the scale none, and with it every product.
+        broken += x * 0.0;
+    }
+    let (mut sums, mut unit) = ([0f32; 2], scale);
+    for term in 0..terms {
+        let mut q = [0i8; STEP];
+        for (rest, q) in rest.iter_mut().zip(&mut q) {
+            let whole = rest.round_ties_even();
+            *q = whole as i8;
+            *rest = (*rest - whole) * FINER;
+        }
+        let half = |q: &[i8]| q.iter().map(|&q| i32::from(q)).sum::<i32>();
+        let (low, high) = (half(&q[..16]), half(&q[16..]));
+        sums[0] += unit * low as f32;
+        sums[1] += unit * high as f32;
+        unit /= FINER;
+        let at = TERMS + TERM * term;
+        words[at] = -form.zero * (low + high);
+        words[at + 1] = -form.zero * low;
+        words[at + 2] = -form.zero * high;
+        for (word, q) in words[at + 3..at + TERM].iter_mut().zip(q.as_chunks::<4>().0) {
+            *word = i32::from_le_bytes(q.map(|q| q as u8));
+        }
+    }
+    let whole = sums[0] + sums[1];
+    // ggml keeps the sum of a block in f16 where there is a minimum to multiply it with.
+    let of_ggml = terms == 1 && matches!(form.scales, Scales::HalfMin | Scales::SingleMin);
+    let whole = if of_ggml { f16::from_f32(whole).to_f32() } else { whole };
+    words[0] = (scale + broken).to_bits() as i32;
+    words[SUMS] = whole.to_bits() as i32;
+    words[SUMS + 1] = sums[0].to_bits() as i32;
+    words[SUMS + 2] = sums[1].to_bits() as i32;
+}
+
+/// One call: what is multiplied, and where the results go.
+struct Job<'a> {
+    weight: &'a Packed,
+    x: &'a Activations,
+    bias: Option<&'a [f32]>,
+    y: Shared<f32>,
+}
+
+/// `y = x Wᵀ + b`: `y` is `[rows, weight rows]`.
+pub(crate) fn multiply(x: &Activations, weight: &Packed, bias: Option<&[f32]>, y: &mut [f32], path: Path) {
+    let (n, _) = weight.shape();
+    assert_eq!(y.len(), x.rows * n, "output is not [rows, out_features]");
+    let job = Job { weight, x, bias, y: Shared::new(y) };
+    let tiles = n.div_ceil(LANES);
+    // Some tasks for each thread, and tiles for as long as rows of activations are worth being brought.
+    let share = tiles.div_ceil(8 * threads()).clamp(1, 32);
+    parallel(tiles.div_ceil(share), |task| {
+        let (from, to) = (task * share, ((task + 1) * share).min(tiles));
+        dispatch(&job, from, to, path);
+    });
+}
+
+fn dispatch(job: &Job<'_>, from: usize, to: usize, path: Path) {
+    macro_rules! forms {
+        ($($kind:ident),*) => {
+            match job.weight.kind() {
+                $(BlockType::$kind => {
+                    const FORM: Form = Form::of(BlockType::$kind).unwrap();
+                    if job.x.terms == 1 {
+                        by_path::<{ FORM.bits }, { FORM.scales as u8 }, 1>(job, from, to, path)
+                    } else {
+                        by_path::<{ FORM.bits }, { FORM.scales as u8 }, 3>(job, from, to, path)
+                    }
+                })*
+                kind => unreachable!("{kind} is not packed"),
+            }
+        };
+    }
+    forms!(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_0V1, Q4_1V1, Q8_0V1, Q2K, Q3K, Q4K, Q5K, Q6K);
+}
+
+fn by_path<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize, path: Path) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma")]
+        fn avx512<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) {
+            // SAFETY: the instructions are there.
+            unsafe { tiles::<Avx512, BITS, SCALES, T>(job, from, to) }
+        }
+        #[target_feature(enable = "avx2,f16c,fma")]
+        fn avx2<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) {
+            // SAFETY: the instructions are there.
+            unsafe { tiles::<Avx2, BITS, SCALES, T>(job, from, to) }
+        }
+        if path >= Path::Avx512 {
+            // SAFETY: the processor has the instructions.
+            return unsafe { avx512::<BITS, SCALES, T>(job, from, to) };
+        }
+        if path >= Path::Avx2 {
+            // SAFETY: the processor has the instructions.
+            return unsafe { avx2::<BITS, SCALES, T>(job, from, to) };
+        }
+    }
+    let _ = path;
+    plain(job, from, to);
+}
+
+/// What every processor can do, and what the others are compared with: a step of a row at a time.
+fn plain(job: &Job<'_>, from: usize, to: usize) {
+    let (weight, x) = (job.weight, job.x);
+    let (form, (n, _), width) = (weight.form(), weight.shape(), words_of(x.terms));
+    for row in from * LANES..n.min(to * LANES) {
+        let b = job.bias.map_or(0.0, |bias| bias[row]);
+        for (i, x) in x.words.chunks_exact(x.steps * width).enumerate() {
+            let mut sum = 0f32;
+            for (step, x) in x.chunks_exact(width).enumerate() {
+                let (q, scales) = weight.step(row, step);
+                let float = |at: usize| f32::from_bits(x[at] as u32);
+                for (half, (scale, min)) in scales.into_iter().enumerate() {
+                    let mut product = 0f32;
+                    for term in (0..job.x.terms).rev() {
+                        let x = &x[TERMS + TERM * term..][..TERM];
+                        let mut acc = x[1 + half];
+                        for (x, q) in x[3 + 4 * half..7 + 4 * half].iter().zip(q[16 * half..].as_chunks::<4>().0) {
+                            acc += x.to_le_bytes().iter().zip(q).map(|(&x, &q)| i32::from(x as i8) * i32::from(q)).sum::<i32>();
+                        }
+                        product = product / FINER + acc as f32;
+                    }
+                    sum += product * (scale * float(0));
+                    if form.scales.halves() {
+                        sum += min * float(SUMS + 1 + half);
+                    }
+                }
+                if !form.scales.halves() {
+                    sum += scales[0].1 * float(SUMS);
+                }
+            }
+            // SAFETY: column `row` belongs to this task alone.
+            unsafe { *job.y.at(i * n + row) = sum + b };
+        }
+    }
+}
+
+/// # Safety
+/// The processor has the instructions of `L`, and no other task has the tiles `[from, to)`.
+#[inline(always)]
+unsafe fn tiles<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) {
+    let rows = job.x.rows;
+    for first in (0..rows).step_by(ROWS) {
+        let last = (first + ROWS).min(rows);
+        for tile in from..to {
+            let mut row = first;
+            // SAFETY: promised by the caller; the rows are there.
+            unsafe {
+                while row + 8 <= last {
+                    tile_by_rows::<L, BITS, SCALES, T, 8>(job, tile, row);
+                    row += 8;
+                }
+                if row + 4 <= last {
+                    tile_by_rows::<L, BITS, SCALES, T, 4>(job, tile, row);
+                    row += 4;
+                }
+                if row + 2 <= last {
+                    tile_by_rows::<L, BITS, SCALES, T, 2>(job, tile, row);
+                    row += 2;
+                }
+                if row < last {
+                    tile_by_rows::<L, BITS, SCALES, T, 1>(job, tile, row);
+                }
+            }
+        }
+    }
+}
+
+/// `M` rows of activations times a tile.
+///
+/// # Safety
+/// As [`tiles`]; rows `[row, row + M)` are there.
+#[inline(always)]
+unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize, const M: usize>(
+    job: &Job<'_>,
+    tile: usize,
+    row: usize,
+) {
+    let scales_kind = const { scales_of(SCALES) };
+    let (steps, width) = (job.x.steps, const { words_of(T) });
+    let unit_steps = const { scales_of(SCALES).steps() };
+    let unit_bytes = scales_kind.bytes() + unit_steps * BITS * 64;
+    let bytes = job.weight.tile(tile);
+    assert!(bytes.len() == steps / unit_steps * unit_bytes && job.x.words.len() >= (row + M) * steps * width);
+    // SAFETY: the lengths were just checked; every unit and every step lies inside of them.
+    unsafe {
+        let mut unit = bytes.as_ptr();
+        let mut x = job.x.words.as_ptr().add(row * steps * width);
+        let mut sums = [L::splat(0.0); M];
+        let finer = L::splat(1.0 / FINER);
+        for _ in 0..steps / unit_steps {
+            for step in 0..unit_steps {
+                let w = groups::<L, BITS>(unit.add(scales_kind.bytes() + step * BITS * 64));
+                let [low, high] = scales::<L, SCALES>(unit, step);
+                // Loops rather than closures: those would not have the instructions of this function.
+                for (m, sum) in sums.iter_mut().enumerate() {
+                    let x = x.add(m * steps * width);
+                    let scale = L::splat(f32::from_bits(*x as u32));
+                    if scales_kind.halves() {
+                        for (half, (weight_scale, min)) in [low, high].into_iter().enumerate() {
+                            let mut product = L::splat(0.0);
+                            for term in (0..T).rev() {
+                                let x = x.add(TERMS + TERM * term);
+                                let mut acc = L::int(*x.add(1 + half));
+                                for g in 4 * half..4 * half + 4 {
+                                    acc = L::dot4::<false>(acc, w[g], *x.add(3 + g));
+                                }
+                                product = L::madd(product, finer, L::float(acc));
+                            }
+                            *sum = L::madd(product, L::mul(weight_scale, scale), *sum);
+                            if scales_kind.min() {
+                                *sum = L::madd(min, L::splat(f32::from_bits(*x.add(SUMS + 1 + half) as u32)), *sum);
+                            }
+                        }
+                        continue;
+                    }
+                    let mut product = L::splat(0.0);
+                    for term in (0..T).rev() {
+                        let x = x.add(TERMS + TERM * term);
+                        let (mut a, mut b) = (L::int(*x), L::int(0));
+                        for g in 0..4 {
+                            if BITS == 8 {
+                                a = L::dot4::<true>(a, w[g], *x.add(3 + g));
+                                b = L::dot4::<true>(b, w[g + 4], *x.add(7 + g));
+                            } else {
+                                a = L::dot4::<false>(a, w[g], *x.add(3 + g));
+                                b = L::dot4::<false>(b, w[g + 4], *x.add(7 + g));
+                            }
+                        }
+                        let term = L::float(L::add(a, b));
+                        product = if T == 1 { term } else { L::madd(product, finer, term) };
+                    }
+                    *sum = L::madd(product, L::mul(low.0, scale), *sum);
+                    if scales_kind.min() {
+                        *sum = L::madd(low.1, L::splat(f32::from_bits(*x.add(SUMS) as u32)), *sum);
+                    }
+                }
+                x = x.add(width);
+            }
+            unit = unit.add(unit_bytes);
+        }
+        let (n, column) = (job.weight.shape().0, tile * LANES);
+        let count = LANES.min(n - column);
+        for (m, sum) in sums.into_iter().enumerate() {
+            let sum = L::to_array(sum);
+            let y = std::slice::from_raw_parts_mut(job.y.at((row + m) * n + column), count);
+            match job.bias {
+                Some(bias) => y.iter_mut().zip(sum).zip(&bias[column..]).for_each(|((y, sum), b)| *y = sum + b),
+                None => y.copy_from_slice(&sum[..count]),
+            }
+        }
+    }
+}
+
+const fn scales_of(number: u8) -> Scales {
+    const ALL: [Scales; 7] = [
+        Scales::Half,
+        Scales::HalfMin,
+        Scales::Single,
+        Scales::SingleMin,
+        Scales::Wide,
+        Scales::Fine,
+        Scales::FineMin,
+    ];
+    ALL[number as usize]
+}
+
+/// The integers of 32 columns, four columns a vector.
+///
+/// # Safety
+/// 32 columns can be read, and the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L::Bytes; 8] {
+    // SAFETY: promised by the caller; planes lie one after the other.
+    unsafe {
+        let mut w = [L::bytes(body); 8];
+        // Loops rather than closures: those would not have the instructions of the caller.
+        match BITS {
+            8 => {
+                for (g, w) in w.iter_mut().enumerate() {
+                    *w = L::bytes(body.add(64 * g));
+                }
+            }
+            2 | 3 => w = pairs_of_bits::<L>(body),
+            _ => {
+                for i in 0..4 {
+                    let both = L::bytes(body.add(64 * i));
+                    w[i] = L::bits::<0>(both, 15);
+                    w[i + 4] = L::bits::<4>(both, 15);
+                }
+            }
+        }
+        if BITS == 3 || BITS == 5 {
+            let (masks, bit) = (body.add((BITS - 1) * 64).cast::<u64>(), 1 << (BITS - 1));
+            for (g, w) in w.iter_mut().enumerate() {
+                *w = L::with_bit(*w, masks.add(g).read_unaligned(), bit);
+            }
+        }
+        if BITS == 6 {
+            let high = pairs_of_bits::<L>(body.add(256));
+            for (w, high) in w.iter_mut().zip(high) {
+                *w = L::with_high::<4>(*w, high);
+            }
+        }
+        w
+    }
+}
+
+/// A plane of two bits.
+///
+/// # Safety
+/// As [`groups`].
+#[inline(always)]
+unsafe fn pairs_of_bits<L: Lanes>(plane: *const u8) -> [L::Bytes; 8] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let (a, b) = (L::bytes(plane), L::bytes(plane.add(64)));
+        [
+            L::bits::<0>(a, 3),
+            L::bits::<0>(b, 3),
+            L::bits::<2>(a, 3),
+            L::bits::<2>(b, 3),
+            L::bits::<4>(a, 3),
+            L::bits::<4>(b, 3),
+            L::bits::<6>(a, 3),
+            L::bits::<6>(b, 3),
+        ]
+    }
+}
+
+/// Scale and minimum of both halves of a step; twice the same where they share them.
+///
+/// # Safety
+/// The head of a unit can be read, and the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(L::Float, L::Float); 2] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let none = L::splat(0.0);
+        match const { scales_of(SCALES) } {
+            Scales::Half => [(L::halves(head), none); 2],
+            Scales::HalfMin => [(L::halves(head), L::halves(head.add(2 * LANES))); 2],
+            Scales::Single => [(L::floats(head), none); 2],
+            Scales::SingleMin => [(L::floats(head), L::floats(head.add(4 * LANES))); 2],
+            Scales::Wide => {
+                let (scale, min) = (L::unsigned(head.add((4 + step) * LANES)), L::unsigned(head.add((12 + step) * LANES)));
+                let min = L::mul(L::mul(L::halves(head.add(2 * LANES)), min), L::splat(-1.0));
+                [(L::mul(L::halves(head), scale), min); 2]
+            }
+            Scales::Fine => {
+                let (d, bytes) = (L::halves(head), head.add((2 + 2 * step) * LANES));
+                [(L::mul(d, L::signed(bytes)), none), (L::mul(d, L::signed(bytes.add(LANES))), none)]
+            }
+            Scales::FineMin => {
+                let (d, min) = (L::halves(head), L::mul(L::halves(head.add(2 * LANES)), L::splat(-1.0)));
+                let (low, high) = (head.add((4 + 2 * step) * LANES), head.add((5 + 2 * step) * LANES));
+                [
+                    (L::mul(d, L::nibbles::<0>(low)), L::mul(min, L::nibbles::<4>(low))),
+                    (L::mul(d, L::nibbles::<0>(high)), L::mul(min, L::nibbles::<4>(high))),
+                ]
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Blocks, dequantise};
+
+    fn random(seed: u32, len: usize) -> Vec<f32> {
+        let mut state = u64::from(seed) * 2 + 1;
+        (0..len)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(24))]
+        #[test]
+        fn every_type_on_every_path_is_its_values_times_f32(rows in 1usize..20, n in 1usize..50, k in 1usize..4, seed: u32) {
+            for kind in BlockType::MADE {
+                let k = k * 256;
+                let bytes = crate::quantise(kind, &random(seed, n * k), k).unwrap();
+                let mut w = vec![0f32; n * k];
+                dequantise(kind, &bytes, &mut w);
+                let packed = Packed::new(Blocks::new(kind, n, k, bytes)).unwrap();
+                let x = random(seed ^ 77, rows * k);
+                let bias = random(seed ^ 3, n);
+                for path in Path::available() {
+                    let mut y = vec![0f32; rows * n];
+                    multiply(&Activations::new(&x, k, kind, packed.form(), false, path), &packed, Some(&bias), &mut y, path);
+                    let mut rough = vec![0f32; rows * n];
+                    multiply(&Activations::new(&x, k, kind, packed.form(), true, path), &packed, Some(&bias), &mut rough, path);
+                    for (i, (y, rough)) in y.iter().zip(&rough).enumerate() {
+                        let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
+                        let exact: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+                        let exact = exact + f64::from(bias[i % n]);
+                        proptest::prop_assert!((exact - f64::from(*y)).abs() < 2e-5, "{kind} {path:?} {exact} {y}");
+                        proptest::prop_assert!((exact - f64::from(*rough)).abs() < 0.3, "{kind} {path:?} {exact} {rough}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_reaches_every_output() {
+        let kind = BlockType::Q4_0;
+        let packed = Packed::new(Blocks::new(kind, 3, 64, crate::quantise(kind, &random(1, 192), 64).unwrap())).unwrap();
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = random(2, 64);
+            x[40] = bad;
+            for (path, as_ggml) in Path::available().flat_map(|path| [(path, true), (path, false)]) {
+                let mut y = vec![0f32; 3];
+                multiply(&Activations::new(&x, 64, kind, packed.form(), as_ggml, path), &packed, None, &mut y, path);
+                assert!(y.iter().all(|y| y.is_nan()), "{path:?}");
+            }
+        }
+    }
+}

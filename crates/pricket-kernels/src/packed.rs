@@ -1,0 +1,423 @@
+//! Quantised rows as the kernels read them: sixteen rows side by side, so that a vector holds the same four columns of
+//! each, and no sum is ever taken across lanes.
+//!
+//! A tile of sixteen rows is a run of units (a block of each row): the scales of the sixteen blocks, then for every 32
+//! columns the integers in planes of 8, 4, 2 or 1 bits. Nothing is rounded and next to nothing is added: types of 32
+//! columns take the bytes that they take on file, those of 256 up to 4 % more, for scales that are whole bytes.
+
+use std::sync::Arc;
+
+use half::f16;
+
+use crate::blocks::{BlockType, Blocks};
+use crate::lanes::LANES;
+use crate::pool::{parallel, parallel_chunks};
+use crate::shared::Shared;
+
+/// Columns that share a step of the kernels.
+pub(crate) const STEP: usize = 32;
+
+/// Bytes that a bit of 32 columns of a tile takes.
+const PLANE: usize = STEP * LANES / 8;
+
+/// How the scales of a unit lie at its head, sixteen of each kind together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scales {
+    /// A scale in f16.
+    Half,
+    /// Scale and minimum in f16.
+    HalfMin,
+    /// A scale in f32.
+    Single,
+    /// Scale and minimum in f32.
+    SingleMin,
+    /// Scale and minimum in f16, and for every 32 columns a byte that multiplies each.
+    Wide,
+    /// A scale in f16, and for every 16 columns a signed byte that multiplies it.
+    Fine,
+    /// Scale and minimum in f16, and for every 16 columns a byte: low half for the scale, high half for the minimum.
+    FineMin,
+}
+
+impl Scales {
+    /// Bytes of the head of a unit.
+    pub(crate) const fn bytes(self) -> usize {
+        match self {
+            Scales::Half => 2 * LANES,
+            Scales::HalfMin | Scales::Single => 4 * LANES,
+            Scales::SingleMin => 8 * LANES,
+            Scales::Wide | Scales::FineMin => (4 + 16) * LANES,
+            Scales::Fine => (2 + 16) * LANES,
+        }
+    }
+
+    /// Columns of a unit, in steps.
+    pub(crate) const fn steps(self) -> usize {
+        if matches!(self, Scales::Wide | Scales::Fine | Scales::FineMin) { 8 } else { 1 }
+    }
+
+    /// Whether the two halves of a step have scales of their own.
+    pub(crate) const fn halves(self) -> bool {
+        matches!(self, Scales::Fine | Scales::FineMin)
+    }
+
+    /// Whether there is a minimum beside the scale.
+    pub(crate) const fn min(self) -> bool {
+        matches!(self, Scales::HalfMin | Scales::SingleMin | Scales::Wide | Scales::FineMin)
+    }
+}
+
+/// A quantised type as it is packed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Form {
+    /// Bits of an integer.
+    pub(crate) bits: usize,
+    pub(crate) scales: Scales,
+    /// What is taken off an integer before it is multiplied.
+    pub(crate) zero: i32,
+}
+
+impl Form {
+    /// The form of `kind`; `None` if it is not packed.
+    pub(crate) const fn of(kind: BlockType) -> Option<Self> {
+        let (bits, scales, zero) = match kind {
+            BlockType::Q4_0 => (4, Scales::Half, 8),
+            BlockType::Q4_1 => (4, Scales::HalfMin, 0),
+            BlockType::Q5_0 => (5, Scales::Half, 16),
+            BlockType::Q5_1 => (5, Scales::HalfMin, 0),
+            BlockType::Q8_0 => (8, Scales::Half, 128),
+            BlockType::Q4_0V1 => (4, Scales::Single, 8),
+            BlockType::Q4_1V1 => (4, Scales::SingleMin, 0),
+            BlockType::Q8_0V1 => (8, Scales::Single, 128),
+            BlockType::Q2K => (2, Scales::FineMin, 0),
+            BlockType::Q3K => (3, Scales::Fine, 4),
+            BlockType::Q4K => (4, Scales::Wide, 0),
+            BlockType::Q5K => (5, Scales::Wide, 0),
+            BlockType::Q6K => (6, Scales::Fine, 32),
+            BlockType::Q8_1 | BlockType::Q8K | BlockType::Q4_2 | BlockType::Q4_3 => return None,
+        };
+        Some(Self { bits, scales, zero })
+    }
+
+    /// Bytes of a unit.
+    pub(crate) const fn unit(&self) -> usize {
+        self.scales.bytes() + self.scales.steps() * self.bits * PLANE
+    }
+
+    /// Scale and minimum of `row`'s half step.
+    fn scale(&self, unit: &[u8], row: usize, step: usize, half: usize) -> (f32, f32) {
+        let half_at = |i: usize| f16::from_le_bytes([unit[2 * i], unit[2 * i + 1]]).to_f32();
+        let single_at = |i: usize| f32::from_le_bytes(std::array::from_fn(|j| unit[4 * i + j]));
+        match self.scales {
+            Scales::Half => (half_at(row), 0.0),
+            Scales::HalfMin => (half_at(row), half_at(LANES + row)),
+            Scales::Single => (single_at(row), 0.0),
+            Scales::SingleMin => (single_at(row), single_at(LANES + row)),
+            Scales::Wide => {
+                let (scale, min) = (unit[(4 + step) * LANES + row], unit[(12 + step) * LANES + row]);
+                (half_at(row) * f32::from(scale), -(half_at(LANES + row) * f32::from(min)))
+            }
+            Scales::Fine => {
+                let scale = unit[(2 + 2 * step + half) * LANES + row] as i8;
+                (half_at(row) * f32::from(scale), 0.0)
+            }
+            Scales::FineMin => {
+                let both = unit[(4 + 2 * step + half) * LANES + row];
+                (half_at(row) * f32::from(both & 15), -(half_at(LANES + row) * f32::from(both >> 4)))
+            }
+        }
+    }
+}
+
+/// Where an integer of 32 columns of a tile lies: its place in groups of four columns of the sixteen rows.
+#[inline]
+fn place(row: usize, column: usize) -> (usize, usize) {
+    (column / 4, 4 * row + column % 4)
+}
+
+/// The planes that make up integers of `bits`: their widths, from the lowest bit.
+const fn planes(bits: usize) -> &'static [usize] {
+    match bits {
+        2 => &[2],
+        3 => &[2, 1],
+        4 => &[4],
+        5 => &[4, 1],
+        6 => &[4, 2],
+        _ => &[8],
+    }
+}
+
+/// Calls `f` with the byte, the shift in it, the width, and the lowest bit of the integer that it holds, for every plane.
+/// Group `g` of a plane of `w` bits is in vector `g % w`, at bit `w (g / w)`; of one bit, it is a mask of 64.
+#[inline]
+fn each_plane(bits: usize, group: usize, at: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
+    let (mut start, mut low) = (0, 0);
+    for &width in planes(bits) {
+        if width == 1 {
+            f(start + 8 * group + at / 8, at % 8, 1, low);
+        } else {
+            f(start + 64 * (group % width) + at, width * (group / width), width, low);
+        }
+        start += width * PLANE;
+        low += width;
+    }
+}
+
+fn integer(bits: usize, body: &[u8], row: usize, column: usize) -> u8 {
+    let ((group, at), mut q) = (place(row, column), 0);
+    each_plane(bits, group, at, |byte, shift, width, low| {
+        q |= (u16::from(body[byte] >> shift) & ((1 << width) - 1)) << low;
+    });
+    q as u8
+}
+
+/// The integers of a block, and its scales written where they belong in the head of a unit.
+fn unpack_block(kind: BlockType, block: &[u8], row: usize, head: &mut [u8], q: &mut [u8; 256]) {
+    let mut put = |place: usize, bytes: &[u8]| head[place..place + bytes.len()].copy_from_slice(bytes);
+    let nibble = |qs: &[u8], i: usize| qs[i % 16] >> (4 * (i / 16)) & 15;
+    match kind {
+        BlockType::Q4_0 | BlockType::Q4_0V1 | BlockType::Q4_1 | BlockType::Q4_1V1 => {
+            let wide = if matches!(kind, BlockType::Q4_0 | BlockType::Q4_1) { 2 } else { 4 };
+            let scales = if matches!(kind, BlockType::Q4_0 | BlockType::Q4_0V1) { 1 } else { 2 };
+            for i in 0..scales {
+                put(wide * (i * LANES + row), &block[wide * i..wide * (i + 1)]);
+            }
+            (0..32).for_each(|i| q[i] = nibble(&block[wide * scales..], i));
+        }
+        BlockType::Q5_0 | BlockType::Q5_1 => {
+            let scales = if kind == BlockType::Q5_0 { 1 } else { 2 };
+            for i in 0..scales {
+                put(2 * (i * LANES + row), &block[2 * i..2 * (i + 1)]);
+            }
+            let (high, low) = block[2 * scales..].split_at(4);
+            (0..32).for_each(|i| q[i] = nibble(low, i) | (high[i / 8] >> (i % 8) & 1) << 4);
+        }
+        BlockType::Q8_0 | BlockType::Q8_0V1 => {
+            let wide = if kind == BlockType::Q8_0 { 2 } else { 4 };
+            put(wide * row, &block[..wide]);
+            (0..32).for_each(|i| q[i] = block[wide + i] ^ 0x80);
+        }
+        BlockType::Q2K => {
+            put(2 * row, &block[80..82]);
+            put(2 * (LANES + row), &block[82..84]);
+            (0..16).for_each(|i| put((4 + i) * LANES + row, &block[i..=i]));
+            (0..256).for_each(|i| q[i] = block[16 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3);
+        }
+        BlockType::Q3K => {
+            put(2 * row, &block[108..110]);
+            let scales = crate::blocks::q3k_scales(&block[96..108]);
+            (0..16).for_each(|i| put((2 + i) * LANES + row, &[scales[i] as i8 as u8]));
+            for (i, q) in q.iter_mut().enumerate() {
+                let low = block[32 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+                *q = low | (block[i % 32] >> (i / 32) & 1) << 2;
+            }
+        }
+        BlockType::Q4K | BlockType::Q5K => {
+            put(2 * row, &block[..2]);
+            put(2 * (LANES + row), &block[2..4]);
+            for step in 0..8 {
+                let (scale, min) = crate::blocks::scale_and_min(step, &block[4..16]);
+                put((4 + step) * LANES + row, &[scale as u8]);
+                put((12 + step) * LANES + row, &[min as u8]);
+            }
+            let (high, low) = if kind == BlockType::Q4K { (&[0; 32][..], &block[16..]) } else { block[16..].split_at(32) };
+            for (i, q) in q.iter_mut().enumerate() {
+                *q = low[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15 | (high[i % 32] >> (i / 32) & 1) << 4;
+            }
+        }
+        BlockType::Q6K => {
+            put(2 * row, &block[208..210]);
+            (0..16).for_each(|i| put((2 + i) * LANES + row, &block[192 + i..=192 + i]));
+            for (i, q) in q.iter_mut().enumerate() {
+                let low = block[i / 128 * 64 + i % 64] >> (i % 128 / 64 * 4) & 15;
+                *q = low | (block[128 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3) << 4;
+            }
+        }
+        BlockType::Q8_1 | BlockType::Q8K | BlockType::Q4_2 | BlockType::Q4_3 => unreachable!("{kind} has no form"),
+    }
+}
+
+/// A matrix of quantised rows in tiles of sixteen. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Packed {
+    kind: BlockType,
+    form: Form,
+    rows: usize,
+    columns: usize,
+    bytes: Arc<Vec<u8>>,
+}
+
+impl Packed {
+    /// Packs `blocks`, in the same memory if nobody else has it and the type takes no more. Gives them back if the type is
+    /// one that is not packed.
+    ///
+    /// # Errors
+    /// The blocks, untouched.
+    pub fn new(blocks: Blocks) -> Result<Self, Blocks> {
+        let Some(form) = Form::of(blocks.kind()) else { return Err(blocks) };
+        let (kind, (rows, columns)) = (blocks.kind(), blocks.shape());
+        let (file_row, unit) = (kind.bytes(columns), form.unit());
+        let units = columns / kind.elements();
+        let tiles = rows.div_ceil(LANES);
+        let (from, to) = (LANES * file_row, units * unit);
+        let mut bytes = blocks.into_bytes();
+        // Rows that fill up the last tile are zeros: they have scales of zero.
+        bytes.resize(tiles * from, 0);
+        let pack = |source: &[u8], tile: &mut [u8]| {
+            let mut q = [[0u8; 256]; LANES];
+            for (u, unit) in tile.chunks_exact_mut(unit).enumerate() {
+                let (head, body) = unit.split_at_mut(form.scales.bytes());
+                for (row, q) in q.iter_mut().enumerate() {
+                    let block = &source[row * file_row + u * kind.layout().1..][..kind.layout().1];
+                    unpack_block(kind, block, row, head, q);
+                }
+                for (step, body) in body.chunks_exact_mut(form.bits * PLANE).enumerate() {
+                    pack_step(form.bits, &q, step * STEP, body);
+                }
+            }
+        };
+        let bytes = if from == to {
+            parallel_chunks(&mut bytes, to.max(1), |_, tile| {
+                let source = tile.to_vec();
+                pack(&source, tile);
+            });
+            bytes
+        } else {
+            let mut out = vec![0; tiles * to];
+            parallel_chunks(&mut out, to.max(1), |i, tile| pack(&bytes[i * from..(i + 1) * from], tile));
+            out
+        };
+        Ok(Self { kind, form, rows, columns, bytes: Arc::new(bytes) })
+    }
+
+    /// The type.
+    pub fn kind(&self) -> BlockType {
+        self.kind
+    }
+
+    /// Rows, columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    pub(crate) fn form(&self) -> Form {
+        self.form
+    }
+
+    /// The bytes of a tile.
+    pub(crate) fn tile(&self, tile: usize) -> &[u8] {
+        let width = self.columns / self.kind.elements() * self.form.unit();
+        &self.bytes[tile * width..(tile + 1) * width]
+    }
+
+    /// The integers of 32 columns of a row, and scale and minimum of each half.
+    pub(crate) fn step(&self, row: usize, step: usize) -> ([u8; STEP], [(f32, f32); 2]) {
+        let (tile, row, steps) = (self.tile(row / LANES), row % LANES, self.form.scales.steps());
+        let unit = &tile[step / steps * self.form.unit()..][..self.form.unit()];
+        let (head, body) = unit.split_at(self.form.scales.bytes());
+        let body = &body[step % steps * self.form.bits * PLANE..];
+        let q = std::array::from_fn(|column| integer(self.form.bits, body, row, column));
+        (q, [0, 1].map(|half| self.form.scale(head, row, step % steps, half)))
+    }
+
+    /// The values of a row.
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` is not as long as one.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.columns, "row {row} of {} by {}", self.rows, self.columns);
+        for (step, out) in out.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+            let (q, scales) = self.step(row, step);
+            for (half, out) in out.chunks_exact_mut(16).enumerate() {
+                let (scale, min) = scales[half];
+                for (out, q) in out.iter_mut().zip(&q[16 * half..]) {
+                    *out = scale * (i32::from(*q) - self.form.zero) as f32 + min;
+                }
+            }
+        }
+    }
+
+    /// Rows `[from, to)`, whole.
+    pub(crate) fn widen(&self, from: usize, to: usize, out: &mut [f32]) {
+        for (row, out) in (from..to).zip(out.chunks_exact_mut(self.columns)) {
+            self.row(row, out);
+        }
+    }
+
+    /// Every value, row after row.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.columns];
+        let all = Shared::new(&mut out);
+        parallel(self.rows, |row| {
+            // SAFETY: rows do not overlap.
+            self.row(row, unsafe { std::slice::from_raw_parts_mut(all.at(row * self.columns), self.columns) });
+        });
+        out
+    }
+}
+
+/// Writes 32 columns of sixteen rows from column `from` on into planes, whole vectors at a time; `integer` reads them.
+fn pack_step(bits: usize, q: &[[u8; 256]; LANES], from: usize, body: &mut [u8]) {
+    let mut groups = [[0u8; 64]; 8];
+    for (row, q) in q.iter().enumerate() {
+        for (group, q) in groups.iter_mut().zip(q[from..from + STEP].as_chunks::<4>().0) {
+            group[4 * row..4 * row + 4].copy_from_slice(q);
+        }
+    }
+    let (mut body, mut low) = (body, 0);
+    for &width in planes(bits) {
+        let (plane, rest) = body.split_at_mut(width * PLANE);
+        if width == 1 {
+            for (mask, group) in plane.chunks_exact_mut(8).zip(&groups) {
+                let set = group.iter().enumerate().fold(0u64, |set, (i, q)| set | u64::from(q >> low & 1) << i);
+                mask.copy_from_slice(&set.to_le_bytes());
+            }
+        } else {
+            let mask = (0xffu16 >> (8 - width)) as u8;
+            for (i, out) in plane.chunks_exact_mut(64).enumerate() {
+                out.fill(0);
+                for (shift, group) in groups.iter().skip(i).step_by(width).enumerate() {
+                    for (out, q) in out.iter_mut().zip(group) {
+                        *out |= (q >> low & mask) << (width * shift);
+                    }
+                }
+            }
+        }
+        body = rest;
+        low += width;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dequantise;
+
+    #[test]
+    fn packing_changes_no_value() {
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u8
+        };
+        for kind in BlockType::ALL {
+            let (rows, columns) = (35, 512);
+            let mut bytes: Vec<u8> = (0..rows * kind.bytes(columns)).map(|_| random()).collect();
+            if matches!(kind, BlockType::Q4_0V1 | BlockType::Q4_1V1 | BlockType::Q8_0V1) {
+                bytes.chunks_exact_mut(4).step_by(kind.layout().1 / 4).for_each(|x| x[3] = 0x3f);
+            }
+            let mut expected = vec![0f32; rows * columns];
+            dequantise(kind, &bytes, &mut expected);
+            match Packed::new(Blocks::new(kind, rows, columns, bytes)) {
+                Ok(packed) => {
+                    // A product with a minimum that is not a number is none either way; which one is no matter.
+                    let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a == b || (a.is_nan() && b.is_nan());
+                    let found = packed.to_f32();
+                    let worst = found.iter().zip(&expected).position(|pair| !same(pair));
+                    assert_eq!(worst, None, "{kind}: {:?}", worst.map(|i| (found[i], expected[i])));
+                }
+                Err(blocks) => assert!(Form::of(blocks.kind()).is_none()),
+            }
+        }
+    }
+}
