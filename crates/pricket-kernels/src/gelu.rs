@@ -2,6 +2,8 @@
 #![allow(clippy::excessive_precision, reason = "coefficients stand as they were fitted")]
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::cpu::{Path, path};
 use crate::pool::parallel_chunks;
@@ -10,16 +12,25 @@ use crate::shared::f32_slice;
 /// Elements of a task: enough that handing it out costs nothing.
 const TASK: usize = 16 << 10;
 
-/// The GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), `x Φ(x)`, elementwise in f32.
-///
-/// Both forms are rational minimax functions, which the compiler turns into vector code: within 1.5e-6 of the exact value
-/// over ±12, as torch's f32 is. It has no backward pass: training takes candle's own.
+/// The GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), `x Φ(x)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GeluOp {
+pub enum Gelu {
     /// By the error function.
     Erf,
     /// By its tanh approximation, `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
     Tanh,
+}
+
+/// A [`Gelu`] elementwise in f32.
+///
+/// Both forms are rational minimax functions, which the compiler turns into vector code: within 1.5e-6 of the exact value
+/// over ±12, as torch's f32 is. It has no backward pass: training takes candle's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GeluOp {
+    /// Which one.
+    pub form: Gelu,
+    /// Round the argument and the value to f16, as ggml's table does.
+    pub as_ggml: bool,
 }
 
 /// `p(x²)` by Horner's rule, highest coefficient first.
@@ -53,15 +64,15 @@ fn tanh(x: f32, madd: impl Fn(f32, f32, f32) -> f32 + Copy) -> f32 {
 }
 
 #[inline(always)]
-fn gelu(form: GeluOp, x: &[f32], y: &mut [f32], madd: impl Fn(f32, f32, f32) -> f32 + Copy) {
+fn gelu(form: Gelu, x: &[f32], y: &mut [f32], madd: impl Fn(f32, f32, f32) -> f32 + Copy) {
     // The branch is outside of the loops, so that each is one kind of arithmetic.
     match form {
-        GeluOp::Erf => {
+        Gelu::Erf => {
             for (y, &x) in y.iter_mut().zip(x) {
                 *y = 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2, madd));
             }
         }
-        GeluOp::Tanh => {
+        Gelu::Tanh => {
             for (y, &x) in y.iter_mut().zip(x) {
                 let inner = 0.797_884_56 * madd(0.044_715 * x * x, x, x);
                 *y = 0.5 * x * (1.0 + tanh(inner, madd));
@@ -72,17 +83,17 @@ fn gelu(form: GeluOp, x: &[f32], y: &mut [f32], madd: impl Fn(f32, f32, f32) -> 
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl")]
-fn gelu_avx512(form: GeluOp, x: &[f32], y: &mut [f32]) {
+fn gelu_avx512(form: Gelu, x: &[f32], y: &mut [f32]) {
     gelu(form, x, y, f32::mul_add);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn gelu_fma(form: GeluOp, x: &[f32], y: &mut [f32]) {
+fn gelu_fma(form: Gelu, x: &[f32], y: &mut [f32]) {
     gelu(form, x, y, f32::mul_add);
 }
 
-fn dispatch(form: GeluOp, x: &[f32], y: &mut [f32]) {
+fn dispatch(form: Gelu, x: &[f32], y: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
         if path() >= Path::Avx512 {
@@ -105,7 +116,21 @@ impl CustomOp1 for GeluOp {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = f32_slice("gelu", x, layout)?;
         let mut y = vec![0f32; x.len()];
-        parallel_chunks(&mut y, TASK, |i, y| dispatch(*self, &x[i * TASK..][..y.len()], y));
+        parallel_chunks(&mut y, TASK, |i, y| {
+            let x = &x[i * TASK..][..y.len()];
+            if !self.as_ggml {
+                return dispatch(self.form, x, y);
+            }
+            let mut halves = [f16::ZERO; 512];
+            for (x, y) in x.chunks(512).zip(y.chunks_mut(512)) {
+                let (halves, mut wide) = (&mut halves[..x.len()], [0f32; 512]);
+                halves.convert_from_f32_slice(x);
+                halves.convert_to_f32_slice(&mut wide[..x.len()]);
+                dispatch(self.form, &wide[..x.len()], y);
+                halves.convert_from_f32_slice(y);
+                halves.convert_to_f32_slice(y);
+            }
+        });
         Ok((CpuStorage::F32(y), layout.dims().into()))
     }
 }
@@ -120,7 +145,7 @@ mod tests {
     fn both_forms_are_close_to_f64_in_every_instruction_set() {
         let x: Vec<f32> = (-120_000i32..=120_000).map(|i| i as f32 * 1e-4).collect();
         let exact = Tensor::new(x.as_slice(), &Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
-        for (form, exact) in [(GeluOp::Erf, exact.gelu_erf()), (GeluOp::Tanh, exact.gelu())] {
+        for (form, exact) in [(Gelu::Erf, exact.gelu_erf()), (Gelu::Tanh, exact.gelu())] {
             let exact = exact.unwrap().to_vec1::<f64>().unwrap();
             let mut y = vec![0f32; x.len()];
             let check = |y: &[f32], name: &str| {
@@ -143,7 +168,7 @@ mod tests {
     #[test]
     fn what_is_not_a_number_stays_so() {
         let mut y = [0f32; 3];
-        for form in [GeluOp::Erf, GeluOp::Tanh] {
+        for form in [Gelu::Erf, Gelu::Tanh] {
             dispatch(form, &[f32::NAN, f32::INFINITY, 0.0], &mut y);
             assert!(y[0].is_nan() && y[1] == f32::INFINITY && y[2] == 0.0, "{y:?}");
         }

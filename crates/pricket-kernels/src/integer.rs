@@ -128,8 +128,11 @@ fn round_step(x: &[f32; STEP], words: &mut [i32], (inverse, scale): (f32, f32), 
             *q = whole as i8;
             *rest = (*rest - whole) * FINER;
         }
-        let half = |q: &[i8]| q.iter().map(|&q| i32::from(q)).sum::<i32>();
-        let (low, high) = (half(&q[..16]), half(&q[16..]));
+        let (mut low, mut high) = (0, 0);
+        for i in 0..16 {
+            low += i32::from(q[i]);
+            high += i32::from(q[16 + i]);
+        }
         sums[0] += unit * low as f32;
         sums[1] += unit * high as f32;
         unit /= FINER;
@@ -346,7 +349,7 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
                                 b = L::dot4::<false>(b, w[g + 4], *x.add(7 + g));
                             }
                         }
-                        let term = L::float(L::add(a, b));
+                        let term = L::float(L::plus(a, b));
                         product = if T == 1 { term } else { L::madd(product, finer, term) };
                     }
                     *sum = L::madd(product, L::mul(low.0, scale), *sum);
@@ -361,11 +364,12 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
         let (n, column) = (job.weight.shape().0, tile * LANES);
         let count = LANES.min(n - column);
         for (m, sum) in sums.into_iter().enumerate() {
-            let sum = L::to_array(sum);
+            let mut lanes = [0f32; LANES];
+            L::store(lanes.as_mut_ptr(), sum);
             let y = std::slice::from_raw_parts_mut(job.y.at((row + m) * n + column), count);
             match job.bias {
-                Some(bias) => y.iter_mut().zip(sum).zip(&bias[column..]).for_each(|((y, sum), b)| *y = sum + b),
-                None => y.copy_from_slice(&sum[..count]),
+                Some(bias) => y.iter_mut().zip(lanes).zip(&bias[column..]).for_each(|((y, sum), b)| *y = sum + b),
+                None => y.copy_from_slice(&lanes[..count]),
             }
         }
     }
@@ -457,21 +461,21 @@ unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(
     unsafe {
         let none = L::splat(0.0);
         match const { scales_of(SCALES) } {
-            Scales::Half => [(L::halves(head), none); 2],
-            Scales::HalfMin => [(L::halves(head), L::halves(head.add(2 * LANES))); 2],
-            Scales::Single => [(L::floats(head), none); 2],
-            Scales::SingleMin => [(L::floats(head), L::floats(head.add(4 * LANES))); 2],
+            Scales::Half => [(L::halves(head.cast()), none); 2],
+            Scales::HalfMin => [(L::halves(head.cast()), L::halves(head.add(2 * LANES).cast())); 2],
+            Scales::Single => [(L::floats(head.cast()), none); 2],
+            Scales::SingleMin => [(L::floats(head.cast()), L::floats(head.add(4 * LANES).cast())); 2],
             Scales::Wide => {
                 let (scale, min) = (L::unsigned(head.add((4 + step) * LANES)), L::unsigned(head.add((12 + step) * LANES)));
-                let min = L::mul(L::mul(L::halves(head.add(2 * LANES)), min), L::splat(-1.0));
-                [(L::mul(L::halves(head), scale), min); 2]
+                let min = L::mul(L::mul(L::halves(head.add(2 * LANES).cast()), min), L::splat(-1.0));
+                [(L::mul(L::halves(head.cast()), scale), min); 2]
             }
             Scales::Fine => {
-                let (d, bytes) = (L::halves(head), head.add((2 + 2 * step) * LANES));
+                let (d, bytes) = (L::halves(head.cast()), head.add((2 + 2 * step) * LANES));
                 [(L::mul(d, L::signed(bytes)), none), (L::mul(d, L::signed(bytes.add(LANES))), none)]
             }
             Scales::FineMin => {
-                let (d, min) = (L::halves(head), L::mul(L::halves(head.add(2 * LANES)), L::splat(-1.0)));
+                let (d, min) = (L::halves(head.cast()), L::mul(L::halves(head.add(2 * LANES).cast()), L::splat(-1.0)));
                 let (low, high) = (head.add((4 + 2 * step) * LANES), head.add((5 + 2 * step) * LANES));
                 [
                     (L::mul(d, L::nibbles::<0>(low)), L::mul(min, L::nibbles::<4>(low))),

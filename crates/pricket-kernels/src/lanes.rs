@@ -3,21 +3,69 @@
 
 #![allow(clippy::inline_always, reason = "they must become part of the functions that have the instructions")]
 
+use half::{bf16, f16};
+
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
-/// One instruction set.
+/// Sixteen floats in one instruction set.
 ///
 /// # Safety
 /// Every function may only be called where the processor has the instructions, with pointers to as much as it reads or
-/// writes: 64 bytes, 16 halves, 16 bytes or 16 floats, at any alignment.
-pub(crate) trait Lanes: Copy {
+/// writes, sixteen elements at any alignment.
+pub(crate) trait Floats: Copy {
+    /// A 32-bit float a lane.
+    type Float: Copy;
+
+    unsafe fn splat(x: f32) -> Self::Float;
+    unsafe fn add(a: Self::Float, b: Self::Float) -> Self::Float;
+    unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float;
+    /// `a b + c`.
+    unsafe fn madd(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
+    /// The larger of each lane; `b` where one is no number.
+    unsafe fn max(a: Self::Float, b: Self::Float) -> Self::Float;
+    unsafe fn round(x: Self::Float) -> Self::Float;
+    /// `x 2^n`, `n` whole and from -127 to 127.
+    unsafe fn scale(x: Self::Float, n: Self::Float) -> Self::Float;
+    unsafe fn floats(p: *const f32) -> Self::Float;
+    unsafe fn halves(p: *const f16) -> Self::Float;
+    unsafe fn brains(p: *const bf16) -> Self::Float;
+    unsafe fn store(p: *mut f32, x: Self::Float);
+    /// Lane `i` of vector `j` and lane `j` of vector `i` change places.
+    unsafe fn transpose(rows: &mut [Self::Float; LANES]);
+    /// Of all lanes.
+    unsafe fn sum(x: Self::Float) -> f32;
+
+    /// `eˣ` within 2 units in the last place for `x` up to 88; below -87.33 what it is there, which is next to nothing.
+    #[inline(always)]
+    unsafe fn exp(x: Self::Float) -> Self::Float {
+        // SAFETY: promised by the caller.
+        unsafe {
+            // In this order what is no number stays so.
+            let x = Self::max(Self::splat(-87.33), x);
+            let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
+            // ln 2 in two parts, the first with zeros at its end, so that the difference is exact.
+            let r = Self::madd(n, Self::splat(-0.693_359_4), x);
+            let r = Self::madd(n, Self::splat(2.121_944_4e-4), r);
+            let mut sum = Self::splat(1.987_569_1e-4);
+            for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+                sum = Self::madd(sum, r, Self::splat(c));
+            }
+            let sum = Self::madd(sum, Self::mul(r, r), Self::add(r, Self::splat(1.0)));
+            Self::scale(sum, n)
+        }
+    }
+}
+
+/// Floats with integers beside them.
+///
+/// # Safety
+/// As [`Floats`].
+pub(crate) trait Lanes: Floats {
     /// Four bytes a lane.
     type Bytes: Copy;
     /// A 32-bit integer a lane.
     type Int: Copy;
-    /// A 32-bit float a lane.
-    type Float: Copy;
 
     unsafe fn bytes(p: *const u8) -> Self::Bytes;
     /// `(x >> SHIFT) & mask`, byte by byte; the mask leaves no bit of the neighbour.
@@ -27,22 +75,81 @@ pub(crate) trait Lanes: Copy {
     /// `bit` is set in the bytes that `which` has a bit for.
     unsafe fn with_bit(x: Self::Bytes, which: u64, bit: u8) -> Self::Bytes;
     unsafe fn int(x: i32) -> Self::Int;
-    unsafe fn add(a: Self::Int, b: Self::Int) -> Self::Int;
+    unsafe fn plus(a: Self::Int, b: Self::Int) -> Self::Int;
     /// `sum` plus, in each lane, the inner product of four unsigned bytes of `w` with the four signed ones of `x`. Bytes of
     /// `w` are below 64 unless `FULL`.
     unsafe fn dot4<const FULL: bool>(sum: Self::Int, w: Self::Bytes, x: i32) -> Self::Int;
     unsafe fn float(x: Self::Int) -> Self::Float;
-    unsafe fn splat(x: f32) -> Self::Float;
-    unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float;
-    /// `a b + c`.
-    unsafe fn madd(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
-    unsafe fn halves(p: *const u8) -> Self::Float;
-    unsafe fn floats(p: *const u8) -> Self::Float;
     unsafe fn unsigned(p: *const u8) -> Self::Float;
     unsafe fn signed(p: *const u8) -> Self::Float;
     /// Four bits of each of 16 bytes, from `SHIFT` on: 0 or 4.
     unsafe fn nibbles<const SHIFT: u32>(p: *const u8) -> Self::Float;
-    unsafe fn to_array(x: Self::Float) -> [f32; LANES];
+}
+
+/// Arithmetic that every processor has.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+impl Floats for Scalar {
+    type Float = [f32; LANES];
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> [f32; LANES] {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn add(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn mul(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn madd(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn max(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn round(x: [f32; LANES]) -> [f32; LANES] {
+        x.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    unsafe fn scale(x: [f32; LANES], n: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| x[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    unsafe fn floats(p: *const f32) -> [f32; LANES] {
+        // SAFETY: promised by the caller.
+        unsafe { p.cast::<[f32; LANES]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn halves(p: *const f16) -> [f32; LANES] {
+        // SAFETY: promised by the caller.
+        unsafe { p.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn brains(p: *const bf16) -> [f32; LANES] {
+        // SAFETY: promised by the caller.
+        unsafe { p.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: [f32; LANES]) {
+        // SAFETY: promised by the caller.
+        unsafe { p.cast::<[f32; LANES]>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(rows: &mut [[f32; LANES]; LANES]) {
+        let old = *rows;
+        *rows = std::array::from_fn(|i| std::array::from_fn(|j| old[j][i]));
+    }
+    #[inline(always)]
+    unsafe fn sum(x: [f32; LANES]) -> f32 {
+        x.iter().sum()
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -54,16 +161,133 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{LANES, Lanes};
+    use super::{Floats, LANES, Lanes, bf16, f16};
 
     /// AVX2, FMA and F16C: a vector is two registers.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx2;
 
+    impl Floats for Avx2 {
+        type Float = [__m256; 2];
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self::Float {
+            unsafe { [_mm256_set1_ps(x); 2] }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float {
+            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn madd(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float {
+            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        }
+        #[inline(always)]
+        unsafe fn add(a: Self::Float, b: Self::Float) -> Self::Float {
+            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn max(a: Self::Float, b: Self::Float) -> Self::Float {
+            unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn round(x: Self::Float) -> Self::Float {
+            unsafe {
+                const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+                [_mm256_round_ps::<NEAREST>(x[0]), _mm256_round_ps::<NEAREST>(x[1])]
+            }
+        }
+        #[inline(always)]
+        unsafe fn scale(x: Self::Float, n: Self::Float) -> Self::Float {
+            unsafe {
+                let (mut x, bias) = (x, _mm256_set1_epi32(127));
+                for i in 0..2 {
+                    let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n[i]), bias));
+                    x[i] = _mm256_mul_ps(x[i], _mm256_castsi256_ps(power));
+                }
+                x
+            }
+        }
+        #[inline(always)]
+        unsafe fn floats(p: *const f32) -> Self::Float {
+            unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+        }
+        #[inline(always)]
+        unsafe fn halves(p: *const f16) -> Self::Float {
+            unsafe {
+                [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
+            }
+        }
+        #[inline(always)]
+        unsafe fn brains(p: *const bf16) -> Self::Float {
+            unsafe {
+                let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
+                [
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, x: Self::Float) {
+            unsafe {
+                _mm256_storeu_ps(p, x[0]);
+                _mm256_storeu_ps(p.add(8), x[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn transpose(rows: &mut [Self::Float; LANES]) {
+            unsafe {
+                let old = *rows;
+                for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                    let mut square = [old[0][0]; 8];
+                    for (row, square) in square.iter_mut().enumerate() {
+                        *square = old[8 * i + row][j];
+                    }
+                    transpose_8(&mut square);
+                    for (row, square) in square.into_iter().enumerate() {
+                        rows[8 * j + row][i] = square;
+                    }
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(x: Self::Float) -> f32 {
+            unsafe {
+                let x = _mm256_add_ps(x[0], x[1]);
+                let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+                let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+                _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_8(r: &mut [__m256; 8]) {
+        unsafe {
+            let mut t = *r;
+            for i in 0..4 {
+                t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            let mut u = t;
+            for i in 0..2 {
+                u[4 * i] = _mm256_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                u[4 * i + 1] = _mm256_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                u[4 * i + 2] = _mm256_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                u[4 * i + 3] = _mm256_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+            }
+            for i in 0..4 {
+                r[i] = _mm256_permute2f128_ps::<0x20>(u[i], u[i + 4]);
+                r[i + 4] = _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]);
+            }
+        }
+    }
+
     impl Lanes for Avx2 {
         type Bytes = [__m256i; 2];
         type Int = [__m256i; 2];
-        type Float = [__m256; 2];
 
         #[inline(always)]
         unsafe fn bytes(p: *const u8) -> Self::Bytes {
@@ -110,7 +334,7 @@ mod x86 {
             unsafe { [_mm256_set1_epi32(x); 2] }
         }
         #[inline(always)]
-        unsafe fn add(a: Self::Int, b: Self::Int) -> Self::Int {
+        unsafe fn plus(a: Self::Int, b: Self::Int) -> Self::Int {
             unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
         }
         #[inline(always)]
@@ -137,28 +361,6 @@ mod x86 {
             unsafe { [_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])] }
         }
         #[inline(always)]
-        unsafe fn splat(x: f32) -> Self::Float {
-            unsafe { [_mm256_set1_ps(x); 2] }
-        }
-        #[inline(always)]
-        unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float {
-            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
-        }
-        #[inline(always)]
-        unsafe fn madd(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float {
-            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
-        }
-        #[inline(always)]
-        unsafe fn halves(p: *const u8) -> Self::Float {
-            unsafe {
-                [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(16).cast()))]
-            }
-        }
-        #[inline(always)]
-        unsafe fn floats(p: *const u8) -> Self::Float {
-            unsafe { [_mm256_loadu_ps(p.cast()), _mm256_loadu_ps(p.add(32).cast())] }
-        }
-        #[inline(always)]
         unsafe fn unsigned(p: *const u8) -> Self::Float {
             unsafe {
                 [_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast())))]
@@ -183,20 +385,99 @@ mod x86 {
                 ]
             }
         }
-        #[inline(always)]
-        unsafe fn to_array(x: Self::Float) -> [f32; LANES] {
-            unsafe { std::mem::transmute(x) }
-        }
     }
 
     /// AVX-512 with VNNI.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512;
 
+    impl Floats for Avx512 {
+        type Float = __m512;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> __m512 {
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn madd(a: __m512, b: __m512, c: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn max(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn round(x: __m512) -> __m512 {
+            unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
+        }
+        #[inline(always)]
+        unsafe fn scale(x: __m512, n: __m512) -> __m512 {
+            unsafe { _mm512_scalef_ps(x, n) }
+        }
+        #[inline(always)]
+        unsafe fn floats(p: *const f32) -> __m512 {
+            unsafe { _mm512_loadu_ps(p) }
+        }
+        #[inline(always)]
+        unsafe fn halves(p: *const f16) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn brains(p: *const bf16) -> __m512 {
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, x: __m512) {
+            unsafe { _mm512_storeu_ps(p, x) }
+        }
+        #[inline(always)]
+        unsafe fn transpose(r: &mut [__m512; LANES]) {
+            unsafe {
+                let mut t = *r;
+                for i in 0..8 {
+                    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+                }
+                let mut u = t;
+                for i in 0..4 {
+                    u[4 * i] = _mm512_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                    u[4 * i + 1] = _mm512_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                    u[4 * i + 2] = _mm512_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                    u[4 * i + 3] = _mm512_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+                }
+                // Squares of four are in place inside of the quarters of each register: now the quarters.
+                for i in 0..4 {
+                    let low = _mm512_shuffle_f32x4::<0x88>(u[i], u[i + 4]);
+                    let high = _mm512_shuffle_f32x4::<0xdd>(u[i], u[i + 4]);
+                    let low_2 = _mm512_shuffle_f32x4::<0x88>(u[i + 8], u[i + 12]);
+                    let high_2 = _mm512_shuffle_f32x4::<0xdd>(u[i + 8], u[i + 12]);
+                    r[i] = _mm512_shuffle_f32x4::<0x88>(low, low_2);
+                    r[i + 4] = _mm512_shuffle_f32x4::<0x88>(high, high_2);
+                    r[i + 8] = _mm512_shuffle_f32x4::<0xdd>(low, low_2);
+                    r[i + 12] = _mm512_shuffle_f32x4::<0xdd>(high, high_2);
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(x: __m512) -> f32 {
+            unsafe { _mm512_reduce_add_ps(x) }
+        }
+    }
+
     impl Lanes for Avx512 {
         type Bytes = __m512i;
         type Int = __m512i;
-        type Float = __m512;
 
         #[inline(always)]
         unsafe fn bytes(p: *const u8) -> __m512i {
@@ -220,7 +501,7 @@ mod x86 {
             unsafe { _mm512_set1_epi32(x) }
         }
         #[inline(always)]
-        unsafe fn add(a: __m512i, b: __m512i) -> __m512i {
+        unsafe fn plus(a: __m512i, b: __m512i) -> __m512i {
             unsafe { _mm512_add_epi32(a, b) }
         }
         #[inline(always)]
@@ -230,26 +511,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn float(x: __m512i) -> __m512 {
             unsafe { _mm512_cvtepi32_ps(x) }
-        }
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> __m512 {
-            unsafe { _mm512_set1_ps(x) }
-        }
-        #[inline(always)]
-        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-            unsafe { _mm512_mul_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn madd(a: __m512, b: __m512, c: __m512) -> __m512 {
-            unsafe { _mm512_fmadd_ps(a, b, c) }
-        }
-        #[inline(always)]
-        unsafe fn halves(p: *const u8) -> __m512 {
-            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn floats(p: *const u8) -> __m512 {
-            unsafe { _mm512_loadu_ps(p.cast()) }
         }
         #[inline(always)]
         unsafe fn unsigned(p: *const u8) -> __m512 {
@@ -265,10 +526,6 @@ mod x86 {
                 let wide = _mm512_srli_epi32::<SHIFT>(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())));
                 _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)))
             }
-        }
-        #[inline(always)]
-        unsafe fn to_array(x: __m512) -> [f32; LANES] {
-            unsafe { std::mem::transmute(x) }
         }
     }
 }

@@ -18,7 +18,6 @@
 mod attention;
 mod blocks;
 mod cpu;
-mod dot;
 mod gelu;
 mod integer;
 mod lanes;
@@ -27,14 +26,14 @@ mod matrix;
 mod norm;
 mod packed;
 mod pool;
+mod product;
 mod rotary;
 mod shared;
 
 pub use attention::{AttentionOp, Causal, attention};
 pub use blocks::{BlockType, Blocks, dequantise, halves_from_pairs, narrowed, quantise};
 pub use cpu::{Path, chosen};
-pub use dot::{dot, dot_bf16, dot_f16};
-pub use gelu::GeluOp;
+pub use gelu::{Gelu, GeluOp};
 pub use linear::{LinearOp, Stored, linear, linear_transposed};
 pub use matrix::Matrix;
 pub use norm::LayerNormOp;

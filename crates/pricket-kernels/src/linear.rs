@@ -1,22 +1,23 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::blocks::{Blocks, dequantise};
-use crate::dot::{dot, dot_bf16, dot_f16};
 use crate::cpu::path;
 use crate::integer::{self, Activations};
 use crate::matrix::Matrix;
 use crate::packed::Packed;
 use crate::pool::{parallel, parallel_chunks, scratch, threads};
+use crate::product::{self, Kind, PANEL, Product, Rows, Start};
 use crate::shared::{Shared, f32_slice};
 
-/// Up to here each weight row is widened once and multiplied with every activation row; beyond, panels go through a
-/// blocked matrix product.
-const FEW_ROWS: usize = 8;
+/// Up to here inner products of whole rows, each weight read once; beyond, panels and a blocked matrix product.
+const FEW_ROWS: usize = 16;
 
-/// Bytes of a widened panel: it should stay in the second-level cache.
-const PANEL_BYTES: usize = 512 << 10;
+/// Columns of a product that are summed before the next: a panel of them stays in the second-level cache.
+const DEPTH: usize = 1024;
+
+/// Panels that a task packs before it multiplies, so that activations are read once for all of them.
+const PANELS: usize = 4;
 
 /// A row-major matrix of weights as they are stored.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +34,7 @@ pub enum Stored<'a> {
     Packed(&'a Packed),
 }
 
-impl<'a> Stored<'a> {
+impl Stored<'_> {
     fn len(&self) -> usize {
         match self {
             Stored::F32(w) => w.len(),
@@ -44,45 +45,30 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// The inner product of a row's elements `[start, end)` with `x`, widened in registers where that can be.
-    fn dot(&self, start: usize, end: usize, x: &[f32], buffer: &mut Vec<f32>) -> f32 {
+    /// Rows `[from, to)` of `k`, as numbers that the products read: in place, or widened into `buffer`.
+    fn rows(&self, from: usize, to: usize, k: usize, buffer: &mut Vec<f32>) -> Rows {
+        let whole = |at: *const u8, kind: Kind| {
+            let rows = Rows { at, kind, stride: k };
+            // SAFETY: the row is inside of the slice, whose length was compared with the shape.
+            unsafe { rows.skip(from, 0) }
+        };
         match self {
-            Stored::F32(w) => dot(x, &w[start..end]),
-            Stored::F16(w) => dot_f16(x, &w[start..end]),
-            Stored::BF16(w) => dot_bf16(x, &w[start..end]),
-            Stored::Blocks(_) | Stored::Packed(_) => dot(x, self.widen(start, end, buffer)),
-        }
-    }
-
-    /// Elements `[start, end)`, whole rows, as f32: in place if they are, else widened into `buffer`.
-    fn widen<'b>(&self, start: usize, end: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
-    where
-        'a: 'b,
-    {
-        buffer.resize(end - start, 0.0);
-        match self {
-            Stored::F32(w) => return &w[start..end],
-            Stored::F16(w) => w[start..end].convert_to_f32_slice(buffer),
-            Stored::BF16(w) => {
-                for (wide, narrow) in buffer.iter_mut().zip(&w[start..end]) {
-                    *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
-                }
-            }
+            Stored::F32(w) => whole(w.as_ptr().cast(), Kind::F32),
+            Stored::F16(w) => whole(w.as_ptr().cast(), Kind::F16),
+            Stored::BF16(w) => whole(w.as_ptr().cast(), Kind::BF16),
             Stored::Blocks(w) => {
+                buffer.resize((to - from) * k, 0.0);
                 let (kind, bytes) = (w.kind(), w.bytes());
-                dequantise(kind, &bytes[kind.bytes(start)..kind.bytes(end)], buffer);
+                dequantise(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
+                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
             }
-            Stored::Packed(w) => w.widen(start / w.shape().1, end / w.shape().1, buffer),
+            Stored::Packed(w) => {
+                buffer.resize((to - from) * k, 0.0);
+                w.widen(from, to, buffer);
+                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
+            }
         }
-        buffer
     }
-}
-
-/// Rows of weights that one task takes: panels of the cache's size, but enough of them for every thread.
-fn rows_per_task(out_features: usize, in_features: usize) -> usize {
-    let panel = (PANEL_BYTES / 4 / in_features.max(1)).clamp(8, 256);
-    let share = out_features.div_ceil(4 * threads());
-    panel.min(share.next_multiple_of(8)).max(1)
 }
 
 /// `y = x Wᵀ + b` for `x` of `[rows, in_features]` and `weight` of `[out_features, in_features]`, in f32.
@@ -105,59 +91,68 @@ pub fn linear(
     assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
     assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
     assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
-    let step = rows_per_task(n, k);
-    let out = Shared::new(y);
-    parallel(n.div_ceil(step), |task| scratch(|buffer| {
+    let (path, out) = (path(), Shared::new(y));
+    if rows <= FEW_ROWS {
+        let step = n.div_ceil(8 * threads()).clamp(8, 256);
+        return parallel(n.div_ceil(step), |task| {
+            scratch(|buffer| {
+                let (from, to) = (task * step, ((task + 1) * step).min(n));
+                let w = weight.rows(from, to, k, buffer);
+                // SAFETY: sizes were compared above; columns [from, to) of `y` belong to this task alone.
+                unsafe {
+                    let bias = bias.map(|bias| bias.as_ptr().add(from));
+                    product::inner_products(path, w.kind, w, to - from, k, x.as_ptr(), rows, bias, out.at(from), n);
+                }
+            });
+        });
+    }
+    let panels = n.div_ceil(PANEL).div_ceil(4 * threads()).clamp(1, PANELS);
+    let step = panels * PANEL;
+    parallel(n.div_ceil(step), |task| {
         let (from, to) = (task * step, ((task + 1) * step).min(n));
-        if rows <= FEW_ROWS {
-            for row in from..to {
-                let b = bias.map_or(0.0, |b| b[row]);
-                if rows == 1 {
-                    // SAFETY: column `row` belongs to this task alone.
-                    unsafe { *out.at(row) = weight.dot(row * k, (row + 1) * k, x, buffer) + b };
-                    continue;
+        let mut buffer = Vec::new();
+        let w = weight.rows(from, to, k, &mut buffer);
+        scratch(|packed| {
+            packed.resize(panels * PANEL * DEPTH.min(k), 0.0);
+            for deep in (0..k).step_by(DEPTH) {
+                let depth = DEPTH.min(k - deep);
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    let panel = packed[i * PANEL * depth..][..PANEL * depth].as_mut_ptr();
+                    // SAFETY: rows and columns are there, and a panel was just measured.
+                    unsafe {
+                        let w = w.skip(first - from, deep);
+                        product::pack(path, w.kind, w, PANEL.min(to - first), depth, panel);
+                    }
                 }
-                let w = weight.widen(row * k, (row + 1) * k, buffer);
-                for (i, x) in x.chunks_exact(k).enumerate() {
-                    // SAFETY: column `row` belongs to this task alone.
-                    unsafe { *out.at(i * n + row) = dot(x, w) + b };
-                }
-            }
-            return;
-        }
-        let w = weight.widen(from * k, to * k, buffer);
-        // SAFETY: `x` is [rows, k], `w` is [to - from, k], and the columns [from, to) of `y` belong to this task alone.
-        unsafe {
-            gemm::gemm(
-                rows,
-                to - from,
-                k,
-                out.at(from),
-                1,
-                n as isize,
-                false,
-                x.as_ptr(),
-                1,
-                k as isize,
-                w.as_ptr(),
-                k as isize,
-                1,
-                0.0,
-                1.0,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-            if let Some(bias) = bias {
-                for i in 0..rows {
-                    for (row, b) in (from..to).zip(&bias[from..to]) {
-                        *out.at(i * n + row) += b;
+                // Rows that stay in the first-level cache while every panel meets them.
+                for row in (0..rows).step_by(12) {
+                    for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                        // SAFETY: as above; columns [from, to) of `y` belong to this task alone.
+                        unsafe {
+                            let start = match bias {
+                                _ if deep > 0 => Start::Output,
+                                Some(bias) => Start::Row(bias.as_ptr().add(first)),
+                                None => Start::Zero,
+                            };
+                            let product = Product {
+                                a: x.as_ptr().add(row * k + deep),
+                                a_stride: k,
+                                rows: 12.min(rows - row),
+                                b: packed[i * PANEL * depth..].as_ptr(),
+                                b_stride: PANEL,
+                                k: depth,
+                                c: out.at(row * n + first),
+                                c_stride: n,
+                                columns: PANEL.min(to - first),
+                                start,
+                            };
+                            product.run(path);
+                        }
                     }
                 }
             }
-        }
-    }));
+        });
+    });
 }
 
 /// `x = y W` for `y` of `[rows, out_features]`: the gradient of [`linear`] with respect to its activations.
@@ -170,41 +165,42 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
     assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
     assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
     assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
-    let panel = (PANEL_BYTES / 4 / k.max(1)).clamp(8, 256);
+    let path = path();
+    // Weights of a step, widened, stay in the second-level cache.
+    let step = ((512 << 10) / 4 / k.max(1)).clamp(8, 256);
     // Each task owns some rows of `x` and walks the weight: no two tasks add to one element.
     let share = rows.div_ceil(threads()).max(1);
-    parallel_chunks(x, share * k, |i, x| scratch(|buffer| {
-        let y = &y[i * share * n..][..x.len() / k * n];
-        let rows = y.len() / n;
-        for from in (0..n).step_by(panel) {
-            let to = (from + panel).min(n);
-            let w = weight.widen(from * k, to * k, buffer);
-            // SAFETY: `y` is [rows, n] and columns [from, to) are read, `w` is [to - from, k], `x` is [rows, k].
+    parallel_chunks(x, share * k, |i, x| {
+        let rows = x.len() / k;
+        let y = &y[i * share * n..][..rows * n];
+        let (mut buffer, mut wide) = (Vec::new(), Vec::new());
+        for from in (0..n).step_by(step) {
+            let to = (from + step).min(n);
+            let w = weight.rows(from, to, k, &mut buffer);
+            // Rows end in a whole panel, whatever `k` is.
+            let width = k.next_multiple_of(PANEL);
+            wide.resize((to - from) * width, 0f32);
+            // SAFETY: rows of `w` are there, those of `wide` were just made, and `x` and `y` were measured.
             unsafe {
-                gemm::gemm(
-                    rows,
-                    k,
-                    to - from,
-                    x.as_mut_ptr(),
-                    1,
-                    k as isize,
-                    from > 0,
-                    y.as_ptr().add(from),
-                    1,
-                    n as isize,
-                    w.as_ptr(),
-                    1,
-                    k as isize,
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
+                product::widen_to(path, w.kind, w, to - from, k, wide.as_mut_ptr(), width);
+                for column in (0..k).step_by(PANEL) {
+                    let product = Product {
+                        a: y.as_ptr().add(from),
+                        a_stride: n,
+                        rows,
+                        b: wide.as_ptr().add(column),
+                        b_stride: width,
+                        k: to - from,
+                        c: x.as_mut_ptr().add(column),
+                        c_stride: k,
+                        columns: PANEL.min(k - column),
+                        start: if from == 0 { Start::Zero } else { Start::Output },
+                    };
+                    product.run(path);
+                }
             }
         }
-    }));
+    });
 }
 
 /// [`linear`] as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16, bf16 or blocks on the CPU.

@@ -11,7 +11,7 @@ const CHUNK: usize = 64;
 ///
 /// Cloning ([`Cache::fork`]) shares the past; whoever writes first copies the slot it writes to.
 ///
-/// Storage is `[batch, kv_heads, capacity, head_dim]` in f32, f16 or bf16, read back in the type of the queries.
+/// Storage is `[batch, kv_heads, capacity, head_dim]` in f32, f16 or bf16, and attention reads it as it is.
 #[derive(Clone, Debug)]
 pub struct Cache {
     slots: Vec<Option<Arc<Slot>>>,
@@ -86,7 +86,7 @@ impl Cache {
     }
 
     /// Writes `k` and `v` of `[batch, kv_heads, t, head_dim]` at positions `[at, at + t)` of `layer`; gives all
-    /// positions up to there.
+    /// positions up to there, in the type that is stored (those with a gradient in their own).
     pub(crate) fn append(&mut self, layer: usize, at: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let dtype = k.dtype();
         let (batch, heads, t, dim) = k.dims4()?;
@@ -137,7 +137,7 @@ impl Cache {
                     Tensor::cat(&[&past.narrow(2, 0, at)?.to_dtype(dtype)?, &new], 2)?
                 });
             }
-            Ok(past.narrow(2, 0, end)?.to_dtype(dtype)?)
+            Ok(past.narrow(2, 0, end)?)
         };
         Ok((put(&slot.k, k)?, put(&slot.v, v)?))
     }

@@ -56,10 +56,10 @@ impl Activation {
         }
     }
 
-    pub(crate) fn forward(self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(self, x: &Tensor, as_ggml: bool) -> Result<Tensor> {
         match self {
-            Activation::Gelu => ops::gelu(x),
-            Activation::GeluTanh => ops::gelu_tanh(x),
+            Activation::Gelu => ops::gelu(x, as_ggml),
+            Activation::GeluTanh => ops::gelu_tanh(x, as_ggml),
         }
     }
 }

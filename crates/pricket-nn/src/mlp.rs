@@ -1,4 +1,4 @@
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::{Activation, Context, LayerNorm, Linear, Result, Site};
 
@@ -20,13 +20,7 @@ impl Mlp {
     /// What an operation or a tap says.
     pub fn forward(&self, norm: &LayerNorm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let hidden = self.up.forward(&norm.forward(x)?)?;
-        let hidden = if self.up.as_ggml {
-            // ggml looks the function up in a table of halves.
-            let half = |x: &Tensor| -> Result<Tensor> { Ok(x.to_dtype(DType::F16)?.to_dtype(x.dtype())?) };
-            half(&self.activation.forward(&half(&hidden)?)?)?
-        } else {
-            self.activation.forward(&hidden)?
-        };
+        let hidden = self.activation.forward(&hidden, self.up.as_ggml)?;
         ctx.tap(Site::MlpOut, self.down.forward(&hidden)?)
     }
 }

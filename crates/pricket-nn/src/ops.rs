@@ -5,7 +5,7 @@
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
 use candle_core::{D, DType, Tensor};
-use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp};
+use pricket_kernels::{AttentionOp, Gelu, GeluOp, LayerNormOp, LinearOp, RotaryOp};
 pub use pricket_kernels::{BlockType, Blocks, Matrix, Pool, chosen as cpu_path, narrowed, quantise};
 
 use crate::Result;
@@ -89,24 +89,25 @@ pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) ->
     Ok(normed.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?)
 }
 
-/// The GELU by the error function; candle's `gelu_erf` is its plain twin.
+/// The GELU by the error function; candle's `gelu_erf` is its plain twin. With `as_ggml` both its argument and its value
+/// are rounded to f16, on the CPU: ggml looks it up in a table of halves.
 ///
 /// # Errors
 /// What candle says.
-pub fn gelu(x: &Tensor) -> Result<Tensor> {
+pub fn gelu(x: &Tensor, as_ggml: bool) -> Result<Tensor> {
     if on_our_kernels(x) && !x.track_op() {
-        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp::Erf)?);
+        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp { form: Gelu::Erf, as_ggml })?);
     }
     Ok(x.gelu_erf()?)
 }
 
-/// The tanh approximation of the GELU; candle's `gelu` is its plain twin.
+/// The tanh approximation of the GELU; candle's `gelu` is its plain twin. `as_ggml` as in [`gelu`].
 ///
 /// # Errors
 /// What candle says.
-pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+pub fn gelu_tanh(x: &Tensor, as_ggml: bool) -> Result<Tensor> {
     if on_our_kernels(x) && !x.track_op() {
-        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp::Tanh)?);
+        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp { form: Gelu::Tanh, as_ggml })?);
     }
     Ok(x.gelu()?)
 }
@@ -151,13 +152,14 @@ pub struct Scores<'a> {
 }
 
 /// Causal attention, the queries being the last positions of the keys: `q` of `[b, h, t, head_dim]`, `k` and `v` of
-/// `[b, kv_heads, s, head_dim]`. Gives `[b, t, h · head_dim]`.
+/// `[b, kv_heads, s, head_dim]`, as they are stored. Gives `[b, t, h · head_dim]`.
 ///
 /// # Errors
 /// If the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
     let tracked = q.track_op() || k.track_op() || v.track_op();
-    if on_our_kernels(q) && k.dtype() == DType::F32 && v.dtype() == DType::F32 && !tracked {
+    let stored = |x: &Tensor| matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
+    if on_our_kernels(q) && stored(k) && stored(v) && !tracked {
         let Scores { scale, slopes, padding } = scores;
         let op = AttentionOp { scale: scale as f32, padding: padding.to_vec(), slopes: slopes.to_vec() };
         return Ok(q.contiguous()?.apply_op3_no_bwd(k, v, &op)?);
@@ -172,7 +174,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Resu
 pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
     let Scores { scale, slopes, padding } = scores;
     let (b, h, t, _) = q.dims4()?;
-    let (k, s) = (repeat_heads(k, h)?, k.dim(2)?);
+    let (k, s) = (repeat_heads(&k.to_dtype(q.dtype())?, h)?, k.dim(2)?);
     let mut scores = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scale)?;
     if !slopes.is_empty() {
         let back = |i: usize, j: usize| (j as f32) - (s - t + i) as f32;
@@ -198,7 +200,7 @@ pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<T
 /// If the shapes do not fit.
 pub fn attention_output(pattern: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (b, h, t, _) = pattern.dims4()?;
-    let v = repeat_heads(v, h)?.contiguous()?;
+    let v = repeat_heads(&v.to_dtype(pattern.dtype())?, h)?.contiguous()?;
     let mixed = pattern.matmul(&v)?;
     Ok(mixed.transpose(1, 2)?.reshape((b, t, h * v.dim(3)?))?)
 }

@@ -1,0 +1,607 @@
+//! Products with matrices of floats: sums in f32, weights widened on the way.
+
+#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+
+use half::{bf16, f16};
+
+use crate::cpu::Path;
+use crate::lanes::{Floats, LANES, Scalar};
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::{Avx2, Avx512};
+
+/// Columns of a panel: two vectors.
+pub(crate) const PANEL: usize = 2 * LANES;
+
+/// Numbers as they are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    F32,
+    F16,
+    BF16,
+}
+
+impl Kind {
+    pub(crate) const fn size(self) -> usize {
+        if matches!(self, Kind::F32) { 4 } else { 2 }
+    }
+}
+
+/// Rows of numbers that lie `stride` elements apart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    pub(crate) at: *const u8,
+    pub(crate) kind: Kind,
+    pub(crate) stride: usize,
+}
+
+impl Rows {
+    /// # Safety
+    /// The row and the column are there.
+    #[inline(always)]
+    unsafe fn from(self, row: usize, column: usize) -> *const u8 {
+        // SAFETY: promised by the caller.
+        unsafe { self.at.add((row * self.stride + column) * self.kind.size()) }
+    }
+
+    /// The same rows from another one on.
+    ///
+    /// # Safety
+    /// The row and the column are there.
+    pub(crate) unsafe fn skip(self, row: usize, column: usize) -> Self {
+        // SAFETY: promised by the caller.
+        Self { at: unsafe { self.from(row, column) }, ..self }
+    }
+}
+
+/// What the sums of a product start from.
+#[derive(Clone, Copy)]
+pub(crate) enum Start {
+    /// Nothing.
+    Zero,
+    /// The same row of numbers for every row: a bias.
+    Row(*const f32),
+    /// What is there.
+    Output,
+}
+
+/// Sixteen numbers of a kind.
+///
+/// # Safety
+/// They can be read, and the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn load<L: Floats, const KIND: u8>(p: *const u8) -> L::Float {
+    // SAFETY: promised by the caller.
+    unsafe {
+        match KIND {
+            0 => L::floats(p.cast()),
+            1 => L::halves(p.cast()),
+            _ => L::brains(p.cast()),
+        }
+    }
+}
+
+/// One number of a kind.
+///
+/// # Safety
+/// It can be read.
+#[inline(always)]
+unsafe fn single<const KIND: u8>(p: *const u8) -> f32 {
+    // SAFETY: promised by the caller.
+    unsafe {
+        match KIND {
+            0 => p.cast::<f32>().read_unaligned(),
+            1 => p.cast::<f16>().read_unaligned().to_f32(),
+            _ => p.cast::<bf16>().read_unaligned().to_f32(),
+        }
+    }
+}
+
+/// Makes a function that runs `$body::<L, ..>` with the best instructions up to `path`, for each kind of number.
+macro_rules! by_path_and_kind {
+    ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
+        $(#[$doc])*
+        pub(crate) unsafe fn $name(path: Path, kind: Kind, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c,fma")]
+                unsafe fn avx512<const KIND: u8>($($arg: $type),*) {
+                    // SAFETY: as the caller's caller promises.
+                    unsafe { $body::<Avx512, KIND>($($arg),*) }
+                }
+                #[target_feature(enable = "avx2,f16c,fma")]
+                unsafe fn avx2<const KIND: u8>($($arg: $type),*) {
+                    // SAFETY: as the caller's caller promises.
+                    unsafe { $body::<Avx2, KIND>($($arg),*) }
+                }
+                if path >= Path::Avx2 {
+                    // SAFETY: the processor has the instructions; the rest is the caller's.
+                    return unsafe {
+                        match (path >= Path::Avx512, kind) {
+                            (true, Kind::F32) => avx512::<0>($($arg),*),
+                            (true, Kind::F16) => avx512::<1>($($arg),*),
+                            (true, Kind::BF16) => avx512::<2>($($arg),*),
+                            (false, Kind::F32) => avx2::<0>($($arg),*),
+                            (false, Kind::F16) => avx2::<1>($($arg),*),
+                            (false, Kind::BF16) => avx2::<2>($($arg),*),
+                        }
+                    };
+                }
+            }
+            let _ = path;
+            // SAFETY: promised by the caller; every processor has the instructions.
+            unsafe {
+                match kind {
+                    Kind::F32 => $body::<Scalar, 0>($($arg),*),
+                    Kind::F16 => $body::<Scalar, 1>($($arg),*),
+                    Kind::BF16 => $body::<Scalar, 2>($($arg),*),
+                }
+            }
+        }
+    };
+}
+
+by_path_and_kind! {
+    /// Inner products of each of `rows` rows of `w` with each of `count` rows of `x`, which lie `k` apart: that of row `j`
+    /// with row `i` goes to `out[i * out_stride + j]`, plus `bias[j]`. Every row of `w` is read once.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    inner_products, inner_products_body, (
+        w: Rows, rows: usize, k: usize, x: *const f32, count: usize, bias: Option<*const f32>, out: *mut f32, out_stride: usize
+    )
+}
+
+/// # Safety
+/// As [`inner_products`]; the processor has the instructions of `L`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
+unsafe fn inner_products_body<L: Floats, const KIND: u8>(
+    w: Rows,
+    rows: usize,
+    k: usize,
+    x: *const f32,
+    count: usize,
+    bias: Option<*const f32>,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    for row in 0..rows {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let w = w.from(row, 0);
+            let b = bias.map_or(0.0, |bias| *bias.add(row));
+            let out = out.add(row);
+            let mut i = 0;
+            while i + 8 <= count {
+                some_rows::<L, KIND, 8, 1>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
+                i += 8;
+            }
+            if i + 4 <= count {
+                some_rows::<L, KIND, 4, 1>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
+                i += 4;
+            }
+            if i + 2 <= count {
+                some_rows::<L, KIND, 2, 2>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
+                i += 2;
+            }
+            if i < count {
+                some_rows::<L, KIND, 1, 4>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
+            }
+        }
+    }
+}
+
+/// A row of weights times `R` rows, in `U` sums each.
+///
+/// # Safety
+/// As [`inner_products_body`].
+#[inline(always)]
+unsafe fn some_rows<L: Floats, const KIND: u8, const R: usize, const U: usize>(
+    w: *const u8,
+    k: usize,
+    x: *const f32,
+    bias: f32,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        let mut sums = [[L::splat(0.0); U]; R];
+        let mut at = 0;
+        while at + LANES * U <= k {
+            for u in 0..U {
+                let w = load::<L, KIND>(w.add((at + LANES * u) * size));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[u] = L::madd(L::floats(x.add(r * k + at + LANES * u)), w, sums[u]);
+                }
+            }
+            at += LANES * U;
+        }
+        while at + LANES <= k {
+            let w = load::<L, KIND>(w.add(at * size));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                sums[0] = L::madd(L::floats(x.add(r * k + at)), w, sums[0]);
+            }
+            at += LANES;
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            let mut sum = sums[0];
+            for more in &sums[1..] {
+                sum = L::add(sum, *more);
+            }
+            let mut sum = L::sum(sum);
+            for at in at..k {
+                sum += *x.add(r * k + at) * single::<KIND>(w.add(at * size));
+            }
+            *out.add(r * out_stride) = sum + bias;
+        }
+    }
+}
+
+by_path_and_kind! {
+    /// Lays `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[32 c + j]`, and zeros
+    /// where there is no row.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    pack, pack_body, (w: Rows, rows: usize, k: usize, out: *mut f32)
+}
+
+/// # Safety
+/// As [`pack`]; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        for half in 0..2 {
+            let (first, count) = (half * LANES, rows.saturating_sub(half * LANES).min(LANES));
+            let mut at = 0;
+            while at + LANES <= k {
+                let mut square = [L::splat(0.0); LANES];
+                for (row, line) in square.iter_mut().enumerate().take(count) {
+                    *line = load::<L, KIND>(w.from(first + row, at));
+                }
+                L::transpose(&mut square);
+                for (c, line) in square.into_iter().enumerate() {
+                    L::store(out.add((at + c) * PANEL + first), line);
+                }
+                at += LANES;
+            }
+            for at in at..k {
+                for row in 0..LANES {
+                    let value = if row < count { single::<KIND>(w.at.add(((first + row) * w.stride + at) * size)) } else { 0.0 };
+                    *out.add(at * PANEL + first + row) = value;
+                }
+            }
+        }
+    }
+}
+
+by_path_and_kind! {
+    /// The numbers of `rows` rows of `k`, widened, `stride` apart; what is between the rows is left as it is.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    widen_to, widen_body, (w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize)
+}
+
+/// # Safety
+/// As [`widen_to`]; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize) {
+    for row in 0..rows {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let (w, out) = (w.from(row, 0), out.add(row * stride));
+            let size = const { if KIND == 0 { 4 } else { 2 } };
+            let mut at = 0;
+            while at + LANES <= k {
+                L::store(out.add(at), load::<L, KIND>(w.add(at * size)));
+                at += LANES;
+            }
+            for at in at..k {
+                *out.add(at) = single::<KIND>(w.add(at * size));
+            }
+        }
+    }
+}
+
+by_path_and_kind! {
+    /// Adds to `out` the `rows` rows of `k` numbers of `v`, each times its weight.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    weighted_sum, weighted_sum_body, (v: Rows, rows: usize, k: usize, weights: *const f32, out: *mut f32)
+}
+
+/// # Safety
+/// As [`weighted_sum`]; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(v: Rows, rows: usize, k: usize, weights: *const f32, out: *mut f32) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut at = 0;
+        while at + 4 * LANES <= k {
+            some_columns::<L, KIND, 4>(v.skip(0, at), rows, weights, out.add(at));
+            at += 4 * LANES;
+        }
+        while at + LANES <= k {
+            some_columns::<L, KIND, 1>(v.skip(0, at), rows, weights, out.add(at));
+            at += LANES;
+        }
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        for at in at..k {
+            for row in 0..rows {
+                *out.add(at) += *weights.add(row) * single::<KIND>(v.from(row, 0).add(at * size));
+            }
+        }
+    }
+}
+
+/// `C` vectors of columns, two rows at a time in sums of their own.
+///
+/// # Safety
+/// As [`weighted_sum_body`].
+#[inline(always)]
+unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(v: Rows, rows: usize, weights: *const f32, out: *mut f32) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        let mut even = [L::splat(0.0); C];
+        let mut odd = [L::splat(0.0); C];
+        for (c, even) in even.iter_mut().enumerate() {
+            *even = L::floats(out.add(c * LANES));
+        }
+        let mut row = 0;
+        while row + 2 <= rows {
+            let (a, b) = (v.from(row, 0), v.from(row + 1, 0));
+            let (weight_a, weight_b) = (L::splat(*weights.add(row)), L::splat(*weights.add(row + 1)));
+            for c in 0..C {
+                even[c] = L::madd(weight_a, load::<L, KIND>(a.add(c * LANES * size)), even[c]);
+                odd[c] = L::madd(weight_b, load::<L, KIND>(b.add(c * LANES * size)), odd[c]);
+            }
+            row += 2;
+        }
+        if row < rows {
+            let (a, weight) = (v.from(row, 0), L::splat(*weights.add(row)));
+            for (c, even) in even.iter_mut().enumerate() {
+                *even = L::madd(weight, load::<L, KIND>(a.add(c * LANES * size)), *even);
+            }
+        }
+        for c in 0..C {
+            L::store(out.add(c * LANES), L::add(even[c], odd[c]));
+        }
+    }
+}
+
+/// A matrix product's operands: `rows` rows of `a`, `a_stride` apart, times `k` rows of a panel of 32 columns, `b_stride`
+/// apart, of which `columns` are wanted, into rows `c_stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    pub(crate) a: *const f32,
+    pub(crate) a_stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) b: *const f32,
+    pub(crate) b_stride: usize,
+    pub(crate) k: usize,
+    pub(crate) c: *mut f32,
+    pub(crate) c_stride: usize,
+    pub(crate) columns: usize,
+    pub(crate) start: Start,
+}
+
+impl Product {
+    /// Computes it.
+    ///
+    /// # Safety
+    /// All of that can be read (of `b` whole panels) and written (of `c` the columns wanted).
+    pub(crate) unsafe fn run(&self, path: Path) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c,fma")]
+            unsafe fn avx512(p: &Product) {
+                // SAFETY: as the caller promises.
+                unsafe { blocks::<Avx512, 12>(p) }
+            }
+            #[target_feature(enable = "avx2,f16c,fma")]
+            unsafe fn avx2(p: &Product) {
+                // SAFETY: as the caller promises.
+                unsafe { blocks::<Avx2, 3>(p) }
+            }
+            if path >= Path::Avx512 {
+                // SAFETY: the processor has the instructions; the rest is the caller's.
+                return unsafe { avx512(self) };
+            }
+            if path >= Path::Avx2 {
+                // SAFETY: the processor has the instructions; the rest is the caller's.
+                return unsafe { avx2(self) };
+            }
+        }
+        let _ = path;
+        // SAFETY: promised by the caller; every processor has the instructions.
+        unsafe { blocks::<Scalar, 2>(self) }
+    }
+}
+
+/// # Safety
+/// As [`Product::run`]; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn blocks<L: Floats, const M: usize>(p: &Product) {
+    let mut row = 0;
+    // SAFETY: promised by the caller.
+    unsafe {
+        while row + M <= p.rows {
+            block::<L, M>(p, row);
+            row += M;
+        }
+        if M > 4 {
+            while row + 4 <= p.rows {
+                block::<L, 4>(p, row);
+                row += 4;
+            }
+        }
+        while row < p.rows {
+            block::<L, 1>(p, row);
+            row += 1;
+        }
+    }
+}
+
+/// `M` rows from `row` on, their sums in registers.
+///
+/// # Safety
+/// As [`blocks`].
+#[inline(always)]
+unsafe fn block<L: Floats, const M: usize>(p: &Product, row: usize) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let (a, c) = (p.a.add(row * p.a_stride), p.c.add(row * p.c_stride));
+        let whole = p.columns == PANEL;
+        let mut sums = [[L::splat(0.0); 2]; M];
+        let mut edge = [0f32; PANEL];
+        for (m, sums) in sums.iter_mut().enumerate() {
+            let from = match p.start {
+                Start::Zero => continue,
+                Start::Row(row) => row,
+                Start::Output => c.add(m * p.c_stride).cast_const(),
+            };
+            let from = if whole {
+                from
+            } else {
+                std::ptr::copy_nonoverlapping(from, edge.as_mut_ptr(), p.columns);
+                edge.as_ptr()
+            };
+            *sums = [L::floats(from), L::floats(from.add(LANES))];
+        }
+        let mut b = p.b;
+        for k in 0..p.k {
+            let (low, high) = (L::floats(b), L::floats(b.add(LANES)));
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let a = L::splat(*a.add(m * p.a_stride + k));
+                sums[0] = L::madd(a, low, sums[0]);
+                sums[1] = L::madd(a, high, sums[1]);
+            }
+            b = b.add(p.b_stride);
+        }
+        for (m, sums) in sums.into_iter().enumerate() {
+            let to = c.add(m * p.c_stride);
+            let whole_to = if whole { to } else { edge.as_mut_ptr() };
+            L::store(whole_to, sums[0]);
+            L::store(whole_to.add(LANES), sums[1]);
+            if !whole {
+                std::ptr::copy_nonoverlapping(edge.as_ptr(), to, p.columns);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    fn random(len: usize) -> Vec<f32> {
+        Tensor::randn(0f32, 1.0, len, &Device::Cpu).unwrap().to_vec1().unwrap()
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(32))]
+        #[test]
+        fn every_path_and_kind_is_the_sum_in_f64(rows in 1usize..30, n in 1usize..40, k in 1usize..150) {
+            let (x, w, bias) = (random(rows * k), random(n * k), random(n));
+            let half: Vec<f16> = w.iter().map(|&x| f16::from_f32(x)).collect();
+            let brain: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
+            for path in Path::available() {
+                for kind in [Kind::F32, Kind::F16, Kind::BF16] {
+                    let (at, wide): (*const u8, Vec<f32>) = match kind {
+                        Kind::F32 => (w.as_ptr().cast(), w.clone()),
+                        Kind::F16 => (half.as_ptr().cast(), half.iter().map(|x| x.to_f32()).collect()),
+                        Kind::BF16 => (brain.as_ptr().cast(), brain.iter().map(|x| x.to_f32()).collect()),
+                    };
+                    let w = Rows { at, kind, stride: k };
+                    let exact = |i: usize, j: usize| {
+                        let products = (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(wide[j * k + c]));
+                        products.sum::<f64>() + f64::from(bias[j])
+                    };
+                    let check = |y: &[f32], what: &str| {
+                        for (i, y) in y.iter().enumerate() {
+                            let exact = exact(i / n, i % n);
+                            assert!((exact - f64::from(*y)).abs() < 5e-5, "{what} {path:?} {kind:?}: {exact} {y}");
+                        }
+                    };
+                    let mut y = vec![f32::NAN; rows * n];
+                    // SAFETY: the sizes are those of the slices.
+                    unsafe {
+                        inner_products(path, kind, w, n, k, x.as_ptr(), rows, Some(bias.as_ptr()), y.as_mut_ptr(), n);
+                    }
+                    check(&y, "inner products");
+                    y.fill(f32::NAN);
+                    let mut panel = vec![f32::NAN; k * PANEL];
+                    for from in (0..n).step_by(PANEL) {
+                        let columns = PANEL.min(n - from);
+                        // SAFETY: as above; half of the sums, then the rest on top.
+                        unsafe {
+                            pack(path, kind, w.skip(from, 0), columns, k, panel.as_mut_ptr());
+                            let product = Product {
+                                a: x.as_ptr(),
+                                a_stride: k,
+                                rows,
+                                b: panel.as_ptr(),
+                                b_stride: PANEL,
+                                k: k / 2,
+                                c: y.as_mut_ptr().add(from),
+                                c_stride: n,
+                                columns,
+                                start: Start::Row(bias.as_ptr().add(from)),
+                            };
+                            product.run(path);
+                            let rest = Product {
+                                a: x.as_ptr().add(k / 2),
+                                b: panel.as_ptr().add(k / 2 * PANEL),
+                                k: k - k / 2,
+                                start: Start::Output,
+                                ..product
+                            };
+                            rest.run(path);
+                        }
+                    }
+                    check(&y, "product");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_exponential_is_within_two_units_in_the_last_place() {
+        let x: Vec<f32> = (0..87_000).map(|i| i as f32 * -1e-3).chain([0.0, -87.5, -100.0, f32::NEG_INFINITY]).collect();
+        let mut y = vec![0f32; x.len().next_multiple_of(LANES)];
+        let mut padded = x.clone();
+        padded.resize(y.len(), 0.0);
+        for path in Path::available() {
+            // SAFETY: whole vectors of both slices.
+            unsafe { exp(path, Kind::F32, padded.as_ptr(), y.as_mut_ptr(), y.len()) };
+            for (x, y) in x.iter().zip(&y) {
+                let exact = f64::from(*x).exp();
+                let error = (f64::from(*y) - exact).abs();
+                assert!(error <= exact * 2.4e-7 || (*x < -87.0 && error < 2e-38), "{path:?} {x}: {y} for {exact}");
+            }
+        }
+    }
+
+    by_path_and_kind! {
+        /// # Safety
+        /// `len` numbers, whole vectors, can be read and written.
+        exp, exp_body, (x: *const f32, y: *mut f32, len: usize)
+    }
+
+    #[inline(always)]
+    unsafe fn exp_body<L: Floats, const KIND: u8>(x: *const f32, y: *mut f32, len: usize) {
+        for at in (0..len).step_by(LANES) {
+            // SAFETY: promised by the caller.
+            unsafe { L::store(y.add(at), L::exp(L::floats(x.add(at)))) };
+        }
+    }
+}
