@@ -256,7 +256,7 @@ fn keys_can_be_changed_and_the_activation_too() {
     assert!(error.contains("hidden_act"), "{error}");
     assert!(tiny(|loader| loader.set("hidden_act.name", 1)).is_err());
     assert!(tiny(|loader| loader.activation("relu")).unwrap_err().to_string().contains("use gelu or gelu_tanh"));
-    let rounded = logits(&tiny(Loader::activations_as_ggml).unwrap());
+    let rounded = logits(&tiny(|loader| loader.activations(pricket::Activations::Q8)).unwrap());
     let off = worst(&own, &rounded);
     assert!(off > 0.0 && off < 0.05, "{off}");
     assert_eq!(rounded.dtype(), DType::F32);

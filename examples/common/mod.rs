@@ -6,7 +6,8 @@ mod finish;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pricket::{BlockType, Loader, Precision, Pricket, Quantisation};
+use pricket::candle::DType;
+use pricket::{Activations, BlockType, Loader, Precision, Pricket, Quantisation};
 
 pub(crate) use bar::Bar;
 pub(crate) use finish::finish;
@@ -39,9 +40,12 @@ pub(crate) struct ModelArgs {
     /// A tokenizer.json to use instead of the model's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-    /// Precision of activations on the CPU: f32, or q8 to round them as ggml does (8 bits beside quantised weights)
-    #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "q8"])]
+    /// Precision of activations on the CPU: f32; bf16 as torch has it; q8 as ggml has it (8 bits beside quantised weights)
+    #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "bf16", "q8"])]
     pub(crate) activations: String,
+    /// Type of cached keys and values: f32, f16 or bf16; by default f32, f16 under --activations q8, bf16 under bf16
+    #[arg(long, value_name = "TYPE", value_parser = ["f32", "f16", "bf16"])]
+    pub(crate) cache_type: Option<String>,
     /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
     #[arg(long, value_name = "NAME")]
     pub(crate) activation: Option<String>,
@@ -96,6 +100,7 @@ impl ModelArgs {
 
     /// Everything that these flags say but the model and its type.
     pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
+        pricket::keep_freed_memory();
         let mut loader = loader.device(pricket::device(&self.device)?).progress(Arc::new(Bar::default()));
         if let Some(tokenizer) = &self.tokenizer {
             loader = loader.tokenizer(tokenizer);
@@ -112,9 +117,17 @@ impl ModelArgs {
         if let Some(name) = &self.activation {
             loader = loader.activation(name);
         }
-        if self.activations == "q8" {
-            loader = loader.activations_as_ggml();
-        }
+        loader = match self.activations.as_str() {
+            "q8" => loader.activations(Activations::Q8),
+            "bf16" => loader.activations(Activations::BF16),
+            _ => loader,
+        };
+        loader = match self.cache_type.as_deref() {
+            Some("f16") => loader.cache(DType::F16),
+            Some("bf16") => loader.cache(DType::BF16),
+            Some(_) => loader.cache(DType::F32),
+            None => loader,
+        };
         for change in &self.set {
             let (key, value) = change.split_once('=').unwrap_or((change, ""));
             let value = serde_json::from_str::<serde_json::Value>(value).unwrap_or_else(|_| value.into());

@@ -47,7 +47,7 @@ def main():
                 same, parted = 0, []
                 for prompt in PROMPTS:
                     command = [f"{a.examples}/generate", "--model", path, "--prompt", prompt, "-n", "64", "-t", "0", "--json",
-                               "--ignore-eos", "--activation", "gelu_tanh", "--activations", a.activations]
+                               "--ignore-eos", "--activation", "gelu_tanh", "--activations", a.activations, "--cache-type", "f32"]
                     ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                     llm = llama_cpp.Llama(path, vocab_only=True, verbose=False)
                     theirs = llm.tokenize(prompt.encode(), add_bos=False, special=True)

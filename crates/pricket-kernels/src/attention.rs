@@ -4,10 +4,8 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 
-use crate::cpu::{Path, path};
-use crate::lanes::{Floats, LANES, Scalar};
-#[cfg(target_arch = "x86_64")]
-use crate::lanes::{Avx2, Avx512};
+use crate::cpu::{Path, by_path, path};
+use crate::lanes::{Floats, LANES};
 use crate::pool::{parallel, scratch};
 use crate::product::{self, Kind, PANEL, Product, Rows, Start};
 use crate::shared::Shared;
@@ -289,36 +287,13 @@ struct Bias {
     back: f32,
 }
 
-/// Turns the scores of keys `[from, to)` of a row into weights over the running maximum, with zeros elsewhere. Gives what
-/// was summed before is to be multiplied with.
-///
-/// # Safety
-/// `keys` scores can be read and written.
-unsafe fn soften(path: Path, row: *mut f32, span: (usize, usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c,fma")]
-        unsafe fn avx512(row: *mut f32, span: (usize, usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 {
-            // SAFETY: as the caller promises.
-            unsafe { soften_body::<Avx512>(row, span, bias, running) }
-        }
-        #[target_feature(enable = "avx2,f16c,fma")]
-        unsafe fn avx2(row: *mut f32, span: (usize, usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 {
-            // SAFETY: as the caller promises.
-            unsafe { soften_body::<Avx2>(row, span, bias, running) }
-        }
-        if path >= Path::Avx512 {
-            // SAFETY: the processor has the instructions; the rest is the caller's.
-            return unsafe { avx512(row, span, bias, running) };
-        }
-        if path >= Path::Avx2 {
-            // SAFETY: the processor has the instructions; the rest is the caller's.
-            return unsafe { avx2(row, span, bias, running) };
-        }
-    }
-    let _ = path;
-    // SAFETY: promised by the caller; every processor has the instructions.
-    unsafe { soften_body::<Scalar>(row, span, bias, running) }
+by_path! {
+    /// Turns the scores of keys `[from, to)` of a row into weights over the running maximum, with zeros elsewhere. Gives what
+    /// was summed before is to be multiplied with.
+    ///
+    /// # Safety
+    /// `keys` scores can be read and written.
+    fn soften(row: *mut f32, span: (usize, usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
 }
 
 const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];

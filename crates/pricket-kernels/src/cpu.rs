@@ -56,7 +56,7 @@ impl Path {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vnni")
             }
-            Self::Amx => false,
+            Self::Amx => Self::Avx512.is_there() && crate::brain::has_tiles(),
         }
     }
 
@@ -92,8 +92,36 @@ pub fn chosen() -> Result<Path, String> {
         .clone()
 }
 
-/// Whether rows of bfloat16 can be multiplied as they are.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn has_bf16_products() -> bool {
-    is_x86_feature_detected!("avx512bf16")
+/// Makes a function that calls `$body::<L>` with the best instructions up to its first argument.
+macro_rules! by_path {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident) => {
+        $(#[$doc])*
+        $vis unsafe fn $name(path: crate::cpu::Path, $($arg: $type),*) $(-> $out)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma")]
+                unsafe fn avx512($($arg: $type),*) $(-> $out)? {
+                    // SAFETY: as the caller's caller promises.
+                    unsafe { $body::<crate::lanes::Avx512>($($arg),*) }
+                }
+                #[target_feature(enable = "avx2,f16c,fma")]
+                unsafe fn avx2($($arg: $type),*) $(-> $out)? {
+                    // SAFETY: as the caller's caller promises.
+                    unsafe { $body::<crate::lanes::Avx2>($($arg),*) }
+                }
+                if path >= crate::cpu::Path::Avx512 {
+                    // SAFETY: the processor has the instructions; the rest is the caller's.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if path >= crate::cpu::Path::Avx2 {
+                    // SAFETY: the processor has the instructions; the rest is the caller's.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            let _ = path;
+            // SAFETY: promised by the caller; every processor has the instructions.
+            unsafe { $body::<crate::lanes::Scalar>($($arg),*) }
+        }
+    };
 }
+pub(crate) use by_path;

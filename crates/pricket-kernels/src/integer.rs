@@ -11,6 +11,7 @@ use half::f16;
 
 use crate::blocks::BlockType;
 use crate::cpu::Path;
+use crate::gelu::GeluOp;
 use crate::lanes::{LANES, Lanes};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::{Avx2, Avx512};
@@ -21,6 +22,9 @@ use crate::shared::Shared;
 /// The ratio of one term's step to the next one's.
 const FINER: f32 = 254.0;
 
+/// 1.5 · 2²³.
+const INTEGER: f32 = 12_582_912.0;
+
 /// Rows of activations that are multiplied before the next tile: they stay in the second-level cache.
 const ROWS: usize = 64;
 
@@ -30,8 +34,11 @@ const SUMS: usize = 1;
 const TERMS: usize = 4;
 const TERM: usize = 11;
 
+/// Rows that are multiplied together, and lie together: step by step, those of a step one after the other.
+const GROUP: usize = 8;
+
 /// Rows of activations as integers, for weights of one form.
-pub(crate) struct Activations {
+pub(crate) struct Integers {
     words: Vec<i32>,
     rows: usize,
     terms: usize,
@@ -42,7 +49,7 @@ const fn words_of(terms: usize) -> usize {
     if terms == 1 { 16 } else { 40 }
 }
 
-impl Activations {
+impl Integers {
     /// `x` of rows of `columns`, a multiple of 32. With `as_ggml` in one term, rounded as ggml rounds them for `kind`; else
     /// in three.
     pub(crate) fn new(x: &[f32], columns: usize, kind: BlockType, form: Form, as_ggml: bool, path: Path) -> Self {
@@ -50,42 +57,43 @@ impl Activations {
         let (steps, width) = (columns / STEP, words_of(terms));
         let rows = x.len() / columns;
         let mut words = vec![0; rows * steps * width];
-        // A row at a time is much for one thread and little for two.
-        let size = if x.len() < 16 << 10 { x.len() } else { columns };
-        parallel_chunks(&mut words, size / STEP * width, |i, words| {
-            let x = &x[i * size..][..words.len() / width * STEP];
-            round(x, words, kind, form, terms, path);
+        parallel_chunks(&mut words, GROUP * steps * width, |i, words| {
+            let rows = words.len() / (steps * width);
+            for (row, x) in x[i * GROUP * columns..].chunks_exact(columns).take(rows).enumerate() {
+                round(x, &mut words[row * width..], rows * width, kind, form, terms, path);
+            }
         });
         Self { words, rows, terms, steps }
     }
 }
 
-fn round(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize, path: Path) {
+/// A row, its steps `stride` words apart.
+fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize, path: Path) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c")]
-        fn avx512(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize) {
-            round_body(x, words, kind, form, terms);
+        fn avx512(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
+            round_body(x, words, stride, kind, form, terms);
         }
         #[target_feature(enable = "avx2,f16c")]
-        fn avx2(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize) {
-            round_body(x, words, kind, form, terms);
+        fn avx2(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
+            round_body(x, words, stride, kind, form, terms);
         }
         if path >= Path::Avx512 {
             // SAFETY: the processor has the instructions.
-            return unsafe { avx512(x, words, kind, form, terms) };
+            return unsafe { avx512(x, words, stride, kind, form, terms) };
         }
         if path >= Path::Avx2 {
             // SAFETY: the processor has the instructions.
-            return unsafe { avx2(x, words, kind, form, terms) };
+            return unsafe { avx2(x, words, stride, kind, form, terms) };
         }
     }
     let _ = path;
-    round_body(x, words, kind, form, terms);
+    round_body(x, words, stride, kind, form, terms);
 }
 
 #[inline(always)]
-fn round_body(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: usize) {
+fn round_body(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
     let most = |x: &[f32]| {
         let mut lanes = [0f32; 16];
         for x in x.chunks_exact(16) {
@@ -98,15 +106,15 @@ fn round_body(x: &[f32], words: &mut [i32], kind: BlockType, form: Form, terms: 
     // ggml has one scale for 256 beside blocks of 256, in f32, and for 32 elsewhere, in f16.
     let block = if terms == 1 { kind.elements().max(STEP) } else { STEP };
     let width = words_of(terms);
-    for (x, words) in x.chunks(block).zip(words.chunks_mut(block / STEP * width)) {
+    for (x, words) in x.chunks(block).zip(words.chunks_mut(block / STEP * stride)) {
         let largest = most(x);
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         let scale = match (terms, block) {
             (1, STEP) => f16::from_f32(largest / 127.0).to_f32(),
             _ => largest / 127.0,
         };
-        for (x, words) in x.as_chunks::<STEP>().0.iter().zip(words.chunks_exact_mut(width)) {
-            round_step(x, words, (inverse, scale), form, terms);
+        for (x, words) in x.as_chunks::<STEP>().0.iter().zip(words.chunks_mut(stride)) {
+            round_step(x, &mut words[..width], (inverse, scale), form, terms);
         }
     }
 }
@@ -124,9 +132,11 @@ fn round_step(x: &[f32; STEP], words: &mut [i32], (inverse, scale): (f32, f32), 
     for term in 0..terms {
         let mut q = [0i8; STEP];
         for (rest, q) in rest.iter_mut().zip(&mut q) {
-            let whole = rest.round_ties_even();
-            *q = whole as i8;
-            *rest = (*rest - whole) * FINER;
+            // Adding a number whose last bit is worth one rounds to the nearest, to even of two, and leaves the integer in
+            // the low bits.
+            let rounded = *rest + INTEGER;
+            *q = rounded.to_bits() as i8;
+            *rest = (*rest - (rounded - INTEGER)) * FINER;
         }
         let (mut low, mut high) = (0, 0);
         for i in 0..16 {
@@ -154,19 +164,28 @@ fn round_step(x: &[f32; STEP], words: &mut [i32], (inverse, scale): (f32, f32), 
     words[SUMS + 2] = sums[1].to_bits() as i32;
 }
 
-/// One call: what is multiplied, and where the results go.
+/// One call: what is multiplied, what becomes of it, and where the results go.
 struct Job<'a> {
+    then: Option<GeluOp>,
+    path: Path,
     weight: &'a Packed,
-    x: &'a Activations,
+    x: &'a Integers,
     bias: Option<&'a [f32]>,
     y: Shared<f32>,
 }
 
-/// `y = x Wᵀ + b`: `y` is `[rows, weight rows]`.
-pub(crate) fn multiply(x: &Activations, weight: &Packed, bias: Option<&[f32]>, y: &mut [f32], path: Path) {
+/// `y = x Wᵀ + b`, or a function of it: `y` is `[rows, weight rows]`.
+pub(crate) fn multiply(
+    x: &Integers,
+    weight: &Packed,
+    bias: Option<&[f32]>,
+    then: Option<GeluOp>,
+    y: &mut [f32],
+    path: Path,
+) {
     let (n, _) = weight.shape();
     assert_eq!(y.len(), x.rows * n, "output is not [rows, out_features]");
-    let job = Job { weight, x, bias, y: Shared::new(y) };
+    let job = Job { then, path, weight, x, bias, y: Shared::new(y) };
     let tiles = n.div_ceil(LANES);
     // Some tasks for each thread, and tiles for as long as rows of activations are worth being brought.
     let share = tiles.div_ceil(8 * threads()).clamp(1, 32);
@@ -227,9 +246,11 @@ fn plain(job: &Job<'_>, from: usize, to: usize) {
     let (form, (n, _), width) = (weight.form(), weight.shape(), words_of(x.terms));
     for row in from * LANES..n.min(to * LANES) {
         let b = job.bias.map_or(0.0, |bias| bias[row]);
-        for (i, x) in x.words.chunks_exact(x.steps * width).enumerate() {
+        for i in 0..x.rows {
+            let group = GROUP.min(x.rows - i / GROUP * GROUP);
+            let words = &x.words[(i / GROUP * GROUP * x.steps + i % GROUP) * width..];
             let mut sum = 0f32;
-            for (step, x) in x.chunks_exact(width).enumerate() {
+            for (step, x) in words.chunks(group * width).take(x.steps).enumerate() {
                 let (q, scales) = weight.step(row, step);
                 let float = |at: usize| f32::from_bits(x[at] as u32);
                 for (half, (scale, min)) in scales.into_iter().enumerate() {
@@ -252,7 +273,13 @@ fn plain(job: &Job<'_>, from: usize, to: usize) {
                 }
             }
             // SAFETY: column `row` belongs to this task alone.
-            unsafe { *job.y.at(i * n + row) = sum + b };
+            unsafe {
+                let y = std::slice::from_raw_parts_mut(job.y.at(i * n + row), 1);
+                y[0] = sum + b;
+                if let Some(gelu) = job.then {
+                    gelu.apply(job.path, y);
+                }
+            }
         }
     }
 }
@@ -266,11 +293,11 @@ unsafe fn tiles<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize>(j
         let last = (first + ROWS).min(rows);
         for tile in from..to {
             let mut row = first;
-            // SAFETY: promised by the caller; the rows are there.
+            // SAFETY: promised by the caller; the rows are there, and groups begin at multiples of eight.
             unsafe {
-                while row + 8 <= last {
-                    tile_by_rows::<L, BITS, SCALES, T, 8>(job, tile, row);
-                    row += 8;
+                while row + GROUP <= last {
+                    tile_by_rows::<L, BITS, SCALES, T, GROUP>(job, tile, row);
+                    row += GROUP;
                 }
                 if row + 4 <= last {
                     tile_by_rows::<L, BITS, SCALES, T, 4>(job, tile, row);
@@ -291,7 +318,7 @@ unsafe fn tiles<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize>(j
 /// `M` rows of activations times a tile.
 ///
 /// # Safety
-/// As [`tiles`]; rows `[row, row + M)` are there.
+/// As [`tiles`]; rows `[row, row + M)` are there, in one group.
 #[inline(always)]
 unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize, const M: usize>(
     job: &Job<'_>,
@@ -303,11 +330,14 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
     let unit_steps = const { scales_of(SCALES).steps() };
     let unit_bytes = scales_kind.bytes() + unit_steps * BITS * 64;
     let bytes = job.weight.tile(tile);
-    assert!(bytes.len() == steps / unit_steps * unit_bytes && job.x.words.len() >= (row + M) * steps * width);
+    let first = row / GROUP * GROUP;
+    let group = GROUP.min(job.x.rows - first);
+    assert!(bytes.len() == steps / unit_steps * unit_bytes && row + M <= first + group);
+    assert_eq!(job.x.words.len(), job.x.rows * steps * width);
     // SAFETY: the lengths were just checked; every unit and every step lies inside of them.
     unsafe {
         let mut unit = bytes.as_ptr();
-        let mut x = job.x.words.as_ptr().add(row * steps * width);
+        let mut x = job.x.words.as_ptr().add((first * steps + row - first) * width);
         let mut sums = [L::splat(0.0); M];
         let finer = L::splat(1.0 / FINER);
         for _ in 0..steps / unit_steps {
@@ -316,7 +346,7 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
                 let [low, high] = scales::<L, SCALES>(unit, step);
                 // Loops rather than closures: those would not have the instructions of this function.
                 for (m, sum) in sums.iter_mut().enumerate() {
-                    let x = x.add(m * steps * width);
+                    let x = x.add(m * width);
                     let scale = L::splat(f32::from_bits(*x as u32));
                     if scales_kind.halves() {
                         for (half, (weight_scale, min)) in [low, high].into_iter().enumerate() {
@@ -357,7 +387,7 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
                         *sum = L::madd(low.1, L::splat(f32::from_bits(*x.add(SUMS) as u32)), *sum);
                     }
                 }
-                x = x.add(width);
+                x = x.wrapping_add(group * width);
             }
             unit = unit.add(unit_bytes);
         }
@@ -370,6 +400,9 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
             match job.bias {
                 Some(bias) => y.iter_mut().zip(lanes).zip(&bias[column..]).for_each(|((y, sum), b)| *y = sum + b),
                 None => y.copy_from_slice(&lanes[..count]),
+            }
+            if let Some(gelu) = job.then {
+                gelu.apply(job.path, y);
             }
         }
     }
@@ -486,6 +519,87 @@ unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(
     }
 }
 
+/// Columns `[from, from + k)` of a tile as numbers, side by side: element `c` of row `j` goes to `out[32 c + j]`. Both are
+/// multiples of the columns of a unit.
+pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32], path: Path) {
+    assert!(out.len() >= k.saturating_sub(1) * 32 + LANES, "no room for the panel");
+    macro_rules! forms {
+        ($($kind:ident),*) => {
+            match weight.kind() {
+                $(BlockType::$kind => {
+                    const FORM: Form = Form::of(BlockType::$kind).unwrap();
+                    // SAFETY: paths are those that the processor has, and the room was measured.
+                    unsafe {
+                        match () {
+                            #[cfg(target_arch = "x86_64")]
+                            () if path >= Path::Avx512 => {
+                                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma")]
+                                unsafe fn wide<const BITS: usize, const SCALES: u8>(unit: &[u8], zero: i32, out: *mut f32) {
+                                    // SAFETY: as the caller promises.
+                                    unsafe { unpack_body::<Avx512, BITS, SCALES>(unit, zero, out) }
+                                }
+                                each_unit(weight, tile, from, k, |unit, at| {
+                                    wide::<{ FORM.bits }, { FORM.scales as u8 }>(unit, FORM.zero, out.as_mut_ptr().add(32 * at));
+                                });
+                            }
+                            () => plain_unpack(weight, tile, from, k, out),
+                        }
+                    }
+                })*
+                kind => unreachable!("{kind} is not packed"),
+            }
+        };
+    }
+    forms!(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_0V1, Q4_1V1, Q8_0V1, Q2K, Q3K, Q4K, Q5K, Q6K);
+}
+
+/// The units of columns `[from, from + k)` of a tile, and where their columns begin in the panel.
+fn each_unit(weight: &Packed, tile: usize, from: usize, k: usize, mut f: impl FnMut(&[u8], usize)) {
+    let (form, columns) = (weight.form(), weight.kind().elements());
+    for (i, unit) in weight.tile(tile).chunks_exact(form.unit()).skip(from / columns).take(k / columns).enumerate() {
+        f(unit, i * columns);
+    }
+}
+
+fn plain_unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) {
+    let (n, columns) = weight.shape();
+    let mut wide = vec![0f32; columns];
+    for row in 0..LANES {
+        let known = tile * LANES + row < n;
+        if known {
+            weight.row(tile * LANES + row, &mut wide);
+        }
+        for c in 0..k {
+            out[32 * c + row] = if known { wide[from + c] } else { 0.0 };
+        }
+    }
+}
+
+/// # Safety
+/// `unit` is one; sixteen numbers can be written for each of its columns; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn unpack_body<L: Lanes, const BITS: usize, const SCALES: u8>(unit: &[u8], zero: i32, out: *mut f32) {
+    let kind = const { scales_of(SCALES) };
+    let unit = unit.as_ptr();
+    // SAFETY: promised by the caller.
+    unsafe {
+        let zero = L::splat(-zero as f32);
+        for step in 0..kind.steps() {
+            let w = groups::<L, BITS>(unit.add(kind.bytes() + step * BITS * 64));
+            let [low, high] = scales::<L, SCALES>(unit, step);
+            for (g, w) in w.into_iter().enumerate() {
+                let (scale, min) = if g < 4 { low } else { high };
+                let min = L::madd(zero, scale, min);
+                let out = out.add(32 * (step * STEP + 4 * g));
+                L::store(out, L::madd(L::float(L::byte::<0>(w)), scale, min));
+                L::store(out.add(32), L::madd(L::float(L::byte::<1>(w)), scale, min));
+                L::store(out.add(64), L::madd(L::float(L::byte::<2>(w)), scale, min));
+                L::store(out.add(96), L::madd(L::float(L::byte::<3>(w)), scale, min));
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -515,9 +629,9 @@ mod tests {
                 let bias = random(seed ^ 3, n);
                 for path in Path::available() {
                     let mut y = vec![0f32; rows * n];
-                    multiply(&Activations::new(&x, k, kind, packed.form(), false, path), &packed, Some(&bias), &mut y, path);
+                    multiply(&Integers::new(&x, k, kind, packed.form(), false, path), &packed, Some(&bias), None, &mut y, path);
                     let mut rough = vec![0f32; rows * n];
-                    multiply(&Activations::new(&x, k, kind, packed.form(), true, path), &packed, Some(&bias), &mut rough, path);
+                    multiply(&Integers::new(&x, k, kind, packed.form(), true, path), &packed, Some(&bias), None, &mut rough, path);
                     for (i, (y, rough)) in y.iter().zip(&rough).enumerate() {
                         let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
                         let exact: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
@@ -539,7 +653,7 @@ mod tests {
             x[40] = bad;
             for (path, as_ggml) in Path::available().flat_map(|path| [(path, true), (path, false)]) {
                 let mut y = vec![0f32; 3];
-                multiply(&Activations::new(&x, 64, kind, packed.form(), as_ggml, path), &packed, None, &mut y, path);
+                multiply(&Integers::new(&x, 64, kind, packed.form(), as_ggml, path), &packed, None, None, &mut y, path);
                 assert!(y.iter().all(|y| y.is_nan()), "{path:?}");
             }
         }

@@ -24,6 +24,11 @@ pub(crate) trait Floats: Copy {
     unsafe fn madd(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     /// The larger of each lane; `b` where one is no number.
     unsafe fn max(a: Self::Float, b: Self::Float) -> Self::Float;
+    /// The smaller of each lane; `b` where one is no number.
+    unsafe fn min(a: Self::Float, b: Self::Float) -> Self::Float;
+    unsafe fn div(a: Self::Float, b: Self::Float) -> Self::Float;
+    /// Rounded to f16 and back.
+    unsafe fn through_half(x: Self::Float) -> Self::Float;
     unsafe fn round(x: Self::Float) -> Self::Float;
     /// `x 2^n`, `n` whole and from -127 to 127.
     unsafe fn scale(x: Self::Float, n: Self::Float) -> Self::Float;
@@ -79,6 +84,8 @@ pub(crate) trait Lanes: Floats {
     /// `sum` plus, in each lane, the inner product of four unsigned bytes of `w` with the four signed ones of `x`. Bytes of
     /// `w` are below 64 unless `FULL`.
     unsafe fn dot4<const FULL: bool>(sum: Self::Int, w: Self::Bytes, x: i32) -> Self::Int;
+    /// Byte `N` of each lane.
+    unsafe fn byte<const N: u32>(x: Self::Bytes) -> Self::Int;
     unsafe fn float(x: Self::Int) -> Self::Float;
     unsafe fn unsigned(p: *const u8) -> Self::Float;
     unsafe fn signed(p: *const u8) -> Self::Float;
@@ -112,6 +119,18 @@ impl Floats for Scalar {
     #[inline(always)]
     unsafe fn max(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn min(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn div(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    unsafe fn through_half(x: [f32; LANES]) -> [f32; LANES] {
+        x.map(|x| f16::from_f32(x).to_f32())
     }
     #[inline(always)]
     unsafe fn round(x: [f32; LANES]) -> [f32; LANES] {
@@ -189,6 +208,24 @@ mod x86 {
         #[inline(always)]
         unsafe fn max(a: Self::Float, b: Self::Float) -> Self::Float {
             unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn min(a: Self::Float, b: Self::Float) -> Self::Float {
+            unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn div(a: Self::Float, b: Self::Float) -> Self::Float {
+            unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn through_half(x: Self::Float) -> Self::Float {
+            unsafe {
+                const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
+                [
+                    _mm256_cvtph_ps(_mm256_cvtps_ph::<NEAREST>(x[0])),
+                    _mm256_cvtph_ps(_mm256_cvtps_ph::<NEAREST>(x[1])),
+                ]
+            }
         }
         #[inline(always)]
         unsafe fn round(x: Self::Float) -> Self::Float {
@@ -357,6 +394,16 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn byte<const N: u32>(x: Self::Bytes) -> Self::Int {
+            unsafe {
+                let (shift, mask) = (_mm_cvtsi32_si128(8 * N as i32), _mm256_set1_epi32(0xff));
+                [
+                    _mm256_and_si256(_mm256_srl_epi32(x[0], shift), mask),
+                    _mm256_and_si256(_mm256_srl_epi32(x[1], shift), mask),
+                ]
+            }
+        }
+        #[inline(always)]
         unsafe fn float(x: Self::Int) -> Self::Float {
             unsafe { [_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])] }
         }
@@ -413,6 +460,18 @@ mod x86 {
         #[inline(always)]
         unsafe fn max(a: __m512, b: __m512) -> __m512 {
             unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn min(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_min_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn div(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_div_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn through_half(x: __m512) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(x)) }
         }
         #[inline(always)]
         unsafe fn round(x: __m512) -> __m512 {
@@ -507,6 +566,13 @@ mod x86 {
         #[inline(always)]
         unsafe fn dot4<const FULL: bool>(sum: __m512i, w: __m512i, x: i32) -> __m512i {
             unsafe { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x)) }
+        }
+        #[inline(always)]
+        unsafe fn byte<const N: u32>(x: __m512i) -> __m512i {
+            unsafe {
+                let shifted = _mm512_srl_epi32(x, _mm_cvtsi32_si128(8 * N as i32));
+                _mm512_and_si512(shifted, _mm512_set1_epi32(0xff))
+            }
         }
         #[inline(always)]
         unsafe fn float(x: __m512i) -> __m512 {

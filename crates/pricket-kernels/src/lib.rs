@@ -17,16 +17,19 @@
 
 mod attention;
 mod blocks;
+mod brain;
 mod cpu;
 mod gelu;
 mod integer;
 mod lanes;
 mod linear;
 mod matrix;
+mod memory;
 mod norm;
 mod packed;
 mod pool;
 mod product;
+mod reduce;
 mod rotary;
 mod shared;
 
@@ -34,9 +37,11 @@ pub use attention::{AttentionOp, Causal, attention};
 pub use blocks::{BlockType, Blocks, dequantise, halves_from_pairs, narrowed, quantise};
 pub use cpu::{Path, chosen};
 pub use gelu::{Gelu, GeluOp};
-pub use linear::{LinearOp, Stored, linear, linear_transposed};
+pub use linear::{Activations, LinearOp, Stored, linear, linear_transposed};
 pub use matrix::Matrix;
+pub use memory::keep_freed_memory;
 pub use norm::LayerNormOp;
 pub use packed::Packed;
 pub use pool::{Pool, parallel, threads};
+pub use reduce::{RowSummary, SumOp, argmax, row_summary};
 pub use rotary::RotaryOp;

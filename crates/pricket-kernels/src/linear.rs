@@ -3,7 +3,14 @@ use half::{bf16, f16};
 
 use crate::blocks::{Blocks, dequantise};
 use crate::cpu::path;
-use crate::integer::{self, Activations};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::Path;
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::LANES;
+use crate::gelu::GeluOp;
+#[cfg(target_arch = "x86_64")]
+use crate::brain;
+use crate::integer::{self, Integers};
 use crate::matrix::Matrix;
 use crate::packed::Packed;
 use crate::pool::{parallel, parallel_chunks, scratch, threads};
@@ -13,11 +20,33 @@ use crate::shared::{Shared, f32_slice};
 /// Up to here inner products of whole rows, each weight read once; beyond, panels and a blocked matrix product.
 const FEW_ROWS: usize = 16;
 
-/// Columns of a product that are summed before the next: a panel of them stays in the second-level cache.
-const DEPTH: usize = 1024;
+/// Columns of a product that are summed before the next: a block of rows stays in the first-level cache, the panels in the
+/// second.
+const DEPTH: usize = 512;
+
+/// Rows of activations that are brought together before they are multiplied. Where they lie, their distance is a power of
+/// two, and the first-level cache would hold no more than a few of them.
+const BLOCK: usize = 12;
+
+/// Words between those rows.
+const APART: usize = DEPTH + 16;
 
 /// Panels that a task packs before it multiplies, so that activations are read once for all of them.
 const PANELS: usize = 4;
+
+/// How precise activations are when they meet a frozen weight, on the CPU. Sums are in f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Activations {
+    /// As they are: the logits are those of f32 weights.
+    #[default]
+    F32,
+    /// Both factors rounded to bfloat16, as torch computes in it, where many rows are read at once and the processor has such
+    /// products (AVX-512 BF16 for float weights, AMX for quantised ones too); as `F32` elsewhere.
+    BF16,
+    /// As ggml rounds them: integers of 8 bits with a scale for every 32 (256 beside types of 256) for quantised weights; to
+    /// the type of the weight for f16 and bf16.
+    Q8,
+}
 
 /// A row-major matrix of weights as they are stored.
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +114,19 @@ pub fn linear(
     out_features: usize,
     y: &mut [f32],
 ) {
+    linear_then(x, weight, bias, None, in_features, out_features, y);
+}
+
+/// [`linear`], and a function of the result.
+fn linear_then(
+    x: &[f32],
+    weight: Stored<'_>,
+    bias: Option<&[f32]>,
+    then: Option<GeluOp>,
+    in_features: usize,
+    out_features: usize,
+    y: &mut [f32],
+) {
     let (k, n) = (in_features, out_features);
     let rows = x.len().checked_div(k).unwrap_or(0);
     assert_eq!(x.len(), rows * k, "activations do not fill their rows");
@@ -103,6 +145,7 @@ pub fn linear(
                     let bias = bias.map(|bias| bias.as_ptr().add(from));
                     product::inner_products(path, w.kind, w, to - from, k, x.as_ptr(), rows, bias, out.at(from), n);
                 }
+                finish(then, out, rows, n, from, to);
             });
         });
     }
@@ -113,7 +156,8 @@ pub fn linear(
         let mut buffer = Vec::new();
         let w = weight.rows(from, to, k, &mut buffer);
         scratch(|packed| {
-            packed.resize(panels * PANEL * DEPTH.min(k), 0.0);
+            packed.resize(panels * PANEL * DEPTH + BLOCK * APART, 0.0);
+            let (packed, block) = packed.split_at_mut(panels * PANEL * DEPTH);
             for deep in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - deep);
                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
@@ -125,7 +169,11 @@ pub fn linear(
                     }
                 }
                 // Rows that stay in the first-level cache while every panel meets them.
-                for row in (0..rows).step_by(12) {
+                for row in (0..rows).step_by(BLOCK) {
+                    let count = BLOCK.min(rows - row);
+                    for (x, block) in x[row * k..].chunks(k).zip(block.chunks_mut(APART)).take(count) {
+                        block[..depth].copy_from_slice(&x[deep..deep + depth]);
+                    }
                     for (i, first) in (from..to).step_by(PANEL).enumerate() {
                         // SAFETY: as above; columns [from, to) of `y` belong to this task alone.
                         unsafe {
@@ -135,9 +183,9 @@ pub fn linear(
                                 None => Start::Zero,
                             };
                             let product = Product {
-                                a: x.as_ptr().add(row * k + deep),
-                                a_stride: k,
-                                rows: 12.min(rows - row),
+                                a: block.as_ptr(),
+                                a_stride: APART,
+                                rows: count,
                                 b: packed[i * PANEL * depth..].as_ptr(),
                                 b_stride: PANEL,
                                 k: depth,
@@ -152,7 +200,130 @@ pub fn linear(
                 }
             }
         });
+        finish(then, out, rows, n, from, to);
     });
+}
+
+/// Whether products of bfloat16 are faster: they are for many rows of floats, and of blocks where there are tiles.
+#[cfg(target_arch = "x86_64")]
+fn many_bf16_pay(weight: Stored<'_>, rows: usize) -> bool {
+    let path = path();
+    let fits = match weight {
+        Stored::Packed(w) => path == Path::Amx && w.shape().1.is_multiple_of(DEEP),
+        Stored::Blocks(_) => false,
+        Stored::F32(_) | Stored::F16(_) | Stored::BF16(_) => true,
+    };
+    rows > FEW_ROWS && fits && brain::has_products(path)
+}
+
+/// As [`DEPTH`], for products of bfloat16, whose sums are slower to come by: a multiple of every block's columns.
+#[cfg(target_arch = "x86_64")]
+const DEEP: usize = 256;
+
+/// As [`PANELS`].
+#[cfg(target_arch = "x86_64")]
+const DEEP_PANELS: usize = 2;
+
+/// [`linear`] of many rows, both factors rounded to bfloat16.
+#[cfg(target_arch = "x86_64")]
+fn many_rows_bf16(
+    x: &[f32],
+    weight: Stored<'_>,
+    bias: Option<&[f32]>,
+    then: Option<GeluOp>,
+    (k, n): (usize, usize),
+    y: &mut [f32],
+    path: Path,
+) {
+    let rows = x.len() / k;
+    let block = brain::block(path);
+    let out = Shared::new(y);
+    let depth = (8 * DEEP).min(k.next_multiple_of(brain::STEP));
+    // Rounded once for every task; rows fill up whole blocks, and columns whole steps, with zeros.
+    let stride = k.next_multiple_of(brain::STEP) + brain::STEP;
+    let mut short = vec![0u16; rows.next_multiple_of(block) * stride];
+    parallel_chunks(&mut short, stride * 8, |i, short| {
+        for (x, short) in x[(i * 8 * k).min(x.len())..].chunks_exact(k).zip(short.chunks_exact_mut(stride)) {
+            // SAFETY: the processor has the instructions; a row has room for its columns.
+            unsafe { brain::to_rows(x.as_ptr(), k, short.as_mut_ptr()) };
+        }
+    });
+    let step = DEEP_PANELS * PANEL;
+    parallel(n.div_ceil(step), |task| {
+        let (from, to) = (task * step, ((task + 1) * step).min(n));
+        let mut pairs = vec![0u32; DEEP_PANELS * PANEL * depth / 2];
+        if path == Path::Amx {
+            // SAFETY: the path is taken where the system has permitted tiles.
+            unsafe { brain::configure() };
+        }
+        for deep in (0..k).step_by(depth) {
+            let whole = depth.min(k - deep);
+            let filled = whole.next_multiple_of(brain::STEP);
+            scratch(|panel| {
+                panel.resize(PANEL * depth, 0.0);
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    panel[PANEL * whole..PANEL * filled].fill(0.0);
+                    match weight {
+                        Stored::Packed(w) => {
+                            for half in 0..PANEL.min(to - first).div_ceil(LANES) {
+                                let tile = first / LANES + half;
+                                integer::unpack(w, tile, deep, whole, &mut panel[half * LANES..], path);
+                            }
+                        }
+                        weight => {
+                            let w = weight.rows(first, (first + PANEL).min(to), k, &mut Vec::new());
+                            // SAFETY: rows and columns are there, and the panel was just measured.
+                            unsafe {
+                                let w = w.skip(0, deep);
+                                product::pack(path, w.kind, w, PANEL.min(to - first), whole, panel.as_mut_ptr());
+                            }
+                        }
+                    }
+                    // SAFETY: the processor has the instructions, and both were just measured.
+                    unsafe {
+                        brain::to_pairs(panel.as_ptr(), filled, pairs[i * PANEL * depth / 2..].as_mut_ptr());
+                    }
+                }
+            });
+            for row in (0..rows).step_by(block) {
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    // SAFETY: whole blocks of rows were made; columns [from, to) of `y` belong to this task alone.
+                    unsafe {
+                        let product = brain::Product {
+                            a: short.as_ptr().add(row * stride + deep),
+                            a_stride: stride,
+                            rows: block.min(rows - row),
+                            b: pairs[i * PANEL * depth / 2..].as_ptr(),
+                            k: filled,
+                            c: out.at(row * n + first),
+                            c_stride: n,
+                            columns: PANEL.min(to - first),
+                            start: match bias {
+                                _ if deep > 0 => Start::Output,
+                                Some(bias) => Start::Row(bias.as_ptr().add(first)),
+                                None => Start::Zero,
+                            },
+                        };
+                        product.run(path);
+                    }
+                }
+            }
+        }
+        if path == Path::Amx {
+            // SAFETY: configured above.
+            unsafe { brain::release() };
+        }
+        finish(then, out, rows, n, from, to);
+    });
+}
+
+/// Applies a function to columns `[from, to)` of every row, which belong to the calling task alone.
+fn finish(then: Option<GeluOp>, out: Shared<f32>, rows: usize, n: usize, from: usize, to: usize) {
+    let Some(gelu) = then else { return };
+    for row in 0..rows {
+        // SAFETY: inside of the output, and nobody else's.
+        gelu.apply(path(), unsafe { std::slice::from_raw_parts_mut(out.at(row * n + from), to - from) });
+    }
 }
 
 /// `x = y W` for `y` of `[rows, out_features]`: the gradient of [`linear`] with respect to its activations.
@@ -213,10 +384,12 @@ pub struct LinearOp {
     pub weight: Matrix,
     /// The bias, `[out_features]`, f32.
     pub bias: Option<Tensor>,
-    /// Round activations as ggml does before it multiplies.
-    pub as_ggml: bool,
+    /// How precise they are when they meet the weight.
+    pub activations: Activations,
     /// Multiply with the weight instead of its transpose: the backward pass.
     pub transposed: bool,
+    /// What becomes of the result; there is no backward pass through it.
+    pub then: Option<GeluOp>,
 }
 
 impl LinearOp {
@@ -258,7 +431,7 @@ impl CustomOp1 for LinearOp {
         }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = outer;
-        let rounded = (self.as_ggml && !self.transposed).then(|| rounded(x, &self.weight)).flatten();
+        let rounded = (self.activations == Activations::Q8 && !self.transposed).then(|| rounded(x, &self.weight)).flatten();
         let x = rounded.as_deref().unwrap_or(x);
         let mut y = vec![0f32; x.len() / inner.max(1) * outer];
         self.with_weight(|w| -> Result<()> {
@@ -274,12 +447,17 @@ impl CustomOp1 for LinearOp {
                     Some(f32_slice("linear bias", bias, layout)?)
                 }
             };
+            #[cfg(target_arch = "x86_64")]
+            if self.activations == Activations::BF16 && many_bf16_pay(w, x.len() / k.max(1)) {
+                many_rows_bf16(x, w, bias, self.then, (k, n), &mut y, path());
+                return Ok(());
+            }
             match w {
                 Stored::Packed(w) => {
-                    let x = Activations::new(x, k, w.kind(), w.form(), self.as_ggml, path());
-                    integer::multiply(&x, w, bias, &mut y, path());
+                    let x = Integers::new(x, k, w.kind(), w.form(), self.activations == Activations::Q8, path());
+                    integer::multiply(&x, w, bias, self.then, &mut y, path());
                 }
-                w => linear(x, w, bias, k, n, &mut y),
+                w => linear_then(x, w, bias, self.then, k, n, &mut y),
             }
             Ok(())
         })??;
@@ -287,7 +465,10 @@ impl CustomOp1 for LinearOp {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let op = LinearOp { weight: self.weight.clone(), bias: None, as_ggml: false, transposed: !self.transposed };
+        if self.then.is_some() {
+            bail!("linear: no gradient goes through a function of the result");
+        }
+        let op = LinearOp { weight: self.weight.clone(), bias: None, activations: Activations::F32, transposed: !self.transposed, then: None };
         Ok(Some(grad.detach().contiguous()?.apply_op1_no_bwd(&op)?))
     }
 }
@@ -343,7 +524,7 @@ mod tests {
             let w = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
             let b = bias.then(|| Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap());
             let x = Var::from_tensor(&x).unwrap();
-            let y = x.apply_op1(LinearOp { weight: Matrix::Dense(w.clone()), bias: b.clone(), as_ggml: false, transposed: false }).unwrap();
+            let y = x.apply_op1(LinearOp { weight: Matrix::Dense(w.clone()), bias: b.clone(), activations: Activations::F32, transposed: false, then: None }).unwrap();
             let reference = twin(&x, &w, b.as_ref());
             proptest::prop_assert!(worst(&y, &reference) < 2e-4);
 
@@ -370,7 +551,7 @@ mod tests {
             for rows in [1, 3, 20] {
                 let x = Var::from_tensor(&Tensor::randn(0f32, 1.0, (rows, 256), &Device::Cpu).unwrap()).unwrap();
                 let y = x
-                    .apply_op1(LinearOp { weight: blocks.clone(), bias: None, as_ggml: false, transposed: false })
+                    .apply_op1(LinearOp { weight: blocks.clone(), bias: None, activations: Activations::F32, transposed: false, then: None })
                     .unwrap();
                 let reference = twin(&x, &dense, None);
                 assert!(worst(&y, &reference) < 2e-4);
@@ -388,8 +569,8 @@ mod tests {
             .apply_op1(LinearOp {
                 weight: Matrix::Dense(w.as_tensor().clone()),
                 bias: None,
-                as_ggml: false,
-                transposed: false,
+                activations: Activations::F32,
+                transposed: false, then: None
             })
             .unwrap();
         let grads = y.sum_all().unwrap().backward().unwrap();

@@ -1,4 +1,5 @@
 use candle_transformers::generation::Sampling as CandleSampling;
+use pricket_nn::ops;
 use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -229,7 +230,7 @@ impl Sampler {
     pub fn sample(&mut self, logits: &mut [f32], ids: &[u32], prompt_len: usize) -> u32 {
         self.sampling.process(logits, ids, prompt_len);
         if self.sampling.temperature == 0.0 {
-            return argmax(logits);
+            return ops::argmax(logits) as u32;
         }
         let probabilities = softmax(logits);
         let mut left = self.rng.random::<f64>();
@@ -240,15 +241,8 @@ impl Sampler {
             }
         }
         // Rounding left a sliver at the end.
-        argmax(logits)
+        ops::argmax(logits) as u32
     }
-}
-
-/// The first of the largest.
-fn argmax(scores: &[f32]) -> u32 {
-    let best =
-        scores.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best });
-    best.0 as u32
 }
 
 #[cfg(test)]

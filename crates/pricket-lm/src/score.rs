@@ -49,9 +49,8 @@ pub(crate) fn logprob(row: &[f32], id: u32) -> Result<(f32, bool)> {
     let Some(&target) = row.get(id as usize) else {
         return Err(Error::Input(format!("token {id} is outside the vocabulary of {}", row.len())));
     };
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|&x| f64::from(x - max).exp()).sum();
-    Ok(((f64::from(target - max) - sum.ln()) as f32, target >= max))
+    let row = ops::row_summary(row);
+    Ok(((f64::from(target - row.max) - row.log_sum) as f32, target >= row.max))
 }
 
 /// Mean cross-entropy of each token of `ids` `[b, t]` given those before it, with a gradient: a scalar.
@@ -74,7 +73,7 @@ pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`Error::NonFinite`].
 pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<()> {
-    if logits.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(diagnose(model, ids)) }
+    if ops::row_summary(logits).finite { Ok(()) } else { Err(diagnose(model, ids)) }
 }
 
 /// Runs `ids` once more, looking after every layer.

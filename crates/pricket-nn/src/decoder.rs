@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Tensor};
 use pricket_weights::Dtype;
 
-use crate::{Context, Embedding, Error, LayerNorm, Linear, Result, Site, Weights};
+use crate::{Context, Embedding, Error, LayerNorm, Linear, Result, Site, Weights, ops};
 
 /// What a model is, in numbers.
 #[derive(Clone, Debug)]
@@ -31,6 +31,8 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Type of activations unless a [`Context`] says otherwise.
     pub activations: DType,
+    /// Type of cached keys and values unless a [`Cache`](crate::Cache) says otherwise.
+    pub cache: DType,
     /// Type of the largest matrix.
     pub dtype: Dtype,
     /// Where the weights are.
@@ -43,9 +45,9 @@ impl ModelInfo {
         2 * (self.parameters - (self.vocab * self.d_model) as u64)
     }
 
-    /// Bytes that the cache takes for each position of each row, stored as activations are.
+    /// Bytes that the cache takes for each position of each row.
     pub fn cache_bytes_per_token(&self) -> u64 {
-        (2 * self.layers * self.kv_heads * self.head_dim * self.activations.size_in_bytes()) as u64
+        (2 * self.layers * self.kv_heads * self.head_dim * self.cache.size_in_bytes()) as u64
     }
 
     /// Bytes that a pass over `positions` needs beside weights and cache, by rule of thumb.
@@ -114,12 +116,16 @@ pub trait Block: Send + Sync {
 /// # Errors
 /// If the shapes differ.
 pub fn residual(x: &Tensor, parts: &[&Tensor]) -> Result<Tensor> {
-    let Some((first, rest)) = parts.split_first() else { return Ok(x.clone()) };
-    let mut sum = (*first).clone();
-    for part in rest {
-        sum = (sum + *part)?;
+    match parts {
+        [] => Ok(x.clone()),
+        [part] => ops::sum(part, x, None),
+        [first, second] => ops::sum(first, second, Some(x)),
+        [first, second, rest @ ..] => {
+            let sum = ops::sum(first, second, None)?;
+            let parts: Vec<&Tensor> = std::iter::once(&sum).chain(rest.iter().copied()).collect();
+            residual(x, &parts)
+        }
     }
-    Ok((sum + x)?)
 }
 
 /// The sizes that a family reads from its configuration.
@@ -177,6 +183,7 @@ impl<B: Block> Decoder<B> {
             parameters: weights.elements(),
             weight_bytes: weights.bytes(),
             activations: weights.activations(),
+            cache: weights.cache(),
             dtype: weights.largest(),
             device: weights.device().clone(),
         };

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::Result;
-use crate::ops::{self, Matrix};
+use crate::ops::{self, Activations, Gelu, Matrix};
 
 /// Layer norm (Ba et al. 2016, arXiv:1607.06450) over the last dimension, weight and bias.
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ impl LayerNorm {
 pub struct Embedding {
     pub(crate) weight: Matrix,
     /// For a head that is tied to it.
-    pub(crate) as_ggml: bool,
+    pub(crate) activations: Activations,
 }
 
 impl Embedding {
@@ -56,10 +56,10 @@ impl Activation {
         }
     }
 
-    pub(crate) fn forward(self, x: &Tensor, as_ggml: bool) -> Result<Tensor> {
+    pub(crate) fn form(self) -> Gelu {
         match self {
-            Activation::Gelu => ops::gelu(x, as_ggml),
-            Activation::GeluTanh => ops::gelu_tanh(x, as_ggml),
+            Activation::Gelu => Gelu::Erf,
+            Activation::GeluTanh => Gelu::Tanh,
         }
     }
 }

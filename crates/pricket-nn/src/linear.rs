@@ -1,6 +1,6 @@
 use candle_core::Tensor;
 
-use crate::ops::{self, Matrix};
+use crate::ops::{self, Activations, Gelu, Matrix};
 use crate::{Error, Result};
 
 /// How the rows of a weight on file relate to the rows that the model multiplies with.
@@ -80,13 +80,13 @@ fn swap(tensor: &Tensor, outer: usize, inner: usize) -> Result<Tensor> {
 pub struct Linear {
     pub(crate) weight: Matrix,
     pub(crate) bias: Option<Tensor>,
-    pub(crate) as_ggml: bool,
+    pub(crate) activations: Activations,
 }
 
 impl Linear {
     /// Multiplies with the table of an embedding: a tied head, from one copy.
     pub fn tied(embedding: &crate::Embedding) -> Self {
-        Self { weight: embedding.weight.clone(), bias: None, as_ggml: embedding.as_ggml }
+        Self { weight: embedding.weight.clone(), bias: None, activations: embedding.activations }
     }
 
     /// `[.., in]` to `[.., out]`.
@@ -94,6 +94,11 @@ impl Linear {
     /// # Errors
     /// If the last dimension of `x` is not this layer's input.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref(), self.as_ggml)
+        ops::linear(x, &self.weight, self.bias.as_ref(), self.activations)
+    }
+
+    /// [`Linear::forward`], then a GELU.
+    pub(crate) fn forward_gelu(&self, x: &Tensor, form: Gelu) -> Result<Tensor> {
+        ops::linear_gelu(x, &self.weight, self.bias.as_ref(), form, self.activations)
     }
 }

@@ -19,8 +19,7 @@ impl Mlp {
     /// # Errors
     /// What an operation or a tap says.
     pub fn forward(&self, norm: &LayerNorm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let hidden = self.up.forward(&norm.forward(x)?)?;
-        let hidden = self.activation.forward(&hidden, self.up.as_ggml)?;
+        let hidden = self.up.forward_gelu(&norm.forward(x)?, self.activation.form())?;
         ctx.tap(Site::MlpOut, self.down.forward(&hidden)?)
     }
 }

@@ -5,8 +5,10 @@
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
 use candle_core::{D, DType, Tensor};
-use pricket_kernels::{AttentionOp, Gelu, GeluOp, LayerNormOp, LinearOp, RotaryOp};
-pub use pricket_kernels::{BlockType, Blocks, Matrix, Pool, chosen as cpu_path, narrowed, quantise};
+use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, SumOp};
+pub use pricket_kernels::{
+    Activations, BlockType, Blocks, Gelu, Matrix, Pool, argmax, chosen as cpu_path, keep_freed_memory, narrowed, quantise, row_summary,
+};
 
 use crate::Result;
 
@@ -15,19 +17,20 @@ fn on_our_kernels(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`. With
-/// `as_ggml` activations are rounded as ggml rounds them, on the CPU.
+/// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`. On
+/// the CPU activations are as precise as `activations` says.
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, as_ggml: bool) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: Activations) -> Result<Tensor> {
     if on_our_kernels(x) && !weight.track_op() {
         let fused = bias.filter(|b| !b.track_op());
         let y = x.contiguous()?.apply_op1(LinearOp {
             weight: weight.clone(),
             bias: fused.cloned(),
-            as_ggml,
+            activations,
             transposed: false,
+            then: None,
         })?;
         return Ok(match bias {
             Some(b) if fused.is_none() => y.broadcast_add(b)?,
@@ -89,27 +92,42 @@ pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) ->
     Ok(normed.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?)
 }
 
-/// The GELU by the error function; candle's `gelu_erf` is its plain twin. With `as_ggml` both its argument and its value
-/// are rounded to f16, on the CPU: ggml looks it up in a table of halves.
+/// [`linear`], then the GELU of `form`; candle's `gelu_erf` and `gelu` are its plain twins. With 8-bit activations its
+/// argument and its value are rounded to f16, on the CPU: ggml looks it up in a table of halves.
 ///
 /// # Errors
-/// What candle says.
-pub fn gelu(x: &Tensor, as_ggml: bool) -> Result<Tensor> {
-    if on_our_kernels(x) && !x.track_op() {
-        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp { form: Gelu::Erf, as_ggml })?);
+/// If the shapes do not fit.
+pub fn linear_gelu(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, form: Gelu, activations: Activations) -> Result<Tensor> {
+    let tracked = x.track_op() || weight.track_op() || bias.is_some_and(Tensor::track_op);
+    if on_our_kernels(x) && !tracked {
+        let then = Some(GeluOp { form, as_ggml: activations == Activations::Q8 });
+        let op = LinearOp { weight: weight.clone(), bias: bias.cloned(), activations, transposed: false, then };
+        return Ok(x.contiguous()?.apply_op1_no_bwd(&op)?);
     }
-    Ok(x.gelu_erf()?)
+    let y = linear(x, weight, bias, activations)?;
+    Ok(match form {
+        Gelu::Erf => y.gelu_erf()?,
+        Gelu::Tanh => y.gelu()?,
+    })
 }
 
-/// The tanh approximation of the GELU; candle's `gelu` is its plain twin. `as_ggml` as in [`gelu`].
+/// The sum of two or three tensors of one shape, from left to right.
 ///
 /// # Errors
-/// What candle says.
-pub fn gelu_tanh(x: &Tensor, as_ggml: bool) -> Result<Tensor> {
-    if on_our_kernels(x) && !x.track_op() {
-        return Ok(x.contiguous()?.apply_op1_no_bwd(&GeluOp { form: Gelu::Tanh, as_ggml })?);
+/// If the shapes differ.
+pub fn sum(a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> Result<Tensor> {
+    let ours = |x: &Tensor| on_our_kernels(x) && !x.track_op() && x.is_contiguous();
+    if ours(a) && ours(b) && c.is_none_or(ours) {
+        return Ok(match c {
+            Some(c) => a.apply_op3_no_bwd(b, c, &SumOp)?,
+            None => a.apply_op2_no_bwd(b, &SumOp)?,
+        });
     }
-    Ok(x.gelu()?)
+    let sum = (a + b)?;
+    Ok(match c {
+        Some(c) => (sum + c)?,
+        None => sum,
+    })
 }
 
 /// Splits heads and rotates: `x` of `[b, t, h, head_dim]`, `cos` and `sin` of `[b or 1, t, pairs]` give

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Device, Tensor, Var};
 use pricket_weights::{Dtype, Entry, Store};
 
-use crate::ops::{self, BlockType, Blocks, Matrix};
+use crate::ops::{self, Activations, BlockType, Blocks, Matrix};
 use crate::{Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Silent};
 
 /// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
@@ -135,7 +135,8 @@ struct Shared {
     policy: Policy,
     progress: Arc<dyn Progress>,
     in_model_order: bool,
-    as_ggml: bool,
+    precision: Activations,
+    cache: Option<DType>,
     state: Mutex<State>,
 }
 
@@ -182,7 +183,7 @@ impl Weights {
         progress: Arc<dyn Progress>,
     ) -> Self {
         let (device, state) = (device.clone(), Mutex::default());
-        let shared = Shared { store, names, device, policy, progress, in_model_order: false, as_ggml: false, state };
+        let shared = Shared { store, names, device, policy, progress, in_model_order: false, precision: Activations::F32, cache: None, state };
         Self { shared: Arc::new(shared), path: String::new() }
     }
 
@@ -193,15 +194,36 @@ impl Weights {
         self.with(|shared| shared.in_model_order = true)
     }
 
-    /// Activations are rounded as ggml rounds them before a product: to the type of f16 and bf16 weights, to 8 bits beside
-    /// quantised ones. For a cursor from which nothing has been loaded.
+    /// Activations are as precise as `precision` says when they meet a matrix, on the CPU. For a cursor from which nothing has
+    /// been loaded.
     #[must_use]
-    pub fn activations_as_ggml(self) -> Self {
-        self.with(|shared| shared.as_ggml = true)
+    pub fn with_activations(self, precision: Activations) -> Self {
+        self.with(|shared| shared.precision = precision)
+    }
+
+    /// Keys and values are cached as `dtype`: f32, f16 or bf16. For a cursor from which nothing has been loaded.
+    #[must_use]
+    pub fn with_cache(self, dtype: DType) -> Self {
+        self.with(|shared| shared.cache = Some(dtype))
+    }
+
+    /// The type in which keys and values are cached: as asked for, else as precise as the activations.
+    pub fn cache(&self) -> DType {
+        let precision = if self.device().is_cpu() { self.shared.precision } else { Activations::F32 };
+        self.shared.cache.unwrap_or(match precision {
+            Activations::F32 => self.activations(),
+            Activations::BF16 => DType::BF16,
+            Activations::Q8 => DType::F16,
+        })
+    }
+
+    /// How precise activations are when they meet a matrix.
+    pub fn precision(&self) -> Activations {
+        self.shared.precision
     }
 
     fn with(self, change: impl FnOnce(&mut Shared)) -> Self {
-        let Shared { store, names, device, policy, progress, in_model_order, as_ggml, .. } = &*self.shared;
+        let Shared { store, names, device, policy, progress, in_model_order, precision, cache, .. } = &*self.shared;
         let mut shared = Shared {
             store: Arc::clone(store),
             names: *names,
@@ -209,7 +231,8 @@ impl Weights {
             policy: *policy,
             progress: Arc::clone(progress),
             in_model_order: *in_model_order,
-            as_ggml: *as_ggml,
+            precision: *precision,
+            cache: *cache,
             state: Mutex::default(),
         };
         change(&mut shared);
@@ -324,7 +347,7 @@ impl Weights {
         // What is at the root is the head.
         let weight = at.matrix("weight", &[outputs, inputs], rows, self.path.is_empty())?;
         let bias = bias.then(|| at.tensor("bias", &[outputs], rows)).transpose()?;
-        Ok(Linear { weight, bias, as_ggml: self.shared.as_ggml })
+        Ok(Linear { weight, bias, activations: self.shared.precision })
     }
 
     /// A layer norm `name` over `dim`, with a bias if `bias`.
@@ -346,7 +369,7 @@ impl Weights {
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
         Ok(Embedding {
             weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored, true)?,
-            as_ggml: self.shared.as_ggml,
+            activations: self.shared.precision,
         })
     }
 

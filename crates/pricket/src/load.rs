@@ -4,6 +4,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use pricket_hub::{Hub, InUse, ModelId};
 use pricket_lm::Tokenizer;
+use pricket_nn::ops::Activations;
 use pricket_nn::{CausalLm, ModelInfo, Policy, Progress, Quantisation, Silent, Weights};
 use pricket_weights::{Headers, Store};
 use serde_json::Value;
@@ -104,7 +105,8 @@ pub struct Loader {
     file: Option<String>,
     qkv: QkvOrder,
     quantisation: Option<Quantisation>,
-    as_ggml: bool,
+    activations: Activations,
+    cache: Option<DType>,
     activation: Option<String>,
     changes: Vec<(String, Value)>,
 }
@@ -176,7 +178,8 @@ impl Loader {
             file: None,
             qkv: QkvOrder::Auto,
             quantisation: None,
-            as_ggml: false,
+            activations: Activations::F32,
+            cache: None,
             activation: None,
             changes: Vec::new(),
         }
@@ -203,11 +206,18 @@ impl Loader {
         self
     }
 
-    /// Rounds activations as ggml does before it multiplies (8 bits beside quantised weights) instead of computing in f32:
-    /// for the answers that llama.cpp gives, on the CPU.
+    /// How precise activations are when they meet a matrix, on the CPU: f32 unless this is called.
     #[must_use]
-    pub fn activations_as_ggml(mut self) -> Self {
-        self.as_ggml = true;
+    pub fn activations(mut self, precision: Activations) -> Self {
+        self.activations = precision;
+        self
+    }
+
+    /// The type of cached keys and values: f32, f16 or bf16. By default f32 beside activations of f32, f16 beside those of 8
+    /// bits, bf16 beside bf16.
+    #[must_use]
+    pub fn cache(mut self, dtype: DType) -> Self {
+        self.cache = Some(dtype);
         self
     }
 
@@ -318,7 +328,11 @@ impl Loader {
             let (store, progress) = (Arc::clone(&opened.store), Arc::clone(&self.progress));
             let weights = Weights::with_progress(store, family.names(), &self.device, policy, progress);
             let weights = if in_model_order { weights.in_model_order() } else { weights };
-            let weights = if self.as_ggml { weights.activations_as_ggml() } else { weights };
+            let weights = weights.with_activations(self.activations);
+            let weights = match self.cache {
+                Some(dtype) => weights.with_cache(dtype),
+                None => weights,
+            };
             let model = pool.install(|| family.load(&weights));
             self.progress.end();
             let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: pool.clone() }) };

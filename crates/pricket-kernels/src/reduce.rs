@@ -1,0 +1,196 @@
+#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
+
+use crate::cpu::{by_path, path};
+use crate::lanes::{Floats, LANES};
+use crate::pool::parallel_chunks;
+use crate::shared::f32_slice;
+
+/// What a row of logits amounts to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowSummary {
+    /// The largest.
+    pub max: f32,
+    /// The first of the largest.
+    pub argmax: usize,
+    /// `ln Σ exp(x - max)`, to f32's precision.
+    pub log_sum: f64,
+    /// Whether every element is finite.
+    pub finite: bool,
+}
+
+/// Summarises a row in two passes; a row with no element, or with one that is no number, is not finite and has 0 for the rest.
+pub fn row_summary(row: &[f32]) -> RowSummary {
+    // SAFETY: the path is one that the processor has.
+    let (max, finite) = unsafe { largest(path(), row) };
+    if row.is_empty() || max.is_nan() {
+        return RowSummary { max: 0.0, argmax: 0, log_sum: 0.0, finite: false };
+    }
+    // SAFETY: as above.
+    let sum = unsafe { sum_of_exponentials(path(), row, max) };
+    RowSummary { max, argmax: row.iter().position(|&x| x == max).unwrap_or(0), log_sum: sum.ln(), finite }
+}
+
+/// The first of the largest elements of a row; 0 for a row of none.
+pub fn argmax(row: &[f32]) -> usize {
+    // SAFETY: the path is one that the processor has.
+    let (max, _) = unsafe { largest(path(), row) };
+    row.iter().position(|&x| x == max).unwrap_or(0)
+}
+
+by_path! {
+    /// The largest, not a number if one is not; and whether all are finite.
+    ///
+    /// # Safety
+    /// The processor has the instructions of the path.
+    fn largest(row: &[f32]) -> (f32, bool) = largest_body
+}
+
+#[inline(always)]
+unsafe fn largest_body<L: Floats>(row: &[f32]) -> (f32, bool) {
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let (mut lanes, mut zeros) = ([0f32; LANES], [0f32; LANES]);
+    // SAFETY: promised by the caller; whole vectors.
+    unsafe {
+        let (mut max, mut zero) = (L::splat(f32::NEG_INFINITY), L::splat(0.0));
+        for x in whole {
+            let x = L::floats(x.as_ptr());
+            max = L::max(max, x);
+            // Infinities and what is no number make it no number, which stays.
+            zero = L::madd(x, L::splat(0.0), zero);
+        }
+        L::store(lanes.as_mut_ptr(), max);
+        L::store(zeros.as_mut_ptr(), zero);
+    }
+    let zero = zeros.iter().sum::<f32>() + rest.iter().map(|x| x * 0.0).sum::<f32>();
+    let max = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    let broken = zero.is_nan() && row.iter().any(|x| x.is_nan());
+    (if broken { f32::NAN } else { max }, !zero.is_nan())
+}
+
+by_path! {
+    /// `Σ exp(x - max)`, in f64 from one part of the row to the next.
+    ///
+    /// # Safety
+    /// The processor has the instructions of the path.
+    fn sum_of_exponentials(row: &[f32], max: f32) -> f64 = sum_of_exponentials_body
+}
+
+#[inline(always)]
+unsafe fn sum_of_exponentials_body<L: Floats>(row: &[f32], max: f32) -> f64 {
+    let mut total = 0f64;
+    for part in row.chunks(64 * LANES) {
+        let (whole, rest) = part.as_chunks::<LANES>();
+        let mut edge = [f32::NEG_INFINITY; LANES];
+        edge[..rest.len()].copy_from_slice(rest);
+        // SAFETY: promised by the caller; whole vectors.
+        unsafe {
+            let (mut sum, shift) = (L::splat(0.0), L::splat(-max));
+            for x in whole {
+                sum = L::add(sum, L::exp(L::add(L::floats(x.as_ptr()), shift)));
+            }
+            total += f64::from(L::sum(sum));
+            L::store(edge.as_mut_ptr(), L::exp(L::add(L::floats(edge.as_ptr()), shift)));
+        }
+        total += edge[..rest.len()].iter().copied().map(f64::from).sum::<f64>();
+    }
+    total
+}
+
+/// Elements of a task: enough that handing it out costs nothing.
+const TASK: usize = 16 << 10;
+
+/// The sum of two or three tensors of one shape, from left to right, in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct SumOp;
+
+fn sum(parts: &[&[f32]]) -> Vec<f32> {
+    let mut out = vec![0f32; parts[0].len()];
+    parallel_chunks(&mut out, TASK, |i, out| {
+        let len = out.len();
+        let part = |j: usize| &parts[j][i * TASK..][..len];
+        match parts.len() {
+            2 => out.iter_mut().zip(part(0)).zip(part(1)).for_each(|((out, a), b)| *out = a + b),
+            _ => {
+                let parts = part(0).iter().zip(part(1)).zip(part(2));
+                out.iter_mut().zip(parts).for_each(|(out, ((a, b), c))| *out = a + b + c);
+            }
+        }
+    });
+    out
+}
+
+impl CustomOp2 for SumOp {
+    fn name(&self) -> &'static str {
+        "sum"
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, a_at: &Layout, b: &CpuStorage, b_at: &Layout) -> Result<(CpuStorage, Shape)> {
+        if a_at.dims() != b_at.dims() {
+            bail!("sum: shapes {:?} and {:?}", a_at.dims(), b_at.dims());
+        }
+        let (a, b) = (f32_slice("sum", a, a_at)?, f32_slice("sum", b, b_at)?);
+        Ok((CpuStorage::F32(sum(&[a, b])), a_at.dims().into()))
+    }
+}
+
+impl CustomOp3 for SumOp {
+    fn name(&self) -> &'static str {
+        "sum"
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        a_at: &Layout,
+        b: &CpuStorage,
+        b_at: &Layout,
+        c: &CpuStorage,
+        c_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        if a_at.dims() != b_at.dims() || a_at.dims() != c_at.dims() {
+            bail!("sum: shapes {:?}, {:?} and {:?}", a_at.dims(), b_at.dims(), c_at.dims());
+        }
+        let (a, b, c) = (f32_slice("sum", a, a_at)?, f32_slice("sum", b, b_at)?, f32_slice("sum", c, c_at)?);
+        Ok((CpuStorage::F32(sum(&[a, b, c])), a_at.dims().into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Path;
+
+    #[test]
+    fn summaries_are_those_of_f64_on_every_path() {
+        for len in [1, 15, 16, 17, 1024, 5000] {
+            let row: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1009) as f32 * 0.02 - 9.0).collect();
+            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let exact: f64 = row.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).sum();
+            for path in Path::available() {
+                // SAFETY: the processor has the instructions.
+                let (found, finite) = unsafe { largest(path, &row) };
+                assert!(found == max && finite, "{path:?}");
+                // SAFETY: as above.
+                let sum = unsafe { sum_of_exponentials(path, &row, max) };
+                assert!((sum / exact - 1.0).abs() < 1e-6, "{path:?} {sum} {exact}");
+            }
+            let summary = row_summary(&row);
+            assert_eq!(summary.argmax, row.iter().position(|&x| x == max).unwrap());
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_told() {
+        for at in [0, 20, 33] {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut row = vec![1f32; 34];
+                row[at] = bad;
+                assert!(!row_summary(&row).finite);
+            }
+        }
+        assert!(!row_summary(&[]).finite);
+        assert_eq!(argmax(&[f32::NEG_INFINITY, 3.0, 3.0]), 1);
+    }
+}
