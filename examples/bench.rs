@@ -6,13 +6,11 @@ mod common;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use clap::Parser;
-use pricket::weights::Random;
-use pricket::{Dtype, GenerateOptions, Loader, Pricket};
+use pricket::{GenerateOptions, Pricket};
 use serde_json::json;
 
 /// Measures prefill and decode. Decoding is `generate` end to end: a prompt, then new tokens, greedily.
@@ -114,16 +112,7 @@ fn mib(bytes: u64) -> f64 {
 
 fn load(args: &Args) -> anyhow::Result<Pricket> {
     let Some(shape) = &args.shape else { return Ok(args.model.load("tiny")?) };
-    let known = || pricket::published_shapes().collect::<Vec<_>>().join(", ");
-    let config =
-        pricket::published_config(shape).with_context(|| format!("no shape {shape:?}; there are {}", known()))?;
-    let dtype = match args.model.dtype {
-        pricket::Precision::F32 => Dtype::F32,
-        pricket::Precision::BF16 => Dtype::BF16,
-        _ => Dtype::F16,
-    };
-    let loader = Loader::from_store(config, Arc::new(Random::new(dtype, 0)));
-    Ok(args.model.configure(loader)?.load()?)
+    Ok(args.model.configure(common::random(shape, args.model.dtype)?)?.load()?)
 }
 
 /// Seconds until the first token after a prompt of `len`, and for the rest.

@@ -21,6 +21,9 @@ const TEXT: &str = include_str!("../README.md");
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
+    /// Random weights of a published shape instead of a model, to measure with (see `bench --help`)
+    #[arg(long, conflicts_with_all = ["model", "report"])]
+    shape: Option<String>,
     /// A file that ends in .gguf, or a directory
     #[arg(long, short)]
     out: PathBuf,
@@ -58,7 +61,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
     );
     // What the flags say of the new file is not to be done to the old one as well.
     let source = common::ModelArgs { quantize: None, dtype: Precision::Auto, ..args.model.clone() };
-    let loader = source.configure(source.source("tiny")?)?;
+    let loader = match &args.shape {
+        Some(shape) => common::random(shape, Precision::F32)?,
+        None => source.source("tiny")?,
+    };
+    let loader = source.configure(loader)?;
     let done = loader.convert(&args.out, &ConvertOptions { target, overwrite: args.overwrite })?;
     for warning in &done.warnings {
         eprintln!("warning: {warning}");

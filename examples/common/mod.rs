@@ -2,6 +2,7 @@
 
 mod bar;
 mod finish;
+mod random;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ use pricket::{Activations, BlockType, Loader, Precision, Pricket, Quantisation};
 
 pub(crate) use bar::Bar;
 pub(crate) use finish::finish;
+#[allow(unused_imports, reason = "not every example makes weights up")]
+pub(crate) use random::random;
 
 /// Which model to load, and how.
 #[derive(clap::Args, Clone, Debug)]
