@@ -29,6 +29,9 @@ struct Args {
     /// Prompt lengths from which decoding is timed
     #[arg(long, value_delimiter = ',', default_value = "128,1792")]
     decode: Vec<usize>,
+    /// Numbers of prompts that are decoded in one batch too; tokens are counted together
+    #[arg(long, value_delimiter = ',')]
+    streams: Vec<usize>,
     /// New tokens of a decoding run
     #[arg(long, default_value_t = 128)]
     new_tokens: usize,
@@ -53,16 +56,18 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let context = info.context.unwrap_or(usize::MAX);
     let mut rows = Vec::new();
     for &len in args.prefill.iter().filter(|&&len| len < context) {
-        let rate = median(args.runs, || Ok(len as f64 / generate(&pricket, len, 1)?.0))?;
-        rows.push(("prefill", len, rate));
+        let rate = median(args.runs, || Ok(len as f64 / generate(&pricket, len, 1, 1)?.0))?;
+        rows.push(Row { what: "prefill", prompt: len, streams: 1, rate });
     }
     for &len in args.decode.iter().filter(|&&len| len + args.new_tokens <= context) {
-        let rate = median(args.runs, || {
-            let (first, rest) = generate(&pricket, len, args.new_tokens)?;
-            ensure!(first > 0.0, "the clock stands still");
-            Ok((args.new_tokens - 1) as f64 / rest)
-        })?;
-        rows.push(("decode", len, rate));
+        for &streams in std::iter::once(&1).chain(&args.streams) {
+            let rate = median(args.runs, || {
+                let (first, rest) = generate(&pricket, len, args.new_tokens, streams)?;
+                ensure!(first > 0.0, "the clock stands still");
+                Ok((streams * (args.new_tokens - 1)) as f64 / rest)
+            })?;
+            rows.push(Row { what: "decode", prompt: len, streams, rate });
+        }
     }
     let threads = pricket.threads();
     // Every weight passes through the processor for each token, but the rows of an embedding that is not the head too.
@@ -76,9 +81,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let share = |rate: f64| read as f64 * rate / bandwidth;
     let mut out = std::io::stdout().lock();
     if args.json {
-        let row = |&(what, len, rate): &(&str, usize, f64)| {
-            let share = (what == "decode").then(|| share(rate));
-            json!({"what": what, "prompt": len, "tokens_per_second": rate, "share_of_bandwidth": share})
+        let row = |row: &Row| {
+            let share = row.is_one_stream().then(|| share(row.rate));
+            json!({
+                "what": row.what, "prompt": row.prompt, "streams": row.streams, "tokens_per_second": row.rate,
+                "share_of_bandwidth": share,
+            })
         };
         let rows: Vec<_> = rows.iter().map(row).collect();
         let name = args.shape.clone().unwrap_or_else(|| info.family.into());
@@ -94,10 +102,14 @@ fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     }
     writeln!(out, "{} weights in {}, loaded in {load_seconds:.2} s", info.parameters, info.dtype)?;
-    for &(what, len, rate) in &rows {
-        let share =
-            if what == "decode" { format!("  {:.0} % of the bandwidth", 100.0 * share(rate)) } else { String::new() };
-        writeln!(out, "{what:8} {len:5}  {rate:10.1} tokens/s{share}")?;
+    for row in &rows {
+        let mut about = String::new();
+        if row.streams > 1 {
+            about = format!("  {} streams", row.streams);
+        } else if row.is_one_stream() {
+            about = format!("  {:.0} % of the bandwidth", 100.0 * share(row.rate));
+        }
+        writeln!(out, "{:8} {:5}  {:10.1} tokens/s{about}", row.what, row.prompt, row.rate)?;
     }
     writeln!(out, "bandwidth {:.1} GB/s over {} threads", bandwidth / 1e9, threads)?;
     if let Some(peak) = peak {
@@ -115,12 +127,27 @@ fn load(args: &Args) -> anyhow::Result<Pricket> {
     Ok(args.model.configure(common::random(shape, args.model.dtype)?)?.load()?)
 }
 
-/// Seconds until the first token after a prompt of `len`, and for the rest.
-fn generate(pricket: &Pricket, len: usize, new_tokens: usize) -> anyhow::Result<(f64, f64)> {
+/// A figure.
+struct Row {
+    what: &'static str,
+    prompt: usize,
+    streams: usize,
+    rate: f64,
+}
+
+impl Row {
+    /// Whether each of its tokens needed every weight once.
+    fn is_one_stream(&self) -> bool {
+        self.what == "decode" && self.streams == 1
+    }
+}
+
+/// Seconds until the first tokens after prompts of `len`, and for the rest.
+fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) -> anyhow::Result<(f64, f64)> {
     let vocab = pricket.info().vocab as u32;
-    let prompt = (0..len as u32).map(|i| i * 7919 % vocab).collect();
+    let prompt: Vec<u32> = (0..len as u32).map(|i| i * 7919 % vocab).collect();
     let options = GenerateOptions { max_tokens: new_tokens, stop_at_eos: false, ..Default::default() };
-    let mut generation = pricket.generation(vec![prompt], &options)?;
+    let mut generation = pricket.generation(vec![prompt; streams], &options)?;
     let start = Instant::now();
     generation.step()?;
     let first = start.elapsed().as_secs_f64();

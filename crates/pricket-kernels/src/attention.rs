@@ -173,7 +173,9 @@ impl Head {
         // A panel of keys or of the last columns of values; then scores.
         let chunk = CHUNK.min(visible.next_multiple_of(PANEL));
         let panel = PANEL * dim.max(chunk);
-        buffer.resize(panel + rows * chunk, 0.0);
+        // Rows at a distance that is no power of two: they would share a few places of the first-level cache.
+        let stride = chunk + LANES;
+        buffer.resize(panel + rows * stride, 0.0);
         let (packed, scores) = buffer.split_at_mut(panel);
         let (packed, scores) = (packed.as_mut_ptr(), scores.as_mut_ptr());
         let mut running = [(f32::NEG_INFINITY, 0f32); BLOCK];
@@ -186,25 +188,30 @@ impl Head {
             }
             while start < visible {
                 let keys = chunk.min(visible - start);
-                self.score(q, k.skip(start, 0), keys, packed, scores, chunk);
+                self.score(q, k.skip(start, 0), keys, packed, scores, stride);
                 for (row, running) in running[..rows].iter_mut().enumerate() {
                     let last = self.before + row;
                     let first = self.first.min(last);
                     // Of this chunk.
-                    let (from, to) = (first.saturating_sub(start).min(keys), (last + 1).saturating_sub(start).min(keys));
+                    let (from, to) =
+                        (first.saturating_sub(start).min(keys), (last + 1).saturating_sub(start).min(keys));
                     let back = (last + 1).saturating_sub(start) as f32 - 1.0;
                     let bias = Bias { scale: self.scale, slope: self.slope, back };
-                    let shrink = soften(self.path, scores.add(row * chunk), (from, to, keys), bias, running);
+                    let shrink = soften(self.path, scores.add(row * stride), (from, to, keys), bias, running);
                     if shrink != 1.0 {
-                        std::slice::from_raw_parts_mut(out.add(row * out_stride), dim).iter_mut().for_each(|x| *x *= shrink);
+                        for x in std::slice::from_raw_parts_mut(out.add(row * out_stride), dim) {
+                            *x *= shrink;
+                        }
                     }
                 }
-                self.mix(scores, chunk, v.skip(start, 0), keys, packed, out);
+                self.mix(scores, stride, v.skip(start, 0), keys, packed, out);
                 start += keys;
             }
             for (row, (_, sum)) in running[..rows].iter().enumerate() {
                 let norm = 1.0 / sum;
-                std::slice::from_raw_parts_mut(out.add(row * out_stride), dim).iter_mut().for_each(|x| *x *= norm);
+                for x in std::slice::from_raw_parts_mut(out.add(row * out_stride), dim) {
+                    *x *= norm;
+                }
             }
         }
     }
@@ -218,7 +225,19 @@ impl Head {
         // SAFETY: promised by the caller.
         unsafe {
             if self.rows <= FEW_ROWS {
-                return product::inner_products(path, k.kind, k, keys, dim, q.at.cast(), self.rows, None, scores, stride);
+                return product::inner_products(
+                    path,
+                    k.kind,
+                    k,
+                    keys,
+                    dim,
+                    q.at.cast(),
+                    q.stride,
+                    self.rows,
+                    Start::Zero,
+                    scores,
+                    stride,
+                );
             }
             for from in (0..keys).step_by(PANEL) {
                 let columns = PANEL.min(keys - from);
@@ -250,7 +269,15 @@ impl Head {
         unsafe {
             if self.rows <= FEW_ROWS {
                 for row in 0..self.rows {
-                    product::weighted_sum(path, v.kind, v, keys, dim, weights.add(row * stride), out.add(row * out_stride));
+                    product::weighted_sum(
+                        path,
+                        v.kind,
+                        v,
+                        keys,
+                        dim,
+                        weights.add(row * stride),
+                        out.add(row * out_stride),
+                    );
                 }
                 return;
             }
@@ -322,7 +349,11 @@ unsafe fn soften_body<L: Floats>(
         let mut highest = L::splat(*max);
         let mut at = from;
         while at < whole {
-            let back = L::madd(L::floats(COUNT.as_ptr()), L::splat(bias.slope), L::splat(-bias.slope * (bias.back - at as f32)));
+            let back = L::madd(
+                L::floats(COUNT.as_ptr()),
+                L::splat(bias.slope),
+                L::splat(-bias.slope * (bias.back - at as f32)),
+            );
             let x = L::madd(L::floats(row.add(at)), L::splat(bias.scale), back);
             highest = L::max(highest, x);
             L::store(row.add(at), x);

@@ -4,6 +4,7 @@
 //! neighbouring columns of one.
 
 #![cfg(target_arch = "x86_64")]
+#![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -33,16 +34,16 @@ pub(crate) fn has_tiles() -> bool {
 }
 
 fn tiles_are_there() -> bool {
+    #[target_feature(enable = "xsave")]
+    fn kept() -> u64 {
+        // SAFETY: register 0 is always there.
+        unsafe { _xgetbv(0) }
+    }
     // Leaf 7: tiles, and bfloat16 in them. Register 0 of the system: it keeps both parts of their state.
     let features = __cpuid_count(7, 0).edx;
     let (bf16, tile, state) = (1 << 22, 1 << 24, 0b11 << 17);
     if features & bf16 == 0 || features & tile == 0 || !is_x86_feature_detected!("xsave") {
         return false;
-    }
-    #[target_feature(enable = "xsave")]
-    fn kept() -> u64 {
-        // SAFETY: register 0 is always there.
-        unsafe { _xgetbv(0) }
     }
     // SAFETY: the processor has the instruction.
     let kept = unsafe { kept() };
@@ -79,10 +80,8 @@ fn permitted() -> bool {
 /// A small product by tiles and by hand.
 fn tiles_add_up() -> bool {
     let value = |i: usize| ((i * 37) % 17) as f32 - 8.0;
-    let (a, panel): (Vec<f32>, Vec<f32>) = (
-        (0..32 * 64).map(value).collect(),
-        (0..64 * PANEL).map(|i| value(i + 5)).collect(),
-    );
+    let (a, panel): (Vec<f32>, Vec<f32>) =
+        ((0..32 * 64).map(value).collect(), (0..64 * PANEL).map(|i| value(i + 5)).collect());
     let (mut rows, mut pairs, mut c) = (vec![0u16; 32 * 64], vec![0u32; 32 * PANEL], vec![0f32; 32 * PANEL]);
     // SAFETY: the buffers have the sizes that are given; the instructions were asked for.
     unsafe {

@@ -14,6 +14,8 @@ pub(crate) const LANES: usize = 16;
 /// Every function may only be called where the processor has the instructions, with pointers to as much as it reads or
 /// writes, sixteen elements at any alignment.
 pub(crate) trait Floats: Copy {
+    /// Whether there are enough registers for two dozen sums.
+    const MANY: bool = false;
     /// A 32-bit float a lane.
     type Float: Copy;
 
@@ -40,6 +42,8 @@ pub(crate) trait Floats: Copy {
     unsafe fn transpose(rows: &mut [Self::Float; LANES]);
     /// Of all lanes.
     unsafe fn sum(x: Self::Float) -> f32;
+    /// Says that the line of memory at `p`, which need not be there, will soon be read.
+    unsafe fn expect(p: *const u8);
 
     /// `eˣ` within 2 units in the last place for `x` up to 88; below -87.33 what it is there, which is next to nothing.
     #[inline(always)]
@@ -169,6 +173,8 @@ impl Floats for Scalar {
     unsafe fn sum(x: [f32; LANES]) -> f32 {
         x.iter().sum()
     }
+    #[inline(always)]
+    unsafe fn expect(_: *const u8) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -176,7 +182,12 @@ pub(crate) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    #![allow(clippy::undocumented_unsafe_blocks, reason = "each is one instruction, and the trait says what it asks for")]
+    #![allow(
+        clippy::undocumented_unsafe_blocks,
+        reason = "each is one instruction, and the trait says what it asks for"
+    )]
+    #![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
+    #![allow(clippy::needless_range_loop, reason = "halves of several operands go together")]
 
     use std::arch::x86_64::*;
 
@@ -221,10 +232,7 @@ mod x86 {
         unsafe fn through_half(x: Self::Float) -> Self::Float {
             unsafe {
                 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
-                [
-                    _mm256_cvtph_ps(_mm256_cvtps_ph::<NEAREST>(x[0])),
-                    _mm256_cvtph_ps(_mm256_cvtps_ph::<NEAREST>(x[1])),
-                ]
+                [_mm256_cvtph_ps(_mm256_cvtps_ph::<NEAREST>(x[0])), _mm256_cvtph_ps(_mm256_cvtps_ph::<NEAREST>(x[1]))]
             }
         }
         #[inline(always)]
@@ -251,19 +259,14 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn halves(p: *const f16) -> Self::Float {
-            unsafe {
-                [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
-            }
+            unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))] }
         }
         #[inline(always)]
         unsafe fn brains(p: *const bf16) -> Self::Float {
             unsafe {
                 let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
                 let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
-                [
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
-                ]
+                [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
             }
         }
         #[inline(always)]
@@ -288,6 +291,10 @@ mod x86 {
                     }
                 }
             }
+        }
+        #[inline(always)]
+        unsafe fn expect(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
         unsafe fn sum(x: Self::Float) -> f32 {
@@ -355,8 +362,7 @@ mod x86 {
             unsafe {
                 let mut x = x;
                 // Byte j of four words of eight bytes each takes bit j of the four bytes of its word.
-                let spread =
-                    _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+                let spread = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
                 let ones = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
                 for i in 0..2 {
                     let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32((which >> (32 * i)) as i32), spread);
@@ -410,13 +416,19 @@ mod x86 {
         #[inline(always)]
         unsafe fn unsigned(p: *const u8) -> Self::Float {
             unsafe {
-                [_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast())))]
+                [
+                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))),
+                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+                ]
             }
         }
         #[inline(always)]
         unsafe fn signed(p: *const u8) -> Self::Float {
             unsafe {
-                [_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast())))]
+                [
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+                ]
             }
         }
         #[inline(always)]
@@ -426,10 +438,7 @@ mod x86 {
                 let low = _mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())), shift);
                 let high = _mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast())), shift);
                 let mask = _mm256_set1_epi32(15);
-                [
-                    _mm256_cvtepi32_ps(_mm256_and_si256(low, mask)),
-                    _mm256_cvtepi32_ps(_mm256_and_si256(high, mask)),
-                ]
+                [_mm256_cvtepi32_ps(_mm256_and_si256(low, mask)), _mm256_cvtepi32_ps(_mm256_and_si256(high, mask))]
             }
         }
     }
@@ -439,6 +448,7 @@ mod x86 {
     pub(crate) struct Avx512;
 
     impl Floats for Avx512 {
+        const MANY: bool = true;
         type Float = __m512;
 
         #[inline(always)]
@@ -527,6 +537,10 @@ mod x86 {
                     r[i + 12] = _mm512_shuffle_f32x4::<0xdd>(high, high_2);
                 }
             }
+        }
+        #[inline(always)]
+        unsafe fn expect(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
         unsafe fn sum(x: __m512) -> f32 {

@@ -32,6 +32,7 @@ mod product;
 mod reduce;
 mod rotary;
 mod shared;
+mod store;
 
 pub use attention::{AttentionOp, Causal, attention};
 pub use blocks::{BlockType, Blocks, dequantise, halves_from_pairs, narrowed, quantise};
@@ -45,3 +46,4 @@ pub use packed::Packed;
 pub use pool::{Pool, parallel, threads};
 pub use reduce::{RowSummary, SumOp, argmax, row_summary};
 pub use rotary::RotaryOp;
+pub use store::StoreOp;

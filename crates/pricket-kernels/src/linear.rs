@@ -1,16 +1,17 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::blocks::{Blocks, dequantise};
-use crate::cpu::path;
-#[cfg(target_arch = "x86_64")]
-use crate::cpu::Path;
-#[cfg(target_arch = "x86_64")]
-use crate::lanes::LANES;
-use crate::gelu::GeluOp;
 #[cfg(target_arch = "x86_64")]
 use crate::brain;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::Path;
+use crate::cpu::path;
+use crate::gelu::GeluOp;
 use crate::integer::{self, Integers};
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::LANES;
 use crate::matrix::Matrix;
 use crate::packed::Packed;
 use crate::pool::{parallel, parallel_chunks, scratch, threads};
@@ -140,10 +141,20 @@ fn linear_then(
             scratch(|buffer| {
                 let (from, to) = (task * step, ((task + 1) * step).min(n));
                 let w = weight.rows(from, to, k, buffer);
-                // SAFETY: sizes were compared above; columns [from, to) of `y` belong to this task alone.
-                unsafe {
-                    let bias = bias.map(|bias| bias.as_ptr().add(from));
-                    product::inner_products(path, w.kind, w, to - from, k, x.as_ptr(), rows, bias, out.at(from), n);
+                // Several rows of activations are taken a part at a time, which stays in the first-level cache.
+                let part = if rows < 4 { k.max(1) } else { (8 << 10) / rows / 16 * 16 };
+                for deep in (0..k).step_by(part) {
+                    let start = match bias {
+                        _ if deep > 0 => Start::Output,
+                        Some(bias) => Start::Row(bias[from..].as_ptr()),
+                        None => Start::Zero,
+                    };
+                    let depth = part.min(k - deep);
+                    // SAFETY: sizes were compared above; columns [from, to) of `y` belong to this task alone.
+                    unsafe {
+                        let (w, x, y) = (w.skip(0, deep), x.as_ptr().add(deep), out.at(from));
+                        product::inner_products(path, w.kind, w, to - from, depth, x, k, rows, start, y, n);
+                    }
                 }
                 finish(then, out, rows, n, from, to);
             });
@@ -262,6 +273,19 @@ fn many_rows_bf16(
             scratch(|panel| {
                 panel.resize(PANEL * depth, 0.0);
                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    let pairs = &mut pairs[i * PANEL * depth / 2..][..PANEL * filled / 2];
+                    if let Stored::BF16(w) = weight
+                        && k % 2 == 0
+                    {
+                        pairs[PANEL * whole / 2..].fill(0);
+                        let w = Rows { at: w.as_ptr().cast(), kind: Kind::F32, stride: k / 2 };
+                        // SAFETY: two columns are a word, as which they are moved; rows and columns are there.
+                        unsafe {
+                            let w = w.skip(first, deep / 2);
+                            product::pack(path, w.kind, w, PANEL.min(to - first), whole / 2, pairs.as_mut_ptr().cast());
+                        }
+                        continue;
+                    }
                     panel[PANEL * whole..PANEL * filled].fill(0.0);
                     match weight {
                         Stored::Packed(w) => {
@@ -281,7 +305,7 @@ fn many_rows_bf16(
                     }
                     // SAFETY: the processor has the instructions, and both were just measured.
                     unsafe {
-                        brain::to_pairs(panel.as_ptr(), filled, pairs[i * PANEL * depth / 2..].as_mut_ptr());
+                        brain::to_pairs(panel.as_ptr(), filled, pairs.as_mut_ptr());
                     }
                 }
             });
@@ -431,7 +455,8 @@ impl CustomOp1 for LinearOp {
         }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = outer;
-        let rounded = (self.activations == Activations::Q8 && !self.transposed).then(|| rounded(x, &self.weight)).flatten();
+        let rounded =
+            (self.activations == Activations::Q8 && !self.transposed).then(|| rounded(x, &self.weight)).flatten();
         let x = rounded.as_deref().unwrap_or(x);
         let mut y = vec![0f32; x.len() / inner.max(1) * outer];
         self.with_weight(|w| -> Result<()> {
@@ -468,7 +493,13 @@ impl CustomOp1 for LinearOp {
         if self.then.is_some() {
             bail!("linear: no gradient goes through a function of the result");
         }
-        let op = LinearOp { weight: self.weight.clone(), bias: None, activations: Activations::F32, transposed: !self.transposed, then: None };
+        let op = LinearOp {
+            weight: self.weight.clone(),
+            bias: None,
+            activations: Activations::F32,
+            transposed: !self.transposed,
+            then: None,
+        };
         Ok(Some(grad.detach().contiguous()?.apply_op1_no_bwd(&op)?))
     }
 }
@@ -478,7 +509,12 @@ impl CustomOp1 for LinearOp {
 fn rounded(x: &[f32], weight: &Matrix) -> Option<Vec<f32>> {
     match weight {
         Matrix::Dense(weight) => match weight.dtype() {
-            DType::F16 => Some(x.iter().map(|&x| f16::from_f32(x).to_f32()).collect()),
+            DType::F16 => {
+                let (mut halves, mut wide) = (vec![f16::ZERO; x.len()], vec![0f32; x.len()]);
+                halves.convert_from_f32_slice(x);
+                halves.convert_to_f32_slice(&mut wide);
+                Some(wide)
+            }
             DType::BF16 => Some(x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()),
             _ => None,
         },
@@ -551,7 +587,13 @@ mod tests {
             for rows in [1, 3, 20] {
                 let x = Var::from_tensor(&Tensor::randn(0f32, 1.0, (rows, 256), &Device::Cpu).unwrap()).unwrap();
                 let y = x
-                    .apply_op1(LinearOp { weight: blocks.clone(), bias: None, activations: Activations::F32, transposed: false, then: None })
+                    .apply_op1(LinearOp {
+                        weight: blocks.clone(),
+                        bias: None,
+                        activations: Activations::F32,
+                        transposed: false,
+                        then: None,
+                    })
                     .unwrap();
                 let reference = twin(&x, &dense, None);
                 assert!(worst(&y, &reference) < 2e-4);
@@ -570,7 +612,8 @@ mod tests {
                 weight: Matrix::Dense(w.as_tensor().clone()),
                 bias: None,
                 activations: Activations::F32,
-                transposed: false, then: None
+                transposed: false,
+                then: None,
             })
             .unwrap();
         let grads = y.sum_all().unwrap().backward().unwrap();

@@ -220,7 +220,8 @@ fn unpack_block(kind: BlockType, block: &[u8], row: usize, head: &mut [u8], q: &
                 put((4 + step) * LANES + row, &[scale as u8]);
                 put((12 + step) * LANES + row, &[min as u8]);
             }
-            let (high, low) = if kind == BlockType::Q4K { (&[0; 32][..], &block[16..]) } else { block[16..].split_at(32) };
+            let (high, low) =
+                if kind == BlockType::Q4K { (&[0; 32][..], &block[16..]) } else { block[16..].split_at(32) };
             for (i, q) in q.iter_mut().enumerate() {
                 *q = low[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15 | (high[i % 32] >> (i / 32) & 1) << 4;
             }
@@ -411,7 +412,8 @@ mod tests {
             match Packed::new(Blocks::new(kind, rows, columns, bytes)) {
                 Ok(packed) => {
                     // A product with a minimum that is not a number is none either way; which one is no matter.
-                    let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a == b || (a.is_nan() && b.is_nan());
+                    let same =
+                        |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a == b || (a.is_nan() && b.is_nan());
                     let found = packed.to_f32();
                     let worst = found.iter().zip(&expected).position(|pair| !same(pair));
                     assert_eq!(worst, None, "{kind}: {:?}", worst.map(|i| (found[i], expected[i])));

@@ -146,7 +146,7 @@ impl Shared {
 
     fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes; the pointer is not followed after the job is closed, below.
-        let run: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(std::ptr::from_ref(f)) };
+        let run = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
         // SAFETY: this caller holds `busy`, and no worker is active.
         unsafe { *self.job.get() = Some(Job { run, tasks }) };
         self.next.store(0, Ordering::SeqCst);
@@ -170,13 +170,13 @@ impl Shared {
     }
 
     fn take_tasks(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        INSIDE.set(true);
         struct Out;
         impl Drop for Out {
             fn drop(&mut self) {
                 INSIDE.set(false);
             }
         }
+        INSIDE.set(true);
         let _out = Out;
         loop {
             let task = self.next.fetch_add(1, Ordering::Relaxed);

@@ -5,9 +5,9 @@
 use half::{bf16, f16};
 
 use crate::cpu::Path;
-use crate::lanes::{Floats, LANES, Scalar};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::{Avx2, Avx512};
+use crate::lanes::{Floats, LANES, Scalar};
 
 /// Columns of a panel: two vectors.
 pub(crate) const PANEL: usize = 2 * LANES;
@@ -100,15 +100,18 @@ unsafe fn single<const KIND: u8>(p: *const u8) -> f32 {
 macro_rules! by_path_and_kind {
     ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
         $(#[$doc])*
+        #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
         pub(crate) unsafe fn $name(path: Path, kind: Kind, $($arg: $type),*) {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c,fma")]
+                #[allow(clippy::too_many_arguments, reason = "as its caller")]
                 unsafe fn avx512<const KIND: u8>($($arg: $type),*) {
                     // SAFETY: as the caller's caller promises.
                     unsafe { $body::<Avx512, KIND>($($arg),*) }
                 }
                 #[target_feature(enable = "avx2,f16c,fma")]
+                #[allow(clippy::too_many_arguments, reason = "as its caller")]
                 unsafe fn avx2<const KIND: u8>($($arg: $type),*) {
                     // SAFETY: as the caller's caller promises.
                     unsafe { $body::<Avx2, KIND>($($arg),*) }
@@ -141,13 +144,14 @@ macro_rules! by_path_and_kind {
 }
 
 by_path_and_kind! {
-    /// Inner products of each of `rows` rows of `w` with each of `count` rows of `x`, which lie `k` apart: that of row `j`
-    /// with row `i` goes to `out[i * out_stride + j]`, plus `bias[j]`. Every row of `w` is read once.
+    /// Inner products of each of `rows` rows of `w` with each of `count` rows of `x`, which lie `x_stride` apart: that of row
+    /// `j` with row `i` goes to `out[i * out_stride + j]`. Every row of `w` is read once.
     ///
     /// # Safety
     /// All of that can be read and written.
     inner_products, inner_products_body, (
-        w: Rows, rows: usize, k: usize, x: *const f32, count: usize, bias: Option<*const f32>, out: *mut f32, out_stride: usize
+        w: Rows, rows: usize, k: usize, x: *const f32, x_stride: usize, count: usize, start: Start, out: *mut f32,
+        out_stride: usize
     )
 }
 
@@ -160,81 +164,159 @@ unsafe fn inner_products_body<L: Floats, const KIND: u8>(
     rows: usize,
     k: usize,
     x: *const f32,
+    x_stride: usize,
     count: usize,
-    bias: Option<*const f32>,
+    start: Start,
     out: *mut f32,
     out_stride: usize,
 ) {
-    for row in 0..rows {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let w = w.from(row, 0);
-            let b = bias.map_or(0.0, |bias| *bias.add(row));
-            let out = out.add(row);
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut row = 0;
+        // Several rows of weights at once, where registers hold their sums: activations are loaded once for all of them.
+        let together = const { if L::MANY { 3 } else { 1 } };
+        while count >= 4 && together > 1 && row + together <= rows {
             let mut i = 0;
             while i + 8 <= count {
-                some_rows::<L, KIND, 8, 1>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
+                some_rows::<L, KIND, 3, 8, 1>(
+                    w,
+                    row,
+                    k,
+                    x.add(i * x_stride),
+                    x_stride,
+                    start,
+                    out.add(i * out_stride),
+                    out_stride,
+                );
                 i += 8;
             }
             if i + 4 <= count {
-                some_rows::<L, KIND, 4, 1>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
+                some_rows::<L, KIND, 3, 4, 1>(
+                    w,
+                    row,
+                    k,
+                    x.add(i * x_stride),
+                    x_stride,
+                    start,
+                    out.add(i * out_stride),
+                    out_stride,
+                );
                 i += 4;
             }
-            if i + 2 <= count {
-                some_rows::<L, KIND, 2, 2>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
-                i += 2;
+            while i < count {
+                some_rows::<L, KIND, 3, 1, 2>(
+                    w,
+                    row,
+                    k,
+                    x.add(i * x_stride),
+                    x_stride,
+                    start,
+                    out.add(i * out_stride),
+                    out_stride,
+                );
+                i += 1;
             }
-            if i < count {
-                some_rows::<L, KIND, 1, 4>(w, k, x.add(i * k), b, out.add(i * out_stride), out_stride);
+            row += together;
+        }
+        for row in row..rows {
+            let mut i = 0;
+            while i + 4 <= count {
+                some_rows::<L, KIND, 1, 4, 1>(
+                    w,
+                    row,
+                    k,
+                    x.add(i * x_stride),
+                    x_stride,
+                    start,
+                    out.add(i * out_stride),
+                    out_stride,
+                );
+                i += 4;
+            }
+            while i < count {
+                some_rows::<L, KIND, 1, 1, 4>(
+                    w,
+                    row,
+                    k,
+                    x.add(i * x_stride),
+                    x_stride,
+                    start,
+                    out.add(i * out_stride),
+                    out_stride,
+                );
+                i += 1;
             }
         }
     }
 }
 
-/// A row of weights times `R` rows, in `U` sums each.
+/// `W` rows of weights from `row` on times `R` rows, in `U` sums each.
 ///
 /// # Safety
 /// As [`inner_products_body`].
 #[inline(always)]
-unsafe fn some_rows<L: Floats, const KIND: u8, const R: usize, const U: usize>(
-    w: *const u8,
+#[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
+#[allow(clippy::needless_range_loop, reason = "rows, rows and sums go together")]
+unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, const U: usize>(
+    w: Rows,
+    row: usize,
     k: usize,
     x: *const f32,
-    bias: f32,
+    x_stride: usize,
+    start: Start,
     out: *mut f32,
     out_stride: usize,
 ) {
     // SAFETY: promised by the caller.
     unsafe {
         let size = const { if KIND == 0 { 4 } else { 2 } };
-        let mut sums = [[L::splat(0.0); U]; R];
+        let out = out.add(row);
+        let (apart, w) = (w.stride * size, w.from(row, 0));
+        let mut sums = [[[L::splat(0.0); U]; R]; W];
         let mut at = 0;
         while at + LANES * U <= k {
             for u in 0..U {
-                let w = load::<L, KIND>(w.add((at + LANES * u) * size));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    sums[u] = L::madd(L::floats(x.add(r * k + at + LANES * u)), w, sums[u]);
+                let mut wide = [L::splat(0.0); W];
+                for (j, wide) in wide.iter_mut().enumerate() {
+                    let w = w.add(j * apart + (at + LANES * u) * size);
+                    L::expect(w.wrapping_add(2 << 10));
+                    *wide = load::<L, KIND>(w);
+                }
+                for r in 0..R {
+                    let x = L::floats(x.add(r * x_stride + at + LANES * u));
+                    for j in 0..W {
+                        sums[j][r][u] = L::madd(x, wide[j], sums[j][r][u]);
+                    }
                 }
             }
             at += LANES * U;
         }
         while at + LANES <= k {
-            let w = load::<L, KIND>(w.add(at * size));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                sums[0] = L::madd(L::floats(x.add(r * k + at)), w, sums[0]);
+            for j in 0..W {
+                let wide = load::<L, KIND>(w.add(j * apart + at * size));
+                for r in 0..R {
+                    sums[j][r][0] = L::madd(L::floats(x.add(r * x_stride + at)), wide, sums[j][r][0]);
+                }
             }
             at += LANES;
         }
-        for (r, sums) in sums.iter().enumerate() {
-            let mut sum = sums[0];
-            for more in &sums[1..] {
-                sum = L::add(sum, *more);
+        for (j, sums) in sums.iter().enumerate() {
+            for (r, sums) in sums.iter().enumerate() {
+                let mut sum = sums[0];
+                for more in &sums[1..] {
+                    sum = L::add(sum, *more);
+                }
+                let mut sum = L::sum(sum);
+                for at in at..k {
+                    sum += *x.add(r * x_stride + at) * single::<KIND>(w.add(j * apart + at * size));
+                }
+                let out = out.add(r * out_stride + j);
+                *out = match start {
+                    Start::Zero => sum,
+                    Start::Row(bias) => sum + *bias.add(row + j),
+                    Start::Output => sum + *out,
+                };
             }
-            let mut sum = L::sum(sum);
-            for at in at..k {
-                sum += *x.add(r * k + at) * single::<KIND>(w.add(at * size));
-            }
-            *out.add(r * out_stride) = sum + bias;
         }
     }
 }
@@ -271,7 +353,11 @@ unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, o
             }
             for at in at..k {
                 for row in 0..LANES {
-                    let value = if row < count { single::<KIND>(w.at.add(((first + row) * w.stride + at) * size)) } else { 0.0 };
+                    let value = if row < count {
+                        single::<KIND>(w.at.add(((first + row) * w.stride + at) * size))
+                    } else {
+                        0.0
+                    };
                     *out.add(at * PANEL + first + row) = value;
                 }
             }
@@ -319,7 +405,13 @@ by_path_and_kind! {
 /// # Safety
 /// As [`weighted_sum`]; the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(v: Rows, rows: usize, k: usize, weights: *const f32, out: *mut f32) {
+unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
+    v: Rows,
+    rows: usize,
+    k: usize,
+    weights: *const f32,
+    out: *mut f32,
+) {
     // SAFETY: promised by the caller.
     unsafe {
         let mut at = 0;
@@ -345,7 +437,12 @@ unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(v: Rows, rows: usize, k: 
 /// # Safety
 /// As [`weighted_sum_body`].
 #[inline(always)]
-unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(v: Rows, rows: usize, weights: *const f32, out: *mut f32) {
+unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(
+    v: Rows,
+    rows: usize,
+    weights: *const f32,
+    out: *mut f32,
+) {
     // SAFETY: promised by the caller.
     unsafe {
         let size = const { if KIND == 0 { 4 } else { 2 } };
@@ -535,7 +632,8 @@ mod tests {
                     let mut y = vec![f32::NAN; rows * n];
                     // SAFETY: the sizes are those of the slices.
                     unsafe {
-                        inner_products(path, kind, w, n, k, x.as_ptr(), rows, Some(bias.as_ptr()), y.as_mut_ptr(), n);
+                        let start = Start::Row(bias.as_ptr());
+                        inner_products(path, kind, w, n, k, x.as_ptr(), k, rows, start, y.as_mut_ptr(), n);
                     }
                     check(&y, "inner products");
                     y.fill(f32::NAN);
@@ -576,7 +674,8 @@ mod tests {
 
     #[test]
     fn the_exponential_is_within_two_units_in_the_last_place() {
-        let x: Vec<f32> = (0..87_000).map(|i| i as f32 * -1e-3).chain([0.0, -87.5, -100.0, f32::NEG_INFINITY]).collect();
+        let x: Vec<f32> =
+            (0..87_000).map(|i| i as f32 * -1e-3).chain([0.0, -87.5, -100.0, f32::NEG_INFINITY]).collect();
         let mut y = vec![0f32; x.len().next_multiple_of(LANES)];
         let mut padded = x.clone();
         padded.resize(y.len(), 0.0);

@@ -110,12 +110,11 @@ fn sum(parts: &[&[f32]]) -> Vec<f32> {
     parallel_chunks(&mut out, TASK, |i, out| {
         let len = out.len();
         let part = |j: usize| &parts[j][i * TASK..][..len];
-        match parts.len() {
-            2 => out.iter_mut().zip(part(0)).zip(part(1)).for_each(|((out, a), b)| *out = a + b),
-            _ => {
-                let parts = part(0).iter().zip(part(1)).zip(part(2));
-                out.iter_mut().zip(parts).for_each(|(out, ((a, b), c))| *out = a + b + c);
-            }
+        if parts.len() == 2 {
+            out.iter_mut().zip(part(0)).zip(part(1)).for_each(|((out, a), b)| *out = a + b);
+        } else {
+            let parts = part(0).iter().zip(part(1)).zip(part(2));
+            out.iter_mut().zip(parts).for_each(|(out, ((a, b), c))| *out = a + b + c);
         }
     });
     out

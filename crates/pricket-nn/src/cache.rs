@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 /// Positions are reserved in multiples of this.
 const CHUNK: usize = 64;
@@ -127,7 +127,7 @@ impl Cache {
         }
         let slot = slot.as_ref().expect("just made");
         let put = |past: &Tensor, new: &Tensor| -> Result<Tensor> {
-            past.slice_set(&new.detach().to_dtype(stored)?.contiguous()?, 2, at)?;
+            ops::store(past, new, at)?;
             if new.track_op() {
                 // Written storage has no gradient: the new positions are appended to the past as they are.
                 let new = new.contiguous()?;

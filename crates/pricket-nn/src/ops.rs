@@ -5,10 +5,11 @@
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
 use candle_core::{D, DType, Tensor};
-use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, SumOp};
 pub use pricket_kernels::{
-    Activations, BlockType, Blocks, Gelu, Matrix, Pool, argmax, chosen as cpu_path, keep_freed_memory, narrowed, quantise, row_summary,
+    Activations, BlockType, Blocks, Gelu, Matrix, Pool, argmax, chosen as cpu_path, keep_freed_memory, narrowed,
+    quantise, row_summary,
 };
+use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, StoreOp, SumOp};
 
 use crate::Result;
 
@@ -97,7 +98,13 @@ pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) ->
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn linear_gelu(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, form: Gelu, activations: Activations) -> Result<Tensor> {
+pub fn linear_gelu(
+    x: &Tensor,
+    weight: &Matrix,
+    bias: Option<&Tensor>,
+    form: Gelu,
+    activations: Activations,
+) -> Result<Tensor> {
     let tracked = x.track_op() || weight.track_op() || bias.is_some_and(Tensor::track_op);
     if on_our_kernels(x) && !tracked {
         let then = Some(GeluOp { form, as_ggml: activations == Activations::Q8 });
@@ -156,6 +163,19 @@ pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let rest = x.narrow(D::Minus1, 2 * pairs, dim - 2 * pairs)?;
     let parts = if 2 * pairs < dim { vec![turned_a, turned_z, rest] } else { vec![turned_a, turned_z] };
     Ok(Tensor::cat(&parts, D::Minus1)?.contiguous()?)
+}
+
+/// Writes `new` of `[b, h, t, head_dim]` into `past`, `[b, h, capacity, head_dim]` in its own type, from position `at` on. No
+/// gradient goes through it.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn store(past: &Tensor, new: &Tensor, at: usize) -> Result<()> {
+    let new = new.detach();
+    if on_our_kernels(&new) && new.stride().last() == Some(&1) {
+        return Ok(past.narrow(2, at, new.dim(2)?)?.inplace_op2(&new, &StoreOp)?);
+    }
+    Ok(past.slice_set(&new.to_dtype(past.dtype())?.contiguous()?, 2, at)?)
 }
 
 /// What becomes of the scores of queries and keys before the softmax.

@@ -183,7 +183,17 @@ impl Weights {
         progress: Arc<dyn Progress>,
     ) -> Self {
         let (device, state) = (device.clone(), Mutex::default());
-        let shared = Shared { store, names, device, policy, progress, in_model_order: false, precision: Activations::F32, cache: None, state };
+        let shared = Shared {
+            store,
+            names,
+            device,
+            policy,
+            progress,
+            in_model_order: false,
+            precision: Activations::F32,
+            cache: None,
+            state,
+        };
         Self { shared: Arc::new(shared), path: String::new() }
     }
 
