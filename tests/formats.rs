@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use pricket::candle::{DType, Device, Tensor};
-use pricket::{BlockType, Context, ConvertOptions, Dtype, Loader, Pricket, Quantisation, Target, Tokenizer};
+use pricket::{BlockType, Context, ConvertOptions, Dtype, Loader, Precision, Pricket, Quantisation, Target, Tokenizer};
 
 use crate::common::{directories_with, root, worst};
 
@@ -53,7 +53,12 @@ fn conversions_keep_every_value() {
         let expected = logits(&loaded);
         let hub = dir.path().join(format!("{i}"));
         Loader::new(&source).convert(&hub, &options(Target::F32)).unwrap();
-        assert_eq!(worst(&logits(&load(&hub)), &expected), 0.0, "{}", source.display());
+        // Widened, blocks are multiplied as the numbers of the copy are: then there is no difference at all.
+        let widened = logits(&Loader::new(&source).precision(Precision::F32).load().unwrap());
+        assert_eq!(worst(&logits(&load(&hub)), &widened), 0.0, "{}", source.display());
+        let apart = worst(&widened, &expected);
+        // Sums in another order: logits of the size of ten have a last place of 1e-6.
+        assert!(apart < 3e-5, "{}: {apart}", source.display());
         for target in [Target::F32, Target::Stored] {
             let file = dir.path().join(format!("{i}-{target:?}.gguf"));
             let done = Loader::new(&source).convert(&file, &options(target));
@@ -65,7 +70,8 @@ fn conversions_keep_every_value() {
                 continue;
             }
             let done = done.unwrap_or_else(|e| panic!("{}: {e}", source.display()));
-            let found = worst(&logits(&load(&file)), &expected);
+            let source_logits = if target == Target::F32 { &widened } else { &expected };
+            let found = worst(&logits(&load(&file)), source_logits);
             // What has no blocks of today is f16, and says so.
             let rounded = target == Target::Stored && done.notes.iter().any(|note| note.contains("are F16"));
             assert!(found < if rounded { 2e-2 } else { 1e-5 }, "{} {target:?}: {found}", source.display());
@@ -74,7 +80,7 @@ fn conversions_keep_every_value() {
                 // And back from there.
                 let back = dir.path().join(format!("{i}-back"));
                 Loader::new(&file).convert(&back, &options(Target::F32)).unwrap();
-                assert!(worst(&logits(&load(&back)), &expected) < 1e-5, "{}", source.display());
+                assert!(worst(&logits(&load(&back)), &widened) < 1e-5, "{}", source.display());
             }
         }
     }

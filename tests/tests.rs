@@ -38,6 +38,9 @@ mod chat;
 /// What is known of every published checkpoint.
 mod cards;
 
+/// Instruction paths, threads, rounded activations.
+mod kernels;
+
 /// Models by their ids: a server that speaks the Hub's protocol, its steps and single tensors.
 mod hub;
 

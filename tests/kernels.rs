@@ -1,0 +1,104 @@
+use std::collections::BTreeSet;
+use std::process::Stdio;
+
+use pricket::candle::DType;
+use pricket::{Activations, BlockType, GenerateOptions, Loader, Quantisation};
+
+use crate::common::{directories_with, example, root};
+
+/// Every golden case gives what it should with each instruction set that this processor has.
+#[test]
+fn every_instruction_path_passes_the_golden_cases() {
+    let models = directories_with(&root().join("tests/golden/models"), "case.json");
+    let files = directories_with(&root().join("tests/golden/files"), "case.json");
+    for path in ["scalar", "avx2", "avx512", "amx"] {
+        let mut command = example("parity");
+        let output = command.args(models.iter().chain(&files)).env("PRICKET_CPU", path).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        // A path that is not there is refused by name, and the best one is what every other test takes.
+        if path != "scalar" && said.contains("this processor has") {
+            continue;
+        }
+        assert!(output.status.success(), "{path}: {said}");
+    }
+}
+
+#[test]
+fn a_path_that_does_not_exist_is_refused() {
+    let output = example("generate").args(["-n", "1"]).env("PRICKET_CPU", "mmx").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("PRICKET_CPU is \"mmx\"; it can be scalar"), "{said}");
+}
+
+/// Neither candle's threads nor rayon's are ever started while text is generated: all work is on pricket's own.
+#[cfg(target_os = "linux")]
+#[test]
+fn other_pools_stay_asleep() {
+    let mut command = example("bench");
+    command.args(["--shape", "14m", "--threads", "3", "--prefill", "512", "--decode", "16", "--new-tokens", "64"]);
+    let mut child = command.args(["--runs", "30"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut seen = BTreeSet::new();
+    while child.try_wait().unwrap().is_none() {
+        // Threads come and go while they are listed.
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).into_iter().flatten().flatten();
+        seen.extend(tasks.filter_map(|task| {
+            let name = std::fs::read_to_string(task.path().join("comm")).ok()?;
+            let id = task.file_name().to_string_lossy().into_owned();
+            Some((name.trim().to_owned(), id))
+        }));
+        std::thread::yield_now();
+    }
+    assert!(child.wait().unwrap().success());
+    let names: Vec<&str> = seen.iter().map(|(name, _)| name.as_str()).collect();
+    let ours = names.iter().filter(|name| name.starts_with("pricket-")).count();
+    assert_eq!(ours, 2, "{names:?}");
+    assert!(!names.iter().any(|name| name.contains("candle") || name.contains("rayon")), "{names:?}");
+}
+
+/// Rounded activations and caches cost little: the divergence of the next token's probabilities from those of f32, over a
+/// text that the model knows.
+#[test]
+fn what_is_rounded_stays_close() {
+    let text = "My fellow citizens, the people of the United States have called me to the office of their President, and I \
+                come before you to take the oath that the Constitution prescribes.";
+    let probabilities = |loader: Loader| {
+        let model = loader.threads(2).load().unwrap();
+        let ids = model.encode(text).unwrap();
+        // Token by token, so that keys and values pass through the cache.
+        let mut rows = Vec::new();
+        for end in 1..ids.len() {
+            let options = GenerateOptions { max_tokens: 1, ..Default::default() };
+            let mut generation = model.generation(vec![ids[..end].to_vec()], &options).unwrap();
+            generation.step().unwrap();
+            let logits = &generation.logits()[0];
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f64 = logits.iter().map(|x| f64::from(x - max).exp()).sum();
+            rows.push(logits.iter().map(|x| f64::from(x - max) - sum.ln()).collect::<Vec<f64>>());
+        }
+        rows
+    };
+    let divergence = |exact: &[Vec<f64>], rounded: &[Vec<f64>]| {
+        let row = |(p, q): (&Vec<f64>, &Vec<f64>)| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+        exact.iter().zip(rounded).map(row).sum::<f64>() / exact.len() as f64
+    };
+    let tiny = || Loader::embedded("tiny").unwrap();
+    let exact = probabilities(tiny());
+    for (what, loader, allowed) in [
+        ("f16 cache", tiny().cache(DType::F16), 1e-5),
+        // A number of bfloat16 has eight bits.
+        ("bf16 cache", tiny().cache(DType::BF16), 1e-3),
+        ("bf16", tiny().activations(Activations::BF16), 1e-3),
+        ("q8", tiny().activations(Activations::Q8), 1e-4),
+    ] {
+        let found = divergence(&exact, &probabilities(loader));
+        println!("{what}: {found:.2e}");
+        assert!(found.abs() < allowed, "{what}: {found}");
+    }
+    for kind in [BlockType::Q4_0, BlockType::Q5_1, BlockType::Q8_0] {
+        let quantised = || tiny().quantise(Quantisation { weights: kind, tables: Some(kind) });
+        let exact = probabilities(quantised());
+        let found = divergence(&exact, &probabilities(quantised().activations(Activations::Q8)));
+        println!("q8 beside {kind}: {found:.2e}");
+        assert!(found.abs() < 1e-3, "{kind}: {found}");
+    }
+}
