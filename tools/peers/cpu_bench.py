@@ -27,8 +27,8 @@ ctx = L.llama_init_from_model(model, p)
 vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
 prompt = lambda n: [i * 7919 % vocab for i in range(n)]
 def run(ids):
-    batch = L.llama_batch_get_one((L.llama_token * len(ids))(*ids), len(ids))
-    assert L.llama_decode(ctx, batch) == 0
+    tokens = (L.llama_token * len(ids))(*ids)  # the batch only points to it
+    assert L.llama_decode(ctx, L.llama_batch_get_one(tokens, len(ids))) == 0
     return int(np.ctypeslib.as_array(L.llama_get_logits_ith(ctx, -1), shape=(vocab,)).argmax())
 def clear(): L.llama_memory_clear(L.llama_get_memory(ctx), True)
 run(prompt(8)); out = {}

@@ -231,9 +231,9 @@ fn many_bf16_pay(weight: Stored<'_>, rows: usize) -> bool {
 #[cfg(target_arch = "x86_64")]
 const DEEP: usize = 256;
 
-/// As [`PANELS`].
+/// As [`PANELS`]: products are so fast that rows must not be fetched again for every few columns.
 #[cfg(target_arch = "x86_64")]
-const DEEP_PANELS: usize = 2;
+const DEEP_PANELS: usize = 8;
 
 /// [`linear`] of many rows, both factors rounded to bfloat16.
 #[cfg(target_arch = "x86_64")]
@@ -259,10 +259,11 @@ fn many_rows_bf16(
             unsafe { brain::to_rows(x.as_ptr(), k, short.as_mut_ptr()) };
         }
     });
-    let step = DEEP_PANELS * PANEL;
+    let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, DEEP_PANELS);
+    let step = panels * PANEL;
     parallel(n.div_ceil(step), |task| {
         let (from, to) = (task * step, ((task + 1) * step).min(n));
-        let mut pairs = vec![0u32; DEEP_PANELS * PANEL * depth / 2];
+        let mut pairs = vec![0u32; panels * PANEL * depth / 2];
         if path == Path::Amx {
             // SAFETY: the path is taken where the system has permitted tiles.
             unsafe { brain::configure() };
