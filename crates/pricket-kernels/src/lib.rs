@@ -2,8 +2,11 @@
 //!
 //! Tensors only: nothing here knows a layer, a cache or a model. Every operation has a twin in plain candle ops in
 //! `pricket-nn`, and tests that compare the two over shapes and types. Activations are f32; weights stay as they are
-//! stored (f32, f16, bf16, quantised [`Blocks`]) and are widened a panel at a time, so that memory is the file's size and
-//! accumulation is f32.
+//! stored (f32, f16, bf16, quantised [`Packed`] rows) and are widened a panel at a time, if at all, so that memory is the
+//! file's size and accumulation is f32.
+//!
+//! What the processor can do is found at run time: [`Path`] lists the forms, and the environment variable `PRICKET_CPU` forces
+//! one. Work is split over the threads of the [`Pool`] that the caller installs.
 //!
 //! ```
 //! use pricket_kernels::{Stored, linear};
