@@ -12,6 +12,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Result, Tensor, bail};
 use half::f16;
 
+#[cfg(target_arch = "x86_64")]
 use crate::cpu::{Path, path};
 use crate::pool::{parallel, parallel_chunks};
 

@@ -1,5 +1,10 @@
 //! What the processor can do; one answer for every kernel, found once.
 
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, unused_variables, unused_unsafe, reason = "vectors are x86-64's so far")
+)]
+
 use std::sync::OnceLock;
 
 /// An instruction set that the kernels have a form for, the later the faster.

@@ -5,6 +5,10 @@
 //! beside the largest of its block. Sums of products are exact integers in every instruction set, and three of them cost
 //! less than widening the weights would.
 
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, unused_variables, unused_unsafe, reason = "vectors are x86-64's so far")
+)]
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
 use half::f16;

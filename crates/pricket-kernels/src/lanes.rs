@@ -1,6 +1,10 @@
 //! Sixteen lanes of arithmetic in every instruction set: kernels are written once over this trait, and become vector code
 //! in the functions that have the instructions.
 
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, unused_variables, unused_unsafe, reason = "vectors are x86-64's so far")
+)]
 #![allow(clippy::inline_always, reason = "they must become part of the functions that have the instructions")]
 
 use half::{bf16, f16};
