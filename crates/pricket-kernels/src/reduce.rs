@@ -20,12 +20,12 @@ pub struct RowSummary {
     pub finite: bool,
 }
 
-/// Summarises a row in two passes; a row with no element, or with one that is no number, is not finite and has 0 for the rest.
+/// Summarises a row in two passes. Of a row with no element, or with one that is no number, neither maximum nor sum is one.
 pub fn row_summary(row: &[f32]) -> RowSummary {
     // SAFETY: the path is one that the processor has.
     let (max, finite) = unsafe { largest(path(), row) };
     if row.is_empty() || max.is_nan() {
-        return RowSummary { max: 0.0, argmax: 0, log_sum: 0.0, finite: false };
+        return RowSummary { max: f32::NAN, argmax: 0, log_sum: f64::NAN, finite: false };
     }
     // SAFETY: as above.
     let sum = unsafe { sum_of_exponentials(path(), row, max) };
@@ -186,7 +186,10 @@ mod tests {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut row = vec![1f32; 34];
                 row[at] = bad;
-                assert!(!row_summary(&row).finite);
+                let summary = row_summary(&row);
+                assert!(!summary.finite);
+                // No likelihood comes out of a row with something in it that is no number, or without bound.
+                assert_eq!((f64::from(1.0 - summary.max) - summary.log_sum).is_finite(), bad == f32::NEG_INFINITY);
             }
         }
         assert!(!row_summary(&[]).finite);

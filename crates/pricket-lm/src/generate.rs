@@ -3,8 +3,8 @@ use std::sync::Arc;
 use candle_core::{IndexOp, Tensor};
 use pricket_nn::{Cache, CausalLm, Context, Error as NnError};
 
-use crate::score::logprob;
-use crate::{Error, Result, Sampler, Sampling, check_finite};
+use crate::score::{logprob_of, summary_of};
+use crate::{Error, Result, Sampler, Sampling};
 
 /// Prompt positions read at a time: it bounds the memory that reading a long prompt takes.
 const PREFILL: usize = 512;
@@ -173,7 +173,7 @@ impl Generation {
         let limit = self.model.info().context;
         let mut tokens = Vec::with_capacity(self.rows.len());
         for (row, logits) in self.rows.iter_mut().zip(&logits) {
-            check_finite(&*self.model, logits, &row.ids)?;
+            let summary = summary_of(&*self.model, logits, &row.ids)?;
             let mut scores = logits.clone();
             if let Some(vocab) = row.request.vocab.filter(|&vocab| vocab < scores.len()) {
                 scores[vocab..].fill(f32::NEG_INFINITY);
@@ -190,7 +190,7 @@ impl Generation {
                 full.then_some(Finish::Context)
             };
             row.done = finish.is_some();
-            tokens.push(Token { row: row.index, id, logprob: logprob(logits, id)?.0, finish });
+            tokens.push(Token { row: row.index, id, logprob: logprob_of(&summary, logits, id)?.0, finish });
         }
         self.logits = logits;
         Ok(Some(tokens))

@@ -1,4 +1,5 @@
 use candle_core::{D, IndexOp, Tensor};
+use pricket_nn::ops::RowSummary;
 use pricket_nn::{CausalLm, Context, ops};
 
 use crate::{Error, Result};
@@ -46,11 +47,15 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogp
 
 /// Log-softmax of `row` at `id`, summed in f64.
 pub(crate) fn logprob(row: &[f32], id: u32) -> Result<(f32, bool)> {
+    logprob_of(&ops::row_summary(row), row, id)
+}
+
+/// As [`logprob`], of a row that was summarised before.
+pub(crate) fn logprob_of(summary: &RowSummary, row: &[f32], id: u32) -> Result<(f32, bool)> {
     let Some(&target) = row.get(id as usize) else {
         return Err(Error::Input(format!("token {id} is outside the vocabulary of {}", row.len())));
     };
-    let row = ops::row_summary(row);
-    Ok(((f64::from(target - row.max) - row.log_sum) as f32, target >= row.max))
+    Ok(((f64::from(target - summary.max) - summary.log_sum) as f32, target >= summary.max))
 }
 
 /// Mean cross-entropy of each token of `ids` `[b, t]` given those before it, with a gradient: a scalar.
@@ -73,7 +78,13 @@ pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`Error::NonFinite`].
 pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<()> {
-    if ops::row_summary(logits).finite { Ok(()) } else { Err(diagnose(model, ids)) }
+    summary_of(model, logits, ids).map(drop)
+}
+
+/// What `logits` amount to, refused as [`check_finite`] refuses them.
+pub(crate) fn summary_of(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<RowSummary> {
+    let summary = ops::row_summary(logits);
+    if summary.finite { Ok(summary) } else { Err(diagnose(model, ids)) }
 }
 
 /// Runs `ids` once more, looking after every layer.
