@@ -7,7 +7,8 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 use crate::cpu::{Path, by_path, path};
 use crate::lanes::{Floats, LANES};
 use crate::pool::{parallel, scratch};
-use crate::product::{self, Kind, PANEL, Product, Rows, Start};
+use crate::product::{PANEL, Product, Start};
+use crate::rows::{self, Kind, Rows};
 use crate::shared::Shared;
 
 /// Query rows that one task takes.
@@ -225,7 +226,7 @@ impl Head {
         // SAFETY: promised by the caller.
         unsafe {
             if self.rows <= FEW_ROWS {
-                return product::inner_products(
+                return rows::inner_products(
                     path,
                     k.kind,
                     k,
@@ -241,7 +242,7 @@ impl Head {
             }
             for from in (0..keys).step_by(PANEL) {
                 let columns = PANEL.min(keys - from);
-                product::pack(path, k.kind, k.skip(from, 0), columns, dim, packed);
+                rows::pack(path, k.kind, k.skip(from, 0), columns, dim, packed);
                 let product = Product {
                     a: q.at.cast(),
                     a_stride: q.stride,
@@ -269,7 +270,7 @@ impl Head {
         unsafe {
             if self.rows <= FEW_ROWS {
                 for row in 0..self.rows {
-                    product::weighted_sum(
+                    rows::weighted_sum(
                         path,
                         v.kind,
                         v,
@@ -285,7 +286,7 @@ impl Head {
                 let columns = PANEL.min(dim - from);
                 let in_place = v.kind == Kind::F32 && columns == PANEL;
                 if !in_place {
-                    product::widen_to(path, v.kind, v.skip(0, from), keys, columns, packed, PANEL);
+                    rows::widen_to(path, v.kind, v.skip(0, from), keys, columns, packed, PANEL);
                 }
                 let product = Product {
                     a: weights,

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use crate::cpu::Path;
 use crate::lanes::LANES;
-use crate::product::{PANEL, Start};
+use crate::product::{PANEL, Product, Start};
 
 /// Columns that a tile takes at once: operands are filled up to them with zeros.
 pub(crate) const STEP: usize = 32;
@@ -90,11 +90,12 @@ fn tiles_add_up() -> bool {
             to_rows(a.as_ptr().add(row * 64), 64, rows.as_mut_ptr().add(row * 64));
         }
         to_pairs(panel.as_ptr(), 64, pairs.as_mut_ptr());
-        let product = Product {
+        let product = Rounded {
             a: rows.as_ptr(),
             a_stride: 64,
             rows: 32,
             b: pairs.as_ptr(),
+            b_stride: PANEL,
             k: 64,
             c: c.as_mut_ptr(),
             c_stride: PANEL,
@@ -149,21 +150,10 @@ pub(crate) unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
     }
 }
 
-/// As [`crate::product::Product`], of rounded operands; `k` is a multiple of [`STEP`].
-#[derive(Clone, Copy)]
-pub(crate) struct Product {
-    pub(crate) a: *const u16,
-    pub(crate) a_stride: usize,
-    pub(crate) rows: usize,
-    pub(crate) b: *const u32,
-    pub(crate) k: usize,
-    pub(crate) c: *mut f32,
-    pub(crate) c_stride: usize,
-    pub(crate) columns: usize,
-    pub(crate) start: Start,
-}
+/// A product of rounded operands: of rows, and of the words of a panel. `k`, in numbers, is a multiple of [`STEP`].
+type Rounded = Product<u16, u32>;
 
-impl Product {
+impl Rounded {
     /// Computes it. On [`Path::Amx`] this thread has been [configured](configure).
     ///
     /// # Safety
@@ -193,7 +183,7 @@ impl Product {
     /// Adds sums to what they start from; `sums` are `PANEL` apart.
     ///
     /// # Safety
-    /// As [`Product::run`].
+    /// As [`Rounded::run`].
     #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
     unsafe fn put(&self, row: usize, sums: *const f32) {
         // SAFETY: promised by the caller.
@@ -218,15 +208,15 @@ impl Product {
 /// `M` rows from `row` on.
 ///
 /// # Safety
-/// As [`Product::run`].
+/// As [`Rounded::run`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn by_vectors<const M: usize>(p: &Product, row: usize) {
+unsafe fn by_vectors<const M: usize>(p: &Rounded, row: usize) {
     // SAFETY: promised by the caller.
     unsafe {
         let a = p.a.add(row * p.a_stride);
         let mut sums = [[_mm512_setzero_ps(); 2]; M];
         for pair in 0..p.k / 2 {
-            let b = p.b.add(pair * PANEL);
+            let b = p.b.add(pair * p.b_stride);
             let low: __m512bh = std::mem::transmute(_mm512_loadu_si512(b.cast()));
             let high: __m512bh = std::mem::transmute(_mm512_loadu_si512(b.add(LANES).cast()));
             for (m, sums) in sums.iter_mut().enumerate() {
@@ -271,8 +261,8 @@ pub(crate) unsafe fn release() {
 /// 32 rows by 32 columns: four tiles of sums, two of each operand.
 ///
 /// # Safety
-/// As [`Product::run`]; the thread is configured.
-unsafe fn by_tiles(p: &Product) {
+/// As [`Rounded::run`]; the thread is configured.
+unsafe fn by_tiles(p: &Rounded) {
     let mut sums = [0f32; 32 * PANEL];
     // SAFETY: promised by the caller: 32 rows of `a` and `k / 2` of `b` are there. Nobody else uses tiles.
     unsafe {
@@ -342,11 +332,12 @@ mod tests {
                     configure();
                 }
                 for from in (0..rows).step_by(block(path)) {
-                    let product = Product {
+                    let product = Rounded {
                         a: short.as_ptr().add(from * k),
                         a_stride: k,
                         rows: block(path).min(rows - from),
                         b: pairs.as_ptr(),
+                        b_stride: PANEL,
                         k,
                         c: c.as_mut_ptr().add(from * columns),
                         c_stride: columns,

@@ -19,11 +19,14 @@
 #![allow(unsafe_code, reason = "the workspace denies it; here and where files are mapped is where it lives")]
 
 mod attention;
+mod block_type;
 mod blocks;
 mod brain;
 mod cpu;
+mod dense;
 mod gelu;
 mod integer;
+mod integers;
 mod lanes;
 mod linear;
 mod matrix;
@@ -34,14 +37,17 @@ mod pool;
 mod product;
 mod reduce;
 mod rotary;
+mod rows;
 mod shared;
 mod store;
 
 pub use attention::{AttentionOp, Causal, attention};
-pub use blocks::{BlockType, Blocks, dequantise, halves_from_pairs, narrowed, quantise};
+pub use block_type::BlockType;
+pub use blocks::{Blocks, dequantise, halves_from_pairs, narrowed, quantise};
 pub use cpu::{Path, chosen};
+pub use dense::{Stored, linear, linear_transposed};
 pub use gelu::{Gelu, GeluOp};
-pub use linear::{Activations, LinearOp, Stored, linear, linear_transposed};
+pub use linear::{Activations, LinearOp};
 pub use matrix::Matrix;
 pub use memory::keep_freed_memory;
 pub use norm::LayerNormOp;

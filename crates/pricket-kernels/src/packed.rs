@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use half::f16;
 
-use crate::blocks::{BlockType, Blocks};
+use crate::block_type::BlockType;
+use crate::blocks::Blocks;
 use crate::lanes::LANES;
 use crate::pool::{parallel, parallel_chunks};
 use crate::shared::Shared;

@@ -12,7 +12,7 @@ use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer};
 use serde_json::Value;
 
 use crate::family::Family;
-use crate::load::{Opened, at};
+use crate::opened::{Opened, at};
 use crate::qkv::Fused;
 use crate::{Error, Loader, QkvOrder, Result};
 
@@ -127,7 +127,7 @@ impl Loader {
         let path = if gguf { out.to_owned() } else { out.join("model.safetensors") };
         if gguf {
             let ends =
-                crate::load::eos_ids(&opened.config, opened.generation_config.as_ref(), opened.tokenizer.as_ref());
+                crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), opened.tokenizer.as_ref());
             if let [others @ .., last] = &ends[..]
                 && !others.is_empty()
             {
@@ -400,7 +400,7 @@ fn metadata(
     add("tokenizer.ggml.tokens", bytes(words));
     add("tokenizer.ggml.token_type", GgufValue::Integers(kinds));
     add("tokenizer.ggml.merges", bytes(merges));
-    let end = crate::load::eos_ids(&opened.config, opened.generation_config.as_ref(), Some(tokenizer));
+    let end = crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), Some(tokenizer));
     let end = end.last().copied().unwrap_or(0);
     let begin = opened.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()).unwrap_or(end);
     for (key, id) in [("bos", begin), ("eos", end), ("unknown", begin)] {
@@ -451,7 +451,7 @@ impl Part {
             return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
         }
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let at = crate::load::parent(path).join(format!(".{name}.{}.part", std::process::id()));
+        let at = crate::opened::parent(path).join(format!(".{name}.{}.part", std::process::id()));
         let file = File::create(&at).map_err(|error| Error::Io { path: at.clone(), error })?;
         Ok(Self { file, at, path: path.to_owned(), done: false })
     }

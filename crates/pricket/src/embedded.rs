@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pricket_lm::Tokenizer;
 use pricket_weights::SafetensorsFile;
 
-use crate::load::{Opened, parse_json};
+use crate::opened::{Opened, parse_json};
 use crate::{Provenance, Result};
 
 /// A checkpoint that is compiled into the program.

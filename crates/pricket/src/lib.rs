@@ -40,6 +40,7 @@ mod handle;
 mod inspect;
 mod load;
 mod memory;
+mod opened;
 mod pool;
 mod prompts;
 mod provenance;

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::cards::{Card, card, cards};
-use crate::load::read_small;
+use crate::opened::read_small;
 use crate::{Error, Provenance, Result};
 
 #[derive(Deserialize)]

@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use pricket_nn::{CausalLm, Weights};
 use pricket_weights::Store;
 
-use crate::load::Opened;
+use crate::opened::Opened;
 use crate::{Error, Result};
 
 /// How a GGUF file of a GPT-NeoX model has the rows of its fused query-key-value matrices.

@@ -9,7 +9,7 @@ use pricket_nn::Progress;
 
 use crate::cards::{Card, KnownKind, card};
 use crate::family::Family;
-use crate::load::{at, read_json};
+use crate::opened::{at, read_json};
 use crate::{Error, Provenance, Result};
 
 /// What is fetched beside the weights, as far as it is there. Python's tokenizers want the last three.

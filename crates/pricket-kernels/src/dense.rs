@@ -1,0 +1,388 @@
+//! Products with a matrix as it is stored: few rows, many rows, many rows in bfloat16, and back.
+
+use half::{bf16, f16};
+
+use crate::blocks::{Blocks, dequantise};
+#[cfg(target_arch = "x86_64")]
+use crate::brain;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::Path;
+use crate::cpu::path;
+use crate::gelu::GeluOp;
+#[cfg(target_arch = "x86_64")]
+use crate::integer;
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::LANES;
+use crate::packed::Packed;
+use crate::pool::{parallel, parallel_chunks, scratch, threads};
+use crate::product::{PANEL, Product, Start};
+use crate::rows::{self, Kind, Rows};
+use crate::shared::Shared;
+
+/// Up to here inner products of whole rows, each weight read once; beyond, panels and a blocked matrix product.
+const FEW_ROWS: usize = 16;
+
+/// Columns of a product that are summed before the next: a block of rows stays in the first-level cache, the panels in the
+/// second.
+const DEPTH: usize = 512;
+
+/// Rows of activations that are brought together before they are multiplied. Where they lie, their distance is a power of
+/// two, and the first-level cache would hold no more than a few of them.
+const BLOCK: usize = 12;
+
+/// Words between those rows.
+const APART: usize = DEPTH + 16;
+
+/// Panels that a task packs before it multiplies, so that activations are read once for all of them.
+const PANELS: usize = 4;
+
+/// A row-major matrix of weights as they are stored.
+#[derive(Clone, Copy, Debug)]
+pub enum Stored<'a> {
+    /// 32-bit float.
+    F32(&'a [f32]),
+    /// IEEE half.
+    F16(&'a [f16]),
+    /// bfloat16.
+    BF16(&'a [bf16]),
+    /// Quantised.
+    Blocks(&'a Blocks),
+    /// Quantised, in the kernels' own order.
+    Packed(&'a Packed),
+}
+
+impl Stored<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Stored::F32(w) => w.len(),
+            Stored::F16(w) => w.len(),
+            Stored::BF16(w) => w.len(),
+            Stored::Blocks(w) => w.shape().0 * w.shape().1,
+            Stored::Packed(w) => w.shape().0 * w.shape().1,
+        }
+    }
+
+    /// Rows `[from, to)` of `k`, as numbers that the products read: in place, or widened into `buffer`.
+    fn rows(&self, from: usize, to: usize, k: usize, buffer: &mut Vec<f32>) -> Rows {
+        let whole = |at: *const u8, kind: Kind| {
+            let rows = Rows { at, kind, stride: k };
+            // SAFETY: the row is inside of the slice, whose length was compared with the shape.
+            unsafe { rows.skip(from, 0) }
+        };
+        match self {
+            Stored::F32(w) => whole(w.as_ptr().cast(), Kind::F32),
+            Stored::F16(w) => whole(w.as_ptr().cast(), Kind::F16),
+            Stored::BF16(w) => whole(w.as_ptr().cast(), Kind::BF16),
+            Stored::Blocks(w) => {
+                buffer.resize((to - from) * k, 0.0);
+                let (kind, bytes) = (w.kind(), w.bytes());
+                dequantise(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
+                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
+            }
+            Stored::Packed(w) => {
+                buffer.resize((to - from) * k, 0.0);
+                w.widen(from, to, buffer);
+                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
+            }
+        }
+    }
+}
+
+/// `y = x Wᵀ + b` for `x` of `[rows, in_features]` and `weight` of `[out_features, in_features]`, in f32.
+///
+/// Runs on the installed [`Pool`](crate::Pool).
+///
+/// # Panics
+/// If a slice does not have the size that the others imply.
+pub fn linear(
+    x: &[f32],
+    weight: Stored<'_>,
+    bias: Option<&[f32]>,
+    in_features: usize,
+    out_features: usize,
+    y: &mut [f32],
+) {
+    linear_then(x, weight, bias, None, in_features, out_features, y);
+}
+
+/// [`linear`], and a function of the result.
+pub(crate) fn linear_then(
+    x: &[f32],
+    weight: Stored<'_>,
+    bias: Option<&[f32]>,
+    then: Option<GeluOp>,
+    in_features: usize,
+    out_features: usize,
+    y: &mut [f32],
+) {
+    let (k, n) = (in_features, out_features);
+    let rows = x.len().checked_div(k).unwrap_or(0);
+    assert_eq!(x.len(), rows * k, "activations do not fill their rows");
+    assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
+    assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
+    assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
+    let (path, out) = (path(), Shared::new(y));
+    if rows <= FEW_ROWS {
+        let step = n.div_ceil(8 * threads()).clamp(8, 256);
+        return parallel(n.div_ceil(step), |task| {
+            scratch(|buffer| {
+                let (from, to) = (task * step, ((task + 1) * step).min(n));
+                let w = weight.rows(from, to, k, buffer);
+                // Several rows of activations are taken a part at a time, which stays in the first-level cache.
+                let part = if rows < 4 { k.max(1) } else { (8 << 10) / rows / 16 * 16 };
+                for deep in (0..k).step_by(part) {
+                    let start = match bias {
+                        _ if deep > 0 => Start::Output,
+                        Some(bias) => Start::Row(bias[from..].as_ptr()),
+                        None => Start::Zero,
+                    };
+                    let depth = part.min(k - deep);
+                    // SAFETY: sizes were compared above; columns [from, to) of `y` belong to this task alone.
+                    unsafe {
+                        let (w, x, y) = (w.skip(0, deep), x.as_ptr().add(deep), out.at(from));
+                        rows::inner_products(path, w.kind, w, to - from, depth, x, k, rows, start, y, n);
+                    }
+                }
+                finish(then, out, rows, n, from, to);
+            });
+        });
+    }
+    let panels = n.div_ceil(PANEL).div_ceil(4 * threads()).clamp(1, PANELS);
+    let step = panels * PANEL;
+    parallel(n.div_ceil(step), |task| {
+        let (from, to) = (task * step, ((task + 1) * step).min(n));
+        let mut buffer = Vec::new();
+        let w = weight.rows(from, to, k, &mut buffer);
+        scratch(|packed| {
+            packed.resize(panels * PANEL * DEPTH + BLOCK * APART, 0.0);
+            let (packed, block) = packed.split_at_mut(panels * PANEL * DEPTH);
+            for deep in (0..k).step_by(DEPTH) {
+                let depth = DEPTH.min(k - deep);
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    let panel = packed[i * PANEL * depth..][..PANEL * depth].as_mut_ptr();
+                    // SAFETY: rows and columns are there, and a panel was just measured.
+                    unsafe {
+                        let w = w.skip(first - from, deep);
+                        rows::pack(path, w.kind, w, PANEL.min(to - first), depth, panel);
+                    }
+                }
+                // Rows that stay in the first-level cache while every panel meets them.
+                for row in (0..rows).step_by(BLOCK) {
+                    let count = BLOCK.min(rows - row);
+                    for (x, block) in x[row * k..].chunks(k).zip(block.chunks_mut(APART)).take(count) {
+                        block[..depth].copy_from_slice(&x[deep..deep + depth]);
+                    }
+                    for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                        // SAFETY: as above; columns [from, to) of `y` belong to this task alone.
+                        unsafe {
+                            let start = match bias {
+                                _ if deep > 0 => Start::Output,
+                                Some(bias) => Start::Row(bias.as_ptr().add(first)),
+                                None => Start::Zero,
+                            };
+                            let product = Product {
+                                a: block.as_ptr(),
+                                a_stride: APART,
+                                rows: count,
+                                b: packed[i * PANEL * depth..].as_ptr(),
+                                b_stride: PANEL,
+                                k: depth,
+                                c: out.at(row * n + first),
+                                c_stride: n,
+                                columns: PANEL.min(to - first),
+                                start,
+                            };
+                            product.run(path);
+                        }
+                    }
+                }
+            }
+        });
+        finish(then, out, rows, n, from, to);
+    });
+}
+
+/// Whether products of bfloat16 are faster: they are for many rows of floats, and of blocks where there are tiles.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn many_bf16_pay(weight: Stored<'_>, rows: usize) -> bool {
+    let path = path();
+    let fits = match weight {
+        Stored::Packed(w) => path == Path::Amx && w.shape().1.is_multiple_of(DEEP),
+        Stored::Blocks(_) => false,
+        Stored::F32(_) | Stored::F16(_) | Stored::BF16(_) => true,
+    };
+    rows > FEW_ROWS && fits && brain::has_products(path)
+}
+
+/// As [`DEPTH`], for products of bfloat16, whose sums are slower to come by: a multiple of every block's columns.
+#[cfg(target_arch = "x86_64")]
+const DEEP: usize = 256;
+
+/// As [`PANELS`]: products are so fast that rows must not be fetched again for every few columns.
+#[cfg(target_arch = "x86_64")]
+const DEEP_PANELS: usize = 8;
+
+/// [`linear`] of many rows, both factors rounded to bfloat16.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn many_rows_bf16(
+    x: &[f32],
+    weight: Stored<'_>,
+    bias: Option<&[f32]>,
+    then: Option<GeluOp>,
+    (k, n): (usize, usize),
+    y: &mut [f32],
+    path: Path,
+) {
+    let rows = x.len() / k;
+    let block = brain::block(path);
+    let out = Shared::new(y);
+    let depth = (8 * DEEP).min(k.next_multiple_of(brain::STEP));
+    // Rounded once for every task; rows fill up whole blocks, and columns whole steps, with zeros.
+    let stride = k.next_multiple_of(brain::STEP) + brain::STEP;
+    let mut short = vec![0u16; rows.next_multiple_of(block) * stride];
+    parallel_chunks(&mut short, stride * 8, |i, short| {
+        for (x, short) in x[(i * 8 * k).min(x.len())..].chunks_exact(k).zip(short.chunks_exact_mut(stride)) {
+            // SAFETY: the processor has the instructions; a row has room for its columns.
+            unsafe { brain::to_rows(x.as_ptr(), k, short.as_mut_ptr()) };
+        }
+    });
+    let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, DEEP_PANELS);
+    let step = panels * PANEL;
+    parallel(n.div_ceil(step), |task| {
+        let (from, to) = (task * step, ((task + 1) * step).min(n));
+        let mut pairs = vec![0u32; panels * PANEL * depth / 2];
+        if path == Path::Amx {
+            // SAFETY: the path is taken where the system has permitted tiles.
+            unsafe { brain::configure() };
+        }
+        for deep in (0..k).step_by(depth) {
+            let whole = depth.min(k - deep);
+            let filled = whole.next_multiple_of(brain::STEP);
+            scratch(|panel| {
+                panel.resize(PANEL * depth, 0.0);
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    let pairs = &mut pairs[i * PANEL * depth / 2..][..PANEL * filled / 2];
+                    if let Stored::BF16(w) = weight
+                        && k % 2 == 0
+                    {
+                        pairs[PANEL * whole / 2..].fill(0);
+                        let w = Rows { at: w.as_ptr().cast(), kind: Kind::F32, stride: k / 2 };
+                        // SAFETY: two columns are a word, as which they are moved; rows and columns are there.
+                        unsafe {
+                            let w = w.skip(first, deep / 2);
+                            rows::pack(path, w.kind, w, PANEL.min(to - first), whole / 2, pairs.as_mut_ptr().cast());
+                        }
+                        continue;
+                    }
+                    panel[PANEL * whole..PANEL * filled].fill(0.0);
+                    match weight {
+                        Stored::Packed(w) => {
+                            for half in 0..PANEL.min(to - first).div_ceil(LANES) {
+                                let tile = first / LANES + half;
+                                integer::unpack(w, tile, deep, whole, &mut panel[half * LANES..], path);
+                            }
+                        }
+                        weight => {
+                            let w = weight.rows(first, (first + PANEL).min(to), k, &mut Vec::new());
+                            // SAFETY: rows and columns are there, and the panel was just measured.
+                            unsafe {
+                                let w = w.skip(0, deep);
+                                rows::pack(path, w.kind, w, PANEL.min(to - first), whole, panel.as_mut_ptr());
+                            }
+                        }
+                    }
+                    // SAFETY: the processor has the instructions, and both were just measured.
+                    unsafe {
+                        brain::to_pairs(panel.as_ptr(), filled, pairs.as_mut_ptr());
+                    }
+                }
+            });
+            for row in (0..rows).step_by(block) {
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    // SAFETY: whole blocks of rows were made; columns [from, to) of `y` belong to this task alone.
+                    unsafe {
+                        let product = Product {
+                            a: short.as_ptr().add(row * stride + deep),
+                            a_stride: stride,
+                            rows: block.min(rows - row),
+                            b: pairs[i * PANEL * depth / 2..].as_ptr(),
+                            b_stride: PANEL,
+                            k: filled,
+                            c: out.at(row * n + first),
+                            c_stride: n,
+                            columns: PANEL.min(to - first),
+                            start: match bias {
+                                _ if deep > 0 => Start::Output,
+                                Some(bias) => Start::Row(bias.as_ptr().add(first)),
+                                None => Start::Zero,
+                            },
+                        };
+                        product.run(path);
+                    }
+                }
+            }
+        }
+        if path == Path::Amx {
+            // SAFETY: configured above.
+            unsafe { brain::release() };
+        }
+        finish(then, out, rows, n, from, to);
+    });
+}
+
+/// Applies a function to columns `[from, to)` of every row, which belong to the calling task alone.
+fn finish(then: Option<GeluOp>, out: Shared<f32>, rows: usize, n: usize, from: usize, to: usize) {
+    let Some(gelu) = then else { return };
+    for row in 0..rows {
+        // SAFETY: inside of the output, and nobody else's.
+        gelu.apply(path(), unsafe { std::slice::from_raw_parts_mut(out.at(row * n + from), to - from) });
+    }
+}
+
+/// `x = y W` for `y` of `[rows, out_features]`: the gradient of [`linear`] with respect to its activations.
+///
+/// # Panics
+/// As [`linear`].
+pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_features: usize, x: &mut [f32]) {
+    let (k, n) = (in_features, out_features);
+    let rows = y.len().checked_div(n).unwrap_or(0);
+    assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
+    assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
+    assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
+    let path = path();
+    // Weights of a step, widened, stay in the second-level cache.
+    let step = ((512 << 10) / 4 / k.max(1)).clamp(8, 256);
+    // Each task owns some rows of `x` and walks the weight: no two tasks add to one element.
+    let share = rows.div_ceil(threads()).max(1);
+    parallel_chunks(x, share * k, |i, x| {
+        let rows = x.len() / k;
+        let y = &y[i * share * n..][..rows * n];
+        let (mut buffer, mut wide) = (Vec::new(), Vec::new());
+        for from in (0..n).step_by(step) {
+            let to = (from + step).min(n);
+            let w = weight.rows(from, to, k, &mut buffer);
+            // Rows end in a whole panel, whatever `k` is.
+            let width = k.next_multiple_of(PANEL);
+            wide.resize((to - from) * width, 0f32);
+            // SAFETY: rows of `w` are there, those of `wide` were just made, and `x` and `y` were measured.
+            unsafe {
+                rows::widen_to(path, w.kind, w, to - from, k, wide.as_mut_ptr(), width);
+                for column in (0..k).step_by(PANEL) {
+                    let product = Product {
+                        a: y.as_ptr().add(from),
+                        a_stride: n,
+                        rows,
+                        b: wide.as_ptr().add(column),
+                        b_stride: width,
+                        k: to - from,
+                        c: x.as_mut_ptr().add(column),
+                        c_stride: k,
+                        columns: PANEL.min(k - column),
+                        start: if from == 0 { Start::Zero } else { Start::Output },
+                    };
+                    product.run(path);
+                }
+            }
+        }
+    });
+}

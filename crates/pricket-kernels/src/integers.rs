@@ -1,0 +1,157 @@
+//! Activations as integers: of one term (8 bits a block, as ggml has them) or of three, which is f32.
+//!
+//! An activation is `scale (a + b / 254 + c / 254²)` with `a`, `b`, `c` of 8 bits: to the last bit or two what f32 holds
+//! beside the largest of its block.
+
+#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+
+use half::f16;
+
+use crate::block_type::BlockType;
+use crate::cpu::Path;
+use crate::packed::{Form, STEP, Scales};
+use crate::pool::parallel_chunks;
+
+/// The ratio of one term's step to the next one's.
+pub(crate) const FINER: f32 = 254.0;
+
+/// 1.5 · 2²³.
+const INTEGER: f32 = 12_582_912.0;
+
+/// Where things are in the words of 32 activations: the scale; sums of the values, of all and of each half; then for each
+/// term what a sum of products starts from, for all and for each half, and eight words of four integers.
+pub(crate) const SUMS: usize = 1;
+pub(crate) const TERMS: usize = 4;
+pub(crate) const TERM: usize = 11;
+
+/// Rows that are multiplied together, and lie together: step by step, those of a step one after the other.
+pub(crate) const GROUP: usize = 8;
+
+/// Rows of activations as integers, for weights of one form: in groups of [`GROUP`] rows, and in a group step by step, the
+/// words of a step's rows one after the other.
+pub(crate) struct Integers {
+    pub(crate) words: Vec<i32>,
+    pub(crate) rows: usize,
+    pub(crate) terms: usize,
+    pub(crate) steps: usize,
+}
+
+/// Words of 32 activations of so many terms, with some to spare.
+pub(crate) const fn words_of(terms: usize) -> usize {
+    if terms == 1 { 16 } else { 40 }
+}
+
+impl Integers {
+    /// `x` of rows of `columns`, a multiple of 32. With `as_ggml` in one term, rounded as ggml rounds them for `kind`; else
+    /// in three.
+    pub(crate) fn new(x: &[f32], columns: usize, kind: BlockType, form: Form, as_ggml: bool, path: Path) -> Self {
+        let terms = if as_ggml { 1 } else { 3 };
+        let (steps, width) = (columns / STEP, words_of(terms));
+        let rows = x.len() / columns;
+        let mut words = vec![0; rows * steps * width];
+        parallel_chunks(&mut words, GROUP * steps * width, |i, words| {
+            let rows = words.len() / (steps * width);
+            for (row, x) in x[i * GROUP * columns..].chunks_exact(columns).take(rows).enumerate() {
+                round(x, &mut words[row * width..], rows * width, kind, form, terms, path);
+            }
+        });
+        Self { words, rows, terms, steps }
+    }
+}
+
+/// A row, its steps `stride` words apart.
+fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize, path: Path) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c")]
+        fn avx512(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
+            round_body(x, words, stride, kind, form, terms);
+        }
+        #[target_feature(enable = "avx2,f16c")]
+        fn avx2(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
+            round_body(x, words, stride, kind, form, terms);
+        }
+        if path >= Path::Avx512 {
+            // SAFETY: the processor has the instructions.
+            return unsafe { avx512(x, words, stride, kind, form, terms) };
+        }
+        if path >= Path::Avx2 {
+            // SAFETY: the processor has the instructions.
+            return unsafe { avx2(x, words, stride, kind, form, terms) };
+        }
+    }
+    let _ = path;
+    round_body(x, words, stride, kind, form, terms);
+}
+
+#[inline(always)]
+fn round_body(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
+    let most = |x: &[f32]| {
+        let mut lanes = [0f32; 16];
+        for x in x.chunks_exact(16) {
+            for (most, x) in lanes.iter_mut().zip(x) {
+                *most = if x.abs() > *most { x.abs() } else { *most };
+            }
+        }
+        lanes.iter().copied().fold(0f32, f32::max)
+    };
+    // ggml has one scale for 256 beside blocks of 256, in f32, and for 32 elsewhere, in f16.
+    let block = if terms == 1 { kind.elements().max(STEP) } else { STEP };
+    let width = words_of(terms);
+    for (x, words) in x.chunks(block).zip(words.chunks_mut(block / STEP * stride)) {
+        let largest = most(x);
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let scale = match (terms, block) {
+            (1, STEP) => f16::from_f32(largest / 127.0).to_f32(),
+            _ => largest / 127.0,
+        };
+        for (x, words) in x.as_chunks::<STEP>().0.iter().zip(words.chunks_mut(stride)) {
+            round_step(x, &mut words[..width], (inverse, scale), form, terms);
+        }
+    }
+}
+
+#[inline(always)]
+fn round_step(x: &[f32; STEP], words: &mut [i32], (inverse, scale): (f32, f32), form: Form, terms: usize) {
+    let mut rest = [0f32; STEP];
+    let mut broken = 0f32;
+    for (rest, x) in rest.iter_mut().zip(x) {
+        *rest = x * inverse;
+        // What is not a number makes the scale none, and with it every product.
+        broken += x * 0.0;
+    }
+    let (mut sums, mut unit) = ([0f32; 2], scale);
+    for term in 0..terms {
+        let mut q = [0i8; STEP];
+        for (rest, q) in rest.iter_mut().zip(&mut q) {
+            // Adding a number whose last bit is worth one rounds to the nearest, to even of two, and leaves the integer in
+            // the low bits.
+            let rounded = *rest + INTEGER;
+            *q = rounded.to_bits() as i8;
+            *rest = (*rest - (rounded - INTEGER)) * FINER;
+        }
+        let (mut low, mut high) = (0, 0);
+        for i in 0..16 {
+            low += i32::from(q[i]);
+            high += i32::from(q[16 + i]);
+        }
+        sums[0] += unit * low as f32;
+        sums[1] += unit * high as f32;
+        unit /= FINER;
+        let at = TERMS + TERM * term;
+        words[at] = -form.zero * (low + high);
+        words[at + 1] = -form.zero * low;
+        words[at + 2] = -form.zero * high;
+        for (word, q) in words[at + 3..at + TERM].iter_mut().zip(q.as_chunks::<4>().0) {
+            *word = i32::from_le_bytes(q.map(|q| q as u8));
+        }
+    }
+    let whole = sums[0] + sums[1];
+    // ggml keeps the sum of a block in f16 where there is a minimum to multiply it with.
+    let of_ggml = terms == 1 && matches!(form.scales, Scales::HalfMin | Scales::SingleMin);
+    let whole = if of_ggml { f16::from_f32(whole).to_f32() } else { whole };
+    words[0] = (scale + broken).to_bits() as i32;
+    words[SUMS] = whole.to_bits() as i32;
+    words[SUMS + 1] = sums[0].to_bits() as i32;
+    words[SUMS + 2] = sums[1].to_bits() as i32;
+}

@@ -1,0 +1,449 @@
+//! Rows of floats as they are stored, widened on the way: inner products, sums, and panels for [`Product`].
+//!
+//! [`Product`]: crate::product::Product
+
+#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+
+use half::{bf16, f16};
+
+use crate::cpu::Path;
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::{Avx2, Avx512};
+use crate::lanes::{Floats, LANES, Scalar};
+use crate::product::{PANEL, Start};
+
+/// Numbers as they are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    F32,
+    F16,
+    BF16,
+}
+
+impl Kind {
+    pub(crate) const fn size(self) -> usize {
+        if matches!(self, Kind::F32) { 4 } else { 2 }
+    }
+}
+
+/// Rows of numbers that lie `stride` elements apart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    pub(crate) at: *const u8,
+    pub(crate) kind: Kind,
+    pub(crate) stride: usize,
+}
+
+impl Rows {
+    /// # Safety
+    /// The row and the column are there.
+    #[inline(always)]
+    unsafe fn from(self, row: usize, column: usize) -> *const u8 {
+        // SAFETY: promised by the caller.
+        unsafe { self.at.add((row * self.stride + column) * self.kind.size()) }
+    }
+
+    /// The same rows from another one on.
+    ///
+    /// # Safety
+    /// The row and the column are there.
+    pub(crate) unsafe fn skip(self, row: usize, column: usize) -> Self {
+        // SAFETY: promised by the caller.
+        Self { at: unsafe { self.from(row, column) }, ..self }
+    }
+}
+
+/// Sixteen numbers of a kind.
+///
+/// # Safety
+/// They can be read, and the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn load<L: Floats, const KIND: u8>(p: *const u8) -> L::Float {
+    // SAFETY: promised by the caller.
+    unsafe {
+        match KIND {
+            0 => L::floats(p.cast()),
+            1 => L::halves(p.cast()),
+            _ => L::brains(p.cast()),
+        }
+    }
+}
+
+/// One number of a kind.
+///
+/// # Safety
+/// It can be read.
+#[inline(always)]
+unsafe fn single<const KIND: u8>(p: *const u8) -> f32 {
+    // SAFETY: promised by the caller.
+    unsafe {
+        match KIND {
+            0 => p.cast::<f32>().read_unaligned(),
+            1 => p.cast::<f16>().read_unaligned().to_f32(),
+            _ => p.cast::<bf16>().read_unaligned().to_f32(),
+        }
+    }
+}
+
+/// Makes a function that runs `$body::<L, ..>` with the best instructions up to `path`, for each kind of number.
+macro_rules! by_path_and_kind {
+    ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
+        pub(crate) unsafe fn $name(path: Path, kind: Kind, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c,fma")]
+                #[allow(clippy::too_many_arguments, reason = "as its caller")]
+                unsafe fn avx512<const KIND: u8>($($arg: $type),*) {
+                    // SAFETY: as the caller's caller promises.
+                    unsafe { $body::<Avx512, KIND>($($arg),*) }
+                }
+                #[target_feature(enable = "avx2,f16c,fma")]
+                #[allow(clippy::too_many_arguments, reason = "as its caller")]
+                unsafe fn avx2<const KIND: u8>($($arg: $type),*) {
+                    // SAFETY: as the caller's caller promises.
+                    unsafe { $body::<Avx2, KIND>($($arg),*) }
+                }
+                if path >= Path::Avx2 {
+                    // SAFETY: the processor has the instructions; the rest is the caller's.
+                    return unsafe {
+                        match (path >= Path::Avx512, kind) {
+                            (true, Kind::F32) => avx512::<0>($($arg),*),
+                            (true, Kind::F16) => avx512::<1>($($arg),*),
+                            (true, Kind::BF16) => avx512::<2>($($arg),*),
+                            (false, Kind::F32) => avx2::<0>($($arg),*),
+                            (false, Kind::F16) => avx2::<1>($($arg),*),
+                            (false, Kind::BF16) => avx2::<2>($($arg),*),
+                        }
+                    };
+                }
+            }
+            let _ = path;
+            // SAFETY: promised by the caller; every processor has the instructions.
+            unsafe {
+                match kind {
+                    Kind::F32 => $body::<Scalar, 0>($($arg),*),
+                    Kind::F16 => $body::<Scalar, 1>($($arg),*),
+                    Kind::BF16 => $body::<Scalar, 2>($($arg),*),
+                }
+            }
+        }
+    };
+}
+
+by_path_and_kind! {
+    /// Inner products of each of `rows` rows of `w` with each of `count` rows of `x`, which lie `x_stride` apart: that of row
+    /// `j` with row `i` goes to `out[i * out_stride + j]`. Every row of `w` is read once.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    inner_products, inner_products_body, (
+        w: Rows, rows: usize, k: usize, x: *const f32, x_stride: usize, count: usize, start: Start, out: *mut f32,
+        out_stride: usize
+    )
+}
+
+/// # Safety
+/// As [`inner_products`]; the processor has the instructions of `L`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
+unsafe fn inner_products_body<L: Floats, const KIND: u8>(
+    w: Rows,
+    rows: usize,
+    k: usize,
+    x: *const f32,
+    x_stride: usize,
+    count: usize,
+    start: Start,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        // `W` rows of weights by `R` rows of `x` from `i` on, as long as there are so many.
+        macro_rules! rows {
+            ($w:literal, $r:literal, $u:literal, $row:ident, $i:ident) => {
+                while count - $i >= $r {
+                    let (x, out) = (x.add($i * x_stride), out.add($i * out_stride));
+                    some_rows::<L, KIND, $w, $r, $u>(w, $row, k, x, x_stride, start, out, out_stride);
+                    $i += $r;
+                }
+            };
+        }
+        let mut row = 0;
+        // Several rows of weights at once, where registers hold their sums: activations are loaded once for all of them.
+        while L::MANY && count >= 4 && row + 3 <= rows {
+            let mut i = 0;
+            rows!(3, 8, 1, row, i);
+            rows!(3, 4, 1, row, i);
+            rows!(3, 1, 2, row, i);
+            row += 3;
+        }
+        for row in row..rows {
+            let mut i = 0;
+            rows!(1, 4, 1, row, i);
+            rows!(1, 1, 4, row, i);
+        }
+    }
+}
+
+/// `W` rows of weights from `row` on times `R` rows, in `U` sums each.
+///
+/// # Safety
+/// As [`inner_products_body`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
+#[allow(clippy::needless_range_loop, reason = "rows, rows and sums go together")]
+unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, const U: usize>(
+    w: Rows,
+    row: usize,
+    k: usize,
+    x: *const f32,
+    x_stride: usize,
+    start: Start,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        let out = out.add(row);
+        let (apart, w) = (w.stride * size, w.from(row, 0));
+        let mut sums = [[[L::splat(0.0); U]; R]; W];
+        let mut at = 0;
+        while at + LANES * U <= k {
+            for u in 0..U {
+                let mut wide = [L::splat(0.0); W];
+                for (j, wide) in wide.iter_mut().enumerate() {
+                    let w = w.add(j * apart + (at + LANES * u) * size);
+                    L::expect(w.wrapping_add(2 << 10));
+                    *wide = load::<L, KIND>(w);
+                }
+                for r in 0..R {
+                    let x = L::floats(x.add(r * x_stride + at + LANES * u));
+                    for j in 0..W {
+                        sums[j][r][u] = L::madd(x, wide[j], sums[j][r][u]);
+                    }
+                }
+            }
+            at += LANES * U;
+        }
+        while at + LANES <= k {
+            for j in 0..W {
+                let wide = load::<L, KIND>(w.add(j * apart + at * size));
+                for r in 0..R {
+                    sums[j][r][0] = L::madd(L::floats(x.add(r * x_stride + at)), wide, sums[j][r][0]);
+                }
+            }
+            at += LANES;
+        }
+        for (j, sums) in sums.iter().enumerate() {
+            for (r, sums) in sums.iter().enumerate() {
+                let mut sum = sums[0];
+                for more in &sums[1..] {
+                    sum = L::add(sum, *more);
+                }
+                let mut sum = L::sum(sum);
+                for at in at..k {
+                    sum += *x.add(r * x_stride + at) * single::<KIND>(w.add(j * apart + at * size));
+                }
+                let out = out.add(r * out_stride + j);
+                *out = match start {
+                    Start::Zero => sum,
+                    Start::Row(bias) => sum + *bias.add(row + j),
+                    Start::Output => sum + *out,
+                };
+            }
+        }
+    }
+}
+
+by_path_and_kind! {
+    /// Lays `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[32 c + j]`, and zeros
+    /// where there is no row.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    pack, pack_body, (w: Rows, rows: usize, k: usize, out: *mut f32)
+}
+
+/// # Safety
+/// As [`pack`]; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        for half in 0..2 {
+            let (first, count) = (half * LANES, rows.saturating_sub(half * LANES).min(LANES));
+            let mut at = 0;
+            while at + LANES <= k {
+                let mut square = [L::splat(0.0); LANES];
+                for (row, line) in square.iter_mut().enumerate().take(count) {
+                    *line = load::<L, KIND>(w.from(first + row, at));
+                }
+                L::transpose(&mut square);
+                for (c, line) in square.into_iter().enumerate() {
+                    L::store(out.add((at + c) * PANEL + first), line);
+                }
+                at += LANES;
+            }
+            for at in at..k {
+                for row in 0..LANES {
+                    let value = if row < count {
+                        single::<KIND>(w.at.add(((first + row) * w.stride + at) * size))
+                    } else {
+                        0.0
+                    };
+                    *out.add(at * PANEL + first + row) = value;
+                }
+            }
+        }
+    }
+}
+
+by_path_and_kind! {
+    /// The numbers of `rows` rows of `k`, widened, `stride` apart; what is between the rows is left as it is.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    widen_to, widen_body, (w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize)
+}
+
+/// # Safety
+/// As [`widen_to`]; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize) {
+    for row in 0..rows {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let (w, out) = (w.from(row, 0), out.add(row * stride));
+            let size = const { if KIND == 0 { 4 } else { 2 } };
+            let mut at = 0;
+            while at + LANES <= k {
+                L::store(out.add(at), load::<L, KIND>(w.add(at * size)));
+                at += LANES;
+            }
+            for at in at..k {
+                *out.add(at) = single::<KIND>(w.add(at * size));
+            }
+        }
+    }
+}
+
+by_path_and_kind! {
+    /// Adds to `out` the `rows` rows of `k` numbers of `v`, each times its weight.
+    ///
+    /// # Safety
+    /// All of that can be read and written.
+    weighted_sum, weighted_sum_body, (v: Rows, rows: usize, k: usize, weights: *const f32, out: *mut f32)
+}
+
+/// # Safety
+/// As [`weighted_sum`]; the processor has the instructions of `L`.
+#[inline(always)]
+unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
+    v: Rows,
+    rows: usize,
+    k: usize,
+    weights: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut at = 0;
+        while at + 4 * LANES <= k {
+            some_columns::<L, KIND, 4>(v.skip(0, at), rows, weights, out.add(at));
+            at += 4 * LANES;
+        }
+        while at + LANES <= k {
+            some_columns::<L, KIND, 1>(v.skip(0, at), rows, weights, out.add(at));
+            at += LANES;
+        }
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        for at in at..k {
+            for row in 0..rows {
+                *out.add(at) += *weights.add(row) * single::<KIND>(v.from(row, 0).add(at * size));
+            }
+        }
+    }
+}
+
+/// `C` vectors of columns, two rows at a time in sums of their own.
+///
+/// # Safety
+/// As [`weighted_sum_body`].
+#[inline(always)]
+unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(
+    v: Rows,
+    rows: usize,
+    weights: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let size = const { if KIND == 0 { 4 } else { 2 } };
+        let mut even = [L::splat(0.0); C];
+        let mut odd = [L::splat(0.0); C];
+        for (c, even) in even.iter_mut().enumerate() {
+            *even = L::floats(out.add(c * LANES));
+        }
+        let mut row = 0;
+        while row + 2 <= rows {
+            let (a, b) = (v.from(row, 0), v.from(row + 1, 0));
+            let (weight_a, weight_b) = (L::splat(*weights.add(row)), L::splat(*weights.add(row + 1)));
+            for c in 0..C {
+                even[c] = L::madd(weight_a, load::<L, KIND>(a.add(c * LANES * size)), even[c]);
+                odd[c] = L::madd(weight_b, load::<L, KIND>(b.add(c * LANES * size)), odd[c]);
+            }
+            row += 2;
+        }
+        if row < rows {
+            let (a, weight) = (v.from(row, 0), L::splat(*weights.add(row)));
+            for (c, even) in even.iter_mut().enumerate() {
+                *even = L::madd(weight, load::<L, KIND>(a.add(c * LANES * size)), *even);
+            }
+        }
+        for c in 0..C {
+            L::store(out.add(c * LANES), L::add(even[c], odd[c]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_within_two_units_in_the_last_place() {
+        let x: Vec<f32> =
+            (0..87_000).map(|i| i as f32 * -1e-3).chain([0.0, -87.5, -100.0, f32::NEG_INFINITY]).collect();
+        let mut y = vec![0f32; x.len().next_multiple_of(LANES)];
+        let mut padded = x.clone();
+        padded.resize(y.len(), 0.0);
+        for path in Path::available() {
+            // SAFETY: whole vectors of both slices.
+            unsafe { exp(path, Kind::F32, padded.as_ptr(), y.as_mut_ptr(), y.len()) };
+            for (x, y) in x.iter().zip(&y) {
+                let exact = f64::from(*x).exp();
+                let error = (f64::from(*y) - exact).abs();
+                assert!(error <= exact * 2.4e-7 || (*x < -87.0 && error < 2e-38), "{path:?} {x}: {y} for {exact}");
+            }
+        }
+    }
+
+    by_path_and_kind! {
+        /// # Safety
+        /// `len` numbers, whole vectors, can be read and written.
+        exp, exp_body, (x: *const f32, y: *mut f32, len: usize)
+    }
+
+    #[inline(always)]
+    unsafe fn exp_body<L: Floats, const KIND: u8>(x: *const f32, y: *mut f32, len: usize) {
+        for at in (0..len).step_by(LANES) {
+            // SAFETY: promised by the caller.
+            unsafe { L::store(y.add(at), L::exp(L::floats(x.add(at)))) };
+        }
+    }
+}
