@@ -172,32 +172,10 @@ fn integer(bits: usize, body: &[u8], row: usize, column: usize) -> u8 {
     q as u8
 }
 
-/// The integers of a block, and its scales written where they belong in the head of a unit.
+/// The integers of a block of 256 columns, and its scales written where they belong in the head of a unit.
 fn unpack_block(kind: BlockType, block: &[u8], row: usize, head: &mut [u8], q: &mut [u8; 256]) {
     let mut put = |place: usize, bytes: &[u8]| head[place..place + bytes.len()].copy_from_slice(bytes);
-    let nibble = |qs: &[u8], i: usize| qs[i % 16] >> (4 * (i / 16)) & 15;
     match kind {
-        BlockType::Q4_0 | BlockType::Q4_0V1 | BlockType::Q4_1 | BlockType::Q4_1V1 => {
-            let wide = if matches!(kind, BlockType::Q4_0 | BlockType::Q4_1) { 2 } else { 4 };
-            let scales = if matches!(kind, BlockType::Q4_0 | BlockType::Q4_0V1) { 1 } else { 2 };
-            for i in 0..scales {
-                put(wide * (i * LANES + row), &block[wide * i..wide * (i + 1)]);
-            }
-            (0..32).for_each(|i| q[i] = nibble(&block[wide * scales..], i));
-        }
-        BlockType::Q5_0 | BlockType::Q5_1 => {
-            let scales = if kind == BlockType::Q5_0 { 1 } else { 2 };
-            for i in 0..scales {
-                put(2 * (i * LANES + row), &block[2 * i..2 * (i + 1)]);
-            }
-            let (high, low) = block[2 * scales..].split_at(4);
-            (0..32).for_each(|i| q[i] = nibble(low, i) | (high[i / 8] >> (i % 8) & 1) << 4);
-        }
-        BlockType::Q8_0 | BlockType::Q8_0V1 => {
-            let wide = if kind == BlockType::Q8_0 { 2 } else { 4 };
-            put(wide * row, &block[..wide]);
-            (0..32).for_each(|i| q[i] = block[wide + i] ^ 0x80);
-        }
         BlockType::Q2K => {
             put(2 * row, &block[80..82]);
             put(2 * (LANES + row), &block[82..84]);
@@ -235,7 +213,38 @@ fn unpack_block(kind: BlockType, block: &[u8], row: usize, head: &mut [u8], q: &
                 *q = low | (block[128 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3) << 4;
             }
         }
-        BlockType::Q8_1 | BlockType::Q8K | BlockType::Q4_2 | BlockType::Q4_3 => unreachable!("{kind} has no form"),
+        _ => unreachable!("{kind} is not packed, or not so"),
+    }
+}
+
+/// A block of 32 columns, written where it belongs in a unit: its words stay what they are on file, since ggml too keeps
+/// columns `i` and `i + 16` in a byte.
+fn weave_block(form: Form, block: &[u8], row: usize, unit: &mut [u8]) {
+    let (head, body) = unit.split_at_mut(form.scales.bytes());
+    let (wide, count) = match form.scales {
+        Scales::Half => (2, 1),
+        Scales::HalfMin => (2, 2),
+        Scales::Single => (4, 1),
+        _ => (4, 2),
+    };
+    let (scales, integers) = block.split_at(wide * count);
+    for (i, scale) in scales.chunks_exact(wide).enumerate() {
+        head[wide * (i * LANES + row)..][..wide].copy_from_slice(scale);
+    }
+    let integers = if form.bits == 5 {
+        let (high, low) = integers.split_at(4);
+        let high = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
+        for group in 0..8 {
+            let (at, bits) = (4 * PLANE + 8 * group + row / 2, (high >> (4 * group) & 15) as u8);
+            body[at] = if row.is_multiple_of(2) { bits } else { body[at] | bits << 4 };
+        }
+        low
+    } else {
+        integers
+    };
+    let sign = if form.bits == 8 { 0x80 } else { 0 };
+    for (word, to) in integers.as_chunks::<4>().0.iter().zip(body.chunks_exact_mut(64)) {
+        to[4 * row..4 * row + 4].copy_from_slice(&word.map(|byte| byte ^ sign));
     }
 }
 
@@ -267,11 +276,16 @@ impl Packed {
         bytes.resize(tiles * from, 0);
         let pack = |source: &[u8], tile: &mut [u8]| {
             let mut q = [[0u8; 256]; LANES];
+            let size = kind.layout().1;
             for (u, unit) in tile.chunks_exact_mut(unit).enumerate() {
+                let block = |row: usize| &source[row * file_row + u * size..][..size];
+                if kind.elements() == STEP {
+                    (0..LANES).for_each(|row| weave_block(form, block(row), row, unit));
+                    continue;
+                }
                 let (head, body) = unit.split_at_mut(form.scales.bytes());
                 for (row, q) in q.iter_mut().enumerate() {
-                    let block = &source[row * file_row + u * kind.layout().1..][..kind.layout().1];
-                    unpack_block(kind, block, row, head, q);
+                    unpack_block(kind, block(row), row, head, q);
                 }
                 for (step, body) in body.chunks_exact_mut(form.bits * PLANE).enumerate() {
                     pack_step(form.bits, &q, step * STEP, body);

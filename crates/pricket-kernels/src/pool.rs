@@ -259,6 +259,32 @@ pub(crate) fn parallel_chunks<T: Send>(data: &mut [T], size: usize, f: impl Fn(u
     });
 }
 
+/// `len` elements, made over the installed pool in pieces of `size`: `items` gives those of a piece, from the element of that
+/// number on, and `done` is told when they are there.
+///
+/// # Panics
+/// If a piece has too few of them.
+pub fn collect<T: Copy + Send, I: Iterator<Item = T>>(
+    len: usize,
+    size: usize,
+    items: impl Fn(usize) -> I + Sync,
+    done: impl Fn(usize) + Sync,
+) -> Vec<T> {
+    let mut out = Vec::with_capacity(len);
+    parallel_chunks(&mut out.spare_capacity_mut()[..len], size, |i, out| {
+        let (wanted, mut made) = (out.len(), 0);
+        for (out, item) in out.iter_mut().zip(items(i * size)) {
+            out.write(item);
+            made += 1;
+        }
+        assert_eq!(made, wanted, "a piece has too few elements");
+        done(i);
+    });
+    // SAFETY: every piece was filled, or a task has panicked and with it this.
+    unsafe { out.set_len(len) };
+    out
+}
+
 thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }

@@ -32,6 +32,13 @@ pub fn row_summary(row: &[f32]) -> RowSummary {
     RowSummary { max, argmax: row.iter().position(|&x| x == max).unwrap_or(0), log_sum: sum.ln(), finite }
 }
 
+/// [`row_summary`] of each row, over the installed pool.
+pub fn row_summaries(rows: &[Vec<f32>]) -> Vec<RowSummary> {
+    let mut out = vec![RowSummary { max: f32::NAN, argmax: 0, log_sum: f64::NAN, finite: false }; rows.len()];
+    parallel_chunks(&mut out, 1, |i, out| out[0] = row_summary(&rows[i]));
+    out
+}
+
 /// The first of the largest elements of a row; 0 for a row of none.
 pub fn argmax(row: &[f32]) -> usize {
     // SAFETY: the path is one that the processor has.

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use candle_core::{IndexOp, Tensor};
 use pricket_nn::{Cache, CausalLm, Context, Error as NnError};
 
-use crate::score::{logprob_of, summary_of};
+use crate::score::{diagnose, logprob_of, summaries};
 use crate::{Error, Result, Sampler, Sampling};
 
 /// Prompt positions read at a time: it bounds the memory that reading a long prompt takes.
@@ -172,14 +172,18 @@ impl Generation {
         let logits = self.model.head(&hidden)?.i((.., 0))?.to_vec2::<f32>()?;
         let limit = self.model.info().context;
         let mut tokens = Vec::with_capacity(self.rows.len());
-        for (row, logits) in self.rows.iter_mut().zip(&logits) {
-            let summary = summary_of(&*self.model, logits, &row.ids)?;
-            let mut scores = logits.clone();
-            if let Some(vocab) = row.request.vocab.filter(|&vocab| vocab < scores.len()) {
-                scores[vocab..].fill(f32::NEG_INFINITY);
+        let summaries = summaries(&*self.model, &logits);
+        for ((row, logits), summary) in self.rows.iter_mut().zip(&logits).zip(summaries) {
+            if !summary.finite {
+                return Err(diagnose(&*self.model, &row.ids));
             }
+            let vocab = row.request.vocab.unwrap_or(logits.len()).min(logits.len());
             let prompt_len = row.request.ids.len();
-            let id = row.sampler.sample(&mut scores, &row.ids, prompt_len);
+            let id = if row.request.sampling.is_argmax() && summary.argmax < vocab {
+                summary.argmax as u32
+            } else {
+                row.sampler.sample(&mut logits[..vocab].to_vec(), &row.ids, prompt_len)
+            };
             row.ids.push(id);
             let full = limit.is_some_and(|limit| row.ids.len() > limit) && !row.request.beyond_trained_length;
             let finish = if row.request.eos.contains(&id) {

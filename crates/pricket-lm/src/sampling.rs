@@ -1,3 +1,5 @@
+use std::cmp::Ordering;
+
 use candle_transformers::generation::Sampling as CandleSampling;
 use pricket_nn::ops;
 use rand::Rng;
@@ -95,6 +97,13 @@ impl Sampling {
         }
     }
 
+    /// Whether it takes the most likely token, whatever came before.
+    pub fn is_argmax(&self) -> bool {
+        let unpenalised =
+            self.repetition_penalty == 1.0 && self.presence_penalty == 0.0 && self.frequency_penalty == 0.0;
+        self.temperature == 0.0 && unpenalised && self.no_repeat_ngram_size == 0
+    }
+
     /// Logits to scores: what is dropped becomes negative infinity. `ids` is prompt and continuation, which begins at
     /// `prompt_len`.
     pub fn process(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize) {
@@ -175,19 +184,36 @@ fn top_k(scores: &mut [f32], k: usize) {
     drop_where(scores, |_, x| x < kth);
 }
 
+/// How many elements of `order`, taken in the order of `by`, have a mass whose sum `fits`; they come to its front, and what
+/// is next comes behind them. Selects rather than sorts: of a vocabulary hardly more than the border is ever compared twice.
+fn fitting(
+    order: &mut [usize],
+    by: impl Fn(&usize, &usize) -> Ordering,
+    mass: &[f64],
+    fits: impl Fn(f64) -> bool,
+) -> usize {
+    let (mut sum, mut from, mut to) = (0.0, 0, order.len());
+    while from < to {
+        let middle = from + (to - from) / 2;
+        order[from..to].select_nth_unstable_by(middle - from, &by);
+        let more = sum + order[from..=middle].iter().map(|&i| mass[i]).sum::<f64>();
+        if fits(more) {
+            (sum, from) = (more, middle + 1);
+        } else {
+            to = middle;
+        }
+    }
+    from
+}
+
 /// From the least likely up, drops while the sum stays within `1 - p`; the most likely stays.
 fn top_p(scores: &mut [f32], p: f32) {
     let probabilities = softmax(scores);
     let mut order: Vec<usize> = (0..scores.len()).filter(|&i| scores[i] > f32::NEG_INFINITY).collect();
     // Of tied tokens the one with the smaller id counts as the more likely, as for greedy decoding.
-    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(b.cmp(&a)));
-    order.pop();
-    let mut sum = 0.0;
-    for i in order {
-        sum += probabilities[i];
-        if sum > 1.0 - f64::from(p) {
-            break;
-        }
+    let by = |&a: &usize, &b: &usize| scores[a].total_cmp(&scores[b]).then(b.cmp(&a));
+    let dropped = fitting(&mut order, by, &probabilities, |sum| sum <= 1.0 - f64::from(p));
+    for &i in &order[..dropped.min(order.len().saturating_sub(1))] {
         scores[i] = f32::NEG_INFINITY;
     }
 }
@@ -201,16 +227,13 @@ fn min_p(scores: &mut [f32], p: f32) {
 fn typical_p(scores: &mut [f32], p: f32) {
     let probabilities = softmax(scores);
     let entropy: f64 = probabilities.iter().filter(|&&q| q > 0.0).map(|q| -q * q.ln()).sum();
-    let surprise = |i: usize| (-probabilities[i].ln() - entropy).abs();
+    let surprise: Vec<f64> = probabilities.iter().map(|q| (-q.ln() - entropy).abs()).collect();
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| surprise(a).total_cmp(&surprise(b)));
-    let mut sum = 0.0;
-    let last = order.iter().find(|&&i| {
-        sum += probabilities[i];
-        sum >= f64::from(p)
-    });
-    let limit = surprise(last.copied().unwrap_or(order[order.len() - 1]));
-    drop_where(scores, |i, _| surprise(i) > limit);
+    let by = |&a: &usize, &b: &usize| surprise[a].total_cmp(&surprise[b]);
+    let before = fitting(&mut order, by, &probabilities, |sum| sum < f64::from(p));
+    // The one that reaches `p` stays too.
+    let limit = surprise[order[before.min(order.len() - 1)]];
+    drop_where(scores, |i, _| surprise[i] > limit);
 }
 
 /// Draws tokens; the same seed gives the same tokens in every release and on every platform.
@@ -291,6 +314,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn selecting_finds_what_sorting_finds(weights in prop::collection::vec(0u32..50, 1..90), share in 0f64..=1.0) {
+            // Whole numbers have one sum, whatever the order.
+            let mass: Vec<f64> = weights.iter().map(|&w| f64::from(w)).collect();
+            let limit = share * mass.iter().sum::<f64>();
+            let by = |&a: &usize, &b: &usize| weights[a].cmp(&weights[b]).then(b.cmp(&a));
+            let (mut sorted, mut order): (Vec<usize>, Vec<usize>) = ((0..mass.len()).collect(), (0..mass.len()).collect());
+            sorted.sort_by(by);
+            let mut sum = 0.0;
+            let taken = sorted.iter().take_while(|&&i| { sum += mass[i]; sum <= limit }).count();
+            prop_assert_eq!(fitting(&mut order, by, &mass, |sum| sum <= limit), taken);
+            prop_assert_eq!(order.get(taken), sorted.get(taken));
+            order.truncate(taken);
+            order.sort_by(by);
+            prop_assert_eq!(&order[..], &sorted[..taken]);
+        }
+
         #[test]
         fn something_is_always_left(
             logits in prop::collection::vec(-20f32..20.0, 1..80),

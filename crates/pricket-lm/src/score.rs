@@ -34,8 +34,9 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogp
     let mut out = Vec::with_capacity(ids.len() - 1);
     for (block, targets) in ids[1..].chunks(BLOCK).enumerate() {
         let logits = model.head(&hidden.narrow(1, block * BLOCK, targets.len())?)?.i(0)?;
-        for (row, &id) in logits.to_vec2::<f32>()?.iter().zip(targets) {
-            let (logprob, is_greedy) = logprob(row, id)?;
+        let rows = logits.to_vec2::<f32>()?;
+        for ((row, summary), &id) in rows.iter().zip(summaries(model, &rows)).zip(targets) {
+            let (logprob, is_greedy) = logprob_of(&summary, row, id)?;
             if !logprob.is_finite() {
                 return Err(diagnose(model, ids));
             }
@@ -45,12 +46,7 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogp
     Ok(out)
 }
 
-/// Log-softmax of `row` at `id`, summed in f64.
-pub(crate) fn logprob(row: &[f32], id: u32) -> Result<(f32, bool)> {
-    logprob_of(&ops::row_summary(row), row, id)
-}
-
-/// As [`logprob`], of a row that was summarised before.
+/// Log-softmax of a row at `id`, and whether nothing was more likely.
 pub(crate) fn logprob_of(summary: &RowSummary, row: &[f32], id: u32) -> Result<(f32, bool)> {
     let Some(&target) = row.get(id as usize) else {
         return Err(Error::Input(format!("token {id} is outside the vocabulary of {}", row.len())));
@@ -78,17 +74,18 @@ pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`Error::NonFinite`].
 pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<()> {
-    summary_of(model, logits, ids).map(drop)
+    if ops::row_summary(logits).finite { Ok(()) } else { Err(diagnose(model, ids)) }
 }
 
-/// What `logits` amount to, refused as [`check_finite`] refuses them.
-pub(crate) fn summary_of(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<RowSummary> {
-    let summary = ops::row_summary(logits);
-    if summary.finite { Ok(summary) } else { Err(diagnose(model, ids)) }
+/// What rows of logits amount to, each of them once, on the model's threads.
+pub(crate) fn summaries(model: &dyn CausalLm, rows: &[Vec<f32>]) -> Vec<RowSummary> {
+    let mut summaries = Vec::new();
+    model.on_threads(&mut || summaries = ops::row_summaries(rows));
+    summaries
 }
 
 /// Runs `ids` once more, looking after every layer.
-fn diagnose(model: &dyn CausalLm, ids: &[u32]) -> Error {
+pub(crate) fn diagnose(model: &dyn CausalLm, ids: &[u32]) -> Error {
     let info = model.info();
     let overflow = |what: String, layer| Error::NonFinite {
         what,

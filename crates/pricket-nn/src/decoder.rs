@@ -100,6 +100,11 @@ pub trait CausalLm: Send + Sync {
         let x = self.finish(&x)?;
         ctx.tap(Site::FinalNorm, x)
     }
+
+    /// Does `work` where operations run on the threads that the model's own run on.
+    fn on_threads(&self, work: &mut dyn FnMut()) {
+        work();
+    }
 }
 
 /// One block of a family: the residual wiring, which is what a reader comes to see.

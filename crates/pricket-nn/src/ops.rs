@@ -7,7 +7,7 @@
 use candle_core::{D, DType, Tensor};
 pub use pricket_kernels::{
     Activations, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
-    narrowed, quantise, row_summary,
+    narrowed, quantise, row_summaries, row_summary,
 };
 use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, StoreOp, SumOp};
 

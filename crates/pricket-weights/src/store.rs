@@ -2,7 +2,7 @@ use std::ops::Deref;
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
-use pricket_kernels::{Blocks, Matrix, dequantise};
+use pricket_kernels::{Blocks, Matrix, collect, dequantise};
 
 use crate::mapped::Mapped;
 use crate::{Dtype, Error, Result};
@@ -107,7 +107,7 @@ impl Deref for Bytes<'_> {
 }
 
 /// Bytes copied before their pages are let go.
-const PIECE: usize = 16 << 20;
+const PIECE: usize = 4 << 20;
 
 /// Reads `name` whole into a tensor of its stored type on `device`; quantised values become f32.
 ///
@@ -157,12 +157,9 @@ pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
 
 /// Copies elements out of a file, which may hold them at any alignment, in pieces: pages that have been read are let go
 /// before the next are touched, so that a large tensor is never in memory twice.
-fn elements<T, const N: usize>(bytes: &Bytes<'_>, from_le_bytes: impl Fn([u8; N]) -> T) -> Vec<T> {
-    let mut out = Vec::with_capacity(bytes.len() / N);
-    for (i, piece) in bytes.chunks(PIECE).enumerate() {
-        // Every element size divides the piece.
-        out.extend(piece.as_chunks::<N>().0.iter().map(|element| from_le_bytes(*element)));
-        bytes.release(i * PIECE, piece.len());
-    }
-    out
+fn elements<T: Copy + Send, const N: usize>(bytes: &Bytes<'_>, from_le_bytes: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
+    // Every element size divides the piece.
+    let (elements, piece) = (bytes.as_chunks::<N>().0, PIECE / N);
+    let items = |from: usize| elements[from..].iter().map(|element| from_le_bytes(*element));
+    collect(elements.len(), piece, items, |i| bytes.release(i * PIECE, PIECE.min(bytes.len() - i * PIECE)))
 }

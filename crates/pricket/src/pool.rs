@@ -49,4 +49,8 @@ impl CausalLm for Pooled {
     fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
         self.pool.install(|| self.model.hidden(ids, ctx))
     }
+
+    fn on_threads(&self, work: &mut dyn FnMut()) {
+        self.pool.install(work);
+    }
 }
