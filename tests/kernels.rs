@@ -1,8 +1,7 @@
 use std::collections::BTreeSet;
 use std::process::Stdio;
 
-use pricket::candle::DType;
-use pricket::{Activations, BlockType, GenerateOptions, Loader, Quantisation};
+use pricket::{Activations, BlockType, CacheType, GenerateOptions, Loader, Quantisation};
 
 use crate::common::{directories_with, example, root};
 
@@ -84,9 +83,10 @@ fn what_is_rounded_stays_close() {
     let tiny = || Loader::embedded("tiny").unwrap();
     let exact = probabilities(tiny());
     for (what, loader, allowed) in [
-        ("f16 cache", tiny().cache(DType::F16), 1e-5),
+        ("f16 cache", tiny().cache(CacheType::F16), 1e-5),
         // A number of bfloat16 has eight bits.
-        ("bf16 cache", tiny().cache(DType::BF16), 1e-3),
+        ("bf16 cache", tiny().cache(CacheType::BF16), 1e-3),
+        ("q8_0 cache", tiny().cache(CacheType::Q8_0), 1e-3),
         ("bf16", tiny().activations(Activations::BF16), 1e-3),
         ("q8", tiny().activations(Activations::Q8), 1e-4),
     ] {

@@ -1,7 +1,7 @@
 use pricket::candle::{DType, Device, IndexOp, Tensor};
 use pricket::lm::loss;
 use pricket::nn::ops;
-use pricket::{Cache, CausalLm, Context, Loader, Site, Taps};
+use pricket::{Cache, CacheType, CausalLm, Context, Loader, Site, Taps};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -177,6 +177,23 @@ proptest! {
         let pattern = ops::attention_pattern(&q, &k, scores).unwrap();
         let plain = ops::attention_output(&pattern, &v).unwrap();
         prop_assert!(worst(&fused, &plain) < 2e-5);
+
+        for dtype in [DType::F16, DType::BF16, DType::U8] {
+            let width = if dtype == DType::U8 { ops::q8_row_bytes(dim) } else { dim };
+            let stored = |x: &Tensor| {
+                let stored = Tensor::zeros((batch, kv, keys + 7, width), dtype, &Device::Cpu).unwrap();
+                ops::store(&stored, x, 0).unwrap();
+                stored.narrow(2, 0, keys).unwrap()
+            };
+            let (kept_k, kept_v) = (stored(&k), stored(&v));
+            let wide = ops::widened(&kept_v, dim, DType::F32).unwrap();
+            // Half of the last bit of eight, of the largest of a block.
+            let largest = v.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            prop_assert!(worst(&wide, &v) <= largest * 0.0041, "{dtype:?}: {}", worst(&wide, &v));
+            let fused = ops::attention(&q, &kept_k, &kept_v, scores).unwrap();
+            let plain = ops::attention_output(&ops::attention_pattern(&q, &kept_k, scores).unwrap(), &wide).unwrap();
+            prop_assert!(worst(&fused, &plain) < 2e-5, "{dtype:?}: {}", worst(&fused, &plain));
+        }
     }
 
     /// Against f64, also where the mean is a hundred times the deviation, and where there is no deviation at all.
@@ -310,11 +327,11 @@ fn a_cache_in_half_precision_is_close() {
     let model = small(&json!({}), 2).model();
     let ids = random_ids(1, 30, 1);
     let whole = logits(&*model, &ids, &mut Context::new());
-    for (dtype, close) in [(DType::F16, 1e-3), (DType::BF16, 1e-2)] {
-        let mut ctx = Context::new().with_cache(Cache::with_dtype(dtype));
+    for (kind, close) in [(CacheType::F16, 1e-3), (CacheType::BF16, 1e-2), (CacheType::Q8_0, 2e-2)] {
+        let mut ctx = Context::new().with_cache(Cache::with_type(kind));
         let parts = [logits(&*model, &part(&ids, 0, 17), &mut ctx), logits(&*model, &part(&ids, 17, 30), &mut ctx)];
         let found = worst(&Tensor::cat(&parts, 1).unwrap(), &whole);
-        assert!(found < close && found > 0.0, "{dtype:?}: {found}");
+        assert!(found < close && found > 0.0, "{kind}: {found}");
     }
 }
 

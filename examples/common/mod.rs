@@ -7,8 +7,7 @@ mod random;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pricket::candle::DType;
-use pricket::{Activations, BlockType, Loader, Precision, Pricket, Quantisation};
+use pricket::{Activations, BlockType, CacheType, Loader, Precision, Pricket, Quantisation};
 
 pub(crate) use bar::Bar;
 pub(crate) use finish::finish;
@@ -46,9 +45,9 @@ pub(crate) struct ModelArgs {
     /// Precision of activations on the CPU: f32; bf16 as torch has it; q8 as ggml has it (8 bits beside quantised weights)
     #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "bf16", "q8"])]
     pub(crate) activations: String,
-    /// Type of cached keys and values: f32, f16 or bf16; by default f32, f16 under --activations q8, bf16 under bf16
-    #[arg(long, value_name = "TYPE", value_parser = ["f32", "f16", "bf16"])]
-    pub(crate) cache_type: Option<String>,
+    /// Type of cached keys and values: f32, f16, bf16 or q8_0; by default f32, f16 under --activations q8, bf16 under bf16
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) cache_type: Option<CacheType>,
     /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
     #[arg(long, value_name = "NAME")]
     pub(crate) activation: Option<String>,
@@ -125,12 +124,9 @@ impl ModelArgs {
             "bf16" => loader.activations(Activations::BF16),
             _ => loader,
         };
-        loader = match self.cache_type.as_deref() {
-            Some("f16") => loader.cache(DType::F16),
-            Some("bf16") => loader.cache(DType::BF16),
-            Some(_) => loader.cache(DType::F32),
-            None => loader,
-        };
+        if let Some(kind) = self.cache_type {
+            loader = loader.cache(kind);
+        }
         for change in &self.set {
             let (key, value) = change.split_once('=').unwrap_or((change, ""));
             let value = serde_json::from_str::<serde_json::Value>(value).unwrap_or_else(|_| value.into());

@@ -8,7 +8,7 @@ use crate::cpu::{Path, by_path, path};
 use crate::lanes::{Floats, LANES};
 use crate::pool::{parallel, scratch};
 use crate::product::{PANEL, Product, Start};
-use crate::rows::{self, Kind, Rows};
+use crate::rows::{self, Kind, Rows, q8_row};
 use crate::shared::Shared;
 
 /// Query rows that one task takes.
@@ -65,7 +65,8 @@ impl View {
             CpuStorage::F32(data) => (data.as_ptr().cast(), Kind::F32, data.len()),
             CpuStorage::F16(data) => (data.as_ptr().cast(), Kind::F16, data.len()),
             CpuStorage::BF16(data) => (data.as_ptr().cast(), Kind::BF16, data.len()),
-            _ => bail!("attention: expected {name} in f32, f16 or bf16"),
+            CpuStorage::U8(data) => (data.as_ptr(), Kind::Q8, data.len()),
+            _ => bail!("attention: expected {name} in f32, f16, bf16 or q8_0"),
         };
         let (&[b, h, t, d], &[batch, head, time, inner]) = (layout.dims(), layout.stride()) else {
             bail!("attention: expected {name} of [batch, heads, time, head_dim], got {:?}", layout.dims())
@@ -79,7 +80,7 @@ impl View {
         }
         let rows = Rows { at, kind, stride: time };
         // SAFETY: inside of the storage, as was just checked, or nothing is read.
-        let rows = unsafe { rows.skip(0, layout.start_offset()) };
+        let rows = unsafe { rows.further(layout.start_offset()) };
         Ok((Self { rows, batch, head }, [b, h, t, d]))
     }
 
@@ -92,7 +93,7 @@ impl View {
     /// The place is there.
     unsafe fn from(&self, batch: usize, head: usize, time: usize) -> Rows {
         // SAFETY: promised by the caller.
-        unsafe { self.rows.skip(time, batch * self.batch + head * self.head) }
+        unsafe { self.rows.further(batch * self.batch + head * self.head + time * self.rows.stride) }
     }
 }
 
@@ -393,8 +394,8 @@ unsafe fn soften_body<L: Floats>(
     }
 }
 
-/// [`attention`] as a candle op of `q` in f32, contiguous, and `k` and `v` in f32, f16 or bf16, which may be strided views
-/// of a cache.
+/// [`attention`] as a candle op of `q` in f32, contiguous, and `k` and `v` in f32, f16, bf16 or bytes of `q8_0` blocks as
+/// [`StoreOp`](crate::StoreOp) writes them, which may be strided views of a cache.
 /// Output: `[batch, queries, heads * dim]`. It has no backward pass: training takes the plain twin.
 #[derive(Clone, Debug)]
 pub struct AttentionOp {
@@ -423,8 +424,9 @@ impl CustomOp3 for AttentionOp {
         let (q, [batch, heads, queries, dim]) = View::new("q", q, q_layout)?;
         let (k, [k_batch, kv_heads, keys, k_dim]) = View::new("k", k, k_layout)?;
         let (v, v_dims) = View::new("v", v, v_layout)?;
-        let fits = k_batch == batch && k_dim == dim && kv_heads > 0 && heads % kv_heads == 0 && queries <= keys;
-        if !fits || v_dims != [batch, kv_heads, keys, dim] {
+        let width = |view: &View| if view.rows.kind == Kind::Q8 { q8_row(dim) } else { dim };
+        let fits = k_batch == batch && k_dim == width(&k) && kv_heads > 0 && heads % kv_heads == 0 && queries <= keys;
+        if !fits || v_dims != [batch, kv_heads, keys, width(&v)] {
             bail!("attention: q {:?}, k {:?} and v {v_dims:?} do not fit", q_layout, k_layout.dims());
         }
         if q.rows.kind != Kind::F32 || !q_layout.is_contiguous() {

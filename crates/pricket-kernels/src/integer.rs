@@ -23,10 +23,8 @@ use crate::shared::Shared;
 /// Rows of activations that are multiplied before the next tile: they stay in the second-level cache.
 const ROWS: usize = 64;
 
-/// Bytes of weights that are asked for ahead of their use by `rows` rows: the fewer rows, the sooner they are needed.
-const fn ahead(rows: usize) -> usize {
-    if rows < 4 { 6 << 10 } else { 3 << 10 }
-}
+/// Bytes of weights that are asked for ahead of their use.
+const AHEAD: usize = 6 << 10;
 
 /// One call: what is multiplied, what becomes of it, and where the results go.
 struct Job<'a> {
@@ -212,7 +210,7 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
         for _ in 0..steps / unit_steps {
             // Weights come from memory only once: what is needed soon is asked for while this is multiplied.
             for line in (0..unit_bytes).step_by(64) {
-                L::expect(unit.wrapping_add(const { ahead(M) } + line));
+                L::expect(unit.wrapping_add(AHEAD + line));
             }
             for step in 0..unit_steps {
                 let w = groups::<L, BITS>(unit.add(scales_kind.bytes() + step * BITS * 64));

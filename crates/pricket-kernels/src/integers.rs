@@ -10,7 +10,7 @@ use half::f16;
 use crate::block_type::BlockType;
 use crate::cpu::Path;
 use crate::packed::{Form, STEP, Scales};
-use crate::pool::parallel_chunks;
+use crate::pool::{parallel_chunks, threads};
 
 /// The ratio of one term's step to the next one's.
 pub(crate) const FINER: f32 = 254.0;
@@ -49,10 +49,16 @@ impl Integers {
         let (steps, width) = (columns / STEP, words_of(terms));
         let rows = x.len() / columns;
         let mut words = vec![0; rows * steps * width];
-        parallel_chunks(&mut words, GROUP * steps * width, |i, words| {
-            let rows = words.len() / (steps * width);
-            for (row, x) in x[i * GROUP * columns..].chunks_exact(columns).take(rows).enumerate() {
-                round(x, &mut words[row * width..], rows * width, kind, form, terms, path);
+        // A group a task; where there is but one, some of its steps, in whole blocks of 256 columns.
+        let alone = rows <= GROUP && x.len() >= 8 << 10;
+        let part = if alone { steps.div_ceil(2 * threads()).next_multiple_of(8) } else { steps };
+        let group = rows.min(GROUP);
+        parallel_chunks(&mut words, group * part * width, |i, words| {
+            let (row, step) = if alone { (0, i * part) } else { (i * GROUP, 0) };
+            let rows = if alone { rows } else { words.len() / (steps * width) };
+            let len = words.len() / (rows * width) * STEP;
+            for (j, x) in x[row * columns..].chunks_exact(columns).take(rows).enumerate() {
+                round(&x[step * STEP..][..len], &mut words[j * width..], rows * width, kind, form, terms, path);
             }
         });
         Self { words, rows, terms, steps }

@@ -41,6 +41,10 @@ pub(crate) trait Floats: Copy {
     unsafe fn floats(p: *const f32) -> Self::Float;
     unsafe fn halves(p: *const f16) -> Self::Float;
     unsafe fn brains(p: *const bf16) -> Self::Float;
+    /// One half in every lane.
+    unsafe fn half(p: *const f16) -> Self::Float;
+    /// Signed bytes.
+    unsafe fn signed(p: *const u8) -> Self::Float;
     unsafe fn store(p: *mut f32, x: Self::Float);
     /// Lane `i` of vector `j` and lane `j` of vector `i` change places.
     unsafe fn transpose(rows: &mut [Self::Float; LANES]);
@@ -96,7 +100,6 @@ pub(crate) trait Lanes: Floats {
     unsafe fn byte<const N: u32>(x: Self::Bytes) -> Self::Int;
     unsafe fn float(x: Self::Int) -> Self::Float;
     unsafe fn unsigned(p: *const u8) -> Self::Float;
-    unsafe fn signed(p: *const u8) -> Self::Float;
     /// Four bits of each of 16 bytes, from `SHIFT` on: 0 or 4.
     unsafe fn nibbles<const SHIFT: u32>(p: *const u8) -> Self::Float;
 }
@@ -162,6 +165,16 @@ impl Floats for Scalar {
     unsafe fn brains(p: *const bf16) -> [f32; LANES] {
         // SAFETY: promised by the caller.
         unsafe { p.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn half(p: *const f16) -> [f32; LANES] {
+        // SAFETY: promised by the caller.
+        [unsafe { p.read_unaligned() }.to_f32(); LANES]
+    }
+    #[inline(always)]
+    unsafe fn signed(p: *const u8) -> [f32; LANES] {
+        // SAFETY: promised by the caller.
+        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: [f32; LANES]) {

@@ -55,4 +55,4 @@ pub use packed::Packed;
 pub use pool::{Pool, collect, parallel, threads};
 pub use reduce::{RowSummary, SumOp, argmax, row_summaries, row_summary};
 pub use rotary::RotaryOp;
-pub use store::StoreOp;
+pub use store::{StoreOp, q8_row_bytes, q8_values};

@@ -148,7 +148,8 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::rows::{Kind, Rows, inner_products, pack};
+    use crate::rows::{Kind, Rows, inner_products, pack, q8_row};
+    use crate::store::{q8_values, to_q8};
 
     fn random(len: usize) -> Vec<f32> {
         Tensor::randn(0f32, 1.0, len, &Device::Cpu).unwrap().to_vec1().unwrap()
@@ -161,14 +162,21 @@ mod tests {
             let (x, w, bias) = (random(rows * k), random(n * k), random(n));
             let half: Vec<f16> = w.iter().map(|&x| f16::from_f32(x)).collect();
             let brain: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
+            let mut blocks = vec![0; n * q8_row(k)];
+            for (to, from) in blocks.chunks_exact_mut(q8_row(k)).zip(w.chunks_exact(k)) {
+                to_q8(to, from);
+            }
+            let mut rounded = vec![0f32; n * k];
+            q8_values(&blocks, k, &mut rounded);
             for path in Path::available() {
-                for kind in [Kind::F32, Kind::F16, Kind::BF16] {
+                for kind in [Kind::F32, Kind::F16, Kind::BF16, Kind::Q8] {
                     let (at, wide): (*const u8, Vec<f32>) = match kind {
                         Kind::F32 => (w.as_ptr().cast(), w.clone()),
                         Kind::F16 => (half.as_ptr().cast(), half.iter().map(|x| x.to_f32()).collect()),
                         Kind::BF16 => (brain.as_ptr().cast(), brain.iter().map(|x| x.to_f32()).collect()),
+                        Kind::Q8 => (blocks.as_ptr(), rounded.clone()),
                     };
-                    let w = Rows { at, kind, stride: k };
+                    let w = Rows { at, kind, stride: if kind == Kind::Q8 { q8_row(k) } else { k } };
                     let exact = |i: usize, j: usize| {
                         let products = (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(wide[j * k + c]));
                         products.sum::<f64>() + f64::from(bias[j])

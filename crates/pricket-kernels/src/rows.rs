@@ -18,15 +18,35 @@ pub(crate) enum Kind {
     F32,
     F16,
     BF16,
+    /// Blocks of 32 as ggml's `q8_0`, the last one of a row filled up with zeros; an element of storage is a byte.
+    Q8,
 }
 
 impl Kind {
+    /// Bytes of an element of storage.
     pub(crate) const fn size(self) -> usize {
-        if matches!(self, Kind::F32) { 4 } else { 2 }
+        size_of_kind(self as u8)
     }
 }
 
-/// Rows of numbers that lie `stride` elements apart.
+/// As [`Kind::size`], of the kind of that number.
+const fn size_of_kind(kind: u8) -> usize {
+    match kind {
+        0 => 4,
+        3 => 1,
+        _ => 2,
+    }
+}
+
+/// Columns and bytes of a block of [`Kind::Q8`].
+pub(crate) const Q8_BLOCK: (usize, usize) = (32, 34);
+
+/// Bytes of a row of `columns` as [`Kind::Q8`].
+pub(crate) const fn q8_row(columns: usize) -> usize {
+    columns.div_ceil(Q8_BLOCK.0) * Q8_BLOCK.1
+}
+
+/// Rows of numbers that lie `stride` elements of storage apart.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows {
     pub(crate) at: *const u8,
@@ -36,51 +56,70 @@ pub(crate) struct Rows {
 
 impl Rows {
     /// # Safety
-    /// The row and the column are there.
+    /// The row is there.
     #[inline(always)]
-    unsafe fn from(self, row: usize, column: usize) -> *const u8 {
+    unsafe fn row(self, row: usize) -> *const u8 {
         // SAFETY: promised by the caller.
-        unsafe { self.at.add((row * self.stride + column) * self.kind.size()) }
+        unsafe { self.at.add(row * self.stride * self.kind.size()) }
     }
 
-    /// The same rows from another one on.
+    /// The same rows from another one on, and another column; of [`Kind::Q8`] one that begins a block.
     ///
     /// # Safety
     /// The row and the column are there.
     pub(crate) unsafe fn skip(self, row: usize, column: usize) -> Self {
+        let column = if self.kind == Kind::Q8 { q8_row(column) } else { column };
         // SAFETY: promised by the caller.
-        Self { at: unsafe { self.from(row, column) }, ..self }
+        Self { at: unsafe { self.row(row).add(column * self.kind.size()) }, ..self }
+    }
+
+    /// Other rows, so many elements of storage further on.
+    ///
+    /// # Safety
+    /// They are there.
+    pub(crate) unsafe fn further(self, elements: usize) -> Self {
+        // SAFETY: promised by the caller.
+        Self { at: unsafe { self.at.add(elements * self.kind.size()) }, ..self }
     }
 }
 
-/// Sixteen numbers of a kind.
+/// Sixteen numbers of a row from `column` on, a multiple of sixteen.
 ///
 /// # Safety
 /// They can be read, and the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn load<L: Floats, const KIND: u8>(p: *const u8) -> L::Float {
+unsafe fn load<L: Floats, const KIND: u8>(row: *const u8, column: usize) -> L::Float {
     // SAFETY: promised by the caller.
     unsafe {
         match KIND {
-            0 => L::floats(p.cast()),
-            1 => L::halves(p.cast()),
-            _ => L::brains(p.cast()),
+            0 => L::floats(row.add(4 * column).cast()),
+            1 => L::halves(row.add(2 * column).cast()),
+            2 => L::brains(row.add(2 * column).cast()),
+            _ => {
+                let block = row.add(column / Q8_BLOCK.0 * Q8_BLOCK.1);
+                L::mul(L::half(block.cast()), L::signed(block.add(2 + column % Q8_BLOCK.0)))
+            }
         }
     }
 }
 
-/// One number of a kind.
+/// One number of a row.
 ///
 /// # Safety
 /// It can be read.
 #[inline(always)]
-unsafe fn single<const KIND: u8>(p: *const u8) -> f32 {
+unsafe fn single<const KIND: u8>(row: *const u8, column: usize) -> f32 {
     // SAFETY: promised by the caller.
     unsafe {
         match KIND {
-            0 => p.cast::<f32>().read_unaligned(),
-            1 => p.cast::<f16>().read_unaligned().to_f32(),
-            _ => p.cast::<bf16>().read_unaligned().to_f32(),
+            0 => row.add(4 * column).cast::<f32>().read_unaligned(),
+            1 => row.add(2 * column).cast::<f16>().read_unaligned().to_f32(),
+            2 => row.add(2 * column).cast::<bf16>().read_unaligned().to_f32(),
+            _ => {
+                let block = row.add(column / Q8_BLOCK.0 * Q8_BLOCK.1);
+                let q = block.add(2 + column % Q8_BLOCK.0).cast::<i8>().read();
+                block.cast::<f16>().read_unaligned().to_f32() * f32::from(q)
+            }
         }
     }
 }
@@ -112,9 +151,11 @@ macro_rules! by_path_and_kind {
                             (true, Kind::F32) => avx512::<0>($($arg),*),
                             (true, Kind::F16) => avx512::<1>($($arg),*),
                             (true, Kind::BF16) => avx512::<2>($($arg),*),
+                            (true, Kind::Q8) => avx512::<3>($($arg),*),
                             (false, Kind::F32) => avx2::<0>($($arg),*),
                             (false, Kind::F16) => avx2::<1>($($arg),*),
                             (false, Kind::BF16) => avx2::<2>($($arg),*),
+                            (false, Kind::Q8) => avx2::<3>($($arg),*),
                         }
                     };
                 }
@@ -126,6 +167,7 @@ macro_rules! by_path_and_kind {
                     Kind::F32 => $body::<Scalar, 0>($($arg),*),
                     Kind::F16 => $body::<Scalar, 1>($($arg),*),
                     Kind::BF16 => $body::<Scalar, 2>($($arg),*),
+                    Kind::Q8 => $body::<Scalar, 3>($($arg),*),
                 }
             }
         }
@@ -207,18 +249,18 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
 ) {
     // SAFETY: promised by the caller.
     unsafe {
-        let size = const { if KIND == 0 { 4 } else { 2 } };
+        let size = const { size_of_kind(KIND) };
         let out = out.add(row);
-        let (apart, w) = (w.stride * size, w.from(row, 0));
+        let (apart, w) = (w.stride * size, w.row(row));
         let mut sums = [[[L::splat(0.0); U]; R]; W];
         let mut at = 0;
         while at + LANES * U <= k {
             for u in 0..U {
                 let mut wide = [L::splat(0.0); W];
                 for (j, wide) in wide.iter_mut().enumerate() {
-                    let w = w.add(j * apart + (at + LANES * u) * size);
-                    L::expect(w.wrapping_add(2 << 10));
-                    *wide = load::<L, KIND>(w);
+                    let (w, at) = (w.add(j * apart), at + LANES * u);
+                    L::expect(w.wrapping_add(at * size + (2 << 10)));
+                    *wide = load::<L, KIND>(w, at);
                 }
                 for r in 0..R {
                     let x = L::floats(x.add(r * x_stride + at + LANES * u));
@@ -231,7 +273,7 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
         }
         while at + LANES <= k {
             for j in 0..W {
-                let wide = load::<L, KIND>(w.add(j * apart + at * size));
+                let wide = load::<L, KIND>(w.add(j * apart), at);
                 for r in 0..R {
                     sums[j][r][0] = L::madd(L::floats(x.add(r * x_stride + at)), wide, sums[j][r][0]);
                 }
@@ -246,7 +288,7 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
                 }
                 let mut sum = L::sum(sum);
                 for at in at..k {
-                    sum += *x.add(r * x_stride + at) * single::<KIND>(w.add(j * apart + at * size));
+                    sum += *x.add(r * x_stride + at) * single::<KIND>(w.add(j * apart), at);
                 }
                 let out = out.add(r * out_stride + j);
                 *out = match start {
@@ -274,14 +316,13 @@ by_path_and_kind! {
 unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32) {
     // SAFETY: promised by the caller.
     unsafe {
-        let size = const { if KIND == 0 { 4 } else { 2 } };
         for half in 0..2 {
             let (first, count) = (half * LANES, rows.saturating_sub(half * LANES).min(LANES));
             let mut at = 0;
             while at + LANES <= k {
                 let mut square = [L::splat(0.0); LANES];
                 for (row, line) in square.iter_mut().enumerate().take(count) {
-                    *line = load::<L, KIND>(w.from(first + row, at));
+                    *line = load::<L, KIND>(w.row(first + row), at);
                 }
                 L::transpose(&mut square);
                 for (c, line) in square.into_iter().enumerate() {
@@ -291,11 +332,7 @@ unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, o
             }
             for at in at..k {
                 for row in 0..LANES {
-                    let value = if row < count {
-                        single::<KIND>(w.at.add(((first + row) * w.stride + at) * size))
-                    } else {
-                        0.0
-                    };
+                    let value = if row < count { single::<KIND>(w.row(first + row), at) } else { 0.0 };
                     *out.add(at * PANEL + first + row) = value;
                 }
             }
@@ -318,15 +355,14 @@ unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, 
     for row in 0..rows {
         // SAFETY: promised by the caller.
         unsafe {
-            let (w, out) = (w.from(row, 0), out.add(row * stride));
-            let size = const { if KIND == 0 { 4 } else { 2 } };
+            let (w, out) = (w.row(row), out.add(row * stride));
             let mut at = 0;
             while at + LANES <= k {
-                L::store(out.add(at), load::<L, KIND>(w.add(at * size)));
+                L::store(out.add(at), load::<L, KIND>(w, at));
                 at += LANES;
             }
             for at in at..k {
-                *out.add(at) = single::<KIND>(w.add(at * size));
+                *out.add(at) = single::<KIND>(w, at);
             }
         }
     }
@@ -354,36 +390,35 @@ unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
     unsafe {
         let mut at = 0;
         while at + 4 * LANES <= k {
-            some_columns::<L, KIND, 4>(v.skip(0, at), rows, weights, out.add(at));
+            some_columns::<L, KIND, 4>(v, at, rows, weights, out.add(at));
             at += 4 * LANES;
         }
         while at + LANES <= k {
-            some_columns::<L, KIND, 1>(v.skip(0, at), rows, weights, out.add(at));
+            some_columns::<L, KIND, 1>(v, at, rows, weights, out.add(at));
             at += LANES;
         }
-        let size = const { if KIND == 0 { 4 } else { 2 } };
         for at in at..k {
             for row in 0..rows {
-                *out.add(at) += *weights.add(row) * single::<KIND>(v.from(row, 0).add(at * size));
+                *out.add(at) += *weights.add(row) * single::<KIND>(v.row(row), at);
             }
         }
     }
 }
 
-/// `C` vectors of columns, two rows at a time in sums of their own.
+/// `C` vectors of columns from `at` on, two rows at a time in sums of their own.
 ///
 /// # Safety
 /// As [`weighted_sum_body`].
 #[inline(always)]
 unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(
     v: Rows,
+    at: usize,
     rows: usize,
     weights: *const f32,
     out: *mut f32,
 ) {
     // SAFETY: promised by the caller.
     unsafe {
-        let size = const { if KIND == 0 { 4 } else { 2 } };
         let mut even = [L::splat(0.0); C];
         let mut odd = [L::splat(0.0); C];
         for (c, even) in even.iter_mut().enumerate() {
@@ -391,18 +426,18 @@ unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(
         }
         let mut row = 0;
         while row + 2 <= rows {
-            let (a, b) = (v.from(row, 0), v.from(row + 1, 0));
+            let (a, b) = (v.row(row), v.row(row + 1));
             let (weight_a, weight_b) = (L::splat(*weights.add(row)), L::splat(*weights.add(row + 1)));
             for c in 0..C {
-                even[c] = L::madd(weight_a, load::<L, KIND>(a.add(c * LANES * size)), even[c]);
-                odd[c] = L::madd(weight_b, load::<L, KIND>(b.add(c * LANES * size)), odd[c]);
+                even[c] = L::madd(weight_a, load::<L, KIND>(a, at + c * LANES), even[c]);
+                odd[c] = L::madd(weight_b, load::<L, KIND>(b, at + c * LANES), odd[c]);
             }
             row += 2;
         }
         if row < rows {
-            let (a, weight) = (v.from(row, 0), L::splat(*weights.add(row)));
+            let (a, weight) = (v.row(row), L::splat(*weights.add(row)));
             for (c, even) in even.iter_mut().enumerate() {
-                *even = L::madd(weight, load::<L, KIND>(a.add(c * LANES * size)), *even);
+                *even = L::madd(weight, load::<L, KIND>(a, at + c * LANES), *even);
             }
         }
         for c in 0..C {

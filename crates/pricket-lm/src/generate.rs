@@ -128,7 +128,7 @@ impl Generation {
             request,
         };
         let rows: Vec<Row> = requests.into_iter().enumerate().map(row).filter(|row| !row.done).collect();
-        let ctx = Context::new().with_cache(Cache::with_dtype(model.info().cache));
+        let ctx = Context::new().with_cache(Cache::with_type(model.info().cache));
         let ctx = if beyond { ctx.beyond_trained_length() } else { ctx };
         Ok(Self { model, ctx, rows, started: false, logits: Vec::new() })
     }

@@ -65,6 +65,7 @@ impl Attention {
         let scores = Scores { scale: self.scale, slopes, padding: ctx.padding() };
         let mixed = if ctx.wants(Site::Pattern) {
             let pattern = ops::attention_pattern(&q, &k, scores)?;
+            let v = ops::widened(&v, self.head_dim, q.dtype())?;
             ops::attention_output(&ctx.tap(Site::Pattern, pattern)?, &v)?
         } else {
             ops::attention(&q, &k, &v, scores)?

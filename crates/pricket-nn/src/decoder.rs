@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Tensor};
 use pricket_weights::Dtype;
 
-use crate::{Context, Embedding, Error, LayerNorm, Linear, Result, Site, Weights, ops};
+use crate::{CacheType, Context, Embedding, Error, LayerNorm, Linear, Result, Site, Weights, ops};
 
 /// What a model is, in numbers.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ pub struct ModelInfo {
     /// Type of activations unless a [`Context`] says otherwise.
     pub activations: DType,
     /// Type of cached keys and values unless a [`Cache`](crate::Cache) says otherwise.
-    pub cache: DType,
+    pub cache: CacheType,
     /// Type of the largest matrix.
     pub dtype: Dtype,
     /// Where the weights are.
@@ -47,7 +47,7 @@ impl ModelInfo {
 
     /// Bytes that the cache takes for each position of each row.
     pub fn cache_bytes_per_token(&self) -> u64 {
-        (2 * self.layers * self.kv_heads * self.head_dim * self.cache.size_in_bytes()) as u64
+        (2 * self.layers * self.kv_heads * self.cache.bytes(self.head_dim)) as u64
     }
 
     /// Bytes that a pass over `positions` needs beside weights and cache, by rule of thumb.

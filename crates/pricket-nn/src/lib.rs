@@ -40,7 +40,7 @@ mod weights;
 
 pub use alibi::Alibi;
 pub use attention::Attention;
-pub use cache::Cache;
+pub use cache::{Cache, CacheType};
 pub use context::Context;
 pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, residual};
 pub use error::{Error, Result};

@@ -7,11 +7,11 @@
 use candle_core::{D, DType, Tensor};
 pub use pricket_kernels::{
     Activations, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
-    narrowed, quantise, row_summaries, row_summary,
+    narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
 };
-use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, StoreOp, SumOp};
+use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, StoreOp, SumOp, q8_values};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// The kernels of ours run on the CPU and compute in f32.
 fn on_our_kernels(x: &Tensor) -> bool {
@@ -165,17 +165,36 @@ pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&parts, D::Minus1)?.contiguous()?)
 }
 
-/// Writes `new` of `[b, h, t, head_dim]` into `past`, `[b, h, capacity, head_dim]` in its own type, from position `at` on. No
-/// gradient goes through it.
+/// Writes `new` of `[b, h, t, head_dim]` into `past`, `[b, h, capacity, head_dim]` in its own type or bytes of `q8_0` blocks,
+/// from position `at` on. No gradient goes through it.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not fit, or for blocks that are not on the CPU.
 pub fn store(past: &Tensor, new: &Tensor, at: usize) -> Result<()> {
     let new = new.detach();
-    if on_our_kernels(&new) && new.stride().last() == Some(&1) {
+    let blocks = past.dtype() == DType::U8;
+    if on_our_kernels(&new) && (blocks || new.stride().last() == Some(&1)) {
+        let new = if new.stride().last() == Some(&1) { new } else { new.contiguous()? };
         return Ok(past.narrow(2, at, new.dim(2)?)?.inplace_op2(&new, &StoreOp)?);
     }
+    if blocks {
+        return Err(Error::Input("keys and values are cached as q8_0 on the CPU only, in f32".into()));
+    }
     Ok(past.slice_set(&new.to_dtype(past.dtype())?.contiguous()?, 2, at)?)
+}
+
+/// Keys or values of `[b, h, s, head_dim]` as `dtype`, from whatever [`store`] has made of them.
+///
+/// # Errors
+/// What candle says.
+pub fn widened(stored: &Tensor, head_dim: usize, dtype: DType) -> Result<Tensor> {
+    if stored.dtype() != DType::U8 {
+        return Ok(stored.to_dtype(dtype)?);
+    }
+    let (b, h, s, _) = stored.dims4()?;
+    let mut values = vec![0f32; b * h * s * head_dim];
+    q8_values(&stored.flatten_all()?.to_vec1::<u8>()?, head_dim, &mut values);
+    Ok(Tensor::from_vec(values, (b, h, s, head_dim), stored.device())?.to_dtype(dtype)?)
 }
 
 /// What becomes of the scores of queries and keys before the softmax.
@@ -196,13 +215,13 @@ pub struct Scores<'a> {
 /// If the shapes do not fit.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
     let tracked = q.track_op() || k.track_op() || v.track_op();
-    let stored = |x: &Tensor| matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
+    let stored = |x: &Tensor| matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::U8);
     if on_our_kernels(q) && stored(k) && stored(v) && !tracked {
         let Scores { scale, slopes, padding } = scores;
         let op = AttentionOp { scale: scale as f32, padding: padding.to_vec(), slopes: slopes.to_vec() };
         return Ok(q.contiguous()?.apply_op3_no_bwd(k, v, &op)?);
     }
-    attention_output(&attention_pattern(q, k, scores)?, v)
+    attention_output(&attention_pattern(q, k, scores)?, &widened(v, q.dim(3)?, q.dtype())?)
 }
 
 /// The probabilities of [`attention`], `[b, h, t, s]`; with [`attention_output`] its plain twin.
@@ -211,8 +230,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Resu
 /// If the shapes do not fit.
 pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
     let Scores { scale, slopes, padding } = scores;
-    let (b, h, t, _) = q.dims4()?;
-    let (k, s) = (repeat_heads(&k.to_dtype(q.dtype())?, h)?, k.dim(2)?);
+    let (b, h, t, dim) = q.dims4()?;
+    let (k, s) = (repeat_heads(&widened(k, dim, q.dtype())?, h)?, k.dim(2)?);
     let mut scores = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scale)?;
     if !slopes.is_empty() {
         let back = |i: usize, j: usize| (j as f32) - (s - t + i) as f32;

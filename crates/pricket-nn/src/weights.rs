@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use pricket_weights::{Dtype, Entry, Store};
 
 use crate::ops::{self, Activations, BlockType, Blocks, Matrix};
-use crate::{Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Silent};
+use crate::{CacheType, Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Silent};
 
 /// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
 #[derive(Clone, Copy, Debug, Default)]
@@ -136,7 +136,7 @@ struct Shared {
     progress: Arc<dyn Progress>,
     in_model_order: bool,
     precision: Activations,
-    cache: Option<DType>,
+    cache: Option<CacheType>,
     state: Mutex<State>,
 }
 
@@ -211,19 +211,19 @@ impl Weights {
         self.with(|shared| shared.precision = precision)
     }
 
-    /// Keys and values are cached as `dtype`: f32, f16 or bf16. For a cursor from which nothing has been loaded.
+    /// Keys and values are cached as `kind`. For a cursor from which nothing has been loaded.
     #[must_use]
-    pub fn with_cache(self, dtype: DType) -> Self {
-        self.with(|shared| shared.cache = Some(dtype))
+    pub fn with_cache(self, kind: CacheType) -> Self {
+        self.with(|shared| shared.cache = Some(kind))
     }
 
     /// The type in which keys and values are cached: as asked for, else as precise as the activations.
-    pub fn cache(&self) -> DType {
+    pub fn cache(&self) -> CacheType {
         let precision = if self.device().is_cpu() { self.shared.precision } else { Activations::F32 };
         self.shared.cache.unwrap_or(match precision {
-            Activations::F32 => self.activations(),
-            Activations::BF16 => DType::BF16,
-            Activations::Q8 => DType::F16,
+            Activations::F32 => CacheType::of(self.activations()),
+            Activations::BF16 => CacheType::BF16,
+            Activations::Q8 => CacheType::F16,
         })
     }
 

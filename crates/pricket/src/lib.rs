@@ -76,7 +76,8 @@ pub use pricket_hub::{self as hub, Hub, Steps};
 pub use pricket_lm::{self as lm, PromptFormat, Role, Sampling, Tokenizer, Turn};
 pub use pricket_nn::ops::{Activations, BlockType, keep_freed_memory};
 pub use pricket_nn::{
-    self as nn, Cache, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent, Site, Taps,
+    self as nn, Cache, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent,
+    Site, Taps,
 };
 pub use pricket_weights::{self as weights, Dtype};
 

@@ -5,7 +5,7 @@ use candle_core::{DType, Device};
 use pricket_hub::Hub;
 use pricket_lm::Tokenizer;
 use pricket_nn::ops::Activations;
-use pricket_nn::{CausalLm, ModelInfo, Policy, Progress, Quantisation, Silent, Weights};
+use pricket_nn::{CacheType, CausalLm, ModelInfo, Policy, Progress, Quantisation, Silent, Weights};
 use pricket_weights::{Headers, Store};
 use serde_json::Value;
 
@@ -101,7 +101,7 @@ pub struct Loader {
     qkv: QkvOrder,
     quantisation: Option<Quantisation>,
     activations: Activations,
-    cache: Option<DType>,
+    cache: Option<CacheType>,
     activation: Option<String>,
     changes: Vec<(String, Value)>,
 }
@@ -208,11 +208,11 @@ impl Loader {
         self
     }
 
-    /// The type of cached keys and values: f32, f16 or bf16. By default f32 beside activations of f32, f16 beside those of 8
-    /// bits, bf16 beside bf16.
+    /// The type of cached keys and values. By default f32 beside activations of f32, f16 beside those of 8 bits, bf16 beside
+    /// bf16.
     #[must_use]
-    pub fn cache(mut self, dtype: DType) -> Self {
-        self.cache = Some(dtype);
+    pub fn cache(mut self, kind: CacheType) -> Self {
+        self.cache = Some(kind);
         self
     }
 
@@ -316,6 +316,9 @@ impl Loader {
         if self.device.is_cpu() && !self.any_memory {
             memory::check(&self.source.name(), &Estimate::new(dry.info().clone(), 512))?;
         }
+        if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
+            return Err(Error::Input("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
+        }
         let pool = pool(self.threads)?;
         let read = headers.bytes_read();
         let build = |in_model_order: bool| {
@@ -325,7 +328,7 @@ impl Loader {
             let weights = if in_model_order { weights.in_model_order() } else { weights };
             let weights = weights.with_activations(self.activations);
             let weights = match self.cache {
-                Some(dtype) => weights.with_cache(dtype),
+                Some(kind) => weights.with_cache(kind),
                 None => weights,
             };
             let model = pool.install(|| family.load(&weights));

@@ -85,6 +85,22 @@ impl Floats for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn half(p: *const f16) -> Self::Float {
+        unsafe {
+            let half = _mm_cvtsi32_si128(i32::from(p.cast::<u16>().read_unaligned()));
+            [_mm256_broadcastss_ps(_mm_cvtph_ps(half)); 2]
+        }
+    }
+    #[inline(always)]
+    unsafe fn signed(p: *const u8) -> Self::Float {
+        unsafe {
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, x: Self::Float) {
         unsafe {
             _mm256_storeu_ps(p, x[0]);
@@ -235,15 +251,6 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn signed(p: *const u8) -> Self::Float {
-        unsafe {
-            [
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
-            ]
-        }
-    }
-    #[inline(always)]
     unsafe fn nibbles<const SHIFT: u32>(p: *const u8) -> Self::Float {
         unsafe {
             let shift = _mm_cvtsi32_si128(SHIFT as i32);
@@ -317,6 +324,17 @@ impl Floats for Avx512 {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         }
+    }
+    #[inline(always)]
+    unsafe fn half(p: *const f16) -> Self::Float {
+        unsafe {
+            let half = _mm_cvtsi32_si128(i32::from(p.cast::<u16>().read_unaligned()));
+            _mm512_broadcastss_ps(_mm_cvtph_ps(half))
+        }
+    }
+    #[inline(always)]
+    unsafe fn signed(p: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: __m512) {
@@ -407,10 +425,6 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn unsigned(p: *const u8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
-    }
-    #[inline(always)]
-    unsafe fn signed(p: *const u8) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn nibbles<const SHIFT: u32>(p: *const u8) -> __m512 {
