@@ -10,10 +10,13 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Parser;
-use pricket::{GenerateOptions, Pricket};
+use pricket::lm::TextStream;
+use pricket::nn::ops::multiply_add_rate;
+use pricket::{CausalLm, GenerateOptions, Pricket};
 use serde_json::json;
 
-/// Measures prefill and decode. Decoding is `generate` end to end: a prompt, then new tokens, greedily.
+/// Measures prefill and decode. Decoding is `generate` end to end: a prompt, then new tokens, greedily, and their text where
+/// the model has a tokenizer.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -78,6 +81,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     // Before the buffer whose reading is timed, which is as large as the model.
     let peak = peak_rss();
     let bandwidth = bandwidth(info.weight_bytes as usize, threads);
+    let mut arithmetic = 0.0;
+    pricket.model().on_threads(&mut || arithmetic = multiply_add_rate());
     let share = |rate: f64| read as f64 * rate / bandwidth;
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -96,7 +101,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
             json!({
                 "model": name, "provenance": pricket.provenance().to_json(), "parameters": info.parameters,
                 "dtype": info.dtype.name().to_lowercase(), "weight_bytes": info.weight_bytes,
-                "load_seconds": load_seconds, "peak_rss": peak, "bandwidth": bandwidth, "threads": threads, "rows": rows,
+                "load_seconds": load_seconds, "peak_rss": peak, "bandwidth": bandwidth, "flops": arithmetic,
+                "threads": threads, "rows": rows,
             })
         )?;
         return Ok(());
@@ -111,7 +117,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         }
         writeln!(out, "{:8} {:5}  {:10.1} tokens/s{about}", row.what, row.prompt, row.rate)?;
     }
-    writeln!(out, "bandwidth {:.1} GB/s over {} threads", bandwidth / 1e9, threads)?;
+    let (bandwidth, arithmetic) = (bandwidth / 1e9, arithmetic / 1e9);
+    writeln!(out, "{threads} threads read {bandwidth:.1} GB/s, and multiply and add {arithmetic:.0} GFLOP/s in f32")?;
     if let Some(peak) = peak {
         writeln!(out, "peak memory {:.0} MiB, weights {:.0} MiB", mib(peak), mib(info.weight_bytes))?;
     }
@@ -148,10 +155,21 @@ fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) ->
     let prompt: Vec<u32> = (0..len as u32).map(|i| i * 7919 % vocab).collect();
     let options = GenerateOptions { max_tokens: new_tokens, stop_at_eos: false, ..Default::default() };
     let mut generation = pricket.generation(vec![prompt; streams], &options)?;
+    let text = pricket.tokenizer().ok().map(|tokenizer| TextStream::new(tokenizer, &[]));
+    let mut texts = vec![text; streams];
+    let mut step = || -> anyhow::Result<bool> {
+        let Some(tokens) = generation.step()? else { return Ok(false) };
+        for token in &tokens {
+            if let Some(text) = &mut texts[token.row] {
+                std::hint::black_box(text.push(token.id));
+            }
+        }
+        Ok(true)
+    };
     let start = Instant::now();
-    generation.step()?;
+    step()?;
     let first = start.elapsed().as_secs_f64();
-    while generation.step()?.is_some() {}
+    while step()? {}
     Ok((first, start.elapsed().as_secs_f64() - first))
 }
 

@@ -10,7 +10,7 @@ q8, as it does (f32 for f16); rows against torch (--torch, weights in --torch-dt
 figure under f32 activations beside it. A ratio above 1 says that pricket is faster. Every row is the median of --pairs
 alternating pairs; each process is timed by its own clock, after a warm-up.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile
+import argparse, json, os, shlex, statistics, subprocess, sys, tempfile
 
 LLAMA = r"""
 import ctypes, json, sys, time
@@ -94,7 +94,18 @@ print(json.dumps(out))
 SHAPES = {"160m": (12, 768, 12), "410m": (24, 1024, 16), "1b": (16, 2048, 8), "1.4b": (24, 2048, 16)}
 
 
+# What was measured when this was begun (docs/performance.md): prefill of 512 and decoding, tokens a second, two cores of a
+# Sapphire Rapids server. A row counts only where the peer reaches 0.9 of it.
+SEEN = {("llama", "160m", "f16"): (396, 36), ("llama", "160m", "q4_0"): (527, 110), ("llama", "160m", "q8_0"): (308, 61),
+        ("llama", "1.4b", "f16"): (35, 5.1), ("llama", "1.4b", "q4_0"): (56, 12.5), ("llama", "1.4b", "q5_1"): (12, 8.2),
+        ("llama", "1.4b", "q8_0"): (25, 7.8), ("torch", "160m", "f32"): (713, 19), ("torch", "160m", "bf16"): (1370, 23),
+        ("torch", "1.4b", "bf16"): (163, 4.3)}
+
+
 def main():
+    if sys.argv[1:2] == ["--peer"]:  # as a row's command line says: --peer llama|torch ARGUMENTS
+        sys.argv = sys.argv[2:]
+        return exec({"llama": LLAMA, "torch": TORCH}[sys.argv[0]], {})
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--examples", default="target/release/examples")
     p.add_argument("--shapes", default="160m,1.4b")
@@ -118,14 +129,16 @@ def main():
         shares = {f"{row['what']} {row['prompt']}": row["share_of_bandwidth"] for row in out["rows"]}
         return figures, shares
 
-    def theirs(program, *args):
-        run = subprocess.run([sys.executable, "-c", program, json.dumps(args)], check=True, capture_output=True, text=True)
-        return json.loads(run.stdout.splitlines()[-1])
+    def theirs(peer, *args):
+        command = ["python3", "tools/peers/cpu_bench.py", "--peer", peer, json.dumps(args)]
+        run = subprocess.run([sys.executable, __file__, *command[2:]], check=True, capture_output=True, text=True)
+        return json.loads(run.stdout.splitlines()[-1]), shlex.join(command)
 
-    def compare(name, activations, model, peer):
+    def compare(name, key, activations, model, peer):
         runs = []
         for _ in range(a.pairs):
-            runs.append((ours(activations, *model), peer(), ours("f32", *model)[0] if activations != "f32" else None))
+            figures, command = peer()
+            runs.append((ours(activations, *model), figures, ours("f32", *model)[0] if activations != "f32" else None))
         for what in runs[0][1]:
             middle = lambda values: statistics.median(values)
             ratios = [run[0][0][what] / run[1][what] for run in runs]
@@ -133,10 +146,14 @@ def main():
             exact = middle(r[2][what] for r in runs) if runs[0][2] else own
             share = middle(r[0][1][what] or 0 for r in runs)
             share = f"{100 * share:.0f} %" if share else ""
-            print(f"| {name} | {what} | {activations} | {own:.1f} | {exact:.1f} | {other:.1f} | {middle(ratios):.2f} x | {share} |", flush=True)
+            seen = SEEN.get(key, (0, 0))[0 if what == "prefill 512" else 1] if what in ("prefill 512", "decode 128") else 0
+            reached = f"{other / seen:.1f}" if seen else ""
+            print(f"| {name} | {what} | {activations} | {own:.1f} | {exact:.1f} | {other:.1f} | {middle(ratios):.2f} x | {share} | {reached} |", flush=True)
+        commands.append(f"{name}: {command}")
 
-    print("| shape, type, peer | tokens | activations | pricket, tok/s | under f32 | peer | ratio | bandwidth |")
-    print("|---|---|---|---|---|---|---|---|")
+    commands = []
+    print("| shape, type, peer | tokens | activations | pricket, tok/s | under f32 | peer | ratio | bandwidth | peer, of what was seen |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for shape in a.shapes.split(","):
         for kind in filter(None, a.types.split(",")):
             with tempfile.TemporaryDirectory() as folder:
@@ -145,12 +162,15 @@ def main():
                 subprocess.run([f"{a.examples}/quantize", "--shape", shape, "--tokenizer", a.tokenizer, "--out", path, *blocks],
                                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 activations = "f32" if kind in ("f16", "f32") else "q8"
-                compare(f"{shape} {kind}, llama.cpp", activations, ["--model", path],
-                        lambda: theirs(LLAMA, path, a.threads, prefill, decode, a.new_tokens))
+                compare(f"{shape} {kind}, llama.cpp", ("llama", shape, kind), activations, ["--model", path],
+                        lambda: theirs("llama", path, a.threads, prefill, decode, a.new_tokens))
         for kind in filter(None, a.torch.split(",")):
             dtype = {"f32": "float32", "bf16": "bfloat16"}[kind]
-            compare(f"{shape} {kind}, torch", kind, ["--shape", shape, "--dtype", kind],
-                    lambda: theirs(TORCH, SHAPES[shape], dtype, a.threads, prefill, decode, a.new_tokens))
+            compare(f"{shape} {kind}, torch", ("torch", shape, kind), kind, ["--shape", shape, "--dtype", kind],
+                    lambda: theirs("torch", SHAPES[shape], dtype, a.threads, prefill, decode, a.new_tokens))
+
+    print("\nThe peers' command lines:")
+    print("\n".join(commands))
 
 
 main()

@@ -7,7 +7,7 @@
 use candle_core::{D, DType, Tensor};
 pub use pricket_kernels::{
     Activations, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
-    narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
+    multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
 };
 use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, StoreOp, SumOp, q8_values};
 

@@ -1,0 +1,73 @@
+//! What the processor's arithmetic is capable of, to hold figures against.
+
+#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::cpu::{by_path, path};
+use crate::lanes::{Floats, LANES};
+use crate::pool::{parallel, threads};
+
+/// Sums that are independent of each other: as many as it takes to keep every unit busy.
+const SUMS: usize = 12;
+
+/// Multiply-adds in f32, counted as two operations each, that the installed pool's threads do in a second on registers alone:
+/// the best of three short runs.
+pub fn multiply_add_rate() -> f64 {
+    const ROUNDS: usize = 2_000_000;
+    let tasks = threads();
+    let seconds = (0..3).map(|_| {
+        let start = Instant::now();
+        parallel(tasks, |task| {
+            // SAFETY: the path is one that the processor has.
+            black_box(unsafe { multiply_adds(path(), ROUNDS, task as f32) });
+        });
+        start.elapsed().as_secs_f64()
+    });
+    (2 * tasks * ROUNDS * SUMS * LANES) as f64 / seconds.fold(f64::INFINITY, f64::min)
+}
+
+by_path! {
+    /// The sums of `rounds` multiply-adds each.
+    ///
+    /// # Safety
+    /// The processor has the instructions of the path.
+    fn multiply_adds(rounds: usize, start: f32) -> [f32; LANES] = multiply_adds_body
+}
+
+#[inline(always)]
+unsafe fn multiply_adds_body<L: Floats>(rounds: usize, start: f32) -> [f32; LANES] {
+    let mut out = [0f32; LANES];
+    // SAFETY: promised by the caller; a whole vector is written.
+    unsafe {
+        let (factor, mut sums) = (L::splat(black_box(0.999)), [L::splat(start); SUMS]);
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = L::madd(*sum, factor, factor);
+            }
+        }
+        let mut total = L::splat(0.0);
+        for sum in sums {
+            total = L::add(total, sum);
+        }
+        L::store(out.as_mut_ptr(), total);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Path;
+
+    #[test]
+    fn every_path_does_the_same_arithmetic() {
+        for path in Path::available() {
+            // SAFETY: the path is one that the processor has.
+            let sums = unsafe { multiply_adds(path, 3, 1.0) };
+            let exact = (0..3).fold(1f64, |sum, _| sum * 0.999 + 0.999) * SUMS as f64;
+            assert!(sums.iter().all(|&sum| (f64::from(sum) - exact).abs() < 1e-4), "{path:?}: {sums:?} {exact}");
+        }
+    }
+}
