@@ -12,7 +12,7 @@ use anyhow::ensure;
 use clap::Parser;
 use pricket::lm::TextStream;
 use pricket::nn::ops::multiply_add_rate;
-use pricket::{CausalLm, GenerateOptions, Pricket};
+use pricket::{GenerateOptions, Pricket};
 use serde_json::json;
 
 /// Measures prefill and decode. Decoding is `generate` end to end: a prompt, then new tokens, greedily, and their text where
