@@ -29,6 +29,9 @@ mod text;
 /// Loading and running within the memory that the file takes.
 mod memory;
 
+/// What a decoding step asks of the allocator.
+mod allocations;
+
 /// Prompts far beyond what a model was trained for.
 mod long;
 

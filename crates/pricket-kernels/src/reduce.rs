@@ -33,9 +33,9 @@ pub fn row_summary(row: &[f32]) -> RowSummary {
 }
 
 /// [`row_summary`] of each row, over the installed pool.
-pub fn row_summaries(rows: &[Vec<f32>]) -> Vec<RowSummary> {
+pub fn row_summaries(rows: &[&[f32]]) -> Vec<RowSummary> {
     let mut out = vec![RowSummary { max: f32::NAN, argmax: 0, log_sum: f64::NAN, finite: false }; rows.len()];
-    parallel_chunks(&mut out, 1, |i, out| out[0] = row_summary(&rows[i]));
+    parallel_chunks(&mut out, 1, |i, out| out[0] = row_summary(rows[i]));
     out
 }
 

@@ -29,21 +29,28 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod documents;
 mod error;
 mod generate;
+mod loglikelihood;
 mod prompt;
+mod python;
 mod sampling;
 mod score;
+mod tasks;
 mod text;
 mod tokenizer;
 mod tokenizer_file;
 mod vocabulary;
 
+pub use documents::Documents;
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};
+pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
 pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::{Sampler, Sampling};
 pub use score::{TokenLogprob, check_finite, loss, token_logprobs};
+pub use tasks::{EvalOptions, Figure, Metric, Outcome, Sample, Task, TaskKind, evaluate};
 pub use text::TextStream;
 pub use tokenizer::{Decoder, Tokenizer};
 pub use vocabulary::Vocabulary;

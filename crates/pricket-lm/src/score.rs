@@ -34,13 +34,13 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogp
     let mut out = Vec::with_capacity(ids.len() - 1);
     for (block, targets) in ids[1..].chunks(BLOCK).enumerate() {
         let logits = model.head(&hidden.narrow(1, block * BLOCK, targets.len())?)?.i(0)?;
-        let rows = logits.to_vec2::<f32>()?;
-        for ((row, summary), &id) in rows.iter().zip(summaries(model, &rows)).zip(targets) {
-            let (logprob, is_greedy) = logprob_of(&summary, row, id)?;
-            if !logprob.is_finite() {
+        let mut scored = Ok(Vec::new());
+        model.on_threads(&mut || scored = ops::logprobs(&logits, targets));
+        for ((summary, logprob), &id) in scored?.into_iter().zip(targets) {
+            if !summary.finite {
                 return Err(diagnose(model, ids));
             }
-            out.push(TokenLogprob { id, logprob, is_greedy });
+            out.push(TokenLogprob { id, logprob: logprob as f32, is_greedy: logprob >= -summary.log_sum });
         }
     }
     Ok(out)
@@ -79,8 +79,9 @@ pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result
 
 /// What rows of logits amount to, each of them once, on the model's threads.
 pub(crate) fn summaries(model: &dyn CausalLm, rows: &[Vec<f32>]) -> Vec<RowSummary> {
+    let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
     let mut summaries = Vec::new();
-    model.on_threads(&mut || summaries = ops::row_summaries(rows));
+    model.on_threads(&mut || summaries = ops::row_summaries(&rows));
     summaries
 }
 

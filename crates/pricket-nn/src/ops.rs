@@ -4,7 +4,7 @@
 //! takes the fused form; if any is, an operation with a backward pass or the plain twin, because candle's fused
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{CpuStorage, D, DType, Storage, Tensor};
 pub use pricket_kernels::{
     Activations, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
     multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
@@ -279,6 +279,35 @@ pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
     let x = x.to_dtype(DType::F32)?;
     let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?;
     Ok(shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?)
+}
+
+/// Of each row of `logits`, `[n, vocab]` in f32: what it amounts to, and the log-probability of the token that `ids` names for
+/// it, summed in f64. Over the installed threads.
+///
+/// # Errors
+/// If there are not as many ids as rows, or one is outside the vocabulary.
+pub fn logprobs(logits: &Tensor, ids: &[u32]) -> Result<Vec<(RowSummary, f64)>> {
+    let (n, vocab) = logits.dims2()?;
+    if n != ids.len() {
+        return Err(Error::Input(format!("{} tokens for {n} rows of logits", ids.len())));
+    }
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::Input(format!("token {id} is outside the vocabulary of {vocab}")));
+    }
+    let of_rows = |data: &[f32]| {
+        let rows: Vec<&[f32]> = data.chunks_exact(vocab.max(1)).collect();
+        let logprob = |((row, summary), &id): ((&&[f32], RowSummary), &u32)| {
+            (summary, f64::from(row[id as usize]) - f64::from(summary.max) - summary.log_sum)
+        };
+        rows.iter().zip(row_summaries(&rows)).zip(ids).map(logprob).collect()
+    };
+    let (storage, layout) = logits.storage_and_layout();
+    // In place where they are on the CPU: a copy of them takes as long as all of the rest.
+    if let (Storage::Cpu(CpuStorage::F32(data)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
+        return Ok(of_rows(&data[start..end]));
+    }
+    drop(storage);
+    Ok(of_rows(&logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?))
 }
 
 /// Each key head as often as query heads share it.

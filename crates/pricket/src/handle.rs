@@ -1,7 +1,10 @@
 use std::sync::Arc;
 
 use pricket_hub::InUse;
-use pricket_lm::{Finish, Generation, PromptFormat, Request, Sampling, TextStream, Tokenizer, token_logprobs};
+use pricket_lm::{
+    Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request, Sampling,
+    ScoreOptions, Task, TextStream, Tokenizer, evaluate, loglikelihoods, token_logprobs,
+};
 use pricket_nn::{Cache, CausalLm, ModelInfo, Parameter};
 use serde_json::Value;
 
@@ -249,6 +252,41 @@ impl Pricket {
             is_greedy: t.is_greedy,
         };
         Ok(scored.into_iter().map(token).collect())
+    }
+
+    /// The token that texts begin with where nothing else is given: `<|endoftext|>` for all of these families.
+    pub fn prefix_id(&self) -> u32 {
+        let named = self.parts.tokenizer.as_ref().and_then(|tokenizer| tokenizer.token_to_id("<|endoftext|>"));
+        let configured = || self.parts.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+        named.or_else(configured).or(self.parts.eos.first().copied()).unwrap_or(0)
+    }
+
+    /// How likely each continuation is after its context: pairs of both, as lm-evaluation-harness takes them. A context that
+    /// several share is read once.
+    ///
+    /// # Errors
+    /// As [`pricket_lm::loglikelihoods`].
+    pub fn loglikelihoods(&self, pairs: &[(&str, &str)], options: &ScoreOptions) -> Result<Vec<Loglikelihood>> {
+        let (tokenizer, prefix) = (self.tokenizer()?, self.prefix_id());
+        let encode =
+            |&(context, continuation): &(&str, &str)| Continuation::encode(tokenizer, prefix, context, continuation);
+        let requests = pairs.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
+        Ok(loglikelihoods(&*self.parts.model, &requests, options)?)
+    }
+
+    /// Puts a task to the model: see [`pricket_lm::evaluate`]. The prefix of `options` is the model's own.
+    ///
+    /// # Errors
+    /// As [`pricket_lm::evaluate`].
+    pub fn evaluate(
+        &self,
+        task: &Task,
+        documents: impl IntoIterator<Item = pricket_lm::Result<Value>>,
+        examples: &[Value],
+        options: &EvalOptions,
+    ) -> Result<Outcome> {
+        let options = EvalOptions { prefix: self.prefix_id(), ..options.clone() };
+        Ok(evaluate(&*self.parts.model, self.tokenizer()?, task, documents, examples, &options)?)
     }
 
     /// The request that continues `ids`, row `row` of a batch, under `options`, stop strings left to the caller.

@@ -73,7 +73,7 @@ pub use repository::{Fetched, fetch};
 pub use shapes::{published_config, published_shapes};
 
 pub use pricket_hub::{self as hub, Hub, Steps};
-pub use pricket_lm::{self as lm, PromptFormat, Role, Sampling, Tokenizer, Turn};
+pub use pricket_lm::{self as lm, EvalOptions, PromptFormat, Role, Sampling, ScoreOptions, Task, Tokenizer, Turn};
 pub use pricket_nn::ops::{Activations, BlockType, keep_freed_memory};
 pub use pricket_nn::{
     self as nn, Cache, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent,

@@ -1,0 +1,316 @@
+//! Log-likelihoods of continuations, many at once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use pricket_nn::{Cache, CausalLm, Context, Error as NnError, Progress, Silent, ops};
+
+use crate::python::is_space;
+use crate::score::diagnose;
+use crate::{Error, Result, Tokenizer};
+
+/// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.
+const BLOCK: usize = 64;
+
+/// A continuation, and what it continues.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Continuation {
+    /// What is given; at least one token.
+    pub context: Vec<u32>,
+    /// What is scored.
+    pub ids: Vec<u32>,
+}
+
+impl Continuation {
+    /// The tokens of `continuation` after `context`, by the rules of lm-evaluation-harness: spaces at the end of the context
+    /// go to the continuation; the two are encoded together, and what comes after as many tokens as the context has alone is
+    /// the continuation. An empty context is the token `prefix`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if nothing is left for the continuation, and what the tokenizer says.
+    pub fn encode(tokenizer: &Tokenizer, prefix: u32, context: &str, continuation: &str) -> Result<Self> {
+        let kept = context.trim_end_matches(is_space);
+        let whole = format!("{context}{continuation}");
+        let all = tokenizer.encode(&whole)?;
+        let (context, ids) = if kept.is_empty() {
+            // Nothing is given but the token that texts begin with, unless the text begins with it itself.
+            match all.split_first() {
+                Some((&first, rest)) if first == prefix => (vec![prefix], rest.to_vec()),
+                _ => (vec![prefix], all),
+            }
+        } else {
+            let context = tokenizer.encode(kept)?;
+            let ids = all.get(context.len()..).unwrap_or_default().to_vec();
+            (context, ids)
+        };
+        if ids.is_empty() {
+            let end = continuation.chars().take(40).collect::<String>();
+            return Err(Error::Input(format!("the continuation {end:?} has no token of its own")));
+        }
+        Ok(Self { context, ids })
+    }
+
+    /// The windows over which a text of any length is scored, every token once: each reads at most `max_length`, the first
+    /// from `prefix` on, the others from one token before what they score; the last one reads as far back as there is room.
+    pub fn windows(ids: &[u32], prefix: u32, max_length: usize) -> Vec<Self> {
+        let (mut windows, mut done) = (Vec::new(), 0);
+        while done < ids.len() {
+            let end = (done + max_length).min(ids.len());
+            let context = if done == 0 { vec![prefix] } else { ids[end.saturating_sub(max_length + 1)..done].to_vec() };
+            windows.push(Self { context, ids: ids[done..end].to_vec() });
+            done = end;
+        }
+        windows
+    }
+}
+
+/// How likely a continuation is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Loglikelihood {
+    /// Sum of the natural logarithms of its tokens' probabilities.
+    pub sum: f64,
+    /// Whether each of its tokens was the most likely one.
+    pub is_greedy: bool,
+    /// Its tokens.
+    pub tokens: usize,
+    /// Tokens of the context that were cut off on the left because there was no room.
+    pub cut: usize,
+}
+
+/// How continuations are scored.
+#[derive(Clone)]
+pub struct ScoreOptions {
+    /// Tokens that are read at once, at most: what does not fit is cut off on the left. By default the model's context, 2,048
+    /// where it has none.
+    pub max_length: Option<usize>,
+    /// Tokens of a batch. By default 1,024 on the CPU, 16,384 elsewhere.
+    pub batch_tokens: Option<usize>,
+    /// Is told of the progress, in tokens.
+    pub progress: Arc<dyn Progress>,
+}
+
+impl Default for ScoreOptions {
+    fn default() -> Self {
+        Self { max_length: None, batch_tokens: None, progress: Arc::new(Silent) }
+    }
+}
+
+impl std::fmt::Debug for ScoreOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ScoreOptions(max_length {:?}, batch_tokens {:?})", self.max_length, self.batch_tokens)
+    }
+}
+
+impl ScoreOptions {
+    /// Tokens that `model` reads at once under these options.
+    pub fn max_length(&self, model: &dyn CausalLm) -> usize {
+        self.max_length.or(model.info().context).unwrap_or(2048)
+    }
+}
+
+/// The log-likelihoods of `requests`, in their order.
+///
+/// Longest first, in batches of about one length; a context that several of them share is read once; the head is applied to
+/// the positions that count, a block at a time.
+///
+/// # Errors
+/// [`Error::Input`] for a continuation that is empty or longer than can be read, [`Error::NonFinite`] if the model overflows,
+/// [`NnError::Cancelled`], and what the model says.
+pub fn loglikelihoods(
+    model: &dyn CausalLm,
+    requests: &[Continuation],
+    options: &ScoreOptions,
+) -> Result<Vec<Loglikelihood>> {
+    let room = options.max_length(model);
+    let limit = options.batch_tokens.unwrap_or(if model.info().device.is_cpu() { 1024 } else { 16_384 });
+    let mut results = vec![Loglikelihood { sum: 0.0, is_greedy: true, tokens: 0, cut: 0 }; requests.len()];
+    let mut rows: Vec<Row<'_>> = Vec::new();
+    let mut by_context: HashMap<&[u32], usize> = HashMap::new();
+    for (i, request) in requests.iter().enumerate() {
+        let Continuation { context, ids } = request;
+        let vocab = model.info().vocab;
+        if let Some(id) = context.iter().chain(ids).find(|&&id| id as usize >= vocab) {
+            return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab}")));
+        }
+        if ids.is_empty() || context.is_empty() || ids.len() > room {
+            let (given, scored) = (context.len(), ids.len());
+            let what = format!("{scored} tokens after {given} cannot be scored by a model that reads {room} at once");
+            return Err(Error::Input(what));
+        }
+        let cut = (context.len() + ids.len()).saturating_sub(room + 1);
+        results[i].tokens = ids.len();
+        results[i].cut = cut;
+        let context = &context[cut..];
+        let row = *by_context.entry(context).or_insert_with(|| {
+            rows.push(Row { context, choices: Vec::new() });
+            rows.len() - 1
+        });
+        rows[row].choices.push((i, ids));
+    }
+    rows.sort_by_key(|row| std::cmp::Reverse(row.len()));
+    let total: usize = rows.iter().map(Row::work).sum();
+    let scoring = Scoring { model, room, progress: &*options.progress };
+    scoring.progress.begin("scoring", total as u64, "tokens");
+    let outcome = scoring.run(&rows, limit, &mut results);
+    scoring.progress.end();
+    outcome.map(|()| results)
+}
+
+/// A context and what continues it.
+struct Row<'a> {
+    context: &'a [u32],
+    choices: Vec<(usize, &'a [u32])>,
+}
+
+impl Row<'_> {
+    fn is_shared(&self) -> bool {
+        self.choices.len() > 1
+    }
+
+    fn longest(&self) -> usize {
+        self.choices.iter().map(|(_, ids)| ids.len()).max().unwrap_or(1)
+    }
+
+    /// Tokens that are read at once for it.
+    fn len(&self) -> usize {
+        if self.is_shared() { self.context.len() } else { self.context.len() + self.longest() - 1 }
+    }
+
+    /// Tokens that are read for it.
+    fn work(&self) -> usize {
+        self.context.len() + self.choices.iter().map(|(_, ids)| ids.len() - 1).sum::<usize>()
+    }
+}
+
+/// Where a continuation's logits are: its request, and of its first token the position in a batch.
+type Place<'a> = (usize, &'a [u32], usize);
+
+struct Scoring<'a> {
+    model: &'a dyn CausalLm,
+    room: usize,
+    progress: &'a dyn Progress,
+}
+
+impl Scoring<'_> {
+    fn run(&self, rows: &[Row<'_>], limit: usize, results: &mut [Loglikelihood]) -> Result<()> {
+        let (shared, alone): (Vec<&Row<'_>>, Vec<&Row<'_>>) = rows.iter().partition(|row| row.is_shared());
+        let mut done = 0;
+        for (rows, is_shared) in [(shared, true), (alone, false)] {
+            let mut left = &rows[..];
+            while let Some(first) = left.first() {
+                if self.progress.cancelled() {
+                    return Err(NnError::Cancelled.into());
+                }
+                let count = (limit / first.len().max(1)).clamp(1, left.len());
+                let (batch, rest) = left.split_at(count);
+                let widest = batch.iter().map(|row| row.longest()).max().unwrap_or(1);
+                if is_shared && first.len() + widest - 1 <= self.room {
+                    self.shared(batch, results)?;
+                } else {
+                    for row in batch {
+                        let alone = |&choice| Row { context: row.context, choices: vec![choice] };
+                        let choices: Vec<Row<'_>> = row.choices.iter().map(alone).collect();
+                        if is_shared {
+                            self.alone(&choices.iter().collect::<Vec<_>>(), results)?;
+                        }
+                    }
+                    if !is_shared {
+                        self.alone(batch, results)?;
+                    }
+                }
+                done += batch.iter().map(|row| row.work()).sum::<usize>();
+                self.progress.update(done as u64);
+                left = rest;
+            }
+        }
+        Ok(())
+    }
+
+    /// Contexts with one continuation each, in one pass: filled up on the right, where nothing that counts looks.
+    fn alone(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
+        let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+        let mut ids = Vec::with_capacity(rows.len() * width);
+        let mut places = Vec::with_capacity(rows.len());
+        for (i, row) in rows.iter().enumerate() {
+            let (request, continuation) = row.choices[0];
+            places.push((request, continuation, i * width + row.context.len() - 1));
+            ids.extend_from_slice(row.context);
+            ids.extend_from_slice(&continuation[..continuation.len() - 1]);
+            ids.resize((i + 1) * width, 0);
+        }
+        let input = Tensor::from_vec(ids, (rows.len(), width), &self.model.info().device)?;
+        let hidden = self.model.hidden(&input, &mut roomy())?;
+        self.score(&hidden, &places, results)
+    }
+
+    /// Contexts with several continuations: the contexts, filled up on the left, then from their cache the first continuation
+    /// of each, the second, and so on.
+    fn shared(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
+        let (count, device) = (rows.len(), &self.model.info().device);
+        let width = rows.iter().map(|row| row.context.len()).max().unwrap_or(0);
+        let padding: Vec<usize> = rows.iter().map(|row| width - row.context.len()).collect();
+        let ids = rows
+            .iter()
+            .flat_map(|row| std::iter::repeat_n(0, width - row.context.len()).chain(row.context.iter().copied()));
+        let input = Tensor::from_vec(ids.collect::<Vec<u32>>(), (count, width), device)?;
+        let cache = Cache::with_type(self.model.info().cache);
+        let mut ctx = roomy().with_cache(cache).with_padding(padding);
+        let last = self.model.hidden(&input, &mut ctx)?.narrow(1, width - 1, 1)?;
+        for choice in 0..rows.iter().map(|row| row.choices.len()).max().unwrap_or(0) {
+            let ids_of = |row: &Row<'_>| row.choices.get(choice).map_or(&[][..], |(_, ids)| *ids).to_vec();
+            let read: Vec<Vec<u32>> = rows
+                .iter()
+                .map(|row| ids_of(row).split_last().map_or_else(Vec::new, |(_, ids)| ids.to_vec()))
+                .collect();
+            let more = read.iter().map(Vec::len).max().unwrap_or(0);
+            let mut hidden = last.clone();
+            if more > 0 {
+                let ids =
+                    read.iter().flat_map(|ids| ids.iter().copied().chain(std::iter::repeat_n(0, more - ids.len())));
+                let input = Tensor::from_vec(ids.collect::<Vec<u32>>(), (count, more), device)?;
+                hidden = Tensor::cat(&[&hidden, &self.model.hidden(&input, &mut ctx)?], 1)?;
+                if let Some(cache) = ctx.cache_mut() {
+                    cache.truncate(width);
+                }
+            }
+            let mut places: Vec<Place<'_>> = Vec::with_capacity(count);
+            for (i, row) in rows.iter().enumerate() {
+                places.extend(row.choices.get(choice).map(|&(request, ids)| (request, ids, i * (more + 1))));
+            }
+            self.score(&hidden, &places, results)?;
+        }
+        Ok(())
+    }
+
+    /// Adds up what the hidden states `[b, t, d]` say of the tokens at `places`.
+    fn score(&self, hidden: &Tensor, places: &[Place<'_>], results: &mut [Loglikelihood]) -> Result<()> {
+        let hidden = hidden.flatten_to(1)?;
+        let tokens: Vec<(usize, u32, u32)> = places
+            .iter()
+            .flat_map(|&(request, ids, at)| ids.iter().zip(at..).map(move |(&id, at)| (request, id, at as u32)))
+            .collect();
+        for block in tokens.chunks(BLOCK) {
+            let at = Tensor::new(block.iter().map(|token| token.2).collect::<Vec<_>>(), hidden.device())?;
+            let logits = self.model.head(&hidden.index_select(&at, 0)?)?;
+            let targets: Vec<u32> = block.iter().map(|token| token.1).collect();
+            let mut scored = Ok(Vec::new());
+            self.model.on_threads(&mut || scored = ops::logprobs(&logits, &targets));
+            for (&(request, id, _), (summary, logprob)) in block.iter().zip(scored?) {
+                if !summary.finite {
+                    let ids = places.iter().find(|place| place.0 == request).map_or(&[][..], |place| place.1);
+                    return Err(diagnose(self.model, ids));
+                }
+                results[request].sum += logprob;
+                results[request].is_greedy &= summary.argmax == id as usize;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Padding on the right may lie beyond the length that the model was trained for; nothing that counts does unless the caller
+/// asked for it.
+fn roomy() -> Context {
+    Context::new().beyond_trained_length()
+}

@@ -1,0 +1,103 @@
+//! What lm-evaluation-harness gets from Python: its random numbers, and what its strings call a space.
+
+use rand_mt::Mt;
+
+/// Python's `random.Random(seed)`: the Mersenne twister, and what the standard library makes of its words.
+#[derive(Clone, Debug)]
+pub(crate) struct Random(Mt);
+
+impl Random {
+    pub(crate) fn new(seed: u32) -> Self {
+        Self(Mt::new_with_key([seed]))
+    }
+
+    /// `random()`: 53 bits below 1.
+    pub(crate) fn random(&mut self) -> f64 {
+        let (high, low) = (self.0.next_u32() >> 5, self.0.next_u32() >> 6);
+        (f64::from(high) * 67_108_864.0 + f64::from(low)) / 9_007_199_254_740_992.0
+    }
+
+    /// `randrange(n)`, for `n` from 1 to 2³².
+    fn below(&mut self, n: usize) -> usize {
+        let bits = usize::BITS - n.leading_zeros();
+        loop {
+            let drawn = (self.0.next_u32() >> (32 - bits.min(32))) as usize;
+            if drawn < n {
+                return drawn;
+            }
+        }
+    }
+
+    /// `sample(range(n), k)`, for `k` up to `n`.
+    pub(crate) fn sample(&mut self, n: usize, k: usize) -> Vec<usize> {
+        // As the library chooses between shuffling all and remembering those that were taken.
+        let mut set_size = 21;
+        if k > 5 {
+            set_size += 4usize.pow((k as f64 * 3.0).log(4.0).ceil() as u32);
+        }
+        if n <= set_size {
+            let mut pool: Vec<usize> = (0..n).collect();
+            return (0..k)
+                .map(|i| {
+                    let j = self.below(n - i);
+                    let last = pool[n - i - 1];
+                    std::mem::replace(&mut pool[j], last)
+                })
+                .collect();
+        }
+        let mut taken = std::collections::HashSet::new();
+        let mut draw = || loop {
+            let j = self.below(n);
+            if taken.insert(j) {
+                return j;
+            }
+        };
+        (0..k).map(|_| draw()).collect()
+    }
+
+    /// An index of `choices(range(n))`.
+    pub(crate) fn choice(&mut self, n: usize) -> usize {
+        (self.random() * n as f64) as usize
+    }
+}
+
+/// `str.isspace` of a character.
+pub(crate) fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
+}
+
+/// `str.capitalize`.
+pub(crate) fn capitalise(text: &str) -> String {
+    let mut chars = text.chars();
+    let Some(first) = chars.next() else { return String::new() };
+    let mut title = first.to_uppercase();
+    // Of a letter that becomes several, only the first is large.
+    let first: String = title.next().into_iter().chain(title.flat_map(char::to_lowercase)).collect();
+    first + &chars.as_str().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// From CPython 3.11.
+    #[test]
+    fn random_numbers_are_pythons() {
+        let mut random = Random::new(1234);
+        assert_eq!(random.sample(12, 3), [7, 1, 0]);
+        assert_eq!(random.sample(12, 3), [1, 9, 0]);
+        assert_eq!(random.sample(16_000, 4), [11002, 11355, 1375, 1612]);
+        assert_eq!(random.sample(100, 12), [98, 45, 30, 2, 3, 44, 82, 79, 61, 78, 59, 19]);
+        assert_eq!(Random::new(0).random(), 0.844_421_851_525_048_1);
+        let mut random = Random::new(0);
+        assert_eq!((0..6).map(|_| random.choice(48)).collect::<Vec<_>>(), [40, 36, 20, 12, 24, 19]);
+    }
+
+    #[test]
+    fn strings_are_pythons() {
+        assert_eq!(capitalise("then THE man"), "Then the man");
+        assert_eq!(capitalise("ßa"), "Ssa");
+        assert_eq!(capitalise(""), "");
+        assert!(is_space('\x1f') && is_space('\u{a0}') && !is_space('\u{200b}'));
+    }
+}

@@ -1,0 +1,216 @@
+//! The tasks that papers about these models report, as lm-evaluation-harness 0.4 defines them.
+
+use std::sync::{Arc, LazyLock};
+
+use regex::Regex;
+use serde_json::Value;
+
+use super::{Asked, Choices, Metric, Task, TaskKind};
+use crate::python::{capitalise, is_space};
+
+pub(super) const NAMES: [&str; 8] =
+    ["lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "sciq", "wikitext"];
+
+const CHOICES: &[Metric] = &[Metric::Acc, Metric::AccNorm];
+
+pub(super) fn task(name: &str) -> Option<Task> {
+    type Plain = fn(&Value) -> Result<Asked, String>;
+    let choices =
+        |ask: Plain, has_test, repo, config| (TaskKind::MultipleChoice, CHOICES, ask, has_test, true, repo, config);
+    let (kind, metrics, ask, has_test, has_train, repo, config) = match name {
+        "lambada_openai" => (
+            TaskKind::Loglikelihood,
+            &[Metric::Perplexity, Metric::Acc][..],
+            lambada as Plain,
+            true,
+            false,
+            "EleutherAI/lambada_openai",
+            Some("default"),
+        ),
+        "hellaswag" => choices(hellaswag, false, "Rowan/hellaswag", None),
+        "piqa" => choices(piqa, false, "baber/piqa", None),
+        "winogrande" => {
+            let task = choices(winogrande, false, "allenai/winogrande", Some("winogrande_xl"));
+            (task.0, &CHOICES[..1], task.2, task.3, task.4, task.5, task.6)
+        }
+        "arc_easy" => choices(arc, true, "allenai/ai2_arc", Some("ARC-Easy")),
+        "arc_challenge" => choices(arc, true, "allenai/ai2_arc", Some("ARC-Challenge")),
+        "sciq" => choices(sciq, true, "allenai/sciq", None),
+        "wikitext" => (
+            TaskKind::Perplexity,
+            &[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte][..],
+            wikitext as Plain,
+            true,
+            true,
+            "EleutherAI/wikitext_document_level",
+            Some("wikitext-2-raw-v1"),
+        ),
+        _ => return None,
+    };
+    Some(Task {
+        name: name.into(),
+        version: if name == "wikitext" { 2.0 } else { 1.0 },
+        kind,
+        metrics: metrics.to_vec(),
+        has_test,
+        has_train,
+        dataset: Some((repo.into(), config.map(Into::into))),
+        ask: Arc::new(ask),
+    })
+}
+
+fn text<'a>(document: &'a Value, key: &str) -> Result<&'a str, String> {
+    document[key].as_str().ok_or_else(|| wrong(key, "a text", &document[key]))
+}
+
+fn texts(value: &Value, key: &str) -> Result<Vec<String>, String> {
+    let list = value.as_array().ok_or_else(|| wrong(key, "a list of texts", value))?;
+    list.iter().map(|x| x.as_str().map(str::to_owned).ok_or_else(|| wrong(key, "a list of texts", x))).collect()
+}
+
+/// A number, or one written as a text.
+fn number(document: &Value, key: &str) -> Result<usize, String> {
+    let value = &document[key];
+    let number = value.as_u64().or_else(|| value.as_str().and_then(|text| text.trim().parse().ok()));
+    number.map(|n| n as usize).ok_or_else(|| wrong(key, "the number of a choice", value))
+}
+
+fn wrong(key: &str, expected: &str, found: &Value) -> String {
+    let found: String = found.to_string().chars().take(60).collect();
+    format!("expected {expected} under {key:?}, found {found}")
+}
+
+fn choices(context: String, choices: &[String], answer: usize) -> Result<Asked, String> {
+    if answer >= choices.len() {
+        return Err(format!("the right answer is number {answer} of {} choices", choices.len()));
+    }
+    Ok(Asked::Choices(Choices {
+        contexts: vec![context],
+        continuations: choices.iter().map(|choice| format!(" {choice}")).collect(),
+        lengths: choices.iter().map(|choice| choice.chars().count()).collect(),
+        answer,
+    }))
+}
+
+/// The last word of a passage (Paperno et al. 2016, arXiv:1606.06031; OpenAI's form of it).
+fn lambada(document: &Value) -> Result<Asked, String> {
+    let text = text(document, "text")?;
+    let (context, word) = text.rsplit_once(' ').unwrap_or(("", text));
+    Ok(Asked::Continuation { context: context.into(), continuation: format!(" {word}") })
+}
+
+/// How a situation goes on (Zellers et al. 2019, arXiv:1905.07830).
+fn hellaswag(document: &Value) -> Result<Asked, String> {
+    // Brackets are left over from WikiHow.
+    static BRACKETS: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\[.*?\]").expect("a pattern"));
+    let cleaned = |text: &str| {
+        let text = text.trim_matches(is_space).replace(" [title]", ". ");
+        BRACKETS.replace_all(&text, "").replace("  ", " ")
+    };
+    let (activity, a, b) = (text(document, "activity_label")?, text(document, "ctx_a")?, text(document, "ctx_b")?);
+    let endings: Vec<String> = texts(&document["endings"], "endings")?.iter().map(|x| cleaned(x)).collect();
+    choices(cleaned(&format!("{activity}: {a} {}", capitalise(b))), &endings, number(document, "label")?)
+}
+
+/// How to do everyday things (Bisk et al. 2020, arXiv:1911.11641).
+fn piqa(document: &Value) -> Result<Asked, String> {
+    let solutions = [text(document, "sol1")?.to_owned(), text(document, "sol2")?.to_owned()];
+    choices(format!("Question: {}\nAnswer:", text(document, "goal")?), &solutions, number(document, "label")?)
+}
+
+/// Whom a blank stands for (Sakaguchi et al. 2020, arXiv:1907.10641), by the likelihood of what follows it (Trinh and Le 2018,
+/// arXiv:1806.02847).
+fn winogrande(document: &Value) -> Result<Asked, String> {
+    let sentence = text(document, "sentence")?;
+    let (before, after) = sentence.split_once('_').ok_or_else(|| format!("there is no blank in {sentence:?}"))?;
+    let contexts = [text(document, "option1")?, text(document, "option2")?].map(|option| format!("{before}{option}"));
+    let answer = match text(document, "answer")? {
+        "1" => 0,
+        "2" => 1,
+        other => return Err(format!("the answer is {other:?}, neither \"1\" nor \"2\"")),
+    };
+    Ok(Asked::Choices(Choices {
+        lengths: contexts.iter().map(|context| context.chars().count()).collect(),
+        contexts: contexts.to_vec(),
+        continuations: vec![format!(" {}", after.trim_matches(is_space))],
+        answer,
+    }))
+}
+
+/// Questions of school examinations in science (Clark et al. 2018, arXiv:1803.05457).
+fn arc(document: &Value) -> Result<Asked, String> {
+    let labels = texts(&document["choices"]["label"], "choices.label")?;
+    let key = text(document, "answerKey")?;
+    let answer = labels.iter().position(|label| label == key);
+    let answer = answer.ok_or_else(|| format!("the answer {key:?} is none of {labels:?}"))?;
+    let options = texts(&document["choices"]["text"], "choices.text")?;
+    choices(format!("Question: {}\nAnswer:", text(document, "question")?), &options, answer)
+}
+
+/// Questions about science, each with a passage (Welbl et al. 2017, arXiv:1707.06209).
+fn sciq(document: &Value) -> Result<Asked, String> {
+    let options = ["distractor1", "distractor2", "distractor3", "correct_answer"];
+    let options: Vec<String> =
+        options.iter().map(|key| text(document, key).map(str::to_owned)).collect::<Result<_, _>>()?;
+    let support = text(document, "support")?.trim_start_matches(is_space);
+    choices(format!("{support}\nQuestion: {}\nAnswer:", text(document, "question")?), &options, 3)
+}
+
+/// Whole pages of an encyclopaedia (Merity et al. 2016, arXiv:1609.07843); words and bytes are those of the page as it is, the
+/// text is what the page looked like before it was cut into words.
+fn wikitext(document: &Value) -> Result<Asked, String> {
+    let page = text(document, "page")?;
+    Ok(Asked::Text { text: detokenised(page), words: count_words(page), bytes: page.len() })
+}
+
+/// Pieces between runs of spaces, as Python's `re.split(r"\s+", text)` counts them.
+pub(super) fn count_words(text: &str) -> usize {
+    let mut runs = 0;
+    let mut before = false;
+    for c in text.chars() {
+        let space = is_space(c);
+        runs += usize::from(space && !before);
+        before = space;
+    }
+    runs + 1
+}
+
+fn detokenised(page: &str) -> String {
+    static PATTERNS: LazyLock<[(Regex, &str); 6]> = LazyLock::new(|| {
+        [
+            (r"/' [0-9]/", "/'[0-9]/"),
+            (r"\([\s\x1c-\x1f]*([^\)]*?)[\s\x1c-\x1f]*\)", "(${1})"),
+            (r"\[[\s\x1c-\x1f]*([^\]]*?)[\s\x1c-\x1f]*\]", "[${1}]"),
+            (r"\{[\s\x1c-\x1f]*([^}]*?)[\s\x1c-\x1f]*\}", "{${1}}"),
+            (r#""[\s\x1c-\x1f]*([^"]*?)[\s\x1c-\x1f]*""#, r#""${1}""#),
+            (r"'[\s\x1c-\x1f]*([^']*?)[\s\x1c-\x1f]*'", "'${1}'"),
+        ]
+        .map(|(pattern, with)| (Regex::new(pattern).expect("a pattern"), with))
+    });
+    let replaced = |text: String, pairs: &[(&str, &str)]| pairs.iter().fold(text, |text, (a, b)| text.replace(a, b));
+    let pattern = |text: String, i: usize| PATTERNS[i].0.replace_all(&text, PATTERNS[i].1).into_owned();
+    let text = pattern(page.replace("s '", "s'"), 0);
+    let marks = [
+        (" @-@ ", "-"),
+        (" @,@ ", ","),
+        (" @.@ ", "."),
+        (" : ", ": "),
+        (" ; ", "; "),
+        (" . ", ". "),
+        (" ! ", "! "),
+        (" ? ", "? "),
+        (" , ", ", "),
+    ];
+    let text = (1..6).fold(replaced(text, &marks), pattern);
+    let rest = [
+        ("= = = =", "===="),
+        ("= = =", "==="),
+        ("= =", "=="),
+        (" \u{b0} ", "\u{b0}"),
+        (" \n", "\n"),
+        ("\n ", "\n"),
+        (" N ", " 1 "),
+        (" 's", "'s"),
+    ];
+    replaced(text, &rest)
+}

@@ -1,0 +1,357 @@
+//! A task put to a model.
+
+use pricket_nn::{CausalLm, Error as NnError};
+use serde_json::{Value, json};
+
+use super::{Asked, Metric, Task};
+use crate::loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
+use crate::python::Random;
+use crate::{Error, Result, Tokenizer};
+
+/// Documents that are asked together: enough to fill batches of one length, and few enough to keep.
+const TOGETHER: usize = 1024;
+
+/// How a task is put to a model.
+#[derive(Clone, Debug)]
+pub struct EvalOptions {
+    /// Examples before each question.
+    pub shots: usize,
+    /// Where the drawing of examples begins.
+    pub seed: u32,
+    /// Documents at most.
+    pub limit: Option<usize>,
+    /// Draws of the bootstrap that tells the standard error of a perplexity; 0 for none.
+    pub bootstrap: usize,
+    /// The token that texts begin with, given where nothing else is.
+    pub prefix: u32,
+    /// Whether each document's requests and answers are kept.
+    pub samples: bool,
+    /// How continuations are scored.
+    pub score: ScoreOptions,
+}
+
+impl Default for EvalOptions {
+    /// The harness's: no examples, seed 1234, 100,000 draws.
+    fn default() -> Self {
+        Self {
+            shots: 0,
+            seed: 1234,
+            limit: None,
+            bootstrap: 100_000,
+            prefix: 0,
+            samples: false,
+            score: ScoreOptions::default(),
+        }
+    }
+}
+
+/// A figure and how sure it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figure {
+    /// Of what.
+    pub metric: Metric,
+    /// The figure.
+    pub value: f64,
+    /// Its standard error, where there is one.
+    pub stderr: Option<f64>,
+}
+
+/// A document's requests and answers.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// Its number.
+    pub id: usize,
+    /// The document.
+    pub document: Value,
+    /// Number of the right choice, or the text that was scored.
+    pub target: Value,
+    /// Context and continuation of each request.
+    pub requests: Vec<(String, String)>,
+    /// What the model says to each.
+    pub answers: Vec<Loglikelihood>,
+    /// What it adds to each figure.
+    pub scores: Vec<(Metric, f64)>,
+}
+
+/// What came of a task.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The task's name.
+    pub task: String,
+    /// Its version.
+    pub version: f64,
+    /// Examples before each question.
+    pub shots: usize,
+    /// Documents that were asked.
+    pub documents: usize,
+    /// The figures, in the task's order.
+    pub figures: Vec<Figure>,
+    /// Requests whose context was cut off on the left because there was no room.
+    pub cut: usize,
+    /// What was asked and answered, if it was to be kept.
+    pub samples: Vec<Sample>,
+}
+
+impl Outcome {
+    /// The figure of a metric.
+    pub fn get(&self, metric: Metric) -> Option<f64> {
+        self.figures.iter().find(|figure| figure.metric == metric).map(|figure| figure.value)
+    }
+}
+
+/// Puts `task` to a model about `documents`, with examples from `examples`, by the rules of lm-evaluation-harness 0.4: the
+/// figures are its figures.
+///
+/// Examples are drawn anew for each document by Python's random numbers. Documents are read a thousand at a time, so that
+/// their number costs no memory.
+///
+/// # Errors
+/// [`Error::Input`] for a document that is not of the task, or fewer examples than are to be drawn; what reading the documents
+/// says; as [`loglikelihoods`].
+pub fn evaluate(
+    model: &dyn CausalLm,
+    tokenizer: &Tokenizer,
+    task: &Task,
+    documents: impl IntoIterator<Item = Result<Value>>,
+    examples: &[Value],
+    options: &EvalOptions,
+) -> Result<Outcome> {
+    let mut shots = Shots::new(task, examples, options)?;
+    let mut documents = documents.into_iter().take(options.limit.unwrap_or(usize::MAX)).peekable();
+    let room = options.score.max_length(model);
+    let mut outcome = Outcome {
+        task: task.name.clone(),
+        version: task.version,
+        shots: options.shots,
+        documents: 0,
+        figures: Vec::new(),
+        cut: 0,
+        samples: Vec::new(),
+    };
+    let mut scores: Vec<Vec<(f64, f64)>> = vec![Vec::new(); task.metrics.len()];
+    while documents.peek().is_some() {
+        if options.score.progress.cancelled() {
+            return Err(NnError::Cancelled.into());
+        }
+        let mut asked = Vec::new();
+        let mut requests = Vec::new();
+        for document in documents.by_ref().take(TOGETHER) {
+            let (document, first) = (document?, requests.len());
+            let number = outcome.documents + asked.len();
+            let question = task.ask(&document, number)?;
+            let texts = texts_of(&question, &shots.draw(&document)?);
+            for (context, continuation) in &texts {
+                if let Asked::Text { text, .. } = &question {
+                    requests.extend(Continuation::windows(&tokenizer.encode(text)?, options.prefix, room));
+                } else {
+                    requests.push(Continuation::encode(tokenizer, options.prefix, context, continuation)?);
+                }
+            }
+            asked.push((document, question, texts, first..requests.len()));
+        }
+        let answers = loglikelihoods(model, &requests, &options.score)?;
+        outcome.cut += answers.iter().filter(|answer| answer.cut > 0).count();
+        for (document, question, texts, range) in asked {
+            let answers = &answers[range];
+            let found = judge(&question, answers, &task.metrics);
+            for (scores, score) in scores.iter_mut().zip(&found) {
+                scores.push(*score);
+            }
+            if options.samples {
+                outcome.samples.push(Sample {
+                    id: outcome.documents,
+                    document,
+                    target: target_of(&question),
+                    requests: texts,
+                    answers: answers.to_vec(),
+                    scores: task.metrics.iter().copied().zip(found.iter().map(|score| score.0)).collect(),
+                });
+            }
+            outcome.documents += 1;
+        }
+    }
+    if outcome.documents == 0 {
+        return Err(Error::Input(format!("task {}: there is no document", task.name)));
+    }
+    outcome.figures =
+        task.metrics.iter().zip(&scores).map(|(&metric, scores)| figure(metric, scores, options)).collect();
+    Ok(outcome)
+}
+
+/// Context and continuation of each request of a question, after its examples.
+fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
+    match question {
+        Asked::Text { text, .. } => vec![(String::new(), text.clone())],
+        Asked::Continuation { context, continuation } => vec![(format!("{before}{context}"), continuation.clone())],
+        Asked::Choices(choices) => {
+            let (contexts, continuations) = (&choices.contexts, &choices.continuations);
+            (0..contexts.len().max(continuations.len()))
+                .map(|i| {
+                    let context = &contexts[i.min(contexts.len() - 1)];
+                    (format!("{before}{context}"), continuations[i.min(continuations.len() - 1)].clone())
+                })
+                .collect()
+        }
+    }
+}
+
+fn target_of(question: &Asked) -> Value {
+    match question {
+        Asked::Choices(choices) => json!(choices.answer),
+        Asked::Continuation { continuation, .. } => json!(continuation),
+        Asked::Text { text, .. } => json!(text),
+    }
+}
+
+/// What a document adds to each metric: a number and its weight.
+fn judge(question: &Asked, answers: &[Loglikelihood], metrics: &[Metric]) -> Vec<(f64, f64)> {
+    let likeliest = |weight: &dyn Fn(usize) -> f64| {
+        let mut best = 0;
+        for (i, answer) in answers.iter().enumerate() {
+            // The first of several that are equal.
+            if answer.sum / weight(i) > answers[best].sum / weight(best) {
+                best = i;
+            }
+        }
+        best
+    };
+    let right = |choice: usize, answer: usize| f64::from(u8::from(choice == answer));
+    let total: f64 = answers.iter().map(|answer| answer.sum).sum();
+    let of = |metric: &Metric| match (metric, question) {
+        (Metric::Acc, Asked::Choices(choices)) => (right(likeliest(&|_| 1.0), choices.answer), 1.0),
+        (Metric::AccNorm, Asked::Choices(choices)) => {
+            (right(likeliest(&|i| choices.lengths[i] as f64), choices.answer), 1.0)
+        }
+        (Metric::Acc, _) => (f64::from(u8::from(answers.iter().all(|answer| answer.is_greedy))), 1.0),
+        (Metric::WordPerplexity, Asked::Text { words, .. }) => (total, *words as f64),
+        (Metric::BytePerplexity | Metric::BitsPerByte, Asked::Text { bytes, .. }) => (total, *bytes as f64),
+        _ => (total, 1.0),
+    };
+    metrics.iter().map(of).collect()
+}
+
+fn figure(metric: Metric, scores: &[(f64, f64)], options: &EvalOptions) -> Figure {
+    let values: Vec<f64> = scores.iter().map(|score| score.0).collect();
+    let weighted = || values.iter().sum::<f64>() / scores.iter().map(|score| score.1).sum::<f64>();
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let (value, stderr) = match metric {
+        Metric::Acc | Metric::AccNorm => (mean, Some(deviation(&values) / n.sqrt())),
+        Metric::Perplexity => ((-mean).exp(), bootstrap(&values, options.bootstrap)),
+        Metric::WordPerplexity | Metric::BytePerplexity => ((-weighted()).exp(), None),
+        Metric::BitsPerByte => (-weighted() / std::f64::consts::LN_2, None),
+    };
+    Figure { metric, value, stderr: stderr.filter(|_| values.len() > 1) }
+}
+
+/// Of a sample, by `n - 1`.
+fn deviation(values: &[f64]) -> f64 {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
+}
+
+/// The deviation of the perplexities of samples drawn with replacement, a thousand from each seed, as the harness draws them.
+fn bootstrap(values: &[f64], draws: usize) -> Option<f64> {
+    if draws == 0 {
+        return None;
+    }
+    let each = draws.min(1000);
+    let seeds = draws / each;
+    let of_seed = |seed: usize| -> Vec<f64> {
+        let mut random = Random::new(seed as u32);
+        (0..each)
+            .map(|_| {
+                let sum: f64 = (0..values.len()).map(|_| values[random.choice(values.len())]).sum();
+                (-sum / values.len() as f64).exp()
+            })
+            .collect()
+    };
+    let threads: usize = std::thread::available_parallelism().map_or(1, usize::from).min(seeds);
+    let share = seeds.div_ceil(threads);
+    let of_seeds =
+        |worker: usize| -> Vec<f64> { (worker * share..seeds.min((worker + 1) * share)).flat_map(&of_seed).collect() };
+    let found: Vec<f64> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|worker| {
+                scope.spawn({
+                    let of_seeds = &of_seeds;
+                    move || of_seeds(worker)
+                })
+            })
+            .collect();
+        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
+    });
+    Some(deviation(&found))
+}
+
+/// The examples that stand before questions.
+struct Shots<'a> {
+    count: usize,
+    /// Whether the harness draws one more, and leaves out the document that is asked about.
+    spare: bool,
+    random: Random,
+    /// Documents with their texts as examples.
+    pool: Vec<(&'a Value, String)>,
+}
+
+impl<'a> Shots<'a> {
+    fn new(task: &Task, examples: &'a [Value], options: &EvalOptions) -> Result<Self> {
+        let (count, spare) = (options.shots, !task.has_test);
+        let mut pool = Vec::new();
+        if count > 0 {
+            if task.kind == super::TaskKind::Perplexity {
+                return Err(Error::Input(format!("task {}: whole texts are scored without examples", task.name)));
+            }
+            for (number, document) in examples.iter().enumerate() {
+                pool.push((document, example(&task.ask(document, number)?)));
+            }
+            let wanted = count + usize::from(spare);
+            if pool.len() < wanted {
+                let found = pool.len();
+                return Err(Error::Input(format!(
+                    "task {}: {count} examples are drawn from {wanted} documents at least, and there are {found}",
+                    task.name
+                )));
+            }
+        }
+        Ok(Self { count, spare, random: Random::new(options.seed), pool })
+    }
+
+    /// The examples before a document, each with an empty line after it.
+    fn draw(&mut self, document: &Value) -> Result<String> {
+        if self.count == 0 {
+            return Ok(String::new());
+        }
+        let others = |drawn: &[usize]| -> Vec<usize> {
+            drawn.iter().copied().filter(|&i| !self.spare || self.pool[i].0 != document).take(self.count).collect()
+        };
+        let drawn = self.random.sample(self.pool.len(), self.count + usize::from(self.spare));
+        let mut drawn = others(&drawn);
+        if drawn.len() < self.count {
+            // The document is there more than once: drawn again from the others.
+            let rest: Vec<usize> = (0..self.pool.len()).filter(|&i| self.pool[i].0 != document).collect();
+            if rest.len() < self.count {
+                let (count, found) = (self.count, rest.len());
+                return Err(Error::Input(format!(
+                    "{count} examples are wanted, and only {found} are not the question"
+                )));
+            }
+            drawn = self.random.sample(rest.len(), self.count).into_iter().map(|i| rest[i]).collect();
+        }
+        Ok(drawn.iter().flat_map(|&i| [self.pool[i].1.as_str(), "\n\n"]).collect())
+    }
+}
+
+/// A question with its answer.
+fn example(question: &Asked) -> String {
+    match question {
+        Asked::Text { text, .. } => text.clone(),
+        // The harness puts a space before what begins with one.
+        Asked::Continuation { context, continuation } => format!("{context} {continuation}"),
+        Asked::Choices(choices) => {
+            let at = |list: &[String]| list[choices.answer.min(list.len() - 1)].clone();
+            at(&choices.contexts) + &at(&choices.continuations)
+        }
+    }
+}
