@@ -11,6 +11,9 @@ use pricket::{BlockType, Dtype, GenerateOptions, Loader, Quantisation};
 /// The system's allocator, which counts when it is asked to: in a child process that does nothing else.
 struct Counting;
 
+/// Steps that are counted together.
+const STEPS: usize = 16;
+
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 static LARGE: AtomicUsize = AtomicUsize::new(0);
@@ -98,8 +101,8 @@ fn child_decodes() {
         let mut generation = model.generation(vec![vec![1, 2, 3]], &options).unwrap();
         (0..8).for_each(|_| drop(generation.step().unwrap()));
         FROM.store(4096 + 4 * 4 * model.info().d_model, Ordering::Relaxed);
-        const STEPS: usize = 16;
-        (COUNT.store(0, Ordering::Relaxed), LARGE.store(0, Ordering::Relaxed));
+        COUNT.store(0, Ordering::Relaxed);
+        LARGE.store(0, Ordering::Relaxed);
         COUNTING.store(true, Ordering::Relaxed);
         (0..STEPS).for_each(|_| drop(generation.step().unwrap()));
         COUNTING.store(false, Ordering::Relaxed);

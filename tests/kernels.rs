@@ -8,11 +8,11 @@ use crate::common::{directories_with, example, root};
 /// Every golden case gives what it should with each instruction set that this processor has.
 #[test]
 fn every_instruction_path_passes_the_golden_cases() {
-    let models = directories_with(&root().join("tests/golden/models"), "case.json");
-    let files = directories_with(&root().join("tests/golden/files"), "case.json");
+    let kinds = ["models", "files", "scoring"].map(|kind| root().join("tests/golden").join(kind));
+    let cases: Vec<_> = kinds.iter().flat_map(|kind| directories_with(kind, "case.json")).collect();
     for path in ["scalar", "avx2", "avx512", "amx"] {
         let mut command = example("parity");
-        let output = command.args(models.iter().chain(&files)).env("PRICKET_CPU", path).output().unwrap();
+        let output = command.args(&cases).env("PRICKET_CPU", path).output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         // A path that is not there is refused by name, and the best one is what every other test takes.
         if path != "scalar" && said.contains("this processor has") {

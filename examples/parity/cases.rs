@@ -11,7 +11,8 @@ use pricket::nn::RowOrder;
 use pricket::{Cache, Context, GenerateOptions, Loader, Pricket, Sampling, Site, Taps, Tokenizer};
 use serde_json::{Value, json};
 
-use crate::scoring;
+#[path = "scoring.rs"]
+mod scoring;
 
 /// How a case went.
 pub(crate) struct Outcome {
@@ -81,14 +82,14 @@ fn compare(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Resu
 
 /// Collects differences and judges them.
 #[derive(Default)]
-pub(crate) struct Check {
+struct Check {
     max_abs: BTreeMap<String, f64>,
     failures: Vec<String>,
 }
 
 impl Check {
     /// Notes a difference; NaN is larger than any tolerance.
-    pub(crate) fn within(&mut self, what: &str, difference: f64, tolerance: f64) {
+    fn within(&mut self, what: &str, difference: f64, tolerance: f64) {
         let difference = if difference.is_nan() { f64::INFINITY } else { difference };
         let worst = self.max_abs.entry(what.into()).or_insert(0.0);
         *worst = worst.max(difference);
@@ -97,19 +98,19 @@ impl Check {
         }
     }
 
-    pub(crate) fn equal<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, found: &T, expected: &T) {
+    fn equal<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, found: &T, expected: &T) {
         if found != expected {
             self.failures.push(format!("{what}: expected {expected:?}, found {found:?}"));
         }
     }
 }
 
-pub(crate) fn read_json(path: &Path) -> Result<Value> {
+fn read_json(path: &Path) -> Result<Value> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     serde_json::from_str(&text).with_context(|| path.display().to_string())
 }
 
-pub(crate) fn read_lines(path: &Path) -> Result<Vec<Value>> {
+fn read_lines(path: &Path) -> Result<Vec<Value>> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
 }

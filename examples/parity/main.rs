@@ -6,7 +6,6 @@
 mod cases;
 #[path = "../common/finish.rs"]
 mod finish;
-mod scoring;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -9,7 +9,7 @@ use pricket::lm::{Documents, EvalOptions, Metric, Outcome, Task};
 use pricket::{Loader, Pricket};
 use serde_json::Value;
 
-use crate::cases::{Check, read_json, read_lines};
+use super::{Check, read_json, read_lines};
 
 /// What a case allows, by default what it says of figures.
 fn allowed(case: &Value, key: &str, otherwise: f64) -> f64 {
