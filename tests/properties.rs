@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::common::{small, small_config, worst};
 
-fn any_config() -> impl Strategy<Value = Value> {
+pub(crate) fn any_config() -> impl Strategy<Value = Value> {
     prop_oneof![any_neox(), any_mpt()]
 }
 

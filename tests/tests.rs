@@ -20,6 +20,9 @@ mod shapes;
 /// Cache, batch, padding, taps and gradients against plain twins.
 mod properties;
 
+/// Log-likelihoods, tasks, slices.
+mod scoring;
+
 /// The embedded checkpoint and its training steps.
 mod tiny;
 

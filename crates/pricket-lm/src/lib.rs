@@ -37,6 +37,7 @@ mod prompt;
 mod python;
 mod sampling;
 mod score;
+mod slices;
 mod tasks;
 mod text;
 mod tokenizer;
@@ -50,7 +51,8 @@ pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihood
 pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::{Sampler, Sampling};
 pub use score::{TokenLogprob, check_finite, loss, token_logprobs};
-pub use tasks::{EvalOptions, Figure, Metric, Outcome, Sample, Task, TaskKind, evaluate};
+pub use slices::{SliceLoss, slice_losses};
+pub use tasks::{EvalOptions, Figure, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};
 pub use text::TextStream;
 pub use tokenizer::{Decoder, Tokenizer};
 pub use vocabulary::Vocabulary;

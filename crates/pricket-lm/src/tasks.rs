@@ -2,6 +2,7 @@
 
 mod builtin;
 mod evaluate;
+mod report;
 mod template;
 
 use std::path::Path;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use evaluate::{EvalOptions, Figure, Outcome, Sample, evaluate};
+pub use report::results_json;
 
 use crate::{Error, Result};
 

@@ -1,0 +1,103 @@
+//! The loss of named slices of a collection of texts.
+
+use std::collections::BTreeMap;
+
+use pricket_nn::{CausalLm, Error as NnError};
+use serde_json::Value;
+
+use crate::loglikelihood::{Continuation, ScoreOptions, loglikelihoods};
+use crate::{Error, Result, Tokenizer};
+
+/// Documents that are scored together.
+const TOGETHER: usize = 256;
+
+/// How likely the documents of a slice are.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SliceLoss {
+    /// Documents.
+    pub documents: u64,
+    /// Tokens, all of which are scored.
+    pub tokens: u64,
+    /// Bytes of UTF-8.
+    pub bytes: u64,
+    /// Words, as spaces part them.
+    pub words: u64,
+    /// Negative log-likelihood of all of it, in nats.
+    pub nats: f64,
+}
+
+impl SliceLoss {
+    /// Cross-entropy in nats a token.
+    pub fn loss(&self) -> f64 {
+        self.nats / self.tokens as f64
+    }
+
+    /// `exp` of [`SliceLoss::loss`].
+    pub fn perplexity(&self) -> f64 {
+        self.loss().exp()
+    }
+
+    /// Perplexity by words.
+    pub fn word_perplexity(&self) -> f64 {
+        (self.nats / self.words as f64).exp()
+    }
+
+    /// Perplexity by bytes.
+    pub fn byte_perplexity(&self) -> f64 {
+        (self.nats / self.bytes as f64).exp()
+    }
+
+    /// Bits a byte.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nats / self.bytes as f64 / std::f64::consts::LN_2
+    }
+
+    fn add(&mut self, text: &str, tokens: usize, sum: f64) {
+        self.documents += 1;
+        self.tokens += tokens as u64;
+        self.bytes += text.len() as u64;
+        self.words += text.split_whitespace().count() as u64;
+        self.nats -= sum;
+    }
+}
+
+/// Scores every document and adds up the losses of those that are of one slice: the text is under `text`, the slice's name
+/// under `meta.pile_set_name` as in the Pile (Gao et al. 2020, arXiv:2101.00027), or `slice`; documents that name none are of
+/// the slice `all`. Texts longer than can be read at once are scored in windows; `prefix` is what the first begins from.
+///
+/// # Errors
+/// [`Error::Input`] for a document without a text, what reading them says, and as [`loglikelihoods`].
+pub fn slice_losses(
+    model: &dyn CausalLm,
+    tokenizer: &Tokenizer,
+    documents: impl IntoIterator<Item = Result<Value>>,
+    prefix: u32,
+    options: &ScoreOptions,
+) -> Result<BTreeMap<String, SliceLoss>> {
+    let room = options.max_length(model);
+    let mut slices: BTreeMap<String, SliceLoss> = BTreeMap::new();
+    let mut documents = documents.into_iter().enumerate().peekable();
+    while documents.peek().is_some() {
+        if options.progress.cancelled() {
+            return Err(NnError::Cancelled.into());
+        }
+        let (mut read, mut requests) = (Vec::new(), Vec::new());
+        for (number, document) in documents.by_ref().take(TOGETHER) {
+            let document = document?;
+            let Some(text) = document["text"].as_str() else {
+                return Err(Error::Input(format!("document {number}: expected a text under \"text\"")));
+            };
+            let named = document["meta"]["pile_set_name"].as_str().or(document["slice"].as_str()).unwrap_or("all");
+            let ids = tokenizer.encode(text)?;
+            let first = requests.len();
+            requests.extend(Continuation::windows(&ids, prefix, room));
+            read.push((named.to_owned(), text.to_owned(), ids.len(), first..requests.len()));
+        }
+        let answers = loglikelihoods(model, &requests, options)?;
+        for (slice, text, tokens, range) in read {
+            let sum = answers[range].iter().map(|answer| answer.sum).sum();
+            slices.entry(slice).or_default().add(&text, tokens, sum);
+        }
+    }
+    Ok(slices)
+}

@@ -1,0 +1,254 @@
+//! Log-probabilities and perplexity of a text; tasks with the numbers of lm-evaluation-harness; losses of named slices.
+//!
+//! `cargo run --example score -- --prompt "The whale is a large animal."`
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Parser;
+use pricket::lm::{Documents, Outcome, SliceLoss, results_json, slice_losses};
+use pricket::{EvalOptions, Pricket, ScoreOptions, Task};
+use serde_json::{Value, json};
+
+/// Scores a text, tasks, or slices of documents.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(flatten)]
+    model: common::ModelArgs,
+    /// The text whose tokens are scored; - reads it from standard input
+    #[arg(long, short, conflicts_with_all = ["tasks", "slices"])]
+    prompt: Option<String>,
+    /// Tasks, by name or as TOML files: lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext
+    #[arg(long, value_delimiter = ',', value_name = "TASK", requires = "data")]
+    tasks: Vec<String>,
+    /// The directory with the tasks' documents: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl for examples
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// JSON lines with a text and the name of its slice: the loss of each slice is told
+    #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
+    slices: Option<PathBuf>,
+    /// Examples before each question
+    #[arg(long, default_value_t = 0)]
+    num_fewshot: usize,
+    /// Where the drawing of examples begins
+    #[arg(long, default_value_t = 1234)]
+    fewshot_seed: u32,
+    /// Documents of each task at most
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Draws of the bootstrap for the standard error of perplexities; 0 for none
+    #[arg(long, default_value_t = 100_000)]
+    bootstrap_iters: usize,
+    /// Tokens that are read at once [default: the model's context]
+    #[arg(long, value_name = "N")]
+    max_length: Option<usize>,
+    /// Tokens of a batch [default: 1024 on the CPU, 16384 on a GPU]
+    #[arg(long, value_name = "N")]
+    batch_tokens: Option<usize>,
+    /// Writes the results as lm-evaluation-harness does
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Writes what was asked and answered of each document too: samples_TASK.jsonl beside the output
+    #[arg(long, requires = "output")]
+    log_samples: bool,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    common::finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    // What cannot be asked is said before a model is fetched.
+    let tasks = args.tasks.iter().map(|name| task(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    if let (Some(data), false) = (&args.data, tasks.is_empty()) {
+        for task in &tasks {
+            file(data, task, task.split())?;
+        }
+    }
+    let model = args.model.load("tiny")?;
+    let score = ScoreOptions {
+        max_length: args.max_length,
+        batch_tokens: args.batch_tokens,
+        progress: Arc::new(common::Bar::default()),
+    };
+    if !tasks.is_empty() {
+        return run_tasks(args, &model, tasks, score);
+    }
+    if let Some(path) = &args.slices {
+        let slices =
+            slice_losses(&*model.model(), model.tokenizer()?, Documents::open(path)?, model.prefix_id(), &score)?;
+        return show_slices(args, &model, &slices);
+    }
+    let mut text = args.prompt.clone().unwrap_or_else(|| "The whale is a large animal that lives in the sea.".into());
+    if text == "-" {
+        text.clear();
+        std::io::stdin().read_to_string(&mut text)?;
+    }
+    run_text(args, &model, &text)
+}
+
+/// A built-in task, or one of the user's own.
+fn task(name: &str) -> anyhow::Result<Task> {
+    let is_file = Path::new(name).extension().is_some_and(|extension| extension == "toml");
+    Ok(if is_file { Task::from_file(name)? } else { Task::named(name)? })
+}
+
+/// The file of a split of a task's documents.
+fn file(data: &Path, task: &Task, split: &str) -> anyhow::Result<PathBuf> {
+    let path = data.join(format!("{}.{split}.jsonl", task.name()));
+    ensure!(path.is_file(), "{}: no such file; the documents of task {} belong there", path.display(), task.name());
+    Ok(path)
+}
+
+fn run_tasks(args: &Args, model: &Pricket, tasks: Vec<Task>, score: ScoreOptions) -> anyhow::Result<()> {
+    let data = args.data.as_deref().context("--data says where the documents are")?;
+    let options = EvalOptions {
+        shots: args.num_fewshot,
+        seed: args.fewshot_seed,
+        limit: args.limit,
+        bootstrap: args.bootstrap_iters,
+        samples: args.log_samples,
+        score,
+        ..EvalOptions::default()
+    };
+    let start = Instant::now();
+    let mut outcomes = Vec::new();
+    for task in tasks {
+        let mut examples = Vec::new();
+        if options.shots > 0 {
+            let split = task.examples_split().unwrap_or(task.split());
+            examples = Documents::open(file(data, &task, split)?)?.collect::<Result<Vec<Value>, _>>()?;
+        }
+        let documents = Documents::open(file(data, &task, task.split())?)?;
+        let outcome = model.evaluate(&task, documents, &examples, &options)?;
+        outcomes.push((task, outcome));
+    }
+    let mut results = results_json(&outcomes, &options);
+    let provenance = model.provenance().to_json();
+    results["config"]["model_args"] = json!(args.model.model.as_ref().map(|path| path.display().to_string()));
+    results["config"]["model_num_parameters"] = json!(model.info().parameters);
+    results["config"]["model_dtype"] = json!(model.info().dtype.name());
+    results["config"]["model_revision"] = json!(args.model.revision);
+    results["config"]["activations"] = json!(args.model.activations);
+    results["max_length"] = json!(options.score.max_length(&*model.model()));
+    results["date"] = json!(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
+    results["total_evaluation_time_seconds"] = json!(start.elapsed().as_secs_f64().to_string());
+    results["pricket"] = json!({"version": env!("CARGO_PKG_VERSION"), "provenance": provenance});
+    if let Some(path) = &args.output {
+        write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
+        for (task, outcome) in outcomes.iter().filter(|_| args.log_samples) {
+            let lines: String =
+                outcome.samples.iter().flat_map(|sample| [sample.to_json().to_string(), "\n".into()]).collect();
+            write_whole(&path.with_file_name(format!("samples_{}.jsonl", task.name())), &lines)?;
+        }
+    }
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{results}")?;
+        return Ok(());
+    }
+    show_tasks(&mut out, &outcomes)?;
+    Ok(())
+}
+
+/// The table that the harness prints.
+fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Result<()> {
+    writeln!(out, "|task|version|n-shot|documents|metric|value|stderr|")?;
+    writeln!(out, "|---|---:|---:|---:|---|---:|---:|")?;
+    for (task, outcome) in outcomes {
+        for figure in &outcome.figures {
+            let stderr = figure.stderr.map_or_else(|| "N/A".into(), |x| format!("{x:.4}"));
+            let (name, metric) = (task.name(), figure.metric.name());
+            let (version, shots, documents) = (task.version(), outcome.shots, outcome.documents);
+            let value = figure.value;
+            writeln!(out, "|{name}|{version}|{shots}|{documents}|{metric}|{value:.4}|{stderr}|")?;
+        }
+        if outcome.cut > 0 {
+            eprintln!("note: {}: {} prompts were cut off on the left, for want of room", task.name(), outcome.cut);
+        }
+    }
+    Ok(())
+}
+
+fn show_slices(args: &Args, model: &Pricket, slices: &BTreeMap<String, SliceLoss>) -> anyhow::Result<()> {
+    ensure!(!slices.is_empty(), "there is no document");
+    let row = |slice: &SliceLoss| {
+        json!({
+            "documents": slice.documents, "tokens": slice.tokens, "bytes": slice.bytes, "loss": slice.loss(),
+            "perplexity": slice.perplexity(), "bits_per_byte": slice.bits_per_byte(),
+            "byte_perplexity": slice.byte_perplexity(), "word_perplexity": slice.word_perplexity(),
+        })
+    };
+    let rows: serde_json::Map<String, Value> = slices.iter().map(|(name, slice)| (name.clone(), row(slice))).collect();
+    let results = json!({"slices": rows, "provenance": model.provenance().to_json()});
+    if let Some(path) = &args.output {
+        write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
+    }
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{results}")?;
+        return Ok(());
+    }
+    writeln!(out, "|slice|documents|tokens|loss|perplexity|bits per byte|")?;
+    writeln!(out, "|---|---:|---:|---:|---:|---:|")?;
+    for (name, slice) in slices {
+        let (loss, perplexity, bits) = (slice.loss(), slice.perplexity(), slice.bits_per_byte());
+        writeln!(out, "|{name}|{}|{}|{loss:.4}|{perplexity:.3}|{bits:.4}|", slice.documents, slice.tokens)?;
+    }
+    Ok(())
+}
+
+fn run_text(args: &Args, model: &Pricket, text: &str) -> anyhow::Result<()> {
+    let tokens = model.logprobs(text)?;
+    if tokens.is_empty() {
+        bail!("a text of one token says nothing: the first is given, and the others are scored");
+    }
+    let nats: f64 = -tokens.iter().map(|token| f64::from(token.logprob)).sum::<f64>();
+    let count = tokens.len() as f64;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let tokens: Vec<Value> = tokens
+            .iter()
+            .map(|t| json!({"id": t.id, "text": t.text, "logprob": t.logprob, "is_greedy": t.is_greedy}))
+            .collect();
+        let json = json!({
+            "text": text, "tokens": tokens, "loss": nats / count, "perplexity": (nats / count).exp(),
+            "provenance": model.provenance().to_json(),
+        });
+        writeln!(out, "{json}")?;
+        return Ok(());
+    }
+    for token in &tokens {
+        let greedy = if token.is_greedy { " *" } else { "" };
+        writeln!(out, "{:9.4}  {:?}{greedy}", token.logprob, token.text)?;
+    }
+    let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
+    eprintln!(
+        "{gap}{count} tokens after the first: loss {:.4} nats a token, perplexity {:.3}; * none was likelier",
+        nats / count,
+        (nats / count).exp()
+    );
+    Ok(())
+}
+
+/// A file that is there whole or not at all.
+fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+    let name = path.file_name().context("the output names no file")?.to_string_lossy();
+    let part = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
+    let written = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, path));
+    if written.is_err() {
+        std::fs::remove_file(&part).ok();
+    }
+    written.with_context(|| path.display().to_string())
+}
