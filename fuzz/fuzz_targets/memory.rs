@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use pricket::weights::{ReadAt, Result, Store};
+use pricket::weights::{Dtype, ReadAt, Result, Store};
 
 pub struct Bytes(pub Vec<u8>);
 
@@ -33,7 +33,9 @@ pub fn open(data: &[u8]) {
 pub fn read(store: &dyn Store) {
     for name in store.names() {
         let entry = store.entry(&name).expect("a name has an entry");
-        if let Ok(bytes) = store.bytes(&name) {
+        // How large elements of a type are that nobody reads is not known.
+        let known = !matches!(entry.dtype, Dtype::Other(_));
+        if let Some(bytes) = store.bytes(&name).ok().filter(|_| known) {
             assert_eq!(bytes.len(), entry.bytes(), "{name}");
         }
         // Pickles can say that a tensor is larger than its bytes; nobody reads that much here.

@@ -68,12 +68,34 @@ pub(crate) fn is_space(c: char) -> bool {
 
 /// `str.capitalize`.
 pub(crate) fn capitalise(text: &str) -> String {
-    let mut chars = text.chars();
-    let Some(first) = chars.next() else { return String::new() };
-    let mut title = first.to_uppercase();
-    // Of a letter that becomes several, only the first is large.
-    let first: String = title.next().into_iter().chain(title.flat_map(char::to_lowercase)).collect();
-    first + &chars.as_str().to_lowercase()
+    let Some(first) = text.chars().next() else { return String::new() };
+    // The whole in small letters, since a sigma's form hangs on what is before it.
+    let lower = text.to_lowercase();
+    let rest: String = lower.chars().skip(first.to_lowercase().count()).collect();
+    title(first) + &rest
+}
+
+/// A letter as the first of a word: mostly its capital, but for some that stand for two letters, or have no capital there.
+fn title(letter: char) -> String {
+    let moved = |by: i32| char::from_u32((letter as i32 + by) as u32).unwrap_or(letter).to_string();
+    match letter {
+        'Ǆ' | 'ǅ' | 'ǆ' => "ǅ".into(),
+        'Ǉ' | 'ǈ' | 'ǉ' => "ǈ".into(),
+        'Ǌ' | 'ǋ' | 'ǌ' => "ǋ".into(),
+        'Ǳ' | 'ǲ' | 'ǳ' => "ǲ".into(),
+        'ŉ' => "ʼN".into(),
+        // Georgian has capitals for whole texts only.
+        '\u{10d0}'..='\u{10ff}' => letter.to_string(),
+        // Greek with an iota below.
+        '\u{1f80}'..='\u{1f87}' | '\u{1f90}'..='\u{1f97}' | '\u{1fa0}'..='\u{1fa7}' => moved(8),
+        '\u{1f88}'..='\u{1f8f}' | '\u{1f98}'..='\u{1f9f}' | '\u{1fa8}'..='\u{1faf}' => letter.to_string(),
+        '\u{1fb3}' | '\u{1fc3}' | '\u{1ff3}' => moved(9),
+        '\u{1fbc}' | '\u{1fcc}' | '\u{1ffc}' => letter.to_string(),
+        _ => {
+            let mut upper = letter.to_uppercase();
+            upper.next().into_iter().chain(upper.flat_map(char::to_lowercase)).collect()
+        }
+    }
 }
 
 #[cfg(test)]
@@ -98,6 +120,9 @@ mod tests {
         assert_eq!(capitalise("then THE man"), "Then the man");
         assert_eq!(capitalise("ßa"), "Ssa");
         assert_eq!(capitalise(""), "");
+        assert_eq!(capitalise("ǆ OR"), "ǅ or");
+        assert_eq!(capitalise("AΣ"), "Aς");
+        assert_eq!(capitalise("İA"), "İa");
         assert!(is_space('\x1f') && is_space('\u{a0}') && !is_space('\u{200b}'));
     }
 }
