@@ -3,6 +3,8 @@
 //! `cargo run --example score -- --prompt "The whale is a large animal."`
 
 mod common;
+#[path = "common/tasks.rs"]
+mod tasks;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read, Write};
@@ -70,10 +72,10 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     // What cannot be asked is said before a model is fetched.
-    let tasks = args.tasks.iter().map(|name| task(name)).collect::<anyhow::Result<Vec<_>>>()?;
-    if let (Some(data), false) = (&args.data, tasks.is_empty()) {
-        for task in &tasks {
-            file(data, task, task.split())?;
+    let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    if let (Some(data), false) = (&args.data, asked.is_empty()) {
+        for task in &asked {
+            tasks::documents(data, task)?;
         }
     }
     let model = args.model.load("tiny")?;
@@ -82,8 +84,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         batch_tokens: args.batch_tokens,
         progress: Arc::new(common::Bar::default()),
     };
-    if !tasks.is_empty() {
-        return run_tasks(args, &model, tasks, score);
+    if !asked.is_empty() {
+        return run_tasks(args, &model, asked, score);
     }
     if let Some(path) = &args.slices {
         let slices =
@@ -98,20 +100,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     run_text(args, &model, &text)
 }
 
-/// A built-in task, or one of the user's own.
-fn task(name: &str) -> anyhow::Result<Task> {
-    let is_file = Path::new(name).extension().is_some_and(|extension| extension == "toml");
-    Ok(if is_file { Task::from_file(name)? } else { Task::named(name)? })
-}
-
-/// The file of a split of a task's documents.
-fn file(data: &Path, task: &Task, split: &str) -> anyhow::Result<PathBuf> {
-    let path = data.join(format!("{}.{split}.jsonl", task.name()));
-    ensure!(path.is_file(), "{}: no such file; the documents of task {} belong there", path.display(), task.name());
-    Ok(path)
-}
-
-fn run_tasks(args: &Args, model: &Pricket, tasks: Vec<Task>, score: ScoreOptions) -> anyhow::Result<()> {
+fn run_tasks(args: &Args, model: &Pricket, asked: Vec<Task>, score: ScoreOptions) -> anyhow::Result<()> {
     let data = args.data.as_deref().context("--data says where the documents are")?;
     let options = EvalOptions {
         shots: args.num_fewshot,
@@ -124,13 +113,12 @@ fn run_tasks(args: &Args, model: &Pricket, tasks: Vec<Task>, score: ScoreOptions
     };
     let start = Instant::now();
     let mut outcomes = Vec::new();
-    for task in tasks {
+    for task in asked {
         let mut examples = Vec::new();
         if options.shots > 0 {
-            let split = task.examples_split().unwrap_or(task.split());
-            examples = Documents::open(file(data, &task, split)?)?.collect::<Result<Vec<Value>, _>>()?;
+            examples = Documents::open(tasks::examples(data, &task)?)?.collect::<Result<Vec<Value>, _>>()?;
         }
-        let documents = Documents::open(file(data, &task, task.split())?)?;
+        let documents = Documents::open(tasks::documents(data, &task)?)?;
         let outcome = model.evaluate(&task, documents, &examples, &options)?;
         outcomes.push((task, outcome));
     }

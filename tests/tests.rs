@@ -23,6 +23,9 @@ mod properties;
 /// Log-likelihoods, tasks, slices.
 mod scoring;
 
+/// Figures over training steps.
+mod sweep;
+
 /// The embedded checkpoint and its training steps.
 mod tiny;
 

@@ -28,7 +28,7 @@ pub enum Activations {
     Q8,
 }
 
-/// [`linear`] as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16, bf16 or blocks on the CPU.
+/// [`linear`](crate::linear) as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16, bf16 or blocks on the CPU.
 ///
 /// The backward pass gives the gradient of the activations only: the weight is frozen, and candle's own matrix
 /// product would compute and keep a gradient of its size.

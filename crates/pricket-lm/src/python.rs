@@ -84,13 +84,17 @@ fn title(letter: char) -> String {
         'Ǌ' | 'ǋ' | 'ǌ' => "ǋ".into(),
         'Ǳ' | 'ǲ' | 'ǳ' => "ǲ".into(),
         'ŉ' => "ʼN".into(),
-        // Georgian has capitals for whole texts only.
-        '\u{10d0}'..='\u{10ff}' => letter.to_string(),
         // Greek with an iota below.
         '\u{1f80}'..='\u{1f87}' | '\u{1f90}'..='\u{1f97}' | '\u{1fa0}'..='\u{1fa7}' => moved(8),
-        '\u{1f88}'..='\u{1f8f}' | '\u{1f98}'..='\u{1f9f}' | '\u{1fa8}'..='\u{1faf}' => letter.to_string(),
         '\u{1fb3}' | '\u{1fc3}' | '\u{1ff3}' => moved(9),
-        '\u{1fbc}' | '\u{1fcc}' | '\u{1ffc}' => letter.to_string(),
+        // Capitals of it already; and Georgian, which has capitals for whole texts only.
+        '\u{1f88}'..='\u{1f8f}'
+        | '\u{1f98}'..='\u{1f9f}'
+        | '\u{1fa8}'..='\u{1faf}'
+        | '\u{1fbc}'
+        | '\u{1fcc}'
+        | '\u{1ffc}'
+        | '\u{10d0}'..='\u{10ff}' => letter.to_string(),
         _ => {
             let mut upper = letter.to_uppercase();
             upper.next().into_iter().chain(upper.flat_map(char::to_lowercase)).collect()

@@ -48,6 +48,7 @@ mod qkv;
 mod remote;
 mod repository;
 mod shapes;
+mod sweep;
 mod task;
 
 pub use candle_core as candle;
@@ -71,6 +72,7 @@ pub use qkv::QkvOrder;
 pub use remote::{Tensors, tensors};
 pub use repository::{Fetched, fetch};
 pub use shapes::{published_config, published_shapes};
+pub use sweep::{Measure, Shard, Sweep, Swept};
 
 pub use pricket_hub::{self as hub, Hub, Steps};
 pub use pricket_lm::{self as lm, EvalOptions, PromptFormat, Role, Sampling, ScoreOptions, Task, Tokenizer, Turn};

@@ -1,0 +1,475 @@
+//! Figures over checkpoints: one after the other, resumably, in shares that add up.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::Instant;
+
+use pricket_hub::{Hub, Quiet, Steps};
+use pricket_lm::{Documents, EvalOptions, Task, slice_losses};
+use serde_json::{Value, json};
+
+use crate::checkpoints::{Checkpoint, Checkpoints};
+use crate::{Error, Loader, Pricket, Result};
+
+/// What is measured of each checkpoint.
+#[derive(Clone, Debug)]
+pub enum Measure {
+    /// A task over local documents; its metrics are called `TASK/METRIC`.
+    Task {
+        /// The task.
+        task: Task,
+        /// JSON lines of its documents.
+        documents: PathBuf,
+        /// Those that examples are drawn from, where there are to be any.
+        examples: Option<PathBuf>,
+    },
+    /// The loss of every slice of a file of JSON lines: `SLICE/loss` in nats a token and `SLICE/bits_per_byte`.
+    Slices(PathBuf),
+    /// The loss of a text: `NAME/loss` and `NAME/bits_per_byte`.
+    Text {
+        /// What it is called.
+        name: String,
+        /// The text.
+        text: String,
+    },
+}
+
+impl Measure {
+    /// The metrics that it gives, where that is known before.
+    fn metrics(&self) -> Option<Vec<String>> {
+        match self {
+            Measure::Task { task, .. } => {
+                Some(task.metrics().iter().map(|metric| format!("{}/{}", task.name(), metric.name())).collect())
+            }
+            Measure::Text { name, .. } => Some(vec![format!("{name}/loss"), format!("{name}/bits_per_byte")]),
+            Measure::Slices(_) => None,
+        }
+    }
+
+    /// What marks its rows: a sweep that goes on with other settings measures anew.
+    fn settings(&self, options: &EvalOptions) -> Value {
+        let (shots, limit) = (options.shots, options.limit);
+        match self {
+            Measure::Task { task, .. } => json!({"version": task.version(), "shots": shots, "limit": limit}),
+            Measure::Slices(path) => json!({"file": path.file_name().map(|name| name.to_string_lossy())}),
+            Measure::Text { text, .. } => json!({"bytes": text.len()}),
+        }
+    }
+}
+
+/// A share of the work: the checkpoints whose number leaves `index` when divided by `count`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    index: usize,
+    count: usize,
+}
+
+impl Default for Shard {
+    fn default() -> Self {
+        Self { index: 0, count: 1 }
+    }
+}
+
+impl Shard {
+    /// Share `index` of `count`, from 0 on.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there is no such share.
+    pub fn new(index: usize, count: usize) -> Result<Self> {
+        if index >= count {
+            return Err(Error::Input(format!("share {index} of {count}: they are counted from 0")));
+        }
+        Ok(Self { index, count })
+    }
+
+    /// The share of a task of a Slurm array (`SLURM_ARRAY_TASK_ID`, `_MIN`, `_COUNT`), if this process is one.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the variables are no numbers, or do not fit each other.
+    pub fn from_slurm() -> Result<Option<Self>> {
+        let number = |name: &str| -> Result<Option<usize>> {
+            let Ok(text) = std::env::var(name) else { return Ok(None) };
+            text.parse().map(Some).map_err(|_| Error::Input(format!("{name} is {text:?}, no number")))
+        };
+        let (Some(id), Some(count)) = (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_COUNT")?) else {
+            return Ok(None);
+        };
+        let first = number("SLURM_ARRAY_TASK_MIN")?.unwrap_or(0);
+        Self::new(id.saturating_sub(first), count).map(Some)
+    }
+}
+
+impl std::str::FromStr for Shard {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        let (index, count) =
+            parts.ok_or_else(|| Error::Input(format!("{text:?} is no share; 0/4 is the first of 4")))?;
+        Self::new(index, count)
+    }
+}
+
+type Configure = Arc<dyn Fn(Loader) -> Loader + Send + Sync>;
+
+/// Measures checkpoints and writes a line for each figure.
+///
+/// A file of results is only ever appended to, a measure of a checkpoint at a time: a sweep that was killed goes on where
+/// it was, and files of shares are put together by `cat`. While a checkpoint is measured, the next is fetched and loaded.
+#[derive(Clone)]
+pub struct Sweep {
+    /// The models and their steps.
+    pub models: Vec<Checkpoints>,
+    /// Which steps of each.
+    pub steps: Steps,
+    /// What is measured.
+    pub measures: Vec<Measure>,
+    /// How tasks are put, and how continuations are scored.
+    pub options: EvalOptions,
+    /// Which share of the checkpoints.
+    pub shard: Shard,
+    /// The file of results.
+    pub out: PathBuf,
+    /// Whether the next checkpoint is loaded while one is measured.
+    pub prefetch: bool,
+    /// The Hub, and the bytes that what pricket fetched may take in its cache; older checkpoints are deleted.
+    pub budget: Option<(Hub, u64)>,
+    /// Says how checkpoints are loaded.
+    pub configure: Configure,
+}
+
+impl std::fmt::Debug for Sweep {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sweep({} models, {} measures, to {})", self.models.len(), self.measures.len(), self.out.display())
+    }
+}
+
+/// What a sweep did.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Swept {
+    /// Checkpoints that were measured.
+    pub checkpoints: usize,
+    /// Rows that were written.
+    pub rows: usize,
+    /// Rows that were there.
+    pub kept: usize,
+    /// Rows that were measured again, because an earlier run was broken off while it wrote them.
+    pub recomputed: usize,
+    /// Checkpoints that could not be measured, and why. They are in the file, and are tried again by the next run.
+    pub failed: Vec<(String, String)>,
+    /// What is odd about the checkpoints: those with the same weights, and those that are known to be wrong.
+    pub warnings: Vec<String>,
+}
+
+struct Job<'a> {
+    model: &'a Checkpoints,
+    checkpoint: &'a Checkpoint,
+    measures: Vec<&'a Measure>,
+}
+
+impl Sweep {
+    /// A sweep of `models` at `steps` into the file `out`.
+    pub fn new(models: Vec<Checkpoints>, steps: Steps, measures: Vec<Measure>, out: impl Into<PathBuf>) -> Self {
+        Self {
+            models,
+            steps,
+            measures,
+            options: EvalOptions::default(),
+            shard: Shard::default(),
+            out: out.into(),
+            prefetch: true,
+            budget: None,
+            configure: Arc::new(|loader| loader),
+        }
+    }
+
+    /// Runs it. `tell` is given every row that is written.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`]; [`Error::Io`] and [`Error::Input`] for the file of results, which another sweep may be writing; for
+    /// steps that a model does not have, and documents that are none. A checkpoint that fails is no error: see
+    /// [`Swept::failed`].
+    pub fn run(&self, mut tell: impl FnMut(&Value)) -> Result<Swept> {
+        let mut rows = Rows::open(&self.out)?;
+        let mut swept = Swept { recomputed: rows.torn, ..Swept::default() };
+        let jobs = self.jobs(&rows, &mut swept)?;
+        let outcome = std::thread::scope(|scope| -> Result<()> {
+            // No room in between: at most one checkpoint is loaded beside the one that is measured.
+            let (send, receive) = sync_channel(0);
+            let load = |job: &Job<'_>| (self.configure)(Loader::new(job.model.id(job.checkpoint))).load();
+            let mut ahead = None;
+            if self.prefetch {
+                let jobs = &jobs;
+                scope.spawn(move || jobs.iter().all(|job| send.send(load(job)).is_ok()));
+                ahead = Some(receive);
+            }
+            for job in &jobs {
+                let loaded = match &ahead {
+                    Some(receive) => receive.recv().unwrap_or(Err(Error::Cancelled)),
+                    None => load(job),
+                };
+                self.measure(job, loaded, &mut rows, &mut swept, &mut tell)?;
+                if let Some((hub, budget)) = &self.budget {
+                    hub.cache().evict(*budget, &Quiet)?;
+                }
+            }
+            Ok(())
+        });
+        outcome?;
+        swept.warnings.extend(rows.twins());
+        Ok(swept)
+    }
+
+    /// The checkpoints of this share of which something is not measured yet.
+    fn jobs<'a>(&'a self, rows: &Rows, swept: &mut Swept) -> Result<Vec<Job<'a>>> {
+        let (mut jobs, mut number) = (Vec::new(), 0);
+        for model in &self.models {
+            for checkpoint in model.select(&self.steps)? {
+                number += 1;
+                if (number - 1) % self.shard.count != self.shard.index {
+                    continue;
+                }
+                if checkpoint.known_bad {
+                    let id = model.id(checkpoint);
+                    swept.warnings.extend(checkpoint.known.iter().map(|known| format!("{id}: {known}")));
+                }
+                let is_missing = |measure: &&Measure| {
+                    let there = rows.there(model, checkpoint, measure, &self.options);
+                    swept.kept += there.unwrap_or(0);
+                    there.is_none()
+                };
+                let measures: Vec<&Measure> = self.measures.iter().filter(is_missing).collect();
+                if !measures.is_empty() {
+                    jobs.push(Job { model, checkpoint, measures });
+                }
+            }
+        }
+        Ok(jobs)
+    }
+
+    fn measure(
+        &self,
+        job: &Job<'_>,
+        loaded: Result<Pricket>,
+        rows: &mut Rows,
+        swept: &mut Swept,
+        tell: &mut impl FnMut(&Value),
+    ) -> Result<()> {
+        let mut about = json!({
+            "model": job.model.model, "revision": job.checkpoint.revision, "step": job.checkpoint.step,
+            "pricket": env!("CARGO_PKG_VERSION"),
+        });
+        match self.measure_all(job, loaded, &mut about, rows, swept, tell) {
+            Ok(()) => swept.checkpoints += 1,
+            // What is wrong with the documents is wrong with every checkpoint.
+            Err(Failure::Everywhere(e)) => return Err(e),
+            Err(Failure::Here(e)) => {
+                about["error"] = json!(e.to_string());
+                swept.failed.push((job.model.id(job.checkpoint), e.to_string()));
+                rows.append(vec![about], tell)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn measure_all(
+        &self,
+        job: &Job<'_>,
+        loaded: Result<Pricket>,
+        about: &mut Value,
+        rows: &mut Rows,
+        swept: &mut Swept,
+        tell: &mut impl FnMut(&Value),
+    ) -> Result<(), Failure> {
+        let model = loaded.map_err(Failure::of)?;
+        about["provenance"] = model.provenance().clone().hashed().map_err(Failure::Here)?.to_json();
+        for measure in &job.measures {
+            let start = Instant::now();
+            let figures = self.figures(&model, measure).map_err(|e| match e {
+                Error::Input(_) => Failure::Everywhere(e),
+                e => Failure::of(e),
+            })?;
+            let settings = measure.settings(&self.options);
+            let row = |(metric, value, stderr, documents): Measured| {
+                let mut row = about.clone();
+                row["metric"] = json!(metric);
+                row["value"] = json!(value);
+                row["stderr"] = json!(stderr);
+                row["documents"] = json!(documents);
+                row["settings"] = settings.clone();
+                row["seconds"] = json!(start.elapsed().as_secs_f64());
+                row
+            };
+            let found: Vec<Value> = figures.into_iter().map(row).collect();
+            swept.rows += found.len();
+            rows.append(found, tell).map_err(Failure::Everywhere)?;
+        }
+        Ok(())
+    }
+
+    fn figures(&self, model: &Pricket, measure: &Measure) -> Result<Vec<Measured>> {
+        let slices = |documents: &mut dyn Iterator<Item = pricket_lm::Result<Value>>| -> Result<_> {
+            let score = &self.options.score;
+            let losses = slice_losses(&*model.model(), model.tokenizer()?, documents, model.prefix_id(), score)?;
+            let figures = |(name, slice): (String, pricket_lm::SliceLoss)| {
+                let count = slice.documents as usize;
+                [("loss", slice.loss()), ("bits_per_byte", slice.bits_per_byte())]
+                    .map(|(metric, value)| (format!("{name}/{metric}"), value, None, count))
+            };
+            Ok(losses.into_iter().flat_map(figures).collect())
+        };
+        match measure {
+            Measure::Task { task, documents, examples } => {
+                let examples = match examples.as_ref().filter(|_| self.options.shots > 0) {
+                    Some(path) => Documents::open(path)?.collect::<Result<Vec<Value>, _>>()?,
+                    None => Vec::new(),
+                };
+                let outcome = model.evaluate(task, Documents::open(documents)?, &examples, &self.options)?;
+                let name = |metric: pricket_lm::Metric| format!("{}/{}", task.name(), metric.name());
+                let figure = |f: &pricket_lm::Figure| (name(f.metric), f.value, f.stderr, outcome.documents);
+                Ok(outcome.figures.iter().map(figure).collect())
+            }
+            Measure::Slices(path) => slices(&mut Documents::open(path)?),
+            Measure::Text { name, text } => slices(&mut std::iter::once(Ok(json!({"text": text, "slice": name})))),
+        }
+    }
+}
+
+/// Metric, value, standard error, documents.
+type Measured = (String, f64, Option<f64>, usize);
+
+/// Why a checkpoint was not measured.
+enum Failure {
+    /// Because of itself.
+    Here(Error),
+    /// Because of what all of them share.
+    Everywhere(Error),
+}
+
+impl Failure {
+    fn of(e: Error) -> Self {
+        if matches!(e, Error::Cancelled) { Self::Everywhere(e) } else { Self::Here(e) }
+    }
+}
+
+/// A file of results.
+struct Rows {
+    path: PathBuf,
+    file: File,
+    /// Of each model and revision, the metrics with their settings.
+    found: BTreeMap<(String, String), BTreeMap<String, Value>>,
+    /// Of each model and weights, the revisions.
+    weights: BTreeMap<(String, String), BTreeSet<String>>,
+    /// Rows of a measure that was broken off.
+    torn: usize,
+}
+
+impl Rows {
+    fn open(path: &Path) -> Result<Self> {
+        let io = |error: std::io::Error| Error::Io { path: path.into(), error };
+        let mut file = File::options().read(true).append(true).create(true).open(path).map_err(io)?;
+        file.try_lock().map_err(|e| match e {
+            std::fs::TryLockError::WouldBlock => {
+                Error::Input(format!("{}: another sweep writes to it", path.display()))
+            }
+            std::fs::TryLockError::Error(e) => io(e),
+        })?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text).map_err(io)?;
+        let mut rows = Self { path: path.into(), file, found: BTreeMap::new(), weights: BTreeMap::new(), torn: 0 };
+        let (mut at, mut whole, mut pending) = (0, 0, Vec::new());
+        for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
+            at += line.len();
+            if line.last() != Some(&b'\n') {
+                rows.torn += 1;
+                break;
+            }
+            if line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            let row: Value = serde_json::from_slice(line).map_err(|e| {
+                Error::Input(format!("{}, line {}: not a row of a sweep: {e}", path.display(), number + 1))
+            })?;
+            let last = row["part"][0] == row["part"][1];
+            pending.push(row);
+            if last {
+                whole = at;
+                pending.drain(..).for_each(|row| rows.note(&row));
+            }
+        }
+        // A run that was killed while it wrote leaves a line without an end, or a measure without its last row.
+        rows.torn += pending.len();
+        if whole < text.len() {
+            rows.file.set_len(whole as u64).map_err(io)?;
+            rows.file.seek(SeekFrom::End(0)).map_err(io)?;
+        }
+        Ok(rows)
+    }
+
+    fn note(&mut self, row: &Value) {
+        let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
+        let (model, revision) = (text("model"), text("revision"));
+        if row["metric"].is_null() {
+            return;
+        }
+        if let Some(weights) = weights_of(row) {
+            self.weights.entry((model.clone(), weights)).or_default().insert(revision.clone());
+        }
+        self.found.entry((model, revision)).or_default().insert(text("metric"), row["settings"].clone());
+    }
+
+    /// How many rows of a measure are there, if all are.
+    fn there(&self, model: &Checkpoints, at: &Checkpoint, measure: &Measure, options: &EvalOptions) -> Option<usize> {
+        let found = self.found.get(&(model.model.clone(), at.revision.clone()))?;
+        let settings = measure.settings(options);
+        let count = match measure.metrics() {
+            Some(metrics) => {
+                let same = |metric: &String| found.get(metric) == Some(&settings);
+                return metrics.iter().all(same).then_some(metrics.len());
+            }
+            None => found.values().filter(|found| **found == settings).count(),
+        };
+        (count > 0).then_some(count)
+    }
+
+    /// All rows of a measure in one write, on the disk before the next begins.
+    fn append(&mut self, mut rows: Vec<Value>, tell: &mut impl FnMut(&Value)) -> Result<()> {
+        let count = rows.len();
+        rows.iter_mut().enumerate().for_each(|(i, row)| row["part"] = json!([i + 1, count]));
+        let lines: String = rows.iter().flat_map(|row| [row.to_string(), "\n".into()]).collect();
+        let written = self.file.write_all(lines.as_bytes()).and_then(|()| self.file.sync_data());
+        written.map_err(|error| Error::Io { path: self.path.clone(), error })?;
+        for row in &rows {
+            self.note(row);
+            tell(row);
+        }
+        Ok(())
+    }
+
+    /// Revisions of a model whose files of weights are the same. Of the first two steps that is so in every published suite.
+    fn twins(&self) -> Vec<String> {
+        let usual = |revisions: &BTreeSet<String>| revisions.iter().all(|r| r == "step0" || r == "step1");
+        let twins = self.weights.iter().filter(|(_, revisions)| revisions.len() > 1 && !usual(revisions));
+        let told = |((model, _), revisions): (&(String, String), &BTreeSet<String>)| {
+            let names: Vec<&str> = revisions.iter().map(String::as_str).collect();
+            format!("{model}: {} hold the same weights: not all of them are what their names say", names.join(" and "))
+        };
+        twins.map(told).collect()
+    }
+}
+
+/// The hashes of a row's files of weights.
+fn weights_of(row: &Value) -> Option<String> {
+    let files = row["provenance"]["files"].as_array()?;
+    let is_weights = |file: &&Value| {
+        let path = file["path"].as_str().unwrap_or_default();
+        [".safetensors", ".bin", ".gguf"].iter().any(|end| path.ends_with(end))
+    };
+    let hashes: Vec<&str> = files.iter().filter(is_weights).filter_map(|file| file["sha256"].as_str()).collect();
+    (!hashes.is_empty()).then(|| hashes.join(" "))
+}

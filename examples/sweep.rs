@@ -1,0 +1,167 @@
+//! Figures over training: every chosen checkpoint of every model, a line of JSON for each, resumed where it was broken off.
+//!
+//! `cargo run --example sweep`
+
+#[path = "common/bar.rs"]
+mod bar;
+#[path = "common/finish.rs"]
+mod finish;
+#[path = "common/tasks.rs"]
+mod tasks;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser;
+use pricket::{EvalOptions, Hub, Measure, Shard, Steps, Sweep};
+use serde_json::{Value, json};
+
+/// What is measured where nothing else is asked for.
+const TEXT: &str = "My fellow citizens, the people of the United States have a great country. In the year of our Lord the \
+    Congress met, and the President of the United States spoke of the army and of the peace that we all wish for.";
+
+/// Measures checkpoints. Started again with the same --out it goes on where it was; exit code 2 if a checkpoint failed.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Repositories of the Hub, or directories with revisions/ [default: models/tiny]
+    #[arg(long, short, value_delimiter = ',', value_name = "MODEL")]
+    models: Vec<String>,
+    /// Which steps: all, log, final, numbers, ranges as 0..143000:10000
+    #[arg(long, default_value = "all")]
+    steps: Steps,
+    /// Tasks, by name or as TOML files: see `score --help`
+    #[arg(long, value_delimiter = ',', value_name = "TASK", requires = "data")]
+    tasks: Vec<String>,
+    /// The directory with the tasks' documents
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// JSON lines with texts and the names of their slices, whose losses are measured
+    #[arg(long, value_name = "FILE")]
+    slices: Option<PathBuf>,
+    /// Examples before each question
+    #[arg(long, default_value_t = 0)]
+    num_fewshot: usize,
+    /// Documents of each task at most
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Draws of the bootstrap for the standard error of perplexities; 0 for none
+    #[arg(long, default_value_t = 1000)]
+    bootstrap_iters: usize,
+    /// The file of results, which is appended to
+    #[arg(long, default_value = "sweep.jsonl")]
+    out: PathBuf,
+    /// A share of the checkpoints, as 0/4; by default that of a Slurm array, if this is a task of one
+    #[arg(long, value_name = "I/N")]
+    shard: Option<Shard>,
+    /// Bytes that fetched checkpoints may take in the cache; those used longest ago are deleted
+    #[arg(long, value_name = "BYTES")]
+    disk_budget: Option<u64>,
+    /// Does not load the next checkpoint while one is measured: half the memory
+    #[arg(long)]
+    no_prefetch: bool,
+    /// CPU threads [default: physical cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Where to compute: cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Every row that is written, as JSON, and at the end what the sweep did
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(code) => code,
+        Err(e) => finish::finish(Err(e)),
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    pricket::keep_freed_memory();
+    let tiny = [concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny").to_owned()];
+    let names = if args.models.is_empty() { &tiny[..] } else { &args.models };
+    let models = names.iter().map(|name| pricket::checkpoints(name)).collect::<Result<Vec<_>, _>>()?;
+    let mut sweep = Sweep::new(models, args.steps.clone(), measures(args)?, &args.out);
+    sweep.options = EvalOptions {
+        shots: args.num_fewshot,
+        limit: args.limit,
+        bootstrap: args.bootstrap_iters,
+        ..EvalOptions::default()
+    };
+    sweep.options.score.progress = Arc::new(bar::Bar::default());
+    sweep.prefetch = !args.no_prefetch;
+    sweep.shard = match args.shard {
+        Some(shard) => shard,
+        None => Shard::from_slurm()?.unwrap_or_default(),
+    };
+    sweep.budget = args.disk_budget.map(|budget| Ok::<_, pricket::Error>((Hub::from_env()?, budget))).transpose()?;
+    let (device, threads) = (pricket::device(&args.device)?, args.threads);
+    sweep.configure = Arc::new(move |loader| {
+        let loader = loader.device(device.clone());
+        match threads {
+            Some(threads) => loader.threads(threads),
+            None => loader,
+        }
+    });
+    let mut out = std::io::stdout().lock();
+    if !args.json {
+        writeln!(out, "|model|revision|metric|value|stderr|\n|---|---|---|---:|---:|")?;
+    }
+    let mut broken = Ok(());
+    let swept = sweep.run(|row| {
+        let written = if args.json { writeln!(out, "{row}") } else { show(&mut out, row) };
+        // A reader that has seen enough does not end the sweep.
+        broken = std::mem::replace(&mut broken, Ok(())).and(written);
+    })?;
+    if args.json {
+        let failed: Vec<_> = swept.failed.iter().map(|(id, why)| json!({"checkpoint": id, "error": why})).collect();
+        let summary = json!({
+            "checkpoints": swept.checkpoints, "rows": swept.rows, "kept": swept.kept, "recomputed": swept.recomputed,
+            "failed": failed, "warnings": swept.warnings,
+        });
+        writeln!(out, "{summary}").ok();
+    }
+    for warning in &swept.warnings {
+        eprintln!("warning: {warning}");
+    }
+    for (id, why) in &swept.failed {
+        eprintln!("failed: {id}: {why}");
+    }
+    let (checkpoints, rows, kept, recomputed) = (swept.checkpoints, swept.rows, swept.kept, swept.recomputed);
+    eprintln!(
+        "{checkpoints} checkpoints measured, {rows} rows written to {}, {kept} were there, {recomputed} measured again",
+        args.out.display()
+    );
+    Ok(if swept.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
+fn show(out: &mut impl Write, row: &Value) -> std::io::Result<()> {
+    let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    let number = |key: &str| row[key].as_f64().map_or(String::new(), |x| format!("{x:.4}"));
+    if row["error"].is_string() {
+        return writeln!(out, "|{}|{}|failed| | |", text("model"), text("revision"));
+    }
+    let (model, revision, metric) = (text("model"), text("revision"), text("metric"));
+    writeln!(out, "|{model}|{revision}|{metric}|{}|{}|", number("value"), number("stderr"))
+}
+
+fn measures(args: &Args) -> anyhow::Result<Vec<Measure>> {
+    let mut measures = Vec::new();
+    for name in &args.tasks {
+        let data = args.data.as_deref().context("--data says where the documents are")?;
+        let task = tasks::task(name)?;
+        let documents = tasks::documents(data, &task)?;
+        let examples = if args.num_fewshot > 0 { Some(tasks::examples(data, &task)?) } else { None };
+        measures.push(Measure::Task { task, documents, examples });
+    }
+    measures.extend(args.slices.clone().map(Measure::Slices));
+    if measures.is_empty() {
+        measures.push(Measure::Text { name: "text".into(), text: TEXT.into() });
+    }
+    Ok(measures)
+}
