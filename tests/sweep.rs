@@ -80,7 +80,7 @@ fn a_sweep_that_is_killed_goes_on() {
         let mut child =
             command(&killed).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let moment = took.mul_f64((state >> 40) as f64 / (1 << 24) as f64).max(Duration::from_millis(1));
+        let moment = took.mul_f64((state >> 40) as f64 / f64::from(1 << 24)).max(Duration::from_millis(1));
         let waited = Instant::now();
         while waited.elapsed() < moment && child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
