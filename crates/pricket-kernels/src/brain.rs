@@ -232,6 +232,104 @@ unsafe fn by_vectors<const M: usize>(p: &Rounded, row: usize) {
     }
 }
 
+/// Inner products of each of `rows` rows of `w`, `k` apart, with each of `count` rows of `x`, which lie `x_stride` apart and are
+/// filled up with zeros to a multiple of [`STEP`]: that of row `j` with row `i` goes to `out[i * out_stride + j]`.
+///
+/// # Safety
+/// All of that can be read and written.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
+pub(crate) unsafe fn inner_products(
+    w: *const u16,
+    rows: usize,
+    k: usize,
+    x: *const u16,
+    x_stride: usize,
+    count: usize,
+    start: Start,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        // `W` rows of weights by `R` rows of `x` from `i` on, as long as there are so many.
+        macro_rules! rows {
+            ($w:literal, $r:literal, $row:ident, $i:ident) => {
+                while count - $i >= $r {
+                    let (x, out) = (x.add($i * x_stride), out.add($i * out_stride));
+                    some_rows::<$w, $r>(w.add($row * k), $row, k, x, x_stride, start, out, out_stride);
+                    $i += $r;
+                }
+            };
+        }
+        let mut row = 0;
+        while row + 2 <= rows {
+            let mut i = 0;
+            rows!(2, 8, row, i);
+            rows!(2, 4, row, i);
+            rows!(2, 1, row, i);
+            row += 2;
+        }
+        for row in row..rows {
+            let mut i = 0;
+            rows!(1, 8, row, i);
+            rows!(1, 1, row, i);
+        }
+    }
+}
+
+/// Rows `row` and on of [`inner_products`]; `w` is the first of them.
+///
+/// # Safety
+/// As [`inner_products`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[allow(clippy::too_many_arguments, reason = "as its caller")]
+#[allow(clippy::needless_range_loop, reason = "rows, rows and sums go together")]
+unsafe fn some_rows<const W: usize, const R: usize>(
+    w: *const u16,
+    row: usize,
+    k: usize,
+    x: *const u16,
+    x_stride: usize,
+    start: Start,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: promised by the caller; beyond the last column nothing is read of `w`, and zeros of `x`.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); R]; W];
+        for at in (0..k).step_by(STEP) {
+            let mask = if k - at >= STEP { u32::MAX } else { (1 << (k - at)) - 1 };
+            let mut wide = [_mm512_setzero_si512(); W];
+            for (j, wide) in wide.iter_mut().enumerate() {
+                let w = w.add(j * k + at);
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(4 << 10).cast());
+                *wide = _mm512_maskz_loadu_epi16(mask, w.cast());
+            }
+            for r in 0..R {
+                let x = _mm512_loadu_si512(x.add(r * x_stride + at).cast());
+                for j in 0..W {
+                    sums[j][r] = _mm512_dpbf16_ps(
+                        sums[j][r],
+                        std::mem::transmute::<__m512i, __m512bh>(x),
+                        std::mem::transmute::<__m512i, __m512bh>(wide[j]),
+                    );
+                }
+            }
+        }
+        for (j, sums) in sums.iter().enumerate() {
+            for (r, sum) in sums.iter().enumerate() {
+                let (sum, out) = (_mm512_reduce_add_ps(*sum), out.add(r * out_stride + row + j));
+                *out = match start {
+                    Start::Zero => sum,
+                    Start::Row(bias) => sum + *bias.add(row + j),
+                    Start::Output => sum + *out,
+                };
+            }
+        }
+    }
+}
+
 /// Eight tiles of sixteen rows of 64 bytes, for this thread, until [`release`].
 ///
 /// # Safety
@@ -351,6 +449,36 @@ mod tests {
                 }
             }
             let rounded = |x: f32| f64::from(half::bf16::from_f32(x).to_f32());
+            // The same columns as rows of weights, of fewer columns than a whole step.
+            let (k, weights) = (k - 5, (0..columns * (k - 5)).map(|i| panel[i % (k - 5) * PANEL + i / (k - 5)]));
+            let weights: Vec<u16> = weights.map(|x| half::bf16::from_f32(x).to_bits()).collect();
+            for count in [1, 2, 7, 13] {
+                let mut y = vec![0f32; count * columns];
+                // SAFETY: rows of `short` have zeros where `a` has no column any more, as is made sure of here.
+                unsafe {
+                    let mut cut = short.clone();
+                    cut.chunks_exact_mut(k + 5).for_each(|row| row[k..].fill(0));
+                    let start = Start::Row(bias.as_ptr());
+                    inner_products(
+                        weights.as_ptr(),
+                        columns,
+                        k,
+                        cut.as_ptr(),
+                        k + 5,
+                        count,
+                        start,
+                        y.as_mut_ptr(),
+                        columns,
+                    );
+                }
+                for (i, y) in y.iter().enumerate() {
+                    let (row, column) = (i / columns, i % columns);
+                    let product = |j: usize| rounded(a[row * (k + 5) + j]) * rounded(panel[j * PANEL + column]);
+                    let exact = (0..k).map(product).sum::<f64>() + f64::from(bias[column]);
+                    assert!((exact - f64::from(*y)).abs() < 1e-4, "{path:?} {exact} {y}");
+                }
+            }
+            let k = k + 5;
             for (i, c) in c.iter().enumerate() {
                 let (row, column) = (i / columns, i % columns);
                 let sum: f64 = (0..k).map(|j| rounded(a[row * k + j]) * rounded(panel[j * PANEL + column])).sum();

@@ -330,6 +330,49 @@ pub(crate) fn many_rows_bf16(
     });
 }
 
+/// [`linear`] of a few rows, both factors rounded to bfloat16: every weight is read once.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn few_rows_bf16(
+    x: &[f32],
+    weight: &[bf16],
+    bias: Option<&[f32]>,
+    then: Option<GeluOp>,
+    (k, n): (usize, usize),
+    y: &mut [f32],
+) {
+    let (rows, stride) = (x.len() / k, k.next_multiple_of(brain::STEP));
+    assert_eq!(
+        (weight.len(), y.len()),
+        (n * k, rows * n),
+        "weight is [out_features, in_features], output [rows, out_features]"
+    );
+    assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
+    let out = Shared::new(y);
+    let mut short = vec![0u16; rows * stride];
+    for (x, short) in x.chunks_exact(k).zip(short.chunks_exact_mut(stride)) {
+        // SAFETY: the path was taken because the processor has the instructions; a row has room for its columns.
+        unsafe { brain::to_rows(x.as_ptr(), k, short.as_mut_ptr()) };
+    }
+    let step = n.div_ceil(8 * threads()).clamp(8, 256);
+    parallel(n.div_ceil(step), |task| {
+        let (from, to) = (task * step, ((task + 1) * step).min(n));
+        let start = bias.map_or(Start::Zero, |bias| Start::Row(bias[from..].as_ptr()));
+        let w: *const u16 = weight[from * k..].as_ptr().cast();
+        // SAFETY: as above; rows of the weight are there, and columns [from, to) of `y` belong to this task alone.
+        unsafe { brain::inner_products(w, to - from, k, short.as_ptr(), stride, rows, start, out.at(from), n) };
+        finish(then, out, rows, n, from, to);
+    });
+}
+
+/// Whether [`few_rows_bf16`] is what a product should take: for a single row the memory is what counts.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn few_bf16_pay(weight: Stored<'_>, rows: usize) -> Option<&[bf16]> {
+    match weight {
+        Stored::BF16(w) if (2..=FEW_ROWS).contains(&rows) && brain::has_products(path()) => Some(w),
+        _ => None,
+    }
+}
+
 /// Applies a function to columns `[from, to)` of every row, which belong to the calling task alone.
 fn finish(then: Option<GeluOp>, out: Shared<f32>, rows: usize, n: usize, from: usize, to: usize) {
     let Some(gelu) = then else { return };

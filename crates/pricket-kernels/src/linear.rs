@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use crate::cpu::path;
 use crate::dense::{Stored, linear_then, linear_transposed};
 #[cfg(target_arch = "x86_64")]
-use crate::dense::{many_bf16_pay, many_rows_bf16};
+use crate::dense::{few_bf16_pay, few_rows_bf16, many_bf16_pay, many_rows_bf16};
 use crate::gelu::GeluOp;
 use crate::integer;
 use crate::integers::Integers;
@@ -20,8 +20,8 @@ pub enum Activations {
     /// As they are: the logits are those of f32 weights.
     #[default]
     F32,
-    /// Both factors rounded to bfloat16, as torch computes in it, where many rows are read at once and the processor has such
-    /// products (AVX-512 BF16 for float weights, AMX for quantised ones too); as `F32` elsewhere.
+    /// Both factors rounded to bfloat16, as torch computes in it, where the processor has such products: for many rows at once
+    /// (AVX-512 BF16 for float weights, AMX for quantised ones too), and for a few beside weights of bfloat16; as `F32` elsewhere.
     BF16,
     /// As ggml rounds them: integers of 8 bits with a scale for every 32 (256 beside types of 256) for packed weights; to
     /// the type of the weight for f16 and bf16.
@@ -103,9 +103,16 @@ impl CustomOp1 for LinearOp {
                 }
             };
             #[cfg(target_arch = "x86_64")]
-            if self.activations == Activations::BF16 && many_bf16_pay(w, x.len() / k.max(1)) {
-                many_rows_bf16(x, w, bias, self.then, (k, n), &mut y, path());
-                return Ok(());
+            if self.activations == Activations::BF16 {
+                let rows = x.len() / k.max(1);
+                if let Some(w) = few_bf16_pay(w, rows) {
+                    few_rows_bf16(x, w, bias, self.then, (k, n), &mut y);
+                    return Ok(());
+                }
+                if many_bf16_pay(w, rows) {
+                    many_rows_bf16(x, w, bias, self.then, (k, n), &mut y, path());
+                    return Ok(());
+                }
             }
             match w {
                 Stored::Packed(w) => {
