@@ -4,7 +4,7 @@ use pricket::hub::{Quiet, Settings};
 use pricket::{Audit, AuditOptions, Checkpoints, FindingKind, Hub, Silent, Steps};
 use pricket_testhub::{Content, Repo};
 
-use crate::hub::{SUITE, World, blob, case, snapshots, suite_cache, suite_repo, tiny_repo};
+use crate::world::{SUITE, World, blob, case, snapshots, suite_cache, suite_repo, tiny_repo};
 
 fn groups(audit: &Audit) -> BTreeSet<BTreeSet<String>> {
     audit.identical.iter().map(|group| group.iter().cloned().collect()).collect()

@@ -1,147 +1,15 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pricket::candle::Device;
-use pricket::hub::{Cache, Quiet, Settings, Token};
-use pricket::{Audit, AuditOptions, Checkpoints, Error, GenerateOptions, Hub, Loader, Silent, Steps};
-use pricket_testhub::{Content, Fault, Repo, TestHub};
+use pricket::hub::{Cache, Quiet, Settings};
+use pricket::{Checkpoints, Error, GenerateOptions, Hub, Loader, Silent, Steps};
+use pricket_testhub::{Content, Fault, Repo};
 use serde_json::{Value, json};
 
 use crate::common::{example, root};
-
-pub(crate) const SUITE: &str = "test/tiny-neox";
-
-pub(crate) fn suite() -> PathBuf {
-    root().join("tests/golden/scoring/suite-tiny-neox")
-}
-
-pub(crate) fn case() -> Value {
-    serde_json::from_slice(&std::fs::read(suite().join("case.json")).unwrap()).unwrap()
-}
-
-/// Where a file of a golden snapshot leads, also where a checkout made links to plain text.
-pub(crate) fn blob(pointer: &Path) -> PathBuf {
-    let target = std::fs::read_link(pointer).unwrap_or_else(|_| std::fs::read_to_string(pointer).unwrap().into());
-    suite().join("cache/models--test--tiny-neox/blobs").join(target.file_name().unwrap())
-}
-
-/// Branch to directory of the golden suite.
-pub(crate) fn snapshots() -> BTreeMap<String, PathBuf> {
-    let folder = suite().join("cache/models--test--tiny-neox");
-    let refs = std::fs::read_dir(folder.join("refs")).unwrap().flatten();
-    refs.map(|entry| {
-        let commit = std::fs::read_to_string(entry.path()).unwrap();
-        (entry.file_name().into_string().unwrap(), folder.join("snapshots").join(commit))
-    })
-    .collect()
-}
-
-/// The golden suite as a repository.
-pub(crate) fn suite_repo() -> Repo {
-    let mut repo = Repo::default();
-    for (branch, directory) in snapshots() {
-        let files: Vec<(String, Content)> = std::fs::read_dir(&directory)
-            .unwrap()
-            .flatten()
-            .map(|entry| {
-                let name = entry.file_name().into_string().unwrap();
-                let bytes = std::fs::read(blob(&entry.path())).unwrap();
-                let large = Path::new(&name).extension().is_some_and(|e| e == "bin" || e == "safetensors");
-                (name, if large { Content::lfs(bytes) } else { Content::text(bytes) })
-            })
-            .collect();
-        let commit = repo.commit(files.iter().map(|(name, content)| (name.as_str(), content.clone())));
-        repo.branch(&branch, &commit);
-    }
-    repo
-}
-
-/// The golden suite as the cache it came as, with links.
-pub(crate) fn suite_cache(into: &Path) {
-    let (from, to) = (suite().join("cache/models--test--tiny-neox"), into.join("models--test--tiny-neox"));
-    for folder in ["refs", "blobs"] {
-        std::fs::create_dir_all(to.join(folder)).unwrap();
-        for entry in std::fs::read_dir(from.join(folder)).unwrap().flatten() {
-            std::fs::copy(entry.path(), to.join(folder).join(entry.file_name())).unwrap();
-        }
-    }
-    for directory in snapshots().values() {
-        let snapshot = to.join("snapshots").join(directory.file_name().unwrap());
-        std::fs::create_dir_all(&snapshot).unwrap();
-        for entry in std::fs::read_dir(directory).unwrap().flatten() {
-            let target = Path::new("../../blobs").join(blob(&entry.path()).file_name().unwrap());
-            std::os::unix::fs::symlink(target, snapshot.join(entry.file_name())).unwrap();
-        }
-    }
-}
-
-pub(crate) struct World {
-    pub(crate) server: TestHub,
-    pub(crate) cache: tempfile::TempDir,
-}
-
-impl World {
-    pub(crate) fn new(repos: impl IntoIterator<Item = (&'static str, Repo)>) -> Self {
-        let server = TestHub::start();
-        for (id, repo) in repos {
-            server.add(id, repo);
-        }
-        Self { server, cache: tempfile::tempdir().unwrap() }
-    }
-
-    pub(crate) fn settings(&self) -> Settings {
-        let mut settings = Settings::new(&self.server.url(), self.cache.path());
-        settings.token = Some(Token::new("hf_secret").unwrap());
-        settings
-    }
-
-    pub(crate) fn hub(&self) -> Hub {
-        Hub::new(self.settings())
-    }
-
-    pub(crate) fn offline(&self) -> Hub {
-        let mut settings = self.settings();
-        settings.offline = true;
-        Hub::new(settings)
-    }
-
-    pub(crate) fn loader(&self, id: &str) -> Loader {
-        Loader::new(id).hub(self.hub()).threads(2)
-    }
-
-    pub(crate) fn checkpoints(&self, id: &str) -> Checkpoints {
-        Checkpoints::on(&self.hub(), id, &Silent).unwrap()
-    }
-
-    pub(crate) fn audit(&self, id: &str) -> Audit {
-        self.checkpoints(id).audit(&Steps::all(), AuditOptions::default(), &Silent).unwrap()
-    }
-
-    /// Bytes of large files sent so far.
-    pub(crate) fn large_bytes(&self) -> u64 {
-        self.server.take_log().iter().filter(|r| r.cdn).map(pricket_testhub::Request::sent).sum()
-    }
-}
-
-pub(crate) fn only<'a>(files: impl IntoIterator<Item = (&'a str, Content)>) -> Repo {
-    let mut repo = Repo::default();
-    let commit = repo.commit(files);
-    repo.branch("main", &commit);
-    repo
-}
-
-/// The embedded model and some of its steps, as a repository.
-pub(crate) fn tiny_repo(steps: &[&str]) -> Repo {
-    let mut repo = Repo::default();
-    let commit = repo.commit_directory(&root().join("models/tiny")).unwrap();
-    repo.branch("main", &commit);
-    for step in steps {
-        let commit = repo.commit_directory(&root().join("models/tiny/revisions").join(step)).unwrap();
-        repo.branch(step, &commit);
-    }
-    repo
-}
+use crate::world::{SUITE, World, blob, only, snapshots, suite_repo, tiny_repo};
 
 #[test]
 fn a_model_is_loaded_by_its_id() {

@@ -52,8 +52,8 @@ fn shares_add_up_and_nothing_is_measured_twice() {
     let again = tiny(&joined).run(|_| panic!("it is all there")).unwrap();
     assert_eq!((again.rows, again.kept), (0, 24));
     // Another measure is added beside it; the same one of another text is not taken for it.
-    let longer = Measure::Text { name: "text".into(), text: "Another text of another length.".into() };
-    let added = Sweep { measures: vec![longer], steps: "final".parse().unwrap(), ..tiny(&joined) };
+    let other = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met!".into() };
+    let added = Sweep { measures: vec![other], steps: "final".parse().unwrap(), ..tiny(&joined) };
     assert_eq!(added.run(|_| ()).unwrap().rows, 2);
 }
 

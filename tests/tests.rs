@@ -50,6 +50,9 @@ mod cards;
 /// Instruction paths, threads, rounded activations.
 mod kernels;
 
+/// A Hub with repositories, and a cache.
+mod world;
+
 /// Models by their ids: a server that speaks the Hub's protocol, its steps and single tensors.
 mod hub;
 

@@ -319,12 +319,7 @@ unsafe fn some_rows<const W: usize, const R: usize>(
         }
         for (j, sums) in sums.iter().enumerate() {
             for (r, sum) in sums.iter().enumerate() {
-                let (sum, out) = (_mm512_reduce_add_ps(*sum), out.add(r * out_stride + row + j));
-                *out = match start {
-                    Start::Zero => sum,
-                    Start::Row(bias) => sum + *bias.add(row + j),
-                    Start::Output => sum + *out,
-                };
+                start.put(_mm512_reduce_add_ps(*sum), row + j, out.add(r * out_stride + row + j));
             }
         }
     }

@@ -21,6 +21,24 @@ pub(crate) enum Start {
     Output,
 }
 
+impl Start {
+    /// Writes the sum of column `column` to `out`, added to what it starts from.
+    ///
+    /// # Safety
+    /// `out` can be read and written, and the column of a row of numbers read.
+    #[inline(always)]
+    pub(crate) unsafe fn put(self, sum: f32, column: usize, out: *mut f32) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            *out = match self {
+                Start::Zero => sum,
+                Start::Row(row) => sum + *row.add(column),
+                Start::Output => sum + *out,
+            };
+        }
+    }
+}
+
 /// A matrix product's operands: `rows` rows of `a`, `a_stride` apart, times `k` rows of a panel of 32 columns, `b_stride`
 /// apart, of which `columns` are wanted, into rows `c_stride` apart.
 #[derive(Clone, Copy)]

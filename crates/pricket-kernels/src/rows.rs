@@ -290,12 +290,7 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
                 for at in at..k {
                     sum += *x.add(r * x_stride + at) * single::<KIND>(w.add(j * apart), at);
                 }
-                let out = out.add(r * out_stride + j);
-                *out = match start {
-                    Start::Zero => sum,
-                    Start::Row(bias) => sum + *bias.add(row + j),
-                    Start::Output => sum + *out,
-                };
+                start.put(sum, row + j, out.add(r * out_stride + j));
             }
         }
     }

@@ -150,7 +150,7 @@ pub fn loglikelihoods(
     }
     rows.sort_by_key(|row| std::cmp::Reverse(row.len()));
     let total: usize = rows.iter().map(Row::work).sum();
-    let scoring = Scoring { model, room, progress: &*options.progress };
+    let scoring = Scoring { model, requests, room, progress: &*options.progress };
     scoring.progress.begin("scoring", total as u64, "tokens");
     let outcome = scoring.run(&rows, limit, &mut results);
     scoring.progress.end();
@@ -163,7 +163,12 @@ struct Row<'a> {
     choices: Vec<(usize, &'a [u32])>,
 }
 
-impl Row<'_> {
+impl<'a> Row<'a> {
+    /// What is read of a continuation: all but its last token, which is only scored.
+    fn read(&self, choice: usize) -> &'a [u32] {
+        self.choices.get(choice).map_or(&[][..], |(_, ids)| &ids[..ids.len() - 1])
+    }
+
     fn is_shared(&self) -> bool {
         self.choices.len() > 1
     }
@@ -188,6 +193,7 @@ type Place<'a> = (usize, &'a [u32], usize);
 
 struct Scoring<'a> {
     model: &'a dyn CausalLm,
+    requests: &'a [Continuation],
     room: usize,
     progress: &'a dyn Progress,
 }
@@ -205,18 +211,15 @@ impl Scoring<'_> {
                 let count = (limit / first.len().max(1)).clamp(1, left.len());
                 let (batch, rest) = left.split_at(count);
                 let widest = batch.iter().map(|row| row.longest()).max().unwrap_or(1);
-                if is_shared && first.len() + widest - 1 <= self.room {
+                if !is_shared {
+                    self.alone(batch, results)?;
+                } else if first.len() + widest - 1 <= self.room {
                     self.shared(batch, results)?;
                 } else {
                     for row in batch {
                         let alone = |&choice| Row { context: row.context, choices: vec![choice] };
                         let choices: Vec<Row<'_>> = row.choices.iter().map(alone).collect();
-                        if is_shared {
-                            self.alone(&choices.iter().collect::<Vec<_>>(), results)?;
-                        }
-                    }
-                    if !is_shared {
-                        self.alone(batch, results)?;
+                        self.alone(&choices.iter().collect::<Vec<_>>(), results)?;
                     }
                 }
                 done += batch.iter().map(|row| row.work()).sum::<usize>();
@@ -258,12 +261,8 @@ impl Scoring<'_> {
         let mut ctx = roomy().with_cache(cache).with_padding(padding);
         let last = self.model.hidden(&input, &mut ctx)?.narrow(1, width - 1, 1)?;
         for choice in 0..rows.iter().map(|row| row.choices.len()).max().unwrap_or(0) {
-            let ids_of = |row: &Row<'_>| row.choices.get(choice).map_or(&[][..], |(_, ids)| *ids).to_vec();
-            let read: Vec<Vec<u32>> = rows
-                .iter()
-                .map(|row| ids_of(row).split_last().map_or_else(Vec::new, |(_, ids)| ids.to_vec()))
-                .collect();
-            let more = read.iter().map(Vec::len).max().unwrap_or(0);
+            let read: Vec<&[u32]> = rows.iter().map(|row| row.read(choice)).collect();
+            let more = read.iter().map(|ids| ids.len()).max().unwrap_or(0);
             let mut hidden = last.clone();
             if more > 0 {
                 let ids =
@@ -298,8 +297,8 @@ impl Scoring<'_> {
             self.model.on_threads(&mut || scored = ops::logprobs(&logits, &targets));
             for (&(request, id, _), (summary, logprob)) in block.iter().zip(scored?) {
                 if !summary.finite {
-                    let ids = places.iter().find(|place| place.0 == request).map_or(&[][..], |place| place.1);
-                    return Err(diagnose(self.model, ids));
+                    let Continuation { context, ids } = &self.requests[request];
+                    return Err(diagnose(self.model, &[&context[..], ids].concat()));
                 }
                 results[request].sum += logprob;
                 results[request].is_greedy &= summary.argmax == id as usize;

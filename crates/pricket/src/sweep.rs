@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
-use pricket_hub::{Hub, Quiet, Steps};
+use pricket_hub::{Digest, Hub, Quiet, Steps};
 use pricket_lm::{Documents, EvalOptions, Task, slice_losses};
 use serde_json::{Value, json};
 
@@ -50,13 +50,20 @@ impl Measure {
         }
     }
 
-    /// What marks its rows: a sweep that goes on with other settings measures anew.
+    /// What marks its rows: a sweep that goes on with other settings, or about other documents, measures anew.
     fn settings(&self, options: &EvalOptions) -> Value {
         let (shots, limit) = (options.shots, options.limit);
+        let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).ok();
         match self {
-            Measure::Task { task, .. } => json!({"version": task.version(), "shots": shots, "limit": limit}),
-            Measure::Slices(path) => json!({"file": path.file_name().map(|name| name.to_string_lossy())}),
-            Measure::Text { text, .. } => json!({"bytes": text.len()}),
+            Measure::Task { task, documents, .. } => {
+                json!({"version": task.version(), "shots": shots, "limit": limit, "bytes": bytes(documents)})
+            }
+            Measure::Slices(path) => {
+                json!({"file": path.file_name().map(|name| name.to_string_lossy()), "bytes": bytes(path)})
+            }
+            Measure::Text { text, .. } => {
+                json!({"sha256": Digest::Sha256(String::new()).of(text.as_bytes()).hex()})
+            }
         }
     }
 }
