@@ -1,8 +1,8 @@
 //! What the processor can do; one answer for every kernel, found once.
 
 #![cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, unused_variables, unused_unsafe, reason = "vectors are x86-64's so far")
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_variables, unused_unsafe, reason = "no vectors there")
 )]
 
 use std::sync::OnceLock;
@@ -13,6 +13,8 @@ use std::sync::OnceLock;
 pub enum Path {
     /// What every processor has.
     Scalar,
+    /// NEON with the dot products of Armv8.2.
+    Neon,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, VL, DQ and VNNI.
@@ -23,12 +25,13 @@ pub enum Path {
 
 impl Path {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Amx];
 
     /// As `PRICKET_CPU` spells it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Amx => "amx",
@@ -43,13 +46,14 @@ impl Path {
 
     /// Those that this processor has.
     pub fn available() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(|&path| path <= Self::best())
+        Self::ALL.into_iter().filter(|path| path.is_there())
     }
 
     #[cfg(target_arch = "x86_64")]
     fn is_there(self) -> bool {
         match self {
             Self::Scalar => true,
+            Self::Neon => false,
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
@@ -65,7 +69,16 @@ impl Path {
         }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    fn is_there(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            Self::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
+            Self::Avx2 | Self::Avx512 | Self::Amx => false,
+        }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     fn is_there(self) -> bool {
         self == Self::Scalar
     }
@@ -88,7 +101,7 @@ pub fn chosen() -> Result<Path, String> {
             let names = |paths: &mut dyn Iterator<Item = Path>| paths.map(Path::name).collect::<Vec<_>>().join(", ");
             match Path::ALL.into_iter().find(|path| path.name() == name) {
                 None => Err(format!("PRICKET_CPU is {name:?}; it can be {}", names(&mut Path::ALL.into_iter()))),
-                Some(path) if path > Path::best() => {
+                Some(path) if !path.is_there() => {
                     Err(format!("PRICKET_CPU is {name}, this processor has {}", names(&mut Path::available())))
                 }
                 Some(path) => Ok(path),
@@ -97,36 +110,46 @@ pub fn chosen() -> Result<Path, String> {
         .clone()
 }
 
-/// Makes a function that calls `$body::<L>` with the best instructions up to its first argument.
+/// Makes a function that calls `$body::<L, ..>` with the best instructions up to its first argument; `$plain::<..>` where there
+/// are none, if it is named.
 macro_rules! by_path {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident) => {
+    (
+        $(#[$doc:meta])* $vis:vis fn $name:ident $(<$(const $n:ident: $kind:ty),+>)? ($($arg:ident: $type:ty),* $(,)?)
+        $(-> $out:ty)? = $body:ident $(or $plain:ident)?
+    ) => {
         $(#[$doc])*
-        $vis unsafe fn $name(path: crate::cpu::Path, $($arg: $type),*) $(-> $out)? {
+        $vis unsafe fn $name $(<$(const $n: $kind),+>)? (path: crate::cpu::Path, $($arg: $type),*) $(-> $out)? {
+            macro_rules! with_instructions {
+                ($features:literal, $least:ident, $lanes:ident) => {
+                    #[target_feature(enable = $features)]
+                    #[allow(clippy::too_many_arguments, reason = "as its caller")]
+                    unsafe fn with $(<$(const $n: $kind),+>)? ($($arg: $type),*) $(-> $out)? {
+                        // SAFETY: as the caller's caller promises.
+                        unsafe { $body::<crate::lanes::$lanes $(, $($n),+)?>($($arg),*) }
+                    }
+                    if path >= crate::cpu::Path::$least {
+                        // SAFETY: the processor has the instructions; the rest is the caller's.
+                        return unsafe { with $(::<$($n),+>)? ($($arg),*) };
+                    }
+                };
+            }
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma")]
-                unsafe fn avx512($($arg: $type),*) $(-> $out)? {
-                    // SAFETY: as the caller's caller promises.
-                    unsafe { $body::<crate::lanes::Avx512>($($arg),*) }
+                {
+                    with_instructions!("avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma", Avx512, Avx512);
                 }
-                #[target_feature(enable = "avx2,f16c,fma")]
-                unsafe fn avx2($($arg: $type),*) $(-> $out)? {
-                    // SAFETY: as the caller's caller promises.
-                    unsafe { $body::<crate::lanes::Avx2>($($arg),*) }
-                }
-                if path >= crate::cpu::Path::Avx512 {
-                    // SAFETY: the processor has the instructions; the rest is the caller's.
-                    return unsafe { avx512($($arg),*) };
-                }
-                if path >= crate::cpu::Path::Avx2 {
-                    // SAFETY: the processor has the instructions; the rest is the caller's.
-                    return unsafe { avx2($($arg),*) };
-                }
+                with_instructions!("avx2,f16c,fma", Avx2, Avx2);
+            }
+            #[cfg(target_arch = "aarch64")]
+            {
+                with_instructions!("neon,dotprod", Neon, Neon);
             }
             let _ = path;
             // SAFETY: promised by the caller; every processor has the instructions.
-            unsafe { $body::<crate::lanes::Scalar>($($arg),*) }
+            unsafe { crate::cpu::by_path!(@scalar $body $($plain)? [$($($n),+)?] ($($arg),*)) }
         }
     };
+    (@scalar $body:ident [$($n:ident),*] ($($arg:ident),*)) => { $body::<crate::lanes::Scalar $(, $n)*>($($arg),*) };
+    (@scalar $body:ident $plain:ident [$($n:ident),*] ($($arg:ident),*)) => { $plain($($arg),*) };
 }
 pub(crate) use by_path;

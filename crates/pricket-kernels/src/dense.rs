@@ -10,14 +10,14 @@ use crate::cpu::Path;
 use crate::cpu::path;
 use crate::gelu::GeluOp;
 #[cfg(target_arch = "x86_64")]
-use crate::integer;
-#[cfg(target_arch = "x86_64")]
 use crate::lanes::LANES;
 use crate::packed::Packed;
 use crate::pool::{parallel, parallel_chunks, scratch, threads};
 use crate::product::{PANEL, Product, Start};
 use crate::rows::{self, Kind, Rows};
 use crate::shared::Shared;
+#[cfg(target_arch = "x86_64")]
+use crate::unpack::unpack;
 
 /// Up to here inner products of whole rows, each weight read once; beyond, panels and a blocked matrix product.
 const FEW_ROWS: usize = 16;
@@ -279,7 +279,7 @@ pub(crate) fn many_rows_bf16(
                         Stored::Packed(w) => {
                             for half in 0..PANEL.min(to - first).div_ceil(LANES) {
                                 let tile = first / LANES + half;
-                                integer::unpack(w, tile, deep, whole, &mut panel[half * LANES..], path);
+                                unpack(w, tile, deep, whole, &mut panel[half * LANES..], path);
                             }
                         }
                         weight => {

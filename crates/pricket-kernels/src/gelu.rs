@@ -23,8 +23,8 @@ pub enum Gelu {
 
 /// A [`Gelu`] elementwise in f32.
 ///
-/// Both forms are rational minimax functions: within 1.5e-6 of the exact value
-/// over ±12, as torch's f32 is. It has no backward pass: training takes candle's own.
+/// Both forms are rational minimax functions: within 1e-6 of the exact value over ±12, where a unit in the last place of
+/// f32 is 9.5e-7 (1.2e-6 where no instruction multiplies and adds at once). It has no backward pass: training takes candle's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GeluOp {
     /// Which one.
@@ -52,22 +52,23 @@ unsafe fn clamp<L: Floats>(x: L::Float, limit: f32) -> L::Float {
     unsafe { L::min(L::splat(limit), L::max(L::splat(-limit), x)) }
 }
 
-/// The error function within 5e-7: odd over even, of degrees 13 and 8, saturated at ±4.
+/// The error function within 3e-7, and closer the larger `x` is, as its product with `x` needs: odd over even, of degrees 13
+/// and 8, saturated at ±4.
 #[inline(always)]
 unsafe fn erf<L: Floats>(x: L::Float) -> L::Float {
     unsafe {
         let x = clamp::<L>(x, 4.0);
         let x2 = L::mul(x, x);
         let odd = [
-            -2.726_142_3e-10,
-            2.770_681_4e-8,
-            -2.101_024e-6,
-            -5.692_506_4e-5,
-            -7.349_906e-4,
-            -2.954_6e-3,
-            -1.609_603_3e-2,
+            1.949_150_4e-8,
+            -2.121_429_4e-6,
+            1.782_147_3e-4,
+            5.125_005e-3,
+            5.492_831_8e-2,
+            2.327_295e-1,
+            1.128_377_4,
         ];
-        let even = [-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2];
+        let even = [1.309_642_9e-3, 1.718_042e-2, 1.285_862_5e-1, 5.395_68e-1, 1.0];
         L::div(L::mul(x, polynomial::<L, 7>(x2, odd)), polynomial::<L, 5>(x2, even))
     }
 }
@@ -172,7 +173,8 @@ mod tests {
                 let mut y = x.clone();
                 GeluOp { form, as_ggml: false }.apply(path, &mut y);
                 let worst = y.iter().zip(&exact).map(|(&y, e)| (f64::from(y) - e).abs()).fold(0.0, f64::max);
-                assert!(worst < 1.5e-6, "{form:?} {path:?}: {worst}");
+                let bound = if path == Path::Scalar { 1.2e-6 } else { 1e-6 };
+                assert!(worst < bound, "{form:?} {path:?}: {worst}");
                 GeluOp { form, as_ggml: true }.apply(path, &mut y);
                 assert!(y.iter().all(|&y| half::f16::from_f32(y).to_f32() == y), "{form:?} {path:?}");
             }

@@ -4,19 +4,17 @@
 //! the weights would.
 
 #![cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, unused_variables, unused_unsafe, reason = "vectors are x86-64's so far")
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_variables, unused_unsafe, reason = "no vectors there")
 )]
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
 use crate::block_type::BlockType;
-use crate::cpu::Path;
+use crate::cpu::{Path, by_path};
 use crate::gelu::GeluOp;
 use crate::integers::{FINER, GROUP, Integers, SUMS, TERM, TERMS, words_of};
-#[cfg(target_arch = "x86_64")]
-use crate::lanes::{Avx2, Avx512};
 use crate::lanes::{LANES, Lanes};
-use crate::packed::{Form, Packed, STEP, Scales};
+use crate::packed::{Form, Packed, Scales};
 use crate::pool::{parallel, threads};
 use crate::shared::Shared;
 
@@ -63,10 +61,13 @@ fn dispatch(job: &Job<'_>, from: usize, to: usize, path: Path) {
             match job.weight.kind() {
                 $(BlockType::$kind => {
                     const FORM: Form = Form::of(BlockType::$kind).unwrap();
-                    if job.x.terms == 1 {
-                        by_path::<{ FORM.bits }, { FORM.scales as u8 }, 1>(job, from, to, path)
-                    } else {
-                        by_path::<{ FORM.bits }, { FORM.scales as u8 }, 3>(job, from, to, path)
+                    // SAFETY: every task has tiles of its own.
+                    unsafe {
+                        if job.x.terms == 1 {
+                            multiply_tiles::<{ FORM.bits }, { FORM.scales as u8 }, 1>(path, job, from, to);
+                        } else {
+                            multiply_tiles::<{ FORM.bits }, { FORM.scales as u8 }, 3>(path, job, from, to);
+                        }
                     }
                 })*
                 kind => unreachable!("{kind} is not packed"),
@@ -76,34 +77,18 @@ fn dispatch(job: &Job<'_>, from: usize, to: usize, path: Path) {
     forms!(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_0V1, Q4_1V1, Q8_0V1, Q2K, Q3K, Q4K, Q5K, Q6K);
 }
 
-fn by_path<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize, path: Path) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma")]
-        fn avx512<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) {
-            // SAFETY: the instructions are there.
-            unsafe { tiles::<Avx512, BITS, SCALES, T>(job, from, to) }
-        }
-        #[target_feature(enable = "avx2,f16c,fma")]
-        fn avx2<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) {
-            // SAFETY: the instructions are there.
-            unsafe { tiles::<Avx2, BITS, SCALES, T>(job, from, to) }
-        }
-        if path >= Path::Avx512 {
-            // SAFETY: the processor has the instructions.
-            return unsafe { avx512::<BITS, SCALES, T>(job, from, to) };
-        }
-        if path >= Path::Avx2 {
-            // SAFETY: the processor has the instructions.
-            return unsafe { avx2::<BITS, SCALES, T>(job, from, to) };
-        }
-    }
-    let _ = path;
-    plain(job, from, to);
+by_path! {
+    /// # Safety
+    /// No other task has the tiles `[from, to)`.
+    fn multiply_tiles<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) =
+        tiles or plain
 }
 
 /// What every processor can do, and what the others are compared with: a step of a row at a time.
-fn plain(job: &Job<'_>, from: usize, to: usize) {
+///
+/// # Safety
+/// As [`multiply_tiles`].
+unsafe fn plain(job: &Job<'_>, from: usize, to: usize) {
     let (weight, x) = (job.weight, job.x);
     let (form, (n, _), width) = (weight.form(), weight.shape(), words_of(x.terms));
     for row in from * LANES..n.min(to * LANES) {
@@ -279,7 +264,7 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
     }
 }
 
-const fn scales_of(number: u8) -> Scales {
+pub(crate) const fn scales_of(number: u8) -> Scales {
     const ALL: [Scales; 7] =
         [Scales::Half, Scales::HalfMin, Scales::Single, Scales::SingleMin, Scales::Wide, Scales::Fine, Scales::FineMin];
     ALL[number as usize]
@@ -290,7 +275,7 @@ const fn scales_of(number: u8) -> Scales {
 /// # Safety
 /// 32 columns can be read, and the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L::Bytes; 8] {
+pub(crate) unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L::Bytes; 8] {
     // SAFETY: promised by the caller; planes lie one after the other.
     unsafe {
         let mut w = [L::bytes(body); 8];
@@ -353,7 +338,7 @@ unsafe fn pairs_of_bits<L: Lanes>(plane: *const u8) -> [L::Bytes; 8] {
 /// # Safety
 /// The head of a unit can be read, and the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(L::Float, L::Float); 2] {
+pub(crate) unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(L::Float, L::Float); 2] {
     // SAFETY: promised by the caller.
     unsafe {
         let none = L::splat(0.0);
@@ -379,87 +364,6 @@ unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(
                     (L::mul(d, L::nibbles::<0>(low)), L::mul(min, L::nibbles::<4>(low))),
                     (L::mul(d, L::nibbles::<0>(high)), L::mul(min, L::nibbles::<4>(high))),
                 ]
-            }
-        }
-    }
-}
-
-/// Columns `[from, from + k)` of a tile as numbers, side by side: element `c` of row `j` goes to `out[32 c + j]`. Both are
-/// multiples of the columns of a unit.
-pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32], path: Path) {
-    assert!(out.len() >= k.saturating_sub(1) * 32 + LANES, "no room for the panel");
-    macro_rules! forms {
-        ($($kind:ident),*) => {
-            match weight.kind() {
-                $(BlockType::$kind => {
-                    const FORM: Form = Form::of(BlockType::$kind).unwrap();
-                    // SAFETY: paths are those that the processor has, and the room was measured.
-                    unsafe {
-                        match () {
-                            #[cfg(target_arch = "x86_64")]
-                            () if path >= Path::Avx512 => {
-                                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma")]
-                                unsafe fn wide<const BITS: usize, const SCALES: u8>(unit: &[u8], zero: i32, out: *mut f32) {
-                                    // SAFETY: as the caller promises.
-                                    unsafe { unpack_body::<Avx512, BITS, SCALES>(unit, zero, out) }
-                                }
-                                each_unit(weight, tile, from, k, |unit, at| {
-                                    wide::<{ FORM.bits }, { FORM.scales as u8 }>(unit, FORM.zero, out.as_mut_ptr().add(32 * at));
-                                });
-                            }
-                            () => plain_unpack(weight, tile, from, k, out),
-                        }
-                    }
-                })*
-                kind => unreachable!("{kind} is not packed"),
-            }
-        };
-    }
-    forms!(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_0V1, Q4_1V1, Q8_0V1, Q2K, Q3K, Q4K, Q5K, Q6K);
-}
-
-/// The units of columns `[from, from + k)` of a tile, and where their columns begin in the panel.
-fn each_unit(weight: &Packed, tile: usize, from: usize, k: usize, mut f: impl FnMut(&[u8], usize)) {
-    let (form, columns) = (weight.form(), weight.kind().elements());
-    for (i, unit) in weight.tile(tile).chunks_exact(form.unit()).skip(from / columns).take(k / columns).enumerate() {
-        f(unit, i * columns);
-    }
-}
-
-fn plain_unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) {
-    let (n, columns) = weight.shape();
-    let mut wide = vec![0f32; columns];
-    for row in 0..LANES {
-        let known = tile * LANES + row < n;
-        if known {
-            weight.row(tile * LANES + row, &mut wide);
-        }
-        for c in 0..k {
-            out[32 * c + row] = if known { wide[from + c] } else { 0.0 };
-        }
-    }
-}
-
-/// # Safety
-/// `unit` is one; sixteen numbers can be written for each of its columns; the processor has the instructions of `L`.
-#[inline(always)]
-unsafe fn unpack_body<L: Lanes, const BITS: usize, const SCALES: u8>(unit: &[u8], zero: i32, out: *mut f32) {
-    let kind = const { scales_of(SCALES) };
-    let unit = unit.as_ptr();
-    // SAFETY: promised by the caller.
-    unsafe {
-        let zero = L::splat(-zero as f32);
-        for step in 0..kind.steps() {
-            let w = groups::<L, BITS>(unit.add(kind.bytes() + step * BITS * 64));
-            let [low, high] = scales::<L, SCALES>(unit, step);
-            for (g, w) in w.into_iter().enumerate() {
-                let (scale, min) = if g < 4 { low } else { high };
-                let min = L::madd(zero, scale, min);
-                let out = out.add(32 * (step * STEP + 4 * g));
-                L::store(out, L::madd(L::float(L::byte::<0>(w)), scale, min));
-                L::store(out.add(32), L::madd(L::float(L::byte::<1>(w)), scale, min));
-                L::store(out.add(64), L::madd(L::float(L::byte::<2>(w)), scale, min));
-                L::store(out.add(96), L::madd(L::float(L::byte::<3>(w)), scale, min));
             }
         }
     }

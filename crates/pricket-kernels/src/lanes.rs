@@ -2,8 +2,8 @@
 //! in the functions that have the instructions.
 
 #![cfg_attr(
-    not(target_arch = "x86_64"),
-    allow(dead_code, unused_variables, unused_unsafe, reason = "vectors are x86-64's so far")
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_variables, unused_unsafe, reason = "no vectors there")
 )]
 #![allow(clippy::inline_always, reason = "they must become part of the functions that have the instructions")]
 
@@ -97,6 +97,7 @@ pub(crate) trait Lanes: Floats {
     /// `w` are below 64 unless `FULL`.
     unsafe fn dot4<const FULL: bool>(sum: Self::Int, w: Self::Bytes, x: i32) -> Self::Int;
     /// Byte `N` of each lane.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "products of floats beside blocks are x86-64's"))]
     unsafe fn byte<const N: u32>(x: Self::Bytes) -> Self::Int;
     unsafe fn float(x: Self::Int) -> Self::Float;
     unsafe fn unsigned(p: *const u8) -> Self::Float;
@@ -194,8 +195,12 @@ impl Floats for Scalar {
     unsafe fn expect(_: *const u8) {}
 }
 
+#[cfg(target_arch = "aarch64")]
+pub(crate) use aarch64::Neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -41,6 +41,7 @@ mod rotary;
 mod rows;
 mod shared;
 mod store;
+mod unpack;
 
 pub use attention::{AttentionOp, Causal, attention};
 pub use block_type::BlockType;

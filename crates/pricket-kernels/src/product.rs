@@ -2,10 +2,8 @@
 
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
-use crate::cpu::Path;
-#[cfg(target_arch = "x86_64")]
-use crate::lanes::{Avx2, Avx512};
-use crate::lanes::{Floats, LANES, Scalar};
+use crate::cpu::{Path, by_path};
+use crate::lanes::{Floats, LANES};
 
 /// Columns of a panel: two vectors.
 pub(crate) const PANEL: usize = 2 * LANES;
@@ -61,49 +59,36 @@ impl Product {
     /// # Safety
     /// All of that can be read (of `b` whole panels) and written (of `c` the columns wanted).
     pub(crate) unsafe fn run(&self, path: Path) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c,fma")]
-            unsafe fn avx512(p: &Product) {
-                // SAFETY: as the caller promises.
-                unsafe { blocks::<Avx512, 12>(p) }
-            }
-            #[target_feature(enable = "avx2,f16c,fma")]
-            unsafe fn avx2(p: &Product) {
-                // SAFETY: as the caller promises.
-                unsafe { blocks::<Avx2, 3>(p) }
-            }
-            if path >= Path::Avx512 {
-                // SAFETY: the processor has the instructions; the rest is the caller's.
-                return unsafe { avx512(self) };
-            }
-            if path >= Path::Avx2 {
-                // SAFETY: the processor has the instructions; the rest is the caller's.
-                return unsafe { avx2(self) };
-            }
-        }
-        let _ = path;
-        // SAFETY: promised by the caller; every processor has the instructions.
-        unsafe { blocks::<Scalar, 2>(self) }
+        // SAFETY: promised by the caller.
+        unsafe { run(path, self) }
     }
+}
+
+by_path! {
+    /// # Safety
+    /// As [`Product::run`].
+    fn run(p: &Product) = blocks
 }
 
 /// # Safety
 /// As [`Product::run`]; the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn blocks<L: Floats, const M: usize>(p: &Product) {
+unsafe fn blocks<L: Floats>(p: &Product) {
     let mut row = 0;
     // SAFETY: promised by the caller.
     unsafe {
-        while row + M <= p.rows {
-            block::<L, M>(p, row);
-            row += M;
+        // As many rows at once as there are registers for.
+        while L::MANY && row + 12 <= p.rows {
+            block::<L, 12>(p, row);
+            row += 12;
         }
-        if M > 4 {
-            while row + 4 <= p.rows {
-                block::<L, 4>(p, row);
-                row += 4;
-            }
+        while L::MANY && row + 4 <= p.rows {
+            block::<L, 4>(p, row);
+            row += 4;
+        }
+        while !L::MANY && row + 3 <= p.rows {
+            block::<L, 3>(p, row);
+            row += 3;
         }
         while row < p.rows {
             block::<L, 1>(p, row);

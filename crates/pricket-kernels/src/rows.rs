@@ -6,10 +6,8 @@
 
 use half::{bf16, f16};
 
-use crate::cpu::Path;
-#[cfg(target_arch = "x86_64")]
-use crate::lanes::{Avx2, Avx512};
-use crate::lanes::{Floats, LANES, Scalar};
+use crate::cpu::{Path, by_path};
+use crate::lanes::{Floats, LANES};
 use crate::product::{PANEL, Start};
 
 /// Numbers as they are stored.
@@ -130,44 +128,17 @@ macro_rules! by_path_and_kind {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
         pub(crate) unsafe fn $name(path: Path, kind: Kind, $($arg: $type),*) {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c,fma")]
+            by_path! {
                 #[allow(clippy::too_many_arguments, reason = "as its caller")]
-                unsafe fn avx512<const KIND: u8>($($arg: $type),*) {
-                    // SAFETY: as the caller's caller promises.
-                    unsafe { $body::<Avx512, KIND>($($arg),*) }
-                }
-                #[target_feature(enable = "avx2,f16c,fma")]
-                #[allow(clippy::too_many_arguments, reason = "as its caller")]
-                unsafe fn avx2<const KIND: u8>($($arg: $type),*) {
-                    // SAFETY: as the caller's caller promises.
-                    unsafe { $body::<Avx2, KIND>($($arg),*) }
-                }
-                if path >= Path::Avx2 {
-                    // SAFETY: the processor has the instructions; the rest is the caller's.
-                    return unsafe {
-                        match (path >= Path::Avx512, kind) {
-                            (true, Kind::F32) => avx512::<0>($($arg),*),
-                            (true, Kind::F16) => avx512::<1>($($arg),*),
-                            (true, Kind::BF16) => avx512::<2>($($arg),*),
-                            (true, Kind::Q8) => avx512::<3>($($arg),*),
-                            (false, Kind::F32) => avx2::<0>($($arg),*),
-                            (false, Kind::F16) => avx2::<1>($($arg),*),
-                            (false, Kind::BF16) => avx2::<2>($($arg),*),
-                            (false, Kind::Q8) => avx2::<3>($($arg),*),
-                        }
-                    };
-                }
+                fn of_kind<const KIND: u8>($($arg: $type),*) = $body
             }
-            let _ = path;
-            // SAFETY: promised by the caller; every processor has the instructions.
+            // SAFETY: promised by the caller.
             unsafe {
                 match kind {
-                    Kind::F32 => $body::<Scalar, 0>($($arg),*),
-                    Kind::F16 => $body::<Scalar, 1>($($arg),*),
-                    Kind::BF16 => $body::<Scalar, 2>($($arg),*),
-                    Kind::Q8 => $body::<Scalar, 3>($($arg),*),
+                    Kind::F32 => of_kind::<0>(path, $($arg),*),
+                    Kind::F16 => of_kind::<1>(path, $($arg),*),
+                    Kind::BF16 => of_kind::<2>(path, $($arg),*),
+                    Kind::Q8 => of_kind::<3>(path, $($arg),*),
                 }
             }
         }
