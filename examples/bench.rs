@@ -131,7 +131,7 @@ fn mib(bytes: u64) -> f64 {
 
 fn load(args: &Args) -> anyhow::Result<Pricket> {
     let Some(shape) = &args.shape else { return Ok(args.model.load("tiny")?) };
-    Ok(args.model.configure(common::random(shape, args.model.dtype)?)?.load()?)
+    Ok(args.model.configure(common::random(shape, args.model.compute.dtype)?)?.load()?)
 }
 
 /// A figure.

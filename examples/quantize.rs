@@ -46,7 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    let target = match (args.model.quantisation()?, args.model.dtype) {
+    let target = match (args.model.compute.quantisation()?, args.model.compute.dtype) {
         (Some(quantisation), Precision::Auto) => Target::Quantised(quantisation),
         (Some(_), _) => anyhow::bail!("--quantize and --dtype both say what becomes of the matrices"),
         (None, Precision::F32) => Target::F32,
@@ -56,11 +56,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
     };
     let gguf = args.out.extension().is_some_and(|e| e == "gguf");
     ensure!(
-        gguf || args.model.quantize.is_none(),
+        gguf || args.model.compute.quantize.is_none(),
         "safetensors hold no quantised blocks: give --out a name that ends in .gguf"
     );
     // What the flags say of the new file is not to be done to the old one as well.
-    let source = common::ModelArgs { quantize: None, dtype: Precision::Auto, ..args.model.clone() };
+    let mut source = args.model.clone();
+    (source.compute.quantize, source.compute.dtype) = (None, Precision::Auto);
     let loader = match &args.shape {
         Some(shape) => common::random(shape, Precision::F32)?,
         None => source.source("tiny")?,

@@ -128,7 +128,7 @@ fn run_tasks(args: &Args, model: &Pricket, asked: Vec<Task>, score: ScoreOptions
     results["config"]["model_num_parameters"] = json!(model.info().parameters);
     results["config"]["model_dtype"] = json!(model.info().dtype.name());
     results["config"]["model_revision"] = json!(args.model.revision);
-    results["config"]["activations"] = json!(args.model.activations);
+    results["config"]["activations"] = json!(args.model.compute.activations);
     results["max_length"] = json!(options.score.max_length(&*model.model()));
     results["date"] = json!(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
     results["total_evaluation_time_seconds"] = json!(start.elapsed().as_secs_f64().to_string());

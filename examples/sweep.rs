@@ -4,6 +4,8 @@
 
 #[path = "common/bar.rs"]
 mod bar;
+#[path = "common/compute.rs"]
+mod compute;
 #[path = "common/finish.rs"]
 mod finish;
 #[path = "common/tasks.rs"]
@@ -14,9 +16,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use clap::Parser;
-use pricket::{EvalOptions, Hub, Measure, Shard, Steps, Sweep};
+use pricket::{EvalOptions, Hub, Loader, Measure, Shard, Steps, Sweep, plots};
 use serde_json::{Value, json};
 
 /// What is measured where nothing else is asked for.
@@ -26,6 +28,7 @@ const TEXT: &str = "My fellow citizens, the people of the United States have a g
 /// Measures checkpoints. Started again with the same --out it goes on where it was; exit code 2 if a checkpoint failed.
 #[derive(Parser)]
 #[command(version)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
 struct Args {
     /// Repositories of the Hub, or directories with revisions/ [default: models/tiny]
     #[arg(long, short, value_delimiter = ',', value_name = "MODEL")]
@@ -63,12 +66,26 @@ struct Args {
     /// Does not load the next checkpoint while one is measured: half the memory
     #[arg(long)]
     no_prefetch: bool,
-    /// CPU threads [default: physical cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    /// Where to compute: cpu, cuda, cuda:N or metal
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    /// Draws curves over training: a panel for each metric, as .svg or .png; can be given several times
+    #[arg(long, value_name = "FILE")]
+    plot: Vec<PathBuf>,
+    /// Draws a table of each model's last step, as .svg or .png
+    #[arg(long, value_name = "FILE")]
+    table: Option<PathBuf>,
+    /// The metrics that are drawn, as piqa/acc [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "METRIC")]
+    metrics: Vec<String>,
+    /// Draws runs that differ in their seed as one curve, their mean in a band of their standard deviation
+    #[arg(long)]
+    mean_of_seeds: bool,
+    /// Leaves out of the pictures what others have published of the models
+    #[arg(long)]
+    no_published: bool,
+    /// Measures nothing: draws what is in these files of results, put together
+    #[arg(long, value_delimiter = ',', value_name = "FILE", conflicts_with_all = ["models", "tasks", "slices"])]
+    from: Vec<PathBuf>,
+    #[command(flatten)]
+    compute: compute::ComputeArgs,
     /// Every row that is written, as JSON, and at the end what the sweep did
     #[arg(long)]
     json: bool,
@@ -83,6 +100,11 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
     pricket::keep_freed_memory();
+    if !args.from.is_empty() {
+        ensure!(!args.plot.is_empty() || args.table.is_some(), "--from draws; --plot or --table says what");
+        draw(args, &args.from)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let tiny = [concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny").to_owned()];
     let names = if args.models.is_empty() { &tiny[..] } else { &args.models };
     let models = names.iter().map(|name| pricket::checkpoints(name)).collect::<Result<Vec<_>, _>>()?;
@@ -100,14 +122,11 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         None => Shard::from_slurm()?.unwrap_or_default(),
     };
     sweep.budget = args.disk_budget.map(|budget| Ok::<_, pricket::Error>((Hub::from_env()?, budget))).transpose()?;
-    let (device, threads) = (pricket::device(&args.device)?, args.threads);
-    sweep.configure = Arc::new(move |loader| {
-        let loader = loader.device(device.clone());
-        match threads {
-            Some(threads) => loader.threads(threads),
-            None => loader,
-        }
-    });
+    let compute = args.compute.clone();
+    // What is wrong with the flags is said before a checkpoint is fetched.
+    compute.configure(Loader::embedded("tiny")?)?;
+    sweep.setup = compute.setup();
+    sweep.configure = Arc::new(move |loader| Ok(compute.configure(loader)?.precision(compute.dtype)));
     let mut out = std::io::stdout().lock();
     if !args.json {
         writeln!(out, "|model|revision|metric|value|stderr|\n|---|---|---|---:|---:|")?;
@@ -137,7 +156,26 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         "{checkpoints} checkpoints measured, {rows} rows written to {}, {kept} were there, {recomputed} measured again",
         args.out.display()
     );
+    if swept.rows + swept.kept > 0 {
+        draw(args, std::slice::from_ref(&args.out))?;
+    }
     Ok(if swept.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
+/// The pictures that are asked for, of these files of results.
+fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
+    if args.plot.is_empty() && args.table.is_none() {
+        return Ok(());
+    }
+    let rows = plots::read_rows(files)?;
+    if !args.plot.is_empty() {
+        let curves = plots::curves(&rows, &args.metrics, args.mean_of_seeds, !args.no_published)?;
+        args.plot.iter().try_for_each(|path| curves.save(path))?;
+    }
+    if let Some(path) = &args.table {
+        plots::table(&rows, &args.metrics)?.save(path)?;
+    }
+    Ok(())
 }
 
 fn show(out: &mut impl Write, row: &Value) -> std::io::Result<()> {

@@ -144,7 +144,7 @@ fn the_curve_of_a_suite_is_the_harnesss() {
     );
     sweep.options.bootstrap = 0;
     sweep.options.score.max_length = Some(128);
-    sweep.configure = std::sync::Arc::new(move |loader| loader.hub(hub.clone()));
+    sweep.configure = std::sync::Arc::new(move |loader| Ok(loader.hub(hub.clone())));
     let mut found = Vec::new();
     let swept = sweep.run(|row| found.push(row.clone())).unwrap();
     let curve: Value = serde_json::from_slice(&std::fs::read(suite.join("curve.json")).unwrap()).unwrap();

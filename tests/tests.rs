@@ -23,6 +23,9 @@ mod properties;
 /// Log-likelihoods, tasks, slices.
 mod scoring;
 
+/// Pictures of figures.
+mod plots;
+
 /// Figures over training steps.
 mod sweep;
 

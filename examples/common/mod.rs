@@ -1,15 +1,17 @@
 //! What the examples share: flags, a progress bar, and how they end.
 
 mod bar;
+mod compute;
 mod finish;
 mod random;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pricket::{Activations, BlockType, CacheType, Loader, Precision, Pricket, Quantisation};
+use pricket::{Loader, Pricket};
 
 pub(crate) use bar::Bar;
+pub(crate) use compute::ComputeArgs;
 pub(crate) use finish::finish;
 #[allow(unused_imports, reason = "not every example makes weights up")]
 pub(crate) use random::random;
@@ -27,27 +29,9 @@ pub(crate) struct ModelArgs {
     /// The weight file to load of a repository or directory that has several, such as one of its GGUF files
     #[arg(long, value_name = "NAME")]
     pub(crate) file: Option<String>,
-    /// Where to compute: cpu, cuda, cuda:N or metal
-    #[arg(long, default_value = "cpu")]
-    pub(crate) device: String,
-    /// Type of the weights: auto (as stored on the CPU, bf16 on a GPU), f32, bf16 or f16
-    #[arg(long, default_value = "auto")]
-    pub(crate) dtype: Precision,
-    /// Quantises the matrices while they are loaded: q4_0, q4_1, q5_0, q5_1, q8_0, or q2k to q6k
-    #[arg(long, value_name = "TYPE")]
-    pub(crate) quantize: Option<BlockType>,
-    /// The type of embedding and head under --quantize, or none to leave them as they are
-    #[arg(long, value_name = "TYPE", default_value = "q8_0")]
-    pub(crate) quantize_tables: String,
     /// A tokenizer.json to use instead of the model's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-    /// Precision of activations on the CPU: f32; bf16 as torch has it; q8 as ggml has it (8 bits beside quantised weights)
-    #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "bf16", "q8"])]
-    pub(crate) activations: String,
-    /// Type of cached keys and values: f32, f16, bf16 or q8_0; by default f32, f16 under --activations q8, bf16 under bf16
-    #[arg(long, value_name = "TYPE")]
-    pub(crate) cache_type: Option<CacheType>,
     /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
     #[arg(long, value_name = "NAME")]
     pub(crate) activation: Option<String>,
@@ -57,21 +41,11 @@ pub(crate) struct ModelArgs {
     /// Changes a key of the configuration, as use_parallel_residual=false; can be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
-    /// CPU threads [default: physical cores]
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<usize>,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
 }
 
 impl ModelArgs {
-    /// What --quantize and --quantize-tables say.
-    pub(crate) fn quantisation(&self) -> pricket::Result<Option<Quantisation>> {
-        let tables = match self.quantize_tables.as_str() {
-            "none" => None,
-            name => Some(name.parse().map_err(pricket::Error::Input)?),
-        };
-        Ok(self.quantize.map(|weights| Quantisation { weights, tables }))
-    }
-
     /// Where the model is, or an embedded one where none is named.
     pub(crate) fn source(&self, embedded: &str) -> pricket::Result<Loader> {
         Ok(match (&self.model, &self.revision) {
@@ -90,7 +64,7 @@ impl ModelArgs {
 
     /// Loads it, or an embedded model where none is named, with a progress bar on a terminal; warnings go to stderr.
     pub(crate) fn load(&self, embedded: &str) -> pricket::Result<Pricket> {
-        let loaded = self.configure(self.source(embedded)?)?.precision(self.dtype).load()?;
+        let loaded = self.configure(self.source(embedded)?)?.precision(self.compute.dtype).load()?;
         for warning in loaded.warnings() {
             eprintln!("warning: {warning}");
         }
@@ -103,29 +77,15 @@ impl ModelArgs {
     /// Everything that these flags say but the model and its type.
     pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
         pricket::keep_freed_memory();
-        let mut loader = loader.device(pricket::device(&self.device)?).progress(Arc::new(Bar::default()));
+        let mut loader = self.compute.configure(loader)?.progress(Arc::new(Bar::default()));
         if let Some(tokenizer) = &self.tokenizer {
             loader = loader.tokenizer(tokenizer);
-        }
-        if let Some(threads) = self.threads {
-            loader = loader.threads(threads);
         }
         if let Some(name) = &self.file {
             loader = loader.file(name);
         }
-        if let Some(wanted) = self.quantisation()? {
-            loader = loader.quantise(wanted);
-        }
         if let Some(name) = &self.activation {
             loader = loader.activation(name);
-        }
-        loader = match self.activations.as_str() {
-            "q8" => loader.activations(Activations::Q8),
-            "bf16" => loader.activations(Activations::BF16),
-            _ => loader,
-        };
-        if let Some(kind) = self.cache_type {
-            loader = loader.cache(kind);
         }
         for change in &self.set {
             let (key, value) = change.split_once('=').unwrap_or((change, ""));

@@ -51,10 +51,11 @@ impl Measure {
     }
 
     /// What marks its rows: a sweep that goes on with other settings, or about other documents, measures anew.
-    fn settings(&self, options: &EvalOptions) -> Value {
+    fn settings(&self, sweep: &Sweep) -> Value {
+        let options = &sweep.options;
         let (shots, limit) = (options.shots, options.limit);
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).ok();
-        match self {
+        let mut settings = match self {
             Measure::Task { task, documents, .. } => {
                 json!({"version": task.version(), "shots": shots, "limit": limit, "bytes": bytes(documents)})
             }
@@ -64,7 +65,11 @@ impl Measure {
             Measure::Text { text, .. } => {
                 json!({"sha256": Digest::Sha256(String::new()).of(text.as_bytes()).hex()})
             }
+        };
+        if !sweep.setup.is_empty() {
+            settings["setup"] = json!(sweep.setup);
         }
+        settings
     }
 }
 
@@ -121,7 +126,7 @@ impl std::str::FromStr for Shard {
     }
 }
 
-type Configure = Arc<dyn Fn(Loader) -> Loader + Send + Sync>;
+type Configure = Arc<dyn Fn(Loader) -> Result<Loader> + Send + Sync>;
 
 /// Measures checkpoints and writes a line for each figure.
 ///
@@ -147,6 +152,9 @@ pub struct Sweep {
     pub budget: Option<(Hub, u64)>,
     /// Says how checkpoints are loaded.
     pub configure: Configure,
+    /// What `configure` says that changes figures, such as the type of the weights: part of every row, so that a sweep that
+    /// goes on in another way measures anew.
+    pub setup: BTreeMap<String, String>,
 }
 
 impl std::fmt::Debug for Sweep {
@@ -191,7 +199,8 @@ impl Sweep {
             out: out.into(),
             prefetch: true,
             budget: None,
-            configure: Arc::new(|loader| loader),
+            configure: Arc::new(Ok),
+            setup: BTreeMap::new(),
         }
     }
 
@@ -208,7 +217,7 @@ impl Sweep {
         let outcome = std::thread::scope(|scope| -> Result<()> {
             // No room in between: at most one checkpoint is loaded beside the one that is measured.
             let (send, receive) = sync_channel(0);
-            let load = |job: &Job<'_>| (self.configure)(Loader::new(job.model.id(job.checkpoint))).load();
+            let load = |job: &Job<'_>| (self.configure)(Loader::new(job.model.id(job.checkpoint)))?.load();
             let mut ahead = None;
             if self.prefetch {
                 let jobs = &jobs;
@@ -246,7 +255,7 @@ impl Sweep {
                     swept.warnings.extend(checkpoint.known.iter().map(|known| format!("{id}: {known}")));
                 }
                 let is_missing = |measure: &&Measure| {
-                    let there = rows.there(model, checkpoint, measure, &self.options);
+                    let there = rows.there(model, checkpoint, measure, self);
                     swept.kept += there.unwrap_or(0);
                     there.is_none()
                 };
@@ -301,7 +310,7 @@ impl Sweep {
                 Error::Input(_) => Failure::Everywhere(e),
                 e => Failure::of(e),
             })?;
-            let settings = measure.settings(&self.options);
+            let settings = measure.settings(self);
             let row = |(metric, value, stderr, documents): Measured| {
                 let mut row = about.clone();
                 row["metric"] = json!(metric);
@@ -431,9 +440,9 @@ impl Rows {
     }
 
     /// How many rows of a measure are there, if all are.
-    fn there(&self, model: &Checkpoints, at: &Checkpoint, measure: &Measure, options: &EvalOptions) -> Option<usize> {
+    fn there(&self, model: &Checkpoints, at: &Checkpoint, measure: &Measure, sweep: &Sweep) -> Option<usize> {
         let found = self.found.get(&(model.model.clone(), at.revision.clone()))?;
-        let settings = measure.settings(options);
+        let settings = measure.settings(sweep);
         let count = match measure.metrics() {
             Some(metrics) => {
                 let same = |metric: &String| found.get(metric) == Some(&settings);

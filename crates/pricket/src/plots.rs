@@ -1,0 +1,178 @@
+//! Pictures of a sweep, as SVG or PNG: curves over training with error bands and published figures, and tables.
+//!
+//! Colours are those of Okabe and Ito, which stay apart for every kind of colour vision; shapes of markers and dashes say the
+//! same again.
+//!
+//! ```
+//! use pricket::plots::{Curve, Curves, Picture, Point};
+//! let points = vec![Point::new(0.0, 10.8), Point::new(1.0, 10.8), Point::new(512.0, 6.1), Point::new(1000.0, 4.4)];
+//! let curves = Curves { y: "loss".into(), curves: vec![Curve::new("pythia-70m", points)], ..Curves::default() };
+//! let svg = Picture::of_curves(vec![curves])?.svg()?;
+//! assert!(svg.starts_with("<svg") && svg.contains("pythia-70m"));
+//! # Ok::<(), pricket::Error>(())
+//! ```
+
+mod axis;
+mod draw;
+mod rows;
+
+use std::io::Write;
+use std::path::Path;
+
+use crate::{Error, Result};
+
+pub use rows::{Row, curves, read_rows, table};
+
+/// A measured value at a training step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// Training steps; 0 has a place of its own on the logarithmic axis.
+    pub step: f64,
+    /// The value.
+    pub value: f64,
+    /// Half the height of the band around it, such as a standard error.
+    pub error: Option<f64>,
+}
+
+impl Point {
+    /// A value without a band.
+    pub fn new(step: f64, value: f64) -> Self {
+        Self { step, value, error: None }
+    }
+}
+
+/// The values of one model.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Curve {
+    /// Its name in the legend. Curves of one name have one colour.
+    pub label: String,
+    /// In any order; those that are not finite are left out.
+    pub points: Vec<Point>,
+    /// Whether others have published it: dashes and hollow markers.
+    pub published: bool,
+}
+
+impl Curve {
+    /// A curve of our own.
+    pub fn new(label: impl Into<String>, points: Vec<Point>) -> Self {
+        Self { label: label.into(), points, published: false }
+    }
+}
+
+/// A panel of curves over training steps on a logarithmic axis.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Curves {
+    /// Above the panel.
+    pub title: String,
+    /// What the vertical axis shows.
+    pub y: String,
+    /// Whether that axis is logarithmic too; values that are not positive are left out then.
+    pub log: bool,
+    /// What is drawn.
+    pub curves: Vec<Curve>,
+}
+
+/// Rows and columns of figures.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Table {
+    /// Above the table.
+    pub title: String,
+    /// Names of the columns; that of the rows' names first.
+    pub columns: Vec<String>,
+    /// Texts of each row, as many as there are columns.
+    pub rows: Vec<Vec<String>>,
+}
+
+/// Something that can be looked at.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Picture {
+    content: Content,
+    size: (u32, u32),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Content {
+    Curves(Vec<Curves>),
+    Table(Table),
+}
+
+/// What a picture may have of panels, rows and columns.
+const MOST: usize = 200;
+
+impl Picture {
+    /// Panels of curves with one legend.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there is nothing to draw.
+    pub fn of_curves(panels: Vec<Curves>) -> Result<Self> {
+        let drawable = |panel: &Curves| panel.curves.iter().any(|curve| !draw::visible(curve, panel.log).is_empty());
+        if panels.is_empty() || panels.len() > MOST {
+            return Err(Error::Input(format!("a picture of {} panels; expected 1 to {MOST}", panels.len())));
+        }
+        if let Some(panel) = panels.iter().find(|panel| !drawable(panel)) {
+            return Err(Error::Input(format!("there is no finite value of {:?} to draw", panel.y)));
+        }
+        let size = draw::size_of_curves(&panels);
+        Ok(Self { content: Content::Curves(panels), size })
+    }
+
+    /// A table.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if it has no rows, or rows that are not as long as there are columns.
+    pub fn of_table(table: Table) -> Result<Self> {
+        let (rows, columns) = (table.rows.len(), table.columns.len());
+        if rows == 0 || columns == 0 || rows > MOST || columns > MOST {
+            return Err(Error::Input(format!("a table of {rows} rows and {columns} columns; expected 1 to {MOST}")));
+        }
+        if let Some(row) = table.rows.iter().find(|row| row.len() != columns) {
+            return Err(Error::Input(format!("a row of {} texts in a table of {columns} columns", row.len())));
+        }
+        let size = draw::size_of_table(&table);
+        Ok(Self { content: Content::Table(table), size })
+    }
+
+    /// As SVG.
+    ///
+    /// # Errors
+    /// [`Error::Input`] with what the plotting library says.
+    pub fn svg(&self) -> Result<String> {
+        draw::svg(&self.content, self.size)
+    }
+
+    /// As PNG, twice as many pixels as the SVG has units.
+    ///
+    /// # Errors
+    /// As [`Picture::svg`].
+    pub fn png(&self) -> Result<Vec<u8>> {
+        draw::png(&self.content, self.size)
+    }
+
+    /// Writes it, as what the extension of `path` says: `.svg` or `.png`. A file that is there is replaced when the new one is
+    /// whole.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another extension, [`Error::Io`] if the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let bytes = match path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase).as_deref() {
+            Some("svg") => self.svg()?.into_bytes(),
+            Some("png") => self.png()?,
+            _ => return Err(Error::Input(format!("{}: pictures are .svg or .png", path.display()))),
+        };
+        let io = |error: std::io::Error| Error::Io { path: path.into(), error };
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{}.part", std::process::id()));
+        let part = path.with_file_name(name);
+        let write = || {
+            let mut file = std::fs::File::create(&part)?;
+            file.write_all(&bytes)?;
+            file.sync_data()?;
+            std::fs::rename(&part, path)
+        };
+        write().map_err(|error| {
+            let _ = std::fs::remove_file(&part);
+            io(error)
+        })
+    }
+}

@@ -1,0 +1,163 @@
+//! Axes: linear, logarithmic, and that of training steps, on which 0 has a place left of 1.
+
+use std::ops::Range;
+
+use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
+
+/// Where step 0 stands, in decades.
+const ZERO: f64 = -0.6;
+
+/// How values become places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scale {
+    Linear,
+    Log,
+    /// Logarithmic, with a place for 0.
+    Steps,
+}
+
+/// Part of a scale, and what is written beside it.
+#[derive(Clone, Debug)]
+pub(super) struct Axis {
+    scale: Scale,
+    /// Places, not values.
+    range: Range<f64>,
+    ticks: Vec<f64>,
+}
+
+impl Axis {
+    /// One that shows all of `values`, which are finite, with some room.
+    pub(super) fn over(scale: Scale, values: impl Iterator<Item = f64>) -> Self {
+        let places: Vec<f64> = values.map(|value| place(scale, value)).collect();
+        let low = places.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = places.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        // A single value has no extent of its own.
+        let extent = if high > low { high - low } else { (high.abs() * 0.2).max(0.5) };
+        let range = low - 0.05 * extent..high + 0.05 * extent;
+        let ticks = match scale {
+            Scale::Linear => linear_ticks(&range),
+            Scale::Log => log_ticks(&range),
+            Scale::Steps => {
+                let zero = range.contains(&ZERO).then_some(0.0);
+                zero.into_iter().chain((0..=9).map(|n| 10f64.powi(n)).filter(|&x| range.contains(&x.log10()))).collect()
+            }
+        };
+        Self { scale, range, ticks }
+    }
+
+    /// Decimals that tell neighbouring ticks apart.
+    fn decimals(&self) -> usize {
+        let step = self.ticks.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
+        if step.is_finite() && step < 1.0 { (-step.log10() - 1e-9).ceil().clamp(0.0, 8.0) as usize } else { 0 }
+    }
+}
+
+fn place(scale: Scale, value: f64) -> f64 {
+    match scale {
+        Scale::Linear => value,
+        Scale::Steps if value < 1.0 => ZERO,
+        Scale::Log | Scale::Steps => value.log10(),
+    }
+}
+
+/// About five round numbers.
+fn linear_ticks(range: &Range<f64>) -> Vec<f64> {
+    let rough = (range.end - range.start) / 5.0;
+    let power = 10f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * power).find(|&s| s >= rough).unwrap_or(rough);
+    let first = (range.start / step).ceil() as i64;
+    (first..).map(|i| i as f64 * step).take_while(|&x| x <= range.end).take(20).collect()
+}
+
+/// Powers of ten, and where there are few of them what lies between.
+fn log_ticks(range: &Range<f64>) -> Vec<f64> {
+    let between: &[f64] = if range.end - range.start > 3.0 {
+        &[1.0]
+    } else if range.end - range.start > 0.7 {
+        &[1.0, 2.0, 5.0]
+    } else {
+        // Less than a decade: the values are round as on a linear axis.
+        return linear_ticks(&(10f64.powf(range.start)..10f64.powf(range.end)));
+    };
+    let powers = range.start.floor() as i32..=range.end.ceil() as i32;
+    let all = powers.flat_map(|n| between.iter().map(move |m| m * 10f64.powi(n)));
+    all.filter(|x| range.contains(&x.log10())).collect()
+}
+
+impl Ranged for Axis {
+    type FormatOption = NoDefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let share = (place(self.scale, *value) - self.range.start) / (self.range.end - self.range.start);
+        limit.0 + (share * f64::from(limit.1 - limit.0)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    /// As values, which is what the library hands back to [`Ranged::map`].
+    fn range(&self) -> Range<f64> {
+        let value = |place: f64| if self.scale == Scale::Linear { place } else { 10f64.powf(place) };
+        value(self.range.start)..value(self.range.end)
+    }
+}
+
+impl ValueFormatter<f64> for Axis {
+    fn format(value: &f64) -> String {
+        short(*value, 0)
+    }
+
+    fn format_ext(&self, value: &f64) -> String {
+        short(*value, self.decimals())
+    }
+}
+
+/// A number as an axis shows it: `20k`, `1M`.
+fn short(value: f64, decimals: usize) -> String {
+    let size = value.abs();
+    let (scaled, unit) = match size {
+        _ if size >= 1e6 => (value / 1e6, "M"),
+        _ if size >= 1e3 => (value / 1e3, "k"),
+        _ => (value, ""),
+    };
+    // What is left of a scaled number is not rounded away.
+    let decimals = if unit.is_empty() { decimals } else { usize::from(scaled.fract().abs() > 0.01) };
+    if unit.is_empty() && decimals == 0 && scaled.fract() != 0.0 {
+        return format!("{scaled}");
+    }
+    format!("{scaled:.decimals$}{unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round_and_inside() {
+        let axis = Axis::over(Scale::Linear, [0.18, 0.56].into_iter());
+        assert_eq!(
+            axis.ticks.iter().map(|tick| axis.format_ext(tick)).collect::<Vec<_>>(),
+            ["0.2", "0.3", "0.4", "0.5"]
+        );
+        let axis = Axis::over(Scale::Steps, [0.0, 1.0, 143_000.0].into_iter());
+        let shown: Vec<String> = axis.ticks.iter().map(|tick| axis.format_ext(tick)).collect();
+        assert_eq!(shown, ["0", "1", "10", "100", "1k", "10k", "100k"]);
+        let axis = Axis::over(Scale::Log, [4.4, 3_684_074.0].into_iter());
+        assert_eq!(axis.ticks.first(), Some(&10.0));
+        let axis = Axis::over(Scale::Log, [4.4, 5.1].into_iter());
+        assert!(axis.ticks.len() >= 3, "{axis:?}");
+        let axis = Axis::over(Scale::Linear, [0.5].into_iter());
+        assert!(axis.ticks.len() >= 3, "{axis:?}");
+        let axis = Axis::over(Scale::Linear, [0.0].into_iter());
+        assert!(axis.ticks.contains(&0.0), "{axis:?}");
+    }
+
+    #[test]
+    fn zero_stands_left_of_one_and_order_is_kept() {
+        let axis = Axis::over(Scale::Steps, [0.0, 1.0, 512.0].into_iter());
+        let places: Vec<i32> = [0.0, 1.0, 2.0, 512.0].iter().map(|step| axis.map(step, (0, 1000))).collect();
+        assert!(places.is_sorted() && places[0] < places[1] && places[3] <= 1000, "{places:?}");
+    }
+}

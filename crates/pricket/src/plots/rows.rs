@@ -1,0 +1,198 @@
+//! From a sweep's file to pictures.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::{Curve, Curves, Picture, Point, Table};
+use crate::{Error, Result, published};
+
+/// A figure of a checkpoint, as [`crate::Sweep`] writes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// The model.
+    pub model: String,
+    /// Its revision.
+    pub revision: String,
+    /// Its training step.
+    pub step: Option<u64>,
+    /// What was measured, `TASK/METRIC`.
+    pub metric: String,
+    /// The figure; `NaN` for one that is no number.
+    pub value: f64,
+    /// Its standard error.
+    pub stderr: Option<f64>,
+}
+
+/// Reads files of results, put together. Of a checkpoint and metric that was measured twice the last row counts; rows of
+/// checkpoints that failed, and a last line that was broken off, are passed over.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Input`] for a line that is no row of a sweep, with its number.
+pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
+    let mut rows: Vec<Row> = Vec::new();
+    let mut places: BTreeMap<(String, String, String), usize> = BTreeMap::new();
+    for path in paths {
+        let path = path.as_ref();
+        let text = std::fs::read(path).map_err(|error| Error::Io { path: path.into(), error })?;
+        for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
+            if line.last() != Some(&b'\n') || line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            let wrong = |what: &str| Error::Input(format!("{}, line {}: {what}", path.display(), number + 1));
+            let row: Value = serde_json::from_slice(line).map_err(|e| wrong(&format!("not a row of a sweep: {e}")))?;
+            if row["error"].is_string() {
+                continue;
+            }
+            let text = |key: &str| {
+                row[key].as_str().map(str::to_owned).ok_or_else(|| wrong(&format!("a row of a sweep has {key:?}")))
+            };
+            let row = Row {
+                model: text("model")?,
+                revision: text("revision")?,
+                step: row["step"].as_u64(),
+                metric: text("metric")?,
+                // JSON has no NaN: what is no number is null.
+                value: row["value"].as_f64().unwrap_or(f64::NAN),
+                stderr: row["stderr"].as_f64(),
+            };
+            let place =
+                *places.entry((row.model.clone(), row.revision.clone(), row.metric.clone())).or_insert(rows.len());
+            if place < rows.len() {
+                rows[place] = row;
+            } else {
+                rows.push(row);
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// The metrics of `rows` that `wanted` names, in its order; all of them if it names none.
+fn metrics(rows: &[Row], wanted: &[String]) -> Result<Vec<String>> {
+    let mut there: Vec<String> = Vec::new();
+    for row in rows {
+        if !there.contains(&row.metric) {
+            there.push(row.metric.clone());
+        }
+    }
+    if there.is_empty() {
+        return Err(Error::Input("there are no figures to draw".into()));
+    }
+    if let Some(missing) = wanted.iter().find(|wanted| !there.contains(wanted)) {
+        return Err(Error::Input(format!("no row has the metric {missing:?}; there are {}", there.join(", "))));
+    }
+    Ok(if wanted.is_empty() { there } else { wanted.to_vec() })
+}
+
+/// The models of `rows` in the order in which they come, with the names that tell them apart.
+fn models(rows: &[Row]) -> Vec<(String, String)> {
+    let mut models: Vec<String> = Vec::new();
+    for row in rows {
+        if !models.contains(&row.model) {
+            models.push(row.model.clone());
+        }
+    }
+    let last = |model: &str| model.trim_end_matches('/').rsplit(['/', '\\']).next().unwrap_or(model).to_owned();
+    let alone = models.iter().map(|model| last(model)).collect::<BTreeSet<_>>().len() == models.len();
+    models.into_iter().map(|model| (if alone { last(&model) } else { model.clone() }, model)).collect()
+}
+
+/// The name of a run without its seed: `pythia-160m` of `pythia-160m-seed3`.
+fn without_seed(label: &str) -> &str {
+    label.rsplit_once("-seed").filter(|(_, seed)| seed.parse::<u64>().is_ok()).map_or(label, |(suite, _)| suite)
+}
+
+/// Curves over training, a panel for each of `metrics` (all of them if there are none). Bands are a standard error up and down.
+/// With `seeds`, runs that differ in their seed are one curve: their mean, in a band of their standard deviation. With
+/// `with_published`, what others have published of these models is drawn beside.
+///
+/// # Errors
+/// [`Error::Input`] if a metric is not there, or nothing is.
+pub fn curves(rows: &[Row], wanted: &[String], seeds: bool, with_published: bool) -> Result<Picture> {
+    let panel = |metric: String| {
+        let mut curves: Vec<Curve> = Vec::new();
+        let mut groups: Vec<(String, Vec<&Row>)> = Vec::new();
+        for (label, model) in models(rows) {
+            let of_model = rows.iter().filter(|row| row.model == model && row.metric == metric && row.step.is_some());
+            let label = if seeds { without_seed(&label).to_owned() } else { label };
+            match groups.iter_mut().find(|(name, _)| *name == label) {
+                Some((_, group)) => group.extend(of_model),
+                None => groups.push((label, of_model.collect())),
+            }
+        }
+        for (label, group) in groups {
+            curves.push(Curve::new(label, points(&group)));
+        }
+        if with_published {
+            for (label, model) in models(rows) {
+                let figures = published(&model).into_iter().filter(|figure| figure.metric == metric);
+                let points: Vec<Point> =
+                    figures.filter_map(|figure| Some(Point::new(figure.step? as f64, figure.value))).collect();
+                if !points.is_empty() {
+                    curves.push(Curve { label, points, published: true });
+                }
+            }
+        }
+        let values = curves.iter().flat_map(|curve| &curve.points).map(|point| point.value);
+        let (low, high) = values.fold((f64::INFINITY, 0f64), |(low, high), v| (low.min(v), high.max(v)));
+        // A perplexity falls from millions to a few.
+        let log = metric.ends_with("perplexity") && low > 0.0 && high > 10.0 * low;
+        let (title, y) = metric.split_once('/').unwrap_or(("", &metric));
+        Curves { title: title.into(), y: y.replace('_', " "), log, curves }
+    };
+    Picture::of_curves(metrics(rows, wanted)?.into_iter().map(panel).collect())
+}
+
+/// A value for each step: the one there is, or the mean of several.
+fn points(rows: &[&Row]) -> Vec<Point> {
+    let mut steps: BTreeMap<u64, Vec<&Row>> = BTreeMap::new();
+    for row in rows {
+        steps.entry(row.step.unwrap_or(0)).or_default().push(row);
+    }
+    let point = |(step, rows): (u64, Vec<&Row>)| {
+        let n = rows.len() as f64;
+        let mean = rows.iter().map(|row| row.value).sum::<f64>() / n;
+        let error = match rows[..] {
+            [row] => row.stderr,
+            _ => Some((rows.iter().map(|row| (row.value - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()),
+        };
+        Point { step: step as f64, value: mean, error }
+    };
+    steps.into_iter().map(point).collect()
+}
+
+/// A table of the last step of each model: a row for each, a column for each of `metrics` (all of them if there are none).
+///
+/// # Errors
+/// As [`curves`].
+pub fn table(rows: &[Row], wanted: &[String]) -> Result<Picture> {
+    let metrics = metrics(rows, wanted)?;
+    let mut lines = Vec::new();
+    for (label, model) in models(rows) {
+        let of_model = || rows.iter().filter(|row| row.model == model);
+        // A final revision without a number comes after all that have one.
+        let order = |row: &&Row| row.step.unwrap_or(u64::MAX);
+        let Some(last) = of_model().max_by_key(order) else { continue };
+        let figure = |metric: &String| {
+            of_model()
+                .find(|row| row.revision == last.revision && row.metric == *metric)
+                .map_or("–".to_owned(), |row| figure(row.value, row.stderr))
+        };
+        let mut line = vec![label, last.revision.clone()];
+        line.extend(metrics.iter().map(figure));
+        lines.push(line);
+    }
+    let columns = ["model".into(), "revision".into()].into_iter().chain(metrics).collect();
+    Picture::of_table(Table { title: String::new(), columns, rows: lines })
+}
+
+/// Four digits, and the standard error where there is one.
+fn figure(value: f64, stderr: Option<f64>) -> String {
+    let decimals = if value.abs() < 10.0 { 4 } else { 2 };
+    match stderr {
+        Some(stderr) => format!("{value:.decimals$} ± {stderr:.decimals$}"),
+        None => format!("{value:.decimals$}"),
+    }
+}

@@ -1,0 +1,124 @@
+//! Pictures: what is drawn, not how it looks.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use pricket::plots::{self, Curve, Curves, Picture, Point, Table};
+
+/// Rows of a sweep of `models`, at steps 0, 512 and 143000.
+fn results(models: &[&str]) -> String {
+    let mut text = String::new();
+    for (i, model) in models.iter().enumerate() {
+        for (step, value) in [(0, 0.52), (512, 0.54), (143_000, 0.6 + 0.05 * i as f64)] {
+            let row = serde_json::json!({
+                "model": model, "revision": format!("step{step}"), "step": step, "metric": "piqa/acc", "value": value,
+                "stderr": 0.01, "part": [1, 1],
+            });
+            writeln!(text, "{row}").unwrap();
+        }
+    }
+    text
+}
+
+fn rows(text: &str) -> pricket::Result<Vec<plots::Row>> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("results.jsonl");
+    std::fs::write(&path, text).unwrap();
+    plots::read_rows(&[path])
+}
+
+/// Pixels of a PNG, three bytes each.
+fn pixels(png: &[u8]) -> (u32, u32, Vec<u8>) {
+    let mut reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    (info.width, info.height, pixels)
+}
+
+#[test]
+fn curves_have_their_points_bands_and_what_others_published() {
+    let rows = rows(&results(&["EleutherAI/pythia-70m", "EleutherAI/pythia-160m"])).unwrap();
+    let count = |svg: &str, what: &str| svg.matches(what).count();
+    let picture = plots::curves(&rows, &[], false, true).unwrap();
+    let svg = picture.svg().unwrap();
+    for text in ["pythia-70m", "pythia-160m", "published", "training step", "piqa", "\n0\n", "100k"] {
+        assert!(svg.contains(text), "{text}");
+    }
+    // A band, translucent, for each of our curves.
+    assert_eq!(count(&svg, "opacity=\"0.16\""), 2);
+    let alone = plots::curves(&rows, &[], false, false).unwrap().svg().unwrap();
+    assert!(!alone.contains("published") && count(&alone, "<polyline") < count(&svg, "<polyline"));
+    // Every colour of a curve is in the PNG, which is twice the size of the SVG.
+    let (width, height, pixels) = pixels(&picture.png().unwrap());
+    assert!(svg.contains(&format!("width=\"{}\" height=\"{}\"", width / 2, height / 2)));
+    for colour in [[0, 114, 178], [213, 94, 0]] {
+        assert!(pixels.as_chunks::<3>().0.iter().filter(|&&pixel| pixel == colour).count() > 500, "{colour:?}");
+    }
+    let picture = plots::table(&rows, &["piqa/acc".into()]).unwrap().svg().unwrap();
+    assert!(picture.contains("0.6500 ± 0.0100") && picture.contains("step143000"), "{picture}");
+}
+
+#[test]
+fn seeds_become_their_mean() {
+    let names = ["EleutherAI/pythia-14m-seed1", "EleutherAI/pythia-14m-seed2", "EleutherAI/pythia-14m-seed3"];
+    let rows = rows(&results(&names)).unwrap();
+    let apart = plots::curves(&rows, &[], false, false).unwrap().svg().unwrap();
+    let together = plots::curves(&rows, &[], true, false).unwrap().svg().unwrap();
+    assert!(apart.contains("pythia-14m-seed2") && !together.contains("seed"));
+    assert_eq!((apart.matches("opacity=\"0.16\"").count(), together.matches("opacity=\"0.16\"").count()), (3, 1));
+}
+
+#[test]
+fn the_last_row_of_a_checkpoint_counts_and_failures_do_not() {
+    let mut text = results(&["a/b"]);
+    text += "{\"model\":\"a/b\",\"revision\":\"step512\",\"step\":512,\"metric\":\"piqa/acc\",\"value\":0.9,\"part\":[1,1]}\n";
+    text += "{\"model\":\"a/b\",\"revision\":\"step1000\",\"step\":1000,\"error\":\"no such file\",\"part\":[1,1]}\n";
+    text += "{\"model\":\"a/b\",\"revision\":\"step2000\",\"st";
+    let found = rows(&text).unwrap();
+    assert_eq!(found.iter().map(|row| row.value).collect::<Vec<_>>(), [0.52, 0.9, 0.6]);
+    for (bad, what) in [("[]\n", "line 1"), ("{}\n", "\"model\""), ("nonsense\n", "not a row of a sweep")] {
+        let error = rows(bad).unwrap_err().to_string();
+        assert!(error.contains(what) && error.contains("results.jsonl"), "{error}");
+    }
+}
+
+#[test]
+fn nothing_to_draw_is_an_error_that_says_so() {
+    let error = |result: pricket::Result<Picture>| result.unwrap_err().to_string();
+    let rows = rows(&results(&["a/b"])).unwrap();
+    let missing = error(plots::curves(&rows, &["sciq/acc".into()], false, true));
+    assert!(missing.contains("sciq/acc") && missing.contains("piqa/acc"), "{missing}");
+    assert!(error(plots::curves(&[], &[], false, true)).contains("no figures"));
+    let nan = Curves {
+        y: "loss".into(),
+        curves: vec![Curve::new("a", vec![Point::new(1.0, f64::NAN)])],
+        ..Curves::default()
+    };
+    assert!(error(Picture::of_curves(vec![nan])).contains("loss"));
+    let short = Table { columns: vec!["a".into(), "b".into()], rows: vec![vec!["1".into()]], ..Table::default() };
+    assert!(error(Picture::of_table(short)).contains("2 columns"));
+    let whole = Table { columns: vec!["a".into()], rows: vec![vec!["1".into()]], ..Table::default() };
+    let picture = Picture::of_table(whole).unwrap();
+    assert!(picture.save("picture.jpeg").unwrap_err().to_string().contains(".svg or .png"));
+    assert!(!Path::new("picture.jpeg").exists());
+}
+
+#[test]
+fn awkward_values_are_drawn() {
+    // One point; equal values; values over many powers of ten; infinite ones beside finite ones.
+    for values in [vec![0.5], vec![0.0, 0.0], vec![1e-9, 1.0, 1e12], vec![f64::INFINITY, 2.0, f64::NAN, -3.0]] {
+        for log in [false, true] {
+            let points = values.iter().enumerate().map(|(i, &value)| Point { step: i as f64, value, error: Some(9.0) });
+            let curve = Curve::new("<a & \"b\">", points.collect());
+            let drawn =
+                Picture::of_curves(vec![Curves { log, y: "y".into(), curves: vec![curve], ..Curves::default() }]);
+            if log && !values.iter().any(|v| v.is_finite() && *v > 0.0) {
+                assert!(drawn.is_err(), "{values:?}");
+                continue;
+            }
+            let drawn = drawn.unwrap();
+            assert!(drawn.svg().unwrap().contains("&lt;a &amp; "), "names are escaped");
+            assert!(!drawn.png().unwrap().is_empty());
+        }
+    }
+}
