@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Parser;
+use pricket::candle::{DType, Device, Tensor};
 use pricket::lm::TextStream;
 use pricket::nn::ops::multiply_add_rate;
 use pricket::{GenerateOptions, Pricket};
@@ -80,9 +81,14 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let read = info.weight_bytes - unread;
     // Before the buffer whose reading is timed, which is as large as the model.
     let peak = peak_rss();
-    let bandwidth = bandwidth(info.weight_bytes as usize, threads);
-    let mut arithmetic = 0.0;
-    pricket.model().on_threads(&mut || arithmetic = multiply_add_rate());
+    let device = pricket::device(&args.model.compute.device)?;
+    let (bandwidth, arithmetic) = if device.is_cpu() {
+        let mut arithmetic = 0.0;
+        pricket.model().on_threads(&mut || arithmetic = multiply_add_rate());
+        (read_rate(info.weight_bytes as usize, threads), arithmetic)
+    } else {
+        device_rates(&device)?
+    };
     let share = |rate: f64| read as f64 * rate / bandwidth;
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -118,7 +124,9 @@ fn run(args: &Args) -> anyhow::Result<()> {
         writeln!(out, "{:8} {:5}  {:10.1} tokens/s{about}", row.what, row.prompt, row.rate)?;
     }
     let (bandwidth, arithmetic) = (bandwidth / 1e9, arithmetic / 1e9);
-    writeln!(out, "{threads} threads read {bandwidth:.1} GB/s, and multiply and add {arithmetic:.0} GFLOP/s in f32")?;
+    let who = if device.is_cpu() { format!("{threads} threads read") } else { "the device moves".into() };
+    let kind = if device.is_cpu() { "f32" } else { "bf16" };
+    writeln!(out, "{who} {bandwidth:.1} GB/s, and multiply and add {arithmetic:.0} GFLOP/s in {kind}")?;
     if let Some(peak) = peak {
         writeln!(out, "peak memory {:.0} MiB, weights {:.0} MiB", mib(peak), mib(info.weight_bytes))?;
     }
@@ -179,8 +187,31 @@ fn median(runs: usize, mut measure: impl FnMut() -> anyhow::Result<f64>) -> anyh
     Ok(values[runs / 2])
 }
 
+/// Bytes a second that a device moves within its memory, reading and writing, and operations a second of a large product in
+/// bf16, multiplications and additions counted apart: the best of three.
+fn device_rates(device: &Device) -> anyhow::Result<(f64, f64)> {
+    const ELEMENTS: usize = 256 << 20;
+    const SIDE: usize = 8192;
+    let timed = |work: &dyn Fn() -> pricket::candle::Result<Tensor>| -> anyhow::Result<f64> {
+        let mut best = f64::INFINITY;
+        for _ in 0..4 {
+            device.synchronize()?;
+            let start = Instant::now();
+            std::hint::black_box(work()?);
+            device.synchronize()?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(best)
+    };
+    let long = Tensor::zeros(ELEMENTS, DType::F32, device)?;
+    let square = Tensor::zeros((SIDE, SIDE), DType::BF16, device)?;
+    let moved = timed(&|| long.affine(1.0, 1.0))?;
+    let multiplied = timed(&|| square.matmul(&square))?;
+    Ok(((8 * ELEMENTS) as f64 / moved, 2.0 * (SIDE as f64).powi(3) / multiplied))
+}
+
 /// Bytes a second that `threads` read from a buffer of the model's own size, at most 4 GiB; the best of three.
-fn bandwidth(bytes: usize, threads: usize) -> f64 {
+fn read_rate(bytes: usize, threads: usize) -> f64 {
     let words = bytes.clamp(1 << 20, 4 << 30) / 8;
     let buffer: Vec<u64> = (0..words as u64).collect();
     let mut best = f64::INFINITY;

@@ -8,11 +8,34 @@ use anyhow::{Context as _, Result, bail, ensure};
 use pricket::candle::{DType, Device, IndexOp, Tensor};
 use pricket::lm::{loss, token_logprobs};
 use pricket::nn::RowOrder;
-use pricket::{Cache, Context, GenerateOptions, Loader, Pricket, Sampling, Site, Taps, Tokenizer};
+use pricket::{Cache, Context, GenerateOptions, Loader, Precision, Pricket, Sampling, Site, Taps, Tokenizer};
 use serde_json::{Value, json};
 
 #[path = "scoring.rs"]
 mod scoring;
+
+/// What the cases are run with.
+pub(crate) struct Setup {
+    pub(crate) device: Device,
+    pub(crate) precision: Precision,
+}
+
+impl Setup {
+    fn of(&self, loader: Loader) -> Loader {
+        loader.device(self.device.clone()).precision(self.precision)
+    }
+
+    /// What is asked of logits instead of the tolerance of a case, where there is another precision than f32: the root of the
+    /// mean square of their differences, over their standard deviation. A value of bfloat16 is off by 2⁻⁹ of itself at most, one
+    /// of f16 by 2⁻¹², and a dozen roundings of each layer add up.
+    fn bound(&self) -> Option<f64> {
+        match self.precision {
+            Precision::BF16 => Some(0.03),
+            Precision::F16 => Some(0.005),
+            _ => None,
+        }
+    }
+}
 
 /// How a case went.
 pub(crate) struct Outcome {
@@ -35,33 +58,35 @@ impl Outcome {
 }
 
 /// Runs the case in `dir`, whatever its kind; an unknown kind fails.
-pub(crate) fn run(dir: &Path, device: &Device) -> Outcome {
+pub(crate) fn run(dir: &Path, setup: &Setup) -> Outcome {
     let case = read_json(&dir.join("case.json"));
     let name = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
     let tolerance = case.as_ref().map_or(Value::Null, |case| case["tolerance"].clone());
-    let mut check = Check::default();
-    let result = case.and_then(|case| compare(dir, &case, device, &mut check));
+    let mut check = Check { bound: setup.bound(), ..Check::default() };
+    let result = case.and_then(|case| compare(dir, &case, setup, &mut check));
     let error = result.err().map(|e| format!("{e:#}")).or_else(|| check.failures.first().cloned());
     Outcome { case: name, ok: error.is_none(), max_abs: check.max_abs, tolerance, error }
 }
 
-fn compare(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+fn compare(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let has = |file: &str| dir.join(file).is_file();
+    let of_logits = case["files"]["model"].is_string() || (has("config.json") && has("expected.safetensors"));
+    ensure!(of_logits || check.bound.is_none(), "only cases of logits are compared in another precision than f32");
     if has("generate.safetensors") {
-        generate(dir, case, device, check)?;
+        generate(dir, case, setup, check)?;
         if has("processors.safetensors") {
             processors(dir, case, check)?;
         }
         return Ok(());
     }
     if has("grads.safetensors") {
-        return train(dir, case, device, check);
+        return train(dir, case, setup, check);
     }
     if has("results.json") {
-        return scoring::tasks(dir, case, device, check);
+        return scoring::tasks(dir, case, setup, check);
     }
     if has("curve.json") {
-        return scoring::suite(dir, case, device, check);
+        return scoring::suite(dir, case, setup, check);
     }
     if has("encode.jsonl") {
         return tokenizer(dir, check);
@@ -71,11 +96,11 @@ fn compare(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Resu
         return if case["expect"]["error"] == true {
             refused(&file, case)
         } else {
-            container(&file, case, device, check)
+            container(&file, case, setup, check)
         };
     }
     if has("config.json") && has("expected.safetensors") {
-        return model(dir, case, device, check);
+        return model(dir, case, setup, check);
     }
     bail!("a case of a kind that this version does not know")
 }
@@ -83,6 +108,8 @@ fn compare(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Resu
 /// Collects differences and judges them.
 #[derive(Default)]
 struct Check {
+    /// [`Setup::bound`].
+    bound: Option<f64>,
     max_abs: BTreeMap<String, f64>,
     failures: Vec<String>,
 }
@@ -150,6 +177,24 @@ fn difference(found: &Tensor, expected: &Tensor, padding: &[usize]) -> Result<f6
     Ok(worst)
 }
 
+/// The root of the mean square of the differences of two `[b, t, v]` tensors, over positions that are no padding, and over the
+/// standard deviation of what is expected.
+fn relative_difference(found: &Tensor, expected: &Tensor, padding: &[usize]) -> Result<f64> {
+    ensure!(found.dims() == expected.dims(), "shape {:?}, expected {:?}", found.dims(), expected.dims());
+    let (mut squares, mut sum, mut sum_of_squares, mut count) = (0f64, 0f64, 0f64, 0f64);
+    for (row, &pad) in padding.iter().enumerate() {
+        let t = found.dim(1)?;
+        let (a, b) = (found.i(row)?.narrow(0, pad, t - pad)?, expected.i(row)?.narrow(0, pad, t - pad)?);
+        for (a, b) in flat(&a)?.iter().zip(&flat(&b)?) {
+            let b = f64::from(*b);
+            squares += (f64::from(*a) - b).powi(2);
+            (sum, sum_of_squares, count) = (sum + b, sum_of_squares + b * b, count + 1.0);
+        }
+    }
+    let variance = sum_of_squares / count - (sum / count).powi(2);
+    Ok((squares / count / variance).sqrt())
+}
+
 /// Padding on the left of each row.
 fn left_padding(expected: &HashMap<String, Tensor>, batch: usize) -> Result<Vec<usize>> {
     let Some(mask) = expected.get("attention_mask") else { return Ok(vec![0; batch]) };
@@ -162,24 +207,32 @@ fn left_padding(expected: &HashMap<String, Tensor>, batch: usize) -> Result<Vec<
 }
 
 /// Logits, hidden states, log-probabilities, and a cached run, against the reference's.
-fn model(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
-    let pricket = Loader::new(dir).device(device.clone()).load()?;
+fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
+    let pricket = setup.of(Loader::new(dir)).load()?;
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
     let model = pricket.model();
     let input = get(&expected, "input_ids")?.to_dtype(DType::U32)?;
     let (batch, time) = input.dims2()?;
     let padding = left_padding(&expected, batch)?;
     let (logits_atol, hidden_atol) = (tolerance(case, "logits_atol")?, tolerance(case, "hidden_atol")?);
+    if let Some(bound) = check.bound {
+        let logits = model.head(
+            &model.hidden(&input.to_device(&setup.device)?, &mut Context::new().with_padding(padding.clone()))?,
+        )?;
+        let found = relative_difference(&logits, get(&expected, "logits")?, &padding)?;
+        check.within("relative_logits", found, bound);
+        return Ok(());
+    }
     if let Some(count) = case["param_count"].as_u64() {
         check.equal("param_count", &model.info().parameters, &count);
     }
 
     let taps = Taps::new().record(Site::Embed).record(Site::ResidPost);
     let mut ctx = Context::new().with_padding(padding.clone()).with_taps(taps);
-    let on_device = input.to_device(device)?;
+    let on_device = input.to_device(&setup.device)?;
     let final_norm = model.hidden(&on_device, &mut ctx)?;
     let logits = model.head(&final_norm)?;
-    ensure!(logits.device().same_device(device), "the logits are not on the device asked for");
+    ensure!(logits.device().same_device(&setup.device), "the logits are not on the device asked for");
     check.within("logits", difference(&logits, get(&expected, "logits")?, &padding)?, logits_atol);
 
     let recording = ctx.take_recording();
@@ -244,7 +297,7 @@ fn refused(file: &Path, case: &Value) -> Result<()> {
 }
 
 /// A file that holds everything: its tensors as they are stored, then logits.
-fn container(file: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+fn container(file: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let expected = match case["files"]["expected"].as_str() {
         Some(name) => read_tensors(&file.with_file_name(name))?,
         None => HashMap::new(),
@@ -265,21 +318,28 @@ fn container(file: &Path, case: &Value, device: &Device, check: &mut Check) -> R
         }
     }
 
-    let pricket = Loader::new(file).device(device.clone()).load()?;
+    let pricket = setup.of(Loader::new(file)).load()?;
     let input = get(&expected, "__input_ids__")?.to_dtype(DType::U32)?.flatten_all()?.to_vec1::<u32>()?;
-    let logits = file_logits(&pricket, &input, device, input.len())?;
-    let stepped = file_logits(&pricket, &input, device, 1)?;
+    let logits = file_logits(&pricket, &input, &setup.device, input.len())?;
+    let stepped = file_logits(&pricket, &input, &setup.device, 1)?;
     let logits_abs = tolerance(case, "logits_abs")?;
     for (what, found) in [("logits", &logits), ("stepped_logits", &stepped)] {
         let (all, last8) = (expected.get("__logits__"), expected.get("__logits_last8__"));
         let expected = all.or(last8).context("the case holds no logits")?;
         let kept = expected.dim(0)?;
         let found = found.narrow(0, input.len() - kept, kept)?.unsqueeze(0)?;
+        if let Some(bound) = check.bound {
+            check.within("relative_logits", relative_difference(&found, &expected.unsqueeze(0)?, &[0])?, bound);
+            continue;
+        }
         check.within(what, difference(&found, &expected.unsqueeze(0)?, &[0])?, logits_abs);
     }
+    if check.bound.is_some() {
+        return Ok(());
+    }
     if let Some(expected) = expected.get("__logits_tanh_gelu_last__") {
-        let pricket = Loader::new(file).device(device.clone()).activation("gelu_tanh").load()?;
-        let last = file_logits(&pricket, &input, device, input.len())?.narrow(0, input.len() - 1, 1)?;
+        let pricket = setup.of(Loader::new(file)).activation("gelu_tanh").load()?;
+        let last = file_logits(&pricket, &input, &setup.device, input.len())?.narrow(0, input.len() - 1, 1)?;
         let found = difference(&last.unsqueeze(0)?, &expected.reshape((1, 1, ()))?, &[0])?;
         check.within("tanh_logits", found, tolerance(case, "logits_tanh_abs").unwrap_or(logits_abs));
     }
@@ -315,8 +375,8 @@ fn base(dir: &Path, case: &Value) -> Result<std::path::PathBuf> {
 }
 
 /// Greedy continuations, all prompts in one batch and each alone, and a run into an end token.
-fn generate(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
-    let pricket = Loader::new(base(dir, case)?).device(device.clone()).load()?;
+fn generate(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
+    let pricket = setup.of(Loader::new(base(dir, case)?)).load()?;
     let expected = read_tensors(&dir.join("generate.safetensors"))?;
     let lens = get(&expected, "prompt_lens")?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
     let padded = ids(get(&expected, "prompts_left_padded")?)?;
@@ -427,12 +487,12 @@ fn processors(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
 }
 
 /// The loss of a batch and its gradient with respect to every parameter.
-fn train(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+fn train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let base = base(dir, case)?;
     let prefix = read_json(&base.join("case.json"))?["name_prefix"].as_str().unwrap_or("").to_owned();
-    let pricket = Loader::new(&base).device(device.clone()).train().load()?;
+    let pricket = setup.of(Loader::new(&base)).train().load()?;
     let expected = read_tensors(&dir.join("grads.safetensors"))?;
-    let batch = get(&expected, "batch")?.to_dtype(DType::U32)?.to_device(device)?;
+    let batch = get(&expected, "batch")?.to_dtype(DType::U32)?.to_device(&setup.device)?;
     let loss = loss(&*pricket.model(), &batch)?;
     let reference = case["loss"].as_f64().context("loss")?;
     check.within("loss", (f64::from(loss.to_scalar::<f32>()?) - reference).abs(), tolerance(case, "loss_atol")?);

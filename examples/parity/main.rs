@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use pricket::Precision;
 
 /// Compares pricket with stored answers of the original implementations.
 #[derive(Parser)]
@@ -23,6 +24,10 @@ struct Args {
     /// Where to compute: cpu, cuda, cuda:N or metal
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Type of the weights: auto (as stored on the CPU, f32 on a GPU), f32, or bf16 or f16, which have bounds of their own for
+    /// logits
+    #[arg(long, default_value = "auto")]
+    dtype: Precision,
 }
 
 fn main() -> ExitCode {
@@ -31,10 +36,16 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     let device = pricket::device(&args.device)?;
+    let precision = match args.dtype {
+        // What the references computed in.
+        Precision::Auto if !device.is_cpu() => Precision::F32,
+        precision => precision,
+    };
+    let setup = cases::Setup { device, precision };
     let mut out = std::io::stdout().lock();
     let mut failed = 0;
     for dir in &args.cases {
-        let outcome = cases::run(dir, &device);
+        let outcome = cases::run(dir, &setup);
         writeln!(out, "{}", outcome.to_json())?;
         failed += usize::from(!outcome.ok);
     }

@@ -3,13 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use pricket::candle::Device;
 use pricket::hub::{Hub, Settings};
 use pricket::lm::{Documents, EvalOptions, Metric, Outcome, Task};
 use pricket::{Loader, Pricket};
 use serde_json::Value;
 
-use super::{Check, read_json, read_lines};
+use super::{Check, Setup, read_json, read_lines};
 
 /// What a case allows, by default what it says of figures.
 fn allowed(case: &Value, key: &str, otherwise: f64) -> f64 {
@@ -17,7 +16,7 @@ fn allowed(case: &Value, key: &str, otherwise: f64) -> f64 {
 }
 
 /// Figures of one model, with and without examples.
-pub(crate) fn tasks(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+pub(crate) fn tasks(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let directory = dir.join("model");
     let loader = if directory.is_dir() {
         Loader::new(&directory)
@@ -25,7 +24,7 @@ pub(crate) fn tasks(dir: &Path, case: &Value, device: &Device, check: &mut Check
         Loader::new(dir.join(case["files"]["model"].as_str().context("the case names no model")?))
             .tokenizer(dir.join(case["files"]["tokenizer"].as_str().unwrap_or("tokenizer.json")))
     };
-    let model = loader.device(device.clone()).load()?;
+    let model = setup.of(loader).load()?;
     let results = read_json(&dir.join("results.json"))?;
     if results["results"].is_object() {
         return figures(&model, dir, case, 0, &results["results"], Some(&results["loglikelihoods_per_doc"]), check);
@@ -41,14 +40,14 @@ pub(crate) fn tasks(dir: &Path, case: &Value, device: &Device, check: &mut Check
 }
 
 /// Figures of every revision of a repository that lies in a cache.
-pub(crate) fn suite(dir: &Path, case: &Value, device: &Device, check: &mut Check) -> Result<()> {
+pub(crate) fn suite(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let mut settings = Settings::new("http://localhost", dir.join("cache"));
     settings.offline = true;
     let hub = Hub::new(settings);
     let repo = case["repo_id"].as_str().context("the case names no repository")?;
     for (revision, expected) in read_json(&dir.join("curve.json"))?.as_object().context("curve.json is no object")? {
-        let loader = Loader::new(format!("{repo}@{revision}")).hub(hub.clone()).device(device.clone());
-        let model = loader.load().with_context(|| revision.clone())?;
+        let loader = Loader::new(format!("{repo}@{revision}")).hub(hub.clone());
+        let model = setup.of(loader).load().with_context(|| revision.clone())?;
         figures(&model, dir, case, 0, expected, None, check).with_context(|| revision.clone())?;
     }
     Ok(())
