@@ -15,6 +15,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
+use common::Bar;
 use pricket::lm::{Documents, Outcome, SliceLoss, results_json, slice_losses};
 use pricket::{EvalOptions, Pricket, ScoreOptions, Task};
 use serde_json::{Value, json};
@@ -29,9 +30,10 @@ struct Args {
     #[arg(long, short, conflicts_with_all = ["tasks", "slices"])]
     prompt: Option<String>,
     /// Tasks, by name or as TOML files: lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext
-    #[arg(long, value_delimiter = ',', value_name = "TASK", requires = "data")]
+    #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
-    /// The directory with the tasks' documents: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl for examples
+    /// The directory with the tasks' documents: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl for examples, or
+    /// parquet [default: fetched from the Hub's datasets]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// JSON lines with a text and the name of its slice: the loss of each slice is told
@@ -73,19 +75,16 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     // What cannot be asked is said before a model is fetched.
     let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
-    if let (Some(data), false) = (&args.data, asked.is_empty()) {
-        for task in &asked {
-            tasks::documents(data, task)?;
-        }
-    }
+    let documents = asked.iter().map(|task| tasks::documents(args.data.as_deref(), task));
+    let documents = documents.collect::<anyhow::Result<Vec<_>>>()?;
     let model = args.model.load("tiny")?;
     let score = ScoreOptions {
         max_length: args.max_length,
         batch_tokens: args.batch_tokens,
-        progress: Arc::new(common::Bar::default()),
+        progress: Arc::new(Bar::default()),
     };
     if !asked.is_empty() {
-        return run_tasks(args, &model, asked, score);
+        return run_tasks(args, &model, asked.into_iter().zip(documents), score);
     }
     if let Some(path) = &args.slices {
         let slices =
@@ -100,8 +99,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
     run_text(args, &model, &text)
 }
 
-fn run_tasks(args: &Args, model: &Pricket, asked: Vec<Task>, score: ScoreOptions) -> anyhow::Result<()> {
-    let data = args.data.as_deref().context("--data says where the documents are")?;
+fn run_tasks(
+    args: &Args,
+    model: &Pricket,
+    asked: impl Iterator<Item = (Task, Vec<PathBuf>)>,
+    score: ScoreOptions,
+) -> anyhow::Result<()> {
     let options = EvalOptions {
         shots: args.num_fewshot,
         seed: args.fewshot_seed,
@@ -113,13 +116,13 @@ fn run_tasks(args: &Args, model: &Pricket, asked: Vec<Task>, score: ScoreOptions
     };
     let start = Instant::now();
     let mut outcomes = Vec::new();
-    for task in asked {
+    for (task, documents) in asked {
         let mut examples = Vec::new();
         if options.shots > 0 {
-            examples = Documents::open(tasks::examples(data, &task)?)?.collect::<Result<Vec<Value>, _>>()?;
+            examples = Documents::open_all(tasks::examples(args.data.as_deref(), &task)?)?
+                .collect::<Result<Vec<Value>, _>>()?;
         }
-        let documents = Documents::open(tasks::documents(data, &task)?)?;
-        let outcome = model.evaluate(&task, documents, &examples, &options)?;
+        let outcome = model.evaluate(&task, Documents::open_all(&documents)?, &examples, &options)?;
         outcomes.push((task, outcome));
     }
     let mut results = results_json(&outcomes, &options);

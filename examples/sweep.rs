@@ -16,7 +16,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
+use bar::Bar;
 use clap::Parser;
 use pricket::{EvalOptions, Hub, Loader, Measure, Shard, Steps, Sweep, plots};
 use serde_json::{Value, json};
@@ -37,9 +38,9 @@ struct Args {
     #[arg(long, default_value = "all")]
     steps: Steps,
     /// Tasks, by name or as TOML files: see `score --help`
-    #[arg(long, value_delimiter = ',', value_name = "TASK", requires = "data")]
+    #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
-    /// The directory with the tasks' documents
+    /// The directory with the tasks' documents [default: fetched from the Hub]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// JSON lines with texts and the names of their slices, whose losses are measured
@@ -115,7 +116,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         bootstrap: args.bootstrap_iters,
         ..EvalOptions::default()
     };
-    sweep.options.score.progress = Arc::new(bar::Bar::default());
+    sweep.options.score.progress = Arc::new(Bar::default());
     sweep.prefetch = !args.no_prefetch;
     sweep.shard = match args.shard {
         Some(shard) => shard,
@@ -191,10 +192,9 @@ fn show(out: &mut impl Write, row: &Value) -> std::io::Result<()> {
 fn measures(args: &Args) -> anyhow::Result<Vec<Measure>> {
     let mut measures = Vec::new();
     for name in &args.tasks {
-        let data = args.data.as_deref().context("--data says where the documents are")?;
-        let task = tasks::task(name)?;
+        let (data, task) = (args.data.as_deref(), tasks::task(name)?);
         let documents = tasks::documents(data, &task)?;
-        let examples = if args.num_fewshot > 0 { Some(tasks::examples(data, &task)?) } else { None };
+        let examples = if args.num_fewshot > 0 { tasks::examples(data, &task)? } else { Vec::new() };
         measures.push(Measure::Task { task, documents, examples });
     }
     measures.extend(args.slices.clone().map(Measure::Slices));

@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use pricket::Precision;
 use pricket::candle::Device;
 use sha2::{Digest, Sha256};
 
@@ -7,6 +8,9 @@ use crate::common::{directories_with, files, root};
 
 #[path = "../examples/parity/cases.rs"]
 mod cases;
+
+/// Everything here is computed on the CPU, with weights as they are stored.
+const CPU: cases::Setup = cases::Setup { device: Device::Cpu, precision: Precision::Auto };
 
 fn golden() -> PathBuf {
     root().join("tests/golden")
@@ -35,7 +39,7 @@ fn every_case_is_answered_as_the_original_answered() {
     assert!(cases.len() >= 62, "{} cases", cases.len());
     let failures: Vec<String> = cases
         .iter()
-        .map(|case| cases::run(case, &Device::Cpu))
+        .map(|case| cases::run(case, &CPU))
         .filter(|outcome| !outcome.ok)
         .map(|outcome| outcome.to_json().to_string())
         .collect();
@@ -53,7 +57,7 @@ fn a_configuration_silent_on_positions_means_those_on_file() {
     config["attn_config"].as_object_mut().unwrap().remove("alibi").unwrap();
     std::fs::write(&path, config.to_string()).unwrap();
 
-    let outcome = cases::run(silent.path(), &Device::Cpu);
+    let outcome = cases::run(silent.path(), &CPU);
     assert!(outcome.ok, "{}", outcome.to_json());
     let (said, meant) = (pricket::inspect(silent.path()).unwrap(), pricket::inspect(&from).unwrap());
     let (said_info, meant_info) = (said.info.unwrap(), meant.info.unwrap());
@@ -64,7 +68,7 @@ fn a_configuration_silent_on_positions_means_those_on_file() {
 /// Vectors of our own tokenizer, made by tools/tokenizer_vectors.py with the reference implementation.
 #[test]
 fn our_tokenizer_reads_and_writes_as_the_reference() {
-    let outcome = cases::run(&root().join("tests/data/tokenizer-tiny"), &Device::Cpu);
+    let outcome = cases::run(&root().join("tests/data/tokenizer-tiny"), &CPU);
     assert!(outcome.ok, "{}", outcome.to_json());
 }
 
@@ -77,7 +81,7 @@ fn the_20b_tokenizer_reads_and_writes_as_the_reference() {
         eprintln!("not run: PRICKET_GOLDEN_TEXT is not set");
         return;
     };
-    let outcome = cases::run(&dir, &Device::Cpu);
+    let outcome = cases::run(&dir, &CPU);
     assert!(outcome.ok, "{}", outcome.to_json());
 }
 
@@ -85,7 +89,7 @@ fn the_20b_tokenizer_reads_and_writes_as_the_reference() {
 fn a_case_that_is_not_understood_fails() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("case.json"), "{}").unwrap();
-    assert!(!cases::run(dir.path(), &Device::Cpu).ok);
+    assert!(!cases::run(dir.path(), &CPU).ok);
 }
 
 /// The comparison itself can fail: one answer is changed by a little more than the tolerance.
@@ -101,9 +105,9 @@ fn a_wrong_answer_is_noticed() {
         let right = expected[name].clone();
         expected.insert(name.into(), (&right + 2e-4).unwrap());
         pricket::candle::safetensors::save(&expected, dir.path().join("expected.safetensors")).unwrap();
-        assert!(!cases::run(dir.path(), &Device::Cpu).ok, "{name}");
+        assert!(!cases::run(dir.path(), &CPU).ok, "{name}");
         expected.insert(name.into(), right);
     }
     pricket::candle::safetensors::save(&expected, dir.path().join("expected.safetensors")).unwrap();
-    assert!(cases::run(dir.path(), &Device::Cpu).ok);
+    assert!(cases::run(dir.path(), &CPU).ok);
 }

@@ -134,7 +134,7 @@ fn the_curve_of_a_suite_is_the_harnesss() {
     let measure = |name: &str| {
         let task = Task::named(name).unwrap();
         let documents = suite.join("data").join(format!("{name}.{}.jsonl", task.split()));
-        Measure::Task { task, documents, examples: None }
+        Measure::Task { task, documents: vec![documents], examples: Vec::new() }
     };
     let mut sweep = Sweep::new(
         vec![model],

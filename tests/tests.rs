@@ -26,6 +26,9 @@ mod scoring;
 /// Pictures of figures.
 mod plots;
 
+/// Documents of tasks, and where they come from.
+mod documents;
+
 /// Figures over training steps.
 mod sweep;
 

@@ -165,7 +165,7 @@ impl Hub {
         if self.settings.offline {
             return self.cached_refs(repo);
         }
-        let url = format!("{}/api/models/{repo}/refs", self.settings.endpoint);
+        let url = format!("{}/api/{}/refs", self.settings.endpoint, repo.api());
         let parse = |refs: wire::Refs| Some(Refs { branches: commits(refs.branches)?, tags: commits(refs.tags)? });
         Ok(self.json(repo, "main", &url, events, parse)?.0)
     }
@@ -251,7 +251,7 @@ impl Hub {
 
     fn ask_revision(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
         let ModelId { repo, revision } = id;
-        let url = format!("{}/api/models/{repo}/revision/{}", self.settings.endpoint, encode(revision, ""));
+        let url = format!("{}/api/{}/revision/{}", self.settings.endpoint, repo.api(), encode(revision, ""));
         let parse = |info: wire::Info| is_commit(&info.sha).then_some(info.sha);
         Ok(self.json(repo, revision, &url, events, parse)?.0)
     }
@@ -292,7 +292,7 @@ impl Hub {
     }
 
     fn ask_files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
-        let mut url = format!("{}/api/models/{repo}/tree/{commit}?recursive=true", self.settings.endpoint);
+        let mut url = format!("{}/api/{}/tree/{commit}?recursive=true", self.settings.endpoint, repo.api());
         let mut out = Vec::new();
         for _ in 0..MAX_PAGES {
             let parse = |page: Vec<wire::File>| {

@@ -3,7 +3,10 @@ use std::str::FromStr;
 
 use crate::{Error, Result};
 
-/// A model repository: `owner/name`, or a bare `name` of the Hub's early days.
+/// What the ids of datasets begin with, as the Hub's addresses do.
+const DATASETS: &str = "datasets/";
+
+/// A repository: `owner/name` of a model, or a bare `name` of the Hub's early days; `datasets/owner/name` of a dataset.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RepoId(String);
 
@@ -15,12 +18,33 @@ impl RepoId {
 
     /// Its folder in a cache, as `models--owner--name`.
     pub fn folder(&self) -> String {
-        hf_hub::Repo::model(self.0.clone()).folder_name()
+        self.known().folder_name()
+    }
+
+    /// Whether it is a dataset.
+    pub fn is_dataset(&self) -> bool {
+        self.0.starts_with(DATASETS)
+    }
+
+    /// Where the Hub's interface has it, as `models/owner/name`.
+    pub(crate) fn api(&self) -> String {
+        if self.is_dataset() { self.0.clone() } else { format!("models/{}", self.0) }
+    }
+
+    /// As the library knows it that lays out the cache.
+    pub(crate) fn known(&self) -> hf_hub::Repo {
+        match self.0.strip_prefix(DATASETS) {
+            Some(name) => hf_hub::Repo::dataset(name.into()),
+            None => hf_hub::Repo::model(self.0.clone()),
+        }
     }
 
     /// The inverse of [`RepoId::folder`].
     pub fn from_folder(folder: &str) -> Option<Self> {
-        folder.strip_prefix("models--")?.replace("--", "/").parse().ok()
+        match folder.strip_prefix("datasets--") {
+            Some(name) => format!("{DATASETS}{}", name.replace("--", "/")).parse().ok(),
+            None => folder.strip_prefix("models--")?.replace("--", "/").parse().ok(),
+        }
     }
 }
 
@@ -41,11 +65,12 @@ impl FromStr for RepoId {
                 && !part.starts_with(['-', '.'])
                 && !part.ends_with(['-', '.'])
         };
-        let good = text.len() <= 96
-            && !text.contains("--")
-            && !text.contains("..")
-            && text.split('/').count() <= 2
-            && text.split('/').all(part);
+        let name = text.strip_prefix(DATASETS).unwrap_or(text);
+        let good = name.len() <= 96
+            && !name.contains("--")
+            && !name.contains("..")
+            && name.split('/').count() <= 2
+            && name.split('/').all(part);
         if good {
             Ok(Self(text.into()))
         } else {
@@ -122,6 +147,9 @@ mod tests {
         assert_eq!((id.repo.as_str(), id.revision.as_str()), ("EleutherAI/pythia-410m", "step3000"));
         assert_eq!(id.repo.folder(), "models--EleutherAI--pythia-410m");
         assert_eq!(RepoId::from_folder(&id.repo.folder()), Some(id.repo.clone()));
+        let data: ModelId = "datasets/Rowan/hellaswag@refs/convert/parquet".parse().unwrap();
+        assert_eq!((data.repo.folder(), data.repo.api()), ("datasets--Rowan--hellaswag".into(), data.repo.to_string()));
+        assert_eq!(RepoId::from_folder("datasets--Rowan--hellaswag"), Some(data.repo));
         assert_eq!("a/b@refs/pr/6".parse::<ModelId>().unwrap().revision, "refs/pr/6");
         assert_eq!("a/b".parse::<ModelId>().unwrap().to_string(), "a/b");
         for bad in [
@@ -130,6 +158,9 @@ mod tests {
             "a/",
             "../x",
             "a/b/c",
+            "datasets/",
+            "datasets/a/b/c",
+            "datasets/../x",
             "a/..",
             "a b/c",
             "a/b@",

@@ -38,8 +38,7 @@ impl Layout {
     }
 
     pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
-        let repo = hf_hub::Repo::model(self.repo.to_string());
-        hf_hub::Cache::new(self.cache.clone()).repo(repo).pointer_path(commit)
+        hf_hub::Cache::new(self.cache.clone()).repo(self.repo.known()).pointer_path(commit)
     }
 
     pub(crate) fn reference(&self, revision: &str) -> PathBuf {

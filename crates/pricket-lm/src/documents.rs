@@ -1,7 +1,8 @@
 //! Documents from files.
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -11,41 +12,111 @@ use crate::{Error, Result};
 /// A line may be a whole book, and no more.
 const MAX_LINE: usize = 256 << 20;
 
-/// The documents of a file of JSON lines, one after the other: a file of any size takes the memory of one line.
-#[derive(Debug)]
+/// The documents of files of JSON lines or parquet, one after the other: of JSON lines a file of any size takes the memory of
+/// one line, of parquet that of some pages of each column.
 pub struct Documents {
+    waiting: VecDeque<PathBuf>,
     path: PathBuf,
-    lines: BufReader<File>,
+    rows: Rows,
     number: usize,
     ended: bool,
 }
 
+/// A file that is being read.
+enum Rows {
+    Lines(BufReader<File>),
+    #[cfg(feature = "parquet")]
+    Parquet(Box<dyn Iterator<Item = parquet::errors::Result<parquet::record::Row>> + Send>),
+}
+
+impl std::fmt::Debug for Documents {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Documents({}, {} read)", self.path.display(), self.number)
+    }
+}
+
 impl Documents {
-    /// Opens a file of JSON lines.
+    /// Opens a file of JSON lines or parquet; which of them, its first bytes say.
     ///
     /// # Errors
     /// [`Error::Input`], naming the file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref().to_owned();
-        let file = File::open(&path).map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
-        Ok(Self { path, lines: BufReader::with_capacity(1 << 20, file), number: 0, ended: false })
+        Self::open_all([path])
     }
 
-    /// The next line that is not empty.
-    fn line(&mut self) -> std::io::Result<Option<Vec<u8>>> {
-        loop {
-            let mut line = Vec::new();
-            let read = std::io::Read::take(&mut self.lines, MAX_LINE as u64).read_until(b'\n', &mut line)?;
-            if read == 0 {
-                return Ok(None);
+    /// The same of several files, one after the other. The first is opened now.
+    ///
+    /// # Errors
+    /// [`Error::Input`], naming the file, or if there is none.
+    pub fn open_all(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Self> {
+        let mut waiting: VecDeque<PathBuf> = paths.into_iter().map(|path| path.as_ref().to_owned()).collect();
+        let path = waiting.pop_front().ok_or_else(|| Error::Input("no files of documents are named".into()))?;
+        Ok(Self { rows: open(&path)?, waiting, path, number: 0, ended: false })
+    }
+
+    fn row(&mut self) -> Option<std::result::Result<Value, String>> {
+        match &mut self.rows {
+            Rows::Lines(lines) => match line(lines, &mut self.number) {
+                Ok(None) => None,
+                Ok(Some(line)) => Some(serde_json::from_slice(&line).map_err(|e| format!("not valid JSON: {e}"))),
+                Err(e) => Some(Err(e.to_string())),
+            },
+            #[cfg(feature = "parquet")]
+            Rows::Parquet(rows) => {
+                self.number += 1;
+                let row = guarded(|| rows.next().transpose());
+                row.map(|row| row.map(|row| row.to_json_value())).transpose()
             }
-            self.number += 1;
-            if read == MAX_LINE && line.last() != Some(&b'\n') {
-                return Err(std::io::Error::other(format!("a line of more than {MAX_LINE} bytes")));
-            }
-            if line.iter().any(|byte| !byte.is_ascii_whitespace()) {
-                return Ok(Some(line));
-            }
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<Rows> {
+    let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
+    let mut file = File::open(path).map_err(|e| wrong(e.to_string()))?;
+    let mut magic = Vec::new();
+    file.by_ref().take(4).read_to_end(&mut magic).map_err(|e| wrong(e.to_string()))?;
+    file.rewind().map_err(|e| wrong(e.to_string()))?;
+    if magic == *b"PAR1" {
+        return parquet(file).map_err(wrong);
+    }
+    Ok(Rows::Lines(BufReader::with_capacity(1 << 20, file)))
+}
+
+#[cfg(not(feature = "parquet"))]
+fn parquet(_: File) -> std::result::Result<Rows, String> {
+    Err("this build reads no parquet; build with the feature `parquet`, or give JSON lines".into())
+}
+
+#[cfg(feature = "parquet")]
+fn parquet(file: File) -> std::result::Result<Rows, String> {
+    use parquet::file::reader::SerializedFileReader;
+    let reader = guarded(|| SerializedFileReader::new(file))?;
+    Ok(Rows::Parquet(Box::new(reader.into_iter())))
+}
+
+/// What the library says, also where it panics: some broken files make it.
+#[cfg(feature = "parquet")]
+fn guarded<T>(work: impl FnOnce() -> parquet::errors::Result<T>) -> std::result::Result<T, String> {
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    let broken = || "not readable as parquet: its pages contradict themselves".to_owned();
+    outcome.map_err(|_| broken())?.map_err(|e| format!("not readable as parquet: {e}"))
+}
+
+/// The next line that is not empty.
+fn line(lines: &mut BufReader<File>, number: &mut usize) -> std::io::Result<Option<Vec<u8>>> {
+    loop {
+        let mut line = Vec::new();
+        let read = Read::take(&mut *lines, MAX_LINE as u64).read_until(b'\n', &mut line)?;
+        if read == 0 {
+            return Ok(None);
+        }
+        *number += 1;
+        if read == MAX_LINE && line.last() != Some(&b'\n') {
+            return Err(std::io::Error::other(format!("a line of more than {MAX_LINE} bytes")));
+        }
+        if line.iter().any(|byte| !byte.is_ascii_whitespace()) {
+            return Ok(Some(line));
         }
     }
 }
@@ -54,17 +125,24 @@ impl Iterator for Documents {
     type Item = Result<Value>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
+        while !self.ended {
+            if let Some(row) = self.row() {
+                let what = |what| Error::Input(format!("{}, line {}: {what}", self.path.display(), self.number));
+                self.ended = row.is_err();
+                return Some(row.map_err(what));
+            }
+            let Some(path) = self.waiting.pop_front() else {
+                self.ended = true;
+                break;
+            };
+            match open(&path) {
+                Ok(rows) => (self.rows, self.path, self.number) = (rows, path, 0),
+                Err(e) => {
+                    self.ended = true;
+                    return Some(Err(e));
+                }
+            }
         }
-        let document = match self.line() {
-            Ok(None) => None,
-            Ok(Some(line)) => Some(serde_json::from_slice(&line).map_err(|e| format!("not valid JSON: {e}"))),
-            Err(e) => Some(Err(e.to_string())),
-        };
-        let what = |what: String| Error::Input(format!("{}, line {}: {what}", self.path.display(), self.number));
-        let document = document.map(|document| document.map_err(what));
-        self.ended = !matches!(document, Some(Ok(_)));
-        document
+        None
     }
 }

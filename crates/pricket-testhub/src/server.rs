@@ -325,16 +325,26 @@ fn answer(state: &State, request: &mut Request) -> Answer {
         };
     }
     let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+    // Datasets are kept under names that say so.
+    let (parts, prefix) = match parts[..] {
+        ["datasets", ref rest @ ..] => (rest.to_vec(), "datasets/"),
+        ["api", "datasets", ref rest @ ..] => ([&["api", "models"], rest].concat(), "datasets/"),
+        ["api", "resolve-cache", "datasets", ref rest @ ..] => {
+            ([&["api", "resolve-cache", "models"], rest].concat(), "datasets/")
+        }
+        _ => (parts, ""),
+    };
+    let kind = if prefix.is_empty() { "models" } else { "datasets" };
     let hidden = || Answer::error(401, "RepoNotFound", "Repository not found");
     let visible = |owner: &str, name: &str| {
-        let repo = repos.get(&format!("{owner}/{name}"))?;
+        let repo = repos.get(&format!("{prefix}{owner}/{name}"))?;
         let token = request.authorization.as_deref().and_then(|text| text.strip_prefix("Bearer "));
         (repo.token.is_none() || repo.token.as_deref() == token).then_some(repo)
     };
     match parts[..] {
         ["api", "models", owner, name, ref rest @ ..] => {
             let Some(repo) = visible(owner, name) else { return hidden() };
-            api(state, repo, &format!("{owner}/{name}"), rest, &query)
+            api(state, repo, &format!("{kind}/{owner}/{name}"), rest, &query)
         }
         ["api", "resolve-cache", "models", owner, name, commit, ref rest @ ..] => {
             let Some(repo) = visible(owner, name) else { return hidden() };
@@ -364,7 +374,7 @@ fn answer(state: &State, request: &mut Request) -> Answer {
                     answer.headers.push(("X-Linked-Etag", format!("\"{oid}\"")));
                     answer
                 }
-                None => Answer::redirect(307, format!("/api/resolve-cache/models/{owner}/{name}/{commit}/{path}")),
+                None => Answer::redirect(307, format!("/api/resolve-cache/{kind}/{owner}/{name}/{commit}/{path}")),
             };
             answer.headers.push(("X-Repo-Commit", commit.into()));
             answer.headers.push(("ETag", format!("\"{}\"", content.etag())));
@@ -377,12 +387,13 @@ fn answer(state: &State, request: &mut Request) -> Answer {
 fn api(state: &State, repo: &Repo, id: &str, rest: &[&str], query: &BTreeMap<String, String>) -> Answer {
     let resolve = |revision: &str| repo.resolve(&decode(revision)).map(str::to_owned);
     let unknown = || Answer::error(404, "RevisionNotFound", "Invalid rev id");
+    let name = id.split_once('/').map_or(id, |(_, name)| name);
     match rest {
         [] | ["revision", _] => {
             let Some(commit) = resolve(rest.get(1).unwrap_or(&"main")) else { return unknown() };
             let siblings: Vec<Value> = repo.commits[&commit].keys().map(|path| json!({ "rfilename": path })).collect();
             Answer::json(&json!({
-                "_id": "0", "id": id, "modelId": id, "sha": commit, "private": false, "gated": false, "disabled": false,
+                "_id": "0", "id": name, "modelId": name, "sha": commit, "private": false, "gated": false, "disabled": false,
                 "downloads": 0, "likes": 0, "tags": [], "siblings": siblings,
             }))
         }
@@ -418,7 +429,7 @@ fn api(state: &State, repo: &Repo, id: &str, rest: &[&str], query: &BTreeMap<Str
             let mut answer = Answer::json(&json!(entries));
             if from + page < files.len() {
                 let next = format!(
-                    "<http://{}/api/models/{id}/tree/{commit}?recursive=true&cursor={}>; rel=\"next\"",
+                    "<http://{}/api/{id}/tree/{commit}?recursive=true&cursor={}>; rel=\"next\"",
                     state.api,
                     from + page
                 );

@@ -22,10 +22,10 @@ pub enum Measure {
     Task {
         /// The task.
         task: Task,
-        /// JSON lines of its documents.
-        documents: PathBuf,
+        /// Files of its documents, JSON lines or parquet.
+        documents: Vec<PathBuf>,
         /// Those that examples are drawn from, where there are to be any.
-        examples: Option<PathBuf>,
+        examples: Vec<PathBuf>,
     },
     /// The loss of every slice of a file of JSON lines: `SLICE/loss` in nats a token and `SLICE/bits_per_byte`.
     Slices(PathBuf),
@@ -57,7 +57,7 @@ impl Measure {
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).ok();
         let mut settings = match self {
             Measure::Task { task, documents, .. } => {
-                json!({"version": task.version(), "shots": shots, "limit": limit, "bytes": bytes(documents)})
+                json!({"version": task.version(), "shots": shots, "limit": limit, "bytes": documents.iter().map(|path| bytes(path)).sum::<Option<u64>>()})
             }
             Measure::Slices(path) => {
                 json!({"file": path.file_name().map(|name| name.to_string_lossy()), "bytes": bytes(path)})
@@ -341,11 +341,12 @@ impl Sweep {
         };
         match measure {
             Measure::Task { task, documents, examples } => {
-                let examples = match examples.as_ref().filter(|_| self.options.shots > 0) {
-                    Some(path) => Documents::open(path)?.collect::<Result<Vec<Value>, _>>()?,
-                    None => Vec::new(),
+                let examples = if self.options.shots > 0 && !examples.is_empty() {
+                    Documents::open_all(examples)?.collect::<Result<Vec<Value>, _>>()?
+                } else {
+                    Vec::new()
                 };
-                let outcome = model.evaluate(task, Documents::open(documents)?, &examples, &self.options)?;
+                let outcome = model.evaluate(task, Documents::open_all(documents)?, &examples, &self.options)?;
                 let name = |metric: pricket_lm::Metric| format!("{}/{}", task.name(), metric.name());
                 let figure = |f: &pricket_lm::Figure| (name(f.metric), f.value, f.stderr, outcome.documents);
                 Ok(outcome.figures.iter().map(figure).collect())

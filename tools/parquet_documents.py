@@ -1,0 +1,29 @@
+"""Makes tests/data/documents: some documents as the Hub's datasets have them, in parquet as the `datasets` library writes it.
+
+    python3 tools/parquet_documents.py tests/golden/scoring/score-neox-4tasks/data tests/data/documents
+
+Needs pyarrow, and writes the same bytes again with the same version of it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+out.mkdir(parents=True, exist_ok=True)
+for name in ["hellaswag.validation", "piqa.validation", "piqa.train"]:
+    rows = [json.loads(line) for line in (source / f"{name}.jsonl").read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(rows), out / f"{name}.parquet", compression="snappy", row_group_size=20)
+questions = [
+    {
+        "id": f"q{i}",
+        "question": f"What is {i} and {i}?",
+        "choices": {"text": [str(2 * i), str(2 * i + 1), "none"], "label": ["A", "B", "C"]},
+        "answerKey": "A",
+    }
+    for i in range(5)
+]
+pq.write_table(pa.Table.from_pylist(questions), out / "arc_easy.test.parquet", compression="snappy")
