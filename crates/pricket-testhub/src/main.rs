@@ -1,5 +1,6 @@
 //! Serves directories as repositories: `pricket-testhub owner/name=DIRECTORY ...`, where every subdirectory of DIRECTORY is a
-//! branch. Prints its address and runs until it is stopped; `--random owner/name=FILESxBYTES` makes up a repository.
+//! branch. Prints its address and runs until it is stopped; `--random owner/name=FILESxBYTES` makes up a repository, `--rate BYTES`
+//! sends no more than so many bytes a second.
 
 use std::path::Path;
 
@@ -9,6 +10,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let hub = TestHub::start();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
+        if argument == "--rate" {
+            hub.throttle(arguments.next().ok_or("--rate needs a value")?.parse()?);
+            continue;
+        }
         let random = argument == "--random";
         let argument = if random { arguments.next().ok_or("--random needs a value")? } else { argument };
         let (id, what) = argument.split_once('=').ok_or("expected owner/name=WHAT")?;

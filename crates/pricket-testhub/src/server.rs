@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -99,9 +99,28 @@ struct State {
     log: Mutex<Vec<Request>>,
     count: AtomicU64,
     page: AtomicU64,
+    /// Bytes a second that all connections send together, 0 for as many as there is room for; and when the next may go.
+    rate: AtomicU64,
+    free: Mutex<Instant>,
     stop: AtomicBool,
     api: SocketAddr,
     cdn: SocketAddr,
+}
+
+impl State {
+    /// Until so many bytes may go.
+    fn wait_for_the_line(&self, bytes: usize) {
+        let rate = self.rate.load(Ordering::Relaxed);
+        if rate == 0 {
+            return;
+        }
+        let until = {
+            let mut free = lock(&self.free);
+            *free = (*free).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
+            *free
+        };
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -137,6 +156,8 @@ impl TestHub {
             log: Mutex::default(),
             count: AtomicU64::new(0),
             page: AtomicU64::new(1000),
+            rate: AtomicU64::new(0),
+            free: Mutex::new(Instant::now()),
             stop: AtomicBool::new(false),
             api: address(&api),
             cdn: address(&cdn),
@@ -182,6 +203,11 @@ impl TestHub {
     /// How many files a page of a listing holds.
     pub fn page(&self, files: u64) {
         self.state.page.store(files, Ordering::Relaxed);
+    }
+
+    /// Sends no more than so many bytes a second over all connections together, as a line of that width would; 0 for no limit.
+    pub fn throttle(&self, bytes_a_second: u64) {
+        self.state.rate.store(bytes_a_second, Ordering::Relaxed);
     }
 
     /// Every request so far, and forgets them.
@@ -560,6 +586,7 @@ fn respond(
     }
     let mut send = |bytes: &[u8]| -> std::io::Result<()> {
         for piece in bytes.chunks(256 << 10) {
+            state.wait_for_the_line(piece.len());
             request.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
             stream.write_all(piece)?;
         }
