@@ -122,3 +122,25 @@ fn awkward_values_are_drawn() {
         }
     }
 }
+
+#[test]
+fn tokens_bars_and_pictures_below_each_other() {
+    let tiny = pricket::tiny().unwrap();
+    let scored = tiny.logprobs("The people of the United States\nand the Congress").unwrap();
+    let strip = pricket::notebook::tokens(&scored).unwrap();
+    let svg = strip.svg().unwrap();
+    assert!(svg.contains(" United") && svg.contains("\\n") && svg.contains('%'), "{svg}");
+    let bars = pricket::notebook::next_tokens(&tiny, "The United", 5).unwrap();
+    let text = bars.svg().unwrap();
+    assert_eq!(text.matches("%\n</text>").count(), 5);
+    assert!(text.contains("&quot; States&quot;") || text.contains("\" States\""), "{text}");
+    let both = Picture::of_pictures(vec![strip.clone(), bars.clone()]).unwrap();
+    let height = |picture: &Picture| pixels(&picture.png().unwrap()).1;
+    assert_eq!(height(&both), height(&strip) + height(&bars));
+    // Beside a narrow picture it is white, not black.
+    let (width, height, pixels) = pixels(&both.png().unwrap());
+    let last = 3 * (width * height - 1) as usize;
+    assert_eq!(pixels[last..], [255, 255, 255]);
+    assert!(Picture::of_tokens(Vec::new()).is_err() && Picture::of_bars(Vec::new()).is_err());
+    assert!(Picture::of_pictures(Vec::new()).is_err());
+}

@@ -9,42 +9,50 @@ import argparse, json, os, statistics, subprocess, sys, tempfile, time
 
 SHAPES = {  # layers, width, heads
     "70m": (6, 512, 8), "160m": (12, 768, 12), "410m": (24, 1024, 16), "1b": (16, 2048, 8), "1.4b": (24, 2048, 16),
+    "2.8b": (32, 2560, 32), "6.9b": (32, 4096, 32),
 }
 
 CHILD = r"""
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM
-path, dtype, threads, prefill, decode, new = json.loads(sys.argv[1])
+path, dtype, threads, prefill, decode, new, device = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
-start = time.time()
-model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-load = time.time() - start
+def now():
+    if device != "cpu": torch.cuda.synchronize()
+    return time.time()
+start = now()
+model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().to(device)
+load = now() - start
 vocab = model.config.vocab_size
-prompt = lambda n: torch.tensor([[i * 7919 % vocab for i in range(n)]])
+prompt = lambda n: torch.tensor([[i * 7919 % vocab for i in range(n)]], device=device)
 out = {"load": load, "prefill": {}, "decode": {}}
 with torch.inference_mode():
     model(prompt(8))
     for n in prefill:
         ids = prompt(n)
-        start = time.time(); model(ids, logits_to_keep=1, use_cache=True); out["prefill"][n] = n / (time.time() - start)
+        if device != "cpu": model(ids, logits_to_keep=1, use_cache=True)
+        start = now(); model(ids, logits_to_keep=1, use_cache=True); out["prefill"][n] = n / (now() - start)
     for n in decode:
         step = model(prompt(n), logits_to_keep=1, use_cache=True)
-        start = time.time()
+        start = now()
         for _ in range(new - 1):
             step = model(step.logits[:, -1].argmax(-1, keepdim=True), past_key_values=step.past_key_values, use_cache=True)
-        out["decode"][n] = (new - 1) / (time.time() - start)
+            # What is streamed is known on the host at every step.
+            step.logits[0, -1].argmax().item()
+        out["decode"][n] = (new - 1) / (now() - start)
 print(json.dumps(out))
 """
 
 
-def write_checkpoint(path, shape, dtype):
+def write_checkpoint(path, shape, dtype, device):
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     layers, d, heads = SHAPES[shape]
     config = GPTNeoXConfig(vocab_size=50304, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
                            intermediate_size=4 * d, max_position_embeddings=2048)
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(config).to(getattr(torch, dtype))
+    with torch.device(device):
+        model = GPTNeoXForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(path, max_shard_size="100GB")
 
 
@@ -53,6 +61,7 @@ def main():
     p.add_argument("--bench", required=True, help="the built bench example")
     p.add_argument("--shapes", default="160m,1.4b")
     p.add_argument("--dtypes", default="f16,f32")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--pairs", type=int, default=3)
     p.add_argument("--prefill", default="128,512")
@@ -65,13 +74,14 @@ def main():
     for shape in a.shapes.split(","):
         for dtype in a.dtypes.split(","):
             with tempfile.TemporaryDirectory() as path:
-                write_checkpoint(path, shape, names[dtype])
+                write_checkpoint(path, shape, names[dtype], a.device)
                 rows = {}
                 for _ in range(a.pairs):
                     ours = json.loads(subprocess.run(
-                        [a.bench, "--model", path, "--threads", str(a.threads), "--prefill", a.prefill, "--decode", a.decode,
-                         "--new-tokens", str(a.new_tokens), "--runs", "1", "--json"], check=True, capture_output=True, text=True).stdout)
-                    args = json.dumps([path, names[dtype], a.threads, prefill, decode, a.new_tokens])
+                        [a.bench, "--model", path, "--device", a.device, "--dtype", "auto" if a.device == "cpu" else dtype,
+                         "--threads", str(a.threads), "--prefill", a.prefill, "--decode", a.decode,
+                         "--new-tokens", str(a.new_tokens), "--runs", "1" if a.device == "cpu" else "3", "--json"], check=True, capture_output=True, text=True).stdout)
+                    args = json.dumps([path, names[dtype], a.threads, prefill, decode, a.new_tokens, a.device])
                     theirs = json.loads(subprocess.run([sys.executable, "-c", CHILD, args], check=True, capture_output=True, text=True).stdout)
                     rows.setdefault("load, s", []).append((ours["load_seconds"], theirs["load"]))
                     for row in ours["rows"]:

@@ -41,6 +41,8 @@ mod handle;
 mod inspect;
 mod load;
 mod memory;
+#[cfg(feature = "plots")]
+pub mod notebook;
 mod opened;
 #[cfg(feature = "plots")]
 pub mod plots;

@@ -15,6 +15,7 @@
 mod axis;
 mod draw;
 mod rows;
+mod text;
 
 use std::io::Write;
 use std::path::Path;
@@ -94,6 +95,18 @@ pub struct Picture {
 enum Content {
     Curves(Vec<Curves>),
     Table(Table),
+    /// Texts and their probabilities.
+    Tokens(Vec<(String, f64)>),
+    Bars(Vec<(String, f64)>),
+    Stack(Vec<Picture>),
+}
+
+/// Texts that can be looked at.
+fn shown(what: &str, texts: Vec<(String, f64)>, most: usize) -> Result<Vec<(String, f64)>> {
+    if texts.is_empty() || texts.len() > most {
+        return Err(Error::Input(format!("a picture of {} {what}; expected 1 to {most}", texts.len())));
+    }
+    Ok(texts.into_iter().map(|(text, p)| (text::visible_text(&text), p)).collect())
 }
 
 /// What a picture may have of panels, rows and columns.
@@ -130,6 +143,39 @@ impl Picture {
         }
         let size = draw::size_of_table(&table);
         Ok(Self { content: Content::Table(table), size })
+    }
+
+    /// Texts of tokens in their order, each shaded by its probability.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there are none, or too many to look at.
+    pub fn of_tokens(tokens: Vec<(String, f64)>) -> Result<Self> {
+        let tokens = shown("tokens", tokens, 20 * MOST)?;
+        let size = text::size_of_tokens(&tokens);
+        Ok(Self { content: Content::Tokens(tokens), size })
+    }
+
+    /// A bar for each text, as long as its probability is beside the largest.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there are none, or too many to look at.
+    pub fn of_bars(bars: Vec<(String, f64)>) -> Result<Self> {
+        let bars = shown("bars", bars, MOST)?;
+        let size = text::size_of_bars(&bars);
+        Ok(Self { content: Content::Bars(bars), size })
+    }
+
+    /// Several pictures, one below the other.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there are none, or too many to look at.
+    pub fn of_pictures(pictures: Vec<Picture>) -> Result<Self> {
+        if pictures.is_empty() || pictures.len() > MOST {
+            return Err(Error::Input(format!("{} pictures; expected 1 to {MOST}", pictures.len())));
+        }
+        let width = pictures.iter().map(|picture| picture.size.0).max().unwrap_or(0);
+        let size = (width, pictures.iter().map(|picture| picture.size.1).sum());
+        Ok(Self { content: Content::Stack(pictures), size })
     }
 
     /// As SVG.

@@ -11,11 +11,12 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, FontStyle, IntoFont, RGBColor, ShapeStyle, TextStyle, register_font};
 
 use super::axis::{Axis, Scale};
+use super::text::{draw_bars, draw_tokens};
 use super::{Content, Curve, Curves, Point, Table};
 use crate::{Error, Result};
 
 /// Okabe and Ito 2008, without the yellow that white swallows.
-const COLOURS: [RGBColor; 7] = [
+pub(super) const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -25,22 +26,22 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
 ];
 
-const WHITE: RGBColor = RGBColor(255, 255, 255);
+pub(super) const WHITE: RGBColor = RGBColor(255, 255, 255);
 const TEXT: RGBColor = RGBColor(51, 51, 51);
 const GRID: RGBColor = RGBColor(225, 225, 225);
 const STRIPE: RGBColor = RGBColor(244, 246, 248);
 
 const PANEL: (u32, u32) = (440, 330);
 const FONT: &str = "sans-serif";
-const LETTERS: u32 = 13;
+pub(super) const LETTERS: u32 = 13;
 /// Room between things.
-const GAP: u32 = 12;
+pub(super) const GAP: u32 = 12;
 /// A line of text.
-const LINE: u32 = 22;
+pub(super) const LINE: u32 = 22;
 /// What the legend has left of its names.
 const SAMPLE: u32 = 40;
 
-type Area<'a, B> = DrawingArea<B, Shift>;
+pub(super) type Area<'a, B> = DrawingArea<B, Shift>;
 
 /// What can be drawn of a curve, by step.
 pub(super) fn visible(curve: &Curve, log: bool) -> Vec<Point> {
@@ -59,7 +60,7 @@ fn band(point: &Point, log: bool) -> (f64, f64) {
     (low, point.value + error)
 }
 
-fn width_of(text: &str, letters: u32) -> u32 {
+pub(super) fn width_of(text: &str, letters: u32) -> u32 {
     let font = (FONT, f64::from(letters)).into_font();
     font.box_size(text).map_or(text.chars().count() as u32 * letters * 6 / 10, |(width, _)| width)
 }
@@ -114,7 +115,7 @@ pub(super) fn size_of_table(table: &Table) -> (u32, u32) {
 }
 
 /// The font of the pictures, which the machine need not have.
-fn ready() {
+pub(super) fn ready() {
     static READY: OnceLock<()> = OnceLock::new();
     READY.get_or_init(|| {
         // The only failure is a font that cannot be read, and this one is tested.
@@ -145,16 +146,32 @@ pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<
 
 /// Draws with `unit` pixels for each unit of length.
 fn draw<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> Result<()> {
+    let failed = |e: &dyn std::fmt::Display| Error::Input(format!("the picture could not be drawn: {e}"));
+    if let Content::Stack(pictures) = content {
+        area.fill(&WHITE).map_err(|e| failed(&e))?;
+        let mut top = 0;
+        for picture in pictures {
+            let (width, height) = (picture.size.0 * unit, picture.size.1 * unit);
+            let part = area.clone().shrink((0, top), (width, height));
+            draw(&picture.content, &part, unit)?;
+            top += height as i32;
+        }
+        return Ok(());
+    }
     let drawn = area.fill(&WHITE).and_then(|()| match content {
         Content::Curves(panels) => draw_curves(panels, area, unit),
         Content::Table(table) => draw_table(table, area, unit),
+        Content::Tokens(tokens) => draw_tokens(tokens, area, unit),
+        Content::Bars(bars) => draw_bars(bars, area, unit),
+        Content::Stack(_) => Ok(()),
     });
-    drawn.and_then(|()| area.present()).map_err(|e| Error::Input(format!("the picture could not be drawn: {e}")))
+    drawn.and_then(|()| area.present()).map_err(|e| failed(&e))
 }
 
-type Drawn<B> = std::result::Result<(), plotters::drawing::DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
+pub(super) type Drawn<B> =
+    std::result::Result<(), plotters::drawing::DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
 
-fn letters(size: u32, unit: u32) -> TextStyle<'static> {
+pub(super) fn letters(size: u32, unit: u32) -> TextStyle<'static> {
     TextStyle::from((FONT, f64::from(size * unit)).into_font()).color(&TEXT)
 }
 
