@@ -1,4 +1,6 @@
+#[cfg(target_os = "linux")]
 use std::collections::BTreeSet;
+#[cfg(target_os = "linux")]
 use std::process::Stdio;
 
 use pricket::{Activations, BlockType, CacheType, GenerateOptions, Loader, Quantisation};
@@ -10,7 +12,7 @@ use crate::common::{directories_with, example, root};
 fn every_instruction_path_passes_the_golden_cases() {
     let kinds = ["models", "files", "scoring"].map(|kind| root().join("tests/golden").join(kind));
     let cases: Vec<_> = kinds.iter().flat_map(|kind| directories_with(kind, "case.json")).collect();
-    for path in ["scalar", "avx2", "avx512", "amx"] {
+    for path in ["scalar", "neon", "avx2", "avx512", "amx"] {
         let mut command = example("parity");
         let output = command.args(&cases).env("PRICKET_CPU", path).output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);

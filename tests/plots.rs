@@ -134,13 +134,17 @@ fn tokens_bars_and_pictures_below_each_other() {
     let text = bars.svg().unwrap();
     assert_eq!(text.matches("%\n</text>").count(), 5);
     assert!(text.contains("&quot; States&quot;") || text.contains("\" States\""), "{text}");
-    let both = Picture::of_pictures(vec![strip.clone(), bars.clone()]).unwrap();
+    let both = Picture::of_pictures(&[strip.clone(), bars.clone()]).unwrap();
     let height = |picture: &Picture| pixels(&picture.png().unwrap()).1;
     assert_eq!(height(&both), height(&strip) + height(&bars));
+    let svg = both.svg().unwrap();
+    assert!(
+        svg.matches("<svg").count() == 1 && svg.matches("</svg>").count() == 1 && svg.trim_end().ends_with("</svg>")
+    );
     // Beside a narrow picture it is white, not black.
     let (width, height, pixels) = pixels(&both.png().unwrap());
     let last = 3 * (width * height - 1) as usize;
     assert_eq!(pixels[last..], [255, 255, 255]);
     assert!(Picture::of_tokens(Vec::new()).is_err() && Picture::of_bars(Vec::new()).is_err());
-    assert!(Picture::of_pictures(Vec::new()).is_err());
+    assert!(Picture::of_pictures(&[]).is_err());
 }

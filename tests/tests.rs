@@ -29,6 +29,9 @@ mod plots;
 /// Documents of tasks, and where they come from.
 mod documents;
 
+/// The notebooks' cells.
+mod notebooks;
+
 /// Figures over training steps.
 mod sweep;
 

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use crate::layout::{GOING, Layout, TEMPORARY};
 use crate::lock::Lock;
 use crate::part::SUFFIX;
-use crate::{Digest, Error, Events, Listed, RepoId, Result};
+use crate::{Digest, Error, Events, Listed, RepoId, Result, platform};
 
 /// A cache in the standard layout, shared with Python and whoever else.
 ///
@@ -105,7 +105,7 @@ impl Cache {
         &self.root
     }
 
-    /// All models in it, by name. A cache that is not there is empty.
+    /// All models and datasets in it, by name. A cache that is not there is empty.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be read.
@@ -355,11 +355,7 @@ fn remove(path: &Path) -> Result<()> {
 /// What a file takes on disk, holes left out.
 fn space_taken(path: &Path) -> u64 {
     let Ok(meta) = std::fs::metadata(path) else { return 0 };
-    #[cfg(unix)]
-    let bytes = std::os::unix::fs::MetadataExt::blocks(&meta) * 512;
-    #[cfg(not(unix))]
-    let bytes = meta.len();
-    bytes.min(meta.len())
+    platform::bytes_on_disk(&meta).min(meta.len())
 }
 
 /// Names in a directory, sorted; none if it is not there.

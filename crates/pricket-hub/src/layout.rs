@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use crate::id::is_revision;
 use crate::part::Part;
-use crate::{Digest, Error, Listed, RepoId, Result};
+use crate::{Digest, Error, Listed, RepoId, Result, platform};
 
 /// What files on their way to another name begin with.
 pub(crate) const TEMPORARY: &str = "tmp-";
@@ -121,25 +121,18 @@ impl Layout {
     }
 
     /// Makes `pointer` a link to `target`.
-    #[cfg(unix)]
     fn symlink(&self, target: &str, pointer: &Path) -> std::io::Result<()> {
-        use std::os::unix::fs::symlink;
-        match symlink(target, pointer) {
+        match platform::symlink(target, pointer) {
             Err(e) if e.kind() == ErrorKind::AlreadyExists => {
                 if std::fs::read_link(pointer).is_ok_and(|old| old == Path::new(target)) {
                     return Ok(());
                 }
                 let temporary = self.temporary().map_err(std::io::Error::other)?;
-                symlink(target, &temporary)?;
+                platform::symlink(target, &temporary)?;
                 std::fs::rename(&temporary, pointer)
             }
             made => made,
         }
-    }
-
-    #[cfg(not(unix))]
-    fn symlink(&self, _: &str, _: &Path) -> std::io::Result<()> {
-        Err(ErrorKind::Unsupported.into())
     }
 
     /// The file of a snapshot, if it is there and as long as listed.

@@ -36,6 +36,7 @@ mod id;
 mod layout;
 mod lock;
 mod part;
+mod platform;
 mod settings;
 mod steps;
 

@@ -3,7 +3,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::{Error, Events, Result};
+use crate::{Error, Events, Result, platform};
 
 /// An advisory lock on a file (`flock`, as Python's filelock takes it). It is let go with the value, or the process.
 #[derive(Debug)]
@@ -24,23 +24,13 @@ fn open(path: &Path) -> Result<File> {
     };
     match options(true) {
         Ok(file) => {
-            share_with_group(&file);
+            platform::share_with_group(&file);
             Ok(file)
         }
         Err(e) if e.kind() == ErrorKind::AlreadyExists => options(false).map_err(Error::io(path)),
         Err(e) => Err(Error::io(path)(e)),
     }
 }
-
-/// Members of the group wait for each other on a cache that they share, as Python has it.
-#[cfg(unix)]
-fn share_with_group(file: &File) {
-    use std::os::unix::fs::PermissionsExt;
-    let _ = file.set_permissions(std::fs::Permissions::from_mode(0o664));
-}
-
-#[cfg(not(unix))]
-fn share_with_group(_: &File) {}
 
 /// Whether the file system has no locks, as some network file systems.
 fn has_no_locks(e: &std::io::Error) -> bool {
@@ -73,7 +63,7 @@ impl Lock {
         let file = open(path)?;
         match file.try_lock() {
             // Who deletes lock files splits those who wait for them: the lock must be on the file of this name.
-            Ok(()) if same_file(&file, path) => Ok(Some(Self { _file: file, is_real: true })),
+            Ok(()) if platform::same_file(&file, path) => Ok(Some(Self { _file: file, is_real: true })),
             Ok(()) | Err(std::fs::TryLockError::WouldBlock) => Ok(None),
             Err(std::fs::TryLockError::Error(e)) if has_no_locks(&e) => Ok(Some(Self { _file: file, is_real: false })),
             // Some file systems say so when somebody else holds it.
@@ -93,17 +83,4 @@ impl Lock {
         file.set_modified(SystemTime::now()).map_err(Error::io(path))?;
         Ok(Self { _file: file, is_real })
     }
-}
-
-#[cfg(unix)]
-fn same_file(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let inode = |meta: std::io::Result<std::fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
-    inode(file.metadata()).is_some_and(|ours| inode(std::fs::metadata(path)) == Some(ours))
-}
-
-#[cfg(not(unix))]
-fn same_file(_: &File, _: &Path) -> bool {
-    // An open file cannot be deleted there.
-    true
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::{Error, Result};
+use crate::{Error, Result, platform};
 
 /// What a file is called before it has its own name. Python's `.incomplete` files are not ours to touch.
 pub(crate) const SUFFIX: &str = ".pricket-part";
@@ -76,7 +76,7 @@ impl Part {
             return Ok(false);
         };
         let mut bytes = vec![0; trailer as usize];
-        if read_exact_at(&self.file, &mut bytes, self.size).is_err() || &bytes[..8] != MAGIC {
+        if platform::read_exact_at(&self.file, &mut bytes, self.size).is_err() || &bytes[..8] != MAGIC {
             return Ok(false);
         }
         let words: Vec<u64> = bytes[8..].as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
@@ -104,7 +104,7 @@ impl Part {
         trailer.resize(trailer.len() + 8 * ranges as usize, 0);
         // The trailer first and alone: a file of just the right size says that its bytes are there.
         self.file.set_len(0).map_err(Error::io(&self.path))?;
-        write_all_at(&self.file, &trailer, self.size).map_err(Error::io(&self.path))
+        platform::write_all_at(&self.file, &trailer, self.size).map_err(Error::io(&self.path))
     }
 
     /// Forgets what has arrived.
@@ -143,9 +143,9 @@ impl Part {
         let done = self.done(i);
         debug_assert!(done + bytes.len() as u64 <= self.range_len(i));
         let io = |e| Error::io(&self.path)(e);
-        write_all_at(&self.file, bytes, self.range_start(i) + done).map_err(io)?;
+        platform::write_all_at(&self.file, bytes, self.range_start(i) + done).map_err(io)?;
         let done = done + bytes.len() as u64;
-        write_all_at(&self.file, &done.to_le_bytes(), self.size + 16 + 8 * i as u64).map_err(io)?;
+        platform::write_all_at(&self.file, &done.to_le_bytes(), self.size + 16 + 8 * i as u64).map_err(io)?;
         self.done[i].store(done, Ordering::Release);
         self.announce();
         Ok(())
@@ -166,7 +166,8 @@ impl Part {
             }
         }
         let n = (self.done(i).saturating_sub(from)).min(buffer.len() as u64) as usize;
-        read_exact_at(&self.file, &mut buffer[..n], self.range_start(i) + from).map_err(Error::io(&self.path))?;
+        platform::read_exact_at(&self.file, &mut buffer[..n], self.range_start(i) + from)
+            .map_err(Error::io(&self.path))?;
         Ok(n)
     }
 
@@ -181,37 +182,6 @@ impl Part {
     pub(crate) fn name(self, blob: &Path) -> Result<()> {
         std::fs::rename(&self.path, blob).map_err(Error::io(blob))
     }
-}
-
-#[cfg(unix)]
-fn write_all_at(file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
-}
-
-#[cfg(windows)]
-fn write_all_at(file: &File, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        let n = std::os::windows::fs::FileExt::seek_write(file, bytes, at)?;
-        (bytes, at) = (&bytes[n..], at + n as u64);
-    }
-    Ok(())
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        let n = std::os::windows::fs::FileExt::seek_read(file, bytes, at)?;
-        if n == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        (bytes, at) = (&mut bytes[n..], at + n as u64);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

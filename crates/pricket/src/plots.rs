@@ -85,10 +85,17 @@ pub struct Table {
 }
 
 /// Something that can be looked at.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Picture {
     content: Content,
     size: (u32, u32),
+}
+
+impl std::fmt::Debug for Picture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (width, height) = self.size;
+        write!(f, "Picture({width} x {height})")
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -169,13 +176,13 @@ impl Picture {
     ///
     /// # Errors
     /// [`Error::Input`] if there are none, or too many to look at.
-    pub fn of_pictures(pictures: Vec<Picture>) -> Result<Self> {
+    pub fn of_pictures(pictures: &[Picture]) -> Result<Self> {
         if pictures.is_empty() || pictures.len() > MOST {
             return Err(Error::Input(format!("{} pictures; expected 1 to {MOST}", pictures.len())));
         }
         let width = pictures.iter().map(|picture| picture.size.0).max().unwrap_or(0);
         let size = (width, pictures.iter().map(|picture| picture.size.1).sum());
-        Ok(Self { content: Content::Stack(pictures), size })
+        Ok(Self { content: Content::Stack(pictures.to_vec()), size })
     }
 
     /// As SVG.

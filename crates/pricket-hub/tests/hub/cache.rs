@@ -102,6 +102,7 @@ fn the_least_recently_used_go_first() {
     assert_same(&fetch_all(&hub, "owner/tiny@step1", &Quiet).unwrap().directory, &content, "step1");
 }
 
+#[cfg(unix)] // It makes a link by hand.
 #[test]
 fn what_is_used_or_foreign_stays() {
     let dir = tempfile::tempdir().unwrap();

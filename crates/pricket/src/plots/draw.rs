@@ -12,7 +12,7 @@ use plotters::style::{Color, FontStyle, IntoFont, RGBColor, ShapeStyle, TextStyl
 
 use super::axis::{Axis, Scale};
 use super::text::{draw_bars, draw_tokens};
-use super::{Content, Curve, Curves, Point, Table};
+use super::{Content, Curve, Curves, Picture, Point, Table};
 use crate::{Error, Result};
 
 /// Okabe and Ito 2008, without the yellow that white swallows.
@@ -146,26 +146,25 @@ pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<
 
 /// Draws with `unit` pixels for each unit of length.
 fn draw<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> Result<()> {
-    let failed = |e: &dyn std::fmt::Display| Error::Input(format!("the picture could not be drawn: {e}"));
-    if let Content::Stack(pictures) = content {
-        area.fill(&WHITE).map_err(|e| failed(&e))?;
-        let mut top = 0;
-        for picture in pictures {
-            let (width, height) = (picture.size.0 * unit, picture.size.1 * unit);
-            let part = area.clone().shrink((0, top), (width, height));
-            draw(&picture.content, &part, unit)?;
-            top += height as i32;
-        }
-        return Ok(());
-    }
-    let drawn = area.fill(&WHITE).and_then(|()| match content {
+    let drawn = area.fill(&WHITE).and_then(|()| draw_content(content, area, unit)).and_then(|()| area.present());
+    drawn.map_err(|e| Error::Input(format!("the picture could not be drawn: {e}")))
+}
+
+fn draw_content<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> Drawn<B> {
+    match content {
         Content::Curves(panels) => draw_curves(panels, area, unit),
         Content::Table(table) => draw_table(table, area, unit),
         Content::Tokens(tokens) => draw_tokens(tokens, area, unit),
         Content::Bars(bars) => draw_bars(bars, area, unit),
-        Content::Stack(_) => Ok(()),
-    });
-    drawn.and_then(|()| area.present()).map_err(|e| failed(&e))
+        Content::Stack(pictures) => {
+            let mut top = 0;
+            for Picture { content, size: (width, height) } in pictures {
+                draw_content(content, &area.clone().shrink((0, top), (width * unit, height * unit)), unit)?;
+                top += (height * unit) as i32;
+            }
+            Ok(())
+        }
+    }
 }
 
 pub(super) type Drawn<B> =
