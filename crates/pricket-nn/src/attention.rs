@@ -1,6 +1,5 @@
 use candle_core::Tensor;
 
-use crate::ops::Scores;
 use crate::rotary::Rotary;
 use crate::{Alibi, Context, LayerNorm, Linear, Result, Site, ops};
 
@@ -62,7 +61,7 @@ impl Attention {
         let v = ctx.tap(Site::Value, v)?;
         let (k, v) = ctx.past(k, v)?;
         let slopes = self.alibi.as_ref().map_or(&[][..], |alibi| &alibi.slopes);
-        let scores = Scores { scale: self.scale, slopes, padding: ctx.padding() };
+        let scores = ctx.scores(self.scale, slopes);
         let mixed = if ctx.wants(Site::Pattern) {
             let pattern = ops::attention_pattern(&q, &k, scores)?;
             let v = ops::widened(&v, self.head_dim, q.dtype())?;

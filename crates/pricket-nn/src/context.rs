@@ -1,5 +1,8 @@
+use std::sync::OnceLock;
+
 use candle_core::{DType, Device, Tensor};
 
+use crate::ops::Scores;
 use crate::rotary::Rotary;
 use crate::{Cache, Error, Recording, Result, Site, Taps};
 
@@ -31,6 +34,7 @@ struct Step {
     start: usize,
     layer: usize,
     angles: Option<(Rotary, Tensor, Tensor)>,
+    bias: OnceLock<Option<Tensor>>,
 }
 
 impl Context {
@@ -146,7 +150,7 @@ impl Context {
         if !self.padding.is_empty() && self.padding.len() != batch {
             return Err(Error::Input(format!("{} padding lengths for a batch of {batch}", self.padding.len())));
         }
-        self.step = Some(Step { batch, len, start, layer: 0, angles: None });
+        self.step = Some(Step { batch, len, start, layer: 0, angles: None, bias: OnceLock::new() });
         Ok(())
     }
 
@@ -171,8 +175,10 @@ impl Context {
         self.step.as_mut().expect("a forward pass has begun")
     }
 
-    pub(crate) fn padding(&self) -> &[usize] {
-        &self.padding
+    /// How scores are biased in every layer of this pass.
+    pub(crate) fn scores<'a>(&'a self, scale: f64, slopes: &'a [f32]) -> Scores<'a> {
+        let bias = &self.step.as_ref().expect("a forward pass has begun").bias;
+        Scores { scale, slopes, padding: &self.padding, bias }
     }
 
     /// Keys and values of all positions, given those of the new ones.

@@ -4,7 +4,9 @@
 //! takes the fused form; if any is, an operation with a backward pass or the plain twin, because candle's fused
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
-use candle_core::{CpuStorage, D, DType, Storage, Tensor};
+use std::sync::OnceLock;
+
+use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
     Activations, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
     multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
@@ -146,7 +148,23 @@ pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if on_our_kernels(x) && x.stride().last() == Some(&1) {
         return Ok(x.apply_op3(cos, sin, RotaryOp)?);
     }
+    if !x.device().is_cpu() && !x.track_op() {
+        let (turned, dim) = (2 * cos.dim(D::Minus1)?, x.dim(D::Minus1)?);
+        let x = x.transpose(1, 2)?;
+        let first = x.narrow(D::Minus1, 0, turned)?.contiguous()?;
+        let first = candle_nn::rotary_emb::rope(&first, &one_row(cos)?, &one_row(sin)?)?;
+        if turned == dim {
+            return Ok(first);
+        }
+        return Ok(Tensor::cat(&[&first, &x.narrow(D::Minus1, turned, dim - turned)?], D::Minus1)?.contiguous()?);
+    }
     plain_rotary(x, cos, sin)
+}
+
+/// Angles as candle wants them: without a batch where one row stands for all.
+fn one_row(angles: &Tensor) -> Result<Tensor> {
+    let angles = if angles.dim(0)? == 1 { angles.squeeze(0)? } else { angles.clone() };
+    Ok(angles.contiguous()?)
 }
 
 /// The plain twin of [`rotary`].
@@ -206,6 +224,8 @@ pub struct Scores<'a> {
     pub slopes: &'a [f32],
     /// Keys hidden on the left of each row; empty for none.
     pub padding: &'a [usize],
+    /// Where all layers of a pass share what is added to the scores, once one of them has made it.
+    pub bias: &'a OnceLock<Option<Tensor>>,
 }
 
 /// Causal attention, the queries being the last positions of the keys: `q` of `[b, h, t, head_dim]`, `k` and `v` of
@@ -217,7 +237,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Resu
     let tracked = q.track_op() || k.track_op() || v.track_op();
     let stored = |x: &Tensor| matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::U8);
     if on_our_kernels(q) && stored(k) && stored(v) && !tracked {
-        let Scores { scale, slopes, padding } = scores;
+        let Scores { scale, slopes, padding, .. } = scores;
         let op = AttentionOp { scale: scale as f32, padding: padding.to_vec(), slopes: slopes.to_vec() };
         return Ok(q.contiguous()?.apply_op3_no_bwd(k, v, &op)?);
     }
@@ -229,16 +249,26 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Resu
 /// # Errors
 /// If the shapes do not fit.
 pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
-    let Scores { scale, slopes, padding } = scores;
     let (b, h, t, dim) = q.dims4()?;
     let (k, s) = (repeat_heads(&widened(k, dim, q.dtype())?, h)?, k.dim(2)?);
-    let mut scores = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scale)?;
-    if !slopes.is_empty() {
-        let back = |i: usize, j: usize| (j as f32) - (s - t + i) as f32;
-        let distance: Vec<f32> = (0..t).flat_map(|i| (0..s).map(move |j| back(i, j))).collect();
-        let distance = Tensor::from_vec(distance, (1, t, s), q.device())?;
-        let slopes = Tensor::from_vec(slopes.to_vec(), (h, 1, 1), q.device())?;
-        scores = scores.broadcast_add(&slopes.broadcast_mul(&distance)?)?;
+    let products = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scores.scale)?;
+    if scores.bias.get().is_none() {
+        // Another thread may have been first: it made the same.
+        scores.bias.set(attention_bias([b, h, t, s], &scores, q.device())?).ok();
+    }
+    let products = match scores.bias.get() {
+        Some(Some(bias)) => products.broadcast_add(bias)?,
+        _ => products,
+    };
+    Ok(softmax(&products)?.to_dtype(q.dtype())?)
+}
+
+/// What is added to the scores of `b` rows of `h` heads, `t` queries and `s` keys: distances times slopes, and what hides keys; of
+/// `[b or 1, h or 1, t, s]`, or nothing where nothing is to be added.
+fn attention_bias(shape: [usize; 4], scores: &Scores<'_>, device: &Device) -> Result<Option<Tensor>> {
+    let ([b, h, t, s], &Scores { slopes, padding, .. }) = (shape, scores);
+    if t == 1 && slopes.is_empty() && padding.is_empty() {
+        return Ok(None);
     }
     let rows = if padding.is_empty() { 1 } else { b };
     let hidden = |row: usize, i: usize, j: usize| {
@@ -247,8 +277,15 @@ pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<T
     };
     let mask = (0..rows).flat_map(|row| (0..t).flat_map(move |i| (0..s).map(move |j| (row, i, j))));
     let mask: Vec<f32> = mask.map(|(row, i, j)| if hidden(row, i, j) { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, 1, t, s), q.device())?)?;
-    Ok(softmax(&scores)?.to_dtype(q.dtype())?)
+    let mask = Tensor::from_vec(mask, (rows, 1, t, s), device)?;
+    if slopes.is_empty() {
+        return Ok(Some(mask));
+    }
+    let back = |i: usize, j: usize| (j as f32) - (s - t + i) as f32;
+    let distance: Vec<f32> = (0..t).flat_map(|i| (0..s).map(move |j| back(i, j))).collect();
+    let distance = Tensor::from_vec(distance, (1, t, s), device)?;
+    let slopes = Tensor::from_vec(slopes.to_vec(), (h, 1, 1), device)?;
+    Ok(Some(slopes.broadcast_mul(&distance)?.unsqueeze(0)?.broadcast_add(&mask)?))
 }
 
 /// Mixes values by a pattern of `[b, h, t, s]` and merges heads: `[b, t, h · head_dim]`.
@@ -262,11 +299,14 @@ pub fn attention_output(pattern: &Tensor, v: &Tensor) -> Result<Tensor> {
     Ok(mixed.transpose(1, 2)?.reshape((b, t, h * v.dim(3)?))?)
 }
 
-/// Softmax over the last dimension, with a gradient.
+/// Softmax over the last dimension, with a gradient where one is tracked.
 ///
 /// # Errors
 /// What candle says.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() && !x.track_op() {
+        return Ok(candle_nn::ops::softmax_last_dim(&x.contiguous()?)?);
+    }
     let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?.exp()?;
     Ok(shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?)
 }

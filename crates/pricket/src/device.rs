@@ -13,7 +13,7 @@ pub fn device(name: &str) -> Result<Device> {
     let missing = |feature: &str| {
         Error::Device(format!("this build has no {feature} backend; build with `--features {feature}`"))
     };
-    let absent = |e: candle_core::Error| Error::Device(format!("no device {name}: {e}"));
+    let absent = |e: candle_core::Error| Error::Device(format!("no device {name}: {}", pricket_nn::Error::from(e)));
     match kind {
         "cpu" => Ok(Device::Cpu),
         "cuda" if candle_core::utils::cuda_is_available() => cuda(ordinal).map_err(absent),
