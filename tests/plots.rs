@@ -76,7 +76,7 @@ fn the_last_row_of_a_checkpoint_counts_and_failures_do_not() {
     text += "{\"model\":\"a/b\",\"revision\":\"step2000\",\"st";
     let found = rows(&text).unwrap();
     assert_eq!(found.iter().map(|row| row.value).collect::<Vec<_>>(), [0.52, 0.9, 0.6]);
-    for (bad, what) in [("[]\n", "line 1"), ("{}\n", "\"model\""), ("nonsense\n", "not a row of a sweep")] {
+    for (bad, what) in [("[]\n", "\"model\""), ("{}\n", "\"model\""), ("nonsense\n", "line 1: not a row of a sweep")] {
         let error = rows(bad).unwrap_err().to_string();
         assert!(error.contains(what) && error.contains("results.jsonl"), "{error}");
     }
@@ -89,6 +89,20 @@ fn nothing_to_draw_is_an_error_that_says_so() {
     let missing = error(plots::curves(&rows, &["sciq/acc".into()], false, true));
     assert!(missing.contains("sciq/acc") && missing.contains("piqa/acc"), "{missing}");
     assert!(error(plots::curves(&[], &[], false, true)).contains("no figures"));
+    // Of a model without steps there is a table and no curve.
+    let text = "{\"model\":\"mosaicml/mpt-7b\",\"revision\":\"main\",\"step\":null,\"metric\":\"piqa/acc\",\"value\":0.8,\"part\":[1,1]}\n";
+    let main = self::rows(text).unwrap();
+    assert!(error(plots::curves(&main, &[], false, true)).contains("training step"));
+    assert!(plots::table(&main, &[]).unwrap().svg().unwrap().contains("0.8000"));
+    // A trial over a few documents is no point of the curve of all.
+    let mut mixed = rows.clone();
+    mixed[1].settings = serde_json::json!({"limit": 10});
+    assert!(error(plots::curves(&mixed, &[], false, true)).contains("different ways"));
+    // What has no number is left out where others have one.
+    let mut some = rows.clone();
+    some.push(plots::Row { metric: "b/acc".into(), value: f64::NAN, ..rows[0].clone() });
+    assert!(plots::curves(&some, &[], false, true).is_ok());
+    assert!(error(plots::curves(&some, &["b/acc".into()], false, true)).contains("acc"));
     let nan = Curves {
         y: "loss".into(),
         curves: vec![Curve::new("a", vec![Point::new(1.0, f64::NAN)])],

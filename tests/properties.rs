@@ -172,7 +172,7 @@ proptest! {
         let padding: Vec<usize> = if pad == 0 { Vec::new() } else { (0..batch).map(|row| (pad * row).min(keys - 1)).collect() };
         // With ALiBi in half of the cases.
         let slopes = if pad % 2 == 0 { Vec::new() } else { pricket::nn::Alibi::new(heads, 8.0).slopes().to_vec() };
-        let bias = std::sync::OnceLock::new();
+        let bias = ops::SharedBias::default();
         let scores = ops::Scores { scale: 0.3, slopes: &slopes, padding: &padding, bias: &bias };
         let fused = ops::attention(&q, &k, &v, scores).unwrap();
         let pattern = ops::attention_pattern(&q, &k, scores).unwrap();

@@ -24,12 +24,15 @@ mod properties;
 mod scoring;
 
 /// Pictures of figures.
+#[cfg(feature = "plots")]
 mod plots;
 
 /// Documents of tasks, and where they come from.
+#[cfg(feature = "parquet")]
 mod documents;
 
 /// The notebooks' cells.
+#[cfg(feature = "plots")]
 mod notebooks;
 
 /// Figures over training steps.

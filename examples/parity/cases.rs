@@ -26,8 +26,8 @@ impl Setup {
     }
 
     /// What is asked of logits instead of the tolerance of a case, where there is another precision than f32: the root of the
-    /// mean square of their differences, over their standard deviation. A value of bfloat16 is off by 2⁻⁹ of itself at most, one
-    /// of f16 by 2⁻¹², and a dozen roundings of each layer add up.
+    /// mean square of their differences, over their standard deviation. A value of bfloat16 is off by 2⁻⁸ of itself at most, one
+    /// of f16 by 2⁻¹¹, and a dozen roundings of each layer add up.
     fn bound(&self) -> Option<f64> {
         match self.precision {
             Precision::BF16 => Some(0.03),

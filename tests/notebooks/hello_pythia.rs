@@ -22,7 +22,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     ])?
     .evcxr_display();
 
-    let out = std::env::temp_dir().join("pricket-hello-pythia.jsonl");
+    let out = std::env::temp_dir().join(format!("pricket-hello-pythia-{}.jsonl", std::process::id()));
     std::fs::remove_file(&out).ok();
     let models = vec![pricket::checkpoints(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))?];
     let text = "In the year of our Lord the Congress met, and the President of the United States spoke of the army.";

@@ -54,6 +54,10 @@ def write_checkpoint(path, shape, dtype, device):
     with torch.device(device):
         model = GPTNeoXForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(path, max_shard_size="100GB")
+    # The children measure on the same card.
+    del model
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def main():
@@ -61,7 +65,7 @@ def main():
     p.add_argument("--bench", required=True, help="the built bench example")
     p.add_argument("--shapes", default="160m,1.4b")
     p.add_argument("--dtypes", default="f16,f32")
-    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--pairs", type=int, default=3)
     p.add_argument("--prefill", default="128,512")

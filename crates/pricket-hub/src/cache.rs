@@ -192,14 +192,16 @@ impl Cache {
 
     /// Deletes commits, the least recently used first, until those that pricket fetched take at most `budget` bytes.
     ///
-    /// Only commits that pricket fetched are counted and touched: what Python or another program brought stays. A commit
+    /// Only commits of models that pricket fetched are counted and touched: what Python or another program brought stays, and so do
+    /// datasets, which are small and are what models are measured by. A commit
     /// in use (see [`crate::InUse`]) stays, and so does a blob that another commit links to. Unfinished files go first.
     ///
     /// # Errors
     /// [`Error::Io`] if something cannot be deleted.
     pub fn evict(&self, budget: u64, events: &dyn Events) -> Result<Evicted> {
         let mut out = Evicted::default();
-        let repos = self.repos()?;
+        let mut repos = self.repos()?;
+        repos.retain(|repo| !repo.repo.is_dataset());
         let mut candidates = Vec::new();
         let mut ours: BTreeMap<&PathBuf, u64> = BTreeMap::new();
         for repo in &repos {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek};
+use std::io::{BufRead, BufReader, Chain, Cursor, Read};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -24,10 +24,13 @@ pub struct Documents {
 
 /// A file that is being read.
 enum Rows {
-    Lines(BufReader<File>),
+    Lines(Lines),
     #[cfg(feature = "parquet")]
     Parquet(Box<dyn Iterator<Item = parquet::errors::Result<parquet::record::Row>> + Send>),
 }
+
+/// The first bytes of a file, which had to be looked at, and the rest of it: a pipe cannot be read twice.
+type Lines = BufReader<Chain<Cursor<Vec<u8>>, File>>;
 
 impl std::fmt::Debug for Documents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -64,8 +67,7 @@ impl Documents {
             #[cfg(feature = "parquet")]
             Rows::Parquet(rows) => {
                 self.number += 1;
-                let row = guarded(|| rows.next().transpose());
-                row.map(|row| row.map(|row| row.to_json_value())).transpose()
+                guarded(|| rows.next().map(|row| Ok(row?.to_json_value())).transpose()).transpose()
             }
         }
     }
@@ -76,11 +78,11 @@ fn open(path: &Path) -> Result<Rows> {
     let mut file = File::open(path).map_err(|e| wrong(e.to_string()))?;
     let mut magic = Vec::new();
     file.by_ref().take(4).read_to_end(&mut magic).map_err(|e| wrong(e.to_string()))?;
-    file.rewind().map_err(|e| wrong(e.to_string()))?;
     if magic == *b"PAR1" {
+        // Its reader goes to every place by itself.
         return parquet(file).map_err(wrong);
     }
-    Ok(Rows::Lines(BufReader::with_capacity(1 << 20, file)))
+    Ok(Rows::Lines(BufReader::with_capacity(1 << 20, Cursor::new(magic).chain(file))))
 }
 
 #[cfg(not(feature = "parquet"))]
@@ -104,7 +106,7 @@ fn guarded<T>(work: impl FnOnce() -> parquet::errors::Result<T>) -> std::result:
 }
 
 /// The next line that is not empty.
-fn line(lines: &mut BufReader<File>, number: &mut usize) -> std::io::Result<Option<Vec<u8>>> {
+fn line(lines: &mut Lines, number: &mut usize) -> std::io::Result<Option<Vec<u8>>> {
     loop {
         let mut line = Vec::new();
         let read = Read::take(&mut *lines, MAX_LINE as u64).read_until(b'\n', &mut line)?;
@@ -127,7 +129,8 @@ impl Iterator for Documents {
     fn next(&mut self) -> Option<Self::Item> {
         while !self.ended {
             if let Some(row) = self.row() {
-                let what = |what| Error::Input(format!("{}, line {}: {what}", self.path.display(), self.number));
+                let kind = if matches!(self.rows, Rows::Lines(_)) { "line" } else { "row" };
+                let what = |what| Error::Input(format!("{}, {kind} {}: {what}", self.path.display(), self.number));
                 self.ended = row.is_err();
                 return Some(row.map_err(what));
             }

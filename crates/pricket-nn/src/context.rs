@@ -1,8 +1,6 @@
-use std::sync::OnceLock;
-
 use candle_core::{DType, Device, Tensor};
 
-use crate::ops::Scores;
+use crate::ops::{Scores, SharedBias};
 use crate::rotary::Rotary;
 use crate::{Cache, Error, Recording, Result, Site, Taps};
 
@@ -34,7 +32,7 @@ struct Step {
     start: usize,
     layer: usize,
     angles: Option<(Rotary, Tensor, Tensor)>,
-    bias: OnceLock<Option<Tensor>>,
+    bias: SharedBias,
 }
 
 impl Context {
@@ -150,7 +148,7 @@ impl Context {
         if !self.padding.is_empty() && self.padding.len() != batch {
             return Err(Error::Input(format!("{} padding lengths for a batch of {batch}", self.padding.len())));
         }
-        self.step = Some(Step { batch, len, start, layer: 0, angles: None, bias: OnceLock::new() });
+        self.step = Some(Step { batch, len, start, layer: 0, angles: None, bias: SharedBias::default() });
         Ok(())
     }
 

@@ -225,7 +225,36 @@ pub struct Scores<'a> {
     /// Keys hidden on the left of each row; empty for none.
     pub padding: &'a [usize],
     /// Where all layers of a pass share what is added to the scores, once one of them has made it.
-    pub bias: &'a OnceLock<Option<Tensor>>,
+    pub bias: &'a SharedBias,
+}
+
+/// What is added to scores, made by the first who asks and shared with all who ask for the same.
+#[derive(Debug, Default)]
+pub struct SharedBias(OnceLock<(BiasKey, Option<Tensor>)>);
+
+/// What a bias depends on.
+#[derive(Clone, Debug, PartialEq)]
+struct BiasKey {
+    shape: [usize; 4],
+    slopes: Vec<f32>,
+    padding: Vec<usize>,
+}
+
+impl SharedBias {
+    fn get(&self, shape: [usize; 4], scores: &Scores<'_>, device: &Device) -> Result<Option<Tensor>> {
+        let is_same = |(key, bias): &&(BiasKey, Option<Tensor>)| {
+            (key.shape, &key.slopes[..], &key.padding[..]) == (shape, scores.slopes, scores.padding)
+                && bias.as_ref().is_none_or(|bias| bias.device().same_device(device))
+        };
+        if let Some((_, bias)) = self.0.get().filter(is_same) {
+            return Ok(bias.clone());
+        }
+        let bias = attention_bias(shape, scores, device)?;
+        let key = BiasKey { shape, slopes: scores.slopes.to_vec(), padding: scores.padding.to_vec() };
+        // Who asks for something else, in the middle of another pass, gets it and is not remembered.
+        self.0.set((key, bias.clone())).ok();
+        Ok(bias)
+    }
 }
 
 /// Causal attention, the queries being the last positions of the keys: `q` of `[b, h, t, head_dim]`, `k` and `v` of
@@ -252,13 +281,9 @@ pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<T
     let (b, h, t, dim) = q.dims4()?;
     let (k, s) = (repeat_heads(&widened(k, dim, q.dtype())?, h)?, k.dim(2)?);
     let products = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scores.scale)?;
-    if scores.bias.get().is_none() {
-        // Another thread may have been first: it made the same.
-        scores.bias.set(attention_bias([b, h, t, s], &scores, q.device())?).ok();
-    }
-    let products = match scores.bias.get() {
-        Some(Some(bias)) => products.broadcast_add(bias)?,
-        _ => products,
+    let products = match scores.bias.get([b, h, t, s], &scores, q.device())? {
+        Some(bias) => products.broadcast_add(&bias)?,
+        None => products,
     };
     Ok(softmax(&products)?.to_dtype(q.dtype())?)
 }

@@ -11,8 +11,10 @@
 //! assert!(hub.url().starts_with("http://127.0.0.1:"));
 //! ```
 
+mod fault;
 mod repo;
 mod server;
 
+pub use fault::Fault;
 pub use repo::{Content, Repo};
-pub use server::{Fault, Request, TestHub};
+pub use server::{Request, TestHub};

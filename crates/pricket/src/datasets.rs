@@ -41,7 +41,20 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
             seen.extend(listing.into_iter().map(|file| file.path));
             continue;
         }
+        // The same documents may lie there as lines too.
+        let is_parquet = |file: &Listed| file.path.ends_with(".parquet");
+        if wanted.iter().any(is_parquet) {
+            wanted.retain(is_parquet);
+        }
         wanted.sort_by(|a, b| a.path.cmp(&b.path));
+        let folder = |file: &Listed| Path::new(&file.path).parent().map(Path::to_owned);
+        if let Some(other) = wanted.iter().find(|file| folder(file) != folder(&wanted[0])) {
+            let what = format!(
+                "the split {split} lies at {} and at {}: which of them is not clear",
+                wanted[0].path, other.path
+            );
+            return Err(Error::Input(format!("{repo}: {what}")));
+        }
         let whole = hub.fetch(&id, &commit, &wanted, &listing, &telling).map_err(|e| explained(e, &id, None))?;
         return Ok(wanted.iter().map(|file| whole.directory.join(&file.path)).collect());
     }

@@ -289,6 +289,16 @@ impl Pricket {
         Ok(evaluate(&*self.parts.model, self.tokenizer()?, task, documents, examples, &options)?)
     }
 
+    /// The tokens of a prompt; an empty one is the beginning of a document.
+    pub(crate) fn prompt_ids(&self, prompt: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(prompt)?;
+        if ids.is_empty() {
+            let begin = self.parts.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+            ids.push(begin.or(self.parts.eos.first().copied()).unwrap_or(0));
+        }
+        Ok(ids)
+    }
+
     /// The request that continues `ids`, row `row` of a batch, under `options`, stop strings left to the caller.
     fn request(&self, row: usize, ids: Vec<u32>, options: &GenerateOptions) -> Request {
         let eos = if options.stop_at_eos { &self.parts.eos[..] } else { &[] };
@@ -328,17 +338,7 @@ struct Row {
 
 impl Batch {
     fn new(pricket: &Pricket, prompts: &[&str], options: &GenerateOptions) -> Result<Self> {
-        let tokenizer = pricket.tokenizer()?;
-        let mut ids = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            let mut prompt_ids = tokenizer.encode(prompt)?;
-            if prompt_ids.is_empty() {
-                // An empty prompt is the beginning of a document.
-                let begin = pricket.parts.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
-                prompt_ids.push(begin.or(pricket.parts.eos.first().copied()).unwrap_or(0));
-            }
-            ids.push(prompt_ids);
-        }
+        let ids = prompts.iter().map(|prompt| pricket.prompt_ids(prompt)).collect::<Result<Vec<_>>>()?;
         Self::of_ids(pricket, ids, options)
     }
 

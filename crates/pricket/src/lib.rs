@@ -53,6 +53,7 @@ mod published;
 mod qkv;
 mod remote;
 mod repository;
+mod results;
 mod shapes;
 mod sweep;
 mod task;

@@ -59,7 +59,7 @@ pub fn tokens(scored: &[ScoredToken]) -> Result<Picture> {
 /// # Errors
 /// As [`Pricket::generate`].
 pub fn next_tokens(pricket: &Pricket, prompt: &str, count: usize) -> Result<Picture> {
-    let ids = pricket.encode(prompt)?;
+    let ids = pricket.prompt_ids(prompt)?;
     let mut generation = pricket.generation(vec![ids], &GenerateOptions { max_tokens: 1, ..Default::default() })?;
     generation.step()?;
     let logits = generation.logits().first().ok_or_else(|| Error::Input("there is no next token".into()))?;
@@ -80,11 +80,10 @@ pub fn stream(pricket: &Pricket, prompt: &str, options: &GenerateOptions) -> Res
     let mut lines = Lines::default();
     lines.push(prompt);
     let mut stream = pricket.stream(prompt, options)?;
-    for piece in &mut stream {
-        lines.push(&piece?);
-    }
+    let outcome = stream.try_for_each(|piece| piece.map(|piece| lines.push(&piece)));
+    // Also after an error: what was written by then is there to be read.
     lines.end();
-    Ok(stream.into_completion())
+    outcome.map(|()| stream.into_completion())
 }
 
 /// Text on its way to whole lines.
@@ -104,12 +103,17 @@ impl Lines {
 
     /// A line that is full, and what comes after it.
     fn split(&self) -> Option<(String, String)> {
-        if let Some((line, rest)) = self.0.split_once('\n') {
-            return Some((line.into(), rest.into()));
+        let width = self.0.char_indices().nth(Self::WIDTH).map_or(self.0.len(), |(at, _)| at);
+        let parted = |at: usize| Some((self.0[..at].into(), self.0[at + 1..].into()));
+        if let Some(at) = self.0[..width].find('\n') {
+            return parted(at);
         }
-        let (end, _) = self.0.char_indices().nth(Self::WIDTH)?;
-        let at = self.0[..end].rfind(' ').filter(|&at| at > 0)?;
-        Some((self.0[..at].into(), self.0[at + 1..].into()))
+        if width == self.0.len() {
+            return None;
+        }
+        // A word that is longer than a line stays whole.
+        let before = self.0[..width].rfind(' ').filter(|&at| at > 0);
+        parted(before.or_else(|| Some(width + self.0[width..].find([' ', '\n'])?))?)
     }
 
     fn end(&mut self) {
@@ -158,11 +162,17 @@ mod tests {
     fn lines_are_whole() {
         let mut lines = Lines::default();
         lines.push(&"word ".repeat(30));
-        assert!(lines.0.len() < 80 && lines.split().is_none());
+        assert!(lines.0.len() <= 80 && lines.split().is_none(), "{:?}", lines.0);
         lines.push("\nanother\nand");
         assert_eq!(lines.0, "and");
-        // A word without an end is no reason to break it.
+        // A word without an end is no reason to break it; what comes after it is broken again.
         lines.push(&"x".repeat(200));
         assert_eq!(lines.0.len(), 203);
+        lines.push(" and more");
+        assert_eq!(lines.0, "and more");
+        // A line that is too long is broken before its end is looked for.
+        let long = "word ".repeat(40) + "\n";
+        let (line, _) = Lines(long).split().unwrap();
+        assert!(line.len() <= 80, "{line}");
     }
 }

@@ -73,6 +73,13 @@ pub struct Curves {
     pub curves: Vec<Curve>,
 }
 
+impl Curves {
+    /// Whether there is a value that has a place on the axes.
+    fn is_drawable(&self) -> bool {
+        self.curves.iter().any(|curve| !draw::visible(curve, self.log).is_empty())
+    }
+}
+
 /// Rows and columns of figures.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
@@ -125,11 +132,10 @@ impl Picture {
     /// # Errors
     /// [`Error::Input`] if there is nothing to draw.
     pub fn of_curves(panels: Vec<Curves>) -> Result<Self> {
-        let drawable = |panel: &Curves| panel.curves.iter().any(|curve| !draw::visible(curve, panel.log).is_empty());
         if panels.is_empty() || panels.len() > MOST {
             return Err(Error::Input(format!("a picture of {} panels; expected 1 to {MOST}", panels.len())));
         }
-        if let Some(panel) = panels.iter().find(|panel| !drawable(panel)) {
+        if let Some(panel) = panels.iter().find(|panel| !panel.is_drawable()) {
             return Err(Error::Input(format!("there is no finite value of {:?} to draw", panel.y)));
         }
         let size = draw::size_of_curves(&panels);

@@ -13,7 +13,7 @@ use pricket_lm::{Documents, EvalOptions, Task, slice_losses};
 use serde_json::{Value, json};
 
 use crate::checkpoints::{Checkpoint, Checkpoints};
-use crate::{Error, Loader, Pricket, Result};
+use crate::{Error, Loader, Pricket, Result, results};
 
 /// What is measured of each checkpoint.
 #[derive(Clone, Debug)]
@@ -398,31 +398,12 @@ impl Rows {
         })?;
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(io)?;
-        let mut rows = Self { path: path.into(), file, found: BTreeMap::new(), weights: BTreeMap::new(), torn: 0 };
-        let (mut at, mut whole, mut pending) = (0, 0, Vec::new());
-        for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
-            at += line.len();
-            if line.last() != Some(&b'\n') {
-                rows.torn += 1;
-                break;
-            }
-            if line.iter().all(u8::is_ascii_whitespace) {
-                continue;
-            }
-            let row: Value = serde_json::from_slice(line).map_err(|e| {
-                Error::Input(format!("{}, line {}: not a row of a sweep: {e}", path.display(), number + 1))
-            })?;
-            let last = row["part"][0] == row["part"][1];
-            pending.push(row);
-            if last {
-                whole = at;
-                pending.drain(..).for_each(|row| rows.note(&row));
-            }
-        }
-        // A run that was killed while it wrote leaves a line without an end, or a measure without its last row.
-        rows.torn += pending.len();
-        if whole < text.len() {
-            rows.file.set_len(whole as u64).map_err(io)?;
+        let results = results::parse(path, &text)?;
+        let (found, weights) = (BTreeMap::new(), BTreeMap::new());
+        let mut rows = Self { path: path.into(), file, found, weights, torn: results.torn };
+        results.rows.iter().for_each(|row| rows.note(row));
+        if results.whole < text.len() {
+            rows.file.set_len(results.whole as u64).map_err(io)?;
             rows.file.seek(SeekFrom::End(0)).map_err(io)?;
         }
         Ok(rows)

@@ -21,6 +21,7 @@ mod faults;
 mod processes;
 
 /// Python's own client on the same server and the same cache.
+#[cfg(unix)] // Its virtual environments lie otherwise elsewhere.
 mod python;
 
 pub(crate) const ID: &str = "owner/tiny";

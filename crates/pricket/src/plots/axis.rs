@@ -39,16 +39,18 @@ impl Axis {
             Scale::Log => log_ticks(&range),
             Scale::Steps => {
                 let zero = range.contains(&ZERO).then_some(0.0);
-                zero.into_iter().chain((0..=9).map(|n| 10f64.powi(n)).filter(|&x| range.contains(&x.log10()))).collect()
+                let powers = (0..=9).map(|n| 10f64.powi(n)).filter(|&x| range.contains(&x.log10()));
+                let ticks: Vec<f64> = zero.into_iter().chain(powers).collect();
+                // Between two powers of ten there is something to write too.
+                if ticks.len() < 2 && zero.is_none() { log_ticks(&range) } else { ticks }
             }
         };
         Self { scale, range, ticks }
     }
 
-    /// Decimals that tell neighbouring ticks apart.
+    /// Decimals that all ticks are told exactly with: as many for each of a linear axis.
     fn decimals(&self) -> usize {
-        let step = self.ticks.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
-        if step.is_finite() && step < 1.0 { (-step.log10() - 1e-9).ceil().clamp(0.0, 8.0) as usize } else { 0 }
+        self.ticks.iter().map(|&tick| decimals(tick)).max().unwrap_or(0)
     }
 }
 
@@ -106,27 +108,38 @@ impl Ranged for Axis {
 
 impl ValueFormatter<f64> for Axis {
     fn format(value: &f64) -> String {
-        short(*value, 0)
+        short(*value, decimals(*value))
     }
 
     fn format_ext(&self, value: &f64) -> String {
-        short(*value, self.decimals())
+        short(*value, if self.scale == Scale::Linear { self.decimals() } else { decimals(*value) })
     }
+}
+
+/// A number in its unit: thousands, millions.
+fn scaled(value: f64) -> (f64, &'static str) {
+    match value.abs() {
+        size if size >= 1e6 => (value / 1e6, "M"),
+        size if size >= 1e3 => (value / 1e3, "k"),
+        _ => (value, ""),
+    }
+}
+
+/// Decimals that a tick is told exactly with.
+fn decimals(value: f64) -> usize {
+    let (scaled, _) = scaled(value);
+    let exact = |&decimals: &usize| {
+        let rounded: f64 = format!("{scaled:.decimals$}").parse().unwrap_or(scaled);
+        (rounded - scaled).abs() <= 1e-9 * scaled.abs().max(1e-9)
+    };
+    (0..12).find(exact).unwrap_or(12)
 }
 
 /// A number as an axis shows it: `20k`, `1M`.
 fn short(value: f64, decimals: usize) -> String {
-    let size = value.abs();
-    let (scaled, unit) = match size {
-        _ if size >= 1e6 => (value / 1e6, "M"),
-        _ if size >= 1e3 => (value / 1e3, "k"),
-        _ => (value, ""),
-    };
-    // What is left of a scaled number is not rounded away.
-    let decimals = if unit.is_empty() { decimals } else { usize::from(scaled.fract().abs() > 0.01) };
-    if unit.is_empty() && decimals == 0 && scaled.fract() != 0.0 {
-        return format!("{scaled}");
-    }
+    let (scaled, unit) = scaled(value);
+    // What is zero but for rounding has no sign.
+    let scaled = if scaled.abs() < 1e-15 { 0.0 } else { scaled };
     format!("{scaled:.decimals$}{unit}")
 }
 
@@ -144,6 +157,15 @@ mod tests {
         let axis = Axis::over(Scale::Steps, [0.0, 1.0, 143_000.0].into_iter());
         let shown: Vec<String> = axis.ticks.iter().map(|tick| axis.format_ext(tick)).collect();
         assert_eq!(shown, ["0", "1", "10", "100", "1k", "10k", "100k"]);
+        let shown = |scale, values: [f64; 2]| {
+            let axis = Axis::over(scale, values.into_iter());
+            axis.ticks.iter().map(|tick| axis.format_ext(tick)).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(Scale::Linear, [0.0, 1.0]), ["0.00", "0.25", "0.50", "0.75", "1.00"]);
+        assert_eq!(shown(Scale::Linear, [1000.0, 1200.0]), ["1.00k", "1.05k", "1.10k", "1.15k", "1.20k"]);
+        assert_eq!(shown(Scale::Linear, [-0.1, 0.1]), ["-0.10", "-0.05", "0.00", "0.05", "0.10"]);
+        assert_eq!(shown(Scale::Steps, [2000.0, 9000.0]), ["2k", "5k"]);
+        assert!(shown(Scale::Steps, [143_000.0; 2]).len() > 1);
         let axis = Axis::over(Scale::Log, [4.4, 3_684_074.0].into_iter());
         assert_eq!(axis.ticks.first(), Some(&10.0));
         let axis = Axis::over(Scale::Log, [4.4, 5.1].into_iter());

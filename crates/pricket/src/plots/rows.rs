@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{Curve, Curves, Picture, Point, Table};
-use crate::{Error, Result, published};
+use crate::{Error, Result, published, results};
 
 /// A figure of a checkpoint, as [`crate::Sweep`] writes it.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,30 +23,28 @@ pub struct Row {
     pub value: f64,
     /// Its standard error.
     pub stderr: Option<f64>,
+    /// How it was measured.
+    pub settings: Value,
 }
 
 /// Reads files of results, put together. Of a checkpoint and metric that was measured twice the last row counts; rows of
-/// checkpoints that failed, and a last line that was broken off, are passed over.
+/// checkpoints that failed, and a measure that was broken off, are passed over.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Input`] for a line that is no row of a sweep, with its number.
+/// [`Error::Io`]; [`Error::Input`] for what is no row of a sweep.
 pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
     let mut rows: Vec<Row> = Vec::new();
     let mut places: BTreeMap<(String, String, String), usize> = BTreeMap::new();
     for path in paths {
         let path = path.as_ref();
         let text = std::fs::read(path).map_err(|error| Error::Io { path: path.into(), error })?;
-        for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
-            if line.last() != Some(&b'\n') || line.iter().all(u8::is_ascii_whitespace) {
-                continue;
-            }
-            let wrong = |what: &str| Error::Input(format!("{}, line {}: {what}", path.display(), number + 1));
-            let row: Value = serde_json::from_slice(line).map_err(|e| wrong(&format!("not a row of a sweep: {e}")))?;
+        for row in results::parse(path, &text)?.rows {
             if row["error"].is_string() {
                 continue;
             }
             let text = |key: &str| {
-                row[key].as_str().map(str::to_owned).ok_or_else(|| wrong(&format!("a row of a sweep has {key:?}")))
+                let missing = || Error::Input(format!("{}: a row without {key:?}: not of a sweep", path.display()));
+                row[key].as_str().map(str::to_owned).ok_or_else(missing)
             };
             let row = Row {
                 model: text("model")?,
@@ -56,6 +54,7 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
                 // JSON has no NaN: what is no number is null.
                 value: row["value"].as_f64().unwrap_or(f64::NAN),
                 stderr: row["stderr"].as_f64(),
+                settings: row["settings"].clone(),
             };
             let place =
                 *places.entry((row.model.clone(), row.revision.clone(), row.metric.clone())).or_insert(rows.len());
@@ -108,8 +107,12 @@ fn without_seed(label: &str) -> &str {
 /// With `seeds`, runs that differ in their seed are one curve: their mean, in a band of their standard deviation. With
 /// `with_published`, what others have published of these models is drawn beside.
 ///
+/// Metrics without a finite value at any step are left out, unless they are named. Models without training steps have no curve: see
+/// [`table`].
+///
 /// # Errors
-/// [`Error::Input`] if a metric is not there, or nothing is.
+/// [`Error::Input`] if a metric that is named is not there or has nothing to draw, if nothing has, and if rows of a curve were measured
+/// in different ways.
 pub fn curves(rows: &[Row], wanted: &[String], seeds: bool, with_published: bool) -> Result<Picture> {
     let panel = |metric: String| {
         let mut curves: Vec<Curve> = Vec::new();
@@ -142,7 +145,33 @@ pub fn curves(rows: &[Row], wanted: &[String], seeds: bool, with_published: bool
         let (title, y) = metric.split_once('/').unwrap_or(("", &metric));
         Curves { title: title.into(), y: y.replace('_', " "), log, curves }
     };
-    Picture::of_curves(metrics(rows, wanted)?.into_iter().map(panel).collect())
+    let metrics = metrics(rows, wanted)?;
+    metrics.iter().try_for_each(|metric| same_settings(rows, metric))?;
+    if rows.iter().all(|row| row.step.is_none()) {
+        return Err(Error::Input(
+            "no row has a training step, and curves are drawn over steps; a table needs none".into(),
+        ));
+    }
+    let mut panels: Vec<Curves> = metrics.into_iter().map(panel).collect();
+    if wanted.is_empty() {
+        panels.retain(Curves::is_drawable);
+    }
+    Picture::of_curves(panels)
+}
+
+/// Figures over fewer documents, with more examples or of another type of weights are not points of one curve.
+fn same_settings(rows: &[Row], metric: &str) -> Result<()> {
+    let mut of_model: BTreeMap<&str, &Row> = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.metric == metric) {
+        let first = *of_model.entry(&row.model).or_insert(row);
+        if first.settings != row.settings {
+            return Err(Error::Input(format!(
+                "{metric} of {} was measured in different ways: {} at {}, {} at {}; draw from a file for each",
+                row.model, first.settings, first.revision, row.settings, row.revision
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// A value for each step: the one there is, or the mean of several.

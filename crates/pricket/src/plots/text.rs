@@ -16,14 +16,7 @@ const BAR: u32 = 360;
 
 /// A text as it can be seen: what has no shape of its own is spelled.
 pub(super) fn visible_text(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| match c {
-            '\n' => "\\n".chars().collect::<Vec<_>>(),
-            '\t' => "\\t".chars().collect(),
-            c if c.is_control() => Vec::new(),
-            c => vec![c],
-        })
-        .collect()
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 
 /// Where each token stands, and the height of all.
