@@ -224,7 +224,8 @@ pub struct Scores<'a> {
     pub slopes: &'a [f32],
     /// Keys hidden on the left of each row; empty for none.
     pub padding: &'a [usize],
-    /// Where all layers of a pass share what is added to the scores, once one of them has made it.
+    /// Where all layers of a pass share what is added to the scores, once one of them has made it. Scores of another shape, padding
+    /// or slopes get what is theirs.
     pub bias: &'a SharedBias,
 }
 

@@ -148,7 +148,8 @@ pub struct Sweep {
     pub out: PathBuf,
     /// Whether the next checkpoint is loaded while one is measured.
     pub prefetch: bool,
-    /// The Hub, and the bytes that what pricket fetched may take in its cache; older checkpoints are deleted.
+    /// The Hub, and the bytes that the models pricket fetched may take in its cache; those used longest ago are deleted. Datasets
+    /// stay.
     pub budget: Option<(Hub, u64)>,
     /// Says how checkpoints are loaded.
     pub configure: Configure,
