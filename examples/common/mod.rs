@@ -38,9 +38,12 @@ pub(crate) struct ModelArgs {
     /// Order of the QKV rows in a GPT-NeoX GGUF file: split, interleaved, or auto to find out by the loss of a text
     #[arg(long, value_name = "ORDER", default_value = "auto")]
     pub(crate) neox_qkv: pricket::QkvOrder,
-    /// Changes a key of the configuration, as use_parallel_residual=false; can be given several times
+    /// Changes a key of the configuration, as use_parallel_residual=false or attn_config.clip_qkv=6; can be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Loads a checkpoint although its configuration has no use for some of its weights
+    #[arg(long)]
+    pub(crate) allow_unused: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
 }
@@ -91,6 +94,9 @@ impl ModelArgs {
             let (key, value) = change.split_once('=').unwrap_or((change, ""));
             let value = serde_json::from_str::<serde_json::Value>(value).unwrap_or_else(|_| value.into());
             loader = loader.set(key, value);
+        }
+        if self.allow_unused {
+            loader = loader.allow_unused();
         }
         Ok(loader.neox_qkv(self.neox_qkv))
     }

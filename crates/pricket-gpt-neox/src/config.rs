@@ -1,6 +1,8 @@
-use pricket_nn::config::{parse, plausible};
+use pricket_nn::config::{GENERIC, Keys, parse, plausible};
 use pricket_nn::{Activation, Error, Result, Rotary};
 use serde::Deserialize;
+
+use crate::KEYS;
 
 /// The keys of a GPT-NeoX config.json that change the maths, with transformers' defaults.
 #[derive(Clone, Debug, Deserialize)]
@@ -48,6 +50,12 @@ pub struct Config {
     /// Replaces `rope_parameters` where it is set.
     #[serde(default)]
     pub rope_scaling: Option<RopeParameters>,
+    /// Key and value heads; as many as query heads.
+    #[serde(default)]
+    pub num_key_value_heads: Option<usize>,
+    /// Width of a head; `hidden_size / num_attention_heads`.
+    #[serde(default)]
+    pub head_dim: Option<usize>,
 }
 
 /// `rope_parameters` or `rope_scaling`, old spellings included.
@@ -102,9 +110,28 @@ impl Config {
         if !(config.layer_norm_eps > 0.0 && config.layer_norm_eps < 1.0) {
             return Err(Error::config("layer_norm_eps", format!("{} is not between 0 and 1", config.layer_norm_eps)));
         }
+        for (key, value, expected) in
+            [("num_key_value_heads", config.num_key_value_heads, heads), ("head_dim", config.head_dim, d / heads)]
+        {
+            if let Some(value) = value.filter(|value| *value != expected) {
+                return Err(Error::config(
+                    key,
+                    format!("{value} is not implemented; only {expected} is, as for every GPT-NeoX"),
+                ));
+            }
+        }
         config.rotary()?;
         config.activation()?;
+        Keys::check(&[KEYS, GENERIC], json)?;
         Ok(config)
+    }
+
+    /// Keys of a config.json that no version of the class has.
+    ///
+    /// # Errors
+    /// As [`Config::from_json`].
+    pub fn unknown_keys(json: &serde_json::Value) -> Result<Vec<String>> {
+        Keys::check(&[KEYS, GENERIC], json)
     }
 
     pub(crate) fn activation(&self) -> Result<Activation> {
@@ -197,6 +224,17 @@ mod tests {
     }
 
     #[test]
+    fn keys_without_effect_are_left_alone_and_unknown_ones_told() {
+        let config = json!({
+            "vocab_size": 96, "num_key_value_heads": 2, "head_dim": 32, "attention_dropout": 0.1, "rope_scaling": null,
+            "layer_types": ["full_attention"], "temperature": "Infinity", "rope_parameters": {"rope_theta": 1e4, "mscale": 2},
+            "odd_key": 1,
+        });
+        with(&config).unwrap();
+        assert_eq!(Config::unknown_keys(&config).unwrap(), ["odd_key"]);
+    }
+
+    #[test]
     fn what_is_not_implemented_is_refused_by_key() {
         let refused = [
             (json!({"hidden_act": "swish"}), "hidden_act"),
@@ -208,6 +246,13 @@ mod tests {
             (json!({"hidden_size": 1u64 << 40}), "hidden_size"),
             (json!({"rotary_pct": 1.5}), "rotary_pct"),
             (json!({"vocab_size": "many"}), "vocab_size"),
+            (json!({"num_key_value_heads": 1}), "num_key_value_heads"),
+            (json!({"head_dim": 16}), "head_dim"),
+            (json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config"),
+            (json!({"attn_logit_softcapping": 30.0}), "attn_logit_softcapping"),
+            (json!({"is_causal": false}), "is_causal"),
+            (json!({"layer_types": ["full_attention", "sliding_attention"]}), "layer_types"),
+            (json!({"layer_norm_eps": "NaN"}), "layer_norm_eps"),
         ];
         for (change, key) in refused {
             let Err(Error::Config { key: found, .. }) = with(&change) else { panic!("{key} was accepted") };

@@ -1,7 +1,10 @@
 //! What GGUF and the containers before it call the keys of config.json.
 
+use pricket_nn::config::Keys;
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
+
+use crate::GGUF_KEYS;
 
 /// The headers of legacy GGML files: with the residual's kind since 2023-05-13, without it before.
 pub const GGML: [GgmlLayout; 2] = [
@@ -60,10 +63,13 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
     let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("gptneox.{key}"), "missing"));
     let (width, heads) = (number("embedding_length")?, number("attention.head_count")?);
     let head_dim = width / heads.max(1);
-    let scaling = at("rope.scaling.type")
-        .as_str()
-        .filter(|kind| *kind != "none")
-        .map(|kind| json!({"type": kind, "factor": at("rope.scaling.factor")}));
+    Keys::check_gguf(GGUF_KEYS, "gptneox.", metadata)?;
+    // As llama.cpp reads them: a factor is linear unless a type says otherwise, the older key comes second, 0 is none.
+    let factor = [at("rope.scaling.factor"), at("rope.scale_linear")].into_iter().find_map(Value::as_f64);
+    let scaling = match (at("rope.scaling.type").as_str(), factor.filter(|factor| *factor != 0.0)) {
+        (Some("none"), _) | (None | Some("linear"), None) => Value::Null,
+        (kind, factor) => json!({"type": kind.unwrap_or("linear"), "factor": factor}),
+    };
     let kv = at("attention.head_count_kv");
     if kv.as_u64().is_some_and(|kv| kv != heads) {
         return Err(Error::config("gptneox.attention.head_count_kv", format!("{kv} is not implemented")));
@@ -122,6 +128,40 @@ mod tests {
             for rotated in 0..=head_dim {
                 assert_eq!((head_dim as f64 * share(rotated, head_dim)) as u64, rotated, "{rotated} of {head_dim}");
             }
+        }
+    }
+
+    #[test]
+    fn rotary_scaling_of_gguf_is_read_as_llama_cpp_reads_it() {
+        let base = json!({
+            "gptneox.embedding_length": 64, "gptneox.attention.head_count": 2, "gptneox.block_count": 1,
+            "gptneox.context_length": 64, "gptneox.feed_forward_length": 64,
+        });
+        let config = |more: &Value| {
+            let mut metadata = base.clone();
+            metadata.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            crate::Config::from_json(&config_from_gguf(&metadata, &|_| Some(vec![96, 64]))?)
+        };
+        for (keys, factor) in [
+            (json!({}), 1.0),
+            (json!({"gptneox.rope.scale_linear": 4.0}), 4.0),
+            (json!({"gptneox.rope.scaling.factor": 4.0}), 4.0),
+            (json!({"gptneox.rope.scaling.factor": 2.0, "gptneox.rope.scale_linear": 4.0}), 2.0),
+            (json!({"gptneox.rope.scaling.type": "linear", "gptneox.rope.scaling.factor": 8}), 8.0),
+            (json!({"gptneox.rope.scaling.type": "none", "gptneox.rope.scaling.factor": 8.0}), 1.0),
+            (json!({"gptneox.rope.scaling.type": "linear"}), 1.0),
+            (json!({"gptneox.rope.scaling.factor": 0.0}), 1.0),
+        ] {
+            assert_eq!(config(&keys).unwrap().rotary().unwrap().unwrap().factor, factor, "{keys}");
+        }
+        for (keys, named) in [
+            (json!({"gptneox.rope.scaling.type": "yarn", "gptneox.rope.scaling.factor": 4.0}), "yarn"),
+            (json!({"gptneox.attention.sliding_window": 128}), "gptneox.attention.sliding_window"),
+            (json!({"gptneox.attention.key_length": 16}), "gptneox.attention.key_length"),
+            (json!({"gptneox.rope.scaling.attn_factor": 0.5}), "gptneox.rope.scaling.attn_factor"),
+        ] {
+            let error = config(&keys).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
         }
     }
 

@@ -32,15 +32,17 @@
 
 mod config;
 mod formats;
+mod keys;
 mod names;
 
 pub use config::Config;
 pub use formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
+pub use keys::{GGUF_KEYS, KEYS};
 pub use names::{GGUF, NAMES};
 
 use candle_core::Tensor;
 use pricket_nn::{
-    Attention, Block, Context, Decoder, LayerNorm, Linear, Mlp, Result, RowOrder, Site, Sizes, Weights, residual,
+    Attention, Block, Context, Decoder, LayerNorm, Mlp, Result, RowOrder, Site, Sizes, Weights, residual,
 };
 
 /// A GPT-NeoX model.
@@ -108,13 +110,12 @@ impl GptNeoXBlock {
 pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("gpt_neox");
-    let embed = trunk.embedding("embed_in", vocab, d)?;
+    let (embed, head) =
+        weights.embedding_and_head("gpt_neox.embed_in", "embed_out", vocab, d, config.tie_word_embeddings)?;
     let layers = trunk.pp("layers");
     let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| GptNeoXBlock::load(config, &layers.pp(i))).collect();
     let blocks = blocks?;
     let norm = trunk.layer_norm("final_layer_norm", d, config.layer_norm_eps, true)?;
-    let head =
-        if config.tie_word_embeddings { Linear::tied(&embed) } else { weights.linear("embed_out", d, vocab, false)? };
     let heads = config.num_attention_heads;
     let trained_length = config.max_position_embeddings;
     let context = Some(trained_length);

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 /// [`Settings::from_env`] reads what Python's `huggingface_hub` reads: `HF_ENDPOINT`; `HF_HOME` (or `XDG_CACHE_HOME`),
 /// `HF_HUB_CACHE` (or `HUGGINGFACE_HUB_CACHE`); `HF_TOKEN` (or `HUGGING_FACE_HUB_TOKEN`), `HF_TOKEN_PATH`,
 /// `HF_HUB_DISABLE_IMPLICIT_TOKEN`; `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`); `HF_HUB_DOWNLOAD_TIMEOUT`,
-/// `HF_HUB_ETAG_TIMEOUT`; `HF_HUB_DISABLE_SYMLINKS`.
+/// `HF_HUB_ETAG_TIMEOUT`; `HF_HUB_DISABLE_SYMLINKS`. Variables in paths are expanded: `HF_HOME='$SCRATCH/hf'`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Settings {
@@ -120,7 +120,7 @@ impl Settings {
     }
 
     fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        let var = |name: &str| var(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
+        let var = &|name: &str| var(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
         let yes = |name: &str| var(name).is_some_and(|v| matches!(&*v.to_uppercase(), "1" | "ON" | "YES" | "TRUE"));
         let seconds = |name: &str| -> Result<Option<Duration>> {
             let Some(text) = var(name) else { return Ok(None) };
@@ -130,31 +130,38 @@ impl Settings {
                 None => Err(Error::Input(format!("{name} is {text:?}; expected seconds"))),
             }
         };
-        let home = || var("HOME").map(PathBuf::from).or_else(std::env::home_dir);
-        let path = |text: String| match text.strip_prefix("~/") {
-            Some(rest) => home().map_or_else(|| PathBuf::from(&text), |home| home.join(rest)),
-            None => PathBuf::from(text),
+        let home = || var("HOME").or_else(|| std::env::home_dir()?.into_os_string().into_string().ok());
+        let path = |name: &str, text: &str| {
+            expanded(text, home, var).map_err(|what| Error::Input(format!("{name} is {text:?}: {what}")))
         };
-        let hf_home = match var("HF_HOME").or_else(|| var("XDG_CACHE_HOME").map(|cache| format!("{cache}/huggingface")))
-        {
-            Some(text) => path(text),
-            None => home()
-                .ok_or_else(|| Error::Input("no home directory; set HF_HOME or HF_HUB_CACHE".into()))?
-                .join(".cache/huggingface"),
+        let hf_home = match (var("HF_HOME"), var("XDG_CACHE_HOME")) {
+            (Some(text), _) => path("HF_HOME", &text)?,
+            (None, Some(cache)) => path("XDG_CACHE_HOME", &format!("{cache}/huggingface"))?,
+            (None, None) => match home() {
+                Some(home) => format!("{home}/.cache/huggingface"),
+                None => return Err(Error::Input("no home directory; set HF_HOME or HF_HUB_CACHE".into())),
+            },
         };
-        let cache =
-            var("HF_HUB_CACHE").or_else(|| var("HUGGINGFACE_HUB_CACHE")).map_or_else(|| hf_home.join("hub"), path);
+        // What HF_HOME gives is expanded a second time, as in Python: a variable may hold the name of another.
+        let cache = match (var("HF_HUB_CACHE"), var("HUGGINGFACE_HUB_CACHE")) {
+            (Some(text), _) => path("HF_HUB_CACHE", &text)?,
+            (None, Some(text)) => path("HUGGINGFACE_HUB_CACHE", &text)?,
+            (None, None) => path("HF_HOME", &format!("{hf_home}/hub"))?,
+        };
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         if crate::http::origin(&endpoint).is_none() {
             let what = "HF_ENDPOINT is no address of a Hub; expected http or https, without a user and a password";
             return Err(Error::Input(what.into()));
         }
         let mut settings = Self::new(&endpoint, cache);
-        let token_file = var("HF_TOKEN_PATH").map_or_else(|| hf_home.join("token"), path);
+        let token_file = match var("HF_TOKEN_PATH") {
+            Some(text) => path("HF_TOKEN_PATH", &text)?,
+            None => path("HF_HOME", &format!("{hf_home}/token"))?,
+        };
         settings.token = match var("HF_TOKEN").or_else(|| var("HUGGING_FACE_HUB_TOKEN")) {
             _ if yes("HF_HUB_DISABLE_IMPLICIT_TOKEN") => None,
             Some(token) => Some(Token::new(&token)?),
-            None => read_token(&token_file)?,
+            None => read_token(Path::new(&token_file))?,
         };
         settings.offline = yes("HF_HUB_OFFLINE") || yes("TRANSFORMERS_OFFLINE");
         settings.symlinks &= !yes("HF_HUB_DISABLE_SYMLINKS");
@@ -163,6 +170,44 @@ impl Settings {
         patience.answer = seconds("HF_HUB_ETAG_TIMEOUT")?.unwrap_or(patience.answer);
         Ok(settings)
     }
+}
+
+/// A path with `~` at its beginning, then `$VAR` and `${VAR}`, replaced as Python's `expanduser` and `expandvars` do it; on
+/// Windows `%VAR%` too. A variable that is not set stays as it is written.
+fn expanded(
+    text: &str,
+    home: impl Fn() -> Option<String>,
+    var: &dyn Fn(&str) -> Option<String>,
+) -> Result<String, &'static str> {
+    let text = match text.strip_prefix('~') {
+        None => text.to_owned(),
+        Some(rest) if rest.is_empty() || rest.starts_with(std::path::is_separator) => {
+            home().ok_or("there is no home directory")? + rest
+        }
+        Some(_) => return Err("the home of another user is not looked up; write its path"),
+    };
+    let (mut out, mut rest) = (String::new(), text.as_str());
+    while let Some(at) = rest.find(|c| c == '$' || (cfg!(windows) && c == '%')) {
+        out.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let (name, len) = if let Some(inner) = rest.strip_prefix("${") {
+            inner.split_once('}').map_or(("", 1), |(name, _)| (name, name.len() + 3))
+        } else if let Some(inner) = rest.strip_prefix('%') {
+            inner.split_once('%').map_or(("", 1), |(name, _)| (name, name.len() + 2))
+        } else {
+            let inner = &rest[1..];
+            let name = &inner[..inner.find(|c| !is_name(c)).unwrap_or(inner.len())];
+            (name, name.len() + 1)
+        };
+        match var(name).filter(|_| !name.is_empty()) {
+            Some(value) => out.push_str(&value),
+            None => out.push_str(&rest[..len]),
+        }
+        rest = &rest[len..];
+    }
+    out.push_str(rest);
+    Ok(out)
 }
 
 fn read_token(path: &Path) -> Result<Option<Token>> {
@@ -177,6 +222,38 @@ mod tests {
 
     fn with(vars: &[(&str, &str)]) -> Result<Settings> {
         Settings::from_vars(|name| vars.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).into()))
+    }
+
+    /// Checked against huggingface_hub 2.4.
+    #[test]
+    fn variables_in_paths_are_expanded_as_python_expands_them() {
+        let cache = |name: &str, value: &str| {
+            let vars = [("HOME", "/h"), ("SCRATCH", "/s"), ("USER_1", "ann"), ("NEST", "$SCRATCH"), (name, value)];
+            with(&vars).map(|settings| settings.cache.to_string_lossy().into_owned())
+        };
+        for (value, expected) in [
+            ("$SCRATCH/hf", "/s/hf/hub"),
+            ("${SCRATCH}/${USER_1}", "/s/ann/hub"),
+            ("~/$USER_1", "/h/ann/hub"),
+            ("~", "/h/hub"),
+            ("/a~/b", "/a~/b/hub"),
+            ("$NEST/hf", "/s/hf/hub"),
+            ("/x/$UNSET/${UNSET}", "/x/$UNSET/${UNSET}/hub"),
+            ("/x/$$SCRATCH", "/x/$/s/hub"),
+            ("/x/$SCRATCHy/$-/${SCRATCH", "/x/$SCRATCHy/$-/${SCRATCH/hub"),
+            ("'$SCRATCH'", "'/s'/hub"),
+        ] {
+            assert_eq!(cache("HF_HOME", value).unwrap(), expected, "{value}");
+        }
+        assert_eq!(cache("XDG_CACHE_HOME", "$SCRATCH/c").unwrap(), "/s/c/huggingface/hub");
+        assert_eq!(cache("HF_HUB_CACHE", "$SCRATCH/c").unwrap(), "/s/c");
+        assert_eq!(cache("HUGGINGFACE_HUB_CACHE", "~/c").unwrap(), "/h/c");
+        assert!(cache("HF_HOME", "~bob/c").unwrap_err().to_string().contains("HF_HOME is \"~bob/c\""));
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tok"), "hf_of_a_file").unwrap();
+        let place = dir.path().to_string_lossy().into_owned();
+        let settings = with(&[("HOME", &place), ("HF_TOKEN_PATH", "$HOME/tok")]).unwrap();
+        assert_eq!(settings.token.unwrap().bearer(), "Bearer hf_of_a_file");
     }
 
     #[test]

@@ -112,8 +112,14 @@ impl Sampling {
             return;
         }
         if self.temperature != 1.0 {
+            let largest =
+                logits.iter().copied().filter(|x| x.is_finite()).fold(0.0, |largest: f32, x| largest.max(x.abs()));
+            // Probabilities do not change with what all logits have in common. Where the quotients would be infinite, the
+            // largest logit becomes 0.
+            let shift = if (largest / self.temperature).is_finite() { 0.0 } else { max(logits) };
             for x in logits.iter_mut() {
-                *x /= self.temperature;
+                // Equal infinities have no difference.
+                *x = if *x == shift { 0.0 } else { (*x - shift) / self.temperature };
             }
         }
         if self.top_k > 0 && self.top_k < logits.len() {
@@ -162,10 +168,16 @@ impl Sampling {
     }
 }
 
-/// Softmax in f64; the sum over a large vocabulary would lose digits otherwise.
+fn max(scores: &[f32]) -> f32 {
+    scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Softmax in f64; the sum over a large vocabulary would lose digits otherwise. Scores that a penalty made infinite share the
+/// probability.
 fn softmax(scores: &[f32]) -> Vec<f64> {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weights: Vec<f64> = scores.iter().map(|&x| f64::from(x - max).exp()).collect();
+    let max = max(scores);
+    let weight = |&x: &f32| if x == max { 1.0 } else { f64::from(x - max).exp() };
+    let weights: Vec<f64> = scores.iter().map(weight).collect();
     let sum: f64 = weights.iter().sum();
     weights.into_iter().map(|w| w / sum).collect()
 }
@@ -303,6 +315,31 @@ mod tests {
                 assert!((a - b).abs() < 0.035, "{sampling:?}: {a} and {b}");
             }
         }
+    }
+
+    #[test]
+    fn the_smallest_temperatures_and_penalties_draw_the_likeliest_token() {
+        let logits = [1.0f32, -3.0, 3.5, 3.5 - 1e-6, -2.0];
+        for temperature in [1e-45, 1e-40, 1e-38, 1e-20, 1e-9] {
+            for (top_p, min_p, typical_p) in [(1.0, 0.0, 1.0), (0.9, 0.0, 1.0), (1.0, 0.1, 1.0), (1.0, 0.0, 0.9)] {
+                let sampling = Sampling { temperature, top_p, min_p, typical_p, ..Sampling::default() };
+                sampling.check().unwrap();
+                for seed in 0..20 {
+                    let id = Sampler::new(sampling.clone(), seed).sample(&mut logits.to_vec(), &[], 0);
+                    assert_eq!(id, 2, "temperature {temperature}, seed {seed}");
+                }
+            }
+        }
+        // Tokens that are equal stay equal.
+        let tied = Sampling { temperature: 1e-40, ..Sampling::default() };
+        let counts = histogram(3, {
+            let mut sampler = Sampler::new(tied, 1);
+            move || sampler.sample(&mut [2.0, 2.0, 1.0], &[], 0)
+        });
+        assert!((counts[0] - 0.5).abs() < 0.05 && counts[2] == 0.0, "{counts:?}");
+        // A penalty that overflows makes a token certain, not all of them undefined.
+        let penalty = Sampling { repetition_penalty: 1e-38, ..Sampling::default() };
+        assert_eq!(Sampler::new(penalty, 3).sample(&mut [1.0, 50.0, 2.0], &[1], 1), 1);
     }
 
     #[test]

@@ -2,12 +2,14 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use pricket_nn::clip;
+use pricket_nn::{clip, parse_json};
+use serde_json::Value;
 
+use crate::tokenizer_file::Siblings;
 use crate::vocabulary::{self, Vocabulary};
 use crate::{Error, Result, tokenizer_file};
 
-/// A repository's tokenizer.json. Cheap to clone.
+/// A repository's tokenizer.json, with the tokens that the files beside it add. Cheap to clone.
 ///
 /// Decoding is of bytes: the bytes of all tokens, put together, read as UTF-8 with U+FFFD for what is none. So
 /// decoding at once and decoding token by token give the same text, whatever the ids.
@@ -26,21 +28,33 @@ struct Shared {
 }
 
 impl Tokenizer {
-    /// Reads a tokenizer.json.
+    /// Reads a tokenizer.json. Beside a file of that name, tokenizer_config.json, special_tokens_map.json and
+    /// added_tokens.json add tokens as they do in transformers.
     ///
     /// # Errors
     /// [`Error::Tokenizer`], naming the file.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let origin = path.display().to_string();
-        let bad = |what: String| Error::Tokenizer { origin: origin.clone(), what };
-        // Looked at before it is read: a pipe would never end.
-        let meta = std::fs::metadata(path).map_err(|e| bad(e.to_string()))?;
-        if !meta.is_file() || meta.len() > tokenizer_file::MAX_SIZE {
-            return Err(bad(format!("{} bytes are no tokenizer.json", meta.len())));
-        }
-        let bytes = std::fs::read(path).map_err(|e| bad(e.to_string()))?;
-        Self::from_bytes(&bytes, origin)
+        let json = read(path)?;
+        let sibling = |name: &str| -> Result<Option<Value>> {
+            let path = path.with_file_name(name);
+            if !path.exists() {
+                return Ok(None);
+            }
+            let what = |e: serde_json::Error| format!("not valid JSON: {}", clip(&e.to_string()));
+            let wrong = |e| Error::Tokenizer { origin: path.display().to_string(), what: what(e) };
+            parse_json(&read(&path)?).map(Some).map_err(wrong)
+        };
+        let siblings = if path.file_name().is_some_and(|name| name == "tokenizer.json") {
+            Siblings {
+                config: sibling("tokenizer_config.json")?,
+                map: sibling("special_tokens_map.json")?,
+                added: sibling("added_tokens.json")?,
+            }
+        } else {
+            Siblings::default()
+        };
+        Self::new(&json, &siblings, path.display().to_string())
     }
 
     /// Reads the bytes of a tokenizer.json; `origin` names it in messages.
@@ -48,11 +62,18 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`], naming the file.
     pub fn from_bytes(json: &[u8], origin: impl Into<String>) -> Result<Self> {
-        let origin = origin.into();
+        Self::new(json, &Siblings::default(), origin.into())
+    }
+
+    fn new(json: &[u8], siblings: &Siblings, origin: String) -> Result<Self> {
         let bad = |what: String| Error::Tokenizer { origin: origin.clone(), what };
-        let json = tokenizer_file::checked(json).map_err(&bad)?;
+        let (json, own) = tokenizer_file::checked(json).map_err(&bad)?;
         let inner = tokenizers::Tokenizer::from_bytes(json);
-        let inner = inner.map_err(|e| bad(format!("not a tokenizer.json: {}", clip(&e.to_string()))))?;
+        let mut inner = inner.map_err(|e| bad(format!("not a tokenizer.json: {}", clip(&e.to_string()))))?;
+        let added = siblings.tokens(&own).map_err(&bad)?;
+        // A later description of a token replaces an earlier one.
+        let library = added.iter().map(tokenizer_file::AddedToken::to_library);
+        inner.add_tokens(library).map_err(|e| bad(clip(&e.to_string())))?;
         let vocab = inner.get_vocab(true);
         let size = vocab.values().max().map_or(0, |&id| id as usize + 1);
         let alphabet = byte_alphabet();
@@ -66,7 +87,9 @@ impl Tokenizer {
         for (id, token) in inner.get_added_tokens_decoder() {
             if let Some(slot) = bytes.get_mut(id as usize) {
                 *slot = token.content.as_bytes().to_vec();
-                special[id as usize] = token.special;
+                // Once special, always special: so does the library when it decodes.
+                let was_special = || own.iter().chain(&added).any(|t| t.is_special() && t.content() == token.content);
+                special[id as usize] = token.special || was_special();
             }
         }
         Ok(Self { shared: Arc::new(Shared { inner, origin, bytes, special }) })
@@ -177,6 +200,21 @@ impl Tokenizer {
     pub fn decoder(&self) -> Decoder {
         Decoder { tokenizer: self.clone(), pending: Vec::new() }
     }
+}
+
+/// A file of a tokenizer.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let bad = |what: String| Error::Tokenizer { origin: path.display().to_string(), what };
+    // Looked at before it is read: a pipe would never end.
+    let meta = std::fs::metadata(path).map_err(|e| bad(e.to_string()))?;
+    if !meta.is_file() || meta.len() > tokenizer_file::MAX_SIZE {
+        return Err(bad(format!(
+            "{} bytes; a file of a tokenizer has at most {}",
+            meta.len(),
+            tokenizer_file::MAX_SIZE
+        )));
+    }
+    std::fs::read(path).map_err(|e| bad(e.to_string()))
 }
 
 /// Turns ids into text as they come, holding back the bytes of an unfinished character.

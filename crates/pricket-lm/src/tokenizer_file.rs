@@ -4,9 +4,10 @@
 //! make it panic, others take gigabytes. The tokenizers of these families need little of what it can do, so everything
 //! else is refused by name, and what is let through is written out anew.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use pricket_nn::clip;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// That of GPT-NeoX has 2.5 MB, and twice that if it is written with one merge a line.
@@ -18,7 +19,7 @@ const MAX_ADDED_TOTAL: usize = 256 << 10;
 
 type Result<T> = std::result::Result<T, String>;
 
-#[derive(serde::Deserialize)]
+#[derive(Deserialize)]
 struct File {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
@@ -33,9 +34,11 @@ struct File {
     model: Model,
 }
 
-#[derive(serde::Deserialize)]
+/// A token that is looked for in the text before anything else.
+#[derive(Clone, Debug, Deserialize)]
 #[allow(clippy::struct_excessive_bools, reason = "as the file has them")]
-struct AddedToken {
+pub(crate) struct AddedToken {
+    #[serde(default)]
     id: u32,
     content: String,
     #[serde(default)]
@@ -49,7 +52,7 @@ struct AddedToken {
     special: bool,
 }
 
-#[derive(serde::Deserialize)]
+#[derive(Deserialize)]
 struct Model {
     #[serde(rename = "type")]
     kind: Option<String>,
@@ -63,17 +66,144 @@ struct Model {
 }
 
 /// `["a", "b"]`, or `"a b"` in files of before 2024.
-#[derive(serde::Deserialize)]
+#[derive(Deserialize)]
 #[serde(untagged)]
 enum Merge {
     Pair(String, String),
     Text(String),
 }
 
-/// The file again, in words that the library takes without harm; or what is wrong with it.
+impl AddedToken {
+    /// A special token, as its bare name stands for.
+    fn special(content: &str) -> Self {
+        let (normalized, content) = (Some(false), content.to_owned());
+        Self { id: 0, content, single_word: false, lstrip: false, rstrip: false, normalized, special: true }
+    }
+
+    pub(crate) fn is_special(&self) -> bool {
+        self.special
+    }
+
+    pub(crate) fn content(&self) -> &str {
+        &self.content
+    }
+
+    /// The same in the library's words.
+    pub(crate) fn to_library(&self) -> tokenizers::AddedToken {
+        tokenizers::AddedToken::from(self.content.clone(), self.special)
+            .single_word(self.single_word)
+            .lstrip(self.lstrip)
+            .rstrip(self.rstrip)
+            .normalized(self.normalized.unwrap_or(!self.special))
+    }
+}
+
+/// The files beside a tokenizer.json that name more tokens.
+#[derive(Debug, Default)]
+pub(crate) struct Siblings {
+    /// tokenizer_config.json.
+    pub(crate) config: Option<Value>,
+    /// special_tokens_map.json.
+    pub(crate) map: Option<Value>,
+    /// added_tokens.json.
+    pub(crate) added: Option<Value>,
+}
+
+/// Attributes that name a special token, in the order of transformers.
+const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+/// Attributes that name several.
+const LISTS: [&str; 2] = ["additional_special_tokens", "extra_special_tokens"];
+
+impl Siblings {
+    /// The tokens to add after those of the tokenizer.json, which are `own`, in their order.
+    ///
+    /// As transformers 5 (`TokenizersBackend`) adds them: the ids that files declare only say in which order. Where
+    /// tokenizer_config.json has `added_tokens_decoder` it is the whole truth, and the other two files are not read.
+    pub(crate) fn tokens(&self, own: &[AddedToken]) -> Result<Vec<AddedToken>> {
+        if self.config.is_none() && self.map.is_none() && self.added.is_none() {
+            return Ok(Vec::new());
+        }
+        let null = Value::Null;
+        let (config, map) = (self.config.as_ref().unwrap_or(&null), self.map.as_ref().unwrap_or(&null));
+        let decoder = config.get("added_tokens_decoder");
+        // The map comes before the configuration.
+        let attribute =
+            |key: &str| map.get(key).filter(|_| decoder.is_none()).or_else(|| config.get(key)).unwrap_or(&null);
+        let mut named = Vec::new();
+        for key in NAMED {
+            named.extend(token_of(key, attribute(key))?);
+        }
+        let is_named = |content: &str| named.iter().any(|token| token.content == content);
+        let mut listed = Vec::new();
+        for (key, value) in LISTS.iter().map(|key| (key, attribute(key))) {
+            let items: Vec<&Value> = match value {
+                Value::Array(items) => items.iter().collect(),
+                Value::Object(items) => items.values().collect(),
+                _ => Vec::new(),
+            };
+            for item in items {
+                listed.extend(token_of(key, item)?);
+            }
+        }
+        let mut by_id = BTreeMap::new();
+        if let Some(decoder) = decoder {
+            for (id, value) in decoder.as_object().into_iter().flatten() {
+                let wrong = |what: &str| format!("tokenizer_config.json: added_tokens_decoder: {}: {what}", clip(id));
+                let id: u32 = id.parse().map_err(|_| wrong("not an id"))?;
+                let token = AddedToken::deserialize(value).map_err(|e| wrong(&e.to_string()))?;
+                by_id.insert(id, token);
+            }
+        } else {
+            for (content, id) in self.added.as_ref().and_then(Value::as_object).into_iter().flatten() {
+                let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+                let id =
+                    id.ok_or_else(|| format!("added_tokens.json: the id of {:?} is not a number", clip(content)))?;
+                let special = is_named(content) || listed.iter().any(|token| token.content == *content);
+                by_id.insert(id, AddedToken { special, normalized: Some(!special), ..AddedToken::special(content) });
+            }
+            by_id.extend(own.iter().map(|token| (token.id, token.clone())));
+        }
+        let mut out: Vec<AddedToken> = by_id.into_values().collect();
+        for token in named.iter().chain(&listed) {
+            if !own.iter().chain(&out).any(|known| known.content == token.content) {
+                out.push(token.clone());
+            }
+        }
+        for token in &mut out {
+            token.special |= is_named(&token.content);
+        }
+        out.retain(|token| !token.content.is_empty());
+        check_added(own.iter().chain(&out))?;
+        Ok(out)
+    }
+}
+
+/// A token that is named by its text, or described; none for `null` and what is neither.
+fn token_of(key: &str, value: &Value) -> Result<Option<AddedToken>> {
+    match value {
+        Value::String(content) => Ok(Some(AddedToken::special(content))),
+        Value::Object(_) => {
+            let token = AddedToken::deserialize(value).map_err(|e| format!("{key}: {}", clip(&e.to_string())))?;
+            let normalized = token.normalized.or(Some(false));
+            Ok(Some(AddedToken { special: true, normalized, ..token }))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Refuses added tokens that take much memory.
+fn check_added<'a>(tokens: impl Iterator<Item = &'a AddedToken> + Clone) -> Result<()> {
+    let total: usize = tokens.clone().map(|token| token.content.len()).sum();
+    if total > MAX_ADDED_TOTAL || tokens.clone().any(|token| token.content.len() > MAX_ADDED) {
+        return Err(format!("its added tokens take {total} bytes of text"));
+    }
+    Ok(())
+}
+
+/// The file again, in words that the library takes without harm, and its added tokens; or what is wrong with it.
 ///
 /// `truncation` and `padding`, left over from fine-tuning, are dropped: a prompt is never cut or filled up.
-pub(crate) fn checked(json: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn checked(json: &[u8]) -> Result<(Vec<u8>, Vec<AddedToken>)> {
     if json.len() as u64 > MAX_SIZE {
         return Err(format!("{} bytes are no tokenizer.json", json.len()));
     }
@@ -85,10 +215,7 @@ pub(crate) fn checked(json: &[u8]) -> Result<Vec<u8>> {
     allow("normalizer", &file.normalizer, "normalizers", &["NFC", "NFD", "NFKC", "NFKD"])?;
     allow("pre_tokenizer", &file.pre_tokenizer, "pretokenizers", &["ByteLevel", "Digits"])?;
     allow("post_processor", &file.post_processor, "processors", &["ByteLevel", "TemplateProcessing"])?;
-    let total: usize = file.added_tokens.iter().map(|token| token.content.len()).sum();
-    if total > MAX_ADDED_TOTAL || file.added_tokens.iter().any(|token| token.content.len() > MAX_ADDED) {
-        return Err(format!("its added tokens take {total} bytes of text"));
-    }
+    check_added(file.added_tokens.iter())?;
     let model = file.model;
     let merges = merges(&model)?;
     let tokens = model.vocab.len() + file.added_tokens.len();
@@ -115,7 +242,7 @@ pub(crate) fn checked(json: &[u8]) -> Result<Vec<u8>> {
             "ignore_merges": model.ignore_merges, "vocab": model.vocab, "merges": merges,
         },
     });
-    Ok(text.to_string().into_bytes())
+    Ok((text.to_string().into_bytes(), file.added_tokens))
 }
 
 /// The `type` of a section.

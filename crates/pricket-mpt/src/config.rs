@@ -1,7 +1,10 @@
-use pricket_nn::config::{parse, plausible};
+use pricket_nn::config::{GENERIC, Keys, parse, plausible};
 use pricket_nn::{Activation, Alibi, Error, Result};
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
+
+use crate::keys::{KEYS, MOSAIC_GPT_KEYS};
 
 /// The keys of an MPT config.json that change the maths, with llm-foundry's defaults.
 ///
@@ -28,9 +31,18 @@ pub struct Config {
     /// Whether positions are learned, where ALiBi is off.
     #[serde(default = "yes")]
     pub learned_pos_emb: bool,
-    /// Added to the variance in every norm.
-    #[serde(default = "eps")]
-    pub layer_norm_epsilon: f64,
+    /// Whether the fused projection has a bias, where that differs from what `no_bias` says of all.
+    #[serde(default)]
+    pub attention_bias: Option<bool>,
+    /// Added to the variance in every norm but those of queries and keys: llm-foundry's key.
+    #[serde(default)]
+    pub norm_eps: Option<f64>,
+    /// The same: transformers' key.
+    #[serde(default)]
+    pub layer_norm_epsilon: Option<f64>,
+    /// Width of a head; `d_model / n_heads`.
+    #[serde(default)]
+    pub head_dim: Option<usize>,
     /// Multiplies the logits: a number, or `inv_sqrt_d_model`.
     #[serde(default)]
     pub logit_scale: Option<Value>,
@@ -38,7 +50,7 @@ pub struct Config {
     #[serde(default = "yes")]
     pub tie_word_embeddings: bool,
     /// Of attention.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub attn_config: AttentionConfig,
     /// Of the MLP, in later versions: `ffn_type`, `ffn_act_fn`.
     #[serde(default)]
@@ -59,6 +71,16 @@ enum Spelling {
     MosaicGpt,
 }
 
+impl Spelling {
+    fn of(json: &Value) -> Self {
+        match (json["architectures"][0].as_str(), json["model_type"].as_str()) {
+            (Some("MosaicGPT"), _) | (_, Some("mosaic_gpt")) => Spelling::MosaicGpt,
+            (Some("MptForCausalLM"), _) => Spelling::Native,
+            _ => Spelling::Foundry,
+        }
+    }
+}
+
 /// `attn_config`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -69,7 +91,12 @@ pub struct AttentionConfig {
     pub kv_n_heads: Option<usize>,
     /// Whether queries and keys are normed over all heads together.
     pub qk_ln: bool,
-    /// Queries, keys and values are clamped to plus and minus this.
+    /// Added to the variance in the norms of queries and keys.
+    pub norm_eps: Option<f64>,
+    /// As [`Config::head_dim`].
+    pub head_dim: Option<usize>,
+    /// Queries, keys and values are clamped to plus and minus this; 0, `false` and infinity are no limit.
+    #[serde(deserialize_with = "limit")]
     pub clip_qkv: Option<f64>,
     /// Multiplies the scores; `1 / sqrt(head_dim)` by default.
     pub softmax_scale: Option<f64>,
@@ -87,8 +114,24 @@ fn four() -> f64 {
     4.0
 }
 
-fn eps() -> f64 {
-    1e-5
+/// The epsilon of every norm, unless a key says otherwise.
+const EPS: f64 = 1e-5;
+
+/// `null` is what a key has that is not there.
+fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+/// A number that Python code asks for its truth before it is used.
+fn limit<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+    match Value::deserialize(from)? {
+        Value::Null | Value::Bool(false) => Ok(None),
+        Value::String(text) if text == "Infinity" => Ok(None),
+        value => match value.as_f64() {
+            Some(limit) => Ok(Some(limit).filter(|limit| *limit != 0.0)),
+            None => Err(D::Error::custom(format!("{value} is not a number"))),
+        },
+    }
 }
 
 fn yes() -> bool {
@@ -110,37 +153,13 @@ fn from_mosaic_gpt(json: &Value) -> Value {
     out
 }
 
-/// Refuses by name what changes the maths and is not done here.
-fn check_implemented(json: &Value) -> Result<()> {
-    let harmless = |key: &str, value: &Value| match key {
-        "attn_config.sliding_window_size" => *value == json!(-1) || value.is_null(),
-        "ffn_config.ffn_type" => *value == json!("mptmlp") || value.is_null(),
-        "norm_type" => {
-            value.is_null() || ["layernorm", "low_precision_layernorm"].iter().any(|norm| *value == json!(norm))
-        }
-        _ => *value == json!(false) || value.is_null(),
-    };
-    let keys = ["prefix_lm", "attn_uses_sequence_id", "rope", "qk_gn", "sliding_window_size"];
-    let attention = keys.iter().map(|key| (format!("attn_config.{key}"), &json["attn_config"][key]));
-    let others = ["norm_type"].map(|key| (key.to_owned(), &json[key]));
-    let ffn = ("ffn_config.ffn_type".to_owned(), &json["ffn_config"]["ffn_type"]);
-    match attention.chain(others).chain([ffn]).find(|(key, value)| !harmless(key, value)) {
-        Some((key, value)) => Err(Error::config(key, format!("{value} is not implemented"))),
-        None => Ok(()),
-    }
-}
-
 impl Config {
     /// Reads a config.json of any of the three spellings and checks that the sizes fit each other.
     ///
     /// # Errors
     /// [`Error::Config`], naming the key.
     pub fn from_json(json: &Value) -> Result<Self> {
-        let spelling = match (json["architectures"][0].as_str(), json["model_type"].as_str()) {
-            (Some("MosaicGPT"), _) | (_, Some("mosaic_gpt")) => Spelling::MosaicGpt,
-            (Some("MptForCausalLM"), _) => Spelling::Native,
-            _ => Spelling::Foundry,
-        };
+        let (original, spelling) = (json, Spelling::of(json));
         let json = if spelling == Spelling::MosaicGpt { &from_mosaic_gpt(json) } else { json };
         let mut config: Self = parse(json)?;
         config.spelling = spelling;
@@ -150,10 +169,23 @@ impl Config {
         plausible("n_heads", config.n_heads, 1 << 12)?;
         plausible("max_seq_len", config.max_seq_len, 1 << 24)?;
         config.check_sizes()?;
-        check_implemented(json)?;
         config.activation()?;
         config.logit_scale()?;
+        Self::unknown_keys(original)?;
         Ok(config)
+    }
+
+    /// Keys of a config.json that no version of its class has.
+    ///
+    /// # Errors
+    /// As [`Config::from_json`].
+    pub fn unknown_keys(json: &Value) -> Result<Vec<String>> {
+        Keys::check(Self::tables(json), json)
+    }
+
+    /// The keys of the class that a config.json is of.
+    pub fn tables(json: &Value) -> &'static [Keys] {
+        if Spelling::of(json) == Spelling::MosaicGpt { &[MOSAIC_GPT_KEYS, GENERIC] } else { &[KEYS, GENERIC] }
     }
 
     fn check_sizes(&self) -> Result<()> {
@@ -161,9 +193,18 @@ impl Config {
         if d % heads != 0 {
             return Err(Error::config("n_heads", format!("{heads} does not divide d_model {d}")));
         }
+        for (key, found) in [("head_dim", self.head_dim), ("attn_config.head_dim", self.attn_config.head_dim)] {
+            if let Some(found) = found.filter(|found| *found != d / heads) {
+                let what = format!("{found} is not implemented; only {} is, d_model by n_heads", d / heads);
+                return Err(Error::config(key, what));
+            }
+        }
         let hidden = self.expansion_ratio * d as f64;
         // A ratio that was made of two widths is not always the float that gives them back.
-        if !(hidden >= 1.0 && hidden <= f64::from(1 << 20) && (hidden - hidden.round()).abs() < 1e-6) {
+        if let Some(Value::Number(hidden)) = self.ffn_config.get("ffn_hidden_size") {
+            let hidden = hidden.as_u64().and_then(|hidden| usize::try_from(hidden).ok()).unwrap_or(0);
+            plausible("ffn_config.ffn_hidden_size", hidden, 1 << 20)?;
+        } else if !(hidden >= 1.0 && hidden <= f64::from(1 << 20) && (hidden - hidden.round()).abs() < 1e-6) {
             let what = format!("{} times d_model {d} is no width of an MLP", self.expansion_ratio);
             return Err(Error::config("expansion_ratio", what));
         }
@@ -180,11 +221,30 @@ impl Config {
         positive("attn_config.clip_qkv", self.attn_config.clip_qkv)?;
         positive("attn_config.softmax_scale", self.attn_config.softmax_scale)?;
         positive("attn_config.alibi_bias_max", self.attn_config.alibi_bias_max)?;
-        if !(self.layer_norm_epsilon > 0.0 && self.layer_norm_epsilon < 1.0) {
-            let what = format!("{} is not between 0 and 1", self.layer_norm_epsilon);
-            return Err(Error::config("layer_norm_epsilon", what));
+        for (key, eps) in [
+            ("norm_eps", self.norm_eps),
+            ("layer_norm_epsilon", self.layer_norm_epsilon),
+            ("attn_config.norm_eps", self.attn_config.norm_eps),
+        ] {
+            if let Some(eps) = eps.filter(|eps| !(*eps > 0.0 && *eps < 1.0)) {
+                return Err(Error::config(key, format!("{eps} is not between 0 and 1")));
+            }
         }
         Ok(())
+    }
+
+    /// The epsilon of the norms, but those of queries and keys. Each implementation knows one of the two keys.
+    pub(crate) fn eps(&self) -> f64 {
+        let (own, other) = match self.spelling {
+            Spelling::Native => (self.layer_norm_epsilon, self.norm_eps),
+            _ => (self.norm_eps, self.layer_norm_epsilon),
+        };
+        own.or(other).unwrap_or(EPS)
+    }
+
+    /// The epsilon of the norms of queries and keys, which llm-foundry does not hand `norm_eps` to.
+    pub(crate) fn qk_eps(&self) -> f64 {
+        self.attn_config.norm_eps.unwrap_or(EPS)
     }
 
     /// Key and value heads.
@@ -201,7 +261,16 @@ impl Config {
     }
 
     pub(crate) fn hidden(&self) -> usize {
-        (self.expansion_ratio * self.d_model as f64).round() as usize
+        let given = self.ffn_config["ffn_hidden_size"].as_u64();
+        given.map_or((self.expansion_ratio * self.d_model as f64).round() as usize, |hidden| hidden as usize)
+    }
+
+    /// Whether the fused projection of attention has a bias.
+    pub(crate) fn has_attention_bias(&self) -> bool {
+        match self.spelling {
+            Spelling::Native => false,
+            _ => self.attention_bias.unwrap_or(self.has_bias()),
+        }
     }
 
     pub(crate) fn has_bias(&self) -> bool {
@@ -269,6 +338,36 @@ mod tests {
     }
 
     #[test]
+    fn every_key_that_changes_the_maths_is_read() {
+        let eps = |changes: &Value| with(changes).map(|config| (config.eps(), config.qk_eps())).unwrap();
+        assert_eq!(eps(&json!({})), (1e-5, 1e-5));
+        assert_eq!(eps(&json!({"norm_eps": 1e-3})), (1e-3, 1e-5));
+        assert_eq!(eps(&json!({"layer_norm_epsilon": 1e-4, "norm_eps": 1e-3})), (1e-3, 1e-5));
+        let native = json!({"architectures": ["MptForCausalLM"], "layer_norm_epsilon": 1e-4, "norm_eps": 1e-3});
+        assert_eq!(eps(&native), (1e-4, 1e-5));
+        assert_eq!(eps(&json!({"attn_config": {"norm_eps": 1e-2}})), (1e-5, 1e-2));
+        let biases = |changes: &Value| with(changes).map(|c| (c.has_attention_bias(), c.has_bias())).unwrap();
+        assert_eq!(biases(&json!({"no_bias": true, "attention_bias": true})), (true, false));
+        assert_eq!(biases(&json!({"attention_bias": false})), (false, true));
+        assert_eq!(biases(&json!({"no_bias": true})), (false, false));
+        assert_eq!(with(&json!({"ffn_config": {"ffn_hidden_size": 100}})).unwrap().hidden(), 100);
+        let clip = |value: Value| with(&json!({"attn_config": {"clip_qkv": value}})).unwrap().attn_config.clip_qkv;
+        assert_eq!(clip(json!(6)), Some(6.0));
+        for off in [json!(0), json!(0.0), json!(false), json!(null), json!("Infinity")] {
+            assert_eq!(clip(off), None);
+        }
+        assert!(with(&json!({"attn_config": null, "ffn_config": null})).is_ok());
+        let saved = json!({
+            "fc_type": {"name": "torch", "bias": true}, "attn_config": {"attn_temperature_tuning": {"attn_scale": 0.0, "floor_scale": 8192},
+            "rope_hf_config": {"type": "linear", "factor": 4}, "kv_n_heads": 4, "model_type": "", "temperature": 1.0}, "head_dim": 16, "x": 1,
+        });
+        with(&saved).unwrap();
+        assert_eq!(Config::unknown_keys(&saved).unwrap(), ["x"]);
+        let mosaic = json!({"architectures": ["MosaicGPT"], "attn_config": {}, "gpt_block": "standard"});
+        assert_eq!(Config::unknown_keys(&mosaic).unwrap(), ["attn_config"]);
+    }
+
+    #[test]
     fn what_is_not_implemented_is_refused_by_name() {
         for (key, value) in [
             ("prefix_lm", json!(true)),
@@ -278,8 +377,23 @@ mod tests {
             ("sliding_window_size", json!(128)),
             ("attn_type", json!("linear")),
             ("clip_qkv", json!(-1)),
+            ("clip_qkv", json!(true)),
             ("softmax_scale", json!(0)),
+            ("attn_logit_softcapping", json!(30.0)),
+            ("reuse_kv_layer_idx", json!(0)),
+            ("attn_temperature_tuning.attn_scale", json!(0.1)),
+            ("head_dim", json!(32)),
+            ("fused_qkv", json!(false)),
+            ("nope", json!(true)),
+            ("kv_dim", json!(32)),
+            ("norm_type", json!("rmsnorm")),
+            ("norm_eps", json!("NaN")),
         ] {
+            // `outer.inner` is a key of an object.
+            let (key, value) = match key.split_once('.') {
+                Some((key, inner)) => (key, json!({inner: value})),
+                None => (key, value),
+            };
             let error = with(&json!({"attn_config": {key: value}})).unwrap_err();
             assert!(error.to_string().contains(&format!("attn_config.{key}")), "{error}");
         }
@@ -292,6 +406,18 @@ mod tests {
             ("ffn_config", json!({"ffn_type": "te_ln_mlp"})),
             ("n_heads", json!(5)),
             ("layer_norm_epsilon", json!(0)),
+            ("norm_eps", json!(2)),
+            ("final_logit_softcapping", json!(30.0)),
+            ("block_overrides", json!({"order": [{"name": "default"}]})),
+            ("fc_type", json!("te")),
+            ("fc_type", json!({"name": "te"})),
+            ("head_dim", json!(8)),
+            ("fuse_norm_attn_norm", json!(true)),
+            ("quantization_config", json!({"quant_method": "awq"})),
+            ("ffn_config", json!({"ffn_type": "mb_moe"})),
+            ("ffn_config", json!({"moe_num_experts": 4})),
+            ("ffn_config", json!({"ffn_hidden_size": 0})),
+            ("ffn_config", json!({"ffn_act_fn": {"name": "silu"}})),
         ] {
             let error = with(&json!({key: value})).unwrap_err();
             assert!(error.to_string().contains(key), "{error}");

@@ -1,7 +1,10 @@
 //! What GGUF and the containers before it call the keys of config.json.
 
+use pricket_nn::config::Keys;
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
+
+use crate::{GGUF_KEYS, NAMES};
 
 /// The header of legacy GGML files. Their blocks were never those of before the first reordering, whatever `ftype` says.
 pub const GGML: [GgmlLayout; 1] = [GgmlLayout {
@@ -26,18 +29,41 @@ pub const GGML: [GgmlLayout; 1] = [GgmlLayout {
 pub fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
     let float = |key: &str| header[key].as_f64().filter(|x| *x > 0.0);
+    // Converters kept the names of the checkpoint: MPT's or MosaicGPT's.
+    let named = |name: &str| NAMES.shape(name, shape);
+    let in_block = |part: &str| named(&format!("transformer.blocks.0.{part}"));
     let d = field("d_model")?;
-    Ok(json!({
-        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "d_model": d, "n_heads": field("n_heads")?,
-        "n_layers": field("n_layers")?, "vocab_size": field("n_vocab")?, "max_seq_len": field("max_seq_len")?,
-        "expansion_ratio": rows(shape, "transformer.blocks.0.ffn.up_proj.weight")? as f64 / d.max(1) as f64,
-        "no_bias": shape("transformer.blocks.0.attn.Wqkv.bias").is_none(),
-        "attn_config": {
-            "alibi": float("alibi_bias_max").is_some(), "alibi_bias_max": float("alibi_bias_max"),
-            "clip_qkv": float("clip_qkv"),
-        },
-        "eos_token_id": 0, "bos_token_id": 0,
-    }))
+    let ratio = rows(&named, "transformer.blocks.0.ffn.up_proj.weight")? as f64 / d.max(1) as f64;
+    // The header has no field for them.
+    let qk_ln = in_block("attn.q_ln.weight").is_some();
+    let (alibi, bias_max, clip) = (float("alibi_bias_max").is_some(), float("alibi_bias_max"), float("clip_qkv"));
+    let mut config = json!({
+        "d_model": d, "n_heads": field("n_heads")?, "n_layers": field("n_layers")?, "vocab_size": field("n_vocab")?,
+        "max_seq_len": field("max_seq_len")?, "no_bias": !has_bias(shape), "eos_token_id": 0, "bos_token_id": 0,
+        "tie_word_embeddings": named("lm_head.weight").is_none(),
+    });
+    let own = if shape("transformer.blocks.0.ln_1.weight").is_some() {
+        json!({
+            "model_type": "mosaic_gpt", "architectures": ["MosaicGPT"], "mlp_ratio": ratio, "attn_qk_ln": qk_ln,
+            "attn_clip_qkv": clip, "alibi": alibi, "alibi_bias_max": bias_max,
+        })
+    } else {
+        json!({
+            "model_type": "mpt", "architectures": ["MPTForCausalLM"], "expansion_ratio": ratio,
+            "attention_bias": in_block("attn.Wqkv.bias").is_some(),
+            "attn_config": {"alibi": alibi, "alibi_bias_max": bias_max, "clip_qkv": clip, "qk_ln": qk_ln},
+        })
+    };
+    if let (Some(config), Value::Object(own)) = (config.as_object_mut(), own) {
+        config.extend(own);
+    }
+    Ok(config)
+}
+
+/// Whether the first block has a bias somewhere but in its fused projection, which may differ.
+fn has_bias(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> bool {
+    let parts = ["norm_1", "attn.out_proj", "norm_2", "ffn.up_proj", "ffn.down_proj"];
+    parts.iter().any(|part| NAMES.shape(&format!("transformer.blocks.0.{part}.bias"), shape).is_some())
 }
 
 /// The config.json that GGUF metadata stand for; `shape` tells the shape of a tensor of the file.
@@ -51,6 +77,8 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
     let (d, heads) = (number("embedding_length")?, number("attention.head_count")?);
     let kv = at("attention.head_count_kv").as_u64().unwrap_or(heads);
     let holds = |name: &str| shape(name).is_some();
+    Keys::check_gguf(GGUF_KEYS, "mpt.", metadata)?;
+    let epsilon = at("attention.layer_norm_epsilon").as_f64().unwrap_or(1e-5);
     if holds("blk.0.ffn_act.scales") {
         return Err(Error::config("blk.0.ffn_act.scales", "scaled activations are not implemented"));
     }
@@ -59,15 +87,15 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
         "n_layers": number("block_count")?, "vocab_size": rows(shape, "token_embd.weight")?,
         "max_seq_len": number("context_length")?, "learned_pos_emb": holds("position_embd.weight"),
         "expansion_ratio": number("feed_forward_length")? as f64 / d.max(1) as f64,
-        "layer_norm_epsilon": at("attention.layer_norm_epsilon").as_f64().unwrap_or(1e-5),
-        "no_bias": !["attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"]
-            .iter()
-            .any(|part| holds(&format!("blk.0.{part}.bias"))),
+        "norm_eps": epsilon,
+        "no_bias": !has_bias(shape), "attention_bias": holds("blk.0.attn_qkv.bias"),
         "attn_config": {
             "attn_type": if kv == heads { "multihead_attention" } else { "grouped_query_attention" }, "kv_n_heads": kv,
             "alibi": at("attention.max_alibi_bias").as_f64().map_or(!holds("position_embd.weight"), |bias| bias > 0.0),
             "alibi_bias_max": float("attention.max_alibi_bias"),
             "clip_qkv": float("attention.clamp_kqv"), "qk_ln": holds("blk.0.attn_q_norm.weight"),
+            // One epsilon for all norms.
+            "norm_eps": epsilon,
         },
         // Files of 2023 hold the head a second time, in more bits.
         "tie_word_embeddings": !holds("output.weight"),
@@ -89,6 +117,7 @@ pub fn gguf_metadata(config: &Value, learned_positions: bool) -> Result<Value> {
     let lost = [
         ("attn_config.softmax_scale", attention.softmax_scale.is_some()),
         ("logit_scale", read.logit_scale()? != 1.0),
+        ("norm_eps", attention.qk_ln && read.eps() != read.qk_eps()),
         ("attn_config.alibi_bias_max", alibi && !read.alibi_as_others_do()),
     ];
     if let Some((key, _)) = lost.into_iter().find(|(_, lost)| *lost) {
@@ -99,7 +128,7 @@ pub fn gguf_metadata(config: &Value, learned_positions: bool) -> Result<Value> {
         "mpt.context_length": read.max_seq_len, "mpt.embedding_length": read.d_model, "mpt.block_count": read.n_layers,
         "mpt.feed_forward_length": read.hidden(), "mpt.attention.head_count": read.n_heads,
         "mpt.attention.head_count_kv": read.kv_heads()?,
-        "mpt.attention.layer_norm_epsilon": read.layer_norm_epsilon,
+        "mpt.attention.layer_norm_epsilon": read.eps(),
         "mpt.attention.max_alibi_bias":
             if alibi { attention.alibi_bias_max.unwrap_or(8.0) } else { 0.0 },
     });

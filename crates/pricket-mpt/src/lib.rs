@@ -33,13 +33,15 @@
 
 mod config;
 mod formats;
+mod keys;
 mod names;
 
 use candle_core::Tensor;
-use pricket_nn::{Attention, Block, Context, Decoder, LayerNorm, Linear, Mlp, Result, Site, Sizes, Weights, residual};
+use pricket_nn::{Attention, Block, Context, Decoder, LayerNorm, Mlp, Result, Site, Sizes, Weights, residual};
 
 pub use config::{AttentionConfig, Config};
 pub use formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
+pub use keys::{GGUF_KEYS, KEYS, MOSAIC_GPT_KEYS};
 pub use names::{GGUF, NAMES};
 
 /// An MPT model.
@@ -67,14 +69,15 @@ impl MptBlock {
     fn load(config: &Config, alibi: bool, weights: &Weights) -> Result<Self> {
         let (d, hidden, heads) = (config.d_model, config.hidden(), config.n_heads);
         let (kv_heads, head_dim) = (config.kv_heads()?, d / heads);
-        let (bias, eps) = (config.has_bias(), config.layer_norm_epsilon);
+        let (bias, eps) = (config.has_bias(), config.eps());
         let (attn, ffn) = (weights.pp("attn"), weights.pp("ffn"));
-        let qk_norm =
-            |name, width| config.attn_config.qk_ln.then(|| attn.layer_norm(name, width, eps, bias)).transpose();
+        let qk_norm = |name, width| {
+            config.attn_config.qk_ln.then(|| attn.layer_norm(name, width, config.qk_eps(), bias)).transpose()
+        };
         Ok(Self {
             norm_1: weights.layer_norm("norm_1", d, eps, bias)?,
             attn: Attention {
-                qkv: attn.linear("Wqkv", d, d + 2 * kv_heads * head_dim, bias)?,
+                qkv: attn.linear("Wqkv", d, d + 2 * kv_heads * head_dim, config.has_attention_bias())?,
                 out: attn.linear("out_proj", d, d, bias)?,
                 heads,
                 kv_heads,
@@ -105,14 +108,13 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     // A native configuration may say nothing: then learned positions are what the checkpoint has, or has not.
     let alibi = config.attn_config.alibi.unwrap_or_else(|| !trunk.holds("wpe.weight"));
     let learned = !alibi && config.learned_pos_emb;
-    let embed = trunk.embedding("wte", vocab, d)?;
+    let (embed, head) =
+        weights.embedding_and_head("transformer.wte", "lm_head", vocab, d, config.tie_word_embeddings)?;
     let positions = learned.then(|| trunk.embedding("wpe", config.max_seq_len, d)).transpose()?;
     let layers = trunk.pp("blocks");
     let blocks: Result<_> = (0..config.n_layers).map(|i| MptBlock::load(config, alibi, &layers.pp(i))).collect();
     let blocks = blocks?;
-    let norm = trunk.layer_norm("norm_f", d, config.layer_norm_epsilon, config.has_bias())?;
-    let head =
-        if config.tie_word_embeddings { Linear::tied(&embed) } else { weights.linear("lm_head", d, vocab, false)? };
+    let norm = trunk.layer_norm("norm_f", d, config.eps(), config.has_bias())?;
     // Biases by distance have no end; learned positions do.
     let trained_length = config.max_seq_len;
     let context = (!alibi).then_some(trained_length);

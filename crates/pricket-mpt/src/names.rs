@@ -2,12 +2,12 @@ use pricket_nn::Names;
 
 /// The names of llm-foundry's `MPTForCausalLM`, as the Hub has them.
 pub const NAMES: Names = Names {
+    root: "transformer",
+    head: "lm_head",
     aliases: &[],
     spellings: &[MOSAIC_GPT, GGUF],
-    // Composer adds a prefix, a bare `MPTModel` lacks one.
-    prefixes: &[("", "model."), ("transformer.", "")],
-    // transformers stores the head although it is the embedding; old code saved its bias tables.
-    buffers: &["lm_head.weight", ".attn_bias"],
+    // Old code saved its bias tables.
+    buffers: &["attn_bias"],
 };
 
 /// MosaicGPT, the forerunner, called the same tensors so.

@@ -1,6 +1,8 @@
 //! What every family needs when it reads a config.json.
 
+use pricket_weights::clip;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::{Error, Result};
 
@@ -8,7 +10,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Config`], naming the key.
-pub fn parse<C: DeserializeOwned>(json: &serde_json::Value) -> Result<C> {
+pub fn parse<C: DeserializeOwned>(json: &Value) -> Result<C> {
     serde_path_to_error::deserialize(json).map_err(|e| {
         let (path, what) = (e.path().to_string(), e.inner().to_string());
         Error::config(if path == "." { "the file".into() } else { path }, what)
@@ -24,4 +26,263 @@ pub fn plausible(key: &str, value: usize, limit: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::config(key, format!("{value} is not between 1 and {limit}")))
+}
+
+/// The keys of a configuration class, in every released version of it. A key inside an object is called `outer.inner`.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys {
+    /// Keys that the family reads.
+    pub read: &'static [&'static str],
+    /// Keys that change nothing in a forward pass. What is inside them does not either.
+    pub neutral: &'static [&'static str],
+    /// Keys that change the maths in a way that is not implemented, and the values at which they do not, as JSON. `null` is
+    /// always one of them; of a list every element is looked at.
+    pub only: &'static [(&'static str, &'static [&'static str])],
+}
+
+impl Keys {
+    /// Whether one of the tables has `key`, or keys inside it.
+    pub fn knows(tables: &[Self], key: &str) -> bool {
+        let inside = format!("{key}.");
+        let outside = |known: &str| key.strip_prefix(known).is_some_and(|rest| rest.starts_with('.'));
+        tables.iter().any(|keys| {
+            let all = keys.read.iter().chain(keys.neutral).chain(keys.only.iter().map(|(key, _)| key));
+            all.into_iter().any(|known| *known == key || known.starts_with(&inside))
+                || keys.neutral.iter().any(|known| outside(known))
+        })
+    }
+
+    /// Checks every key of a configuration and returns those that are in no table.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the first key that changes the maths in a way that is not implemented.
+    pub fn check(tables: &[Self], json: &Value) -> Result<Vec<String>> {
+        let mut unknown = Vec::new();
+        Self::check_object(tables, "", json, &mut unknown)?;
+        Ok(unknown)
+    }
+
+    /// Checks the metadata of a GGUF file whose keys begin with `prefix`, and returns those that are not in `table`. Heads are
+    /// as wide as the embedding has room for.
+    ///
+    /// # Errors
+    /// As [`Keys::check`].
+    pub fn check_gguf(table: Self, prefix: &str, metadata: &Value) -> Result<Vec<String>> {
+        let number = |key: &str| metadata[format!("{prefix}{key}")].as_u64();
+        let width = number("embedding_length").zip(number("attention.head_count")).map(|(d, heads)| d / heads.max(1));
+        for key in ["attention.key_length", "attention.value_length"] {
+            if let (Some(found), Some(width)) = (number(key), width)
+                && found != width
+            {
+                let what = format!("{found} is not implemented; only {width} is, embedding_length by head_count");
+                return Err(Error::config(format!("{prefix}{key}"), what));
+            }
+        }
+        let own = metadata.as_object().into_iter().flatten();
+        let own = own.filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_owned(), value.clone()))).collect();
+        let checked = Self::check(&[table], &Value::Object(own));
+        checked.map(|unknown| unknown.iter().map(|key| format!("{prefix}{key}")).collect()).map_err(|e| match e {
+            Error::Config { key, what } => Error::config(format!("{prefix}{key}"), what),
+            other => other,
+        })
+    }
+
+    fn check_object(tables: &[Self], prefix: &str, json: &Value, unknown: &mut Vec<String>) -> Result<()> {
+        for (name, value) in json.as_object().into_iter().flatten() {
+            let key = format!("{prefix}{name}");
+            let is_listed = |list: &[&str]| list.contains(&key.as_str());
+            // A part of a configuration may be a configuration of its own, with the keys that all have.
+            let has_inner = tables.iter().any(|keys| {
+                let inner = format!("{key}.");
+                keys.read
+                    .iter()
+                    .chain(keys.neutral)
+                    .chain(keys.only.iter().map(|(key, _)| key))
+                    .any(|k| k.starts_with(&inner))
+            });
+            let only = tables.iter().flat_map(|keys| keys.only).find(|(known, _)| *known == key || known == name);
+            let is_free = tables.iter().any(|keys| is_listed(keys.read) || is_listed(keys.neutral));
+            if has_inner && value.is_object() {
+                Self::check_object(tables, &format!("{key}."), value, unknown)?;
+            } else if value.is_null() || is_free {
+                continue;
+            } else if let Some((_, neutral)) = only {
+                let is_neutral = |value: &Value| neutral.iter().any(|text| is_same(text, value));
+                let fits = is_neutral(value) || value.as_array().is_some_and(|list| list.iter().all(is_neutral));
+                if !fits {
+                    let expected = if neutral.is_empty() { "null".to_owned() } else { neutral.join(" or ") };
+                    return Err(Error::config(key, format!("{value} is not implemented; only {expected} is")));
+                }
+            } else if !GENERIC.neutral.contains(&name.as_str()) {
+                unknown.push(clip(&key));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a value is the one that `text` spells; `1` and `1.0` are the same.
+fn is_same(text: &str, value: &Value) -> bool {
+    let Ok(expected) = serde_json::from_str::<Value>(text) else { return false };
+    match (expected.as_f64(), value.as_f64()) {
+        (Some(expected), Some(value)) => expected == value,
+        _ => expected == *value,
+    }
+}
+
+/// The keys of transformers' `PretrainedConfig`, 4.19 to 5.24: every configuration may have them.
+pub const GENERIC: Keys = Keys {
+    read: &["tie_word_embeddings"],
+    neutral: &[
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "architectures",
+        "model_type",
+        "auto_map",
+        "custom_pipelines",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_bfloat16",
+        "torchscript",
+        "xla_device",
+        "return_dict",
+        "use_return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "_output_attentions",
+        "tie_last_hidden_states",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "finetuning_task",
+        "tokenizer_class",
+        "prefix",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "unk_token_id",
+        "decoder_start_token_id",
+        "task_specific_params",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "tie_encoder_decoder",
+        "tf_legacy_loss",
+        "is_decoder",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_attn_implementation_autoset",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "gradient_checkpointing",
+        "_gradient_checkpointing",
+        "distributed_config",
+        "_is_quantized",
+        "_auto_class",
+        "_pre_quantization_dtype",
+        "_post_init_done",
+        "ignore_keys_at_rope_validation",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+        "base_model_ep_plan",
+        "base_model_fsdp_plan",
+        "keys_to_ignore_at_inference",
+        "attribute_map",
+        "sub_configs",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "encoder_repetition_penalty",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "use_cache",
+        "initializer_range",
+        "tokenizer_name",
+        "prompt_format",
+    ],
+    only: &[
+        ("quantization_config", &[]),
+        ("compression_config", &[]),
+        ("pruned_heads", &["{}"]),
+        ("is_encoder_decoder", &["false"]),
+        ("add_cross_attention", &["false"]),
+        ("is_causal", &["true"]),
+        ("sliding_window", &[]),
+        ("attention_chunk_size", &[]),
+        ("layer_types", &["\"full_attention\""]),
+        ("kv_sharing_modes", &[]),
+        ("num_kv_shared_layers", &["0"]),
+        ("per_layer_config", &["{}"]),
+        ("use_bidirectional_attention", &["false"]),
+    ],
+};
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn keys_are_read_neutral_refused_or_unknown() {
+        const OWN: Keys = Keys {
+            read: &["width", "part.scale"],
+            neutral: &["init"],
+            only: &[("part.window", &["-1"]), ("kinds", &["\"full\""]), ("part.tuning.scale", &["0"])],
+        };
+        let check = |json: &Value| Keys::check(&[OWN, GENERIC], json);
+        let fine = json!({
+            "width": 3, "init": {"a": {"b": 1}}, "part": {"scale": 2, "window": -1.0, "tuning": {"scale": 0.0}, "torch_dtype": "x"},
+            "kinds": ["full", "full"], "use_cache": true, "quantization_config": null, "odd": 1, "part2": {"x": 1},
+        });
+        assert_eq!(check(&fine).unwrap(), ["odd", "part2"]);
+        for (bad, key) in [
+            (json!({"part": {"window": 128}}), "part.window"),
+            (json!({"part": {"tuning": {"scale": 0.1}}}), "part.tuning.scale"),
+            (json!({"part": {"is_causal": false}}), "part.is_causal"),
+            (json!({"kinds": ["full", "sliding"]}), "kinds"),
+            (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
+        ] {
+            let error = check(&bad).unwrap_err().to_string();
+            assert!(error.contains(&format!(" {key}: ")), "{error}");
+        }
+        for (key, known) in
+            [("width", true), ("part", true), ("part.window", true), ("init.a", true), ("part.x", false), ("w", false)]
+        {
+            assert_eq!(Keys::knows(&[OWN], key), known, "{key}");
+        }
+    }
 }

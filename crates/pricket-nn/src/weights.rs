@@ -1,80 +1,13 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
 use pricket_weights::{Dtype, Entry, Store};
 
+use crate::names::without_numbers;
 use crate::ops::{self, Activations, BlockType, Blocks, Matrix};
-use crate::{CacheType, Embedding, Error, LayerNorm, Linear, Progress, Result, RowOrder, Silent};
-
-/// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Names {
-    /// Canonical name to an old or new spelling of the same tensor.
-    pub aliases: &'static [(&'static str, &'static str)],
-    /// Other ways of spelling, each a table of parts of names, from dot to dot: `("norm_1", "ln_1")`.
-    pub spellings: &'static [&'static [(&'static str, &'static str)]],
-    /// Prefixes that files of a larger or smaller whole carry or lack: with `("gpt_neox.", "")` the canonical
-    /// `gpt_neox.embed_in.weight` is also found as `embed_in.weight`.
-    pub prefixes: &'static [(&'static str, &'static str)],
-    /// Endings of tensors that are no weights: masks and tables that old code saved.
-    pub buffers: &'static [&'static str],
-}
-
-impl Names {
-    /// Spellings of `name`, canonical first.
-    fn spellings(&self, name: &str) -> Vec<String> {
-        let mut out = vec![name.to_owned()];
-        out.extend(
-            self.aliases.iter().filter(|(canonical, _)| *canonical == name).map(|(_, other)| (*other).to_owned()),
-        );
-        out.extend(self.spellings.iter().map(|table| Self::spelled(name, table)).filter(|other| other != name));
-        for (prefix, other) in self.prefixes {
-            let swapped: Vec<String> =
-                out.iter().filter_map(|n| Some(format!("{other}{}", n.strip_prefix(prefix)?))).collect();
-            out.extend(swapped);
-        }
-        out
-    }
-
-    /// The canonical name of a tensor that a file calls `name`, for comparing files that spell differently. A prefix that
-    /// is missing is not made up.
-    pub fn canonical<'a>(&self, name: &'a str) -> std::borrow::Cow<'a, str> {
-        let added = self.prefixes.iter().filter(|(canonical, other)| canonical.is_empty() && !other.is_empty());
-        let bare = added.fold(name, |name, (_, other)| name.strip_prefix(other).unwrap_or(name));
-        if let Some((canonical, _)) = self.aliases.iter().find(|(_, other)| *other == bare) {
-            return (*canonical).into();
-        }
-        for table in self.spellings.iter().filter(|table| table.iter().any(|(_, other)| bare.contains(other))) {
-            let name = table.iter().fold(bare.to_owned(), |name, (part, other)| respelled(&name, other, part));
-            if name != bare {
-                return name.into();
-            }
-        }
-        bare.into()
-    }
-
-    /// `name` as a table spells it.
-    pub fn spelled(name: &str, table: &[(&str, &str)]) -> String {
-        table.iter().fold(name.to_owned(), |name, (part, other)| respelled(&name, part, other))
-    }
-
-    /// Whether `name` is a buffer rather than a weight.
-    pub fn is_buffer(&self, name: &str) -> bool {
-        self.buffers.iter().any(|ending| {
-            let before = name.strip_suffix(ending);
-            // A whole name, or the end of one from a dot on.
-            before.is_some_and(|before| before.is_empty() || before.ends_with('.') || ending.starts_with('.'))
-        })
-    }
-}
-
-/// `name` with the part `from`, which stands between dots or at an end, spelled `to`.
-fn respelled(name: &str, from: &str, to: &str) -> String {
-    let padded = format!(".{name}.").replace(&format!(".{from}."), &format!(".{to}."));
-    padded[1..padded.len() - 1].to_owned()
-}
+use crate::{CacheType, Embedding, Error, LayerNorm, Linear, Names, Progress, Result, RowOrder, Silent};
 
 /// Which matrices become which blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +70,9 @@ struct Shared {
     in_model_order: bool,
     precision: Activations,
     cache: Option<CacheType>,
+    allow_unused: bool,
+    /// Names without wrappers, and the names on file, of tensors that have any.
+    wrapped: OnceLock<BTreeMap<String, String>>,
     state: Mutex<State>,
 }
 
@@ -155,6 +91,8 @@ struct State {
     fused: Vec<(String, RowOrder)>,
     /// Type and size of the largest matrix on file.
     largest: (Option<Dtype>, usize),
+    /// Names on file of an embedding and of the head that it is tied to, where both are there.
+    tied: Option<(String, String)>,
 }
 
 impl std::fmt::Debug for Weights {
@@ -192,6 +130,8 @@ impl Weights {
             in_model_order: false,
             precision: Activations::F32,
             cache: None,
+            allow_unused: false,
+            wrapped: OnceLock::new(),
             state,
         };
         Self { shared: Arc::new(shared), path: String::new() }
@@ -233,7 +173,8 @@ impl Weights {
     }
 
     fn with(self, change: impl FnOnce(&mut Shared)) -> Self {
-        let Shared { store, names, device, policy, progress, in_model_order, precision, cache, .. } = &*self.shared;
+        let Shared { store, names, device, policy, progress, in_model_order, precision, cache, allow_unused, .. } =
+            &*self.shared;
         let mut shared = Shared {
             store: Arc::clone(store),
             names: *names,
@@ -243,6 +184,8 @@ impl Weights {
             in_model_order: *in_model_order,
             precision: *precision,
             cache: *cache,
+            allow_unused: *allow_unused,
+            wrapped: OnceLock::new(),
             state: Mutex::default(),
         };
         change(&mut shared);
@@ -328,6 +271,15 @@ impl Weights {
         names.filter(|name| !state.asked.contains(name) && !self.shared.names.is_buffer(name)).collect()
     }
 
+    /// Those of [`Weights::unused`] that look like weights of the family: a configuration that has no use for them is mostly
+    /// not theirs.
+    pub fn unused_weights(&self) -> Vec<String> {
+        let asked = self.state().asked.iter().map(|name| without_numbers(name)).collect();
+        let mut unused = self.unused();
+        unused.retain(|name| self.shared.names.is_weight(name, &asked));
+        unused
+    }
+
     /// A linear layer `name`: `weight` of `[outputs, inputs]` and, if `bias`, `bias` of `[outputs]`.
     ///
     /// # Errors
@@ -383,19 +335,101 @@ impl Weights {
         })
     }
 
-    /// Whether the checkpoint holds a tensor `name`. A store without a file holds what was asked for by shape so far.
-    pub fn holds(&self, name: &str) -> bool {
+    /// Embedding and head of a model: tables of `[rows, dim]` under two names. Where they are tied, one of the names is enough.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`], and if a tied head is there as well and holds other values than the embedding: which of the two
+    /// is meant, nothing tells.
+    pub fn embedding_and_head(
+        &self,
+        embedding: &str,
+        head: &str,
+        rows: usize,
+        dim: usize,
+        tied: bool,
+    ) -> Result<(Embedding, Linear)> {
+        if !tied {
+            return Ok((self.embedding(embedding, rows, dim)?, self.linear(head, dim, rows, false)?));
+        }
+        let [own, other] = [embedding, head].map(|name| self.stored(&self.pp(name).name("weight")));
+        let embed = self.embedding(if own.is_none() && other.is_some() { head } else { embedding }, rows, dim)?;
+        if let (Some(own), Some(other)) = (own, other)
+            && own != other
+        {
+            self.check_tied(&own, &other)?;
+        }
+        let head = Linear::tied(&embed);
+        Ok((embed, head))
+    }
+
+    /// Passes over a head that is there beside the embedding that it is tied to, if they are the same.
+    fn check_tied(&self, own: &str, other: &str) -> Result<()> {
+        let mut state = self.state();
+        state.asked.insert(other.to_owned());
+        state.tied = Some((own.to_owned(), other.to_owned()));
+        drop(state);
+        // Headers alone can tell another shape; bytes are compared where weights are loaded.
+        self.compare_tied(!self.shared.store.shapes_only())
+    }
+
+    /// Compares the values of a tied head that is there with those of its embedding, which loading over headers does not.
+    ///
+    /// # Errors
+    /// If they differ, unless that is allowed.
+    pub fn verify_tied(&self) -> Result<()> {
+        self.compare_tied(true)
+    }
+
+    fn compare_tied(&self, bytes: bool) -> Result<()> {
         let store = &*self.shared.store;
-        self.shared.names.spellings(&self.name(name)).iter().any(|spelling| store.entry(spelling).is_some())
+        let Some((own, other)) = self.state().tied.clone().filter(|_| !self.shared.allow_unused) else { return Ok(()) };
+        if store.entry(&own) == store.entry(&other) && (!bytes || *store.bytes(&own)? == *store.bytes(&other)?) {
+            return Ok(());
+        }
+        let what = format!("tie_word_embeddings is true, but tensor {other} differs from the embedding {own}");
+        Err(pricket_weights::Error::Corrupt { path: store.origin(&other).into(), what }.into())
+    }
+
+    /// Weights that the configuration has no use for are left in the file. For a cursor from which nothing has been loaded.
+    #[must_use]
+    pub fn allow_unused(self, allow: bool) -> Self {
+        self.with(|shared| shared.allow_unused = allow)
+    }
+
+    /// Whether the checkpoint holds a tensor `name`, or says that it does. A store without a file holds what was asked for by
+    /// shape so far.
+    pub fn holds(&self, name: &str) -> bool {
+        let (store, name) = (&*self.shared.store, self.name(name));
+        self.stored(&name).is_some() || self.shared.names.spellings(&name).iter().any(|spelling| store.claims(spelling))
+    }
+
+    /// The name under which the store has the tensor that is called `canonical` here.
+    fn stored(&self, canonical: &str) -> Option<String> {
+        let Shared { store, names, wrapped, .. } = &*self.shared;
+        let spellings = names.spellings(canonical);
+        let there = |name: &str| store.entry(name).is_some();
+        let plain = spellings.iter().map(|spelling| store.resolve(spelling)).find(|name| there(name));
+        // What is not called so may be wrapped.
+        plain.map(str::to_owned).or_else(|| {
+            let wrapped = wrapped.get_or_init(|| {
+                let mut wrapped = BTreeMap::new();
+                for name in store.names() {
+                    let bare = names.unwrapped(&name);
+                    if bare != name {
+                        wrapped.entry(bare).or_insert(name);
+                    }
+                }
+                wrapped
+            });
+            spellings.iter().find_map(|spelling| wrapped.get(spelling)).cloned()
+        })
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<(String, Entry)> {
         let store = &*self.shared.store;
-        let spellings = self.shared.names.spellings(name);
-        let found =
-            spellings.into_iter().find_map(|spelling| Some((spelling.clone(), store.expect(&spelling, shape)?)));
-        let Some((spelling, entry)) = found else {
-            return Err(pricket_weights::Error::Missing { origin: store.origin(name), name: name.into() }.into());
+        let stored = self.stored(name).unwrap_or_else(|| name.to_owned());
+        let Some((spelling, entry)) = store.expect(&stored, shape).map(|entry| (stored, entry)) else {
+            return Err(pricket_weights::Error::missing(store, name).into());
         };
         let origin = store.origin(&spelling);
         if let Dtype::Other(kind) = entry.dtype {

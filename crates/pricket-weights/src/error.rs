@@ -53,12 +53,14 @@ pub enum Error {
         what: String,
     },
     /// No tensor of this name.
-    #[error("{origin}: tensor {name} is missing")]
+    #[error("{origin}: tensor {name} is missing{}", nearest.as_ref().map_or(String::new(), |other| format!("; it holds {other}, among others")))]
     Missing {
         /// The store that was asked.
         origin: String,
         /// The tensor.
         name: String,
+        /// The tensor of the store whose name is most like it.
+        nearest: Option<String>,
     },
     /// A tensor of another shape than the model needs.
     #[error("{origin}: tensor {name} has shape {found:?}, expected {expected:?}")]
@@ -92,6 +94,21 @@ pub enum Error {
         /// What candle said.
         source: candle_core::Error,
     },
+}
+
+impl Error {
+    /// No tensor `name` in `store`.
+    pub fn missing(store: &(impl crate::Store + ?Sized), name: &str) -> Self {
+        let parts = |name: &str| name.split('.').rev().map(str::to_owned).collect::<Vec<_>>();
+        let wanted = parts(name);
+        // Names that end alike differ in a prefix.
+        let alike = |other: &String| parts(other).iter().zip(&wanted).take_while(|(a, b)| a == b).count();
+        let mut names = store.names();
+        // Of equals the first.
+        names.reverse();
+        let nearest = names.iter().max_by_key(|other| alike(other)).map(|other| clip(other));
+        Error::Missing { origin: store.origin(name), name: name.into(), nearest }
+    }
 }
 
 /// Text out of a file for a message: one line of a length that can be read, whatever the file holds.

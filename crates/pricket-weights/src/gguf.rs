@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::cursor::Cursor;
 use crate::error::clip;
 use crate::mapped::Mapped;
+use crate::parts::Part;
 use crate::source::Source;
 use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
@@ -17,12 +18,14 @@ const MAX_NAME: usize = 256;
 const MAX_TEXT: usize = 1 << 20;
 const MAX_DIMS: u32 = 4;
 
-/// A GGUF file, version 1 to 3, memory-mapped (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
+/// A GGUF file, version 1 to 3, memory-mapped (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>), with all parts of a
+/// file that was split (`split.count`): the metadata are those of the first part.
 ///
 /// A tensor of a type that is not read is listed, and an error only when its bytes are asked for.
 #[derive(Debug)]
 pub struct GgufFile {
-    source: Source,
+    /// The parts, in order; one for a file that was not split.
+    parts: Vec<Source>,
     version: u32,
     metadata: BTreeMap<String, Meta>,
     tensors: BTreeMap<String, Place>,
@@ -31,6 +34,8 @@ pub struct GgufFile {
 /// A tensor: its type, shape (outermost first), and where its bytes are.
 #[derive(Debug)]
 struct Place {
+    /// Its file.
+    part: usize,
     dtype: Dtype,
     shape: Vec<usize>,
     start: usize,
@@ -228,15 +233,86 @@ fn number(kind: u32, bytes: &[u8]) -> Meta {
 }
 
 impl GgufFile {
-    /// Reads the header of `path`.
+    /// Reads the header of `path`, and those of its siblings if it is a part of a file that was split.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] naming the key or tensor if the file contradicts itself.
+    /// [`Error::Corrupt`] naming the key or tensor if the file contradicts itself, [`Error::NotFound`] for a part that is not
+    /// there: what a part lacks says nothing about the model.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::new(Source::Mapped(Mapped::open(path.as_ref())?))
+        let path = path.as_ref();
+        let given = Self::read(Source::Mapped(Mapped::open(path)?))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let named = Part::of(&name).filter(|part| part.count > 1);
+        let (number, count) = match (given.split(), named) {
+            (None, None) => return Ok(given),
+            (None, Some(part)) => (part.number, part.count),
+            (Some(split), Some(part)) if split == (part.number, part.count) => split,
+            (Some((number, count)), _) => {
+                let what = format!(
+                    "part {number} of {count} by split.no and split.count; its name should end in \
+                     -{number:05}-of-{count:05}.gguf, so that the other parts are found"
+                );
+                return Err(given.parts[0].corrupt(what));
+            }
+        };
+        let names = named.map(|part| part.names()).unwrap_or_default();
+        let mut given = Some(given);
+        let mut whole: Option<Self> = None;
+        for (position, name) in (1..=count).zip(&names) {
+            let path = path.with_file_name(name);
+            let part = match given.take_if(|_| position == number) {
+                Some(given) => given,
+                None if path.exists() => Self::read(Source::Mapped(Mapped::open(&path)?))?,
+                None => return Err(Error::NotFound { path, what: format!("part {position} of {count} is not there") }),
+            };
+            if part.split().is_some_and(|split| split != (position, count)) {
+                return Err(part.parts[0]
+                    .corrupt(format!("split.no and split.count are not those of part {position} of {count}")));
+            }
+            match &mut whole {
+                Some(whole) => whole.append(part)?,
+                None => whole = Some(part),
+            }
+        }
+        let whole = whole.unwrap_or_else(|| unreachable!("a split has at least two parts"));
+        let found = whole.tensors.len() as u64;
+        match whole.number("split.tensors.count") {
+            Some(claimed) if claimed > found => Err(whole.parts[0]
+                .corrupt(format!("split.tensors.count is {claimed}, and the {count} parts hold {found} tensors"))),
+            _ => Ok(whole),
+        }
     }
 
-    /// The same of a file that is somewhere else.
+    /// The number of this part, from 1 on, and how many there are; `None` for a whole file.
+    fn split(&self) -> Option<(u32, u32)> {
+        let number = |key: &str| self.number(key).and_then(|n| u32::try_from(n).ok());
+        let count = number("split.count").filter(|&count| count > 1)?;
+        Some((number("split.no").unwrap_or(0).saturating_add(1), count))
+    }
+
+    /// A metadata value that is a natural number.
+    fn number(&self, key: &str) -> Option<u64> {
+        match self.metadata.get(key)? {
+            Meta::Unsigned(n) => Some(*n),
+            Meta::Signed(n) => u64::try_from(*n).ok(),
+            _ => None,
+        }
+    }
+
+    /// Adds the tensors of the next part.
+    fn append(&mut self, part: Self) -> Result<()> {
+        let number = self.parts.len();
+        for (name, place) in part.tensors {
+            if self.tensors.contains_key(&name) {
+                return Err(part.parts[0].corrupt(format!("tensor {} is in an earlier part too", clip(&name))));
+            }
+            self.tensors.insert(name, Place { part: number, ..place });
+        }
+        self.parts.extend(part.parts);
+        Ok(())
+    }
+
+    /// The same of a file that is somewhere else. Parts of a split are refused.
     ///
     /// # Errors
     /// As [`GgufFile::open`], and what reading says.
@@ -245,6 +321,20 @@ impl GgufFile {
     }
 
     pub(crate) fn new(source: Source) -> Result<Self> {
+        let file = Self::read(source)?;
+        match file.split() {
+            Some((number, count)) => {
+                let what = format!(
+                    "part {number} of {count} of a GGUF file; its parts are read from a directory that holds all"
+                );
+                Err(Error::Unsupported { path: file.parts[0].path().into(), what })
+            }
+            None => Ok(file),
+        }
+    }
+
+    /// Reads the header of one file, whatever it is a part of.
+    fn read(source: Source) -> Result<Self> {
         let mut cursor = Cursor::new(&source, 0);
         if *cursor.take(4, "the magic")? != *b"GGUF" {
             return Err(source.corrupt("not a GGUF file"));
@@ -287,7 +377,7 @@ impl GgufFile {
         }
         let base = reader.cursor.at.next_multiple_of(alignment);
         let tensors = Self::places(&source, headers, base, alignment)?;
-        Ok(Self { source, version, metadata, tensors })
+        Ok(Self { parts: vec![source], version, metadata, tensors })
     }
 
     /// Name, type, shape and offset of the next tensor.
@@ -331,7 +421,7 @@ impl GgufFile {
                 )));
             };
             ranges.push((start, end, name.clone()));
-            if tensors.insert(name, Place { dtype, shape, start, len }).is_some() {
+            if tensors.insert(name, Place { part: 0, dtype, shape, start, len }).is_some() {
                 return Err(source.corrupt(format!("tensor {shown} is there twice")));
             }
         }
@@ -375,7 +465,7 @@ impl GgufFile {
     /// What reading says.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<Vec<u8>>>> {
         let Some((_, count, start)) = self.array(key, &[TEXT]) else { return Ok(None) };
-        let mut reader = Reader { cursor: Cursor::new(&self.source, start), version: self.version };
+        let mut reader = Reader { cursor: Cursor::new(&self.parts[0], start), version: self.version };
         let mut out = Vec::with_capacity(count);
         for _ in 0..count {
             let len = reader.count(key)?;
@@ -390,7 +480,7 @@ impl GgufFile {
     /// What reading says.
     pub fn integers(&self, key: &str) -> Result<Option<Vec<i64>>> {
         let Some((kind, count, start)) = self.array(key, &[0, 1, 2, 3, 4, 5, 10, 11]) else { return Ok(None) };
-        let mut cursor = Cursor::new(&self.source, start);
+        let mut cursor = Cursor::new(&self.parts[0], start);
         let width = width(kind).unwrap_or(1);
         let bytes = cursor.take(count.saturating_mul(width), key)?;
         let value = |bytes: &[u8]| match number(kind, bytes) {
@@ -425,16 +515,17 @@ impl Store for GgufFile {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::Missing { origin: self.origin(name), name: name.into() };
+        let missing = || Error::missing(self, name);
         let place = self.tensors.get(name).ok_or_else(missing)?;
         if let Dtype::Other(kind) = place.dtype {
             let what = format!("tensor {name} is stored as {kind}, which is not read");
-            return Err(Error::Unsupported { path: self.source.path().into(), what });
+            return Err(Error::Unsupported { path: self.parts[place.part].path().into(), what });
         }
-        self.source.bytes(place.start, place.len)
+        self.parts[place.part].bytes(place.start, place.len)
     }
 
-    fn origin(&self, _: &str) -> String {
-        self.source.path().display().to_string()
+    fn origin(&self, name: &str) -> String {
+        let part = self.tensors.get(name).map_or(0, |place| place.part);
+        self.parts[part].path().display().to_string()
     }
 }

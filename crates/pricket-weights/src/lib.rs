@@ -7,9 +7,9 @@
 //! |---|---|
 //! | `model.safetensors` | [`SafetensorsFile`], memory-mapped |
 //! | `pytorch_model.bin` (PyTorch ≥ 1.6, a zip of a pickle and raw storages) | [`TorchFile`], memory-mapped |
-//! | `*.gguf`, version 1 to 3 | [`GgufFile`], memory-mapped; quantised blocks as they are |
+//! | `*.gguf`, version 1 to 3, whole or split | [`GgufFile`], memory-mapped; quantized blocks as they are |
 //! | ggml, ggmf, ggjt (2023) | [`GgmlFile`], which wants the headers of its families |
-//! | the first two in shards with an `*.index.json` | [`Sharded`] |
+//! | the first two in shards, with an `*.index.json` or numbered (`-00001-of-00002`) | [`Sharded`] |
 //!
 //! Opening reads headers only, so a 24 GB repository costs milliseconds; bytes are paged in when a tensor is asked
 //! for and let go when it has been copied. A file is never believed: sizes, offsets and shapes are checked against
@@ -41,8 +41,10 @@ mod dtype;
 mod error;
 mod ggml;
 mod gguf;
+mod json;
 mod mapped;
 mod open;
+mod parts;
 mod pickle;
 mod safetensors_file;
 mod sharded;
@@ -57,7 +59,9 @@ pub use dtype::Dtype;
 pub use error::{Error, Result, clip};
 pub use ggml::{GgmlFile, GgmlLayout};
 pub use gguf::GgufFile;
-pub use open::{Format, choose_weights, find_weights, open, open_file, open_remote, sniff, sniff_remote};
+pub use json::{parse_json, to_python_json};
+pub use open::{Format, choose_weights, find_weights, open, open_file, open_one, open_remote, sniff, sniff_remote};
+pub use parts::parts_of;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{Sharded, shard_map};
 pub use source::ReadAt;

@@ -3,6 +3,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::parts::{parts_of, representatives};
 use crate::source::Source;
 use crate::{Error, GgufFile, ReadAt, Result, SafetensorsFile, Sharded, Store, TorchFile};
 
@@ -82,16 +83,19 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
         });
     }
     let not_found = |what: String| Err(Error::NotFound { path: place.into(), what });
-    let weights: Vec<&str> = names().filter(|name| name.ends_with(".safetensors")).collect();
+    // Of numbered parts the first stands for all.
+    let weights = representatives(names().filter(|name| name.ends_with(".safetensors")));
     // Other programs' files, by the names that these give them; what they are is told by what is in them.
     let is_other = |name: &&str| match Path::new(name).extension().and_then(|end| end.to_str()) {
         Some("gguf") => true,
         Some("bin") => name.contains("ggml"),
         _ => false,
     };
-    let others: Vec<&str> = names().filter(is_other).collect();
+    let others = representatives(names().filter(is_other));
+    let numbered = representatives(names().filter(|name| name.ends_with(".bin") && parts_of(name).is_some()));
     match weights[..] {
         [only] => Ok(only),
+        [] if numbered.len() == 1 => Ok(numbered[0]),
         [] if others.len() == 1 => Ok(others[0]),
         [] if others.len() > 1 => {
             let what = format!("{} files of a model ({}, ...): name one of them", others.len(), others[0]);
@@ -134,11 +138,24 @@ fn format_of(head: &[u8], path: &Path) -> Format {
     }
 }
 
-/// Opens one weight file by what its first bytes say, never by its name.
+/// Opens one weight file by what its first bytes say, never by its name; of a checkpoint in numbered parts, all of them.
+///
+/// # Errors
+/// As [`open`], and [`Error::NotFound`] for a part that is not there.
+pub fn open_file(path: &Path) -> Result<Box<dyn Store>> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // The parts of a GGUF file also have metadata in common.
+    if parts_of(&name).is_some() && path.exists() && sniff(path)? != Format::Gguf {
+        return Ok(Box::new(Sharded::open_parts(path)?));
+    }
+    open_one(path)
+}
+
+/// Opens one weight file, whatever it is a part of; a GGUF file with its siblings.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_file(path: &Path) -> Result<Box<dyn Store>> {
+pub fn open_one(path: &Path) -> Result<Box<dyn Store>> {
     if !path.exists() {
         return Err(Error::NotFound { path: path.into(), what: "no such file".into() });
     }

@@ -20,6 +20,9 @@ pub struct SafetensorsFile {
     source: Source,
     tensors: BTreeMap<String, (safetensors::Dtype, Vec<usize>, usize, usize)>,
     metadata: BTreeMap<String, String>,
+    /// Names that the metadata maps to a stored tensor: `save_model` of safetensors leaves out tensors that share their memory
+    /// with another one.
+    aliases: BTreeMap<String, String>,
 }
 
 impl SafetensorsFile {
@@ -70,10 +73,14 @@ impl SafetensorsFile {
             let (start, end) = info.data_offsets;
             (name, (info.dtype, info.shape.clone(), base + start, end - start))
         });
-        let tensors = tensors.collect();
+        let tensors: BTreeMap<String, _> = tensors.collect();
         drop(header);
-        let metadata = metadata.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
-        Ok(Self { source, tensors, metadata })
+        let metadata: BTreeMap<String, String> =
+            metadata.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
+        let is_alias =
+            |(name, stored): &(&String, &String)| !tensors.contains_key(*name) && tensors.contains_key(*stored);
+        let aliases = metadata.iter().filter(is_alias).map(|(name, stored)| (name.clone(), stored.clone())).collect();
+        Ok(Self { source, tensors, metadata, aliases })
     }
 
     /// The `__metadata__` of the header: free text by whoever wrote the file.
@@ -114,8 +121,12 @@ impl Store for SafetensorsFile {
         Some(Entry { shape: shape.clone(), dtype: dtype(*stored) })
     }
 
+    fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
+        self.aliases.get(name).map_or(name, String::as_str)
+    }
+
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::Missing { origin: self.origin(name), name: name.into() };
+        let missing = || Error::missing(self, name);
         let &(_, _, start, len) = self.tensors.get(name).ok_or_else(missing)?;
         self.source.bytes(start, len)
     }

@@ -1,18 +1,26 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
 
 use crate::error::clip;
-use crate::{Bytes, Entry, Error, Result, Store, open_file};
+use crate::json::parse_json;
+use crate::open::open_one;
+use crate::parts::parts_of;
+use crate::{Bytes, Entry, Error, Result, Store};
 
 /// An index with more than this is no index of a checkpoint (a 30B one is 20 kB).
 const MAX_INDEX: u64 = 4 << 20;
 
-/// A checkpoint in several files, as `*.index.json` maps its tensors to them.
+/// A checkpoint in several files: those that an `*.index.json` names, or all that are numbered alike.
+///
+/// A tensor that the index forgets and a shard holds is there, as in transformers. One that the index lists and its shard lacks
+/// is missing only once it is asked for: old indexes list masks that were never saved.
 pub struct Sharded {
-    index: String,
+    origin: String,
     shards: Vec<Box<dyn Store>>,
     /// Tensor to position in `shards`.
     tensors: BTreeMap<String, usize>,
+    /// Tensors that the index lists and its shard lacks.
+    lacking: BTreeMap<String, usize>,
 }
 
 #[derive(serde::Deserialize)]
@@ -29,8 +37,9 @@ pub fn shard_map(index: &[u8], path: &Path) -> Result<BTreeMap<String, String>> 
     if index.len() as u64 > MAX_INDEX {
         return Err(corrupt(format!("an index of {} bytes is out of all proportion", index.len())));
     }
-    let map: Index =
-        serde_json::from_slice(index).map_err(|e| corrupt(format!("not a shard index: {}", clip(&e.to_string()))))?;
+    let map: Index = parse_json(index)
+        .and_then(serde_json::from_value)
+        .map_err(|e| corrupt(format!("not a shard index: {}", clip(&e.to_string()))))?;
     match map.weight_map.values().find(|file| !is_plain_file_name(file)) {
         Some(file) => Err(Error::Refused {
             path: path.into(),
@@ -45,7 +54,7 @@ impl Sharded {
     ///
     /// # Errors
     /// [`Error::Refused`] for a shard that is not a plain file name beside the index, [`Error::NotFound`] for one
-    /// that is not there, [`Error::Corrupt`] if the index names a tensor that its shard does not hold.
+    /// that is not there, [`Error::Corrupt`] if the shards hold no tensor that the index names.
     pub fn open(index: impl AsRef<Path>) -> Result<Self> {
         let index = index.as_ref();
         let io = |source| Error::Io { path: index.into(), source };
@@ -59,31 +68,48 @@ impl Sharded {
             return Err(corrupt(format!("an index of {size} bytes is out of all proportion")));
         }
         let map = shard_map(&std::fs::read(index).map_err(io)?, index)?;
-        let folder = index.parent().unwrap_or(Path::new("."));
-        let mut positions = BTreeMap::new();
-        let mut shards: Vec<Box<dyn Store>> = Vec::new();
-        let mut tensors = BTreeMap::new();
-        for (name, file) in &map {
-            let position = if let Some(&position) = positions.get(file) {
-                position
-            } else {
-                let path = folder.join(file);
-                if !path.exists() {
-                    return Err(Error::NotFound {
-                        path,
-                        what: format!("the shard is named by {} but is not there", index.display()),
-                    });
-                }
-                shards.push(open_file(&path)?);
-                positions.insert(file, shards.len() - 1);
-                shards.len() - 1
-            };
-            if shards[position].entry(name).is_none() {
-                return Err(corrupt(format!("it says that {} holds {}, which it does not", clip(file), clip(name))));
-            }
-            tensors.insert(name.clone(), position);
+        let files: BTreeSet<&String> = map.values().collect();
+        let named = format!("the shard is named by {} but is not there", index.display());
+        let shards = open_all(parent(index), &files, &named)?;
+        let positions: BTreeMap<&String, usize> = files.into_iter().zip(0..).collect();
+        let holds = |name: &str, position: usize| shards[position].entry(shards[position].resolve(name)).is_some();
+        let (mut tensors, lacking): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            map.iter().map(|(name, file)| (name.clone(), positions[file])).partition(|(name, at)| holds(name, *at));
+        if let (true, Some((name, at))) = (tensors.is_empty(), lacking.first_key_value()) {
+            let shard = shards[*at].origin(name);
+            return Err(corrupt(format!(
+                "the index says that {} holds {}, which is not there",
+                clip(&shard),
+                clip(name)
+            )));
         }
-        Ok(Self { index: index.display().to_string(), shards, tensors })
+        for (position, shard) in shards.iter().enumerate() {
+            for name in shard.names() {
+                tensors.entry(name).or_insert(position);
+            }
+        }
+        Ok(Self { origin: index.display().to_string(), shards, tensors, lacking })
+    }
+
+    /// Opens all files that are numbered as `part` is: `model-00001-of-00002.safetensors` and its siblings.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a part that is not there, [`Error::Corrupt`] for a tensor that two of them hold.
+    pub fn open_parts(part: &Path) -> Result<Self> {
+        let name = part.file_name().unwrap_or_default().to_string_lossy();
+        let files = parts_of(&name).unwrap_or_else(|| vec![name.clone().into_owned()]);
+        let missing = format!("{name} is one of {} parts, and this one is not there", files.len());
+        let shards = open_all(parent(part), &files, &missing)?;
+        let mut tensors = BTreeMap::new();
+        for (position, shard) in shards.iter().enumerate() {
+            for name in shard.names() {
+                if let Some(other) = tensors.insert(name.clone(), position) {
+                    let what = format!("tensor {} is in {} too", clip(&name), clip(&files[other]));
+                    return Err(Error::Corrupt { path: shard.origin(&name).into(), what });
+                }
+            }
+        }
+        Ok(Self { origin: part.display().to_string(), shards, tensors, lacking: BTreeMap::new() })
     }
 
     fn shard(&self, name: &str) -> Option<&dyn Store> {
@@ -91,9 +117,29 @@ impl Sharded {
     }
 }
 
+/// Opens files of one directory; `missing` says what one that is not there is missing from.
+fn open_all(
+    directory: &Path,
+    files: impl IntoIterator<Item = impl AsRef<str>>,
+    missing: &str,
+) -> Result<Vec<Box<dyn Store>>> {
+    let open = |file: &str| {
+        let path = directory.join(file);
+        if !path.exists() {
+            return Err(Error::NotFound { path, what: missing.into() });
+        }
+        open_one(&path)
+    };
+    files.into_iter().map(|file| open(file.as_ref())).collect()
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("."))
+}
+
 impl std::fmt::Debug for Sharded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Sharded({}, {} shards, {} tensors)", self.index, self.shards.len(), self.tensors.len())
+        write!(f, "Sharded({}, {} shards, {} tensors)", self.origin, self.shards.len(), self.tensors.len())
     }
 }
 
@@ -113,12 +159,22 @@ impl Store for Sharded {
         self.shard(name)?.entry(name)
     }
 
+    fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
+        let other = || self.shards.iter().map(|shard| shard.resolve(name)).find(|stored| *stored != name);
+        if self.tensors.contains_key(name) { name } else { other().unwrap_or(name) }
+    }
+
+    fn claims(&self, name: &str) -> bool {
+        self.tensors.contains_key(name) || self.lacking.contains_key(name)
+    }
+
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::Missing { origin: self.index.clone(), name: name.into() };
+        let missing = || Error::missing(self, name);
         self.shard(name).ok_or_else(missing)?.bytes(name)
     }
 
     fn origin(&self, name: &str) -> String {
-        self.shard(name).map_or_else(|| self.index.clone(), |shard| shard.origin(name))
+        let lacking = || self.lacking.get(name).map(|&position| self.shards[position].origin(name));
+        self.shard(name).map(|shard| shard.origin(name)).or_else(lacking).unwrap_or_else(|| self.origin.clone())
     }
 }

@@ -43,6 +43,18 @@ pub trait Store: Send + Sync {
         self.entry(name)
     }
 
+    /// The name under which `name` is stored: another one where the file maps `name` to a tensor that it shares memory with, as
+    /// safetensors' `save_model` does; else `name` itself, whether it is there or not.
+    fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
+        name
+    }
+
+    /// Whether the checkpoint says that it holds `name`. An index may list what its file lacks: such a tensor is missing, and
+    /// nothing may be concluded from its absence.
+    fn claims(&self, name: &str) -> bool {
+        self.entry(self.resolve(name)).is_some()
+    }
+
     /// The bytes of a tensor: contiguous, row-major, little-endian.
     ///
     /// # Errors
@@ -114,7 +126,7 @@ const PIECE: usize = 4 << 20;
 /// # Errors
 /// [`Error::Missing`], [`Error::Unsupported`] for a type candle lacks, or what the store says of the bytes.
 pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Tensor> {
-    let entry = store.entry(name).ok_or_else(|| Error::Missing { origin: store.origin(name), name: name.into() })?;
+    let entry = store.entry(name).ok_or_else(|| Error::missing(store, name))?;
     let bytes = store.bytes(name)?;
     let shape = &entry.shape[..];
     let tensor = match entry.dtype {
@@ -148,7 +160,7 @@ pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Ten
 /// # Errors
 /// As [`read_tensor`].
 pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
-    let entry = store.entry(name).ok_or_else(|| Error::Missing { origin: store.origin(name), name: name.into() })?;
+    let entry = store.entry(name).ok_or_else(|| Error::missing(store, name))?;
     let (Dtype::Block(kind), [rows, columns]) = (entry.dtype, &entry.shape[..]) else {
         return Ok(Matrix::Dense(read_tensor(store, name, &Device::Cpu)?));
     };

@@ -95,7 +95,7 @@ impl Store for Random {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::Missing { origin: self.origin(name), name: name.into() };
+        let missing = || Error::missing(self, name);
         let entry = self.entry(name).ok_or_else(missing)?;
         let mut hasher = DefaultHasher::new();
         (self.seed, name).hash(&mut hasher);
@@ -155,6 +155,14 @@ impl Store for Headers {
 
     fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
         self.0.expect(name, shape)
+    }
+
+    fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
+        self.0.resolve(name)
+    }
+
+    fn claims(&self, name: &str) -> bool {
+        self.0.claims(name)
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {

@@ -86,15 +86,29 @@ fn read_tensors(file: &Source) -> Result<BTreeMap<String, View>> {
     Ok(tensors)
 }
 
-/// The tensors of the dictionary, or of the one it keeps under the key that training code uses.
+/// Where training code keeps a state dict, outermost key first: Lightning, transformers and others; nnU-Net and many tutorials;
+/// Megatron; DeepSpeed; Composer.
+const PLACES: [&[&str]; 5] = [&["state_dict"], &["model_state_dict"], &["model"], &["module"], &["state", "model"]];
+
+/// The tensors of the dictionary, or of the one that it keeps where training code does: what holds the most of them.
 fn state_dict(pickle: &Pickle) -> Option<Vec<(&str, &TensorRef)>> {
-    let top = named(pickle, pickle.root)?;
-    let found = tensors(pickle, &top);
-    if !found.is_empty() {
-        return Some(found);
+    let inside = |place: &[&str]| {
+        let step = |id: Id, key: &&str| named(pickle, id)?.iter().find(|(name, _)| name == key).map(|(_, id)| *id);
+        let place = place.iter().try_fold(pickle.root, step)?;
+        Some(tensors(pickle, &named(pickle, place)?))
+    };
+    // Of equals the first: the dictionary itself.
+    let nested = PLACES.iter().flat_map(|outer| {
+        // One inside another: {"model": {"state_dict": ..}}.
+        std::iter::once(outer.to_vec()).chain(PLACES.iter().map(|inner| [*outer, *inner].concat()))
+    });
+    let mut best = inside(&[])?;
+    for found in nested.filter_map(|place| inside(&place)) {
+        if found.len() > best.len() {
+            best = found;
+        }
     }
-    let &(_, inner) = top.iter().find(|(name, _)| ["state_dict", "model", "module"].contains(name))?;
-    Some(tensors(pickle, &named(pickle, inner)?)).filter(|found| !found.is_empty())
+    Some(best).filter(|found| !found.is_empty())
 }
 
 /// Longer than any tensor's name: each name is copied, and a memo lets one long string be many keys.
@@ -215,8 +229,7 @@ impl Store for TorchFile {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let view =
-            self.tensors.get(name).ok_or_else(|| Error::Missing { origin: self.origin(name), name: name.into() })?;
+        let view = self.tensors.get(name).ok_or_else(|| Error::missing(self, name))?;
         let width = view.dtype.bytes(1);
         let elements = view.elements();
         let start = view.record.start(&self.file)?;

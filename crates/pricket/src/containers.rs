@@ -22,6 +22,7 @@ pub(crate) struct Container {
     /// What it says of itself.
     pub(crate) metadata: Value,
     pub(crate) warnings: Vec<String>,
+    pub(crate) notes: Vec<String>,
     /// Whether its vocabulary is that of GPT-NeoX-20B, whose tokenizer it lacks.
     pub(crate) wants_neox_tokenizer: bool,
 }
@@ -95,6 +96,12 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         _ => Fused::Model,
     };
     let describe = format!("GGUF, version {}", file.version());
+    let unknown = Family::unknown_gguf_keys(&metadata);
+    let notes = if unknown.is_empty() {
+        Vec::new()
+    } else {
+        vec![format!("{}: unknown keys without effect: {}", path.display(), unknown.join(", "))]
+    };
     Ok(Container {
         config,
         tokenizer,
@@ -103,6 +110,7 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         describe,
         metadata,
         warnings,
+        notes,
         wants_neox_tokenizer: false,
     })
 }
@@ -119,7 +127,8 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
     let wrong = |what: String| Error::Tokenizer { origin: origin.clone(), what };
     let (model, pre) = (metadata["tokenizer.ggml.model"].as_str(), metadata["tokenizer.ggml.pre"].as_str());
     if model != Some("gpt2") || pre.is_some_and(|pre| !GPT2_LIKE.contains(&pre)) {
-        return Err(wrong(format!("a tokenizer of kind {model:?}, {pre:?}; byte-level BPE as GPT-2's is read")));
+        let (model, pre) = (model.unwrap_or("none"), pre.unwrap_or("none"));
+        return Err(wrong(format!("a tokenizer of kind {model} ({pre}); byte-level BPE as GPT-2's is read")));
     }
     let Some(merges) = file.texts("tokenizer.ggml.merges")? else {
         return Err(wrong("it has tokens and no merges".into()));
@@ -170,6 +179,7 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         describe: file.describe(),
         metadata: file.header(),
         warnings,
+        notes: Vec::new(),
         store: Arc::new(file),
     })
 }

@@ -8,13 +8,13 @@ use candle_core::{DType, Device, Tensor};
 use pricket_lm::Vocabulary;
 use pricket_nn::ops::{BlockType, Blocks, Matrix, narrowed, quantise};
 use pricket_nn::{Names, Policy, Quantisation, RowOrder, Weights};
-use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer};
+use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, to_python_json};
 use serde_json::Value;
 
 use crate::family::Family;
-use crate::opened::{Opened, at};
+use crate::opened::{Opened, TOKENIZER_FILES, at, parent, read_small};
 use crate::qkv::Fused;
-use crate::{Error, Loader, QkvOrder, Result};
+use crate::{Error, Loader, Provenance, QkvOrder, Result};
 
 /// What a conversion makes of matrices. Vectors keep their values in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,8 +106,11 @@ impl Loader {
             }
         };
         let headers = Arc::new(Headers::of(Arc::clone(&opened.store)));
-        let dry = Weights::new(headers, family.names(), &Device::Cpu, Policy::Stored);
+        let dry =
+            Weights::new(headers, family.names(), &Device::Cpu, Policy::Stored).allow_unused(self.allows_unused());
         let info = family.load(&dry).map_err(|e| at(&opened.config_path, e))?.info().clone();
+        self.check_unused(&dry, &*opened.store)?;
+        dry.verify_tied().map_err(|e| at(&opened.config_path, e))?;
         let gguf = out.extension().is_some_and(|e| e == "gguf");
         let plan = Plan { family: &family, options, gguf, in_model_order };
         let items = plan.items(&dry, &*opened.store)?;
@@ -125,6 +128,8 @@ impl Loader {
         let mut notes: Vec<String> = opened.notes.clone();
         notes.extend(plan.notes(&items, &*opened.store));
         let path = if gguf { out.to_owned() } else { out.join("model.safetensors") };
+        let largest = items.iter().map(|item| &item.outline).max_by_key(|outline| outline.bytes());
+        let (config, left_out) = python_config(&opened, &family, largest.map_or(Dtype::F32, |outline| outline.dtype));
         if gguf {
             let ends =
                 crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), opened.tokenizer.as_ref());
@@ -134,6 +139,7 @@ impl Loader {
                 notes.push(format!("GGUF has room for one end token: {last} is written, {others:?} are not"));
             }
         } else {
+            notes.extend(left_out);
             std::fs::create_dir_all(out).map_err(|error| Error::Io { path: out.into(), error })?;
             if !options.overwrite && (pricket_weights::find_weights(out).is_ok() || out.join("config.json").exists()) {
                 return Err(Error::Input(format!("{} holds a model already, and is not written over", out.display())));
@@ -162,7 +168,7 @@ impl Loader {
         writer.finish().map_err(io)?;
         // The weights last: without them nobody takes the directory for a model.
         if !gguf {
-            beside(out, &opened)?;
+            beside(out, &opened, &config)?;
         }
         let bytes = part.finish()?;
         progress.end();
@@ -182,8 +188,7 @@ impl Plan<'_> {
         let fused = dry.fused();
         let mut out = Vec::new();
         for (canonical, from) in dry.asked() {
-            let missing = || pricket_weights::Error::Missing { origin: store.origin(&from), name: from.clone() };
-            let entry = store.entry(&from).ok_or_else(missing)?;
+            let entry = store.entry(&from).ok_or_else(|| pricket_weights::Error::missing(store, &from))?;
             let order = fused.iter().find(|(name, _)| *name == canonical).map(|(_, order)| *order);
             let rows = match (order, self.gguf, self.in_model_order) {
                 (Some(order), true, false) => Change::Apply(order),
@@ -376,7 +381,7 @@ fn metadata(
         own.as_object().into_iter().flatten().map(|(key, of)| (key.clone(), value(of))).collect();
     let mut add = |key: &str, value: GgufValue| out.push((key.to_owned(), value));
     let stored = opened.store.names().iter().filter_map(|name| opened.store.entry(name)).max_by_key(Entry::elements);
-    add("general.name", GgufValue::Text(opened.provenance.name()));
+    add("general.name", GgufValue::Text(opened.base_name()));
     add("general.quantization_version", GgufValue::U32(2));
     add("general.file_type", GgufValue::U32(file_type(options, stored.map_or(Dtype::F32, |entry| entry.dtype))));
     if let Some(licence) = &opened.provenance.licence {
@@ -384,7 +389,7 @@ fn metadata(
     }
     add("pricket.version", GgufValue::Text(env!("CARGO_PKG_VERSION").into()));
     add("pricket.qkv_order", GgufValue::Text("split".into()));
-    add("pricket.source", GgufValue::Text(opened.provenance.name()));
+    add("pricket.source", GgufValue::Text(opened.base_name()));
     if let Some(commit) = &opened.provenance.commit {
         add("pricket.source.commit", GgufValue::Text(commit.clone()));
     }
@@ -411,30 +416,79 @@ fn metadata(
     Ok(out)
 }
 
-/// Configuration and tokenizer, beside the weights of a directory; of another model's nothing stays.
-fn beside(directory: &Path, opened: &Opened) -> Result<()> {
-    let mut config = opened.config.clone();
-    if let Some(object) = config.as_object_mut() {
-        object.retain(|_, value| !value.is_null());
-    }
-    let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap_or_default();
-    let files = [
-        ("config.json", Some(pretty(&config))),
-        ("generation_config.json", opened.generation_config.as_ref().map(pretty)),
-        ("tokenizer.json", opened.tokenizer.as_ref().map(pricket_lm::Tokenizer::to_json).transpose()?),
+/// Licences and what goes with them, by the names that repositories give them.
+const LICENCES: [&str; 5] = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"];
+
+/// Configuration, tokenizer and licence, beside the weights of a directory; of another model's nothing stays.
+fn beside(directory: &Path, opened: &Opened, config: &Value) -> Result<()> {
+    let mut files: Vec<(&str, Option<Vec<u8>>)> = vec![
+        ("config.json", Some(to_python_json(config).into_bytes())),
+        ("generation_config.json", opened.generation_config.as_ref().map(|json| to_python_json(json).into_bytes())),
+        (
+            "tokenizer.json",
+            opened.tokenizer.as_ref().map(pricket_lm::Tokenizer::to_json).transpose()?.map(String::into_bytes),
+        ),
     ];
-    for (name, text) in files {
+    let copied = |folder: Option<PathBuf>, name: &str| {
+        let path = folder.map(|folder| folder.join(name)).filter(|path| path.is_file());
+        path.map(|path| read_small(&path)).transpose()
+    };
+    let tokenizer = opened.tokenizer_path.as_deref().map(parent);
+    for name in TOKENIZER_FILES {
+        files.push((name, copied(tokenizer.clone(), name)?));
+    }
+    let source = opened.provenance.directory.clone().filter(|_| !opened.is_container);
+    for name in LICENCES {
+        files.push((name, copied(source.clone(), name)?));
+    }
+    files.push(("README.md", Some(readme(opened).into_bytes())));
+    for (name, bytes) in files {
         let path = directory.join(name);
         let io = |error| Error::Io { path: path.clone(), error };
-        if let Some(text) = text {
+        if let Some(bytes) = bytes {
             let mut part = Part::create(&path, true)?;
-            std::io::Write::write_all(&mut part.file, text.as_bytes()).map_err(io)?;
+            std::io::Write::write_all(&mut part.file, &bytes).map_err(io)?;
             part.finish()?;
         } else if path.exists() {
             std::fs::remove_file(&path).map_err(io)?;
         }
     }
     Ok(())
+}
+
+/// A card that says where the weights came from and under which licence they are.
+fn readme(opened: &Opened) -> String {
+    let Provenance { repo, commit, licence, .. } = &opened.provenance;
+    let mut front: Vec<String> = licence.iter().map(|licence| format!("license: {licence}")).collect();
+    front.extend(repo.iter().map(|repo| format!("base_model: {repo}")));
+    let front = if front.is_empty() { String::new() } else { format!("---\n{}\n---\n\n", front.join("\n")) };
+    let commit = commit.as_ref().map_or(String::new(), |commit| format!(", commit {commit}"));
+    format!("{front}Converted from {}{commit} with pricket {}.\n", opened.base_name(), env!("CARGO_PKG_VERSION"))
+}
+
+/// The configuration of a checkpoint whose matrices are of `dtype`, for Python to load; and what was left out of it.
+fn python_config(opened: &Opened, family: &Family, dtype: Dtype) -> (Value, Vec<String>) {
+    let mut config = opened.config.clone();
+    let mut notes = Vec::new();
+    let Some(object) = config.as_object_mut() else { return (config, notes) };
+    object.retain(|_, value| !value.is_null());
+    // Both name files of Python code, which are not written.
+    for key in ["auto_map", "custom_pipelines"] {
+        if object.remove(key).is_some() {
+            notes.push(format!("config.json: {key} is left out, since the code that it names is not copied"));
+        }
+    }
+    let architecture = family.architecture(&opened.config);
+    object.insert("architectures".into(), serde_json::json!([architecture]));
+    // transformers 5 calls it by another name.
+    let key = if object.contains_key("dtype") && !object.contains_key("torch_dtype") { "dtype" } else { "torch_dtype" };
+    match dtype {
+        Dtype::F32 => object.insert(key.into(), "float32".into()),
+        Dtype::F16 => object.insert(key.into(), "float16".into()),
+        Dtype::BF16 => object.insert(key.into(), "bfloat16".into()),
+        _ => object.remove(key),
+    };
+    (config, notes)
 }
 
 /// A file that gets its name when it is whole, and leaves nothing behind otherwise.

@@ -30,6 +30,17 @@ pub enum Error {
         /// The file and what is wrong with it. Not a `source`: a chain of causes would say it twice.
         error: pricket_weights::Error,
     },
+    /// Weights of the family that the configuration has no use for. [`crate::Loader::allow_unused`] loads the rest.
+    #[error("{}: {} that this configuration has no use for ({first}{}); {}", path.display(), holds(*count),
+        if *count > 1 { ", ..." } else { "" }, unused_advice(first))]
+    Unused {
+        /// The file.
+        path: PathBuf,
+        /// The first of them.
+        first: String,
+        /// How many there are.
+        count: usize,
+    },
     /// A file that asks for what is never done: running code, leaving its directory.
     #[error("{}: refused: {what}", path.display())]
     Unsafe {
@@ -128,6 +139,23 @@ pub enum Error {
     /// An operation on tensors.
     #[error(transparent)]
     Tensor(candle_core::Error),
+}
+
+fn holds(count: usize) -> String {
+    if count == 1 { "it holds 1 tensor".into() } else { format!("it holds {count} tensors") }
+}
+
+/// A number of tensors, in words.
+pub(crate) fn tensors(count: usize) -> String {
+    if count == 1 { "1 tensor is".into() } else { format!("{count} tensors are") }
+}
+
+fn unused_advice(name: &str) -> &'static str {
+    if name.contains(".lora_") {
+        "merge the LoRA adapter into the weights first"
+    } else {
+        "the configuration is probably not theirs; allow unused weights to leave them out"
+    }
 }
 
 fn gib(bytes: u64) -> String {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pricket_nn::config::{GENERIC, Keys};
 use pricket_nn::{CausalLm, Error, GgmlLayout, Names, Result, Weights};
 use serde_json::{Value, json};
 
@@ -15,16 +16,27 @@ pub(crate) enum Family {
     Mpt(Box<pricket_mpt::Config>),
 }
 
+/// A family whose configuration has not been read.
+enum Kind {
+    GptNeoX,
+    Mpt,
+}
+
 impl Family {
-    /// By `model_type`, else by `architectures`; never by the shape of a model or the name of a repository.
     pub(crate) fn from_config(config: &Value) -> Result<Self> {
+        match Self::kind(config)? {
+            Kind::GptNeoX => Ok(Family::GptNeoX(Box::new(pricket_gpt_neox::Config::from_json(config)?))),
+            Kind::Mpt => Ok(Family::Mpt(Box::new(pricket_mpt::Config::from_json(config)?))),
+        }
+    }
+
+    /// By `model_type`, else by `architectures`; never by the shape of a model or the name of a repository.
+    fn kind(config: &Value) -> Result<Kind> {
         let architecture = config["architectures"][0].as_str();
         match (config["model_type"].as_str(), architecture) {
-            (Some("gpt_neox"), _) | (None, Some("GPTNeoXForCausalLM")) => {
-                Ok(Family::GptNeoX(Box::new(pricket_gpt_neox::Config::from_json(config)?)))
-            }
+            (Some("gpt_neox"), _) | (None, Some("GPTNeoXForCausalLM")) => Ok(Kind::GptNeoX),
             (Some("mpt" | "mosaic_gpt"), _) | (None, Some("MPTForCausalLM" | "MptForCausalLM" | "MosaicGPT")) => {
-                Ok(Family::Mpt(Box::new(pricket_mpt::Config::from_json(config)?)))
+                Ok(Kind::Mpt)
             }
             (Some(other), _) => Err(Error::config(
                 "model_type",
@@ -65,7 +77,10 @@ impl Family {
             Some("mpt") => pricket_mpt::config_from_gguf(metadata, shape),
             other => Err(Error::config(
                 "general.architecture",
-                format!("{other:?} is not a family of this zoo; expected \"gptneox\" or \"mpt\""),
+                match other {
+                    Some(other) => format!("{other:?} is not a family of this zoo; expected \"gptneox\" or \"mpt\""),
+                    None => "missing; expected \"gptneox\" or \"mpt\"".into(),
+                },
             )),
         }
     }
@@ -76,6 +91,17 @@ impl Family {
             Family::GptNeoX(_) => pricket_gpt_neox::gguf_metadata(config),
             Family::Mpt(_) => pricket_mpt::gguf_metadata(config, learned_positions),
         }
+    }
+
+    /// The class of Python's that a configuration of this family is for: the one that it names, if that is a language model.
+    pub(crate) fn architecture(&self, config: &Value) -> String {
+        let named = config["architectures"][0].as_str();
+        let classes: &[&str] = match self {
+            Family::GptNeoX(_) => &["GPTNeoXForCausalLM"],
+            Family::Mpt(_) if config["model_type"] == "mosaic_gpt" => &["MosaicGPT"],
+            Family::Mpt(_) => &["MPTForCausalLM", "MptForCausalLM", "MosaicGPT"],
+        };
+        named.filter(|named| classes.contains(named)).unwrap_or(classes[0]).to_owned()
     }
 
     /// What llama.cpp calls the tensors.
@@ -118,6 +144,35 @@ impl Family {
             (Family::GptNeoX(_), "gpt-neox") | (Family::Mpt(_), "mpt") => None,
             (_, other) => Some(format!("it is not of the family {other}")),
         }
+    }
+
+    /// The tables of keys that a configuration may have; of every family where it does not say which.
+    fn tables(config: &Value) -> Vec<Keys> {
+        match Self::kind(config) {
+            Ok(Kind::GptNeoX) => vec![pricket_gpt_neox::KEYS, GENERIC],
+            Ok(Kind::Mpt) => pricket_mpt::Config::tables(config).to_vec(),
+            Err(_) => vec![pricket_gpt_neox::KEYS, pricket_mpt::KEYS, pricket_mpt::MOSAIC_GPT_KEYS, GENERIC],
+        }
+    }
+
+    /// Whether a key has a place in a configuration of this family.
+    pub(crate) fn knows(config: &Value, key: &str) -> bool {
+        Keys::knows(&Self::tables(config), key)
+    }
+
+    /// The keys of a configuration that no version of its class has.
+    pub(crate) fn unknown_keys(config: &Value) -> Vec<String> {
+        Keys::check(&Self::tables(config), config).unwrap_or_default()
+    }
+
+    /// The keys of GGUF metadata that this program does not know.
+    pub(crate) fn unknown_gguf_keys(metadata: &Value) -> Vec<String> {
+        let checked = match metadata["general.architecture"].as_str() {
+            Some("gptneox") => Keys::check_gguf(pricket_gpt_neox::GGUF_KEYS, "gptneox.", metadata),
+            Some("mpt") => Keys::check_gguf(pricket_mpt::GGUF_KEYS, "mpt.", metadata),
+            _ => return Vec::new(),
+        };
+        checked.unwrap_or_default()
     }
 
     pub(crate) fn names(&self) -> Names {

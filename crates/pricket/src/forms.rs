@@ -1,8 +1,10 @@
 //! The forms that a revision's weights come in. Some revisions have several, which do not always hold the same.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use pricket_hub::Listed;
+use pricket_weights::{choose_weights, parts_of};
 
 /// In the order in which a loader looks for them; as [`pricket_weights::choose_weights`] chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,13 +40,23 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
             out.insert(form, shards);
         }
     }
-    if out.is_empty() {
-        let is_weights =
-            |file: &&Listed| file.path.strip_suffix(".safetensors").is_some_and(|stem| !stem.contains('/'));
-        let only: Vec<Listed> = listing.iter().filter(is_weights).cloned().collect();
-        if only.len() == 1 {
-            out.insert(Form::Safetensors, only);
-        }
+    // A name of its own, or numbered parts without an index.
+    let plain: Vec<&str> = listing.iter().map(|file| file.path.as_str()).filter(|path| !path.contains('/')).collect();
+    if out.is_empty()
+        && let Ok(chosen) = choose_weights(&plain, Path::new(""))
+    {
+        let files: Option<Vec<Listed>> = match parts_of(chosen) {
+            Some(parts) => parts.iter().map(|part| find(part)).collect(),
+            None => find(chosen).map(|file| vec![file]),
+        };
+        let form = match (chosen.ends_with(".safetensors"), chosen.ends_with(".bin"), parts_of(chosen).is_some()) {
+            (true, _, false) => Some(Form::Safetensors),
+            (true, _, true) => Some(Form::SafetensorsShards),
+            (_, true, true) => Some(Form::TorchShards),
+            // GGUF and GGML files are no form of a revision.
+            _ => None,
+        };
+        out.extend(form.zip(files));
     }
     out
 }
@@ -64,7 +76,10 @@ mod tests {
 
     #[test]
     fn the_first_form_is_what_a_loader_takes() {
-        let sets: [&[&str]; 6] = [
+        let sets: [&[&str]; 9] = [
+            &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            &["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "training_args.bin"],
+            &["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors", "b.safetensors"],
             &["model.safetensors", "pytorch_model.bin", "config.json"],
             &[
                 "model-00001-of-00002.safetensors",
@@ -86,6 +101,7 @@ mod tests {
             assert_eq!(chosen.is_some(), found.is_some(), "{names:?}");
             let Some((form, files)) = found else { continue };
             let index = SHARDED.iter().find(|(.., of)| *of == form).map(|(index, ..)| *index);
+            let index = index.filter(|index| names.contains(index));
             assert_eq!(chosen, Some(index.unwrap_or(&files[0].path)), "{names:?}");
             assert_eq!(forms(&only(form, &listing)).len(), 1);
         }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::containers::{self, Container};
 use crate::family::Family;
-use crate::opened::{at, read_json};
+use crate::opened::{at, read_json, unknown_keys};
 use crate::remote::Tensors;
 use crate::repository::{Place, Revision, locate};
 use crate::{Error, Provenance, Result};
@@ -129,6 +129,7 @@ fn look(
         None
     };
     let family = config.as_ref().map(Family::from_config).transpose().map_err(|e| at(&config_path, e))?;
+    warnings.extend(config.iter().flat_map(|config| unknown_keys(&config_path, config)));
     let generation = directory.join("generation_config.json");
     if generation.is_file() {
         read_json(&generation)?;
@@ -180,7 +181,8 @@ fn list(store: &dyn Store, family: Option<&Family>, warnings: &mut Vec<String>) 
 
 /// Looks at a file that holds everything.
 fn contained(file: PathBuf, container: Container) -> Result<Inspection> {
-    let Container { config, tokenizer, store, describe, metadata, mut warnings, .. } = container;
+    let Container { config, tokenizer, store, describe, metadata, mut warnings, notes, .. } = container;
+    warnings.extend(notes);
     let family = Family::from_config(&config).map_err(|e| at(&file, e))?;
     let tensors = list(&*store, Some(&family), &mut warnings);
     let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());

@@ -13,7 +13,7 @@ use crate::embedded::{EMBEDDED, Embedded};
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
-use crate::opened::{Opened, at, eos_ids, open_files};
+use crate::opened::{Changes, Opened, at, eos_ids, open_files};
 use crate::pool::{Pooled, pool};
 use crate::qkv::{self, Fused, QkvOrder};
 use crate::repository::{Place, fetch_id, locate};
@@ -113,8 +113,8 @@ pub struct Loader {
     quantisation: Option<Quantisation>,
     activations: Activations,
     cache: Option<CacheType>,
-    activation: Option<String>,
-    changes: Vec<(String, Value)>,
+    changes: Changes,
+    allow_unused: bool,
 }
 
 #[derive(Clone)]
@@ -186,8 +186,8 @@ impl Loader {
             quantisation: None,
             activations: Activations::F32,
             cache: None,
-            activation: None,
-            changes: Vec::new(),
+            changes: Changes::default(),
+            allow_unused: false,
         }
     }
 
@@ -288,15 +288,23 @@ impl Loader {
     /// for every model and GPT-NeoX was trained with.
     #[must_use]
     pub fn activation(mut self, name: impl Into<String>) -> Self {
-        self.activation = Some(name.into());
+        self.changes.activation = Some(name.into());
         self
     }
 
-    /// Changes a key of the configuration, `use_parallel_residual` or `attn_config.clip_qkv`: for files that say something
-    /// wrong, or nothing.
+    /// Changes a key of the configuration, `use_parallel_residual` or `attn_config.clip_qkv`, before anything checks it: for
+    /// files that say something wrong, or nothing. A key that the family does not know is an error.
     #[must_use]
     pub fn set(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
-        self.changes.push((key.into(), value.into()));
+        self.changes.keys.push((key.into(), value.into()));
+        self
+    }
+
+    /// Loads a checkpoint whose configuration has no use for some of its weights, which is an error otherwise: mostly the
+    /// configuration is another model's, and the output would be wrong.
+    #[must_use]
+    pub fn allow_unused(mut self) -> Self {
+        self.allow_unused = true;
         self
     }
 
@@ -323,7 +331,9 @@ impl Loader {
         };
         let headers =
             Weights::new(Arc::new(Headers::of(Arc::clone(&opened.store))), family.names(), &Device::Cpu, policy);
+        let headers = headers.allow_unused(self.allow_unused);
         let dry = family.load(&headers).map_err(refused)?;
+        self.check_unused(&headers, &*opened.store)?;
         if self.device.is_cpu() && !self.any_memory {
             memory::check(&self.source.name(), &Estimate::new(dry.info().clone(), 512))?;
         }
@@ -337,7 +347,7 @@ impl Loader {
             let (store, progress) = (Arc::clone(&opened.store), Arc::clone(&self.progress));
             let weights = Weights::with_progress(store, family.names(), &self.device, policy, progress);
             let weights = if in_model_order { weights.in_model_order() } else { weights };
-            let weights = weights.with_activations(self.activations);
+            let weights = weights.with_activations(self.activations).allow_unused(self.allow_unused);
             let weights = match self.cache {
                 Some(kind) => weights.with_cache(kind),
                 None => weights,
@@ -389,14 +399,21 @@ impl Loader {
         let mut opened = self.open()?;
         if let Some(path) = &self.tokenizer {
             opened.provenance.replace("tokenizer.json", path);
-        }
-        for (key, value) in &self.changes {
-            set(&mut opened.config, key, value.clone())?;
-        }
-        if let Some(name) = &self.activation {
-            Family::set_activation(&mut opened.config, name)?;
+            opened.tokenizer_path = Some(path.clone());
         }
         Ok(opened)
+    }
+
+    /// Refuses a checkpoint with weights that its configuration has no use for, unless that is allowed.
+    pub(crate) fn check_unused(&self, weights: &Weights, store: &dyn Store) -> Result<()> {
+        let unused = if self.allow_unused { Vec::new() } else { weights.unused_weights() };
+        let Some(first) = unused.first() else { return Ok(()) };
+        let origin = store.origin(first);
+        Err(Error::Unused { path: origin.into(), first: pricket_weights::clip(first), count: unused.len() })
+    }
+
+    pub(crate) fn allows_unused(&self) -> bool {
+        self.allow_unused
     }
 
     pub(crate) fn order(&self) -> QkvOrder {
@@ -410,15 +427,20 @@ impl Loader {
     fn open(&self) -> Result<Opened> {
         let given = self.tokenizer.as_ref().map(Tokenizer::from_file).transpose()?;
         match &self.source {
-            Source::Embedded(model) => model.open(given),
+            Source::Embedded(model) => {
+                let mut opened = model.open(given)?;
+                self.changes.apply(&mut opened.config)?;
+                Ok(opened)
+            }
             Source::Store { config, store } => {
-                let config = config.clone();
+                let mut config = config.clone();
+                self.changes.apply(&mut config)?;
                 Ok(Opened { config, config_path: "config".into(), tokenizer: given, ..Opened::new(Arc::clone(store)) })
             }
             Source::Path(path) => match locate(path)? {
                 Place::Local(path) => {
                     let file = self.file.as_ref().map(|file| path.join(file));
-                    let mut opened = open_files(file.as_ref().unwrap_or(&path), None, given)?;
+                    let mut opened = open_files(file.as_ref().unwrap_or(&path), None, given, &self.changes)?;
                     if opened.wants_neox_tokenizer {
                         let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
                         opened.take_neox_tokenizer(&path.display().to_string(), &hub, &*self.progress)?;
@@ -427,8 +449,8 @@ impl Loader {
                 }
                 Place::Hub(id) => {
                     let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
-                    let fetched = fetch_id(&id, self.file.as_deref(), &hub, &*self.progress)?;
-                    let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given)?;
+                    let fetched = fetch_id(&id, self.file.as_deref(), &self.changes, &hub, &*self.progress)?;
+                    let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given, &self.changes)?;
                     opened.borrow_tokenizer(&id, &hub, &*self.progress)?;
                     if opened.wants_neox_tokenizer && opened.tokenizer.is_none() {
                         opened.take_neox_tokenizer(&id.to_string(), &hub, &*self.progress)?;
@@ -438,19 +460,6 @@ impl Loader {
             },
         }
     }
-}
-
-/// Sets a key, `outer.inner` for one inside another.
-fn set(config: &mut Value, key: &str, value: Value) -> Result<()> {
-    let mut at = config;
-    for part in key.split('.') {
-        if !(at.is_object() || at.is_null()) {
-            return Err(Error::Input(format!("{key}: the configuration has no such place")));
-        }
-        at = &mut at[part];
-    }
-    *at = value;
-    Ok(())
 }
 
 /// Says so if what a repository holds is not what its card says.
@@ -475,9 +484,14 @@ fn licence_warning(provenance: &Provenance) -> Option<String> {
     (!known).then(|| format!("{}: licence {licence}, no commercial use", provenance.name()))
 }
 
-/// Says so if the checkpoint holds weights that the configuration has no use for.
+/// Says so if the checkpoint holds tensors that the configuration has no use for.
 pub(crate) fn unused_warning(weights: &Weights) -> Option<String> {
     let unused = weights.unused();
     let first = pricket_weights::clip(unused.first()?);
-    Some(format!("{} tensors of the checkpoint are not used by this configuration ({first}, ...)", unused.len()))
+    let what = if weights.unused_weights().is_empty() {
+        ""
+    } else {
+        "; some look like weights of this family, so loading refuses them"
+    };
+    Some(format!("{} not used by this configuration ({first}, ...){what}", crate::error::tensors(unused.len())))
 }

@@ -20,12 +20,54 @@ const NEOX_TOKENIZER: &str = "EleutherAI/gpt-neox-20b";
 /// A config.json is a kilobyte.
 const MAX_JSON: u64 = 1 << 20;
 
+/// What a user changes about a configuration, before anything looks at it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Changes {
+    /// Keys and their new values, `outer.inner` for a key inside an object.
+    pub(crate) keys: Vec<(String, Value)>,
+    /// Another activation function.
+    pub(crate) activation: Option<String>,
+}
+
+impl Changes {
+    /// Changes `config`, and refuses keys that its family does not know: they would have no effect.
+    pub(crate) fn apply(&self, config: &mut Value) -> Result<()> {
+        for (key, value) in &self.keys {
+            set(config, key, value.clone())?;
+        }
+        if let Some((key, _)) = self.keys.iter().find(|(key, _)| !Family::knows(config, key)) {
+            return Err(Error::Input(format!("{key}: no key of this family's configuration; it would have no effect")));
+        }
+        match &self.activation {
+            Some(name) => Ok(Family::set_activation(config, name)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Sets a key, `outer.inner` for one inside another.
+fn set(config: &mut Value, key: &str, value: Value) -> Result<()> {
+    let mut at = config;
+    for part in key.split('.') {
+        if !(at.is_object() || at.is_null()) {
+            return Err(Error::Input(format!("{key}: the configuration has no such place")));
+        }
+        at = &mut at[part];
+    }
+    *at = value;
+    Ok(())
+}
+
 /// What lies at a path, opened and not yet read.
 pub(crate) struct Opened {
     pub(crate) config: Value,
     pub(crate) config_path: PathBuf,
     pub(crate) generation_config: Option<Value>,
     pub(crate) tokenizer: Option<Tokenizer>,
+    /// The tokenizer.json that it was read from, if it was.
+    pub(crate) tokenizer_path: Option<PathBuf>,
+    /// Whether configuration, tokenizer and weights are in one file.
+    pub(crate) is_container: bool,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) provenance: Provenance,
     pub(crate) warnings: Vec<String>,
@@ -42,6 +84,8 @@ impl Opened {
             config_path: PathBuf::new(),
             generation_config: None,
             tokenizer: None,
+            tokenizer_path: None,
+            is_container: false,
             store,
             provenance: Provenance::default(),
             warnings: Vec::new(),
@@ -49,6 +93,27 @@ impl Opened {
             in_use: None,
             fused: Fused::Trained,
             wants_neox_tokenizer: false,
+        }
+    }
+
+    /// What the checkpoint is called where others read it: its repository, or the name of its file or directory without the
+    /// path of this machine.
+    pub(crate) fn base_name(&self) -> String {
+        let provenance = &self.provenance;
+        let file = self.config_path.file_stem().filter(|_| self.is_container);
+        let directory = || {
+            let path = std::path::absolute(provenance.directory.as_deref()?).ok()?;
+            let name = |path: &Path| Some(path.file_name()?.to_string_lossy().into_owned());
+            // A training step is kept below its model.
+            match path.parent().filter(|parent| parent.ends_with("revisions")).and_then(Path::parent).and_then(name) {
+                Some(model) => Some(format!("{model}@{}", name(&path)?)),
+                None => name(&path),
+            }
+        };
+        match (&provenance.repo, file) {
+            (Some(_), _) => provenance.name(),
+            (None, Some(file)) => file.to_string_lossy().into_owned(),
+            (None, None) => directory().unwrap_or_else(|| provenance.name()),
         }
     }
 
@@ -74,6 +139,7 @@ impl Opened {
             Ok((tokenizer, path)) => {
                 self.tokenizer = Some(tokenizer);
                 self.provenance.replace("tokenizer.json", &path);
+                self.tokenizer_path = Some(path);
                 self.notes.push(format!("{whose}: {why}, so that of {from} is used"));
             }
             Err(Error::Cancelled) => return Err(Error::Cancelled),
@@ -84,25 +150,40 @@ impl Opened {
 }
 
 /// Opens a file that holds everything, if it is one.
-fn open_container(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Opened>> {
+fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> Result<Option<Opened>> {
     let Some(container) = containers::open(path, given)? else { return Ok(None) };
     let directory = parent(path);
+    let mut config = container.config;
+    changes.apply(&mut config)?;
     Ok(Some(Opened {
-        config: container.config,
+        config,
         config_path: path.to_owned(),
         tokenizer: container.tokenizer,
-        provenance: Provenance::of_directory(&directory, &[path.to_owned()]),
+        is_container: true,
+        provenance: Provenance::of_directory(&directory, &files_of(&*container.store)),
         warnings: container.warnings,
+        notes: container.notes,
         fused: container.fused,
         wants_neox_tokenizer: container.wants_neox_tokenizer,
         ..Opened::new(container.store)
     }))
 }
 
+/// The files that a store reads, sorted.
+fn files_of(store: &dyn Store) -> Vec<PathBuf> {
+    let files: std::collections::BTreeSet<String> = store.names().iter().map(|name| store.origin(name)).collect();
+    files.into_iter().map(PathBuf::from).collect()
+}
+
 /// Opens a directory or a weight file with its configuration beside it.
-pub(crate) fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<Tokenizer>) -> Result<Opened> {
+pub(crate) fn open_files(
+    path: &Path,
+    fetched: Option<Fetched>,
+    given: Option<Tokenizer>,
+    changes: &Changes,
+) -> Result<Opened> {
     let file = containers::candidate(path)?;
-    if let Some(mut opened) = file.map(|file| open_container(&file, given.as_ref())).transpose()?.flatten() {
+    if let Some(mut opened) = file.map(|file| open_container(&file, given.as_ref(), changes)).transpose()?.flatten() {
         if let Some(fetched) = fetched {
             opened.provenance = fetched.provenance;
             opened.warnings.extend(fetched.warnings);
@@ -122,9 +203,11 @@ pub(crate) fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<To
             what: "no such file; a checkpoint needs its config.json".into(),
         });
     }
-    let config = read_json(&config_path)?;
+    let mut config = read_json(&config_path)?;
+    changes.apply(&mut config)?;
     // The configuration first: its errors say more than those of files that belong to another model.
     Family::from_config(&config).map_err(|e| at(&config_path, e))?;
+    let notes = unknown_keys(&config_path, &config);
     let generation = directory.join("generation_config.json");
     let tokenizer = directory.join("tokenizer.json");
     let generation_config = generation.is_file().then(|| read_json(&generation)).transpose()?;
@@ -135,26 +218,42 @@ pub(crate) fn open_files(path: &Path, fetched: Option<Fetched>, given: Option<To
     } else {
         let mut files = vec![config_path.clone(), generation, tokenizer.clone(), weights];
         // Shards are known by the tensors that they hold.
-        files.extend(store.names().iter().map(|name| PathBuf::from(store.origin(name))));
+        files.extend(TOKENIZER_FILES.map(|name| directory.join(name)).into_iter().filter(|path| path.is_file()));
+        files.extend(files_of(&*store));
         files.sort();
         files.dedup();
         let provenance = Provenance::of_directory(&directory, &files);
         let warnings = snapshot_warnings(&provenance);
         (provenance, warnings, None)
     };
+    let has_tokenizer = tokenizer.is_file();
     Ok(Opened {
         config,
         config_path,
         generation_config,
+        tokenizer_path: has_tokenizer.then(|| tokenizer.clone()),
         tokenizer: match given {
             Some(tokenizer) => Some(tokenizer),
-            None => tokenizer.is_file().then(|| Tokenizer::from_file(&tokenizer)).transpose()?,
+            None => has_tokenizer.then(|| Tokenizer::from_file(&tokenizer)).transpose()?,
         },
         provenance,
         warnings,
+        notes,
         in_use,
         ..Opened::new(store)
     })
+}
+
+/// Files beside a tokenizer.json that name more tokens.
+pub(crate) const TOKENIZER_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+
+/// Says which keys of a configuration no version of its class has: a key that is misspelled has no effect.
+pub(crate) fn unknown_keys(path: &Path, config: &Value) -> Vec<String> {
+    let unknown = Family::unknown_keys(config);
+    let shown: Vec<&str> = unknown.iter().take(8).map(String::as_str).collect();
+    let more = if unknown.len() > shown.len() { ", ..." } else { "" };
+    let note = || format!("{}: unknown keys without effect: {}{more}", path.display(), shown.join(", "));
+    if unknown.is_empty() { Vec::new() } else { vec![note()] }
 }
 
 /// An error of configuration, with the file that it is in.
@@ -181,13 +280,13 @@ pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
     let io = |error: std::io::Error| Error::Io { path: path.into(), error };
     let size = std::fs::metadata(path).map_err(io)?.len();
     if size > MAX_JSON {
-        return Err(corrupt(path, format!("{size} bytes are no configuration")));
+        return Err(corrupt(path, format!("{size} bytes; a configuration has at most {MAX_JSON}")));
     }
     std::fs::read(path).map_err(io)
 }
 
 pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
-    serde_json::from_slice(bytes).map_err(|e| corrupt(path, format!("not valid JSON: {e}")))
+    pricket_weights::parse_json(bytes).map_err(|e| corrupt(path, format!("not valid JSON: {e}")))
 }
 
 fn corrupt(path: &Path, what: String) -> Error {

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use pricket_hub::{Hub, Listed, ModelId, Quiet};
 use pricket_nn::Silent;
 use pricket_weights::{
-    Bytes, Entry, Format, ReadAt, Store, open_file, open_remote, read_tensor, shard_map, sniff, sniff_remote,
+    Bytes, Entry, Format, ReadAt, Store, open_one, open_remote, parts_of, read_tensor, shard_map, sniff, sniff_remote,
 };
 
 use crate::forms::forms;
@@ -81,7 +81,7 @@ impl Tensors {
         let find = |name: &str| {
             let listed = listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
                 path: id.to_string().into(),
-                what: format!("the index names {name}, which the revision does not have"),
+                what: format!("{weights} needs {name}, which the revision does not have"),
             })?;
             let here = hub.cached(&id.repo, commit, &listed);
             Ok(here.map_or_else(
@@ -117,9 +117,12 @@ impl Tensors {
                 }
             }
         } else {
-            out.files.insert(weights.to_owned(), find(weights)?);
-            let names = out.open(weights)?.names();
-            out.map = names.into_iter().map(|name| (name, weights.to_owned())).collect();
+            // Of numbered parts without an index each header says what is in it.
+            for file in parts_of(weights).unwrap_or_else(|| vec![weights.to_owned()]) {
+                out.files.insert(file.clone(), find(&file)?);
+                let names = out.open(&file)?.names();
+                out.map.extend(names.into_iter().map(|name| (name, file.clone())));
+            }
         }
         Ok(out)
     }
@@ -131,7 +134,7 @@ impl Tensors {
         }
         // Nobody waits for our requests. At worst a header is read twice.
         let store: Arc<dyn Store> = Arc::from(match &self.files[file] {
-            File::Local(path) => open_file(path)?,
+            File::Local(path) => open_one(path)?,
             File::Remote(remote) => open_remote(Arc::clone(remote) as Arc<dyn ReadAt>)?,
         });
         lock().insert(file.to_owned(), Arc::clone(&store));
@@ -140,7 +143,10 @@ impl Tensors {
 
     /// The store that holds a tensor.
     pub(crate) fn holder(&self, name: &str) -> Result<Arc<dyn Store>> {
-        let missing = || pricket_weights::Error::Missing { origin: self.provenance.name(), name: name.into() };
+        let missing = || {
+            let nearest = self.map.keys().next().map(|name| pricket_weights::clip(name));
+            pricket_weights::Error::Missing { origin: self.provenance.name(), name: name.into(), nearest }
+        };
         self.open(self.map.get(name).ok_or_else(missing)?)
     }
 
@@ -160,8 +166,7 @@ impl Tensors {
     /// [`Error::Corrupt`] if there is no such tensor; what fetching a header says.
     pub fn entry(&self, name: &str) -> Result<Entry> {
         let store = self.holder(name)?;
-        let missing = || pricket_weights::Error::Missing { origin: store.origin(name), name: name.into() };
-        Ok(store.entry(name).ok_or_else(missing)?)
+        Ok(store.entry(name).ok_or_else(|| pricket_weights::Error::missing(&*store, name))?)
     }
 
     /// A tensor, as stored.
@@ -172,13 +177,13 @@ impl Tensors {
         Ok(read_tensor(&*self.holder(name)?, name, &Device::Cpu)?)
     }
 
-    /// All of them as one store; every header is read now, so that nothing can fail when it is asked.
+    /// All of them as one store; every header is read now, so that nothing can fail when it is asked for.
     ///
     /// # Errors
-    /// What fetching a header says, or that a shard does not hold what the index says.
+    /// What fetching a header says.
     pub(crate) fn into_store(self) -> Result<Arc<dyn Store>> {
-        for name in self.map.keys() {
-            self.entry(name)?;
+        for file in self.files.keys() {
+            self.open(file)?;
         }
         Ok(Arc::new(self))
     }
@@ -205,6 +210,10 @@ impl Store for Tensors {
 
     fn entry(&self, name: &str) -> Option<Entry> {
         self.holder(name).ok()?.entry(name)
+    }
+
+    fn claims(&self, name: &str) -> bool {
+        self.map.contains_key(name)
     }
 
     fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {

@@ -6,20 +6,24 @@ use std::sync::{Mutex, PoisonError};
 
 use pricket_hub::{Events, Hub, InUse, Listed, ModelId, Refs, Report, Settings, Snapshot};
 use pricket_nn::Progress;
+use pricket_weights::parts_of;
 
 use crate::cards::{Card, KnownKind, card};
 use crate::family::Family;
-use crate::opened::{at, read_json};
+use crate::opened::{Changes, TOKENIZER_FILES, at, read_json};
 use crate::{Error, Provenance, Result};
 
-/// What is fetched beside the weights, as far as it is there. Python's tokenizers want the last three.
-const SMALL: [&str; 6] = [
+/// Files that are fetched beside the weights, if they are there.
+const SMALL: [&str; 9] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "README.md",
+    "LICENSE",
+    "LICENSE.txt",
 ];
 /// None of these is larger, nor is an index of shards.
 const SMALL_BYTES: u64 = 6 << 20;
@@ -119,7 +123,7 @@ pub struct Fetched {
 /// [`Error::Repository`] with what is known of mirrors, [`Error::Hub`], [`Error::Offline`].
 pub fn fetch(model: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
     match locate(Path::new(model))? {
-        Place::Hub(id) => fetch_id(&id, None, hub, progress),
+        Place::Hub(id) => fetch_id(&id, None, &Changes::default(), hub, progress),
         Place::Local(path) => Err(Error::Input(format!("{} is here already", path.display()))),
     }
 }
@@ -173,14 +177,21 @@ impl Events for Telling<'_> {
 }
 
 /// Fetches a revision, with the weight file that is named rather than the one that is best read.
-pub(crate) fn fetch_id(id: &ModelId, file: Option<&str>, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
+pub(crate) fn fetch_id(
+    id: &ModelId,
+    file: Option<&str>,
+    changes: &Changes,
+    hub: &Hub,
+    progress: &dyn Progress,
+) -> Result<Fetched> {
     let found = Revision::find_file(id, file, hub, progress)?;
-    found.fetch(hub, progress)
+    found.fetch(changes, hub, progress)
 }
 
 /// The same of a revision whose commit is known, so that a branch that moves meanwhile does not matter.
 pub(crate) fn fetch_commit(id: &ModelId, commit: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
-    Revision::at(id, commit.to_owned(), None, hub, &Telling::new(progress, ""))?.fetch(hub, progress)
+    let found = Revision::at(id, commit.to_owned(), None, hub, &Telling::new(progress, ""))?;
+    found.fetch(&Changes::default(), hub, progress)
 }
 
 /// The tokenizer.json of a repository, where another one has none.
@@ -189,9 +200,11 @@ pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) ->
     let telling = Telling::new(progress, format!("fetching the tokenizer of {id}"));
     let commit = hub.resolve(&id, &telling)?;
     let listing = hub.files(&id.repo, &commit, &telling)?.files;
-    let file = listing.iter().find(|file| file.path == "tokenizer.json" && file.size <= SMALL_BYTES);
+    let find = |name: &str| listing.iter().find(|file| file.path == name && file.size <= SMALL_BYTES).cloned();
     let missing = || Error::NotFound { path: "tokenizer.json".into(), what: format!("{id} has none") };
-    let snapshot = hub.fetch(&id, &commit, &[file.cloned().ok_or_else(missing)?], &listing, &telling)?;
+    let mut wanted = vec![find("tokenizer.json").ok_or_else(missing)?];
+    wanted.extend(TOKENIZER_FILES.iter().filter_map(|name| find(name)));
+    let snapshot = hub.fetch(&id, &commit, &wanted, &listing, &telling)?;
     Ok(snapshot.directory.join("tokenizer.json"))
 }
 
@@ -234,7 +247,7 @@ impl Revision {
         hub.fetch_part(&self.id.repo, &self.commit, &first, &telling).map_err(|e| self.explained(e))
     }
 
-    fn fetch(self, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
+    fn fetch(self, changes: &Changes, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
         let small = self.fetch_small(hub, progress)?;
         // Before gigabytes of weights that nothing here can load. Files that hold everything need no configuration.
         let config = small.directory.join("config.json");
@@ -243,11 +256,18 @@ impl Revision {
             return Err(Error::NotFound { path: "config.json".into(), what });
         }
         if config.is_file() {
-            Family::from_config(&read_json(&config)?).map_err(|e| at(&config, e))?;
+            let mut json = read_json(&config)?;
+            changes.apply(&mut json)?;
+            Family::from_config(&json).map_err(|e| at(&config, e))?;
         }
         let weights = small.directory.join(&self.chosen.weights.path);
-        let large =
-            if self.chosen.is_index() { shards(&self.listing, &weights)? } else { vec![self.chosen.weights.clone()] };
+        let large = match parts_of(&self.chosen.weights.path) {
+            _ if self.chosen.is_index() => shards(&self.listing, &weights)?,
+            Some(parts) => {
+                parts.into_iter().map(|part| listed(&self.listing, &weights, part)).collect::<Result<_>>()?
+            }
+            None => vec![self.chosen.weights.clone()],
+        };
         let wanted = [self.chosen.fetch_first(), large].concat();
         let telling = Telling::new(progress, format!("fetching {}", self.id));
         let whole =
@@ -328,13 +348,15 @@ impl Chosen {
 fn shards(listing: &[Listed], path: &Path) -> Result<Vec<Listed>> {
     let bytes = std::fs::read(path).map_err(|error| Error::Io { path: path.into(), error })?;
     let names: std::collections::BTreeSet<String> = pricket_weights::shard_map(&bytes, path)?.into_values().collect();
-    let listed = |name: String| {
-        listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
-            path: path.into(),
-            what: format!("it names {name}, which the revision does not have"),
-        })
-    };
-    names.into_iter().map(listed).collect()
+    names.into_iter().map(|name| listed(listing, path, name)).collect()
+}
+
+/// A file of a revision that `path` needs.
+fn listed(listing: &[Listed], path: &Path, name: String) -> Result<Listed> {
+    listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
+        path: path.into(),
+        what: format!("it needs {name}, which the revision does not have"),
+    })
 }
 
 /// The same of a snapshot that was given as a directory, as far as the cache that it is in knows its branches.

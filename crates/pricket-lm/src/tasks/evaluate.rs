@@ -197,6 +197,15 @@ fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
 
 fn target_of(question: &Asked) -> Value {
     match question {
+        // Where contexts differ the harness calls the continuation the target, and the context the choice.
+        Asked::Choices(choices) if choices.contexts.len() > 1 => {
+            json!(
+                choices
+                    .continuations
+                    .first()
+                    .map(|continuation| continuation.strip_prefix(' ').unwrap_or(continuation))
+            )
+        }
         Asked::Choices(choices) => json!(choices.answer),
         Asked::Continuation { continuation, .. } => json!(continuation),
         Asked::Text { text, .. } => json!(text),

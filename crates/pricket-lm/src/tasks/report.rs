@@ -80,8 +80,10 @@ impl Sample {
         } else {
             self.answers.iter().map(|answer| json!([answer.sum.to_string(), python(answer.is_greedy)])).collect()
         };
+        // Always a text, as the harness writes it.
+        let target = self.target.as_str().map_or_else(|| self.target.to_string(), str::to_owned);
         let mut line = json!({
-            "doc_id": self.id, "doc": self.document, "target": self.target, "arguments": arguments,
+            "doc_id": self.id, "doc": self.document, "target": target, "arguments": arguments,
             "resps": answers.iter().map(|answer| json!([answer])).collect::<Vec<_>>(), "filtered_resps": answers,
             "filter": "none", "metrics": self.scores.iter().map(|(metric, _)| metric.name()).collect::<Vec<_>>(),
         });

@@ -211,7 +211,7 @@ impl Auditor<'_> {
         let spelling = family.map_or_else(Names::default, |family| family.names());
         let tensors = self.of.home.tensors(&looked.checkpoint, &only(form, &looked.listing))?;
         let weights = tensors.names().filter(|name| !spelling.is_buffer(name));
-        let names = weights.map(|name| (spelling.canonical(name).into_owned(), name.to_owned())).collect();
+        let names = weights.map(|name| (spelling.canonical(name), name.to_owned())).collect();
         Ok(Fingerprints { tensors, names, known: BTreeMap::new() })
     }
 }

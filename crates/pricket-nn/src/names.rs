@@ -1,0 +1,185 @@
+//! How the tensors of a family are called on file.
+
+use std::collections::BTreeSet;
+
+/// Modules that wrap others anywhere in a model: `torch.compile`, FSDP in two versions, activation checkpointing.
+const INNER_WRAPPERS: [&str; 4] = ["_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"];
+
+/// Modules that wrap a whole model: DistributedDataParallel, Lightning and Composer, PEFT, TRL, DeepSpeed, reward models.
+const WRAPPERS: [&str; 8] = [
+    "module",
+    "model",
+    "base_model",
+    "pretrained_model",
+    "_forward_module",
+    "transformer",
+    "rwtransformer",
+    "rwtranrsformer",
+];
+
+/// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Names {
+    /// The first part of the names of all weights but the head's: `gpt_neox`. Wrappers are recognized by what stands before it.
+    pub root: &'static str,
+    /// The name of the head, without `.weight`.
+    pub head: &'static str,
+    /// Canonical name to an old or new spelling of the same tensor.
+    pub aliases: &'static [(&'static str, &'static str)],
+    /// Other ways of spelling, each a table of parts of names, from dot to dot: `("norm_1", "ln_1")`.
+    pub spellings: &'static [&'static [(&'static str, &'static str)]],
+    /// Endings of tensors that are no weights: masks and tables that old code saved.
+    pub buffers: &'static [&'static str],
+}
+
+impl Names {
+    /// Spellings of `name`, canonical first.
+    pub(crate) fn spellings(&self, name: &str) -> Vec<String> {
+        let mut out = vec![name.to_owned()];
+        out.extend(
+            self.aliases.iter().filter(|(canonical, _)| *canonical == name).map(|(_, other)| (*other).to_owned()),
+        );
+        out.extend(self.spellings.iter().map(|table| Self::spelled(name, table)).filter(|other| other != name));
+        // A model without its head is saved without the root.
+        let root = format!("{}.", self.root);
+        let bare: Vec<String> = out.iter().filter_map(|name| Some(name.strip_prefix(&root)?.to_owned())).collect();
+        out.extend(bare);
+        out
+    }
+
+    /// `name` without the names of modules that training wraps around a model, as often and in whatever order they come.
+    pub(crate) fn unwrapped(&self, name: &str) -> String {
+        let mut parts: Vec<&str> = name.split('.').filter(|part| !INNER_WRAPPERS.contains(part)).collect();
+        let is_wrapper = |part: &&str| WRAPPERS.contains(part);
+        // A family's root may be called as a wrapper is: what counts is the last of them.
+        let root = parts.iter().rposition(|part| *part == self.root).filter(|&at| parts[..at].iter().all(is_wrapper));
+        let outer = root.unwrap_or_else(|| parts.iter().take_while(|part| is_wrapper(part)).count());
+        parts.drain(..outer.min(parts.len().saturating_sub(2)));
+        parts.join(".")
+    }
+
+    /// Whether a tensor that nothing asked for looks like a weight of this family: by its name, or because `asked` has one
+    /// that is called alike, of another block.
+    pub(crate) fn is_weight(&self, name: &str, asked: &BTreeSet<String>) -> bool {
+        let canonical = self.canonical(name);
+        let is_ours =
+            canonical.split('.').next() == Some(self.root) || canonical.starts_with(&format!("{}.", self.head));
+        let ends = [".weight", ".bias"].iter().any(|end| canonical.ends_with(end));
+        (is_ours && ends) || asked.contains(&without_numbers(name))
+    }
+
+    /// The canonical name of a tensor that a file calls `name`, for comparing files that spell differently. A root that
+    /// is missing is not made up.
+    pub fn canonical(&self, name: &str) -> String {
+        let bare = self.unwrapped(name);
+        if let Some((canonical, _)) = self.aliases.iter().find(|(_, other)| *other == bare) {
+            return (*canonical).into();
+        }
+        for table in self.spellings.iter().filter(|table| table.iter().any(|(_, other)| bare.contains(other))) {
+            let name = table.iter().fold(bare.clone(), |name, (part, other)| respelled(&name, other, part));
+            if name != bare {
+                return name;
+            }
+        }
+        bare
+    }
+
+    /// The shape of the tensor that is called `canonical` here, under whatever spelling a file has it.
+    pub fn shape(&self, canonical: &str, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Option<Vec<usize>> {
+        self.spellings(canonical).iter().find_map(|spelling| shape(spelling))
+    }
+
+    /// `name` as a table spells it.
+    pub fn spelled(name: &str, table: &[(&str, &str)]) -> String {
+        table.iter().fold(name.to_owned(), |name, (part, other)| respelled(&name, part, other))
+    }
+
+    /// Whether `name` is a buffer rather than a weight.
+    pub fn is_buffer(&self, name: &str) -> bool {
+        self.buffers.iter().any(|ending| {
+            let before = name.strip_suffix(ending);
+            // A whole name, or the end of one from a dot on.
+            before.is_some_and(|before| before.is_empty() || before.ends_with('.') || ending.starts_with('.'))
+        })
+    }
+}
+
+/// `name` with the part `from`, which stands between dots or at an end, spelled `to`.
+fn respelled(name: &str, from: &str, to: &str) -> String {
+    let padded = format!(".{name}.").replace(&format!(".{from}."), &format!(".{to}."));
+    padded[1..padded.len() - 1].to_owned()
+}
+
+/// `name` with every number in it as `#`.
+pub(crate) fn without_numbers(name: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    name.split('.').map(|part| if is_number(part) { "#" } else { part }).collect::<Vec<_>>().join(".")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEOX: Names = Names {
+        root: "gpt_neox",
+        head: "embed_out",
+        aliases: &[("embed_out.weight", "lm_head.weight")],
+        spellings: &[&[("gpt_neox.layers", "blk"), ("attention.dense", "attn_output")]],
+        buffers: &[".attention.bias"],
+    };
+    const MPT: Names = Names { root: "transformer", head: "lm_head", aliases: &[], spellings: &[], buffers: &[] };
+
+    #[test]
+    fn wrappers_are_taken_off_in_any_order_and_number() {
+        for prefix in [
+            "",
+            "_orig_mod.",
+            "module.",
+            "module.module.",
+            "model.",
+            "base_model.model.",
+            "pretrained_model.",
+            "_fsdp_wrapped_module.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "model._orig_mod.module.",
+            "base_model.model.module.",
+            "transformer.",
+            "rwtransformer.",
+            "_forward_module.module.model.",
+        ] {
+            let name = "gpt_neox.layers.0.attention.dense.weight";
+            assert_eq!(NEOX.unwrapped(&format!("{prefix}{name}")), name, "{prefix}");
+            assert_eq!(
+                NEOX.unwrapped(&format!("{prefix}layers.0.mlp.dense_h_to_4h.bias")),
+                "layers.0.mlp.dense_h_to_4h.bias"
+            );
+            assert_eq!(NEOX.unwrapped(&format!("{prefix}embed_out.weight")), "embed_out.weight");
+            assert_eq!(MPT.unwrapped(&format!("{prefix}transformer.wte.weight")), "transformer.wte.weight", "{prefix}");
+        }
+        let inside =
+            "_fsdp_wrapped_module.gpt_neox.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.x.weight";
+        assert_eq!(NEOX.unwrapped(inside), "gpt_neox.layers.0.mlp.x.weight");
+        // Nothing is left of a name that is all wrappers.
+        assert_eq!(NEOX.unwrapped("model.weight"), "model.weight");
+        assert_eq!(NEOX.unwrapped("student.gpt_neox.embed_in.weight"), "student.gpt_neox.embed_in.weight");
+    }
+
+    #[test]
+    fn weights_are_told_from_other_tensors() {
+        let asked: BTreeSet<String> = ["layers.#.attention.dense.weight".to_owned()].into();
+        for (name, expected) in [
+            ("gpt_neox.layers.7.attention.dense.weight", true),
+            ("module.gpt_neox.layers.7.attention.query_key_value.lora_A.default.weight", true),
+            ("layers.9.attention.dense.weight", true),
+            ("blk.9.attn_output.bias", true),
+            ("lm_head.weight", true),
+            ("v_head.summary.weight", false),
+            ("score.weight", false),
+            ("gpt_neox.rotary_emb.inv_freq", false),
+            ("optimizer.step", false),
+        ] {
+            assert_eq!(NEOX.is_weight(name, &asked), expected, "{name}");
+        }
+    }
+}
