@@ -64,6 +64,9 @@ struct Args {
     /// Bytes that fetched checkpoints may take in the cache; those used longest ago are deleted
     #[arg(long, value_name = "BYTES")]
     disk_budget: Option<u64>,
+    /// Measures again what rows of earlier versions hold, which have no hashes of documents and weights [default: keeps them]
+    #[arg(long)]
+    remeasure: bool,
     /// Does not load the next checkpoint while one is measured: half the memory
     #[arg(long)]
     no_prefetch: bool,
@@ -117,7 +120,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ..EvalOptions::default()
     };
     sweep.options.score.progress = Arc::new(Bar::default());
-    sweep.prefetch = !args.no_prefetch;
+    (sweep.prefetch, sweep.remeasure) = (!args.no_prefetch, args.remeasure);
     sweep.shard = match args.shard {
         Some(shard) => shard,
         None => Shard::from_slurm()?.unwrap_or_default(),

@@ -14,6 +14,9 @@ mod formats;
 /// Damaged and malicious files.
 mod hostile;
 
+/// Files that are easily read wrong.
+mod odd_input;
+
 /// Parameter counts of the published shapes.
 mod shapes;
 

@@ -97,6 +97,8 @@ pub struct Task {
     has_train: bool,
     /// Where the Hub has its documents: repository, configuration.
     dataset: Option<(String, Option<String>)>,
+    /// What the task is, in text: its file, or the name and version of a built-in one.
+    definition: String,
     ask: Ask,
 }
 
@@ -141,6 +143,11 @@ impl Task {
     /// The version of what it asks: figures of different versions are not to be compared.
     pub fn version(&self) -> f64 {
         self.version
+    }
+
+    /// The text that defines it: two tasks with the same definition ask the same.
+    pub fn definition(&self) -> &str {
+        &self.definition
     }
 
     /// How it asks.

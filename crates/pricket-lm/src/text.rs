@@ -48,6 +48,14 @@ impl TextStream {
         std::mem::take(&mut self.held)
     }
 
+    /// As [`TextStream::finish`], for a row that was cut off: without what may be the first part of a stop string.
+    pub fn finish_cut(&mut self) -> String {
+        let mut text = self.finish();
+        let keep = self.stop.iter().map(|s| overlap(&text, s)).max().unwrap_or(0);
+        text.truncate(text.len() - keep);
+        text
+    }
+
     /// Whether a stop string has been seen.
     pub fn stopped(&self) -> bool {
         self.stopped
@@ -70,7 +78,22 @@ fn overlap(text: &str, stop: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::overlap;
+    use super::{TextStream, overlap};
+    use crate::Tokenizer;
+
+    #[test]
+    fn a_row_that_is_cut_ends_before_the_first_part_of_a_stop_string() {
+        let words: Vec<Vec<u8>> = ["a", "<", "h"].map(|word| word.as_bytes().to_vec()).to_vec();
+        let tokenizer = Tokenizer::from_vocabulary(&words, &[], &[], "test").unwrap();
+        let end = |ids: &[u32], cut: bool| {
+            let mut stream = TextStream::new(&tokenizer, &["<human>".to_owned(), "ab".to_owned()]);
+            let text: String = ids.iter().map(|&id| stream.push(id)).collect();
+            text + &if cut { stream.finish_cut() } else { stream.finish() }
+        };
+        assert_eq!((end(&[2, 1, 2], true).as_str(), end(&[2, 1, 2], false).as_str()), ("h", "h<h"));
+        assert_eq!((end(&[1, 0], true).as_str(), end(&[1, 2, 1], true).as_str()), ("<", "<h"));
+        assert_eq!(end(&[2, 2], true), "hh");
+    }
 
     #[test]
     fn overlap_is_the_longest_beginning_of_the_stop_string() {

@@ -328,6 +328,8 @@ impl Pricket {
 struct Batch {
     generation: Generation,
     rows: Vec<Row>,
+    /// Whether the text is a turn of a conversation.
+    is_reply: bool,
 }
 
 #[derive(Debug)]
@@ -356,7 +358,7 @@ impl Batch {
             },
         };
         let rows = prompts.iter().map(row).collect();
-        Ok(Self { generation: pricket.generation(prompts, options)?, rows })
+        Ok(Self { generation: pricket.generation(prompts, options)?, rows, is_reply: false })
     }
 
     /// One token a row; gives the text that became certain, by row.
@@ -379,7 +381,9 @@ impl Batch {
                 })
             };
             if let Some(finish) = finish {
-                new.push_str(&text.finish());
+                let cut = matches!(finish, FinishReason::Length | FinishReason::Context);
+                // What is held back may be the first part of a stop string, which is no part of a reply.
+                new.push_str(&if cut && self.is_reply { text.finish_cut() } else { text.finish() });
                 completion.finish = finish;
             }
             completion.text.push_str(&new);
@@ -400,10 +404,11 @@ impl Stream {
         Ok(self.batch.step()?.map(|mut pieces| pieces.pop().map_or_else(String::new, |(_, text)| text)))
     }
 
-    /// Continues ids, of which `past` holds the first.
+    /// The reply to ids, of which `past` holds the first.
     pub(crate) fn of_ids(pricket: &Pricket, ids: Vec<u32>, past: Cache, options: &GenerateOptions) -> Result<Self> {
         let mut batch = Batch::of_ids(pricket, vec![ids], options)?;
         batch.generation = batch.generation.with_past(past)?;
+        batch.is_reply = true;
         Ok(Self { batch })
     }
 

@@ -38,6 +38,7 @@ mod error;
 mod family;
 mod forms;
 mod handle;
+mod inputs;
 mod inspect;
 mod load;
 mod memory;

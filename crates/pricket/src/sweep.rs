@@ -13,6 +13,7 @@ use pricket_lm::{Documents, EvalOptions, Task, slice_losses};
 use serde_json::{Value, json};
 
 use crate::checkpoints::{Checkpoint, Checkpoints};
+use crate::inputs::{self, Hashes};
 use crate::{Error, Loader, Pricket, Result, results};
 
 /// What is measured of each checkpoint.
@@ -50,7 +51,16 @@ impl Measure {
         }
     }
 
-    /// What marks its rows: a sweep that goes on with other settings, or about other documents, measures anew.
+    /// What it is called in the rows that belong to it.
+    fn name(&self) -> String {
+        match self {
+            Measure::Task { task, .. } => format!("task {}", task.name()),
+            Measure::Slices(path) => format!("slices {}", path.display()),
+            Measure::Text { name, .. } => format!("text {name}"),
+        }
+    }
+
+    /// The settings of its rows: with other settings a checkpoint is measured again.
     fn settings(&self, sweep: &Sweep) -> Value {
         let options = &sweep.options;
         let (shots, limit) = (options.shots, options.limit);
@@ -66,6 +76,12 @@ impl Measure {
                 json!({"sha256": Digest::Sha256(String::new()).of(text.as_bytes()).hex()})
             }
         };
+        if let Some(length) = options.score.max_length {
+            settings["max_length"] = json!(length);
+        }
+        if options.seed != EvalOptions::default().seed {
+            settings["seed"] = json!(options.seed);
+        }
         if !sweep.setup.is_empty() {
             settings["setup"] = json!(sweep.setup);
         }
@@ -132,6 +148,10 @@ type Configure = Arc<dyn Fn(Loader) -> Result<Loader> + Send + Sync>;
 ///
 /// A file of results is only ever appended to, a measure of a checkpoint at a time: a sweep that was killed goes on where
 /// it was, and files of shares are put together by `cat`. While a checkpoint is measured, the next is fetched and loaded.
+///
+/// A row that is there is kept only if it was computed from the same: hashes of the task's definition, of documents and examples,
+/// and of the weights (or the commit) are in it. Otherwise the checkpoint is measured again, and the new row supersedes the old
+/// one, which stays in the file: readers take the newest.
 #[derive(Clone)]
 pub struct Sweep {
     /// The models and their steps.
@@ -146,6 +166,9 @@ pub struct Sweep {
     pub shard: Shard,
     /// The file of results.
     pub out: PathBuf,
+    /// Whether checkpoints are measured again whose rows have no hashes of what they were computed from, as rows of earlier
+    /// versions have none; they are kept otherwise, with a warning.
+    pub remeasure: bool,
     /// Whether the next checkpoint is loaded while one is measured.
     pub prefetch: bool,
     /// The Hub, and the bytes that the models pricket fetched may take in its cache; those used longest ago are deleted. Datasets
@@ -185,7 +208,8 @@ pub struct Swept {
 struct Job<'a> {
     model: &'a Checkpoints,
     checkpoint: &'a Checkpoint,
-    measures: Vec<&'a Measure>,
+    /// Measures, and hashes of what they are computed from.
+    measures: Vec<(&'a Measure, Value)>,
 }
 
 impl Sweep {
@@ -198,6 +222,7 @@ impl Sweep {
             options: EvalOptions::default(),
             shard: Shard::default(),
             out: out.into(),
+            remeasure: false,
             prefetch: true,
             budget: None,
             configure: Arc::new(Ok),
@@ -242,9 +267,22 @@ impl Sweep {
         Ok(swept)
     }
 
+    /// What is in a checkpoint now, if there are rows of it that say what was in it then.
+    fn identity(&self, rows: &Rows, model: &Checkpoints, at: &Checkpoint) -> Option<Value> {
+        let row = rows.newest(model, at)?.values().find(|row| row["inputs"].is_object())?;
+        if let Some(commit) = &at.commit {
+            return Some(json!({ "commit": commit }));
+        }
+        let loader = (self.configure)(Loader::new(model.id(at))).ok()?;
+        inputs::current(loader.opened().ok()?.provenance, row)
+    }
+
     /// The checkpoints of this share of which something is not measured yet.
     fn jobs<'a>(&'a self, rows: &Rows, swept: &mut Swept) -> Result<Vec<Job<'a>>> {
-        let (mut jobs, mut number) = (Vec::new(), 0);
+        let (mut jobs, mut number, mut unproven) = (Vec::new(), 0, 0);
+        let mut hashes = Hashes::default();
+        let inputs: Vec<Value> =
+            self.measures.iter().map(|measure| hashes.measure(measure, self.options.shots)).collect::<Result<_>>()?;
         for model in &self.models {
             for checkpoint in model.select(&self.steps)? {
                 number += 1;
@@ -255,16 +293,28 @@ impl Sweep {
                     let id = model.id(checkpoint);
                     swept.warnings.extend(checkpoint.known.iter().map(|known| format!("{id}: {known}")));
                 }
-                let is_missing = |measure: &&Measure| {
-                    let there = rows.there(model, checkpoint, measure, self);
-                    swept.kept += there.unwrap_or(0);
-                    there.is_none()
-                };
-                let measures: Vec<&Measure> = self.measures.iter().filter(is_missing).collect();
+                let weights = self.identity(rows, model, checkpoint);
+                let mut measures = Vec::new();
+                for (measure, inputs) in self.measures.iter().zip(&inputs) {
+                    match rows.there(model, checkpoint, measure, inputs, weights.as_ref(), self) {
+                        Some(found) => {
+                            swept.kept += found.rows;
+                            unproven += found.unproven;
+                        }
+                        None => measures.push((measure, inputs.clone())),
+                    }
+                }
                 if !measures.is_empty() {
                     jobs.push(Job { model, checkpoint, measures });
                 }
             }
+        }
+        if unproven > 0 {
+            swept.warnings.push(format!(
+                "{}: {unproven} rows were kept that have no hashes of their inputs, so whether documents and weights are still \
+                 the same is not known; remeasure to be sure",
+                self.out.display()
+            ));
         }
         Ok(jobs)
     }
@@ -304,8 +354,12 @@ impl Sweep {
         tell: &mut impl FnMut(&Value),
     ) -> Result<(), Failure> {
         let model = loaded.map_err(Failure::of)?;
-        about["provenance"] = model.provenance().clone().hashed().map_err(Failure::Here)?.to_json();
-        for measure in &job.measures {
+        let stamps = inputs::stamps(model.provenance());
+        let provenance = model.provenance().clone().hashed().map_err(Failure::Here)?;
+        about["provenance"] = provenance.to_json();
+        about["stamps"] = stamps;
+        let weights = inputs::identity(&provenance);
+        for (measure, inputs) in &job.measures {
             let start = Instant::now();
             let figures = self.figures(&model, measure).map_err(|e| match e {
                 Error::Input(_) => Failure::Everywhere(e),
@@ -318,7 +372,10 @@ impl Sweep {
                 row["value"] = json!(value);
                 row["stderr"] = json!(stderr);
                 row["documents"] = json!(documents);
+                row["measure"] = json!(measure.name());
                 row["settings"] = settings.clone();
+                row["inputs"] = inputs.clone();
+                row["inputs"]["weights"] = weights.clone();
                 row["seconds"] = json!(start.elapsed().as_secs_f64());
                 row
             };
@@ -375,14 +432,19 @@ impl Failure {
     }
 }
 
+/// Rows of a measure that are there.
+struct There {
+    rows: usize,
+    /// Those of them that have no hashes.
+    unproven: usize,
+}
+
 /// A file of results.
 struct Rows {
     path: PathBuf,
     file: File,
-    /// Of each model and revision, the metrics with their settings.
+    /// Of each model and revision, the newest row of each metric.
     found: BTreeMap<(String, String), BTreeMap<String, Value>>,
-    /// Of each model and weights, the revisions.
-    weights: BTreeMap<(String, String), BTreeSet<String>>,
     /// Rows of a measure that was broken off.
     torn: usize,
 }
@@ -400,8 +462,7 @@ impl Rows {
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(io)?;
         let results = results::parse(path, &text)?;
-        let (found, weights) = (BTreeMap::new(), BTreeMap::new());
-        let mut rows = Self { path: path.into(), file, found, weights, torn: results.torn };
+        let mut rows = Self { path: path.into(), file, found: BTreeMap::new(), torn: results.torn };
         results.rows.iter().for_each(|row| rows.note(row));
         if results.whole < text.len() {
             rows.file.set_len(results.whole as u64).map_err(io)?;
@@ -412,28 +473,46 @@ impl Rows {
 
     fn note(&mut self, row: &Value) {
         let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
-        let (model, revision) = (text("model"), text("revision"));
-        if row["metric"].is_null() {
-            return;
+        if !row["metric"].is_null() {
+            let of_revision = self.found.entry((text("model"), text("revision"))).or_default();
+            of_revision.insert(text("metric"), row.clone());
         }
-        if let Some(weights) = weights_of(row) {
-            self.weights.entry((model.clone(), weights)).or_default().insert(revision.clone());
-        }
-        self.found.entry((model, revision)).or_default().insert(text("metric"), row["settings"].clone());
     }
 
-    /// How many rows of a measure are there, if all are.
-    fn there(&self, model: &Checkpoints, at: &Checkpoint, measure: &Measure, sweep: &Sweep) -> Option<usize> {
-        let found = self.found.get(&(model.model.clone(), at.revision.clone()))?;
-        let settings = measure.settings(sweep);
-        let count = match measure.metrics() {
-            Some(metrics) => {
-                let same = |metric: &String| found.get(metric) == Some(&settings);
-                return metrics.iter().all(same).then_some(metrics.len());
-            }
-            None => found.values().filter(|found| **found == settings).count(),
+    fn newest(&self, model: &Checkpoints, at: &Checkpoint) -> Option<&BTreeMap<String, Value>> {
+        self.found.get(&(model.model.clone(), at.revision.clone()))
+    }
+
+    /// The rows of a measure, if all are there and were computed from the same.
+    fn there(
+        &self,
+        model: &Checkpoints,
+        at: &Checkpoint,
+        measure: &Measure,
+        inputs: &Value,
+        weights: Option<&Value>,
+        sweep: &Sweep,
+    ) -> Option<There> {
+        let (found, settings) = (self.newest(model, at)?, measure.settings(sweep));
+        let is_null = |values: &Value| values.as_array().is_some_and(|hashes| hashes.contains(&Value::Null));
+        let same = |row: &&Value| {
+            let hashed = &row["inputs"];
+            let (is_proven, weights) = (hashed.is_object(), weights.unwrap_or(&Value::Null));
+            let equal = ["definition", "documents", "examples"].iter().all(|key| hashed[key] == inputs[key])
+                && !is_null(&inputs["documents"])
+                && !is_null(&inputs["examples"])
+                && hashed["weights"] == *weights;
+            row["settings"] == settings && if is_proven { equal } else { !sweep.remeasure }
         };
-        (count > 0).then_some(count)
+        let rows: Vec<&Value> = match measure.metrics() {
+            Some(metrics) => {
+                let rows = metrics.iter().map(|metric| found.get(metric).filter(same));
+                rows.collect::<Option<_>>()?
+            }
+            None => found.values().filter(same).collect(),
+        };
+        let unproven = rows.iter().filter(|row| !row["inputs"].is_object()).count();
+        (!rows.is_empty()).then_some(There { rows: rows.len(), unproven })
     }
 
     /// All rows of a measure in one write, on the disk before the next begins.
@@ -453,7 +532,14 @@ impl Rows {
     /// Revisions of a model whose files of weights are the same. Of the first two steps that is so in every published suite.
     fn twins(&self) -> Vec<String> {
         let usual = |revisions: &BTreeSet<String>| revisions.iter().all(|r| r == "step0" || r == "step1");
-        let twins = self.weights.iter().filter(|(_, revisions)| revisions.len() > 1 && !usual(revisions));
+        let mut by_weights: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
+        for ((model, revision), rows) in &self.found {
+            // Rows of one revision may be of several ages.
+            for weights in rows.values().filter_map(weights_of) {
+                by_weights.entry((model.clone(), weights)).or_default().insert(revision.clone());
+            }
+        }
+        let twins = by_weights.iter().filter(|(_, revisions)| revisions.len() > 1 && !usual(revisions));
         let told = |((model, _), revisions): (&(String, String), &BTreeSet<String>)| {
             let names: Vec<&str> = revisions.iter().map(String::as_str).collect();
             format!("{model}: {} hold the same weights: not all of them are what their names say", names.join(" and "))

@@ -47,9 +47,11 @@ pub(super) fn task(name: &str) -> Option<Task> {
         ),
         _ => return None,
     };
+    let version = if name == "wikitext" { 2.0 } else { 1.0 };
     Some(Task {
         name: name.into(),
-        version: if name == "wikitext" { 2.0 } else { 1.0 },
+        definition: format!("built-in {name} {version:?}"),
+        version,
         kind,
         metrics: metrics.to_vec(),
         has_test,

@@ -117,6 +117,7 @@ pub(super) fn parse(text: &str) -> Result<Task, String> {
         delimiter: file.delimiter,
     };
     Ok(Task {
+        definition: text.to_owned(),
         name: file.name,
         version: file.version,
         kind,

@@ -25,6 +25,8 @@ pub struct Row {
     pub stderr: Option<f64>,
     /// How it was measured.
     pub settings: Value,
+    /// Hashes of what it was computed from; `null` in rows of earlier versions.
+    pub inputs: Value,
 }
 
 /// Reads files of results, put together. Of a checkpoint and metric that was measured twice the last row counts; rows of
@@ -35,12 +37,23 @@ pub struct Row {
 pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
     let mut rows: Vec<Row> = Vec::new();
     let mut places: BTreeMap<(String, String, String), usize> = BTreeMap::new();
+    // Of each measure of a checkpoint the last time that it was measured: a slice that has gone since is not in it.
+    let (mut batch, mut batches) = (0, BTreeMap::new());
+    let mut from = Vec::new();
     for path in paths {
         let path = path.as_ref();
         let text = std::fs::read(path).map_err(|error| Error::Io { path: path.into(), error })?;
         for row in results::parse(path, &text)?.rows {
             if row["error"].is_string() {
                 continue;
+            }
+            batch += usize::from(row["part"][0] == 1);
+            let measure = row["measure"].as_str().map(|measure| {
+                let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
+                (text("model"), text("revision"), measure.to_owned())
+            });
+            if let Some(measure) = &measure {
+                batches.insert(measure.clone(), batch);
             }
             let text = |key: &str| {
                 let missing = || Error::Input(format!("{}: a row without {key:?}: not of a sweep", path.display()));
@@ -55,16 +68,23 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
                 value: row["value"].as_f64().unwrap_or(f64::NAN),
                 stderr: row["stderr"].as_f64(),
                 settings: row["settings"].clone(),
+                inputs: row["inputs"].clone(),
             };
             let place =
                 *places.entry((row.model.clone(), row.revision.clone(), row.metric.clone())).or_insert(rows.len());
             if place < rows.len() {
-                rows[place] = row;
+                (rows[place], from[place]) = (row, (measure, batch));
             } else {
                 rows.push(row);
+                from.push((measure, batch));
             }
         }
     }
+    let mut from = from.into_iter();
+    rows.retain(|_| match from.next() {
+        Some((Some(measure), batch)) => batches.get(&measure) == Some(&batch),
+        _ => true,
+    });
     Ok(rows)
 }
 
@@ -164,6 +184,15 @@ fn same_settings(rows: &[Row], metric: &str) -> Result<()> {
     let mut of_model: BTreeMap<&str, &Row> = BTreeMap::new();
     for row in rows.iter().filter(|row| row.metric == metric) {
         let first = *of_model.entry(&row.model).or_insert(row);
+        let both = first.inputs.is_object() && row.inputs.is_object();
+        let others =
+            both && ["definition", "documents", "examples"].iter().any(|key| first.inputs[key] != row.inputs[key]);
+        if others && first.settings == row.settings {
+            return Err(Error::Input(format!(
+                "{metric} of {} was measured on other documents at {} than at {}; measure again, or draw from a file for each",
+                row.model, first.revision, row.revision
+            )));
+        }
         if first.settings != row.settings {
             return Err(Error::Input(format!(
                 "{metric} of {} was measured in different ways: {} at {}, {} at {}; draw from a file for each",
