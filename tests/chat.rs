@@ -174,6 +174,25 @@ fn replies_end_at_the_next_question_which_is_not_shown() {
     }
 }
 
+/// However short a reply is cut, the first part of a stop string is neither shown nor kept.
+#[test]
+fn a_reply_that_is_cut_inside_a_stop_string_ends_before_it() {
+    let pricket = tiny_chat();
+    let (mut inside, mut chat) = (0, pricket.conversation());
+    for max_tokens in 1..40 {
+        let options = GenerateOptions { max_tokens, sampling: Sampling::greedy(), ..Default::default() };
+        let mut reply = chat.stream(TALK[0], &options).unwrap();
+        let pieces: Vec<String> = reply.by_ref().map(Result::unwrap).collect();
+        let done = reply.finish();
+        let (all, kept) = (pricket.decode(&done.ids).unwrap(), chat.turns().last().unwrap().content.clone());
+        let begun = (1.."<human>".len()).any(|n| all.ends_with(&"<human>"[..n]));
+        inside += usize::from(begun && done.finish == FinishReason::Length);
+        assert!(!pieces.concat().contains('<') && !kept.contains('<'), "{max_tokens}: {kept:?} of {all:?}");
+        chat.reset();
+    }
+    assert!(inside > 0, "no reply was cut inside a stop string");
+}
+
 fn both_ways(pricket: &Pricket, context: Option<usize>, options: &GenerateOptions) -> (Conversation, usize, usize) {
     let with_context = |chat: Conversation| match context {
         Some(context) => chat.with_context(context),

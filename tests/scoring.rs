@@ -110,6 +110,27 @@ fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
         assert_eq!((&a.requests, &a.target, &a.answers), (&b.requests, &b.target, &b.answers));
     }
 
+    // Where the contexts differ, the harness calls the continuation the target; a file of samples holds texts only.
+    let document = json!({"sentence": "Anna gave the ball to Mia and _ ran home.", "option1": "Anna", "option2": "Mia", "answer": "2"});
+    let run = |name: &str, document: Value| {
+        let outcome = model.evaluate(
+            &Task::named(name).unwrap(),
+            [Ok(document)],
+            &[],
+            &EvalOptions { shots: 0, ..options.clone() },
+        );
+        outcome.unwrap().samples[0].to_json()
+    };
+    let sample = run("winogrande", document);
+    assert_eq!(sample["target"], "ran home.");
+    assert_eq!(
+        sample["arguments"]["gen_args_1"],
+        json!({"arg_0": "Anna gave the ball to Mia and Mia", "arg_1": " ran home."})
+    );
+    let piqa = run("piqa", json!({"goal": "g", "sol1": "a", "sol2": "b", "label": 1}));
+    assert_eq!(piqa["target"], "1");
+    assert_eq!(run("lambada_openai", json!({"text": "He saw the wolf"}))["target"], " wolf");
+
     // Whole texts, and one continuation.
     let whole = "name = 'w'\nkind = 'perplexity'\ntarget = '{{ goal }}'";
     std::fs::write(&path, whole).unwrap();

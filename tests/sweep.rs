@@ -9,6 +9,7 @@ use pricket::{Measure, Shard, Steps, Sweep, hub};
 use serde_json::{Value, json};
 
 use crate::common::{example, root};
+use crate::world::{World, tiny_repo};
 
 /// The rows of a file, without what differs from run to run, sorted.
 fn rows(path: &Path) -> Vec<String> {
@@ -160,6 +161,153 @@ fn the_curve_of_a_suite_is_the_harnesss() {
     assert_eq!(seen.len(), 7, "{seen:?}");
     assert!(swept.warnings.iter().any(|w| w.contains("step1000 and step512 hold the same weights")), "{swept:?}");
     assert!(!swept.warnings.iter().any(|w| w.contains("step0")), "step1 is step0 in every suite: {swept:?}");
+}
+
+/// A directory with two steps of the embedded model.
+fn two_steps(model: &Path) {
+    for step in ["step0", "step64"] {
+        let (from, to) = (root().join("models/tiny/revisions").join(step), model.join("revisions").join(step));
+        std::fs::create_dir_all(&to).unwrap();
+        for file in ["config.json", "tokenizer.json"] {
+            std::fs::copy(root().join("models/tiny").join(file), to.join(file)).unwrap();
+        }
+        std::fs::copy(from.join("model.safetensors"), to.join("model.safetensors")).unwrap();
+    }
+}
+
+/// The newest value of a metric at a step, as readers see it.
+fn newest(out: &Path, revision: &str, metric: &str) -> Option<f64> {
+    let rows = pricket::plots::read_rows(&[out]).unwrap();
+    rows.into_iter().find(|row| row.revision == revision && row.metric == metric).map(|row| row.value)
+}
+
+/// Whatever a row was computed from may change under its name: then it is measured again, and the old row stays in the file.
+#[test]
+fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (model, out) = (at("model"), at("out.jsonl"));
+    two_steps(&model);
+    let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
+    let documents = |goal: &str| {
+        let line = json!({"goal": goal, "sol1": "the army", "sol2": "a red ball", "label": 0});
+        format!("{line}\n{line}\n")
+    };
+    let definition = |text: &str| {
+        format!(
+            "name = 'own'\nkind = 'multiple_choice'\ntext = '{text}'\nchoices = '[sol1, sol2]'\nanswer = 'label'\nexamples = true"
+        )
+    };
+    write("own.toml", &definition("{{ goal }}"));
+    write("documents.jsonl", &documents("The President spoke of"));
+    write("examples.jsonl", &documents("The Congress met"));
+    write(
+        "slices.jsonl",
+        "{\"text\": \"the people\", \"slice\": \"a\"}\n{\"text\": \"the peace\", \"slice\": \"b\"}\n",
+    );
+    let run = |remeasure: bool| {
+        let models = vec![pricket::checkpoints(model.to_str().unwrap()).unwrap()];
+        let task = Task::from_file(at("own.toml")).unwrap();
+        let measures = vec![
+            Measure::Task { task, documents: vec![at("documents.jsonl")], examples: vec![at("examples.jsonl")] },
+            Measure::Slices(at("slices.jsonl")),
+        ];
+        let mut sweep = Sweep { remeasure, ..Sweep::new(models, Steps::all(), measures, &out) };
+        sweep.options.shots = 1;
+        let swept = sweep.run(|_| ()).unwrap();
+        ((swept.rows, swept.kept), swept.warnings)
+    };
+    let counts = || run(false).0;
+    // Two metrics of the task and two of each slice, at two steps.
+    assert_eq!(counts(), (12, 0));
+    assert_eq!(counts(), (0, 12));
+    let value = |metric: &str| newest(&out, "step64", metric).unwrap();
+    let loss = value("a/loss");
+
+    write("own.toml", &definition("So {{ goal }}"));
+    assert_eq!(counts(), (4, 8), "the definition");
+    write("documents.jsonl", &documents("The president spoke of"));
+    assert_eq!(counts(), (4, 8), "documents of the same length");
+    write("examples.jsonl", &documents("The congress met"));
+    assert_eq!(counts(), (4, 8), "examples of the same length");
+    write("slices.jsonl", "{\"text\": \"the peoples\", \"slice\": \"a\"}\n{\"text\": \"a peace\", \"slice\": \"c\"}\n");
+    assert_eq!(counts(), (8, 4), "slices");
+    assert!(
+        value("a/loss") != loss
+            && newest(&out, "step64", "b/loss").is_none()
+            && newest(&out, "step64", "c/loss").is_some()
+    );
+
+    // Other weights under the same name, of the same length and with the old time of modification.
+    let (loss, file) = (value("a/loss"), model.join("revisions/step64/model.safetensors"));
+    let modified = std::fs::metadata(&file).unwrap().modified().unwrap();
+    let weights = std::fs::read(root().join("models/tiny/revisions/step256/model.safetensors")).unwrap();
+    assert_eq!(weights.len() as u64, std::fs::metadata(&file).unwrap().len());
+    std::fs::write(&file, &weights).unwrap();
+    std::fs::File::options().append(true).open(&file).unwrap().set_modified(modified).unwrap();
+    assert_eq!(counts(), (6, 6), "weights");
+    assert_ne!(value("a/loss"), loss);
+    // Written again as they were, they are the same.
+    std::fs::write(&file, &weights).unwrap();
+    assert_eq!(counts(), (0, 12));
+    let tokenizer = model.join("revisions/step0/tokenizer.json");
+    let text = std::fs::read_to_string(&tokenizer).unwrap();
+    std::fs::write(
+        &tokenizer,
+        text.replacen("\"special\":true", "\"special\":false", 1).replacen(
+            "\"special\": true",
+            "\"special\": false",
+            1,
+        ),
+    )
+    .unwrap();
+    assert_eq!(counts(), (6, 6), "the tokenizer");
+    let lines = std::fs::read_to_string(&out).unwrap().lines().count();
+    assert_eq!(lines, 12 + 3 * 4 + 8 + 2 * 6, "nothing is deleted");
+
+    // Rows of earlier versions have no hashes.
+    let old: String = std::fs::read_to_string(&out)
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let mut row: Value = serde_json::from_str(line).unwrap();
+            ["inputs", "measure", "stamps"].iter().for_each(|key| drop(row.as_object_mut().unwrap().remove(*key)));
+            format!("{row}\n")
+        })
+        .collect();
+    std::fs::write(&out, &old).unwrap();
+    let (found, warnings) = run(false);
+    assert_eq!(found, (0, 12));
+    assert!(warnings.iter().any(|warning| warning.contains("12 rows were kept that have no hashes")), "{warnings:?}");
+    let (found, warnings) = run(true);
+    assert_eq!(found, (12, 0));
+    assert!(!warnings.iter().any(|warning| warning.contains("no hashes")), "{warnings:?}");
+    assert_eq!(run(true).0, (0, 12), "rows with hashes are not measured again");
+}
+
+/// A branch of the Hub that moved is measured again.
+#[test]
+fn a_branch_that_moved_is_measured_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.jsonl");
+    let world = World::new([("test/tiny", tiny_repo(&["step0", "step64"]))]);
+    let run = || {
+        let text = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met.".into() };
+        let hub = world.hub();
+        let mut sweep = Sweep::new(vec![world.checkpoints("test/tiny")], Steps::all(), vec![text], &out);
+        sweep.configure = std::sync::Arc::new(move |loader| Ok(loader.hub(hub.clone())));
+        let swept = sweep.run(|_| ()).unwrap();
+        assert!(swept.failed.is_empty(), "{swept:?}");
+        (swept.rows, swept.kept)
+    };
+    assert_eq!((run(), run()), ((4, 0), (0, 4)));
+    let before = newest(&out, "step64", "text/loss").unwrap();
+    let mut moved = tiny_repo(&["step0"]);
+    let commit = moved.commit_directory(&root().join("models/tiny/revisions/step256")).unwrap();
+    moved.branch("step64", &commit);
+    world.server.add("test/tiny", moved);
+    assert_eq!((run(), run()), ((2, 2), (0, 4)));
+    assert_ne!(newest(&out, "step64", "text/loss").unwrap(), before);
 }
 
 /// A checkpoint that cannot be loaded is written down, skipped, told by the exit code, and tried again.
