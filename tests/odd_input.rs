@@ -1,6 +1,7 @@
 //! Files that other programs write and that are easily read wrong: each is loaded with the logits of its plain twin, or refused.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -88,7 +89,7 @@ fn load(path: impl AsRef<Path>) -> Pricket {
 }
 
 fn error(path: impl AsRef<Path>) -> String {
-    Loader::new(path.as_ref()).threads(1).load().err().expect("it is refused").to_string()
+    Loader::new(path.as_ref()).threads(1).load().expect_err("it is refused").to_string()
 }
 
 /// The logits of a configuration over the weights that it asks for.
@@ -162,7 +163,7 @@ fn keys_that_change_the_maths_change_the_logits_or_are_refused() {
         let config = mpt_config(&json!({key: value}));
         let dir = directory(&mpt_config(&json!({})), &tensors(&mpt_config(&json!({}))));
         std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        let found = Loader::new(dir.path()).load().err().expect(named);
+        let found = Loader::new(dir.path()).load().expect_err(named);
         assert!(matches!(&found, Error::Refused { key, .. } if key.starts_with(named)), "{named}: {found}");
     }
     // What no version of the class knows is told.
@@ -195,7 +196,7 @@ fn the_documented_keys_are_those_that_are_checked() {
             format!("`{key}`: `{values}`")
         });
         let only = only.collect::<Vec<_>>().join(", ");
-        text += &format!("| {class} | {} | {} | {only} |\n", list(keys.read), list(keys.neutral));
+        writeln!(text, "| {class} | {} | {} | {only} |", list(keys.read), list(keys.neutral)).unwrap();
     }
     let path = root().join("docs/formats.md");
     let docs = std::fs::read_to_string(&path).unwrap();
@@ -288,6 +289,30 @@ fn a_setting_comes_before_the_first_check() {
     let dir = directory(&lacking, &tensors(&mpt));
     let found = Loader::new(dir.path()).set("attn_config.clip_qkv", 0.01).threads(1).load().unwrap();
     assert_eq!(worst(&logits(&found), &plain(&mpt)), 0.0);
+}
+
+/// A text that never ends is no answer: what cannot be a token's number is told.
+#[test]
+fn end_tokens_that_are_none_are_told() {
+    let config = small_config(&json!({}));
+    let weights = tensors(&config);
+    for (value, told) in [
+        (json!("0"), true),
+        (json!({"id": 0}), true),
+        (json!([0, "x"]), true),
+        (json!(1.5), true),
+        (json!(0.0), false),
+        (json!([0, null, 1]), false),
+        (json!(-1), false),
+    ] {
+        let model = load(directory(&small_config(&json!({"eos_token_id": value})), &weights));
+        assert_eq!(
+            model.warnings().iter().any(|w| w.contains("eos_token_id")),
+            told,
+            "{value}: {:?}",
+            model.warnings()
+        );
+    }
 }
 
 // Weight files.
@@ -393,7 +418,9 @@ fn write_torch(path: &Path, tensors: &Tensors, place: &[&str], beside: &Tensors)
         out.extend(b"tQ");
         number(out, 0);
         out.push(b'(');
-        shape.iter().for_each(|&n| number(out, n));
+        for &n in shape {
+            number(out, n);
+        }
         out.extend(b"t(");
         (0..shape.len()).for_each(|i| number(out, shape[i + 1..].iter().product()));
         out.extend(b"t\x89Nt");
@@ -415,7 +442,7 @@ fn write_torch(path: &Path, tensors: &Tensors, place: &[&str], beside: &Tensors)
         tensor(&mut pickle, value);
         pickle.push(b's');
     }
-    place.iter().for_each(|_| pickle.push(b's'));
+    pickle.extend(vec![b's'; place.len()]);
     pickle.push(b'.');
     let mut zip = zip::ZipWriter::new(std::fs::File::create(path).unwrap());
     let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
@@ -480,9 +507,9 @@ fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
             let own: Tensors =
                 weights.iter().filter(|(name, _)| apart(name) == i).map(|(n, t)| (n.clone(), t.clone())).collect();
             if is_torch {
-                write_torch(&part(i), &own, &[], &Tensors::new())
+                write_torch(&part(i), &own, &[], &Tensors::new());
             } else {
-                write_safetensors(&part(i), &own, &[])
+                write_safetensors(&part(i), &own, &[]);
             }
         }
         for path in [dir.path().to_owned(), part(0), part(1)] {
@@ -506,9 +533,9 @@ fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
         let without: Tensors =
             weights.iter().filter(|(name, _)| apart(name) == 1).map(|_| ("x".into(), (vec![1], vec![0.0]))).collect();
         if is_torch {
-            write_torch(&part(1), &without, &[], &Tensors::new())
+            write_torch(&part(1), &without, &[], &Tensors::new());
         } else {
-            write_safetensors(&part(1), &without, &[])
+            write_safetensors(&part(1), &without, &[]);
         }
         std::fs::write(&index, map(&[], "")).unwrap();
         let lacking = error(dir.path());
@@ -560,7 +587,9 @@ fn split(file: &Path, into: &Path, apart: impl Fn(&str) -> bool) -> [PathBuf; 2]
         };
         let outlines = names.iter().map(outline).collect();
         let mut writer = Writer::gguf(std::fs::File::create(&path).unwrap(), &own, outlines).unwrap();
-        names.iter().for_each(|name| writer.write(&whole.bytes(name).unwrap()).unwrap());
+        for name in &names {
+            writer.write(&whole.bytes(name).unwrap()).unwrap();
+        }
         writer.finish().unwrap();
         path
     })
@@ -703,163 +732,54 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
 
 // Tokenizers.
 
-/// Ids and texts are those of transformers 5.24 and 4.57 (`AutoTokenizer`) over the same files.
+const TOKENIZER_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+
+/// tests/data/added-tokens.json holds the ids and texts of transformers 5.24 (`AutoTokenizer`) over the same files.
 #[test]
 fn added_tokens_are_merged_as_transformers_merges_them() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    let own: Value =
-        serde_json::from_slice(&std::fs::read(root().join("models/tiny/tokenizer.json")).unwrap()).unwrap();
-    let decoder = |start: &str, end: &str, special: bool| {
-        json!({"added_tokens_decoder": {
-            start: {"content": "<|im_start|>", "special": special}, end: {"content": "<|im_end|>", "special": special}}})
-    };
-    let both = json!(["<|im_start|>", "<|im_end|>"]);
-    let with_own = |special: bool| {
-        let mut json = own.clone();
-        for (id, content) in [(2000, "<|im_start|>"), (2001, "<|im_end|>")] {
-            json["added_tokens"].as_array_mut().unwrap().push(json!({"id": id, "content": content, "special": special,
-                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}));
+    let json = |path: &str| -> Value { serde_json::from_slice(&std::fs::read(root().join(path)).unwrap()).unwrap() };
+    let (text, cases) = ("<|im_start|>hi<|im_end|>", json("tests/data/added-tokens.json"));
+    for case in cases.as_array().unwrap() {
+        let mut own = json("models/tiny/tokenizer.json");
+        if let Some(special) = case["own_are_special"].as_bool() {
+            for (id, content) in [(2000, "<|im_start|>"), (2001, "<|im_end|>")] {
+                own["added_tokens"].as_array_mut().unwrap().push(json!({"id": id, "content": content,
+                    "special": special, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}));
+            }
         }
-        json
-    };
-    let (plain, none) = (&own, &json!(null));
-    let (own_plain, own_special) = (&with_own(false), &with_own(true));
-    let split = vec![29, 93, 325, 64, 297, 416, 93, 31, 73, 74, 29, 93, 325, 64, 374, 93, 31];
-    let (kept, bare) = ("<|im_start|>hi<|im_end|>", "hi");
-    type Case<'a> = (&'a str, &'a Value, Value, Value, Value, Vec<u32>, &'a str);
-    let cases: Vec<Case<'_>> = vec![
-        ("nothing", plain, none.clone(), none.clone(), none.clone(), split.clone(), kept),
-        ("decoder", plain, decoder("2000", "2001", true), none.clone(), none.clone(), vec![2000, 73, 74, 2001], bare),
-        ("taken ids", plain, decoder("1500", "1501", true), none.clone(), none.clone(), vec![2000, 73, 74, 2001], bare),
-        ("reversed", plain, decoder("2001", "2000", true), none.clone(), none.clone(), vec![2001, 73, 74, 2000], bare),
-        (
-            "as numbers",
-            plain,
-            decoder("10000", "999", true),
-            none.clone(),
-            none.clone(),
-            vec![2001, 73, 74, 2000],
-            bare,
-        ),
-        ("a gap", plain, decoder("2010", "2011", true), none.clone(), none.clone(), vec![2000, 73, 74, 2001], bare),
-        (
-            "only added",
-            plain,
-            none.clone(),
-            none.clone(),
-            json!({"<|im_start|>": 2000, "<|im_end|>": 2001}),
-            vec![2000, 73, 74, 2001],
-            kept,
-        ),
-        (
-            "added, an end named",
-            plain,
-            json!({"eos_token": "<|im_end|>"}),
-            none.clone(),
-            json!({"<|im_start|>": 2000, "<|im_end|>": 2001}),
-            vec![2000, 73, 74, 2001],
-            "<|im_start|>hi",
-        ),
-        (
-            "added, lost",
-            plain,
-            none.clone(),
-            none.clone(),
-            json!({"<|im_start|>": 0, "<|im_end|>": 1}),
-            split.clone(),
-            kept,
-        ),
-        (
-            "decoder first",
-            plain,
-            decoder("2000", "2001", true),
-            none.clone(),
-            json!({"<|im_start|>": 2001, "<|im_end|>": 2000}),
-            vec![2000, 73, 74, 2001],
-            bare,
-        ),
-        (
-            "own, made special",
-            own_plain,
-            decoder("2000", "2001", true),
-            none.clone(),
-            none.clone(),
-            vec![2000, 73, 74, 2001],
-            bare,
-        ),
-        (
-            "own, once special",
-            own_special,
-            decoder("2000", "2001", false),
-            none.clone(),
-            none.clone(),
-            vec![2000, 73, 74, 2001],
-            bare,
-        ),
-        (
-            "a map",
-            plain,
-            none.clone(),
-            json!({"additional_special_tokens": both}),
-            none.clone(),
-            vec![2000, 73, 74, 2001],
-            bare,
-        ),
-        (
-            "a map beside a decoder",
-            plain,
-            json!({"added_tokens_decoder": {}}),
-            json!({"additional_special_tokens": both}),
-            none.clone(),
-            split,
-            kept,
-        ),
-        (
-            "a list",
-            plain,
-            json!({"additional_special_tokens": both}),
-            none.clone(),
-            none.clone(),
-            vec![2000, 73, 74, 2001],
-            bare,
-        ),
-        (
-            "named",
-            plain,
-            json!({"bos_token": "<|im_start|>", "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}}),
-            none.clone(),
-            none.clone(),
-            vec![2000, 73, 74, 2001],
-            bare,
-        ),
-    ];
-    for (name, tokenizer, config, map, added, ids, text) in cases {
-        std::fs::write(at("tokenizer.json"), tokenizer.to_string()).unwrap();
-        for (file, json) in
-            [("tokenizer_config.json", &config), ("special_tokens_map.json", &map), ("added_tokens.json", &added)]
-        {
-            if json.is_null() {
-                let _ = std::fs::remove_file(at(file));
-            } else {
+        std::fs::write(at("tokenizer.json"), own.to_string()).unwrap();
+        for file in TOKENIZER_FILES {
+            let _ = std::fs::remove_file(at(file));
+            if let Some(json) = case.get(file) {
                 std::fs::write(at(file), json.to_string()).unwrap();
             }
         }
+        let name = &case["name"];
         let found = pricket::Tokenizer::from_file(at("tokenizer.json")).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(found.encode(kept).unwrap(), ids, "{name}");
-        assert_eq!(found.decode_text(&ids), text, "{name}");
-        assert_eq!(found.decode(&ids), kept, "{name}");
-        // What is written out is the same without the files beside it.
+        let ids = found.encode(text).unwrap();
+        assert_eq!(json!(ids), case["ids"], "{name}");
+        assert_eq!(found.decode_text(&ids), case["text"], "{name}");
+        assert_eq!(found.decode(&ids), text, "{name}");
+        // The written tokenizer.json is the same without the files beside it.
         let alone = pricket::Tokenizer::from_bytes(found.to_json().unwrap().as_bytes(), "alone").unwrap();
-        assert_eq!(alone.encode(kept).unwrap(), ids, "{name}");
+        assert_eq!(alone.encode(text).unwrap(), ids, "{name}");
     }
+}
+
+#[test]
+fn files_beside_a_tokenizer_that_are_broken_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::copy(root().join("models/tiny/tokenizer.json"), at("tokenizer.json")).unwrap();
     for (file, json, named) in [
         ("tokenizer_config.json", r#"{"added_tokens_decoder": {"x": {"content": "a"}}}"#, "added_tokens_decoder"),
         ("tokenizer_config.json", r#"{"added_tokens_decoder": {"2000": {"special": true}}}"#, "2000"),
         ("added_tokens.json", r#"{"<a>": "b"}"#, "added_tokens.json"),
         ("special_tokens_map.json", "{", "special_tokens_map.json"),
     ] {
-        for other in ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"] {
+        for other in TOKENIZER_FILES {
             let _ = std::fs::remove_file(at(other));
         }
         std::fs::write(at(file), json).unwrap();
@@ -934,7 +854,7 @@ fn a_converted_directory_is_complete() {
         assert!(card.starts_with("---\nlicense: mit\n---\n") && card.contains("from my-model with pricket"), "{card}");
         assert_eq!(
             open(&out).unwrap().entry("embed_out.weight").unwrap().dtype.to_string().to_lowercase(),
-            dtype.replace("float", "f").replace("bf", "bf")
+            dtype.replace("float", "f")
         );
         for file in std::fs::read_dir(&out).unwrap().flatten() {
             let bytes = std::fs::read(file.path()).unwrap();
@@ -968,8 +888,6 @@ fn a_converted_directory_is_complete() {
         let metadata = GgufFile::open(out).unwrap().metadata();
         assert_eq!((metadata["general.name"].as_str(), metadata["pricket.source"].as_str()), (Some(name), Some(name)));
     }
-    assert_eq!(
-        worst(&logits(&load(&gguf)), &logits(&Loader::new(&source).precision(Precision::F32).load().unwrap())) < 1e-4,
-        true
-    );
+    let source = logits(&Loader::new(&source).precision(Precision::F32).load().unwrap());
+    assert!(worst(&logits(&load(&gguf)), &source) < 1e-4);
 }

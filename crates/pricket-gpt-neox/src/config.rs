@@ -1,4 +1,4 @@
-use pricket_nn::config::{GENERIC, Keys, parse, plausible};
+use pricket_nn::config::{GENERIC, Keys, divides, epsilon, only, parse, plausible};
 use pricket_nn::{Activation, Error, Result, Rotary};
 use serde::Deserialize;
 
@@ -104,22 +104,10 @@ impl Config {
         plausible("intermediate_size", config.intermediate_size, 1 << 20)?;
         plausible("max_position_embeddings", config.max_position_embeddings, 1 << 24)?;
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
-        if d % heads != 0 {
-            return Err(Error::config("num_attention_heads", format!("{heads} does not divide hidden_size {d}")));
-        }
-        if !(config.layer_norm_eps > 0.0 && config.layer_norm_eps < 1.0) {
-            return Err(Error::config("layer_norm_eps", format!("{} is not between 0 and 1", config.layer_norm_eps)));
-        }
-        for (key, value, expected) in
-            [("num_key_value_heads", config.num_key_value_heads, heads), ("head_dim", config.head_dim, d / heads)]
-        {
-            if let Some(value) = value.filter(|value| *value != expected) {
-                return Err(Error::config(
-                    key,
-                    format!("{value} is not implemented; only {expected} is, as for every GPT-NeoX"),
-                ));
-            }
-        }
+        divides("num_attention_heads", heads, "hidden_size", d)?;
+        only("num_key_value_heads", config.num_key_value_heads, heads)?;
+        only("head_dim", config.head_dim, d / heads)?;
+        epsilon("layer_norm_eps", Some(config.layer_norm_eps))?;
         config.rotary()?;
         config.activation()?;
         Keys::check(&[KEYS, GENERIC], json)?;

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use pricket_nn::{clip, parse_json};
+use pricket_nn::{clip, parse_json, stand_in};
 use serde_json::Value;
 
 use crate::tokenizer_file::Siblings;
@@ -214,7 +214,11 @@ fn read(path: &Path) -> Result<Vec<u8>> {
             tokenizer_file::MAX_SIZE
         )));
     }
-    std::fs::read(path).map_err(|e| bad(e.to_string()))
+    let bytes = std::fs::read(path).map_err(|e| bad(e.to_string()))?;
+    match stand_in(&bytes) {
+        Some(what) => Err(bad(what.into())),
+        None => Ok(bytes),
+    }
 }
 
 /// Turns ids into text as they come, holding back the bytes of an unfinished character.

@@ -192,9 +192,10 @@ fn token_of(key: &str, value: &Value) -> Result<Option<AddedToken>> {
 }
 
 /// Refuses added tokens that take much memory.
-fn check_added<'a>(tokens: impl Iterator<Item = &'a AddedToken> + Clone) -> Result<()> {
-    let total: usize = tokens.clone().map(|token| token.content.len()).sum();
-    if total > MAX_ADDED_TOTAL || tokens.clone().any(|token| token.content.len() > MAX_ADDED) {
+fn check_added<'a>(tokens: impl Iterator<Item = &'a AddedToken>) -> Result<()> {
+    let lengths: Vec<usize> = tokens.map(|token| token.content.len()).collect();
+    let total: usize = lengths.iter().sum();
+    if total > MAX_ADDED_TOTAL || lengths.iter().any(|&length| length > MAX_ADDED) {
         return Err(format!("its added tokens take {total} bytes of text"));
     }
     Ok(())

@@ -1,10 +1,11 @@
-use pricket_nn::config::{GENERIC, Keys, parse, plausible};
+use pricket_nn::config::{
+    GENERIC, Keys, divides, epsilon, limit, null_as_default, only, parse, plausible, positive, whole,
+};
 use pricket_nn::{Activation, Alibi, Error, Result};
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer};
-use serde_json::{Value, json};
+use serde::Deserialize;
+use serde_json::Value;
 
-use crate::keys::{KEYS, MOSAIC_GPT_KEYS};
+use crate::keys::{KEYS, MOSAIC_GPT_KEYS, from_mosaic_gpt};
 
 /// The keys of an MPT config.json that change the maths, with llm-foundry's defaults.
 ///
@@ -20,7 +21,7 @@ pub struct Config {
     /// Rows of the embedding, padding included.
     pub vocab_size: usize,
     /// Positions trained for; a limit only where positions are learned.
-    #[serde(default = "max_seq_len")]
+    #[serde(default = "max_seq_len", deserialize_with = "whole")]
     pub max_seq_len: usize,
     /// Width of the MLP, in `d_model`.
     #[serde(default = "four")]
@@ -117,40 +118,8 @@ fn four() -> f64 {
 /// The epsilon of every norm, unless a key says otherwise.
 const EPS: f64 = 1e-5;
 
-/// `null` is what a key has that is not there.
-fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
-    Ok(Option::deserialize(from)?.unwrap_or_default())
-}
-
-/// A number that Python code asks for its truth before it is used.
-fn limit<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
-    match Value::deserialize(from)? {
-        Value::Null | Value::Bool(false) => Ok(None),
-        Value::String(text) if text == "Infinity" => Ok(None),
-        value => match value.as_f64() {
-            Some(limit) => Ok(Some(limit).filter(|limit| *limit != 0.0)),
-            None => Err(D::Error::custom(format!("{value} is not a number"))),
-        },
-    }
-}
-
 fn yes() -> bool {
     true
-}
-
-/// MosaicGPT's keys in MPT's places.
-fn from_mosaic_gpt(json: &Value) -> Value {
-    let mut out = json.clone();
-    out["expansion_ratio"] = json.get("mlp_ratio").cloned().unwrap_or(json!(4));
-    let mut attention = json!({});
-    let kept = ["softmax_scale", "alibi", "alibi_bias_max", "prefix_lm", "attn_uses_sequence_id"].map(|key| (key, key));
-    for (ours, theirs) in kept.into_iter().chain([("qk_ln", "attn_qk_ln"), ("clip_qkv", "attn_clip_qkv")]) {
-        if let Some(value) = json.get(theirs) {
-            attention[ours] = value.clone();
-        }
-    }
-    out["attn_config"] = attention;
-    out
 }
 
 impl Config {
@@ -189,48 +158,25 @@ impl Config {
     }
 
     fn check_sizes(&self) -> Result<()> {
-        let (d, heads) = (self.d_model, self.n_heads);
-        if d % heads != 0 {
-            return Err(Error::config("n_heads", format!("{heads} does not divide d_model {d}")));
-        }
-        for (key, found) in [("head_dim", self.head_dim), ("attn_config.head_dim", self.attn_config.head_dim)] {
-            if let Some(found) = found.filter(|found| *found != d / heads) {
-                let what = format!("{found} is not implemented; only {} is, d_model by n_heads", d / heads);
-                return Err(Error::config(key, what));
-            }
-        }
+        let (d, heads, attention) = (self.d_model, self.n_heads, &self.attn_config);
+        divides("n_heads", heads, "d_model", d)?;
+        only("head_dim", self.head_dim, d / heads)?;
+        only("attn_config.head_dim", attention.head_dim, d / heads)?;
         let hidden = self.expansion_ratio * d as f64;
+        if let Some(hidden) = self.ffn_config["ffn_hidden_size"].as_u64() {
+            plausible("ffn_config.ffn_hidden_size", hidden as usize, 1 << 20)?;
         // A ratio that was made of two widths is not always the float that gives them back.
-        if let Some(Value::Number(hidden)) = self.ffn_config.get("ffn_hidden_size") {
-            let hidden = hidden.as_u64().and_then(|hidden| usize::try_from(hidden).ok()).unwrap_or(0);
-            plausible("ffn_config.ffn_hidden_size", hidden, 1 << 20)?;
         } else if !(hidden >= 1.0 && hidden <= f64::from(1 << 20) && (hidden - hidden.round()).abs() < 1e-6) {
-            let what = format!("{} times d_model {d} is no width of an MLP", self.expansion_ratio);
+            let what = format!("{} times d_model {d} is not the width of an MLP", self.expansion_ratio);
             return Err(Error::config("expansion_ratio", what));
         }
-        let kv = self.kv_heads()?;
-        if kv == 0 || heads % kv != 0 {
-            return Err(Error::config("attn_config.kv_n_heads", format!("{kv} does not divide n_heads {heads}")));
-        }
-        let positive = |key: &str, value: Option<f64>| match value {
-            Some(value) if !(value.is_finite() && value > 0.0) => {
-                Err(Error::config(key, format!("{value} is not a positive number")))
-            }
-            _ => Ok(()),
-        };
-        positive("attn_config.clip_qkv", self.attn_config.clip_qkv)?;
-        positive("attn_config.softmax_scale", self.attn_config.softmax_scale)?;
-        positive("attn_config.alibi_bias_max", self.attn_config.alibi_bias_max)?;
-        for (key, eps) in [
-            ("norm_eps", self.norm_eps),
-            ("layer_norm_epsilon", self.layer_norm_epsilon),
-            ("attn_config.norm_eps", self.attn_config.norm_eps),
-        ] {
-            if let Some(eps) = eps.filter(|eps| !(*eps > 0.0 && *eps < 1.0)) {
-                return Err(Error::config(key, format!("{eps} is not between 0 and 1")));
-            }
-        }
-        Ok(())
+        divides("attn_config.kv_n_heads", self.kv_heads()?, "n_heads", heads)?;
+        positive("attn_config.clip_qkv", attention.clip_qkv)?;
+        positive("attn_config.softmax_scale", attention.softmax_scale)?;
+        positive("attn_config.alibi_bias_max", attention.alibi_bias_max)?;
+        epsilon("norm_eps", self.norm_eps)?;
+        epsilon("layer_norm_epsilon", self.layer_norm_epsilon)?;
+        epsilon("attn_config.norm_eps", attention.norm_eps)
     }
 
     /// The epsilon of the norms, but those of queries and keys. Each implementation knows one of the two keys.
@@ -316,6 +262,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn with(changes: &Value) -> Result<Config> {
@@ -357,6 +305,8 @@ mod tests {
             assert_eq!(clip(off), None);
         }
         assert!(with(&json!({"attn_config": null, "ffn_config": null})).is_ok());
+        assert_eq!(with(&json!({"max_seq_len": 4096.0})).unwrap().max_seq_len, 4096);
+        assert!(with(&json!({"max_seq_len": 0.5})).unwrap_err().to_string().contains("max_seq_len"));
         let saved = json!({
             "fc_type": {"name": "torch", "bias": true}, "attn_config": {"attn_temperature_tuning": {"attn_scale": 0.0, "floor_scale": 8192},
             "rope_hf_config": {"type": "linear", "factor": 4}, "kv_n_heads": 4, "model_type": "", "temperature": 1.0}, "head_dim": 16, "x": 1,

@@ -1,6 +1,22 @@
 //! The keys of the three configuration classes of MPT, and of llama.cpp's metadata for its files.
 
 use pricket_nn::config::Keys;
+use serde_json::{Value, json};
+
+/// MosaicGPT's keys in MPT's places.
+pub(crate) fn from_mosaic_gpt(json: &Value) -> Value {
+    let mut out = json.clone();
+    out["expansion_ratio"] = json.get("mlp_ratio").cloned().unwrap_or(json!(4));
+    let mut attention = json!({});
+    let kept = ["softmax_scale", "alibi", "alibi_bias_max", "prefix_lm", "attn_uses_sequence_id"].map(|key| (key, key));
+    for (ours, theirs) in kept.into_iter().chain([("qk_ln", "attn_qk_ln"), ("clip_qkv", "attn_clip_qkv")]) {
+        if let Some(value) = json.get(theirs) {
+            attention[ours] = value.clone();
+        }
+    }
+    out["attn_config"] = attention;
+    out
+}
 
 /// `MPTConfig` of llm-foundry 0.1 to 0.22 and of the Hub's copies of it, and `MptConfig` of transformers 4.32 to 5.24.
 pub const KEYS: Keys = Keys {

@@ -1,7 +1,8 @@
 //! What every family needs when it reads a config.json.
 
 use pricket_weights::clip;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::{Error, Result};
@@ -28,6 +29,84 @@ pub fn plausible(key: &str, value: usize, limit: usize) -> Result<()> {
     Err(Error::config(key, format!("{value} is not between 1 and {limit}")))
 }
 
+/// Refuses a number of heads that does not divide a width, or key and value heads that do not divide the heads.
+///
+/// # Errors
+/// [`Error::Config`], naming the key of the divisor.
+pub fn divides(key: &str, divisor: usize, of: &str, number: usize) -> Result<()> {
+    if divisor > 0 && number.is_multiple_of(divisor) {
+        return Ok(());
+    }
+    Err(Error::config(key, format!("{divisor} does not divide {of} {number}")))
+}
+
+/// Refuses a size that follows from others and is given as something else.
+///
+/// # Errors
+/// [`Error::Config`], naming the key.
+pub fn only(key: &str, value: Option<usize>, expected: usize) -> Result<()> {
+    match value.filter(|value| *value != expected) {
+        Some(value) => Err(Error::config(key, format!("{value} is not implemented; only {expected} is"))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses an epsilon, if it is given, that is not between 0 and 1.
+///
+/// # Errors
+/// [`Error::Config`], naming the key.
+pub fn epsilon(key: &str, value: Option<f64>) -> Result<()> {
+    match value.filter(|eps| !(*eps > 0.0 && *eps < 1.0)) {
+        Some(value) => Err(Error::config(key, format!("{value} is not between 0 and 1"))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a number, if it is given, that is not positive and finite.
+///
+/// # Errors
+/// [`Error::Config`], naming the key.
+pub fn positive(key: &str, value: Option<f64>) -> Result<()> {
+    match value.filter(|value| !(value.is_finite() && *value > 0.0)) {
+        Some(value) => Err(Error::config(key, format!("{value} is not a positive number"))),
+        None => Ok(()),
+    }
+}
+
+/// Reads `null` as what a key has that is absent, for `#[serde(deserialize_with)]`.
+///
+/// # Errors
+/// What the type says.
+pub fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+/// Reads a whole number, which may be written as a float.
+///
+/// # Errors
+/// If it is something else.
+pub fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
+    let value = Value::deserialize(from)?;
+    let float = || value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..9e15).contains(x)).map(|x| x as u64);
+    let whole = value.as_u64().or_else(float).and_then(|x| usize::try_from(x).ok());
+    whole.ok_or_else(|| D::Error::custom(format!("{value} is not a whole number")))
+}
+
+/// Reads a number that Python code tests for truth before it uses it: 0, `false`, `null` and infinity are no limit.
+///
+/// # Errors
+/// If it is something else.
+pub fn limit<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+    match Value::deserialize(from)? {
+        Value::Null | Value::Bool(false) => Ok(None),
+        Value::String(text) if text == "Infinity" => Ok(None),
+        value => match value.as_f64() {
+            Some(limit) => Ok(Some(limit).filter(|limit| *limit != 0.0)),
+            None => Err(D::Error::custom(format!("{value} is not a number"))),
+        },
+    }
+}
+
 /// The keys of a configuration class, in every released version of it. A key inside an object is called `outer.inner`.
 #[derive(Clone, Copy, Debug)]
 pub struct Keys {
@@ -46,10 +125,13 @@ impl Keys {
         let inside = format!("{key}.");
         let outside = |known: &str| key.strip_prefix(known).is_some_and(|rest| rest.starts_with('.'));
         tables.iter().any(|keys| {
-            let all = keys.read.iter().chain(keys.neutral).chain(keys.only.iter().map(|(key, _)| key));
-            all.into_iter().any(|known| *known == key || known.starts_with(&inside))
-                || keys.neutral.iter().any(|known| outside(known))
+            let of_object = keys.all().any(|known| known == key || known.starts_with(&inside));
+            of_object || keys.neutral.iter().any(|known| outside(known))
         })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &'static str> {
+        self.read.iter().chain(self.neutral).copied().chain(self.only.iter().map(|(key, _)| *key))
     }
 
     /// Checks every key of a configuration and returns those that are in no table.
@@ -92,21 +174,18 @@ impl Keys {
             let key = format!("{prefix}{name}");
             let is_listed = |list: &[&str]| list.contains(&key.as_str());
             // A part of a configuration may be a configuration of its own, with the keys that all have.
-            let has_inner = tables.iter().any(|keys| {
-                let inner = format!("{key}.");
-                keys.read
-                    .iter()
-                    .chain(keys.neutral)
-                    .chain(keys.only.iter().map(|(key, _)| key))
-                    .any(|k| k.starts_with(&inner))
-            });
+            let inside = format!("{key}.");
+            let has_inner = tables.iter().any(|keys| keys.all().any(|known| known.starts_with(&inside)));
             let only = tables.iter().flat_map(|keys| keys.only).find(|(known, _)| *known == key || known == name);
             let is_free = tables.iter().any(|keys| is_listed(keys.read) || is_listed(keys.neutral));
             if has_inner && value.is_object() {
                 Self::check_object(tables, &format!("{key}."), value, unknown)?;
-            } else if value.is_null() || is_free {
                 continue;
-            } else if let Some((_, neutral)) = only {
+            }
+            if value.is_null() || is_free {
+                continue;
+            }
+            if let Some((_, neutral)) = only {
                 let is_neutral = |value: &Value| neutral.iter().any(|text| is_same(text, value));
                 let fits = is_neutral(value) || value.as_array().is_some_and(|list| list.iter().all(is_neutral));
                 if !fits {

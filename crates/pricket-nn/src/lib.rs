@@ -50,7 +50,7 @@ pub use linear::{Linear, RowOrder};
 pub use mlp::Mlp;
 pub use names::Names;
 /// For the crates above, which see weights through this one.
-pub use pricket_weights::{GgmlLayout, clip, parse_json};
+pub use pricket_weights::{GgmlLayout, clip, parse_json, stand_in};
 pub use progress::{Progress, Silent};
 pub use rotary::Rotary;
 pub use tap::{Recording, Site, Taps};

@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn numbers_are_the_nearest_floats() {
-        for x in [47.0 / 52.0, 1e-5, 1e-6, 0.1 + 0.2, 5e-324, 1.7976931348623157e308] {
+        for x in [47.0 / 52.0, 1e-5, 1e-6, 0.1 + 0.2, 5e-324, f64::MAX] {
             assert_eq!(parse_json(format!("{x:?}").as_bytes()).unwrap().as_f64(), Some(x));
         }
         // The harness's accuracy of 47 in 52 documents, which a faster parser reads as its neighbor.

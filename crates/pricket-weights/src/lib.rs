@@ -60,7 +60,9 @@ pub use error::{Error, Result, clip};
 pub use ggml::{GgmlFile, GgmlLayout};
 pub use gguf::GgufFile;
 pub use json::{parse_json, to_python_json};
-pub use open::{Format, choose_weights, find_weights, open, open_file, open_one, open_remote, sniff, sniff_remote};
+pub use open::{
+    Format, choose_weights, find_weights, open, open_file, open_one, open_remote, sniff, sniff_remote, stand_in,
+};
 pub use parts::parts_of;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{Sharded, shard_map};

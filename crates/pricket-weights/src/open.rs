@@ -42,6 +42,10 @@ impl std::fmt::Display for Format {
 const CANDIDATES: [&str; 4] =
     ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
+/// What a directory with nothing but an adapter is told.
+const ADAPTER: &str =
+    "a PEFT adapter, not a model: merge it into its base model first, with `merge_and_unload` of PEFT";
+
 /// Opens whatever checkpoint lies at `path`: a weight file, an index, or a directory in Hub layout.
 ///
 /// # Errors
@@ -83,8 +87,9 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
         });
     }
     let not_found = |what: String| Err(Error::NotFound { path: place.into(), what });
-    // Of numbered parts the first stands for all.
-    let weights = representatives(names().filter(|name| name.ends_with(".safetensors")));
+    // Of numbered parts the first stands for all. An adapter is no model.
+    let is_adapter = |name: &str| name.starts_with("adapter_model.");
+    let weights = representatives(names().filter(|name| name.ends_with(".safetensors") && !is_adapter(name)));
     // Other programs' files, by the names that these give them; what they are is told by what is in them.
     let is_other = |name: &&str| match Path::new(name).extension().and_then(|end| end.to_str()) {
         Some("gguf") => true,
@@ -92,7 +97,9 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
         _ => false,
     };
     let others = representatives(names().filter(is_other));
-    let numbered = representatives(names().filter(|name| name.ends_with(".bin") && parts_of(name).is_some()));
+    let is_torch_part =
+        |name: &&str| Path::new(name).extension().is_some_and(|end| end == "bin") && parts_of(name).is_some();
+    let numbered = representatives(names().filter(is_torch_part));
     match weights[..] {
         [only] => Ok(only),
         [] if numbered.len() == 1 => Ok(numbered[0]),
@@ -101,6 +108,7 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
             let what = format!("{} files of a model ({}, ...): name one of them", others.len(), others[0]);
             Err(Error::Ambiguous { path: place.into(), what })
         }
+        [] if names().any(is_adapter) => Err(Error::Unsupported { path: place.into(), what: ADAPTER.into() }),
         [] => not_found(format!("no weights here: none of {}", CANDIDATES.join(", "))),
         [first, ..] => not_found(format!(
             "{} safetensors files ({first}, ...) and no model.safetensors.index.json that maps them",
@@ -109,18 +117,55 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
     }
 }
 
+/// The first bytes of a file, by which it is told what it is.
+const HEAD: usize = 64;
+
 /// What the first bytes of `path` say it is.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::Corrupt`] for what is no regular file.
+/// [`Error::Io`]; [`Error::Corrupt`] for what is no regular file; [`Error::Unsupported`] for what stands in for a file that was not
+/// downloaded, such as a Git LFS pointer.
 pub fn sniff(path: &Path) -> Result<Format> {
     let io = |source| Error::Io { path: path.into(), source };
     if !std::fs::metadata(path).map_err(io)?.is_file() {
         return Err(Error::Corrupt { path: path.into(), what: "not a regular file".into() });
     }
     let mut head = Vec::new();
-    File::open(path).map_err(io)?.take(16).read_to_end(&mut head).map_err(io)?;
-    Ok(format_of(&head, path))
+    File::open(path).map_err(io)?.take(HEAD as u64).read_to_end(&mut head).map_err(io)?;
+    match stand_in(&head) {
+        Some(what) => Err(Error::Unsupported { path: path.into(), what: what.into() }),
+        None => Ok(format_of(&head, path)),
+    }
+}
+
+/// What stands in for a file that was not downloaded, by its first bytes, and what to do about it: a Git LFS pointer, a web page,
+/// the error of a server. `None` for anything else.
+///
+/// ```
+/// let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n";
+/// assert!(pricket_weights::stand_in(pointer).unwrap().contains("git lfs pull"));
+/// assert_eq!(pricket_weights::stand_in(b"{\"model_type\": \"mpt\"}"), None);
+/// ```
+pub fn stand_in(head: &[u8]) -> Option<&'static str> {
+    let text = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
+    let begins = |word: &str| text.get(..word.len()).is_some_and(|start| start.eq_ignore_ascii_case(word.as_bytes()));
+    if begins("version https://git-lfs.github.com/spec/") || begins("version https://hawser.github.com/spec/") {
+        return Some("a Git LFS pointer, not the file: run `git lfs pull`");
+    }
+    if begins("<!doctype html") || begins("<html") || begins("<head") {
+        return Some("a web page (HTML), not the file: the download failed or needs a login; download it again");
+    }
+    if begins("<?xml") {
+        return Some("an XML document, not the file: probably the error of a server; download it again");
+    }
+    let is_error = || {
+        let rest = text.strip_prefix(b"{").map(<[u8]>::trim_ascii_start).unwrap_or_default();
+        [&b"\"error\""[..], b"\"message\"", b"\"detail\""].iter().any(|key| rest.starts_with(key))
+    };
+    if is_error() || begins("entry not found") || begins("access to model ") || begins("invalid username or password") {
+        return Some("the error of a server, not the file: download it again");
+    }
+    None
 }
 
 fn format_of(head: &[u8], path: &Path) -> Format {
@@ -173,7 +218,10 @@ pub fn open_one(path: &Path) -> Result<Box<dyn Store>> {
 /// As [`open`], and what reading says.
 pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
     let source = Source::remote(file);
-    let head = source.read(0, source.len().min(16))?.into_owned();
+    let head = source.read(0, source.len().min(HEAD))?.into_owned();
+    if let Some(what) = stand_in(&head) {
+        return Err(Error::Unsupported { path: source.path().into(), what: what.into() });
+    }
     match format_of(&head, source.path()) {
         Format::Safetensors => Ok(Box::new(SafetensorsFile::new(source)?)),
         Format::TorchZip => Ok(Box::new(TorchFile::new(source)?)),

@@ -238,8 +238,15 @@ impl Auditor<'_> {
                 return Err(Error::Cancelled);
             }
             let files: BTreeSet<String> = forms(&listing.files).into_values().flatten().map(|file| file.path).collect();
+            let mut stand_in = None;
             for file in listing.files.iter_mut().filter(|file| files.contains(&file.path)) {
+                stand_in = stand_in.or(self.of.home.stand_in(&checkpoint, file));
                 self.of.home.hash(&checkpoint, file)?;
+            }
+            // Pointers to files that are not here may be equal, or differ, for any reason.
+            if let Some(what) = stand_in {
+                self.say(FindingKind::Unreadable, vec![revision.clone()], format!("{revision}: {what}"), true);
+                continue;
             }
             let forms = forms(&listing.files);
             let Some(&form) = forms.keys().next() else {

@@ -316,6 +316,15 @@ impl Home {
         Ok(())
     }
 
+    /// Says so if a file of a directory is a Git LFS pointer or another stand-in for weights that were not downloaded.
+    pub(crate) fn stand_in(&self, checkpoint: &Checkpoint, file: &Listed) -> Option<String> {
+        let path = self.directory(checkpoint)?.join(&file.path);
+        match pricket_weights::sniff(&path) {
+            Err(pricket_weights::Error::Unsupported { what, .. }) => Some(format!("{}: {what}", file.path)),
+            _ => None,
+        }
+    }
+
     /// The tensors of a checkpoint.
     pub(crate) fn tensors(&self, checkpoint: &Checkpoint, listing: &[Listed]) -> Result<Tensors> {
         match (self, &checkpoint.commit) {

@@ -24,10 +24,33 @@ enum Kind {
 
 impl Family {
     pub(crate) fn from_config(config: &Value) -> Result<Self> {
-        match Self::kind(config)? {
+        let kind = Self::kind(config)?;
+        Self::check_form(config)?;
+        match kind {
             Kind::GptNeoX => Ok(Family::GptNeoX(Box::new(pricket_gpt_neox::Config::from_json(config)?))),
             Kind::Mpt => Ok(Family::Mpt(Box::new(pricket_mpt::Config::from_json(config)?))),
         }
+    }
+
+    /// Refuses checkpoints that are no language model with weights of a known type, and says what they are.
+    fn check_form(config: &Value) -> Result<()> {
+        let architecture = config["architectures"][0].as_str().unwrap_or_default();
+        let heads = ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"];
+        if heads.iter().any(|head| architecture.ends_with(head)) {
+            let what = format!(
+                "{architecture:?} has a classification head in place of a language model's; load its base model"
+            );
+            return Err(Error::config("architectures", what));
+        }
+        let quantized = &config["quantization_config"];
+        if !quantized.is_null() {
+            let method = quantized["quant_method"].as_str().unwrap_or("an unnamed method");
+            let what = format!(
+                "the weights are quantized by {method}, which is not read; load the original checkpoint, with --quantize to make it small"
+            );
+            return Err(Error::config("quantization_config", what));
+        }
+        Ok(())
     }
 
     /// By `model_type`, else by `architectures`; never by the shape of a model or the name of a repository.

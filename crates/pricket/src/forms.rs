@@ -49,10 +49,11 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
             Some(parts) => parts.iter().map(|part| find(part)).collect(),
             None => find(chosen).map(|file| vec![file]),
         };
-        let form = match (chosen.ends_with(".safetensors"), chosen.ends_with(".bin"), parts_of(chosen).is_some()) {
-            (true, _, false) => Some(Form::Safetensors),
-            (true, _, true) => Some(Form::SafetensorsShards),
-            (_, true, true) => Some(Form::TorchShards),
+        let end = Path::new(chosen).extension().and_then(|end| end.to_str());
+        let form = match (end, parts_of(chosen).is_some()) {
+            (Some("safetensors"), false) => Some(Form::Safetensors),
+            (Some("safetensors"), true) => Some(Form::SafetensorsShards),
+            (Some("bin"), true) => Some(Form::TorchShards),
             // GGUF and GGML files are no form of a revision.
             _ => None,
         };

@@ -13,7 +13,7 @@ use crate::embedded::{EMBEDDED, Embedded};
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
-use crate::opened::{Changes, Opened, at, eos_ids, open_files};
+use crate::opened::{Changes, Opened, at, eos_ids, eos_warning, open_files};
 use crate::pool::{Pooled, pool};
 use crate::qkv::{self, Fused, QkvOrder};
 use crate::repository::{Place, fetch_id, locate};
@@ -372,6 +372,7 @@ impl Loader {
         let licence = licence_warning(&opened.provenance);
         let (format, chosen) = prompts::choose(&opened.provenance, &opened.config, opened.tokenizer.as_ref());
         let generation_config = opened.generation_config.as_ref();
+        let ends = eos_warning(&opened.config, generation_config);
         Ok(Pricket::new(Parts {
             threads: pool.threads(),
             model,
@@ -383,6 +384,7 @@ impl Loader {
                 .warnings
                 .into_iter()
                 .chain(unused_warning(&weights))
+                .chain(ends)
                 .chain(stranger)
                 .chain(licence)
                 .collect(),

@@ -194,6 +194,10 @@ pub(crate) fn open_files(
     let directory = if path.is_dir() { path.to_owned() } else { parent(path) };
     let config_path = directory.join("config.json");
     if !config_path.is_file() {
+        let adapter = directory.join("adapter_config.json");
+        if adapter.is_file() {
+            return Err(unmerged(&adapter, &read_json(&adapter)?));
+        }
         // What is no weight file at all needs no configuration.
         if path.is_file() && !path.to_string_lossy().ends_with(".json") {
             pricket_weights::open_file(path)?;
@@ -213,6 +217,9 @@ pub(crate) fn open_files(
     let generation_config = generation.is_file().then(|| read_json(&generation)).transpose()?;
     let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
     let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&weights)?);
+    if store.names().iter().any(|name| name.contains(".base_layer.")) {
+        return Err(unmerged(&weights, &Value::Null));
+    }
     let (provenance, warnings, in_use) = if let Some(fetched) = fetched {
         (fetched.provenance, fetched.warnings, Some(fetched.in_use))
     } else {
@@ -242,6 +249,17 @@ pub(crate) fn open_files(
         in_use,
         ..Opened::new(store)
     })
+}
+
+/// An adapter that is taken for a model, or a model whose adapter was not merged before it was saved.
+fn unmerged(path: &Path, config: &Value) -> Error {
+    let base = config["base_model_name_or_path"].as_str();
+    let base = base.map_or(String::new(), |base| format!(" of {}", pricket_weights::clip(base)));
+    let kind = config["peft_type"].as_str().map_or(String::new(), |kind| format!(" ({})", pricket_weights::clip(kind)));
+    let what = format!(
+        "a PEFT adapter{kind}{base} that is not merged: merge it into its base model first, with `merge_and_unload` of PEFT"
+    );
+    Error::Unsupported { path: path.into(), what }
 }
 
 /// Files beside a tokenizer.json that name more tokens.
@@ -286,22 +304,44 @@ pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
 }
 
 pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
-    pricket_weights::parse_json(bytes).map_err(|e| corrupt(path, format!("not valid JSON: {e}")))
+    pricket_weights::parse_json(bytes).map_err(|e| match pricket_weights::stand_in(bytes) {
+        Some(what) => corrupt(path, what.into()),
+        None => corrupt(path, format!("not valid JSON: {e}")),
+    })
 }
 
 fn corrupt(path: &Path, what: String) -> Error {
     Error::Corrupt { tensor: None, error: pricket_weights::Error::Corrupt { path: path.into(), what } }
 }
 
+/// The values of `eos_token_id`, each a number or a list.
+fn end_tokens(config: &Value, generation_config: Option<&Value>) -> Vec<Value> {
+    let sources = [Some(config), generation_config].into_iter().flatten();
+    let values = sources.map(|source| &source["eos_token_id"]);
+    values.flat_map(|value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()])).collect()
+}
+
+/// A token's number, which old files write as a float too.
+fn token_id(value: &Value) -> Option<u32> {
+    let whole = || value.as_f64().filter(|id| id.fract() == 0.0 && *id >= 0.0).map(|id| id as u64);
+    u32::try_from(value.as_u64().or_else(whole)?).ok()
+}
+
+/// Says so if `eos_token_id` is something that no token is called by: text would not end where it should. -1 is none in Python.
+pub(crate) fn eos_warning(config: &Value, generation_config: Option<&Value>) -> Option<String> {
+    let values = end_tokens(config, generation_config);
+    let odd =
+        values.iter().find(|value| !value.is_null() && value.as_i64() != Some(-1) && token_id(value).is_none())?;
+    Some(format!(
+        "eos_token_id: {} is not a token's number, so it ends no text",
+        pricket_weights::clip(&odd.to_string())
+    ))
+}
+
 /// End tokens: those of generation_config.json and config.json together, each a number or a list. Early MPT repositories name
 /// none and would never end: theirs is the tokenizer's end of text.
 pub(crate) fn eos_ids(config: &Value, generation_config: Option<&Value>, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
-    let sources = [Some(config), generation_config];
-    let values = sources.into_iter().flatten().map(|source| &source["eos_token_id"]);
-    let mut ids: Vec<u32> = values
-        .flat_map(|value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]))
-        .filter_map(|value| value.as_u64().and_then(|id| u32::try_from(id).ok()))
-        .collect();
+    let mut ids: Vec<u32> = end_tokens(config, generation_config).iter().filter_map(token_id).collect();
     if ids.is_empty() {
         ids.extend(tokenizer.and_then(|tokenizer| tokenizer.token_to_id("<|endoftext|>")));
     }

@@ -263,9 +263,7 @@ impl Revision {
         let weights = small.directory.join(&self.chosen.weights.path);
         let large = match parts_of(&self.chosen.weights.path) {
             _ if self.chosen.is_index() => shards(&self.listing, &weights)?,
-            Some(parts) => {
-                parts.into_iter().map(|part| listed(&self.listing, &weights, part)).collect::<Result<_>>()?
-            }
+            Some(parts) => parts.iter().map(|part| listed(&self.listing, &weights, part)).collect::<Result<_>>()?,
             None => vec![self.chosen.weights.clone()],
         };
         let wanted = [self.chosen.fetch_first(), large].concat();
@@ -348,11 +346,11 @@ impl Chosen {
 fn shards(listing: &[Listed], path: &Path) -> Result<Vec<Listed>> {
     let bytes = std::fs::read(path).map_err(|error| Error::Io { path: path.into(), error })?;
     let names: std::collections::BTreeSet<String> = pricket_weights::shard_map(&bytes, path)?.into_values().collect();
-    names.into_iter().map(|name| listed(listing, path, name)).collect()
+    names.iter().map(|name| listed(listing, path, name)).collect()
 }
 
 /// A file of a revision that `path` needs.
-fn listed(listing: &[Listed], path: &Path, name: String) -> Result<Listed> {
+fn listed(listing: &[Listed], path: &Path, name: &str) -> Result<Listed> {
     listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
         path: path.into(),
         what: format!("it needs {name}, which the revision does not have"),
