@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use pricket::{Conversation, FinishReason, GenerateOptions};
 use rustyline::error::ReadlineError;
@@ -68,17 +68,20 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     if args.formats {
         for format in pricket::prompt_formats() {
-            println!("{:22} {}", format.name, format.about);
+            writeln!(std::io::stdout(), "{:22} {}", format.name, format.about)?;
         }
         return Ok(());
     }
     let pricket = args.model.load("tiny-chat")?;
     let format = sampling::prompt_format(&args.prompt_format, &pricket)?;
     if format.name == "plain" {
-        eprintln!("note: no prompt format: what you write is continued as it is; see --formats");
+        common::tell(format_args!("note: no prompt format: what you write is continued as it is; see --formats"));
     }
     if format.single_turn {
-        eprintln!("note: {} was tuned on single questions; /reset before a new one may help", format.name);
+        common::tell(format_args!(
+            "note: {} was tuned on single questions; /reset before a new one may help",
+            format.name
+        ));
     }
     let mut conversation = pricket.conversation().with_format(format);
     if let Some(context) = args.context {
@@ -86,7 +89,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     if let Some(file) = &args.load {
         load(&mut conversation, file)?;
-        eprintln!("note: {} turns of {}", conversation.turns().len(), file.display());
+        common::tell(format_args!("note: {} turns of {}", conversation.turns().len(), file.display()));
     }
     if let Some(text) = &args.system {
         conversation.set_system(Some(text.clone()))?;
@@ -96,6 +99,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     options.beyond_trained_length = args.context.is_some();
     let mut chat = Chat { options, stats: args.stats, json: args.json, stop: interrupts()? };
     let mut lines = Lines::new()?;
+    let mut failed = 0;
     while let Some(line) = lines.next()? {
         let done = match line.strip_prefix('/') {
             Some(command) => chat.command(&mut conversation, command),
@@ -104,11 +108,15 @@ fn run(args: &Args) -> anyhow::Result<()> {
         match done {
             Ok(true) => break,
             Ok(false) => {}
-            // A person can try again; a script has to know.
-            Err(e) if lines.interactive() => eprintln!("error: {e:#}"),
-            Err(e) => return Err(e),
+            Err(e) if common::is_closed(&e) => return Err(e),
+            // One bad line does not end the conversation; the exit code of a script tells.
+            Err(e) => {
+                common::tell(format_args!("error: {e:#}"));
+                failed += usize::from(!lines.interactive());
+            }
         }
     }
+    ensure!(failed == 0, "lines that failed: {failed}");
     Ok(())
 }
 
@@ -163,18 +171,20 @@ impl Chat {
             writeln!(out)?;
         }
         if now_left_out > left_out {
-            eprintln!("note: the context is full: the oldest {now_left_out} turns are no longer read");
+            common::tell(format_args!("note: the context is full: the oldest {now_left_out} turns are no longer read"));
         }
         match done.finish {
             FinishReason::Length if !self.json => {
-                eprintln!("note: cut off after {} tokens; see --max-tokens", done.ids.len());
+                common::tell(format_args!("note: cut off after {} tokens; see --max-tokens", done.ids.len()));
             }
-            FinishReason::Context if !self.json => eprintln!("note: the context is full; see --context and /reset"),
+            FinishReason::Context if !self.json => {
+                common::tell(format_args!("note: the context is full; see --context and /reset"))
+            }
             _ => {}
         }
         if self.stats {
             let (read, whole, written) = (conversation.read(), done.prompt_ids.len(), done.ids.len());
-            eprintln!("{read} of {whole} tokens read, {written} written, {seconds:.2} s");
+            common::tell(format_args!("{read} of {whole} tokens read, {written} written, {seconds:.2} s"));
         }
         Ok(())
     }
@@ -186,15 +196,17 @@ impl Chat {
         let file = || if rest.is_empty() { bail!("/{name} needs a file") } else { Ok(Path::new(rest)) };
         match name {
             "quit" | "exit" | "q" => return Ok(true),
-            "help" | "h" | "?" => println!("{HELP}"),
+            "help" | "h" | "?" => writeln!(std::io::stdout(), "{HELP}")?,
             "reset" => conversation.reset(),
-            "system" if rest.is_empty() => println!("{}", conversation.system().unwrap_or("(none)")),
+            "system" if rest.is_empty() => {
+                writeln!(std::io::stdout(), "{}", conversation.system().unwrap_or("(none)"))?
+            }
             "system" => {
                 conversation.set_system(Some(if rest == "-" { String::new() } else { rest.into() }))?;
                 conversation.reset();
             }
             "undo" => match conversation.undo() {
-                Some(asked) => eprintln!("note: taken back: {asked}"),
+                Some(asked) => common::tell(format_args!("note: taken back: {asked}")),
                 None => bail!("nothing was said yet"),
             },
             "retry" => {
@@ -205,11 +217,11 @@ impl Chat {
                     return Err(e);
                 }
             }
-            "prompt" => println!("{}", conversation.prompt("...")?),
+            "prompt" => writeln!(std::io::stdout(), "{}", conversation.prompt("...")?)?,
             "save" => save(conversation, file()?)?,
             "load" => {
                 load(conversation, file()?)?;
-                eprintln!("note: {} turns of {rest}", conversation.turns().len());
+                common::tell(format_args!("note: {} turns of {rest}", conversation.turns().len()));
             }
             other => bail!("/{other} is no command; see /help"),
         }
@@ -228,7 +240,7 @@ fn save(conversation: &Conversation, path: &Path) -> anyhow::Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(directory).with_context(|| format!("{name} cannot be written"))?;
     writeln!(file, "{}", conversation.to_json())?;
     file.persist(path).with_context(|| format!("{name} cannot be written"))?;
-    eprintln!("note: {} turns in {name}", conversation.turns().len());
+    common::tell(format_args!("note: {} turns in {name}", conversation.turns().len()));
     Ok(())
 }
 
@@ -237,7 +249,10 @@ fn load(conversation: &mut Conversation, path: &Path) -> anyhow::Result<()> {
     let json = std::fs::read_to_string(path).with_context(|| format!("{name} cannot be read"))?;
     let was = conversation.load_json(&json).with_context(|| name.to_string())?;
     if let Some(was) = was.filter(|was| *was != conversation.format().name) {
-        eprintln!("note: {name} was in the prompt format {was}, and goes on in {}", conversation.format().name);
+        common::tell(format_args!(
+            "note: {name} was in the prompt format {was}, and goes on in {}",
+            conversation.format().name
+        ));
     }
     Ok(())
 }
@@ -261,7 +276,7 @@ impl Lines {
             // The first time there is none.
             let _ = editor.load_history(file);
         }
-        eprintln!("/help tells the commands");
+        common::tell(format_args!("/help tells the commands"));
         Ok(Lines::Terminal { editor: Box::new(editor), history })
     }
 

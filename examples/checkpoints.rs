@@ -218,7 +218,7 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
             // One of twenty that is not there is no reason to go without the others.
             Err(e) => {
                 failed = true;
-                eprintln!("error: {e}");
+                finish::tell(format_args!("error: {e}"));
                 if out.0 {
                     out.put(&json!({ "revision": checkpoint.revision, "error": e.to_string() }), |_| Ok(()))?;
                 }
@@ -226,7 +226,7 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
             }
         };
         for warning in &fetched.warnings {
-            eprintln!("warning: {warning}");
+            finish::tell(format_args!("warning: {warning}"));
         }
         let report = fetched.report;
         let json = json!({
@@ -296,12 +296,12 @@ fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
         for (done, checkpoint) in chosen.into_iter().enumerate() {
             bar.update(done as u64);
             if !checkpoint.present {
-                eprintln!("error: {} is not there{}", checkpoint.revision, known(checkpoint));
+                finish::tell(format_args!("error: {} is not there{}", checkpoint.revision, known(checkpoint)));
                 code = ExitCode::FAILURE;
                 continue;
             }
             if checkpoint.known_bad {
-                eprintln!("warning: {}{}", checkpoint.revision, known(checkpoint));
+                finish::tell(format_args!("warning: {}{}", checkpoint.revision, known(checkpoint)));
             }
             let tensors = found.tensors(checkpoint)?;
             let values = tensors.read(tensor)?;

@@ -100,12 +100,12 @@ fn run(args: Args) -> anyhow::Result<()> {
         // A blank line sets the figures apart where text and figures meet on a terminal.
         let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
         let decode = decode.map_or("-".into(), |rate| format!("{rate:.1}"));
-        eprintln!(
+        common::tell(format_args!(
             "{gap}{read} tokens read at {:.1} tokens/s, {written} written at {decode} tokens/s, {:?}, seed {}",
             read as f64 / prefill,
             completion.finish,
             options.seed
-        );
+        ));
     }
     Ok(())
 }

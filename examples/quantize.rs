@@ -4,10 +4,11 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use clap::Parser;
 use pricket::{Comparison, ConvertOptions, Precision, Target};
 use serde_json::json;
@@ -59,6 +60,9 @@ fn run(args: &Args) -> anyhow::Result<()> {
         gguf || args.model.compute.quantize.is_none(),
         "safetensors hold no quantised blocks: give --out a name that ends in .gguf"
     );
+    // What cannot be read is told before the conversion.
+    let text = args.text.as_ref().map(|path| read_text(path)).transpose()?;
+    common::interruptible()?;
     // What the flags say of the new file is not to be done to the old one as well.
     let mut source = args.model.clone();
     (source.compute.quantize, source.compute.dtype) = (None, Precision::Auto);
@@ -69,12 +73,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let loader = source.configure(loader)?;
     let done = loader.convert(&args.out, &ConvertOptions { target, overwrite: args.overwrite })?;
     for warning in &done.warnings {
-        eprintln!("warning: {warning}");
+        common::tell(format_args!("warning: {warning}"));
     }
     for note in &done.notes {
-        eprintln!("note: {note}");
+        common::tell(format_args!("note: {note}"));
     }
-    let report = if args.report { Some(report(args, &source)?) } else { None };
+    let report = if args.report { Some(report(args, &source, text.as_deref())?) } else { None };
     let (path, bits) = (done.path.display(), done.bits_per_weight());
     if args.json {
         let report = report.map(|r| {
@@ -88,23 +92,31 @@ fn run(args: &Args) -> anyhow::Result<()> {
             "path": done.path, "bytes": done.bytes, "parameters": done.parameters, "bits_per_weight": bits,
             "notes": done.notes, "warnings": done.warnings, "report": report,
         });
-        println!("{json}");
+        writeln!(std::io::stdout(), "{json}")?;
         return Ok(());
     }
-    println!("{path}: {} bytes, {bits:.2} bits a weight", done.bytes);
+    writeln!(std::io::stdout(), "{path}: {} bytes, {bits:.2} bits a weight", done.bytes)?;
     if let Some(r) = report {
-        println!("over {} tokens, against the source:", r.tokens);
-        println!("perplexity         {:.4}, was {:.4}", r.perplexity, r.reference_perplexity);
-        println!("KL divergence      {:.6} nats a token, at worst {:.4}", r.kl_divergence, r.worst_kl_divergence);
-        println!("same likeliest     {:.2} %", 100.0 * r.top_1_agreement);
+        writeln!(std::io::stdout(), "over {} tokens, against the source:", r.tokens)?;
+        writeln!(std::io::stdout(), "perplexity         {:.4}, was {:.4}", r.perplexity, r.reference_perplexity)?;
+        writeln!(
+            std::io::stdout(),
+            "KL divergence      {:.6} nats a token, at worst {:.4}",
+            r.kl_divergence,
+            r.worst_kl_divergence
+        )?;
+        writeln!(std::io::stdout(), "same likeliest     {:.2} %", 100.0 * r.top_1_agreement)?;
     }
     Ok(())
 }
 
 /// Compares the model at `out` with the one that it was made of.
-fn report(args: &Args, source: &common::ModelArgs) -> anyhow::Result<Comparison> {
-    let text = args.text.as_ref().map(std::fs::read_to_string).transpose()?;
+fn report(args: &Args, source: &common::ModelArgs, text: Option<&str>) -> anyhow::Result<Comparison> {
     let made = common::ModelArgs { model: Some(args.out.clone()), revision: None, file: None, ..source.clone() };
     let (source, made) = (source.load("tiny")?, made.load("tiny")?);
-    Ok(pricket::compare(&source, &made, text.as_deref().unwrap_or(TEXT), &common::Bar::default())?)
+    Ok(pricket::compare(&source, &made, text.unwrap_or(TEXT), &common::Bar::default())?)
+}
+
+fn read_text(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("--text {}", path.display()))
 }

@@ -8,12 +8,12 @@ mod tasks;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
 use clap::Parser;
 use common::Bar;
 use pricket::lm::{Documents, Outcome, SliceLoss, results_json, slice_losses};
@@ -73,7 +73,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    // What cannot be asked is said before a model is fetched.
+    // What cannot be asked or written is said before a model is fetched.
+    if let Some(path) = &args.output {
+        ensure!(!args.tasks.is_empty() || args.slices.is_some(), "--output writes the results of --tasks or --slices");
+        common::check_output(path, &[])?;
+    }
+    common::interruptible()?;
     let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
     let documents = asked.iter().map(|task| tasks::documents(args.data.as_deref(), task));
     let documents = documents.collect::<anyhow::Result<Vec<_>>>()?;
@@ -136,21 +141,18 @@ fn run_tasks(
     results["date"] = json!(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
     results["total_evaluation_time_seconds"] = json!(start.elapsed().as_secs_f64().to_string());
     results["pricket"] = json!({"version": env!("CARGO_PKG_VERSION"), "provenance": provenance});
+    // Shown first: hours of work are not lost with a disk that is full.
+    let mut out = std::io::stdout().lock();
+    let shown = if args.json { writeln!(out, "{results}") } else { show_tasks(&mut out, &outcomes) };
     if let Some(path) = &args.output {
-        write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
+        common::write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
         for (task, outcome) in outcomes.iter().filter(|_| args.log_samples) {
             let lines: String =
                 outcome.samples.iter().flat_map(|sample| [sample.to_json().to_string(), "\n".into()]).collect();
-            write_whole(&path.with_file_name(format!("samples_{}.jsonl", task.name())), &lines)?;
+            common::write_whole(&path.with_file_name(format!("samples_{}.jsonl", task.name())), &lines)?;
         }
     }
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        writeln!(out, "{results}")?;
-        return Ok(());
-    }
-    show_tasks(&mut out, &outcomes)?;
-    Ok(())
+    Ok(shown?)
 }
 
 /// The table that the harness prints.
@@ -166,7 +168,11 @@ fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Re
             writeln!(out, "|{name}|{version}|{shots}|{documents}|{metric}|{value:.4}|{stderr}|")?;
         }
         if outcome.cut > 0 {
-            eprintln!("note: {}: {} prompts were cut off on the left, for want of room", task.name(), outcome.cut);
+            common::tell(format_args!(
+                "note: {}: {} prompts were cut off on the left, for want of room",
+                task.name(),
+                outcome.cut
+            ));
         }
     }
     Ok(())
@@ -183,14 +189,15 @@ fn show_slices(args: &Args, model: &Pricket, slices: &BTreeMap<String, SliceLoss
     };
     let rows: serde_json::Map<String, Value> = slices.iter().map(|(name, slice)| (name.clone(), row(slice))).collect();
     let results = json!({"slices": rows, "provenance": model.provenance().to_json()});
-    if let Some(path) = &args.output {
-        write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
-    }
     let mut out = std::io::stdout().lock();
-    if args.json {
-        writeln!(out, "{results}")?;
-        return Ok(());
+    let shown = if args.json { writeln!(out, "{results}") } else { show_table(&mut out, slices) };
+    if let Some(path) = &args.output {
+        common::write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
     }
+    Ok(shown?)
+}
+
+fn show_table(out: &mut impl Write, slices: &BTreeMap<String, SliceLoss>) -> std::io::Result<()> {
     writeln!(out, "|slice|documents|tokens|loss|perplexity|bits per byte|")?;
     writeln!(out, "|---|---:|---:|---:|---:|---:|")?;
     for (name, slice) in slices {
@@ -225,21 +232,10 @@ fn run_text(args: &Args, model: &Pricket, text: &str) -> anyhow::Result<()> {
         writeln!(out, "{:9.4}  {:?}{greedy}", token.logprob, token.text)?;
     }
     let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
-    eprintln!(
+    common::tell(format_args!(
         "{gap}{count} tokens after the first: loss {:.4} nats a token, perplexity {:.3}; * none was likelier",
         nats / count,
         (nats / count).exp()
-    );
+    ));
     Ok(())
-}
-
-/// A file that is there whole or not at all.
-fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
-    let name = path.file_name().context("the output names no file")?.to_string_lossy();
-    let part = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
-    let written = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, path));
-    if written.is_err() {
-        std::fs::remove_file(&part).ok();
-    }
-    written.with_context(|| path.display().to_string())
 }

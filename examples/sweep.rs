@@ -104,6 +104,11 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
     pricket::keep_freed_memory();
+    // A picture that cannot be written is told before the measuring.
+    for path in args.plot.iter().chain(&args.table) {
+        finish::check_output(path, &["svg", "png"])?;
+    }
+    bar::interruptible()?;
     if !args.from.is_empty() {
         ensure!(!args.plot.is_empty() || args.table.is_some(), "--from draws; --plot or --table says what");
         draw(args, &args.from)?;
@@ -150,16 +155,16 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         writeln!(out, "{summary}").ok();
     }
     for warning in &swept.warnings {
-        eprintln!("warning: {warning}");
+        finish::tell(format_args!("warning: {warning}"));
     }
     for (id, why) in &swept.failed {
-        eprintln!("failed: {id}: {why}");
+        finish::tell(format_args!("failed: {id}: {why}"));
     }
     let (checkpoints, rows, kept, recomputed) = (swept.checkpoints, swept.rows, swept.kept, swept.recomputed);
-    eprintln!(
+    finish::tell(format_args!(
         "{checkpoints} checkpoints measured, {rows} rows written to {}, {kept} were there, {recomputed} measured again",
         args.out.display()
-    );
+    ));
     if swept.rows + swept.kept > 0 {
         draw(args, std::slice::from_ref(&args.out))?;
     }

@@ -1,6 +1,7 @@
 //! Progress as a terminal shows it.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -9,6 +10,19 @@ use pricket::Progress;
 /// A progress bar on stderr; indicatif hides it where that is no terminal.
 #[derive(Default)]
 pub(crate) struct Bar(Mutex<Option<ProgressBar>>);
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C, and a request to terminate, cancel the work, so that nothing half-written is left; the second one ends the
+/// program at once.
+#[allow(dead_code, reason = "not every example works long")]
+pub(crate) fn interruptible() -> anyhow::Result<()> {
+    Ok(ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    })?)
+}
 
 impl Bar {
     fn bar(&self) -> MutexGuard<'_, Option<ProgressBar>> {
@@ -31,7 +45,7 @@ impl Progress for Bar {
     fn notice(&self, message: &str) {
         match &*self.bar() {
             Some(bar) if !bar.is_hidden() => bar.println(message),
-            _ if std::io::stderr().is_terminal() => eprintln!("{message}"),
+            _ if std::io::stderr().is_terminal() => drop(writeln!(std::io::stderr(), "{message}")),
             _ => {}
         }
     }
@@ -40,6 +54,10 @@ impl Progress for Bar {
         if let Some(bar) = &*self.bar() {
             bar.set_position(done);
         }
+    }
+
+    fn cancelled(&self) -> bool {
+        INTERRUPTED.load(Ordering::Relaxed)
     }
 
     fn end(&self) {
@@ -57,5 +75,9 @@ impl pricket::hub::Events for Bar {
             self.begin("checking hashes", total, "bytes");
         }
         self.update(done);
+    }
+
+    fn cancelled(&self) -> bool {
+        INTERRUPTED.load(Ordering::Relaxed)
     }
 }

@@ -10,9 +10,11 @@ use std::sync::Arc;
 
 use pricket::{Loader, Pricket};
 
-pub(crate) use bar::Bar;
+#[allow(unused_imports, reason = "not every example works long")]
+pub(crate) use bar::{Bar, interruptible};
 pub(crate) use compute::ComputeArgs;
-pub(crate) use finish::finish;
+#[allow(unused_imports, reason = "not every example writes a file")]
+pub(crate) use finish::{check_output, finish, is_closed, tell, write_whole};
 #[allow(unused_imports, reason = "not every example makes weights up")]
 pub(crate) use random::random;
 
@@ -69,10 +71,10 @@ impl ModelArgs {
     pub(crate) fn load(&self, embedded: &str) -> pricket::Result<Pricket> {
         let loaded = self.configure(self.source(embedded)?)?.precision(self.compute.dtype).load()?;
         for warning in loaded.warnings() {
-            eprintln!("warning: {warning}");
+            tell(format_args!("warning: {warning}"));
         }
         for note in loaded.notes() {
-            eprintln!("note: {note}");
+            tell(format_args!("note: {note}"));
         }
         Ok(loaded)
     }

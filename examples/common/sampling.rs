@@ -5,14 +5,14 @@ use pricket::{GenerateOptions, Pricket, PromptFormat, Sampling};
 /// How tokens are chosen.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct SamplingArgs {
-    /// New tokens at most
-    #[arg(long, short = 'n', default_value_t = 128)]
+    /// Maximum number of new tokens; -1 for no limit but the model's context
+    #[arg(long, short = 'n', default_value = "128", value_name = "N", value_parser = count, allow_negative_numbers = true)]
     pub(crate) max_tokens: usize,
     /// Divides the logits; 0 always takes the most likely token
     #[arg(long, short, default_value_t = 0.8)]
     temperature: f32,
-    /// Choose among the K most likely tokens; 0 for all
-    #[arg(long, default_value_t = 0, value_name = "K")]
+    /// Choose among the K most likely tokens; 0 or -1 for all
+    #[arg(long, default_value = "0", value_name = "K", value_parser = count, allow_negative_numbers = true)]
     top_k: usize,
     /// Choose among the most likely tokens that together have probability P
     #[arg(long, default_value_t = 0.95, value_name = "P")]
@@ -35,9 +35,17 @@ pub(crate) struct SamplingArgs {
     /// No run of N tokens occurs twice; 0 for no such rule
     #[arg(long, default_value_t = 0, value_name = "N")]
     no_repeat_ngram_size: usize,
-    /// Where the random numbers begin [default: somewhere new each time]
+    /// Random seed [default: the time]
     #[arg(long)]
     seed: Option<u64>,
+}
+
+/// A number; -1 is without a limit, as in other programs.
+fn count(text: &str) -> Result<usize, String> {
+    match text {
+        "-1" => Ok(usize::MAX),
+        text => text.parse().map_err(|_| "expected a number, or -1 for no limit".into()),
+    }
 }
 
 impl SamplingArgs {

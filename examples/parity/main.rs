@@ -50,6 +50,6 @@ fn run(args: &Args) -> anyhow::Result<()> {
         failed += usize::from(!outcome.ok);
     }
     anyhow::ensure!(failed == 0, "{failed} of {} cases failed", args.cases.len());
-    eprintln!("{} cases passed", args.cases.len());
+    finish::tell(format_args!("{} cases passed", args.cases.len()));
     Ok(())
 }

@@ -27,9 +27,9 @@ pub struct SliceLoss {
 }
 
 impl SliceLoss {
-    /// Cross-entropy in nats a token.
+    /// Cross-entropy in nats a token; 0 of a slice without tokens.
     pub fn loss(&self) -> f64 {
-        self.nats / self.tokens as f64
+        self.nats / self.tokens.max(1) as f64
     }
 
     /// `exp` of [`SliceLoss::loss`].
@@ -39,17 +39,17 @@ impl SliceLoss {
 
     /// Perplexity by words.
     pub fn word_perplexity(&self) -> f64 {
-        (self.nats / self.words as f64).exp()
+        (self.nats / self.words.max(1) as f64).exp()
     }
 
     /// Perplexity by bytes.
     pub fn byte_perplexity(&self) -> f64 {
-        (self.nats / self.bytes as f64).exp()
+        (self.nats / self.bytes.max(1) as f64).exp()
     }
 
     /// Bits a byte.
     pub fn bits_per_byte(&self) -> f64 {
-        self.nats / self.bytes as f64 / std::f64::consts::LN_2
+        self.nats / self.bytes.max(1) as f64 / std::f64::consts::LN_2
     }
 
     fn add(&mut self, text: &str, tokens: usize, sum: f64) {
@@ -87,11 +87,18 @@ pub fn slice_losses(
             let Some(text) = document["text"].as_str() else {
                 return Err(Error::Input(format!("document {number}: expected a text under \"text\"")));
             };
-            let named = document["meta"]["pile_set_name"].as_str().or(document["slice"].as_str()).unwrap_or("all");
+            let named =
+                [&document["meta"]["pile_set_name"], &document["slice"]].into_iter().find_map(|name| match name {
+                    Value::String(name) => Some(name.clone()),
+                    Value::Number(number) => Some(number.to_string()),
+                    Value::Bool(flag) => Some(flag.to_string()),
+                    _ => None,
+                });
+            let named = named.unwrap_or_else(|| "all".into());
             let ids = tokenizer.encode(text)?;
             let first = requests.len();
             requests.extend(Continuation::windows(&ids, prefix, room));
-            read.push((named.to_owned(), text.to_owned(), ids.len(), first..requests.len()));
+            read.push((named, text.to_owned(), ids.len(), first..requests.len()));
         }
         let answers = loglikelihoods(model, &requests, options)?;
         for (slice, text, tokens, range) in read {

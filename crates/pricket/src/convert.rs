@@ -160,6 +160,9 @@ impl Loader {
                 return Err(Error::Cancelled);
             }
             item.write(&*opened.store, &mut |bytes| {
+                if progress.cancelled() {
+                    return Err(Error::Cancelled);
+                }
                 done += bytes.len() as u64;
                 progress.update(done);
                 writer.write(bytes).map_err(io)
@@ -501,6 +504,9 @@ struct Part {
 
 impl Part {
     fn create(path: &Path, overwrite: bool) -> Result<Self> {
+        if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
+            return Err(Error::Input(format!("{} is not a regular file, and is not written over", path.display())));
+        }
         if path.exists() && !overwrite {
             return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
         }

@@ -399,6 +399,10 @@ impl Loader {
     /// The checkpoint with everything that these settings change about it.
     pub(crate) fn opened(&self) -> Result<Opened> {
         let mut opened = self.open()?;
+        if self.qkv != QkvOrder::Auto && matches!(opened.fused, Fused::Trained | Fused::Model) {
+            let what = "neox_qkv is for GGUF files of GPT-NeoX models; the order of this checkpoint's rows is known";
+            return Err(Error::Input(what.into()));
+        }
         if let Some(path) = &self.tokenizer {
             opened.provenance.replace("tokenizer.json", path);
             opened.tokenizer_path = Some(path.clone());
@@ -427,6 +431,10 @@ impl Loader {
     }
 
     fn open(&self) -> Result<Opened> {
+        if let (Some(file), Source::Embedded(_) | Source::Store { .. }) = (&self.file, &self.source) {
+            let what = format!("file {file:?}: {} has no files to choose from", self.source.name());
+            return Err(Error::Input(what));
+        }
         let given = self.tokenizer.as_ref().map(Tokenizer::from_file).transpose()?;
         match &self.source {
             Source::Embedded(model) => {
@@ -441,6 +449,10 @@ impl Loader {
             }
             Source::Path(path) => match locate(path)? {
                 Place::Local(path) => {
+                    if let Some(file) = self.file.as_ref().filter(|_| path.is_file()) {
+                        let what = format!("file {file:?}: {} is a file itself, not a directory", path.display());
+                        return Err(Error::Input(what));
+                    }
                     let file = self.file.as_ref().map(|file| path.join(file));
                     let mut opened = open_files(file.as_ref().unwrap_or(&path), None, given, &self.changes)?;
                     if opened.wants_neox_tokenizer {

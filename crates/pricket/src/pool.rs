@@ -8,11 +8,14 @@ use pricket_nn::{CausalLm, Context, ModelInfo};
 
 use crate::{Error, Result};
 
+/// More than any machine has cores. Each takes a stack, and waits for the others.
+const MAX_THREADS: usize = 1024;
+
 /// Threads, by default the physical cores or what the container grants.
 pub(crate) fn pool(threads: Option<usize>) -> Result<Pool> {
     let threads = threads.unwrap_or_else(|| num_cpus::get_physical().min(num_cpus::get()));
-    if threads == 0 {
-        return Err(Error::Input("at least one thread is needed".into()));
+    if !(1..=MAX_THREADS).contains(&threads) {
+        return Err(Error::Input(format!("{threads} threads; from 1 to {MAX_THREADS} are possible")));
     }
     ops::cpu_path().map_err(Error::Input)?;
     Pool::new(threads).map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))

@@ -62,7 +62,10 @@ pub(crate) fn locate(path: &Path) -> Result<Place> {
 
 /// `owner/name@revision`, or a name that a card has.
 fn repository(text: &str) -> Result<Option<ModelId>> {
+    let pasted = pasted(text);
+    let text = pasted.as_deref().unwrap_or(text).trim_end_matches('/');
     let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
+    let name = name.trim_end_matches('/');
     let is_file = [".safetensors", ".bin", ".gguf", ".json", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
     let repo = match card(name) {
         Some(card) => card.id.parse().ok(),
@@ -70,6 +73,27 @@ fn repository(text: &str) -> Result<Option<ModelId>> {
         None => None,
     };
     Ok(repo.map(|repo| ModelId::new(repo, revision)).transpose()?)
+}
+
+/// The id in an address of the Hub that was pasted from a browser: `https://huggingface.co/owner/name/tree/step3000`.
+fn pasted(text: &str) -> Option<String> {
+    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"))?;
+    let (host, path) = rest.split_once('/')?;
+    let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_default();
+    let own = endpoint.split_once("://").is_some_and(|(_, own)| own.trim_end_matches('/') == host);
+    if !own && !["huggingface.co", "www.huggingface.co", "hf.co"].contains(&host) {
+        return None;
+    }
+    let path = &path[..path.find(['?', '#']).unwrap_or(path.len())];
+    let mut parts = path.split('/').filter(|part| !part.is_empty());
+    let (owner, name) = (parts.next()?, parts.next()?);
+    match (parts.next(), parts.next()) {
+        // Below them stands a revision, then a file.
+        (Some("tree" | "blob" | "resolve" | "commit" | "commits"), Some(revision)) => {
+            Some(format!("{owner}/{name}@{revision}"))
+        }
+        _ => Some(format!("{owner}/{name}")),
+    }
 }
 
 /// `revisions/REVISION` in a directory.

@@ -452,6 +452,10 @@ struct Rows {
 impl Rows {
     fn open(path: &Path) -> Result<Self> {
         let io = |error: std::io::Error| Error::Io { path: path.into(), error };
+        // A device or a pipe has no end to read to.
+        if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
+            return Err(Error::Input(format!("{}: not a regular file, so it cannot hold results", path.display())));
+        }
         let mut file = File::options().read(true).append(true).create(true).open(path).map_err(io)?;
         file.try_lock().map_err(|e| match e {
             std::fs::TryLockError::WouldBlock => {
