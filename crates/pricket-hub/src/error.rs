@@ -53,6 +53,14 @@ pub enum Error {
         /// The last failure.
         what: String,
     },
+    /// A server that does not do what it was asked for: a mirror or a proxy that does not know this part of the interface.
+    #[error("{url}: refused with status {status}; the server, or a proxy before it, does not do this")]
+    Refused {
+        /// The address, without its query.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+    },
     /// A server's answer that makes no sense: another length, another range, no JSON.
     #[error("{url}: {what}")]
     Protocol {
@@ -111,7 +119,7 @@ impl Error {
 
     /// Whether the network is at fault rather than the question, so that an answer from the cache will do.
     pub fn is_network(&self) -> bool {
-        matches!(self, Error::Network { .. } | Error::Protocol { .. })
+        matches!(self, Error::Network { .. } | Error::Protocol { .. } | Error::Refused { .. })
     }
 }
 

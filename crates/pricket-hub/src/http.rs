@@ -118,6 +118,15 @@ impl Http {
 
     /// GET, redirects followed; the answer has status 200 or 206. `is_moved` says that `url` is itself where a redirect led.
     pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>, is_moved: bool) -> Result<Answer, Failure> {
+        self.ask("GET", url, range, is_moved)
+    }
+
+    /// HEAD of a file: the answer that describes it, which is mostly a redirect and is not followed where it leaves the Hub.
+    pub(crate) fn head(&self, url: &str) -> Result<Answer, Failure> {
+        self.ask("HEAD", url, None, false)
+    }
+
+    fn ask(&self, method: &str, url: &str, range: Option<(u64, u64)>, is_moved: bool) -> Result<Answer, Failure> {
         let ours = origin(&self.settings.endpoint);
         let mut url = url.to_owned();
         let mut seen = Vec::new();
@@ -129,13 +138,15 @@ impl Http {
             if let Some(token) = self.settings.token.as_ref().filter(|_| ours.is_some() && origin(&url) == ours) {
                 headers.push(("authorization", token.bearer()));
             }
-            let mut answer = self.agent.get(&url, &headers)?;
+            let mut answer = self.agent.ask(method, &url, &headers)?;
             let is_moved = is_moved || !seen.is_empty();
             match answer.status {
                 200 | 206 => {
                     answer.moved = is_moved.then(|| url.clone());
                     return answer.plain(&url);
                 }
+                // What describes a large file comes with the redirect to another host.
+                302 | 307 if method == "HEAD" && answer.header("x-linked-size").is_some() => return Ok(answer),
                 301 | 302 | 303 | 307 | 308 => {
                     let location = answer.header("location").unwrap_or_default().to_owned();
                     // Read to its end, the connection can be used again.
@@ -148,7 +159,8 @@ impl Http {
                         return Err(Failure::again(&seen[0], "its redirects lead nowhere"));
                     }
                 }
-                status @ (408 | 429 | 500..=599) => {
+                // What a server does not implement it will not implement in a minute.
+                status @ (408 | 429 | 500 | 502..=504 | 506..=599) => {
                     let after = answer.header("retry-after").and_then(wire::retry_after);
                     let after = after.or_else(|| rate_limit(answer.header("ratelimit")?));
                     return Err(Failure::Again {
@@ -235,8 +247,9 @@ mod wire {
             self.0.clone().shutdown();
         }
 
-        pub(super) fn get(&self, url: &str, headers: &[(&str, String)]) -> Result<Answer, Failure> {
-            let request = headers.iter().fold(self.0.get(url), |request, (name, value)| request.header(*name, value));
+        pub(super) fn ask(&self, method: &str, url: &str, headers: &[(&str, String)]) -> Result<Answer, Failure> {
+            let request = if method == "HEAD" { self.0.head(url) } else { self.0.get(url) };
+            let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, value));
             let (head, body) = request.call().map_err(|e| failure(url, e))?.into_parts();
             let header = |(name, value): (&ureq::http::HeaderName, &ureq::http::HeaderValue)| {
                 Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))
@@ -305,7 +318,7 @@ mod wire {
 
         pub(super) fn shutdown(&self) {}
 
-        pub(super) fn get(&self, url: &str, _: &[(&str, String)]) -> Result<Answer, Failure> {
+        pub(super) fn ask(&self, _: &str, url: &str, _: &[(&str, String)]) -> Result<Answer, Failure> {
             let what = "this program was built without the network; build it with the feature `hub`".into();
             Err(Failure::Fatal(Error::Network { url: bare(url), what }))
         }

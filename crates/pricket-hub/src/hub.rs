@@ -15,6 +15,8 @@ const MAX_FILE: u64 = 1 << 50;
 /// More files than this are no model.
 const MAX_FILES: usize = 100_000;
 const MAX_PAGES: usize = 10_000;
+/// Files that are asked for one by one, where there is no listing.
+const MAX_SIBLINGS: usize = 2_000;
 
 /// The Hugging Face Hub, or whatever speaks its protocol, and the cache of what came from it.
 ///
@@ -111,6 +113,13 @@ mod wire {
     #[derive(Deserialize)]
     pub(super) struct Info {
         pub(super) sha: String,
+        #[serde(default)]
+        pub(super) siblings: Vec<Sibling>,
+    }
+
+    #[derive(Deserialize)]
+    pub(super) struct Sibling {
+        pub(super) rfilename: String,
     }
 
     #[derive(Deserialize)]
@@ -168,6 +177,24 @@ impl Hub {
         let url = format!("{}/api/{}/refs", self.settings.endpoint, repo.api());
         let parse = |refs: wire::Refs| Some(Refs { branches: commits(refs.branches)?, tags: commits(refs.tags)? });
         Ok(self.json(repo, "main", &url, events, parse)?.0)
+    }
+
+    /// As [`Hub::refs`]; of a server that does not list branches, those that the cache has seen and `main`, with a notice.
+    ///
+    /// # Errors
+    /// As [`Hub::refs`], if `main` cannot be had either.
+    pub fn refs_or_main(&self, repo: &RepoId, events: &dyn Events) -> Result<Refs> {
+        match self.refs(repo, events) {
+            Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
+                let main = ModelId::new(repo.clone(), "main")?;
+                let Ok(commit) = self.ask_revision(&main, events) else { return Err(e) };
+                events.notice(&format!("{repo}: the server does not list branches ({e}); those of the cache and main are shown"));
+                let mut refs = self.cached_refs(repo).unwrap_or_default();
+                refs.branches.insert("main".into(), commit);
+                Ok(refs)
+            }
+            answer => answer,
+        }
     }
 
     /// The cache that it fills.
@@ -233,9 +260,12 @@ impl Hub {
         let ModelId { repo, revision } = id;
         let refs = match self.refs(repo, events) {
             Ok(refs) => refs,
-            // Not every mirror lists branches.
-            Err(e @ Error::Repository { status: 404, .. }) => {
-                return self.ask_revision(id, events).map_err(|second| if second.is_network() { second } else { e });
+            // Not every mirror lists branches, and proxies refuse what they do not know.
+            Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
+                return self.ask_revision(id, events).map_err(|second| match second {
+                    second @ (Error::Network { .. } | Error::Protocol { .. } | Error::Revision { .. }) => second,
+                    _ => e,
+                });
             }
             Err(e) => return Err(e),
         };
@@ -275,7 +305,17 @@ impl Hub {
                 what: format!("{repo}@{commit} is not in the cache ({})", self.settings.cache.display()),
             });
         }
-        match self.ask_files(repo, commit, events).map(|files| Listing { files, is_complete: true }) {
+        let listed = match self.ask_files(repo, commit, events) {
+            // The revision names its files too, without sizes and hashes, which each file's own answer has.
+            Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
+                self.ask_siblings(repo, commit, events).map_err(|second| match second {
+                    Error::Repository { .. } | Error::Refused { .. } => e,
+                    second => second,
+                })
+            }
+            answer => answer,
+        };
+        match listed.map(|files| Listing { files, is_complete: true }) {
             Err(Error::Revision { repo: name, revision, .. }) => {
                 let known = self.refs(repo, events).map(|refs| refs.names()).unwrap_or_default();
                 Err(Error::Revision { repo: name, revision, known })
@@ -288,6 +328,49 @@ impl Hub {
                 None => Err(e),
             },
             answer => answer,
+        }
+    }
+
+    /// The files of a commit by the `siblings` of the revision and a HEAD for each, for servers that do not list trees.
+    fn ask_siblings(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
+        let url = format!("{}/api/{}/revision/{commit}", self.settings.endpoint, repo.api());
+        let (names, _) = self.json(repo, commit, &url, events, |info: wire::Info| Some(info.siblings))?;
+        let names: Vec<String> = names.into_iter().map(|file| file.rfilename).collect();
+        if let Some(name) = names.iter().find(|name| leaves(name)) {
+            let what = format!("the listing names {name:?}, which no repository can hold");
+            return Err(Error::Protocol { url, what });
+        }
+        if names.len() > MAX_SIBLINGS {
+            return Err(Error::Protocol { url, what: format!("more than {MAX_SIBLINGS} files") });
+        }
+        names.into_iter().filter(|name| is_relative_path(name)).map(|name| self.describe(repo, commit, name, events)).collect()
+    }
+
+    /// Size and hash of a file, by what a HEAD of it says.
+    fn describe(&self, repo: &RepoId, commit: &str, path: String, events: &dyn Events) -> Result<Listed> {
+        let url = self.file_url(repo, commit, &path);
+        let mut tries = Tries::of_a_question(self.http.patience(), events);
+        loop {
+            if events.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            match self.http.head(&url) {
+                Ok(answer) => {
+                    // An answer to HEAD has no body, whose length a library would give.
+                    let size = answer.header("x-linked-size").or(answer.header("content-length"));
+                    let size = size.and_then(|size| size.parse().ok()).filter(|&size: &u64| size <= MAX_FILE);
+                    let etag = answer.header("x-linked-etag").or(answer.header("etag")).unwrap_or_default();
+                    let digest = Digest::from_hex(etag.trim_start_matches("W/").trim_matches('"'));
+                    let Some(size) = size else {
+                        return Err(Error::Protocol { url, what: "the answer tells no size of the file".into() });
+                    };
+                    return Ok(Listed { path, size, digest });
+                }
+                Err(Failure::Status { url, status, code }) => {
+                    return Err(self.refused(repo, commit, url, status, &code));
+                }
+                Err(failure) => tries.failed(failure, 0, &|| false)?,
+            }
         }
     }
 
@@ -394,6 +477,9 @@ impl Hub {
             (_, "GatedRepo") => format!("its owner asks you to accept terms on its page first; asked with {token}"),
             (401 | 404, _) => format!("the Hub has no such repository, or does not show it to you; asked with {token}"),
             (403, _) => format!("the Hub does not show it to you; asked with {token}"),
+            (400 | 405 | 406 | 410 | 415 | 501 | 505, _) => {
+                return Error::Refused { url, status };
+            }
             _ => return Error::Network { url, what: format!("status {status}") },
         };
         Error::Repository { repo: repo.to_string(), status, what }

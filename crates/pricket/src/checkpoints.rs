@@ -123,7 +123,7 @@ impl Checkpoints {
         }
         let repo = &id.repo;
         let card = card(repo.as_str());
-        let refs = hub.refs(repo, &Telling::new(progress, "")).map_err(|e| explained(e, id, card))?;
+        let refs = hub.refs_or_main(repo, &Telling::new(progress, "")).map_err(|e| explained(e, id, card))?;
         let number = |name: &str| card.map_or_else(|| step_of(name), |card| card.step_of(name));
         let pattern = card.and_then(|card| card.checkpoints.as_ref());
         let mut steps: BTreeMap<u64, Checkpoint> = BTreeMap::new();

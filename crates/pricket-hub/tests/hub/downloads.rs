@@ -427,3 +427,34 @@ fn a_part_of_a_file_without_the_file() {
     assert_eq!(hub.read(&id.repo, &commit, &file, 5..10, &Quiet).unwrap(), &bytes[5..10]);
     assert!(!dir.path().join("models--owner--tiny/blobs").exists());
 }
+
+/// Proxies and mirrors refuse what they do not know, each in its own way: then a revision is asked for by its name, and a file by
+/// its own answer.
+#[test]
+fn a_server_that_lists_nothing_is_read_all_the_same() {
+    for status in [400, 403, 404, 405, 501] {
+        for refused in [&["/refs"][..], &["/tree/"], &["/refs", "/tree/"]] {
+            let (dir, content) = (tempfile::tempdir().unwrap(), repo(100_000));
+            let server = serve(content.clone());
+            server.misbehave(move |request| {
+                refused.iter().any(|part| request.target.contains(part)).then_some(Fault::Status(status))
+            });
+            let hub = Hub::new(settings(&server, dir.path()));
+            let start = std::time::Instant::now();
+            let snapshot = fetch_all(&hub, ID, &Quiet).unwrap_or_else(|e| panic!("{status} {refused:?}: {e}"));
+            assert_same(&snapshot.directory, &content, &snapshot.commit);
+            assert!(start.elapsed().as_secs() < 5, "{status} is not tried again");
+            let id = ID.parse::<pricket_hub::ModelId>().unwrap();
+            let refs = hub.refs_or_main(&id.repo, &Quiet).unwrap();
+            assert_eq!(refs.branches.get("main"), Some(&snapshot.commit), "{status} {refused:?}");
+        }
+        // A revision that is not there is still that, and a repository too.
+        let dir = tempfile::tempdir().unwrap();
+        let server = serve(repo(1000));
+        server.misbehave(move |request| request.target.contains("/refs").then_some(Fault::Status(status)));
+        let hub = Hub::new(settings(&server, dir.path()));
+        let missing = hub.resolve(&format!("{ID}@nowhere").parse().unwrap(), &Quiet).unwrap_err();
+        assert!(matches!(missing, Error::Revision { .. }), "{missing}");
+        assert!(hub.resolve(&"nobody/nothing".parse().unwrap(), &Quiet).is_err());
+    }
+}
