@@ -6,6 +6,8 @@
 mod bar;
 #[path = "common/finish.rs"]
 mod finish;
+#[path = "common/size.rs"]
+mod size;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -54,7 +56,7 @@ enum Command {
         #[command(flatten)]
         which: Which,
         /// Afterwards evict what was least recently used until pricket's files take at most this, such as 50GB
-        #[arg(long, value_name = "SIZE", value_parser = size)]
+        #[arg(long, value_name = "SIZE", value_parser = size::parse)]
         budget: Option<u64>,
     },
     /// Tells which revisions hold the same weights, equal main, or are missing; exit code 3 if something is wrong
@@ -94,34 +96,13 @@ enum CacheCommand {
     /// Deletes commits that pricket fetched, the least recently used first
     Evict {
         /// Bytes that may stay, such as 50GB
-        #[arg(value_parser = size)]
+        #[arg(value_parser = size::parse)]
         budget: u64,
     },
 }
 
 /// The exit code of a program that ran well and found something wrong; 1 and 2 are errors and usage.
 const WRONG: u8 = 3;
-
-/// `50GB`, `200MiB`, `1000`.
-fn size(text: &str) -> Result<u64, String> {
-    let text = text.trim();
-    let (digits, unit) = text.split_at(text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).len());
-    let digits = digits.trim();
-    let unit: f64 = match unit.to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "kb" => 1e3,
-        "mb" => 1e6,
-        "gb" => 1e9,
-        "tb" => 1e12,
-        "kib" => 1024.0,
-        "mib" => 1024f64.powi(2),
-        "gib" => 1024f64.powi(3),
-        "tib" => 1024f64.powi(4),
-        _ => return Err("expected a number of bytes, with kB, MB, GB, TB, KiB, MiB, GiB or TiB if you like".into()),
-    };
-    let number: f64 = digits.parse().map_err(|_| "expected a number of bytes".to_string())?;
-    if number.is_finite() && number >= 0.0 { Ok((number * unit) as u64) } else { Err("expected a size".into()) }
-}
 
 fn bytes(n: u64) -> String {
     match n as f64 {

@@ -8,6 +8,8 @@ mod bar;
 mod compute;
 #[path = "common/finish.rs"]
 mod finish;
+#[path = "common/size.rs"]
+mod size;
 #[path = "common/tasks.rs"]
 mod tasks;
 
@@ -61,8 +63,8 @@ struct Args {
     /// A share of the checkpoints, as 0/4; by default that of a Slurm array, if this is a task of one
     #[arg(long, value_name = "I/N")]
     shard: Option<Shard>,
-    /// Bytes that fetched checkpoints may take in the cache; those used longest ago are deleted
-    #[arg(long, value_name = "BYTES")]
+    /// Space that fetched checkpoints may take in the cache, such as 50GB; those used longest ago are deleted before another is fetched
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     disk_budget: Option<u64>,
     /// Measures again what rows of earlier versions hold, which have no hashes of documents and weights [default: keeps them]
     #[arg(long)]

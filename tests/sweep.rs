@@ -310,6 +310,29 @@ fn a_branch_that_moved_is_measured_again() {
     assert_ne!(newest(&out, "step64", "text/loss").unwrap(), before);
 }
 
+/// Room is made before a checkpoint is fetched: the cache never holds more than the budget, however many are swept.
+#[test]
+fn a_disk_budget_is_kept_while_checkpoints_are_fetched() {
+    let steps = ["step0", "step1", "step64", "step256"];
+    let size = std::fs::metadata(root().join("models/tiny/revisions/step64/model.safetensors")).unwrap().len();
+    for (prefetch, checkpoints) in [(true, 1), (true, 2), (false, 1), (false, 3)] {
+        let world = World::new([("test/tiny", tiny_repo(&steps))]);
+        let dir = tempfile::tempdir().unwrap();
+        let budget = checkpoints * (size + (1 << 20));
+        let text = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met.".into() };
+        let (hub, models) = (world.hub(), vec![world.checkpoints("test/tiny")]);
+        let mut sweep = Sweep::new(models, Steps::all(), vec![text], dir.path().join("out.jsonl"));
+        (sweep.prefetch, sweep.budget) = (prefetch, Some((world.hub(), budget)));
+        sweep.configure = std::sync::Arc::new(move |loader| Ok(loader.hub(hub.clone())));
+        let mut peak = 0;
+        let swept = sweep
+            .run(|_| peak = peak.max(world.hub().cache().repos().unwrap().iter().map(|repo| repo.bytes).sum::<u64>()))
+            .unwrap();
+        assert_eq!((swept.checkpoints, swept.failed.len()), (steps.len(), 0));
+        assert!(peak > size / 2 && peak <= budget, "{peak} bytes with a budget of {budget}, prefetch {prefetch}");
+    }
+}
+
 /// A checkpoint that cannot be loaded is written down, skipped, told by the exit code, and tried again.
 #[test]
 fn what_fails_is_written_down() {

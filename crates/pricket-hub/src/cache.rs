@@ -308,6 +308,10 @@ impl Cache {
             if name.starts_with(GOING) {
                 let _mutex =
                     Lock::wait(&layout.mutex(), "another process that changes this repository", events, &|| false)?;
+                if !path.exists() {
+                    // The eviction that it belongs to was not killed, and is done meanwhile.
+                    continue;
+                }
                 let now = self.repo(repo.clone());
                 let kept =
                     now.revisions.iter().flat_map(|other| other.files.iter().map(|file| &file.location)).collect();

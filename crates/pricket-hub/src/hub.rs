@@ -188,7 +188,9 @@ impl Hub {
             Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
                 let main = ModelId::new(repo.clone(), "main")?;
                 let Ok(commit) = self.ask_revision(&main, events) else { return Err(e) };
-                events.notice(&format!("{repo}: the server does not list branches ({e}); those of the cache and main are shown"));
+                events.notice(&format!(
+                    "{repo}: the server does not list branches ({e}); those of the cache and main are shown"
+                ));
                 let mut refs = self.cached_refs(repo).unwrap_or_default();
                 refs.branches.insert("main".into(), commit);
                 Ok(refs)
@@ -343,7 +345,11 @@ impl Hub {
         if names.len() > MAX_SIBLINGS {
             return Err(Error::Protocol { url, what: format!("more than {MAX_SIBLINGS} files") });
         }
-        names.into_iter().filter(|name| is_relative_path(name)).map(|name| self.describe(repo, commit, name, events)).collect()
+        names
+            .into_iter()
+            .filter(|name| is_relative_path(name))
+            .map(|name| self.describe(repo, commit, name, events))
+            .collect()
     }
 
     /// Size and hash of a file, by what a HEAD of it says.

@@ -207,6 +207,15 @@ impl Checkpoints {
         }
     }
 
+    /// Bytes that fetching a checkpoint brings into the cache; 0 if that is not known.
+    pub(crate) fn bytes_to_fetch(&self, checkpoint: &Checkpoint) -> u64 {
+        let (Home::Hub(repo, hub), Some(commit)) = (&self.home, &checkpoint.commit) else { return 0 };
+        let Ok(Some(listing)) = self.home.listing(checkpoint, &Silent) else { return 0 };
+        let weights = forms(&listing.files).into_values().next().unwrap_or_default();
+        let missing = weights.iter().filter(|file| hub.cached(repo, commit, file).is_none());
+        missing.map(|file| file.size).sum()
+    }
+
     /// Whether the model is a directory rather than a repository.
     pub fn is_local(&self) -> bool {
         self.home.is_local()

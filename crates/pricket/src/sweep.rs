@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{channel, sync_channel};
 use std::time::Instant;
 
 use pricket_hub::{Digest, Hub, Quiet, Steps};
@@ -243,19 +243,37 @@ impl Sweep {
         let outcome = std::thread::scope(|scope| -> Result<()> {
             // No room in between: at most one checkpoint is loaded beside the one that is measured.
             let (send, receive) = sync_channel(0);
-            let load = |job: &Job<'_>| (self.configure)(Loader::new(job.model.id(job.checkpoint)))?.load();
+            let (release, released) = channel();
+            let load = |job: &Job<'_>, wait: &mut dyn FnMut() -> bool| {
+                self.make_room(job, wait)?;
+                (self.configure)(Loader::new(job.model.id(job.checkpoint)))?.load()
+            };
             let mut ahead = None;
             if self.prefetch {
                 let jobs = &jobs;
-                scope.spawn(move || jobs.iter().all(|job| send.send(load(job)).is_ok()));
+                scope.spawn(move || {
+                    let mut held = 0;
+                    jobs.iter().all(|job| {
+                        held -= released.try_iter().count();
+                        let loaded = load(job, &mut || {
+                            let one = held > 0 && released.recv().is_ok();
+                            held -= usize::from(one);
+                            one
+                        });
+                        held += 1;
+                        send.send(loaded).is_ok()
+                    })
+                });
                 ahead = Some(receive);
             }
             for job in &jobs {
                 let loaded = match &ahead {
                     Some(receive) => receive.recv().unwrap_or(Err(Error::Cancelled)),
-                    None => load(job),
+                    None => load(job, &mut || false),
                 };
                 self.measure(job, loaded, &mut rows, &mut swept, &mut tell)?;
+                // Nobody listens at the end.
+                let _ = release.send(());
                 if let Some((hub, budget)) = &self.budget {
                     hub.cache().evict(*budget, &Quiet)?;
                 }
@@ -265,6 +283,19 @@ impl Sweep {
         outcome?;
         swept.warnings.extend(rows.twins());
         Ok(swept)
+    }
+
+    /// Makes room for a checkpoint that is to be fetched, so that with it no more than the budget is taken. What is in use stays:
+    /// `wait` waits until one more checkpoint has been measured, and gives whether one was.
+    fn make_room(&self, job: &Job<'_>, wait: &mut dyn FnMut() -> bool) -> Result<()> {
+        let Some((hub, budget)) = &self.budget else { return Ok(()) };
+        let needed = job.model.bytes_to_fetch(job.checkpoint);
+        loop {
+            let left = hub.cache().evict(budget.saturating_sub(needed), &Quiet)?.left;
+            if left.saturating_add(needed) <= *budget || !wait() {
+                return Ok(());
+            }
+        }
     }
 
     /// What is in a checkpoint now, if there are rows of it that say what was in it then.
