@@ -178,7 +178,7 @@ impl Chat {
                 common::tell(format_args!("note: cut off after {} tokens; see --max-tokens", done.ids.len()));
             }
             FinishReason::Context if !self.json => {
-                common::tell(format_args!("note: the context is full; see --context and /reset"))
+                common::tell(format_args!("note: the context is full; see --context and /reset"));
             }
             _ => {}
         }
@@ -199,7 +199,7 @@ impl Chat {
             "help" | "h" | "?" => writeln!(std::io::stdout(), "{HELP}")?,
             "reset" => conversation.reset(),
             "system" if rest.is_empty() => {
-                writeln!(std::io::stdout(), "{}", conversation.system().unwrap_or("(none)"))?
+                writeln!(std::io::stdout(), "{}", conversation.system().unwrap_or("(none)"))?;
             }
             "system" => {
                 conversation.set_system(Some(if rest == "-" { String::new() } else { rest.into() }))?;

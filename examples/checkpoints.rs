@@ -13,10 +13,11 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::SystemTime;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use pricket::candle::DType;
 use pricket::hub::{Cache, CachedRepo, RepoId};
-use pricket::{Audit, AuditOptions, Checkpoints, Hub, Progress, Steps};
+use pricket::{Audit, AuditOptions, Checkpoints, Hub, KnownKind, Progress, Steps};
 use serde_json::{Value, json};
 
 /// Lists, fetches and audits the training steps of a model, and looks after the cache.
@@ -80,8 +81,11 @@ enum Command {
         #[command(subcommand)]
         what: Option<CacheCommand>,
     },
-    /// The models that are known by name
-    Cards,
+    /// The models that are known by name; of one, which of its training steps are good, wrong, missing or surprising
+    Cards {
+        /// A model, such as pythia-2.8b
+        model: Option<String>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -148,7 +152,8 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Command::Norm { which, tensor } => norm(&which, &tensor, &out),
         Command::Cache { what } => cache(what.unwrap_or(CacheCommand::List), &out),
-        Command::Cards => cards(&out),
+        Command::Cards { model: None } => cards(&out),
+        Command::Cards { model: Some(model) } => card(&model, &out),
     }
 }
 
@@ -285,6 +290,16 @@ fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
                 finish::tell(format_args!("warning: {}{}", checkpoint.revision, known(checkpoint)));
             }
             let tensors = found.tensors(checkpoint)?;
+            if !tensors.names().any(|name| name == tensor) {
+                let names: Vec<&str> = tensors.names().collect();
+                let last = tensor.rsplit('.').next().unwrap_or_default();
+                // Those that end alike first: of a large model there are hundreds.
+                let (alike, others): (Vec<&str>, Vec<&str>) = names.iter().partition(|name| name.ends_with(last));
+                let shown: Vec<&str> = alike.into_iter().chain(others).take(24).collect();
+                let more = names.len().saturating_sub(shown.len());
+                let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+                anyhow::bail!("{}: no tensor {tensor:?}; there are {}{more}", checkpoint.revision, shown.join(", "));
+            }
             let values = tensors.read(tensor)?;
             let norm = values.to_dtype(DType::F32)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
             let json = json!({
@@ -327,18 +342,17 @@ fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
             let json = json!({ "files": verified.len(), "damaged": damaged, "of_unknown_hash": unknown });
             out.put(&json, |out| {
                 for file in &bad {
-                    writeln!(
-                        out,
-                        "DAMAGED {} {}: {}; delete it and fetch again",
-                        file.repo,
-                        file.path,
-                        file.location.display()
-                    )?;
+                    let (repo, path, location) = (&file.repo, &file.path, file.location.display());
+                    if file.is_dangling() {
+                        writeln!(out, "MISSING {repo} {path}: the file that {location} links to is gone; fetch again")?;
+                    } else {
+                        writeln!(out, "DAMAGED {repo} {path}: {location}; delete it and fetch again")?;
+                    }
                 }
                 let good = verified.len() - bad.len() - unknown;
                 writeln!(
                     out,
-                    "{good} files are what they should be, {} are damaged, of {unknown} nothing is known",
+                    "{good} files are what they should be, {} are damaged or missing, of {unknown} nothing is known",
                     bad.len()
                 )
             })?;
@@ -394,6 +408,73 @@ fn list_cache(cache: &Cache, repos: &[CachedRepo], out: &mut dyn Write) -> std::
         }
     }
     writeln!(out, "{} in {}", bytes(repos.iter().map(|repo| repo.bytes).sum()), cache.root().display())
+}
+
+/// What is known of the steps of a published model. Needs no network.
+fn card(model: &str, out: &Out) -> anyhow::Result<ExitCode> {
+    let known = || pricket::cards().iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", ");
+    let card =
+        pricket::card(model).with_context(|| format!("{model:?} is not a published model; there are {}", known()))?;
+    let steps = card.checkpoints.as_ref().map(pricket::StepPattern::steps).unwrap_or_default();
+    let of_kind = |kind: KnownKind| card.known.iter().filter(move |known| known.kind == kind);
+    let bad: Vec<u64> = card
+        .known
+        .iter()
+        .filter(|known| known.kind != KnownKind::Odd)
+        .flat_map(|known| known.steps.iter().copied())
+        .collect();
+    let good: Vec<u64> = steps.iter().copied().filter(|step| !bad.contains(step)).collect();
+    let rows = |kind: KnownKind| -> Vec<Value> {
+        of_kind(kind).map(|known| json!({ "steps": known.steps, "what": known.what, "source": known.source })).collect()
+    };
+    let kinds = [
+        ("wrong", KnownKind::Wrong),
+        ("suspect", KnownKind::Suspect),
+        ("missing", KnownKind::Missing),
+        ("odd", KnownKind::Odd),
+    ];
+    let mut json = json!({
+        "id": card.id, "suite": card.suite, "licence": card.licence, "note": card.note, "gone": card.gone,
+        "revision": card.checkpoints.as_ref().map(|pattern| pattern.revision.clone()), "good": good, "source": card.source,
+    });
+    for (name, kind) in kinds {
+        json[name] = json!(rows(kind));
+    }
+    out.put(&json, |out| {
+        writeln!(out, "{}: {}, licence {}", card.id, card.suite, card.licence)?;
+        for text in card.note.iter().chain(card.gone.iter()) {
+            writeln!(out, "{text}")?;
+        }
+        if steps.is_empty() {
+            writeln!(out, "no training steps were published")?;
+        } else {
+            writeln!(out, "good     {} of {} steps: {}", good.len(), steps.len(), ranges(&good))?;
+        }
+        for (name, kind) in kinds {
+            for known in of_kind(kind) {
+                writeln!(out, "{name:8} {}: {} ({})", ranges(&known.steps), known.what, known.source)?;
+            }
+        }
+        Ok(())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Numbers, of which runs with one distance are abridged: `0, 1, 2, 4, 1000..143000:1000`.
+fn ranges(numbers: &[u64]) -> String {
+    let (mut out, mut rest) = (Vec::new(), numbers);
+    while let [first, tail @ ..] = rest {
+        let by = tail.first().map_or(0, |second| second - first);
+        let run = 1 + tail.iter().zip(1..).take_while(|&(n, i)| *n == first + i * by).count();
+        if run > 3 {
+            out.push(format!("{first}..{}:{by}", rest[run - 1]));
+            rest = &rest[run..];
+        } else {
+            out.push(first.to_string());
+            rest = tail;
+        }
+    }
+    out.join(", ")
 }
 
 fn cards(out: &Out) -> anyhow::Result<ExitCode> {

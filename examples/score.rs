@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{bail, ensure};
+use anyhow::ensure;
 use clap::Parser;
 use common::Bar;
 use pricket::lm::{Documents, Outcome, SliceLoss, results_json, slice_losses};
@@ -69,10 +69,13 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    common::finish(run(&Args::parse()))
+    match run(&Args::parse()) {
+        Ok(code) => code,
+        Err(e) => common::finish(Err(e)),
+    }
 }
 
-fn run(args: &Args) -> anyhow::Result<()> {
+fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // What cannot be asked or written is said before a model is fetched.
     if let Some(path) = &args.output {
         ensure!(!args.tasks.is_empty() || args.slices.is_some(), "--output writes the results of --tasks or --slices");
@@ -94,14 +97,14 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(path) = &args.slices {
         let slices =
             slice_losses(&*model.model(), model.tokenizer()?, Documents::open(path)?, model.prefix_id(), &score)?;
-        return show_slices(args, &model, &slices);
+        return show_slices(args, &model, &slices).map(|()| ExitCode::SUCCESS);
     }
     let mut text = args.prompt.clone().unwrap_or_else(|| "The whale is a large animal that lives in the sea.".into());
     if text == "-" {
         text.clear();
         std::io::stdin().read_to_string(&mut text)?;
     }
-    run_text(args, &model, &text)
+    run_text(args, &model, &text).map(|()| ExitCode::SUCCESS)
 }
 
 fn run_tasks(
@@ -109,7 +112,7 @@ fn run_tasks(
     model: &Pricket,
     asked: impl Iterator<Item = (Task, Vec<PathBuf>)>,
     score: ScoreOptions,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<ExitCode> {
     let options = EvalOptions {
         shots: args.num_fewshot,
         seed: args.fewshot_seed,
@@ -120,15 +123,22 @@ fn run_tasks(
         ..EvalOptions::default()
     };
     let start = Instant::now();
-    let mut outcomes = Vec::new();
+    let (mut outcomes, mut code) = (Vec::new(), ExitCode::SUCCESS);
     for (task, documents) in asked {
         let mut examples = Vec::new();
         if options.shots > 0 {
             examples = Documents::open_all(tasks::examples(args.data.as_deref(), &task)?)?
                 .collect::<Result<Vec<Value>, _>>()?;
         }
-        let outcome = model.evaluate(&task, Documents::open_all(&documents)?, &examples, &options)?;
-        outcomes.push((task, outcome));
+        match model.evaluate(&task, Documents::open_all(&documents)?, &examples, &options) {
+            Ok(outcome) => outcomes.push((task, outcome)),
+            // What is wrong with one task's documents does not end the others.
+            Err(e @ pricket::Error::Input(_)) => {
+                common::tell(format_args!("failed: {e}"));
+                code = ExitCode::from(2);
+            }
+            Err(e) => return Err(e.into()),
+        }
     }
     let mut results = results_json(&outcomes, &options);
     let provenance = model.provenance().to_json();
@@ -152,7 +162,8 @@ fn run_tasks(
             common::write_whole(&path.with_file_name(format!("samples_{}.jsonl", task.name())), &lines)?;
         }
     }
-    Ok(shown?)
+    shown?;
+    Ok(code)
 }
 
 /// The table that the harness prints.
@@ -209,9 +220,6 @@ fn show_table(out: &mut impl Write, slices: &BTreeMap<String, SliceLoss>) -> std
 
 fn run_text(args: &Args, model: &Pricket, text: &str) -> anyhow::Result<()> {
     let tokens = model.logprobs(text)?;
-    if tokens.is_empty() {
-        bail!("a text of one token says nothing: the first is given, and the others are scored");
-    }
     let nats: f64 = -tokens.iter().map(|token| f64::from(token.logprob)).sum::<f64>();
     let count = tokens.len() as f64;
     let mut out = std::io::stdout().lock();

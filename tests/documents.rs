@@ -112,3 +112,28 @@ fn documents_are_fetched_from_the_hub() {
     let error = fetch(&world.hub(), "sciq", "test").unwrap_err().to_string();
     assert!(error.contains("allenai/sciq"), "{error}");
 }
+
+/// The first twelve documents of piqa: gzip of lines with a byte order mark and ends of Windows, zstd, and parquet in zstd.
+#[test]
+fn documents_are_read_compressed_and_as_windows_writes_them() {
+    let expected: Vec<Value> = all(&[lines("piqa.validation.jsonl")]).into_iter().take(12).collect();
+    for name in ["piqa.12.jsonl.gz", "piqa.12.jsonl.zst", "piqa.12.zstd.parquet"] {
+        assert_eq!(all(&[parquet(name)]), expected, "{name}");
+    }
+    // Half of a compressed file is an error, not fewer documents.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("half");
+    for name in ["piqa.12.jsonl.gz", "piqa.12.jsonl.zst"] {
+        let bytes = std::fs::read(parquet(name)).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        let read: Result<Vec<Value>, _> = Documents::open(&path).and_then(Iterator::collect);
+        assert!(read.unwrap_err().to_string().contains("half"), "{name}");
+    }
+    // One line is named, and the column in it.
+    std::fs::write(&path, "{\"a\": 1}\r\n\r\n{\"a\": x}\r\n").unwrap();
+    let error = Documents::open(&path).unwrap().find_map(Result::err).unwrap().to_string();
+    assert!(error.contains("line 3: not valid JSON at column 7") && !error.contains("line 1"), "{error}");
+    // What Python writes is read.
+    std::fs::write(&path, "{\"a\": NaN}\n").unwrap();
+    assert_eq!(all(&[&path])[0]["a"], "NaN");
+}

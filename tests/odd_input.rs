@@ -730,6 +730,69 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
     }
 }
 
+/// Files that are not what their names say, and checkpoints that are no language model, are named for what they are.
+#[test]
+fn what_stands_in_for_a_model_is_named_with_advice() {
+    let config = small_config(&json!({}));
+    let weights = tensors(&config);
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234567\n";
+    for (text, named) in [
+        (pointer, "git lfs pull"),
+        ("<!DOCTYPE html>\n<html>", "web page"),
+        ("\n <HTML><body>", "web page"),
+        ("{\"error\":\"Repository not found\"}", "error of a server"),
+        ("Entry not found", "error of a server"),
+    ] {
+        for file in
+            ["model.safetensors", "pytorch_model.bin", "model.gguf", "ggml-model.bin", "tokenizer.json", "config.json"]
+        {
+            let dir = directory(&config, &weights);
+            if !["tokenizer.json", "config.json"].contains(&file) {
+                std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+            }
+            std::fs::write(dir.path().join(file), text).unwrap();
+            let found = error(dir.path());
+            assert!(found.contains(named) && found.contains(file), "{file}: {found}");
+        }
+    }
+    // Pointers are not equal weights.
+    let dir = tempfile::tempdir().unwrap();
+    for step in ["step1", "step2"] {
+        let step = dir.path().join("revisions").join(step);
+        std::fs::create_dir_all(&step).unwrap();
+        std::fs::write(step.join("config.json"), config.to_string()).unwrap();
+        std::fs::write(step.join("model.safetensors"), pointer).unwrap();
+    }
+    let found = pricket::checkpoints(dir.path().to_str().unwrap()).unwrap();
+    let audit = found.audit(&pricket::Steps::all(), pricket::AuditOptions::default(), &pricket::Silent).unwrap();
+    assert!(audit.identical.is_empty() && audit.is_alarming());
+    assert!(audit.findings.iter().all(|finding| finding.words.contains("git lfs pull")), "{:?}", audit.findings);
+
+    let lora = renamed(&weights, |name| format!("base_model.model.{}", name.replace(".weight", ".lora_A.weight")));
+    for with_config in [true, false] {
+        let dir = directory(&config, &weights);
+        std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+        write_safetensors(&dir.path().join("adapter_model.safetensors"), &lora, &[]);
+        let adapter = json!({"peft_type": "LORA", "base_model_name_or_path": "EleutherAI/pythia-70m"});
+        std::fs::write(dir.path().join("adapter_config.json"), adapter.to_string()).unwrap();
+        if !with_config {
+            std::fs::remove_file(dir.path().join("config.json")).unwrap();
+        }
+        let found = error(dir.path());
+        assert!(found.contains("PEFT adapter") && found.contains("merge"), "{found}");
+    }
+    let unmerged = renamed(&weights, |name| name.replace("query_key_value.", "query_key_value.base_layer."));
+    assert!(error(directory(&config, &unmerged)).contains("not merged"));
+    for (key, value, named) in [
+        ("quantization_config", json!({"quant_method": "gptq", "bits": 4}), "quantized by gptq"),
+        ("quantization_config", json!({"quant_method": "awq"}), "quantized by awq"),
+        ("architectures", json!(["GPTNeoXForSequenceClassification"]), "classification head"),
+    ] {
+        let found = error(directory(&small_config(&json!({key: value})), &weights));
+        assert!(found.contains(named) && found.contains(key), "{found}");
+    }
+}
+
 // Tokenizers.
 
 const TOKENIZER_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];

@@ -333,6 +333,77 @@ fn a_disk_budget_is_kept_while_checkpoints_are_fetched() {
     }
 }
 
+/// What training programs write is a row of steps, and a model without steps is one row.
+#[test]
+fn runs_of_ones_own_are_training_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, names) in [
+        ["checkpoint-0", "checkpoint-64"],
+        ["global_step0", "global_step64"],
+        ["iter_0000000", "iter_0000064"],
+        ["epoch-0", "64"],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let (run, made) = (dir.path().join(i.to_string()), dir.path().join(format!("made-{i}")));
+        two_steps(&made);
+        std::fs::create_dir_all(run.join("logs-7")).unwrap();
+        for (step, name) in ["step0", "step64"].iter().zip(names) {
+            std::fs::rename(made.join("revisions").join(step), run.join(name)).unwrap();
+        }
+        let found = pricket::checkpoints(run.to_str().unwrap()).unwrap();
+        let steps: Vec<_> = found.steps.iter().map(|c| (c.revision.as_str(), c.step.unwrap())).collect();
+        assert_eq!(steps, [(names[0], 0), (names[1], 64)]);
+        let out = dir.path().join(format!("{i}.jsonl"));
+        let text = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met.".into() };
+        let swept = Sweep::new(vec![found.clone()], Steps::all(), vec![text], &out).run(|_| ()).unwrap();
+        assert_eq!((swept.checkpoints, swept.failed.len()), (2, 0));
+        let audit = found.audit(&Steps::all(), pricket::AuditOptions::default(), &pricket::Silent).unwrap();
+        assert_eq!(audit.revisions.len(), 2);
+        assert!(
+            pricket::load(run.join(names[1])).is_ok()
+                && pricket::load(format!("{}@{}", run.display(), names[1])).is_ok()
+        );
+    }
+    let none = dir.path().join("none");
+    std::fs::create_dir_all(none.join("a")).unwrap();
+    let found = pricket::checkpoints(none.to_str().unwrap()).unwrap();
+    let error = found.select(&Steps::all()).unwrap_err().to_string();
+    assert!(error.contains("checkpoint-500") && error.contains("revisions/stepN"), "{error}");
+    let tiny = pricket::checkpoints("tiny-chat").unwrap();
+    assert_eq!(tiny.select(&Steps::all()).unwrap().len(), 1);
+    assert!(tiny.select(&"3".parse().unwrap()).is_err());
+    let out = dir.path().join("one.jsonl");
+    let text = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met.".into() };
+    assert_eq!(Sweep::new(vec![tiny], Steps::all(), vec![text], &out).run(|_| ()).unwrap().rows, 2);
+}
+
+/// A task whose documents cannot be asked is named with the document; the others are measured.
+#[test]
+fn a_task_that_cannot_be_asked_does_not_end_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let own = "name = 'own'\nkind = 'loglikelihood'\ntext = '{{ a }}'\ntarget = '{{ b }}'\nmetrics = ['acc']";
+    std::fs::write(at("own.toml"), own).unwrap();
+    std::fs::write(at("own.validation.jsonl"), "{\"a\": \"x\", \"b\": \" y\"}\n{\"a\": \"x\", \"b\": \"\"}\n").unwrap();
+    let data = root().join("tests/golden/scoring/score-neox-4tasks/data");
+    std::fs::copy(data.join("piqa.validation.jsonl"), at("piqa.validation.jsonl")).unwrap();
+    let tasks = format!("{},piqa", at("own.toml").display());
+    for (program, out) in [("score", "--output"), ("sweep", "--out")] {
+        let mut command = example(program);
+        command.args(["--tasks", &tasks, "--limit", "20", "--bootstrap-iters", "0", "--data"]).arg(dir.path());
+        if program == "sweep" {
+            command.args(["--steps", "0,1"]);
+        }
+        let output = command.arg(out).arg(at(program)).output().unwrap();
+        let (shown, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(2), "{program}: {said}");
+        assert!(said.contains("task own, document 1") && said.contains("no token of its own"), "{program}: {said}");
+        assert!(shown.contains("piqa"), "{program}: {shown}");
+    }
+}
+
 /// A checkpoint that cannot be loaded is written down, skipped, told by the exit code, and tried again.
 #[test]
 fn what_fails_is_written_down() {

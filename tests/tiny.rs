@@ -139,3 +139,65 @@ fn they_have_names() {
     let error = Loader::embedded("huge").unwrap_err().to_string();
     assert!(error.contains("tiny, tiny-mpt, tiny-chat"), "{error}");
 }
+
+/// A tap that cannot fire is an error, and names what there is.
+#[test]
+fn taps_and_arguments_that_fit_no_model_are_refused() {
+    use pricket::candle::{DType, Device, Tensor};
+    use pricket::{Context, Loader, Site, Taps};
+    let (parallel, sequential) = (pricket::tiny().unwrap(), Loader::embedded("tiny-mpt").unwrap().load().unwrap());
+    let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu).unwrap();
+    let layers = parallel.info().layers;
+    let run = |pricket: &pricket::Pricket, taps: Taps| {
+        pricket.model().hidden(&ids, &mut Context::new().with_taps(taps)).map_err(|e| e.to_string())
+    };
+    let same = |_: usize, x: &Tensor| Ok(x.clone());
+    for taps in [
+        Taps::new().edit(Site::ResidMid, same),
+        Taps::new().record(Site::ResidMid),
+        Taps::new().record_at(Site::ResidMid, 0),
+    ] {
+        let error = run(&parallel, taps).unwrap_err();
+        assert!(error.contains("no site ResidMid") && error.contains("ResidPost"), "{error}");
+    }
+    assert!(run(&sequential, Taps::new().edit(Site::ResidMid, same)).is_ok());
+    for taps in
+        [Taps::new().record_at(Site::ResidPost, layers), Taps::new().edit_at(Site::Query, 99, |x| Ok(x.clone()))]
+    {
+        let error = run(&parallel, taps).unwrap_err();
+        assert!(error.contains(&format!("0 to {}", layers - 1)), "{error}");
+    }
+    assert!(run(&parallel, Taps::new().record_at(Site::Embed, 1)).unwrap_err().contains("layer 0"));
+    // An edit of one layer is the edit of all that asks for the layer.
+    let plain = run(&parallel, Taps::new()).unwrap();
+    let zero = |x: &Tensor| Ok(x.zeros_like()?);
+    let one = run(&parallel, Taps::new().edit_at(Site::MlpOut, 1, zero)).unwrap();
+    let all = Taps::new().edit(Site::MlpOut, |layer, x| if layer == 1 { Ok(x.zeros_like()?) } else { Ok(x.clone()) });
+    assert_eq!(crate::common::worst(&one, &run(&parallel, all).unwrap()), 0.0);
+    assert!(crate::common::worst(&one, &plain) > 1e-3);
+
+    let model = parallel.model();
+    let refused = |ids: Tensor, named: &str| {
+        let error = model.hidden(&ids, &mut Context::new()).unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    };
+    refused(Tensor::new(&[1u32, 2], &Device::Cpu).unwrap(), "[batch, length]");
+    refused(Tensor::new(&[[1i64, 2]], &Device::Cpu).unwrap(), "expected u32");
+    refused(Tensor::new(&[[1u32, 99_999]], &Device::Cpu).unwrap(), "token id 99999");
+    let wide = Tensor::zeros((1, 3, parallel.info().d_model), DType::F32, &Device::Cpu).unwrap();
+    assert!(model.block(99, &wide, &mut Context::new()).unwrap_err().to_string().contains("block 99"));
+    let narrow = wide.narrow(2, 0, 3).unwrap();
+    assert!(model.block(0, &narrow, &mut Context::new()).unwrap_err().to_string().contains("width 3"));
+    assert!(parallel.logprobs("").unwrap_err().to_string().contains("fewer than two tokens"));
+}
+
+/// The names of embedded models are models everywhere.
+#[test]
+fn embedded_names_are_models_in_every_command() {
+    for name in ["tiny", "tiny-chat", "tiny@step64"] {
+        assert!(pricket::inspect(name).unwrap().info.is_some(), "{name}");
+        assert!(pricket::tensors(name).unwrap().names().count() > 0, "{name}");
+        assert!(pricket::load(name).is_ok(), "{name}");
+    }
+    assert_eq!(pricket::checkpoints("tiny").unwrap().steps.len(), 12);
+}

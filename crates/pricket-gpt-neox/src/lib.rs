@@ -69,6 +69,10 @@ impl Block for GptNeoXBlock {
         let mlp = self.mlp.forward(&self.post_attention_layernorm, &x, ctx)?;
         residual(&x, &[&mlp])
     }
+
+    fn has(&self, site: Site) -> bool {
+        site != Site::ResidMid || !self.use_parallel_residual
+    }
 }
 
 impl GptNeoXBlock {

@@ -74,6 +74,11 @@ pub struct Verified {
 }
 
 impl Verified {
+    /// Whether this is a link whose file is gone.
+    pub fn is_dangling(&self) -> bool {
+        !self.location.exists()
+    }
+
     /// Whether the bytes are what they should be. A file that nothing is known of is neither good nor bad.
     pub fn is_good(&self) -> Option<bool> {
         self.expected.as_ref().map(|expected| self.found.as_ref() == Some(expected))
@@ -157,7 +162,7 @@ impl Cache {
     /// Takes the hash of every file once and compares it with its blob's name, or with the listing that it was fetched by.
     ///
     /// # Errors
-    /// [`Error::Cancelled`]; a file that cannot be read is in the list as one that is not good.
+    /// [`Error::Cancelled`]; a file that cannot be read, and a link whose file is gone, is in the list as one that is not good.
     pub fn verify(&self, repos: &[CachedRepo], events: &dyn Events) -> Result<Vec<Verified>> {
         let mut seen = BTreeMap::new();
         for repo in repos {
@@ -187,7 +192,25 @@ impl Cache {
             });
         }
         events.progress(total, total);
+        out.extend(repos.iter().flat_map(|repo| self.dangling(repo)));
         Ok(out)
+    }
+
+    /// Links of snapshots whose blobs are gone: files that a program expects and cannot open.
+    fn dangling(&self, repo: &CachedRepo) -> Vec<Verified> {
+        let layout = Layout::new(&self.root, &repo.repo);
+        let mut out = Vec::new();
+        for revision in &repo.revisions {
+            let snapshot = layout.snapshot(&revision.commit);
+            for path in files_below(&snapshot) {
+                let location = snapshot.join(&path);
+                let Some(target) = std::fs::read_link(&location).ok().filter(|_| !location.exists()) else { continue };
+                let name = target.file_name().and_then(|name| name.to_str());
+                let expected = name.and_then(Digest::from_hex).or(Some(Digest::Sha256(String::new())));
+                out.push(Verified { repo: repo.repo.clone(), path, location, expected, found: None });
+            }
+        }
+        out
     }
 
     /// Deletes commits, the least recently used first, until those that pricket fetched take at most `budget` bytes.

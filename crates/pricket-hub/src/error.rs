@@ -40,7 +40,7 @@ pub enum Error {
         what: String,
     },
     /// Something is not in the cache and the network may not be asked.
-    #[error("{what}; the Hub was not asked, as this is offline (HF_HUB_OFFLINE)")]
+    #[error("{what}; offline mode is on (HF_HUB_OFFLINE), so the Hub was not asked")]
     Offline {
         /// What is missing.
         what: String,

@@ -170,8 +170,8 @@ impl Http {
                         reached: true,
                     });
                 }
-                // A signature that has run out, mostly: the first address gives a new one.
-                status if is_moved => {
+                // A signature that has run out, mostly: the first address gives a new one. Who is not let in is not let in later.
+                status if is_moved && status != 401 => {
                     return Err(Failure::again(&url, format!("status {status} after a redirect")));
                 }
                 status => {

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Chain, Cursor, Read};
 use std::path::{Path, PathBuf};
 
+use pricket_nn::parse_json;
 use serde_json::Value;
 
 use crate::{Error, Result};
@@ -29,8 +30,28 @@ enum Rows {
     Parquet(Box<dyn Iterator<Item = parquet::errors::Result<parquet::record::Row>> + Send>),
 }
 
-/// The first bytes of a file, which had to be looked at, and the rest of it: a pipe cannot be read twice.
-type Lines = BufReader<Chain<Cursor<Vec<u8>>, File>>;
+/// The first bytes of a file, which had to be looked at, and the rest of it, unpacked where it is compressed: a pipe cannot be
+/// read twice.
+type Lines = BufReader<Box<dyn Read + Send>>;
+
+/// A file from its beginning.
+type Whole = Chain<Cursor<Vec<u8>>, File>;
+
+/// The text of a file, unpacked if it is compressed.
+///
+/// # Errors
+/// [`Error::Input`], naming the file.
+pub fn read_text(path: impl AsRef<Path>) -> Result<Vec<u8>> {
+    let path = path.as_ref();
+    let wrong = |e: std::io::Error| Error::Input(format!("{}: {e}", path.display()));
+    let mut text = Vec::new();
+    match open(path)? {
+        Rows::Lines(mut lines) => lines.read_to_end(&mut text).map_err(wrong)?,
+        #[cfg(feature = "parquet")]
+        Rows::Parquet(_) => return Err(Error::Input(format!("{}: a parquet file, not text", path.display()))),
+    };
+    Ok(text)
+}
 
 impl std::fmt::Debug for Documents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -61,7 +82,12 @@ impl Documents {
         match &mut self.rows {
             Rows::Lines(lines) => match line(lines, &mut self.number) {
                 Ok(None) => None,
-                Ok(Some(line)) => Some(serde_json::from_slice(&line).map_err(|e| format!("not valid JSON: {e}"))),
+                Ok(Some(line)) => Some(parse_json(&line).map_err(|e| {
+                    // The parser counts lines too, and sees one.
+                    let (what, column) = (e.to_string(), e.column());
+                    let what = what.split(" at line ").next().unwrap_or_default();
+                    format!("not valid JSON at column {column}: {what}")
+                })),
                 Err(e) => Some(Err(e.to_string())),
             },
             #[cfg(feature = "parquet")]
@@ -82,7 +108,24 @@ fn open(path: &Path) -> Result<Rows> {
         // Its reader goes to every place by itself.
         return parquet(file).map_err(wrong);
     }
-    Ok(Rows::Lines(BufReader::with_capacity(1 << 20, Cursor::new(magic).chain(file))))
+    let compressed = magic.starts_with(&[0x1f, 0x8b]) || magic == [0x28, 0xb5, 0x2f, 0xfd];
+    let is_gzip = magic.starts_with(&[0x1f]);
+    let whole = Cursor::new(magic).chain(file);
+    let text = if compressed { unpacked(whole, is_gzip).map_err(wrong)? } else { Box::new(whole) };
+    Ok(Rows::Lines(BufReader::with_capacity(1 << 20, text)))
+}
+
+#[cfg(not(feature = "parquet"))]
+fn unpacked(_: Whole, _: bool) -> std::result::Result<Box<dyn Read + Send>, String> {
+    Err("a compressed file, which this build does not read; build with the feature `parquet`, or unpack it".into())
+}
+
+#[cfg(feature = "parquet")]
+fn unpacked(file: Whole, is_gzip: bool) -> std::result::Result<Box<dyn Read + Send>, String> {
+    if is_gzip {
+        return Ok(Box::new(flate2::read::MultiGzDecoder::new(file)));
+    }
+    Ok(Box::new(zstd::stream::read::Decoder::new(file).map_err(|e| e.to_string())?))
 }
 
 #[cfg(not(feature = "parquet"))]

@@ -44,7 +44,7 @@ mod tokenizer;
 mod tokenizer_file;
 mod vocabulary;
 
-pub use documents::Documents;
+pub use documents::{Documents, read_text};
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};

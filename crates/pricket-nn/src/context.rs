@@ -135,6 +135,16 @@ impl Context {
         self.activations.unwrap_or(default)
     }
 
+    /// Refuses taps that cannot fire: see [`Taps::check`].
+    pub(crate) fn check_taps(&self, layers: usize, has: &dyn Fn(Site) -> bool) -> Result<()> {
+        self.taps.as_ref().map_or(Ok(()), |taps| taps.check(layers, has))
+    }
+
+    /// Whether a pass over `len` positions of `batch` rows has begun.
+    pub(crate) fn has_begun(&self, batch: usize, len: usize) -> bool {
+        self.step.as_ref().is_some_and(|step| (step.batch, step.len) == (batch, len))
+    }
+
     /// Starts a forward pass over `len` new positions.
     pub(crate) fn begin(&mut self, batch: usize, len: usize, limit: Option<usize>) -> Result<()> {
         let start = self.position();
@@ -154,7 +164,7 @@ impl Context {
 
     /// Enters a layer; a pass that starts in the middle of the model begins here.
     pub(crate) fn enter(&mut self, layer: usize, batch: usize, len: usize, limit: Option<usize>) -> Result<()> {
-        if self.step.as_ref().is_none_or(|step| (step.batch, step.len) != (batch, len)) {
+        if !self.has_begun(batch, len) {
             self.begin(batch, len, limit)?;
         }
         self.step_mut().layer = layer;

@@ -114,6 +114,12 @@ pub trait Block: Send + Sync {
     /// # Errors
     /// What an operation or a tap says.
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor>;
+
+    /// Whether the block passes `site`: one with a parallel residual has nothing between attention and MLP.
+    fn has(&self, site: Site) -> bool {
+        let _ = site;
+        true
+    }
 }
 
 /// Adds to the residual stream: `x + (parts[0] + parts[1] + ..)`, in that order.
@@ -209,6 +215,29 @@ impl<B: Block> Decoder<B> {
         self
     }
 
+    /// Refuses taps at sites or layers that this model does not have.
+    fn check_taps(&self, ctx: &Context) -> Result<()> {
+        let in_blocks = |site: Site| self.blocks.iter().any(|block| block.has(site));
+        ctx.check_taps(self.blocks.len(), &|site: Site| !site.is_per_layer() || in_blocks(site))
+    }
+
+    /// Refuses ids of another shape or type, or outside the vocabulary. On a GPU looking at them would cost a wait.
+    fn check_ids(&self, ids: &Tensor) -> Result<(usize, usize)> {
+        let &[b, t] = ids.dims() else {
+            return Err(Error::Input(format!("token ids of shape {:?}; expected [batch, length]", ids.dims())));
+        };
+        if ids.dtype() != DType::U32 {
+            return Err(Error::Input(format!("token ids of type {}; expected u32", ids.dtype().as_str())));
+        }
+        let vocab = self.info.vocab;
+        if ids.device().is_cpu()
+            && let Some(id) = ids.flatten_all()?.to_vec1::<u32>()?.into_iter().find(|&id| id as usize >= vocab)
+        {
+            return Err(Error::Input(format!("token id {id} is outside the vocabulary of {vocab}")));
+        }
+        Ok((b, t))
+    }
+
     /// The learned vectors of this pass's positions, `[1 or b, t, d]`.
     fn position_vectors(&self, table: &Embedding, t: usize, dtype: DType, ctx: &Context) -> Result<Tensor> {
         let (positions, limit) = (ctx.positions(), table.weight.shape()?.0);
@@ -226,7 +255,8 @@ impl<B: Block> CausalLm for Decoder<B> {
     }
 
     fn embed(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let (b, t) = ids.dims2()?;
+        let (b, t) = self.check_ids(ids)?;
+        self.check_taps(ctx)?;
         ctx.begin(b, t, self.info.context)?;
         let activations = ctx.activations(self.info.activations);
         if self.info.device.is_cpu() && activations != DType::F32 {
@@ -243,7 +273,24 @@ impl<B: Block> CausalLm for Decoder<B> {
     }
 
     fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
+        let &[b, t, d] = x.dims() else {
+            return Err(Error::Input(format!(
+                "hidden states of shape {:?}; expected [batch, length, width]",
+                x.dims()
+            )));
+        };
+        if d != self.info.d_model {
+            return Err(Error::Input(format!("hidden states of width {d}; this model's is {}", self.info.d_model)));
+        }
+        if i >= self.blocks.len() {
+            return Err(Error::Input(format!(
+                "block {i}: the blocks are 0 to {}",
+                self.blocks.len().saturating_sub(1)
+            )));
+        }
+        if !ctx.has_begun(b, t) {
+            self.check_taps(ctx)?;
+        }
         ctx.enter(i, b, t, self.info.context)?;
         let x = ctx.tap(Site::ResidPre, x.clone())?;
         let x = self.blocks[i].forward(&x, ctx)?;

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// A place in a forward pass where a tensor can be looked at or changed. `b` is the batch, `t` the new positions,
 /// `s` the positions seen so far, `d` the width, `h` the heads.
@@ -40,22 +40,39 @@ impl Site {
     }
 }
 
+/// Every site, in the order of a forward pass.
+const SITES: [Site; 11] = [
+    Site::Embed,
+    Site::ResidPre,
+    Site::Query,
+    Site::Key,
+    Site::Value,
+    Site::Pattern,
+    Site::AttentionOut,
+    Site::ResidMid,
+    Site::MlpOut,
+    Site::ResidPost,
+    Site::FinalNorm,
+];
+
 type Edit = Box<dyn FnMut(usize, &Tensor) -> Result<Tensor> + Send>;
 
-/// What to record and what to change during forward passes. Without taps, nothing is spent on them.
+/// What to record and what to change during forward passes. Without taps, nothing is spent on them. A tap that cannot fire, at a
+/// site or layer that the model does not have, is an error when a pass begins.
 ///
 /// ```
 /// use pricket_nn::{Site, Taps};
 /// let taps = Taps::new()
 ///     .record(Site::ResidPost)                       // of every layer
 ///     .record_at(Site::Pattern, 3)                   // of layer 3 alone
-///     .edit(Site::AttentionOut, |layer, x| if layer == 5 { Ok(x.zeros_like()?) } else { Ok(x.clone()) });
+///     .edit(Site::ResidPre, |_, x| Ok((x * 0.5)?))     // of every layer
+///     .edit_at(Site::AttentionOut, 5, |x| Ok(x.zeros_like()?));
 /// # drop(taps);
 /// ```
 #[derive(Default)]
 pub struct Taps {
     record: Vec<(Site, Option<usize>)>,
-    edits: Vec<(Site, Edit)>,
+    edits: Vec<(Site, Option<usize>, Edit)>,
     recording: Recording,
 }
 
@@ -89,13 +106,50 @@ impl Taps {
     /// site that is not per layer is 0.
     #[must_use]
     pub fn edit(mut self, site: Site, edit: impl FnMut(usize, &Tensor) -> Result<Tensor> + Send + 'static) -> Self {
-        self.edits.push((site, Box::new(edit)));
+        self.edits.push((site, None, Box::new(edit)));
         self
+    }
+
+    /// As [`Taps::edit`], of one layer.
+    #[must_use]
+    pub fn edit_at(
+        mut self,
+        site: Site,
+        layer: usize,
+        mut edit: impl FnMut(&Tensor) -> Result<Tensor> + Send + 'static,
+    ) -> Self {
+        self.edits.push((site, Some(layer), Box::new(move |_, tensor| edit(tensor))));
+        self
+    }
+
+    /// Refuses taps that cannot fire in a model of `layers` blocks, which have the sites that `has` says.
+    ///
+    /// # Errors
+    /// [`Error::Input`], naming the tap and what there is.
+    pub(crate) fn check(&self, layers: usize, has: &dyn Fn(Site) -> bool) -> Result<()> {
+        let of_edits = self.edits.iter().map(|(site, layer, _)| (*site, *layer));
+        for (site, layer) in self.record.iter().copied().chain(of_edits) {
+            if !has(site) {
+                let sites = SITES.iter().filter(|site| has(**site)).map(|site| format!("{site:?}"));
+                let sites = sites.collect::<Vec<_>>().join(", ");
+                return Err(Error::Input(format!("this model has no site {site:?}; its sites are {sites}")));
+            }
+            if let Some(layer) = layer.filter(|&layer| layer >= if site.is_per_layer() { layers } else { 1 }) {
+                let what = if site.is_per_layer() {
+                    format!("{site:?} of layer {layer}: the layers are 0 to {}", layers.saturating_sub(1))
+                } else {
+                    format!("{site:?} of layer {layer}: there is one for all layers, at layer 0")
+                };
+                return Err(Error::Input(what));
+            }
+        }
+        Ok(())
     }
 
     /// Whether anything here looks at `site` of `layer`.
     pub(crate) fn wants(&self, site: Site, layer: usize) -> bool {
-        self.records(site, layer) || self.edits.iter().any(|(at, _)| *at == site)
+        self.records(site, layer)
+            || self.edits.iter().any(|(at, only, _)| *at == site && only.is_none_or(|only| only == layer))
     }
 
     fn records(&self, site: Site, layer: usize) -> bool {
@@ -104,8 +158,8 @@ impl Taps {
 
     pub(crate) fn visit(&mut self, site: Site, layer: usize, tensor: Tensor) -> Result<Tensor> {
         let mut tensor = tensor;
-        for (at, edit) in &mut self.edits {
-            if *at == site {
+        for (at, only, edit) in &mut self.edits {
+            if *at == site && only.is_none_or(|only| only == layer) {
                 tensor = edit(layer, &tensor)?;
             }
         }

@@ -185,7 +185,7 @@ impl Checkpoints {
     /// As [`audit`].
     pub fn audit(&self, steps: &Steps, options: AuditOptions, progress: &dyn Progress) -> Result<Audit> {
         let mut chosen: Vec<Checkpoint> = self.select(steps)?.into_iter().cloned().collect();
-        chosen.extend(self.main.clone());
+        chosen.extend(self.main.clone().filter(|main| chosen.iter().all(|other| other.revision != main.revision)));
         let mut auditor = Auditor {
             of: self,
             looked: Vec::new(),

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use crate::cards::{Card, KnownKind, card};
 use crate::forms::forms;
 use crate::remote::Tensors;
-use crate::repository::{Fetched, Place, Telling, explained, fetch_commit, locate, revisions_in};
+use crate::repository::{
+    Fetched, Place, Telling, explained, fetch_commit, locate, revision_path, revisions_in, step_in,
+};
 use crate::task::Task;
 use crate::{Error, Result};
 
@@ -95,7 +97,7 @@ impl Checkpoints {
         }
         let steps = revisions_in(path)
             .into_iter()
-            .filter_map(|name| Some(Checkpoint { step: Some(step_of(&name)?), ..Checkpoint::new(name, None, true) }));
+            .filter_map(|name| Some(Checkpoint { step: Some(step_in(&name)?), ..Checkpoint::new(name, None, true) }));
         let main = path.join("config.json").is_file().then(|| Checkpoint::new("main".into(), None, true));
         Ok(Self {
             model: path.display().to_string(),
@@ -159,13 +161,22 @@ impl Checkpoints {
         })
     }
 
-    /// The chosen steps, ascending, missing ones among them.
+    /// The chosen steps, ascending, missing ones among them; of a model without steps `main`, unless a step is asked for by its
+    /// number.
     ///
     /// # Errors
     /// [`Error::Input`] for a number that is no step of this model, or if nothing is chosen.
     pub fn select(&self, steps: &Steps) -> Result<Vec<&Checkpoint>> {
         if self.steps.is_empty() {
-            return Err(Error::Input(format!("{} has no training steps", self.model)));
+            // A model without steps is one checkpoint, unless steps are asked for by number.
+            return match &self.main {
+                Some(main) if steps.expand().is_none() => Ok(vec![main]),
+                _ => Err(Error::Input(format!(
+                    "{} has no training steps; of a directory these are revisions/stepN, or directories with a model in them whose \
+                     name ends in a number, such as checkpoint-500 or global_step500",
+                    self.model
+                ))),
+            };
         }
         let numbers: Vec<u64> = self.steps.iter().filter_map(|checkpoint| checkpoint.step).collect();
         let chosen: BTreeSet<u64> = steps.select(&numbers)?.into_iter().collect();
@@ -369,7 +380,7 @@ impl Home {
         let Home::Local(root) = self else { return None };
         let directory = match checkpoint.revision.as_str() {
             "main" => root.clone(),
-            revision => root.join("revisions").join(revision),
+            revision => revision_path(root, revision)?,
         };
         directory.is_dir().then_some(directory)
     }

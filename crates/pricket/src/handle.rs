@@ -238,13 +238,20 @@ impl Pricket {
         Ok(Stream { batch: Batch::new(self, &[prompt], options)? })
     }
 
-    /// The log-probability of each token of `text` but the first.
+    /// The log-probability of each token of `text` but the first, given those before it.
     ///
     /// # Errors
-    /// [`Error::ContextExceeded`] if the text is longer than the model can read.
+    /// [`Error::Input`] for a text of fewer than two tokens, [`Error::ContextExceeded`] for one that is longer than the model can
+    /// read.
     pub fn logprobs(&self, text: &str) -> Result<Vec<ScoredToken>> {
         let tokenizer = self.tokenizer()?;
-        let scored = token_logprobs(&*self.parts.model, &tokenizer.encode(text)?)?;
+        let ids = tokenizer.encode(text)?;
+        if ids.len() < 2 {
+            let what =
+                "a text of fewer than two tokens has no log-probabilities: each token is scored given those before it";
+            return Err(Error::Input(what.into()));
+        }
+        let scored = token_logprobs(&*self.parts.model, &ids)?;
         let token = |t: pricket_lm::TokenLogprob| ScoredToken {
             id: t.id,
             text: tokenizer.decode(&[t.id]),

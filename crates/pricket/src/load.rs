@@ -1,5 +1,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device};
 use pricket_hub::Hub;
@@ -388,7 +389,7 @@ impl Loader {
                 .chain(stranger)
                 .chain(licence)
                 .collect(),
-            notes: opened.notes.into_iter().chain(chosen).collect(),
+            notes: opened.notes.into_iter().chain(chosen).chain(slow_note()).collect(),
             in_model_order,
             format,
             provenance: opened.provenance,
@@ -489,6 +490,15 @@ fn stranger_warning(provenance: &Provenance, info: &ModelInfo, family: &Family) 
             card.id, found.0, found.1, card.parameters, card.embedding
         )
     })
+}
+
+/// Says once in a program that it is slow, if it was compiled without optimization.
+fn slow_note() -> Option<String> {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    let slow = cfg!(pricket_unoptimized) && !TOLD.swap(true, Ordering::Relaxed);
+    let note = "this program is compiled without optimization and some fifty times slower than with it: use `--release`, or add \
+                `[profile.dev.package.\"*\"]` with `opt-level = 3` to Cargo.toml";
+    slow.then(|| note.to_owned())
 }
 
 /// Says so if the README of a copy forbids commercial use; for the published ones their cards have said it.

@@ -304,10 +304,11 @@ pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
 }
 
 pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
-    pricket_weights::parse_json(bytes).map_err(|e| match pricket_weights::stand_in(bytes) {
-        Some(what) => corrupt(path, what.into()),
-        None => corrupt(path, format!("not valid JSON: {e}")),
-    })
+    // The error of a server is JSON too.
+    if let Some(what) = pricket_weights::stand_in(bytes) {
+        return Err(corrupt(path, what.into()));
+    }
+    pricket_weights::parse_json(bytes).map_err(|e| corrupt(path, format!("not valid JSON: {e}")))
 }
 
 fn corrupt(path: &Path, what: String) -> Error {

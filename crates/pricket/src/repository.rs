@@ -9,6 +9,7 @@ use pricket_nn::Progress;
 use pricket_weights::parts_of;
 
 use crate::cards::{Card, KnownKind, card};
+use crate::embedded::Embedded;
 use crate::family::Family;
 use crate::opened::{Changes, TOKENIZER_FILES, at, read_json};
 use crate::{Error, Provenance, Result};
@@ -49,6 +50,14 @@ pub(crate) fn locate(path: &Path) -> Result<Place> {
         }
         if Path::new(there).is_file() {
             return Err(Error::Input(format!("{there} is a file, so it has no revision {revision:?}")));
+        }
+    }
+    // The files of an embedded model, where this program was built.
+    let (name, revision) = text.split_once('@').unwrap_or((&text, "main"));
+    if let Some(model) = Embedded::find(name) {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(model.name);
+        if directory.is_dir() {
+            return revision_in(&directory, revision).map(Place::Local);
         }
     }
     match repository(&text)? {
@@ -101,8 +110,7 @@ fn revision_in(directory: &Path, revision: &str) -> Result<PathBuf> {
     if revision == "main" {
         return Ok(directory.into());
     }
-    let found = directory.join("revisions").join(revision);
-    if !revision.contains(['/', '\\']) && !["", ".", ".."].contains(&revision) && found.is_dir() {
+    if let Some(found) = revision_path(directory, revision) {
         return Ok(found);
     }
     let known = revisions_in(directory);
@@ -114,12 +122,42 @@ fn revision_in(directory: &Path, revision: &str) -> Result<PathBuf> {
     Err(Error::NotFound { path: format!("{}@{revision}", directory.display()).into(), what })
 }
 
-/// The revisions that a directory keeps, steps by number.
+/// Where a directory keeps a revision: below `revisions/`, or beside its own files as training programs do.
+pub(crate) fn revision_path(directory: &Path, revision: &str) -> Option<PathBuf> {
+    let is_name = !revision.contains(['/', '\\']) && !["", ".", ".."].contains(&revision);
+    let below = directory.join("revisions").join(revision);
+    let beside = || Some(directory.join(revision)).filter(|path| step_in(revision).is_some() && holds_model(path));
+    if !is_name {
+        return None;
+    }
+    Some(below).filter(|path| path.is_dir()).or_else(beside)
+}
+
+/// The revisions that a directory keeps, steps by number: all of `revisions/`, else directories with a model in them whose name
+/// ends in a number.
 pub(crate) fn revisions_in(directory: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(directory.join("revisions")).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    names.sort_by_key(|name| (pricket_hub::step_of(name), name.clone()));
+    let names_in = |directory: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    };
+    let mut names = names_in(&directory.join("revisions"));
+    if names.is_empty() {
+        names = names_in(directory);
+        names.retain(|name| step_in(name).is_some() && holds_model(&directory.join(name)));
+    }
+    names.sort_by_key(|name| (step_in(name), name.clone()));
     names
+}
+
+/// The training step that a directory is named after: `step3000`, `checkpoint-500` of transformers' Trainer, `global_step500` of
+/// DeepSpeed, `iter_0001000` of Megatron, or any other name that ends in a number.
+pub(crate) fn step_in(name: &str) -> Option<u64> {
+    let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+    pricket_hub::step_of(name).or_else(|| name[name.len() - digits..].parse().ok())
+}
+
+fn holds_model(directory: &Path) -> bool {
+    directory.join("config.json").is_file() && pricket_weights::find_weights(directory).is_ok()
 }
 
 /// Files of a revision, in the cache.

@@ -30,8 +30,12 @@ pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Results> {
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
-        let row: Value = serde_json::from_slice(line)
-            .map_err(|e| Error::Input(format!("{}, line {}: not a row of a sweep: {e}", path.display(), number + 1)))?;
+        let wrong = |e: serde_json::Error| {
+            let what = e.to_string();
+            let what = what.split(" at line ").next().unwrap_or_default();
+            Error::Input(format!("{}, line {}: not a row of a sweep: {what}", path.display(), number + 1))
+        };
+        let row: Value = pricket_weights::parse_json(line).map_err(wrong)?;
         let last = row["part"][0] == row["part"][1];
         pending.push(row);
         if last {

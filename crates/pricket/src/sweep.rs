@@ -234,7 +234,7 @@ impl Sweep {
     ///
     /// # Errors
     /// [`Error::Cancelled`]; [`Error::Io`] and [`Error::Input`] for the file of results, which another sweep may be writing; for
-    /// steps that a model does not have, and documents that are none. A checkpoint that fails is no error: see
+    /// steps that a model does not have. A checkpoint that fails, or a task whose documents cannot be asked, is no error: see
     /// [`Swept::failed`].
     pub fn run(&self, mut tell: impl FnMut(&Value)) -> Result<Swept> {
         let mut rows = Rows::open(&self.out)?;
@@ -271,7 +271,12 @@ impl Sweep {
                     Some(receive) => receive.recv().unwrap_or(Err(Error::Cancelled)),
                     None => load(job, &mut || false),
                 };
-                self.measure(job, loaded, &mut rows, &mut swept, &mut tell)?;
+                if self.measure(job, loaded, &mut rows, &mut swept, &mut tell)? {
+                    swept
+                        .warnings
+                        .push("no measure can be taken of these documents: other checkpoints were not tried".into());
+                    break;
+                }
                 // Nobody listens at the end.
                 let _ = release.send(());
                 if let Some((hub, budget)) = &self.budget {
@@ -350,6 +355,7 @@ impl Sweep {
         Ok(jobs)
     }
 
+    /// Takes the measures of a checkpoint; gives whether the documents are such that no measure can be taken of any.
     fn measure(
         &self,
         job: &Job<'_>,
@@ -357,14 +363,14 @@ impl Sweep {
         rows: &mut Rows,
         swept: &mut Swept,
         tell: &mut impl FnMut(&Value),
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let mut about = json!({
             "model": job.model.model, "revision": job.checkpoint.revision, "step": job.checkpoint.step,
             "pricket": env!("CARGO_PKG_VERSION"),
         });
         match self.measure_all(job, loaded, &mut about, rows, swept, tell) {
-            Ok(()) => swept.checkpoints += 1,
-            // What is wrong with the documents is wrong with every checkpoint.
+            Ok(0) => return Ok(true),
+            Ok(_) => swept.checkpoints += 1,
             Err(Failure::Everywhere(e)) => return Err(e),
             Err(Failure::Here(e)) => {
                 about["error"] = json!(e.to_string());
@@ -372,7 +378,7 @@ impl Sweep {
                 rows.append(vec![about], tell)?;
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     fn measure_all(
@@ -383,8 +389,8 @@ impl Sweep {
         rows: &mut Rows,
         swept: &mut Swept,
         tell: &mut impl FnMut(&Value),
-    ) -> Result<(), Failure> {
-        let model = loaded.map_err(Failure::of)?;
+    ) -> Result<usize, Failure> {
+        let (model, mut measured) = (loaded.map_err(Failure::of)?, 0);
         let stamps = inputs::stamps(model.provenance());
         let provenance = model.provenance().clone().hashed().map_err(Failure::Here)?;
         about["provenance"] = provenance.to_json();
@@ -392,10 +398,20 @@ impl Sweep {
         let weights = inputs::identity(&provenance);
         for (measure, inputs) in &job.measures {
             let start = Instant::now();
-            let figures = self.figures(&model, measure).map_err(|e| match e {
-                Error::Input(_) => Failure::Everywhere(e),
-                e => Failure::of(e),
-            })?;
+            let figures = match self.figures(&model, measure) {
+                Ok(figures) => figures,
+                // What is wrong with one task's documents does not end the others.
+                Err(Error::Input(what)) => {
+                    let mut row = about.clone();
+                    row["measure"] = json!(measure.name());
+                    row["error"] = json!(what);
+                    swept.failed.push((job.model.id(job.checkpoint), what));
+                    rows.append(vec![row], tell).map_err(Failure::Everywhere)?;
+                    continue;
+                }
+                Err(e) => return Err(Failure::of(e)),
+            };
+            measured += 1;
             let settings = measure.settings(self);
             let row = |(metric, value, stderr, documents): Measured| {
                 let mut row = about.clone();
@@ -414,7 +430,7 @@ impl Sweep {
             swept.rows += found.len();
             rows.append(found, tell).map_err(Failure::Everywhere)?;
         }
-        Ok(())
+        Ok(measured)
     }
 
     fn figures(&self, model: &Pricket, measure: &Measure) -> Result<Vec<Measured>> {

@@ -66,8 +66,13 @@ fn a_changed_byte_is_found() {
     std::fs::write(&blob, bytes).unwrap();
     let bad: Vec<_> = verify().into_iter().filter(|file| file.is_good() == Some(false)).collect();
     assert!(bad.len() == 1 && bad[0].location == blob && bad[0].found.is_some(), "{bad:?}");
-    // Once it is gone, it is fetched again.
+    // Once it is gone, the links to it are told, and it is fetched again.
     std::fs::remove_file(&blob).unwrap();
+    if cfg!(unix) {
+        let missing: Vec<_> = verify().into_iter().filter(|file| file.is_good() == Some(false)).collect();
+        assert!(missing.iter().all(pricket_hub::Verified::is_dangling) && !missing.is_empty(), "{missing:?}");
+        assert!(missing.iter().all(|file| file.path == "pytorch_model.bin"), "{missing:?}");
+    }
     let snapshot = fetch_all(&hub, "owner/tiny@step1", &Quiet).unwrap();
     assert_eq!(snapshot.report.received, 50_000);
     assert_same(&snapshot.directory, &content, "step1");

@@ -144,7 +144,11 @@ pub fn evaluate(
                 if let Asked::Text { text, .. } = &question {
                     requests.extend(Continuation::windows(&tokenizer.encode(text)?, options.prefix, room));
                 } else {
-                    requests.push(Continuation::encode(tokenizer, options.prefix, context, continuation)?);
+                    let encoded = Continuation::encode(tokenizer, options.prefix, context, continuation);
+                    requests.push(encoded.map_err(|e| match e {
+                        Error::Input(what) => Error::Input(format!("task {}, document {number}: {what}", task.name)),
+                        e => e,
+                    })?);
                 }
             }
             asked.push((document, question, texts, first..requests.len()));

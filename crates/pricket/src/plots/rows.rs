@@ -29,7 +29,7 @@ pub struct Row {
     pub inputs: Value,
 }
 
-/// Reads files of results, put together. Of a checkpoint and metric that was measured twice the last row counts; rows of
+/// Reads files of results, compressed or not, put together. Of a checkpoint and metric that was measured twice the last row counts; rows of
 /// checkpoints that failed, and a measure that was broken off, are passed over.
 ///
 /// # Errors
@@ -42,7 +42,7 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
     let mut from = Vec::new();
     for path in paths {
         let path = path.as_ref();
-        let text = std::fs::read(path).map_err(|error| Error::Io { path: path.into(), error })?;
+        let text = pricket_lm::read_text(path)?;
         for row in results::parse(path, &text)?.rows {
             if row["error"].is_string() {
                 continue;

@@ -1,0 +1,9 @@
+//! Tells the library whether it is compiled without optimization, which makes it some fifty times slower.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rustc-check-cfg=cfg(pricket_unoptimized)");
+    if std::env::var("OPT_LEVEL").is_ok_and(|level| level == "0") {
+        println!("cargo:rustc-cfg=pricket_unoptimized");
+    }
+}
