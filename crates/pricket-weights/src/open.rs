@@ -133,7 +133,7 @@ pub fn sniff(path: &Path) -> Result<Format> {
     let mut head = Vec::new();
     File::open(path).map_err(io)?.take(HEAD as u64).read_to_end(&mut head).map_err(io)?;
     match stand_in(&head) {
-        Some(what) => Err(Error::Unsupported { path: path.into(), what: what.into() }),
+        Some(what) => Err(Error::Unsupported { path: path.into(), what: format!("not a weight file but {what}") }),
         None => Ok(format_of(&head, path)),
     }
 }
@@ -150,20 +150,20 @@ pub fn stand_in(head: &[u8]) -> Option<&'static str> {
     let text = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
     let begins = |word: &str| text.get(..word.len()).is_some_and(|start| start.eq_ignore_ascii_case(word.as_bytes()));
     if begins("version https://git-lfs.github.com/spec/") || begins("version https://hawser.github.com/spec/") {
-        return Some("a Git LFS pointer, not the file: run `git lfs pull`");
+        return Some("a Git LFS pointer: run `git lfs pull`");
     }
     if begins("<!doctype html") || begins("<html") || begins("<head") {
-        return Some("a web page (HTML), not the file: the download failed or needs a login; download it again");
+        return Some("a web page (HTML): the download failed or needs a login; download it again");
     }
     if begins("<?xml") {
-        return Some("an XML document, not the file: probably the error of a server; download it again");
+        return Some("an XML document, probably the error of a server: download it again");
     }
     let is_error = || {
         let rest = text.strip_prefix(b"{").map(<[u8]>::trim_ascii_start).unwrap_or_default();
         [&b"\"error\""[..], b"\"message\"", b"\"detail\""].iter().any(|key| rest.starts_with(key))
     };
     if is_error() || begins("entry not found") || begins("access to model ") || begins("invalid username or password") {
-        return Some("the error of a server, not the file: download it again");
+        return Some("the error of a server: download it again");
     }
     None
 }
@@ -220,7 +220,7 @@ pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
     let source = Source::remote(file);
     let head = source.read(0, source.len().min(HEAD))?.into_owned();
     if let Some(what) = stand_in(&head) {
-        return Err(Error::Unsupported { path: source.path().into(), what: what.into() });
+        return Err(Error::Unsupported { path: source.path().into(), what: format!("not a weight file but {what}") });
     }
     match format_of(&head, source.path()) {
         Format::Safetensors => Ok(Box::new(SafetensorsFile::new(source)?)),

@@ -400,8 +400,8 @@ impl Loader {
     /// The checkpoint with everything that these settings change about it.
     pub(crate) fn opened(&self) -> Result<Opened> {
         let mut opened = self.open()?;
-        if self.qkv != QkvOrder::Auto && matches!(opened.fused, Fused::Trained | Fused::Model) {
-            let what = "neox_qkv is for GGUF files of GPT-NeoX models; the order of this checkpoint's rows is known";
+        if self.qkv != QkvOrder::Auto && matches!(opened.fused, Fused::Trained) {
+            let what = "neox_qkv is for GGUF files; the order of this checkpoint's rows is known";
             return Err(Error::Input(what.into()));
         }
         if let Some(path) = &self.tokenizer {
