@@ -105,6 +105,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             Some(command) => chat.command(&mut conversation, command),
             None => chat.say(&mut conversation, &line).map(|()| false),
         };
+        chat.stop.store(true, Ordering::Relaxed);
         match done {
             Ok(true) => break,
             Ok(false) => {}
@@ -120,9 +121,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Set by Ctrl-C; the second one in a row ends the program.
+/// Set by Ctrl-C or a request to terminate. Where it is set already, since no reply is being written or the last signal was for the same
+/// reply, the program ends.
 fn interrupts() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(true));
     let handler = Arc::clone(&stop);
     ctrlc::set_handler(move || {
         if handler.swap(true, Ordering::Relaxed) {

@@ -66,6 +66,9 @@ fn run(args: Args) -> anyhow::Result<()> {
     prompt = format.prompt(args.system.as_deref(), &[Turn::user(prompt)])?;
     options.stop.extend(format.stop.iter().cloned());
     let mut stream = pricket.stream(&prompt, &options)?;
+    if format.name != "plain" {
+        stream = stream.as_reply();
+    }
     let mut out = std::io::stdout().lock();
     let start = Instant::now();
     let mut first = None;

@@ -27,8 +27,11 @@ struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
     /// The text whose tokens are scored; - reads it from standard input
-    #[arg(long, short, conflicts_with_all = ["tasks", "slices"])]
+    #[arg(long, short, conflicts_with_all = ["text", "tasks", "slices"])]
     prompt: Option<String>,
+    /// A file of plain text, of any length: its loss, perplexity and bits per byte
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["tasks", "slices"])]
+    text: Option<PathBuf>,
     /// Tasks, by name or as TOML files: lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
@@ -76,6 +79,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let mut text = args.prompt.clone().unwrap_or_else(|| "The whale is a large animal that lives in the sea.".into());
+    if text == "-" {
+        text.clear();
+        std::io::stdin().read_to_string(&mut text)?;
+    }
     // What cannot be asked or written is said before a model is fetched.
     if let Some(path) = &args.output {
         ensure!(!args.tasks.is_empty() || args.slices.is_some(), "--output writes the results of --tasks or --slices");
@@ -85,6 +93,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
     let documents = asked.iter().map(|task| tasks::documents(args.data.as_deref(), task));
     let documents = documents.collect::<anyhow::Result<Vec<_>>>()?;
+    let document = args.text.as_ref().map(pricket::lm::read_utf8).transpose()?;
     let model = args.model.load("tiny")?;
     let score = ScoreOptions {
         max_length: args.max_length,
@@ -99,12 +108,12 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
             slice_losses(&*model.model(), model.tokenizer()?, Documents::open(path)?, model.prefix_id(), &score)?;
         return show_slices(args, &model, &slices).map(|()| ExitCode::SUCCESS);
     }
-    let mut text = args.prompt.clone().unwrap_or_else(|| "The whale is a large animal that lives in the sea.".into());
-    if text == "-" {
-        text.clear();
-        std::io::stdin().read_to_string(&mut text)?;
+    if let Some(text) = document {
+        let documents = [Ok(json!({ "text": text }))];
+        let slices = slice_losses(&*model.model(), model.tokenizer()?, documents, model.prefix_id(), &score)?;
+        return show_text(args, &model, &slices["all"]).map(|()| ExitCode::SUCCESS);
     }
-    run_text(args, &model, &text).map(|()| ExitCode::SUCCESS)
+    run_text(args, &model, &text, &score).map(|()| ExitCode::SUCCESS)
 }
 
 fn run_tasks(
@@ -123,22 +132,34 @@ fn run_tasks(
         ..EvalOptions::default()
     };
     let start = Instant::now();
-    let (mut outcomes, mut code) = (Vec::new(), ExitCode::SUCCESS);
+    let (mut outcomes, mut code, mut ended) = (Vec::new(), ExitCode::SUCCESS, Ok(()));
     for (task, documents) in asked {
-        let mut examples = Vec::new();
-        if options.shots > 0 {
-            examples = Documents::open_all(tasks::examples(args.data.as_deref(), &task)?)?
-                .collect::<Result<Vec<Value>, _>>()?;
-        }
-        match model.evaluate(&task, Documents::open_all(&documents)?, &examples, &options) {
+        let outcome = || -> anyhow::Result<Outcome> {
+            let mut examples = Vec::new();
+            if options.shots > 0 {
+                examples = Documents::open_all(tasks::examples(args.data.as_deref(), &task)?)?
+                    .collect::<Result<Vec<Value>, _>>()?;
+            }
+            Ok(model.evaluate(&task, Documents::open_all(&documents)?, &examples, &options)?)
+        };
+        match outcome() {
             Ok(outcome) => outcomes.push((task, outcome)),
-            // What is wrong with one task's documents does not end the others.
-            Err(e @ pricket::Error::Input(_)) => {
-                common::tell(format_args!("failed: {e}"));
+            Err(e) => {
+                let of_documents = matches!(e.downcast_ref(), Some(pricket::Error::Input(_)))
+                    || matches!(e.downcast_ref(), Some(pricket::lm::Error::Input(_)));
+                if !of_documents {
+                    // What was measured before is shown and written.
+                    ended = Err(e);
+                    break;
+                }
+                // What is wrong with one task's documents does not end the others.
+                common::tell(format_args!("failed: {e:#}"));
                 code = ExitCode::from(2);
             }
-            Err(e) => return Err(e.into()),
         }
+    }
+    if outcomes.is_empty() {
+        return ended.map(|()| code);
     }
     let mut results = results_json(&outcomes, &options);
     let provenance = model.provenance().to_json();
@@ -163,7 +184,7 @@ fn run_tasks(
         }
     }
     shown?;
-    Ok(code)
+    ended.map(|()| code)
 }
 
 /// The table that the harness prints.
@@ -191,13 +212,6 @@ fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Re
 
 fn show_slices(args: &Args, model: &Pricket, slices: &BTreeMap<String, SliceLoss>) -> anyhow::Result<()> {
     ensure!(!slices.is_empty(), "there is no document");
-    let row = |slice: &SliceLoss| {
-        json!({
-            "documents": slice.documents, "tokens": slice.tokens, "bytes": slice.bytes, "loss": slice.loss(),
-            "perplexity": slice.perplexity(), "bits_per_byte": slice.bits_per_byte(),
-            "byte_perplexity": slice.byte_perplexity(), "word_perplexity": slice.word_perplexity(),
-        })
-    };
     let rows: serde_json::Map<String, Value> = slices.iter().map(|(name, slice)| (name.clone(), row(slice))).collect();
     let results = json!({"slices": rows, "provenance": model.provenance().to_json()});
     let mut out = std::io::stdout().lock();
@@ -206,6 +220,39 @@ fn show_slices(args: &Args, model: &Pricket, slices: &BTreeMap<String, SliceLoss
         common::write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
     }
     Ok(shown?)
+}
+
+fn row(slice: &SliceLoss) -> Value {
+    json!({
+        "documents": slice.documents, "tokens": slice.tokens, "bytes": slice.bytes, "loss": slice.loss(),
+        "perplexity": slice.perplexity(), "bits_per_byte": slice.bits_per_byte(),
+        "byte_perplexity": slice.byte_perplexity(), "word_perplexity": slice.word_perplexity(),
+    })
+}
+
+/// What the first token of a text is scored given.
+fn prefix(model: &Pricket) -> anyhow::Result<String> {
+    Ok(model.tokenizer()?.decode(&[model.prefix_id()]))
+}
+
+fn show_text(args: &Args, model: &Pricket, text: &SliceLoss) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let (prefix, window) = (prefix(model)?, args.max_length.or(model.info().context));
+    if args.json {
+        let mut json = row(text);
+        json["given"] = json!(prefix);
+        json["max_length"] = json!(window);
+        json["provenance"] = model.provenance().to_json();
+        writeln!(out, "{json}")?;
+        return Ok(());
+    }
+    let (tokens, loss, perplexity) = (text.tokens, text.loss(), text.perplexity());
+    writeln!(
+        out,
+        "{tokens} tokens, the first given {prefix}: loss {loss:.4} nats a token, perplexity {perplexity:.3}"
+    )?;
+    writeln!(out, "{} bytes: {:.4} bits per byte", text.bytes, text.bits_per_byte())?;
+    Ok(())
 }
 
 fn show_table(out: &mut impl Write, slices: &BTreeMap<String, SliceLoss>) -> std::io::Result<()> {
@@ -218,8 +265,8 @@ fn show_table(out: &mut impl Write, slices: &BTreeMap<String, SliceLoss>) -> std
     Ok(())
 }
 
-fn run_text(args: &Args, model: &Pricket, text: &str) -> anyhow::Result<()> {
-    let tokens = model.logprobs(text)?;
+fn run_text(args: &Args, model: &Pricket, text: &str, score: &ScoreOptions) -> anyhow::Result<()> {
+    let (tokens, prefix) = (model.score(text, score)?, prefix(model)?);
     let nats: f64 = -tokens.iter().map(|token| f64::from(token.logprob)).sum::<f64>();
     let count = tokens.len() as f64;
     let mut out = std::io::stdout().lock();
@@ -229,7 +276,7 @@ fn run_text(args: &Args, model: &Pricket, text: &str) -> anyhow::Result<()> {
             .map(|t| json!({"id": t.id, "text": t.text, "logprob": t.logprob, "is_greedy": t.is_greedy}))
             .collect();
         let json = json!({
-            "text": text, "tokens": tokens, "loss": nats / count, "perplexity": (nats / count).exp(),
+            "text": text, "given": prefix, "tokens": tokens, "loss": nats / count, "perplexity": (nats / count).exp(),
             "provenance": model.provenance().to_json(),
         });
         writeln!(out, "{json}")?;
@@ -241,7 +288,7 @@ fn run_text(args: &Args, model: &Pricket, text: &str) -> anyhow::Result<()> {
     }
     let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
     common::tell(format_args!(
-        "{gap}{count} tokens after the first: loss {:.4} nats a token, perplexity {:.3}; * none was likelier",
+        "{gap}{count} tokens, the first given {prefix}: loss {:.4} nats a token, perplexity {:.3}; * none was likelier",
         nats / count,
         (nats / count).exp()
     ));

@@ -48,6 +48,9 @@ struct Args {
     /// JSON lines with texts and the names of their slices, whose losses are measured
     #[arg(long, value_name = "FILE")]
     slices: Option<PathBuf>,
+    /// Files of plain text, of any length: loss, perplexity and bits per byte of each
+    #[arg(long, value_delimiter = ',', value_name = "FILE")]
+    text: Vec<PathBuf>,
     /// Examples before each question
     #[arg(long, default_value_t = 0)]
     num_fewshot: usize,
@@ -88,7 +91,7 @@ struct Args {
     #[arg(long)]
     no_published: bool,
     /// Measures nothing: draws what is in these files of results, put together
-    #[arg(long, value_delimiter = ',', value_name = "FILE", conflicts_with_all = ["models", "tasks", "slices"])]
+    #[arg(long, value_delimiter = ',', value_name = "FILE", conflicts_with_all = ["models", "tasks", "slices", "text"])]
     from: Vec<PathBuf>,
     #[command(flatten)]
     compute: compute::ComputeArgs,
@@ -208,6 +211,7 @@ fn measures(args: &Args) -> anyhow::Result<Vec<Measure>> {
         measures.push(Measure::Task { task, documents, examples });
     }
     measures.extend(args.slices.clone().map(Measure::Slices));
+    measures.extend(args.text.iter().cloned().map(Measure::TextFile));
     if measures.is_empty() {
         measures.push(Measure::Text { name: "text".into(), text: TEXT.into() });
     }

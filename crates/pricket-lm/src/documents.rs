@@ -37,20 +37,42 @@ type Lines = BufReader<Box<dyn Read + Send>>;
 /// A file from its beginning.
 type Whole = Chain<Cursor<Vec<u8>>, File>;
 
-/// The text of a file, unpacked if it is compressed.
+/// Bytes that [`read_text`] unpacks at most.
+const MAX_TEXT: u64 = 4 << 30;
+
+/// The bytes of a text file, unpacked if it is compressed.
 ///
 /// # Errors
-/// [`Error::Input`], naming the file.
+/// [`Error::Input`], naming the file; also for one that is longer than 4 GiB.
 pub fn read_text(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     let path = path.as_ref();
     let wrong = |e: std::io::Error| Error::Input(format!("{}: {e}", path.display()));
     let mut text = Vec::new();
     match open(path)? {
-        Rows::Lines(mut lines) => lines.read_to_end(&mut text).map_err(wrong)?,
+        Rows::Lines(lines) => lines.take(MAX_TEXT + 1).read_to_end(&mut text).map_err(wrong)?,
         #[cfg(feature = "parquet")]
         Rows::Parquet(_) => return Err(Error::Input(format!("{}: a parquet file, not text", path.display()))),
     };
+    if text.len() as u64 > MAX_TEXT {
+        return Err(Error::Input(format!("{}: more than {MAX_TEXT} bytes of text", path.display())));
+    }
     Ok(text)
+}
+
+/// The same as UTF-8, without the byte order mark that it may begin with.
+///
+/// # Errors
+/// [`Error::Input`], naming the file and the first byte that is not UTF-8.
+pub fn read_utf8(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    let wrong = |e: std::string::FromUtf8Error| {
+        Error::Input(format!("{}: not UTF-8 text: byte {}", path.display(), e.utf8_error().valid_up_to()))
+    };
+    let text = String::from_utf8(read_text(path)?).map_err(wrong)?;
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_owned(),
+        None => text,
+    })
 }
 
 impl std::fmt::Debug for Documents {

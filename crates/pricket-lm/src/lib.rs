@@ -44,13 +44,13 @@ mod tokenizer;
 mod tokenizer_file;
 mod vocabulary;
 
-pub use documents::{Documents, read_text};
+pub use documents::{Documents, read_text, read_utf8};
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
 pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::{Sampler, Sampling};
-pub use score::{TokenLogprob, check_finite, loss, token_logprobs};
+pub use score::{TokenLogprob, check_finite, loss, text_logprobs, token_logprobs};
 pub use slices::{SliceLoss, slice_losses};
 pub use tasks::{EvalOptions, Figure, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};
 pub use text::TextStream;

@@ -2,6 +2,7 @@ use candle_core::{D, IndexOp, Tensor};
 use pricket_nn::ops::RowSummary;
 use pricket_nn::{CausalLm, Context, ops};
 
+use crate::loglikelihood::{Continuation, ScoreOptions};
 use crate::{Error, Result};
 
 /// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.
@@ -26,13 +27,46 @@ pub struct TokenLogprob {
 /// [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for,
 /// [`Error::NonFinite`] if the model overflows.
 pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogprob>> {
-    if ids.len() < 2 {
-        return Ok(Vec::new());
+    match ids.split_first() {
+        Some((_, rest)) if !rest.is_empty() => scored_after(model, ids, 1),
+        _ => Ok(Vec::new()),
     }
+}
+
+/// The log-probability of every token of a text of any length: the first given `prefix`, each of the others given what comes before
+/// it in its window. The windows are those of [`Continuation::windows`], as in [`crate::slice_losses`] and in the tasks over whole
+/// texts.
+///
+/// # Errors
+/// [`Error::NonFinite`] if the model overflows, [`pricket_nn::Error::Cancelled`], and what the model says.
+pub fn text_logprobs(
+    model: &dyn CausalLm,
+    ids: &[u32],
+    prefix: u32,
+    options: &ScoreOptions,
+) -> Result<Vec<TokenLogprob>> {
+    let mut out = Vec::with_capacity(ids.len());
+    options.progress.begin("scoring", ids.len() as u64, "tokens");
+    for Continuation { mut context, ids } in Continuation::windows(ids, prefix, options.max_length(model).max(1)) {
+        if options.progress.cancelled() {
+            return Err(pricket_nn::Error::Cancelled.into());
+        }
+        let given = context.len();
+        context.extend(ids);
+        out.extend(scored_after(model, &context, given)?);
+        options.progress.update(out.len() as u64);
+    }
+    options.progress.end();
+    Ok(out)
+}
+
+/// The log-probabilities of `ids` from number `given` on, given all before them. At least one is given and one is scored.
+fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize) -> Result<Vec<TokenLogprob>> {
     let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
     let hidden = model.hidden(&input, &mut Context::new())?;
-    let mut out = Vec::with_capacity(ids.len() - 1);
-    for (block, targets) in ids[1..].chunks(BLOCK).enumerate() {
+    let hidden = hidden.narrow(1, given - 1, ids.len() - given)?;
+    let mut out = Vec::with_capacity(ids.len() - given);
+    for (block, targets) in ids[given..].chunks(BLOCK).enumerate() {
         let logits = model.head(&hidden.narrow(1, block * BLOCK, targets.len())?)?.i(0)?;
         let mut scored = Ok(Vec::new());
         model.on_threads(&mut || scored = ops::logprobs(&logits, targets));

@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -84,12 +84,13 @@ impl Tokenizer {
             bytes[*id as usize] = decoded.unwrap_or_else(|| token.as_bytes().to_vec());
         }
         let mut special = vec![false; size];
+        // Once special, always special: so does the library when it decodes.
+        let were_special: HashSet<&str> =
+            own.iter().chain(&added).filter(|token| token.is_special()).map(|token| token.content()).collect();
         for (id, token) in inner.get_added_tokens_decoder() {
             if let Some(slot) = bytes.get_mut(id as usize) {
                 *slot = token.content.as_bytes().to_vec();
-                // Once special, always special: so does the library when it decodes.
-                let was_special = || own.iter().chain(&added).any(|t| t.is_special() && t.content() == token.content);
-                special[id as usize] = token.special || was_special();
+                special[id as usize] = token.special || were_special.contains(token.content.as_str());
             }
         }
         Ok(Self { shared: Arc::new(Shared { inner, origin, bytes, special }) })

@@ -4,7 +4,7 @@
 //! make it panic, others take gigabytes. The tokenizers of these families need little of what it can do, so everything
 //! else is refused by name, and what is let through is written out anew.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use pricket_nn::clip;
 use serde::Deserialize;
@@ -16,6 +16,8 @@ pub(crate) const MAX_SIZE: u64 = 6 << 20;
 /// Longest text of an added token, and of all of them together.
 const MAX_ADDED: usize = 1 << 10;
 const MAX_ADDED_TOTAL: usize = 256 << 10;
+/// Tokens that the files beside a tokenizer.json name, together.
+const MAX_ADDED_COUNT: usize = 1 << 14;
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -134,6 +136,14 @@ impl Siblings {
             named.extend(token_of(key, attribute(key))?);
         }
         let is_named = |content: &str| named.iter().any(|token| token.content == content);
+        let mut count = 0;
+        let mut counted = |more: usize| {
+            count += more;
+            if count > MAX_ADDED_COUNT {
+                return Err(format!("its added tokens are more than {MAX_ADDED_COUNT}"));
+            }
+            Ok(())
+        };
         let mut listed = Vec::new();
         for (key, value) in LISTS.iter().map(|key| (key, attribute(key))) {
             let items: Vec<&Value> = match value {
@@ -141,12 +151,14 @@ impl Siblings {
                 Value::Object(items) => items.values().collect(),
                 _ => Vec::new(),
             };
+            counted(items.len())?;
             for item in items {
                 listed.extend(token_of(key, item)?);
             }
         }
         let mut by_id = BTreeMap::new();
         if let Some(decoder) = decoder {
+            counted(decoder.as_object().map_or(0, serde_json::Map::len))?;
             for (id, value) in decoder.as_object().into_iter().flatten() {
                 let wrong = |what: &str| format!("tokenizer_config.json: added_tokens_decoder: {}: {what}", clip(id));
                 let id: u32 = id.parse().map_err(|_| wrong("not an id"))?;
@@ -154,18 +166,22 @@ impl Siblings {
                 by_id.insert(id, token);
             }
         } else {
-            for (content, id) in self.added.as_ref().and_then(Value::as_object).into_iter().flatten() {
+            let added = self.added.as_ref().and_then(Value::as_object);
+            counted(added.map_or(0, serde_json::Map::len))?;
+            let listed: HashSet<&str> = listed.iter().map(|token| token.content.as_str()).collect();
+            for (content, id) in added.into_iter().flatten() {
                 let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
                 let id =
                     id.ok_or_else(|| format!("added_tokens.json: the id of {:?} is not a number", clip(content)))?;
-                let special = is_named(content) || listed.iter().any(|token| token.content == *content);
+                let special = is_named(content) || listed.contains(content.as_str());
                 by_id.insert(id, AddedToken { special, normalized: Some(!special), ..AddedToken::special(content) });
             }
             by_id.extend(own.iter().map(|token| (token.id, token.clone())));
         }
         let mut out: Vec<AddedToken> = by_id.into_values().collect();
+        let mut known: HashSet<String> = own.iter().chain(&out).map(|token| token.content.clone()).collect();
         for token in named.iter().chain(&listed) {
-            if !own.iter().chain(&out).any(|known| known.content == token.content) {
+            if known.insert(token.content.clone()) {
                 out.push(token.clone());
             }
         }

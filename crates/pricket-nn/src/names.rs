@@ -62,8 +62,13 @@ impl Names {
     /// that is called alike, of another block.
     pub(crate) fn is_weight(&self, name: &str, asked: &BTreeSet<String>) -> bool {
         let canonical = self.canonical(name);
-        let is_ours =
-            canonical.split('.').next() == Some(self.root) || canonical.starts_with(&format!("{}.", self.head));
+        let first = canonical.split('.').next();
+        // In a file without the root, what stands where its weights have `layers` or `blocks`.
+        let is_bare = || {
+            let firsts = asked.iter().map(|name| self.unwrapped(name));
+            firsts.map(|name| name.split('.').next().map(str::to_owned)).any(|known| known.as_deref() == first)
+        };
+        let is_ours = first == Some(self.root) || canonical.starts_with(&format!("{}.", self.head)) || is_bare();
         let ends = [".weight", ".bias"].iter().any(|end| canonical.ends_with(end));
         (is_ours && ends) || asked.contains(&without_numbers(name))
     }
@@ -172,6 +177,8 @@ mod tests {
             ("gpt_neox.layers.7.attention.dense.weight", true),
             ("module.gpt_neox.layers.7.attention.query_key_value.lora_A.default.weight", true),
             ("layers.9.attention.dense.weight", true),
+            ("layers.9.attention.query_key_value.bias", true),
+            ("module.layers.9.attention.norm.weight", true),
             ("blk.9.attn_output.bias", true),
             ("lm_head.weight", true),
             ("v_head.summary.weight", false),

@@ -338,8 +338,8 @@ impl Weights {
     /// Embedding and head of a model: tables of `[rows, dim]` under two names. Where they are tied, one of the names is enough.
     ///
     /// # Errors
-    /// As [`Weights::linear`], and if a tied head is there as well and holds other values than the embedding: which of the two
-    /// is meant, nothing tells.
+    /// As [`Weights::linear`], and if a tied head is there as well and holds other values than the embedding: the file
+    /// does not say which of the two to use.
     pub fn embedding_and_head(
         &self,
         embedding: &str,
@@ -352,7 +352,16 @@ impl Weights {
             return Ok((self.embedding(embedding, rows, dim)?, self.linear(head, dim, rows, false)?));
         }
         let [own, other] = [embedding, head].map(|name| self.stored(&self.pp(name).name("weight")));
-        let embed = self.embedding(if own.is_none() && other.is_some() { head } else { embedding }, rows, dim)?;
+        let by_head = own.is_none() && other.is_some();
+        let embed = self.embedding(if by_head { head } else { embedding }, rows, dim)?;
+        if by_head {
+            // The one matrix is the embedding's, whatever the file calls it.
+            let [own, other] = [embedding, head].map(|name| self.pp(name).name("weight"));
+            let mut state = self.state();
+            for (canonical, _) in state.canonical.iter_mut().filter(|(canonical, _)| *canonical == other) {
+                canonical.clone_from(&own);
+            }
+        }
         if let (Some(own), Some(other)) = (own, other)
             && own != other
         {
@@ -386,7 +395,10 @@ impl Weights {
         if store.entry(&own) == store.entry(&other) && (!bytes || *store.bytes(&own)? == *store.bytes(&other)?) {
             return Ok(());
         }
-        let what = format!("tie_word_embeddings is true, but tensor {other} differs from the embedding {own}");
+        let what = format!(
+            "tie_word_embeddings is true, but tensor {other} differs from the embedding {own}: to use it, load with tie_word_embeddings=false; to \
+             leave it out, allow unused weights"
+        );
         Err(pricket_weights::Error::Corrupt { path: store.origin(&other).into(), what }.into())
     }
 

@@ -26,13 +26,16 @@ pub fn parse_json(bytes: &[u8]) -> serde_json::Result<Value> {
 /// again.
 pub fn to_python_json(value: &Value) -> String {
     let text = serde_json::to_string_pretty(value).unwrap_or_default();
-    // A key is followed by a colon, a value is not.
-    SPECIAL.iter().fold(text, |text, name| {
-        let quoted = format!("\"{name}\"");
-        [",", "\n", "}", "]"]
-            .iter()
-            .fold(text, |text, end| text.replace(&format!("{quoted}{end}"), &format!("{name}{end}")))
-    })
+    // A value stands alone on its line or after a key, which a colon ends: no text holds a line break.
+    let lines = text.split('\n').map(|line| {
+        let (rest, comma) = line.strip_suffix(',').map_or((line, ""), |rest| (rest, ","));
+        let special = SPECIAL.iter().find_map(|name| {
+            let before = rest.strip_suffix(&format!("\"{name}\""))?;
+            (before.trim_start().is_empty() || before.ends_with("\": ")).then(|| format!("{before}{name}{comma}"))
+        });
+        special.unwrap_or_else(|| line.to_owned())
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 const SPECIAL: [&str; 3] = ["-Infinity", "Infinity", "NaN"];

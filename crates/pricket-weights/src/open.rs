@@ -97,15 +97,17 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
         _ => false,
     };
     let others = representatives(names().filter(is_other));
-    let is_torch_part =
-        |name: &&str| Path::new(name).extension().is_some_and(|end| end == "bin") && parts_of(name).is_some();
+    let is_torch_part = |name: &&str| {
+        Path::new(name).extension().is_some_and(|end| end == "bin") && crate::parts::Part::of(name).is_some()
+    };
     let numbered = representatives(names().filter(is_torch_part));
     match weights[..] {
         [only] => Ok(only),
         [] if numbered.len() == 1 => Ok(numbered[0]),
         [] if others.len() == 1 => Ok(others[0]),
-        [] if others.len() > 1 => {
-            let what = format!("{} files of a model ({}, ...): name one of them", others.len(), others[0]);
+        [] if others.len() + numbered.len() > 1 => {
+            let files = [&numbered[..], &others].concat();
+            let what = format!("{} files of a model ({}, ...): name one of them", files.len(), files[0]);
             Err(Error::Ambiguous { path: place.into(), what })
         }
         [] if names().any(is_adapter) => Err(Error::Unsupported { path: place.into(), what: ADAPTER.into() }),

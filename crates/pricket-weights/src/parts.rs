@@ -19,7 +19,11 @@ impl<'a> Part<'a> {
         let (rest, extension) = name.rsplit_once('.')?;
         let (rest, count) = rest.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
-        let digits = |text: &str| (text.len() == 5).then(|| text.parse::<u32>().ok()).flatten();
+        let digits = |text: &str| {
+            (text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit()))
+                .then(|| text.parse::<u32>().ok())
+                .flatten()
+        };
         let (number, count) = (digits(number)?, digits(count)?);
         (number >= 1 && number <= count && count <= MAX_PARTS).then_some(Self { stem, extension, number, count })
     }

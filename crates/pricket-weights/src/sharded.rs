@@ -35,7 +35,7 @@ struct Index {
 pub fn shard_map(index: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     let corrupt = |what: String| Error::Corrupt { path: path.into(), what };
     if index.len() as u64 > MAX_INDEX {
-        return Err(corrupt(format!("an index of {} bytes is out of all proportion", index.len())));
+        return Err(corrupt(format!("an index of {} bytes; at most {MAX_INDEX} are read", index.len())));
     }
     let map: Index = parse_json(index)
         .and_then(serde_json::from_value)
@@ -65,7 +65,7 @@ impl Sharded {
             return Err(corrupt("not a regular file".into()));
         }
         if size > MAX_INDEX {
-            return Err(corrupt(format!("an index of {size} bytes is out of all proportion")));
+            return Err(corrupt(format!("an index of {size} bytes; at most {MAX_INDEX} are read")));
         }
         let map = shard_map(&std::fs::read(index).map_err(io)?, index)?;
         let files: BTreeSet<&String> = map.values().collect();

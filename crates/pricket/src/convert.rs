@@ -12,7 +12,7 @@ use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, 
 use serde_json::Value;
 
 use crate::family::Family;
-use crate::opened::{Opened, TOKENIZER_FILES, at, parent, read_small};
+use crate::opened::{Opened, TOKENIZER_FILES, at, parent};
 use crate::qkv::Fused;
 use crate::{Error, Loader, Provenance, QkvOrder, Result};
 
@@ -145,6 +145,7 @@ impl Loader {
                 return Err(Error::Input(format!("{} holds a model already, and is not written over", out.display())));
             }
         }
+        let beside = if gguf { Vec::new() } else { beside(out, &opened, &config, options.overwrite)? };
         let part = Part::create(&path, options.overwrite)?;
         let io = |error: std::io::Error| Error::Io { path: path.clone(), error };
         let outlines: Vec<Outline> = items.iter().map(|item| item.outline.clone()).collect();
@@ -170,8 +171,8 @@ impl Loader {
         }
         writer.finish().map_err(io)?;
         // The weights last: without them nobody takes the directory for a model.
-        if !gguf {
-            beside(out, &opened, &config)?;
+        for file in beside {
+            file.write(out)?;
         }
         let bytes = part.finish()?;
         progress.end();
@@ -419,12 +420,37 @@ fn metadata(
     Ok(out)
 }
 
-/// Licences and what goes with them, by the names that repositories give them.
-const LICENCES: [&str; 5] = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"];
+/// Licenses and what goes with them, by the names that repositories give them.
+const LICENSES: [&str; 5] = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"];
 
-/// Configuration, tokenizer and licence, beside the weights of a directory; of another model's nothing stays.
-fn beside(directory: &Path, opened: &Opened, config: &Value) -> Result<()> {
-    let mut files: Vec<(&str, Option<Vec<u8>>)> = vec![
+/// Bytes of a file that is copied beside the weights; no tokenizer that can be loaded is longer.
+const MAX_BESIDE: u64 = 6 << 20;
+
+/// A file beside the weights: what is to be in it, or that it is to be deleted.
+struct Beside {
+    name: &'static str,
+    bytes: Option<Vec<u8>>,
+}
+
+impl Beside {
+    fn write(&self, directory: &Path) -> Result<()> {
+        let path = directory.join(self.name);
+        let io = |error| Error::Io { path: path.clone(), error };
+        let Some(bytes) = &self.bytes else { return std::fs::remove_file(&path).map_err(io) };
+        let mut part = Part::create(&path, true)?;
+        std::io::Write::write_all(&mut part.file, bytes).map_err(io)?;
+        part.finish()?;
+        Ok(())
+    }
+}
+
+/// Configuration, tokenizer and license, beside the weights of a directory. With `overwrite` a tokenizer or generation settings of
+/// the model that was there are deleted; a license or notice never is.
+///
+/// # Errors
+/// Without `overwrite`, [`Error::Input`] if one of the files is there.
+fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) -> Result<Vec<Beside>> {
+    let mut files: Vec<(&'static str, Option<Vec<u8>>)> = vec![
         ("config.json", Some(to_python_json(config).into_bytes())),
         ("generation_config.json", opened.generation_config.as_ref().map(|json| to_python_json(json).into_bytes())),
         (
@@ -434,29 +460,24 @@ fn beside(directory: &Path, opened: &Opened, config: &Value) -> Result<()> {
     ];
     let copied = |folder: Option<PathBuf>, name: &str| {
         let path = folder.map(|folder| folder.join(name)).filter(|path| path.is_file());
-        path.map(|path| read_small(&path)).transpose()
+        path.map(|path| crate::opened::read_at_most(&path, MAX_BESIDE)).transpose()
     };
     let tokenizer = opened.tokenizer_path.as_deref().map(parent);
     for name in TOKENIZER_FILES {
         files.push((name, copied(tokenizer.clone(), name)?));
     }
     let source = opened.provenance.directory.clone().filter(|_| !opened.is_container);
-    for name in LICENCES {
-        files.push((name, copied(source.clone(), name)?));
+    for name in LICENSES {
+        files.extend(copied(source.clone(), name)?.map(|bytes| (name, Some(bytes))));
     }
     files.push(("README.md", Some(readme(opened).into_bytes())));
-    for (name, bytes) in files {
+    let is_there = |name: &str| std::fs::symlink_metadata(directory.join(name)).is_ok();
+    if let Some((name, _)) = files.iter().find(|(name, _)| !overwrite && is_there(name)) {
         let path = directory.join(name);
-        let io = |error| Error::Io { path: path.clone(), error };
-        if let Some(bytes) = bytes {
-            let mut part = Part::create(&path, true)?;
-            std::io::Write::write_all(&mut part.file, &bytes).map_err(io)?;
-            part.finish()?;
-        } else if path.exists() {
-            std::fs::remove_file(&path).map_err(io)?;
-        }
+        return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
     }
-    Ok(())
+    files.retain(|(name, bytes)| bytes.is_some() || is_there(name));
+    Ok(files.into_iter().map(|(name, bytes)| Beside { name, bytes }).collect())
 }
 
 /// A card that says where the weights came from and under which licence they are.
@@ -483,14 +504,28 @@ fn python_config(opened: &Opened, family: &Family, dtype: Dtype) -> (Value, Vec<
     }
     let architecture = family.architecture(&opened.config);
     object.insert("architectures".into(), serde_json::json!([architecture]));
-    // transformers 5 calls it by another name.
-    let key = if object.contains_key("dtype") && !object.contains_key("torch_dtype") { "dtype" } else { "torch_dtype" };
-    match dtype {
-        Dtype::F32 => object.insert(key.into(), "float32".into()),
-        Dtype::F16 => object.insert(key.into(), "float16".into()),
-        Dtype::BF16 => object.insert(key.into(), "bfloat16".into()),
-        _ => object.remove(key),
+    // A directory from which the model was saved once.
+    let is_path = |name: &str| name.starts_with(['/', '.', '~']) || name.contains(['\\', ':']);
+    if object.get("_name_or_path").and_then(Value::as_str).is_some_and(is_path) {
+        object.remove("_name_or_path");
+    }
+    let name = match dtype {
+        Dtype::F32 => Some("float32"),
+        Dtype::F16 => Some("float16"),
+        Dtype::BF16 => Some("bfloat16"),
+        _ => None,
     };
+    // transformers 5 calls it `dtype`, and prefers that where both are there.
+    let mut keys: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| object.contains_key(*key)).collect();
+    if keys.is_empty() {
+        keys.push("torch_dtype");
+    }
+    for key in keys {
+        match name {
+            Some(name) => object.insert(key.into(), name.into()),
+            None => object.remove(key),
+        };
+    }
     (config, notes)
 }
 

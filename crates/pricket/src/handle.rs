@@ -251,7 +251,35 @@ impl Pricket {
                 "a text of fewer than two tokens has no log-probabilities: each token is scored given those before it";
             return Err(Error::Input(what.into()));
         }
-        let scored = token_logprobs(&*self.parts.model, &ids)?;
+        self.with_text(token_logprobs(&*self.parts.model, &ids)?)
+    }
+
+    /// The log-probability of every token of a text of any length: the first given [`Pricket::prefix_id`], the others given what comes
+    /// before them. A text that is longer than the model reads at once is scored in windows, every token once
+    /// ([`Continuation::windows`](pricket_lm::Continuation::windows)). `exp` of the negative mean is the perplexity that tasks, slices
+    /// and sweeps have of the same text.
+    ///
+    /// ```
+    /// let tiny = pricket::tiny()?;
+    /// let scored = tiny.score("The people of the United States", &pricket::ScoreOptions::default())?;
+    /// let loss = -scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len() as f64;
+    /// assert_eq!(scored.len(), tiny.encode("The people of the United States")?.len());
+    /// assert!(loss.exp() < 200.0);
+    /// # Ok::<(), pricket::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a text without a token; [`Error::Cancelled`]; what the model says.
+    pub fn score(&self, text: &str, options: &ScoreOptions) -> Result<Vec<ScoredToken>> {
+        let ids = self.tokenizer()?.encode(text)?;
+        if ids.is_empty() {
+            return Err(Error::Input("a text without a token has no log-probabilities".into()));
+        }
+        self.with_text(pricket_lm::text_logprobs(&*self.parts.model, &ids, self.prefix_id(), options)?)
+    }
+
+    fn with_text(&self, scored: Vec<pricket_lm::TokenLogprob>) -> Result<Vec<ScoredToken>> {
+        let tokenizer = self.tokenizer()?;
         let token = |t: pricket_lm::TokenLogprob| ScoredToken {
             id: t.id,
             text: tokenizer.decode(&[t.id]),
@@ -389,7 +417,7 @@ impl Batch {
             };
             if let Some(finish) = finish {
                 let cut = matches!(finish, FinishReason::Length | FinishReason::Context);
-                // What is held back may be the first part of a stop string, which is no part of a reply.
+                // The held text may be the start of a stop string, which a reply does not include.
                 new.push_str(&if cut && self.is_reply { text.finish_cut() } else { text.finish() });
                 completion.finish = finish;
             }
@@ -407,6 +435,14 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// The same as a reply in a prompt format, whose stop strings are no part of it: where the length cuts it off, a first part of a stop
+    /// string is left out. Other streams give every character that was written.
+    #[must_use]
+    pub fn as_reply(mut self) -> Self {
+        self.batch.is_reply = true;
+        self
+    }
+
     fn advance(&mut self) -> Result<Option<String>> {
         Ok(self.batch.step()?.map(|mut pieces| pieces.pop().map_or_else(String::new, |(_, text)| text)))
     }
@@ -415,8 +451,7 @@ impl Stream {
     pub(crate) fn of_ids(pricket: &Pricket, ids: Vec<u32>, past: Cache, options: &GenerateOptions) -> Result<Self> {
         let mut batch = Batch::of_ids(pricket, vec![ids], options)?;
         batch.generation = batch.generation.with_past(past)?;
-        batch.is_reply = true;
-        Ok(Self { batch })
+        Ok(Self { batch }.as_reply())
     }
 
     /// Every id that the cache holds, and the cache.

@@ -35,7 +35,7 @@ impl Hashes {
                 let examples = if shots > 0 { self.all(examples)? } else { Vec::new() };
                 json!({"definition": hash(task.definition()), "documents": self.all(documents)?, "examples": examples})
             }
-            Measure::Slices(path) => json!({"documents": [self.of(path)?]}),
+            Measure::Slices(path) | Measure::TextFile(path) => json!({"documents": [self.of(path)?]}),
             Measure::Text { text, .. } => json!({"documents": [hash(text)]}),
         })
     }

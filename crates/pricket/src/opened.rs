@@ -295,10 +295,14 @@ pub(crate) fn read_json(path: &Path) -> Result<Value> {
 
 /// A file of settings.
 pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
+    read_at_most(path, MAX_JSON)
+}
+
+pub(crate) fn read_at_most(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let io = |error: std::io::Error| Error::Io { path: path.into(), error };
     let size = std::fs::metadata(path).map_err(io)?.len();
-    if size > MAX_JSON {
-        return Err(corrupt(path, format!("{size} bytes; a configuration has at most {MAX_JSON}")));
+    if size > limit {
+        return Err(corrupt(path, format!("{size} bytes; a file of this kind has at most {limit}")));
     }
     std::fs::read(path).map_err(io)
 }

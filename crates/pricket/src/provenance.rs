@@ -42,8 +42,12 @@ impl Provenance {
     /// Of files in a directory. A snapshot in a Hub cache is known for what it is.
     pub(crate) fn of_directory(directory: &Path, files: &[PathBuf]) -> Self {
         let file = |path: &PathBuf| {
+            // In a Hub cache a file is a link to a blob, which has its hash for a name. Other links say nothing.
             let target = std::fs::read_link(path).ok();
-            let blob = target.as_deref().and_then(Path::file_name).and_then(|name| Digest::from_hex(name.to_str()?));
+            let is_blob =
+                |target: &&Path| target.parent().and_then(Path::file_name).is_some_and(|name| name == "blobs");
+            let blob = target.as_deref().filter(is_blob).and_then(Path::file_name);
+            let blob = blob.and_then(|name| Digest::from_hex(name.to_str()?));
             Some(SourceFile {
                 path: path.strip_prefix(directory).unwrap_or(path).to_string_lossy().into_owned(),
                 bytes: std::fs::metadata(path).ok()?.len(),

@@ -15,7 +15,7 @@ use crate::opened::{Changes, TOKENIZER_FILES, at, read_json};
 use crate::{Error, Provenance, Result};
 
 /// Files that are fetched beside the weights, if they are there.
-const SMALL: [&str; 9] = [
+const SMALL: [&str; 12] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -25,6 +25,9 @@ const SMALL: [&str; 9] = [
     "README.md",
     "LICENSE",
     "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
 ];
 /// None of these is larger, nor is an index of shards.
 const SMALL_BYTES: u64 = 6 << 20;
@@ -379,7 +382,7 @@ impl Chosen {
         let missing = || Error::NotFound { path: place.clone(), what: format!("{name} is not listed") };
         let small = ["config.json", "tokenizer.json"].into_iter().chain(is_index(name).then_some(name));
         if let Some(large) = small.filter_map(find).find(|file| file.size > SMALL_BYTES) {
-            let what = format!("{} bytes are out of all proportion", large.size);
+            let what = format!("{} bytes; a file of this kind has at most {SMALL_BYTES}", large.size);
             let error = pricket_weights::Error::Corrupt { path: place.join(large.path), what };
             return Err(Error::Corrupt { tensor: None, error });
         }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{channel, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use pricket_hub::{Digest, Hub, Quiet, Steps};
@@ -30,6 +30,9 @@ pub enum Measure {
     },
     /// The loss of every slice of a file of JSON lines: `SLICE/loss` in nats a token and `SLICE/bits_per_byte`.
     Slices(PathBuf),
+    /// The loss of a file of plain text: `NAME/loss` in nats a token, `NAME/perplexity`, its `exp`, and `NAME/bits_per_byte`, where NAME
+    /// is the file's without its extension. Every token is scored, the first after `<|endoftext|>`, in windows.
+    TextFile(PathBuf),
     /// The loss of a text: `NAME/loss` and `NAME/bits_per_byte`.
     Text {
         /// What it is called.
@@ -39,6 +42,19 @@ pub enum Measure {
     },
 }
 
+/// The metrics of a slice.
+const SLICE_METRICS: [&str; 2] = ["loss", "bits_per_byte"];
+
+/// Those of a file of plain text.
+const TEXT_METRICS: [&str; 3] = ["loss", "perplexity", "bits_per_byte"];
+
+/// The name of a file without its extension, nor that of its compression.
+fn stem(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
+    name.rsplit_once('.').map_or(name, |(stem, _)| if stem.is_empty() { name } else { stem }).to_owned()
+}
+
 impl Measure {
     /// The metrics that it gives, where that is known before.
     fn metrics(&self) -> Option<Vec<String>> {
@@ -46,7 +62,10 @@ impl Measure {
             Measure::Task { task, .. } => {
                 Some(task.metrics().iter().map(|metric| format!("{}/{}", task.name(), metric.name())).collect())
             }
-            Measure::Text { name, .. } => Some(vec![format!("{name}/loss"), format!("{name}/bits_per_byte")]),
+            Measure::Text { name, .. } => Some(SLICE_METRICS.iter().map(|metric| format!("{name}/{metric}")).collect()),
+            Measure::TextFile(path) => {
+                Some(TEXT_METRICS.iter().map(|metric| format!("{}/{metric}", stem(path))).collect())
+            }
             Measure::Slices(_) => None,
         }
     }
@@ -56,6 +75,7 @@ impl Measure {
         match self {
             Measure::Task { task, .. } => format!("task {}", task.name()),
             Measure::Slices(path) => format!("slices {}", path.display()),
+            Measure::TextFile(path) => format!("text file {}", path.display()),
             Measure::Text { name, .. } => format!("text {name}"),
         }
     }
@@ -69,7 +89,7 @@ impl Measure {
             Measure::Task { task, documents, .. } => {
                 json!({"version": task.version(), "shots": shots, "limit": limit, "bytes": documents.iter().map(|path| bytes(path)).sum::<Option<u64>>()})
             }
-            Measure::Slices(path) => {
+            Measure::Slices(path) | Measure::TextFile(path) => {
                 json!({"file": path.file_name().map(|name| name.to_string_lossy()), "bytes": bytes(path)})
             }
             Measure::Text { text, .. } => {
@@ -240,64 +260,78 @@ impl Sweep {
         let mut rows = Rows::open(&self.out)?;
         let mut swept = Swept { recomputed: rows.torn, ..Swept::default() };
         let jobs = self.jobs(&rows, &mut swept)?;
-        let outcome = std::thread::scope(|scope| -> Result<()> {
+        let outcome = std::thread::scope(|scope| -> Result<Vec<String>> {
             // No room in between: at most one checkpoint is loaded beside the one that is measured.
             let (send, receive) = sync_channel(0);
             let (release, released) = channel();
-            let load = |job: &Job<'_>, wait: &mut dyn FnMut() -> bool| {
+            let load = |job: &Job<'_>, wait: &mut dyn FnMut() -> Result<bool>| {
                 self.make_room(job, wait)?;
-                (self.configure)(Loader::new(job.model.id(job.checkpoint)))?.load()
+                let model = (self.configure)(Loader::new(job.model.id(job.checkpoint)))?.load()?;
+                let stamps = inputs::stamps(model.provenance());
+                Ok((model, stamps))
             };
+            // Measures whose documents one checkpoint of a model cannot be asked: no other checkpoint of it can.
+            let hopeless = Hopeless::default();
             let mut ahead = None;
             if self.prefetch {
-                let jobs = &jobs;
+                let (jobs, hopeless) = (&jobs, hopeless.clone());
                 scope.spawn(move || {
                     let mut held = 0;
                     jobs.iter().all(|job| {
                         held -= released.try_iter().count();
+                        if hopeless.all(job) {
+                            return send.send(None).is_ok();
+                        }
                         let loaded = load(job, &mut || {
-                            let one = held > 0 && released.recv().is_ok();
-                            held -= usize::from(one);
-                            one
+                            if held == 0 {
+                                return Ok(false);
+                            }
+                            // Nothing is fetched for a sweep that has ended.
+                            released.recv().map_err(|_| Error::Cancelled)?;
+                            held -= 1;
+                            Ok(true)
                         });
                         held += 1;
-                        send.send(loaded).is_ok()
+                        send.send(Some(loaded)).is_ok()
                     })
                 });
                 ahead = Some(receive);
             }
             for job in &jobs {
                 let loaded = match &ahead {
-                    Some(receive) => receive.recv().unwrap_or(Err(Error::Cancelled)),
-                    None => load(job, &mut || false),
+                    Some(receive) => receive.recv().unwrap_or(Some(Err(Error::Cancelled))),
+                    None => (!hopeless.all(job)).then(|| load(job, &mut || Ok(false))),
                 };
-                if self.measure(job, loaded, &mut rows, &mut swept, &mut tell)? {
-                    swept
-                        .warnings
-                        .push("no measure can be taken of these documents: other checkpoints were not tried".into());
-                    break;
-                }
+                // A checkpoint that was not loaded is none that is to be released.
+                let Some(loaded) = loaded else { continue };
+                self.measure(job, loaded, &hopeless, &mut rows, &mut swept, &mut tell)?;
                 // Nobody listens at the end.
                 let _ = release.send(());
                 if let Some((hub, budget)) = &self.budget {
                     hub.cache().evict(*budget, &Quiet)?;
                 }
             }
-            Ok(())
+            Ok(hopeless.warnings(&jobs))
         });
-        outcome?;
+        swept.warnings.extend(outcome?);
         swept.warnings.extend(rows.twins());
         Ok(swept)
     }
 
     /// Makes room for a checkpoint that is to be fetched, so that with it no more than the budget is taken. What is in use stays:
     /// `wait` waits until one more checkpoint has been measured, and gives whether one was.
-    fn make_room(&self, job: &Job<'_>, wait: &mut dyn FnMut() -> bool) -> Result<()> {
+    fn make_room(&self, job: &Job<'_>, wait: &mut dyn FnMut() -> Result<bool>) -> Result<()> {
         let Some((hub, budget)) = &self.budget else { return Ok(()) };
-        let needed = job.model.bytes_to_fetch(job.checkpoint);
         loop {
-            let left = hub.cache().evict(budget.saturating_sub(needed), &Quiet)?.left;
-            if left.saturating_add(needed) <= *budget || !wait() {
+            // Asked each time: what is deleted may be a part of this checkpoint.
+            let needed = job.model.bytes_to_fetch(job.checkpoint);
+            if needed > *budget {
+                let id = job.model.id(job.checkpoint);
+                return Err(Error::Input(format!("{id} takes {needed} bytes, more than the disk budget of {budget}")));
+            }
+            let left = hub.cache().evict(budget - needed, &Quiet)?.left;
+            let needed = job.model.bytes_to_fetch(job.checkpoint);
+            if left.saturating_add(needed) <= *budget || !wait()? {
                 return Ok(());
             }
         }
@@ -355,22 +389,22 @@ impl Sweep {
         Ok(jobs)
     }
 
-    /// Takes the measures of a checkpoint; gives whether the documents are such that no measure can be taken of any.
+    /// Takes the measures of a checkpoint.
     fn measure(
         &self,
         job: &Job<'_>,
-        loaded: Result<Pricket>,
+        loaded: Result<(Pricket, Value)>,
+        hopeless: &Hopeless,
         rows: &mut Rows,
         swept: &mut Swept,
         tell: &mut impl FnMut(&Value),
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let mut about = json!({
             "model": job.model.model, "revision": job.checkpoint.revision, "step": job.checkpoint.step,
             "pricket": env!("CARGO_PKG_VERSION"),
         });
-        match self.measure_all(job, loaded, &mut about, rows, swept, tell) {
-            Ok(0) => return Ok(true),
-            Ok(_) => swept.checkpoints += 1,
+        match self.measure_all(job, loaded, hopeless, &mut about, rows, swept, tell) {
+            Ok(measured) => swept.checkpoints += usize::from(measured > 0),
             Err(Failure::Everywhere(e)) => return Err(e),
             Err(Failure::Here(e)) => {
                 about["error"] = json!(e.to_string());
@@ -378,25 +412,30 @@ impl Sweep {
                 rows.append(vec![about], tell)?;
             }
         }
-        Ok(false)
+        Ok(())
     }
 
+    #[allow(clippy::too_many_arguments, reason = "what the checkpoint is, and what the sweep writes to")]
     fn measure_all(
         &self,
         job: &Job<'_>,
-        loaded: Result<Pricket>,
+        loaded: Result<(Pricket, Value)>,
+        hopeless: &Hopeless,
         about: &mut Value,
         rows: &mut Rows,
         swept: &mut Swept,
         tell: &mut impl FnMut(&Value),
     ) -> Result<usize, Failure> {
-        let (model, mut measured) = (loaded.map_err(Failure::of)?, 0);
-        let stamps = inputs::stamps(model.provenance());
+        let ((model, stamps), mut measured) = (loaded.map_err(Failure::of)?, 0);
         let provenance = model.provenance().clone().hashed().map_err(Failure::Here)?;
+        if inputs::stamps(&provenance) != stamps {
+            let what = format!("{}: its files were written after it was loaded", job.model.id(job.checkpoint));
+            return Err(Failure::Here(Error::Input(what)));
+        }
         about["provenance"] = provenance.to_json();
         about["stamps"] = stamps;
         let weights = inputs::identity(&provenance);
-        for (measure, inputs) in &job.measures {
+        for (measure, inputs) in job.measures.iter().filter(|(measure, _)| !hopeless.has(job, measure)) {
             let start = Instant::now();
             let figures = match self.figures(&model, measure) {
                 Ok(figures) => figures,
@@ -407,6 +446,7 @@ impl Sweep {
                     row["error"] = json!(what);
                     swept.failed.push((job.model.id(job.checkpoint), what));
                     rows.append(vec![row], tell).map_err(Failure::Everywhere)?;
+                    hopeless.add(job, measure);
                     continue;
                 }
                 Err(e) => return Err(Failure::of(e)),
@@ -434,13 +474,20 @@ impl Sweep {
     }
 
     fn figures(&self, model: &Pricket, measure: &Measure) -> Result<Vec<Measured>> {
-        let slices = |documents: &mut dyn Iterator<Item = pricket_lm::Result<Value>>| -> Result<_> {
+        let slices = |documents: &mut dyn Iterator<Item = pricket_lm::Result<Value>>, metrics: &[&str]| -> Result<_> {
             let score = &self.options.score;
             let losses = slice_losses(&*model.model(), model.tokenizer()?, documents, model.prefix_id(), score)?;
             let figures = |(name, slice): (String, pricket_lm::SliceLoss)| {
                 let count = slice.documents as usize;
-                [("loss", slice.loss()), ("bits_per_byte", slice.bits_per_byte())]
-                    .map(|(metric, value)| (format!("{name}/{metric}"), value, None, count))
+                let value = |metric: &str| match metric {
+                    "loss" => slice.loss(),
+                    "perplexity" => slice.perplexity(),
+                    _ => slice.bits_per_byte(),
+                };
+                metrics
+                    .iter()
+                    .map(|metric| (format!("{name}/{metric}"), value(metric), None, count))
+                    .collect::<Vec<_>>()
             };
             Ok(losses.into_iter().flat_map(figures).collect())
         };
@@ -456,9 +503,52 @@ impl Sweep {
                 let figure = |f: &pricket_lm::Figure| (name(f.metric), f.value, f.stderr, outcome.documents);
                 Ok(outcome.figures.iter().map(figure).collect())
             }
-            Measure::Slices(path) => slices(&mut Documents::open(path)?),
-            Measure::Text { name, text } => slices(&mut std::iter::once(Ok(json!({"text": text, "slice": name})))),
+            Measure::Slices(path) => slices(&mut Documents::open(path)?, &SLICE_METRICS),
+            Measure::TextFile(path) => {
+                let document = json!({"text": pricket_lm::read_utf8(path)?, "slice": stem(path)});
+                slices(&mut std::iter::once(Ok(document)), &TEXT_METRICS)
+            }
+            Measure::Text { name, text } => {
+                slices(&mut std::iter::once(Ok(json!({"text": text, "slice": name}))), &SLICE_METRICS)
+            }
         }
+    }
+}
+
+/// The measures whose documents a model cannot be asked, by the model's name.
+#[derive(Clone, Default)]
+struct Hopeless(Arc<Mutex<BTreeSet<(String, String)>>>);
+
+impl Hopeless {
+    fn known(&self) -> MutexGuard<'_, BTreeSet<(String, String)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, job: &Job<'_>, measure: &Measure) {
+        self.known().insert((job.model.model.clone(), measure.name()));
+    }
+
+    fn has(&self, job: &Job<'_>, measure: &Measure) -> bool {
+        self.known().contains(&(job.model.model.clone(), measure.name()))
+    }
+
+    /// Whether nothing is left to be measured of a checkpoint.
+    fn all(&self, job: &Job<'_>) -> bool {
+        job.measures.iter().all(|(measure, _)| self.has(job, measure))
+    }
+
+    fn warnings(&self, jobs: &[Job<'_>]) -> Vec<String> {
+        let of = |(model, measure): &(String, String)| {
+            let tried =
+                |job: &&Job<'_>| job.model.model == *model && job.measures.iter().any(|(m, _)| m.name() == *measure);
+            let others = jobs.iter().filter(tried).count().saturating_sub(1);
+            (others > 0).then(|| {
+                format!(
+                    "{model}: {measure}: its documents cannot be asked, so {others} other checkpoints were not tried"
+                )
+            })
+        };
+        self.known().iter().filter_map(of).collect()
     }
 }
 
@@ -490,8 +580,8 @@ struct There {
 struct Rows {
     path: PathBuf,
     file: File,
-    /// Of each model and revision, the newest row of each metric.
-    found: BTreeMap<(String, String), BTreeMap<String, Value>>,
+    /// Of each model and revision, the newest row of each metric and settings.
+    found: BTreeMap<(String, String), BTreeMap<(String, String), Value>>,
     /// Rows of a measure that was broken off.
     torn: usize,
 }
@@ -526,11 +616,11 @@ impl Rows {
         let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
         if !row["metric"].is_null() {
             let of_revision = self.found.entry((text("model"), text("revision"))).or_default();
-            of_revision.insert(text("metric"), row.clone());
+            of_revision.insert((text("metric"), row["settings"].to_string()), row.clone());
         }
     }
 
-    fn newest(&self, model: &Checkpoints, at: &Checkpoint) -> Option<&BTreeMap<String, Value>> {
+    fn newest(&self, model: &Checkpoints, at: &Checkpoint) -> Option<&BTreeMap<(String, String), Value>> {
         self.found.get(&(model.model.clone(), at.revision.clone()))
     }
 
@@ -557,8 +647,8 @@ impl Rows {
         };
         let rows: Vec<&Value> = match measure.metrics() {
             Some(metrics) => {
-                let rows = metrics.iter().map(|metric| found.get(metric).filter(same));
-                rows.collect::<Option<_>>()?
+                let of = |metric: String| found.get(&(metric, settings.to_string())).filter(same);
+                metrics.into_iter().map(of).collect::<Option<_>>()?
             }
             None => found.values().filter(same).collect(),
         };
