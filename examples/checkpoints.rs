@@ -412,6 +412,9 @@ fn list_cache(cache: &Cache, repos: &[CachedRepo], out: &mut dyn Write) -> std::
 
 /// What is known of the steps of a published model. Needs no network.
 fn card(model: &str, out: &Out) -> anyhow::Result<ExitCode> {
+    let pasted =
+        model.strip_prefix("https://huggingface.co/").map(|path| path.split('/').take(2).collect::<Vec<_>>().join("/"));
+    let model = pasted.as_deref().unwrap_or(model).trim_end_matches('/');
     let known = || pricket::cards().iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", ");
     let card =
         pricket::card(model).with_context(|| format!("{model:?} is not a published model; there are {}", known()))?;

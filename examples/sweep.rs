@@ -81,7 +81,10 @@ struct Args {
     /// Draws a table of each model's last step, as .svg or .png
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
-    /// The metrics that are drawn, as piqa/acc [default: all]
+    /// Writes the figures as a table for other programs: model, revision, step, metric, value and standard error
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// The metrics that are drawn and written as a table, as piqa/acc [default: all]
     #[arg(long, value_delimiter = ',', value_name = "METRIC")]
     metrics: Vec<String>,
     /// Draws runs that differ in their seed as one curve, their mean in a band of their standard deviation
@@ -113,9 +116,15 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     for path in args.plot.iter().chain(&args.table) {
         finish::check_output(path, &["svg", "png"])?;
     }
+    if let Some(path) = &args.csv {
+        finish::check_output(path, &["csv"])?;
+    }
     bar::interruptible()?;
     if !args.from.is_empty() {
-        ensure!(!args.plot.is_empty() || args.table.is_some(), "--from draws; --plot or --table says what");
+        ensure!(
+            !args.plot.is_empty() || args.table.is_some() || args.csv.is_some(),
+            "--from measures nothing: --plot, --table or --csv says what is to be made"
+        );
         draw(args, &args.from)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -176,12 +185,15 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(if swept.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }
 
-/// The pictures that are asked for, of these files of results.
+/// The pictures and tables that are asked for, of these files of results.
 fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
-    if args.plot.is_empty() && args.table.is_none() {
+    if args.plot.is_empty() && args.table.is_none() && args.csv.is_none() {
         return Ok(());
     }
     let rows = plots::read_rows(files)?;
+    if let Some(path) = &args.csv {
+        finish::write_whole(path, &plots::csv(&rows, &args.metrics)?)?;
+    }
     if !args.plot.is_empty() {
         let curves = plots::curves(&rows, &args.metrics, args.mean_of_seeds, !args.no_published)?;
         args.plot.iter().try_for_each(|path| curves.save(path))?;

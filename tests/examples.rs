@@ -168,3 +168,100 @@ fn wrong_arguments_are_one_line() {
         assert_eq!(err.trim_end().lines().count(), 1, "{err}");
     }
 }
+
+/// Outputs and options are checked before the work, and nothing is written.
+#[test]
+fn what_cannot_be_written_is_told_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = root().join("tests/golden/scoring/score-neox-4tasks/data");
+    let data = data.to_str().unwrap();
+    let cases: [(&str, &[&str], &str); 12] = [
+        ("score", &["--tasks", "piqa", "--data", data, "--output", "missing/x.json"], "missing/x.json"),
+        ("score", &["-p", "a text", "--output", "x.json"], "--output"),
+        ("score", &["--text", "nope.txt"], "nope.txt"),
+        ("sweep", &["--plot", "x.txt"], "x.txt: the name should end in .svg or .png"),
+        ("sweep", &["--csv", "missing/x.csv"], "missing/x.csv"),
+        ("sweep", &["--out", "."], "not a regular file"),
+        ("quantize", &["--out", "missing/x.gguf"], "missing"),
+        ("quantize", &["--out", "x.gguf", "--report", "--text", "nope"], "nope"),
+        ("generate", &["--threads", "20000"], "from 1 to 1024"),
+        ("generate", &["--file", "x.gguf"], "x.gguf"),
+        ("checkpoints", &["norm", "-t", "nope"], "gpt_neox.embed_in.weight"),
+        ("checkpoints", &["cards", "pythia-3b"], "EleutherAI/pythia-2.8b"),
+    ];
+    for (name, args, word) in cases {
+        let output = example(name).args(args).current_dir(dir.path()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {said}");
+        assert!(said.contains(word) && said.trim_end().lines().count() == 1, "{name} {args:?}: {said}");
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+        assert!(left.is_empty() || left == ["sweep.jsonl"], "{name} {args:?}: {left:?}");
+    }
+}
+
+/// What people are used to from other programs.
+#[test]
+fn limits_of_minus_one_are_none() {
+    let (code, _, err) = output("generate", &["--top-k", "-1", "-n", "-1", "--prompt", "The people", "--seed", "3"]);
+    assert_eq!(code, Some(0), "{err}");
+}
+
+#[test]
+fn the_card_of_a_model_is_known_offline() {
+    for name in ["pythia-2.8b", "EleutherAI/pythia-2.8b", "https://huggingface.co/EleutherAI/pythia-2.8b/tree/main"] {
+        let (code, out, err) = output("checkpoints", &["cards", name]);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.contains("wrong") && out.contains("good") && out.contains("https://github.com/"), "{out}");
+    }
+}
+
+/// A reader that has seen enough, and a disk that is full, are no panics.
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_nobody_reads_is_no_panic() {
+    use std::fs::File;
+    use std::process::Stdio;
+
+    let dir = tempfile::tempdir().unwrap();
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    let out = dir.path().join("x.gguf");
+    let cases: [(&str, Vec<&str>); 5] = [
+        ("chat", vec!["--formats"]),
+        ("quantize", vec!["--overwrite", "--out", out.to_str().unwrap()]),
+        ("inspect", vec![]),
+        ("checkpoints", vec!["list", "tiny"]),
+        ("score", vec!["--json"]),
+    ];
+    for (name, args) in cases {
+        // The reading end of the pipe is closed before the program writes.
+        let mut command = example(name);
+        command.args(&args).current_dir(root()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        drop(child.stdout.take());
+        let closed = child.wait_with_output().unwrap();
+        let said = String::from_utf8(closed.stderr).unwrap();
+        assert!(closed.status.success() && !said.contains("panicked"), "{name}: {said}");
+        let status = example(name).args(&args).current_dir(root()).stdout(full()).stderr(full()).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{name}: a full disk is an error");
+    }
+}
+
+/// Ctrl-C leaves nothing half-written behind.
+#[cfg(unix)]
+#[test]
+fn a_conversion_that_is_interrupted_leaves_nothing() {
+    use std::process::Stdio;
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut quantize = example("quantize");
+    quantize.args(["--shape", "410m", "--dtype", "f32", "--out"]).arg(dir.path().join("x.gguf"));
+    let mut child = quantize.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let begun = || std::fs::read_dir(dir.path()).unwrap().count() > 0;
+    while !begun() && child.try_wait().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+    let signalled = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(signalled.success(), "it ended before it could be interrupted");
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert!(!begun(), "{:?}", std::fs::read_dir(dir.path()).unwrap().flatten().collect::<Vec<_>>());
+}

@@ -325,7 +325,15 @@ fn tied_weights_are_found_under_either_name() {
         let weights = tensors(&config);
         let expected = plain(&config);
         let other = renamed(&weights, |name| if name == embedding { head.into() } else { name.into() });
-        assert_eq!(worst(&logits(&load(directory(&config, &other))), &expected), 0.0, "{head} alone");
+        let dir = directory(&config, &other);
+        assert_eq!(worst(&logits(&load(dir.path())), &expected), 0.0, "{head} alone");
+        // What is written has the embedding under its own name.
+        for (out, name) in [("x.gguf", "token_embd.weight"), ("out", embedding)] {
+            let out = dir.path().join(out);
+            Loader::new(dir.path()).convert(&out, &ConvertOptions::default()).unwrap();
+            assert_eq!(worst(&logits(&load(&out)), &expected), 0.0, "{}", out.display());
+            assert!(open(&out).unwrap().entry(name).is_some(), "{name} is not in {}", out.display());
+        }
         let mut both = weights.clone();
         both.insert(head.into(), weights[embedding].clone());
         assert_eq!(worst(&logits(&load(directory(&config, &both))), &expected), 0.0, "{head} too");
@@ -685,8 +693,8 @@ fn a_legacy_file_of_mpt_1b_keeps_its_norms() {
 
 #[test]
 fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
-    for (config, ..) in families() {
-        let weights = tensors(&config);
+    for (mut config, _, head) in families() {
+        let (weights, untied) = (tensors(&config), config.clone());
         let expected = plain(&config);
         let block = weights.keys().find(|name| name.contains(".1.") && name.ends_with("weight")).unwrap().clone();
         // A third block, unmerged LoRA weights, a norm of queries.
@@ -711,6 +719,17 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
             let allowed = Loader::new(dir.path()).allow_unused().threads(1).load().unwrap();
             assert_eq!(worst(&logits(&allowed), &expected), 0.0);
         }
+        // The same in a file without the root, as models without their head are saved.
+        let bare = |name: &str| name.split_once('.').map_or(name, |(_, rest)| rest).to_owned();
+        config["tie_word_embeddings"] = json!(true);
+        let mut rootless = renamed(&weights, |name| if name == head { name.into() } else { bare(name) });
+        rootless.remove(head);
+        assert!(load(directory(&config, &rootless)).warnings().is_empty());
+        let norm = bare(&block.replace(".weight", ".x.bias"));
+        rootless.insert(norm.clone(), (vec![3], vec![1.0; 3]));
+        let found = error(directory(&config, &rootless).path());
+        assert!(found.contains(&norm) && found.contains("no use for"), "{found}");
+        let config = untied;
         // Heads of other tasks and buffers are told or passed over.
         let mut other = weights.clone();
         for name in ["v_head.summary.weight", "score.weight"] {
@@ -849,6 +868,49 @@ fn files_beside_a_tokenizer_that_are_broken_are_named() {
         let refused = pricket::Tokenizer::from_file(at("tokenizer.json")).unwrap_err().to_string();
         assert!(refused.contains(named), "{refused}");
     }
+    // More tokens than any tokenizer has are refused before they are compared with each other.
+    let many: Vec<String> = (0..300_000).map(|n| format!("<{n}>")).collect();
+    for (file, json) in [
+        ("tokenizer_config.json", json!({ "additional_special_tokens": many })),
+        ("added_tokens.json", many.iter().zip(2000..).map(|(token, id)| (token.clone(), json!(id))).collect()),
+    ] {
+        for other in TOKENIZER_FILES {
+            let _ = std::fs::remove_file(at(other));
+        }
+        std::fs::write(at(file), json.to_string()).unwrap();
+        let refused = pricket::Tokenizer::from_file(at("tokenizer.json")).unwrap_err().to_string();
+        assert!(refused.contains("more than 16384"), "{refused}");
+    }
+}
+
+/// What is in a directory before a model is written there is not lost without a word.
+#[test]
+fn converting_loses_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let convert = |overwrite| {
+        let options = ConvertOptions { overwrite, ..Default::default() };
+        Loader::embedded("tiny").unwrap().convert(dir.path(), &options).map(drop).map_err(|e| e.to_string())
+    };
+    for name in ["LICENSE", "NOTICE", "LICENSE.md"] {
+        std::fs::write(at(name), "mine").unwrap();
+    }
+    for name in ["README.md", "tokenizer_config.json", "generation_config.json"] {
+        std::fs::write(at(name), "mine").unwrap();
+        let refused = convert(false).unwrap_err();
+        assert!(refused.contains(name) && refused.contains("is there already"), "{refused}");
+        assert_eq!(std::fs::read_to_string(at(name)).unwrap(), "mine");
+        std::fs::remove_file(at(name)).unwrap();
+    }
+    assert!(!at("model.safetensors").exists());
+    convert(false).unwrap();
+    std::fs::write(at("added_tokens.json"), "{\"<of another model>\": 2000}").unwrap();
+    convert(true).unwrap();
+    // Tokens of another model would become the new one's.
+    assert!(!at("added_tokens.json").exists() && at("tokenizer.json").exists());
+    for name in ["LICENSE", "NOTICE", "LICENSE.md"] {
+        assert_eq!(std::fs::read_to_string(at(name)).unwrap(), "mine", "{name}");
+    }
 }
 
 #[test]
@@ -885,6 +947,7 @@ fn a_converted_directory_is_complete() {
     let mut config: Value =
         serde_json::from_slice(&std::fs::read(root().join("models/tiny/config.json")).unwrap()).unwrap();
     config["torch_dtype"] = json!("float32");
+    config["_name_or_path"] = json!(source.join("checkpoint-500"));
     config["auto_map"] = json!({"AutoModelForCausalLM": "modeling.Model"});
     config.as_object_mut().unwrap().remove("architectures");
     std::fs::write(source.join("config.json"), config.to_string()).unwrap();
@@ -929,7 +992,13 @@ fn a_converted_directory_is_complete() {
             );
         }
     }
-    // transformers 5 calls the type by another name.
+    // transformers 5 calls the type by another name, which it prefers where both are there.
+    config["dtype"] = json!("float32");
+    std::fs::write(source.join("config.json"), config.to_string()).unwrap();
+    let out = dir.path().join("both");
+    Loader::new(&source).convert(&out, &ConvertOptions { target: Target::F16, ..Default::default() }).unwrap();
+    let converted: Value = serde_json::from_str(&read(out.join("config.json"))).unwrap();
+    assert_eq!((converted["dtype"].as_str(), converted["torch_dtype"].as_str()), (Some("float16"), Some("float16")));
     config.as_object_mut().unwrap().remove("torch_dtype");
     config["dtype"] = json!("float32");
     std::fs::write(source.join("config.json"), config.to_string()).unwrap();

@@ -404,6 +404,107 @@ fn a_task_that_cannot_be_asked_does_not_end_the_others() {
     }
 }
 
+/// Broken off when only the task that cannot be asked was left of a checkpoint, a sweep still measures the others.
+#[test]
+fn a_task_that_cannot_be_asked_is_tried_once_a_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let own = "name = 'own'\nkind = 'loglikelihood'\ntext = 'x'\ntarget = '{{ b }}'\nmetrics = ['acc']";
+    std::fs::write(at("own.toml"), own).unwrap();
+    std::fs::write(at("bad.jsonl"), "{\"b\": \"\"}\n").unwrap();
+    let run = |steps: &str, prefetch: bool, with_task: bool| {
+        let models = vec![pricket::checkpoints("tiny").unwrap()];
+        let mut measures = vec![Measure::Text { name: "text".into(), text: "the people".into() }];
+        if with_task {
+            let task = Task::from_file(at("own.toml")).unwrap();
+            measures.insert(0, Measure::Task { task, documents: vec![at("bad.jsonl")], examples: Vec::new() });
+        }
+        let sweep = Sweep { prefetch, ..Sweep::new(models, steps.parse().unwrap(), measures, at("out.jsonl")) };
+        sweep.run(|_| ()).unwrap()
+    };
+    assert_eq!(run("0", true, false).rows, 2);
+    for prefetch in [true, false] {
+        let swept = run("0,1,2", prefetch, true);
+        let expected = if prefetch { (4, 2, 2) } else { (0, 6, 0) };
+        assert_eq!((swept.rows, swept.kept, swept.checkpoints), expected, "{swept:?}");
+        assert_eq!(swept.failed.len(), 1, "{swept:?}");
+        assert!(
+            swept.warnings.iter().any(|warning| warning.contains("2 other checkpoints were not tried")),
+            "{swept:?}"
+        );
+    }
+}
+
+/// Measures whose metrics have one name do not replace each other.
+#[test]
+fn two_files_of_slices_stay_two() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for name in ["a", "b"] {
+        std::fs::write(at(&format!("{name}.jsonl")), format!("{{\"text\": \"the {name} people\"}}\n")).unwrap();
+    }
+    let run = || {
+        let models = vec![pricket::checkpoints("tiny").unwrap()];
+        let measures = vec![Measure::Slices(at("a.jsonl")), Measure::Slices(at("b.jsonl"))];
+        Sweep::new(models, "0".parse().unwrap(), measures, at("out.jsonl")).run(|_| ()).unwrap()
+    };
+    assert_eq!((run().rows, run().kept), (4, 4));
+}
+
+/// One text has one loss, wherever it is asked for: every token is scored, the first after the token that texts begin with.
+#[test]
+fn a_text_file_has_one_perplexity() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("story.txt");
+    // Several windows, and a byte order mark that is no text.
+    let text = std::fs::read_to_string(root().join("CONTRIBUTING.md")).unwrap().repeat(2);
+    std::fs::write(&path, format!("\u{feff}{text}")).unwrap();
+    let tiny = pricket::load("tiny@step512").unwrap();
+    let scored = tiny.score(&text, &pricket::ScoreOptions::default()).unwrap();
+    assert!(scored.len() > 600 && scored.len() == tiny.encode(&text).unwrap().len());
+    let loss = -scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len() as f64;
+    // The first token again, by the plain way.
+    let model = tiny.model();
+    let ids = [&[tiny.prefix_id()], &tiny.encode(&text).unwrap()[..8]].concat();
+    let plain = pricket::lm::token_logprobs(&*model, &ids).unwrap();
+    for (a, b) in plain.iter().zip(&scored) {
+        assert!(a.id == b.id && (a.logprob - b.logprob).abs() < 1e-4);
+    }
+
+    let close = |value: &Value, expected: f64, what: &str| {
+        let value = value.as_f64().unwrap();
+        assert!((value - expected).abs() < 1e-4 * expected, "{what}: {value}, not {expected}");
+    };
+    let json = |args: &[&str], input: &str| -> Value {
+        let mut command = example("score");
+        command
+            .args(["--model", "tiny@step512", "--json"])
+            .args(args)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let _ = std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes());
+        serde_json::from_slice(&child.wait_with_output().unwrap().stdout).unwrap()
+    };
+    let file = json(&["--text", path.to_str().unwrap()], "");
+    close(&file["loss"], loss, "--text");
+    close(&file["perplexity"], loss.exp(), "--text");
+    assert_eq!(file["given"], "<|endoftext|>");
+    close(&json(&["--prompt", "-"], &text)["loss"], loss, "--prompt");
+    std::fs::write(dir.path().join("slices.jsonl"), json!({ "text": text }).to_string()).unwrap();
+    let slices = json(&["--slices", dir.path().join("slices.jsonl").to_str().unwrap()], "");
+    close(&slices["slices"]["all"]["loss"], loss, "--slices");
+
+    let models = vec![pricket::checkpoints("tiny@step512").unwrap()];
+    let out = dir.path().join("out.jsonl");
+    let sweep = Sweep::new(models, Steps::all(), vec![Measure::TextFile(path.clone())], &out);
+    let swept = sweep.run(|_| ()).unwrap();
+    assert_eq!((swept.rows, sweep.run(|_| ()).unwrap().kept), (3, 3));
+    let rows = pricket::plots::read_rows(&[out]).unwrap();
+    let row = rows.iter().find(|row| row.metric == "story/perplexity").unwrap();
+    close(&json!(row.value), loss.exp(), "sweep");
+}
+
 /// A checkpoint that cannot be loaded is written down, skipped, told by the exit code, and tried again.
 #[test]
 fn what_fails_is_written_down() {

@@ -85,8 +85,12 @@ impl Tokenizer {
         }
         let mut special = vec![false; size];
         // Once special, always special: so does the library when it decodes.
-        let were_special: HashSet<&str> =
-            own.iter().chain(&added).filter(|token| token.is_special()).map(|token| token.content()).collect();
+        let were_special: HashSet<&str> = own
+            .iter()
+            .chain(&added)
+            .filter(|token| token.is_special())
+            .map(tokenizer_file::AddedToken::content)
+            .collect();
         for (id, token) in inner.get_added_tokens_decoder() {
             if let Some(slot) = bytes.get_mut(id as usize) {
                 *slot = token.content.as_bytes().to_vec();

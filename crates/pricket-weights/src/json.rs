@@ -77,6 +77,11 @@ mod tests {
         let value = parse_json(text).unwrap();
         let expected = json!({"a\"NaN": "NaN", "b": "x, NaN", "c": ["-Infinity", "Infinity"], "d": {"Infinity": 1}});
         assert_eq!(value, expected);
+        // A text that holds one of these words stays a text.
+        for text in ["x\"NaN", "NaN,", "a\": \"NaN", "NaN\n", "-Infinity\\"] {
+            let value = json!({"a": text, "b": [text]});
+            assert_eq!(parse_json(to_python_json(&value).as_bytes()).unwrap(), value, "{text:?}");
+        }
         let written = to_python_json(&value);
         assert!(
             written.contains(r#""a\"NaN": NaN"#)

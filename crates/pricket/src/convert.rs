@@ -547,7 +547,7 @@ impl Part {
         }
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let at = crate::opened::parent(path).join(format!(".{name}.{}.part", std::process::id()));
-        let file = File::create(&at).map_err(|error| Error::Io { path: at.clone(), error })?;
+        let file = File::create(&at).map_err(|error| Error::Io { path: path.into(), error })?;
         Ok(Self { file, at, path: path.to_owned(), done: false })
     }
 

@@ -22,7 +22,7 @@ use std::path::Path;
 
 use crate::{Error, Result};
 
-pub use rows::{Row, curves, read_rows, table};
+pub use rows::{Row, csv, curves, read_rows, table};
 
 /// A measured value at a training step.
 #[derive(Clone, Copy, Debug, PartialEq)]

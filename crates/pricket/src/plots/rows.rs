@@ -1,6 +1,7 @@
 //! From a sweep's file to pictures.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::path::Path;
 
 use serde_json::Value;
@@ -86,6 +87,41 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
         _ => true,
     });
     Ok(rows)
+}
+
+/// `rows` as a table for other programs: a line for each figure, under `model,revision,step,metric,value,stderr`. What is not known, or no
+/// number, is empty. `wanted` names the metrics; all of them if it names none.
+///
+/// ```
+/// use pricket::plots::{csv, read_rows};
+///
+/// let file = tempfile::NamedTempFile::new()?;
+/// let row = r#"{"model": "a", "revision": "step8", "step": 8, "metric": "text/loss", "value": 2.5, "part": [1, 1]}"#;
+/// std::fs::write(&file, format!("{row}\n"))?;
+/// assert_eq!(csv(&read_rows(&[file.path()])?, &[])?, "model,revision,step,metric,value,stderr\na,step8,8,text/loss,2.5,\n");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Input`] if there is no row, or none of a metric of `wanted`.
+pub fn csv(rows: &[Row], wanted: &[String]) -> Result<String> {
+    let metrics = metrics(rows, wanted)?;
+    // RFC 4180.
+    let field = |text: &str| {
+        if text.contains([',', '"', '\n', '\r']) {
+            format!("\"{}\"", text.replace('"', "\"\""))
+        } else {
+            text.to_owned()
+        }
+    };
+    let number = |value: Option<f64>| value.filter(|value| value.is_finite()).map_or(String::new(), |x| x.to_string());
+    let mut out = String::from("model,revision,step,metric,value,stderr\n");
+    for row in rows.iter().filter(|row| metrics.contains(&row.metric)) {
+        let step = row.step.map_or(String::new(), |step| step.to_string());
+        let (model, revision, metric) = (field(&row.model), field(&row.revision), field(&row.metric));
+        let _ = writeln!(out, "{model},{revision},{step},{metric},{},{}", number(Some(row.value)), number(row.stderr));
+    }
+    Ok(out)
 }
 
 /// The metrics of `rows` that `wanted` names, in its order; all of them if it names none.
