@@ -149,7 +149,8 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // What is wrong with the flags is said before a checkpoint is fetched.
     compute.configure(Loader::embedded("tiny")?)?;
     sweep.setup = compute.setup();
-    sweep.configure = Arc::new(move |loader| Ok(compute.configure(loader)?.precision(compute.dtype)));
+    sweep.configure =
+        Arc::new(move |loader| Ok(compute.configure(loader)?.precision(compute.dtype).progress(Arc::new(bar::Hidden))));
     let mut out = std::io::stdout().lock();
     if !args.json {
         writeln!(out, "|model|revision|metric|value|stderr|\n|---|---|---|---:|---:|")?;

@@ -21,7 +21,18 @@ pub(crate) fn interruptible() -> anyhow::Result<()> {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
+        let _ = writeln!(std::io::stderr(), "stopping; once more ends the program at once");
     })?)
+}
+
+/// Shows nothing, and stops work that was interrupted: for what goes on beside the work that is shown.
+#[allow(dead_code, reason = "not every example does two things at once")]
+pub(crate) struct Hidden;
+
+impl Progress for Hidden {
+    fn cancelled(&self) -> bool {
+        INTERRUPTED.load(Ordering::Relaxed)
+    }
 }
 
 impl Bar {

@@ -60,6 +60,7 @@ mod sweep;
 mod task;
 
 pub use candle_core as candle;
+pub use candle_nn;
 
 pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
 pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
@@ -92,6 +93,15 @@ pub use pricket_nn::{
     Site, Taps,
 };
 pub use pricket_weights::{self as weights, Dtype};
+
+/// The programs of these pages are compiled, and run where they need no network.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../../README.md")]
+    struct Readme;
+    #[doc = include_str!("../../../docs/recipes.md")]
+    struct Recipes;
+}
 
 /// What a program or a notebook mostly needs.
 pub mod prelude {
