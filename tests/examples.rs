@@ -265,3 +265,22 @@ fn a_conversion_that_is_interrupted_leaves_nothing() {
     assert_eq!(child.wait().unwrap().code(), Some(1));
     assert!(!begun(), "{:?}", std::fs::read_dir(dir.path()).unwrap().flatten().collect::<Vec<_>>());
 }
+
+/// A proxy that cannot be used is not passed by, nor is a file of certificates.
+#[test]
+fn what_the_environment_says_of_the_network_is_never_passed_by() {
+    let home = tempfile::tempdir().unwrap();
+    for (name, value, word) in [
+        ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "socks5"),
+        ("HTTPS_PROXY", "socks5h://127.0.0.1:9", "socks5h"),
+        ("SSL_CERT_FILE", "/nowhere/own.pem", "/nowhere/own.pem"),
+    ] {
+        let mut command = example("generate");
+        command.args(["--model", "EleutherAI/pythia-14m"]).env("HF_HOME", home.path()).env("HF_HUB_OFFLINE", "0");
+        command.env_remove("REQUESTS_CA_BUNDLE").env_remove("CURL_CA_BUNDLE");
+        let output = command.env(name, value).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(name) && said.contains(word) && !said.contains("secret"), "{said}");
+    }
+}

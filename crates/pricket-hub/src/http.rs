@@ -217,13 +217,44 @@ mod wire {
     use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable};
     use std::time::{Duration, SystemTime};
 
+    use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
+
     use super::{Answer, CHUNK, Failure, bare, reason};
-    use crate::{Error, Settings};
+    use crate::network::{Env, Proxies, certificates};
+    use crate::{Error, Result as HubResult, Settings};
 
-    pub(super) struct Agent(ureq::Agent);
+    /// Why no request can be made, or the agents that make them.
+    pub(super) struct Agent(Result<Agents, String>);
 
-    impl Agent {
-        pub(super) fn new(settings: &Settings) -> Self {
+    struct Agents {
+        proxies: Proxies,
+        direct: ureq::Agent,
+        http: ureq::Agent,
+        https: ureq::Agent,
+    }
+
+    impl Agents {
+        fn new(settings: &Settings, env: Env<'_>) -> HubResult<Self> {
+            let proxies = Proxies::from(env)?;
+            let roots = roots(env)?;
+            let agent = |proxy: Option<&String>| -> HubResult<ureq::Agent> {
+                let wrong = |e: ureq::Error| Error::Input(format!("the address of the proxy: {e}"));
+                let proxy = proxy.map(|proxy| ureq::Proxy::new(proxy)).transpose().map_err(wrong)?;
+                Ok(Self::agent(settings, proxy, &roots))
+            };
+            let (http, https) = (agent(proxies.http.as_ref())?, agent(proxies.https.as_ref())?);
+            Ok(Self { direct: agent(None)?, http, https, proxies })
+        }
+
+        fn of(&self, url: &str) -> &ureq::Agent {
+            match self.proxies.of(url) {
+                None => &self.direct,
+                Some(_) if url.starts_with("https:") => &self.https,
+                Some(_) => &self.http,
+            }
+        }
+
+        fn agent(settings: &Settings, proxy: Option<ureq::Proxy>, roots: &RootCerts) -> ureq::Agent {
             let patience = &settings.patience;
             let connections = settings.files.saturating_mul(settings.ranges);
             let config = ureq::Agent::config_builder()
@@ -239,16 +270,45 @@ mod wire {
                 .input_buffer_size(CHUNK)
                 .max_idle_connections_per_host(connections)
                 .max_idle_connections(connections)
+                .proxy(proxy)
+                .tls_config(TlsConfig::builder().root_certs(roots.clone()).build())
                 .build();
-            Self(config.into())
+            config.into()
+        }
+    }
+
+    /// The certificates that are trusted: those of a file that the environment names, else Mozilla's.
+    pub(super) fn roots(env: Env<'_>) -> HubResult<RootCerts> {
+        let Some((name, path)) = certificates(env) else { return Ok(RootCerts::WebPki) };
+        let wrong = |what: String| Error::Input(format!("{name}: {}: {what}", path.display()));
+        let pem = std::fs::read(&path).map_err(|e| wrong(e.to_string()))?;
+        let mut certificates = Vec::new();
+        for item in parse_pem(&pem) {
+            if let PemItem::Certificate(certificate) = item.map_err(|e| wrong(e.to_string()))? {
+                certificates.push(certificate);
+            }
+        }
+        if certificates.is_empty() {
+            return Err(wrong("no certificate in PEM form".into()));
+        }
+        Ok(RootCerts::from(certificates))
+    }
+
+    impl Agent {
+        pub(super) fn new(settings: &Settings) -> Self {
+            Self(Agents::new(settings, &|name| std::env::var(name).ok()).map_err(|e| e.to_string()))
         }
 
         pub(super) fn shutdown(&self) {
-            self.0.clone().shutdown();
+            for agent in self.0.iter().flat_map(|agents| [&agents.direct, &agents.http, &agents.https]) {
+                agent.clone().shutdown();
+            }
         }
 
         pub(super) fn ask(&self, method: &str, url: &str, headers: &[(&str, String)]) -> Result<Answer, Failure> {
-            let request = if method == "HEAD" { self.0.head(url) } else { self.0.get(url) };
+            let agents = self.0.as_ref().map_err(|e| Failure::Fatal(Error::Input(e.clone())))?;
+            let agent = agents.of(url);
+            let request = if method == "HEAD" { agent.head(url) } else { agent.get(url) };
             let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, value));
             let (head, body) = request.call().map_err(|e| failure(url, e))?.into_parts();
             let header = |(name, value): (&ureq::http::HeaderName, &ureq::http::HeaderValue)| {
@@ -415,6 +475,24 @@ fn chance() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "http")]
+    #[test]
+    fn certificates_come_from_the_file_that_the_environment_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("own.pem");
+        let roots = |name: &'static str| wire::roots(&|asked| (asked == name).then(|| path.display().to_string()));
+        let refused = roots("SSL_CERT_FILE").unwrap_err().to_string();
+        assert!(refused.contains("SSL_CERT_FILE") && refused.contains("own.pem"), "{refused}");
+        std::fs::write(&path, "no certificate").unwrap();
+        assert!(roots("REQUESTS_CA_BUNDLE").unwrap_err().to_string().contains("no certificate"));
+        let one = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        std::fs::write(&path, one.repeat(2)).unwrap();
+        for name in ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"] {
+            assert!(matches!(roots(name).unwrap(), ureq::tls::RootCerts::Specific(both) if both.len() == 2), "{name}");
+        }
+        assert!(matches!(roots("OTHER").unwrap(), ureq::tls::RootCerts::WebPki));
+    }
 
     #[test]
     fn addresses() {

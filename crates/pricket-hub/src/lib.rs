@@ -35,6 +35,8 @@ mod hub;
 mod id;
 mod layout;
 mod lock;
+#[cfg(feature = "http")]
+mod network;
 mod part;
 mod platform;
 mod settings;
