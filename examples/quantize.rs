@@ -97,8 +97,18 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     writeln!(std::io::stdout(), "{path}: {} bytes, {bits:.2} bits a weight", done.bytes)?;
     if let Some(r) = report {
-        writeln!(std::io::stdout(), "over {} tokens, against the source:", r.tokens)?;
-        writeln!(std::io::stdout(), "perplexity         {:.4}, was {:.4}", r.perplexity, r.reference_perplexity)?;
+        let text = args.text.as_ref().map_or("pricket's README".into(), |path| path.display().to_string());
+        writeln!(
+            std::io::stdout(),
+            "over {} tokens of {text}, each given those before it in its window of 512:",
+            r.tokens
+        )?;
+        writeln!(
+            std::io::stdout(),
+            "perplexity         {:.4}, the source {:.4}",
+            r.perplexity,
+            r.reference_perplexity
+        )?;
         writeln!(
             std::io::stdout(),
             "KL divergence      {:.6} nats a token, at worst {:.4}",
