@@ -355,6 +355,10 @@ fn tied_weights_are_found_under_either_name() {
             assert!(worst(&logits(&model), &expected) < 1e-6, "{dropped} is {kept}");
             assert!(model.warnings().is_empty(), "{:?}", model.warnings());
             assert!(pricket::inspect(dir.path()).unwrap().warnings.iter().all(|w| w.contains("tokenizer")));
+            // Single tensors, which may be on the Hub, are found alike.
+            let tensors = pricket::tensors(dir.path()).unwrap();
+            assert_eq!((tensors.resolve(dropped), tensors.resolve("x")), (kept, "x"));
+            assert!(tensors.claims(dropped) && !tensors.claims("x"));
         }
         // An alias of a tensor that is not there is none.
         let dir = directory(&config, &weights);

@@ -212,8 +212,17 @@ impl Store for Tensors {
         self.holder(name).ok()?.entry(name)
     }
 
+    fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
+        if self.map.contains_key(name) {
+            return name;
+        }
+        let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        let other = opened.values().map(|store| store.resolve(name)).find(|other| *other != name);
+        other.and_then(|other| self.map.get_key_value(other)).map_or(name, |(other, _)| other)
+    }
+
     fn claims(&self, name: &str) -> bool {
-        self.map.contains_key(name)
+        self.map.contains_key(self.resolve(name))
     }
 
     fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
