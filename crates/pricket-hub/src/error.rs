@@ -53,8 +53,8 @@ pub enum Error {
         /// The last failure.
         what: String,
     },
-    /// A server that does not do what it was asked for: a mirror or a proxy that does not know this part of the interface.
-    #[error("{url}: refused with status {status}; the server, or a proxy before it, does not do this")]
+    /// A mirror or a proxy does not support this request.
+    #[error("{url}: refused with status {status}: the server or a proxy does not support this request")]
     Refused {
         /// The address, without its query.
         url: String,

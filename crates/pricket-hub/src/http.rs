@@ -145,7 +145,7 @@ impl Http {
                     answer.moved = is_moved.then(|| url.clone());
                     return answer.plain(&url);
                 }
-                // What describes a large file comes with the redirect to another host.
+                // The redirect to another host carries the size and hash of a large file.
                 302 | 307 if method == "HEAD" && answer.header("x-linked-size").is_some() => return Ok(answer),
                 301 | 302 | 303 | 307 | 308 => {
                     let location = answer.header("location").unwrap_or_default().to_owned();
@@ -159,7 +159,7 @@ impl Http {
                         return Err(Failure::again(&seen[0], "its redirects lead nowhere"));
                     }
                 }
-                // What a server does not implement it will not implement in a minute.
+                // A retry does not change 501 and 505.
                 status @ (408 | 429 | 500 | 502..=504 | 506..=599) => {
                     let after = answer.header("retry-after").and_then(wire::retry_after);
                     let after = after.or_else(|| rate_limit(answer.header("ratelimit")?));
@@ -170,7 +170,7 @@ impl Http {
                         reached: true,
                     });
                 }
-                // A signature that has run out, mostly: the first address gives a new one. Who is not let in is not let in later.
+                // A signature that has run out, mostly: the first address gives a new one. A retry does not change a 401.
                 status if is_moved && status != 401 => {
                     return Err(Failure::again(&url, format!("status {status} after a redirect")));
                 }
@@ -223,7 +223,7 @@ mod wire {
     use crate::network::{Env, Proxies, certificates};
     use crate::{Error, Result as HubResult, Settings};
 
-    /// Why no request can be made, or the agents that make them.
+    /// The agents, or the error in the environment that prevents every request.
     pub(super) struct Agent(Result<Agents, String>);
 
     struct Agents {
@@ -277,7 +277,7 @@ mod wire {
         }
     }
 
-    /// The certificates that are trusted: those of a file that the environment names, else Mozilla's.
+    /// Returns the trusted root certificates: those of the file that the environment names, else Mozilla's.
     pub(super) fn roots(env: Env<'_>) -> HubResult<RootCerts> {
         let Some((name, path)) = certificates(env) else { return Ok(RootCerts::WebPki) };
         let wrong = |what: String| Error::Input(format!("{name}: {}: {what}", path.display()));

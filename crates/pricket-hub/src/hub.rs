@@ -15,7 +15,7 @@ const MAX_FILE: u64 = 1 << 50;
 /// More files than this are no model.
 const MAX_FILES: usize = 100_000;
 const MAX_PAGES: usize = 10_000;
-/// Files that are asked for one by one, where there is no listing.
+/// Largest number of files of a repository that are asked for one at a time.
 const MAX_SIBLINGS: usize = 2_000;
 
 /// The Hugging Face Hub, or whatever speaks its protocol, and the cache of what came from it.
@@ -362,13 +362,13 @@ impl Hub {
             }
             match self.http.head(&url) {
                 Ok(answer) => {
-                    // An answer to HEAD has no body, whose length a library would give.
+                    // The answer to a HEAD request has no body, so the length comes from its headers.
                     let size = answer.header("x-linked-size").or(answer.header("content-length"));
                     let size = size.and_then(|size| size.parse().ok()).filter(|&size: &u64| size <= MAX_FILE);
                     let etag = answer.header("x-linked-etag").or(answer.header("etag")).unwrap_or_default();
                     let digest = Digest::from_hex(etag.trim_start_matches("W/").trim_matches('"'));
                     let Some(size) = size else {
-                        return Err(Error::Protocol { url, what: "the answer tells no size of the file".into() });
+                        return Err(Error::Protocol { url, what: "the answer has no file size".into() });
                     };
                     return Ok(Listed { path, size, digest });
                 }

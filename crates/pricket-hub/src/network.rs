@@ -1,14 +1,14 @@
-//! What the environment says of the way to the network: proxies by the rules of curl, and files of certificates.
+//! Proxies and certificate files from environment variables, by the rules of curl.
 
 use std::path::PathBuf;
 
 use crate::http::origin;
 use crate::{Error, Result};
 
-/// A variable of the environment by its name.
+/// Looks up an environment variable.
 pub(crate) type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Proxies, and who is asked without one.
+/// Proxies, and the hosts that are reached without one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Proxies {
     /// For addresses of `http://`.
@@ -19,10 +19,10 @@ pub(crate) struct Proxies {
 }
 
 impl Proxies {
-    /// From `https_proxy`, `http_proxy`, `all_proxy` and `no_proxy`; each in lower case counts before the one in upper case.
+    /// Reads `https_proxy`, `http_proxy`, `all_proxy` and `no_proxy`. The lower-case name of a variable comes before the upper-case one.
     ///
     /// # Errors
-    /// [`Error::Input`] for a kind of proxy that is not supported: it is never passed by.
+    /// [`Error::Input`] for a kind of proxy that is not supported. Connecting without it would bypass the proxy.
     pub(crate) fn from(env: Env<'_>) -> Result<Self> {
         let direct = first(env, &["no_proxy", "NO_PROXY"]).map(|(_, list)| list).unwrap_or_default();
         let entry = |entry: &str| entry.trim().trim_start_matches('.').to_ascii_lowercase();
@@ -33,7 +33,7 @@ impl Proxies {
         })
     }
 
-    /// The proxy for an address.
+    /// Returns the proxy for an address.
     pub(crate) fn of(&self, url: &str) -> Option<&str> {
         let (scheme, host, _) = origin(url)?;
         let is_below = |entry: &String| host.strip_suffix(entry.as_str()).is_some_and(|rest| rest.ends_with('.'));
@@ -53,7 +53,7 @@ fn proxy(env: Env<'_>, names: &[&'static str]) -> Result<Option<String>> {
     let value = value.trim();
     match value.split_once("://").map_or("http", |(scheme, _)| scheme) {
         "http" | "https" => Ok(Some(value.into())),
-        // A proxy may have a password in its address, which is not shown.
+        // The address is not shown, since it may hold a password.
         scheme => {
             let what =
                 "only http:// and https:// proxies are supported; remove the variable to connect without a proxy";
@@ -62,7 +62,7 @@ fn proxy(env: Env<'_>, names: &[&'static str]) -> Result<Option<String>> {
     }
 }
 
-/// The file of certificates to trust in place of Mozilla's, by the variables of requests, curl and OpenSSL.
+/// Returns the certificate file that replaces Mozilla's, and the variable of requests, curl or OpenSSL that names it.
 pub(crate) fn certificates(env: Env<'_>) -> Option<(&'static str, PathBuf)> {
     first(env, &["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]).map(|(name, path)| (name, path.into()))
 }

@@ -142,7 +142,7 @@ impl Settings {
                 None => return Err(Error::Input("no home directory; set HF_HOME or HF_HUB_CACHE".into())),
             },
         };
-        // What HF_HOME gives is expanded a second time, as in Python: a variable may hold the name of another.
+        // Python expands the value of HF_HOME twice, so a variable may name another variable.
         let cache = match (var("HF_HUB_CACHE"), var("HUGGINGFACE_HUB_CACHE")) {
             (Some(text), _) => path("HF_HUB_CACHE", &text)?,
             (None, Some(text)) => path("HUGGINGFACE_HUB_CACHE", &text)?,
@@ -182,7 +182,7 @@ fn expanded(
     let text = match text.strip_prefix('~') {
         None => text.to_owned(),
         Some(rest) if rest.is_empty() || rest.starts_with(std::path::is_separator) => {
-            home().ok_or("there is no home directory")? + rest
+            home().ok_or("no home directory was found")? + rest
         }
         Some(_) => return Err("the home of another user is not looked up; write its path"),
     };

@@ -105,7 +105,7 @@ impl Documents {
             Rows::Lines(lines) => match line(lines, &mut self.number) {
                 Ok(None) => None,
                 Ok(Some(line)) => Some(parse_json(&line).map_err(|e| {
-                    // The parser counts lines too, and sees one.
+                    // Drops the parser's own line number, which is always 1.
                     let (what, column) = (e.to_string(), e.column());
                     let what = what.split(" at line ").next().unwrap_or_default();
                     format!("not valid JSON at column {column}: {what}")

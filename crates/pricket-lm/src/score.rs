@@ -34,8 +34,7 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogp
 }
 
 /// The log-probability of every token of a text of any length: the first given `prefix`, each of the others given what comes before
-/// it in its window. The windows are those of [`Continuation::windows`], as in [`crate::slice_losses`] and in the tasks over whole
-/// texts.
+/// it in its window. [`Continuation::windows`] splits the text.
 ///
 /// # Errors
 /// [`Error::NonFinite`] if the model overflows, [`pricket_nn::Error::Cancelled`], and what the model says.

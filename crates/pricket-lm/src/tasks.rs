@@ -97,7 +97,7 @@ pub struct Task {
     has_train: bool,
     /// Where the Hub has its documents: repository, configuration.
     dataset: Option<(String, Option<String>)>,
-    /// What the task is, in text: its file, or the name and version of a built-in one.
+    /// Definition of the task: the text of its file, or the name and version of a built-in task.
     definition: String,
     ask: Ask,
 }

@@ -96,7 +96,7 @@ pub struct AttentionConfig {
     pub norm_eps: Option<f64>,
     /// As [`Config::head_dim`].
     pub head_dim: Option<usize>,
-    /// Queries, keys and values are clamped to plus and minus this; 0, `false` and infinity are no limit.
+    /// Limit of the absolute value of queries, keys and values. 0, `false` and infinity mean no limit.
     #[serde(deserialize_with = "limit")]
     pub clip_qkv: Option<f64>,
     /// Multiplies the scores; `1 / sqrt(head_dim)` by default.
@@ -254,7 +254,7 @@ impl Config {
             None => Ok(1.0),
             Some(Value::String(name)) if name == "inv_sqrt_d_model" => Ok(1.0 / (self.d_model as f64).sqrt()),
             Some(value) => value.as_f64().ok_or_else(|| {
-                Error::config("logit_scale", format!("{value} is no number and not \"inv_sqrt_d_model\""))
+                Error::config("logit_scale", format!("{value} is neither a number nor \"inv_sqrt_d_model\""))
             }),
         }
     }

@@ -112,7 +112,7 @@ pub fn limit<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error
 pub struct Keys {
     /// Keys that the family reads.
     pub read: &'static [&'static str],
-    /// Keys that change nothing in a forward pass. What is inside them does not either.
+    /// Keys that change nothing in a forward pass. Neither do the keys inside them.
     pub neutral: &'static [&'static str],
     /// Keys that change the maths in a way that is not implemented, and the values at which they do not, as JSON. `null` is
     /// always one of them; of a list every element is looked at.

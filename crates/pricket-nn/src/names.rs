@@ -63,7 +63,7 @@ impl Names {
     pub(crate) fn is_weight(&self, name: &str, asked: &BTreeSet<String>) -> bool {
         let canonical = self.canonical(name);
         let first = canonical.split('.').next();
-        // In a file without the root, what stands where its weights have `layers` or `blocks`.
+        // A file without the root has `layers` or `blocks` as the first part of its names.
         let is_bare = || {
             let firsts = asked.iter().map(|name| self.unwrapped(name));
             firsts.map(|name| name.split('.').next().map(str::to_owned)).any(|known| known.as_deref() == first)

@@ -355,7 +355,7 @@ impl Weights {
         let by_head = own.is_none() && other.is_some();
         let embed = self.embedding(if by_head { head } else { embedding }, rows, dim)?;
         if by_head {
-            // The one matrix is the embedding's, whatever the file calls it.
+            // Callers look the matrix up under the embedding's name.
             let [own, other] = [embedding, head].map(|name| self.pp(name).name("weight"));
             let mut state = self.state();
             for (canonical, _) in state.canonical.iter_mut().filter(|(canonical, _)| *canonical == other) {

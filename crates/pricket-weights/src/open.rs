@@ -42,7 +42,7 @@ impl std::fmt::Display for Format {
 const CANDIDATES: [&str; 4] =
     ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
-/// What a directory with nothing but an adapter is told.
+/// Error for a directory that holds only an adapter.
 const ADAPTER: &str =
     "a PEFT adapter, not a model: merge it into its base model first, with `merge_and_unload` of PEFT";
 
@@ -119,7 +119,7 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
     }
 }
 
-/// The first bytes of a file, by which it is told what it is.
+/// Number of leading bytes that identify a format.
 const HEAD: usize = 64;
 
 /// What the first bytes of `path` say it is.

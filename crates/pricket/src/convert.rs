@@ -426,7 +426,7 @@ const LICENSES: [&str; 5] = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "
 /// Bytes of a file that is copied beside the weights; no tokenizer that can be loaded is longer.
 const MAX_BESIDE: u64 = 6 << 20;
 
-/// A file beside the weights: what is to be in it, or that it is to be deleted.
+/// A file beside the weights, with its new content; `None` deletes it.
 struct Beside {
     name: &'static str,
     bytes: Option<Vec<u8>>,
@@ -504,7 +504,7 @@ fn python_config(opened: &Opened, family: &Family, dtype: Dtype) -> (Value, Vec<
     }
     let architecture = family.architecture(&opened.config);
     object.insert("architectures".into(), serde_json::json!([architecture]));
-    // A directory from which the model was saved once.
+    // A local path, which means nothing elsewhere.
     let is_path = |name: &str| name.starts_with(['/', '.', '~']) || name.contains(['\\', ':']);
     if object.get("_name_or_path").and_then(Value::as_str).is_some_and(is_path) {
         object.remove("_name_or_path");

@@ -435,8 +435,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The same as a reply in a prompt format, whose stop strings are no part of it: where the length cuts it off, a first part of a stop
-    /// string is left out. Other streams give every character that was written.
+    /// Leaves out the beginning of a stop string at the end of a text that the length limit cuts off. Use it for replies in a prompt
+    /// format. Other streams return every character.
     #[must_use]
     pub fn as_reply(mut self) -> Self {
         self.batch.is_reply = true;

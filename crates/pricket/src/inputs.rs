@@ -41,7 +41,7 @@ impl Hashes {
     }
 }
 
-/// A checkpoint by what is in it: the commit of a repository, or one hash of all files of a directory that are read.
+/// Identity of a checkpoint: the commit of a repository, or one hash over all files that are read from a directory.
 pub(crate) fn identity(provenance: &Provenance) -> Value {
     if let Some(commit) = &provenance.commit {
         return json!({ "commit": commit });

@@ -42,7 +42,7 @@ impl Provenance {
     /// Of files in a directory. A snapshot in a Hub cache is known for what it is.
     pub(crate) fn of_directory(directory: &Path, files: &[PathBuf]) -> Self {
         let file = |path: &PathBuf| {
-            // In a Hub cache a file is a link to a blob, which has its hash for a name. Other links say nothing.
+            // A file of a Hub cache links to a blob that is named by its hash. Names of other targets are no proof of their content.
             let target = std::fs::read_link(path).ok();
             let is_blob =
                 |target: &&Path| target.parent().and_then(Path::file_name).is_some_and(|name| name == "blobs");

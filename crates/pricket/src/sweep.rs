@@ -270,7 +270,7 @@ impl Sweep {
                 let stamps = inputs::stamps(model.provenance());
                 Ok((model, stamps))
             };
-            // Measures whose documents one checkpoint of a model cannot be asked: no other checkpoint of it can.
+            // A measure whose documents fail at one checkpoint of a model fails at all of them.
             let hopeless = Hopeless::default();
             let mut ahead = None;
             if self.prefetch {
@@ -286,7 +286,7 @@ impl Sweep {
                             if held == 0 {
                                 return Ok(false);
                             }
-                            // Nothing is fetched for a sweep that has ended.
+                            // The sweep has ended: fetches nothing more.
                             released.recv().map_err(|_| Error::Cancelled)?;
                             held -= 1;
                             Ok(true)
@@ -302,7 +302,7 @@ impl Sweep {
                     Some(receive) => receive.recv().unwrap_or(Some(Err(Error::Cancelled))),
                     None => (!hopeless.all(job)).then(|| load(job, &mut || Ok(false))),
                 };
-                // A checkpoint that was not loaded is none that is to be released.
+                // A skipped checkpoint was not loaded, so nothing is released.
                 let Some(loaded) = loaded else { continue };
                 self.measure(job, loaded, &hopeless, &mut rows, &mut swept, &mut tell)?;
                 // Nobody listens at the end.
@@ -323,7 +323,7 @@ impl Sweep {
     fn make_room(&self, job: &Job<'_>, wait: &mut dyn FnMut() -> Result<bool>) -> Result<()> {
         let Some((hub, budget)) = &self.budget else { return Ok(()) };
         loop {
-            // Asked each time: what is deleted may be a part of this checkpoint.
+            // Computed again after each eviction, which may have deleted files of this checkpoint.
             let needed = job.model.bytes_to_fetch(job.checkpoint);
             if needed > *budget {
                 let id = job.model.id(job.checkpoint);
@@ -515,7 +515,7 @@ impl Sweep {
     }
 }
 
-/// The measures whose documents a model cannot be asked, by the model's name.
+/// Pairs of a model and a measure that failed because of the measure's documents.
 #[derive(Clone, Default)]
 struct Hopeless(Arc<Mutex<BTreeSet<(String, String)>>>);
 
@@ -532,7 +532,7 @@ impl Hopeless {
         self.known().contains(&(job.model.model.clone(), measure.name()))
     }
 
-    /// Whether nothing is left to be measured of a checkpoint.
+    /// Whether every measure of this checkpoint is known to fail.
     fn all(&self, job: &Job<'_>) -> bool {
         job.measures.iter().all(|(measure, _)| self.has(job, measure))
     }
@@ -544,7 +544,7 @@ impl Hopeless {
             let others = jobs.iter().filter(tried).count().saturating_sub(1);
             (others > 0).then(|| {
                 format!(
-                    "{model}: {measure}: its documents cannot be asked, so {others} other checkpoints were not tried"
+                    "{model}: {measure}: failed because of its documents, so {others} other checkpoints were not tried"
                 )
             })
         };
