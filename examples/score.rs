@@ -8,7 +8,7 @@ mod tasks;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -16,7 +16,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::ensure;
 use clap::Parser;
 use common::Bar;
-use pricket::lm::{Documents, Outcome, SliceLoss, results_json, slice_losses};
+use pricket::lm::{Documents, Limit, Outcome, SliceLoss, results_json, slice_losses};
 use pricket::{EvalOptions, Pricket, ScoreOptions, Task};
 use serde_json::{Value, json};
 
@@ -32,7 +32,8 @@ struct Args {
     /// A file of plain text, of any length: its loss, perplexity and bits per byte
     #[arg(long, value_name = "FILE", conflicts_with_all = ["tasks", "slices"])]
     text: Option<PathBuf>,
-    /// Tasks, by name or as TOML files: lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext
+    /// Tasks, by name (lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext) or as files: .yaml of
+    /// lm-evaluation-harness, or .toml
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
     /// The directory with the tasks' documents: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl for examples, or
@@ -42,25 +43,28 @@ struct Args {
     /// JSON lines with a text and the name of its slice: the loss of each slice is told
     #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
     slices: Option<PathBuf>,
-    /// Examples before each question
-    #[arg(long, default_value_t = 0)]
-    num_fewshot: usize,
-    /// Where the drawing of examples begins
+    /// Number of examples before each question; several numbers, as 0,5, measure each [default: the task's own, for built-in tasks 0]
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    num_fewshot: Vec<usize>,
+    /// Random seed of the choice of examples
     #[arg(long, default_value_t = 1234)]
     fewshot_seed: u32,
-    /// Documents of each task at most
+    /// Documents of each task at most: a number, or a share such as 0.5
     #[arg(long, value_name = "N")]
-    limit: Option<usize>,
+    limit: Option<Limit>,
     /// Draws of the bootstrap for the standard error of perplexities; 0 for none
     #[arg(long, default_value_t = 100_000)]
     bootstrap_iters: usize,
     /// Tokens that are read at once [default: the model's context]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
+    /// Tokens that each window of a long text scores, from 1 to --max-length; fewer give each token more context [default: --max-length]
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
     /// Tokens of a batch [default: 1024 on the CPU, 16384 on a GPU]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<usize>,
-    /// Writes the results as lm-evaluation-harness does
+    /// Writes the results as lm-evaluation-harness does; with several numbers of examples a file for each, as results.5shot.json
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Writes what was asked and answered of each document too: samples_TASK.jsonl beside the output
@@ -93,15 +97,35 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
     let documents = asked.iter().map(|task| tasks::documents(args.data.as_deref(), task));
     let documents = documents.collect::<anyhow::Result<Vec<_>>>()?;
+    let counts: Vec<Option<usize>> =
+        if args.num_fewshot.is_empty() { vec![None] } else { args.num_fewshot.iter().copied().map(Some).collect() };
+    let most = counts.iter().copied().max().flatten();
+    let examples = asked.iter().map(|task| tasks::examples(args.data.as_deref(), task, most));
+    let examples = examples.collect::<anyhow::Result<Vec<_>>>()?;
     let document = args.text.as_ref().map(pricket::lm::read_utf8).transpose()?;
     let model = args.model.load("tiny")?;
     let score = ScoreOptions {
         max_length: args.max_length,
+        stride: args.stride,
         batch_tokens: args.batch_tokens,
         progress: Arc::new(Bar::default()),
     };
+    let window = score.max_length(&*model.model());
+    ensure!(args.stride.is_none_or(|n| (1..=window).contains(&n)), "--stride: expected 1 to {window} tokens");
     if !asked.is_empty() {
-        return run_tasks(args, &model, asked.into_iter().zip(documents), score);
+        let asked: Vec<Asked> = asked.into_iter().zip(documents.into_iter().zip(examples)).collect();
+        let mut code = ExitCode::SUCCESS;
+        for &shots in &counts {
+            let output = args.output.as_ref().map(|path| match shots {
+                Some(shots) if counts.len() > 1 => path.with_extension(of_shots(path, shots)),
+                _ => path.clone(),
+            });
+            let of_count = run_tasks(args, &model, &asked, shots, output.as_deref(), score.clone())?;
+            if of_count != ExitCode::SUCCESS {
+                code = of_count;
+            }
+        }
+        return Ok(code);
     }
     if let Some(path) = &args.slices {
         let slices =
@@ -116,14 +140,25 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     run_text(args, &model, &text, &score).map(|()| ExitCode::SUCCESS)
 }
 
+/// A task, the files of its documents and those of its examples.
+type Asked = (Task, (Vec<PathBuf>, Vec<PathBuf>));
+
+/// The extension of a file of results for a number of examples: `5shot.json`.
+fn of_shots(path: &Path, shots: usize) -> String {
+    let extension = path.extension().map_or_else(String::new, |end| format!(".{}", end.to_string_lossy()));
+    format!("{shots}shot{extension}")
+}
+
 fn run_tasks(
     args: &Args,
     model: &Pricket,
-    asked: impl Iterator<Item = (Task, Vec<PathBuf>)>,
+    asked: &[Asked],
+    shots: Option<usize>,
+    output: Option<&Path>,
     score: ScoreOptions,
 ) -> anyhow::Result<ExitCode> {
     let options = EvalOptions {
-        shots: args.num_fewshot,
+        shots,
         seed: args.fewshot_seed,
         limit: args.limit,
         bootstrap: args.bootstrap_iters,
@@ -133,17 +168,15 @@ fn run_tasks(
     };
     let start = Instant::now();
     let (mut outcomes, mut code, mut ended) = (Vec::new(), ExitCode::SUCCESS, Ok(()));
-    for (task, documents) in asked {
+    for (task, (documents, examples)) in asked {
         let outcome = || -> anyhow::Result<Outcome> {
-            let mut examples = Vec::new();
-            if options.shots > 0 {
-                examples = Documents::open_all(tasks::examples(args.data.as_deref(), &task)?)?
-                    .collect::<Result<Vec<Value>, _>>()?;
-            }
-            Ok(model.evaluate(&task, Documents::open_all(&documents)?, &examples, &options)?)
+            let wanted = task.shots(shots) > 0 && !examples.is_empty();
+            let examples =
+                if wanted { Documents::open_all(examples)?.collect::<Result<Vec<Value>, _>>()? } else { Vec::new() };
+            Ok(model.evaluate(task, Documents::open_all(documents)?, &examples, &options)?)
         };
         match outcome() {
-            Ok(outcome) => outcomes.push((task, outcome)),
+            Ok(outcome) => outcomes.push((task.clone(), outcome)),
             Err(e) => {
                 let of_documents = matches!(e.downcast_ref(), Some(pricket::Error::Input(_)))
                     || matches!(e.downcast_ref(), Some(pricket::lm::Error::Input(_)));
@@ -175,12 +208,14 @@ fn run_tasks(
     // Shown first: hours of work are not lost with a disk that is full.
     let mut out = std::io::stdout().lock();
     let shown = if args.json { writeln!(out, "{results}") } else { show_tasks(&mut out, &outcomes) };
-    if let Some(path) = &args.output {
+    if let Some(path) = output {
         common::write_whole(path, &(serde_json::to_string_pretty(&results)? + "\n"))?;
         for (task, outcome) in outcomes.iter().filter(|_| args.log_samples) {
             let lines: String =
                 outcome.samples.iter().flat_map(|sample| [sample.to_json().to_string(), "\n".into()]).collect();
-            common::write_whole(&path.with_file_name(format!("samples_{}.jsonl", task.name())), &lines)?;
+            let of_several = if args.num_fewshot.len() > 1 { format!(".{}shot", outcome.shots) } else { String::new() };
+            let name = format!("samples_{}{of_several}.jsonl", task.name());
+            common::write_whole(&path.with_file_name(name), &lines)?;
         }
     }
     shown?;

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use anyhow::ensure;
 use bar::Bar;
 use clap::Parser;
+use pricket::lm::Limit;
 use pricket::{EvalOptions, Hub, Loader, Measure, Shard, Steps, Sweep, plots};
 use serde_json::{Value, json};
 
@@ -39,7 +40,7 @@ struct Args {
     /// Which steps: all, log, final, numbers, ranges as 0..143000:10000
     #[arg(long, default_value = "all")]
     steps: Steps,
-    /// Tasks, by name or as TOML files: see `score --help`
+    /// Tasks, by name or as files (.yaml of lm-evaluation-harness, .toml): see `score --help`
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
     /// The directory with the tasks' documents [default: fetched from the Hub]
@@ -51,12 +52,15 @@ struct Args {
     /// Files of plain text, of any length: loss, perplexity and bits per byte of each
     #[arg(long, value_delimiter = ',', value_name = "FILE")]
     text: Vec<PathBuf>,
-    /// Examples before each question
-    #[arg(long, default_value_t = 0)]
-    num_fewshot: usize,
-    /// Documents of each task at most
+    /// Number of examples before each question [default: the task's own, for built-in tasks 0]
     #[arg(long, value_name = "N")]
-    limit: Option<usize>,
+    num_fewshot: Option<usize>,
+    /// Documents of each task at most: a number, or a share such as 0.5
+    #[arg(long, value_name = "N")]
+    limit: Option<Limit>,
+    /// Tokens that each window of a long text scores, from 1 to the model's context [default: the context, without overlap]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    stride: Option<u32>,
     /// Draws of the bootstrap for the standard error of perplexities; 0 for none
     #[arg(long, default_value_t = 1000)]
     bootstrap_iters: usize,
@@ -138,6 +142,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         bootstrap: args.bootstrap_iters,
         ..EvalOptions::default()
     };
+    sweep.options.score.stride = args.stride.map(|n| n as usize);
     sweep.options.score.progress = Arc::new(Bar::default());
     (sweep.prefetch, sweep.remeasure) = (!args.no_prefetch, args.remeasure);
     sweep.shard = match args.shard {
@@ -220,7 +225,7 @@ fn measures(args: &Args) -> anyhow::Result<Vec<Measure>> {
     for name in &args.tasks {
         let (data, task) = (args.data.as_deref(), tasks::task(name)?);
         let documents = tasks::documents(data, &task)?;
-        let examples = if args.num_fewshot > 0 { tasks::examples(data, &task)? } else { Vec::new() };
+        let examples = tasks::examples(data, &task, args.num_fewshot)?;
         measures.push(Measure::Task { task, documents, examples });
     }
     measures.extend(args.slices.clone().map(Measure::Slices));

@@ -213,7 +213,7 @@ fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
             Measure::Slices(at("slices.jsonl")),
         ];
         let mut sweep = Sweep { remeasure, ..Sweep::new(models, Steps::all(), measures, &out) };
-        sweep.options.shots = 1;
+        sweep.options.shots = Some(1);
         let swept = sweep.run(|_| ()).unwrap();
         ((swept.rows, swept.kept), swept.warnings)
     };

@@ -45,6 +45,7 @@ mod sweep;
 mod tiny;
 
 /// Tokenising, streaming, stop strings, sampling.
+mod task_files;
 mod text;
 
 /// Loading and running within the memory that the file takes.

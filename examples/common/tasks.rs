@@ -7,9 +7,9 @@ use pricket::{Hub, Task};
 
 use crate::Bar;
 
-/// A built-in task, or one of the user's own.
+/// A built-in task, or one that a file describes.
 pub(crate) fn task(name: &str) -> anyhow::Result<Task> {
-    let is_file = Path::new(name).extension().is_some_and(|extension| extension == "toml");
+    let is_file = Path::new(name).extension().is_some_and(|end| end == "toml" || end == "yaml" || end == "yml");
     Ok(if is_file { Task::from_file(name)? } else { Task::named(name)? })
 }
 
@@ -18,14 +18,20 @@ pub(crate) fn documents(data: Option<&Path>, task: &Task) -> anyhow::Result<Vec<
     files(data, task, task.split())
 }
 
-/// The files that examples are drawn from.
-pub(crate) fn examples(data: Option<&Path>, task: &Task) -> anyhow::Result<Vec<PathBuf>> {
+/// The files that `shots` examples are drawn from: none where no example is wanted, or where the task has its own.
+pub(crate) fn examples(data: Option<&Path>, task: &Task, shots: Option<usize>) -> anyhow::Result<Vec<PathBuf>> {
+    if task.shots(shots) == 0 || task.has_samples() {
+        return Ok(Vec::new());
+    }
     files(data, task, task.examples_split().unwrap_or(task.split()))
 }
 
-/// Those of a directory; of the task's dataset on the Hub where none is given.
+/// Those of a directory; those that the task's file names, or of the task's dataset on the Hub, where no directory is given.
 fn files(data: Option<&Path>, task: &Task, split: &str) -> anyhow::Result<Vec<PathBuf>> {
     let Some(data) = data else {
+        if let Some(files) = task.files(split) {
+            return Ok(files.to_vec());
+        }
         let fetched = pricket::fetch_documents(task, split, &Hub::from_env()?, &Bar::default());
         return fetched.with_context(|| format!("the documents of task {} (--data names a directory)", task.name()));
     };
@@ -33,7 +39,7 @@ fn files(data: Option<&Path>, task: &Task, split: &str) -> anyhow::Result<Vec<Pa
     match names.iter().find(|path| path.is_file()) {
         Some(path) => Ok(vec![path.clone()]),
         None => bail!(
-            "{}: no such file, nor .parquet; the documents of task {} belong there",
+            "{}: no such file, nor .parquet; expected the documents of task {} there",
             names[0].display(),
             task.name()
         ),

@@ -74,7 +74,7 @@ fn figures(
             None => Documents::open(file(task.split()))?.collect::<Result<Vec<_>, _>>()?,
         };
         let bootstrap = case["bootstrap_iters"].as_u64().unwrap_or(0) as usize;
-        let mut options = EvalOptions { shots, bootstrap, samples: true, ..EvalOptions::default() };
+        let mut options = EvalOptions { shots: Some(shots), bootstrap, samples: true, ..EvalOptions::default() };
         options.score.max_length = case["max_length"].as_u64().map(|n| n as usize);
         let found = model.evaluate(&task, documents, &examples, &options)?;
         compare(case, name, expected, &found, check);

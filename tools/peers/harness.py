@@ -3,7 +3,7 @@ import json, os, shutil, subprocess, sys
 from importlib.util import find_spec
 
 FILES = {"hellaswag": "hellaswag/hellaswag.yaml", "piqa": "piqa/piqa.yaml", "winogrande": "winogrande/default.yaml",
-         "arc_easy": "arc/arc_easy.yaml", "sciq": "sciq/sciq.yaml", "lambada_openai": "lambada/lambada_openai.yaml",
+         "arc_easy": "arc/arc_easy.yaml", "openbookqa": "openbookqa/openbookqa.yaml", "sciq": "sciq/sciq.yaml", "lambada_openai": "lambada/lambada_openai.yaml",
          "wikitext": "wikitext/wikitext.yaml"}
 
 PROGRAM = r"""
@@ -61,14 +61,18 @@ def run(model, folder, tasks, shots, dtype, batch, threads):
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def ours(examples, model, folder, tasks, shots, *more):
+def ours(examples, model, folder, tasks, shots, *more, files=False):
+    """What `score` answers to built-in tasks over TASK.SPLIT.jsonl, or to the harness's files local_TASK.yaml."""
     out = f"{folder}/ours.json"
-    command = [f"{examples}/score", "--model", model, "--tasks", ",".join(tasks), "--data", folder, "--num-fewshot", str(shots),
-               "--output", out, "--log-samples", "--bootstrap-iters", "1000", *more]
+    named = [f"{folder}/local_{task}.yaml" for task in tasks] if files else tasks
+    command = [f"{examples}/score", "--model", model, "--tasks", ",".join(named), *([] if files else ["--data", folder]),
+               "--num-fewshot", str(shots), "--output", out, "--log-samples", "--bootstrap-iters", "1000", *more]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode: raise SystemExit(result.stderr)
     with open(out) as f: results = json.load(f)
     samples = {}
+    prefix = "local_" if files else ""
     for task in tasks:
-        with open(f"{folder}/samples_{task}.jsonl") as f: samples[task] = [json.loads(line) for line in f]
-    return {"seconds": float(results["total_evaluation_time_seconds"]), "results": results["results"], "samples": samples}
+        with open(f"{folder}/samples_{prefix}{task}.jsonl") as f: samples[task] = [json.loads(line) for line in f]
+    return {"seconds": float(results["total_evaluation_time_seconds"]), "results": {t: results["results"][prefix + t] for t in tasks},
+            "samples": samples}

@@ -52,7 +52,7 @@ pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::{Sampler, Sampling};
 pub use score::{TokenLogprob, check_finite, loss, text_logprobs, token_logprobs};
 pub use slices::{SliceLoss, slice_losses};
-pub use tasks::{EvalOptions, Figure, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};
+pub use tasks::{EvalOptions, Figure, Limit, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};
 pub use text::TextStream;
 pub use tokenizer::{Decoder, Tokenizer};
 pub use vocabulary::Vocabulary;

@@ -51,12 +51,16 @@ impl Continuation {
         Ok(Self { context, ids })
     }
 
-    /// The windows over which a text of any length is scored, every token once: each reads at most `max_length`, the first
-    /// from `prefix` on, the others from one token before what they score; the last one reads as far back as there is room.
-    pub fn windows(ids: &[u32], prefix: u32, max_length: usize) -> Vec<Self> {
+    /// Splits a text of any length into windows that score every token once: each reads at most `max_length` tokens.
+    ///
+    /// The first window begins with `prefix` and scores `max_length` tokens; each of the others scores the next `stride` tokens (1 to
+    /// `max_length`), given as many of those before as there is room for. With a stride of `max_length` the windows do not overlap,
+    /// but for the token before each and for the last window, which is filled up.
+    pub fn windows(ids: &[u32], prefix: u32, max_length: usize, stride: usize) -> Vec<Self> {
         let (mut windows, mut done) = (Vec::new(), 0);
         while done < ids.len() {
-            let end = (done + max_length).min(ids.len());
+            let step = if done == 0 { max_length } else { stride.clamp(1, max_length) };
+            let end = (done + step).min(ids.len());
             let context = if done == 0 { vec![prefix] } else { ids[end.saturating_sub(max_length + 1)..done].to_vec() };
             windows.push(Self { context, ids: ids[done..end].to_vec() });
             done = end;
@@ -84,6 +88,9 @@ pub struct ScoreOptions {
     /// Tokens that are read at once, at most: what does not fit is cut off on the left. By default the model's context, 2,048
     /// where it has none.
     pub max_length: Option<usize>,
+    /// Tokens that each window of a long text scores, from 1 to `max_length`; a smaller stride gives each token more context and
+    /// takes more time. By default `max_length`: windows that do not overlap.
+    pub stride: Option<usize>,
     /// Tokens of a batch. By default 1,024 on the CPU, 16,384 elsewhere.
     pub batch_tokens: Option<usize>,
     /// Is told of the progress, in tokens.
@@ -92,13 +99,17 @@ pub struct ScoreOptions {
 
 impl Default for ScoreOptions {
     fn default() -> Self {
-        Self { max_length: None, batch_tokens: None, progress: Arc::new(Silent) }
+        Self { max_length: None, stride: None, batch_tokens: None, progress: Arc::new(Silent) }
     }
 }
 
 impl std::fmt::Debug for ScoreOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "ScoreOptions(max_length {:?}, batch_tokens {:?})", self.max_length, self.batch_tokens)
+        f.debug_struct("ScoreOptions")
+            .field("max_length", &self.max_length)
+            .field("stride", &self.stride)
+            .field("batch_tokens", &self.batch_tokens)
+            .finish_non_exhaustive()
     }
 }
 
@@ -106,6 +117,12 @@ impl ScoreOptions {
     /// Tokens that `model` reads at once under these options.
     pub fn max_length(&self, model: &dyn CausalLm) -> usize {
         self.max_length.or(model.info().context).unwrap_or(2048)
+    }
+
+    /// The windows over which a text is scored.
+    pub(crate) fn windows(&self, model: &dyn CausalLm, ids: &[u32], prefix: u32) -> Vec<Continuation> {
+        let room = self.max_length(model).max(1);
+        Continuation::windows(ids, prefix, room, self.stride.unwrap_or(room))
     }
 }
 

@@ -1,6 +1,10 @@
-//! What lm-evaluation-harness gets from Python: its random numbers, and what its strings call a space.
+//! What lm-evaluation-harness gets from Python: random numbers, methods of strings, the notation of values.
+
+mod literal;
 
 use rand_mt::Mt;
+
+pub(crate) use literal::{literal_eval, repr, text};
 
 /// Python's `random.Random(seed)`: the Mersenne twister, and what the standard library makes of its words.
 #[derive(Clone, Debug)]
@@ -67,7 +71,7 @@ pub(crate) fn is_space(c: char) -> bool {
 }
 
 /// `str.capitalize`.
-pub(crate) fn capitalise(text: &str) -> String {
+pub(crate) fn capitalize(text: &str) -> String {
     let Some(first) = text.chars().next() else { return String::new() };
     // The whole in small letters, since a sigma's form hangs on what is before it.
     let lower = text.to_lowercase();
@@ -121,12 +125,12 @@ mod tests {
 
     #[test]
     fn strings_are_pythons() {
-        assert_eq!(capitalise("then THE man"), "Then the man");
-        assert_eq!(capitalise("ßa"), "Ssa");
-        assert_eq!(capitalise(""), "");
-        assert_eq!(capitalise("ǆ OR"), "ǅ or");
-        assert_eq!(capitalise("AΣ"), "Aς");
-        assert_eq!(capitalise("İA"), "İa");
+        assert_eq!(capitalize("then THE man"), "Then the man");
+        assert_eq!(capitalize("ßa"), "Ssa");
+        assert_eq!(capitalize(""), "");
+        assert_eq!(capitalize("ǆ OR"), "ǅ or");
+        assert_eq!(capitalize("AΣ"), "Aς");
+        assert_eq!(capitalize("İA"), "İa");
         assert!(is_space('\x1f') && is_space('\u{a0}') && !is_space('\u{200b}'));
     }
 }

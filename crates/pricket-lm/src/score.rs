@@ -46,7 +46,7 @@ pub fn text_logprobs(
 ) -> Result<Vec<TokenLogprob>> {
     let mut out = Vec::with_capacity(ids.len());
     options.progress.begin("scoring", ids.len() as u64, "tokens");
-    for Continuation { mut context, ids } in Continuation::windows(ids, prefix, options.max_length(model).max(1)) {
+    for Continuation { mut context, ids } in options.windows(model, ids, prefix) {
         if options.progress.cancelled() {
             return Err(pricket_nn::Error::Cancelled.into());
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use pricket_nn::{CausalLm, Error as NnError};
 use serde_json::Value;
 
-use crate::loglikelihood::{Continuation, ScoreOptions, loglikelihoods};
+use crate::loglikelihood::{ScoreOptions, loglikelihoods};
 use crate::{Error, Result, Tokenizer};
 
 /// Documents that are scored together.
@@ -74,7 +74,6 @@ pub fn slice_losses(
     prefix: u32,
     options: &ScoreOptions,
 ) -> Result<BTreeMap<String, SliceLoss>> {
-    let room = options.max_length(model);
     let mut slices: BTreeMap<String, SliceLoss> = BTreeMap::new();
     let mut documents = documents.into_iter().enumerate().peekable();
     while documents.peek().is_some() {
@@ -97,7 +96,7 @@ pub fn slice_losses(
             let named = named.unwrap_or_else(|| "all".into());
             let ids = tokenizer.encode(text)?;
             let first = requests.len();
-            requests.extend(Continuation::windows(&ids, prefix, room));
+            requests.extend(options.windows(model, &ids, prefix));
             read.push((named, text.to_owned(), ids.len(), first..requests.len()));
         }
         let answers = loglikelihoods(model, &requests, options)?;

@@ -2,15 +2,18 @@
 
 mod builtin;
 mod evaluate;
+mod harness;
+mod jinja;
 mod report;
 mod template;
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
 
-pub use evaluate::{EvalOptions, Figure, Outcome, Sample, evaluate};
+pub use evaluate::{EvalOptions, Figure, Limit, Outcome, Sample, evaluate};
 pub use report::results_json;
 
 use crate::{Error, Result};
@@ -26,13 +29,34 @@ pub enum TaskKind {
     Perplexity,
 }
 
+impl TaskKind {
+    /// The metrics of a task that names none.
+    const fn defaults(self) -> &'static [Metric] {
+        match self {
+            TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm],
+            TaskKind::Loglikelihood => &[Metric::Perplexity, Metric::Acc],
+            TaskKind::Perplexity => &[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte],
+        }
+    }
+
+    /// All metrics that such a task can have.
+    const fn metrics(self) -> &'static [Metric] {
+        match self {
+            TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm, Metric::AccBytes],
+            other => other.defaults(),
+        }
+    }
+}
+
 /// What is computed of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Metric {
     /// Share of documents whose likeliest choice is right; of one continuation, that it is what greedy decoding writes.
     Acc,
-    /// As [`Metric::Acc`], the likelihood divided by the characters of the choice.
+    /// As [`Metric::Acc`], the log-likelihood divided by the characters of the choice.
     AccNorm,
+    /// As [`Metric::Acc`], the log-likelihood divided by the UTF-8 bytes of the choice.
+    AccBytes,
     /// `exp` of the mean negative log-likelihood of the continuations.
     Perplexity,
     /// `exp` of the negative log-likelihood of all texts, by their words.
@@ -49,6 +73,7 @@ impl Metric {
         match self {
             Metric::Acc => "acc",
             Metric::AccNorm => "acc_norm",
+            Metric::AccBytes => "acc_bytes",
             Metric::Perplexity => "perplexity",
             Metric::WordPerplexity => "word_perplexity",
             Metric::BytePerplexity => "byte_perplexity",
@@ -58,7 +83,26 @@ impl Metric {
 
     /// Whether more of it is better.
     pub const fn higher_is_better(self) -> bool {
-        matches!(self, Metric::Acc | Metric::AccNorm)
+        matches!(self, Metric::Acc | Metric::AccNorm | Metric::AccBytes)
+    }
+
+    /// The name that the harness gives to the way its values are put together.
+    const fn aggregation(self) -> &'static str {
+        match self {
+            Metric::Acc | Metric::AccNorm | Metric::AccBytes => "mean",
+            Metric::Perplexity => "perplexity",
+            Metric::WordPerplexity | Metric::BytePerplexity => "weighted_perplexity",
+            Metric::BitsPerByte => "bits_per_byte",
+        }
+    }
+
+    /// The metric of a name, if a task of this kind can have it.
+    fn named(name: &str, kind: TaskKind) -> Result<Self, String> {
+        let found = kind.metrics().iter().copied().find(|metric| metric.name() == name);
+        found.ok_or_else(|| {
+            let names: Vec<_> = kind.metrics().iter().map(|metric| metric.name()).collect();
+            format!("{name:?} is not a metric of this kind of task; expected one of {}", names.join(", "))
+        })
     }
 }
 
@@ -77,24 +121,93 @@ pub(crate) struct Choices {
     pub(crate) contexts: Vec<String>,
     /// As many as there are choices, or one after each of several contexts; with the space before it.
     pub(crate) continuations: Vec<String>,
-    /// Characters of each choice.
-    pub(crate) lengths: Vec<usize>,
-    /// The right one.
-    pub(crate) answer: usize,
+    /// The length of each choice.
+    pub(crate) lengths: Vec<Length>,
+    /// The numbers of the right ones: one, for most tasks.
+    pub(crate) answers: Vec<usize>,
+}
+
+impl Choices {
+    /// A question of one context, with `delimiter` before each choice.
+    fn new(contexts: Vec<String>, delimiter: &str, choices: &[String], answers: Vec<usize>) -> Self {
+        let continuations = choices.iter().map(|choice| format!("{delimiter}{choice}")).collect();
+        Self {
+            contexts,
+            continuations,
+            lengths: choices.iter().map(|choice| choice.as_str().into()).collect(),
+            answers,
+        }
+    }
+}
+
+/// The length of a choice.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Length {
+    pub(crate) chars: usize,
+    pub(crate) bytes: usize,
+}
+
+impl From<&str> for Length {
+    fn from(text: &str) -> Self {
+        Self { chars: text.chars().count(), bytes: text.len() }
+    }
+}
+
+/// The texts of a list of texts.
+fn texts(list: &Value) -> Option<Vec<String>> {
+    list.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }
 
 type Ask = Arc<dyn Fn(&Value) -> Result<Asked, String> + Send + Sync>;
+
+type Describe = Arc<dyn Fn(&Value) -> Result<String, String> + Send + Sync>;
+
+/// How examples are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sampler {
+    /// At random for each document. With `spare`, one more is drawn, and the document that is asked about is left out.
+    Random { spare: bool },
+    /// The first ones.
+    First,
+}
+
+/// How a prompt is put together from a description, examples and a question.
+#[derive(Clone)]
+pub(crate) struct Layout {
+    /// What stands before all.
+    pub(crate) describe: Option<Describe>,
+    /// Stands between an example's question and its answer.
+    pub(crate) target_delimiter: String,
+    /// Stands behind each example.
+    pub(crate) example_delimiter: String,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { describe: None, target_delimiter: " ".into(), example_delimiter: "\n\n".into() }
+    }
+}
 
 /// A task: how documents become requests, and what is computed of the answers.
 #[derive(Clone)]
 pub struct Task {
     name: String,
-    version: f64,
+    /// A number, for most tasks.
+    version: Value,
     kind: TaskKind,
     metrics: Vec<Metric>,
-    /// Whether it is asked of the split `test`; of `validation` otherwise.
-    has_test: bool,
-    has_train: bool,
+    /// The split that is asked about.
+    split: String,
+    /// The split that examples come from, if it is another one.
+    examples_split: Option<String>,
+    /// Examples that the definition holds.
+    samples: Option<Vec<Value>>,
+    sampler: Sampler,
+    layout: Layout,
+    /// Examples before each question, where the caller asks for none.
+    shots: Option<usize>,
+    /// Where the definition says that its documents are: files of each split.
+    files: Option<BTreeMap<String, Vec<PathBuf>>>,
     /// Where the Hub has its documents: repository, configuration.
     dataset: Option<(String, Option<String>)>,
     /// Definition of the task: the text of its file, or the name and version of a built-in task.
@@ -104,7 +217,7 @@ pub struct Task {
 
 impl std::fmt::Debug for Task {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Task({} {}, {:?})", self.name, self.version, self.kind)
+        write!(f, "Task({} {:?}, {:?})", self.name, self.version(), self.kind)
     }
 }
 
@@ -124,13 +237,19 @@ impl Task {
         })
     }
 
-    /// A task of one's own, described in TOML: see `docs/tasks.md`.
+    /// A task that a file describes: YAML as lm-evaluation-harness has it, or TOML; see `docs/tasks.md`.
+    ///
+    /// No Python is executed: a file that names a function (`!function utils.process_docs`) is refused, unless the function is
+    /// one of the harness's that a built-in task computes.
     ///
     /// # Errors
     /// [`Error::Input`], naming the file and what is wrong in it.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
+        if path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml") {
+            return harness::parse(path).map_err(wrong);
+        }
         let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
         template::parse(&text).map_err(wrong)
     }
@@ -140,9 +259,13 @@ impl Task {
         &self.name
     }
 
-    /// The version of what it asks: figures of different versions are not to be compared.
-    pub fn version(&self) -> f64 {
-        self.version
+    /// Returns the version of its definition; figures of different versions are not comparable. Empty if it has none.
+    pub fn version(&self) -> String {
+        match &self.version {
+            Value::Number(number) => number.as_f64().unwrap_or_default().to_string(),
+            Value::String(text) => text.clone(),
+            _ => String::new(),
+        }
     }
 
     /// The text that defines it: two tasks with the same definition ask the same.
@@ -160,14 +283,33 @@ impl Task {
         &self.metrics
     }
 
-    /// The split that it is asked of: `test` or `validation`.
-    pub fn split(&self) -> &'static str {
-        if self.has_test { "test" } else { "validation" }
+    /// Returns the split that it is asked of, such as `test` or `validation`.
+    pub fn split(&self) -> &str {
+        &self.split
     }
 
-    /// The split that examples are taken from, if there is one of their own.
-    pub fn examples_split(&self) -> Option<&'static str> {
-        self.has_train.then_some("train")
+    /// Returns the split that examples are taken from, if it is another one.
+    pub fn examples_split(&self) -> Option<&str> {
+        self.examples_split.as_deref()
+    }
+
+    /// Returns the number of examples before each question: `asked`, or what the definition says, or none. A task that says 0
+    /// has no examples.
+    pub fn shots(&self, asked: Option<usize>) -> usize {
+        match (asked, self.shots) {
+            (_, Some(0)) => 0,
+            (asked, own) => asked.or(own).unwrap_or(0),
+        }
+    }
+
+    /// Whether the definition itself holds the examples.
+    pub fn has_samples(&self) -> bool {
+        self.samples.is_some()
+    }
+
+    /// Returns the files of a split, where the definition names files: `dataset_kwargs.data_files` of the harness.
+    pub fn files(&self, split: &str) -> Option<&[PathBuf]> {
+        self.files.as_ref()?.get(split).map(Vec::as_slice)
     }
 
     /// The repository of the Hub that holds its documents, and the configuration of it.
@@ -176,6 +318,10 @@ impl Task {
     }
 
     fn ask(&self, document: &Value, number: usize) -> Result<Asked> {
-        (self.ask)(document).map_err(|what| Error::Input(format!("task {}, document {number}: {what}", self.name)))
+        (self.ask)(document).map_err(|what| self.wrong(number, &what))
+    }
+
+    fn wrong(&self, number: usize, what: &str) -> Error {
+        Error::Input(format!("task {}, document {number}: {what}", self.name))
     }
 }

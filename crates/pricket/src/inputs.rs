@@ -28,11 +28,11 @@ impl Hashes {
     }
 
     /// What a measure is computed from besides the model: hashes of its definition and of its documents.
-    pub(crate) fn measure(&mut self, measure: &Measure, shots: usize) -> Result<Value> {
+    pub(crate) fn measure(&mut self, measure: &Measure, shots: Option<usize>) -> Result<Value> {
         let hash = |text: &str| Digest::Sha256(String::new()).of(text.as_bytes()).hex().to_owned();
         Ok(match measure {
             Measure::Task { task, documents, examples } => {
-                let examples = if shots > 0 { self.all(examples)? } else { Vec::new() };
+                let examples = if task.shots(shots) > 0 { self.all(examples)? } else { Vec::new() };
                 json!({"definition": hash(task.definition()), "documents": self.all(documents)?, "examples": examples})
             }
             Measure::Slices(path) | Measure::TextFile(path) => json!({"documents": [self.of(path)?]}),

@@ -83,11 +83,14 @@ impl Measure {
     /// The settings of its rows: with other settings a checkpoint is measured again.
     fn settings(&self, sweep: &Sweep) -> Value {
         let options = &sweep.options;
-        let (shots, limit) = (options.shots, options.limit);
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).ok();
         let mut settings = match self {
             Measure::Task { task, documents, .. } => {
-                json!({"version": task.version(), "shots": shots, "limit": limit, "bytes": documents.iter().map(|path| bytes(path)).sum::<Option<u64>>()})
+                let version =
+                    task.version().parse::<f64>().map_or_else(|_| json!(task.version()), |number| json!(number));
+                let limit = options.limit.map(pricket_lm::Limit::to_json);
+                let shots = task.shots(options.shots);
+                json!({"version": version, "shots": shots, "limit": limit, "bytes": documents.iter().map(|path| bytes(path)).sum::<Option<u64>>()})
             }
             Measure::Slices(path) | Measure::TextFile(path) => {
                 json!({"file": path.file_name().map(|name| name.to_string_lossy()), "bytes": bytes(path)})
@@ -98,6 +101,9 @@ impl Measure {
         };
         if let Some(length) = options.score.max_length {
             settings["max_length"] = json!(length);
+        }
+        if let Some(stride) = options.score.stride {
+            settings["stride"] = json!(stride);
         }
         if options.seed != EvalOptions::default().seed {
             settings["seed"] = json!(options.seed);
@@ -493,7 +499,7 @@ impl Sweep {
         };
         match measure {
             Measure::Task { task, documents, examples } => {
-                let examples = if self.options.shots > 0 && !examples.is_empty() {
+                let examples = if task.shots(self.options.shots) > 0 && !examples.is_empty() {
                     Documents::open_all(examples)?.collect::<Result<Vec<Value>, _>>()?
                 } else {
                     Vec::new()

@@ -5,8 +5,8 @@ use std::sync::{Arc, LazyLock};
 use regex::Regex;
 use serde_json::Value;
 
-use super::{Asked, Choices, Metric, Task, TaskKind};
-use crate::python::{capitalise, is_space};
+use super::{Asked, Choices, Layout, Metric, Sampler, Task, TaskKind};
+use crate::python::{capitalize, is_space};
 
 pub(super) const NAMES: [&str; 8] =
     ["lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "sciq", "wikitext"];
@@ -51,11 +51,16 @@ pub(super) fn task(name: &str) -> Option<Task> {
     Some(Task {
         name: name.into(),
         definition: format!("built-in {name} {version:?}"),
-        version,
+        version: version.into(),
         kind,
         metrics: metrics.to_vec(),
-        has_test,
-        has_train,
+        split: if has_test { "test" } else { "validation" }.into(),
+        examples_split: has_train.then(|| "train".into()),
+        sampler: Sampler::Random { spare: !has_test },
+        layout: Layout::default(),
+        samples: None,
+        shots: None,
+        files: None,
         dataset: Some((repo.into(), config.map(Into::into))),
         ask: Arc::new(ask),
     })
@@ -86,12 +91,7 @@ fn choices(context: String, choices: &[String], answer: usize) -> Result<Asked, 
     if answer >= choices.len() {
         return Err(format!("the right answer is number {answer} of {} choices", choices.len()));
     }
-    Ok(Asked::Choices(Choices {
-        contexts: vec![context],
-        continuations: choices.iter().map(|choice| format!(" {choice}")).collect(),
-        lengths: choices.iter().map(|choice| choice.chars().count()).collect(),
-        answer,
-    }))
+    Ok(Asked::Choices(Choices::new(vec![context], " ", choices, vec![answer])))
 }
 
 /// The last word of a passage (Paperno et al. 2016, arXiv:1606.06031; OpenAI's form of it).
@@ -111,7 +111,7 @@ fn hellaswag(document: &Value) -> Result<Asked, String> {
     };
     let (activity, a, b) = (text(document, "activity_label")?, text(document, "ctx_a")?, text(document, "ctx_b")?);
     let endings: Vec<String> = texts(&document["endings"], "endings")?.iter().map(|x| cleaned(x)).collect();
-    choices(cleaned(&format!("{activity}: {a} {}", capitalise(b))), &endings, number(document, "label")?)
+    choices(cleaned(&format!("{activity}: {a} {}", capitalize(b))), &endings, number(document, "label")?)
 }
 
 /// How to do everyday things (Bisk et al. 2020, arXiv:1911.11641).
@@ -132,10 +132,10 @@ fn winogrande(document: &Value) -> Result<Asked, String> {
         other => return Err(format!("the answer is {other:?}, neither \"1\" nor \"2\"")),
     };
     Ok(Asked::Choices(Choices {
-        lengths: contexts.iter().map(|context| context.chars().count()).collect(),
+        lengths: contexts.iter().map(|context| context.as_str().into()).collect(),
         contexts: contexts.to_vec(),
         continuations: vec![format!(" {}", after.trim_matches(is_space))],
-        answer,
+        answers: vec![answer],
     }))
 }
 
@@ -158,11 +158,11 @@ fn sciq(document: &Value) -> Result<Asked, String> {
     choices(format!("{support}\nQuestion: {}\nAnswer:", text(document, "question")?), &options, 3)
 }
 
-/// Whole pages of an encyclopaedia (Merity et al. 2016, arXiv:1609.07843); words and bytes are those of the page as it is, the
+/// Whole pages of an encyclopedia (Merity et al. 2016, arXiv:1609.07843); words and bytes are those of the page as it is, the
 /// text is what the page looked like before it was cut into words.
 fn wikitext(document: &Value) -> Result<Asked, String> {
     let page = text(document, "page")?;
-    Ok(Asked::Text { text: detokenised(page), words: count_words(page), bytes: page.len() })
+    Ok(Asked::Text { text: detokenized(page), words: count_words(page), bytes: page.len() })
 }
 
 /// Pieces between runs of spaces, as Python's `re.split(r"\s+", text)` counts them.
@@ -177,7 +177,7 @@ pub(super) fn count_words(text: &str) -> usize {
     runs + 1
 }
 
-fn detokenised(page: &str) -> String {
+fn detokenized(page: &str) -> String {
     static PATTERNS: LazyLock<[(Regex, &str); 6]> = LazyLock::new(|| {
         [
             (r"/' [0-9]/", "/'[0-9]/"),

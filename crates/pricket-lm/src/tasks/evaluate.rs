@@ -3,7 +3,7 @@
 use pricket_nn::{CausalLm, Error as NnError};
 use serde_json::{Value, json};
 
-use super::{Asked, Metric, Task};
+use super::{Asked, Layout, Metric, Sampler, Task};
 use crate::loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
 use crate::python::Random;
 use crate::{Error, Result, Tokenizer};
@@ -14,12 +14,12 @@ const TOGETHER: usize = 1024;
 /// How a task is put to a model.
 #[derive(Clone, Debug)]
 pub struct EvalOptions {
-    /// Examples before each question.
-    pub shots: usize,
-    /// Where the drawing of examples begins.
+    /// Examples before each question; by default as many as the task's definition says, which is mostly none.
+    pub shots: Option<usize>,
+    /// Random seed of the choice of examples; 1234 by default.
     pub seed: u32,
-    /// Documents at most.
-    pub limit: Option<usize>,
+    /// The documents that are asked about; by default all.
+    pub limit: Option<Limit>,
     /// Draws of the bootstrap that tells the standard error of a perplexity; 0 for none.
     pub bootstrap: usize,
     /// The token that texts begin with, given where nothing else is.
@@ -30,11 +30,53 @@ pub struct EvalOptions {
     pub score: ScoreOptions,
 }
 
+/// How many documents of a task are asked about, from its first on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Limit {
+    /// This many.
+    Documents(usize),
+    /// This share of all, above 0 and below 1, rounded up.
+    Share(f64),
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Limit::Documents(count) => count.fmt(f),
+            Limit::Share(share) => share.fmt(f),
+        }
+    }
+}
+
+impl std::str::FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(count) = text.parse() {
+            return Ok(Limit::Documents(count));
+        }
+        let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share) && *share > 0.0);
+        share
+            .map(Limit::Share)
+            .ok_or_else(|| format!("expected a number of documents or a share such as 0.5, found {text:?}"))
+    }
+}
+
+impl Limit {
+    /// The number, as the harness writes it.
+    pub fn to_json(self) -> Value {
+        match self {
+            Limit::Documents(count) => json!(count),
+            Limit::Share(share) => json!(share),
+        }
+    }
+}
+
 impl Default for EvalOptions {
-    /// The harness's: no examples, seed 1234, 100,000 draws.
+    /// The harness's: the task's own number of examples, seed 1234, 100,000 draws.
     fn default() -> Self {
         Self {
-            shots: 0,
+            shots: None,
             seed: 1234,
             limit: None,
             bootstrap: 100_000,
@@ -78,8 +120,8 @@ pub struct Sample {
 pub struct Outcome {
     /// The task's name.
     pub task: String,
-    /// Its version.
-    pub version: f64,
+    /// Its version, empty if it has none.
+    pub version: String,
     /// Examples before each question.
     pub shots: usize,
     /// Documents that were asked.
@@ -117,12 +159,11 @@ pub fn evaluate(
     options: &EvalOptions,
 ) -> Result<Outcome> {
     let mut shots = Shots::new(task, examples, options)?;
-    let mut documents = documents.into_iter().take(options.limit.unwrap_or(usize::MAX)).peekable();
-    let room = options.score.max_length(model);
+    let mut documents = limited(documents.into_iter(), options.limit)?.peekable();
     let mut outcome = Outcome {
         task: task.name.clone(),
-        version: task.version,
-        shots: options.shots,
+        version: task.version(),
+        shots: task.shots(options.shots),
         documents: 0,
         figures: Vec::new(),
         cut: 0,
@@ -139,14 +180,16 @@ pub fn evaluate(
             let (document, first) = (document?, requests.len());
             let number = outcome.documents + asked.len();
             let question = task.ask(&document, number)?;
-            let texts = texts_of(&question, &shots.draw(&document)?);
+            let described = task.layout.describe.as_ref().map(|describe| describe(&document)).transpose();
+            let described = described.map_err(|what| task.wrong(number, &what))?.unwrap_or_default();
+            let texts = texts_of(&question, &(described + &shots.draw(&document)?));
             for (context, continuation) in &texts {
                 if let Asked::Text { text, .. } = &question {
-                    requests.extend(Continuation::windows(&tokenizer.encode(text)?, options.prefix, room));
+                    requests.extend(options.score.windows(model, &tokenizer.encode(text)?, options.prefix));
                 } else {
                     let encoded = Continuation::encode(tokenizer, options.prefix, context, continuation);
                     requests.push(encoded.map_err(|e| match e {
-                        Error::Input(what) => Error::Input(format!("task {}, document {number}: {what}", task.name)),
+                        Error::Input(what) => task.wrong(number, &what),
                         e => e,
                     })?);
                 }
@@ -182,6 +225,22 @@ pub fn evaluate(
     Ok(outcome)
 }
 
+/// The documents that a limit leaves. A share is one of all, so they are all read.
+fn limited<'a>(
+    documents: impl Iterator<Item = Result<Value>> + 'a,
+    limit: Option<Limit>,
+) -> Result<Box<dyn Iterator<Item = Result<Value>> + 'a>> {
+    Ok(match limit {
+        None => Box::new(documents),
+        Some(Limit::Documents(count)) => Box::new(documents.take(count)),
+        Some(Limit::Share(share)) => {
+            let all = documents.collect::<Result<Vec<Value>>>()?;
+            let count = (all.len() as f64 * share).ceil() as usize;
+            Box::new(all.into_iter().take(count).map(Ok))
+        }
+    })
+}
+
 /// Context and continuation of each request of a question, after its examples.
 fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
     match question {
@@ -210,7 +269,10 @@ fn target_of(question: &Asked) -> Value {
                     .map(|continuation| continuation.strip_prefix(' ').unwrap_or(continuation))
             )
         }
-        Asked::Choices(choices) => json!(choices.answer),
+        Asked::Choices(choices) => match choices.answers[..] {
+            [answer] => json!(answer),
+            ref answers => json!(answers),
+        },
         Asked::Continuation { continuation, .. } => json!(continuation),
         Asked::Text { text, .. } => json!(text),
     }
@@ -228,12 +290,15 @@ fn judge(question: &Asked, answers: &[Loglikelihood], metrics: &[Metric]) -> Vec
         }
         best
     };
-    let right = |choice: usize, answer: usize| f64::from(u8::from(choice == answer));
+    let right = |choice: usize, answers: &[usize]| f64::from(u8::from(answers.contains(&choice)));
     let total: f64 = answers.iter().map(|answer| answer.sum).sum();
     let of = |metric: &Metric| match (metric, question) {
-        (Metric::Acc, Asked::Choices(choices)) => (right(likeliest(&|_| 1.0), choices.answer), 1.0),
+        (Metric::Acc, Asked::Choices(choices)) => (right(likeliest(&|_| 1.0), &choices.answers), 1.0),
         (Metric::AccNorm, Asked::Choices(choices)) => {
-            (right(likeliest(&|i| choices.lengths[i] as f64), choices.answer), 1.0)
+            (right(likeliest(&|i| choices.lengths[i].chars as f64), &choices.answers), 1.0)
+        }
+        (Metric::AccBytes, Asked::Choices(choices)) => {
+            (right(likeliest(&|i| choices.lengths[i].bytes as f64), &choices.answers), 1.0)
         }
         (Metric::Acc, _) => (f64::from(u8::from(answers.iter().all(|answer| answer.is_greedy))), 1.0),
         (Metric::WordPerplexity, Asked::Text { words, .. }) => (total, *words as f64),
@@ -249,7 +314,7 @@ fn figure(metric: Metric, scores: &[(f64, f64)], options: &EvalOptions) -> Figur
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
     let (value, stderr) = match metric {
-        Metric::Acc | Metric::AccNorm => (mean, Some(deviation(&values) / n.sqrt())),
+        Metric::Acc | Metric::AccNorm | Metric::AccBytes => (mean, Some(deviation(&values) / n.sqrt())),
         Metric::Perplexity => ((-mean).exp(), bootstrap(&values, options.bootstrap)),
         Metric::WordPerplexity | Metric::BytePerplexity => ((-weighted()).exp(), None),
         Metric::BitsPerByte => (-weighted() / std::f64::consts::LN_2, None),
@@ -301,70 +366,79 @@ fn bootstrap(values: &[f64], draws: usize) -> Option<f64> {
 /// The examples that stand before questions.
 struct Shots<'a> {
     count: usize,
-    /// Whether the harness draws one more, and leaves out the document that is asked about.
-    spare: bool,
+    sampler: Sampler,
     random: Random,
     /// Documents with their texts as examples.
     pool: Vec<(&'a Value, String)>,
 }
 
 impl<'a> Shots<'a> {
-    fn new(task: &Task, examples: &'a [Value], options: &EvalOptions) -> Result<Self> {
-        let (count, spare) = (options.shots, !task.has_test);
+    fn new(task: &'a Task, examples: &'a [Value], options: &EvalOptions) -> Result<Self> {
+        let count = task.shots(options.shots);
         let mut pool = Vec::new();
         if count > 0 {
             if task.kind == super::TaskKind::Perplexity {
                 return Err(Error::Input(format!("task {}: whole texts are scored without examples", task.name)));
             }
-            for (number, document) in examples.iter().enumerate() {
-                pool.push((document, example(&task.ask(document, number)?)));
+            for (number, document) in task.samples.as_deref().unwrap_or(examples).iter().enumerate() {
+                let example = example(task, &task.ask(document, number)?).map_err(|what| task.wrong(number, what))?;
+                pool.push((document, example));
             }
-            let wanted = count + usize::from(spare);
+            let wanted = count + usize::from(task.sampler == Sampler::Random { spare: true });
             if pool.len() < wanted {
                 let found = pool.len();
                 return Err(Error::Input(format!(
-                    "task {}: {count} examples are drawn from {wanted} documents at least, and there are {found}",
+                    "task {}: {count} examples need at least {wanted} documents to choose from, found {found}",
                     task.name
                 )));
             }
         }
-        Ok(Self { count, spare, random: Random::new(options.seed), pool })
+        Ok(Self { count, sampler: task.sampler, random: Random::new(options.seed), pool })
     }
 
-    /// The examples before a document, each with an empty line after it.
+    /// The examples before a document.
     fn draw(&mut self, document: &Value) -> Result<String> {
         if self.count == 0 {
             return Ok(String::new());
         }
-        let others = |drawn: &[usize]| -> Vec<usize> {
-            drawn.iter().copied().filter(|&i| !self.spare || self.pool[i].0 != document).take(self.count).collect()
+        let chosen = match self.sampler {
+            Sampler::First => (0..self.count).collect(),
+            Sampler::Random { spare: false } => self.random.sample(self.pool.len(), self.count),
+            Sampler::Random { spare: true } => self.draw_others(document)?,
         };
-        let drawn = self.random.sample(self.pool.len(), self.count + usize::from(self.spare));
-        let mut drawn = others(&drawn);
-        if drawn.len() < self.count {
-            // The document is there more than once: drawn again from the others.
-            let rest: Vec<usize> = (0..self.pool.len()).filter(|&i| self.pool[i].0 != document).collect();
-            if rest.len() < self.count {
-                let (count, found) = (self.count, rest.len());
-                return Err(Error::Input(format!(
-                    "{count} examples are wanted, and only {found} are not the question"
-                )));
-            }
-            drawn = self.random.sample(rest.len(), self.count).into_iter().map(|i| rest[i]).collect();
+        Ok(chosen.iter().map(|&i| self.pool[i].1.as_str()).collect())
+    }
+
+    /// One more is drawn than is used, and the document itself is left out.
+    fn draw_others(&mut self, document: &Value) -> Result<Vec<usize>> {
+        let drawn = self.random.sample(self.pool.len(), self.count + 1);
+        let others: Vec<usize> = drawn.into_iter().filter(|&i| self.pool[i].0 != document).take(self.count).collect();
+        if others.len() == self.count {
+            return Ok(others);
         }
-        Ok(drawn.iter().flat_map(|&i| [self.pool[i].1.as_str(), "\n\n"]).collect())
+        // The document is there more than once: drawn again from the others.
+        let rest: Vec<usize> = (0..self.pool.len()).filter(|&i| self.pool[i].0 != document).collect();
+        if rest.len() < self.count {
+            let (count, found) = (self.count, rest.len());
+            return Err(Error::Input(format!("expected {count} examples other than the question, found {found}")));
+        }
+        Ok(self.random.sample(rest.len(), self.count).into_iter().map(|i| rest[i]).collect())
     }
 }
 
 /// A question with its answer.
-fn example(question: &Asked) -> String {
-    match question {
+fn example(task: &Task, question: &Asked) -> Result<String, &'static str> {
+    let Layout { target_delimiter, example_delimiter, .. } = &task.layout;
+    let text = match question {
         Asked::Text { text, .. } => text.clone(),
-        // The harness puts a space before what begins with one.
-        Asked::Continuation { context, continuation } => format!("{context} {continuation}"),
+        // The harness puts the delimiter also before what begins with one.
+        Asked::Continuation { context, continuation } if continuation.is_empty() => context.clone(),
+        Asked::Continuation { context, continuation } => format!("{context}{target_delimiter}{continuation}"),
         Asked::Choices(choices) => {
-            let at = |list: &[String]| list[choices.answer.min(list.len() - 1)].clone();
+            let &[answer] = &choices.answers[..] else { return Err("an example has several right answers") };
+            let at = |list: &[String]| list[answer.min(list.len() - 1)].clone();
             at(&choices.contexts) + &at(&choices.continuations)
         }
-    }
+    };
+    Ok(text + example_delimiter)
 }

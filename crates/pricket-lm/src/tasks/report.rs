@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{EvalOptions, Outcome, Sample, Task, TaskKind};
+use super::{EvalOptions, Limit, Outcome, Sample, Task, TaskKind};
 
 impl TaskKind {
     /// Its name in the harness.
@@ -36,7 +36,7 @@ pub fn results_json(outcomes: &[(Task, Outcome)], options: &EvalOptions) -> Valu
         json!({
             "task": task.name(), "output_type": task.kind().name(), "num_fewshot": outcome.shots,
             "dataset_path": dataset.map(|d| d.0), "dataset_name": dataset.and_then(|d| d.1),
-            "metadata": {"version": task.version()},
+            "metadata": {"version": task.version},
         })
     };
     let better = |task: &Task, _: &Outcome| {
@@ -46,12 +46,12 @@ pub fn results_json(outcomes: &[(Task, Outcome)], options: &EvalOptions) -> Valu
         "results": by_task(&figures),
         "group_subtasks": by_task(&|_, _| json!([])),
         "configs": by_task(&config),
-        "versions": by_task(&|task, _| json!(task.version())),
+        "versions": by_task(&|task, _| json!(task.version)),
         "n-shot": by_task(&|_, outcome| json!(outcome.shots)),
         "higher_is_better": by_task(&better),
         "n-samples": by_task(&|_, outcome| json!({"original": outcome.documents, "effective": outcome.documents})),
         "config": {
-            "model": "pricket", "limit": options.limit, "bootstrap_iters": options.bootstrap, "fewshot_seed": options.seed,
+            "model": "pricket", "limit": options.limit.map(Limit::to_json), "bootstrap_iters": options.bootstrap, "fewshot_seed": options.seed,
         },
     })
 }

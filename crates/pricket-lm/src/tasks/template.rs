@@ -1,15 +1,13 @@
-//! Tasks of one's own: a small TOML with templates in the language that the harness's tasks are written in.
+//! Tasks of one's own: a small TOML with templates in the language of the harness's tasks.
 
 use std::sync::Arc;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
-use minijinja::{Environment, UndefinedBehavior};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::builtin::count_words;
-use super::{Asked, Choices, Metric, Task, TaskKind};
+use super::jinja::Templates;
+use super::{Asked, Choices, Layout, Metric, Sampler, Task, TaskKind};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,112 +72,91 @@ fn validation() -> Split {
 
 pub(super) fn parse(text: &str) -> Result<Task, String> {
     let file: File = toml::from_str(text).map_err(|e| e.to_string())?;
-    let (kind, all) = match file.kind {
-        Kind::MultipleChoice => (TaskKind::MultipleChoice, &[Metric::Acc, Metric::AccNorm][..]),
-        Kind::Loglikelihood => (TaskKind::Loglikelihood, &[Metric::Perplexity, Metric::Acc][..]),
-        Kind::Perplexity => {
-            (TaskKind::Perplexity, &[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte][..])
-        }
-    };
-    let metric = |name: &String| {
-        let names = || all.iter().map(|metric| metric.name()).collect::<Vec<_>>().join(", ");
-        let found = all.iter().copied().find(|metric| metric.name() == name);
-        found.ok_or_else(|| format!("metrics: {name:?} is none of {}, which this kind has", names()))
+    let kind = match file.kind {
+        Kind::MultipleChoice => TaskKind::MultipleChoice,
+        Kind::Loglikelihood => TaskKind::Loglikelihood,
+        Kind::Perplexity => TaskKind::Perplexity,
     };
     let metrics = match &file.metrics {
-        Some(names) => names.iter().map(metric).collect::<Result<_, _>>()?,
-        None => all.to_vec(),
+        Some(names) => names
+            .iter()
+            .map(|name| Metric::named(name, kind))
+            .collect::<Result<_, _>>()
+            .map_err(|e| format!("metrics: {e}"))?,
+        None => kind.defaults().to_vec(),
     };
     let missing = |key: &str| format!("a task of this kind needs {key}");
-    let mut templates = Environment::new();
-    // A key that no document has is a mistake, not an empty text.
-    templates.set_undefined_behavior(UndefinedBehavior::Strict);
-    let syntax = SyntaxConfig::builder().keep_trailing_newline(true).build();
-    templates.set_syntax(syntax.map_err(|e| e.to_string())?);
-    templates.add_template_owned("text", file.text).map_err(|e| format!("text: {e:#}"))?;
+    let mut templates = Templates::new()?;
+    templates.add("text", file.text)?;
     match file.kind {
         Kind::MultipleChoice => {
             for (key, source) in [("choices", &file.choices), ("answer", &file.answer)] {
-                let source = source.as_ref().ok_or_else(|| missing(key))?;
-                templates.compile_expression(source).map_err(|e| format!("{key}: {e:#}"))?;
+                templates.check(key, source.as_ref().ok_or_else(|| missing(key))?)?;
             }
         }
         Kind::Loglikelihood | Kind::Perplexity => {
-            let target = file.target.clone().ok_or_else(|| missing("target"))?;
-            templates.add_template_owned("target", target).map_err(|e| format!("target: {e:#}"))?;
+            templates.add("target", file.target.clone().ok_or_else(|| missing("target"))?)?;
         }
     }
     let asked = Asker {
         templates,
-        kind: file.kind,
+        kind,
         choices: file.choices.unwrap_or_default(),
         answer: file.answer.unwrap_or_default(),
         delimiter: file.delimiter,
     };
+    let has_test = file.split == Split::Test;
     Ok(Task {
         definition: text.to_owned(),
         name: file.name,
-        version: file.version,
+        version: file.version.into(),
         kind,
         metrics,
-        has_test: file.split == Split::Test,
-        has_train: file.examples,
+        split: if has_test { "test" } else { "validation" }.into(),
+        examples_split: file.examples.then(|| "train".into()),
+        sampler: Sampler::Random { spare: !has_test },
+        layout: Layout::default(),
+        samples: None,
+        shots: None,
+        files: None,
         dataset: file.dataset.map(|dataset| (dataset.repo, dataset.config)),
         ask: Arc::new(move |document| asked.ask(document)),
     })
 }
 
 struct Asker {
-    templates: Environment<'static>,
-    kind: Kind,
+    templates: Templates,
+    kind: TaskKind,
     choices: String,
     answer: String,
     delimiter: String,
 }
 
 impl Asker {
-    fn render(&self, name: &str, document: &Value) -> Result<String, String> {
-        let template = self.templates.get_template(name).map_err(|e| format!("{name}: {e:#}"))?;
-        template.render(minijinja::Value::from(Serde(document))).map_err(|e| format!("{name}: {e:#}"))
-    }
-
-    fn evaluate(&self, key: &str, source: &str, document: &Value) -> Result<Value, String> {
-        let expression = self.templates.compile_expression(source).map_err(|e| format!("{key}: {e:#}"))?;
-        let value = expression.eval(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))?;
-        serde_json::to_value(value).map_err(|e| format!("{key}: {e}"))
-    }
-
     fn ask(&self, document: &Value) -> Result<Asked, String> {
         match self.kind {
-            Kind::Perplexity => {
-                let text = self.render("target", document)?;
+            TaskKind::Perplexity => {
+                let text = self.templates.render("target", document)?;
                 let (words, bytes) = (count_words(&text), text.len());
                 Ok(Asked::Text { text, words, bytes })
             }
-            Kind::Loglikelihood => Ok(Asked::Continuation {
-                context: self.render("text", document)?,
-                continuation: self.render("target", document)?,
+            TaskKind::Loglikelihood => Ok(Asked::Continuation {
+                context: self.templates.render("text", document)?,
+                continuation: self.templates.render("target", document)?,
             }),
-            Kind::MultipleChoice => {
-                let found = self.evaluate("choices", &self.choices, document)?;
-                let texts: Option<Vec<String>> = found
-                    .as_array()
-                    .map(|list| list.iter().map(|choice| choice.as_str().map(str::to_owned)).collect())
-                    .unwrap_or_default();
-                let texts = texts.ok_or_else(|| format!("choices: expected a list of texts, found {found}"))?;
-                let found = self.evaluate("answer", &self.answer, document)?;
+            TaskKind::MultipleChoice => {
+                let found = self.templates.evaluate("choices", &self.choices, document)?;
+                let texts =
+                    super::texts(&found).ok_or_else(|| format!("choices: expected a list of texts, found {found}"))?;
+                let found = self.templates.evaluate("answer", &self.answer, document)?;
                 let answer = match &found {
                     Value::String(text) => texts.iter().position(|choice| choice == text).or_else(|| text.parse().ok()),
                     other => other.as_u64().map(|n| n as usize),
                 };
                 let answer = answer.filter(|&answer| answer < texts.len());
                 let answer = answer.ok_or_else(|| format!("answer: {found} is none of {} choices", texts.len()))?;
-                Ok(Asked::Choices(Choices {
-                    contexts: vec![self.render("text", document)?],
-                    continuations: texts.iter().map(|choice| format!("{}{choice}", self.delimiter)).collect(),
-                    lengths: texts.iter().map(|choice| choice.chars().count()).collect(),
-                    answer,
-                }))
+                let context = self.templates.render("text", document)?;
+                Ok(Asked::Choices(Choices::new(vec![context], &self.delimiter, &texts, vec![answer])))
             }
         }
     }

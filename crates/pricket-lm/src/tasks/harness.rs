@@ -1,0 +1,562 @@
+//! Task files of lm-evaluation-harness: YAML, as its 0.4.13 reads them. No Python is executed; a file that names a function is
+//! refused, unless a built-in task computes what that function computes.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use yaml_serde::Value as Yaml;
+
+use super::builtin::{self, count_words};
+use super::jinja::Templates;
+use super::{Ask, Asked, Choices, Describe, Layout, Metric, Sampler, Task, TaskKind};
+use crate::python::literal_eval;
+
+/// Bytes of a task file or a module of functions at most. The largest of the harness has 20 kB.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Files that include one another at most.
+const MAX_INCLUDES: usize = 32;
+
+/// Keys that do not change what is asked or computed.
+const WITHOUT_EFFECT: [&str; 6] =
+    ["task_alias", "tag", "group", "should_decontaminate", "doc_to_decontamination_query", "generation_kwargs"];
+
+/// A key's value, and the directory of the file that it stands in.
+type Keys = BTreeMap<String, (Yaml, PathBuf)>;
+
+/// A module of the harness whose functions a built-in task computes.
+struct Module {
+    name: &'static str,
+    task: &'static str,
+    sha256: &'static str,
+    /// Whether other tasks have a module of this name too.
+    is_common: bool,
+    functions: &'static [(&'static str, &'static str)],
+}
+
+const MODULES: [Module; 3] = [
+    Module {
+        name: "preprocess_winogrande",
+        task: "winogrande",
+        sha256: "e55327629264a98f1d383fda24645b6779afb53fa0bce2150042b9416b1ae006",
+        is_common: false,
+        functions: &[
+            ("doc_to_text", "doc_to_text"),
+            ("doc_to_target", "doc_to_target"),
+            ("doc_to_choice", "doc_to_choice"),
+        ],
+    },
+    Module {
+        name: "preprocess_wikitext",
+        task: "wikitext",
+        sha256: "a44020374b172159bf5be80a64d2c4194c9d5c77284f696ac666361338c8da7d",
+        is_common: false,
+        functions: &[("doc_to_target", "wikitext_detokenizer"), ("process_results", "process_results")],
+    },
+    Module {
+        name: "utils",
+        task: "hellaswag",
+        sha256: "07d23b60b28f2a4f658dcf8440623a63fe6644854ce9b846a114dde980dc1214",
+        is_common: true,
+        functions: &[("process_docs", "process_docs")],
+    },
+];
+
+/// Reads a task file, and those that it includes.
+pub(super) fn parse(path: &Path) -> Result<Task, String> {
+    let mut seen = Vec::new();
+    let mut keys = read(path, &mut seen)?;
+    let computed = computed(&keys)?;
+    if computed.is_some() {
+        // The built-in task asks; what else the file says of texts and choices is for its functions.
+        for key in ["doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results"] {
+            keys.remove(key);
+        }
+    }
+    let definition = seen.into_iter().map(|(_, text)| text).collect();
+    let mut keys = Reader(keys);
+    let task = keys.task(definition, computed.map(|task| task.ask))?;
+    // A key that is not read may change the figures.
+    match keys.0.keys().find(|key| !WITHOUT_EFFECT.contains(&key.as_str())) {
+        Some(key) => Err(format!("{key}: this key of lm-evaluation-harness is not supported")),
+        None => Ok(task),
+    }
+}
+
+fn small_file(path: &Path) -> Result<String, String> {
+    let wrong = |what: String| format!("{}: {what}", path.display());
+    let mut text = String::new();
+    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
+    file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(|e| wrong(e.to_string()))?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(wrong(format!("the file exceeds the limit of {MAX_FILE} bytes")));
+    }
+    Ok(text)
+}
+
+/// The keys of a file over those of the files that it includes.
+fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> {
+    let whole = path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))?;
+    if seen.iter().any(|(other, _)| *other == whole) || seen.len() >= MAX_INCLUDES {
+        return Err(format!("include: {} is included by itself, or too many files are included", path.display()));
+    }
+    let text = small_file(path)?;
+    let parsed: Yaml = yaml_serde::from_str(&text).map_err(|e| e.to_string())?;
+    seen.push((whole, text));
+    let Yaml::Mapping(mapping) = parsed else { return Err("expected a YAML mapping of keys".into()) };
+    let directory = path.parent().unwrap_or(Path::new("")).to_owned();
+    let mut own = Keys::new();
+    let mut merged = Keys::new();
+    for (key, value) in mapping {
+        let Yaml::String(key) = key else { return Err(format!("expected texts as keys, found {}", shown(&key))) };
+        if key != "include" {
+            own.insert(key, (value, directory.clone()));
+            continue;
+        }
+        let files = match value {
+            Yaml::String(file) => vec![file],
+            other => strings(&other).ok_or_else(|| format!("include: expected a path, found {}", shown(&other)))?,
+        };
+        for file in files {
+            let mut included = read(&directory.join(&file), seen).map_err(|what| format!("include {file}: {what}"))?;
+            included.remove("task_list");
+            merged.extend(included);
+        }
+    }
+    merged.extend(own);
+    merged.retain(|_, (value, _)| *value != Yaml::Null);
+    Ok(merged)
+}
+
+/// The built-in task that computes what the functions of a file compute, if it names any.
+fn computed(keys: &Keys) -> Result<Option<Task>, String> {
+    let mut found: Option<&Module> = None;
+    for (key, (value, directory)) in keys {
+        let Some(function) = function(value) else { continue };
+        let refused = |why: &str| Err(format!("{key}: !function {function} is Python, which is not executed{why}"));
+        let (module, name) = function.rsplit_once('.').unwrap_or(("", function));
+        let known = MODULES.iter().find(|known| known.name == module && known.functions.contains(&(key, name)));
+        let Some(known) = known.filter(|known| found.is_none_or(|found| found.name == known.name)) else {
+            return refused("");
+        };
+        let file = directory.join(format!("{module}.py"));
+        if !file.is_file() && known.is_common {
+            return refused(&format!(
+                "; built in is that of {}, which {} beside it would prove",
+                known.task,
+                file.display()
+            ));
+        }
+        if file.is_file() {
+            let text = small_file(&file)?.replace("\r\n", "\n");
+            let sha256: String = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
+            if sha256 != known.sha256 {
+                let differs = format!(
+                    "; {} differs from that of lm-evaluation-harness 0.4.13, which is built in",
+                    file.display()
+                );
+                return refused(&differs);
+            }
+        }
+        found = Some(known);
+    }
+    Ok(found.and_then(|module| builtin::task(module.task)))
+}
+
+/// The function that a value names: `!function module.name`.
+fn function(value: &Yaml) -> Option<&str> {
+    match value {
+        Yaml::Tagged(tagged) if tagged.tag == "function" => tagged.value.as_str(),
+        // In a metric, or in the settings of examples.
+        Yaml::Sequence(items) => items.iter().find_map(function),
+        Yaml::Mapping(entries) => entries.values().find_map(function),
+        _ => None,
+    }
+}
+
+/// The keys of a task file, each of which is taken once.
+struct Reader(Keys);
+
+impl Reader {
+    fn take(&mut self, key: &str) -> Option<Yaml> {
+        self.0.remove(key).map(|(value, _)| value)
+    }
+
+    fn text(&mut self, key: &str) -> Result<Option<String>, String> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        value.as_str().map(|text| Some(text.to_owned())).ok_or_else(|| unexpected(key, "a text", &value))
+    }
+
+    fn whole(&mut self, key: &str) -> Result<Option<usize>, String> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        value.as_u64().map(|n| Some(n as usize)).ok_or_else(|| unexpected(key, "a whole number", &value))
+    }
+
+    fn task(&mut self, definition: String, computed: Option<Ask>) -> Result<Task, String> {
+        if matches!(self.0.get("task"), Some((Yaml::Sequence(_), _))) {
+            return Err("task: a group of tasks; name the files of its tasks instead".into());
+        }
+        let name = self.text("task")?.ok_or("the key `task` is missing: expected the task's name")?;
+        let kind = match self.text("output_type")?.as_deref().unwrap_or("generate_until") {
+            "multiple_choice" => TaskKind::MultipleChoice,
+            "loglikelihood" => TaskKind::Loglikelihood,
+            "loglikelihood_rolling" => TaskKind::Perplexity,
+            other => {
+                let kinds = "multiple_choice, loglikelihood or loglikelihood_rolling";
+                return Err(format!("output_type: expected {kinds}, found {other}"));
+            }
+        };
+        let (train, validation) = (self.text("training_split")?, self.text("validation_split")?);
+        let test = self.text("test_split")?;
+        let split = test.as_ref().or(validation.as_ref());
+        let split = split.ok_or("expected a split to ask about: test_split or validation_split")?.clone();
+        let config = self.take("fewshot_config");
+        let Examples { first_n, split: of_config, samples } = Examples::new(config)?;
+        let of_examples = self.text("fewshot_split")?;
+        let of_examples = of_config.or(of_examples);
+        // Where examples come from the split that is asked about, the harness leaves out the document itself.
+        let spare = of_examples == test;
+        let examples_split = of_examples.or(train).or(validation).or(test);
+        if self.whole("repeats")?.is_some_and(|repeats| repeats != 1) {
+            return Err("repeats: expected 1; likelihoods do not differ between repetitions".into());
+        }
+        let metrics = match self.take("metric_list") {
+            None => kind.defaults().to_vec(),
+            Some(Yaml::Sequence(list)) => list.iter().map(|entry| metric(entry, kind)).collect::<Result<_, _>>()?,
+            Some(other) => return Err(unexpected("metric_list", "a list", &other)),
+        };
+        let version = match self.take("metadata") {
+            Some(Yaml::Mapping(metadata)) => metadata.get("version").map_or(Value::Null, json_of),
+            _ => Value::Null,
+        };
+        let (files, can_fetch) = data_files(self.take("dataset_kwargs"))?;
+        let (repo, config) = (self.text("dataset_path")?, self.text("dataset_name")?);
+        let dataset = repo.filter(|_| can_fetch && files.is_none()).map(|repo| (repo, config));
+
+        let mut templates = Templates::new()?;
+        let mut field =
+            |key: &'static str| self.take(key).map(|value| Field::new(key, value, &mut templates)).transpose();
+        let description = field("description")?.filter(|field| !field.is_empty());
+        let (text, target, choices) = (field("doc_to_text")?, field("doc_to_target")?, field("doc_to_choice")?);
+        let templates = Arc::new(templates);
+        let describe = description.map(|field| -> Describe {
+            let templates = templates.clone();
+            Arc::new(move |document| match field.of(&templates, document)? {
+                Found::Text(text) => Ok(text),
+                _ => Err("description: expected a text".into()),
+            })
+        });
+        let layout = Layout {
+            describe,
+            target_delimiter: self.text("target_delimiter")?.unwrap_or_else(|| " ".into()),
+            example_delimiter: self.text("fewshot_delimiter")?.unwrap_or_else(|| "\n\n".into()),
+        };
+        let ask = if let Some(ask) = computed {
+            ask
+        } else {
+            let is_choice = kind == TaskKind::MultipleChoice;
+            if choices.is_some() != is_choice {
+                let what = if is_choice { "the key is missing" } else { "only a multiple_choice task has choices" };
+                return Err(format!("doc_to_choice: {what}"));
+            }
+            let target = target.ok_or("the key `doc_to_target` is missing")?;
+            let text = text.unwrap_or(Field { key: "doc_to_text", is: Is::Text(String::new()) });
+            let delimiter = layout.target_delimiter.clone();
+            let asker = Asker { templates, kind, text, target, choices, delimiter };
+            Arc::new(move |document: &Value| asker.ask(document))
+        };
+        Ok(Task {
+            sampler: if first_n { Sampler::First } else { Sampler::Random { spare } },
+            shots: self.whole("num_fewshot")?,
+            name,
+            version,
+            kind,
+            metrics,
+            split,
+            examples_split,
+            samples,
+            layout,
+            files,
+            dataset,
+            definition,
+            ask,
+        })
+    }
+}
+
+/// Where the examples of a task come from, as `fewshot_config` says.
+#[derive(Default)]
+struct Examples {
+    first_n: bool,
+    split: Option<String>,
+    samples: Option<Vec<Value>>,
+}
+
+impl Examples {
+    fn new(config: Option<Yaml>) -> Result<Self, String> {
+        let mut examples = Self::default();
+        let entries = match config {
+            None => return Ok(examples),
+            Some(Yaml::Mapping(entries)) => entries,
+            Some(other) => return Err(unexpected("fewshot_config", "a mapping", &other)),
+        };
+        for (key, value) in entries {
+            match (key.as_str().unwrap_or_default(), value) {
+                (_, Yaml::Null) => {}
+                ("sampler", Yaml::String(name)) if name == "default" || name == "first_n" => {
+                    examples.first_n = name == "first_n";
+                }
+                ("split", Yaml::String(split)) => examples.split = Some(split),
+                ("samples", Yaml::Sequence(list)) => examples.samples = Some(list.iter().map(json_of).collect()),
+                (key, value) => return Err(format!("fewshot_config.{key}: {} is not supported", shown(&value))),
+            }
+        }
+        if examples.split.is_some() {
+            examples.samples = None;
+        }
+        Ok(examples)
+    }
+}
+
+/// The files that `data_files` names for each split, and whether the rest of `dataset_kwargs` changes nothing.
+#[allow(clippy::type_complexity, reason = "used once")]
+fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathBuf>>>, bool), String> {
+    let entries = match kwargs {
+        None => return Ok((None, true)),
+        Some(Yaml::Mapping(entries)) => entries,
+        Some(other) => return Err(unexpected("dataset_kwargs", "a mapping", &other)),
+    };
+    let (mut files, mut can_fetch) = (None, true);
+    for (key, value) in entries {
+        match key.as_str().unwrap_or_default() {
+            "trust_remote_code" => {}
+            "data_files" => {
+                let paths = |value: &Yaml| {
+                    let list = value.as_str().map(|path| vec![path.to_owned()]).or_else(|| strings(value));
+                    let list = list.filter(|paths| !paths.iter().any(|path| path.contains(['*', '?', '['])));
+                    list.map(|paths| paths.into_iter().map(PathBuf::from).collect::<Vec<_>>())
+                        .ok_or_else(|| unexpected("dataset_kwargs.data_files", "paths without patterns", value))
+                };
+                files = Some(match &value {
+                    Yaml::Mapping(splits) => splits
+                        .iter()
+                        .map(|(split, value)| Ok((split.as_str().unwrap_or_default().to_owned(), paths(value)?)))
+                        .collect::<Result<_, String>>()?,
+                    // Without names of splits, all is the split `train`.
+                    other => BTreeMap::from([("train".to_owned(), paths(other)?)]),
+                });
+            }
+            _ => can_fetch = false,
+        }
+    }
+    Ok((files, can_fetch))
+}
+
+/// A metric, which has to be computed and averaged as it is here.
+fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
+    let Yaml::Mapping(entries) = entry else {
+        return Err(unexpected("metric_list", "a mapping for each metric", entry));
+    };
+    let name =
+        entries.get("metric").and_then(Yaml::as_str).ok_or("metric_list: a metric has no name under `metric`")?;
+    let metric = Metric::named(name, kind).map_err(|e| format!("metric_list: {e}"))?;
+    for (key, value) in entries {
+        let is_same = match key.as_str().unwrap_or_default() {
+            "metric" => true,
+            "aggregation" => value.as_str() == Some(metric.aggregation()),
+            "higher_is_better" => value.as_bool() == Some(metric.higher_is_better()),
+            // Of groups of tasks.
+            "weight_by_size" => true,
+            _ => *value == Yaml::Null,
+        };
+        if !is_same {
+            let found = shown(value);
+            return Err(format!("metric_list: {name} with {}: {found} is not supported", shown(key)));
+        }
+    }
+    Ok(metric)
+}
+
+/// What a key makes of a document.
+struct Field {
+    key: &'static str,
+    is: Is,
+}
+
+enum Is {
+    /// The name of a column, or a template.
+    Text(String),
+    Number(i64),
+    List(Vec<Value>),
+}
+
+/// A value of a document.
+enum Found {
+    Text(String),
+    Number(i64),
+    List(Vec<Value>),
+}
+
+impl Field {
+    fn new(key: &'static str, value: Yaml, templates: &mut Templates) -> Result<Self, String> {
+        let is = match value {
+            Yaml::String(source) => {
+                templates.add(key, source.clone())?;
+                Is::Text(source)
+            }
+            Yaml::Number(n) if n.is_i64() => Is::Number(n.as_i64().unwrap_or_default()),
+            Yaml::Sequence(items) => Is::List(items.iter().map(json_of).collect()),
+            Yaml::Mapping(entries) => Is::List(entries.values().map(json_of).collect()),
+            other => return Err(unexpected(key, "a text, a number or a list", &other)),
+        };
+        Ok(Self { key, is })
+    }
+
+    fn is_empty(&self) -> bool {
+        matches!(&self.is, Is::Text(source) if source.is_empty())
+    }
+
+    fn of(&self, templates: &Templates, document: &Value) -> Result<Found, String> {
+        match &self.is {
+            Is::Number(n) => Ok(Found::Number(*n)),
+            Is::List(items) => Ok(Found::List(items.clone())),
+            Is::Text(source) => match document.get(source) {
+                None => templates.render(self.key, document).map(Found::Text),
+                Some(Value::String(text)) => Ok(Found::Text(text.clone())),
+                Some(Value::Array(items)) => Ok(Found::List(items.clone())),
+                Some(Value::Bool(flag)) => Ok(Found::Number((*flag).into())),
+                Some(other) => other.as_i64().map(Found::Number).ok_or_else(|| {
+                    format!("{}: expected a text, a whole number or a list under {source:?}, found {other}", self.key)
+                }),
+            },
+        }
+    }
+
+    /// Whether it is a template for this document, not the name of a column.
+    fn is_template(&self, document: &Value) -> bool {
+        matches!(&self.is, Is::Text(source) if document.get(source).is_none())
+    }
+}
+
+struct Asker {
+    templates: Arc<Templates>,
+    kind: TaskKind,
+    text: Field,
+    target: Field,
+    choices: Option<Field>,
+    delimiter: String,
+}
+
+impl Asker {
+    fn ask(&self, document: &Value) -> Result<Asked, String> {
+        let Some(choices) = &self.choices else {
+            let target = match self.found(&self.target, document)? {
+                Found::Text(text) => text,
+                Found::Number(n) => n.to_string(),
+                Found::List(_) => return Err("doc_to_target: expected a text, found a list".into()),
+            };
+            return Ok(if self.kind == TaskKind::Perplexity {
+                Asked::Text { words: count_words(&target), bytes: target.len(), text: target }
+            } else {
+                Asked::Continuation { context: self.context(document)?, continuation: target }
+            });
+        };
+        let choices = match choices.of(&self.templates, document)? {
+            Found::List(items) => Value::Array(items),
+            Found::Text(text) => literal_eval(&text)
+                .ok_or_else(|| format!("doc_to_choice: expected a list in Python's notation, found {text:?}"))?,
+            Found::Number(n) => n.into(),
+        };
+        let choices = super::texts(&choices).filter(|texts| !texts.is_empty());
+        let choices = choices.ok_or("doc_to_choice: expected a list of texts")?;
+        let target = self.found(&self.target, document)?;
+        let number = |n: i64| {
+            let found = usize::try_from(n).ok().filter(|&n| n < choices.len());
+            found.ok_or_else(|| format!("the right answer is number {n} of {} choices", choices.len()))
+        };
+        let position = |text: &str| {
+            let found = choices.iter().position(|choice| choice == text);
+            found.ok_or_else(|| format!("doc_to_target: {text:?} is none of the choices {choices:?}"))
+        };
+        // A number as the question: the choices are the contexts, and the target follows each of them.
+        if let Found::Number(answer) = self.found(&self.text, document)? {
+            let Found::Text(target) = target else { return Err("doc_to_target: expected a text".into()) };
+            let answers = vec![number(answer)?];
+            let continuations = vec![format!("{}{target}", self.delimiter)];
+            let lengths = choices.iter().map(String::as_str).map(Into::into).collect();
+            return Ok(Asked::Choices(Choices { contexts: choices, continuations, lengths, answers }));
+        }
+        let answers = match target {
+            Found::Number(n) => vec![number(n)?],
+            Found::Text(text) => vec![position(&text)?],
+            Found::List(items) => {
+                let numbers = items.iter().map(|item| item.as_i64().ok_or(item));
+                let numbers: Result<Vec<i64>, &Value> = numbers.collect();
+                let numbers =
+                    numbers.map_err(|item| format!("doc_to_target: expected numbers of choices, found {item}"))?;
+                numbers.into_iter().map(number).collect::<Result<_, _>>()?
+            }
+        };
+        Ok(Asked::Choices(Choices::new(vec![self.context(document)?], &self.delimiter, &choices, answers)))
+    }
+
+    /// A rendered text that is a number counts as one where there are choices, a rendered list as a list.
+    fn found(&self, field: &Field, document: &Value) -> Result<Found, String> {
+        let found = field.of(&self.templates, document)?;
+        let Found::Text(text) = &found else { return Ok(found) };
+        if !field.is_template(document) {
+            return Ok(found);
+        }
+        if self.choices.is_some() && !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+            let number = text.parse().map_err(|e| format!("{}: {text}: {e}", field.key))?;
+            return Ok(Found::Number(number));
+        }
+        if field.key == "doc_to_target" && text.len() >= 2 && text.starts_with('[') && text.ends_with(']') {
+            if let Some(Value::Array(items)) = literal_eval(text) {
+                return Ok(Found::List(items));
+            }
+        }
+        Ok(found)
+    }
+
+    fn context(&self, document: &Value) -> Result<String, String> {
+        match self.found(&self.text, document)? {
+            Found::Text(text) => Ok(text),
+            _ => Err("doc_to_text: expected a text".into()),
+        }
+    }
+}
+
+fn unexpected(key: &str, expected: &str, found: &Yaml) -> String {
+    format!("{key}: expected {expected}, found {}", shown(found))
+}
+
+/// A value for a message.
+fn shown(value: &Yaml) -> String {
+    json_of(value).to_string().chars().take(80).collect()
+}
+
+/// The texts of a list of texts.
+fn strings(value: &Yaml) -> Option<Vec<String>> {
+    value.as_sequence()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
+}
+
+fn json_of(value: &Yaml) -> Value {
+    match value {
+        Yaml::Null => Value::Null,
+        Yaml::Bool(flag) => (*flag).into(),
+        Yaml::Number(n) => n.as_i64().map_or_else(|| n.as_f64().into(), Value::from),
+        Yaml::String(text) => text.clone().into(),
+        Yaml::Sequence(items) => items.iter().map(json_of).collect(),
+        Yaml::Mapping(entries) => {
+            let text = |key: &Yaml| key.as_str().map_or_else(|| json_of(key).to_string(), str::to_owned);
+            Value::Object(entries.iter().map(|(key, value)| (text(key), json_of(value))).collect())
+        }
+        Yaml::Tagged(tagged) => format!("{} {}", tagged.tag, json_of(&tagged.value)).into(),
+    }
+}

@@ -1,0 +1,102 @@
+//! Templates as lm-evaluation-harness renders them: Jinja with the methods of Python's strings and lists, and with values printed
+//! as Python prints them.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Serde, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior};
+use minijinja_contrib::pycompat;
+use regex::Regex;
+use serde_json::Value;
+
+use crate::python::{self, capitalize, is_space};
+
+/// Steps that rendering a template may take, so that a loop in a task file ends.
+const FUEL: u64 = 10_000_000;
+
+/// The templates of a task, by their names.
+#[derive(Debug)]
+pub(super) struct Templates(Environment<'static>);
+
+impl Templates {
+    pub(super) fn new() -> Result<Self, String> {
+        let mut templates = Environment::new();
+        // A key that a document lacks is a mistake, not an empty text.
+        templates.set_undefined_behavior(UndefinedBehavior::Strict);
+        templates.set_syntax(SyntaxConfig::builder().keep_trailing_newline(true).build().map_err(|e| e.to_string())?);
+        templates.set_unknown_method_callback(method);
+        templates.add_filter("regex_replace", regex_replace);
+        templates.set_fuel(Some(FUEL));
+        templates.set_formatter(|out, _, value| {
+            let value =
+                serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+            out.write_str(&python::text(&value)).map_err(Error::from)
+        });
+        Ok(Self(templates))
+    }
+
+    /// Adds the template of a key of the task file.
+    pub(super) fn add(&mut self, key: &'static str, source: String) -> Result<(), String> {
+        self.0.add_template_owned(key, source).map_err(|e| format!("{key}: {e:#}"))
+    }
+
+    /// The text of a template for a document.
+    pub(super) fn render(&self, key: &str, document: &Value) -> Result<String, String> {
+        let template = self.0.get_template(key).map_err(|e| format!("{key}: {e:#}"))?;
+        template.render(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))
+    }
+
+    /// Checks an expression.
+    pub(super) fn check(&self, key: &str, source: &str) -> Result<(), String> {
+        self.0.compile_expression(source).map(|_| ()).map_err(|e| format!("{key}: {e:#}"))
+    }
+
+    /// The value of an expression for a document.
+    pub(super) fn evaluate(&self, key: &str, source: &str, document: &Value) -> Result<Value, String> {
+        let expression = self.0.compile_expression(source).map_err(|e| format!("{key}: {e:#}"))?;
+        let value = expression.eval(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))?;
+        serde_json::to_value(value).map_err(|e| format!("{key}: {e}"))
+    }
+}
+
+/// A method of a Python string or list.
+fn method(
+    state: &mut State<'_, '_>,
+    value: &minijinja::Value,
+    method: &str,
+    args: &[minijinja::Value],
+) -> Result<minijinja::Value, Error> {
+    match (value.as_str(), method, args) {
+        // `str.isspace` and `str.capitalize` differ from Rust's rules for a few characters.
+        (Some(text), "strip", []) => Ok(text.trim_matches(is_space).into()),
+        (Some(text), "lstrip", []) => Ok(text.trim_start_matches(is_space).into()),
+        (Some(text), "rstrip", []) => Ok(text.trim_end_matches(is_space).into()),
+        (Some(text), "capitalize", []) => Ok(capitalize(text).into()),
+        (Some(text), "split", []) => {
+            Ok(text.split(is_space).filter(|word| !word.is_empty()).map(minijinja::Value::from).collect())
+        }
+        (Some(text), "index", [part]) => {
+            let at = part.as_str().and_then(|part| text.find(part));
+            let at = at.ok_or_else(|| wrong(format!("{part} is not in {}", python::repr(&text.into()))))?;
+            Ok(text[..at].chars().count().into())
+        }
+        (None, "index", [item]) if value.kind() == ValueKind::Seq => {
+            let at = value.try_iter()?.position(|other| other == *item);
+            Ok(at.ok_or_else(|| wrong(format!("{item} is not in the list {value}")))?.into())
+        }
+        _ => pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+/// The harness's own filter: `re.sub(pattern, repl, text, count)`.
+fn regex_replace(text: &str, pattern: &str, replacement: &str, count: Option<usize>) -> Result<String, Error> {
+    let pattern = Regex::new(pattern).map_err(|e| wrong(format!("regex_replace: {e}")))?;
+    // `\1` of Python is `${1}` here, and a dollar is no reference.
+    let digits = Regex::new(r"\\(\d+)").map_err(|e| wrong(e.to_string()))?;
+    let replacement = replacement.replace('$', "$$");
+    let replacement = digits.replace_all(&replacement, "$${$1}");
+    Ok(pattern.replacen(text, count.unwrap_or(0), &*replacement).into_owned())
+}
+
+fn wrong(what: String) -> Error {
+    Error::new(ErrorKind::InvalidOperation, what)
+}

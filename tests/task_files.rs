@@ -1,0 +1,321 @@
+//! Task files of lm-evaluation-harness, and options of tasks.
+
+use std::path::Path;
+
+use pricket::lm::{Continuation, Documents, EvalOptions, Limit, Metric, Outcome, Task};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use crate::common::{example, root};
+
+fn golden(file: &str) -> std::path::PathBuf {
+    root().join("tests/golden/scoring/score-neox-4tasks").join(file)
+}
+
+fn documents(task: &str, split: &str) -> Documents {
+    Documents::open(golden(&format!("data/{task}.{split}.jsonl"))).unwrap()
+}
+
+fn written(dir: &Path, name: &str, text: &str) -> std::path::PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+fn evaluated(task: &Task, data: &str, options: &EvalOptions) -> Outcome {
+    let model = pricket::load(golden("model")).unwrap();
+    let examples: Vec<Value> = match task.shots(options.shots) {
+        0 => Vec::new(),
+        _ => documents(data, "train").map(Result::unwrap).collect(),
+    };
+    model.evaluate(task, documents(data, task.split()), &examples, options).unwrap()
+}
+
+const MULTIPLE_CHOICE: &str = "
+output_type: multiple_choice
+training_split: train
+validation_split: validation
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}, {metric: acc_norm}]
+metadata: {version: 1.0}
+";
+
+/// Each file asks what the built-in task of its name asks, whose figures the golden data hold.
+#[test]
+fn files_of_the_harness_give_the_figures_of_the_built_in_tasks() {
+    let dir = tempfile::tempdir().unwrap();
+    written(dir.path(), "_choices", MULTIPLE_CHOICE);
+    for (name, text) in [
+        (
+            "piqa",
+            "include: _choices\ntask: piqa\ndoc_to_text: \"Question: {{goal}}\\nAnswer:\"\ndoc_to_target: label\n\
+             doc_to_choice: \"{{[sol1, sol2]}}\"",
+        ),
+        (
+            "sciq",
+            "include: _choices\ntask: sciq\ntest_split: test\ndoc_to_text: \"{{support.lstrip()}}\\nQuestion: {{question}}\\nAnswer:\"\n\
+             doc_to_target: 3\ndoc_to_choice: \"{{[distractor1, distractor2, distractor3, correct_answer]}}\"",
+        ),
+        (
+            "lambada_openai",
+            "task: lambada_openai\noutput_type: loglikelihood\ntest_split: test\nmetadata: {version: 1.0}\n\
+             doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"\ndoc_to_target: \"{{' '+text.split(' ')[-1]}}\"\n\
+             metric_list: [{metric: perplexity, aggregation: perplexity}, {metric: acc}]",
+        ),
+        (
+            "wikitext",
+            "task: wikitext\noutput_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\n\
+             doc_to_target: !function preprocess_wikitext.wikitext_detokenizer\n\
+             process_results: !function preprocess_wikitext.process_results\n\
+             metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]\nmetadata: {version: 2.0}",
+        ),
+    ] {
+        let file = Task::from_file(written(dir.path(), &format!("{name}.yaml"), text)).unwrap();
+        let built_in = Task::named(name).unwrap();
+        assert_eq!((file.version(), file.split()), (built_in.version(), built_in.split()));
+        let mut counts = vec![None];
+        counts.extend(["piqa", "sciq"].contains(&name).then_some(Some(3)));
+        for shots in counts {
+            let options = EvalOptions { shots, samples: true, bootstrap: 100, ..EvalOptions::default() };
+            let (a, b) = (evaluated(&file, name, &options), evaluated(&built_in, name, &options));
+            for (a, b) in a.samples.iter().zip(&b.samples) {
+                assert_eq!((&a.requests, &a.target), (&b.requests, &b.target), "{name}");
+            }
+            assert_eq!(a.figures, b.figures, "{name}");
+        }
+    }
+}
+
+/// Where the choices are contexts, one continuation follows each of them.
+#[test]
+fn winogrande_is_asked_as_its_functions_ask() {
+    let dir = tempfile::tempdir().unwrap();
+    let task = Task::from_file(written(dir.path(), "w.yaml", &winogrande())).unwrap();
+    let document = json!({"sentence": "Anna gave the ball to Mia and _ ran home.", "option1": "Anna", "option2": "Mia", "answer": "2"});
+    let model = pricket::load(golden("model")).unwrap();
+    let options = EvalOptions { samples: true, ..EvalOptions::default() };
+    let run = |task: &Task| model.evaluate(task, [Ok(document.clone())], &[], &options).unwrap();
+    let (file, built_in) = (run(&task), run(&Task::named("winogrande").unwrap()));
+    assert_eq!(file.samples[0].requests, built_in.samples[0].requests);
+    assert_eq!(file.samples[0].requests[1], ("Anna gave the ball to Mia and Mia".into(), " ran home.".into()));
+    assert_eq!(file.get(Metric::Acc), built_in.get(Metric::Acc));
+}
+
+fn winogrande() -> String {
+    format!(
+        "{MULTIPLE_CHOICE}task: w\ndoc_to_text: !function preprocess_winogrande.doc_to_text\n\
+         doc_to_target: !function preprocess_winogrande.doc_to_target\ndoc_to_choice: !function preprocess_winogrande.doc_to_choice"
+    )
+}
+
+/// Prompts and choices that one document gives.
+fn asked(text: &str, document: &Value) -> Result<Vec<(String, String)>, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let task = Task::from_file(written(dir.path(), "t.yaml", text)).map_err(|e| e.to_string())?;
+    let model = pricket::load(golden("model")).unwrap();
+    let options = EvalOptions { samples: true, bootstrap: 0, ..EvalOptions::default() };
+    let outcome = model.evaluate(&task, [Ok(document.clone())], &[], &options).map_err(|e| e.to_string())?;
+    Ok(outcome.samples[0].requests.clone())
+}
+
+/// The texts that Jinja and Python give, by lm-evaluation-harness 0.4.13.
+#[test]
+fn templates_are_rendered_as_python_renders_them() {
+    let document =
+        json!({"text": " The old man's house ", "flag": true, "score": 1e-7, "words": ["it's", "a"], "n": 3});
+    for (template, expected) in [
+        ("{{text.strip().split(' ')[:-1]|join(' ')}}", "The old man's"),
+        ("{{text.split()|length}} {{words.index('a')}} {{text.index('old')}}", "4 1 5"),
+        ("{{flag}} {{score}} {{n}} {{words}} {{none}}", "True 1e-07 3 [\"it's\", 'a'] None"),
+        ("{{text.lstrip().lower().startswith('the')}}", "True"),
+        ("{{text|regex_replace('(o)(l)', '\\\\\\\\2$\\\\\\\\1')}}", " The l$od man's house "),
+    ] {
+        let file = format!(
+            "task: t\noutput_type: loglikelihood\ntest_split: test\ndoc_to_text: \"{template}\"\ndoc_to_target: \" the man\""
+        );
+        assert_eq!(asked(&file, &document).unwrap()[0].0, expected, "{template}");
+    }
+}
+
+#[test]
+fn what_a_file_cannot_ask_is_refused_by_name() {
+    let document = json!({"a": "the", "b": "man", "list": ["the", "man"], "label": 5});
+    let choices = "task: t\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: a\n";
+    let text = "task: t\noutput_type: loglikelihood\ntest_split: test\n";
+    let bomb: String = (1..40).map(|i| format!("k{i}: &k{i} [*k{}, *k{}]\n", i - 1, i - 1)).collect();
+    for (file, expected) in [
+        (
+            format!("{choices}doc_to_choice: list\ndoc_to_target: !function utils.target"),
+            "!function utils.target is Python",
+        ),
+        (
+            format!("{choices}doc_to_choice: list\nprocess_docs: !function utils.process_docs"),
+            "process_docs: !function",
+        ),
+        (
+            format!("{choices}doc_to_choice: list\ndoc_to_target: 0\nmetric_list: [{{metric: !function m.f}}]"),
+            "metric_list: !function m.f",
+        ),
+        (format!("{choices}doc_to_choice: list\ndoc_to_target: label"), "number 5 of 2"),
+        (format!("{choices}doc_to_choice: a\ndoc_to_target: 0"), "Python's notation"),
+        (format!("{choices}doc_to_choice: \"{{{{a.foo()}}}}\"\ndoc_to_target: 0"), "foo"),
+        (format!("{choices}doc_to_target: 0"), "doc_to_choice: the key is missing"),
+        (format!("{choices}doc_to_choice: list\ndoc_to_target: 0\nrepeats: 3"), "repeats"),
+        (format!("{choices}doc_to_choice: list\ndoc_to_target: 0\ngen_prefix: x"), "gen_prefix"),
+        (format!("{choices}doc_to_choice: list\ndoc_to_target: 0\nmetric_list: [{{metric: mcc}}]"), "\"mcc\""),
+        (
+            format!(
+                "{choices}doc_to_choice: list\ndoc_to_target: 0\nmetric_list: [{{metric: acc, ignore_case: true}}]"
+            ),
+            "ignore_case",
+        ),
+        (format!("{choices}doc_to_choice: list\ndoc_to_target: 0\nfewshot_config: {{sampler: balanced}}"), "balanced"),
+        (format!("{text}doc_to_target: \"{{{{nowhere}}}}\""), "undefined"),
+        (
+            format!(
+                "{text}doc_to_target: \"{{% for i in range(99999) %}}{{% for j in range(99999) %}}x{{% endfor %}}{{% endfor %}}\""
+            ),
+            "fuel",
+        ),
+        (format!("{text}doc_to_target: b\ninclude: t.yaml"), "include"),
+        (format!("{text}doc_to_target: b\ninclude: nowhere.yaml"), "nowhere.yaml"),
+        ("task: t\noutput_type: generate_until".into(), "found generate_until"),
+        ("task: [a, b]\ngroup: g".into(), "a group of tasks"),
+        ("- a\n- b".into(), "mapping"),
+        ("a: [".into(), "t.yaml"),
+        (format!("k0: &k0 x\n{bomb}task: t"), "t.yaml"),
+    ] {
+        let error = asked(&file, &document).unwrap_err();
+        assert!(error.contains(expected), "{file}\n{error}");
+    }
+}
+
+/// The functions that built-in tasks stand for are those of the harness, not others of the same name.
+#[test]
+fn another_function_of_a_known_name_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = written(dir.path(), "w.yaml", &winogrande());
+    assert!(Task::from_file(&path).is_ok());
+    written(dir.path(), "preprocess_winogrande.py", "def doc_to_text(doc): return 1\n");
+    let error = Task::from_file(&path).unwrap_err().to_string();
+    assert!(error.contains("preprocess_winogrande.py differs"), "{error}");
+}
+
+#[test]
+fn choices_are_compared_by_bytes_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "task: t\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: goal\ndoc_to_target: label\n\
+                doc_to_choice: \"{{[sol1, sol2]}}\"\nmetric_list: [{metric: acc_norm}, {metric: acc_bytes}]";
+    let task = Task::from_file(written(dir.path(), "t.yaml", text)).unwrap();
+    let plain = evaluated(&task, "piqa", &EvalOptions::default());
+    assert_eq!(plain.get(Metric::AccNorm), plain.get(Metric::AccBytes), "one byte a letter");
+    // Ten letters of two bytes: by letters the choice is short, by bytes it is long.
+    let model = pricket::load(golden("model")).unwrap();
+    let document = json!({"goal": "the", "sol1": "éééééééééé", "sol2": "the dog ran to the old house", "label": 0});
+    let options = EvalOptions { samples: true, ..EvalOptions::default() };
+    let outcome = model.evaluate(&task, [Ok(document)], &[], &options).unwrap();
+    let [a, b] = [0, 1].map(|i| outcome.samples[0].answers[i].sum);
+    let right = |a: f64, b: f64| f64::from(u8::from(a >= b));
+    assert_eq!(outcome.get(Metric::AccNorm), Some(right(a / 10.0, b / 28.0)));
+    assert_eq!(outcome.get(Metric::AccBytes), Some(right(a / 20.0, b / 28.0)));
+}
+
+#[test]
+fn a_share_of_the_documents_is_rounded_up() {
+    let limit = |text: &str| text.parse::<Limit>();
+    assert_eq!((limit("12"), limit("0.5")), (Ok(Limit::Documents(12)), Ok(Limit::Share(0.5))));
+    for text in ["0.0", "1.5", "-1", "half", "NaN"] {
+        assert!(limit(text).is_err(), "{text}");
+    }
+    let task = Task::named("piqa").unwrap();
+    let count = documents("piqa", "validation").count();
+    for (limit, expected) in [(Limit::Share(0.3), (count as f64 * 0.3).ceil() as usize), (Limit::Documents(5), 5)] {
+        let options = EvalOptions { limit: Some(limit), ..EvalOptions::default() };
+        assert_eq!(evaluated(&task, "piqa", &options).documents, expected);
+    }
+}
+
+#[test]
+fn several_numbers_of_examples_are_measured_by_one_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let results = dir.path().join("r.json");
+    let mut command = example("score");
+    command.arg("--model").arg(golden("model")).arg("--data").arg(golden("data"));
+    command.args(["--tasks", "piqa", "--num-fewshot", "0,2", "--limit", "0.25", "--log-samples", "--output"]);
+    let output = command.arg(&results).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("|piqa|1|0|12|acc|") && said.contains("|piqa|1|2|12|acc|"), "{said}");
+    for shots in [0, 2] {
+        let text = std::fs::read(dir.path().join(format!("r.{shots}shot.json"))).unwrap();
+        let written: Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!((&written["n-shot"]["piqa"], &written["config"]["limit"]), (&json!(shots), &json!(0.25)));
+        assert!(dir.path().join(format!("samples_piqa.{shots}shot.jsonl")).is_file());
+    }
+}
+
+/// A file names its own documents.
+#[test]
+fn documents_come_from_the_files_that_a_task_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |split: &str| golden(&format!("data/piqa.{split}.jsonl")).display().to_string();
+    let text = format!(
+        "{MULTIPLE_CHOICE}task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{train: '{}', validation: '{}'}}}}\n\
+         doc_to_text: \"Question: {{{{goal}}}}\\nAnswer:\"\ndoc_to_target: label\ndoc_to_choice: \"{{{{[sol1, sol2]}}}}\"\n\
+         num_fewshot: 2",
+        file("train"),
+        file("validation")
+    );
+    let path = written(dir.path(), "mine.yaml", &text);
+    let mut command = example("score");
+    let output = command.arg("--model").arg(golden("model")).arg("--tasks").arg(&path).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let expected =
+        evaluated(&Task::named("piqa").unwrap(), "piqa", &EvalOptions { shots: Some(2), ..EvalOptions::default() });
+    let acc = expected.get(Metric::Acc).unwrap();
+    assert!(said.contains(&format!("|mine|1|2|48|acc|{acc:.4}|")), "{said}");
+}
+
+proptest! {
+    /// Every token is scored once, and after the first window with as much context as a stride leaves room for.
+    #[test]
+    fn overlapping_windows_cover_a_text(len in 0usize..70, room in 1usize..20, stride in 1usize..20) {
+        let stride = stride.min(room);
+        let ids: Vec<u32> = (1..=len as u32).collect();
+        let windows = Continuation::windows(&ids, 0, room, stride);
+        prop_assert_eq!(windows.iter().flat_map(|window| window.ids.clone()).collect::<Vec<_>>(), ids);
+        for (i, window) in windows.iter().enumerate() {
+            let read = [&window.context[..], &window.ids].concat();
+            prop_assert!(read.len() <= room + 1 && read.windows(2).all(|pair| pair[1] == pair[0] + 1));
+            prop_assert!(i == 0 || window.ids.len() <= stride && read.len() == room + 1);
+        }
+    }
+}
+
+/// More context makes a text likelier; a stride that is no number of tokens is refused before the text is scored.
+#[test]
+fn a_stride_gives_each_token_more_context() {
+    let dir = tempfile::tempdir().unwrap();
+    let text: String =
+        (0..40).map(|i| format!("In the year {i} the people of the States met the President. ")).collect();
+    let path = written(dir.path(), "text.txt", &text);
+    let loss = |more: &[&str]| {
+        let output = example("score")
+            .arg("--text")
+            .arg(&path)
+            .args(["--json", "--max-length", "32"])
+            .args(more)
+            .output()
+            .unwrap();
+        match output.status.success() {
+            true => Ok(serde_json::from_slice::<Value>(&output.stdout).unwrap()["loss"].as_f64().unwrap()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    };
+    let (disjoint, whole, overlapping) = (loss(&[]), loss(&["--stride", "32"]), loss(&["--stride", "8"]));
+    assert_eq!(disjoint, whole);
+    assert!(overlapping.unwrap() < disjoint.unwrap());
+    for stride in ["0", "33"] {
+        assert!(loss(&["--stride", stride]).unwrap_err().contains("expected 1 to 32 tokens"));
+    }
+}
