@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
+use pricket::weights::counted;
 use pricket::{Conversation, FinishReason, GenerateOptions};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
@@ -173,11 +174,17 @@ impl Chat {
             writeln!(out)?;
         }
         if now_left_out > left_out {
-            common::tell(format_args!("note: the context is full: the oldest {now_left_out} turns are no longer read"));
+            common::tell(format_args!(
+                "note: the context is full; left out from now on: the oldest {}",
+                counted(now_left_out, "turn")
+            ));
         }
         match done.finish {
             FinishReason::Length if !self.json => {
-                common::tell(format_args!("note: cut off after {} tokens; see --max-tokens", done.ids.len()));
+                common::tell(format_args!(
+                    "note: cut off after {}; see --max-tokens",
+                    counted(done.ids.len(), "token")
+                ));
             }
             FinishReason::Context if !self.json => {
                 common::tell(format_args!("note: the context is full; see --context and /reset"));
@@ -186,7 +193,7 @@ impl Chat {
         }
         if self.stats {
             let (read, whole, written) = (conversation.read(), done.prompt_ids.len(), done.ids.len());
-            common::tell(format_args!("{read} of {whole} tokens read, {written} written, {seconds:.2} s"));
+            common::tell(format_args!("{read} of {} read, {written} written, {seconds:.2} s", counted(whole, "token")));
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use pricket::candle::DType;
 use pricket::hub::{Cache, CachedRepo, RepoId};
+use pricket::weights::counted;
 use pricket::{Audit, AuditOptions, Checkpoints, Hub, KnownKind, Progress, Steps};
 use serde_json::{Value, json};
 
@@ -183,7 +184,7 @@ fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
         }
         let there = chosen.iter().filter(|checkpoint| checkpoint.present).count();
         let known = if found.card.is_some() { "" } else { ", of a model without a card" };
-        writeln!(out, "{there} of {} steps of {} are there{known}", chosen.len(), found.model)
+        writeln!(out, "{there} of {} of {} are in the cache{known}", counted(chosen.len(), "step"), found.model)
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -193,7 +194,7 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
     let chosen = found.select(&which.steps)?;
     if found.is_local() {
         let json = json!({ "model": found.model, "on_disk": chosen.len() });
-        out.put(&json, |out| writeln!(out, "{} is a directory: its {} steps are here", found.model, chosen.len()))?;
+        out.put(&json, |out| writeln!(out, "{} is a directory with {}", found.model, counted(chosen.len(), "step")))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut failed = false;
@@ -268,7 +269,8 @@ fn print_audit(audit: &Audit, out: &Out) -> anyhow::Result<()> {
             writeln!(out, "{} {}{sources}", if finding.alarming { "WRONG:" } else { "fine: " }, finding.words)?;
         }
         let wrong = audit.findings.iter().filter(|finding| finding.alarming).count();
-        writeln!(out, "{} revisions of {} looked at, {wrong} things wrong", audit.revisions.len(), audit.model)
+        let (revisions, wrong) = (counted(audit.revisions.len(), "revision"), counted(wrong, "problem"));
+        writeln!(out, "{revisions} of {} checked, {wrong} found", audit.model)
     })
 }
 
@@ -352,7 +354,8 @@ fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
                 let good = verified.len() - bad.len() - unknown;
                 writeln!(
                     out,
-                    "{good} files are what they should be, {} are damaged or missing, of {unknown} nothing is known",
+                    "{} intact, {} damaged or missing, {unknown} without a known hash",
+                    counted(good, "file"),
                     bad.len()
                 )
             })?;
@@ -451,7 +454,7 @@ fn card(model: &str, out: &Out) -> anyhow::Result<ExitCode> {
         if steps.is_empty() {
             writeln!(out, "no training steps were published")?;
         } else {
-            writeln!(out, "good     {} of {} steps: {}", good.len(), steps.len(), ranges(&good))?;
+            writeln!(out, "good     {} of {}: {}", good.len(), counted(steps.len(), "step"), ranges(&good))?;
         }
         for (name, kind) in kinds {
             for known in of_kind(kind) {
@@ -495,13 +498,12 @@ fn cards(out: &Out) -> anyhow::Result<ExitCode> {
         .collect();
     out.put(&json!(json), |out| {
         for card in cards {
-            let steps =
-                card.checkpoints.as_ref().map_or(String::new(), |steps| format!("{} steps", steps.steps().len()));
+            let steps = card.checkpoints.as_ref().map_or(String::new(), |steps| counted(steps.steps().len(), "step"));
             let gone = card.gone.as_ref().map_or(String::new(), |month| format!("gone since {month}"));
             let line = format!("{:50} {:>14} {:16} {steps:10} {gone}", card.id, card.parameters, card.licence);
             writeln!(out, "{}", line.trim_end())?;
         }
-        writeln!(out, "{} models", cards.len())
+        writeln!(out, "{}", counted(cards.len(), "model"))
     })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use pricket::weights::counted;
 use pricket::{GenerateOptions, Turn};
 
 /// Continues a prompt.
@@ -104,7 +105,8 @@ fn run(args: Args) -> anyhow::Result<()> {
         let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
         let decode = decode.map_or("-".into(), |rate| format!("{rate:.1}"));
         common::tell(format_args!(
-            "{gap}{read} tokens read at {:.1} tokens/s, {written} written at {decode} tokens/s, {:?}, seed {}",
+            "{gap}{} read at {:.1} tokens/s, {written} written at {decode} tokens/s, {}, seed {}",
+            counted(read, "token"),
             read as f64 / prefill,
             completion.finish,
             options.seed

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pricket::Inspection;
+use pricket::weights::counted;
 use serde_json::json;
 
 /// Shows what is in a checkpoint; exit code 1 and one line if it is damaged.
@@ -74,6 +75,11 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
     let (weights, buffers): (Vec<_>, Vec<_>) = found.tensors.iter().partition(|t| !t.is_buffer);
     let bytes = |tensors: &[&pricket::TensorInfo]| tensors.iter().map(|t| t.bytes()).sum::<u64>();
     writeln!(out, "tensors     {} of {}", weights.len(), mib(bytes(&weights)))?;
+    for (i, found) in found.types().iter().enumerate() {
+        let label = if i == 0 { "types" } else { "" };
+        let (tensors, size, bits) = (counted(found.tensors, "tensor"), mib(found.bytes), found.bits());
+        writeln!(out, "{label:11} {:5} {tensors}, {size}, {bits:.2} bits per element", found.dtype.to_string())?;
+    }
     if !buffers.is_empty() {
         writeln!(out, "buffers     {} of {}, not read", buffers.len(), mib(bytes(&buffers)))?;
     }
@@ -129,6 +135,9 @@ fn print_json(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
         object["family"] = json!(info.family);
         object["parameters"] = json!(info.parameters);
     }
+    let types = found.types();
+    let summary = |t: &pricket::TypeSummary| json!({"dtype": t.dtype.to_string(), "tensors": t.tensors, "elements": t.elements, "bytes": t.bytes, "bits": t.bits()});
+    object["types"] = types.iter().map(summary).collect();
     if let Some((context, estimate)) = estimate(found, args.context) {
         object["memory"] = json!({
             "context": context, "total": estimate.total(), "weights": estimate.weights, "cache": estimate.cache,

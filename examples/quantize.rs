@@ -1,4 +1,4 @@
-//! Writes a model in another form: quantised or not, as GGUF or in Hub layout, from any form that is read.
+//! Writes a model in another form: quantized or not, as GGUF or in Hub layout, from any form that is read.
 //!
 //! `cargo run --example quantize -- --model EleutherAI/pythia-160m --out pythia-160m-q4_0.gguf --quantize q4_0`
 
@@ -7,16 +7,19 @@ mod common;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use clap::Parser;
-use pricket::{Comparison, ConvertOptions, Precision, Target};
+use pricket::weights::counted;
+use pricket::{Comparison, ConvertOptions, Converted, Dtype, Precision, Pricket, ScoreOptions, Target};
 use serde_json::json;
 
-/// Text for --report where none is given: as good as any to see what quantising cost, not to publish a perplexity.
+/// The text of --report where none is given: good enough to see what quantization costs, not to publish a perplexity.
 const TEXT: &str = include_str!("../README.md");
 
-/// Writes a model as GGUF (an --out that ends in .gguf) or as safetensors in Hub layout (any other --out).
+/// Writes a model as GGUF (an --out that ends in .gguf) or as safetensors in Hub layout (any other --out); with --report alone,
+/// quantizes in memory and writes nothing.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -26,15 +29,15 @@ struct Args {
     #[arg(long, conflicts_with_all = ["model", "report"])]
     shape: Option<String>,
     /// A file that ends in .gguf, or a directory
-    #[arg(long, short)]
-    out: PathBuf,
-    /// Writes over what is there
-    #[arg(long)]
+    #[arg(long, short, required_unless_present = "report")]
+    out: Option<PathBuf>,
+    /// Replaces an existing file
+    #[arg(long, requires = "out")]
     overwrite: bool,
     /// Compares the new model with the old one: size, perplexity, Kullback-Leibler divergence, agreement
     #[arg(long)]
     report: bool,
-    /// The text for --report
+    /// The text for --report [default: pricket's README]
     #[arg(long, value_name = "FILE", requires = "report")]
     text: Option<PathBuf>,
     /// One JSON object instead of text
@@ -47,86 +50,125 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
+    // What cannot be read is told before the conversion.
+    let text = args.text.as_ref().map(pricket::lm::read_utf8).transpose()?;
+    let quantization = args.model.compute.quantisation()?;
+    if let Some(out) = &args.out {
+        let is_gguf = out.extension().is_some_and(|end| end == "gguf");
+        ensure!(
+            is_gguf || quantization.is_none(),
+            "safetensors hold no quantized blocks: give --out a name that ends in .gguf"
+        );
+    } else {
+        let changes = quantization.is_some() || args.model.compute.dtype != Precision::Auto;
+        ensure!(
+            changes,
+            "--report without --out compares a model with what --quantize or --dtype makes of it; give one of them"
+        );
+    }
+    common::interruptible()?;
+    // What the flags say of the new model is not done to the old one as well.
+    let mut source = args.model.clone();
+    (source.compute.quantize, source.compute.dtype) = (None, Precision::Auto);
+    let written = args.out.as_ref().map(|out| convert(args, &source, out)).transpose()?;
+    let mut compared = None;
+    if args.report {
+        let made = match &args.out {
+            Some(out) => common::ModelArgs { model: Some(out.clone()), revision: None, file: None, ..source.clone() },
+            None => args.model.clone(),
+        };
+        let (source, made) = (source.load("tiny")?, made.load("tiny")?);
+        let score = ScoreOptions { progress: Arc::new(common::Bar::default()), ..ScoreOptions::default() };
+        let report = source.compare(&made, text.as_deref().unwrap_or(TEXT), &score)?;
+        compared = Some(Compared { report, prefix: source.tokenizer()?.decode(&[source.prefix_id()]), made });
+    }
+    if args.json {
+        show_json(written.as_ref(), compared.as_ref())
+    } else {
+        show(args, written.as_ref(), compared.as_ref())
+    }
+}
+
+/// A comparison, the model that was compared, and the token before the text's first one.
+struct Compared {
+    report: Comparison,
+    prefix: String,
+    made: Pricket,
+}
+
+fn convert(args: &Args, source: &common::ModelArgs, out: &Path) -> anyhow::Result<Converted> {
     let target = match (args.model.compute.quantisation()?, args.model.compute.dtype) {
-        (Some(quantisation), Precision::Auto) => Target::Quantised(quantisation),
-        (Some(_), _) => anyhow::bail!("--quantize and --dtype both say what becomes of the matrices"),
+        (Some(quantization), Precision::Auto) => Target::Quantised(quantization),
+        (Some(_), _) => anyhow::bail!("--quantize and --dtype both set the type of the matrices; give one of them"),
         (None, Precision::F32) => Target::F32,
         (None, Precision::F16) => Target::F16,
         (None, Precision::BF16) => Target::BF16,
         (None, _) => Target::Stored,
     };
-    let gguf = args.out.extension().is_some_and(|e| e == "gguf");
-    ensure!(
-        gguf || args.model.compute.quantize.is_none(),
-        "safetensors hold no quantised blocks: give --out a name that ends in .gguf"
-    );
-    // What cannot be read is told before the conversion.
-    let text = args.text.as_ref().map(|path| read_text(path)).transpose()?;
-    common::interruptible()?;
-    // What the flags say of the new file is not to be done to the old one as well.
-    let mut source = args.model.clone();
-    (source.compute.quantize, source.compute.dtype) = (None, Precision::Auto);
     let loader = match &args.shape {
         Some(shape) => common::random(shape, Precision::F32)?,
         None => source.source("tiny")?,
     };
-    let loader = source.configure(loader)?;
-    let done = loader.convert(&args.out, &ConvertOptions { target, overwrite: args.overwrite })?;
+    let options = ConvertOptions { target, overwrite: args.overwrite };
+    let done = source.configure(loader)?.convert(out, &options)?;
     for warning in &done.warnings {
         common::tell(format_args!("warning: {warning}"));
     }
     for note in &done.notes {
         common::tell(format_args!("note: {note}"));
     }
-    let report = if args.report { Some(report(args, &source, text.as_deref())?) } else { None };
-    let (path, bits) = (done.path.display(), done.bits_per_weight());
-    if args.json {
-        let report = report.map(|r| {
-            json!({
-                "tokens": r.tokens, "reference_perplexity": r.reference_perplexity, "perplexity": r.perplexity,
-                "kl_divergence": r.kl_divergence, "worst_kl_divergence": r.worst_kl_divergence,
-                "top_1_agreement": r.top_1_agreement,
-            })
-        });
-        let json = json!({
-            "path": done.path, "bytes": done.bytes, "parameters": done.parameters, "bits_per_weight": bits,
-            "notes": done.notes, "warnings": done.warnings, "report": report,
-        });
-        writeln!(std::io::stdout(), "{json}")?;
-        return Ok(());
-    }
-    writeln!(std::io::stdout(), "{path}: {} bytes, {bits:.2} bits a weight", done.bytes)?;
-    if let Some(r) = report {
-        let text = args.text.as_ref().map_or("pricket's README".into(), |path| path.display().to_string());
-        writeln!(
-            std::io::stdout(),
-            "over {} tokens of {text}, each given those before it in its window of 512:",
-            r.tokens
-        )?;
-        writeln!(
-            std::io::stdout(),
-            "perplexity         {:.4}, the source {:.4}",
-            r.perplexity,
-            r.reference_perplexity
-        )?;
-        writeln!(
-            std::io::stdout(),
-            "KL divergence      {:.6} nats a token, at worst {:.4}",
-            r.kl_divergence,
-            r.worst_kl_divergence
-        )?;
-        writeln!(std::io::stdout(), "same likeliest     {:.2} %", 100.0 * r.top_1_agreement)?;
-    }
+    Ok(done)
+}
+
+fn show_json(written: Option<&Converted>, compared: Option<&Compared>) -> anyhow::Result<()> {
+    let report = compared.map(|Compared { report, prefix, .. }| {
+        json!({
+            "tokens": report.tokens, "given": prefix, "reference_perplexity": report.reference_perplexity,
+            "perplexity": report.perplexity, "kl_divergence": report.kl_divergence,
+            "worst_kl_divergence": report.worst_kl_divergence, "top_1_agreement": report.top_1_agreement,
+        })
+    });
+    let info = compared.map(|compared| compared.made.info());
+    let json = json!({
+        "path": written.map(|done| &done.path),
+        "bytes": written.map(|done| done.bytes).or(info.map(|info| info.weight_bytes)),
+        "parameters": written.map(|done| done.parameters).or(info.map(|info| info.parameters)),
+        "bits_per_weight": written.map(Converted::bits_per_weight).or(info.map(in_memory)),
+        "notes": written.map_or(&[][..], |done| &done.notes), "warnings": written.map_or(&[][..], |done| &done.warnings),
+        "report": report,
+    });
+    writeln!(std::io::stdout(), "{json}")?;
     Ok(())
 }
 
-/// Compares the model at `out` with the one that it was made of.
-fn report(args: &Args, source: &common::ModelArgs, text: Option<&str>) -> anyhow::Result<Comparison> {
-    let made = common::ModelArgs { model: Some(args.out.clone()), revision: None, file: None, ..source.clone() };
-    let (source, made) = (source.load("tiny")?, made.load("tiny")?);
-    Ok(pricket::compare(&source, &made, text.unwrap_or(TEXT), &common::Bar::default())?)
+/// Bits in memory for each weight.
+fn in_memory(info: &pricket::ModelInfo) -> f64 {
+    8.0 * info.weight_bytes as f64 / info.parameters.max(1) as f64
 }
 
-fn read_text(path: &Path) -> anyhow::Result<String> {
-    std::fs::read_to_string(path).with_context(|| format!("--text {}", path.display()))
+fn show(args: &Args, written: Option<&Converted>, compared: Option<&Compared>) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if let Some(done) = written {
+        let (bytes, bits) = (counted(done.bytes as usize, "byte"), done.bits_per_weight());
+        writeln!(out, "{}: {bytes}, {bits:.2} bits per weight, all of the file counted:", done.path.display())?;
+        for found in pricket::inspect(&done.path)?.types() {
+            let share = 100.0 * found.elements as f64 / done.parameters.max(1) as f64;
+            let scales = if matches!(found.dtype, Dtype::Block(_)) { " with the scales of its blocks" } else { "" };
+            writeln!(out, "  {share:.1} % of the weights as {}: {:.2} bits each{scales}", found.dtype, found.bits())?;
+        }
+    } else if let Some(Compared { made, .. }) = compared {
+        let info = made.info();
+        let bytes = counted(info.weight_bytes as usize, "byte");
+        writeln!(out, "in memory: {bytes}, {:.2} bits per weight", in_memory(info))?;
+    }
+    if let Some(Compared { report, prefix, .. }) = compared {
+        let text = args.text.as_ref().map_or("pricket's README".into(), |path| path.display().to_string());
+        let tokens = counted(report.tokens, "token");
+        writeln!(out, "over {tokens} of {text}, the first given {prefix}:")?;
+        writeln!(out, "perplexity         {:.4}, the source {:.4}", report.perplexity, report.reference_perplexity)?;
+        let (mean, worst) = (report.kl_divergence, report.worst_kl_divergence);
+        writeln!(out, "KL divergence      {mean:.6} nats a token, at most {worst:.4}")?;
+        writeln!(out, "same likeliest     {:.2} %", 100.0 * report.top_1_agreement)?;
+    }
+    Ok(())
 }

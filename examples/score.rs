@@ -17,6 +17,7 @@ use anyhow::ensure;
 use clap::Parser;
 use common::Bar;
 use pricket::lm::{Documents, Limit, Outcome, SliceLoss, results_json, slice_losses};
+use pricket::weights::counted;
 use pricket::{EvalOptions, Pricket, ScoreOptions, Task};
 use serde_json::{Value, json};
 
@@ -236,9 +237,9 @@ fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Re
         }
         if outcome.cut > 0 {
             common::tell(format_args!(
-                "note: {}: {} prompts were cut off on the left, for want of room",
+                "note: {}: {} cut off on the left to fit into the context",
                 task.name(),
-                outcome.cut
+                counted(outcome.cut, "prompt")
             ));
         }
     }
@@ -281,12 +282,9 @@ fn show_text(args: &Args, model: &Pricket, text: &SliceLoss) -> anyhow::Result<(
         writeln!(out, "{json}")?;
         return Ok(());
     }
-    let (tokens, loss, perplexity) = (text.tokens, text.loss(), text.perplexity());
-    writeln!(
-        out,
-        "{tokens} tokens, the first given {prefix}: loss {loss:.4} nats a token, perplexity {perplexity:.3}"
-    )?;
-    writeln!(out, "{} bytes: {:.4} bits per byte", text.bytes, text.bits_per_byte())?;
+    let (tokens, loss, perplexity) = (counted(text.tokens as usize, "token"), text.loss(), text.perplexity());
+    writeln!(out, "{tokens}, the first given {prefix}: loss {loss:.4} nats a token, perplexity {perplexity:.3}")?;
+    writeln!(out, "{}: {:.4} bits per byte", counted(text.bytes as usize, "byte"), text.bits_per_byte())?;
     Ok(())
 }
 
@@ -323,7 +321,8 @@ fn run_text(args: &Args, model: &Pricket, text: &str, score: &ScoreOptions) -> a
     }
     let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
     common::tell(format_args!(
-        "{gap}{count} tokens, the first given {prefix}: loss {:.4} nats a token, perplexity {:.3}; * none was likelier",
+        "{gap}{}, the first given {prefix}: loss {:.4} nats a token, perplexity {:.3}; * marks the likeliest token",
+        counted(tokens.len(), "token"),
         nats / count,
         (nats / count).exp()
     ));

@@ -22,6 +22,7 @@ use anyhow::ensure;
 use bar::Bar;
 use clap::Parser;
 use pricket::lm::Limit;
+use pricket::weights::counted;
 use pricket::{EvalOptions, Hub, Loader, Measure, Shard, Steps, Sweep, plots};
 use serde_json::{Value, json};
 
@@ -180,10 +181,13 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     for (id, why) in &swept.failed {
         finish::tell(format_args!("failed: {id}: {why}"));
     }
-    let (checkpoints, rows, kept, recomputed) = (swept.checkpoints, swept.rows, swept.kept, swept.recomputed);
     finish::tell(format_args!(
-        "{checkpoints} checkpoints measured, {rows} rows written to {}, {kept} were there, {recomputed} measured again",
-        args.out.display()
+        "{} measured, {} written to {}, {} were there, {} measured again",
+        counted(swept.checkpoints, "checkpoint"),
+        counted(swept.rows, "row"),
+        args.out.display(),
+        swept.kept,
+        swept.recomputed
     ));
     if swept.rows + swept.kept > 0 {
         draw(args, std::slice::from_ref(&args.out))?;

@@ -435,3 +435,28 @@ fn a_reply_depends_on_the_turns_alone() {
     let mut plain = pricket::tiny().unwrap().conversation().with_context(40);
     assert_eq!(plain.say("The sea", &full).unwrap().finish, FinishReason::Context);
 }
+
+/// A template that nothing here evaluates is mentioned, with what is used instead.
+#[test]
+fn a_chat_template_is_mentioned_where_nothing_else_says_the_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = root().join("models/tiny");
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(tiny.join(file), dir.path().join(file)).unwrap();
+    }
+    let notes = || pricket::load(dir.path()).unwrap().notes().join("; ");
+    assert!(!notes().contains("prompt format"), "{}", notes());
+    let config = dir.path().join("tokenizer_config.json");
+    std::fs::write(&config, r#"{"chat_template": "{{ messages[0].content }}"}"#).unwrap();
+    assert!(notes().contains("plain: chat_template of ") && notes().contains("--prompt-format"), "{}", notes());
+    std::fs::write(&config, r#"{"chat_template": null}"#).unwrap();
+    assert!(!notes().contains("prompt format"), "{}", notes());
+    std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages }}").unwrap();
+    assert!(notes().contains("chat_template.jinja is not evaluated"), "{}", notes());
+    // A format that is known speaks for itself.
+    std::fs::write(&config, "{}").unwrap();
+    let mut json: Value = serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap();
+    json["prompt_format"] = "incite-chat".into();
+    std::fs::write(dir.path().join("config.json"), json.to_string()).unwrap();
+    assert!(notes().contains("incite-chat") && !notes().contains("evaluated"), "{}", notes());
+}

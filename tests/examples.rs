@@ -145,6 +145,21 @@ fn quantize_writes_and_reports() {
     assert!(report["top_1_agreement"].as_f64().unwrap() > 0.7 && report["tokens"].as_u64().unwrap() > 10_000, "{json}");
     let (code, shown, _) = output("inspect", &[out, "--brief"]);
     assert!(code == Some(0) && shown.contains("GGUF, version 3") && shown.contains("its own"), "{shown}");
+    assert!(shown.contains("  q4_0 ") && shown.contains("4.50 bits per element"), "{shown}");
+    // The perplexity is that of `score`, and the first token is one of those that count.
+    let (_, scored, _) = output("score", &["--text", text, "--json"]);
+    let scored: Value = serde_json::from_str(&scored).unwrap();
+    let (ours, theirs) = (perplexity("reference_perplexity"), scored["perplexity"].as_f64().unwrap());
+    assert!((ours / theirs - 1.0).abs() < 1e-5 && report["tokens"] == scored["tokens"], "{ours} {theirs}");
+    // Without a file the same blocks are made in memory.
+    let (code, alone, err) = output("quantize", &["--quantize", "q4_0", "--report", "--text", text, "--json"]);
+    let alone: Value = serde_json::from_str(&alone).unwrap_or_else(|_| panic!("{err}"));
+    let off = alone["report"]["perplexity"].as_f64().unwrap() / perplexity("perplexity") - 1.0;
+    assert!(code == Some(0) && off.abs() < 1e-4 && alone["path"].is_null(), "{alone}");
+    let (code, said, err) = output("quantize", &["--quantize", "q4_0", "--report"]);
+    assert!(code == Some(0) && said.contains("of pricket's README, the first given <|endoftext|>"), "{said} {err}");
+    let (code, _, err) = output("quantize", &["--report"]);
+    assert!(code == Some(1) && err.contains("--quantize or --dtype"), "{err}");
     let (code, _, err) = output("quantize", &["--out", out, "--quantize", "q4_0"]);
     assert!(code == Some(1) && err.contains("is there already"), "{err}");
     let (code, _, err) = output("quantize", &["--out", dir.path().to_str().unwrap(), "--quantize", "q4_0"]);
@@ -283,4 +298,39 @@ fn what_the_environment_says_of_the_network_is_never_passed_by() {
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains(name) && said.contains(word) && !said.contains("secret"), "{said}");
     }
+}
+
+/// Types that the examples import, and those of the pages' programs, need one `use`.
+#[test]
+fn the_prelude_has_what_the_examples_import() {
+    let source = std::fs::read_to_string(root().join("crates/pricket/src/lib.rs")).unwrap();
+    let prelude = source.split("pub mod prelude").nth(1).unwrap();
+    let has = |name: &str| prelude.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
+    // What only one program of its kind needs: auditing, and sharing a sweep among machines.
+    let rare = ["Audit", "AuditOptions", "Checkpoints", "KnownKind", "Shard", "Converted"];
+    let examples = std::fs::read_dir(root().join("examples")).unwrap().flatten().map(|entry| entry.path());
+    let pages = ["README.md", "docs/recipes.md"].map(|page| root().join(page));
+    let mut seen = 0;
+    for path in examples.filter(|path| path.extension().is_some_and(|end| end == "rs")).chain(pages) {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for list in
+            text.lines().filter_map(|line| line.strip_prefix("use pricket::")).filter(|list| !list.contains("::"))
+        {
+            let names = list.trim_matches(|c: char| "{};".contains(c)).split(", ");
+            for name in names.filter(|name| name.starts_with(char::is_uppercase) && !rare.contains(name)) {
+                assert!(has(name), "{}: {name}", path.display());
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 20);
+}
+
+/// A count of one is one thing.
+#[test]
+fn a_single_thing_is_counted_in_the_singular() {
+    let (_, _, err) = output("score", &["--prompt", "the"]);
+    assert!(err.contains("1 token, the first given"), "{err}");
+    let (_, _, err) = output("generate", &["--prompt", "the", "-n", "2", "--temperature", "0"]);
+    assert!(err.contains("1 token read at") && err.contains("ended by the maximum number of tokens"), "{err}");
 }

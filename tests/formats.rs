@@ -126,11 +126,10 @@ fn a_file_and_a_flag_quantise_alike() {
         let text = loaded.generate("The people of the United", &pricket::GenerateOptions::default()).unwrap().text;
         assert!(text.starts_with(" States"), "{kind}: {text}");
     }
-    let compared = pricket::compare(
-        &pricket::tiny().unwrap(),
+    let compared = pricket::tiny().unwrap().compare(
         &load(&dir.path().join("q8_0.gguf")),
         &std::fs::read_to_string(root().join("tests/data/tiny/held_out.txt")).unwrap()[..6000],
-        &pricket::Silent,
+        &pricket::ScoreOptions::default(),
     );
     let compared = compared.unwrap();
     assert!(compared.kl_divergence > 0.0 && compared.kl_divergence < 2e-3, "{compared:?}");

@@ -426,7 +426,7 @@ fn the_example_lists_fetches_audits_and_cleans_up() {
     let json: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(json["repos"][0]["revisions"].as_array().unwrap().len(), 2, "the budget holds two");
     let (code, out, _) = run(&["cache", "verify"]);
-    assert!(code == Some(0) && out.contains("0 are damaged"), "{out}");
+    assert!(code == Some(0) && out.contains("0 damaged"), "{out}");
     let (code, out, _) = run(&["audit", SUITE]);
     assert!(code == Some(3) && out.contains("WRONG: step512 holds the weights of step1000"), "{out}");
     let (code, out, _) = run(&["audit", SUITE, "--json", "--steps", "0..256"]);

@@ -278,7 +278,7 @@ fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
     std::fs::write(&out, &old).unwrap();
     let (found, warnings) = run(false);
     assert_eq!(found, (0, 12));
-    assert!(warnings.iter().any(|warning| warning.contains("12 rows were kept that have no hashes")), "{warnings:?}");
+    assert!(warnings.iter().any(|warning| warning.contains("12 rows kept without hashes")), "{warnings:?}");
     let (found, warnings) = run(true);
     assert_eq!(found, (12, 0));
     assert!(!warnings.iter().any(|warning| warning.contains("no hashes")), "{warnings:?}");
@@ -538,7 +538,7 @@ fn what_fails_is_written_down() {
     std::fs::write(model.join("revisions/step1/model.safetensors"), weights).unwrap();
     let (code, said) = run();
     assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("1 checkpoints measured") && said.contains("4 were there"), "{said}");
+    assert!(said.contains("1 checkpoint measured") && said.contains("4 were there"), "{said}");
 }
 
 #[test]

@@ -241,3 +241,23 @@ proptest! {
         prop_assert_eq!(streamed, tokenizer.decode(&ids));
     }
 }
+
+#[test]
+fn defaults_are_greedy_in_both_places() {
+    assert_eq!(GenerateOptions::default().sampling, Sampling::default());
+    assert_eq!(Sampling::default().temperature, 0.0);
+    // A choice among tokens that temperature 0 never makes is a mistake.
+    let pricket = pricket::tiny().unwrap();
+    for (sampling, word) in [
+        (Sampling { top_k: 40, ..Sampling::default() }, "top_k has no effect"),
+        (Sampling { top_p: 0.9, ..Sampling::default() }, "top_p has no effect"),
+        (Sampling { min_p: 0.1, ..Sampling::default() }, "min_p has no effect"),
+        (Sampling { typical_p: 0.9, ..Sampling::default() }, "typical_p has no effect"),
+    ] {
+        let options = GenerateOptions { sampling, max_tokens: 1, ..Default::default() };
+        let error = pricket.generate("the", &options).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+        let warm = GenerateOptions { sampling: Sampling { temperature: 0.7, ..options.sampling }, ..options };
+        assert!(pricket.generate("the", &warm).is_ok());
+    }
+}

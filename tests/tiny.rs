@@ -187,7 +187,10 @@ fn taps_and_arguments_that_fit_no_model_are_refused() {
     let wide = Tensor::zeros((1, 3, parallel.info().d_model), DType::F32, &Device::Cpu).unwrap();
     assert!(model.block(99, &wide, &mut Context::new()).unwrap_err().to_string().contains("block 99"));
     let narrow = wide.narrow(2, 0, 3).unwrap();
-    assert!(model.block(0, &narrow, &mut Context::new()).unwrap_err().to_string().contains("width 3"));
+    for result in [model.block(0, &narrow, &mut Context::new()), model.finish(&narrow), model.head(&narrow)] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("expected a last dimension of 128, found the shape [1, 3, 3]"), "{error}");
+    }
     assert!(parallel.logprobs("").unwrap_err().to_string().contains("fewer than two tokens"));
 }
 

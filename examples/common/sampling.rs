@@ -52,18 +52,23 @@ impl SamplingArgs {
     /// The options that these flags say.
     pub(crate) fn options(&self) -> GenerateOptions {
         let clock = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
+        let chosen = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            typical_p: self.typical_p,
+            ..Sampling::default()
+        };
         GenerateOptions {
             max_tokens: self.max_tokens,
             sampling: Sampling {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                min_p: self.min_p,
-                typical_p: self.typical_p,
                 repetition_penalty: self.repetition_penalty,
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
                 no_repeat_ngram_size: self.no_repeat_ngram_size,
+                // At temperature 0 nothing is left to choose among.
+                ..if self.temperature == 0.0 { Sampling::greedy() } else { chosen }
             },
             seed: self.seed.unwrap_or_else(clock),
             ..GenerateOptions::default()

@@ -436,7 +436,7 @@ fn run_greedy(pricket: &Pricket, prompts: Vec<Vec<u32>>, options: &GenerateOptio
 }
 
 fn sampling(settings: &Value) -> Result<Sampling> {
-    let mut sampling = Sampling::default();
+    let mut sampling = Sampling::unchanged();
     for (key, value) in settings.as_object().context("settings are no object")? {
         let number = || value.as_f64().map(|x| x as f32).with_context(|| format!("{key} is no number"));
         let count = || value.as_u64().map(|x| x as usize).with_context(|| format!("{key} is no count"));

@@ -29,6 +29,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod compare;
 mod documents;
 mod error;
 mod generate;
@@ -44,6 +45,7 @@ mod tokenizer;
 mod tokenizer_file;
 mod vocabulary;
 
+pub use compare::{Comparison, compare};
 pub use documents::{Documents, read_text, read_utf8};
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};

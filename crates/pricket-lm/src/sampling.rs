@@ -19,32 +19,33 @@ use rand_chacha::ChaCha8Rng;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the most likely token.
+    /// Divides the logits; 0, the default, always takes the most likely token.
     pub temperature: f32,
-    /// Keeps the k most likely tokens, ties included; 0 keeps all.
+    /// Keeps the k most likely tokens, ties included; 0, the default, keeps all.
     pub top_k: usize,
-    /// Keeps the most likely tokens that together have this probability; 1 keeps all.
+    /// Keeps the most likely tokens that together have this probability; 1, the default, keeps all.
     pub top_p: f32,
-    /// Keeps tokens with at least this share of the most likely one's probability; 0 keeps all.
+    /// Keeps tokens with at least this share of the most likely one's probability; 0, the default, keeps all.
     pub min_p: f32,
-    /// Keeps the most typical tokens (Meister et al. 2022, arXiv:2202.00666) that together have this probability; 1 keeps all.
+    /// Keeps the most typical tokens (Meister et al. 2022, arXiv:2202.00666) that together have this probability; 1, the
+    /// default, keeps all.
     pub typical_p: f32,
     /// Divides positive and multiplies negative logits of tokens that occur in prompt or continuation (Keskar et al.
-    /// 2019, arXiv:1909.05858); 1 for none.
+    /// 2019, arXiv:1909.05858); 1, the default, for none.
     pub repetition_penalty: f32,
-    /// Subtracted once from the logit of each token that occurs in the continuation; 0 for none.
+    /// Subtracted once from the logit of each token that occurs in the continuation; 0, the default, for none.
     pub presence_penalty: f32,
-    /// Subtracted for each time that a token occurs in the continuation; 0 for none.
+    /// Subtracted for each time that a token occurs in the continuation; 0, the default, for none.
     pub frequency_penalty: f32,
-    /// No run of this many tokens occurs twice; 0 for no such rule.
+    /// No run of this many tokens occurs twice; 0, the default, for no such rule.
     pub no_repeat_ngram_size: usize,
 }
 
 impl Default for Sampling {
-    /// The model's own distribution, unchanged.
+    /// Greedy decoding.
     fn default() -> Self {
         Self {
-            temperature: 1.0,
+            temperature: 0.0,
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
@@ -72,9 +73,14 @@ impl From<CandleSampling> for Sampling {
 }
 
 impl Sampling {
-    /// Always the most likely token.
+    /// Always the most likely token: the default.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, ..Self::default() }
+        Self::default()
+    }
+
+    /// The model's own distribution, unchanged: a temperature of 1.
+    pub fn unchanged() -> Self {
+        Self { temperature: 1.0, ..Self::default() }
     }
 
     /// Says what is wrong with a setting, if anything is.
@@ -91,23 +97,34 @@ impl Sampling {
             ("presence_penalty", self.presence_penalty, self.presence_penalty.is_finite(), "a number"),
             ("frequency_penalty", self.frequency_penalty, self.frequency_penalty.is_finite(), "a number"),
         ];
-        match rules.iter().find(|(_, value, holds, _)| !holds || !value.is_finite()) {
-            Some((name, value, _, rule)) => Err(crate::Error::Input(format!("{name} must be {rule}, found {value}"))),
+        if let Some((name, value, _, rule)) = rules.iter().find(|(_, value, holds, _)| !holds || !value.is_finite()) {
+            return Err(crate::Error::Input(format!("{name} must be {rule}, found {value}")));
+        }
+        let chooses = [
+            ("top_k", self.top_k > 0),
+            ("top_p", self.top_p < 1.0),
+            ("min_p", self.min_p > 0.0),
+            ("typical_p", self.typical_p < 1.0),
+        ];
+        match chooses.iter().find(|(_, is_set)| *is_set && self.temperature == 0.0) {
+            Some((name, _)) => Err(crate::Error::Input(format!(
+                "{name} has no effect at temperature 0, which always takes the most likely token; set a temperature"
+            ))),
             None => Ok(()),
         }
     }
 
     /// Whether it takes the most likely token, whatever came before.
     pub fn is_argmax(&self) -> bool {
-        let unpenalised =
+        let unpenalized =
             self.repetition_penalty == 1.0 && self.presence_penalty == 0.0 && self.frequency_penalty == 0.0;
-        self.temperature == 0.0 && unpenalised && self.no_repeat_ngram_size == 0
+        self.temperature == 0.0 && unpenalized && self.no_repeat_ngram_size == 0
     }
 
     /// Logits to scores: what is dropped becomes negative infinity. `ids` is prompt and continuation, which begins at
     /// `prompt_len`.
     pub fn process(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize) {
-        self.penalise(logits, ids, prompt_len);
+        self.penalize(logits, ids, prompt_len);
         if self.temperature == 0.0 {
             return;
         }
@@ -136,7 +153,7 @@ impl Sampling {
         }
     }
 
-    fn penalise(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize) {
+    fn penalize(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize) {
         if self.repetition_penalty != 1.0 {
             let mut seen = ids.to_vec();
             seen.sort_unstable();
@@ -338,13 +355,13 @@ mod tests {
         });
         assert!((counts[0] - 0.5).abs() < 0.05 && counts[2] == 0.0, "{counts:?}");
         // A penalty that overflows makes a token certain, not all of them undefined.
-        let penalty = Sampling { repetition_penalty: 1e-38, ..Sampling::default() };
+        let penalty = Sampling { repetition_penalty: 1e-38, ..Sampling::unchanged() };
         assert_eq!(Sampler::new(penalty, 3).sample(&mut [1.0, 50.0, 2.0], &[1], 1), 1);
     }
 
     #[test]
     fn presence_and_frequency_count_the_continuation_only() {
-        let sampling = Sampling { presence_penalty: 1.0, frequency_penalty: 0.5, ..Sampling::default() };
+        let sampling = Sampling { presence_penalty: 1.0, frequency_penalty: 0.5, ..Sampling::unchanged() };
         let mut logits = vec![0.0; 4];
         sampling.process(&mut logits, &[0, 1, 1, 2], 2);
         assert_eq!(logits, [0.0, -1.5, -1.5, 0.0]);
@@ -373,7 +390,7 @@ mod tests {
             logits in prop::collection::vec(-20f32..20.0, 1..80),
             k in 0usize..90, p in 0.01f32..=1.0, m in 0f32..=1.0, typical in 0.01f32..=1.0, seed: u64,
         ) {
-            let sampling = Sampling { top_k: k, top_p: p, min_p: m, typical_p: typical, ..Sampling::default() };
+            let sampling = Sampling { top_k: k, top_p: p, min_p: m, typical_p: typical, ..Sampling::unchanged() };
             sampling.check().unwrap();
             let mut scores = logits.clone();
             let id = Sampler::new(sampling, seed).sample(&mut scores, &[], 0) as usize;

@@ -79,13 +79,13 @@ pub trait CausalLm: Send + Sync {
     /// The final norm, `[b, t, d]` to `[b, t, d]`.
     ///
     /// # Errors
-    /// What candle says.
+    /// [`Error::Input`] for another width, and what candle says.
     fn finish(&self, x: &Tensor) -> Result<Tensor>;
 
     /// Hidden states `[.., d]` to logits `[.., vocab]` in f32.
     ///
     /// # Errors
-    /// What candle says.
+    /// [`Error::Input`] for another width, and what candle says.
     fn head(&self, hidden: &Tensor) -> Result<Tensor>;
 
     /// All of it but the head: ids `[b, t]` to `[b, t, d]`.
@@ -222,6 +222,16 @@ impl<B: Block> Decoder<B> {
     }
 
     /// Refuses ids of another shape or type, or outside the vocabulary. On a GPU looking at them would cost a wait.
+    fn check_width(&self, x: &Tensor) -> Result<()> {
+        match x.dims() {
+            [.., d] if *d == self.info.d_model => Ok(()),
+            found => {
+                let d = self.info.d_model;
+                Err(Error::Input(format!("hidden states: expected a last dimension of {d}, found the shape {found:?}")))
+            }
+        }
+    }
+
     fn check_ids(&self, ids: &Tensor) -> Result<(usize, usize)> {
         let &[b, t] = ids.dims() else {
             return Err(Error::Input(format!("token ids of shape {:?}; expected [batch, length]", ids.dims())));
@@ -273,15 +283,13 @@ impl<B: Block> CausalLm for Decoder<B> {
     }
 
     fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let &[b, t, d] = x.dims() else {
+        let &[b, t, _] = x.dims() else {
             return Err(Error::Input(format!(
                 "hidden states of shape {:?}; expected [batch, length, width]",
                 x.dims()
             )));
         };
-        if d != self.info.d_model {
-            return Err(Error::Input(format!("hidden states of width {d}; this model's is {}", self.info.d_model)));
-        }
+        self.check_width(x)?;
         if i >= self.blocks.len() {
             return Err(Error::Input(format!(
                 "block {i}: the blocks are 0 to {}",
@@ -302,10 +310,12 @@ impl<B: Block> CausalLm for Decoder<B> {
     }
 
     fn finish(&self, x: &Tensor) -> Result<Tensor> {
+        self.check_width(x)?;
         self.norm.forward(x)
     }
 
     fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.check_width(hidden)?;
         let logits = self.head.forward(hidden)?.to_dtype(DType::F32)?;
         if self.logit_scale == 1.0 { Ok(logits) } else { Ok((logits * self.logit_scale)?) }
     }

@@ -111,6 +111,16 @@ impl Error {
     }
 }
 
+/// A count with its noun, for a message: `1 tensor`, `2 tensors`.
+///
+/// ```
+/// assert_eq!(pricket_weights::counted(1, "tensor"), "1 tensor");
+/// assert_eq!(pricket_weights::counted(0, "tensor"), "0 tensors");
+/// ```
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 /// Text out of a file for a message: one line of a length that can be read, whatever the file holds.
 pub fn clip(text: &str) -> String {
     const LENGTH: usize = 160;

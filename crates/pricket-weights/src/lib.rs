@@ -56,7 +56,7 @@ mod write;
 mod zip_directory;
 
 pub use dtype::Dtype;
-pub use error::{Error, Result, clip};
+pub use error::{Error, Result, clip, counted};
 pub use ggml::{GgmlFile, GgmlLayout};
 pub use gguf::GgufFile;
 pub use json::{parse_json, to_python_json};

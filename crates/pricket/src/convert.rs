@@ -36,9 +36,9 @@ pub enum Target {
 /// How to convert a checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct ConvertOptions {
-    /// What becomes of the matrices.
+    /// The type of the matrices; as stored by default.
     pub target: Target,
-    /// Writes over a file that is there.
+    /// Whether an existing file is replaced; false by default.
     pub overwrite: bool,
 }
 

@@ -142,12 +142,12 @@ pub enum Error {
 }
 
 fn holds(count: usize) -> String {
-    if count == 1 { "it holds 1 tensor".into() } else { format!("it holds {count} tensors") }
+    format!("it holds {}", pricket_weights::counted(count, "tensor"))
 }
 
 /// A number of tensors, in words.
 pub(crate) fn tensors(count: usize) -> String {
-    if count == 1 { "1 tensor is".into() } else { format!("{count} tensors are") }
+    format!("{} {}", pricket_weights::counted(count, "tensor"), if count == 1 { "is" } else { "are" })
 }
 
 fn unused_advice(name: &str) -> &'static str {

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use pricket_hub::InUse;
 use pricket_lm::{
-    Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request, Sampling,
+    Comparison, Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request, Sampling,
     ScoreOptions, Task, TextStream, Tokenizer, evaluate, loglikelihoods, token_logprobs,
 };
 use pricket_nn::{Cache, CausalLm, ModelInfo, Parameter};
@@ -42,21 +42,21 @@ impl std::fmt::Debug for Pricket {
 /// How to continue a prompt.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
-    /// New tokens at most.
+    /// Maximum number of new tokens; 128 by default.
     pub max_tokens: usize,
-    /// How tokens are chosen; greedy by default.
+    /// How tokens are chosen; greedy by default, as [`Sampling::default`].
     pub sampling: Sampling,
-    /// Where the random numbers begin. Every row of a batch begins here, so that it gives the text it gives alone.
+    /// Random seed, 0 by default. Every row of a batch has it, so that a prompt gives the same text in a batch as alone.
     pub seed: u64,
-    /// Seeds of the first rows of a batch, one each, instead of `seed`: several samples of one prompt need them.
+    /// Seeds of the first rows of a batch, one each, instead of `seed`: several samples of one prompt need them. Empty by default.
     pub row_seeds: Vec<u64>,
-    /// Strings that end the text; they are not part of it.
+    /// Strings that end the text and are not part of it; none by default.
     pub stop: Vec<String>,
-    /// Tokens that end the text beside the model's end token.
+    /// Tokens that end the text beside the model's end token; none by default.
     pub stop_ids: Vec<u32>,
-    /// Whether the model's end token ends the text.
+    /// Whether the model's end token ends the text; true by default.
     pub stop_at_eos: bool,
-    /// Allows positions beyond the length that the model was trained for.
+    /// Whether positions beyond the length that the model was trained for are allowed; false by default.
     pub beyond_trained_length: bool,
 }
 
@@ -89,6 +89,19 @@ pub enum FinishReason {
     Context,
     /// It has not ended: it was broken off.
     Unfinished,
+}
+
+impl std::fmt::Display for FinishReason {
+    /// Writes the reason in words, for a message.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            FinishReason::Eos => "ended by the model",
+            FinishReason::Stop => "ended by a stop string",
+            FinishReason::Length => "ended by the maximum number of tokens",
+            FinishReason::Context => "ended by the full context",
+            FinishReason::Unfinished => "unfinished",
+        })
+    }
 }
 
 /// A continued prompt.
@@ -252,6 +265,16 @@ impl Pricket {
             return Err(Error::Input(what.into()));
         }
         self.with_text(token_logprobs(&*self.parts.model, &ids)?)
+    }
+
+    /// Compares another model with this one over a text: perplexities, Kullback-Leibler divergence, agreement. Both have one
+    /// tokenizer; mostly the other one is quantized from this one.
+    ///
+    /// # Errors
+    /// As [`compare`](pricket_lm::compare).
+    pub fn compare(&self, other: &Self, text: &str, options: &ScoreOptions) -> Result<Comparison> {
+        let ids = self.tokenizer()?.encode(text)?;
+        Ok(pricket_lm::compare(&*self.model(), &*other.model(), &ids, self.prefix_id(), options)?)
     }
 
     /// The log-probability of every token of a text of any length: the first given [`Pricket::prefix_id`], the others given what comes

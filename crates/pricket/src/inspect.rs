@@ -55,6 +55,45 @@ pub struct TensorInfo {
     pub is_buffer: bool,
 }
 
+/// All tensors of one element type.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct TypeSummary {
+    /// The element type.
+    pub dtype: Dtype,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Number of elements of all of them.
+    pub elements: u64,
+    /// Bytes on file of all of them.
+    pub bytes: u64,
+}
+
+impl TypeSummary {
+    /// Bits on file of an element: of a block type the scales of its blocks are in it.
+    pub fn bits(&self) -> f64 {
+        8.0 * self.bytes as f64 / self.elements.max(1) as f64
+    }
+}
+
+impl Inspection {
+    /// Sums up the tensors that the model reads by their element types, the largest sum first.
+    pub fn types(&self) -> Vec<TypeSummary> {
+        let mut types: Vec<TypeSummary> = Vec::new();
+        for tensor in self.tensors.iter().filter(|tensor| !tensor.is_buffer) {
+            let at = types.iter().position(|known| known.dtype == tensor.dtype).unwrap_or_else(|| {
+                types.push(TypeSummary { dtype: tensor.dtype, tensors: 0, elements: 0, bytes: 0 });
+                types.len() - 1
+            });
+            let sum = &mut types[at];
+            (sum.tensors, sum.elements) = (sum.tensors + 1, sum.elements.saturating_add(tensor.elements()));
+            sum.bytes = sum.bytes.saturating_add(tensor.bytes());
+        }
+        types.sort_by_key(|known| std::cmp::Reverse(known.bytes));
+        types
+    }
+}
+
 impl TensorInfo {
     /// Number of elements.
     pub fn elements(&self) -> u64 {

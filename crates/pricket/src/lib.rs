@@ -27,7 +27,6 @@
 mod audit;
 mod cards;
 mod checkpoints;
-mod compare;
 mod containers;
 mod conversation;
 mod convert;
@@ -65,7 +64,6 @@ pub use candle_nn;
 pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
 pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
 pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
-pub use compare::{Comparison, compare};
 pub use containers::{ggml_layouts, open_weights};
 pub use conversation::{Conversation, Reply};
 pub use convert::{ConvertOptions, Converted, Target};
@@ -73,7 +71,7 @@ pub use datasets::fetch_documents;
 pub use device::device;
 pub use error::{Error, Result};
 pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
-pub use inspect::{Inspection, TensorInfo, inspect};
+pub use inspect::{Inspection, TensorInfo, TypeSummary, inspect};
 pub use load::{Loader, Precision, load, tiny};
 pub use memory::{Estimate, estimate};
 pub use prompts::{prompt_format, prompt_formats};
@@ -86,7 +84,9 @@ pub use shapes::{published_config, published_shapes};
 pub use sweep::{Measure, Shard, Sweep, Swept};
 
 pub use pricket_hub::{self as hub, Hub, Steps};
-pub use pricket_lm::{self as lm, EvalOptions, PromptFormat, Role, Sampling, ScoreOptions, Task, Tokenizer, Turn};
+pub use pricket_lm::{
+    self as lm, Comparison, EvalOptions, PromptFormat, Role, Sampling, ScoreOptions, Task, Tokenizer, Turn,
+};
 pub use pricket_nn::ops::{Activations, BlockType, keep_freed_memory};
 pub use pricket_nn::{
     self as nn, Cache, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent,
@@ -106,6 +106,9 @@ mod pages {
 /// What a program or a notebook mostly needs.
 pub mod prelude {
     pub use crate::{
-        CausalLm, Context, Conversation, GenerateOptions, Loader, Pricket, Sampling, Site, Taps, load, tiny,
+        Activations, BlockType, Cache, CacheType, CausalLm, Comparison, Completion, Context, Conversation,
+        ConvertOptions, Dtype, EvalOptions, FinishReason, GenerateOptions, Hub, Inspection, Loader, Measure, Precision,
+        Pricket, Progress, PromptFormat, Quantisation, Recording, Sampling, ScoreOptions, ScoredToken, Silent, Site,
+        Steps, Sweep, Taps, Target, Task, Tokenizer, Turn, checkpoints, inspect, load, tiny,
     };
 }

@@ -371,7 +371,7 @@ impl Loader {
         };
         let stranger = stranger_warning(&opened.provenance, model.info(), &family);
         let licence = licence_warning(&opened.provenance);
-        let (format, chosen) = prompts::choose(&opened.provenance, &opened.config, opened.tokenizer.as_ref());
+        let (format, chosen) = prompts::choose(&opened);
         let generation_config = opened.generation_config.as_ref();
         let ends = eos_warning(&opened.config, generation_config);
         Ok(Pricket::new(Parts {

@@ -75,6 +75,8 @@ pub(crate) struct Opened {
     pub(crate) in_use: Option<InUse>,
     pub(crate) fused: Fused,
     pub(crate) wants_neox_tokenizer: bool,
+    /// The place of a chat template, which is not evaluated.
+    pub(crate) chat_template: Option<String>,
 }
 
 impl Opened {
@@ -93,6 +95,7 @@ impl Opened {
             in_use: None,
             fused: Fused::Trained,
             wants_neox_tokenizer: false,
+            chat_template: None,
         }
     }
 
@@ -165,6 +168,9 @@ fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> 
         notes: container.notes,
         fused: container.fused,
         wants_neox_tokenizer: container.wants_neox_tokenizer,
+        chat_template: container.metadata["tokenizer.chat_template"]
+            .is_string()
+            .then(|| format!("tokenizer.chat_template of {}", path.display())),
         ..Opened::new(container.store)
     }))
 }
@@ -247,8 +253,21 @@ pub(crate) fn open_files(
         warnings,
         notes,
         in_use,
+        chat_template: chat_template(&directory),
         ..Opened::new(store)
     })
+}
+
+/// The place of the chat template of a directory, if it has one.
+fn chat_template(directory: &Path) -> Option<String> {
+    let file = directory.join("chat_template.jinja");
+    if file.is_file() {
+        return Some(file.display().to_string());
+    }
+    let file = directory.join("tokenizer_config.json");
+    // What is wrong with this file is said where its tokens are read.
+    let config = file.is_file().then(|| read_json(&file).ok()).flatten()?;
+    (!config["chat_template"].is_null()).then(|| format!("chat_template of {}", file.display()))
 }
 
 /// An adapter that is taken for a model, or a model whose adapter was not merged before it was saved.

@@ -3,14 +3,13 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use pricket_lm::{PromptFormat, Tokenizer};
+use pricket_lm::PromptFormat;
 use pricket_weights::clip;
 use serde::Deserialize;
-use serde_json::Value;
 
 use crate::cards::{Card, card, cards};
-use crate::opened::read_small;
-use crate::{Error, Provenance, Result};
+use crate::opened::{Opened, read_small};
+use crate::{Error, Result};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,12 +64,9 @@ pub(crate) fn card_of(repo: &str) -> Option<&'static Card> {
     card(repo).or_else(mirrored)
 }
 
-/// The format of a model and what told it; `plain` and nothing if nothing did.
-pub(crate) fn choose(
-    provenance: &Provenance,
-    config: &Value,
-    tokenizer: Option<&Tokenizer>,
-) -> (PromptFormat, Option<String>) {
+/// The format of a model, and a note that says why; `plain` if nothing says which.
+pub(crate) fn choose(opened: &Opened) -> (PromptFormat, Option<String>) {
+    let Opened { provenance, config, .. } = opened;
     let known = |name: &str| prompt_formats().iter().find(|format| format.name == name);
     let by_card = || {
         let card = card_of(provenance.repo.as_deref()?)?;
@@ -78,7 +74,7 @@ pub(crate) fn choose(
     };
     let by_key = || Some((known(config["prompt_format"].as_str()?)?, "config.json says so".into()));
     let by_tokens = || {
-        let tokenizer = tokenizer?;
+        let tokenizer = opened.tokenizer.as_ref()?;
         let has_all = |format: &&PromptFormat| {
             !format.tokens.is_empty() && format.tokens.iter().all(|token| tokenizer.token_to_id(token).is_some())
         };
@@ -97,6 +93,11 @@ pub(crate) fn choose(
             let note = format!("prompt format {}: {why}", format.name);
             (format.clone(), unknown.or(Some(note).filter(|_| format.name != "plain")))
         }
-        None => (known("plain").expect("plain is there").clone(), unknown),
+        None => {
+            let template = opened.chat_template.as_ref().map(|place| {
+                format!("prompt format plain: {place} is not evaluated; --prompt-format or Conversation::with_format chooses another")
+            });
+            (known("plain").expect("plain is there").clone(), unknown.or(template))
+        }
     }
 }

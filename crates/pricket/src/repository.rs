@@ -15,13 +15,14 @@ use crate::opened::{Changes, TOKENIZER_FILES, at, read_json};
 use crate::{Error, Provenance, Result};
 
 /// Files that are fetched beside the weights, if they are there.
-const SMALL: [&str; 12] = [
+const SMALL: [&str; 13] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "README.md",
     "LICENSE",
     "LICENSE.txt",

@@ -182,25 +182,25 @@ type Configure = Arc<dyn Fn(Loader) -> Result<Loader> + Send + Sync>;
 pub struct Sweep {
     /// The models and their steps.
     pub models: Vec<Checkpoints>,
-    /// Which steps of each.
+    /// The steps of each model.
     pub steps: Steps,
     /// What is measured.
     pub measures: Vec<Measure>,
-    /// How tasks are put, and how continuations are scored.
+    /// How tasks are put, and how continuations are scored; [`EvalOptions::default`] by default.
     pub options: EvalOptions,
-    /// Which share of the checkpoints.
+    /// The share of the checkpoints that is measured; all by default.
     pub shard: Shard,
     /// The file of results.
     pub out: PathBuf,
     /// Whether checkpoints are measured again whose rows have no hashes of what they were computed from, as rows of earlier
-    /// versions have none; they are kept otherwise, with a warning.
+    /// versions have none. By default they are kept, with a warning.
     pub remeasure: bool,
-    /// Whether the next checkpoint is loaded while one is measured.
+    /// Whether the next checkpoint is loaded while one is measured; true by default.
     pub prefetch: bool,
     /// The Hub, and the bytes that the models pricket fetched may take in its cache; those used longest ago are deleted. Datasets
-    /// stay.
+    /// stay. None by default.
     pub budget: Option<(Hub, u64)>,
-    /// Says how checkpoints are loaded.
+    /// Changes how checkpoints are loaded; by default as [`crate::load`] loads them.
     pub configure: Configure,
     /// What `configure` says that changes figures, such as the type of the weights: part of every row, so that a sweep that
     /// goes on in another way measures anew.
@@ -387,9 +387,9 @@ impl Sweep {
         }
         if unproven > 0 {
             swept.warnings.push(format!(
-                "{}: {unproven} rows were kept that have no hashes of their inputs, so whether documents and weights are still \
-                 the same is not known; remeasure to be sure",
-                self.out.display()
+                "{}: {} kept without hashes of their inputs: their documents or weights may have changed; remeasure to be sure",
+                self.out.display(),
+                pricket_weights::counted(unproven, "row")
             ));
         }
         Ok(jobs)

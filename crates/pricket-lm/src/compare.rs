@@ -1,0 +1,111 @@
+//! Two models over one text: their perplexities, and how far their predictions are apart.
+
+use candle_core::{DType, IndexOp, Tensor};
+use pricket_nn::{CausalLm, Context, Error as NnError};
+
+use crate::loglikelihood::{Continuation, ScoreOptions};
+use crate::{Error, Result};
+
+/// How far a model is from another one, mostly from what it was quantized from, over a text.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Comparison {
+    /// Tokens that were predicted: all of the text.
+    pub tokens: usize,
+    /// Perplexity of the reference: `exp` of its mean loss in nats a token.
+    pub reference_perplexity: f64,
+    /// Perplexity of the other model.
+    pub perplexity: f64,
+    /// Mean Kullback-Leibler divergence of the other's predictions from the reference's, in nats a token.
+    pub kl_divergence: f64,
+    /// The largest Kullback-Leibler divergence at a position, in nats.
+    pub worst_kl_divergence: f64,
+    /// Share of the positions where both models have the same most likely token.
+    pub top_1_agreement: f64,
+}
+
+/// Positions whose predictions are compared at a time.
+const ROWS: usize = 64;
+
+/// Compares two models that have one tokenizer over the tokens of a text. The text is split into windows as
+/// [`text_logprobs`](crate::text_logprobs) splits it, so that the perplexities are those of the same text elsewhere; a window is at most
+/// what both models read at once.
+///
+/// # Errors
+/// [`Error::Input`] for vocabularies of different sizes or a text without tokens; what the models say.
+pub fn compare(
+    reference: &dyn CausalLm,
+    other: &dyn CausalLm,
+    ids: &[u32],
+    prefix: u32,
+    options: &ScoreOptions,
+) -> Result<Comparison> {
+    let (vocab, others) = (reference.info().vocab, other.info().vocab);
+    if vocab != others {
+        return Err(Error::Input(format!(
+            "models with vocabularies of {vocab} and {others} tokens cannot be compared"
+        )));
+    }
+    if ids.is_empty() {
+        return Err(Error::Input("expected a text of at least one token to compare models over".into()));
+    }
+    let room = options.max_length(reference).min(options.max_length(other)).max(1);
+    let (mut reference_loss, mut loss, mut agreed) = (0.0, 0.0, 0usize);
+    let mut sum = Comparison::default();
+    options.progress.begin("comparing", ids.len() as u64, "tokens");
+    for Continuation { mut context, ids } in Continuation::windows(ids, prefix, room, options.stride.unwrap_or(room)) {
+        if options.progress.cancelled() {
+            return Err(NnError::Cancelled.into());
+        }
+        let given = context.len();
+        context.extend(&ids);
+        let hidden = |model: &dyn CausalLm| -> Result<Tensor> {
+            let input = Tensor::new(&context[..context.len() - 1], &model.info().device)?.unsqueeze(0)?;
+            Ok(model.hidden(&input, &mut Context::new())?.narrow(1, given - 1, ids.len())?)
+        };
+        let (first, second) = (hidden(reference)?, hidden(other)?);
+        for (block, targets) in ids.chunks(ROWS).enumerate() {
+            let logits = |model: &dyn CausalLm, hidden: &Tensor| -> Result<Vec<Vec<f32>>> {
+                let rows = hidden.narrow(1, block * ROWS, targets.len())?.contiguous()?;
+                Ok(model.head(&rows)?.i(0)?.to_dtype(DType::F32)?.to_vec2()?)
+            };
+            let (p, q) = (logits(reference, &first)?, logits(other, &second)?);
+            for ((p, q), &target) in p.iter().zip(&q).zip(targets) {
+                let (norm_p, norm_q) = (log_sum(p), log_sum(q));
+                reference_loss += norm_p - f64::from(p[target as usize]);
+                loss += norm_q - f64::from(q[target as usize]);
+                let divergence: f64 = p
+                    .iter()
+                    .zip(q)
+                    .map(|(&p, &q)| {
+                        let (p, q) = (f64::from(p) - norm_p, f64::from(q) - norm_q);
+                        p.exp() * (p - q)
+                    })
+                    .sum();
+                sum.kl_divergence += divergence;
+                sum.worst_kl_divergence = sum.worst_kl_divergence.max(divergence);
+                agreed += usize::from(likeliest(p) == likeliest(q));
+                sum.tokens += 1;
+            }
+        }
+        options.progress.update(sum.tokens as u64);
+    }
+    options.progress.end();
+    let tokens = sum.tokens as f64;
+    Ok(Comparison {
+        reference_perplexity: (reference_loss / tokens).exp(),
+        perplexity: (loss / tokens).exp(),
+        kl_divergence: sum.kl_divergence / tokens,
+        top_1_agreement: agreed as f64 / tokens,
+        ..sum
+    })
+}
+
+fn log_sum(logits: &[f32]) -> f64 {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    f64::from(most) + logits.iter().map(|&x| f64::from(x - most).exp()).sum::<f64>().ln()
+}
+
+fn likeliest(logits: &[f32]) -> usize {
+    logits.iter().enumerate().fold(0, |best, (i, x)| if *x > logits[best] { i } else { best })
+}
