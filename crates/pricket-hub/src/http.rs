@@ -217,9 +217,12 @@ mod wire {
     use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable};
     use std::time::{Duration, SystemTime};
 
-    use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
+    use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+    use ureq::unversioned::resolver::DefaultResolver;
+    use ureq::unversioned::transport::{ConnectProxyConnector, Connector, RustlsConnector, TcpConnector};
 
     use super::{Answer, CHUNK, Failure, bare, reason};
+    use crate::forward::Forward;
     use crate::network::{Env, Proxies, certificates};
     use crate::{Error, Result as HubResult, Settings};
 
@@ -257,29 +260,47 @@ mod wire {
         fn agent(settings: &Settings, proxy: Option<ureq::Proxy>, roots: &RootCerts) -> ureq::Agent {
             let patience = &settings.patience;
             let connections = settings.files.saturating_mul(settings.ranges);
-            let config = ureq::Agent::config_builder()
-                .user_agent(concat!("pricket/", env!("CARGO_PKG_VERSION")))
-                .http_status_as_error(false)
-                .max_redirects(0)
-                .max_redirects_will_error(false)
-                .timeout_resolve(Some(patience.connect))
-                .timeout_connect(Some(patience.connect))
-                .timeout_recv_response(Some(patience.answer))
-                .timeout_per_read(Some(patience.stall))
-                .timeout_per_write(Some(patience.stall))
-                .input_buffer_size(CHUNK)
-                .max_idle_connections_per_host(connections)
-                .max_idle_connections(connections)
-                .proxy(proxy)
-                .tls_config(TlsConfig::builder().root_certs(roots.clone()).build())
-                .build();
-            config.into()
+            let config = |proxy: Option<ureq::Proxy>| {
+                ureq::Agent::config_builder()
+                    .user_agent(concat!("pricket/", env!("CARGO_PKG_VERSION")))
+                    .http_status_as_error(false)
+                    .max_redirects(0)
+                    .max_redirects_will_error(false)
+                    .timeout_resolve(Some(patience.connect))
+                    .timeout_connect(Some(patience.connect))
+                    .timeout_recv_response(Some(patience.answer))
+                    .timeout_per_read(Some(patience.stall))
+                    .timeout_per_write(Some(patience.stall))
+                    .input_buffer_size(CHUNK)
+                    .max_idle_connections_per_host(connections)
+                    .max_idle_connections(connections)
+                    .proxy(proxy)
+                    .tls_config(TlsConfig::builder().root_certs(roots.clone()).build())
+                    .build()
+            };
+            let connector =
+                ().chain(Forward { direct: config(None) })
+                    .chain(ConnectProxyConnector::default())
+                    .chain(TcpConnector::default())
+                    .chain(RustlsConnector::default());
+            ureq::Agent::with_parts(config(proxy), connector, DefaultResolver::default())
         }
     }
 
-    /// Returns the trusted root certificates: those of the file that the environment names, else Mozilla's.
+    /// Returns the trusted root certificates: those of the file that the environment names, else those of the platform's store, else,
+    /// where that is empty, Mozilla's.
     pub(super) fn roots(env: Env<'_>) -> HubResult<RootCerts> {
-        let Some((name, path)) = certificates(env) else { return Ok(RootCerts::WebPki) };
+        let Some((name, path)) = certificates(env) else {
+            let store = rustls_native_certs::load_native_certs().certs;
+            if store.is_empty() {
+                return Ok(RootCerts::WebPki);
+            }
+            return Ok(store
+                .iter()
+                .map(|certificate| Certificate::from_der(certificate).to_owned())
+                .collect::<Vec<_>>()
+                .into());
+        };
         let wrong = |what: String| Error::Input(format!("{name}: {}: {what}", path.display()));
         let pem = std::fs::read(&path).map_err(|e| wrong(e.to_string()))?;
         let mut certificates = Vec::new();

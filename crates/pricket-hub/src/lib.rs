@@ -30,6 +30,8 @@ mod error;
 mod events;
 mod fetch;
 mod file;
+#[cfg(feature = "http")]
+mod forward;
 mod http;
 mod hub;
 mod id;
