@@ -105,6 +105,8 @@ mod pages {
 
 /// What a program or a notebook mostly needs.
 pub mod prelude {
+    #[cfg(feature = "plots")]
+    pub use crate::notebook::Tabular;
     pub use crate::{
         Activations, BlockType, Cache, CacheType, CausalLm, Comparison, Completion, Context, Conversation,
         ConvertOptions, Dtype, EvalOptions, FinishReason, GenerateOptions, Hub, Inspection, Loader, Measure, Precision,

@@ -18,20 +18,105 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use pricket_nn::Progress;
 
 use crate::handle::{Completion, GenerateOptions, Pricket, ScoredToken};
-use crate::plots::Picture;
-use crate::{Error, Result};
+use crate::plots::{Picture, Table};
+use crate::{Comparison, Error, Result};
 
 impl Picture {
     /// Shows it as the value of a notebook's cell.
     pub fn evcxr_display(&self) {
         match self.svg() {
-            Ok(svg) => println!("EVCXR_BEGIN_CONTENT image/svg+xml\n{svg}\nEVCXR_END_CONTENT"),
+            Ok(svg) => send(&[("image/svg+xml", svg), ("text/plain", self.text())]),
             Err(e) => println!("{e}"),
         }
+    }
+}
+
+impl Table {
+    /// Shows it as the value of a notebook's cell.
+    pub fn evcxr_display(&self) {
+        send(&[("text/html", self.html()), ("text/plain", self.text())]);
+    }
+}
+
+/// Sends a value in several forms, of which the notebook shows the best that it can.
+fn send(forms: &[(&str, String)]) {
+    for (kind, content) in forms {
+        println!("EVCXR_BEGIN_CONTENT {kind}\n{content}\nEVCXR_END_CONTENT");
+    }
+}
+
+/// Rows of a table at most; the last one says how many are left out.
+const ROWS: usize = 200;
+
+/// Values that a notebook shows as a table: with this trait in scope, as the prelude has it, they are the last value of a cell.
+pub trait Tabular {
+    /// Returns the table.
+    fn table(&self) -> Table;
+
+    /// Shows the table as the value of a notebook's cell.
+    fn evcxr_display(&self) {
+        self.table().evcxr_display();
+    }
+}
+
+fn table(columns: &[&str], rows: Vec<Vec<String>>) -> Table {
+    Table { title: String::new(), columns: columns.iter().map(|&name| name.to_owned()).collect(), rows }
+}
+
+fn pairs(pairs: Vec<(&str, String)>) -> Table {
+    table(&["", "value"], pairs.into_iter().map(|(name, value)| vec![name.to_owned(), value]).collect())
+}
+
+impl Tabular for [ScoredToken] {
+    fn table(&self) -> Table {
+        let row = |token: &ScoredToken| {
+            let (logprob, greedy) = (token.logprob, if token.is_greedy { "yes" } else { "no" });
+            let probability = format!("{:.4}", logprob.exp());
+            vec![format!("{:?}", token.text), token.id.to_string(), format!("{logprob:.4}"), probability, greedy.into()]
+        };
+        let mut rows: Vec<Vec<String>> = self.iter().take(ROWS).map(row).collect();
+        if self.len() > ROWS {
+            rows.push(vec![
+                format!("{} more", self.len() - ROWS),
+                String::new(),
+                String::new(),
+                String::new(),
+                String::new(),
+            ]);
+        }
+        table(&["token", "id", "log-probability", "probability", "likeliest"], rows)
+    }
+}
+
+impl Tabular for Completion {
+    fn table(&self) -> Table {
+        let logprobs = self.logprobs.iter().map(|&logprob| f64::from(logprob));
+        let mean = logprobs.sum::<f64>() / self.logprobs.len().max(1) as f64;
+        pairs(vec![
+            ("text", format!("{:?}", self.text)),
+            ("end", self.finish.to_string()),
+            ("tokens of the prompt", self.prompt_ids.len().to_string()),
+            ("tokens written", self.ids.len().to_string()),
+            ("mean log-probability", format!("{mean:.4}")),
+        ])
+    }
+}
+
+impl Tabular for Comparison {
+    fn table(&self) -> Table {
+        pairs(vec![
+            ("tokens", self.tokens.to_string()),
+            ("perplexity of the reference", format!("{:.4}", self.reference_perplexity)),
+            ("perplexity", format!("{:.4}", self.perplexity)),
+            ("KL divergence, nats a token", format!("{:.6}", self.kl_divergence)),
+            ("largest KL divergence", format!("{:.4}", self.worst_kl_divergence)),
+            ("same likeliest token", format!("{:.2} %", 100.0 * self.top_1_agreement)),
+        ])
     }
 }
 
@@ -123,27 +208,36 @@ impl Lines {
     }
 }
 
-/// A progress of long work in lines of text, one for every tenth of it: a notebook has no terminal to draw a bar on.
-#[derive(Debug, Default)]
+/// A progress of long work in lines of text, one for every tenth of it, with the time left. The kernel passes on whole lines and cannot
+/// change one that was printed, so there is no bar that moves.
+#[derive(Debug)]
 pub struct PrintedProgress {
-    work: Mutex<(String, u64, String)>,
+    work: Mutex<(String, u64, String, Instant)>,
     told: AtomicU64,
+}
+
+impl Default for PrintedProgress {
+    fn default() -> Self {
+        Self { work: Mutex::new((String::new(), 0, String::new(), Instant::now())), told: AtomicU64::new(0) }
+    }
 }
 
 impl Progress for PrintedProgress {
     fn begin(&self, what: &str, total: u64, unit: &str) {
         if let Ok(mut work) = self.work.lock() {
-            *work = (what.into(), total, unit.into());
+            *work = (what.into(), total, unit.into(), Instant::now());
         }
         self.told.store(0, Ordering::Relaxed);
     }
 
     fn update(&self, done: u64) {
         let Ok(work) = self.work.lock() else { return };
-        let (what, total, unit) = &*work;
+        let (what, total, unit, start) = &*work;
         let tenth = (10 * done).checked_div(*total).unwrap_or(0);
         if tenth > self.told.fetch_max(tenth, Ordering::Relaxed) {
-            println!("{what}: {done} of {total} {unit}");
+            let left = start.elapsed().as_secs_f64() * total.saturating_sub(done) as f64 / done.max(1) as f64;
+            let bar = "#".repeat(tenth.min(10) as usize);
+            println!("{what} [{bar:10}] {done} of {total} {unit}, {left:.0} s left");
         }
     }
 
@@ -156,7 +250,33 @@ impl Progress for PrintedProgress {
 
 #[cfg(test)]
 mod tests {
-    use super::Lines;
+    use super::{Lines, Tabular};
+    use crate::plots::{Curve, Curves, Picture, Point};
+
+    /// Every value has a text beside its picture or table.
+    #[test]
+    fn values_are_shown_as_tables_and_as_text() {
+        let tiny = crate::tiny().unwrap();
+        let scored = tiny.score("The <b> & the people", &crate::ScoreOptions::default()).unwrap();
+        let (text, html) = (scored.table().text(), scored.table().html());
+        assert_eq!(text.lines().count(), scored.len() + 1);
+        assert!(text.starts_with("token") && text.contains("log-probability"), "{text}");
+        assert!(html.starts_with("<table>") && html.contains("&lt;") && !html.contains("<b>"), "{html}");
+        assert_eq!(vec![scored[0].clone(); 250].table().rows.len(), 201);
+        let options = crate::GenerateOptions { max_tokens: 3, ..Default::default() };
+        let text = tiny.generate("The people of the United", &options).unwrap().table().text();
+        assert!(
+            text.contains("ended by the maximum number of tokens") && text.contains("tokens written        3"),
+            "{text}"
+        );
+        let text = tiny.compare(&tiny, "The people", &crate::ScoreOptions::default()).unwrap().table().text();
+        assert!(text.contains("same likeliest token         100.00 %"), "{text}");
+        let curve = Curve::new("tiny", vec![Point::new(64.0, 4.5), Point::new(0.0, 7.5), Point::new(1.0, f64::NAN)]);
+        let panel = Curves { y: "loss".into(), curves: vec![curve], ..Curves::default() };
+        let picture = Picture::of_curves(vec![panel]).unwrap();
+        assert_eq!(picture.text(), "loss\n  tiny: 2 points, 7.5000 at step 0 to 4.5000 at step 64");
+        assert!(super::tokens(&scored).unwrap().text().contains("probability"));
+    }
 
     #[test]
     fn lines_are_whole() {

@@ -14,6 +14,7 @@
 
 mod axis;
 mod draw;
+mod plain;
 mod rows;
 mod text;
 
