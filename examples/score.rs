@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::ensure;
+use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use common::Bar;
 use pricket::lm::{Documents, Limit, Outcome, SliceLoss, results_json, slice_losses};
@@ -39,26 +39,29 @@ struct Args {
     tasks: Vec<String>,
     /// The directory with the tasks' documents: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl for examples, or
     /// parquet [default: fetched from the Hub's datasets]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "tasks")]
     data: Option<PathBuf>,
     /// JSON lines with a text and the name of its slice: the loss of each slice is told
     #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
     slices: Option<PathBuf>,
     /// Number of examples before each question; several numbers, as 0,5, measure each [default: the task's own, for built-in tasks 0]
-    #[arg(long, value_delimiter = ',', value_name = "N")]
+    #[arg(long, value_delimiter = ',', value_name = "N", requires = "tasks")]
     num_fewshot: Vec<usize>,
     /// Random seed of the choice of examples
-    #[arg(long, default_value_t = 1234)]
+    #[arg(long, default_value_t = 1234, requires = "tasks")]
     fewshot_seed: u32,
     /// Documents of each task at most: a number, or a share such as 0.5
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "tasks")]
     limit: Option<Limit>,
     /// Draws of the bootstrap for the standard error of perplexities; 0 for none
-    #[arg(long, default_value_t = 100_000)]
+    #[arg(long, default_value_t = 100_000, requires = "tasks")]
     bootstrap_iters: usize,
-    /// Tokens that are read at once [default: the model's context]
+    /// Tokens that are read at once, at least 1 [default: the model's context]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
+    /// Allows a --max-length beyond the length that the model was trained for
+    #[arg(long, requires = "max_length")]
+    beyond_trained_length: bool,
     /// Tokens that each window of a long text scores, from 1 to --max-length; fewer give each token more context [default: --max-length]
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
@@ -69,7 +72,7 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Writes what was asked and answered of each document too: samples_TASK.jsonl beside the output
-    #[arg(long, requires = "output")]
+    #[arg(long, requires_all = ["output", "tasks"])]
     log_samples: bool,
     /// One JSON object instead of text
     #[arg(long)]
@@ -94,6 +97,9 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ensure!(!args.tasks.is_empty() || args.slices.is_some(), "--output writes the results of --tasks or --slices");
         common::check_output(path, &[])?;
     }
+    if let Some(twice) = (1..args.tasks.len()).find(|&i| args.tasks[..i].contains(&args.tasks[i])) {
+        bail!("--tasks names {} twice", args.tasks[twice]);
+    }
     common::interruptible()?;
     let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
     let documents = asked.iter().map(|task| tasks::documents(args.data.as_deref(), task));
@@ -108,11 +114,11 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let score = ScoreOptions {
         max_length: args.max_length,
         stride: args.stride,
+        beyond_trained_length: args.beyond_trained_length,
         batch_tokens: args.batch_tokens,
         progress: Arc::new(Bar::default()),
     };
-    let window = score.max_length(&*model.model());
-    ensure!(args.stride.is_none_or(|n| (1..=window).contains(&n)), "--stride: expected 1 to {window} tokens");
+    score.check(&*model.model())?;
     if !asked.is_empty() {
         let asked: Vec<Asked> = asked.into_iter().zip(documents.into_iter().zip(examples)).collect();
         let mut code = ExitCode::SUCCESS;
@@ -136,7 +142,9 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if let Some(text) = document {
         let documents = [Ok(json!({ "text": text }))];
         let slices = slice_losses(&*model.model(), model.tokenizer()?, documents, model.prefix_id(), &score)?;
-        return show_text(args, &model, &slices["all"]).map(|()| ExitCode::SUCCESS);
+        let text =
+            slices.get("all").filter(|text| text.tokens > 0).context("--text: expected at least one token of text")?;
+        return show_text(args, &model, text).map(|()| ExitCode::SUCCESS);
     }
     run_text(args, &model, &text, &score).map(|()| ExitCode::SUCCESS)
 }

@@ -45,7 +45,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
     /// The directory with the tasks' documents [default: fetched from the Hub]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "tasks")]
     data: Option<PathBuf>,
     /// JSON lines with texts and the names of their slices, whose losses are measured
     #[arg(long, value_name = "FILE")]
@@ -54,16 +54,16 @@ struct Args {
     #[arg(long, value_delimiter = ',', value_name = "FILE")]
     text: Vec<PathBuf>,
     /// Number of examples before each question [default: the task's own, for built-in tasks 0]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "tasks")]
     num_fewshot: Option<usize>,
     /// Documents of each task at most: a number, or a share such as 0.5
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "tasks")]
     limit: Option<Limit>,
     /// Tokens that each window of a long text scores, from 1 to the model's context [default: the context, without overlap]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     stride: Option<u32>,
     /// Draws of the bootstrap for the standard error of perplexities; 0 for none
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, requires = "tasks")]
     bootstrap_iters: usize,
     /// The file of results, which is appended to
     #[arg(long, default_value = "sweep.jsonl")]

@@ -334,3 +334,42 @@ fn a_single_thing_is_counted_in_the_singular() {
     let (_, _, err) = output("generate", &["--prompt", "the", "-n", "2", "--temperature", "0"]);
     assert!(err.contains("1 token read at") && err.contains("ended by the maximum number of tokens"), "{err}");
 }
+
+/// Options that cannot be, or that have no effect, and texts that hold nothing.
+#[test]
+fn what_makes_no_sense_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("empty.txt"), "").unwrap();
+    std::fs::write(dir.path().join("short.txt"), "The people").unwrap();
+    let data = root().join("tests/golden/scoring/score-neox-4tasks/data");
+    let data = data.to_str().unwrap();
+    let cases: &[(&str, &[&str], &str)] = &[
+        ("score", &["--text", "empty.txt"], "--text: expected at least one token"),
+        ("score", &["--prompt", ""], "a text without a token"),
+        ("score", &["--tasks", "piqa,piqa", "--data", data], "names piqa twice"),
+        ("score", &["--tasks", "piqa", "--data", data, "--limit", "0"], "expected a number of documents"),
+        ("score", &["--tasks", "README.md"], "there is no task"),
+        ("score", &["--tasks", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        ("score", &["--text", "short.txt", "--max-length", "0"], "max_length: expected at least 1, found 0"),
+        ("score", &["--text", "short.txt", "--batch-tokens", "0"], "batch_tokens: expected at least 1"),
+        ("score", &["--text", "short.txt", "--stride", "513"], "stride: expected 1 to 512, found 513"),
+        (
+            "score",
+            &["--text", "short.txt", "--max-length", "513"],
+            "513 positions asked for, the model was trained for 512",
+        ),
+        ("score", &["--prompt", "a", "--limit", "3"], "--tasks"),
+        ("score", &["--prompt", "a", "--num-fewshot", "3"], "--tasks"),
+        ("sweep", &["--limit", "0.5"], "--tasks"),
+        ("quantize", &["--report", "--quantize", "q4_0", "--text", "empty.txt"], "at least one token"),
+        ("quantize", &["--quantize", "q4_0"], "--out"),
+    ];
+    for (name, args, word) in cases {
+        let output = example(name).args(*args).current_dir(dir.path()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains(word), "{name} {args:?}: {said}");
+        assert!(output.stdout.is_empty(), "{name} {args:?}");
+    }
+    let beyond = ["--text", "short.txt", "--max-length", "513", "--beyond-trained-length"];
+    assert!(example("score").args(beyond).current_dir(dir.path()).status().unwrap().success());
+}

@@ -223,7 +223,7 @@ fn choices_are_compared_by_bytes_too() {
 fn a_share_of_the_documents_is_rounded_up() {
     let limit = |text: &str| text.parse::<Limit>();
     assert_eq!((limit("12"), limit("0.5")), (Ok(Limit::Documents(12)), Ok(Limit::Share(0.5))));
-    for text in ["0.0", "1.5", "-1", "half", "NaN"] {
+    for text in ["0", "0.0", "1.5", "-1", "half", "NaN"] {
         assert!(limit(text).is_err(), "{text}");
     }
     let task = Task::named("piqa").unwrap();
@@ -316,6 +316,6 @@ fn a_stride_gives_each_token_more_context() {
     assert_eq!(disjoint, whole);
     assert!(overlapping.unwrap() < disjoint.unwrap());
     for stride in ["0", "33"] {
-        assert!(loss(&["--stride", stride]).unwrap_err().contains("expected 1 to 32 tokens"));
+        assert!(loss(&["--stride", stride]).unwrap_err().contains("stride: expected 1 to 32"));
     }
 }

@@ -1,9 +1,9 @@
 //! Two models over one text: their perplexities, and how far their predictions are apart.
 
 use candle_core::{DType, IndexOp, Tensor};
-use pricket_nn::{CausalLm, Context, Error as NnError};
+use pricket_nn::{CausalLm, Error as NnError};
 
-use crate::loglikelihood::{Continuation, ScoreOptions};
+use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
 /// How far a model is from another one, mostly from what it was quantized from, over a text.
@@ -49,11 +49,15 @@ pub fn compare(
     if ids.is_empty() {
         return Err(Error::Input("expected a text of at least one token to compare models over".into()));
     }
-    let room = options.max_length(reference).min(options.max_length(other)).max(1);
+    options.check(reference)?;
+    options.check(other)?;
+    let room = options.max_length(reference).min(options.max_length(other));
     let (mut reference_loss, mut loss, mut agreed) = (0.0, 0.0, 0usize);
     let mut sum = Comparison::default();
     options.progress.begin("comparing", ids.len() as u64, "tokens");
-    for Continuation { mut context, ids } in Continuation::windows(ids, prefix, room, options.stride.unwrap_or(room)) {
+    for Continuation { mut context, ids } in
+        Continuation::windows(ids, prefix, room, options.stride.unwrap_or(room).min(room))
+    {
         if options.progress.cancelled() {
             return Err(NnError::Cancelled.into());
         }
@@ -61,7 +65,7 @@ pub fn compare(
         context.extend(&ids);
         let hidden = |model: &dyn CausalLm| -> Result<Tensor> {
             let input = Tensor::new(&context[..context.len() - 1], &model.info().device)?.unsqueeze(0)?;
-            Ok(model.hidden(&input, &mut Context::new())?.narrow(1, given - 1, ids.len())?)
+            Ok(model.hidden(&input, &mut roomy())?.narrow(1, given - 1, ids.len())?)
         };
         let (first, second) = (hidden(reference)?, hidden(other)?);
         for (block, targets) in ids.chunks(ROWS).enumerate() {

@@ -85,13 +85,15 @@ pub struct Loglikelihood {
 /// How continuations are scored.
 #[derive(Clone)]
 pub struct ScoreOptions {
-    /// Tokens that are read at once, at most: what does not fit is cut off on the left. By default the model's context, 2,048
+    /// Tokens that are read at once, at least 1: what does not fit is cut off on the left. By default the model's context, 2,048
     /// where it has none.
     pub max_length: Option<usize>,
     /// Tokens that each window of a long text scores, from 1 to `max_length`; a smaller stride gives each token more context and
     /// takes more time. By default `max_length`: windows that do not overlap.
     pub stride: Option<usize>,
-    /// Tokens of a batch. By default 1,024 on the CPU, 16,384 elsewhere.
+    /// Whether `max_length` may be more than the length that the model was trained for; false by default.
+    pub beyond_trained_length: bool,
+    /// Tokens of a batch, at least 1. By default 1,024 on the CPU, 16,384 elsewhere.
     pub batch_tokens: Option<usize>,
     /// Is told of the progress, in tokens.
     pub progress: Arc<dyn Progress>,
@@ -99,7 +101,8 @@ pub struct ScoreOptions {
 
 impl Default for ScoreOptions {
     fn default() -> Self {
-        Self { max_length: None, stride: None, batch_tokens: None, progress: Arc::new(Silent) }
+        let progress = Arc::new(Silent);
+        Self { max_length: None, stride: None, beyond_trained_length: false, batch_tokens: None, progress }
     }
 }
 
@@ -108,6 +111,7 @@ impl std::fmt::Debug for ScoreOptions {
         f.debug_struct("ScoreOptions")
             .field("max_length", &self.max_length)
             .field("stride", &self.stride)
+            .field("beyond_trained_length", &self.beyond_trained_length)
             .field("batch_tokens", &self.batch_tokens)
             .finish_non_exhaustive()
     }
@@ -119,10 +123,34 @@ impl ScoreOptions {
         self.max_length.or(model.info().context).unwrap_or(2048)
     }
 
+    /// Checks these options for a model.
+    ///
+    /// # Errors
+    /// [`Error::Input`], naming the option and what it can be; [`NnError::ContextExceeded`] for a `max_length` beyond the length that
+    /// the model was trained for.
+    pub fn check(&self, model: &dyn CausalLm) -> Result<()> {
+        let room = self.max_length(model);
+        for (name, value, most) in [
+            ("max_length", self.max_length, usize::MAX),
+            ("stride", self.stride, room),
+            ("batch_tokens", self.batch_tokens, usize::MAX),
+        ] {
+            if let Some(value) = value.filter(|value| !(1..=most).contains(value)) {
+                let range = if most == usize::MAX { "at least 1".into() } else { format!("1 to {most}") };
+                return Err(Error::Input(format!("{name}: expected {range}, found {value}")));
+            }
+        }
+        match model.info().context.filter(|&limit| room > limit && !self.beyond_trained_length) {
+            Some(limit) => Err(NnError::ContextExceeded { asked: room, limit }.into()),
+            None => Ok(()),
+        }
+    }
+
     /// The windows over which a text is scored.
-    pub(crate) fn windows(&self, model: &dyn CausalLm, ids: &[u32], prefix: u32) -> Vec<Continuation> {
-        let room = self.max_length(model).max(1);
-        Continuation::windows(ids, prefix, room, self.stride.unwrap_or(room))
+    pub(crate) fn windows(&self, model: &dyn CausalLm, ids: &[u32], prefix: u32) -> Result<Vec<Continuation>> {
+        self.check(model)?;
+        let room = self.max_length(model);
+        Ok(Continuation::windows(ids, prefix, room, self.stride.unwrap_or(room)))
     }
 }
 
@@ -132,13 +160,14 @@ impl ScoreOptions {
 /// the positions that count, a block at a time.
 ///
 /// # Errors
-/// [`Error::Input`] for a continuation that is empty or longer than can be read, [`Error::NonFinite`] if the model overflows,
-/// [`NnError::Cancelled`], and what the model says.
+/// As [`ScoreOptions::check`]; [`Error::Input`] for a continuation that is empty or longer than can be read, [`Error::NonFinite`] if the
+/// model overflows, [`NnError::Cancelled`], and what the model says.
 pub fn loglikelihoods(
     model: &dyn CausalLm,
     requests: &[Continuation],
     options: &ScoreOptions,
 ) -> Result<Vec<Loglikelihood>> {
+    options.check(model)?;
     let room = options.max_length(model);
     let limit = options.batch_tokens.unwrap_or(if model.info().device.is_cpu() { 1024 } else { 16_384 });
     let mut results = vec![Loglikelihood { sum: 0.0, is_greedy: true, tokens: 0, cut: 0 }; requests.len()];
@@ -325,8 +354,7 @@ impl Scoring<'_> {
     }
 }
 
-/// Padding on the right may lie beyond the length that the model was trained for; nothing that counts does unless the caller
-/// asked for it.
-fn roomy() -> Context {
+/// Padding on the right may lie beyond the length that the model was trained for; [`ScoreOptions::check`] bounds what counts.
+pub(crate) fn roomy() -> Context {
     Context::new().beyond_trained_length()
 }

@@ -2,7 +2,7 @@ use candle_core::{D, IndexOp, Tensor};
 use pricket_nn::ops::RowSummary;
 use pricket_nn::{CausalLm, Context, ops};
 
-use crate::loglikelihood::{Continuation, ScoreOptions};
+use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
 /// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.
@@ -28,7 +28,7 @@ pub struct TokenLogprob {
 /// [`Error::NonFinite`] if the model overflows.
 pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogprob>> {
     match ids.split_first() {
-        Some((_, rest)) if !rest.is_empty() => scored_after(model, ids, 1),
+        Some((_, rest)) if !rest.is_empty() => scored_after(model, ids, 1, Context::new()),
         _ => Ok(Vec::new()),
     }
 }
@@ -37,7 +37,7 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogp
 /// it in its window. [`Continuation::windows`] splits the text.
 ///
 /// # Errors
-/// [`Error::NonFinite`] if the model overflows, [`pricket_nn::Error::Cancelled`], and what the model says.
+/// As [`ScoreOptions::check`]; [`Error::NonFinite`] if the model overflows, [`pricket_nn::Error::Cancelled`], and what the model says.
 pub fn text_logprobs(
     model: &dyn CausalLm,
     ids: &[u32],
@@ -45,14 +45,15 @@ pub fn text_logprobs(
     options: &ScoreOptions,
 ) -> Result<Vec<TokenLogprob>> {
     let mut out = Vec::with_capacity(ids.len());
+    let windows = options.windows(model, ids, prefix)?;
     options.progress.begin("scoring", ids.len() as u64, "tokens");
-    for Continuation { mut context, ids } in options.windows(model, ids, prefix) {
+    for Continuation { mut context, ids } in windows {
         if options.progress.cancelled() {
             return Err(pricket_nn::Error::Cancelled.into());
         }
         let given = context.len();
         context.extend(ids);
-        out.extend(scored_after(model, &context, given)?);
+        out.extend(scored_after(model, &context, given, roomy())?);
         options.progress.update(out.len() as u64);
     }
     options.progress.end();
@@ -60,9 +61,9 @@ pub fn text_logprobs(
 }
 
 /// The log-probabilities of `ids` from number `given` on, given all before them. At least one is given and one is scored.
-fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize) -> Result<Vec<TokenLogprob>> {
+fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Context) -> Result<Vec<TokenLogprob>> {
     let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
-    let hidden = model.hidden(&input, &mut Context::new())?;
+    let hidden = model.hidden(&input, &mut ctx)?;
     let hidden = hidden.narrow(1, given - 1, ids.len() - given)?;
     let mut out = Vec::with_capacity(ids.len() - given);
     for (block, targets) in ids[given..].chunks(BLOCK).enumerate() {

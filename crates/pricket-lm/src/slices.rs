@@ -96,7 +96,7 @@ pub fn slice_losses(
             let named = named.unwrap_or_else(|| "all".into());
             let ids = tokenizer.encode(text)?;
             let first = requests.len();
-            requests.extend(options.windows(model, &ids, prefix));
+            requests.extend(options.windows(model, &ids, prefix)?);
             read.push((named, text.to_owned(), ids.len(), first..requests.len()));
         }
         let answers = loglikelihoods(model, &requests, options)?;

@@ -250,6 +250,9 @@ impl Task {
         if path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml") {
             return harness::parse(path).map_err(wrong);
         }
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            return Err(wrong("expected a name that ends in .yaml, .yml or .toml".into()));
+        }
         let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
         template::parse(&text).map_err(wrong)
     }

@@ -52,7 +52,7 @@ impl std::str::FromStr for Limit {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(count) = text.parse() {
+        if let Some(count) = text.parse().ok().filter(|&count| count > 0) {
             return Ok(Limit::Documents(count));
         }
         let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share) && *share > 0.0);
@@ -159,6 +159,10 @@ pub fn evaluate(
     options: &EvalOptions,
 ) -> Result<Outcome> {
     let mut shots = Shots::new(task, examples, options)?;
+    options.score.check(model)?;
+    if options.limit == Some(Limit::Documents(0)) {
+        return Err(Error::Input("limit: expected at least 1 document, found 0".into()));
+    }
     let mut documents = limited(documents.into_iter(), options.limit)?.peekable();
     let mut outcome = Outcome {
         task: task.name.clone(),
@@ -185,7 +189,7 @@ pub fn evaluate(
             let texts = texts_of(&question, &(described + &shots.draw(&document)?));
             for (context, continuation) in &texts {
                 if let Asked::Text { text, .. } = &question {
-                    requests.extend(options.score.windows(model, &tokenizer.encode(text)?, options.prefix));
+                    requests.extend(options.score.windows(model, &tokenizer.encode(text)?, options.prefix)?);
                 } else {
                     let encoded = Continuation::encode(tokenizer, options.prefix, context, continuation);
                     requests.push(encoded.map_err(|e| match e {

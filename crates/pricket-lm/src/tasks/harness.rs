@@ -88,24 +88,22 @@ pub(super) fn parse(path: &Path) -> Result<Task, String> {
     }
 }
 
-fn small_file(path: &Path) -> Result<String, String> {
-    let wrong = |what: String| format!("{}: {what}", path.display());
+fn small_file(path: &Path) -> std::io::Result<String> {
     let mut text = String::new();
-    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
-    file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(|e| wrong(e.to_string()))?;
+    File::open(path)?.take(MAX_FILE + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_FILE {
-        return Err(wrong(format!("the file exceeds the limit of {MAX_FILE} bytes")));
+        return Err(std::io::Error::other(format!("the file exceeds the limit of {MAX_FILE} bytes")));
     }
     Ok(text)
 }
 
 /// The keys of a file over those of the files that it includes.
 fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> {
-    let whole = path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))?;
+    let whole = path.canonicalize().map_err(|e| e.to_string())?;
     if seen.iter().any(|(other, _)| *other == whole) || seen.len() >= MAX_INCLUDES {
         return Err(format!("include: {} is included by itself, or too many files are included", path.display()));
     }
-    let text = small_file(path)?;
+    let text = small_file(path).map_err(|e| e.to_string())?;
     let parsed: Yaml = yaml_serde::from_str(&text).map_err(|e| e.to_string())?;
     seen.push((whole, text));
     let Yaml::Mapping(mapping) = parsed else { return Err("expected a YAML mapping of keys".into()) };
@@ -153,7 +151,7 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
             ));
         }
         if file.is_file() {
-            let text = small_file(&file)?.replace("\r\n", "\n");
+            let text = small_file(&file).map_err(|e| format!("{}: {e}", file.display()))?.replace("\r\n", "\n");
             let sha256: String = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
             if sha256 != known.sha256 {
                 let differs = format!(
