@@ -39,22 +39,22 @@ struct Args {
     tasks: Vec<String>,
     /// The directory with the tasks' documents: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl for examples, or
     /// parquet [default: fetched from the Hub's datasets]
-    #[arg(long, value_name = "DIR", requires = "tasks")]
+    #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// JSON lines with a text and the name of its slice: the loss of each slice is told
     #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
     slices: Option<PathBuf>,
     /// Number of examples before each question; several numbers, as 0,5, measure each [default: the task's own, for built-in tasks 0]
-    #[arg(long, value_delimiter = ',', value_name = "N", requires = "tasks")]
+    #[arg(long, value_delimiter = ',', value_name = "N")]
     num_fewshot: Vec<usize>,
     /// Random seed of the choice of examples
-    #[arg(long, default_value_t = 1234, requires = "tasks")]
+    #[arg(long, default_value_t = 1234)]
     fewshot_seed: u32,
     /// Documents of each task at most: a number, or a share such as 0.5
-    #[arg(long, value_name = "N", requires = "tasks")]
+    #[arg(long, value_name = "N")]
     limit: Option<Limit>,
     /// Draws of the bootstrap for the standard error of perplexities; 0 for none
-    #[arg(long, default_value_t = 100_000, requires = "tasks")]
+    #[arg(long, default_value_t = 100_000)]
     bootstrap_iters: usize,
     /// Tokens that are read at once, at least 1 [default: the model's context]
     #[arg(long, value_name = "N")]
@@ -72,7 +72,7 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Writes what was asked and answered of each document too: samples_TASK.jsonl beside the output
-    #[arg(long, requires_all = ["output", "tasks"])]
+    #[arg(long, requires = "output")]
     log_samples: bool,
     /// One JSON object instead of text
     #[arg(long)]
@@ -96,6 +96,16 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if let Some(path) = &args.output {
         ensure!(!args.tasks.is_empty() || args.slices.is_some(), "--output writes the results of --tasks or --slices");
         common::check_output(path, &[])?;
+    }
+    // clap does not ask for --tasks beside a --prompt, which excludes it.
+    let of_tasks = [
+        ("--data", args.data.is_some()),
+        ("--num-fewshot", !args.num_fewshot.is_empty()),
+        ("--limit", args.limit.is_some()),
+        ("--log-samples", args.log_samples),
+    ];
+    if let Some((flag, _)) = of_tasks.iter().find(|(_, is_set)| *is_set && args.tasks.is_empty()) {
+        bail!("{flag} has an effect with --tasks only");
     }
     if let Some(twice) = (1..args.tasks.len()).find(|&i| args.tasks[..i].contains(&args.tasks[i])) {
         bail!("--tasks names {} twice", args.tasks[twice]);
