@@ -176,7 +176,7 @@ impl Cache {
         for (location, (repo, file)) in seen {
             events.progress(done, total);
             let hashed = match &file.digest {
-                Some(expected) => hash_file(location, expected, events).map(Some),
+                Some(expected) => expected.of_file(location, events).map(Some),
                 None => Ok(None),
             };
             if let Err(Error::Cancelled) = hashed {
@@ -431,7 +431,7 @@ fn cached_files(layout: &Layout, commit: &str) -> Vec<CachedFile> {
 }
 
 fn recorded_digests(layout: &Layout, commit: &str) -> BTreeMap<String, Digest> {
-    let files = crate::hub::read_record(layout, commit).unwrap_or_default();
+    let files = crate::records::read_record(layout, commit).unwrap_or_default();
     files.into_iter().filter_map(|file| Some((file.path, file.digest?))).collect()
 }
 
@@ -440,21 +440,4 @@ pub(crate) fn snapshot_files(layout: &Layout, commit: &str) -> Option<Vec<Listed
     let files = cached_files(layout, commit);
     let listed = |file: CachedFile| Listed { path: file.path, size: file.bytes, digest: file.digest };
     (!files.is_empty()).then(|| files.into_iter().map(listed).collect())
-}
-
-/// The hash of a file, of the same kind as `like`.
-pub(crate) fn hash_file(path: &Path, like: &Digest, events: &dyn Events) -> Result<Digest> {
-    use std::io::Read;
-    let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
-    let mut hasher = like.hasher(file.metadata().map_err(Error::io(path))?.len());
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        if events.cancelled() {
-            return Err(Error::Cancelled);
-        }
-        match file.read(&mut buffer).map_err(Error::io(path))? {
-            0 => return Ok(hasher.finish()),
-            n => hasher.update(&buffer[..n]),
-        }
-    }
 }

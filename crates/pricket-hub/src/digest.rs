@@ -1,5 +1,10 @@
+use std::io::Read;
+use std::path::Path;
+
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
+
+use crate::{Error, Events, Result};
 
 /// The hash under which the Hub knows a file, and which names its blob in the cache.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,9 +43,25 @@ impl Digest {
     /// The SHA-256 of a file.
     ///
     /// # Errors
-    /// [`crate::Error::Io`], [`crate::Error::Cancelled`].
-    pub fn sha256_of(path: &std::path::Path, events: &dyn crate::Events) -> crate::Result<Self> {
-        crate::cache::hash_file(path, &Digest::Sha256(String::new()), events)
+    /// [`Error::Io`], [`Error::Cancelled`].
+    pub fn sha256_of(path: &Path, events: &dyn Events) -> Result<Self> {
+        Digest::Sha256(String::new()).of_file(path, events)
+    }
+
+    /// The digest of a file, of the same kind as `self`.
+    pub(crate) fn of_file(&self, path: &Path, events: &dyn Events) -> Result<Self> {
+        let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
+        let mut hasher = self.hasher(file.metadata().map_err(Error::io(path))?.len());
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            if events.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            match file.read(&mut buffer).map_err(Error::io(path))? {
+                0 => return Ok(hasher.finish()),
+                n => hasher.update(&buffer[..n]),
+            }
+        }
     }
 
     /// The digest of `bytes`, of the same kind as `self`.

@@ -129,7 +129,7 @@ pub(crate) fn listed(known: &[String]) -> String {
         return String::new();
     }
     let mut names: Vec<&str> = known.iter().map(String::as_str).collect();
-    names.sort_by_key(|name| (crate::step_of(name), *name));
+    names.sort_by_key(|name| (crate::step_name::step_of(name), *name));
     let (first, last) = (names.iter().take(16), names.len().saturating_sub(16));
     let mut text = format!("; there are {}", first.copied().collect::<Vec<_>>().join(", "));
     match last {

@@ -10,6 +10,7 @@ use crate::file::{One, check_range};
 use crate::http::{Failure, Http, Tries};
 use crate::id::{is_commit, is_relative_path};
 use crate::layout::Layout;
+use crate::ledger::{AtEnd, Ledger, MUTEX};
 use crate::lock::Lock;
 use crate::part::Part;
 use crate::{Digest, Error, Events, Hub, Listed, ModelId, RepoId, Result};
@@ -48,31 +49,6 @@ pub struct Report {
     pub received: u64,
     /// Of these, received for the second time or more.
     pub repeated: u64,
-}
-
-/// What all threads of a fetch add to.
-pub(crate) struct Ledger<'a> {
-    pub(crate) events: &'a dyn Events,
-    total: u64,
-    done: AtomicU64,
-    received: AtomicU64,
-}
-
-impl Ledger<'_> {
-    pub(crate) fn arrived(&self, bytes: u64) {
-        self.received.fetch_add(bytes, Ordering::Relaxed);
-        self.found(bytes);
-    }
-
-    pub(crate) fn found(&self, bytes: u64) {
-        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.events.progress(done, self.total);
-    }
-
-    pub(crate) fn lost(&self, bytes: u64) {
-        let done = self.done.fetch_sub(bytes, Ordering::Relaxed) - bytes;
-        self.events.progress(done, self.total);
-    }
 }
 
 impl Hub {
@@ -150,7 +126,7 @@ impl Hub {
         // The large ones first: the small ones fit beside them.
         missing.sort_by_key(|file| std::cmp::Reverse(file.size));
         let waiting: u64 = missing.iter().map(|file| file.size).sum();
-        let ledger = Ledger { events, total, done: AtomicU64::new(0), received: AtomicU64::new(0) };
+        let ledger = Ledger::new(events, total);
         ledger.found(total - waiting);
         let report = self.fetch_all(repo, commit, &layout, &missing, &ledger)?;
         events.progress(total, total);
@@ -258,18 +234,6 @@ impl Hub {
     }
 }
 
-/// What the mutex of a repository is waited for.
-pub(crate) const MUTEX: &str = "another process that changes this repository in the cache";
-
-/// Does something when it goes, also in a panic: whoever waits for a thread must not wait for ever.
-pub(crate) struct AtEnd<F: FnMut()>(pub(crate) F);
-
-impl<F: FnMut()> Drop for AtEnd<F> {
-    fn drop(&mut self) {
-        (self.0)();
-    }
-}
-
 /// Refuses what would leave the cache. A listing has been checked, but anybody can make one up.
 fn check_names(commit: &str, files: &[Listed]) -> Result<()> {
     let bad = |what: &str| Err(Error::Input(format!("{what:?} is not the name of anything in a cache")));
@@ -320,7 +284,7 @@ impl Hub {
             return Err(Error::Offline { what: format!("{repo}@{commit}: {} would be read from the Hub", file.path) });
         }
         let (layout, stop) = (self.layout(repo), AtomicBool::new(false));
-        let ledger = Ledger { events, total: end - start, done: AtomicU64::new(0), received: AtomicU64::new(0) };
+        let ledger = Ledger::new(events, end - start);
         let http = self.http();
         let digest = known(file)?;
         let one = One {

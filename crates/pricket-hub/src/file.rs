@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::fetch::{AtEnd, Ledger, MUTEX};
 use crate::http::{Answer, CHUNK, Failure, Http, Tries, WORTHWHILE, reason};
 use crate::layout::Layout;
+use crate::ledger::{AtEnd, Ledger, MUTEX};
 use crate::lock::Lock;
 use crate::part::Part;
 use crate::{Digest, Error, Hub, Listed, Phase, RepoId, Result};

@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io::Read;
 use std::time::{Duration, Instant};
 
+use crate::address::origin;
 use crate::settings::{Patience, Settings};
 use crate::{Error, Events, Result};
 
@@ -69,22 +70,6 @@ fn bare(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.into() };
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     format!("{scheme}://{}{path}", authority.rsplit_once('@').map_or(authority, |(_, host)| host))
-}
-
-/// Scheme, host and port: who gets to see a token. `None` for an address that leaves any of it in doubt.
-pub(crate) fn origin(url: &str) -> Option<(&str, String, u16)> {
-    let (scheme, rest) = url.split_once("://")?;
-    let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
-    let default = match scheme {
-        "https" => 443,
-        "http" => 80,
-        _ => return None,
-    };
-    let (host, port) = match authority.rsplit_once(':').filter(|(_, port)| !port.ends_with(']')) {
-        Some((host, port)) => (host, port.parse().ok()?),
-        None => (authority, default),
-    };
-    (!host.is_empty() && !host.contains(['@', '\\'])).then(|| (scheme, host.to_ascii_lowercase(), port))
 }
 
 /// Where a `Location` or `Link` leads from `url`.

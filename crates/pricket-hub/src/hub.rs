@@ -1,18 +1,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use crate::http::{Failure, Http, Tries, join, origin};
+use crate::address::origin;
+use crate::http::{Failure, Http, Tries, join};
 use crate::id::{is_relative_path, is_revision};
 use crate::layout::Layout;
-use crate::{Digest, Error, Events, ModelId, Phase, RepoId, Result, Settings, is_commit};
+use crate::records::{Entry, MAX_FILE, MAX_LISTING, read_record};
+use crate::{Digest, Error, Events, Listed, ModelId, Phase, RepoId, Result, Settings, is_commit};
 
-/// A listing of 154 branches is 20 kB, one of a repository's files less.
-const MAX_LISTING: u64 = 16 << 20;
-/// A pebibyte is no file, and sums of sizes stay sums.
-const MAX_FILE: u64 = 1 << 50;
-/// More files than this are no model.
+/// Files of a commit at most.
 const MAX_FILES: usize = 100_000;
 const MAX_PAGES: usize = 10_000;
 /// Largest number of files of a repository that are asked for one at a time.
@@ -54,25 +50,6 @@ impl Refs {
     }
 }
 
-/// A file as a commit lists it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Listed {
-    /// Its path in the repository, with `/`.
-    pub path: String,
-    /// Its length in bytes.
-    pub size: u64,
-    /// Its hash. Only of a file that is in the cache and nowhere else it may be unknown.
-    pub digest: Option<Digest>,
-}
-
-impl Listed {
-    /// A file, listed by somebody else than the Hub.
-    pub fn new(path: impl Into<String>, size: u64, digest: Option<Digest>) -> Self {
-        Self { path: path.into(), size, digest }
-    }
-}
-
 /// The files of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -81,14 +58,6 @@ pub struct Listing {
     pub files: Vec<Listed>,
     /// Whether these are all that the commit has; else they are those that the cache has of it.
     pub is_complete: bool,
-}
-
-/// A [`Listed`] file in our records, in the words of the Hub.
-#[derive(Serialize, Deserialize)]
-struct Entry {
-    path: String,
-    size: u64,
-    oid: String,
 }
 
 /// What the Hub sends.
@@ -495,23 +464,6 @@ impl Hub {
     pub(crate) fn file_url(&self, repo: &RepoId, commit: &str, path: &str) -> String {
         format!("{}/{repo}/resolve/{commit}/{}", self.settings.endpoint, encode(path, "/"))
     }
-}
-
-/// The listing of a commit that we fetched from.
-pub(crate) fn read_record(layout: &Layout, commit: &str) -> Option<Vec<Listed>> {
-    let path = layout.record(commit);
-    let small = std::fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() < MAX_LISTING);
-    let bytes = small.then(|| std::fs::read(path).ok()).flatten()?;
-    let entries: Vec<Entry> = serde_json::from_slice(&bytes).ok()?;
-    let entry = |entry: Entry| {
-        let digest = Some(Digest::from_hex(&entry.oid)?);
-        (is_relative_path(&entry.path) && entry.size <= MAX_FILE).then_some(Listed {
-            path: entry.path,
-            size: entry.size,
-            digest,
-        })
-    };
-    entries.into_iter().map(entry).collect()
 }
 
 /// Whether a path would leave the directory that it is joined to.

@@ -24,6 +24,7 @@
 //! # Ok::<(), pricket_hub::Error>(())
 //! ```
 
+mod address;
 mod cache;
 mod digest;
 mod error;
@@ -36,12 +37,16 @@ mod http;
 mod hub;
 mod id;
 mod layout;
+mod ledger;
+mod listing;
 mod lock;
 #[cfg(feature = "http")]
 mod network;
 mod part;
 mod platform;
+mod records;
 mod settings;
+mod step_name;
 mod steps;
 
 pub use cache::{Cache, CachedFile, CachedRepo, CachedRevision, Evicted, Verified};
@@ -49,7 +54,9 @@ pub use digest::Digest;
 pub use error::{Error, Result};
 pub use events::{Events, Phase, Quiet};
 pub use fetch::{InUse, Report, Snapshot};
-pub use hub::{Hub, Listed, Listing, Refs};
+pub use hub::{Hub, Listing, Refs};
 pub use id::{ModelId, RepoId, is_commit};
+pub use listing::Listed;
 pub use settings::{Patience, Settings, Token};
-pub use steps::{Steps, step_of};
+pub use step_name::step_of;
+pub use steps::Steps;

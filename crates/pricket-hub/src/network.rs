@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::http::origin;
+use crate::address::origin;
 use crate::{Error, Result};
 
 /// Looks up an environment variable.

@@ -149,7 +149,7 @@ impl Settings {
             (None, None) => path("HF_HOME", &format!("{hf_home}/hub"))?,
         };
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        if crate::http::origin(&endpoint).is_none() {
+        if crate::address::origin(&endpoint).is_none() {
             let what = "HF_ENDPOINT is no address of a Hub; expected http or https, without a user and a password";
             return Err(Error::Input(what.into()));
         }

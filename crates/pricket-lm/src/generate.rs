@@ -3,7 +3,8 @@ use std::sync::Arc;
 use candle_core::{IndexOp, Tensor};
 use pricket_nn::{Cache, CausalLm, Context, Error as NnError};
 
-use crate::score::{diagnose, logprob_of, summaries};
+use crate::diagnose::diagnose;
+use crate::score::{logprob_of, summaries};
 use crate::{Error, Result, Sampler, Sampling};
 
 /// Prompt positions read at a time: it bounds the memory that reading a long prompt takes.

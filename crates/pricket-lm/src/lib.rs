@@ -30,6 +30,7 @@
 //! ```
 
 mod compare;
+mod diagnose;
 mod documents;
 mod error;
 mod generate;

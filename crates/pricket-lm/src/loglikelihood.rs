@@ -6,8 +6,8 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use pricket_nn::{Cache, CausalLm, Context, Error as NnError, Progress, Silent, ops};
 
+use crate::diagnose::diagnose;
 use crate::python::is_space;
-use crate::score::diagnose;
 use crate::{Error, Result, Tokenizer};
 
 /// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.

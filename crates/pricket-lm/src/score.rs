@@ -2,6 +2,7 @@ use candle_core::{D, IndexOp, Tensor};
 use pricket_nn::ops::RowSummary;
 use pricket_nn::{CausalLm, Context, ops};
 
+use crate::diagnose::diagnose;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
@@ -117,32 +118,4 @@ pub(crate) fn summaries(model: &dyn CausalLm, rows: &[Vec<f32>]) -> Vec<RowSumma
     let mut summaries = Vec::new();
     model.on_threads(&mut || summaries = ops::row_summaries(&rows));
     summaries
-}
-
-/// Runs `ids` once more, looking after every layer.
-pub(crate) fn diagnose(model: &dyn CausalLm, ids: &[u32]) -> Error {
-    let info = model.info();
-    let overflow = |what: String, layer| Error::NonFinite {
-        what,
-        layer,
-        dtype: info.dtype.name(),
-        activations: info.activations.as_str(),
-        advice: "the checkpoint may be damaged; in f16, try f32 or bf16",
-    };
-    let search = || -> Result<Option<usize>> {
-        let keep = ids.len().min(info.context.unwrap_or(usize::MAX));
-        let mut ctx = Context::new();
-        let mut x = model.embed(&Tensor::new(&ids[ids.len() - keep..], &info.device)?.unsqueeze(0)?, &mut ctx)?;
-        for layer in 0..info.layers {
-            x = model.block(layer, &x, &mut ctx)?;
-            if !x.to_dtype(candle_core::DType::F32)?.sum_all()?.to_scalar::<f32>()?.is_finite() {
-                return Ok(Some(layer));
-            }
-        }
-        Ok(None)
-    };
-    match search() {
-        Ok(Some(layer)) => overflow(format!("the activations after layer {layer}"), Some(layer)),
-        _ => overflow("the logits".into(), None),
-    }
 }

@@ -1,4 +1,4 @@
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use pricket_nn::{clip, parse_json, stand_in};
 use serde_json::Value;
 
 use crate::tokenizer_file::Siblings;
-use crate::vocabulary::{self, Vocabulary};
+use crate::vocabulary::{self, Vocabulary, byte_alphabet};
 use crate::{Error, Result, tokenizer_file};
 
 /// A repository's tokenizer.json, with the tokens that the files beside it add. Cheap to clone.
@@ -272,12 +272,4 @@ impl Decoder {
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
-}
-
-/// GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode`, openai/gpt-2).
-pub(crate) fn byte_alphabet() -> HashMap<char, u8> {
-    let visible = |b: &u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let hidden = (0..=255u8).filter(|b| !visible(b)).zip(256u32..);
-    let moved = hidden.filter_map(|(b, code)| Some((char::from_u32(code)?, b)));
-    (0..=255u8).filter(visible).map(|b| (char::from(b), b)).chain(moved).collect()
 }

@@ -1,10 +1,8 @@
 //! A tokenizer.json made from lists of words and merges.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::{Value, json};
-
-use crate::tokenizer::byte_alphabet;
 
 const SPECIAL: i64 = 3;
 const ADDED: i64 = 4;
@@ -102,4 +100,12 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": merges,
         },
     })
+}
+
+/// GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode`, openai/gpt-2).
+pub(crate) fn byte_alphabet() -> HashMap<char, u8> {
+    let visible = |b: &u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let hidden = (0..=255u8).filter(|b| !visible(b)).zip(256u32..);
+    let moved = hidden.filter_map(|(b, code)| Some((char::from_u32(code)?, b)));
+    (0..=255u8).filter(visible).map(|b| (char::from(b), b)).chain(moved).collect()
 }

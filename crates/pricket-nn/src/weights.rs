@@ -441,7 +441,7 @@ impl Weights {
         let store = &*self.shared.store;
         let stored = self.stored(name).unwrap_or_else(|| name.to_owned());
         let Some((spelling, entry)) = store.expect(&stored, shape).map(|entry| (stored, entry)) else {
-            return Err(pricket_weights::Error::missing(store, name).into());
+            return Err(store.missing(name).into());
         };
         let origin = store.origin(&spelling);
         if let Dtype::Other(kind) = entry.dtype {

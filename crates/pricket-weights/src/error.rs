@@ -96,21 +96,6 @@ pub enum Error {
     },
 }
 
-impl Error {
-    /// No tensor `name` in `store`.
-    pub fn missing(store: &(impl crate::Store + ?Sized), name: &str) -> Self {
-        let parts = |name: &str| name.split('.').rev().map(str::to_owned).collect::<Vec<_>>();
-        let wanted = parts(name);
-        // Names that end alike differ in a prefix.
-        let alike = |other: &String| parts(other).iter().zip(&wanted).take_while(|(a, b)| a == b).count();
-        let mut names = store.names();
-        // Of equals the first.
-        names.reverse();
-        let nearest = names.iter().max_by_key(|other| alike(other)).map(|other| clip(other));
-        Error::Missing { origin: store.origin(name), name: name.into(), nearest }
-    }
-}
-
 /// A count with its noun, for a message: `1 tensor`, `2 tensors`.
 ///
 /// ```

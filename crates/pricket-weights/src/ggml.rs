@@ -320,7 +320,7 @@ impl Store for GgmlFile {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::missing(self, name);
+        let missing = || self.missing(name);
         let record = self.tensors.get(name).ok_or_else(missing)?;
         let bytes = self.source.bytes(record.start, record.len)?;
         match record.dtype {

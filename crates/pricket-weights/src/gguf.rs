@@ -515,7 +515,7 @@ impl Store for GgufFile {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::missing(self, name);
+        let missing = || self.missing(name);
         let place = self.tensors.get(name).ok_or_else(missing)?;
         if let Dtype::Other(kind) = place.dtype {
             let what = format!("tensor {name} is stored as {kind}, which is not read");

@@ -39,6 +39,7 @@
 mod cursor;
 mod dtype;
 mod error;
+mod format;
 mod ggml;
 mod gguf;
 mod json;
@@ -57,12 +58,11 @@ mod zip_directory;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result, clip, counted};
+pub use format::{Format, open_one, open_remote, sniff, sniff_remote, stand_in};
 pub use ggml::{GgmlFile, GgmlLayout};
 pub use gguf::GgufFile;
 pub use json::{parse_json, to_python_json};
-pub use open::{
-    Format, choose_weights, find_weights, open, open_file, open_one, open_remote, sniff, sniff_remote, stand_in,
-};
+pub use open::{choose_weights, find_weights, open, open_file};
 pub use parts::parts_of;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{Sharded, shard_map};

@@ -126,7 +126,7 @@ impl Store for SafetensorsFile {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::missing(self, name);
+        let missing = || self.missing(name);
         let &(_, _, start, len) = self.tensors.get(name).ok_or_else(missing)?;
         self.source.bytes(start, len)
     }

@@ -2,8 +2,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
 
 use crate::error::clip;
+use crate::format::open_one;
 use crate::json::parse_json;
-use crate::open::open_one;
 use crate::parts::parts_of;
 use crate::{Bytes, Entry, Error, Result, Store};
 
@@ -169,7 +169,7 @@ impl Store for Sharded {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::missing(self, name);
+        let missing = || self.missing(name);
         self.shard(name).ok_or_else(missing)?.bytes(name)
     }
 

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use pricket_kernels::{Blocks, Matrix, collect, dequantise};
 
 use crate::mapped::Mapped;
-use crate::{Dtype, Error, Result};
+use crate::{Dtype, Error, Result, clip};
 
 /// Shape and type of a stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +68,19 @@ pub trait Store: Send + Sync {
     fn shapes_only(&self) -> bool {
         false
     }
+
+    /// The error for a tensor that is not there, with the name that is most like it.
+    fn missing(&self, name: &str) -> Error {
+        let parts = |name: &str| name.split('.').rev().map(str::to_owned).collect::<Vec<_>>();
+        let wanted = parts(name);
+        // Names that end alike differ in a prefix.
+        let alike = |other: &String| parts(other).iter().zip(&wanted).take_while(|(a, b)| a == b).count();
+        let mut names = self.names();
+        // Of equals the first.
+        names.reverse();
+        let nearest = names.iter().max_by_key(|other| alike(other)).map(|other| clip(other));
+        Error::Missing { origin: self.origin(name), name: name.into(), nearest }
+    }
 }
 
 /// Bytes of a tensor, borrowed from a memory-mapped file or owned.
@@ -126,7 +139,7 @@ const PIECE: usize = 4 << 20;
 /// # Errors
 /// [`Error::Missing`], [`Error::Unsupported`] for a type candle lacks, or what the store says of the bytes.
 pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Tensor> {
-    let entry = store.entry(name).ok_or_else(|| Error::missing(store, name))?;
+    let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
     let bytes = store.bytes(name)?;
     let shape = &entry.shape[..];
     let tensor = match entry.dtype {
@@ -160,7 +173,7 @@ pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Ten
 /// # Errors
 /// As [`read_tensor`].
 pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
-    let entry = store.entry(name).ok_or_else(|| Error::missing(store, name))?;
+    let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
     let (Dtype::Block(kind), [rows, columns]) = (entry.dtype, &entry.shape[..]) else {
         return Ok(Matrix::Dense(read_tensor(store, name, &Device::Cpu)?));
     };

@@ -95,7 +95,7 @@ impl Store for Random {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let missing = || Error::missing(self, name);
+        let missing = || self.missing(name);
         let entry = self.entry(name).ok_or_else(missing)?;
         let mut hasher = DefaultHasher::new();
         (self.seed, name).hash(&mut hasher);

@@ -229,7 +229,7 @@ impl Store for TorchFile {
     }
 
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
-        let view = self.tensors.get(name).ok_or_else(|| Error::missing(self, name))?;
+        let view = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
         let width = view.dtype.bytes(1);
         let elements = view.elements();
         let start = view.record.start(&self.file)?;

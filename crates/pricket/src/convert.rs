@@ -192,7 +192,7 @@ impl Plan<'_> {
         let fused = dry.fused();
         let mut out = Vec::new();
         for (canonical, from) in dry.asked() {
-            let entry = store.entry(&from).ok_or_else(|| pricket_weights::Error::missing(store, &from))?;
+            let entry = store.entry(&from).ok_or_else(|| store.missing(&from))?;
             let order = fused.iter().find(|(name, _)| *name == canonical).map(|(_, order)| *order);
             let rows = match (order, self.gguf, self.in_model_order) {
                 (Some(order), true, false) => Change::Apply(order),

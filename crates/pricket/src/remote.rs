@@ -166,7 +166,7 @@ impl Tensors {
     /// [`Error::Corrupt`] if there is no such tensor; what fetching a header says.
     pub fn entry(&self, name: &str) -> Result<Entry> {
         let store = self.holder(name)?;
-        Ok(store.entry(name).ok_or_else(|| pricket_weights::Error::missing(&*store, name))?)
+        Ok(store.entry(name).ok_or_else(|| store.missing(name))?)
     }
 
     /// A tensor, as stored.
