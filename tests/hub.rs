@@ -581,9 +581,12 @@ fn proxy(hub: std::net::SocketAddr) -> (std::net::SocketAddr, Arc<Mutex<Vec<Stri
         };
         let (host, path) = url.split_once('/').unwrap();
         let mut server = if host == "hub.invalid" { TcpStream::connect(hub)? } else { TcpStream::connect(host)? };
-        let kept: String =
-            rest.lines().filter(|line| !line.starts_with("Proxy-")).map(|line| format!("{line}\r\n")).collect();
-        write!(server, "{method} /{path}Connection: close\r\n{kept}")?;
+        let kept = rest
+            .lines()
+            .filter(|line| !line.starts_with("Proxy-"))
+            .map(|line| format!("{line}\r\n"))
+            .collect::<Vec<_>>();
+        write!(server, "{method} /{path}Connection: close\r\n{}", kept.concat())?;
         // One request for each connection.
         let mut answer = BufReader::new(server);
         let mut status = String::new();

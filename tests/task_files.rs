@@ -141,7 +141,7 @@ fn what_a_file_cannot_ask_is_refused_by_name() {
     let document = json!({"a": "the", "b": "man", "list": ["the", "man"], "label": 5});
     let choices = "task: t\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: a\n";
     let text = "task: t\noutput_type: loglikelihood\ntest_split: test\n";
-    let bomb: String = (1..40).map(|i| format!("k{i}: &k{i} [*k{}, *k{}]\n", i - 1, i - 1)).collect();
+    let bomb = (1..40).map(|i| format!("k{i}: &k{i} [*k{}, *k{}]\n", i - 1, i - 1)).collect::<Vec<_>>().concat();
     for (file, expected) in [
         (
             format!("{choices}doc_to_choice: list\ndoc_to_target: !function utils.target"),
@@ -296,9 +296,9 @@ proptest! {
 #[test]
 fn a_stride_gives_each_token_more_context() {
     let dir = tempfile::tempdir().unwrap();
-    let text: String =
-        (0..40).map(|i| format!("In the year {i} the people of the States met the President. ")).collect();
-    let path = written(dir.path(), "text.txt", &text);
+    let text =
+        (0..40).map(|i| format!("In the year {i} the people of the States met the President. ")).collect::<Vec<_>>();
+    let path = written(dir.path(), "text.txt", &text.concat());
     let loss = |more: &[&str]| {
         let output = example("score")
             .arg("--text")
@@ -307,10 +307,10 @@ fn a_stride_gives_each_token_more_context() {
             .args(more)
             .output()
             .unwrap();
-        match output.status.success() {
-            true => Ok(serde_json::from_slice::<Value>(&output.stdout).unwrap()["loss"].as_f64().unwrap()),
-            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
         }
+        Ok(serde_json::from_slice::<Value>(&output.stdout).unwrap()["loss"].as_f64().unwrap())
     };
     let (disjoint, whole, overlapping) = (loss(&[]), loss(&["--stride", "32"]), loss(&["--stride", "8"]));
     assert_eq!(disjoint, whole);

@@ -4,7 +4,8 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 
-use crate::cpu::{Path, by_path, path};
+use crate::cpu::{Path, by_path};
+use crate::detect::path;
 use crate::lanes::{Floats, LANES};
 use crate::pool::{parallel, scratch};
 use crate::product::{PANEL, Product, Start};

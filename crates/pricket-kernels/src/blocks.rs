@@ -14,7 +14,8 @@ use half::f16;
 
 use crate::block_type::BlockType;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::{Path, path};
+use crate::cpu::Path;
+use crate::detect::path;
 use crate::pool::{parallel, parallel_chunks};
 
 /// A matrix of quantised rows. Cheap to clone.

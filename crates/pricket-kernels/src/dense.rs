@@ -7,7 +7,7 @@ use crate::blocks::{Blocks, dequantise};
 use crate::brain;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::Path;
-use crate::cpu::path;
+use crate::detect::path;
 use crate::gelu::GeluOp;
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::LANES;

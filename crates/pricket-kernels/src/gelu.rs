@@ -4,7 +4,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape};
 
-use crate::cpu::{Path, by_path, path};
+use crate::cpu::{Path, by_path};
+use crate::detect::path;
 use crate::lanes::{Floats, LANES};
 use crate::pool::parallel_chunks;
 use crate::shared::f32_slice;

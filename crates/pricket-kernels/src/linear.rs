@@ -4,10 +4,10 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::cpu::path;
 use crate::dense::{Stored, linear_then, linear_transposed};
 #[cfg(target_arch = "x86_64")]
 use crate::dense::{few_bf16_pay, few_rows_bf16, many_bf16_pay, many_rows_bf16};
+use crate::detect::path;
 use crate::gelu::GeluOp;
 use crate::integer;
 use crate::integers::Integers;

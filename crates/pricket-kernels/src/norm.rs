@@ -3,7 +3,8 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::{Path, path};
+use crate::cpu::Path;
+use crate::detect::path;
 use crate::pool::parallel_chunks;
 use crate::shared::f32_slice;
 

@@ -5,7 +5,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use crate::cpu::{by_path, path};
+use crate::cpu::by_path;
+use crate::detect::path;
 use crate::lanes::{Floats, LANES};
 use crate::pool::{parallel, threads};
 

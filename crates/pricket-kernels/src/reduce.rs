@@ -2,7 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
 
-use crate::cpu::{by_path, path};
+use crate::cpu::by_path;
+use crate::detect::path;
 use crate::lanes::{Floats, LANES};
 use crate::pool::parallel_chunks;
 use crate::shared::f32_slice;

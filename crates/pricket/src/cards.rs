@@ -277,3 +277,9 @@ pub fn card(id: &str) -> Option<&'static Card> {
     let nameless = |card: &&Card| bare(&card.id) || card.aliases.iter().any(|alias| bare(alias));
     cards().iter().find(named).or_else(|| if id.contains('/') { None } else { cards().iter().find(nameless) })
 }
+
+/// The card of a repository, or of the one that it is a copy of.
+pub(crate) fn card_of(repo: &str) -> Option<&'static Card> {
+    let mirrored = || cards().iter().find(|card| card.mirrors.iter().any(|mirror| mirror.eq_ignore_ascii_case(repo)));
+    card(repo).or_else(mirrored)
+}

@@ -8,7 +8,7 @@ use pricket_weights::{Format, GgmlFile, GgmlLayout, GgufFile, Store};
 use serde_json::Value;
 
 use crate::family::Family;
-use crate::qkv::Fused;
+use crate::opened::Fused;
 use crate::{Error, Result};
 
 /// What such a file holds.
@@ -72,7 +72,7 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let file = GgufFile::open(path)?;
     let metadata = file.metadata();
     let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
-    let config = Family::config_from_gguf(&metadata, &shape).map_err(|e| crate::opened::at(path, e))?;
+    let config = Family::config_from_gguf(&metadata, &shape).map_err(|e| crate::small_files::at(path, e))?;
     let mut warnings = Vec::new();
     let tokenizer = match given {
         Some(given) => Some(given.clone()),
@@ -143,7 +143,7 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
 
 /// The tokenizer.json in the directory of a file.
 fn tokenizer_beside(path: &Path) -> Result<Option<Tokenizer>> {
-    let beside = crate::opened::parent(path).join("tokenizer.json");
+    let beside = crate::small_files::parent(path).join("tokenizer.json");
     Ok(beside.is_file().then(|| Tokenizer::from_file(&beside)).transpose()?)
 }
 
@@ -151,7 +151,7 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let file = GgmlFile::open(path, &Family::ggml_layouts())?;
     let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
     let config =
-        Family::config_from_ggml(file.layout(), &file.header(), &shape).map_err(|e| crate::opened::at(path, e))?;
+        Family::config_from_ggml(file.layout(), &file.header(), &shape).map_err(|e| crate::small_files::at(path, e))?;
     let mut warnings = file.warnings().to_vec();
     let tokenizer = given.cloned().map_or_else(|| tokenizer_beside(path), |given| Ok(Some(given)))?;
     if let Some(tokenizer) = &tokenizer {

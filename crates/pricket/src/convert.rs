@@ -12,8 +12,9 @@ use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, 
 use serde_json::Value;
 
 use crate::family::Family;
-use crate::opened::{Opened, TOKENIZER_FILES, at, parent};
-use crate::qkv::Fused;
+use crate::opened::Fused;
+use crate::opened::Opened;
+use crate::small_files::{TOKENIZER_FILES, at, parent};
 use crate::{Error, Loader, Provenance, QkvOrder, Result};
 
 /// What a conversion makes of matrices. Vectors keep their values in any case.
@@ -460,7 +461,7 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     ];
     let copied = |folder: Option<PathBuf>, name: &str| {
         let path = folder.map(|folder| folder.join(name)).filter(|path| path.is_file());
-        path.map(|path| crate::opened::read_at_most(&path, MAX_BESIDE)).transpose()
+        path.map(|path| crate::small_files::read_at_most(&path, MAX_BESIDE)).transpose()
     };
     let tokenizer = opened.tokenizer_path.as_deref().map(parent);
     for name in TOKENIZER_FILES {
@@ -546,7 +547,7 @@ impl Part {
             return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
         }
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let at = crate::opened::parent(path).join(format!(".{name}.{}.part", std::process::id()));
+        let at = crate::small_files::parent(path).join(format!(".{name}.{}.part", std::process::id()));
         let file = File::create(&at).map_err(|error| Error::Io { path: path.into(), error })?;
         Ok(Self { file, at, path: path.to_owned(), done: false })
     }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use pricket_lm::Tokenizer;
 use pricket_weights::SafetensorsFile;
 
-use crate::opened::{Opened, parse_json};
+use crate::opened::Opened;
+use crate::small_files::parse_json;
 use crate::{Provenance, Result};
 
 /// A checkpoint that is compiled into the program.

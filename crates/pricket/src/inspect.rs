@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use crate::containers::{self, Container};
 use crate::family::Family;
-use crate::opened::{at, read_json, unknown_keys};
 use crate::remote::Tensors;
 use crate::repository::{Place, Revision, locate};
+use crate::small_files::{at, read_json, unknown_keys};
 use crate::{Error, Provenance, Result};
 
 /// What is in a checkpoint, by its headers: no weight is read.
@@ -155,7 +155,7 @@ fn look(
     mut warnings: Vec<String>,
     open: impl FnOnce() -> Result<(PathBuf, Format, Arc<dyn Store>, Provenance)>,
 ) -> Result<Inspection> {
-    let directory = if path.is_dir() { path.to_owned() } else { crate::opened::parent(path) };
+    let directory = if path.is_dir() { path.to_owned() } else { crate::small_files::parent(path) };
     let config_path = directory.join("config.json");
     let config = if config_path.is_file() {
         Some(read_json(&config_path)?)
@@ -239,7 +239,7 @@ fn contained(file: PathBuf, container: Container) -> Result<Inspection> {
         has_tokenizer: tokenizer.is_some(),
         tensors,
         warnings,
-        provenance: Provenance::of_directory(&crate::opened::parent(&file), std::slice::from_ref(&file)),
+        provenance: Provenance::of_directory(&crate::small_files::parent(&file), std::slice::from_ref(&file)),
         file,
     })
 }

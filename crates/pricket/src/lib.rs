@@ -26,6 +26,7 @@
 
 mod audit;
 mod cards;
+mod changes;
 mod checkpoints;
 mod containers;
 mod conversation;
@@ -43,6 +44,7 @@ mod load;
 mod memory;
 #[cfg(feature = "plots")]
 pub mod notebook;
+mod open;
 mod opened;
 #[cfg(feature = "plots")]
 pub mod plots;
@@ -55,6 +57,7 @@ mod remote;
 mod repository;
 mod results;
 mod shapes;
+mod small_files;
 mod sweep;
 mod task;
 

@@ -10,14 +10,17 @@ use pricket_nn::{CacheType, CausalLm, ModelInfo, Policy, Progress, Quantisation,
 use pricket_weights::{Headers, Store};
 use serde_json::Value;
 
+use crate::changes::Changes;
 use crate::embedded::{EMBEDDED, Embedded};
 use crate::family::Family;
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
-use crate::opened::{Changes, Opened, at, eos_ids, eos_warning, open_files};
+use crate::open::open_files;
+use crate::opened::{Fused, Opened, eos_ids, eos_warning};
 use crate::pool::{Pooled, pool};
-use crate::qkv::{self, Fused, QkvOrder};
+use crate::qkv::{self, QkvOrder};
 use crate::repository::{Place, fetch_id, locate};
+use crate::small_files::at;
 use crate::{Error, Pricket, Provenance, Result, prompts};
 
 /// Loads a model with the default settings: weights as stored, on the CPU, a thread for each physical core.

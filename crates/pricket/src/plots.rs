@@ -13,6 +13,7 @@
 //! ```
 
 mod axis;
+mod canvas;
 mod draw;
 mod plain;
 mod rows;

@@ -7,8 +7,9 @@ use pricket_lm::PromptFormat;
 use pricket_weights::clip;
 use serde::Deserialize;
 
-use crate::cards::{Card, card, cards};
-use crate::opened::{Opened, read_small};
+use crate::cards::card_of;
+use crate::opened::Opened;
+use crate::small_files::read_small;
 use crate::{Error, Result};
 
 #[derive(Deserialize)]
@@ -58,12 +59,6 @@ pub fn prompt_format(name: &str) -> Result<PromptFormat> {
     formats.into_iter().next().ok_or_else(|| Error::Input(format!("{name}: no [[format]] in it")))
 }
 
-/// The card of a repository, or of the one that it is a copy of.
-pub(crate) fn card_of(repo: &str) -> Option<&'static Card> {
-    let mirrored = || cards().iter().find(|card| card.mirrors.iter().any(|mirror| mirror.eq_ignore_ascii_case(repo)));
-    card(repo).or_else(mirrored)
-}
-
 /// The format of a model, and a note that says why; `plain` if nothing says which.
 pub(crate) fn choose(opened: &Opened) -> (PromptFormat, Option<String>) {
     let Opened { provenance, config, .. } = opened;
@@ -88,16 +83,14 @@ pub(crate) fn choose(opened: &Opened) -> (PromptFormat, Option<String>) {
     let unknown = config["prompt_format"].as_str().filter(|name| known(name).is_none());
     let unknown =
         unknown.map(|name| format!("prompt format {}: config.json names it, and it is not known", clip(name)));
-    match by_card().or_else(by_key).or_else(by_tokens).or_else(by_origin) {
-        Some((format, why)) => {
-            let note = format!("prompt format {}: {why}", format.name);
-            (format.clone(), unknown.or(Some(note).filter(|_| format.name != "plain")))
-        }
-        None => {
-            let template = opened.chat_template.as_ref().map(|place| {
-                format!("prompt format plain: {place} is not evaluated; --prompt-format or Conversation::with_format chooses another")
-            });
-            (known("plain").expect("plain is there").clone(), unknown.or(template))
-        }
+    if let Some((format, why)) = by_card().or_else(by_key).or_else(by_tokens).or_else(by_origin) {
+        let note = format!("prompt format {}: {why}", format.name);
+        return (format.clone(), unknown.or(Some(note).filter(|_| format.name != "plain")));
     }
+    let template = opened.chat_template.as_ref().map(|place| {
+        format!(
+            "prompt format plain: {place} is not evaluated; --prompt-format or Conversation::with_format chooses another"
+        )
+    });
+    (known("plain").expect("plain is there").clone(), unknown.or(template))
 }

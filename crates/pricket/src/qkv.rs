@@ -38,19 +38,6 @@ impl std::str::FromStr for QkvOrder {
     }
 }
 
-/// The order of a file's fused matrices, as far as the file tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fused {
-    /// As the Hub has them.
-    Trained,
-    /// As the model wants them.
-    Model,
-    /// The same, as the file says.
-    Said,
-    /// One of the two; whether it is more likely the model's, and why.
-    Unknown(bool, &'static str),
-}
-
 /// Sentences of the simplest kind, which every model that was trained on English finds likelier in its right mind.
 const EVIDENCE: &str = "Tom had a red ball and a big dog. One day the dog took the ball and ran to the house. \
     Tom said that he would look for it. He looked in the box, but the ball was not in the box. \

@@ -9,9 +9,10 @@ use pricket_nn::Progress;
 use pricket_weights::parts_of;
 
 use crate::cards::{Card, KnownKind, card};
+use crate::changes::Changes;
 use crate::embedded::Embedded;
 use crate::family::Family;
-use crate::opened::{Changes, TOKENIZER_FILES, at, read_json};
+use crate::small_files::{TOKENIZER_FILES, at, read_json};
 use crate::{Error, Provenance, Result};
 
 /// Files that are fetched beside the weights, if they are there.

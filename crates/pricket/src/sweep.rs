@@ -18,6 +18,7 @@ use crate::{Error, Loader, Pricket, Result, results};
 
 /// What is measured of each checkpoint.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a sweep has a few")]
 pub enum Measure {
     /// A task over local documents; its metrics are called `TASK/METRIC`.
     Task {

@@ -54,9 +54,9 @@ fn quoted(text: &str) -> String {
             '\\' => out.push_str("\\\\"),
             c if c == quote => out.extend(['\\', c]),
             c if is_printable(c) => out.push(c),
-            c if (c as u32) < 0x100 => out.push_str(&format!("\\x{:02x}", c as u32)),
-            c if (c as u32) < 0x1_0000 => out.push_str(&format!("\\u{:04x}", c as u32)),
-            c => out.push_str(&format!("\\U{:08x}", c as u32)),
+            c if (c as u32) < 0x100 => out.extend(format!("\\x{:02x}", c as u32).chars()),
+            c if (c as u32) < 0x1_0000 => out.extend(format!("\\u{:04x}", c as u32).chars()),
+            c => out.extend(format!("\\U{:08x}", c as u32).chars()),
         }
     }
     out.push(quote);
@@ -192,7 +192,7 @@ mod tests {
             (json!("a\\b\n\t\u{7f}\u{a0}\u{200b}é"), "'a\\\\b\\n\\t\\x7f\\xa0\\u200bé'"),
             (json!([1, 2.0, true, null, "x"]), "[1, 2.0, True, None, 'x']"),
             (json!({"a": [0.1]}), "{'a': [0.1]}"),
-            (json!([1e16, 1e-5, 123456789.5, 1.5e300, -2.5e-7]), "[1e+16, 1e-05, 123456789.5, 1.5e+300, -2.5e-07]"),
+            (json!([1e16, 1e-5, 123_456_789.5, 1.5e300, -2.5e-7]), "[1e+16, 1e-05, 123456789.5, 1.5e+300, -2.5e-07]"),
         ] {
             assert_eq!(repr(&value), expected);
         }

@@ -152,7 +152,7 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
         }
         if file.is_file() {
             let text = small_file(&file).map_err(|e| format!("{}: {e}", file.display()))?.replace("\r\n", "\n");
-            let sha256: String = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
+            let sha256 = Sha256::digest(text).iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
             if sha256 != known.sha256 {
                 let differs = format!(
                     "; {} differs from that of lm-evaluation-harness 0.4.13, which is built in",
@@ -365,11 +365,10 @@ fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     let metric = Metric::named(name, kind).map_err(|e| format!("metric_list: {e}"))?;
     for (key, value) in entries {
         let is_same = match key.as_str().unwrap_or_default() {
-            "metric" => true,
+            // Weights are those of groups of tasks.
+            "metric" | "weight_by_size" => true,
             "aggregation" => value.as_str() == Some(metric.aggregation()),
             "higher_is_better" => value.as_bool() == Some(metric.higher_is_better()),
-            // Of groups of tasks.
-            "weight_by_size" => true,
             _ => *value == Yaml::Null,
         };
         if !is_same {
@@ -514,10 +513,11 @@ impl Asker {
             let number = text.parse().map_err(|e| format!("{}: {text}: {e}", field.key))?;
             return Ok(Found::Number(number));
         }
-        if field.key == "doc_to_target" && text.len() >= 2 && text.starts_with('[') && text.ends_with(']') {
-            if let Some(Value::Array(items)) = literal_eval(text) {
-                return Ok(Found::List(items));
-            }
+        if field.key == "doc_to_target"
+            && text.starts_with('[')
+            && let Some(Value::Array(items)) = literal_eval(text)
+        {
+            return Ok(Found::List(items));
         }
         Ok(found)
     }

@@ -1,47 +1,24 @@
 //! How pictures are laid out and drawn.
 
-use std::sync::OnceLock;
-
 use plotters::backend::{BitMapBackend, DrawingBackend, SVGBackend};
 use plotters::chart::ChartBuilder;
-use plotters::coord::Shift;
-use plotters::drawing::{DrawingArea, IntoDrawingArea};
+use plotters::drawing::IntoDrawingArea;
 use plotters::element::{Circle, Cross, DashedPathElement, PathElement, Polygon, TriangleMarker};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{Color, FontStyle, IntoFont, RGBColor, ShapeStyle, TextStyle, register_font};
+use plotters::style::{Color, RGBColor, ShapeStyle};
 
 use super::axis::{Axis, Scale};
+use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, TEXT, WHITE, letters, ready, width_of};
 use super::text::{draw_bars, draw_tokens};
 use super::{Content, Curve, Curves, Picture, Point, Table};
 use crate::{Error, Result};
 
-/// Okabe and Ito 2008, without the yellow that white swallows.
-pub(super) const COLOURS: [RGBColor; 7] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(230, 159, 0),
-    RGBColor(86, 180, 233),
-    RGBColor(0, 0, 0),
-];
-
-pub(super) const WHITE: RGBColor = RGBColor(255, 255, 255);
-const TEXT: RGBColor = RGBColor(51, 51, 51);
 const GRID: RGBColor = RGBColor(225, 225, 225);
 const STRIPE: RGBColor = RGBColor(244, 246, 248);
 
 const PANEL: (u32, u32) = (440, 330);
-const FONT: &str = "sans-serif";
-pub(super) const LETTERS: u32 = 13;
-/// Room between things.
-pub(super) const GAP: u32 = 12;
-/// A line of text.
-pub(super) const LINE: u32 = 22;
 /// What the legend has left of its names.
 const SAMPLE: u32 = 40;
-
-pub(super) type Area<'a, B> = DrawingArea<B, Shift>;
 
 /// What can be drawn of a curve, by step.
 pub(super) fn visible(curve: &Curve, log: bool) -> Vec<Point> {
@@ -58,11 +35,6 @@ fn band(point: &Point, log: bool) -> (f64, f64) {
     // Where there is no place for it, a band ends a little below its value.
     let low = if log && low <= 0.0 { point.value * 0.5 } else { low };
     (low, point.value + error)
-}
-
-pub(super) fn width_of(text: &str, letters: u32) -> u32 {
-    let font = (FONT, f64::from(letters)).into_font();
-    font.box_size(text).map_or(text.chars().count() as u32 * letters * 6 / 10, |(width, _)| width)
 }
 
 /// The names of curves, and the number of each.
@@ -114,15 +86,6 @@ pub(super) fn size_of_table(table: &Table) -> (u32, u32) {
     (width + 2 * GAP, title + (table.rows.len() as u32 + 1) * LINE + 2 * GAP)
 }
 
-/// The font of the pictures, which the machine need not have.
-pub(super) fn ready() {
-    static READY: OnceLock<()> = OnceLock::new();
-    READY.get_or_init(|| {
-        // The only failure is a font that cannot be read, and this one is tested.
-        let _ = register_font(FONT, FontStyle::Normal, include_bytes!("DejaVuSans.ttf"));
-    });
-}
-
 pub(super) fn svg(content: &Content, size: (u32, u32)) -> Result<String> {
     ready();
     let mut svg = String::new();
@@ -165,13 +128,6 @@ fn draw_content<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: 
             Ok(())
         }
     }
-}
-
-pub(super) type Drawn<B> =
-    std::result::Result<(), plotters::drawing::DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
-
-pub(super) fn letters(size: u32, unit: u32) -> TextStyle<'static> {
-    TextStyle::from((FONT, f64::from(size * unit)).into_font()).color(&TEXT)
 }
 
 fn draw_curves<B: DrawingBackend>(panels: &[Curves], area: &Area<'_, B>, unit: u32) -> Drawn<B> {
@@ -256,7 +212,7 @@ fn draw_panel<B: DrawingBackend>(
 }
 
 fn colour(number: usize) -> RGBColor {
-    COLOURS[number % COLOURS.len()]
+    COLORS[number % COLORS.len()]
 }
 
 fn draw_line<B: DrawingBackend>(

@@ -52,7 +52,8 @@ impl Table {
     pub fn html(&self) -> String {
         let escaped = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
         let row = |cells: &[String], tag: &str| {
-            let cells: String = cells.iter().map(|cell| format!("<{tag}>{}</{tag}>", escaped(cell))).collect();
+            let cell = |cell: &String| format!("<{tag}>{}</{tag}>", escaped(cell));
+            let cells = cells.iter().map(cell).collect::<Vec<_>>().concat();
             format!("<tr>{cells}</tr>\n")
         };
         let caption = if self.title.is_empty() {

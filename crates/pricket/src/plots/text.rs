@@ -5,7 +5,7 @@ use plotters::element::Rectangle;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, RGBColor};
 
-use super::draw::{Area, COLOURS, Drawn, GAP, LETTERS, LINE, WHITE, letters, ready, width_of};
+use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, WHITE, letters, ready, width_of};
 
 /// Where a line of tokens is broken.
 const WIDTH: u32 = 760;
@@ -44,7 +44,7 @@ pub(super) fn draw_tokens<B: DrawingBackend>(tokens: &[(String, f64)], area: &Ar
     for ((text, probability), (x, y, width)) in tokens.iter().zip(places(tokens).0) {
         let share = if probability.is_finite() { probability.clamp(0.0, 1.0) } else { 0.0 };
         let mixed = |at: fn(&RGBColor) -> u8| {
-            let (from, to) = (f64::from(at(&WHITE)), f64::from(at(&COLOURS[0])));
+            let (from, to) = (f64::from(at(&WHITE)), f64::from(at(&COLORS[0])));
             (from + (to - from) * share).round() as u8
         };
         let colour = RGBColor(mixed(|c| c.0), mixed(|c| c.1), mixed(|c| c.2));
@@ -84,7 +84,7 @@ pub(super) fn draw_bars<B: DrawingBackend>(bars: &[(String, f64)], area: &Area<'
         )?;
         let length = (f64::from(BAR) * (probability / most).clamp(0.0, 1.0)) as u32;
         let corners = [(px(left), px(y + 3)), (px(left + length.max(1)), px(y + LINE - 3))];
-        area.draw(&Rectangle::new(corners, COLOURS[0].filled()))?;
+        area.draw(&Rectangle::new(corners, COLORS[0].filled()))?;
         let value = format!("{:.1}%", 100.0 * probability);
         let style = style.pos(Pos::new(HPos::Left, VPos::Center));
         area.draw_text(&value, &style, (px(left + length + 6), px(y + LINE / 2)))?;
