@@ -131,9 +131,11 @@ fn show_json(written: Option<&Converted>, compared: Option<&Compared>) -> anyhow
     let info = compared.map(|compared| compared.made.info());
     let json = json!({
         "path": written.map(|done| &done.path),
-        "bytes": written.map(|done| done.bytes).or(info.map(|info| info.weight_bytes)),
+        "bytes": written.map(|done| done.bytes),
+        "memory_bytes": info.map(|info| info.weight_bytes),
         "parameters": written.map(|done| done.parameters).or(info.map(|info| info.parameters)),
-        "bits_per_weight": written.map(Converted::bits_per_weight).or(info.map(in_memory)),
+        "bits_per_weight": written.map(Converted::bits_per_weight),
+        "memory_bits_per_weight": info.map(in_memory),
         "notes": written.map_or(&[][..], |done| &done.notes), "warnings": written.map_or(&[][..], |done| &done.warnings),
         "report": report,
     });

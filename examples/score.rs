@@ -16,7 +16,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use common::Bar;
-use pricket::lm::{Documents, Limit, Outcome, SliceLoss, results_json, slice_losses};
+use pricket::lm::{Documents, Limit, Outcome, SliceLoss, TaskKind, results_json, slice_losses};
 use pricket::weights::counted;
 use pricket::{EvalOptions, Pricket, ScoreOptions, Task};
 use serde_json::{Value, json};
@@ -47,15 +47,15 @@ struct Args {
     /// Number of examples before each question; several numbers, as 0,5, measure each [default: the task's own, for built-in tasks 0]
     #[arg(long, value_delimiter = ',', value_name = "N")]
     num_fewshot: Vec<usize>,
-    /// Random seed of the choice of examples
-    #[arg(long, default_value_t = 1234)]
-    fewshot_seed: u32,
+    /// Random seed of the choice of examples [default: 1234]
+    #[arg(long, value_name = "N")]
+    fewshot_seed: Option<u32>,
     /// Documents of each task at most: a number, or a share such as 0.5
     #[arg(long, value_name = "N")]
     limit: Option<Limit>,
-    /// Draws of the bootstrap for the standard error of perplexities; 0 for none
-    #[arg(long, default_value_t = 100_000)]
-    bootstrap_iters: usize,
+    /// Draws of the bootstrap for the standard error of perplexities; 0 for none [default: 100000]
+    #[arg(long, value_name = "N")]
+    bootstrap_iters: Option<usize>,
     /// Tokens that are read at once, at least 1 [default: the model's context]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
@@ -102,16 +102,30 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ("--data", args.data.is_some()),
         ("--num-fewshot", !args.num_fewshot.is_empty()),
         ("--limit", args.limit.is_some()),
+        ("--fewshot-seed", args.fewshot_seed.is_some()),
+        ("--bootstrap-iters", args.bootstrap_iters.is_some()),
         ("--log-samples", args.log_samples),
     ];
     if let Some((flag, _)) = of_tasks.iter().find(|(_, is_set)| *is_set && args.tasks.is_empty()) {
         bail!("{flag} has an effect with --tasks only");
     }
-    if let Some(twice) = (1..args.tasks.len()).find(|&i| args.tasks[..i].contains(&args.tasks[i])) {
-        bail!("--tasks names {} twice", args.tasks[twice]);
-    }
+    let counts = &args.num_fewshot;
+    ensure!((1..counts.len()).all(|i| !counts[..i].contains(&counts[i])), "--num-fewshot names a number twice");
     common::interruptible()?;
     let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    if let Some(i) = (1..asked.len()).find(|&i| asked[..i].iter().any(|task| task.name() == asked[i].name())) {
+        bail!("--tasks has two tasks of the name {}, whose results would be one", asked[i].name());
+    }
+    let has_windows = asked.is_empty() || asked.iter().any(|task| task.kind() == TaskKind::Perplexity);
+    ensure!(args.stride.is_none() || has_windows, "--stride has an effect on whole texts, and no task scores any");
+    for task in &asked {
+        if task.shots(counts.iter().copied().max()) == 0 && counts.iter().any(|&count| count > 0) {
+            let name = task.name();
+            common::tell(format_args!(
+                "note: {name}: no examples, as its definition says; --num-fewshot has no effect on it"
+            ));
+        }
+    }
     let documents = asked.iter().map(|task| tasks::documents(args.data.as_deref(), task));
     let documents = documents.collect::<anyhow::Result<Vec<_>>>()?;
     let counts: Vec<Option<usize>> =
@@ -178,9 +192,9 @@ fn run_tasks(
 ) -> anyhow::Result<ExitCode> {
     let options = EvalOptions {
         shots,
-        seed: args.fewshot_seed,
+        seed: args.fewshot_seed.unwrap_or(EvalOptions::default().seed),
         limit: args.limit,
-        bootstrap: args.bootstrap_iters,
+        bootstrap: args.bootstrap_iters.unwrap_or(EvalOptions::default().bootstrap),
         samples: args.log_samples,
         score,
         ..EvalOptions::default()
@@ -232,7 +246,8 @@ fn run_tasks(
         for (task, outcome) in outcomes.iter().filter(|_| args.log_samples) {
             let lines: String =
                 outcome.samples.iter().flat_map(|sample| [sample.to_json().to_string(), "\n".into()]).collect();
-            let of_several = if args.num_fewshot.len() > 1 { format!(".{}shot", outcome.shots) } else { String::new() };
+            let of_several =
+                shots.filter(|_| args.num_fewshot.len() > 1).map_or(String::new(), |n| format!(".{n}shot"));
             let name = format!("samples_{}{of_several}.jsonl", task.name());
             common::write_whole(&path.with_file_name(name), &lines)?;
         }

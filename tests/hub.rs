@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use pricket::candle::Device;
 use pricket::hub::{Cache, Quiet, Settings};
@@ -552,81 +552,4 @@ fn a_legacy_file_fetches_the_tokenizer_that_its_words_are_of() {
     settings.offline = true;
     let mute = Loader::new(&path).hub(Hub::new(settings)).threads(1).load().unwrap();
     assert!(mute.warnings().iter().any(|text| text.contains("cannot be had")), "{:?}", mute.warnings());
-}
-
-/// A proxy for `http://` as restricted networks have it: it alone knows the host's address, and opens no tunnels. Returns its address and
-/// the request lines and credentials that it gets.
-fn proxy(hub: std::net::SocketAddr) -> (std::net::SocketAddr, Arc<Mutex<Vec<String>>>) {
-    use std::io::{BufRead, BufReader, Write};
-    use std::net::{TcpListener, TcpStream};
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let seen = Arc::new(Mutex::new(Vec::new()));
-    let log = Arc::clone(&seen);
-    let serve = move |mut client: TcpStream| -> std::io::Result<()> {
-        let mut head = BufReader::new(client.try_clone()?);
-        let (mut line, mut rest) = (String::new(), String::new());
-        head.read_line(&mut line)?;
-        while !rest.ends_with("\r\n\r\n") && rest != "\r\n" {
-            if head.read_line(&mut rest)? == 0 {
-                return Ok(());
-            }
-        }
-        let credentials = rest.lines().find(|line| line.starts_with("Proxy-Authorization")).unwrap_or_default();
-        log.lock().unwrap().push(format!("{} {credentials}", line.trim_end()));
-        let (method, url) = line.split_once(' ').unwrap();
-        let Some(url) = url.strip_prefix("http://") else {
-            return client
-                .write_all(b"HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-        };
-        let (host, path) = url.split_once('/').unwrap();
-        let mut server = if host == "hub.invalid" { TcpStream::connect(hub)? } else { TcpStream::connect(host)? };
-        let kept = rest
-            .lines()
-            .filter(|line| !line.starts_with("Proxy-"))
-            .map(|line| format!("{line}\r\n"))
-            .collect::<Vec<_>>();
-        write!(server, "{method} /{path}Connection: close\r\n{}", kept.concat())?;
-        // One request for each connection.
-        let mut answer = BufReader::new(server);
-        let mut status = String::new();
-        answer.read_line(&mut status)?;
-        write!(client, "{status}Connection: close\r\n")?;
-        std::io::copy(&mut answer, &mut client)?;
-        client.shutdown(std::net::Shutdown::Both)
-    };
-    std::thread::spawn(move || {
-        for client in listener.incoming().flatten() {
-            let serve = serve.clone();
-            // A client that leaves early is no fault of the proxy.
-            std::thread::spawn(move || serve(client).ok());
-        }
-    });
-    (address, seen)
-}
-
-#[test]
-fn plain_http_goes_through_a_proxy_without_a_tunnel() {
-    let world = World::new([("test/tiny", tiny_repo(&[]))]);
-    let hub = world.server.url().strip_prefix("http://").unwrap().trim_end_matches('/').parse().unwrap();
-    let (proxy, seen) = proxy(hub);
-    let mut command = example("generate");
-    command.args(["--model", "test/tiny", "-n", "4", "--temperature", "0"]);
-    for name in ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY", "HF_HUB_OFFLINE"] {
-        command.env_remove(name);
-    }
-    command.env("http_proxy", format!("http://me:pass%20word@{proxy}")).env("HF_HUB_CACHE", world.cache.path());
-    let output = command.env("HF_ENDPOINT", "http://hub.invalid").output().unwrap();
-    let seen = seen.lock().unwrap();
-    assert!(output.status.success(), "{}\n{seen:?}", String::from_utf8_lossy(&output.stderr));
-    assert!(
-        seen.len() > 4 && seen.iter().all(|line| line.starts_with("GET http://") || line.starts_with("HEAD http://")),
-        "{seen:?}"
-    );
-    // `me:pass word`, as RFC 7617 encodes it.
-    assert!(
-        seen.iter().all(|line| line.ends_with(" HTTP/1.1 Proxy-Authorization: Basic bWU6cGFzcyB3b3Jk")),
-        "{seen:?}"
-    );
-    assert!(seen[0].contains("http://hub.invalid/api/models/test/tiny"), "{seen:?}");
 }

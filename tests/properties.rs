@@ -394,6 +394,12 @@ fn overflow_is_reported_with_its_layer() {
     let error = pricket::Error::from(generation.step().unwrap_err());
     assert!(matches!(error, pricket::Error::NonFinite { layer: Some(1), .. }), "{error}");
     assert!(error.to_string().contains("layer 1") && error.to_string().contains("f32"), "{error}");
+    // Nor is it compared with a model that is in order, on either side.
+    let (broken, sound) = (model.model(), small(&json!({}), 1).model());
+    for (a, b) in [(&broken, &sound), (&sound, &broken)] {
+        let error = pricket::lm::compare(&**a, &**b, &[1, 2, 3], 0, &pricket::ScoreOptions::default()).unwrap_err();
+        assert!(matches!(error, pricket::lm::Error::NonFinite { layer: Some(1), .. }), "{error}");
+    }
 }
 
 #[test]

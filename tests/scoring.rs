@@ -43,19 +43,22 @@ proptest! {
         }
     }
 
-    /// Every token is scored once, after as much as there is room for, and the first after the prefix.
+    /// Every token is scored once, the first after the prefix, and from the second window on with all the context that there is room for.
     #[test]
-    fn windows_cover_a_text(len in 0usize..70, room in 1usize..20) {
+    fn windows_cover_a_text(len in 0usize..70, room in 1usize..20, stride in 1usize..20) {
         let ids: Vec<u32> = (1..=len as u32).collect();
-        let windows = Continuation::windows(&ids, 0, room, room);
-        prop_assert_eq!(windows.iter().flat_map(|window| window.ids.clone()).collect::<Vec<_>>(), ids);
-        for (i, window) in windows.iter().enumerate() {
-            let read = [&window.context[..], &window.ids].concat();
-            prop_assert!(read.len() <= room + 1 && read.windows(2).all(|pair| pair[1] == pair[0] + 1));
-            prop_assert_eq!(i == 0, window.context == [0]);
-            // The last one is filled up with what came before.
-            prop_assert!(i == 0 || read.len() == room + 1);
+        for stride in [stride.min(room), room] {
+            let windows = Continuation::windows(&ids, 0, room, stride);
+            prop_assert_eq!(windows.iter().flat_map(|window| window.ids.clone()).collect::<Vec<_>>(), &ids[..]);
+            for (i, window) in windows.iter().enumerate() {
+                let read = [&window.context[..], &window.ids].concat();
+                prop_assert!(read.len() <= room + 1 && read.windows(2).all(|pair| pair[1] == pair[0] + 1));
+                prop_assert_eq!(i == 0, window.context == [0]);
+                prop_assert!(i == 0 || window.ids.len() <= stride && read.len() == room + 1);
+            }
         }
+        // No room is room for one.
+        prop_assert_eq!(Continuation::windows(&ids, 0, 0, 0), Continuation::windows(&ids, 0, 1, 1));
     }
 }
 

@@ -44,8 +44,10 @@ mod sweep;
 /// The embedded checkpoint and its training steps.
 mod tiny;
 
-/// Tokenising, streaming, stop strings, sampling.
+/// Task files of lm-evaluation-harness, options of tasks.
 mod task_files;
+
+/// Tokenizing, streaming, stop strings, sampling.
 mod text;
 
 /// Loading and running within the memory that the file takes.
@@ -71,6 +73,9 @@ mod world;
 
 /// Models by their ids: a server that speaks the Hub's protocol, its steps and single tensors.
 mod hub;
+
+/// Requests through a proxy.
+mod proxy;
 
 /// Which revisions hold what.
 mod audit;

@@ -14,9 +14,9 @@ pub(crate) struct SamplingArgs {
     /// Choose among the K most likely tokens; 0 or -1 for all
     #[arg(long, default_value = "0", value_name = "K", value_parser = count, allow_negative_numbers = true)]
     top_k: usize,
-    /// Choose among the most likely tokens that together have probability P
-    #[arg(long, default_value_t = 0.95, value_name = "P")]
-    top_p: f32,
+    /// Choose among the most likely tokens that together have probability P [default: 0.95]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
     /// Choose among tokens with at least this share of the most likely one's probability
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     min_p: f32,
@@ -52,23 +52,20 @@ impl SamplingArgs {
     /// The options that these flags say.
     pub(crate) fn options(&self) -> GenerateOptions {
         let clock = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
-        let chosen = Sampling {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            typical_p: self.typical_p,
-            ..Sampling::default()
-        };
         GenerateOptions {
             max_tokens: self.max_tokens,
             sampling: Sampling {
+                temperature: self.temperature,
+                // No limit is the same as none.
+                top_k: if self.top_k == usize::MAX { 0 } else { self.top_k },
+                // At temperature 0 nothing is left to choose among; what is asked for in spite of it is refused.
+                top_p: self.top_p.unwrap_or(if self.temperature == 0.0 { 1.0 } else { 0.95 }),
+                min_p: self.min_p,
+                typical_p: self.typical_p,
                 repetition_penalty: self.repetition_penalty,
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
                 no_repeat_ngram_size: self.no_repeat_ngram_size,
-                // At temperature 0 nothing is left to choose among.
-                ..if self.temperature == 0.0 { Sampling::greedy() } else { chosen }
             },
             seed: self.seed.unwrap_or_else(clock),
             ..GenerateOptions::default()

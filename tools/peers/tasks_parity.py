@@ -35,6 +35,19 @@ metric_list:
   - {metric: acc_bytes, aggregation: mean, higher_is_better: true}
 metadata: {version: 1.0}
 """,
+    "own": """
+task: local_own
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/own.test.jsonl}}
+test_split: test
+fewshot_split: test
+fewshot_config: {sampler: first_n}
+output_type: multiple_choice
+doc_to_text: "{{question}} {{names}}"
+doc_to_choice: "{{names.values()|list}}"
+doc_to_target: 1
+metric_list: [{metric: acc}]
+""",
     "pairs": """
 include: _pairs_base
 task: local_pairs
@@ -116,6 +129,7 @@ def main():
                                  "choices": {"text": [text(1, 5) for _ in "ABCD"], "label": list("ABCD")}},
         "described": lambda i: {"subject": rng.choice(["law", "naïve art"]), "question": " " + text(3, 9), "answer": rng.randint(0, 2),
                                 "choices": [text(1, 4) for _ in "ABC"]},
+        "own": lambda i: {"question": text(3, 9), "names": {"z": text(1, 3), "a": text(1, 3), "m": text(1, 3)}},
         "pairs": lambda i: {"good": text(3, 9), "bad": text(3, 9)},
         "several": lambda i: {"text": text(3, 9), "flag": bool(i % 2), "score": rng.choice([0.1, 1e-7, 3e20, 5.0]), "words": text(1, 4).split()},
         "word": lambda i: {"text": text(5, 20)},
@@ -126,7 +140,7 @@ def main():
     }
     splits = {"hellaswag": ("validation", "train"), "piqa": ("validation", "train"), "winogrande": ("validation", "train"),
               "arc_easy": ("test", "train"), "openbookqa": ("test", "train"), "sciq": ("test", "train"), "lambada_openai": ("test",), "wikitext": ("test",)}
-    more = {"described": ("test", "train"), "pairs": ("train",), "several": ("validation",), "word": ("test", "train")}
+    more = {"described": ("test", "train"), "own": ("test",), "pairs": ("train",), "several": ("validation",), "word": ("test", "train")}
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         for task, of_task in (splits | more).items():

@@ -40,6 +40,7 @@ impl<In: Transport> Connector<In> for Forward {
         };
         let transport = (details.run_connector)(&to_proxy)?;
         let authority = details.uri.authority().map(ToString::to_string).unwrap_or_default();
+        let authority = authority.rsplit_once('@').map_or(&*authority, |(_, server)| server);
         let credentials = proxy.username().map(|user| {
             let pair = format!("{user}:{}", proxy.password().unwrap_or_default());
             format!("Proxy-Authorization: Basic {}\r\n", BASE64_STANDARD.encode(pair))
@@ -53,7 +54,7 @@ impl<In: Transport> Connector<In> for Forward {
 /// A connection to a proxy, over which requests are sent with the whole address.
 struct Whole {
     transport: Box<dyn Transport>,
-    /// What stands before the path.
+    /// Scheme and authority of the address.
     origin: String,
     /// A line of the head, or nothing.
     credentials: String,

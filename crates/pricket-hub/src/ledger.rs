@@ -1,10 +1,10 @@
-//! What the threads of a fetch share.
+//! State that the threads of a fetch share.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Events;
 
-/// What all threads of a fetch add to.
+/// Bytes of a fetch, counted by all of its threads.
 pub(crate) struct Ledger<'a> {
     pub(crate) events: &'a dyn Events,
     pub(crate) total: u64,
@@ -34,7 +34,7 @@ impl<'a> Ledger<'a> {
     }
 }
 
-/// What the mutex of a repository is waited for.
+/// Holder of a repository's mutex, for a message while waiting for it.
 pub(crate) const MUTEX: &str = "another process that changes this repository in the cache";
 
 /// Does something when it goes, also in a panic: whoever waits for a thread must not wait for ever.

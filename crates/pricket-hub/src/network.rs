@@ -35,7 +35,12 @@ impl Proxies {
 
     /// Returns the proxy for an address.
     pub(crate) fn of(&self, url: &str) -> Option<&str> {
-        let (scheme, host, _) = origin(url)?;
+        // Who logs in at a server with a name and password in its address goes through the proxy as well.
+        let (scheme, rest) = url.split_once("://")?;
+        let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
+        let server = authority.rsplit_once('@').map_or(authority, |(_, server)| server);
+        let plain = format!("{scheme}://{server}/");
+        let (scheme, host, _) = origin(&plain)?;
         let is_below = |entry: &String| host.strip_suffix(entry.as_str()).is_some_and(|rest| rest.ends_with('.'));
         if self.direct.iter().any(|entry| entry == "*" || host == *entry || is_below(entry)) {
             return None;
@@ -62,7 +67,7 @@ fn proxy(env: Env<'_>, names: &[&'static str]) -> Result<Option<String>> {
     }
 }
 
-/// Returns the certificate file that replaces Mozilla's, and the variable of requests, curl or OpenSSL that names it.
+/// Returns the certificate file that replaces the platform's store, and the variable of requests, curl or OpenSSL that names it.
 pub(crate) fn certificates(env: Env<'_>) -> Option<(&'static str, PathBuf)> {
     first(env, &["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]).map(|(name, path)| (name, path.into()))
 }
@@ -85,6 +90,7 @@ mod tests {
         assert_eq!((one.of("https://x/"), one.of("http://x/")), (Some("http://a:1"), None));
         let all = proxies(&[("ALL_PROXY", "http://c:3"), ("HTTPS_PROXY", " ")]).unwrap();
         assert_eq!((all.of("https://x/"), all.of("http://x/")), (Some("http://c:3"), Some("http://c:3")));
+        assert_eq!(all.of("http://me:secret@x/y"), Some("http://c:3"), "a name and password are no way around it");
         let lower = proxies(&[("HTTPS_PROXY", "http://upper:1"), ("https_proxy", "http://lower:1")]).unwrap();
         assert_eq!(lower.of("https://x/"), Some("http://lower:1"));
         assert_eq!(proxies(&[]).unwrap(), Proxies::default());

@@ -3,6 +3,7 @@
 use candle_core::{DType, IndexOp, Tensor};
 use pricket_nn::{CausalLm, Error as NnError};
 
+use crate::diagnose::diagnose;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
@@ -32,7 +33,8 @@ const ROWS: usize = 64;
 /// what both models read at once.
 ///
 /// # Errors
-/// [`Error::Input`] for vocabularies of different sizes or a text without tokens; what the models say.
+/// [`Error::Input`] for vocabularies of different sizes or a text without tokens; [`Error::NonFinite`] if a model overflows; what the models
+/// say.
 pub fn compare(
     reference: &dyn CausalLm,
     other: &dyn CausalLm,
@@ -76,6 +78,11 @@ pub fn compare(
             let (p, q) = (logits(reference, &first)?, logits(other, &second)?);
             for ((p, q), &target) in p.iter().zip(&q).zip(targets) {
                 let (norm_p, norm_q) = (log_sum(p), log_sum(q));
+                for (model, norm) in [(reference, norm_p), (other, norm_q)] {
+                    if !norm.is_finite() {
+                        return Err(diagnose(model, &context));
+                    }
+                }
                 reference_loss += norm_p - f64::from(p[target as usize]);
                 loss += norm_q - f64::from(q[target as usize]);
                 let divergence: f64 = p

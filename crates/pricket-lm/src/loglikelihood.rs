@@ -51,12 +51,14 @@ impl Continuation {
         Ok(Self { context, ids })
     }
 
-    /// Splits a text of any length into windows that score every token once: each reads at most `max_length` tokens.
+    /// Splits a text of any length into windows that score every token once: each reads at most `max_length`
+    /// tokens, at least 1.
     ///
     /// The first window begins with `prefix` and scores `max_length` tokens; each of the others scores the next `stride` tokens (1 to
     /// `max_length`), given as many of those before as there is room for. With a stride of `max_length` the windows do not overlap,
     /// but for the token before each and for the last window, which is filled up.
     pub fn windows(ids: &[u32], prefix: u32, max_length: usize, stride: usize) -> Vec<Self> {
+        let max_length = max_length.max(1);
         let (mut windows, mut done) = (Vec::new(), 0);
         while done < ids.len() {
             let step = if done == 0 { max_length } else { stride.clamp(1, max_length) };

@@ -1,4 +1,4 @@
-//! What lm-evaluation-harness gets from Python: random numbers, methods of strings, the notation of values.
+//! Parts of Python that lm-evaluation-harness relies on: random numbers, methods of strings, literals.
 
 mod literal;
 

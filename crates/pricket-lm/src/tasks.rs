@@ -6,6 +6,7 @@ mod harness;
 mod jinja;
 mod report;
 mod template;
+mod yaml;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -167,18 +168,18 @@ type Describe = Arc<dyn Fn(&Value) -> Result<String, String> + Send + Sync>;
 pub(crate) enum Sampler {
     /// At random for each document. With `spare`, one more is drawn, and the document that is asked about is left out.
     Random { spare: bool },
-    /// The first ones.
-    First,
+    /// The first ones. With `spare`, the document that is asked about is left out.
+    First { spare: bool },
 }
 
 /// How a prompt is put together from a description, examples and a question.
 #[derive(Clone)]
 pub(crate) struct Layout {
-    /// What stands before all.
+    /// A text before the examples.
     pub(crate) describe: Option<Describe>,
-    /// Stands between an example's question and its answer.
+    /// The text between an example's question and its answer.
     pub(crate) target_delimiter: String,
-    /// Stands behind each example.
+    /// The text after each example.
     pub(crate) example_delimiter: String,
 }
 
@@ -247,14 +248,20 @@ impl Task {
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
-        if path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml") {
-            return harness::parse(path).map_err(wrong);
+        let task = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("yaml" | "yml") => harness::parse(path),
+            Some("toml") => {
+                std::fs::read_to_string(path).map_err(|e| e.to_string()).and_then(|text| template::parse(&text))
+            }
+            _ => Err("expected a name that ends in .yaml, .yml or .toml".into()),
+        };
+        let task = task.map_err(wrong)?;
+        // Its results and documents are files of this name.
+        let is_name = |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
+        if !is_name(&task.name) || task.name.contains(char::is_control) {
+            return Err(wrong(format!("the task's name {:?} cannot be part of a file's name", task.name)));
         }
-        if path.extension().is_none_or(|extension| extension != "toml") {
-            return Err(wrong("expected a name that ends in .yaml, .yml or .toml".into()));
-        }
-        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
-        template::parse(&text).map_err(wrong)
+        Ok(task)
     }
 
     /// Its name.
@@ -296,8 +303,8 @@ impl Task {
         self.examples_split.as_deref()
     }
 
-    /// Returns the number of examples before each question: `asked`, or what the definition says, or none. A task that says 0
-    /// has no examples.
+    /// Returns the number of examples before each question: `asked`, else the number of the definition, else 0. Where the definition
+    /// says 0, `asked` has no effect, as in the harness.
     pub fn shots(&self, asked: Option<usize>) -> usize {
         match (asked, self.shots) {
             (_, Some(0)) => 0,

@@ -221,7 +221,7 @@ impl<B: Block> Decoder<B> {
         ctx.check_taps(self.blocks.len(), &|site: Site| !site.is_per_layer() || in_blocks(site))
     }
 
-    /// Refuses ids of another shape or type, or outside the vocabulary. On a GPU looking at them would cost a wait.
+    /// Refuses hidden states of another width.
     fn check_width(&self, x: &Tensor) -> Result<()> {
         match x.dims() {
             [.., d] if *d == self.info.d_model => Ok(()),
@@ -232,6 +232,7 @@ impl<B: Block> Decoder<B> {
         }
     }
 
+    /// Refuses ids of another shape or type, or outside the vocabulary. On a GPU looking at them would cost a wait.
     fn check_ids(&self, ids: &Tensor) -> Result<(usize, usize)> {
         let &[b, t] = ids.dims() else {
             return Err(Error::Input(format!("token ids of shape {:?}; expected [batch, length]", ids.dims())));

@@ -96,13 +96,14 @@ impl Tabular for [ScoredToken] {
 impl Tabular for Completion {
     fn table(&self) -> Table {
         let logprobs = self.logprobs.iter().map(|&logprob| f64::from(logprob));
-        let mean = logprobs.sum::<f64>() / self.logprobs.len().max(1) as f64;
+        let count = self.logprobs.len();
+        let mean = if count == 0 { "-".into() } else { format!("{:.4}", logprobs.sum::<f64>() / count as f64) };
         pairs(vec![
             ("text", format!("{:?}", self.text)),
             ("end", self.finish.to_string()),
             ("tokens of the prompt", self.prompt_ids.len().to_string()),
             ("tokens written", self.ids.len().to_string()),
-            ("mean log-probability", format!("{mean:.4}")),
+            ("mean log-probability", mean),
         ])
     }
 }

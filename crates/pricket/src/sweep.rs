@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use pricket_hub::{Digest, Hub, Quiet, Steps};
-use pricket_lm::{Documents, EvalOptions, Task, slice_losses};
+use pricket_lm::{Documents, EvalOptions, Task, TaskKind, slice_losses};
 use serde_json::{Value, json};
 
 use crate::checkpoints::{Checkpoint, Checkpoints};
@@ -71,6 +71,14 @@ impl Measure {
         }
     }
 
+    /// Whether it scores whole texts, in windows.
+    fn has_windows(&self) -> bool {
+        match self {
+            Measure::Task { task, .. } => task.kind() == TaskKind::Perplexity,
+            Measure::Text { .. } | Measure::TextFile(_) | Measure::Slices(_) => true,
+        }
+    }
+
     /// What it is called in the rows that belong to it.
     fn name(&self) -> String {
         match self {
@@ -103,7 +111,7 @@ impl Measure {
         if let Some(length) = options.score.max_length {
             settings["max_length"] = json!(length);
         }
-        if let Some(stride) = options.score.stride {
+        if let Some(stride) = options.score.stride.filter(|_| self.has_windows()) {
             settings["stride"] = json!(stride);
         }
         if options.seed != EvalOptions::default().seed {
@@ -264,6 +272,7 @@ impl Sweep {
     /// steps that a model does not have. A checkpoint that fails, or a task whose documents cannot be asked, is no error: see
     /// [`Swept::failed`].
     pub fn run(&self, mut tell: impl FnMut(&Value)) -> Result<Swept> {
+        self.check()?;
         let mut rows = Rows::open(&self.out)?;
         let mut swept = Swept { recomputed: rows.torn, ..Swept::default() };
         let jobs = self.jobs(&rows, &mut swept)?;
@@ -342,6 +351,21 @@ impl Sweep {
                 return Ok(());
             }
         }
+    }
+
+    /// Refuses measures whose rows could not be told apart, and a stride that no measure has.
+    fn check(&self) -> Result<()> {
+        let metrics: Vec<String> = self.measures.iter().filter_map(Measure::metrics).flatten().collect();
+        if let Some(i) = (1..metrics.len()).find(|&i| metrics[..i].contains(&metrics[i])) {
+            return Err(Error::Input(format!(
+                "two measures have the metric {}; give them different names",
+                metrics[i]
+            )));
+        }
+        if self.options.score.stride.is_some() && !self.measures.iter().any(Measure::has_windows) {
+            return Err(Error::Input("stride has an effect on whole texts, and no measure scores any".into()));
+        }
+        Ok(())
     }
 
     /// What is in a checkpoint now, if there are rows of it that say what was in it then.

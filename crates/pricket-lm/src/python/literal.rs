@@ -1,4 +1,4 @@
-//! Python's notation of values: what `str` and `repr` print, and what `ast.literal_eval` reads.
+//! Python literals: `str` and `repr` print them, `ast.literal_eval` reads them.
 
 use serde_json::{Number, Value, json};
 
@@ -99,7 +99,7 @@ impl Parser<'_> {
         match self.rest.chars().next().filter(|_| depth < MAX_DEPTH)? {
             '[' => self.items('[', ']', depth).map(|(items, _)| Value::Array(items)),
             '(' => match self.items('(', ')', depth)? {
-                // Parentheses around one value, without a comma, are no tuple.
+                // A tuple of one value has a comma.
                 (mut items, false) if items.len() == 1 => items.pop(),
                 (items, _) => Some(Value::Array(items)),
             },

@@ -63,6 +63,13 @@ impl std::str::FromStr for Limit {
 }
 
 impl Limit {
+    fn is_possible(&self) -> bool {
+        match *self {
+            Limit::Documents(count) => count > 0,
+            Limit::Share(share) => share > 0.0 && share < 1.0,
+        }
+    }
+
     /// The number, as the harness writes it.
     pub fn to_json(self) -> Value {
         match self {
@@ -160,8 +167,8 @@ pub fn evaluate(
 ) -> Result<Outcome> {
     let mut shots = Shots::new(task, examples, options)?;
     options.score.check(model)?;
-    if options.limit == Some(Limit::Documents(0)) {
-        return Err(Error::Input("limit: expected at least 1 document, found 0".into()));
+    if let Some(limit) = options.limit.filter(|limit| !limit.is_possible()) {
+        return Err(Error::Input(format!("limit: expected at least 1 document or a share below 1, found {limit}")));
     }
     let mut documents = limited(documents.into_iter(), options.limit)?.peekable();
     let mut outcome = Outcome {
@@ -388,7 +395,8 @@ impl<'a> Shots<'a> {
                 let example = example(task, &task.ask(document, number)?).map_err(|what| task.wrong(number, what))?;
                 pool.push((document, example));
             }
-            let wanted = count + usize::from(task.sampler == Sampler::Random { spare: true });
+            let spare = matches!(task.sampler, Sampler::Random { spare: true } | Sampler::First { spare: true });
+            let wanted = count + usize::from(spare);
             if pool.len() < wanted {
                 let found = pool.len();
                 return Err(Error::Input(format!(
@@ -406,11 +414,23 @@ impl<'a> Shots<'a> {
             return Ok(String::new());
         }
         let chosen = match self.sampler {
-            Sampler::First => (0..self.count).collect(),
+            Sampler::First { spare } => {
+                let others = (0..self.pool.len()).filter(|&i| !spare || self.pool[i].0 != document);
+                self.enough(others.take(self.count).collect())?
+            }
             Sampler::Random { spare: false } => self.random.sample(self.pool.len(), self.count),
             Sampler::Random { spare: true } => self.draw_others(document)?,
         };
         Ok(chosen.iter().map(|&i| self.pool[i].1.as_str()).collect())
+    }
+
+    /// Refuses fewer examples than are wanted.
+    fn enough(&self, found: Vec<usize>) -> Result<Vec<usize>> {
+        if found.len() >= self.count {
+            return Ok(found);
+        }
+        let (count, found) = (self.count, found.len());
+        Err(Error::Input(format!("expected {count} examples other than the question, found {found}")))
     }
 
     /// One more is drawn than is used, and the document itself is left out.
@@ -421,11 +441,7 @@ impl<'a> Shots<'a> {
             return Ok(others);
         }
         // The document is there more than once: drawn again from the others.
-        let rest: Vec<usize> = (0..self.pool.len()).filter(|&i| self.pool[i].0 != document).collect();
-        if rest.len() < self.count {
-            let (count, found) = (self.count, rest.len());
-            return Err(Error::Input(format!("expected {count} examples other than the question, found {found}")));
-        }
+        let rest = self.enough((0..self.pool.len()).filter(|&i| self.pool[i].0 != document).collect())?;
         Ok(self.random.sample(rest.len(), self.count).into_iter().map(|i| rest[i]).collect())
     }
 }
@@ -435,8 +451,8 @@ fn example(task: &Task, question: &Asked) -> Result<String, &'static str> {
     let Layout { target_delimiter, example_delimiter, .. } = &task.layout;
     let text = match question {
         Asked::Text { text, .. } => text.clone(),
-        // The harness puts the delimiter also before what begins with one.
-        Asked::Continuation { context, continuation } if continuation.is_empty() => context.clone(),
+        // The harness puts no delimiter around an answer that is empty, and one before an answer that begins with a space.
+        Asked::Continuation { context, continuation } if continuation.is_empty() => return Ok(context.clone()),
         Asked::Continuation { context, continuation } => format!("{context}{target_delimiter}{continuation}"),
         Asked::Choices(choices) => {
             let &[answer] = &choices.answers[..] else { return Err("an example has several right answers") };

@@ -13,7 +13,8 @@ use yaml_serde::Value as Yaml;
 
 use super::builtin::{self, count_words};
 use super::jinja::Templates;
-use super::{Ask, Asked, Choices, Describe, Layout, Metric, Sampler, Task, TaskKind};
+use super::yaml;
+use super::{Asked, Choices, Describe, Layout, Metric, Sampler, Task, TaskKind};
 use crate::python::literal_eval;
 
 /// Bytes of a task file or a module of functions at most. The largest of the harness has 20 kB.
@@ -36,8 +37,12 @@ struct Module {
     sha256: &'static str,
     /// Whether other tasks have a module of this name too.
     is_common: bool,
-    functions: &'static [(&'static str, &'static str)],
+    /// What the harness's own file says of the text, the target and the choices. A file that says anything else asks something else.
+    asks: &'static [(&'static str, &'static str)],
 }
+
+/// Keys that say what is asked.
+const ASKS: [&str; 5] = ["doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results"];
 
 const MODULES: [Module; 3] = [
     Module {
@@ -45,10 +50,10 @@ const MODULES: [Module; 3] = [
         task: "winogrande",
         sha256: "e55327629264a98f1d383fda24645b6779afb53fa0bce2150042b9416b1ae006",
         is_common: false,
-        functions: &[
-            ("doc_to_text", "doc_to_text"),
-            ("doc_to_target", "doc_to_target"),
-            ("doc_to_choice", "doc_to_choice"),
+        asks: &[
+            ("doc_to_text", "!function preprocess_winogrande.doc_to_text"),
+            ("doc_to_target", "!function preprocess_winogrande.doc_to_target"),
+            ("doc_to_choice", "!function preprocess_winogrande.doc_to_choice"),
         ],
     },
     Module {
@@ -56,14 +61,23 @@ const MODULES: [Module; 3] = [
         task: "wikitext",
         sha256: "a44020374b172159bf5be80a64d2c4194c9d5c77284f696ac666361338c8da7d",
         is_common: false,
-        functions: &[("doc_to_target", "wikitext_detokenizer"), ("process_results", "process_results")],
+        asks: &[
+            ("doc_to_text", ""),
+            ("doc_to_target", "!function preprocess_wikitext.wikitext_detokenizer"),
+            ("process_results", "!function preprocess_wikitext.process_results"),
+        ],
     },
     Module {
         name: "utils",
         task: "hellaswag",
         sha256: "07d23b60b28f2a4f658dcf8440623a63fe6644854ce9b846a114dde980dc1214",
         is_common: true,
-        functions: &[("process_docs", "process_docs")],
+        asks: &[
+            ("process_docs", "!function utils.process_docs"),
+            ("doc_to_text", "{{query}}"),
+            ("doc_to_target", "{{label}}"),
+            ("doc_to_choice", "choices"),
+        ],
     },
 ];
 
@@ -71,16 +85,14 @@ const MODULES: [Module; 3] = [
 pub(super) fn parse(path: &Path) -> Result<Task, String> {
     let mut seen = Vec::new();
     let mut keys = read(path, &mut seen)?;
+    keys.retain(|_, (value, _)| *value != Yaml::Null);
     let computed = computed(&keys)?;
     if computed.is_some() {
-        // The built-in task asks; what else the file says of texts and choices is for its functions.
-        for key in ["doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results"] {
-            keys.remove(key);
-        }
+        ASKS.iter().for_each(|key| drop(keys.remove(*key)));
     }
     let definition = seen.into_iter().map(|(_, text)| text).collect();
     let mut keys = Reader(keys);
-    let task = keys.task(definition, computed.map(|task| task.ask))?;
+    let task = keys.task(definition, computed)?;
     // A key that is not read may change the figures.
     match keys.0.keys().find(|key| !WITHOUT_EFFECT.contains(&key.as_str())) {
         Some(key) => Err(format!("{key}: this key of lm-evaluation-harness is not supported")),
@@ -104,10 +116,11 @@ fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> 
         return Err(format!("include: {} is included by itself, or too many files are included", path.display()));
     }
     let text = small_file(path).map_err(|e| e.to_string())?;
-    let parsed: Yaml = yaml_serde::from_str(&text).map_err(|e| e.to_string())?;
+    let parsed = yaml::parse(&text)?;
+    // As the harness does, from where the file lies, not from a link to it.
+    let directory = whole.parent().unwrap_or(Path::new("")).to_owned();
     seen.push((whole, text));
     let Yaml::Mapping(mapping) = parsed else { return Err("expected a YAML mapping of keys".into()) };
-    let directory = path.parent().unwrap_or(Path::new("")).to_owned();
     let mut own = Keys::new();
     let mut merged = Keys::new();
     for (key, value) in mapping {
@@ -127,43 +140,43 @@ fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> 
         }
     }
     merged.extend(own);
-    merged.retain(|_, (value, _)| *value != Yaml::Null);
     Ok(merged)
 }
 
 /// The built-in task that computes what the functions of a file compute, if it names any.
 fn computed(keys: &Keys) -> Result<Option<Task>, String> {
-    let mut found: Option<&Module> = None;
-    for (key, (value, directory)) in keys {
-        let Some(function) = function(value) else { continue };
-        let refused = |why: &str| Err(format!("{key}: !function {function} is Python, which is not executed{why}"));
-        let (module, name) = function.rsplit_once('.').unwrap_or(("", function));
-        let known = MODULES.iter().find(|known| known.name == module && known.functions.contains(&(key, name)));
-        let Some(known) = known.filter(|known| found.is_none_or(|found| found.name == known.name)) else {
-            return refused("");
-        };
-        let file = directory.join(format!("{module}.py"));
-        if !file.is_file() && known.is_common {
-            return refused(&format!(
-                "; built in is that of {}, which {} beside it would prove",
-                known.task,
-                file.display()
-            ));
-        }
-        if file.is_file() {
-            let text = small_file(&file).map_err(|e| format!("{}: {e}", file.display()))?.replace("\r\n", "\n");
-            let sha256 = Sha256::digest(text).iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
-            if sha256 != known.sha256 {
-                let differs = format!(
-                    "; {} differs from that of lm-evaluation-harness 0.4.13, which is built in",
-                    file.display()
-                );
-                return refused(&differs);
-            }
-        }
-        found = Some(known);
+    let named = keys.iter().find_map(|(key, (value, directory))| Some((key, function(value)?, directory)));
+    let Some((key, function, directory)) = named else { return Ok(None) };
+    let refused = |why: &str| Err(format!("{key}: !function {function} is Python, which is not executed{why}"));
+    let module = function.rsplit_once('.').map_or("", |(module, _)| module);
+    let Some(known) = MODULES.iter().find(|known| known.name == module) else { return refused("") };
+    let file = directory.join(format!("{module}.py"));
+    if !file.is_file() && known.is_common {
+        let missing = format!("; {} is built in where {} lies beside the task file", known.task, file.display());
+        return refused(&missing);
     }
-    Ok(found.and_then(|module| builtin::task(module.task)))
+    if file.is_file() {
+        let text = small_file(&file).map_err(|e| format!("{}: {e}", file.display()))?.replace("\r\n", "\n");
+        let sha256 = Sha256::digest(text).iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
+        if sha256 != known.sha256 {
+            let path = file.display();
+            return refused(&format!("; {path} differs from that of lm-evaluation-harness 0.4.13, which is built in"));
+        }
+    }
+    // The whole question is the built-in task's, or none of it.
+    let said = |key: &str| match keys.get(key).map(|(value, _)| value) {
+        Some(Yaml::Tagged(tagged)) => {
+            format!("!{} {}", tagged.tag.to_string().trim_start_matches('!'), shown(&tagged.value).trim_matches('"'))
+        }
+        Some(value) => value.as_str().map_or_else(|| shown(value), str::to_owned),
+        None => String::new(),
+    };
+    let expected = |key: &str| known.asks.iter().find(|(known, _)| *known == key).map_or("", |(_, said)| said);
+    if let Some(other) = ASKS.iter().find(|key| said(key) != expected(key)) {
+        let (task, found) = (known.task, said(other));
+        return refused(&format!("; {other} is not that of {task} as built in: {found:?}"));
+    }
+    Ok(builtin::task(known.task))
 }
 
 /// The function that a value names: `!function module.name`.
@@ -195,7 +208,7 @@ impl Reader {
         value.as_u64().map(|n| Some(n as usize)).ok_or_else(|| unexpected(key, "a whole number", &value))
     }
 
-    fn task(&mut self, definition: String, computed: Option<Ask>) -> Result<Task, String> {
+    fn task(&mut self, definition: String, computed: Option<Task>) -> Result<Task, String> {
         if matches!(self.0.get("task"), Some((Yaml::Sequence(_), _))) {
             return Err("task: a group of tasks; name the files of its tasks instead".into());
         }
@@ -254,8 +267,15 @@ impl Reader {
             target_delimiter: self.text("target_delimiter")?.unwrap_or_else(|| " ".into()),
             example_delimiter: self.text("fewshot_delimiter")?.unwrap_or_else(|| "\n\n".into()),
         };
-        let ask = if let Some(ask) = computed {
-            ask
+        let ask = if let Some(computed) = computed {
+            if kind != computed.kind || layout.target_delimiter != computed.layout.target_delimiter {
+                let (name, delimiter) = (&computed.name, &computed.layout.target_delimiter);
+                let kind = computed.kind.name();
+                return Err(format!(
+                    "{name} is built in with output_type {kind} and target_delimiter {delimiter:?} only"
+                ));
+            }
+            computed.ask
         } else {
             let is_choice = kind == TaskKind::MultipleChoice;
             if choices.is_some() != is_choice {
@@ -263,13 +283,13 @@ impl Reader {
                 return Err(format!("doc_to_choice: {what}"));
             }
             let target = target.ok_or("the key `doc_to_target` is missing")?;
-            let text = text.unwrap_or(Field { key: "doc_to_text", is: Is::Text(String::new()) });
+            let text = text.ok_or("the key `doc_to_text` is missing")?;
             let delimiter = layout.target_delimiter.clone();
             let asker = Asker { templates, kind, text, target, choices, delimiter };
             Arc::new(move |document: &Value| asker.ask(document))
         };
         Ok(Task {
-            sampler: if first_n { Sampler::First } else { Sampler::Random { spare } },
+            sampler: if first_n { Sampler::First { spare } } else { Sampler::Random { spare } },
             shots: self.whole("num_fewshot")?,
             name,
             version,
@@ -329,7 +349,7 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
         Some(Yaml::Mapping(entries)) => entries,
         Some(other) => return Err(unexpected("dataset_kwargs", "a mapping", &other)),
     };
-    let (mut files, mut can_fetch) = (None, true);
+    let (mut files, mut other) = (None, None);
     for (key, value) in entries {
         match key.as_str().unwrap_or_default() {
             "trust_remote_code" => {}
@@ -349,10 +369,13 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
                     other => BTreeMap::from([("train".to_owned(), paths(other)?)]),
                 });
             }
-            _ => can_fetch = false,
+            key => other = Some(key.to_owned()),
         }
     }
-    Ok((files, can_fetch))
+    match (&files, &other) {
+        (Some(_), Some(key)) => Err(format!("dataset_kwargs.{key}: not supported beside data_files")),
+        _ => Ok((files, other.is_none())),
+    }
 }
 
 /// A metric, which has to be computed and averaged as it is here.
@@ -360,8 +383,7 @@ fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     let Yaml::Mapping(entries) = entry else {
         return Err(unexpected("metric_list", "a mapping for each metric", entry));
     };
-    let name =
-        entries.get("metric").and_then(Yaml::as_str).ok_or("metric_list: a metric has no name under `metric`")?;
+    let name = entries.get("metric").and_then(Yaml::as_str).ok_or("metric_list: expected a name under `metric`")?;
     let metric = Metric::named(name, kind).map_err(|e| format!("metric_list: {e}"))?;
     for (key, value) in entries {
         let is_same = match key.as_str().unwrap_or_default() {
@@ -379,7 +401,13 @@ fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     Ok(metric)
 }
 
-/// What a key makes of a document.
+/// Whether a text could be the name of a column.
+fn is_name(text: &str) -> bool {
+    let is_letter = |c: char| c.is_alphabetic() || c == '_';
+    text.starts_with(is_letter) && text.chars().all(|c| is_letter(c) || c.is_numeric())
+}
+
+/// A key of the task file that gives a value for each document.
 struct Field {
     key: &'static str,
     is: Is,
@@ -423,6 +451,11 @@ impl Field {
             Is::Number(n) => Ok(Found::Number(*n)),
             Is::List(items) => Ok(Found::List(items.clone())),
             Is::Text(source) => match document.get(source) {
+                // The harness decides by the columns of the whole dataset whether a text is the name of one.
+                None if is_name(source) => {
+                    let key = self.key;
+                    Err(format!("{key}: no column {source:?}; for a literal text write {{{{ \"{source}\" }}}}"))
+                }
                 None => templates.render(self.key, document).map(Found::Text),
                 Some(Value::String(text)) => Ok(Found::Text(text.clone())),
                 Some(Value::Array(items)) => Ok(Found::List(items.clone())),

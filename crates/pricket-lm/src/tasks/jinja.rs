@@ -10,8 +10,11 @@ use serde_json::Value;
 
 use crate::python::{self, capitalize, is_space};
 
-/// Steps that rendering a template may take, so that a loop in a task file ends.
-const FUEL: u64 = 10_000_000;
+/// Steps of a template at most, so that a loop in a task file ends, and so that it cannot build values too deep for the stack.
+const FUEL: u64 = 100_000;
+
+/// Lists and dictionaries nested deeper than this are refused.
+const MAX_DEPTH: usize = 64;
 
 /// The templates of a task, by their names.
 #[derive(Debug)]
@@ -27,6 +30,9 @@ impl Templates {
         templates.add_filter("regex_replace", regex_replace);
         templates.set_fuel(Some(FUEL));
         templates.set_formatter(|out, _, value| {
+            if is_deeper(value, MAX_DEPTH) {
+                return Err(wrong(format!("a value nested deeper than {MAX_DEPTH} levels")));
+            }
             let value =
                 serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
             out.write_str(&python::text(&value)).map_err(Error::from)
@@ -87,14 +93,65 @@ fn method(
     }
 }
 
+/// Whether a value is nested deeper than `depth`.
+fn is_deeper(value: &minijinja::Value, depth: usize) -> bool {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => {
+            depth == 0 || value.try_iter().is_ok_and(|mut items| items.any(|item| is_deeper(&item, depth - 1)))
+        }
+        ValueKind::Map => {
+            let is_deep = |key| value.get_item(&key).is_ok_and(|item| is_deeper(&item, depth - 1));
+            depth == 0 || value.try_iter().is_ok_and(|mut keys| keys.any(is_deep))
+        }
+        _ => false,
+    }
+}
+
 /// The harness's own filter: `re.sub(pattern, repl, text, count)`.
 fn regex_replace(text: &str, pattern: &str, replacement: &str, count: Option<usize>) -> Result<String, Error> {
-    let pattern = Regex::new(pattern).map_err(|e| wrong(format!("regex_replace: {e}")))?;
-    // `\1` of Python is `${1}` here, and a dollar is no reference.
-    let digits = Regex::new(r"\\(\d+)").map_err(|e| wrong(e.to_string()))?;
-    let replacement = replacement.replace('$', "$$");
-    let replacement = digits.replace_all(&replacement, "$${$1}");
-    Ok(pattern.replacen(text, count.unwrap_or(0), &*replacement).into_owned())
+    let found = Regex::new(pattern).map_err(|e| wrong(format!("regex_replace: {e}")))?;
+    let replacement = replacement_of(replacement, found.captures_len())?;
+    Ok(found.replacen(text, count.unwrap_or(0), &*replacement).into_owned())
+}
+
+/// A replacement in the notation of the crate `regex`, from Python's: `\1` and `\g<1>` are `${1}`, and a dollar is a dollar.
+fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
+    let unknown = || wrong(format!("regex_replace: the replacement {python:?} is not supported"));
+    let mut out = String::new();
+    let mut chars = python.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c != '\\' {
+            out.push(c);
+            // Twice, it is no reference.
+            if c == '$' {
+                out.push(c);
+            }
+            continue;
+        }
+        let mut digits = String::new();
+        match chars.next().ok_or_else(unknown)? {
+            '\\' => out.push('\\'),
+            'n' => out.push('\n'),
+            't' => out.push('\t'),
+            'r' => out.push('\r'),
+            'g' => {
+                let name: String = chars.by_ref().skip_while(|c| *c == '<').take_while(|c| *c != '>').collect();
+                digits.push_str(&name);
+            }
+            digit @ '1'..='9' => {
+                digits.push(digit);
+                digits.extend(chars.next_if(char::is_ascii_digit));
+            }
+            _ => return Err(unknown()),
+        }
+        if !digits.is_empty() {
+            let group: usize = digits.parse().ok().filter(|&group| group < groups).ok_or_else(unknown)?;
+            out.push_str("${");
+            out.push_str(&group.to_string());
+            out.push('}');
+        }
+    }
+    Ok(out)
 }
 
 fn wrong(what: String) -> Error {

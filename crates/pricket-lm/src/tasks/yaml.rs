@@ -1,0 +1,89 @@
+//! YAML of bounded size: an alias can stand for a long list, and be written many times.
+
+use std::cell::Cell;
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess, Visitor};
+use yaml_serde::Value;
+
+/// Values of a file at most, each counted as often as aliases repeat it; of a text, each of its bytes counts.
+const MAX_VALUES: usize = 16 << 20;
+
+/// Parses a text.
+pub(super) fn parse(text: &str) -> Result<Value, String> {
+    let left = Cell::new(MAX_VALUES);
+    Count(&left).deserialize(yaml_serde::Deserializer::from_str(text)).map_err(|e| e.to_string())?;
+    yaml_serde::from_str(text).map_err(|e| e.to_string())
+}
+
+/// Walks through a value and counts, without keeping anything.
+struct Count<'a>(&'a Cell<usize>);
+
+impl Count<'_> {
+    fn add<E: Error>(&self, count: usize) -> Result<(), E> {
+        let left = self.0.get().checked_sub(count + 1);
+        let left = left.ok_or_else(|| E::custom(format!("aliases repeat more than {MAX_VALUES} values")))?;
+        self.0.set(left);
+        Ok(())
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Count<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Count<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_bool<E: Error>(self, _: bool) -> Result<(), E> {
+        self.add(0)
+    }
+
+    fn visit_i64<E: Error>(self, _: i64) -> Result<(), E> {
+        self.add(0)
+    }
+
+    fn visit_u64<E: Error>(self, _: u64) -> Result<(), E> {
+        self.add(0)
+    }
+
+    fn visit_f64<E: Error>(self, _: f64) -> Result<(), E> {
+        self.add(0)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
+        self.add(text.len())
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<(), E> {
+        self.add(0)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        self.add(0)?;
+        while items.next_element_seed(Count(self.0))?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
+        self.add(0)?;
+        while entries.next_key_seed(Count(self.0))?.is_some() {
+            entries.next_value_seed(Count(self.0))?;
+        }
+        Ok(())
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, tagged: A) -> Result<(), A::Error> {
+        self.add(0)?;
+        let ((), value) = tagged.variant_seed(Count(self.0))?;
+        value.newtype_variant_seed(self)
+    }
+}
