@@ -57,6 +57,7 @@ mod remote;
 mod repository;
 mod results;
 mod shapes;
+mod shard;
 mod small_files;
 mod sweep;
 mod task;
@@ -84,7 +85,8 @@ pub use qkv::QkvOrder;
 pub use remote::{Tensors, tensors};
 pub use repository::{Fetched, fetch};
 pub use shapes::{published_config, published_shapes};
-pub use sweep::{Measure, Shard, Sweep, Swept};
+pub use shard::Shard;
+pub use sweep::{Measure, Sweep, Swept};
 
 pub use pricket_hub::{self as hub, Hub, Steps};
 pub use pricket_lm::{

@@ -1,8 +1,6 @@
 //! Figures over checkpoints: one after the other, resumably, in shares that add up.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +12,9 @@ use serde_json::{Value, json};
 
 use crate::checkpoints::{Checkpoint, Checkpoints};
 use crate::inputs::{self, Hashes};
-use crate::{Error, Loader, Pricket, Result, results};
+use crate::results::{Rows, Wanted};
+use crate::shard::Shard;
+use crate::{Error, Loader, Pricket, Result};
 
 /// What is measured of each checkpoint.
 #[derive(Clone, Debug)]
@@ -89,6 +89,11 @@ impl Measure {
         }
     }
 
+    /// What its rows have to be.
+    fn wanted(&self, sweep: &Sweep) -> Wanted {
+        Wanted { metrics: self.metrics(), settings: self.settings(sweep), needs_hashes: sweep.remeasure }
+    }
+
     /// The settings of its rows: with other settings a checkpoint is measured again.
     fn settings(&self, sweep: &Sweep) -> Value {
         let options = &sweep.options;
@@ -121,59 +126,6 @@ impl Measure {
             settings["setup"] = json!(sweep.setup);
         }
         settings
-    }
-}
-
-/// A share of the work: the checkpoints whose number leaves `index` when divided by `count`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shard {
-    index: usize,
-    count: usize,
-}
-
-impl Default for Shard {
-    fn default() -> Self {
-        Self { index: 0, count: 1 }
-    }
-}
-
-impl Shard {
-    /// Share `index` of `count`, from 0 on.
-    ///
-    /// # Errors
-    /// [`Error::Input`] if there is no such share.
-    pub fn new(index: usize, count: usize) -> Result<Self> {
-        if index >= count {
-            return Err(Error::Input(format!("share {index} of {count}: they are counted from 0")));
-        }
-        Ok(Self { index, count })
-    }
-
-    /// The share of a task of a Slurm array (`SLURM_ARRAY_TASK_ID`, `_MIN`, `_COUNT`), if this process is one.
-    ///
-    /// # Errors
-    /// [`Error::Input`] if the variables are no numbers, or do not fit each other.
-    pub fn from_slurm() -> Result<Option<Self>> {
-        let number = |name: &str| -> Result<Option<usize>> {
-            let Ok(text) = std::env::var(name) else { return Ok(None) };
-            text.parse().map(Some).map_err(|_| Error::Input(format!("{name} is {text:?}, no number")))
-        };
-        let (Some(id), Some(count)) = (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_COUNT")?) else {
-            return Ok(None);
-        };
-        let first = number("SLURM_ARRAY_TASK_MIN")?.unwrap_or(0);
-        Self::new(id.saturating_sub(first), count).map(Some)
-    }
-}
-
-impl std::str::FromStr for Shard {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-        let (index, count) =
-            parts.ok_or_else(|| Error::Input(format!("{text:?} is no share; 0/4 is the first of 4")))?;
-        Self::new(index, count)
     }
 }
 
@@ -387,7 +339,7 @@ impl Sweep {
         for model in &self.models {
             for checkpoint in model.select(&self.steps)? {
                 number += 1;
-                if (number - 1) % self.shard.count != self.shard.index {
+                if !self.shard.holds(number - 1) {
                     continue;
                 }
                 if checkpoint.known_bad {
@@ -397,7 +349,7 @@ impl Sweep {
                 let weights = self.identity(rows, model, checkpoint);
                 let mut measures = Vec::new();
                 for (measure, inputs) in self.measures.iter().zip(&inputs) {
-                    match rows.there(model, checkpoint, measure, inputs, weights.as_ref(), self) {
+                    match rows.there(model, checkpoint, &measure.wanted(self), inputs, weights.as_ref()) {
                         Some(found) => {
                             swept.kept += found.rows;
                             unproven += found.unproven;
@@ -598,135 +550,4 @@ impl Failure {
     fn of(e: Error) -> Self {
         if matches!(e, Error::Cancelled) { Self::Everywhere(e) } else { Self::Here(e) }
     }
-}
-
-/// Rows of a measure that are there.
-struct There {
-    rows: usize,
-    /// Those of them that have no hashes.
-    unproven: usize,
-}
-
-/// A file of results.
-struct Rows {
-    path: PathBuf,
-    file: File,
-    /// Of each model and revision, the newest row of each metric and settings.
-    found: BTreeMap<(String, String), BTreeMap<(String, String), Value>>,
-    /// Rows of a measure that was broken off.
-    torn: usize,
-}
-
-impl Rows {
-    fn open(path: &Path) -> Result<Self> {
-        let io = |error: std::io::Error| Error::Io { path: path.into(), error };
-        // A device or a pipe has no end to read to.
-        if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
-            return Err(Error::Input(format!("{}: not a regular file, so it cannot hold results", path.display())));
-        }
-        let mut file = File::options().read(true).append(true).create(true).open(path).map_err(io)?;
-        file.try_lock().map_err(|e| match e {
-            std::fs::TryLockError::WouldBlock => {
-                Error::Input(format!("{}: another sweep writes to it", path.display()))
-            }
-            std::fs::TryLockError::Error(e) => io(e),
-        })?;
-        let mut text = Vec::new();
-        file.read_to_end(&mut text).map_err(io)?;
-        let results = results::parse(path, &text)?;
-        let mut rows = Self { path: path.into(), file, found: BTreeMap::new(), torn: results.torn };
-        results.rows.iter().for_each(|row| rows.note(row));
-        if results.whole < text.len() {
-            rows.file.set_len(results.whole as u64).map_err(io)?;
-            rows.file.seek(SeekFrom::End(0)).map_err(io)?;
-        }
-        Ok(rows)
-    }
-
-    fn note(&mut self, row: &Value) {
-        let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
-        if !row["metric"].is_null() {
-            let of_revision = self.found.entry((text("model"), text("revision"))).or_default();
-            of_revision.insert((text("metric"), row["settings"].to_string()), row.clone());
-        }
-    }
-
-    fn newest(&self, model: &Checkpoints, at: &Checkpoint) -> Option<&BTreeMap<(String, String), Value>> {
-        self.found.get(&(model.model.clone(), at.revision.clone()))
-    }
-
-    /// The rows of a measure, if all are there and were computed from the same.
-    fn there(
-        &self,
-        model: &Checkpoints,
-        at: &Checkpoint,
-        measure: &Measure,
-        inputs: &Value,
-        weights: Option<&Value>,
-        sweep: &Sweep,
-    ) -> Option<There> {
-        let (found, settings) = (self.newest(model, at)?, measure.settings(sweep));
-        let is_null = |values: &Value| values.as_array().is_some_and(|hashes| hashes.contains(&Value::Null));
-        let same = |row: &&Value| {
-            let hashed = &row["inputs"];
-            let (is_proven, weights) = (hashed.is_object(), weights.unwrap_or(&Value::Null));
-            let equal = ["definition", "documents", "examples"].iter().all(|key| hashed[key] == inputs[key])
-                && !is_null(&inputs["documents"])
-                && !is_null(&inputs["examples"])
-                && hashed["weights"] == *weights;
-            row["settings"] == settings && if is_proven { equal } else { !sweep.remeasure }
-        };
-        let rows: Vec<&Value> = match measure.metrics() {
-            Some(metrics) => {
-                let of = |metric: String| found.get(&(metric, settings.to_string())).filter(same);
-                metrics.into_iter().map(of).collect::<Option<_>>()?
-            }
-            None => found.values().filter(same).collect(),
-        };
-        let unproven = rows.iter().filter(|row| !row["inputs"].is_object()).count();
-        (!rows.is_empty()).then_some(There { rows: rows.len(), unproven })
-    }
-
-    /// All rows of a measure in one write, on the disk before the next begins.
-    fn append(&mut self, mut rows: Vec<Value>, tell: &mut impl FnMut(&Value)) -> Result<()> {
-        let count = rows.len();
-        rows.iter_mut().enumerate().for_each(|(i, row)| row["part"] = json!([i + 1, count]));
-        let lines: String = rows.iter().flat_map(|row| [row.to_string(), "\n".into()]).collect();
-        let written = self.file.write_all(lines.as_bytes()).and_then(|()| self.file.sync_data());
-        written.map_err(|error| Error::Io { path: self.path.clone(), error })?;
-        for row in &rows {
-            self.note(row);
-            tell(row);
-        }
-        Ok(())
-    }
-
-    /// Revisions of a model whose files of weights are the same. Of the first two steps that is so in every published suite.
-    fn twins(&self) -> Vec<String> {
-        let usual = |revisions: &BTreeSet<String>| revisions.iter().all(|r| r == "step0" || r == "step1");
-        let mut by_weights: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
-        for ((model, revision), rows) in &self.found {
-            // Rows of one revision may be of several ages.
-            for weights in rows.values().filter_map(weights_of) {
-                by_weights.entry((model.clone(), weights)).or_default().insert(revision.clone());
-            }
-        }
-        let twins = by_weights.iter().filter(|(_, revisions)| revisions.len() > 1 && !usual(revisions));
-        let told = |((model, _), revisions): (&(String, String), &BTreeSet<String>)| {
-            let names: Vec<&str> = revisions.iter().map(String::as_str).collect();
-            format!("{model}: {} hold the same weights: not all of them are what their names say", names.join(" and "))
-        };
-        twins.map(told).collect()
-    }
-}
-
-/// The hashes of a row's files of weights.
-fn weights_of(row: &Value) -> Option<String> {
-    let files = row["provenance"]["files"].as_array()?;
-    let is_weights = |file: &&Value| {
-        let path = file["path"].as_str().unwrap_or_default();
-        [".safetensors", ".bin", ".gguf"].iter().any(|end| path.ends_with(end))
-    };
-    let hashes: Vec<&str> = files.iter().filter(is_weights).filter_map(|file| file["sha256"].as_str()).collect();
-    (!hashes.is_empty()).then(|| hashes.join(" "))
 }

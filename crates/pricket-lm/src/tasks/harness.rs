@@ -88,7 +88,7 @@ pub(super) fn parse(path: &Path) -> Result<Task, String> {
     keys.retain(|_, (value, _)| *value != Yaml::Null);
     let computed = computed(&keys)?;
     if computed.is_some() {
-        ASKS.iter().for_each(|key| drop(keys.remove(*key)));
+        keys.retain(|key, _| !ASKS.contains(&key.as_str()));
     }
     let definition = seen.into_iter().map(|(_, text)| text).collect();
     let mut keys = Reader(keys);
