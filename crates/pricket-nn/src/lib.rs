@@ -24,7 +24,7 @@
 
 mod alibi;
 mod attention;
-mod cache;
+mod state;
 pub mod config;
 mod context;
 mod decoder;
@@ -41,7 +41,7 @@ mod weights;
 
 pub use alibi::Alibi;
 pub use attention::Attention;
-pub use cache::{Cache, CacheType};
+pub use state::{Cache, CacheType};
 pub use context::Context;
 pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, residual};
 pub use error::{Error, Result};
