@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use pricket::{Conversation, FinishReason, GenerateOptions, Loader, Pricket, Role, Sampling, Turn, prompt_format};
+use pricket::{Conversation, FinishReason, GenerateOptions, Loader, Pricket, Role, SamplingParams, Turn, prompt_format};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -159,7 +159,7 @@ fn replies_end_at_the_next_question_which_is_not_shown() {
     assert!(human.len() > 1, "the stop string is to be several tokens");
     let mut chat = pricket.conversation();
     for seed in 0..12 {
-        let sampling = Sampling { temperature: 0.7, ..Sampling::default() };
+        let sampling = SamplingParams { temperature: 0.7, ..SamplingParams::default() };
         let options = GenerateOptions { sampling, seed, ..Default::default() };
         let mut reply = chat.stream(TALK[seed as usize % TALK.len()], &options).unwrap();
         let pieces: Vec<String> = reply.by_ref().map(Result::unwrap).collect();
@@ -180,7 +180,7 @@ fn a_reply_that_is_cut_inside_a_stop_string_ends_before_it() {
     let pricket = tiny_chat();
     let (mut inside, mut chat) = (0, pricket.conversation());
     for max_tokens in 1..40 {
-        let options = GenerateOptions { max_tokens, sampling: Sampling::greedy(), ..Default::default() };
+        let options = GenerateOptions { max_tokens, sampling: SamplingParams::greedy(), ..Default::default() };
         let mut reply = chat.stream(TALK[0], &options).unwrap();
         let pieces: Vec<String> = reply.by_ref().map(Result::unwrap).collect();
         let done = reply.finish();
@@ -217,10 +217,10 @@ fn both_ways(pricket: &Pricket, context: Option<usize>, options: &GenerateOption
 /// Greedy and sampled, of all three families' kinds, with and without a full context.
 #[test]
 fn the_cache_changes_no_token_of_a_conversation() {
-    let sampling = Sampling { temperature: 0.9, ..Sampling::default() };
+    let sampling = SamplingParams { temperature: 0.9, ..SamplingParams::default() };
     for name in ["tiny-chat", "tiny", "tiny-mpt"] {
         let pricket = Loader::embedded(name).unwrap().threads(2).load().unwrap();
-        for sampling in [Sampling::greedy(), sampling.clone()] {
+        for sampling in [SamplingParams::greedy(), sampling.clone()] {
             let options = GenerateOptions { max_tokens: 24, sampling, ..Default::default() };
             let (_, read, all) = both_ways(&pricket, None, &options);
             assert!(3 * read < all, "{name}: {read} of {all} tokens read");

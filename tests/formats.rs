@@ -245,7 +245,7 @@ fn the_order_of_rows_is_found_by_what_the_model_knows() {
         found.notes()
     );
     assert!(worst(&logits(&found), &expected) < 1e-5);
-    let wrong = Loader::new(&file).neox_qkv(pricket::QkvOrder::Interleaved).load().unwrap();
+    let wrong = Loader::new(&file).qkv_order(pricket::QkvOrder::Interleaved).load().unwrap();
     assert!(worst(&logits(&wrong), &expected) > 0.1);
 }
 
@@ -367,7 +367,7 @@ fn version_1_of_gguf_is_read() {
         let today = golden("files").join(case).join("model.gguf");
         std::fs::write(&path, as_version_1(&std::fs::read(&today).unwrap())).unwrap();
         assert_eq!(pricket::inspect(&path).unwrap().describe, "GGUF, version 1");
-        let split = Loader::new(&path).neox_qkv(pricket::QkvOrder::Split).load().unwrap();
+        let split = Loader::new(&path).qkv_order(pricket::QkvOrder::Split).load().unwrap();
         assert_eq!(worst(&logits(&split), &logits(&load(&today))), 0.0, "{case}");
         assert_eq!(split.encode("Anna had a ball").unwrap(), load(&today).encode("Anna had a ball").unwrap());
     }

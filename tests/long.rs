@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use pricket::candle::{Device, IndexOp, Tensor};
 use pricket::weights::Random;
-use pricket::{Cache, Context, Dtype, Loader, Pricket};
+use pricket::{State, Context, Dtype, Loader, Pricket};
 use serde_json::json;
 
 use crate::common::worst;
@@ -15,7 +15,7 @@ fn ids(count: usize, vocab: u32) -> Tensor {
 /// Logits of the last eight positions, read in pieces of `chunk` into a cache, and the bytes that it takes.
 fn cached(pricket: &Pricket, ids: &Tensor, chunk: usize) -> (Tensor, usize) {
     let (model, count) = (pricket.model(), ids.dim(1).unwrap());
-    let mut ctx = Context::new().with_cache(Cache::new());
+    let mut ctx = Context::new().with_state(State::new());
     let mut last = Vec::new();
     // The end comes token by token, as decoding reads it.
     let mut start = 0;
@@ -27,7 +27,7 @@ fn cached(pricket: &Pricket, ids: &Tensor, chunk: usize) -> (Tensor, usize) {
         }
         start += len;
     }
-    (Tensor::cat(&last, 1).unwrap(), ctx.cache().unwrap().bytes())
+    (Tensor::cat(&last, 1).unwrap(), ctx.state().unwrap().bytes())
 }
 
 /// The same, read at once and without a cache.

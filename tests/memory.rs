@@ -97,7 +97,7 @@ fn child_runs_a_model() {
         tokens += 1;
     }
     assert_eq!(tokens, 4);
-    println!("PEAK {} CACHE {}", peak_rss(), generation.context().cache().unwrap().bytes());
+    println!("PEAK {} CACHE {}", peak_rss(), generation.state_bytes());
 }
 
 #[test]

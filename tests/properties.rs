@@ -1,7 +1,7 @@
 use pricket::candle::{DType, Device, IndexOp, Tensor};
 use pricket::lm::loss;
 use pricket::nn::ops;
-use pricket::{Cache, CacheType, CausalLm, Context, Loader, Site, Taps};
+use pricket::{CacheType, CausalLm, Context, Loader, Site, State, Taps};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -65,7 +65,11 @@ fn logits(model: &dyn CausalLm, ids: &Tensor, ctx: &mut Context) -> Tensor {
 }
 
 fn cached() -> Context {
-    Context::new().with_cache(Cache::new())
+    Context::new().with_state(State::new())
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
 fn part(ids: &Tensor, from: usize, to: usize) -> Tensor {
@@ -88,32 +92,119 @@ proptest! {
         let mut ctx = cached();
         let parts: Vec<Tensor> = cuts.windows(2).map(|w| logits(&*model, &part(&ids, w[0], w[1]), &mut ctx)).collect();
         prop_assert!(worst(&Tensor::cat(&parts, 1).unwrap(), &whole) < 1e-5);
-        prop_assert_eq!(ctx.position(), 80);
+        prop_assert_eq!(ctx.position(0), 80);
     }
 
+    /// Rows of any length, packed in any number of passes in which any of them take part, with state or without.
     #[test]
-    fn a_padded_batch_is_its_rows_alone(
-        config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..30, 2..5), more in 1usize..4,
+    fn packed_rows_are_the_rows_alone(
+        config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..30, 2..5),
+        shares in prop::collection::vec(prop::collection::vec(0usize..12, 5), 0..4),
     ) {
         let model = small(&config, seed).model();
-        let longest = *lens.iter().max().unwrap();
-        let rows: Vec<Tensor> = lens.iter().zip(0..).map(|(&len, i)| random_ids(1, len + more, seed + i)).collect();
-        let padded: Vec<Tensor> = rows.iter().zip(&lens).map(|(row, &len)| {
-            // What stands in the padding must not matter.
-            let pad = Tensor::full(seed as u32 % 61, (1, longest - len), &Device::Cpu).unwrap();
-            Tensor::cat(&[&pad, row], 1).unwrap()
-        }).collect();
-        let batch = Tensor::cat(&padded, 0).unwrap();
-        let padding = lens.iter().map(|len| longest - len).collect();
-        let mut ctx = cached().with_padding(padding);
-        let first = logits(&*model, &part(&batch, 0, longest), &mut ctx);
-        let rest = logits(&*model, &part(&batch, longest, longest + more), &mut ctx);
-        let together = Tensor::cat(&[first, rest], 1).unwrap();
-        for (i, (row, &len)) in rows.iter().zip(&lens).enumerate() {
-            let alone = logits(&*model, row, &mut Context::new()).i(0).unwrap();
-            let found = together.i(i).unwrap().narrow(0, longest - len, len + more).unwrap();
-            prop_assert!(worst(&found, &alone) < 1e-5);
+        let rows: Vec<Tensor> = (0..).zip(&lens).map(|(i, &len)| random_ids(1, len, seed + i)).collect();
+        let alone: Vec<Tensor> = rows.iter().map(|row| logits(&*model, row, &mut Context::new())).collect();
+
+        let all = Tensor::cat(&rows, 1).unwrap();
+        let mut ctx = Context::new().with_packed(&lens);
+        let hidden = model.hidden(&all, &mut ctx).unwrap();
+        let together = model.head(&hidden).unwrap();
+        let last = model.head(&ctx.last_positions(&hidden).unwrap()).unwrap();
+        let mut at = 0;
+        for (i, (alone, &len)) in alone.iter().zip(&lens).enumerate() {
+            prop_assert!(worst(&together.narrow(1, at, len).unwrap(), alone) < 1e-5);
+            prop_assert!(worst(&last.narrow(0, i, 1).unwrap(), &alone.i(0).unwrap().narrow(0, len - 1, 1).unwrap()) < 1e-5);
+            at += len;
         }
+
+        // The same in passes of some tokens of some rows, and then of all that is left.
+        let mut ctx = cached();
+        ctx.state_mut().unwrap().add_rows(lens.len());
+        let mut read = vec![0; lens.len()];
+        for share in shares.iter().chain([&vec![30; 5]]) {
+            let takes = (0..lens.len()).map(|i| (i, share[i].min(lens[i] - read[i])));
+            // Not in the order of the rows.
+            let takes: Vec<(usize, usize)> = takes.filter(|take| take.1 > 0).rev().collect();
+            if takes.is_empty() {
+                continue;
+            }
+            let ids: Vec<Tensor> = takes.iter().map(|&(i, n)| part(&rows[i], read[i], read[i] + n)).collect();
+            ctx.pack_rows(&takes);
+            let found = logits(&*model, &Tensor::cat(&ids, 1).unwrap(), &mut ctx);
+            let mut at = 0;
+            for (i, n) in takes {
+                let expected = alone[i].narrow(1, read[i], n).unwrap();
+                prop_assert!(worst(&found.narrow(1, at, n).unwrap(), &expected) < 1e-5);
+                read[i] += n;
+                at += n;
+            }
+        }
+        prop_assert_eq!(read, lens);
+    }
+
+    /// Rows join, leave, change places and are copied; each goes on as if it were alone.
+    #[test]
+    fn rows_are_joined_and_selected_in_any_order(
+        config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..20, 1..4),
+        joined in prop::collection::vec(1usize..20, 1..3), order in prop::collection::vec(0usize..100, 1..6),
+    ) {
+        let model = small(&config, seed).model();
+        let rows: Vec<Tensor> = (0..).zip(lens.iter().chain(&joined)).map(|(i, &len)| random_ids(1, len, seed + i)).collect();
+        let read = |rows: &[Tensor]| {
+            let mut ctx = cached();
+            ctx.pack(&rows.iter().map(|row| row.dims()[1]).collect::<Vec<_>>());
+            logits(&*model, &Tensor::cat(rows, 1).unwrap(), &mut ctx);
+            ctx
+        };
+        let (mut ctx, mut other) = (read(&rows[..lens.len()]), read(&rows[lens.len()..]));
+        ctx.state_mut().unwrap().extend(std::mem::take(other.state_mut().unwrap()));
+        let order: Vec<usize> = order.iter().map(|at| at % rows.len()).collect();
+        ctx.select_rows(&order).unwrap();
+        // Copies of a row go on with tokens of their own.
+        let tails: Vec<Tensor> = (0..order.len() as u64).map(|i| random_ids(1, 3, seed + 100 + i)).collect();
+        let found = logits(&*model, &Tensor::cat(&tails, 0).unwrap(), &mut ctx);
+        for (i, (row, tail)) in order.iter().zip(&tails).enumerate() {
+            let whole = logits(&*model, &Tensor::cat(&[&rows[*row], tail], 1).unwrap(), &mut Context::new());
+            let expected = whole.narrow(1, rows[*row].dims()[1], 3).unwrap();
+            prop_assert!(worst(&found.narrow(0, i, 1).unwrap(), &expected) < 1e-5);
+        }
+    }
+
+    /// A block that is replayed gives the same bits, records nothing and leaves the state as it was.
+    #[test]
+    fn a_replay_changes_nothing(config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..20, 1..4), stateful: bool) {
+        let model = small(&config, seed).model();
+        let mut ctx = if stateful { cached() } else { Context::new() };
+        if stateful {
+            ctx.pack(&lens);
+            logits(&*model, &random_ids(1, lens.iter().sum(), seed), &mut ctx);
+        }
+        let mut ctx = ctx.with_taps(Taps::new().record(Site::ResidPost).record(Site::Query));
+        let ids = random_ids(1, lens.iter().sum(), seed + 1);
+        let run = |ctx: &mut Context, replaying: bool| {
+            ctx.pack(&lens);
+            let mut x = model.embed(&ids, ctx).unwrap();
+            for layer in 0..2 {
+                let y = model.block(layer, &x, ctx).unwrap();
+                if replaying {
+                    let again = model.block(layer, &x, &mut ctx.replay().unwrap()).unwrap();
+                    assert_eq!(bits(&again), bits(&y));
+                }
+                x = y;
+            }
+            let count = ctx.take_recording().iter().count();
+            ctx.commit();
+            (x, count)
+        };
+        let mut twin = ctx.fork().with_taps(Taps::new().record(Site::ResidPost).record(Site::Query));
+        let ((a, recorded), (b, expected)) = (run(&mut ctx, true), run(&mut twin, false));
+        prop_assert_eq!((bits(&a), recorded), (bits(&b), expected));
+        let bytes = |ctx: &Context| ctx.state().map(|state| (state.bytes(), state.len(0), state.rows()));
+        prop_assert_eq!(bytes(&ctx), bytes(&twin));
+        // And the next pass goes on from the same state.
+        let (a, b) = (run(&mut ctx, true).0, run(&mut twin, false).0);
+        prop_assert_eq!(bits(&a), bits(&b));
+        prop_assert!(!stateful || ctx.replay().is_err(), "the positions have become past");
     }
 
     #[test]
@@ -124,7 +215,7 @@ proptest! {
         let mut ctx = cached();
         logits(&*model, &part(&ids, 0, keep), &mut ctx);
         logits(&*model, &random_ids(1, wrong, seed + 1), &mut ctx);
-        ctx.cache_mut().unwrap().truncate(keep);
+        prop_assert_eq!(ctx.state_mut().unwrap().rewind(0, keep), keep);
         let rest = logits(&*model, &part(&ids, keep, keep + more), &mut ctx);
         prop_assert!(worst(&rest, &whole.narrow(1, keep, more).unwrap()) < 1e-5);
     }
@@ -153,7 +244,7 @@ proptest! {
     #[test]
     fn rotary_and_attention_equal_their_plain_twins(
         batch in 1usize..3, heads in 1usize..4, groups in 1usize..3, queries in 1usize..80, past in 0usize..50,
-        dim in 1usize..20, pairs in 0usize..20, pad in 0usize..20,
+        dim in 1usize..20, pairs in 0usize..20, odd: bool,
     ) {
         let (kv, keys, dim) = (heads, past + queries, 2 * dim);
         let heads = heads * groups;
@@ -169,32 +260,88 @@ proptest! {
         // Keys and values as they lie in a cache: a part of a longer buffer.
         let (k, v) = (randn(&[batch, kv, keys + 7, dim]), randn(&[batch, kv, keys + 7, dim]));
         let (k, v) = (k.narrow(2, 0, keys).unwrap(), v.narrow(2, 0, keys).unwrap());
-        let padding: Vec<usize> = if pad == 0 { Vec::new() } else { (0..batch).map(|row| (pad * row).min(keys - 1)).collect() };
         // With ALiBi in half of the cases.
-        let slopes = if pad % 2 == 0 { Vec::new() } else { pricket::nn::Alibi::new(heads, 8.0).slopes().to_vec() };
-        let bias = ops::SharedBias::default();
-        let scores = ops::Scores { scale: 0.3, slopes: &slopes, padding: &padding, bias: &bias };
-        let fused = ops::attention(&q, &k, &v, scores).unwrap();
-        let pattern = ops::attention_pattern(&q, &k, scores).unwrap();
-        let plain = ops::attention_output(&pattern, &v).unwrap();
+        let slopes = if odd { Vec::new() } else { pricket::nn::Alibi::new(heads, 8.0).slopes().to_vec() };
+        let scores = ops::Scores { scale: 0.3, slopes: &slopes };
+        let bias = ops::attention_bias(&slopes, past, queries, &Device::Cpu).unwrap();
+        let rows = |k: &Tensor, v: &Tensor, kv: bool| (0..batch).map(|row| ops::AttentionRow {
+            keys: k.clone(), values: v.clone(), at: if kv { (2 * row, 2 * row + 1) } else { (row, row) }, first: 0, len: keys, queries,
+        }).collect::<Vec<_>>();
+        let fused = ops::attention(&q, rows(&k, &v, false), scores).unwrap();
+        let plain = ops::attention_output(&ops::attention_pattern(&q, &k, 0.3, bias.as_ref()).unwrap(), &v).unwrap();
         prop_assert!(worst(&fused, &plain) < 2e-5);
 
-        for dtype in [DType::F16, DType::BF16, DType::U8] {
-            let width = if dtype == DType::U8 { ops::q8_row_bytes(dim) } else { dim };
-            let stored = |x: &Tensor| {
-                let stored = Tensor::zeros((batch, kv, keys + 7, width), dtype, &Device::Cpu).unwrap();
-                ops::store(&stored, x, 0).unwrap();
-                stored.narrow(2, 0, keys).unwrap()
+        for kind in [CacheType::F16, CacheType::BF16, CacheType::Q8_0] {
+            // Each row as a state keeps it, keys first.
+            let kept: Vec<Tensor> = (0..batch).map(|row| kind.stored(&k, &v, row).unwrap()).collect();
+            let wide = |at: usize| {
+                let rows = kept.iter().map(|kept| ops::widened(&kept.narrow(0, at, 1).unwrap(), dim, DType::F32).unwrap());
+                Tensor::cat(&rows.collect::<Vec<_>>(), 0).unwrap()
             };
-            let (kept_k, kept_v) = (stored(&k), stored(&v));
-            let wide = ops::widened(&kept_v, dim, DType::F32).unwrap();
+            let (wide_k, wide_v) = (wide(0), wide(1));
             // Half of the last bit of eight, of the largest of a block; and half of the last of the scale's eleven.
             let rounded = 0.5 / 127.0 + 1.002 / 2048.0;
             let largest = v.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-            prop_assert!(worst(&wide, &v) <= largest * rounded, "{dtype:?}: {}", worst(&wide, &v));
-            let fused = ops::attention(&q, &kept_k, &kept_v, scores).unwrap();
-            let plain = ops::attention_output(&ops::attention_pattern(&q, &kept_k, scores).unwrap(), &wide).unwrap();
-            prop_assert!(worst(&fused, &plain) < 2e-5, "{dtype:?}: {}", worst(&fused, &plain));
+            prop_assert!(worst(&wide_v, &v) <= largest * rounded, "{kind}: {}", worst(&wide_v, &v));
+            let kept = Tensor::cat(&kept, 0).unwrap();
+            let fused = ops::attention(&q, rows(&kept, &kept, true), scores).unwrap();
+            let pattern = ops::attention_pattern(&q, &wide_k, 0.3, bias.as_ref()).unwrap();
+            let plain = ops::attention_output(&pattern, &wide_v).unwrap();
+            prop_assert!(worst(&fused, &plain) < 2e-5, "{kind}: {}", worst(&fused, &plain));
+        }
+    }
+
+    /// Against f64.
+    #[test]
+    fn rms_norm_and_its_plain_twin_are_exact(rows in 1usize..9, dim in 1usize..3000, mean in -50f32..50.0) {
+        let (w, x) = (
+            Tensor::randn(0f32, 1.0, dim, &Device::Cpu).unwrap(),
+            Tensor::randn(mean, 0.5, (rows, dim), &Device::Cpu).unwrap(),
+        );
+        let exact: Vec<f32> = x.to_vec2::<f32>().unwrap().iter().flat_map(|row| {
+            let square = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / dim as f64;
+            row.iter().map(move |&x| (f64::from(x) / (square + 1e-6).sqrt()) as f32).collect::<Vec<_>>()
+        }).collect();
+        let exact = Tensor::from_vec(exact, (rows, dim), &Device::Cpu).unwrap().broadcast_mul(&w).unwrap();
+        prop_assert!(worst(&ops::rms_norm(&x, &w, 1e-6).unwrap(), &exact) < 3e-6);
+        prop_assert!(worst(&ops::plain_rms_norm(&x, &w, 1e-6).unwrap(), &exact) < 3e-5);
+    }
+
+    /// RWKV's recurrence, by the kernel, by plain operations, and by its definition in f64.
+    #[test]
+    fn wkv_and_its_plain_twin_follow_the_definition(
+        lens in prop::collection::vec(1usize..9, 1..4), d in 1usize..130, large: bool,
+    ) {
+        let n: usize = lens.iter().sum();
+        let randn = |std: f32, shape: &[usize]| Tensor::randn(0f32, std, shape, &Device::Cpu).unwrap();
+        // Keys whose exponentials overflow f32 too.
+        let (k, v) = (randn(if large { 200.0 } else { 1.0 }, &[n, d]), randn(1.0, &[n, d]));
+        let (decay, first) = (randn(1.0, &[d]).exp().unwrap().neg().unwrap(), randn(1.0, &[d]));
+        let start = vec![ops::wkv4_start(d, &Device::Cpu).unwrap(); lens.len()];
+        let fused = ops::wkv4(&k, &v, &decay, &first, &lens, &start).unwrap();
+        let plain = ops::plain_wkv4(&k, &v, &decay, &first, &lens, &start).unwrap();
+        prop_assert!(worst(&fused.0, &plain.0) < 1e-4);
+        for (a, b) in fused.1.iter().zip(&plain.1) {
+            prop_assert!(worst(a, b) < 1e-3);
+        }
+        if !large {
+            let (k, v) = (k.to_vec2::<f32>().unwrap(), v.to_vec2::<f32>().unwrap());
+            let (decay, first) = (decay.to_vec1::<f32>().unwrap(), first.to_vec1::<f32>().unwrap());
+            let (mut exact, mut at) = (Vec::new(), 0);
+            for len in lens {
+                for t in at..at + len {
+                    exact.extend((0..d).map(|c| {
+                        let weight = |i: usize| {
+                            let power = if i == t { first[c] } else { (t - 1 - i) as f32 * decay[c] };
+                            f64::from(power + k[i][c]).exp()
+                        };
+                        let sum: f64 = (at..=t).map(|i| weight(i) * f64::from(v[i][c])).sum();
+                        (sum / (at..=t).map(weight).sum::<f64>()) as f32
+                    }));
+                }
+                at += len;
+            }
+            prop_assert!(worst(&fused.0, &Tensor::from_vec(exact, (n, d), &Device::Cpu).unwrap()) < 1e-4);
         }
     }
 
@@ -319,9 +466,9 @@ fn the_cache_grows_with_what_it_holds() {
     let mut ctx = cached();
     logits(&*model, &random_ids(1, 10, 1), &mut ctx);
     let per_position = model.info().cache_bytes_per_token() as usize;
-    assert_eq!(ctx.cache().unwrap().bytes(), 64 * per_position);
+    assert_eq!(ctx.state().unwrap().bytes(), 64 * per_position);
     logits(&*model, &random_ids(1, 100, 1), &mut ctx);
-    assert_eq!(ctx.cache().unwrap().bytes(), 128 * per_position);
+    assert_eq!(ctx.state().unwrap().bytes(), 128 * per_position);
 }
 
 #[test]
@@ -330,7 +477,7 @@ fn a_cache_in_half_precision_is_close() {
     let ids = random_ids(1, 30, 1);
     let whole = logits(&*model, &ids, &mut Context::new());
     for (kind, close) in [(CacheType::F16, 1e-3), (CacheType::BF16, 1e-2), (CacheType::Q8_0, 2e-2)] {
-        let mut ctx = Context::new().with_cache(Cache::with_type(kind));
+        let mut ctx = Context::new().with_state(State::with_type(kind));
         let parts = [logits(&*model, &part(&ids, 0, 17), &mut ctx), logits(&*model, &part(&ids, 17, 30), &mut ctx)];
         let found = worst(&Tensor::cat(&parts, 1).unwrap(), &whole);
         assert!(found < close && found > 0.0, "{kind}: {found}");
@@ -344,25 +491,32 @@ fn positions_beyond_the_trained_length_are_refused_unless_asked_for() {
     let error = model.hidden(&ids, &mut Context::new()).unwrap_err().to_string();
     assert!(error.contains("97") && error.contains("96"), "{error}");
     assert!(model.hidden(&ids, &mut Context::new().beyond_trained_length()).is_ok());
-    // Padding takes no position.
-    assert!(model.hidden(&ids, &mut Context::new().with_padding(vec![1])).is_ok());
+    // Each row of a packed pass begins at its own position.
+    assert!(model.hidden(&ids, &mut Context::new().with_packed(&[90, 7])).is_ok());
+    let error = model.hidden(&random_ids(1, 99, 1), &mut Context::new().with_packed(&[2, 97])).unwrap_err().to_string();
+    assert!(error.contains("97") && error.contains("96"), "{error}");
 }
 
 #[test]
 fn arguments_that_do_not_fit_are_errors() {
     let model = small(&json!({}), 2).model();
     assert!(model.hidden(&Tensor::new(&[[61u32]], &Device::Cpu).unwrap(), &mut Context::new()).is_err());
-    assert!(model.hidden(&random_ids(2, 4, 0), &mut Context::new().with_padding(vec![1, 2, 3])).is_err());
+    for (rows, named) in [(&[(0, 3), (1, 2)][..], "[1, 5]"), (&[(0, 2), (0, 2)], "distinct"), (&[(0, 4), (1, 0)], "at least one")] {
+        let mut ctx = Context::new();
+        ctx.pack_rows(rows);
+        let error = model.hidden(&random_ids(1, 4, 0), &mut ctx).unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    }
     let request = pricket::lm::Request::greedy(vec![1, 61]);
     let error = pricket::lm::Generation::new(model.clone(), vec![request]).unwrap_err().to_string();
     assert!(error.contains("61"), "{error}");
-    assert!(Context::new().with_padding(vec![1, 2]).select_rows(&[2]).is_err());
+    assert!(cached().select_rows(&[0]).is_err());
     let error = model.hidden(&random_ids(1, 4, 0), &mut Context::new().with_activations(DType::BF16)).unwrap_err();
     assert!(error.to_string().contains("bf16"), "{error}");
     let mut ctx = cached();
     logits(&*model, &random_ids(1, 4, 0), &mut ctx);
     let error = model.hidden(&random_ids(2, 4, 0), &mut ctx).unwrap_err().to_string();
-    assert!(error.contains("the cache holds 1 rows"), "{error}");
+    assert!(error.contains("the state holds 1 rows"), "{error}");
 }
 
 #[test]

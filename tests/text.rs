@@ -1,8 +1,8 @@
-use pricket::{FinishReason, GenerateOptions, Sampling};
+use pricket::{FinishReason, GenerateOptions, SamplingParams};
 use proptest::prelude::*;
 
 fn sampled(seed: u64) -> GenerateOptions {
-    let sampling = Sampling { temperature: 0.9, top_p: 0.95, ..Sampling::default() };
+    let sampling = SamplingParams { temperature: 0.9, top_p: 0.95, ..SamplingParams::default() };
     GenerateOptions { max_tokens: 40, sampling, seed, ..Default::default() }
 }
 
@@ -123,7 +123,7 @@ fn tokens_beyond_the_tokenizer_are_never_written() {
     let known = pricket.tokenizer().unwrap().vocab_size();
     assert!(known < pricket.info().vocab, "the model's vocabulary is padded");
     // At this temperature the distribution is all but flat: one token in forty would be padding.
-    let sampling = Sampling { temperature: 1e4, ..Sampling::default() };
+    let sampling = SamplingParams { temperature: 1e4, ..SamplingParams::default() };
     let options = GenerateOptions { max_tokens: 400, sampling, stop_at_eos: false, ..Default::default() };
     let ids = pricket.generate("The", &options).unwrap().ids;
     assert_eq!(ids.len(), 400);
@@ -163,11 +163,11 @@ fn a_full_context_ends_the_text() {
 fn impossible_settings_are_refused_by_name() {
     let pricket = pricket::tiny().unwrap();
     let settings = [
-        (Sampling { temperature: -1.0, ..Sampling::default() }, "temperature"),
-        (Sampling { temperature: f32::NAN, ..Sampling::default() }, "temperature"),
-        (Sampling { top_p: 0.0, ..Sampling::default() }, "top_p"),
-        (Sampling { min_p: 2.0, ..Sampling::default() }, "min_p"),
-        (Sampling { repetition_penalty: 0.0, ..Sampling::default() }, "repetition_penalty"),
+        (SamplingParams { temperature: -1.0, ..SamplingParams::default() }, "temperature"),
+        (SamplingParams { temperature: f32::NAN, ..SamplingParams::default() }, "temperature"),
+        (SamplingParams { top_p: 0.0, ..SamplingParams::default() }, "top_p"),
+        (SamplingParams { min_p: 2.0, ..SamplingParams::default() }, "min_p"),
+        (SamplingParams { repetition_penalty: 0.0, ..SamplingParams::default() }, "repetition_penalty"),
     ];
     for (sampling, name) in settings {
         let options = GenerateOptions { sampling, ..Default::default() };
@@ -178,18 +178,18 @@ fn impossible_settings_are_refused_by_name() {
 #[test]
 fn penalties_do_what_they_say() {
     let pricket = pricket::tiny().unwrap();
-    let distinct = |sampling: Sampling| {
+    let distinct = |sampling: SamplingParams| {
         let options = GenerateOptions { max_tokens: 120, sampling, stop_at_eos: false, ..Default::default() };
         let ids = pricket.generate("The", &options).unwrap().ids;
         ids.iter().collect::<std::collections::HashSet<_>>().len()
     };
-    let plain = distinct(Sampling::greedy());
-    assert!(distinct(Sampling { repetition_penalty: 1.5, ..Sampling::greedy() }) > plain);
-    assert!(distinct(Sampling { frequency_penalty: 1.0, ..Sampling::greedy() }) > plain);
-    assert_eq!(distinct(Sampling { presence_penalty: 1e6, ..Sampling::greedy() }), 120);
+    let plain = distinct(SamplingParams::greedy());
+    assert!(distinct(SamplingParams { repetition_penalty: 1.5, ..SamplingParams::greedy() }) > plain);
+    assert!(distinct(SamplingParams { frequency_penalty: 1.0, ..SamplingParams::greedy() }) > plain);
+    assert_eq!(distinct(SamplingParams { presence_penalty: 1e6, ..SamplingParams::greedy() }), 120);
     let options = GenerateOptions {
         max_tokens: 120,
-        sampling: Sampling { no_repeat_ngram_size: 2, ..Sampling::greedy() },
+        sampling: SamplingParams { no_repeat_ngram_size: 2, ..SamplingParams::greedy() },
         stop_at_eos: false,
         ..Default::default()
     };
@@ -244,20 +244,20 @@ proptest! {
 
 #[test]
 fn defaults_are_greedy_in_both_places() {
-    assert_eq!(GenerateOptions::default().sampling, Sampling::default());
-    assert_eq!(Sampling::default().temperature, 0.0);
+    assert_eq!(GenerateOptions::default().sampling, SamplingParams::default());
+    assert_eq!(SamplingParams::default().temperature, 0.0);
     // A choice among tokens that temperature 0 never makes is a mistake.
     let pricket = pricket::tiny().unwrap();
     for (sampling, word) in [
-        (Sampling { top_k: 40, ..Sampling::default() }, "top_k has no effect"),
-        (Sampling { top_p: 0.9, ..Sampling::default() }, "top_p has no effect"),
-        (Sampling { min_p: 0.1, ..Sampling::default() }, "min_p has no effect"),
-        (Sampling { typical_p: 0.9, ..Sampling::default() }, "typical_p has no effect"),
+        (SamplingParams { top_k: 40, ..SamplingParams::default() }, "top_k has no effect"),
+        (SamplingParams { top_p: 0.9, ..SamplingParams::default() }, "top_p has no effect"),
+        (SamplingParams { min_p: 0.1, ..SamplingParams::default() }, "min_p has no effect"),
+        (SamplingParams { typical_p: 0.9, ..SamplingParams::default() }, "typical_p has no effect"),
     ] {
         let options = GenerateOptions { sampling, max_tokens: 1, ..Default::default() };
         let error = pricket.generate("the", &options).unwrap_err().to_string();
         assert!(error.contains(word), "{error}");
-        let warm = GenerateOptions { sampling: Sampling { temperature: 0.7, ..options.sampling }, ..options };
+        let warm = GenerateOptions { sampling: SamplingParams { temperature: 0.7, ..options.sampling }, ..options };
         assert!(pricket.generate("the", &warm).is_ok());
     }
 }

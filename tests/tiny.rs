@@ -1,7 +1,7 @@
 use std::collections::HashSet;
 
 use pricket::lm::token_logprobs;
-use pricket::{GenerateOptions, Loader, Pricket, Sampling};
+use pricket::{GenerateOptions, Loader, Pricket, SamplingParams};
 
 use crate::common::{files, root};
 
@@ -74,7 +74,7 @@ fn writes_words(name: &str) {
     let mut words: Vec<String> = Vec::new();
     let mut seed = 0;
     while words.len() < 500 {
-        let sampling = Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::default() };
+        let sampling = SamplingParams { temperature: 0.8, top_p: 0.95, ..SamplingParams::default() };
         let options = GenerateOptions { max_tokens: 200, sampling, seed, ..Default::default() };
         let text = pricket.generate("The", &options).unwrap().text.to_lowercase();
         let mut found: Vec<&str> = text.split(|c: char| !c.is_ascii_alphabetic()).filter(|w| !w.is_empty()).collect();

@@ -37,9 +37,9 @@ pub(crate) struct ModelArgs {
     /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
     #[arg(long, value_name = "NAME")]
     pub(crate) activation: Option<String>,
-    /// Order of the QKV rows in a GPT-NeoX GGUF file: split, interleaved, or auto to find out by the loss of a text
-    #[arg(long, value_name = "ORDER", default_value = "auto")]
-    pub(crate) neox_qkv: pricket::QkvOrder,
+    /// Order of the QKV rows in a GGUF file that does not say it: split, interleaved, or auto to find out by the loss of a text
+    #[arg(long, alias = "neox-qkv", value_name = "ORDER", default_value = "auto")]
+    pub(crate) qkv_order: pricket::QkvOrder,
     /// Changes a key of the configuration, as use_parallel_residual=false or attn_config.clip_qkv=6; can be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
@@ -100,6 +100,6 @@ impl ModelArgs {
         if self.allow_unused {
             loader = loader.allow_unused();
         }
-        Ok(loader.neox_qkv(self.neox_qkv))
+        Ok(loader.qkv_order(self.qkv_order))
     }
 }

@@ -1,6 +1,6 @@
 //! How tokens are chosen, as flags.
 
-use pricket::{GenerateOptions, Pricket, PromptFormat, Sampling};
+use pricket::{GenerateOptions, Pricket, PromptFormat, SamplingParams};
 
 /// How tokens are chosen.
 #[derive(clap::Args, Clone, Debug)]
@@ -54,7 +54,7 @@ impl SamplingArgs {
         let clock = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
         GenerateOptions {
             max_tokens: self.max_tokens,
-            sampling: Sampling {
+            sampling: SamplingParams {
                 temperature: self.temperature,
                 // No limit is the same as none.
                 top_k: if self.top_k == usize::MAX { 0 } else { self.top_k },

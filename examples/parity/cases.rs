@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use pricket::candle::{DType, Device, IndexOp, Tensor};
 use pricket::lm::{loss, token_logprobs};
 use pricket::nn::RowOrder;
-use pricket::{Cache, Context, GenerateOptions, Loader, Precision, Pricket, Sampling, Site, Taps, Tokenizer};
+use pricket::{CausalLm, Context, GenerateOptions, Loader, Precision, Pricket, SamplingParams, Site, State, Taps, Tokenizer};
 use serde_json::{Value, json};
 
 #[path = "scoring.rs"]
@@ -206,6 +206,79 @@ fn left_padding(expected: &HashMap<String, Tensor>, batch: usize) -> Result<Vec<
     ids(mask)?.into_iter().map(count).collect()
 }
 
+/// A batch as a case has it: ids `[batch, time]`, of which the first of each row are padding.
+struct Batch {
+    ids: Tensor,
+    padding: Vec<usize>,
+    time: usize,
+}
+
+impl Batch {
+    /// Reads the positions from `from` to `to` of all rows; gives what the model makes of those that are no padding, a tensor for
+    /// each row. Rows that differ are packed.
+    fn read(&self, model: &dyn CausalLm, (from, to): (usize, usize), ctx: &mut Context) -> Result<Vec<Option<Tensor>>> {
+        let starts: Vec<usize> = self.padding.iter().map(|&pad| pad.clamp(from, to)).collect();
+        if self.padding.iter().all(|&pad| pad == 0) {
+            let hidden = model.hidden(&self.ids.narrow(1, from, to - from)?.contiguous()?, ctx)?;
+            return (0..starts.len()).map(|row| Ok(Some(hidden.i(row)?))).collect();
+        }
+        let rows: Vec<(usize, usize)> = starts.iter().map(|start| to - start).enumerate().filter(|row| row.1 > 0).collect();
+        if rows.is_empty() {
+            return Ok(vec![None; starts.len()]);
+        }
+        let ids = rows.iter().map(|&(row, len)| self.ids.i(row)?.narrow(0, to - len, len));
+        let ids = Tensor::cat(&ids.collect::<Result<Vec<_>, _>>()?, 0)?.unsqueeze(0)?;
+        ctx.pack_rows(&rows);
+        let hidden = model.hidden(&ids, ctx)?;
+        let mut out = vec![None; starts.len()];
+        for (row, tensor) in self.rows_of(&hidden, &rows)?.into_iter().enumerate() {
+            out[rows[row].0] = Some(tensor);
+        }
+        Ok(out)
+    }
+
+    /// The rows of a tensor of a pass, `[1, sum of the lengths, ..]` if they were packed.
+    fn rows_of(&self, x: &Tensor, rows: &[(usize, usize)]) -> Result<Vec<Tensor>> {
+        let mut at = 0;
+        let row = |&(_, len): &(usize, usize)| {
+            at += len;
+            Ok(x.i(0)?.narrow(0, at - len, len)?)
+        };
+        rows.iter().map(row).collect()
+    }
+
+    /// A tensor that was recorded in a pass over all positions, laid out as the ids are, with zeros for padding.
+    fn recorded(&self, x: &Tensor) -> Result<Tensor> {
+        if self.padding.iter().all(|&pad| pad == 0) {
+            return Ok(x.clone());
+        }
+        let rows: Vec<(usize, usize)> = self.padding.iter().map(|pad| self.time - pad).enumerate().collect();
+        self.laid_out(self.rows_of(x, &rows)?.into_iter().map(|row| vec![row]).collect())
+    }
+
+    /// The parts of each row, laid out as the ids are, with zeros for padding.
+    fn laid_out(&self, rows: Vec<Vec<Tensor>>) -> Result<Tensor> {
+        let laid = rows.into_iter().map(|parts| {
+            let row = Tensor::cat(&parts, 0)?;
+            let pad = self.time - row.dim(0)?;
+            row.pad_with_zeros(0, pad, 0)
+        });
+        Ok(Tensor::stack(&laid.collect::<Result<Vec<_>, _>>()?, 0)?)
+    }
+
+    /// The logits of all positions, read in parts of these lengths.
+    fn logits(&self, model: &dyn CausalLm, split: &[usize], ctx: &mut Context) -> Result<Tensor> {
+        let (mut rows, mut at) = (vec![Vec::new(); self.padding.len()], 0);
+        for len in split {
+            for (row, hidden) in rows.iter_mut().zip(self.read(model, (at, at + len), ctx)?) {
+                row.extend(hidden.map(|hidden| model.head(&hidden)).transpose()?);
+            }
+            at += len;
+        }
+        self.laid_out(rows)
+    }
+}
+
 /// Logits, hidden states, log-probabilities, and a cached run, against the reference's.
 fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = setup.of(Loader::new(dir)).load()?;
@@ -213,12 +286,11 @@ fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
     let model = pricket.model();
     let input = get(&expected, "input_ids")?.to_dtype(DType::U32)?;
     let (batch, time) = input.dims2()?;
-    let padding = left_padding(&expected, batch)?;
+    let batch = Batch { ids: input.to_device(&setup.device)?, padding: left_padding(&expected, batch)?, time };
+    let padding = batch.padding.clone();
     let (logits_atol, hidden_atol) = (tolerance(case, "logits_atol")?, tolerance(case, "hidden_atol")?);
     if let Some(bound) = check.bound {
-        let logits = model.head(
-            &model.hidden(&input.to_device(&setup.device)?, &mut Context::new().with_padding(padding.clone()))?,
-        )?;
+        let logits = batch.logits(&*model, &[time], &mut Context::new())?;
         let found = relative_difference(&logits, get(&expected, "logits")?, &padding)?;
         check.within("relative_logits", found, bound);
         return Ok(());
@@ -228,9 +300,9 @@ fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
     }
 
     let taps = Taps::new().record(Site::Embed).record(Site::ResidPost);
-    let mut ctx = Context::new().with_padding(padding.clone()).with_taps(taps);
-    let on_device = input.to_device(&setup.device)?;
-    let final_norm = model.hidden(&on_device, &mut ctx)?;
+    let mut ctx = Context::new().with_taps(taps);
+    let final_norm = batch.read(&*model, (0, time), &mut ctx)?;
+    let final_norm = batch.laid_out(final_norm.into_iter().map(|row| row.into_iter().collect()).collect())?;
     let logits = model.head(&final_norm)?;
     ensure!(logits.device().same_device(&setup.device), "the logits are not on the device asked for");
     check.within("logits", difference(&logits, get(&expected, "logits")?, &padding)?, logits_atol);
@@ -251,7 +323,7 @@ fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
     check.equal("hidden layers", &hidden.dim(0)?, &(model.info().layers + 1));
     for layer in 0..hidden.dim(0)? {
         let found = if layer == 0 { recording.get(Site::Embed, 0) } else { recording.get(Site::ResidPost, layer - 1) };
-        let found = at_positions(found.context("nothing was recorded")?)?;
+        let found = at_positions(&batch.recorded(found.context("nothing was recorded")?)?)?;
         check.within("hidden", difference(&found, &hidden.i(layer)?, &kept(found.clone()))?, hidden_atol);
     }
 
@@ -269,15 +341,7 @@ fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
     for (what, split) in [("split_logits", splits.transpose()?), ("stepped_logits", Some(vec![1; time]))] {
         let Some(split) = split else { continue };
         ensure!(split.iter().sum::<usize>() == time, "the split {split:?} does not add up to {time}");
-        let mut ctx = Context::new().with_padding(padding.clone()).with_cache(Cache::new());
-        let mut parts = Vec::new();
-        let mut at = 0;
-        for len in split {
-            let chunk = on_device.narrow(1, at, len)?.contiguous()?;
-            parts.push(model.head(&model.hidden(&chunk, &mut ctx)?)?);
-            at += len;
-        }
-        let logits = Tensor::cat(&parts, 1)?;
+        let logits = batch.logits(&*model, &split, &mut Context::new().with_state(State::new()))?;
         check.within(what, difference(&logits, get(&expected, "logits")?, &padding)?, logits_atol);
     }
     Ok(())
@@ -356,7 +420,7 @@ fn container(file: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
 /// Logits of every position, read `chunk` at a time.
 fn file_logits(pricket: &Pricket, ids: &[u32], device: &Device, chunk: usize) -> Result<Tensor> {
     let model = pricket.model();
-    let mut ctx = Context::new().with_cache(Cache::new());
+    let mut ctx = Context::new().with_state(State::new());
     let parts = ids.chunks(chunk).map(|ids| {
         let ids = Tensor::new(ids, device)?.unsqueeze(0)?;
         Ok(model.head(&model.hidden(&ids, &mut ctx)?)?.i(0)?)
@@ -435,8 +499,8 @@ fn run_greedy(pricket: &Pricket, prompts: Vec<Vec<u32>>, options: &GenerateOptio
     Ok((rows, logits))
 }
 
-fn sampling(settings: &Value) -> Result<Sampling> {
-    let mut sampling = Sampling::unchanged();
+fn sampling(settings: &Value) -> Result<SamplingParams> {
+    let mut sampling = SamplingParams::unchanged();
     for (key, value) in settings.as_object().context("settings are no object")? {
         let number = || value.as_f64().map(|x| x as f32).with_context(|| format!("{key} is no number"));
         let count = || value.as_u64().map(|x| x as usize).with_context(|| format!("{key} is no count"));

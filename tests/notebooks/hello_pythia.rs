@@ -3,12 +3,12 @@
 pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     use pricket::notebook;
     use pricket::plots::{self, Picture};
-    use pricket::{Context, GenerateOptions, Measure, Sampling, Site, Steps, Sweep, Taps};
+    use pricket::{Context, GenerateOptions, Measure, SamplingParams, Site, Steps, Sweep, Taps};
 
     let tiny = pricket::tiny()?;
     tiny.clone().evcxr_display();
 
-    let sampling = Sampling { temperature: 0.7, top_p: 0.95, ..Sampling::default() };
+    let sampling = SamplingParams { temperature: 0.7, top_p: 0.95, ..SamplingParams::default() };
     let options = GenerateOptions { max_tokens: 60, sampling, seed: 7, ..GenerateOptions::default() };
     notebook::stream(&tiny, "My fellow citizens,", &options)?;
 

@@ -2,7 +2,7 @@ use pricket_nn::config::{GENERIC, Keys, divides, epsilon, only, parse, plausible
 use pricket_nn::{Activation, Error, Result, Rotary};
 use serde::Deserialize;
 
-use crate::KEYS;
+use crate::keys::KEYS;
 
 /// The keys of a GPT-NeoX config.json that change the maths, with transformers' defaults.
 #[derive(Clone, Debug, Deserialize)]
@@ -124,6 +124,7 @@ impl Config {
 
     pub(crate) fn activation(&self) -> Result<Activation> {
         Activation::from_name(&self.hidden_act)
+            .filter(|activation| matches!(activation, Activation::GeluErf | Activation::GeluTanh))
             .ok_or_else(|| Error::config("hidden_act", format!("{:?} is not implemented", self.hidden_act)))
     }
 
@@ -191,7 +192,7 @@ mod tests {
     fn absent_keys_take_the_defaults_of_transformers() {
         let config = with(&json!({})).unwrap();
         assert!(config.use_parallel_residual && config.attention_bias && !config.tie_word_embeddings);
-        assert_eq!(config.activation().unwrap(), Activation::Gelu);
+        assert_eq!(config.activation().unwrap(), Activation::GeluErf);
         assert_eq!(config.rotary().unwrap().unwrap(), Rotary { dims: 8, base: 10000.0, factor: 1.0 });
     }
 

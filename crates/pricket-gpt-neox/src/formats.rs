@@ -4,10 +4,10 @@ use pricket_nn::config::Keys;
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
 
-use crate::GGUF_KEYS;
+use crate::keys::GGUF_KEYS;
 
 /// The headers of legacy GGML files: with the residual's kind since 2023-05-13, without it before.
-pub const GGML: [GgmlLayout; 2] = [
+pub(crate) const GGML: [GgmlLayout; 2] = [
     GgmlLayout { name: "gpt-neox header of 8", fields: &fields::<8>(Some("par_res")), plain_version: 0 },
     GgmlLayout { name: "gpt-neox header of 7", fields: &fields::<7>(None), plain_version: 0 },
 ];
@@ -39,7 +39,7 @@ fn share(rotated: u64, head_dim: u64) -> f64 {
 ///
 /// # Errors
 /// [`Error::Config`] naming a field that is missing.
-pub fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
     let (width, heads, rotated) = (field("n_embd")?, field("n_head")?, field("n_rot")?);
     let head_dim = width / heads.max(1);
@@ -58,7 +58,7 @@ pub fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize
 ///
 /// # Errors
 /// [`Error::Config`] naming a key that is missing or not implemented.
-pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let at = |key: &str| &metadata[format!("gptneox.{key}")];
     let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("gptneox.{key}"), "missing"));
     let (width, heads) = (number("embedding_length")?, number("attention.head_count")?);
@@ -93,7 +93,7 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
 ///
 /// # Errors
 /// As [`crate::Config::from_json`].
-pub fn gguf_metadata(config: &Value) -> Result<Value> {
+pub(crate) fn gguf_metadata(config: &Value) -> Result<Value> {
     let read = crate::Config::from_json(config)?;
     let rotary = read.rotary()?;
     let mut out = json!({

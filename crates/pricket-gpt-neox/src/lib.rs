@@ -31,18 +31,20 @@
 //! ```
 
 mod config;
+mod family;
 mod formats;
 mod keys;
 mod names;
 
 pub use config::Config;
-pub use formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
+pub use family::FAMILY;
 pub use keys::{GGUF_KEYS, KEYS};
-pub use names::{GGUF, NAMES};
+pub use names::NAMES;
 
 use candle_core::Tensor;
 use pricket_nn::{
-    Attention, Block, Context, Decoder, LayerNorm, Mlp, Result, RowOrder, Site, Sizes, Weights, residual,
+    Attention, Block, BlockPlan, Context, Decoder, Linear, Mlp, Norm, Qkv, Residual, Result, RowOrder, Site, Sizes,
+    Weights, residual,
 };
 
 /// A GPT-NeoX model.
@@ -51,9 +53,9 @@ pub type GptNeoX = Decoder<GptNeoXBlock>;
 /// One block: two norms, attention, MLP, and the two ways of adding them up.
 #[derive(Clone, Debug)]
 pub struct GptNeoXBlock {
-    input_layernorm: LayerNorm,
+    input_layernorm: Norm,
     attention: Attention,
-    post_attention_layernorm: LayerNorm,
+    post_attention_layernorm: Norm,
     mlp: Mlp,
     use_parallel_residual: bool,
 }
@@ -73,6 +75,20 @@ impl Block for GptNeoXBlock {
     fn has(&self, site: Site) -> bool {
         site != Site::ResidMid || !self.use_parallel_residual
     }
+
+    fn linears(&mut self) -> Vec<&mut Linear> {
+        self.attention.linears().into_iter().chain(self.mlp.linears()).collect()
+    }
+
+    fn plan(&self) -> Option<BlockPlan<'_>> {
+        Some(BlockPlan {
+            norm_1: &self.input_layernorm,
+            norm_2: &self.post_attention_layernorm,
+            attention: &self.attention,
+            mlp: &self.mlp,
+            residual: if self.use_parallel_residual { Residual::Parallel } else { Residual::Sequential },
+        })
+    }
 }
 
 impl GptNeoXBlock {
@@ -85,7 +101,13 @@ impl GptNeoXBlock {
         Ok(Self {
             input_layernorm: weights.layer_norm("input_layernorm", d, eps, true)?,
             attention: Attention {
-                qkv: attention.linear_in_order("query_key_value", d, 3 * d, bias, RowOrder::PerHead { heads })?,
+                qkv: Qkv::Fused(attention.linear_in_order(
+                    "query_key_value",
+                    d,
+                    3 * d,
+                    bias,
+                    RowOrder::PerHead { heads },
+                )?),
                 out: attention.linear("dense", d, d, bias)?,
                 heads,
                 kv_heads: heads,
@@ -98,6 +120,7 @@ impl GptNeoXBlock {
             },
             post_attention_layernorm: weights.layer_norm("post_attention_layernorm", d, eps, true)?,
             mlp: Mlp {
+                gate: None,
                 up: mlp.linear("dense_h_to_4h", d, hidden, true)?,
                 down: mlp.linear("dense_4h_to_h", hidden, d, true)?,
                 activation: config.activation()?,
@@ -114,8 +137,7 @@ impl GptNeoXBlock {
 pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("gpt_neox");
-    let (embed, head) =
-        weights.embedding_and_head("gpt_neox.embed_in", "embed_out", vocab, d, config.tie_word_embeddings)?;
+    let tables = weights.embedding_and_head("gpt_neox.embed_in", "embed_out", vocab, d, config.tie_word_embeddings)?;
     let layers = trunk.pp("layers");
     let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| GptNeoXBlock::load(config, &layers.pp(i))).collect();
     let blocks = blocks?;
@@ -123,6 +145,7 @@ pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
     let heads = config.num_attention_heads;
     let trained_length = config.max_position_embeddings;
     let context = Some(trained_length);
-    let sizes = Sizes { family: "gpt_neox", d_model: d, heads, kv_heads: heads, vocab, trained_length, context };
-    Ok(Decoder::new(sizes, embed, blocks, norm, head, weights))
+    let (family, head_dim) = ("gpt_neox", d / heads);
+    let sizes = Sizes { family, d_model: d, heads, kv_heads: heads, head_dim, vocab, trained_length, context };
+    Ok(Decoder::new(sizes, tables, blocks, norm, weights))
 }

@@ -19,7 +19,7 @@ pub const NAMES: Names = Names {
 };
 
 /// llama.cpp's names.
-pub const GGUF: &[(&str, &str)] = &[
+pub(crate) const GGUF: &[(&str, &str)] = &[
     ("gpt_neox.embed_in", "token_embd"),
     ("gpt_neox.layers", "blk"),
     ("input_layernorm", "attn_norm"),

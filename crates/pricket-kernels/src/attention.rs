@@ -2,7 +2,7 @@
 
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::{Path, by_path};
 use crate::detect::path;
@@ -21,31 +21,12 @@ const CHUNK: usize = 1024;
 /// Up to here scores are inner products against the cache as it lies; beyond, a blocked matrix product.
 const FEW_ROWS: usize = 4;
 
-/// Which keys a query sees, and how far away they look: those up to its own position, less the padding on the left of
-/// its row.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Causal<'a> {
-    /// Keys on the left of each batch row that are padding; empty means none anywhere.
-    pub padding: &'a [usize],
-    /// ALiBi: a key `n` positions back loses `n` times the slope of its head; empty means no such bias.
-    pub slopes: &'a [f32],
-}
-
-impl Causal<'_> {
-    fn first(&self, row: usize) -> usize {
-        self.padding.get(row).copied().unwrap_or(0)
-    }
-}
-
-/// Sizes of one attention call.
+/// Sizes that all rows of one attention call share.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
-    batch: usize,
     heads: usize,
     /// Query heads that share a key head.
     group: usize,
-    queries: usize,
-    keys: usize,
     dim: usize,
 }
 
@@ -85,11 +66,6 @@ impl View {
         Ok((Self { rows, batch, head }, [b, h, t, d]))
     }
 
-    fn whole(data: &[f32], heads: usize, time: usize, dim: usize) -> Self {
-        let rows = Rows { at: data.as_ptr().cast(), kind: Kind::F32, stride: dim };
-        Self { rows, batch: heads * time * dim, head: time * dim }
-    }
-
     /// # Safety
     /// The place is there.
     unsafe fn from(&self, batch: usize, head: usize, time: usize) -> Rows {
@@ -98,58 +74,50 @@ impl View {
     }
 }
 
-/// `softmax(scale · q kᵀ) v` with a causal mask: queries are the last positions of the keys.
-///
-/// `q` is `[batch, heads, queries, dim]`, `k` and `v` are `[batch, kv_heads, keys, dim]`, all contiguous, `kv_heads`
-/// dividing `heads`; `out` is `[batch, queries, heads, dim]`, so that merging heads costs nothing. A query in the
-/// padding sees only itself. The softmax is the running one of Milakov and Gimelshein (2018, arXiv:1805.02867): memory is
-/// a buffer of `60 · 1024` a thread, however many keys there are.
-///
-/// # Panics
-/// If a slice does not have the size that the others imply.
-#[allow(clippy::too_many_arguments, reason = "three operands, their shape, and what to do")]
-pub fn attention(
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    [batch, heads, queries, dim]: [usize; 4],
-    [kv_heads, keys]: [usize; 2],
-    scale: f32,
-    mask: Causal<'_>,
-    out: &mut [f32],
-) {
-    assert_eq!(q.len(), batch * heads * queries * dim, "q");
-    assert_eq!((k.len(), v.len()), (batch * kv_heads * keys * dim, batch * kv_heads * keys * dim), "k and v");
-    assert_eq!(heads % kv_heads, 0, "kv_heads must divide heads");
-    let sizes = Sizes { batch, heads, group: heads / kv_heads, queries, keys, dim };
-    let (k, v) = (View::whole(k, kv_heads, keys, dim), View::whole(v, kv_heads, keys, dim));
-    run(View::whole(q, heads, queries, dim), k, v, sizes, scale, mask, path(), out);
+/// A row of the batch: where its queries, keys and values are.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    /// Of the first query, in the batch and in time.
+    at: (usize, usize),
+    queries: usize,
+    keys: usize,
+    k: View,
+    v: View,
+    /// Of the row, along the first dimension of keys and of values.
+    batch: (usize, usize),
+    /// The first key, in time.
+    first: usize,
 }
 
-#[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
-fn run(q: View, k: View, v: View, s: Sizes, scale: f32, mask: Causal<'_>, path: Path, out: &mut [f32]) {
-    assert!(s.queries <= s.keys, "more queries than keys");
-    assert_eq!(out.len(), s.batch * s.queries * s.heads * s.dim, "out");
+/// Attends row by row, a task for each head and block of queries. `out` is `[batch, time, heads, dim]`, of which each
+/// row fills its own positions.
+fn run(q: View, time: usize, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
+    let blocks = |row: usize| (0..rows[row].queries).step_by(BLOCK).map(move |from| (row, from));
+    let mut blocks: Vec<(usize, usize)> = (0..rows.len()).flat_map(blocks).collect();
+    // Blocks with most keys go first, so that no thread is left with one at the end.
+    let visible = |&(row, from): &(usize, usize)| {
+        let Row { keys, queries, .. } = rows[row];
+        keys - queries + (from + BLOCK).min(queries)
+    };
+    blocks.sort_by_key(|block| std::cmp::Reverse(visible(block)));
     let out = Shared::new(out);
-    let blocks = s.queries.div_ceil(BLOCK);
-    parallel(s.batch * s.heads * blocks, |task| {
-        // The last blocks see most keys: they go first, so that no thread is left with one at the end.
-        let block = blocks - 1 - task / (s.batch * s.heads);
-        let (b, h) = (task % (s.batch * s.heads) / s.heads, task % s.heads);
-        let from = block * BLOCK;
+    parallel(blocks.len() * s.heads, |task| {
+        let ((row, from), h) = (blocks[task / s.heads], task % s.heads);
+        let row = rows[row];
         let head = Head {
             s,
-            rows: BLOCK.min(s.queries - from),
-            before: s.keys - s.queries + from,
-            first: mask.first(b),
-            slope: mask.slopes.get(h).copied().unwrap_or(0.0),
+            rows: BLOCK.min(row.queries - from),
+            before: row.keys - row.queries + from,
+            slope: slopes.get(h).copied().unwrap_or(0.0),
             scale,
             path,
         };
-        // SAFETY: the views were measured; rows from `from` on of head `h` of batch row `b` belong to this task alone.
+        let (batch, at) = (row.at.0, row.at.1 + from);
+        // SAFETY: `Row`s are measured when they are made; positions from `at` on of head `h` belong to this task alone.
         unsafe {
-            let (q, k, v) = (q.from(b, h, from), k.from(b, h / s.group, 0), v.from(b, h / s.group, 0));
-            scratch(|buffer| head.attend(q, k, v, out.at(((b * s.queries + from) * s.heads + h) * s.dim), buffer));
+            let (k, v) = (row.k.from(row.batch.0, h / s.group, row.first), row.v.from(row.batch.1, h / s.group, row.first));
+            let out = out.at(((batch * time + at) * s.heads + h) * s.dim);
+            scratch(|buffer| head.attend(q.from(batch, h, at), k, v, out, buffer));
         }
     });
 }
@@ -160,8 +128,6 @@ struct Head {
     rows: usize,
     /// Keys before the first query's own.
     before: usize,
-    /// The first key that is not padding.
-    first: usize,
     slope: f32,
     scale: f32,
     path: Path,
@@ -182,8 +148,7 @@ impl Head {
         let (packed, scores) = buffer.split_at_mut(panel);
         let (packed, scores) = (packed.as_mut_ptr(), scores.as_mut_ptr());
         let mut running = [(f32::NEG_INFINITY, 0f32); BLOCK];
-        // What is padding for every row is not looked at.
-        let mut start = self.first.min(self.before);
+        let mut start = 0;
         // SAFETY: promised by the caller; the buffer was just made.
         unsafe {
             for row in 0..rows {
@@ -194,13 +159,11 @@ impl Head {
                 self.score(q, k.skip(start, 0), keys, packed, scores, stride);
                 for (row, running) in running[..rows].iter_mut().enumerate() {
                     let last = self.before + row;
-                    let first = self.first.min(last);
                     // Of this chunk.
-                    let (from, to) =
-                        (first.saturating_sub(start).min(keys), (last + 1).saturating_sub(start).min(keys));
+                    let to = (last + 1).saturating_sub(start).min(keys);
                     let back = (last + 1).saturating_sub(start) as f32 - 1.0;
                     let bias = Bias { scale: self.scale, slope: self.slope, back };
-                    let shrink = soften(self.path, scores.add(row * stride), (from, to, keys), bias, running);
+                    let shrink = soften(self.path, scores.add(row * stride), (to, keys), bias, running);
                     if shrink != 1.0 {
                         for x in std::slice::from_raw_parts_mut(out.add(row * out_stride), dim) {
                             *x *= shrink;
@@ -318,12 +281,12 @@ struct Bias {
 }
 
 by_path! {
-    /// Turns the scores of keys `[from, to)` of a row into weights over the running maximum, with zeros elsewhere. Gives what
-    /// was summed before is to be multiplied with.
+    /// Turns the scores of the first `to` of `keys` keys into weights over the running maximum, with zeros behind. Returns the
+    /// factor for what was summed before.
     ///
     /// # Safety
     /// `keys` scores can be read and written.
-    fn soften(row: *mut f32, span: (usize, usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
+    fn soften(row: *mut f32, span: (usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
 }
 
 const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
@@ -333,24 +296,23 @@ const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 1
 #[inline(always)]
 unsafe fn soften_body<L: Floats>(
     row: *mut f32,
-    (from, to, keys): (usize, usize, usize),
+    (to, keys): (usize, usize),
     bias: Bias,
     (max, sum): &mut (f32, f32),
 ) -> f32 {
     // SAFETY: promised by the caller.
     unsafe {
         let scores = std::slice::from_raw_parts_mut(row, keys);
-        scores[..from].fill(0.0);
-        scores[to.max(from)..].fill(0.0);
-        if to <= from {
+        scores[to..].fill(0.0);
+        if to == 0 {
             return 1.0;
         }
         let biased = |at: usize, x: f32| x * bias.scale - bias.slope * (bias.back - at as f32);
-        let whole = from + (to - from) / LANES * LANES;
+        let whole = to / LANES * LANES;
         // The larger of both, or what is no number: it must not be lost.
         let larger = |a: f32, b: f32| if a > b { a } else { b };
         let mut highest = L::splat(*max);
-        let mut at = from;
+        let mut at = 0;
         while at < whole {
             let back = L::madd(
                 L::floats(COUNT.as_ptr()),
@@ -370,7 +332,7 @@ unsafe fn soften_body<L: Floats>(
             highest = larger(highest, *row.add(at));
         }
         let shrink = if *max == f32::NEG_INFINITY { 0.0 } else { (*max - highest).exp() };
-        let (mut total, mut at) = (L::splat(0.0), from);
+        let (mut total, mut at) = (L::splat(0.0), 0);
         while at < whole {
             let x = L::exp(L::add(L::floats(row.add(at)), L::splat(-highest)));
             total = L::add(total, x);
@@ -395,56 +357,108 @@ unsafe fn soften_body<L: Floats>(
     }
 }
 
-/// [`attention`] as a candle op of `q` in f32, contiguous, and `k` and `v` in f32, f16, bf16 or bytes of `q8_0` blocks as
-/// [`StoreOp`](crate::StoreOp) writes them, which may be strided views of a cache.
-/// Output: `[batch, queries, heads * dim]`. It has no backward pass: training takes the plain twin.
-#[derive(Clone, Debug)]
-pub struct AttentionOp {
-    /// Multiplies the scores, mostly `1 / sqrt(head_dim)`.
-    pub scale: f32,
-    /// As [`Causal::padding`].
-    pub padding: Vec<usize>,
-    /// As [`Causal::slopes`].
-    pub slopes: Vec<f32>,
+/// The index of `tensor` in `held`, where it goes if it is not among the last two.
+fn place<'a>(held: &mut Vec<&'a Tensor>, tensor: &'a Tensor) -> usize {
+    let recent = held.len().saturating_sub(2);
+    let known = held[recent..].iter().position(|known| known.id() == tensor.id());
+    known.map_or_else(
+        || {
+            held.push(tensor);
+            held.len() - 1
+        },
+        |at| recent + at,
+    )
 }
 
-impl CustomOp3 for AttentionOp {
+/// Where the keys and values of a row of [`AttentionOp`] are.
+#[derive(Clone, Debug)]
+pub struct AttentionRow {
+    /// The keys: `[.., kv_heads, time, head_dim]` with any strides whose last is 1, in f32, f16, bf16 or bytes of `q8_0`
+    /// blocks.
+    pub keys: Tensor,
+    /// The values, likewise; may be the same tensor.
+    pub values: Tensor,
+    /// Index of the row along the first dimension of keys, and of values.
+    pub at: (usize, usize),
+    /// Index of the first key along time.
+    pub first: usize,
+    /// Number of keys.
+    pub len: usize,
+    /// Number of queries: the last positions of the keys.
+    pub queries: usize,
+}
+
+/// Causal attention as a candle op over queries `[batch, heads, time, head_dim]`, f32 and contiguous. It owns its rows, as
+/// [`LinearOp`](crate::LinearOp) owns its weight: each of them takes the next queries and attends to its own keys and
+/// values, wherever they are stored.
+///
+/// `softmax(scale · q kᵀ - slope · distance) v`, of `[batch, time, heads · head_dim]`. `kv_heads` divides `heads`. The softmax
+/// is the running one of Milakov and Gimelshein (2018, arXiv:1805.02867): memory is a buffer of `60 · 1024` for each thread,
+/// however many keys there are. It has no backward pass: training takes the plain twin.
+#[derive(Clone, Debug)]
+pub struct AttentionOp {
+    /// Multiplies the scores; usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// ALiBi: a key `n` positions back loses `n` times the slope of its head. Empty for none.
+    pub slopes: Vec<f32>,
+    /// The rows, in the order of the queries. A row's queries are within one element of the batch.
+    pub rows: Vec<AttentionRow>,
+}
+
+impl CustomOp1 for AttentionOp {
     fn name(&self) -> &'static str {
         "attention"
     }
 
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (q, [batch, heads, queries, dim]) = View::new("q", q, q_layout)?;
-        let (k, [k_batch, kv_heads, keys, k_dim]) = View::new("k", k, k_layout)?;
-        let (v, v_dims) = View::new("v", v, v_layout)?;
-        let width = |view: &View| if view.rows.kind == Kind::Q8 { q8_row(dim) } else { dim };
-        let fits = k_batch == batch && k_dim == width(&k) && kv_heads > 0 && heads % kv_heads == 0 && queries <= keys;
-        if !fits || v_dims != [batch, kv_heads, keys, width(&v)] {
-            bail!("attention: q {:?}, k {:?} and v {v_dims:?} do not fit", q_layout, k_layout.dims());
-        }
+    fn cpu_fwd(&self, q: &CpuStorage, q_layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (q, [batch, heads, time, dim]) = View::new("q", q, q_layout)?;
         if q.rows.kind != Kind::F32 || !q_layout.is_contiguous() {
             bail!("attention: expected q in f32 and contiguous");
-        }
-        if !self.padding.is_empty() && self.padding.len() != batch {
-            bail!("attention: {} padding lengths for {batch} rows", self.padding.len());
         }
         if !self.slopes.is_empty() && self.slopes.len() != heads {
             bail!("attention: {} slopes for {heads} heads", self.slopes.len());
         }
-        let sizes = Sizes { batch, heads, group: heads / kv_heads, queries, keys, dim };
-        let mut out = vec![0f32; batch * queries * heads * dim];
-        if !out.is_empty() {
-            let mask = Causal { padding: &self.padding, slopes: &self.slopes };
-            run(q, k, v, sizes, self.scale, mask, path(), &mut out);
+        // One guard for each tensor: rows of a batch share them.
+        let mut held = Vec::with_capacity(self.rows.len());
+        let mut of_rows = Vec::with_capacity(self.rows.len());
+        for row in &self.rows {
+            let places = (place(&mut held, &row.keys), place(&mut held, &row.values));
+            of_rows.push(places);
         }
-        Ok((CpuStorage::F32(out), (batch, queries, heads * dim).into()))
+        let guards: Vec<_> = held.iter().map(|tensor| tensor.storage_and_layout()).collect();
+        let view = |name: &str, at: usize| -> Result<(View, [usize; 4])> {
+            let (storage, layout) = &guards[at];
+            let Storage::Cpu(storage) = &**storage else { bail!("attention: {name} are not on the CPU") };
+            View::new(name, storage, layout)
+        };
+        let (mut rows, mut done, mut group) = (Vec::with_capacity(self.rows.len()), 0, 1);
+        for (row, &(keys, values)) in self.rows.iter().zip(&of_rows) {
+            let (k, k_dims) = view("keys", keys)?;
+            let (v, v_dims) = view("values", values)?;
+            let width = |view: &View| if view.rows.kind == Kind::Q8 { q8_row(dim) } else { dim };
+            let kv_heads = k_dims[1];
+            let has = |[b, h, t, d]: [usize; 4], at: usize, view: &View| {
+                at < b && h == kv_heads && row.first + row.len <= t && d == width(view)
+            };
+            let at = (done / time.max(1), done % time.max(1));
+            let fits = kv_heads > 0 && heads % kv_heads == 0 && (1..=row.len).contains(&row.queries);
+            if !fits || !has(k_dims, row.at.0, &k) || !has(v_dims, row.at.1, &v) || at.1 + row.queries > time {
+                bail!("attention: q {:?}, keys {k_dims:?} and values {v_dims:?} do not fit {row:?}", q_layout.dims());
+            }
+            if !rows.is_empty() && group != heads / kv_heads {
+                bail!("attention: rows with {kv_heads} and {} key heads", heads / group);
+            }
+            group = heads / kv_heads;
+            rows.push(Row { at, queries: row.queries, keys: row.len, k, v, batch: row.at, first: row.first });
+            done += row.queries;
+        }
+        if done != batch * time {
+            bail!("attention: rows of {done} queries for {batch} times {time}");
+        }
+        let mut out = vec![0f32; batch * time * heads * dim];
+        if !out.is_empty() {
+            run(q, time, &rows, Sizes { heads, group, dim }, self.scale, &self.slopes, path(), &mut out);
+        }
+        Ok((CpuStorage::F32(out), (batch, time, heads * dim).into()))
     }
 }

@@ -1,4 +1,4 @@
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, bail};
+use candle_core::{CpuStorage, InplaceOp3, Layout, Result, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -6,43 +6,82 @@ use crate::pool::parallel;
 use crate::rows::{Q8_BLOCK, q8_row};
 use crate::shared::Shared;
 
-/// Writes a tensor of f32 over another of the same shape in f32, f16 or bf16: both `[batch, heads, time, dim]` with any
-/// strides whose last is 1, so that new keys and values go to their places in a cache without a copy of their own. Over bytes,
-/// `[batch, heads, time, q8_row_bytes(dim)]`, it writes ggml's `q8_0` blocks.
+/// Writes new keys and values of one row where they are kept: in place, over `[2, kv_heads, capacity, head_dim]` in f32, f16
+/// or bf16, contiguous, keys first. Over bytes, `[2, kv_heads, capacity, q8_row_bytes(head_dim)]`, it writes ggml's `q8_0`
+/// blocks.
+///
+/// The new ones are `[batch, kv_heads, time, head_dim]` in f32 with any strides whose last is 1.
 #[derive(Clone, Copy, Debug)]
-pub struct StoreOp;
+pub struct StoreOp {
+    /// The row of the batch.
+    pub row: usize,
+    /// The first new position of the row, along time.
+    pub from: usize,
+    /// Number of new positions.
+    pub len: usize,
+    /// Where the first of them goes, along the capacity.
+    pub at: usize,
+}
 
-impl InplaceOp2 for StoreOp {
+/// New keys or values: elements, the first of them, and strides of heads and time.
+struct New<'a> {
+    data: &'a [f32],
+    start: usize,
+    strides: (usize, usize),
+}
+
+impl StoreOp {
+    fn new_rows<'a>(&self, from: &'a CpuStorage, layout: &Layout, dims: [usize; 2]) -> Result<New<'a>> {
+        let CpuStorage::F32(data) = from else { bail!("store: expected f32 activations") };
+        let (&[b, h, t, d], &[batch, head, time, inner]) = (layout.dims(), layout.stride()) else {
+            bail!("store: expected [batch, heads, time, head_dim], got {:?}", layout.dims())
+        };
+        if [h, d] != dims || self.row >= b || self.from + self.len > t || (d > 1 && inner != 1) {
+            bail!("store: {self:?} of {layout:?} does not fit heads and width of {dims:?}");
+        }
+        let start = layout.start_offset() + self.row * batch + self.from * time;
+        Ok(New { data, start, strides: (head, time) })
+    }
+}
+
+impl InplaceOp3 for StoreOp {
     fn name(&self) -> &'static str {
         "store"
     }
 
-    fn cpu_fwd(&self, to: &mut CpuStorage, to_at: &Layout, from: &CpuStorage, from_at: &Layout) -> Result<()> {
-        let CpuStorage::F32(from) = from else { bail!("store: expected f32 activations") };
-        let (&[b, h, t, d], &[sb, sh, st, sd], &[ob, oh, ot, od]) = (from_at.dims(), from_at.stride(), to_at.stride())
-        else {
-            bail!("store: expected [batch, heads, time, head_dim], got {:?}", from_at.dims())
+    fn cpu_fwd(
+        &self,
+        to: &mut CpuStorage,
+        to_at: &Layout,
+        keys: &CpuStorage,
+        keys_at: &Layout,
+        values: &CpuStorage,
+        values_at: &Layout,
+    ) -> Result<()> {
+        let (&[two, h, capacity, width], Some((offset, _))) = (to_at.dims(), to_at.contiguous_offsets()) else {
+            bail!("store: expected a contiguous [2, heads, capacity, width], got {to_at:?}")
         };
-        let width = if matches!(to, CpuStorage::U8(_)) { q8_row(d) } else { d };
-        if to_at.dims() != [b, h, t, width] || (d > 1 && (sd != 1 || od != 1)) {
-            bail!("store: {from_at:?} does not fit {to_at:?}");
+        let d = keys_at.dims().last().copied().unwrap_or(0);
+        let expected = if matches!(to, CpuStorage::U8(_)) { q8_row(d) } else { d };
+        if two != 2 || width != expected || self.at + self.len > capacity {
+            bail!("store: {self:?} of rows of {d} does not fit {to_at:?}");
         }
-        // Layouts of tensors lie inside of their storage: slicing checks it again.
-        let source = |row: usize| {
-            let (i, j, k) = (row / t / h, row / t % h, row % t);
-            (
-                &from[from_at.start_offset() + i * sb + j * sh + k * st..][..d],
-                to_at.start_offset() + i * ob + j * oh + k * ot,
-            )
+        let new = [self.new_rows(keys, keys_at, [h, d])?, self.new_rows(values, values_at, [h, d])?];
+        // Slices of the sources check that layouts of tensors lie inside of their storage.
+        let place = |row: usize| {
+            let (part, head, time) = (row / self.len / h, row / self.len % h, row % self.len);
+            let New { data, start, strides } = &new[part];
+            let from = &data[start + head * strides.0 + time * strides.1..][..d];
+            (from, offset + ((part * h + head) * capacity + self.at + time) * width)
         };
         macro_rules! write {
             ($to:ident, $copy:expr) => {{
                 let out = Shared::new($to);
-                let rows = b * h * t;
+                let rows = 2 * h * self.len;
                 let share = rows.div_ceil(16).max(64);
                 parallel(rows.div_ceil(share), |task| {
                     for row in task * share..rows.min((task + 1) * share) {
-                        let (from, at) = source(row);
+                        let (from, at) = place(row);
                         // SAFETY: rows do not overlap, and `slice` checks that this one is inside.
                         $copy(unsafe { out.slice(at, width) }, from);
                     }
@@ -54,7 +93,7 @@ impl InplaceOp2 for StoreOp {
             CpuStorage::F16(to) => write!(to, |to: &mut [half::f16], from: &[f32]| to.convert_from_f32_slice(from)),
             CpuStorage::BF16(to) => write!(to, |to: &mut [half::bf16], from: &[f32]| to.convert_from_f32_slice(from)),
             CpuStorage::U8(to) => write!(to, to_q8),
-            _ => bail!("store: a cache is f32, f16, bf16 or q8_0"),
+            _ => bail!("store: keys and values are kept in f32, f16, bf16 or q8_0"),
         }
         Ok(())
     }

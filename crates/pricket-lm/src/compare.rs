@@ -1,9 +1,10 @@
 //! Two models over one text: their perplexities, and how far their predictions are apart.
 
-use candle_core::{DType, IndexOp, Tensor};
+use candle_core::Tensor;
 use pricket_nn::{CausalLm, Error as NnError};
 
 use crate::diagnose::diagnose;
+use crate::head::by_blocks;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
@@ -24,9 +25,6 @@ pub struct Comparison {
     /// Share of the positions where both models have the same most likely token.
     pub top_1_agreement: f64,
 }
-
-/// Positions whose predictions are compared at a time.
-const ROWS: usize = 64;
 
 /// Compares two models that have one tokenizer over the tokens of a text. The text is split into windows as
 /// [`text_logprobs`](crate::text_logprobs) splits it, so that the perplexities are those of the same text elsewhere; a window is at most
@@ -67,15 +65,13 @@ pub fn compare(
         context.extend(&ids);
         let hidden = |model: &dyn CausalLm| -> Result<Tensor> {
             let input = Tensor::new(&context[..context.len() - 1], &model.info().device)?.unsqueeze(0)?;
-            Ok(model.hidden(&input, &mut roomy())?.narrow(1, given - 1, ids.len())?)
+            Ok(model.hidden(&input, &mut roomy())?.squeeze(0)?.narrow(0, given - 1, ids.len())?)
         };
         let (first, second) = (hidden(reference)?, hidden(other)?);
-        for (block, targets) in ids.chunks(ROWS).enumerate() {
-            let logits = |model: &dyn CausalLm, hidden: &Tensor| -> Result<Vec<Vec<f32>>> {
-                let rows = hidden.narrow(1, block * ROWS, targets.len())?.contiguous()?;
-                Ok(model.head(&rows)?.i(0)?.to_dtype(DType::F32)?.to_vec2()?)
-            };
-            let (p, q) = (logits(reference, &first)?, logits(other, &second)?);
+        by_blocks(reference, &first, |at, logits| {
+            let targets = &ids[at..at + logits.dim(0)?];
+            let others = other.head(&second.narrow(0, at, targets.len())?)?;
+            let (p, q) = (logits.to_vec2::<f32>()?, others.to_vec2::<f32>()?);
             for ((p, q), &target) in p.iter().zip(&q).zip(targets) {
                 let (norm_p, norm_q) = (log_sum(p), log_sum(q));
                 for (model, norm) in [(reference, norm_p), (other, norm_q)] {
@@ -98,7 +94,8 @@ pub fn compare(
                 agreed += usize::from(likeliest(p) == likeliest(q));
                 sum.tokens += 1;
             }
-        }
+            Ok(())
+        })?;
         options.progress.update(sum.tokens as u64);
     }
     options.progress.end();

@@ -1,13 +1,15 @@
 use std::sync::Arc;
 
-use candle_core::{IndexOp, Tensor};
-use pricket_nn::{Cache, CausalLm, Context, Error as NnError};
+use candle_core::Tensor;
+use pricket_nn::{
+    Admission, CausalLm, Choice, Context, Error as NnError, PlainDecoder, RowId, RowStep, SamplingParams, State,
+    StepDecoder, ops,
+};
 
 use crate::diagnose::diagnose;
-use crate::score::{logprob_of, summaries};
-use crate::{Error, Result, Sampler, Sampling};
+use crate::{Error, Result, Sampler};
 
-/// Prompt positions read at a time: it bounds the memory that reading a long prompt takes.
+/// Prompt positions read at a time on the CPU: it bounds the memory that reading long prompts takes.
 const PREFILL: usize = 512;
 
 /// A prompt and how to continue it.
@@ -18,7 +20,7 @@ pub struct Request {
     /// New tokens at most.
     pub max_tokens: usize,
     /// How tokens are chosen.
-    pub sampling: Sampling,
+    pub sampling: SamplingParams,
     /// Where the row's random numbers begin.
     pub seed: u64,
     /// Tokens that end the row; the one that does is its last.
@@ -35,7 +37,7 @@ impl Request {
         Self {
             ids,
             max_tokens: 128,
-            sampling: Sampling::greedy(),
+            sampling: SamplingParams::greedy(),
             seed: 0,
             eos: Vec::new(),
             vocab: None,
@@ -71,17 +73,21 @@ pub struct Token {
 
 /// A batch being continued, one token a row and step.
 ///
-/// Prompts may differ in length: they are padded on the left inside. A row that ends leaves the batch, and what the
-/// others get does not depend on it: several prompts together give the text that each gives alone.
+/// Prompts may differ in length: they are packed inside. A row that ends leaves the batch, and what the others get does not
+/// depend on it: several prompts together give the text that each gives alone.
 pub struct Generation {
     model: Arc<dyn CausalLm>,
-    ctx: Context,
-    /// Rows still running, in the order of the batch.
+    /// Rows still running.
     rows: Vec<Row>,
-    /// Whether the prompts have been read.
-    started: bool,
-    /// Logits that the last step chose from, `[rows][vocab]`.
-    logits: Vec<Vec<f32>>,
+    /// Reads the prompts.
+    ctx: Context,
+    /// Writes what follows them: the model's own, or the plain one.
+    own: Option<Box<dyn StepDecoder>>,
+    plain: PlainDecoder,
+    /// Logits of the prompts' last positions, `[rows][vocab]`, before the first token is read.
+    first: Vec<Vec<f32>>,
+    /// What was read of the row that ended last.
+    ended: Option<State>,
 }
 
 struct Row {
@@ -90,11 +96,13 @@ struct Row {
     ids: Vec<u32>,
     sampler: Sampler,
     done: bool,
+    /// Its place in the decoder, once its prompt was read.
+    id: Option<RowId>,
 }
 
 impl std::fmt::Debug for Generation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Generation({} rows running, position {})", self.rows.len(), self.ctx.position())
+        write!(f, "Generation({} rows running)", self.rows.len())
     }
 }
 
@@ -126,23 +134,25 @@ impl Generation {
             ids: request.ids.clone(),
             sampler: Sampler::new(request.sampling.clone(), request.seed),
             done: request.max_tokens == 0,
+            id: None,
             request,
         };
         let rows: Vec<Row> = requests.into_iter().enumerate().map(row).filter(|row| !row.done).collect();
-        let ctx = Context::new().with_cache(Cache::with_type(model.info().cache));
+        let ctx = Context::new().with_state(State::with_type(model.info().cache));
         let ctx = if beyond { ctx.beyond_trained_length() } else { ctx };
-        Ok(Self { model, ctx, rows, started: false, logits: Vec::new() })
+        let (own, plain) = (model.step_decoder(), PlainDecoder::new(Arc::clone(&model)));
+        Ok(Self { model, rows, ctx, own, plain, first: Vec::new(), ended: None })
     }
 
-    /// Begins from a cache that holds the first tokens of the prompt, as many as it is long: those are not read again.
+    /// Begins from a state that holds the first tokens of the prompt: those are not read again.
     ///
     /// # Errors
     /// [`Error::Input`] for more than one prompt, or if no token of it would be left to read.
-    pub fn with_past(mut self, past: Cache) -> Result<Self> {
-        let read = past.len();
+    pub fn with_past(mut self, past: State) -> Result<Self> {
+        let read = past.len(0);
         match &self.rows[..] {
             [] => {}
-            [row] if read < row.ids.len() => self.ctx = self.ctx.with_cache(past),
+            [row] if read < row.ids.len() => self.ctx = self.ctx.with_state(past),
             [row] => return Err(Error::Input(format!("a past of {read} for a prompt of {}", row.ids.len()))),
             rows => return Err(Error::Input(format!("a past belongs to one prompt, not to {}", rows.len()))),
         }
@@ -162,30 +172,23 @@ impl Generation {
     }
 
     fn advance(&mut self) -> Result<Option<Vec<Token>>> {
-        if self.rows.iter().any(|row| row.done) {
-            self.drop_finished()?;
-        }
+        self.drop_finished()?;
         if self.rows.is_empty() {
             return Ok(None);
         }
-        let hidden = if self.started { self.decode()? } else { self.prefill()? };
-        self.started = true;
-        let logits = self.model.head(&hidden)?.i((.., 0))?.to_vec2::<f32>()?;
+        let started = self.rows.iter().all(|row| row.id.is_some());
+        let choices = if started { self.decode()? } else { self.prefill()? };
         let limit = self.model.info().context;
         let mut tokens = Vec::with_capacity(self.rows.len());
-        let summaries = summaries(&*self.model, &logits);
-        for ((row, logits), summary) in self.rows.iter_mut().zip(&logits).zip(summaries) {
-            if !summary.finite {
+        for (row, Choice { id, logprob }) in self.rows.iter_mut().zip(choices) {
+            if logprob.is_nan() {
                 return Err(diagnose(&*self.model, &row.ids));
             }
-            let vocab = row.request.vocab.unwrap_or(logits.len()).min(logits.len());
             let prompt_len = row.request.ids.len();
-            let id = if row.request.sampling.is_argmax() && summary.argmax < vocab {
-                summary.argmax as u32
-            } else {
-                row.sampler.sample(&mut logits[..vocab].to_vec(), &row.ids, prompt_len)
-            };
             row.ids.push(id);
+            if let Some(place) = row.id {
+                decoder(&mut self.own, &mut self.plain).push(place, id)?;
+            }
             let full = limit.is_some_and(|limit| row.ids.len() > limit) && !row.request.beyond_trained_length;
             let finish = if row.request.eos.contains(&id) {
                 Some(Finish::Eos)
@@ -195,9 +198,8 @@ impl Generation {
                 full.then_some(Finish::Context)
             };
             row.done = finish.is_some();
-            tokens.push(Token { row: row.index, id, logprob: logprob_of(&summary, logits, id)?.0, finish });
+            tokens.push(Token { row: row.index, id, logprob, finish });
         }
-        self.logits = logits;
         Ok(Some(tokens))
     }
 
@@ -208,48 +210,100 @@ impl Generation {
         }
     }
 
-    /// The logits that the last step chose from, in the order of its tokens.
+    /// The logits that the last step chose from, in the order of its tokens. Empty where the model decodes by itself
+    /// ([`CausalLm::step_decoder`]) and the prompts were read.
     pub fn logits(&self) -> &[Vec<f32>] {
-        &self.logits
+        if self.first.is_empty() { self.plain.logits() } else { &self.first }
     }
 
-    /// The model's context, to fork it or to record.
-    pub fn context(&mut self) -> &mut Context {
-        &mut self.ctx
+    /// What was read of a batch of one row, which ends with that; all of its tokens but the last. `None` if nothing was read.
+    pub fn take_state(&mut self) -> Option<State> {
+        self.rows.iter_mut().for_each(|row| row.done = true);
+        self.drop_finished().ok()?;
+        self.ended.take()
+    }
+
+    /// Bytes of what was read of the rows that are running, and of the one that ended last.
+    pub fn state_bytes(&self) -> usize {
+        let held = [self.ctx.state(), self.ended.as_ref()].into_iter().flatten();
+        held.map(State::bytes).sum::<usize>() + self.plain.state_bytes()
     }
 
     fn drop_finished(&mut self) -> Result<()> {
-        let keep: Vec<u32> = (0u32..).zip(&self.rows).filter(|(_, row)| !row.done).map(|(i, _)| i).collect();
-        self.rows.retain(|row| !row.done);
-        // The last row needs no copy of a cache that nobody will read.
-        if self.started && !keep.is_empty() {
-            self.ctx.select_rows(&keep)?;
+        for row in self.rows.extract_if(.., |row| row.done) {
+            self.ended = match row.id {
+                Some(id) => Some(decoder(&mut self.own, &mut self.plain).release(id)?),
+                None => None,
+            };
         }
         Ok(())
     }
 
-    /// Reads the prompts; gives the last position, `[rows, 1, d]`.
-    fn prefill(&mut self) -> Result<Tensor> {
-        let longest = self.rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
-        self.ctx.set_padding(self.rows.iter().map(|row| longest - row.ids.len()).collect());
-        let padded = |row: &Row| -> Vec<u32> {
-            let pad = std::iter::repeat_n(0, longest - row.ids.len());
-            pad.chain(row.ids.iter().copied()).collect()
-        };
-        let ids: Vec<Vec<u32>> = self.rows.iter().map(padded).collect();
-        let ids = Tensor::new(ids, &self.model.info().device)?;
-        let mut last = None;
-        for start in (self.ctx.position()..longest).step_by(PREFILL) {
-            let len = PREFILL.min(longest - start);
-            let hidden = self.model.hidden(&ids.narrow(1, start, len)?.contiguous()?, &mut self.ctx)?;
-            last = Some(hidden.narrow(1, len - 1, 1)?);
+    /// Reads the prompts, packed, and chooses what comes after each.
+    fn prefill(&mut self) -> Result<Vec<Choice>> {
+        let device = &self.model.info().device;
+        let budget = if device.is_cpu() { PREFILL } else { 4 * PREFILL };
+        let mut last: Vec<Option<Tensor>> = vec![None; self.rows.len()];
+        // Rows that a state was given for have read their first tokens.
+        let mut read: Vec<usize> = (0..self.rows.len()).map(|row| self.ctx.position(row)).collect();
+        while last.iter().any(Option::is_none) {
+            let (mut packed, mut ids) = (Vec::new(), Vec::new());
+            for (i, row) in self.rows.iter().enumerate() {
+                let len = (row.ids.len() - read[i]).min(budget - ids.len());
+                if len > 0 {
+                    ids.extend_from_slice(&row.ids[read[i]..read[i] + len]);
+                    packed.push((i, len));
+                    read[i] += len;
+                }
+            }
+            self.ctx.pack_rows(&packed);
+            let hidden = self.model.hidden(&Tensor::new(ids, device)?.unsqueeze(0)?, &mut self.ctx)?;
+            let ends = self.ctx.last_positions(&hidden)?;
+            for (at, (i, _)) in packed.into_iter().enumerate() {
+                if read[i] == self.rows[i].ids.len() {
+                    last[i] = Some(ends.narrow(0, at, 1)?);
+                }
+            }
         }
-        last.ok_or_else(|| Error::Input("a prompt needs at least one token".into()))
+        let last: Vec<Tensor> = last.into_iter().flatten().collect();
+        self.first = self.model.head(&Tensor::cat(&last, 0)?)?.to_vec2()?;
+        let summaries = summaries(&*self.model, &self.first);
+        let mut choices = Vec::with_capacity(self.rows.len());
+        for ((row, logits), summary) in self.rows.iter_mut().zip(&self.first).zip(&summaries) {
+            let (vocab, prompt_len) = (row.request.vocab, row.request.ids.len());
+            let (sampling, draw) = (&row.request.sampling, row.sampler.draw());
+            choices.push(Choice::of((logits, summary), sampling, vocab, (&row.ids, prompt_len), draw));
+            let state = self.ctx.state_mut().map(|state| state.take_row(0)).unwrap_or_default();
+            let (ids, sampling) = (row.ids.clone(), sampling.clone());
+            let admission = Admission { state, ids, prompt_len, sampling, vocab };
+            row.id = Some(decoder(&mut self.own, &mut self.plain).admit(admission)?);
+        }
+        Ok(choices)
     }
 
-    fn decode(&mut self) -> Result<Tensor> {
-        let last: Vec<u32> = self.rows.iter().map(|row| row.ids[row.ids.len() - 1]).collect();
-        let ids = Tensor::new(last, &self.model.info().device)?.unsqueeze(1)?;
-        Ok(self.model.hidden(&ids, &mut self.ctx)?)
+    fn decode(&mut self) -> Result<Vec<Choice>> {
+        self.first.clear();
+        let draws: Vec<f64> = self.rows.iter_mut().map(|row| row.sampler.draw()).collect();
+        let steps = self.rows.iter().zip(&draws).filter_map(|(row, draw)| {
+            Some(RowStep { row: row.id?, tokens: row.ids.last_chunk::<1>()?, draws: std::slice::from_ref(draw) })
+        });
+        let steps: Vec<RowStep<'_>> = steps.collect();
+        let choices = decoder(&mut self.own, &mut self.plain).step(&steps)?;
+        Ok(choices.into_iter().flatten().collect())
     }
+}
+
+fn decoder<'a>(own: &'a mut Option<Box<dyn StepDecoder>>, plain: &'a mut PlainDecoder) -> &'a mut dyn StepDecoder {
+    match own {
+        Some(own) => &mut **own,
+        None => plain,
+    }
+}
+
+/// What rows of logits amount to, each of them once, on the model's threads.
+fn summaries(model: &dyn CausalLm, rows: &[Vec<f32>]) -> Vec<ops::RowSummary> {
+    let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+    let mut summaries = Vec::new();
+    model.on_threads(&mut || summaries = ops::row_summaries(&rows));
+    summaries
 }

@@ -14,7 +14,7 @@
 //! # let store = Arc::new(pricket_weights::Random::new(pricket_weights::Dtype::F32, 0));
 //! # let weights = Weights::as_stored(store, pricket_gpt_neox::NAMES);
 //! # let model: Arc<dyn pricket_nn::CausalLm> = Arc::new(pricket_gpt_neox::load(&config, &weights)?);
-//! use pricket_lm::{Generation, Request, Sampling, token_logprobs};
+//! use pricket_lm::{Generation, Request, token_logprobs};
 //! // Two prompts of different lengths, four tokens each.
 //! let requests = [vec![5, 6, 7], vec![9]].map(|ids| Request { max_tokens: 4, ..Request::greedy(ids) });
 //! let mut generation = Generation::new(model.clone(), requests.to_vec())?;
@@ -34,6 +34,7 @@ mod diagnose;
 mod documents;
 mod error;
 mod generate;
+mod head;
 mod loglikelihood;
 mod prompt;
 mod python;
@@ -52,7 +53,9 @@ pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
 pub use prompt::{PromptFormat, Role, Turn};
-pub use sampling::{Sampler, Sampling};
+/// How tokens are chosen: the plain data that decoders take.
+pub use pricket_nn::SamplingParams;
+pub use sampling::{Sampler, from_candle};
 pub use score::{TokenLogprob, check_finite, loss, text_logprobs, token_logprobs};
 pub use slices::{SliceLoss, slice_losses};
 pub use tasks::{EvalOptions, Figure, Limit, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};

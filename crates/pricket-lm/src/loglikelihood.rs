@@ -4,14 +4,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use pricket_nn::{Cache, CausalLm, Context, Error as NnError, Progress, Silent, ops};
+use pricket_nn::{CausalLm, Context, Error as NnError, Progress, Silent, State};
 
 use crate::diagnose::diagnose;
+use crate::head::logprobs;
 use crate::python::is_space;
 use crate::{Error, Result, Tokenizer};
-
-/// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.
-const BLOCK: usize = 64;
 
 /// A continuation, and what it continues.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -158,7 +156,7 @@ impl ScoreOptions {
 
 /// The log-likelihoods of `requests`, in their order.
 ///
-/// Longest first, in batches of about one length; a context that several of them share is read once; the head is applied to
+/// Longest first, packed into passes of at most [`ScoreOptions::batch_tokens`]; a context that several of them share is read once; the head is applied to
 /// the positions that count, a block at a time.
 ///
 /// # Errors
@@ -198,7 +196,7 @@ pub fn loglikelihoods(
     }
     rows.sort_by_key(|row| std::cmp::Reverse(row.len()));
     let total: usize = rows.iter().map(Row::work).sum();
-    let scoring = Scoring { model, requests, room, progress: &*options.progress };
+    let scoring = Scoring { model, requests, progress: &*options.progress };
     scoring.progress.begin("scoring", total as u64, "tokens");
     let outcome = scoring.run(&rows, limit, &mut results);
     scoring.progress.end();
@@ -236,13 +234,12 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Where a continuation's logits are: its request, and of its first token the position in a batch.
-type Place<'a> = (usize, &'a [u32], usize);
+/// A continuation whose hidden states are in hand: its request, its tokens, and the hidden states that predict them, `[ids, d]`.
+type Place<'a> = (usize, &'a [u32], Tensor);
 
 struct Scoring<'a> {
     model: &'a dyn CausalLm,
     requests: &'a [Continuation],
-    room: usize,
     progress: &'a dyn Progress,
 }
 
@@ -252,23 +249,20 @@ impl Scoring<'_> {
         let mut done = 0;
         for (rows, is_shared) in [(shared, true), (alone, false)] {
             let mut left = &rows[..];
-            while let Some(first) = left.first() {
+            while !left.is_empty() {
                 if self.progress.cancelled() {
                     return Err(NnError::Cancelled.into());
                 }
-                let count = (limit / first.len().max(1)).clamp(1, left.len());
+                let lens = left.iter().scan(0, |total, row| {
+                    *total += row.len();
+                    Some(*total)
+                });
+                let count = lens.take_while(|&total| total <= limit).count().max(1);
                 let (batch, rest) = left.split_at(count);
-                let widest = batch.iter().map(|row| row.longest()).max().unwrap_or(1);
-                if !is_shared {
-                    self.alone(batch, results)?;
-                } else if first.len() + widest - 1 <= self.room {
+                if is_shared {
                     self.shared(batch, results)?;
                 } else {
-                    for row in batch {
-                        let alone = |&choice| Row { context: row.context, choices: vec![choice] };
-                        let choices: Vec<Row<'_>> = row.choices.iter().map(alone).collect();
-                        self.alone(&choices.iter().collect::<Vec<_>>(), results)?;
-                    }
+                    self.alone(batch, results)?;
                 }
                 done += batch.iter().map(|row| row.work()).sum::<usize>();
                 self.progress.update(done as u64);
@@ -278,85 +272,86 @@ impl Scoring<'_> {
         Ok(())
     }
 
-    /// Contexts with one continuation each, in one pass: filled up on the right, where nothing that counts looks.
-    fn alone(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
-        let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
-        let mut ids = Vec::with_capacity(rows.len() * width);
-        let mut places = Vec::with_capacity(rows.len());
-        for (i, row) in rows.iter().enumerate() {
-            let (request, continuation) = row.choices[0];
-            places.push((request, continuation, i * width + row.context.len() - 1));
-            ids.extend_from_slice(row.context);
-            ids.extend_from_slice(&continuation[..continuation.len() - 1]);
-            ids.resize((i + 1) * width, 0);
-        }
-        let input = Tensor::from_vec(ids, (rows.len(), width), &self.model.info().device)?;
-        let hidden = self.model.hidden(&input, &mut roomy())?;
-        self.score(&hidden, &places, results)
+    /// Reads tokens of some rows in one packed pass. Returns the hidden states of all positions, row after row.
+    fn read(&self, rows: &[(usize, Vec<u32>)], ctx: &mut Context) -> Result<Tensor> {
+        let lens: Vec<(usize, usize)> = rows.iter().map(|(row, ids)| (*row, ids.len())).collect();
+        let ids: Vec<u32> = rows.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
+        ctx.pack_rows(&lens);
+        let input = Tensor::new(ids, &self.model.info().device)?.unsqueeze(0)?;
+        Ok(self.model.hidden(&input, ctx)?.squeeze(0)?)
     }
 
-    /// Contexts with several continuations: the contexts, filled up on the left, then from their cache the first continuation
-    /// of each, the second, and so on.
+    /// Contexts with one continuation each, in one pass.
+    fn alone(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
+        let ids = rows.iter().enumerate().map(|(i, row)| (i, [row.context, row.read(0)].concat()));
+        let hidden = self.read(&ids.collect::<Vec<_>>(), &mut roomy())?;
+        let (mut places, mut at) = (Vec::with_capacity(rows.len()), 0);
+        for row in rows {
+            let (request, ids) = row.choices[0];
+            places.push((request, ids, hidden.narrow(0, at + row.context.len() - 1, ids.len())?));
+            at += row.len();
+        }
+        self.score(&places, results)
+    }
+
+    /// Contexts with several continuations: the contexts once, then from their state the first continuation of each, the second,
+    /// and so on.
     fn shared(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
-        let (count, device) = (rows.len(), &self.model.info().device);
-        let width = rows.iter().map(|row| row.context.len()).max().unwrap_or(0);
-        let padding: Vec<usize> = rows.iter().map(|row| width - row.context.len()).collect();
-        let ids = rows
-            .iter()
-            .flat_map(|row| std::iter::repeat_n(0, width - row.context.len()).chain(row.context.iter().copied()));
-        let input = Tensor::from_vec(ids.collect::<Vec<u32>>(), (count, width), device)?;
-        let cache = Cache::with_type(self.model.info().cache);
-        let mut ctx = roomy().with_cache(cache).with_padding(padding);
-        let last = self.model.hidden(&input, &mut ctx)?.narrow(1, width - 1, 1)?;
+        let mut ctx = roomy().with_state(State::with_type(self.model.info().cache));
+        let contexts: Vec<_> = rows.iter().enumerate().map(|(i, row)| (i, row.context.to_vec())).collect();
+        let hidden = self.read(&contexts, &mut ctx)?;
+        let last = ctx.last_positions(&hidden.unsqueeze(0)?)?;
+        if let Some(state) = ctx.state_mut() {
+            (0..rows.len()).for_each(|row| state.mark(row));
+        }
         for choice in 0..rows.iter().map(|row| row.choices.len()).max().unwrap_or(0) {
-            let read: Vec<&[u32]> = rows.iter().map(|row| row.read(choice)).collect();
-            let more = read.iter().map(|ids| ids.len()).max().unwrap_or(0);
-            let mut hidden = last.clone();
-            if more > 0 {
-                let ids =
-                    read.iter().flat_map(|ids| ids.iter().copied().chain(std::iter::repeat_n(0, more - ids.len())));
-                let input = Tensor::from_vec(ids.collect::<Vec<u32>>(), (count, more), device)?;
-                hidden = Tensor::cat(&[&hidden, &self.model.hidden(&input, &mut ctx)?], 1)?;
-                if let Some(cache) = ctx.cache_mut() {
-                    cache.truncate(width);
+            let read: Vec<(usize, Vec<u32>)> = (0..).zip(rows).map(|(i, row)| (i, row.read(choice).to_vec())).collect();
+            let read: Vec<(usize, Vec<u32>)> = read.into_iter().filter(|(_, ids)| !ids.is_empty()).collect();
+            let more = if read.is_empty() { None } else { Some(self.read(&read, &mut ctx)?) };
+            let (mut places, mut at) = (Vec::with_capacity(rows.len()), 0);
+            for (i, row) in rows.iter().enumerate() {
+                let Some(&(request, ids)) = row.choices.get(choice) else { continue };
+                let first = last.narrow(0, i, 1)?;
+                let states = match &more {
+                    Some(more) if ids.len() > 1 => {
+                        at += ids.len() - 1;
+                        Tensor::cat(&[&first, &more.narrow(0, at + 1 - ids.len(), ids.len() - 1)?], 0)?
+                    }
+                    _ => first,
+                };
+                places.push((request, ids, states));
+            }
+            self.score(&places, results)?;
+            for (i, row) in rows.iter().enumerate() {
+                let kept = ctx.state_mut().map_or(0, |state| state.rewind(i, row.context.len()));
+                // What the state could not keep is read again.
+                if kept < row.context.len() {
+                    self.read(&[(i, row.context[kept..].to_vec())], &mut ctx)?;
                 }
             }
-            let mut places: Vec<Place<'_>> = Vec::with_capacity(count);
-            for (i, row) in rows.iter().enumerate() {
-                places.extend(row.choices.get(choice).map(|&(request, ids)| (request, ids, i * (more + 1))));
-            }
-            self.score(&hidden, &places, results)?;
         }
         Ok(())
     }
 
-    /// Adds up what the hidden states `[b, t, d]` say of the tokens at `places`.
-    fn score(&self, hidden: &Tensor, places: &[Place<'_>], results: &mut [Loglikelihood]) -> Result<()> {
-        let hidden = hidden.flatten_to(1)?;
-        let tokens: Vec<(usize, u32, u32)> = places
-            .iter()
-            .flat_map(|&(request, ids, at)| ids.iter().zip(at..).map(move |(&id, at)| (request, id, at as u32)))
-            .collect();
-        for block in tokens.chunks(BLOCK) {
-            let at = Tensor::new(block.iter().map(|token| token.2).collect::<Vec<_>>(), hidden.device())?;
-            let logits = self.model.head(&hidden.index_select(&at, 0)?)?;
-            let targets: Vec<u32> = block.iter().map(|token| token.1).collect();
-            let mut scored = Ok(Vec::new());
-            self.model.on_threads(&mut || scored = ops::logprobs(&logits, &targets));
-            for (&(request, id, _), (summary, logprob)) in block.iter().zip(scored?) {
-                if !summary.finite {
-                    let Continuation { context, ids } = &self.requests[request];
-                    return Err(diagnose(self.model, &[&context[..], ids].concat()));
-                }
-                results[request].sum += logprob;
-                results[request].is_greedy &= summary.argmax == id as usize;
+    /// Adds up what hidden states say of the tokens that come after them.
+    fn score(&self, places: &[Place<'_>], results: &mut [Loglikelihood]) -> Result<()> {
+        let states: Vec<&Tensor> = places.iter().map(|(_, _, states)| states).collect();
+        let targets: Vec<u32> = places.iter().flat_map(|(_, ids, _)| ids.iter().copied()).collect();
+        let owners = places.iter().flat_map(|(request, ids, _)| std::iter::repeat_n(*request, ids.len()));
+        let scored = logprobs(self.model, &Tensor::cat(&states, 0)?, &targets)?;
+        for ((request, &id), (summary, logprob)) in owners.zip(&targets).zip(scored) {
+            if !summary.finite {
+                let Continuation { context, ids } = &self.requests[request];
+                return Err(diagnose(self.model, &[&context[..], ids].concat()));
             }
+            results[request].sum += logprob;
+            results[request].is_greedy &= summary.argmax == id as usize;
         }
         Ok(())
     }
 }
 
-/// Padding on the right may lie beyond the length that the model was trained for; [`ScoreOptions::check`] bounds what counts.
+/// A context without a bound on its length: [`ScoreOptions::check`] has looked at it.
 pub(crate) fn roomy() -> Context {
     Context::new().beyond_trained_length()
 }

@@ -242,8 +242,8 @@ impl Config {
     pub(crate) fn activation(&self) -> Result<Activation> {
         let function = &self.ffn_config["ffn_act_fn"];
         match (function["name"].as_str(), function["approximate"].as_str()) {
-            _ if function.is_null() => Ok(Activation::Gelu),
-            (Some("gelu"), None | Some("none")) => Ok(Activation::Gelu),
+            _ if function.is_null() => Ok(Activation::GeluErf),
+            (Some("gelu"), None | Some("none")) => Ok(Activation::GeluErf),
             (Some("gelu"), Some("tanh")) => Ok(Activation::GeluTanh),
             _ => Err(Error::config("ffn_config.ffn_act_fn", format!("{function} is not implemented"))),
         }

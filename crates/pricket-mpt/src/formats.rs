@@ -4,10 +4,11 @@ use pricket_nn::config::Keys;
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
 
-use crate::{GGUF_KEYS, NAMES};
+use crate::NAMES;
+use crate::keys::GGUF_KEYS;
 
 /// The header of legacy GGML files. Their blocks were never those of before the first reordering, whatever `ftype` says.
-pub const GGML: [GgmlLayout; 1] = [GgmlLayout {
+pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     name: "mpt header",
     fields: &[
         ("d_model", false),
@@ -26,7 +27,7 @@ pub const GGML: [GgmlLayout; 1] = [GgmlLayout {
 ///
 /// # Errors
 /// [`Error::Config`] naming a field that is missing.
-pub fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
     let float = |key: &str| header[key].as_f64().filter(|x| *x > 0.0);
     // Converters kept the names of the checkpoint: MPT's or MosaicGPT's.
@@ -70,7 +71,7 @@ fn has_bias(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> bool {
 ///
 /// # Errors
 /// [`Error::Config`] naming a key that is missing or not implemented.
-pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
+pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let at = |key: &str| &metadata[format!("mpt.{key}")];
     let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("mpt.{key}"), "missing"));
     let float = |key: &str| at(key).as_f64().filter(|x| *x > 0.0);
@@ -109,7 +110,7 @@ pub fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usi
 ///
 /// # Errors
 /// As [`crate::Config::from_json`], and for what GGUF has no key for.
-pub fn gguf_metadata(config: &Value, learned_positions: bool) -> Result<Value> {
+pub(crate) fn gguf_metadata(config: &Value, learned_positions: bool) -> Result<Value> {
     let read = crate::Config::from_json(config)?;
     let attention = &read.attn_config;
     // As loading decides where the configuration is silent.

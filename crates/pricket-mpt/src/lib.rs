@@ -32,27 +32,31 @@
 //! ```
 
 mod config;
+mod family;
 mod formats;
 mod keys;
 mod names;
 
 use candle_core::Tensor;
-use pricket_nn::{Attention, Block, Context, Decoder, LayerNorm, Mlp, Result, Site, Sizes, Weights, residual};
+use pricket_nn::{
+    Attention, Block, BlockPlan, Context, Decoder, Linear, Mlp, Norm, Qkv, Residual, Result, Site, Sizes, Weights,
+    residual,
+};
 
 pub use config::{AttentionConfig, Config};
-pub use formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
+pub use family::FAMILY;
 pub use keys::{GGUF_KEYS, KEYS, MOSAIC_GPT_KEYS};
-pub use names::{GGUF, NAMES};
+pub use names::NAMES;
 
 /// An MPT model.
 pub type Mpt = Decoder<MptBlock>;
 
 /// One block.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MptBlock {
-    norm_1: LayerNorm,
+    norm_1: Norm,
     attn: Attention,
-    norm_2: LayerNorm,
+    norm_2: Norm,
     ffn: Mlp,
 }
 
@@ -62,6 +66,15 @@ impl Block for MptBlock {
         let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
         let ffn = self.ffn.forward(&self.norm_2, &x, ctx)?;
         residual(&x, &[&ffn])
+    }
+
+    fn linears(&mut self) -> Vec<&mut Linear> {
+        self.attn.linears().into_iter().chain(self.ffn.linears()).collect()
+    }
+
+    fn plan(&self) -> Option<BlockPlan<'_>> {
+        let Self { norm_1, attn, norm_2, ffn } = self;
+        Some(BlockPlan { norm_1, norm_2, attention: attn, mlp: ffn, residual: Residual::Sequential })
     }
 }
 
@@ -77,7 +90,7 @@ impl MptBlock {
         Ok(Self {
             norm_1: weights.layer_norm("norm_1", d, eps, bias)?,
             attn: Attention {
-                qkv: attn.linear("Wqkv", d, d + 2 * kv_heads * head_dim, config.has_attention_bias())?,
+                qkv: Qkv::Fused(attn.linear("Wqkv", d, d + 2 * kv_heads * head_dim, config.has_attention_bias())?),
                 out: attn.linear("out_proj", d, d, bias)?,
                 heads,
                 kv_heads,
@@ -90,6 +103,7 @@ impl MptBlock {
             },
             norm_2: weights.layer_norm("norm_2", d, eps, bias)?,
             ffn: Mlp {
+                gate: None,
                 up: ffn.linear("up_proj", d, hidden, bias)?,
                 down: ffn.linear("down_proj", hidden, d, bias)?,
                 activation: config.activation()?,
@@ -108,8 +122,7 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     // A native configuration may say nothing: then learned positions are what the checkpoint has, or has not.
     let alibi = config.attn_config.alibi.unwrap_or_else(|| !trunk.holds("wpe.weight"));
     let learned = !alibi && config.learned_pos_emb;
-    let (embed, head) =
-        weights.embedding_and_head("transformer.wte", "lm_head", vocab, d, config.tie_word_embeddings)?;
+    let tables = weights.embedding_and_head("transformer.wte", "lm_head", vocab, d, config.tie_word_embeddings)?;
     let positions = learned.then(|| trunk.embedding("wpe", config.max_seq_len, d)).transpose()?;
     let layers = trunk.pp("blocks");
     let blocks: Result<_> = (0..config.n_layers).map(|i| MptBlock::load(config, alibi, &layers.pp(i))).collect();
@@ -119,7 +132,8 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let trained_length = config.max_seq_len;
     let context = (!alibi).then_some(trained_length);
     let (heads, kv_heads) = (config.n_heads, config.kv_heads()?);
-    let sizes = Sizes { family: "mpt", d_model: d, heads, kv_heads, vocab, trained_length, context };
-    let model = Decoder::new(sizes, embed, blocks, norm, head, weights);
+    let head_dim = d / heads;
+    let sizes = Sizes { family: "mpt", d_model: d, heads, kv_heads, head_dim, vocab, trained_length, context };
+    let model = Decoder::new(sizes, tables, blocks, norm, weights);
     Ok(model.with_positions(positions).with_logit_scale(config.logit_scale()?))
 }

@@ -20,7 +20,7 @@ const MOSAIC_GPT: &[(&str, &str)] = &[
 ];
 
 /// llama.cpp's names.
-pub const GGUF: &[(&str, &str)] = &[
+pub(crate) const GGUF: &[(&str, &str)] = &[
     ("transformer.wte", "token_embd"),
     ("transformer.wpe", "position_embd"),
     ("transformer.blocks", "blk"),

@@ -1,14 +1,34 @@
+//! Multi-head attention.
+
 use candle_core::Tensor;
 
+use crate::ops::{self, Scores};
 use crate::rotary::Rotary;
-use crate::{Alibi, Context, LayerNorm, Linear, Result, Site, ops};
+use crate::{Alibi, Context, Linear, Norm, Result, Site};
 
-/// Multi-head attention with a fused, re-laid projection: Q ‖ K ‖ V over the whole width.
+/// How queries, keys and values are projected.
+#[derive(Clone, Debug)]
+pub enum Qkv {
+    /// By one matrix, `[(heads + 2 kv_heads) · head_dim, d]`: Q, then K, then V.
+    Fused(Linear),
+    /// By three, which may be stored in different types.
+    Split {
+        /// `[heads · head_dim, d]`.
+        q: Linear,
+        /// `[kv_heads · head_dim, d]`.
+        k: Linear,
+        /// `[kv_heads · head_dim, d]`.
+        v: Linear,
+    },
+}
+
+/// Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762), causal; with fewer key heads than query heads it is grouped
+/// (Ainslie et al. 2023, arXiv:2305.13245).
 #[derive(Clone, Debug)]
 pub struct Attention {
-    /// `[d, (heads + 2 kv_heads) · head_dim]`.
-    pub qkv: Linear,
-    /// `[heads · head_dim, d]`.
+    /// Projects to queries, keys and values.
+    pub qkv: Qkv,
+    /// `[d, heads · head_dim]`.
     pub out: Linear,
     /// Query heads.
     pub heads: usize,
@@ -25,7 +45,7 @@ pub struct Attention {
     /// Queries, keys and values are clamped to plus and minus this.
     pub clip: Option<f64>,
     /// Norms of queries and of keys, over all heads together.
-    pub qk_norm: Option<(LayerNorm, LayerNorm)>,
+    pub qk_norm: Option<(Norm, Norm)>,
 }
 
 impl Attention {
@@ -33,22 +53,14 @@ impl Attention {
     ///
     /// # Errors
     /// What an operation or a tap says.
-    pub fn forward(&self, norm: &LayerNorm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
-        let (heads, kv) = (self.heads, self.kv_heads);
-        let mut qkv = self.qkv.forward(&norm.forward(x)?)?;
-        if let Some(clip) = self.clip {
-            qkv = qkv.clamp(-clip, clip)?;
-        }
-        let qkv = qkv.reshape((b, t, heads + 2 * kv, self.head_dim))?;
-        let (mut q, mut k) = (qkv.narrow(2, 0, heads)?, qkv.narrow(2, heads, kv)?);
+    pub fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let [mut q, mut k, v] = self.project(&norm.forward(x)?)?;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
-            let normed = |x: &Tensor, norm: &LayerNorm| -> Result<Tensor> {
-                Ok(norm.forward(&x.flatten_from(2)?)?.reshape(x.shape())?)
-            };
+            let normed =
+                |x: &Tensor, norm: &Norm| -> Result<Tensor> { Ok(norm.forward(&x.flatten_from(2)?)?.reshape(x.shape())?) };
             (q, k) = (normed(&q, q_norm)?, normed(&k, k_norm)?);
         }
-        let v = qkv.narrow(2, heads + kv, kv)?.transpose(1, 2)?;
+        let v = v.transpose(1, 2)?;
         let (q, k) = match &self.rotary {
             Some(rotary) => {
                 let (cos, sin) = ctx.angles(rotary, x.dtype(), x.device())?;
@@ -59,16 +71,36 @@ impl Attention {
         let q = ctx.tap(Site::Query, q)?;
         let k = ctx.tap(Site::Key, k)?;
         let v = ctx.tap(Site::Value, v)?;
-        let (k, v) = ctx.past(k, v)?;
         let slopes = self.alibi.as_ref().map_or(&[][..], |alibi| &alibi.slopes);
-        let scores = ctx.scores(self.scale, slopes);
-        let mixed = if ctx.wants(Site::Pattern) {
-            let pattern = ops::attention_pattern(&q, &k, scores)?;
-            let v = ops::widened(&v, self.head_dim, q.dtype())?;
-            ops::attention_output(&ctx.tap(Site::Pattern, pattern)?, &v)?
-        } else {
-            ops::attention(&q, &k, &v, scores)?
-        };
+        let mixed = ctx.attend(&q, &k, &v, Scores { scale: self.scale, slopes })?;
         ctx.tap(Site::AttentionOut, self.out.forward(&mixed)?)
+    }
+
+    /// Queries, keys and values, `[b, t, heads, head_dim]` each.
+    fn project(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, t, _) = x.dims3()?;
+        let (heads, kv, dim) = (self.heads, self.kv_heads, self.head_dim);
+        let product = |linear: &Linear, heads: usize| -> Result<Tensor> {
+            let y = linear.forward(x)?;
+            let y = self.clip.map_or_else(|| Ok(y.clone()), |clip| y.clamp(-clip, clip))?;
+            Ok(y.reshape((b, t, heads, dim))?)
+        };
+        Ok(match &self.qkv {
+            Qkv::Fused(qkv) => {
+                let qkv = product(qkv, heads + 2 * kv)?;
+                [qkv.narrow(2, 0, heads)?, qkv.narrow(2, heads, kv)?, qkv.narrow(2, heads + kv, kv)?]
+            }
+            Qkv::Split { q, k, v } => [product(q, heads)?, product(k, kv)?, product(v, kv)?],
+        })
+    }
+
+    /// Its linear layers.
+    pub fn linears(&mut self) -> Vec<&mut Linear> {
+        let mut out = match &mut self.qkv {
+            Qkv::Fused(qkv) => vec![qkv],
+            Qkv::Split { q, k, v } => vec![q, k, v],
+        };
+        out.push(&mut self.out);
+        out
     }
 }

@@ -1,64 +1,68 @@
+//! What changes from pass to pass: the state of the rows, the spans that are read, taps, and precision.
+
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
-use crate::ops::{Scores, SharedBias};
+use crate::pass::Pass;
 use crate::rotary::Rotary;
-use crate::{Cache, Error, Recording, Result, Site, Taps};
+use crate::{Error, Recording, Result, Site, Span, State, Taps};
 
-/// Everything about a forward pass that is not the model: the past, padding, precision, taps. Owned, one a sequence
-/// batch; the model itself is `&self`.
+/// Everything about a forward pass that is not the model. Owned by the caller, one for each batch of rows; the model itself
+/// is `&self`.
+///
+/// Ids of `[batch, time]` are one row each. Rows of different lengths are packed behind each other: [`Context::pack`] says how
+/// long each is, and the ids are `[1, sum of the lengths]`.
 ///
 /// ```
-/// use pricket_nn::{Cache, Context};
-/// let scoring = Context::new();                        // no past, no cache
-/// let chat = Context::new().with_cache(Cache::new());  // every call continues the last
-/// assert_eq!(chat.position(), 0);
+/// use pricket_nn::{Context, State};
+/// let scoring = Context::new();                        // every pass begins at position 0
+/// let mut chat = Context::new().with_state(State::new());  // every pass continues the last
+/// chat.pack(&[3, 5]);                                  // the next reads 3 tokens of row 0 and 5 of row 1
+/// assert_eq!(chat.position(1), 0);
 /// # drop(scoring);
 /// ```
 #[derive(Debug, Default)]
 pub struct Context {
-    cache: Option<Cache>,
-    padding: Vec<usize>,
+    state: Option<State>,
     taps: Option<Taps>,
     activations: Option<DType>,
     beyond: bool,
-    step: Option<Step>,
-}
-
-/// One forward pass: where it starts, and what all of its layers share.
-#[derive(Debug)]
-struct Step {
-    batch: usize,
-    len: usize,
-    start: usize,
-    layer: usize,
-    angles: Option<(Rotary, Tensor, Tensor)>,
-    bias: SharedBias,
+    /// Rows and lengths of the next pass.
+    packed: Option<Vec<(usize, usize)>>,
+    pass: Option<Pass>,
 }
 
 impl Context {
-    /// No past, no padding, no taps, the model's own precision.
+    /// No state, no taps, the model's own precision.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Continues from `cache`, and keeps new positions in it.
+    /// Continues from `state`, and keeps in it what is read.
     #[must_use]
-    pub fn with_cache(mut self, cache: Cache) -> Self {
-        self.cache = Some(cache);
+    pub fn with_state(mut self, state: State) -> Self {
+        self.state = Some(state);
         self
     }
 
-    /// `padding[row]` positions on the left of each batch row are padding: masked as keys, and positions are counted
-    /// from the first that is not.
-    #[must_use]
-    pub fn with_padding(mut self, padding: Vec<usize>) -> Self {
-        self.set_padding(padding);
-        self
+    /// The next pass reads rows of these lengths, packed: its ids are `[1, sum of the lengths]`, and row `i` of the state reads
+    /// `lens[i]` of them.
+    pub fn pack(&mut self, lens: &[usize]) {
+        self.packed = Some(lens.iter().copied().enumerate().collect());
     }
 
-    /// As [`Context::with_padding`].
-    pub fn set_padding(&mut self, padding: Vec<usize>) {
-        self.padding = if padding.iter().all(|&n| n == 0) { Vec::new() } else { padding };
+    /// As [`Context::pack`], of some rows only: pairs of a row of the state and a length. Rows that the state does not have
+    /// yet are added to it.
+    pub fn pack_rows(&mut self, rows: &[(usize, usize)]) {
+        self.packed = Some(rows.to_vec());
+    }
+
+    /// As [`Context::pack`].
+    #[must_use]
+    pub fn with_packed(mut self, lens: &[usize]) -> Self {
+        self.pack(lens);
+        self
     }
 
     /// Records or edits at `taps`.
@@ -82,52 +86,112 @@ impl Context {
         self
     }
 
-    /// Positions already read, 0 without a cache.
-    pub fn position(&self) -> usize {
-        self.cache.as_ref().map_or(0, Cache::len)
+    /// Positions that were read of `row`; 0 without a state.
+    pub fn position(&self, row: usize) -> usize {
+        self.state.as_ref().map_or(0, |state| state.len(row))
     }
 
-    /// The cache, if there is one.
-    pub fn cache(&self) -> Option<&Cache> {
-        self.cache.as_ref()
+    /// The state, if there is one.
+    pub fn state(&self) -> Option<&State> {
+        self.state.as_ref()
     }
 
-    /// The cache, to truncate or replace it.
-    pub fn cache_mut(&mut self) -> Option<&mut Cache> {
-        self.cache.as_mut()
+    /// The state, to select, join or rewind rows.
+    pub fn state_mut(&mut self) -> Option<&mut State> {
+        self.state.as_mut()
     }
 
-    /// A context with the same past, padding and precision, and no taps.
+    /// A context with the same past and precision, and no taps.
     #[must_use]
     pub fn fork(&self) -> Self {
         Self {
-            cache: self.cache.as_ref().map(Cache::fork),
-            padding: self.padding.clone(),
+            state: self.state.as_ref().map(State::fork),
             activations: self.activations,
             beyond: self.beyond,
             ..Self::default()
         }
     }
 
-    /// Keeps the batch rows `rows`, in that order.
+    /// Keeps the rows `rows` of the state, in that order.
     ///
     /// # Errors
-    /// If a row is not there.
-    pub fn select_rows(&mut self, rows: &[u32]) -> Result<()> {
-        if !self.padding.is_empty() {
-            let kept = rows.iter().map(|&row| self.padding.get(row as usize).copied());
-            let missing = || Error::Input(format!("rows {rows:?} of a batch of {}", self.padding.len()));
-            self.padding = kept.collect::<Option<_>>().ok_or_else(missing)?;
-        }
-        match &mut self.cache {
-            Some(cache) => cache.select_rows(rows),
-            None => Ok(()),
+    /// [`Error::Input`] for a row that is not there.
+    pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
+        self.state.as_mut().map_or(Ok(()), |state| state.select_rows(rows))
+    }
+
+    /// What the last pass reads, or has read: the spans of its rows, in the order of its tensors.
+    pub fn spans(&self) -> &[Span] {
+        self.pass.as_ref().map_or(&[], |pass| &pass.spans()[..])
+    }
+
+    /// Of the hidden states of the last pass, `[batch, time, d]`, those of the last position of each row: `[rows, d]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if they are not those of the last pass.
+    pub fn last_positions(&self, hidden: &Tensor) -> Result<Tensor> {
+        let (b, t, _) = hidden.dims3()?;
+        match self.pass.as_ref().filter(|pass| pass.shape() == (b, t) && t > 0) {
+            Some(pass) if pass.is_packed() => {
+                let last = Tensor::new(pass.last(), hidden.device())?;
+                Ok(hidden.squeeze(0)?.index_select(&last, 0)?)
+            }
+            Some(_) => Ok(hidden.narrow(1, t - 1, 1)?.squeeze(1)?),
+            None => Err(Error::Input(format!("hidden states of [{b}, {t}, ..]: the last pass had another shape"))),
         }
     }
 
     /// What the taps have recorded, leaving them in place and empty.
     pub fn take_recording(&mut self) -> Recording {
-        self.taps.as_mut().map(Taps::take).unwrap_or_default()
+        let spans = self.pass.as_ref().map_or_else(|| Arc::from([]), |pass| Arc::clone(pass.spans()));
+        self.taps.as_mut().map(|taps| taps.take(spans)).unwrap_or_default()
+    }
+
+    /// A context that computes blocks of the pass in hand a second time: at the same positions, after the same past, without
+    /// firing taps and without writing the state. Gradient checkpointing repeats a block so.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use pricket_nn::Weights;
+    /// # use candle_core::{Device, Tensor};
+    /// # let config = pricket_gpt_neox::Config::from_json(&serde_json::json!({
+    /// #     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}))?;
+    /// # let store = Arc::new(pricket_weights::Random::new(pricket_weights::Dtype::F32, 0));
+    /// # let model = pricket_gpt_neox::load(&config, &Weights::as_stored(store, pricket_gpt_neox::NAMES))?;
+    /// use pricket_nn::{CausalLm, Context};
+    /// let mut ctx = Context::new();
+    /// let x = model.embed(&Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?, &mut ctx)?;
+    /// let first = model.block(0, &x, &mut ctx)?;
+    /// let again = model.block(0, &x, &mut ctx.replay()?)?;
+    /// assert_eq!(first.to_vec3::<f32>()?, again.to_vec3::<f32>()?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Input`] if no pass was begun, or if its positions have become past.
+    pub fn replay(&self) -> Result<Self> {
+        let pass = self.pass.as_ref().ok_or_else(|| Error::Input("no pass was begun that could be replayed".into()))?;
+        if pass.is_committed && self.state.is_some() {
+            return Err(Error::Input("the pass is over: its positions have become past".into()));
+        }
+        let mut replay = self.fork();
+        replay.pass = Some(pass.replayed());
+        Ok(replay)
+    }
+
+    /// Ends a pass whose steps a caller takes one by one: its positions become past. [`CausalLm::hidden`](crate::CausalLm::hidden)
+    /// does it itself.
+    pub fn commit(&mut self) {
+        let (Some(pass), Some(state)) = (&mut self.pass, &mut self.state) else { return };
+        if std::mem::replace(&mut pass.is_committed, true) {
+            return;
+        }
+        for ((layer, row, name), tensor) in std::mem::take(&mut pass.recurrent) {
+            state.set_recurrent(row, layer, name, tensor);
+        }
+        for span in pass.spans().iter() {
+            state.commit(span.row, span.past + span.len);
+        }
     }
 
     /// The activation type for a model whose default is `default`.
@@ -140,87 +204,57 @@ impl Context {
         self.taps.as_ref().map_or(Ok(()), |taps| taps.check(layers, has))
     }
 
-    /// Whether a pass over `len` positions of `batch` rows has begun.
-    pub(crate) fn has_begun(&self, batch: usize, len: usize) -> bool {
-        self.step.as_ref().is_some_and(|step| (step.batch, step.len) == (batch, len))
+    /// Whether a pass over ids of this shape was begun and is not over.
+    pub(crate) fn has_begun(&self, batch: usize, time: usize) -> bool {
+        self.pass.as_ref().is_some_and(|pass| pass.shape() == (batch, time) && !pass.is_committed)
     }
 
-    /// Starts a forward pass over `len` new positions.
-    pub(crate) fn begin(&mut self, batch: usize, len: usize, limit: Option<usize>) -> Result<()> {
-        let start = self.position();
-        if let Some(limit) = limit.filter(|_| !self.beyond) {
-            // Padding takes no position: the longest row decides.
-            let longest = start + len - self.padding.iter().copied().min().unwrap_or(0).min(start + len);
-            if longest > limit {
-                return Err(Error::ContextExceeded { asked: longest, limit });
-            }
+    /// Begins a pass over ids of `[batch, time]`.
+    pub(crate) fn begin(&mut self, batch: usize, time: usize, limit: Option<usize>) -> Result<()> {
+        self.pass = None;
+        let pass = Pass::new((batch, time), self.packed.take(), self.state.as_mut())?;
+        let longest = pass.spans().iter().map(|span| span.past + span.len).max().unwrap_or(0);
+        if let Some(limit) = limit.filter(|&limit| longest > limit && !self.beyond) {
+            return Err(Error::ContextExceeded { asked: longest, limit });
         }
-        if !self.padding.is_empty() && self.padding.len() != batch {
-            return Err(Error::Input(format!("{} padding lengths for a batch of {batch}", self.padding.len())));
-        }
-        self.step = Some(Step { batch, len, start, layer: 0, angles: None, bias: SharedBias::default() });
+        self.pass = Some(pass);
         Ok(())
     }
 
     /// Enters a layer; a pass that starts in the middle of the model begins here.
-    pub(crate) fn enter(&mut self, layer: usize, batch: usize, len: usize, limit: Option<usize>) -> Result<()> {
-        if !self.has_begun(batch, len) {
-            self.begin(batch, len, limit)?;
+    pub(crate) fn enter(&mut self, layer: usize, batch: usize, time: usize, limit: Option<usize>) -> Result<()> {
+        if !self.has_begun(batch, time) {
+            self.begin(batch, time, limit)?;
         }
-        self.step_mut().layer = layer;
+        self.pass_mut()?.layer = layer;
         Ok(())
     }
 
-    /// The last layer is through: the new positions are past.
-    pub(crate) fn commit(&mut self) {
-        let Some(step) = self.step.take() else { return };
-        if let Some(cache) = &mut self.cache {
-            cache.set_len(step.start + step.len);
+    /// The pass, and the state.
+    pub(crate) fn parts(&mut self) -> Result<(&mut Pass, Option<&mut State>)> {
+        match &mut self.pass {
+            Some(pass) => Ok((pass, self.state.as_mut())),
+            None => Err(Error::Input("no pass was begun".into())),
         }
     }
 
-    fn step_mut(&mut self) -> &mut Step {
-        self.step.as_mut().expect("a forward pass has begun")
-    }
-
-    /// How scores are biased in every layer of this pass.
-    pub(crate) fn scores<'a>(&'a self, scale: f64, slopes: &'a [f32]) -> Scores<'a> {
-        let bias = &self.step.as_ref().expect("a forward pass has begun").bias;
-        Scores { scale, slopes, padding: &self.padding, bias }
-    }
-
-    /// Keys and values of all positions, given those of the new ones.
-    pub(crate) fn past(&mut self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
-        let (layer, start) = self.step.as_ref().map_or((0, 0), |step| (step.layer, step.start));
-        match &mut self.cache {
-            Some(cache) => cache.append(layer, start, &k, &v),
-            None => Ok((k, v)),
-        }
+    pub(crate) fn pass_mut(&mut self) -> Result<&mut Pass> {
+        Ok(self.parts()?.0)
     }
 
     /// Cosines and sines for the positions of this pass, computed once for all layers.
     pub(crate) fn angles(&mut self, rotary: &Rotary, dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
-        let positions = self.positions();
-        let step = self.step_mut();
-        if step.angles.as_ref().is_none_or(|(of, ..)| of != rotary) {
-            let (cos, sin) = rotary.angles(&positions, step.len, dtype, device)?;
-            step.angles = Some((rotary.clone(), cos, sin));
-        }
-        let (_, cos, sin) = step.angles.as_ref().expect("just made");
-        Ok((cos.clone(), sin.clone()))
+        self.pass_mut()?.angles(rotary, dtype, device)
     }
 
-    /// Positions of this pass, row after row; one row stands for all where there is no padding. Padding is at position 0.
-    pub(crate) fn positions(&self) -> Vec<usize> {
-        let (start, len) = self.step.as_ref().map_or((0, 0), |step| (step.start, step.len));
-        let row = |pad: usize| (start..start + len).map(move |i| i.saturating_sub(pad));
-        if self.padding.is_empty() { row(0).collect() } else { self.padding.iter().flat_map(|&pad| row(pad)).collect() }
+    /// The layer that the pass is in.
+    pub(crate) fn layer(&self) -> usize {
+        self.pass.as_ref().map_or(0, |pass| pass.layer)
     }
 
-    /// Whether somebody looks at `site` of the current layer.
+    /// Whether a tap is at `site` of the current layer.
     pub(crate) fn wants(&self, site: Site) -> bool {
-        let layer = self.step.as_ref().map_or(0, |step| step.layer);
-        self.taps.as_ref().is_some_and(|taps| taps.wants(site, layer))
+        self.taps.as_ref().is_some_and(|taps| taps.wants(site, self.layer()))
     }
 
     /// Passes a tensor through the taps at `site` of the current layer.
@@ -228,9 +262,14 @@ impl Context {
     /// # Errors
     /// What an edit returns.
     pub fn tap(&mut self, site: Site, tensor: Tensor) -> Result<Tensor> {
-        let layer = if site.is_per_layer() { self.step.as_ref().map_or(0, |step| step.layer) } else { 0 };
+        self.tap_part(site, 0, tensor)
+    }
+
+    /// As [`Context::tap`], of a tensor that is one of several: `part` counts them.
+    pub(crate) fn tap_part(&mut self, site: Site, part: usize, tensor: Tensor) -> Result<Tensor> {
+        let layer = if site.is_per_layer() { self.layer() } else { 0 };
         match &mut self.taps {
-            Some(taps) => taps.visit(site, layer, tensor),
+            Some(taps) => taps.visit(site, layer, part, tensor),
             None => Ok(tensor),
         }
     }

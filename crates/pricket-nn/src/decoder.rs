@@ -1,7 +1,14 @@
+//! The contract between families and everything that uses a model, and the decoder that families fill with blocks.
+
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use pricket_weights::Dtype;
 
-use crate::{CacheType, Context, Embedding, Error, LayerNorm, Linear, Result, Site, Weights, ops};
+use crate::loss::cross_entropy;
+use crate::plan::{BlockPlan, ModelPlan};
+use crate::step::StepDecoder;
+use crate::{CacheType, Context, Embedding, Error, Linear, Norm, Result, Site, Weights, ops};
 
 /// What a model is, in numbers.
 #[derive(Clone, Debug)]
@@ -31,7 +38,7 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Type of activations unless a [`Context`] says otherwise.
     pub activations: DType,
-    /// Type of cached keys and values unless a [`Cache`](crate::Cache) says otherwise.
+    /// Type of cached keys and values unless a [`State`](crate::State) says otherwise.
     pub cache: CacheType,
     /// Type of the largest matrix.
     pub dtype: Dtype,
@@ -70,7 +77,7 @@ pub trait CausalLm: Send + Sync {
     /// [`crate::Error::ContextExceeded`], or candle's for an id outside the vocabulary.
     fn embed(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor>;
 
-    /// Block `i`: `[b, t, d]` to `[b, t, d]`. The last block ends the pass: its positions become past.
+    /// Block `i`: `[b, t, d]` to `[b, t, d]`. A caller who takes the steps one by one ends the pass with [`Context::commit`].
     ///
     /// # Errors
     /// What an operation or a tap says.
@@ -98,8 +105,34 @@ pub trait CausalLm: Send + Sync {
             x = self.block(i, &x, ctx)?;
         }
         let x = self.finish(&x)?;
-        ctx.tap(Site::FinalNorm, x)
+        let x = ctx.tap(Site::FinalNorm, x)?;
+        ctx.commit();
+        Ok(x)
     }
+
+    /// Cross-entropy of `targets` under hidden states `[n, d]`, in nats: `[n]` in f32, with a gradient. Logits are made a block of
+    /// positions at a time, `[n, vocab]` never, and once more for the gradient.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another number of targets or one outside the vocabulary, and what candle says.
+    fn nll(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor>;
+
+    /// The layers of the model, for those who compute with them in another way; `None` if a block has another form.
+    fn plan(&self) -> Option<ModelPlan<'_>> {
+        None
+    }
+
+    /// A decoder of this model's own, if there is one that is faster than the steps above.
+    fn step_decoder(&self) -> Option<Box<dyn StepDecoder>> {
+        None
+    }
+
+    /// The same model over the same weights, with each linear layer replaced by what `f` makes of it: so that two adapters can
+    /// share a base.
+    ///
+    /// # Errors
+    /// What `f` says.
+    fn map_linears(&self, f: &mut dyn FnMut(&Linear) -> Result<Linear>) -> Result<Arc<dyn CausalLm>>;
 
     /// Does `work` where operations run on the threads that the model's own run on.
     fn on_threads(&self, work: &mut dyn FnMut()) {
@@ -108,7 +141,7 @@ pub trait CausalLm: Send + Sync {
 }
 
 /// One block of a family: the residual wiring, which is what a reader comes to see.
-pub trait Block: Send + Sync {
+pub trait Block: Clone + Send + Sync + 'static {
     /// `[b, t, d]` to `[b, t, d]`.
     ///
     /// # Errors
@@ -119,6 +152,14 @@ pub trait Block: Send + Sync {
     fn has(&self, site: Site) -> bool {
         let _ = site;
         true
+    }
+
+    /// Its linear layers.
+    fn linears(&mut self) -> Vec<&mut Linear>;
+
+    /// Its layers, if it is attention and an MLP, each added to the residual stream.
+    fn plan(&self) -> Option<BlockPlan<'_>> {
+        None
     }
 }
 
@@ -150,6 +191,8 @@ pub struct Sizes {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
     /// Rows of the head.
     pub vocab: usize,
     /// As [`ModelInfo::trained_length`].
@@ -158,36 +201,42 @@ pub struct Sizes {
     pub context: Option<usize>,
 }
 
+/// The embedding and the head of a model; see [`Weights::embedding_and_head`].
+#[derive(Clone, Debug)]
+pub struct Tables {
+    /// Token vectors.
+    pub embed: Embedding,
+    /// To logits.
+    pub head: Linear,
+    /// Whether the head is the table of `embed`.
+    pub is_tied: bool,
+}
+
 /// A [`CausalLm`] made of a family's blocks.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Decoder<B> {
     info: ModelInfo,
     embed: Embedding,
+    embed_norm: Option<Norm>,
     blocks: Vec<B>,
-    norm: LayerNorm,
+    norm: Norm,
     head: Linear,
+    is_tied: bool,
     positions: Option<Embedding>,
     logit_scale: f64,
 }
 
 impl<B: Block> Decoder<B> {
     /// Puts the parts together; `weights` is the cursor they were loaded from.
-    pub fn new(
-        sizes: Sizes,
-        embed: Embedding,
-        blocks: Vec<B>,
-        norm: LayerNorm,
-        head: Linear,
-        weights: &Weights,
-    ) -> Self {
-        let Sizes { family, d_model, heads, kv_heads, vocab, trained_length, context } = sizes;
+    pub fn new(sizes: Sizes, tables: Tables, blocks: Vec<B>, norm: Norm, weights: &Weights) -> Self {
+        let Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length, context } = sizes;
         let info = ModelInfo {
             family,
             layers: blocks.len(),
             d_model,
             heads,
             kv_heads,
-            head_dim: d_model / heads,
+            head_dim,
             vocab,
             trained_length,
             context,
@@ -198,7 +247,15 @@ impl<B: Block> Decoder<B> {
             dtype: weights.largest(),
             device: weights.device().clone(),
         };
-        Self { info, embed, blocks, norm, head, positions: None, logit_scale: 1.0 }
+        let Tables { embed, head, is_tied } = tables;
+        Self { info, embed, embed_norm: None, blocks, norm, head, is_tied, positions: None, logit_scale: 1.0 }
+    }
+
+    /// Norms the token vectors before the first block.
+    #[must_use]
+    pub fn with_embed_norm(mut self, norm: Norm) -> Self {
+        self.embed_norm = Some(norm);
+        self
     }
 
     /// Adds learned positions, if there are any, to the token vectors; there are none beyond their table.
@@ -250,13 +307,13 @@ impl<B: Block> Decoder<B> {
     }
 
     /// The learned vectors of this pass's positions, `[1 or b, t, d]`.
-    fn position_vectors(&self, table: &Embedding, t: usize, dtype: DType, ctx: &Context) -> Result<Tensor> {
-        let (positions, limit) = (ctx.positions(), table.weight.shape()?.0);
+    fn position_vectors(&self, table: &Embedding, dtype: DType, ctx: &mut Context) -> Result<Tensor> {
+        let ((positions, shape), limit) = (ctx.pass_mut()?.positions(), table.weight.shape()?.0);
         if let Some(&last) = positions.iter().max().filter(|&&last| last >= limit) {
             return Err(Error::ContextExceeded { asked: last + 1, limit });
         }
         let ids: Vec<u32> = positions.iter().map(|&position| position as u32).collect();
-        table.forward(&Tensor::from_vec(ids, (positions.len() / t.max(1), t), &self.info.device)?, dtype)
+        table.forward(&Tensor::from_vec(ids, shape, &self.info.device)?, dtype)
     }
 }
 
@@ -278,7 +335,10 @@ impl<B: Block> CausalLm for Decoder<B> {
         }
         let mut x = self.embed.forward(ids, activations)?;
         if let Some(table) = &self.positions {
-            x = x.broadcast_add(&self.position_vectors(table, t, activations, ctx)?)?;
+            x = x.broadcast_add(&self.position_vectors(table, activations, ctx)?)?;
+        }
+        if let Some(norm) = &self.embed_norm {
+            x = norm.forward(&x)?;
         }
         ctx.tap(Site::Embed, x)
     }
@@ -303,11 +363,7 @@ impl<B: Block> CausalLm for Decoder<B> {
         ctx.enter(i, b, t, self.info.context)?;
         let x = ctx.tap(Site::ResidPre, x.clone())?;
         let x = self.blocks[i].forward(&x, ctx)?;
-        let x = ctx.tap(Site::ResidPost, x)?;
-        if i + 1 == self.blocks.len() {
-            ctx.commit();
-        }
-        Ok(x)
+        ctx.tap(Site::ResidPost, x)
     }
 
     fn finish(&self, x: &Tensor) -> Result<Tensor> {
@@ -319,5 +375,34 @@ impl<B: Block> CausalLm for Decoder<B> {
         self.check_width(hidden)?;
         let logits = self.head.forward(hidden)?.to_dtype(DType::F32)?;
         if self.logit_scale == 1.0 { Ok(logits) } else { Ok((logits * self.logit_scale)?) }
+    }
+    fn nll(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        self.check_width(hidden)?;
+        if let Some(id) = targets.iter().find(|&&id| id as usize >= self.info.vocab) {
+            return Err(Error::Input(format!("token {id} is outside the vocabulary of {}", self.info.vocab)));
+        }
+        cross_entropy(hidden, &self.head, self.logit_scale, targets)
+    }
+
+    fn plan(&self) -> Option<ModelPlan<'_>> {
+        Some(ModelPlan {
+            embed: &self.embed,
+            learned_positions: self.positions.as_ref(),
+            embed_norm: self.embed_norm.as_ref(),
+            blocks: self.blocks.iter().map(Block::plan).collect::<Option<_>>()?,
+            final_norm: &self.norm,
+            head: &self.head,
+            is_tied: self.is_tied,
+            logit_scale: self.logit_scale,
+        })
+    }
+
+    fn map_linears(&self, f: &mut dyn FnMut(&Linear) -> Result<Linear>) -> Result<Arc<dyn CausalLm>> {
+        let mut mapped = self.clone();
+        let blocks = mapped.blocks.iter_mut().flat_map(Block::linears);
+        for linear in blocks.chain([&mut mapped.head]) {
+            *linear = f(linear)?;
+        }
+        Ok(Arc::new(mapped))
     }
 }

@@ -1,21 +1,38 @@
-//! The small layers: norm, embedding, activation.
+//! The small layers: norm and embedding.
 
 use candle_core::{DType, Tensor};
 
 use crate::Result;
-use crate::ops::{self, Activations, Gelu, Matrix};
+use crate::ops::{self, Activations, Matrix};
 
-/// Layer norm (Ba et al. 2016, arXiv:1607.06450) over the last dimension, weight and bias.
+/// A norm over the last dimension.
 #[derive(Clone, Debug)]
-pub struct LayerNorm {
-    pub(crate) weight: Tensor,
-    pub(crate) bias: Tensor,
-    pub(crate) eps: f64,
+pub enum Norm {
+    /// Layer norm (Ba et al. 2016, arXiv:1607.06450): `(x - mean) / sqrt(var + eps) · weight + bias`.
+    Layer {
+        /// `[d]`.
+        weight: Tensor,
+        /// `[d]`; zeros for a norm without a bias.
+        bias: Tensor,
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467): `x / sqrt(mean(x²) + eps) · weight`.
+    Rms {
+        /// `[d]`.
+        weight: Tensor,
+        /// Added to the mean of squares.
+        eps: f64,
+    },
 }
 
-impl LayerNorm {
+impl Norm {
+    /// Families hand a norm to the layer that reads it, which applies it there.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+        match self {
+            Norm::Layer { weight, bias, eps } => ops::layer_norm(x, weight, bias, *eps),
+            Norm::Rms { weight, eps } => ops::rms_norm(x, weight, *eps),
+        }
     }
 }
 
@@ -24,7 +41,7 @@ impl LayerNorm {
 pub struct Embedding {
     pub(crate) weight: Matrix,
     /// For a head that is tied to it.
-    pub(crate) activations: Activations,
+    pub(crate) precision: Activations,
 }
 
 impl Embedding {
@@ -34,32 +51,9 @@ impl Embedding {
         let rows = self.weight.gather(&ids.flatten_all()?, dtype)?;
         Ok(rows.reshape((b, t, self.weight.shape()?.1))?)
     }
-}
 
-/// The nonlinearity of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x Φ(x)` by the error function.
-    Gelu,
-    /// Its tanh approximation.
-    GeluTanh,
-}
-
-impl Activation {
-    /// The function that transformers means by `name`; `None` for one that no model here uses.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "gelu" | "gelu_python" => Some(Activation::Gelu),
-            // Three spellings of one formula: their constants agree to f32 precision.
-            "gelu_fast" | "gelu_new" | "gelu_pytorch_tanh" => Some(Activation::GeluTanh),
-            _ => None,
-        }
-    }
-
-    pub(crate) fn form(self) -> Gelu {
-        match self {
-            Activation::Gelu => Gelu::Erf,
-            Activation::GeluTanh => Gelu::Tanh,
-        }
+    /// The table, `[vocab, d]`.
+    pub fn weight(&self) -> &Matrix {
+        &self.weight
     }
 }

@@ -3,8 +3,9 @@
 //!
 //! The nouns and how they meet: a family reads its configuration, takes layers from a [`Weights`] cursor over any
 //! [`pricket_weights::Store`], and wires them in its [`Block`]. A [`Decoder`] of blocks is a [`CausalLm`], which is all
-//! that the rest of pricket knows. What changes from call to call comes in by a [`Context`]: the [`Cache`], padding,
-//! precision and [`Taps`]. No family mentions a device, a type or a cache; [`ops`] alone decides what runs fused.
+//! that the rest of pricket knows. What changes from call to call comes in by a [`Context`]: the [`State`] of the rows, the
+//! [`Span`]s that are read, precision and [`Taps`]. No family mentions a device, a type or a state; [`ops`] alone decides what
+//! runs fused.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -22,36 +23,52 @@
 //! # Ok::<(), pricket_nn::Error>(())
 //! ```
 
+mod activation;
 mod alibi;
+mod attend;
 mod attention;
-mod state;
 pub mod config;
 mod context;
 mod decoder;
 mod error;
+mod family;
 mod layers;
 mod linear;
+mod loss;
 mod mlp;
 mod names;
 pub mod ops;
+mod pass;
+mod plain_decoder;
+mod plan;
 mod progress;
 mod rotary;
+mod sampling;
+mod state;
+mod step;
 mod tap;
 mod weights;
 
+pub use activation::Activation;
 pub use alibi::Alibi;
-pub use attention::Attention;
-pub use state::{Cache, CacheType};
+pub use attention::{Attention, Qkv};
 pub use context::Context;
-pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, residual};
+pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, Tables, residual};
 pub use error::{Error, Result};
-pub use layers::{Activation, Embedding, LayerNorm};
-pub use linear::{Linear, RowOrder};
+pub use family::{Family, FusedRows, KnownTokenizer, ShapeOf};
+pub use layers::{Embedding, Norm};
+pub use linear::{Adapter, Linear, RowOrder};
 pub use mlp::Mlp;
 pub use names::Names;
+pub use pass::Span;
+pub use plain_decoder::PlainDecoder;
+pub use plan::{BlockPlan, ModelPlan, Residual};
 /// For the crates above, which see weights through this one.
 pub use pricket_weights::{GgmlLayout, clip, parse_json, stand_in};
 pub use progress::{Progress, Silent};
 pub use rotary::Rotary;
+pub use sampling::SamplingParams;
+pub use state::{CacheType, RowState, State};
+pub use step::{Admission, Choice, MAX_STEP, RowId, RowStep, StepDecoder};
 pub use tap::{Recording, Site, Taps};
-pub use weights::{Parameter, Policy, Quantisation, Weights};
+pub use weights::{LoadOptions, Parameter, Quantisation, Storage, Trainable, Weights};

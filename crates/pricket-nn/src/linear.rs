@@ -1,7 +1,11 @@
+//! Linear layers, the order of their rows, and what adapts them.
+
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
-use crate::ops::{self, Activations, Gelu, Matrix};
-use crate::{Error, Result};
+use crate::ops::{self, Activations, Matrix};
+use crate::{Activation, Error, Result};
 
 /// How the rows of a weight on file relate to the rows that the model multiplies with.
 ///
@@ -75,30 +79,112 @@ fn swap(tensor: &Tensor, outer: usize, inner: usize) -> Result<Tensor> {
     Ok(split.transpose(0, 1)?.contiguous()?.reshape(shape)?)
 }
 
+/// A low-rank change to a linear layer (Hu et al. 2021, arXiv:2106.09685): `y += scale · (x Aᵀ) Bᵀ`.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// `[rank, inputs]`.
+    pub a: Tensor,
+    /// `[outputs, rank]`, in the order of rows in which the model multiplies: [`RowOrder::apply`] brings one from a file there.
+    pub b: Tensor,
+    /// Multiplies the product; `alpha / rank` in PEFT's terms.
+    pub scale: f64,
+}
+
 /// `y = x Wᵀ + b`. A frozen weight stays as it is stored and is never widened whole.
 #[derive(Clone, Debug)]
 pub struct Linear {
+    pub(crate) name: Arc<str>,
     pub(crate) weight: Matrix,
     pub(crate) bias: Option<Tensor>,
-    pub(crate) activations: Activations,
+    pub(crate) precision: Activations,
+    pub(crate) rows: RowOrder,
+    pub(crate) adapter: Option<Adapter>,
 }
 
 impl Linear {
-    /// Multiplies with the table of an embedding: a tied head, from one copy.
-    pub fn tied(embedding: &crate::Embedding) -> Self {
-        Self { weight: embedding.weight.clone(), bias: None, activations: embedding.activations }
+    /// The head `name` that multiplies with the table of an embedding: a tied head, from one copy.
+    pub fn tied(embedding: &crate::Embedding, name: &str) -> Self {
+        Self {
+            name: name.into(),
+            weight: embedding.weight.clone(),
+            bias: None,
+            precision: embedding.precision,
+            rows: RowOrder::AsStored,
+            adapter: None,
+        }
     }
 
-    /// `[.., in]` to `[.., out]`.
+    /// Its canonical name, without `.weight`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The weight, `[outputs, inputs]`, in the model's order of rows.
+    pub fn weight(&self) -> &Matrix {
+        &self.weight
+    }
+
+    /// The bias, `[outputs]`, in the model's order of rows.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// How the rows were ordered on file.
+    pub fn rows(&self) -> RowOrder {
+        self.rows
+    }
+
+    /// The adapter, if there is one.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    /// The same layer over the same weight with another adapter, or none.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for an adapter of other sizes.
+    pub fn with_adapter(&self, adapter: Option<Adapter>) -> Result<Self> {
+        if let Some(Adapter { a, b, .. }) = &adapter {
+            let (outputs, inputs) = self.weight.shape()?;
+            let rank = a.dims().first().copied().unwrap_or(0);
+            if a.dims() != [rank, inputs] || b.dims() != [outputs, rank] {
+                return Err(Error::Input(format!(
+                    "{}: an adapter of {:?} and {:?}; expected [rank, {inputs}] and [{outputs}, rank]",
+                    self.name,
+                    a.dims(),
+                    b.dims()
+                )));
+            }
+        }
+        Ok(Self { adapter, ..self.clone() })
+    }
+
+    /// `[.., inputs]` to `[.., outputs]`.
     ///
     /// # Errors
     /// If the last dimension of `x` is not this layer's input.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref(), self.activations)
+        let y = ops::linear(x, &self.weight, self.bias.as_ref(), self.precision)?;
+        let Some(Adapter { a, b, scale }) = &self.adapter else { return Ok(y) };
+        let product = |x: &Tensor, w: &Tensor| ops::plain_linear(x, &Matrix::Dense(w.clone()), None);
+        Ok((y + (product(&product(x, a)?, b)? * *scale)?)?)
     }
 
-    /// [`Linear::forward`], then a GELU.
-    pub(crate) fn forward_gelu(&self, x: &Tensor, form: Gelu) -> Result<Tensor> {
-        ops::linear_gelu(x, &self.weight, self.bias.as_ref(), form, self.activations)
+    /// The gradient of the input, given that of the output: `grad W`, and the adapter's share. In `dtype`, which is the input's.
+    pub(crate) fn backward(&self, grad: &Tensor, dtype: candle_core::DType) -> Result<Tensor> {
+        let mut back = ops::linear_transposed(grad, &self.weight)?;
+        if let Some(Adapter { a, b, scale }) = &self.adapter {
+            let low = grad.to_dtype(b.dtype())?.matmul(b)?.matmul(a)?;
+            back = (&back + (low.to_dtype(back.dtype())? * *scale)?)?;
+        }
+        Ok(back.to_dtype(dtype)?)
+    }
+
+    /// [`Linear::forward`], then an activation.
+    pub(crate) fn forward_then(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        if self.adapter.is_some() {
+            return activation.forward(&self.forward(x)?);
+        }
+        ops::linear_then(x, &self.weight, self.bias.as_ref(), activation, self.precision)
     }
 }

@@ -1,15 +1,19 @@
+//! The feed-forward part of a block.
+
 use candle_core::Tensor;
 
-use crate::{Activation, Context, LayerNorm, Linear, Result, Site};
+use crate::{Activation, Context, Linear, Norm, Result, Site};
 
-/// `down(activation(up(x)))`.
+/// `down(activation(up(x)))`, or with a gate (Shazeer 2020, arXiv:2002.05202) `down(activation(gate(x)) · up(x))`.
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// `[d, hidden]`.
-    pub up: Linear,
+    /// `[hidden, d]`, if there is one.
+    pub gate: Option<Linear>,
     /// `[hidden, d]`.
+    pub up: Linear,
+    /// `[d, hidden]`.
     pub down: Linear,
-    /// Between the two.
+    /// Of the gate, or of `up` where there is no gate.
     pub activation: Activation,
 }
 
@@ -18,8 +22,17 @@ impl Mlp {
     ///
     /// # Errors
     /// What an operation or a tap says.
-    pub fn forward(&self, norm: &LayerNorm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let hidden = self.up.forward_gelu(&norm.forward(x)?, self.activation.form())?;
+    pub fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let x = norm.forward(x)?;
+        let hidden = match &self.gate {
+            Some(gate) => (gate.forward_then(&x, self.activation)? * self.up.forward(&x)?)?,
+            None => self.up.forward_then(&x, self.activation)?,
+        };
         ctx.tap(Site::MlpOut, self.down.forward(&hidden)?)
+    }
+
+    /// Its linear layers.
+    pub fn linears(&mut self) -> Vec<&mut Linear> {
+        self.gate.iter_mut().chain([&mut self.up, &mut self.down]).collect()
     }
 }

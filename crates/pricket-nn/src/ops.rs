@@ -4,16 +4,16 @@
 //! takes the fused form; if any is, an operation with a backward pass or the plain twin, because candle's fused
 //! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
 
-use std::sync::OnceLock;
-
 use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
-    Activations, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
+    Activations, AttentionRow, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
     multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
 };
-use pricket_kernels::{AttentionOp, GeluOp, LayerNormOp, LinearOp, RotaryOp, StoreOp, SumOp, q8_values};
+use pricket_kernels::{
+    AttentionOp, GeluOp, LayerNormOp, LinearOp, RmsNormOp, RotaryOp, StoreOp, SumOp, WkvOp, q8_values,
+};
 
-use crate::{Error, Result};
+use crate::{Activation, Error, Result};
 
 /// The kernels of ours run on the CPU and compute in f32.
 fn on_our_kernels(x: &Tensor) -> bool {
@@ -41,6 +41,28 @@ pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: A
         });
     }
     plain_linear(x, weight, bias)
+}
+
+/// `x W` for `x` of `[rows, out]` and `weight` of `[out, in]`: the gradient of the input of [`linear`]. No gradient goes through it.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+    if on_our_kernels(x) && !weight.track_op() {
+        let op = LinearOp {
+            weight: weight.clone(),
+            bias: None,
+            activations: Activations::F32,
+            transposed: true,
+            then: None,
+        };
+        return Ok(x.detach().contiguous()?.apply_op1_no_bwd(&op)?);
+    }
+    let weight = match weight {
+        Matrix::Dense(weight) => weight.detach(),
+        Matrix::Blocks(_) | Matrix::Packed(_) => weight.to_dense(x.dtype(), x.device())?,
+    };
+    Ok(x.detach().to_dtype(weight.dtype())?.matmul(&weight)?.to_dtype(x.dtype())?)
 }
 
 /// The plain twin of [`linear`].
@@ -95,29 +117,63 @@ pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) ->
     Ok(normed.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?)
 }
 
-/// [`linear`], then the GELU of `form`; candle's `gelu_erf` and `gelu` are its plain twins. With 8-bit activations its
-/// argument and its value are rounded to f16, on the CPU: ggml looks it up in a table of halves.
+/// Root-mean-square norm over the last dimension: `x / sqrt(mean(x²) + eps) · weight`, its statistics in f64 on the CPU.
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn linear_gelu(
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.track_op() || weight.track_op() {
+        return plain_rms_norm(x, weight, eps);
+    }
+    let x = x.contiguous()?;
+    if on_our_kernels(&x) {
+        return Ok(x.apply_op2_no_bwd(weight, &RmsNormOp { eps: eps as f32 })?);
+    }
+    Ok(candle_nn::ops::rms_norm(&x, weight, eps as f32)?)
+}
+
+/// The plain twin of [`rms_norm`]. The quotient is rounded to the type of `x` before it meets the weight, as transformers has it.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let wide = x.to_dtype(DType::F32)?;
+    let deviation = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+    Ok(wide.broadcast_div(&deviation)?.to_dtype(x.dtype())?.broadcast_mul(&weight.to_dtype(x.dtype())?)?)
+}
+
+/// [`linear`], then an activation, which is elementwise. With 8-bit precision the argument and the value of a GELU are rounded to
+/// f16, on the CPU: ggml looks it up in a table of halves.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear_then(
     x: &Tensor,
     weight: &Matrix,
     bias: Option<&Tensor>,
-    form: Gelu,
-    activations: Activations,
+    activation: Activation,
+    precision: Activations,
 ) -> Result<Tensor> {
     let tracked = x.track_op() || weight.track_op() || bias.is_some_and(Tensor::track_op);
-    if on_our_kernels(x) && !tracked {
-        let then = Some(GeluOp { form, as_ggml: activations == Activations::Q8 });
-        let op = LinearOp { weight: weight.clone(), bias: bias.cloned(), activations, transposed: false, then };
+    if on_our_kernels(x)
+        && !tracked
+        && let Some(form) = fused(activation)
+    {
+        let then = Some(GeluOp { form, as_ggml: precision == Activations::Q8 });
+        let op =
+            LinearOp { weight: weight.clone(), bias: bias.cloned(), activations: precision, transposed: false, then };
         return Ok(x.contiguous()?.apply_op1_no_bwd(&op)?);
     }
-    let y = linear(x, weight, bias, activations)?;
-    Ok(match form {
-        Gelu::Erf => y.gelu_erf()?,
-        Gelu::Tanh => y.gelu()?,
-    })
+    activation.forward(&linear(x, weight, bias, precision)?)
+}
+
+/// The activation that the kernel of a linear layer computes with it, if it does.
+fn fused(activation: Activation) -> Option<Gelu> {
+    match activation {
+        Activation::GeluErf => Some(Gelu::Erf),
+        Activation::GeluTanh => Some(Gelu::Tanh),
+        Activation::Silu | Activation::SquaredRelu => None,
+    }
 }
 
 /// The sum of two or three tensors of one shape, from left to right.
@@ -183,25 +239,37 @@ pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&parts, D::Minus1)?.contiguous()?)
 }
 
-/// Writes `new` of `[b, h, t, head_dim]` into `past`, `[b, h, capacity, head_dim]` in its own type or bytes of `q8_0` blocks,
+/// New keys and values of a row: those of `[batch, kv_heads, time, head_dim]` that are its own, `len` from `from` on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewKeys<'a> {
+    pub(crate) k: &'a Tensor,
+    pub(crate) v: &'a Tensor,
+    pub(crate) row: usize,
+    pub(crate) from: usize,
+    pub(crate) len: usize,
+}
+
+/// Writes a row's new keys and values into `kept`, `[2, kv_heads, capacity, head_dim]` in its own type or bytes of `q8_0` blocks,
 /// from position `at` on. No gradient goes through it.
 ///
 /// # Errors
 /// If the shapes do not fit, or for blocks that are not on the CPU.
-pub fn store(past: &Tensor, new: &Tensor, at: usize) -> Result<()> {
-    let new = new.detach();
-    let blocks = past.dtype() == DType::U8;
-    if on_our_kernels(&new) && (blocks || new.stride().last() == Some(&1)) {
-        let new = if new.stride().last() == Some(&1) { new } else { new.contiguous()? };
-        return Ok(past.narrow(2, at, new.dim(2)?)?.inplace_op2(&new, &StoreOp)?);
+pub(crate) fn store(kept: &Tensor, new: &NewKeys<'_>, at: usize) -> Result<()> {
+    let &NewKeys { k, v, row, from, len } = new;
+    let blocks = kept.dtype() == DType::U8;
+    if on_our_kernels(k) && on_our_kernels(v) {
+        let rows = |x: &Tensor| if x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() };
+        return Ok(kept.inplace_op3(&rows(k)?, &rows(v)?, &StoreOp { row, from, len, at })?);
     }
     if blocks {
-        return Err(Error::Input("keys and values are cached as q8_0 on the CPU only, in f32".into()));
+        return Err(Error::Input("keys and values are kept as q8_0 on the CPU only, in f32".into()));
     }
-    Ok(past.slice_set(&new.to_dtype(past.dtype())?.contiguous()?, 2, at)?)
+    let own = |x: &Tensor| x.detach().narrow(0, row, 1)?.narrow(2, from, len);
+    let new = Tensor::cat(&[own(k)?, own(v)?], 0)?.to_dtype(kept.dtype())?;
+    Ok(kept.slice_set(&new.contiguous()?, 2, at)?)
 }
 
-/// Keys or values of `[b, h, s, head_dim]` as `dtype`, from whatever [`store`] has made of them.
+/// Keys or values of `[b, h, s, head_dim]` as `dtype`, from whatever a state has made of them.
 ///
 /// # Errors
 /// What candle says.
@@ -222,95 +290,59 @@ pub struct Scores<'a> {
     pub scale: f64,
     /// ALiBi: a key `n` positions back loses `n` times the slope of its head; empty for none.
     pub slopes: &'a [f32],
-    /// Keys hidden on the left of each row; empty for none.
-    pub padding: &'a [usize],
-    /// Where all layers of a pass share what is added to the scores, once one of them has made it. Scores of another shape, padding
-    /// or slopes get what is theirs.
-    pub bias: &'a SharedBias,
 }
 
-/// What is added to scores, made by the first who asks and shared with all who ask for the same.
-#[derive(Debug, Default)]
-pub struct SharedBias(OnceLock<(BiasKey, Option<Tensor>)>);
-
-/// What a bias depends on.
-#[derive(Clone, Debug, PartialEq)]
-struct BiasKey {
-    shape: [usize; 4],
-    slopes: Vec<f32>,
-    padding: Vec<usize>,
+/// Whether [`attention`] has a kernel for these queries, keys and values.
+pub fn attention_is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
+    let untracked = |x: &Tensor| on_our_kernels(x) && !x.track_op();
+    [q, k, v].into_iter().all(untracked) && [k, v].iter().all(|x| x.stride().last() == Some(&1))
 }
 
-impl SharedBias {
-    fn get(&self, shape: [usize; 4], scores: &Scores<'_>, device: &Device) -> Result<Option<Tensor>> {
-        let is_same = |(key, bias): &&(BiasKey, Option<Tensor>)| {
-            (key.shape, &key.slopes[..], &key.padding[..]) == (shape, scores.slopes, scores.padding)
-                && bias.as_ref().is_none_or(|bias| bias.device().same_device(device))
-        };
-        if let Some((_, bias)) = self.0.get().filter(is_same) {
-            return Ok(bias.clone());
-        }
-        let bias = attention_bias(shape, scores, device)?;
-        let key = BiasKey { shape, slopes: scores.slopes.to_vec(), padding: scores.padding.to_vec() };
-        // Who asks for something else, in the middle of another pass, gets it and is not remembered.
-        self.0.set((key, bias.clone())).ok();
-        Ok(bias)
-    }
-}
-
-/// Causal attention, the queries being the last positions of the keys: `q` of `[b, h, t, head_dim]`, `k` and `v` of
-/// `[b, kv_heads, s, head_dim]`, as they are stored. Gives `[b, t, h · head_dim]`.
+/// Causal attention of queries `[b, h, t, head_dim]` by row: each of `rows` takes the next queries and attends to its own keys.
+/// Gives `[b, t, h · head_dim]`. For f32 on the CPU, without a gradient; [`attention_pattern`] and [`attention_output`] are
+/// its plain twin.
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
-    let tracked = q.track_op() || k.track_op() || v.track_op();
-    let stored = |x: &Tensor| matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::U8);
-    if on_our_kernels(q) && stored(k) && stored(v) && !tracked {
-        let Scores { scale, slopes, padding, .. } = scores;
-        let op = AttentionOp { scale: scale as f32, padding: padding.to_vec(), slopes: slopes.to_vec() };
-        return Ok(q.contiguous()?.apply_op3_no_bwd(k, v, &op)?);
-    }
-    attention_output(&attention_pattern(q, k, scores)?, &widened(v, q.dim(3)?, q.dtype())?)
+pub fn attention(q: &Tensor, rows: Vec<AttentionRow>, scores: Scores<'_>) -> Result<Tensor> {
+    let op = AttentionOp { scale: scores.scale as f32, slopes: scores.slopes.to_vec(), rows };
+    Ok(q.contiguous()?.apply_op1_no_bwd(&op)?)
 }
 
-/// The probabilities of [`attention`], `[b, h, t, s]`; with [`attention_output`] its plain twin.
+/// The probabilities of attention: `q` of `[b, h, t, head_dim]` and `k` of `[b, kv_heads, s, head_dim]` give `[b, h, t, s]`.
+/// `bias` is added to the scores: see [`attention_bias`].
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn attention_pattern(q: &Tensor, k: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
-    let (b, h, t, dim) = q.dims4()?;
-    let (k, s) = (repeat_heads(&widened(k, dim, q.dtype())?, h)?, k.dim(2)?);
-    let products = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scores.scale)?;
-    let products = match scores.bias.get([b, h, t, s], &scores, q.device())? {
-        Some(bias) => products.broadcast_add(&bias)?,
+pub fn attention_pattern(q: &Tensor, k: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
+    let heads = q.dim(1)?;
+    let k = repeat_heads(&k.to_dtype(q.dtype())?, heads)?;
+    let products = (q.contiguous()?.matmul(&k.t()?)?.to_dtype(DType::F32)? * scale)?;
+    let products = match bias {
+        Some(bias) => products.broadcast_add(bias)?,
         None => products,
     };
     Ok(softmax(&products)?.to_dtype(q.dtype())?)
 }
 
-/// What is added to the scores of `b` rows of `h` heads, `t` queries and `s` keys: distances times slopes, and what hides keys; of
-/// `[b or 1, h or 1, t, s]`, or nothing where nothing is to be added.
-fn attention_bias(shape: [usize; 4], scores: &Scores<'_>, device: &Device) -> Result<Option<Tensor>> {
-    let ([b, h, t, s], &Scores { slopes, padding, .. }) = (shape, scores);
-    if t == 1 && slopes.is_empty() && padding.is_empty() {
+/// What is added to the scores of `len` queries that follow `past` positions: distances times slopes, and negative infinity for
+/// keys to come; of `[1, h or 1, len, past + len]`, or nothing where nothing is to be added.
+///
+/// # Errors
+/// What candle says.
+pub fn attention_bias(slopes: &[f32], past: usize, len: usize, device: &Device) -> Result<Option<Tensor>> {
+    if len == 1 && slopes.is_empty() {
         return Ok(None);
     }
-    let rows = if padding.is_empty() { 1 } else { b };
-    let hidden = |row: usize, i: usize, j: usize| {
-        let last = s - t + i;
-        j > last || j < padding.get(row).copied().unwrap_or(0).min(last)
-    };
-    let mask = (0..rows).flat_map(|row| (0..t).flat_map(move |i| (0..s).map(move |j| (row, i, j))));
-    let mask: Vec<f32> = mask.map(|(row, i, j)| if hidden(row, i, j) { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let mask = Tensor::from_vec(mask, (rows, 1, t, s), device)?;
+    let keys = past + len;
+    let hidden = |i: usize| (0..keys).map(move |j| if j > past + i { f32::NEG_INFINITY } else { 0.0 });
+    let mask = Tensor::from_vec((0..len).flat_map(hidden).collect::<Vec<f32>>(), (1, 1, len, keys), device)?;
     if slopes.is_empty() {
         return Ok(Some(mask));
     }
-    let back = |i: usize, j: usize| (j as f32) - (s - t + i) as f32;
-    let distance: Vec<f32> = (0..t).flat_map(|i| (0..s).map(move |j| back(i, j))).collect();
-    let distance = Tensor::from_vec(distance, (1, t, s), device)?;
-    let slopes = Tensor::from_vec(slopes.to_vec(), (h, 1, 1), device)?;
+    let back = |i: usize| (0..keys).map(move |j| j as f32 - (past + i) as f32);
+    let distance = Tensor::from_vec((0..len).flat_map(back).collect::<Vec<f32>>(), (1, len, keys), device)?;
+    let slopes = Tensor::from_vec(slopes.to_vec(), (slopes.len(), 1, 1), device)?;
     Ok(Some(slopes.broadcast_mul(&distance)?.unsqueeze(0)?.broadcast_add(&mask)?))
 }
 
@@ -384,4 +416,80 @@ fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     }
     let shared = x.unsqueeze(2)?.broadcast_as((b, kv, heads / kv, s, d))?;
     Ok(shared.reshape((b, heads, s, d))?)
+}
+
+/// The state from which [`wkv4`] begins, `[3, d]`: no numerator, no denominator, and a maximum below every key.
+///
+/// # Errors
+/// What candle says.
+pub fn wkv4_start(channels: usize, device: &Device) -> Result<Tensor> {
+    let sums = Tensor::zeros((2, channels), DType::F32, device)?;
+    Ok(Tensor::cat(&[&sums, &Tensor::full(-1e38f32, (1, channels), device)?], 0)?)
+}
+
+/// RWKV-4's recurrence (Peng et al. 2023, arXiv:2305.13048, equation 16) over `k` and `v` of `[positions, d]`, whose rows have
+/// `lens` positions each and begin from `before`, `[3, d]` each. `decay` is `-e^time_decay` and `first` is `time_first`, both `[d]`.
+/// Returns what each position gives, `[positions, d]`, and the states after the last position of each row.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn wkv4(
+    k: &Tensor,
+    v: &Tensor,
+    decay: &Tensor,
+    first: &Tensor,
+    lens: &[usize],
+    before: &[Tensor],
+) -> Result<(Tensor, Vec<Tensor>)> {
+    let is_tracked = [k, v, decay, first].into_iter().chain(before).any(Tensor::track_op);
+    if is_tracked || !on_our_kernels(k) || !on_our_kernels(v) {
+        return plain_wkv4(k, v, decay, first, lens, before);
+    }
+    let (n, _) = k.dims2()?;
+    let op = WkvOp {
+        decay: decay.to_vec1()?,
+        first: first.to_vec1()?,
+        lens: lens.to_vec(),
+        states: Tensor::cat(before, 0)?.flatten_all()?.to_vec1()?,
+    };
+    let out = k.contiguous()?.apply_op2_no_bwd(&v.contiguous()?, &op)?;
+    let after = (0..lens.len()).map(|row| Ok(out.narrow(0, n + 3 * row, 3)?.copy()?)).collect::<Result<_>>()?;
+    Ok((out.narrow(0, 0, n)?, after))
+}
+
+/// The plain twin of [`wkv4`], position by position.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_wkv4(
+    k: &Tensor,
+    v: &Tensor,
+    decay: &Tensor,
+    first: &Tensor,
+    lens: &[usize],
+    before: &[Tensor],
+) -> Result<(Tensor, Vec<Tensor>)> {
+    let dtype = v.dtype();
+    let [k, v, decay, first] = [k, v, decay, first].map(|x| x.to_dtype(DType::F32));
+    let (k, v, decay, first) = (k?, v?, decay?, first?);
+    let (mut out, mut after, mut at) = (Vec::new(), Vec::with_capacity(lens.len()), 0);
+    for (&len, state) in lens.iter().zip(before) {
+        let (mut num, mut den, mut max) = (state.get(0)?, state.get(1)?, state.get(2)?);
+        for t in at..at + len {
+            let (k, v) = (k.get(t)?, v.get(t)?);
+            let now = (&first + &k)?;
+            let top = max.maximum(&now)?;
+            let (old, new) = ((&max - &top)?.exp()?, (&now - &top)?.exp()?);
+            out.push((((&old * &num)? + (&new * &v)?)? / ((&old * &den)? + &new)?)?);
+            let faded = (&max + &decay)?;
+            let top = faded.maximum(&k)?;
+            let (old, new) = ((&faded - &top)?.exp()?, (&k - &top)?.exp()?);
+            num = ((&old * &num)? + (&new * &v)?)?;
+            den = ((&old * &den)? + &new)?;
+            max = top;
+        }
+        after.push(Tensor::stack(&[num, den, max], 0)?.detach());
+        at += len;
+    }
+    Ok((Tensor::stack(&out, 0)?.to_dtype(dtype)?, after))
 }

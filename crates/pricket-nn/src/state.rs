@@ -1,13 +1,20 @@
+//! What a model has read: one [`RowState`] for each row of a batch.
+//!
+//! A row holds a slot for each layer: keys and values of its positions, or the tensors of a recurrence. Slots are shared by
+//! reference, so selecting, joining and forking rows copies nothing; who writes to a shared slot copies it first.
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::{Error, Result, ops};
+use crate::ops::{self, NewKeys};
+use crate::{Error, Result};
 
 /// Positions are reserved in multiples of this.
 const CHUNK: usize = 64;
 
-/// How keys and values are kept.
+/// The type in which keys and values are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, reason = "the field's own spelling")]
 pub enum CacheType {
@@ -53,6 +60,18 @@ impl CacheType {
         }
     }
 
+    /// A row's keys and values, `[b, kv_heads, t, head_dim]` each, as a state of this type keeps them: `[2, kv_heads, t, width]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit, or for `q8_0` elsewhere than on the CPU.
+    pub fn stored(self, k: &Tensor, v: &Tensor, row: usize) -> Result<Tensor> {
+        let (_, heads, len, dim) = k.dims4()?;
+        let dtype = self.storage();
+        let kept = Tensor::zeros((2, heads, len, self.bytes(dim) / dtype.size_in_bytes()), dtype, k.device())?;
+        ops::store(&kept, &NewKeys { k, v, row, from: 0, len }, 0)?;
+        Ok(kept)
+    }
+
     /// The type of the storage.
     fn storage(self) -> DType {
         match self {
@@ -70,7 +89,7 @@ impl std::str::FromStr for CacheType {
     fn from_str(name: &str) -> Result<Self> {
         let names = Self::ALL.map(Self::name).join(", ");
         let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
-        found.ok_or_else(|| Error::Input(format!("{name:?} is no type of a cache; use {names}")))
+        found.ok_or_else(|| Error::Input(format!("{name:?} is not a cache type; use {names}")))
     }
 }
 
@@ -80,139 +99,255 @@ impl std::fmt::Display for CacheType {
     }
 }
 
-/// Keys and values of past positions, one slot a layer, grown as it fills and never sized by the model's limit.
+/// What a model has read, row by row. Begins empty and grows as passes are read, in steps of 64 positions; it is never sized
+/// by the model's limit.
 ///
-/// Cloning ([`Cache::fork`]) shares the past; whoever writes first copies the slot it writes to.
-///
-/// Storage is `[batch, kv_heads, capacity, head_dim]` as [`CacheType`] says, and attention reads it as it is.
-#[derive(Clone, Debug)]
-pub struct Cache {
-    slots: Vec<Option<Arc<Slot>>>,
-    len: usize,
+/// ```
+/// use pricket_nn::State;
+/// let mut state = State::new();
+/// state.add_rows(2);
+/// let copy = state.fork();
+/// state.select_rows(&[1])?;
+/// state.extend(copy);
+/// assert_eq!(state.rows(), 3);
+/// # Ok::<(), pricket_nn::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    rows: Vec<RowState>,
     kind: Option<CacheType>,
 }
 
+/// What a model has read of one row.
+#[derive(Clone, Debug, Default)]
+pub struct RowState {
+    len: usize,
+    layers: Vec<Option<Arc<Slot>>>,
+    marks: Vec<Mark>,
+}
+
+/// What a layer keeps of a row.
 #[derive(Debug)]
-struct Slot {
-    k: Tensor,
-    v: Tensor,
+enum Slot {
+    /// Keys and values, `[2, kv_heads, capacity, width]`.
+    KeyValue(Tensor),
+    /// The tensors of a recurrence, by name.
+    Recurrent(BTreeMap<&'static str, Tensor>),
 }
 
-impl Default for Cache {
-    fn default() -> Self {
-        Self::new()
-    }
+/// The recurrent slots of a row as they were at a length.
+#[derive(Clone, Debug)]
+struct Mark {
+    len: usize,
+    layers: Vec<Option<Arc<Slot>>>,
 }
 
-impl Cache {
-    /// An empty cache that stores what it is given, in the type it is given.
+impl State {
+    /// A state without rows that keeps keys and values in the type in which it is given them. The first pass adds its rows.
     pub fn new() -> Self {
-        Self { slots: Vec::new(), len: 0, kind: None }
+        Self::default()
     }
 
-    /// An empty cache that stores keys and values as `kind`.
+    /// A state without rows that keeps keys and values as `kind`.
     pub fn with_type(kind: CacheType) -> Self {
-        Self { slots: Vec::new(), len: 0, kind: Some(kind) }
+        Self { rows: Vec::new(), kind: Some(kind) }
     }
 
-    /// Positions held.
-    pub fn len(&self) -> usize {
-        self.len
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
     }
 
-    /// Whether no position is held.
+    /// Positions that were read of `row`; 0 for a row that is not there.
+    pub fn len(&self, row: usize) -> usize {
+        self.rows.get(row).map_or(0, |row| row.len)
+    }
+
+    /// Whether no position was read of any row.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.rows.iter().all(|row| row.len == 0)
     }
 
-    /// Forgets positions from `len` on. Does nothing if there are fewer.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+    /// Adds `count` rows of which nothing was read.
+    pub fn add_rows(&mut self, count: usize) {
+        self.rows.resize(self.rows.len() + count, RowState::default());
     }
 
-    /// A second cache with the same past, at no cost until one of them is written.
+    /// A second state with the same past. It costs nothing until one of the two is written.
     #[must_use]
     pub fn fork(&self) -> Self {
         self.clone()
     }
 
-    /// Keeps the batch rows `rows`, in that order (rows may repeat).
+    /// Keeps the rows `rows`, in that order. A row may repeat.
     ///
     /// # Errors
-    /// If a row is not there.
-    pub fn select_rows(&mut self, rows: &[u32]) -> Result<()> {
-        for slot in self.slots.iter_mut().flatten() {
-            let index = Tensor::new(rows, slot.k.device())?;
-            *slot = Arc::new(Slot { k: slot.k.index_select(&index, 0)?, v: slot.v.index_select(&index, 0)? });
-        }
+    /// [`Error::Input`] for a row that is not there.
+    pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
+        let count = self.rows.len();
+        let missing = || Error::Input(format!("rows {rows:?} of a state of {count} rows"));
+        let selected = rows.iter().map(|&row| self.rows.get(row).cloned());
+        self.rows = selected.collect::<Option<_>>().ok_or_else(missing)?;
         Ok(())
     }
 
-    /// Bytes that the storage takes.
-    pub fn bytes(&self) -> usize {
-        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
-        self.slots.iter().flatten().map(|slot| size(&slot.k) + size(&slot.v)).sum()
+    /// Adds the rows of `other` behind these.
+    pub fn extend(&mut self, other: Self) {
+        self.rows.extend(other.rows);
     }
 
-    pub(crate) fn set_len(&mut self, len: usize) {
-        self.len = len;
+    /// Takes `row` out: a state of one row. Rows behind it move up. A row that is not there is an empty one.
+    #[must_use]
+    pub fn take_row(&mut self, row: usize) -> Self {
+        let taken = if row < self.rows.len() { self.rows.remove(row) } else { RowState::default() };
+        Self { rows: vec![taken], kind: self.kind }
     }
 
-    /// Writes `k` and `v` of `[batch, kv_heads, t, head_dim]` at positions `[at, at + t)` of `layer`; gives all
-    /// positions up to there, as they are stored (those with a gradient as they are).
-    pub(crate) fn append(&mut self, layer: usize, at: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let dtype = k.dtype();
-        let (batch, heads, t, dim) = k.dims4()?;
-        let end = at + t;
-        let stored = self.kind.map_or(dtype, CacheType::storage);
-        let width = self.kind.map_or(dim, |kind| kind.bytes(dim) / stored.size_in_bytes());
-        if self.slots.len() <= layer {
-            self.slots.resize(layer + 1, None);
+    /// Forgets what was read of `row` from position `len` on. Returns the number of positions that are kept: `len`, or all
+    /// if there are fewer; for a recurrent model the last position that [`State::mark`] has saved up to there. The caller
+    /// reads the rest again.
+    pub fn rewind(&mut self, row: usize, len: usize) -> usize {
+        self.rows.get_mut(row).map_or(0, |row| row.rewind(len))
+    }
+
+    /// Saves `row` as it is now, for [`State::rewind`] to return to. Keys and values need no mark, and cost none.
+    pub fn mark(&mut self, row: usize) {
+        if let Some(row) = self.rows.get_mut(row) {
+            row.mark();
         }
-        let slot = &mut self.slots[layer];
-        let found = slot.as_ref().map(|old| old.k.dims4()).transpose()?;
-        match found {
-            Some((b, h, _, w)) if (b, h, w) == (batch, heads, width) => {}
-            // Nothing is held: another batch may begin.
-            _ if at == 0 => *slot = None,
-            Some((b, h, _, w)) => {
-                return Err(Error::Input(format!(
-                    "the cache holds {b} rows of {h} heads of {w}, the input has {batch} rows of {heads} heads of {width}"
-                )));
+    }
+
+    /// Bytes that keys, values and recurrent tensors take; what rows share counts once.
+    pub fn bytes(&self) -> usize {
+        let mut seen = BTreeSet::new();
+        let slots = self.rows.iter().flat_map(|row| row.layers.iter().flatten());
+        let distinct = slots.filter(|slot| seen.insert(Arc::as_ptr(slot)));
+        distinct.map(|slot| slot.tensors().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum::<usize>()).sum()
+    }
+
+    /// Starts anew with `count` rows.
+    pub(crate) fn reset(&mut self, count: usize) {
+        self.rows.clear();
+        self.add_rows(count);
+    }
+
+    /// Keeps new keys and values of a row from position `past` on. Returns the tensor that holds all of them.
+    pub(crate) fn keep(&mut self, row: usize, layer: usize, past: usize, new: &NewKeys<'_>) -> Result<Tensor> {
+        self.rows[row].keep(layer, past, new, self.kind)
+    }
+
+    /// A tensor of a layer's recurrence.
+    pub(crate) fn recurrent(&self, row: usize, layer: usize, name: &'static str) -> Option<&Tensor> {
+        match self.rows.get(row)?.layers.get(layer)?.as_deref()? {
+            Slot::Recurrent(tensors) => tensors.get(name),
+            Slot::KeyValue(_) => None,
+        }
+    }
+
+    /// The positions of a pass were read.
+    pub(crate) fn commit(&mut self, row: usize, len: usize) {
+        self.rows[row].len = len;
+    }
+
+    /// Replaces a tensor of a layer's recurrence.
+    pub(crate) fn set_recurrent(&mut self, row: usize, layer: usize, name: &'static str, tensor: Tensor) {
+        let slot = self.rows[row].slot(layer);
+        let mut tensors = match slot.as_deref() {
+            Some(Slot::Recurrent(tensors)) => tensors.clone(),
+            _ => BTreeMap::new(),
+        };
+        tensors.insert(name, tensor);
+        *slot = Some(Arc::new(Slot::Recurrent(tensors)));
+    }
+}
+
+impl Slot {
+    fn tensors(&self) -> Box<dyn Iterator<Item = &Tensor> + '_> {
+        match self {
+            Slot::KeyValue(tensor) => Box::new(std::iter::once(tensor)),
+            Slot::Recurrent(tensors) => Box::new(tensors.values()),
+        }
+    }
+}
+
+impl RowState {
+    fn slot(&mut self, layer: usize) -> &mut Option<Arc<Slot>> {
+        if self.layers.len() <= layer {
+            self.layers.resize(layer + 1, None);
+        }
+        &mut self.layers[layer]
+    }
+
+    fn is_recurrent(&self) -> bool {
+        self.layers.iter().flatten().any(|slot| matches!(**slot, Slot::Recurrent(_)))
+    }
+
+    fn mark(&mut self) {
+        self.marks.retain(|mark| mark.len < self.len);
+        if self.is_recurrent() {
+            let recurrent = |slot: &Option<Arc<Slot>>| {
+                slot.clone().filter(|slot| matches!(**slot, Slot::Recurrent(_)))
+            };
+            self.marks.push(Mark { len: self.len, layers: self.layers.iter().map(recurrent).collect() });
+        }
+    }
+
+    fn rewind(&mut self, len: usize) -> usize {
+        if len >= self.len {
+            return self.len;
+        }
+        self.marks.retain(|mark| mark.len <= len);
+        if self.is_recurrent() {
+            let (kept, layers) = self.marks.last().map_or((0, &[][..]), |mark| (mark.len, &mark.layers));
+            for (layer, slot) in self.layers.iter_mut().enumerate() {
+                if slot.as_deref().is_some_and(|slot| matches!(slot, Slot::Recurrent(_))) {
+                    *slot = layers.get(layer).cloned().flatten();
+                }
+            }
+            self.len = kept;
+        } else {
+            self.len = len;
+        }
+        self.len
+    }
+
+    fn keep(&mut self, layer: usize, past: usize, new: &NewKeys<'_>, kind: Option<CacheType>) -> Result<Tensor> {
+        let (_, heads, _, dim) = new.k.dims4()?;
+        let end = past + new.len;
+        let stored = kind.map_or(new.k.dtype(), CacheType::storage);
+        let width = kind.map_or(dim, |kind| kind.bytes(dim) / stored.size_in_bytes());
+        let slot = self.slot(layer);
+        let held = match slot.as_deref() {
+            Some(Slot::KeyValue(held)) => Some(held.dims4()?),
+            _ => None,
+        };
+        let capacity = match held {
+            Some((_, h, capacity, w)) if (h, w) == (heads, width) => capacity,
+            _ if past == 0 => 0,
+            Some((_, h, _, w)) => {
+                let what = format!("the state holds {h} heads of {w}, the input has {heads} heads of {width}");
+                return Err(Error::Input(what));
             }
             None => {
-                return Err(Error::Input(format!("layer {layer} has no past, and the input starts at position {at}")));
+                let what = format!("layer {layer} has no past, and the input starts at position {past}");
+                return Err(Error::Input(what));
             }
-        }
-        let fits = slot.as_ref().is_some_and(|slot| slot.k.dims()[2] >= end);
-        if !fits || Arc::get_mut(slot.as_mut().expect("fits")).is_none() {
-            // Grown by half, or shared with a fork: the past is copied into storage of our own.
-            let held = slot.as_ref().map_or(0, |slot| slot.k.dims()[2]);
-            let capacity = if fits { held } else { end.max(held + held / 2).next_multiple_of(CHUNK) };
-            let grow = |old: Option<&Tensor>| -> Result<Tensor> {
-                let new = Tensor::zeros((batch, heads, capacity, width), stored, k.device())?;
-                if let Some(old) = old.filter(|_| at > 0) {
-                    new.slice_set(&old.narrow(2, 0, at)?.contiguous()?, 2, 0)?;
-                }
-                Ok(new)
-            };
-            let new = Slot { k: grow(slot.as_ref().map(|s| &s.k))?, v: grow(slot.as_ref().map(|s| &s.v))? };
-            *slot = Some(Arc::new(new));
-        }
-        let slot = slot.as_ref().expect("just made");
-        let put = |past: &Tensor, new: &Tensor| -> Result<Tensor> {
-            ops::store(past, new, at)?;
-            if new.track_op() {
-                // Written storage has no gradient: the new positions are appended to the past as they are.
-                let new = new.contiguous()?;
-                return Ok(if at == 0 {
-                    new
-                } else {
-                    Tensor::cat(&[&ops::widened(&past.narrow(2, 0, at)?, dim, dtype)?, &new], 2)?
-                });
-            }
-            Ok(past.narrow(2, 0, end)?)
         };
-        Ok((put(&slot.k, k)?, put(&slot.v, v)?))
+        if capacity < end || slot.as_mut().and_then(Arc::get_mut).is_none() {
+            // Grown by half, or shared with another row: the past is copied to a slot of this row's own.
+            let room = if capacity >= end { capacity } else { end.max(capacity + capacity / 2).next_multiple_of(CHUNK) };
+            let grown = Tensor::zeros((2, heads, room, width), stored, new.k.device())?;
+            if let Some(Slot::KeyValue(old)) = slot.as_deref()
+                && past > 0
+            {
+                grown.slice_set(&old.narrow(2, 0, past)?.contiguous()?, 2, 0)?;
+            }
+            *slot = Some(Arc::new(Slot::KeyValue(grown)));
+        }
+        let Some(Slot::KeyValue(kept)) = slot.as_deref() else {
+            return Err(Error::Input(format!("layer {layer} keeps no keys and values")));
+        };
+        ops::store(kept, new, past)?;
+        Ok(kept.clone())
     }
 }

@@ -1,11 +1,15 @@
+//! Places in a forward pass where a tensor can be looked at or changed.
+
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::{Error, Result};
+use crate::{Error, Result, Span};
 
 /// A place in a forward pass where a tensor can be looked at or changed. `b` is the batch, `t` the new positions,
-/// `s` the positions seen so far, `d` the width, `h` the heads.
+/// `s` the positions seen so far, `d` the width, `h` the heads. In a packed pass `b` is 1, `t` counts the positions of all
+/// rows, and [`Recording::spans`] says whose they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Site {
@@ -23,7 +27,8 @@ pub enum Site {
     Key,
     /// Values, `[b, h, t, head_dim]`.
     Value,
-    /// Attention probabilities, `[b, h, t, s]`. Asking for them selects the unfused attention.
+    /// Attention probabilities, `[b, h, t, s]`; where rows differ in their positions one tensor for each row, `[1, h, t, s]`.
+    /// Asking for them selects the unfused attention.
     Pattern,
     /// What attention adds to the residual stream, `[b, t, d]`.
     AttentionOut,
@@ -156,7 +161,8 @@ impl Taps {
         self.record.iter().any(|&(at, only)| at == site && only.is_none_or(|only| only == layer))
     }
 
-    pub(crate) fn visit(&mut self, site: Site, layer: usize, tensor: Tensor) -> Result<Tensor> {
+    /// Edits and records a tensor, the one with number `part` of those that the site has in this pass.
+    pub(crate) fn visit(&mut self, site: Site, layer: usize, part: usize, tensor: Tensor) -> Result<Tensor> {
         let mut tensor = tensor;
         for (at, only, edit) in &mut self.edits {
             if *at == site && only.is_none_or(|only| only == layer) {
@@ -164,30 +170,53 @@ impl Taps {
             }
         }
         if self.records(site, layer) {
-            self.recording.tensors.insert((site, layer), tensor.clone());
+            let parts = self.recording.tensors.entry((site, layer)).or_default();
+            parts.truncate(part);
+            parts.push(tensor.clone());
         }
         Ok(tensor)
     }
 
-    pub(crate) fn take(&mut self) -> Recording {
-        std::mem::take(&mut self.recording)
+    pub(crate) fn take(&mut self, spans: Arc<[Span]>) -> Recording {
+        Recording { spans, ..std::mem::take(&mut self.recording) }
     }
 }
 
 /// The tensors that [`Taps`] kept, owned.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Recording {
-    tensors: BTreeMap<(Site, usize), Tensor>,
+    tensors: BTreeMap<(Site, usize), Vec<Tensor>>,
+    spans: Arc<[Span]>,
+}
+
+impl Default for Recording {
+    fn default() -> Self {
+        Self { tensors: BTreeMap::new(), spans: Arc::from([]) }
+    }
 }
 
 impl Recording {
-    /// The tensor of `site` at `layer` (0 for sites that are not per layer), from the last forward pass.
+    /// The tensor of `site` at `layer` (0 for sites that are not per layer), from the last forward pass. `None` if nothing was
+    /// recorded there, or several tensors: see [`Recording::parts`].
     pub fn get(&self, site: Site, layer: usize) -> Option<&Tensor> {
-        self.tensors.get(&(site, layer))
+        match self.parts(site, layer) {
+            [tensor] => Some(tensor),
+            _ => None,
+        }
     }
 
-    /// Everything recorded, in the order of sites and layers.
+    /// The tensors of `site` at `layer`: one for the pass, or one for each row, in the order of [`Recording::spans`].
+    pub fn parts(&self, site: Site, layer: usize) -> &[Tensor] {
+        self.tensors.get(&(site, layer)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The rows and positions of the last forward pass, in the order of its tensors.
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// Everything recorded, in the order of sites, layers and rows.
     pub fn iter(&self) -> impl Iterator<Item = (Site, usize, &Tensor)> {
-        self.tensors.iter().map(|(&(site, layer), tensor)| (site, layer, tensor))
+        self.tensors.iter().flat_map(|(&(site, layer), parts)| parts.iter().map(move |tensor| (site, layer, tensor)))
     }
 }

@@ -1,3 +1,5 @@
+//! Loads layers by name from a store of tensors.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -7,7 +9,7 @@ use pricket_weights::{Dtype, Entry, Store};
 
 use crate::names::without_numbers;
 use crate::ops::{self, Activations, BlockType, Blocks, Matrix};
-use crate::{CacheType, Embedding, Error, LayerNorm, Linear, Names, Progress, Result, RowOrder, Silent};
+use crate::{CacheType, Embedding, Error, Linear, Names, Norm, Progress, Result, RowOrder, Silent, Tables};
 
 /// Which matrices become which blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,18 +28,95 @@ impl Quantisation {
     }
 }
 
-/// What becomes of a weight when it is loaded.
+/// The type that matrices are kept in.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Policy {
-    /// Matrices stay as stored (f64 becomes f32); vectors take the type of the activations.
+pub enum Storage {
+    /// As stored (f64 becomes f32).
     #[default]
-    Stored,
-    /// Matrices become this type; vectors take the type of the activations.
+    AsStored,
+    /// This type.
     Cast(DType),
-    /// Matrices become quantised blocks; vectors take the type of the activations.
-    Quantise(Quantisation),
-    /// Everything becomes an f32 variable that collects gradients; see [`Weights::parameters`].
-    Train,
+    /// Quantized blocks.
+    Quantize(Quantisation),
+}
+
+/// Which weights become f32 variables that collect gradients; see [`Weights::parameters`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Trainable {
+    /// None: the model is frozen.
+    #[default]
+    None,
+    /// All of them.
+    All,
+    /// Those with one of these canonical names, or whose name ends in one after a dot: `attention.dense.weight`.
+    Names(Vec<String>),
+}
+
+impl Trainable {
+    fn includes(&self, name: &str) -> bool {
+        let ends = |end: &String| name.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+        match self {
+            Trainable::None => false,
+            Trainable::All => true,
+            Trainable::Names(names) => names.iter().any(ends),
+        }
+    }
+}
+
+/// How weights are loaded. Vectors take the type of the activations under every option.
+///
+/// ```
+/// use pricket_nn::{LoadOptions, Trainable};
+/// let options = LoadOptions { trainable: Trainable::Names(vec!["embed_out.weight".into()]), ..LoadOptions::default() };
+/// assert!(options.device.is_cpu());
+/// ```
+#[derive(Clone)]
+pub struct LoadOptions {
+    /// Where they go; the CPU by default.
+    pub device: Device,
+    /// The type of matrices; as stored by default.
+    pub storage: Storage,
+    /// Which of them are trained; none by default. What is trained is f32, and cannot be stored in quantized blocks.
+    pub trainable: Trainable,
+    /// How precise activations are when they meet a matrix, on the CPU; f32 by default.
+    pub precision: Activations,
+    /// The type in which keys and values are kept; by default as precise as the activations.
+    pub cache: Option<CacheType>,
+    /// Whether fused matrices are in the model's order already, as some converters write them: then no [`RowOrder`] is applied.
+    pub in_model_order: bool,
+    /// Whether weights that the configuration has no use for are left in the file; an error by default.
+    pub allow_unused: bool,
+    /// Is told of bytes read, and may cancel.
+    pub progress: Arc<dyn Progress>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            device: Device::Cpu,
+            storage: Storage::AsStored,
+            trainable: Trainable::None,
+            precision: Activations::F32,
+            cache: None,
+            in_model_order: false,
+            allow_unused: false,
+            progress: Arc::new(Silent),
+        }
+    }
+}
+
+impl std::fmt::Debug for LoadOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoadOptions")
+            .field("device", &self.device)
+            .field("storage", &self.storage)
+            .field("trainable", &self.trainable)
+            .field("precision", &self.precision)
+            .field("cache", &self.cache)
+            .field("in_model_order", &self.in_model_order)
+            .field("allow_unused", &self.allow_unused)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A trainable parameter: a variable, and how it relates to the tensor on file.
@@ -53,8 +132,8 @@ pub struct Parameter {
 
 /// A cursor over named weights that knows what to make of them.
 ///
-/// Moves like `cd`: `weights.pp("attention").pp("dense")`. It carries the store, the device and the policy, so that a
-/// family says names and sizes and nothing else.
+/// Moves like `cd`: `weights.pp("attention").pp("dense")`. It carries the store and the [`LoadOptions`], so that a family says
+/// names and sizes and nothing else.
 #[derive(Clone)]
 pub struct Weights {
     shared: Arc<Shared>,
@@ -64,13 +143,7 @@ pub struct Weights {
 struct Shared {
     store: Arc<dyn Store>,
     names: Names,
-    device: Device,
-    policy: Policy,
-    progress: Arc<dyn Progress>,
-    in_model_order: bool,
-    precision: Activations,
-    cache: Option<CacheType>,
-    allow_unused: bool,
+    options: LoadOptions,
     /// Names without wrappers, and the names on file, of tensors that have any.
     wrapped: OnceLock<BTreeMap<String, String>>,
     state: Mutex<State>,
@@ -97,113 +170,49 @@ struct State {
 
 impl std::fmt::Debug for Weights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Weights({:?}, {:?}, {:?})", self.path, self.shared.device, self.shared.policy)
+        write!(f, "Weights({:?}, {:?})", self.path, self.shared.options)
     }
 }
 
 impl Weights {
     /// The root of `store` for the CPU, everything as stored.
     pub fn as_stored(store: Arc<dyn Store>, names: Names) -> Self {
-        Self::new(store, names, &Device::Cpu, Policy::Stored)
+        Self::new(store, names, LoadOptions::default())
     }
 
     /// The root of `store`, to be read as `names` says.
-    pub fn new(store: Arc<dyn Store>, names: Names, device: &Device, policy: Policy) -> Self {
-        Self::with_progress(store, names, device, policy, Arc::new(Silent))
-    }
-
-    /// As [`Weights::new`], reporting bytes read to `progress`, which may cancel.
-    pub fn with_progress(
-        store: Arc<dyn Store>,
-        names: Names,
-        device: &Device,
-        policy: Policy,
-        progress: Arc<dyn Progress>,
-    ) -> Self {
-        let (device, state) = (device.clone(), Mutex::default());
-        let shared = Shared {
-            store,
-            names,
-            device,
-            policy,
-            progress,
-            in_model_order: false,
-            precision: Activations::F32,
-            cache: None,
-            allow_unused: false,
-            wrapped: OnceLock::new(),
-            state,
-        };
+    pub fn new(store: Arc<dyn Store>, names: Names, options: LoadOptions) -> Self {
+        let shared = Shared { store, names, options, wrapped: OnceLock::new(), state: Mutex::default() };
         Self { shared: Arc::new(shared), path: String::new() }
     }
 
-    /// The same store, whose fused matrices are in the model's order already, as some converters write them: no
-    /// [`RowOrder`] is applied. For a cursor from which nothing has been loaded.
-    #[must_use]
-    pub fn in_model_order(self) -> Self {
-        self.with(|shared| shared.in_model_order = true)
-    }
-
-    /// Activations are as precise as `precision` says when they meet a matrix, on the CPU. For a cursor from which nothing has
-    /// been loaded.
-    #[must_use]
-    pub fn with_activations(self, precision: Activations) -> Self {
-        self.with(|shared| shared.precision = precision)
-    }
-
-    /// Keys and values are cached as `kind`. For a cursor from which nothing has been loaded.
-    #[must_use]
-    pub fn with_cache(self, kind: CacheType) -> Self {
-        self.with(|shared| shared.cache = Some(kind))
+    /// How weights are loaded.
+    pub fn options(&self) -> &LoadOptions {
+        &self.shared.options
     }
 
     /// The type in which keys and values are cached: as asked for, else as precise as the activations.
     pub fn cache(&self) -> CacheType {
-        let precision = if self.device().is_cpu() { self.shared.precision } else { Activations::F32 };
-        self.shared.cache.unwrap_or(match precision {
+        let precision = if self.device().is_cpu() { self.options().precision } else { Activations::F32 };
+        self.options().cache.unwrap_or(match precision {
             Activations::F32 => CacheType::of(self.activations()),
             Activations::BF16 => CacheType::BF16,
             Activations::Q8 => CacheType::F16,
         })
     }
 
-    /// How precise activations are when they meet a matrix.
-    pub fn precision(&self) -> Activations {
-        self.shared.precision
-    }
-
-    fn with(self, change: impl FnOnce(&mut Shared)) -> Self {
-        let Shared { store, names, device, policy, progress, in_model_order, precision, cache, allow_unused, .. } =
-            &*self.shared;
-        let mut shared = Shared {
-            store: Arc::clone(store),
-            names: *names,
-            device: device.clone(),
-            policy: *policy,
-            progress: Arc::clone(progress),
-            in_model_order: *in_model_order,
-            precision: *precision,
-            cache: *cache,
-            allow_unused: *allow_unused,
-            wrapped: OnceLock::new(),
-            state: Mutex::default(),
-        };
-        change(&mut shared);
-        Self { shared: Arc::new(shared), path: self.path }
-    }
-
     /// The type of the largest matrix, as the model keeps it.
     pub fn largest(&self) -> Dtype {
         let stored = self.state().largest.0.unwrap_or(Dtype::F32);
-        match self.shared.policy {
-            Policy::Train => Dtype::F32,
-            Policy::Cast(dtype) => Dtype::from_candle(dtype),
-            Policy::Stored if stored == Dtype::F64 => Dtype::F32,
-            Policy::Stored if stored.to_candle().is_none() && !self.device().is_cpu() => {
+        match self.options().storage {
+            _ if self.options().trainable == Trainable::All => Dtype::F32,
+            Storage::Cast(dtype) => Dtype::from_candle(dtype),
+            Storage::AsStored if stored == Dtype::F64 => Dtype::F32,
+            Storage::AsStored if stored.to_candle().is_none() && !self.device().is_cpu() => {
                 Dtype::from_candle(self.activations())
             }
-            Policy::Quantise(wanted) if self.device().is_cpu() => Dtype::Block(wanted.weights),
-            Policy::Stored | Policy::Quantise(_) => stored,
+            Storage::Quantize(wanted) if self.device().is_cpu() => Dtype::Block(wanted.weights),
+            Storage::AsStored | Storage::Quantize(_) => stored,
         }
     }
 
@@ -233,15 +242,15 @@ impl Weights {
 
     /// The type in which activations are best computed with these weights.
     pub fn activations(&self) -> DType {
-        match self.shared.policy {
-            Policy::Cast(dtype) if !self.shared.device.is_cpu() => dtype,
+        match self.options().storage {
+            Storage::Cast(dtype) if !self.device().is_cpu() => dtype,
             _ => DType::F32,
         }
     }
 
     /// The device the weights go to.
     pub fn device(&self) -> &Device {
-        &self.shared.device
+        &self.options().device
     }
 
     /// Elements loaded so far, each tensor once.
@@ -259,7 +268,7 @@ impl Weights {
         self.state().read
     }
 
-    /// The variables made under [`Policy::Train`], in the order of loading.
+    /// The variables that [`LoadOptions::trainable`] asks for, in the order of loading.
     pub fn parameters(&self) -> Vec<Parameter> {
         self.state().parameters.clone()
     }
@@ -300,28 +309,56 @@ impl Weights {
         bias: bool,
         rows: RowOrder,
     ) -> Result<Linear> {
+        self.linear_of(name, [outputs, inputs], bias, rows, false)
+    }
+
+    /// The head `name` of a model, `[outputs, inputs]` without a bias: as [`Weights::linear`], stored as
+    /// [`Quantisation::tables`] says.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`].
+    pub fn head(&self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
+        self.linear_of(name, [outputs, inputs], false, RowOrder::AsStored, true)
+    }
+
+    fn linear_of(&self, name: &str, shape: [usize; 2], bias: bool, rows: RowOrder, is_head: bool) -> Result<Linear> {
         let at = self.pp(name);
-        let rows = if self.shared.in_model_order { RowOrder::AsStored } else { rows };
+        let rows = if self.options().in_model_order { RowOrder::AsStored } else { rows };
         if rows != RowOrder::AsStored {
             self.state().fused.push((at.name("weight"), rows));
             self.state().fused.push((at.name("bias"), rows));
         }
-        // What is at the root is the head.
-        let weight = at.matrix("weight", &[outputs, inputs], rows, self.path.is_empty())?;
-        let bias = bias.then(|| at.tensor("bias", &[outputs], rows)).transpose()?;
-        Ok(Linear { weight, bias, activations: self.shared.precision })
+        let weight = at.matrix("weight", &shape, rows, is_head)?;
+        let bias = bias.then(|| at.tensor("bias", &shape[..1], rows)).transpose()?;
+        Ok(Linear { name: at.path.into(), weight, bias, precision: self.options().precision, rows, adapter: None })
     }
 
     /// A layer norm `name` over `dim`, with a bias if `bias`.
     ///
     /// # Errors
     /// As [`Weights::linear`].
-    pub fn layer_norm(&self, name: &str, dim: usize, eps: f64, bias: bool) -> Result<LayerNorm> {
+    pub fn layer_norm(&self, name: &str, dim: usize, eps: f64, bias: bool) -> Result<Norm> {
         let at = self.pp(name);
         let weight = at.tensor("weight", &[dim], RowOrder::AsStored)?;
         // A norm without a bias gets a zero one: candle's fused form needs it.
         let bias = if bias { at.tensor("bias", &[dim], RowOrder::AsStored)? } else { weight.detach().zeros_like()? };
-        Ok(LayerNorm { weight, bias, eps })
+        Ok(Norm::Layer { weight, bias, eps })
+    }
+
+    /// A root-mean-square norm `name` over `dim`.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`].
+    pub fn rms_norm(&self, name: &str, dim: usize, eps: f64) -> Result<Norm> {
+        Ok(Norm::Rms { weight: self.vector(&format!("{name}.weight"), dim)?, eps })
+    }
+
+    /// A vector `name` of `dim`: a mixing factor, a decay.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`].
+    pub fn vector(&self, name: &str, dim: usize) -> Result<Tensor> {
+        self.tensor(name, &[dim], RowOrder::AsStored)
     }
 
     /// A table `name` of `[rows, dim]`.
@@ -331,7 +368,7 @@ impl Weights {
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
         Ok(Embedding {
             weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored, true)?,
-            activations: self.shared.precision,
+            precision: self.options().precision,
         })
     }
 
@@ -347,9 +384,10 @@ impl Weights {
         rows: usize,
         dim: usize,
         tied: bool,
-    ) -> Result<(Embedding, Linear)> {
+    ) -> Result<Tables> {
         if !tied {
-            return Ok((self.embedding(embedding, rows, dim)?, self.linear(head, dim, rows, false)?));
+            let (embed, head) = (self.embedding(embedding, rows, dim)?, self.head(head, dim, rows)?);
+            return Ok(Tables { embed, head, is_tied: false });
         }
         let [own, other] = [embedding, head].map(|name| self.stored(&self.pp(name).name("weight")));
         let by_head = own.is_none() && other.is_some();
@@ -367,8 +405,8 @@ impl Weights {
         {
             self.check_tied(&own, &other)?;
         }
-        let head = Linear::tied(&embed);
-        Ok((embed, head))
+        let head = Linear::tied(&embed, &self.name(head));
+        Ok(Tables { embed, head, is_tied: true })
     }
 
     /// Passes over a head that is there beside the embedding that it is tied to, if they are the same.
@@ -391,7 +429,7 @@ impl Weights {
 
     fn compare_tied(&self, bytes: bool) -> Result<()> {
         let store = &*self.shared.store;
-        let Some((own, other)) = self.state().tied.clone().filter(|_| !self.shared.allow_unused) else { return Ok(()) };
+        let Some((own, other)) = self.state().tied.clone().filter(|_| !self.options().allow_unused) else { return Ok(()) };
         if store.entry(&own) == store.entry(&other) && (!bytes || *store.bytes(&own)? == *store.bytes(&other)?) {
             return Ok(());
         }
@@ -400,12 +438,6 @@ impl Weights {
              leave it out, allow unused weights"
         );
         Err(pricket_weights::Error::Corrupt { path: store.origin(&other).into(), what }.into())
-    }
-
-    /// Weights that the configuration has no use for are left in the file. For a cursor from which nothing has been loaded.
-    #[must_use]
-    pub fn allow_unused(self, allow: bool) -> Self {
-        self.with(|shared| shared.allow_unused = allow)
     }
 
     /// Whether the checkpoint holds a tensor `name`, or says that it does. A store without a file holds what was asked for by
@@ -460,33 +492,49 @@ impl Weights {
 
     /// A vector, in the type of the activations.
     fn tensor(&self, name: &str, shape: &[usize], rows: RowOrder) -> Result<Tensor> {
-        let Shared { store, device, policy, .. } = &*self.shared;
-        let target = if *policy == Policy::Train { DType::F32 } else { self.activations() };
+        let (store, device) = (&*self.shared.store, self.device());
+        let is_trained = self.is_trained(name);
+        let target = if is_trained { DType::F32 } else { self.activations() };
         let (name, entry) = self.begin(name, shape)?;
         let tensor = if store.shapes_only() {
             self.shape_only(target, shape)?
         } else {
-            let tensor = rows.apply(&pricket_weights::read_tensor(&**store, &name, &Device::Cpu)?)?;
-            self.variable(&name, tensor.to_dtype(target)?.to_device(device)?, rows)?
+            let tensor = rows.apply(&pricket_weights::read_tensor(store, &name, &Device::Cpu)?)?;
+            self.variable(&name, tensor.to_dtype(target)?.to_device(device)?, rows, is_trained)?
         };
         self.loaded(name, &entry, target.size_in_bytes() * entry.elements());
         Ok(tensor)
     }
 
-    /// A matrix, as the policy says.
+    fn is_trained(&self, name: &str) -> bool {
+        self.options().trainable.includes(&self.name(name))
+    }
+
+    /// A matrix, as the options say.
     fn matrix(&self, name: &str, shape: &[usize], rows: RowOrder, is_table: bool) -> Result<Matrix> {
-        let Shared { store, device, policy, .. } = &*self.shared;
+        let (store, device) = (&*self.shared.store, self.device());
+        let is_trained = self.is_trained(name);
         let (name, entry) = self.begin(name, shape)?;
-        if let Policy::Quantise(wanted) = policy
-            && device.is_cpu()
-            && let Some(kind) = wanted.of(is_table, shape[1])
-        {
+        let quantized = match self.options().storage {
+            Storage::Quantize(wanted) if device.is_cpu() => wanted.of(is_table, shape[1]),
+            _ => None,
+        };
+        let stored = entry.dtype.to_candle();
+        if is_trained && (quantized.is_some() || stored.is_none()) {
+            let kind = quantized.map_or(entry.dtype, Dtype::Block);
+            let what = format!(
+                "tensor {name} is to be trained, but is quantized ({}); train a checkpoint in f32, f16 or bf16",
+                kind.name()
+            );
+            return Err(pricket_weights::Error::Unsupported { path: store.origin(&name).into(), what }.into());
+        }
+        if let Some(kind) = quantized {
             return self.quantised(name, &entry, rows, kind);
         }
-        let stored = entry.dtype.to_candle();
-        let target = match (policy, stored) {
-            (Policy::Train, _) | (Policy::Stored | Policy::Quantise(_), Some(DType::F64)) => Some(DType::F32),
-            (Policy::Cast(dtype), _) => Some(*dtype),
+        let target = match (self.options().storage, stored) {
+            _ if is_trained => Some(DType::F32),
+            (Storage::AsStored | Storage::Quantize(_), Some(DType::F64)) => Some(DType::F32),
+            (Storage::Cast(dtype), _) => Some(dtype),
             // Blocks are multiplied on the CPU; elsewhere they become what they stand for.
             (_, None) if !device.is_cpu() => Some(self.activations()),
             (_, stored) => stored,
@@ -494,10 +542,11 @@ impl Weights {
         let bytes = target.map_or(entry.bytes(), |target| target.size_in_bytes() * entry.elements());
         let matrix = match target {
             _ if store.shapes_only() => Matrix::Dense(self.shape_only(target.unwrap_or(DType::F32), shape)?),
-            None => rows.apply_to_matrix(pricket_weights::read_matrix(&**store, &name)?)?.packed(),
+            None => rows.apply_to_matrix(pricket_weights::read_matrix(store, &name)?)?.packed(),
             Some(target) => {
-                let tensor = rows.apply(&pricket_weights::read_tensor(&**store, &name, &Device::Cpu)?)?;
-                Matrix::Dense(self.variable(&name, tensor.to_dtype(target)?.to_device(device)?, rows)?)
+                let tensor = rows.apply(&pricket_weights::read_tensor(store, &name, &Device::Cpu)?)?;
+                let tensor = tensor.to_dtype(target)?.to_device(device)?;
+                Matrix::Dense(self.variable(&name, tensor, rows, is_trained)?)
             }
         };
         self.loaded(name, &entry, bytes);
@@ -536,7 +585,7 @@ impl Weights {
     }
 
     fn begin(&self, name: &str, shape: &[usize]) -> Result<(String, Entry)> {
-        if self.shared.progress.cancelled() {
+        if self.options().progress.cancelled() {
             return Err(Error::Cancelled);
         }
         let canonical = self.name(name);
@@ -549,9 +598,9 @@ impl Weights {
         Ok((name, entry))
     }
 
-    /// The variable that it is under [`Policy::Train`].
-    fn variable(&self, name: &str, tensor: Tensor, rows: RowOrder) -> Result<Tensor> {
-        if self.shared.policy != Policy::Train {
+    /// The variable that a trained weight is.
+    fn variable(&self, name: &str, tensor: Tensor, rows: RowOrder, is_trained: bool) -> Result<Tensor> {
+        if !is_trained {
             return Ok(tensor);
         }
         let var = Var::from_tensor(&tensor)?;
@@ -570,6 +619,6 @@ impl Weights {
                 state.largest = (Some(entry.dtype), entry.bytes());
             }
         }
-        self.shared.progress.update(state.read);
+        self.options().progress.update(state.read);
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::family::Family;
+use crate::family::{knows, set_activation};
 use crate::{Error, Result};
 
 /// What a user changes about a configuration, before anything looks at it.
@@ -20,11 +20,11 @@ impl Changes {
         for (key, value) in &self.keys {
             set(config, key, value.clone())?;
         }
-        if let Some((key, _)) = self.keys.iter().find(|(key, _)| !Family::knows(config, key)) {
+        if let Some((key, _)) = self.keys.iter().find(|(key, _)| !knows(config, key)) {
             return Err(Error::Input(format!("{key}: no key of this family's configuration; it would have no effect")));
         }
         match &self.activation {
-            Some(name) => Ok(Family::set_activation(config, name)?),
+            Some(name) => Ok(set_activation(config, name)?),
             None => Ok(()),
         }
     }

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pricket_lm::Tokenizer;
+use pricket_nn::{FusedRows, KnownTokenizer};
 use pricket_weights::{Format, GgmlFile, GgmlLayout, GgufFile, Store};
 use serde_json::Value;
 
-use crate::family::Family;
-use crate::opened::Fused;
+use crate::family::{all_ggml_layouts, config_from_gguf, family_of_ggml, family_of_gguf, unknown_gguf_keys};
 use crate::{Error, Result};
 
 /// What such a file holds.
@@ -16,15 +16,15 @@ pub(crate) struct Container {
     pub(crate) config: Value,
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) store: Arc<dyn Store>,
-    pub(crate) fused: Fused,
+    pub(crate) fused: FusedRows,
     /// What it is, in a line.
     pub(crate) describe: String,
     /// What it says of itself.
     pub(crate) metadata: Value,
     pub(crate) warnings: Vec<String>,
     pub(crate) notes: Vec<String>,
-    /// Whether its vocabulary is that of GPT-NeoX-20B, whose tokenizer it lacks.
-    pub(crate) wants_neox_tokenizer: bool,
+    /// The repository of the tokenizer that its words are those of, where it has none of its own.
+    pub(crate) known_tokenizer: Option<&'static str>,
 }
 
 /// The file at `path` that may be such a file: itself, or the weights of a directory.
@@ -65,14 +65,14 @@ pub fn open_weights(path: impl AsRef<Path>) -> Result<Arc<dyn Store>> {
 
 /// The headers of legacy GGML files that are known, for [`GgmlFile`].
 pub fn ggml_layouts() -> Vec<GgmlLayout> {
-    Family::ggml_layouts()
+    all_ggml_layouts()
 }
 
 fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let file = GgufFile::open(path)?;
     let metadata = file.metadata();
     let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
-    let config = Family::config_from_gguf(&metadata, &shape).map_err(|e| crate::small_files::at(path, e))?;
+    let config = config_from_gguf(&metadata, &shape).map_err(|e| crate::small_files::at(path, e))?;
     let mut warnings = Vec::new();
     let tokenizer = match given {
         Some(given) => Some(given.clone()),
@@ -86,17 +86,11 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
             }
         },
     };
-    let fused = match (config["model_type"].as_str(), metadata["pricket.qkv_order"].as_str()) {
-        (Some("gpt_neox"), Some("split")) => Fused::Said,
-        (Some("gpt_neox"), _) if file.version() < 3 => Fused::Unknown(false, "the file is of version 1 or 2"),
-        (Some("gpt_neox"), _) if metadata["tokenizer.ggml.pre"].is_null() => {
-            Fused::Unknown(false, "the file has no tokenizer.ggml.pre, so it is of before May 2024")
-        }
-        (Some("gpt_neox"), _) => Fused::Unknown(true, "the file has tokenizer.ggml.pre, as those since May 2024 have"),
-        _ => Fused::Model,
-    };
+    let fused = family_of_gguf(&metadata)
+        .map_err(|e| crate::small_files::at(path, e))?
+        .gguf_rows(&metadata, file.version());
     let describe = format!("GGUF, version {}", file.version());
-    let unknown = Family::unknown_gguf_keys(&metadata);
+    let unknown = unknown_gguf_keys(&metadata);
     let notes = if unknown.is_empty() {
         Vec::new()
     } else {
@@ -111,15 +105,15 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         metadata,
         warnings,
         notes,
-        wants_neox_tokenizer: false,
+        known_tokenizer: None,
     })
 }
 
 /// The pre-tokenizers that are GPT-2's under other names.
 const GPT2_LIKE: [&str; 6] = ["default", "gpt-2", "gpt-neox", "mpt", "olmo", "stablelm"];
 
-/// Tokens and merges of GPT-NeoX-20B's tokenizer without its added runs of spaces, and the first of those: 24 spaces.
-const NEOX_BASE: (usize, usize) = (50254, 50009);
+/// Tokens and merges of the tokenizer that these families share, without its added runs of spaces.
+const WITHOUT_RUNS: (usize, usize) = (50254, 50009);
 
 fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Option<Tokenizer>> {
     let Some(mut words) = file.texts("tokenizer.ggml.tokens")? else { return Ok(None) };
@@ -134,7 +128,7 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
         return Err(wrong("it has tokens and no merges".into()));
     };
     let kinds = file.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
-    if (words.len(), merges.len()) == NEOX_BASE {
+    if (words.len(), merges.len()) == WITHOUT_RUNS {
         // The first converters left out the runs of spaces, longest first, which the model was trained with.
         words.extend((2..=24).rev().map(|n| vec![b' '; n]));
     }
@@ -148,10 +142,11 @@ fn tokenizer_beside(path: &Path) -> Result<Option<Tokenizer>> {
 }
 
 fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
-    let file = GgmlFile::open(path, &Family::ggml_layouts())?;
+    let file = GgmlFile::open(path, &all_ggml_layouts())?;
     let shape = |name: &str| file.entry(name).map(|entry| entry.shape);
-    let config =
-        Family::config_from_ggml(file.layout(), &file.header(), &shape).map_err(|e| crate::small_files::at(path, e))?;
+    let wrong = |e| crate::small_files::at(path, e);
+    let family = family_of_ggml(file.layout()).map_err(wrong)?;
+    let config = family.config_from_ggml(&file.header(), &shape).map_err(wrong)?;
     let mut warnings = file.warnings().to_vec();
     let tokenizer = given.cloned().map_or_else(|| tokenizer_beside(path), |given| Ok(Some(given)))?;
     if let Some(tokenizer) = &tokenizer {
@@ -169,13 +164,14 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
             warnings.push(format!("the tokenizer is not the file's: {other} of {all} words differ"));
         }
     }
-    let word = |id: usize, text: &str| file.word(id).is_some_and(|word| word == text.as_bytes());
-    let is_neox = word(0, "<|endoftext|>") && word(2422, "Al") && word(547, "ice") && file.words() >= NEOX_BASE.0;
+    let has = |&(id, text): &(usize, &str)| file.word(id).is_some_and(|word| word == text.as_bytes());
+    let is_known = |known: &KnownTokenizer| file.words() >= known.count && known.words.iter().all(has);
+    let known = family.ggml_tokenizer().filter(|known| tokenizer.is_none() && is_known(known));
     Ok(Container {
         config,
-        wants_neox_tokenizer: tokenizer.is_none() && is_neox,
+        known_tokenizer: known.map(|known| known.repository),
         tokenizer,
-        fused: Fused::Trained,
+        fused: FusedRows::AsTrained,
         describe: file.describe(),
         metadata: file.header(),
         warnings,

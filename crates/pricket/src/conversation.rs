@@ -1,5 +1,5 @@
 use pricket_lm::{PromptFormat, Role, Turn};
-use pricket_nn::Cache;
+use pricket_nn::State;
 use serde::{Deserialize, Serialize};
 
 use crate::{Completion, Error, FinishReason, GenerateOptions, Pricket, Result, Stream};
@@ -34,7 +34,7 @@ pub struct Conversation {
 #[derive(Clone, Debug, Default)]
 struct Past {
     ids: Vec<u32>,
-    cache: Cache,
+    state: State,
 }
 
 /// A conversation on file: `{"format": ..., "messages": [{"role": ..., "content": ...}, ...]}`, a system text first.
@@ -175,9 +175,10 @@ impl Conversation {
         let mut past = if self.reuse { std::mem::take(&mut self.past) } else { Past::default() };
         // The last token is always read: its logits are what comes next.
         let same = past.ids.iter().zip(&ids[..ids.len() - 1]).take_while(|(a, b)| a == b).count();
-        past.cache.truncate(same);
-        self.read = ids.len() - past.cache.len();
-        let stream = Stream::of_ids(&self.pricket, ids, past.cache, &options)?;
+        // What cannot be kept is read again.
+        let kept = past.state.rewind(0, same);
+        self.read = ids.len() - kept;
+        let stream = Stream::of_ids(&self.pricket, ids, past.state, &options)?;
         self.left_out = left_out;
         self.turns = turns;
         Ok(Reply { conversation: self, stream, text: String::new(), space: String::new(), cut, failed: false })
@@ -272,8 +273,9 @@ impl Drop for Reply<'_> {
             self.conversation.undo();
             return;
         }
-        let (ids, cache) = self.stream.take_past();
-        self.conversation.past = Past { ids, cache };
+        let (ids, mut state) = self.stream.take_past();
+        state.mark(0);
+        self.conversation.past = Past { ids, state };
         self.conversation.turns.push(Turn::assistant(std::mem::take(&mut self.text)));
     }
 }

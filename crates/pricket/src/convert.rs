@@ -7,15 +7,14 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use pricket_lm::Vocabulary;
 use pricket_nn::ops::{BlockType, Blocks, Matrix, narrowed, quantise};
-use pricket_nn::{Names, Policy, Quantisation, RowOrder, Weights};
+use pricket_nn::{Family, LoadOptions, Names, Quantisation, RowOrder, Weights};
 use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, to_python_json};
 use serde_json::Value;
 
-use crate::family::Family;
-use crate::opened::Fused;
+use crate::family::{checked_family, is_table};
 use crate::opened::Opened;
 use crate::small_files::{TOKENIZER_FILES, at, parent};
-use crate::{Error, Loader, Provenance, QkvOrder, Result};
+use crate::{Error, Loader, Provenance, Result};
 
 /// What a conversion makes of matrices. Vectors keep their values in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,26 +93,23 @@ impl Loader {
     pub fn convert(self, out: impl AsRef<Path>, options: &ConvertOptions) -> Result<Converted> {
         let out = out.as_ref();
         let mut opened = self.opened()?;
-        let family = Family::from_config(&opened.config).map_err(|e| at(&opened.config_path, e))?;
-        let in_model_order = match (&opened.fused, self.order()) {
-            (Fused::Model, _) | (Fused::Unknown(..) | Fused::Said, QkvOrder::Split) | (Fused::Said, QkvOrder::Auto) => {
-                true
-            }
-            (Fused::Trained, _) | (Fused::Unknown(..) | Fused::Said, QkvOrder::Interleaved) => false,
-            (Fused::Unknown(..), QkvOrder::Auto) => {
+        let family = checked_family(&opened.config).map_err(|e| at(&opened.config_path, e))?;
+        let in_model_order = match crate::qkv::decided(&opened.fused, self.order()) {
+            Some(in_model_order) => in_model_order,
+            None => {
                 let loaded = self.clone().load()?;
                 opened.notes.extend(loaded.notes().iter().cloned());
                 loaded.in_model_order()
             }
         };
         let headers = Arc::new(Headers::of(Arc::clone(&opened.store)));
-        let dry =
-            Weights::new(headers, family.names(), &Device::Cpu, Policy::Stored).allow_unused(self.allows_unused());
-        let info = family.load(&dry).map_err(|e| at(&opened.config_path, e))?.info().clone();
+        let loading = LoadOptions { allow_unused: self.allows_unused(), ..LoadOptions::default() };
+        let dry = Weights::new(headers, family.names(), loading);
+        let info = family.load(&opened.config, &dry).map_err(|e| at(&opened.config_path, e))?.info().clone();
         self.check_unused(&dry, &*opened.store)?;
         dry.verify_tied().map_err(|e| at(&opened.config_path, e))?;
         let gguf = out.extension().is_some_and(|e| e == "gguf");
-        let plan = Plan { family: &family, options, gguf, in_model_order };
+        let plan = Plan { family, options, gguf, in_model_order };
         let items = plan.items(&dry, &*opened.store)?;
         let progress = self.reporter();
         progress.begin(
@@ -130,7 +126,7 @@ impl Loader {
         notes.extend(plan.notes(&items, &*opened.store));
         let path = if gguf { out.to_owned() } else { out.join("model.safetensors") };
         let largest = items.iter().map(|item| &item.outline).max_by_key(|outline| outline.bytes());
-        let (config, left_out) = python_config(&opened, &family, largest.map_or(Dtype::F32, |outline| outline.dtype));
+        let (config, left_out) = python_config(&opened, family, largest.map_or(Dtype::F32, |outline| outline.dtype));
         if gguf {
             let ends =
                 crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), opened.tokenizer.as_ref());
@@ -152,7 +148,7 @@ impl Loader {
         let outlines: Vec<Outline> = items.iter().map(|item| item.outline.clone()).collect();
         let file = BufWriter::with_capacity(1 << 20, part.file.try_clone().map_err(io)?);
         let mut writer = if gguf {
-            Writer::gguf(file, &metadata(&opened, &family, options, info.vocab, &outlines)?, outlines).map_err(io)?
+            Writer::gguf(file, &metadata(&opened, family, options, info.vocab, &outlines)?, outlines).map_err(io)?
         } else {
             Writer::safetensors(file, &BTreeMap::new(), outlines).map_err(io)?
         };
@@ -182,7 +178,7 @@ impl Loader {
 }
 
 struct Plan<'a> {
-    family: &'a Family,
+    family: &'a dyn Family,
     options: &'a ConvertOptions,
     gguf: bool,
     in_model_order: bool,
@@ -204,9 +200,8 @@ impl Plan<'_> {
             let name = if self.gguf { Names::spelled(&canonical, self.family.gguf_names()) } else { canonical };
             out.push(Item { rows, outline: Outline { name, dtype, shape: entry.shape }, from });
         }
-        // llama.cpp wants a head of its own from this family.
         if self.gguf
-            && matches!(self.family, Family::GptNeoX(_))
+            && self.family.gguf_repeats_tied_head()
             && !out.iter().any(|i| i.outline.name == "output.weight")
             && let Some(embed) = out.iter().find(|item| item.outline.name == "token_embd.weight")
         {
@@ -220,7 +215,8 @@ impl Plan<'_> {
     /// The type of a tensor in the new file.
     fn dtype(&self, canonical: &str, from: &str, shape: &[usize], stored: Dtype, store: &dyn Store) -> Result<Dtype> {
         // Vectors are small, and llama.cpp wants them so. Learned positions are added to the residual stream as they are.
-        if self.gguf && (shape.len() == 1 || canonical.ends_with("wpe.weight")) {
+        let is_positions = || Names::spelled(canonical, self.family.gguf_names()) == "position_embd.weight";
+        if self.gguf && (shape.len() == 1 || is_positions()) {
             return Ok(Dtype::F32);
         }
         let stored = if stored == Dtype::F64 { Dtype::F32 } else { stored };
@@ -229,7 +225,7 @@ impl Plan<'_> {
             Target::F16 => Dtype::F16,
             Target::BF16 => Dtype::BF16,
             Target::Quantised(wanted) if self.gguf && shape.len() == 2 => {
-                match wanted.of(self.family.is_table(canonical), shape[1]) {
+                match wanted.of(is_table(self.family, canonical), shape[1]) {
                     Some(kind) => Dtype::Block(kind),
                     None => match stored {
                         Dtype::Block(kind) if !kind.is_current() => Dtype::F16,
@@ -366,13 +362,13 @@ fn file_type(options: &ConvertOptions, stored: Dtype) -> u32 {
 
 fn metadata(
     opened: &Opened,
-    family: &Family,
+    family: &dyn Family,
     options: &ConvertOptions,
     vocab: usize,
     outlines: &[Outline],
 ) -> Result<Vec<(String, GgufValue)>> {
-    let learned = outlines.iter().any(|outline| outline.name == "position_embd.weight");
-    let own = family.gguf_metadata(&opened.config, learned).map_err(|e| at(&opened.config_path, e))?;
+    let holds = |name: &str| outlines.iter().any(|outline| outline.name == name);
+    let own = family.gguf_metadata(&opened.config, &holds).map_err(|e| at(&opened.config_path, e))?;
     let value = |value: &Value| match value {
         Value::Bool(flag) => GgufValue::Bool(*flag),
         Value::String(text) => GgufValue::Text(text.clone()),
@@ -492,7 +488,7 @@ fn readme(opened: &Opened) -> String {
 }
 
 /// The configuration of a checkpoint whose matrices are of `dtype`, for Python to load; and what was left out of it.
-fn python_config(opened: &Opened, family: &Family, dtype: Dtype) -> (Value, Vec<String>) {
+fn python_config(opened: &Opened, family: &dyn Family, dtype: Dtype) -> (Value, Vec<String>) {
     let mut config = opened.config.clone();
     let mut notes = Vec::new();
     let Some(object) = config.as_object_mut() else { return (config, notes) };
@@ -503,7 +499,7 @@ fn python_config(opened: &Opened, family: &Family, dtype: Dtype) -> (Value, Vec<
             notes.push(format!("config.json: {key} is left out, since the code that it names is not copied"));
         }
     }
-    let architecture = family.architecture(&opened.config);
+    let architecture = family.class(&opened.config);
     object.insert("architectures".into(), serde_json::json!([architecture]));
     // A local path, which means nothing elsewhere.
     let is_path = |name: &str| name.starts_with(['/', '.', '~']) || name.contains(['\\', ':']);

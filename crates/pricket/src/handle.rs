@@ -2,10 +2,10 @@ use std::sync::Arc;
 
 use pricket_hub::InUse;
 use pricket_lm::{
-    Comparison, Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request, Sampling,
+    Comparison, Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request, SamplingParams,
     ScoreOptions, Task, TextStream, Tokenizer, evaluate, loglikelihoods, token_logprobs,
 };
-use pricket_nn::{Cache, CausalLm, ModelInfo, Parameter};
+use pricket_nn::{CausalLm, ModelInfo, Parameter, State};
 use serde_json::Value;
 
 use crate::{Error, Provenance, Result};
@@ -44,8 +44,8 @@ impl std::fmt::Debug for Pricket {
 pub struct GenerateOptions {
     /// Maximum number of new tokens; 128 by default.
     pub max_tokens: usize,
-    /// How tokens are chosen; greedy by default, as [`Sampling::default`].
-    pub sampling: Sampling,
+    /// How tokens are chosen; greedy by default, as [`SamplingParams::default`].
+    pub sampling: SamplingParams,
     /// Random seed, 0 by default. Every row of a batch has it, so that a prompt gives the same text in a batch as alone.
     pub seed: u64,
     /// Seeds of the first rows of a batch, one each, instead of `seed`: several samples of one prompt need them. Empty by default.
@@ -64,7 +64,7 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             max_tokens: 128,
-            sampling: Sampling::greedy(),
+            sampling: SamplingParams::greedy(),
             seed: 0,
             row_seeds: Vec::new(),
             stop: Vec::new(),
@@ -471,19 +471,21 @@ impl Stream {
     }
 
     /// The reply to ids, of which `past` holds the first.
-    pub(crate) fn of_ids(pricket: &Pricket, ids: Vec<u32>, past: Cache, options: &GenerateOptions) -> Result<Self> {
+    pub(crate) fn of_ids(pricket: &Pricket, ids: Vec<u32>, past: State, options: &GenerateOptions) -> Result<Self> {
         let mut batch = Batch::of_ids(pricket, vec![ids], options)?;
-        batch.generation = batch.generation.with_past(past)?;
+        if past.len(0) > 0 {
+            batch.generation = batch.generation.with_past(past)?;
+        }
         Ok(Self { batch }.as_reply())
     }
 
-    /// Every id that the cache holds, and the cache.
-    pub(crate) fn take_past(&mut self) -> (Vec<u32>, Cache) {
-        let cache = self.batch.generation.context().cache_mut().map(std::mem::take).unwrap_or_default();
+    /// Every id that was read, and the state after them. It ends the reply.
+    pub(crate) fn take_past(&mut self) -> (Vec<u32>, State) {
+        let state = self.batch.generation.take_state().unwrap_or_default();
         let Completion { prompt_ids, ids, .. } = self.completion();
         let mut ids = [&prompt_ids[..], ids].concat();
-        ids.truncate(cache.len());
-        (ids, cache)
+        ids.truncate(state.len(0));
+        (ids, state)
     }
 
     /// What has been written so far.

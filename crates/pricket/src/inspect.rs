@@ -2,12 +2,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pricket_hub::Hub;
-use pricket_nn::{ModelInfo, Silent, Weights};
+use pricket_nn::{Family, ModelInfo, Silent, Weights};
 use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
 
 use crate::containers::{self, Container};
-use crate::family::Family;
+use crate::family::checked_family;
 use crate::remote::Tensors;
 use crate::repository::{Place, Revision, locate};
 use crate::small_files::{at, read_json, unknown_keys};
@@ -167,7 +167,7 @@ fn look(
     } else {
         None
     };
-    let family = config.as_ref().map(Family::from_config).transpose().map_err(|e| at(&config_path, e))?;
+    let family = config.as_ref().map(checked_family).transpose().map_err(|e| at(&config_path, e))?;
     warnings.extend(config.iter().flat_map(|config| unknown_keys(&config_path, config)));
     let generation = directory.join("generation_config.json");
     if generation.is_file() {
@@ -179,11 +179,11 @@ fn look(
         pricket_lm::Tokenizer::from_file(&tokenizer)?;
     }
     let (file, format, store, provenance) = open()?;
-    let tensors = list(&*store, family.as_ref(), &mut warnings);
+    let tensors = list(&*store, family, &mut warnings);
     let mut info = None;
-    if let Some(family) = &family {
+    if let Some((family, config)) = family.zip(config.as_ref()) {
         let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());
-        info = Some(family.load(&weights).map_err(|e| at(&config_path, e))?.info().clone());
+        info = Some(family.load(config, &weights).map_err(|e| at(&config_path, e))?.info().clone());
         warnings.extend(crate::load::unused_warning(&weights));
     }
     if config.is_some() && !has_tokenizer {
@@ -204,7 +204,7 @@ fn look(
 }
 
 /// Every tensor; warns of those that are not read.
-fn list(store: &dyn Store, family: Option<&Family>, warnings: &mut Vec<String>) -> Vec<TensorInfo> {
+fn list(store: &dyn Store, family: Option<&dyn Family>, warnings: &mut Vec<String>) -> Vec<TensorInfo> {
     let is_buffer = |name: &str| family.is_some_and(|family| family.names().is_buffer(name));
     let mut tensors = Vec::new();
     for name in store.names() {
@@ -222,10 +222,10 @@ fn list(store: &dyn Store, family: Option<&Family>, warnings: &mut Vec<String>) 
 fn contained(file: PathBuf, container: Container) -> Result<Inspection> {
     let Container { config, tokenizer, store, describe, metadata, mut warnings, notes, .. } = container;
     warnings.extend(notes);
-    let family = Family::from_config(&config).map_err(|e| at(&file, e))?;
-    let tensors = list(&*store, Some(&family), &mut warnings);
+    let family = checked_family(&config).map_err(|e| at(&file, e))?;
+    let tensors = list(&*store, Some(family), &mut warnings);
     let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());
-    let info = family.load(&weights).map_err(|e| at(&file, e))?.info().clone();
+    let info = family.load(&config, &weights).map_err(|e| at(&file, e))?.info().clone();
     warnings.extend(crate::load::unused_warning(&weights));
     if tokenizer.is_none() {
         warnings.push("no tokenizer: give one to read or write text".into());

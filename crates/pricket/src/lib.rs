@@ -4,12 +4,12 @@
 //! too: [`Pricket::model`] is a [`CausalLm`], a residual stream that can be scored, probed and patched step by step.
 //!
 //! ```
-//! use pricket::{GenerateOptions, Sampling};
+//! use pricket::{GenerateOptions, SamplingParams};
 //!
 //! let pricket = pricket::tiny()?; // or pricket::load("EleutherAI/pythia-410m@step3000")?
 //! let options = GenerateOptions {
 //!     max_tokens: 24,
-//!     sampling: Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::default() },
+//!     sampling: SamplingParams { temperature: 0.8, top_p: 0.95, ..SamplingParams::default() },
 //!     seed: 7,
 //!     ..Default::default()
 //! };
@@ -74,6 +74,7 @@ pub use convert::{ConvertOptions, Converted, Target};
 pub use datasets::fetch_documents;
 pub use device::device;
 pub use error::{Error, Result};
+pub use family::add_family;
 pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
 pub use inspect::{Inspection, TensorInfo, TypeSummary, inspect};
 pub use load::{Loader, Precision, load, tiny};
@@ -90,12 +91,12 @@ pub use sweep::{Measure, Sweep, Swept};
 
 pub use pricket_hub::{self as hub, Hub, Steps};
 pub use pricket_lm::{
-    self as lm, Comparison, EvalOptions, PromptFormat, Role, Sampling, ScoreOptions, Task, Tokenizer, Turn,
+    self as lm, Comparison, EvalOptions, PromptFormat, Role, SamplingParams, ScoreOptions, Task, Tokenizer, Turn,
 };
 pub use pricket_nn::ops::{Activations, BlockType, keep_freed_memory};
 pub use pricket_nn::{
-    self as nn, Cache, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent,
-    Site, Taps,
+    self as nn, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent,
+    Site, State, Taps,
 };
 pub use pricket_weights::{self as weights, Dtype};
 
@@ -113,9 +114,9 @@ pub mod prelude {
     #[cfg(feature = "plots")]
     pub use crate::notebook::Tabular;
     pub use crate::{
-        Activations, BlockType, Cache, CacheType, CausalLm, Comparison, Completion, Context, Conversation,
+        Activations, BlockType, CacheType, CausalLm, Comparison, Completion, Context, Conversation,
         ConvertOptions, Dtype, EvalOptions, FinishReason, GenerateOptions, Hub, Inspection, Loader, Measure, Precision,
-        Pricket, Progress, PromptFormat, Quantisation, Recording, Sampling, ScoreOptions, ScoredToken, Silent, Site,
-        Steps, Sweep, Taps, Target, Task, Tokenizer, Turn, checkpoints, inspect, load, tiny,
+        Pricket, Progress, PromptFormat, Quantisation, Recording, SamplingParams, ScoreOptions, ScoredToken, Silent, Site,
+        State, Steps, Sweep, Taps, Target, Task, Tokenizer, Turn, checkpoints, inspect, load, tiny,
     };
 }

@@ -6,17 +6,19 @@ use candle_core::{DType, Device};
 use pricket_hub::Hub;
 use pricket_lm::Tokenizer;
 use pricket_nn::ops::Activations;
-use pricket_nn::{CacheType, CausalLm, ModelInfo, Policy, Progress, Quantisation, Silent, Weights};
+use pricket_nn::{
+    CacheType, CausalLm, FusedRows, LoadOptions, ModelInfo, Progress, Quantisation, Silent, Storage, Trainable, Weights,
+};
 use pricket_weights::{Headers, Store};
 use serde_json::Value;
 
 use crate::changes::Changes;
 use crate::embedded::{EMBEDDED, Embedded};
-use crate::family::Family;
+use crate::family::{checked_family, unlike};
 use crate::handle::Parts;
 use crate::memory::{self, Estimate};
 use crate::open::open_files;
-use crate::opened::{Fused, Opened, eos_ids, eos_warning};
+use crate::opened::{Opened, eos_ids, eos_warning};
 use crate::pool::{Pooled, pool};
 use crate::qkv::{self, QkvOrder};
 use crate::repository::{Place, fetch_id, locate};
@@ -281,9 +283,9 @@ impl Loader {
         self
     }
 
-    /// How the fused matrices of a GPT-NeoX model's GGUF file are laid out, instead of finding out.
+    /// The order of the rows in the fused query-key-value matrices of a GGUF file that does not say it, instead of finding out.
     #[must_use]
-    pub fn neox_qkv(mut self, order: QkvOrder) -> Self {
+    pub fn qkv_order(mut self, order: QkvOrder) -> Self {
         self.qkv = order;
         self
     }
@@ -320,23 +322,29 @@ impl Loader {
         let mut opened = self.opened()?;
         let config_path = opened.config_path.clone();
         let refused = |e| at(&config_path, e);
-        let family = Family::from_config(&opened.config).map_err(refused)?;
+        let family = checked_family(&opened.config).map_err(refused)?;
         if self.quantisation.is_some() && (!self.device.is_cpu() || self.precision != Precision::Auto) {
             let what = "quantising while loading is for the CPU, and leaves no other type to choose";
             return Err(Error::Input(what.into()));
         }
-        let policy = match (self.train, self.precision, self.device.is_cpu()) {
-            (true, ..) => Policy::Train,
-            _ if self.quantisation.is_some() => self.quantisation.map_or(Policy::Stored, Policy::Quantise),
-            (_, Precision::Auto, true) => Policy::Stored,
-            (_, Precision::F32, _) => Policy::Cast(DType::F32),
-            (_, Precision::F16, _) => Policy::Cast(DType::F16),
-            (_, Precision::BF16, _) | (_, Precision::Auto, false) => Policy::Cast(DType::BF16),
+        let storage = match (self.quantisation, self.precision, self.device.is_cpu()) {
+            (Some(quantisation), ..) => Storage::Quantize(quantisation),
+            (None, Precision::Auto, true) => Storage::AsStored,
+            (None, Precision::F32, _) => Storage::Cast(DType::F32),
+            (None, Precision::F16, _) => Storage::Cast(DType::F16),
+            (None, Precision::BF16, _) | (None, Precision::Auto, false) => Storage::Cast(DType::BF16),
         };
-        let headers =
-            Weights::new(Arc::new(Headers::of(Arc::clone(&opened.store))), family.names(), &Device::Cpu, policy);
-        let headers = headers.allow_unused(self.allow_unused);
-        let dry = family.load(&headers).map_err(refused)?;
+        let options = LoadOptions {
+            storage,
+            trainable: if self.train { Trainable::All } else { Trainable::None },
+            precision: self.activations,
+            cache: self.cache,
+            allow_unused: self.allow_unused,
+            ..LoadOptions::default()
+        };
+        let store = Arc::new(Headers::of(Arc::clone(&opened.store)));
+        let headers = Weights::new(store, family.names(), options.clone());
+        let dry = family.load(&opened.config, &headers).map_err(refused)?;
         self.check_unused(&headers, &*opened.store)?;
         if self.device.is_cpu() && !self.any_memory {
             memory::check(&self.source.name(), &Estimate::new(dry.info().clone(), 512))?;
@@ -348,31 +356,26 @@ impl Loader {
         let read = headers.bytes_read();
         let build = |in_model_order: bool| {
             self.progress.begin(&format!("loading {}", self.source.name()), read, "bytes");
-            let (store, progress) = (Arc::clone(&opened.store), Arc::clone(&self.progress));
-            let weights = Weights::with_progress(store, family.names(), &self.device, policy, progress);
-            let weights = if in_model_order { weights.in_model_order() } else { weights };
-            let weights = weights.with_activations(self.activations).allow_unused(self.allow_unused);
-            let weights = match self.cache {
-                Some(kind) => weights.with_cache(kind),
-                None => weights,
-            };
-            let model = pool.install(|| family.load(&weights));
+            let (device, progress) = (self.device.clone(), Arc::clone(&self.progress));
+            let options = LoadOptions { device, progress, in_model_order, ..options.clone() };
+            let weights = Weights::new(Arc::clone(&opened.store), family.names(), options);
+            let model = pool.install(|| family.load(&opened.config, &weights));
             self.progress.end();
             let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: pool.clone() }) };
             Ok((model.map(pooled).map_err(refused)?, weights))
         };
-        let (in_model_order, (model, weights)) = match (&opened.fused, self.qkv) {
-            (Fused::Unknown(..) | Fused::Said, QkvOrder::Split) | (Fused::Model, _) | (Fused::Said, QkvOrder::Auto) => {
-                (true, build(true)?)
-            }
-            (Fused::Unknown(..) | Fused::Said, QkvOrder::Interleaved) | (Fused::Trained, _) => (false, build(false)?),
-            (&Fused::Unknown(likely, why), QkvOrder::Auto) => {
-                let (order, built, note) = qkv::by_evidence(build, likely, why, &opened)?;
+        let (in_model_order, (model, weights)) = match (qkv::decided(&opened.fused, self.qkv), &opened.fused) {
+            (None, &FusedRows::Unknown { model_order_is_likely, why }) => {
+                let (order, built, note) = qkv::by_evidence(build, model_order_is_likely, why, &opened, &headers)?;
                 opened.notes.push(note);
                 (order, built)
             }
+            (decided, _) => {
+                let order = decided.unwrap_or(false);
+                (order, build(order)?)
+            }
         };
-        let stranger = stranger_warning(&opened.provenance, model.info(), &family);
+        let stranger = stranger_warning(&opened.provenance, model.info(), &opened.config);
         let licence = licence_warning(&opened.provenance);
         let (format, chosen) = prompts::choose(&opened);
         let generation_config = opened.generation_config.as_ref();
@@ -403,8 +406,8 @@ impl Loader {
     /// The checkpoint with everything that these settings change about it.
     pub(crate) fn opened(&self) -> Result<Opened> {
         let mut opened = self.open()?;
-        if self.qkv != QkvOrder::Auto && matches!(opened.fused, Fused::Trained) {
-            let what = "neox_qkv is for GGUF files; the order of this checkpoint's rows is known";
+        if self.qkv != QkvOrder::Auto && opened.fused == FusedRows::AsTrained {
+            let what = "qkv_order is for GGUF files that do not say it; the order of this checkpoint's rows is known";
             return Err(Error::Input(what.into()));
         }
         if let Some(path) = &self.tokenizer {
@@ -459,9 +462,9 @@ impl Loader {
                     }
                     let file = self.file.as_ref().map(|file| path.join(file));
                     let mut opened = open_files(file.as_ref().unwrap_or(&path), None, given, &self.changes)?;
-                    if opened.wants_neox_tokenizer {
+                    if opened.known_tokenizer.is_some() {
                         let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
-                        opened.take_neox_tokenizer(&path.display().to_string(), &hub, &*self.progress)?;
+                        opened.take_known_tokenizer(&path.display().to_string(), &hub, &*self.progress)?;
                     }
                     Ok(opened)
                 }
@@ -470,9 +473,7 @@ impl Loader {
                     let fetched = fetch_id(&id, self.file.as_deref(), &self.changes, &hub, &*self.progress)?;
                     let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given, &self.changes)?;
                     opened.borrow_tokenizer(&id, &hub, &*self.progress)?;
-                    if opened.wants_neox_tokenizer && opened.tokenizer.is_none() {
-                        opened.take_neox_tokenizer(&id.to_string(), &hub, &*self.progress)?;
-                    }
+                    opened.take_known_tokenizer(&id.to_string(), &hub, &*self.progress)?;
                     Ok(opened)
                 }
             },
@@ -481,9 +482,9 @@ impl Loader {
 }
 
 /// Says so if what a repository holds is not what its card says.
-fn stranger_warning(provenance: &Provenance, info: &ModelInfo, family: &Family) -> Option<String> {
+fn stranger_warning(provenance: &Provenance, info: &ModelInfo, config: &Value) -> Option<String> {
     let card = crate::card(provenance.repo.as_deref()?)?;
-    if let Some(what) = family.unlike(&card.family) {
+    if let Some(what) = unlike(config, &card.family) {
         return Some(format!("{}: config.json is not one of {}: {what}", card.id, card.suite));
     }
     let found = (info.parameters, [info.vocab, info.d_model]);

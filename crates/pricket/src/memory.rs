@@ -4,7 +4,7 @@ use pricket_nn::{ModelInfo, Weights};
 use pricket_weights::{Dtype, ShapesOnly};
 use serde_json::Value;
 
-use crate::family::Family;
+use crate::family::checked_family;
 use crate::{Error, Result};
 
 /// What a model will take in memory, in bytes.
@@ -46,10 +46,10 @@ impl Estimate {
 /// # Errors
 /// [`Error::Refused`] for a configuration that cannot be loaded either.
 pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate> {
-    let family = Family::from_config(config)?;
+    let family = checked_family(config)?;
     let store = Arc::new(ShapesOnly::new(dtype));
     let weights = Weights::as_stored(store, family.names());
-    let model = family.load(&weights)?;
+    let model = family.load(config, &weights)?;
     Ok(Estimate::new(model.info().clone(), context))
 }
 

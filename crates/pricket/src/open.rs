@@ -11,14 +11,11 @@ use serde_json::Value;
 
 use crate::cards::card_of;
 use crate::changes::Changes;
-use crate::family::Family;
+use crate::family::checked_family;
 use crate::opened::Opened;
 use crate::repository::{Fetched, fetch_tokenizer, snapshot_warnings};
 use crate::small_files::{TOKENIZER_FILES, at, parent, read_json, unknown_keys};
 use crate::{Error, Provenance, Result, containers};
-
-/// The repository whose tokenizer legacy GGML files were made with.
-const NEOX_TOKENIZER: &str = "EleutherAI/gpt-neox-20b";
 
 impl Opened {
     /// Where a repository has no tokenizer, takes that of the one that its card or configuration names.
@@ -31,10 +28,13 @@ impl Opened {
         }
     }
 
-    /// For a legacy GGML file, whose words are those of GPT-NeoX-20B and have lost bytes.
-    pub(crate) fn take_neox_tokenizer(&mut self, whose: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {
+    /// For a legacy GGML file, whose words are those of a known tokenizer and have lost bytes.
+    pub(crate) fn take_known_tokenizer(&mut self, whose: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {
         let why = "no tokenizer can be made of the words in the file, which have lost bytes";
-        self.take_tokenizer(whose, why, NEOX_TOKENIZER, hub, progress)
+        match self.known_tokenizer.filter(|_| self.tokenizer.is_none()) {
+            Some(from) => self.take_tokenizer(whose, why, from, hub, progress),
+            None => Ok(()),
+        }
     }
 
     fn take_tokenizer(&mut self, whose: &str, why: &str, from: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {
@@ -68,7 +68,7 @@ fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> 
         warnings: container.warnings,
         notes: container.notes,
         fused: container.fused,
-        wants_neox_tokenizer: container.wants_neox_tokenizer,
+        known_tokenizer: container.known_tokenizer,
         chat_template: container.metadata["tokenizer.chat_template"]
             .is_string()
             .then(|| format!("tokenizer.chat_template of {}", path.display())),
@@ -117,7 +117,7 @@ pub(crate) fn open_files(
     let mut config = read_json(&config_path)?;
     changes.apply(&mut config)?;
     // The configuration first: its errors say more than those of files that belong to another model.
-    Family::from_config(&config).map_err(|e| at(&config_path, e))?;
+    checked_family(&config).map_err(|e| at(&config_path, e))?;
     let notes = unknown_keys(&config_path, &config);
     let generation = directory.join("generation_config.json");
     let tokenizer = directory.join("tokenizer.json");

@@ -5,23 +5,11 @@ use std::sync::Arc;
 
 use pricket_hub::InUse;
 use pricket_lm::Tokenizer;
+use pricket_nn::FusedRows;
 use pricket_weights::Store;
 use serde_json::Value;
 
 use crate::Provenance;
-
-/// The order of a file's fused matrices, as far as the file tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fused {
-    /// As the Hub has them.
-    Trained,
-    /// As the model wants them.
-    Model,
-    /// The same, as the file says.
-    Said,
-    /// One of the two; whether it is more likely the model's, and why.
-    Unknown(bool, &'static str),
-}
 
 /// What lies at a path, opened and not yet read.
 pub(crate) struct Opened {
@@ -38,8 +26,9 @@ pub(crate) struct Opened {
     pub(crate) warnings: Vec<String>,
     pub(crate) notes: Vec<String>,
     pub(crate) in_use: Option<InUse>,
-    pub(crate) fused: Fused,
-    pub(crate) wants_neox_tokenizer: bool,
+    pub(crate) fused: FusedRows,
+    /// The repository of the tokenizer that its words are those of, where it has none of its own.
+    pub(crate) known_tokenizer: Option<&'static str>,
     /// The place of a chat template, which is not evaluated.
     pub(crate) chat_template: Option<String>,
 }
@@ -58,8 +47,8 @@ impl Opened {
             warnings: Vec::new(),
             notes: Vec::new(),
             in_use: None,
-            fused: Fused::Trained,
-            wants_neox_tokenizer: false,
+            fused: FusedRows::AsTrained,
+            known_tokenizer: None,
             chat_template: None,
         }
     }

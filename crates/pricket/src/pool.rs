@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use pricket_nn::ops::{self, Pool};
-use pricket_nn::{CausalLm, Context, ModelInfo};
+use pricket_nn::{CausalLm, Context, Linear, ModelInfo, ModelPlan, StepDecoder};
 
 use crate::{Error, Result};
 
@@ -51,6 +51,25 @@ impl CausalLm for Pooled {
     // Entering the pool once for all layers rather than once for each.
     fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
         self.pool.install(|| self.model.hidden(ids, ctx))
+    }
+
+    fn nll(&self, hidden: &Tensor, targets: &[u32]) -> pricket_nn::Result<Tensor> {
+        self.pool.install(|| self.model.nll(hidden, targets))
+    }
+
+    fn plan(&self) -> Option<ModelPlan<'_>> {
+        self.model.plan()
+    }
+
+    fn step_decoder(&self) -> Option<Box<dyn StepDecoder>> {
+        self.model.step_decoder()
+    }
+
+    fn map_linears(
+        &self,
+        f: &mut dyn FnMut(&Linear) -> pricket_nn::Result<Linear>,
+    ) -> pricket_nn::Result<Arc<dyn CausalLm>> {
+        Ok(Arc::new(Self { model: self.model.map_linears(f)?, pool: self.pool.clone() }))
     }
 
     fn on_threads(&self, work: &mut dyn FnMut()) {

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use pricket_nn::{CausalLm, Weights};
+use pricket_nn::{CausalLm, FusedRows, RowOrder, Weights};
 use pricket_weights::Store;
 
 use crate::opened::Opened;
 use crate::{Error, Result};
 
-/// How a GGUF file of a GPT-NeoX model has the rows of its fused query-key-value matrices.
+/// How a GGUF file has the rows of fused query-key-value matrices that a family trains head by head, as GPT-NeoX does.
 ///
 /// Converters of before May 2024 left them as they were trained, each head's three side by side; later ones write all of Q,
 /// then K, then V. Nothing in a file says which.
@@ -38,6 +38,16 @@ impl std::str::FromStr for QkvOrder {
     }
 }
 
+/// Whether the rows are in the model's order, given what the file tells and what the user says; `None` if it has to be found out.
+pub(crate) fn decided(rows: &FusedRows, order: QkvOrder) -> Option<bool> {
+    match (rows, order) {
+        (FusedRows::AsTrained, _) => Some(false),
+        (FusedRows::InModelOrder, _) | (_, QkvOrder::Split) | (FusedRows::Stated, QkvOrder::Auto) => Some(true),
+        (_, QkvOrder::Interleaved) => Some(false),
+        (FusedRows::Unknown { .. }, QkvOrder::Auto) => None,
+    }
+}
+
 /// Sentences of the simplest kind, which every model that was trained on English finds likelier in its right mind.
 const EVIDENCE: &str = "Tom had a red ball and a big dog. One day the dog took the ball and ran to the house. \
     Tom said that he would look for it. He looked in the box, but the ball was not in the box. \
@@ -57,11 +67,11 @@ pub(crate) fn by_evidence(
     likely: bool,
     why: &str,
     opened: &Opened,
+    headers: &Weights,
 ) -> Result<(bool, Built, String)> {
     let name = |in_model_order: bool| if in_model_order { "split" } else { "interleaved" };
     let by_rows = || -> Result<(bool, String)> {
-        let heads = opened.config["num_attention_heads"].as_u64().unwrap_or(1) as usize;
-        let (split, interleaved, chance) = told_by_rows(&*opened.store, heads)?;
+        let (split, interleaved, chance) = told_by_rows(&*opened.store, headers)?;
         let (most, least) = (split.max(interleaved), split.min(interleaved));
         if most > (6.0 * chance).max(0.03) && most > 2.0 * least {
             let told = format!("Q, K and V explain {most:.2} of the spread of row norms, and {least:.2} the other way");
@@ -109,15 +119,17 @@ pub(crate) fn by_evidence(
 /// How much of the spread of the rows' norms it explains to call them Q, K and V in one order or the other: split,
 /// interleaved; and how much chance explains. Training makes values other than queries and keys; rows that are called wrong
 /// are all alike.
-fn told_by_rows(store: &dyn Store, heads: usize) -> Result<(f64, f64, f64)> {
+fn told_by_rows(store: &dyn Store, headers: &Weights) -> Result<(f64, f64, f64)> {
     let (mut total, mut explained, mut chance) = (0.0, [0.0; 2], 1.0f64);
+    let (fused, asked) = (headers.fused(), headers.asked());
+    let fused = fused.iter().filter_map(|(canonical, order)| {
+        let RowOrder::PerHead { heads } = *order else { return None };
+        let (_, name) = asked.iter().find(|(asked, _)| asked == canonical && canonical.ends_with(".weight"))?;
+        Some((name, heads))
+    });
     // A few layers tell as well as all.
-    for layer in 0..8 {
-        let name = format!("blk.{layer}.attn_qkv.weight");
-        if store.entry(&name).is_none() {
-            break;
-        }
-        let weight = pricket_weights::read_tensor(store, &name, &Device::Cpu)?.to_dtype(DType::F32)?;
+    for (name, heads) in fused.take(8) {
+        let weight = pricket_weights::read_tensor(store, name, &Device::Cpu)?.to_dtype(DType::F32)?;
         let norms: Vec<f32> = weight.sqr()?.sum(1)?.to_vec1()?;
         let logs: Vec<f64> = norms.iter().map(|norm| f64::from(norm.max(1e-20)).ln()).collect();
         // Three means of rows that are all of a kind explain this much of their spread.

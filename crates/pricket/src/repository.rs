@@ -11,7 +11,7 @@ use pricket_weights::parts_of;
 use crate::cards::{Card, KnownKind, card};
 use crate::changes::Changes;
 use crate::embedded::Embedded;
-use crate::family::Family;
+use crate::family::checked_family;
 use crate::small_files::{TOKENIZER_FILES, at, read_json};
 use crate::{Error, Provenance, Result};
 
@@ -325,7 +325,7 @@ impl Revision {
         if config.is_file() {
             let mut json = read_json(&config)?;
             changes.apply(&mut json)?;
-            Family::from_config(&json).map_err(|e| at(&config, e))?;
+            checked_family(&json).map_err(|e| at(&config, e))?;
         }
         let weights = small.directory.join(&self.chosen.weights.path);
         let large = match parts_of(&self.chosen.weights.path) {

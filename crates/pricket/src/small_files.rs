@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::family::Family;
+use crate::family;
 use crate::{Error, Result};
 
 /// Bytes of a configuration at most. One has about a kilobyte.
@@ -15,7 +15,7 @@ pub(crate) const TOKENIZER_FILES: [&str; 3] = ["tokenizer_config.json", "special
 
 /// Says which keys of a configuration no version of its class has: a key that is misspelled has no effect.
 pub(crate) fn unknown_keys(path: &Path, config: &Value) -> Vec<String> {
-    let unknown = Family::unknown_keys(config);
+    let unknown = family::unknown_keys(config);
     let shown: Vec<&str> = unknown.iter().take(8).map(String::as_str).collect();
     let more = if unknown.len() > shown.len() { ", ..." } else { "" };
     let note = || format!("{}: unknown keys without effect: {}{more}", path.display(), shown.join(", "));

@@ -9,7 +9,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::{AuditOptions, Auditor, FindingKind, Looked};
-use crate::family::Family;
+use crate::family::checked_family;
 use crate::forms::{Form, only};
 use crate::remote::Tensors;
 use crate::task::Task;
@@ -207,7 +207,7 @@ impl Auditor<'_> {
         let looked = &self.looked[i];
         let config = self.of.home.small_file(&looked.checkpoint, &looked.listing, "config.json")?;
         let config: Option<Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        let family = config.and_then(|config| Family::from_config(&config).ok());
+        let family = config.and_then(|config| checked_family(&config).ok());
         let spelling = family.map_or_else(Names::default, |family| family.names());
         let tensors = self.of.home.tensors(&looked.checkpoint, &only(form, &looked.listing))?;
         let weights = tensors.names().filter(|name| !spelling.is_buffer(name));

@@ -1,0 +1,160 @@
+//! Attention and recurrences over the rows of a pass, each with its own past.
+
+use candle_core::{D, Tensor};
+
+use crate::ops::{self, AttentionRow, NewKeys, Scores};
+use crate::{Context, Result, Site};
+
+/// What a piece of the queries attends to.
+struct Piece {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: usize,
+}
+
+impl Context {
+    /// Causal attention of each row's new positions to all of its positions: `q` of `[b, h, t, head_dim]`, `k` and `v` of
+    /// `[b, kv_heads, t, head_dim]`, new positions only. Keeps keys and values in the state, if there is one. Returns
+    /// `[b, t, h · head_dim]`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit each other or the state.
+    pub fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
+        let wants_pattern = self.wants(Site::Pattern);
+        let (pass, mut state) = self.parts()?;
+        let mut kept = Vec::with_capacity(if state.is_some() { pass.spans().len() } else { 0 });
+        if let Some(state) = &mut state {
+            for (span, (row, from)) in pass.places() {
+                let new = NewKeys { k, v, row, from, len: span.len };
+                kept.push(state.keep(span.row, pass.layer, span.past, &new)?);
+            }
+        }
+        if !ops::attention_is_fused(q, k, v) || wants_pattern {
+            return self.attend_plainly([q, k, v], &kept, scores);
+        }
+        let rows = pass.places().enumerate().map(|(i, (span, (row, from)))| match kept.get(i) {
+            Some(kept) => AttentionRow {
+                keys: kept.clone(),
+                values: kept.clone(),
+                at: (0, 1),
+                first: 0,
+                len: span.past + span.len,
+                queries: span.len,
+            },
+            None => AttentionRow {
+                keys: k.clone(),
+                values: v.clone(),
+                at: (row, row),
+                first: from,
+                len: span.len,
+                queries: span.len,
+            },
+        });
+        ops::attention(q, rows.filter(|row| row.queries > 0).collect(), scores)
+    }
+
+    /// [`Context::attend`] by plain operations, with the taps that see the pattern: in one piece where all rows are alike and
+    /// are the tensors in hand, else row by row.
+    fn attend_plainly(&mut self, new: [&Tensor; 3], kept: &[Tensor], scores: Scores<'_>) -> Result<Tensor> {
+        let wants_pattern = self.wants(Site::Pattern);
+        let pass = self.pass_mut()?;
+        let [q, k, v] = new;
+        let (is_packed, is_aligned, dim) = (pass.is_packed(), pass.is_aligned(), q.dim(D::Minus1)?);
+        let is_tracked = new.iter().any(|x| x.track_op());
+        let mut pieces = Vec::new();
+        if kept.is_empty() && !is_packed {
+            pieces.push(Piece { q: q.clone(), k: k.clone(), v: v.clone(), past: 0 });
+        } else {
+            for (i, (span, (row, from))) in pass.places().enumerate() {
+                let own = |x: &Tensor| x.narrow(0, row, 1)?.narrow(2, from, span.len);
+                let all = |part: usize, new: &Tensor| -> Result<Tensor> {
+                    let Some(kept) = kept.get(i).map(|kept| kept.narrow(0, part, 1)).transpose()? else {
+                        return Ok(own(new)?);
+                    };
+                    // What is kept has no gradient: new positions that have one follow the past as they are.
+                    let end = if is_tracked { span.past } else { span.past + span.len };
+                    if end == 0 {
+                        return Ok(own(new)?);
+                    }
+                    let past = ops::widened(&kept.narrow(2, 0, end)?, dim, q.dtype())?;
+                    if is_tracked { Ok(Tensor::cat(&[&past, &own(new)?.contiguous()?], 2)?) } else { Ok(past) }
+                };
+                pieces.push(Piece { q: own(q)?, k: all(0, k)?, v: all(1, v)?, past: span.past });
+            }
+        }
+        if wants_pattern && is_aligned && pieces.len() > 1 {
+            // One pattern for the batch.
+            let joined = |part: fn(&Piece) -> &Tensor| Tensor::cat(&pieces.iter().map(part).collect::<Vec<_>>(), 0);
+            pieces = vec![Piece {
+                q: q.clone(),
+                k: joined(|piece| &piece.k)?,
+                v: joined(|piece| &piece.v)?,
+                past: pieces[0].past,
+            }];
+        }
+        let mut out = Vec::with_capacity(pieces.len());
+        for (i, Piece { q, k, v, past }) in pieces.into_iter().enumerate() {
+            let bias = self.pass_mut()?.bias(scores.slopes, past, q.dim(2)?, q.device())?;
+            let pattern = ops::attention_pattern(&q, &k, scores.scale, bias.as_ref())?;
+            let pattern = self.tap_part(Site::Pattern, i, pattern)?;
+            out.push(ops::attention_output(&pattern, &v)?);
+        }
+        match &out[..] {
+            [out] => Ok(out.clone()),
+            _ => Ok(Tensor::cat(&out, usize::from(is_packed))?),
+        }
+    }
+
+    /// For each position of `x`, `[b, t, d]`, the row at the position before it: RWKV's token shift. The first position of a
+    /// row gets what the state kept under `name`, or zeros.
+    ///
+    /// # Errors
+    /// If `x` is not of the shape of the pass.
+    pub fn token_shift(&mut self, x: &Tensor, name: &'static str) -> Result<Tensor> {
+        let (b, t, d) = x.dims3()?;
+        let (pass, state) = self.parts()?;
+        let flat = x.reshape((b * t, d))?;
+        let mut before = Vec::with_capacity(pass.spans().len() + 1);
+        for span in pass.spans().iter() {
+            let kept = state.as_ref().and_then(|state| state.recurrent(span.row, pass.layer, name));
+            before.push(match kept {
+                Some(kept) => kept.clone(),
+                None => Tensor::zeros((1, d), x.dtype(), x.device())?,
+            });
+        }
+        if state.is_some() {
+            for (span, last) in pass.spans().clone().iter().zip(pass.last()) {
+                // A copy: a view would keep all of the pass in memory.
+                let last = flat.narrow(0, last as usize, 1)?.detach().copy()?;
+                pass.recurrent.insert((pass.layer, span.row, name), last);
+            }
+        }
+        before.push(flat);
+        let shifts = pass.shifts(x.device())?;
+        Ok(Tensor::cat(&before, 0)?.index_select(&shifts, 0)?.reshape((b, t, d))?)
+    }
+
+    /// RWKV-4's recurrence over keys and values of `[b, t, d]`: see [`ops::wkv4`]. The state keeps it under `name`.
+    ///
+    /// # Errors
+    /// If the shapes do not fit each other or the pass.
+    pub fn wkv4(&mut self, k: &Tensor, v: &Tensor, decay: &Tensor, first: &Tensor, name: &'static str) -> Result<Tensor> {
+        let (b, t, d) = k.dims3()?;
+        let (pass, state) = self.parts()?;
+        let mut before = Vec::with_capacity(pass.spans().len());
+        for span in pass.spans().iter() {
+            let kept = state.as_ref().and_then(|state| state.recurrent(span.row, pass.layer, name));
+            before.push(kept.map_or_else(|| ops::wkv4_start(d, k.device()), |kept| Ok(kept.clone()))?);
+        }
+        let lens: Vec<usize> = pass.spans().iter().map(|span| span.len).collect();
+        let (k, v) = (k.reshape((b * t, d))?, v.reshape((b * t, d))?);
+        let (out, after) = ops::wkv4(&k, &v, decay, first, &lens, &before)?;
+        if state.is_some() {
+            for (span, after) in pass.spans().clone().iter().zip(after) {
+                pass.recurrent.insert((pass.layer, span.row, name), after);
+            }
+        }
+        Ok(out.reshape((b, t, d))?)
+    }
+}

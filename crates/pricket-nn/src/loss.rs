@@ -1,0 +1,217 @@
+//! Cross-entropy with the head fused: logits are made a block of positions at a time, and once more in the backward pass.
+
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, MetalStorage, Shape, Storage, Tensor};
+
+use crate::ops::{self, Matrix};
+use crate::{Error, Linear, Result};
+
+/// Positions whose logits are held at once.
+const BLOCK: usize = 64;
+
+/// Cross-entropy of `targets` under `logit_scale · head(hidden)`, in nats: `[n]` in f32 for hidden states `[n, d]`. Gradients reach
+/// the hidden states and a head that is trained. Those of an adapter or a bias of the head too, but through logits that are
+/// kept.
+///
+/// # Errors
+/// [`Error::Input`] for another number of targets.
+pub(crate) fn cross_entropy(hidden: &Tensor, head: &Linear, logit_scale: f64, targets: &[u32]) -> Result<Tensor> {
+    let (n, _) = hidden.dims2()?;
+    if n != targets.len() {
+        return Err(Error::Input(format!("{} targets for {n} hidden states", targets.len())));
+    }
+    let loss = CrossEntropy { head: head.clone(), logit_scale, targets: targets.to_vec() };
+    let adapted = head.adapter.as_ref().is_some_and(|adapter| adapter.a.track_op() || adapter.b.track_op());
+    if adapted || head.bias.as_ref().is_some_and(Tensor::track_op) {
+        return loss.of(hidden);
+    }
+    let nll = loss.of(&hidden.detach())?.detach();
+    if head.weight.track_op()
+        && let Matrix::Dense(weight) = &head.weight
+    {
+        return Ok(hidden.apply_op2(weight, WithNll { nll, loss })?);
+    }
+    Ok(if hidden.track_op() { hidden.apply_op1(WithNll { nll, loss })? } else { nll })
+}
+
+/// What the loss is computed from, besides the hidden states.
+struct CrossEntropy {
+    head: Linear,
+    logit_scale: f64,
+    targets: Vec<u32>,
+}
+
+impl CrossEntropy {
+    fn blocks(&self) -> impl Iterator<Item = (usize, &[u32])> {
+        self.targets.chunks(BLOCK).enumerate().map(|(i, targets)| (i * BLOCK, targets))
+    }
+
+    fn logits(&self, hidden: &Tensor, at: usize, len: usize) -> Result<Tensor> {
+        let logits = self.head.forward(&hidden.narrow(0, at, len)?)?.to_dtype(candle_core::DType::F32)?;
+        if self.logit_scale == 1.0 { Ok(logits) } else { Ok((logits * self.logit_scale)?) }
+    }
+
+    /// The loss by plain operations, block by block.
+    fn of(&self, hidden: &Tensor) -> Result<Tensor> {
+        let mut out = Vec::with_capacity(self.targets.len().div_ceil(BLOCK));
+        for (at, targets) in self.blocks() {
+            let logits = self.logits(hidden, at, targets.len())?;
+            if logits.device().is_cpu() && !logits.track_op() {
+                let nll: Vec<f32> = ops::logprobs(&logits, targets)?.iter().map(|(_, logprob)| -*logprob as f32).collect();
+                out.push(Tensor::new(nll, logits.device())?);
+                continue;
+            }
+            let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+            out.push(ops::log_softmax(&logits)?.gather(&targets, 1)?.squeeze(1)?.neg()?);
+        }
+        match &out[..] {
+            [] => Ok(Tensor::zeros(0, candle_core::DType::F32, hidden.device())?),
+            _ => Ok(Tensor::cat(&out, 0)?),
+        }
+    }
+
+    /// Gradients of the hidden states and, if it is trained, of the head's weight.
+    fn backward(&self, hidden: &Tensor, grad: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        let (hidden, grad) = (hidden.detach(), grad.detach());
+        // Frozen for the moment: nothing here is to be tracked.
+        let weight = match &self.head.weight {
+            Matrix::Dense(weight) => Matrix::Dense(weight.detach()),
+            other => other.clone(),
+        };
+        let frozen = Self {
+            head: Linear { weight, ..self.head.clone() },
+            logit_scale: self.logit_scale,
+            targets: self.targets.clone(),
+        };
+        let (mut of_hidden, mut of_weight) = (Vec::new(), None);
+        for (at, targets) in frozen.blocks() {
+            let logits = frozen.logits(&hidden, at, targets.len())?;
+            let probabilities = ops::softmax(&logits)?;
+            let hits = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
+            let minus_one = Tensor::full(-1f32, (targets.len(), 1), hidden.device())?;
+            let of_logits = probabilities.scatter_add(&hits, &minus_one, 1)?;
+            let of_logits = of_logits.broadcast_mul(&grad.narrow(0, at, targets.len())?.unsqueeze(1)?)?;
+            let of_logits = (of_logits * self.logit_scale)?;
+            of_hidden.push(frozen.head.backward(&of_logits, hidden.dtype())?);
+            if self.head.weight.track_op() {
+                let block = hidden.narrow(0, at, targets.len())?.to_dtype(candle_core::DType::F32)?;
+                let part = of_logits.t()?.matmul(&block)?;
+                of_weight = Some(match of_weight {
+                    Some(sum) => (sum + part)?,
+                    None => part,
+                });
+            }
+        }
+        Ok((Tensor::cat(&of_hidden, 0)?, of_weight))
+    }
+}
+
+/// A loss that is known already, and how it depends on what it was computed from.
+struct WithNll {
+    nll: Tensor,
+    loss: CrossEntropy,
+}
+
+fn in_candle(e: Error) -> candle_core::Error {
+    match e {
+        Error::Candle(e) => e,
+        e => candle_core::Error::Msg(e.to_string()),
+    }
+}
+
+impl WithNll {
+    fn shape(&self) -> Shape {
+        self.nll.shape().clone()
+    }
+
+    fn cpu(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(self.nll.to_vec1()?), self.shape()))
+    }
+
+    fn cuda(&self) -> candle_core::Result<(CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let (storage, layout) = self.nll.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, self.shape())),
+            _ => candle_core::bail!("the loss is not on the GPU"),
+        }
+    }
+
+    fn metal(&self) -> candle_core::Result<(MetalStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let (storage, layout) = self.nll.storage_and_layout();
+        match &*storage {
+            Storage::Metal(storage) => Ok((storage.try_clone(layout)?, self.shape())),
+            _ => candle_core::bail!("the loss is not on the GPU"),
+        }
+    }
+}
+
+impl CustomOp1 for WithNll {
+    fn name(&self) -> &'static str {
+        "cross-entropy"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(&self, hidden: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.loss.backward(hidden, grad).map_err(in_candle)?.0))
+    }
+}
+
+impl CustomOp2 for WithNll {
+    fn name(&self) -> &'static str {
+        "cross-entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self,
+        hidden: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let (of_hidden, of_weight) = self.loss.backward(hidden, grad).map_err(in_candle)?;
+        // candle panics where a tracked argument gets nothing; of an untracked one it forgets it.
+        Ok((Some(of_hidden), of_weight))
+    }
+}

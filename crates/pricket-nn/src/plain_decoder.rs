@@ -1,0 +1,122 @@
+//! A decoder for any model: one pass through its blocks, and its head.
+
+use std::sync::Arc;
+
+use candle_core::{IndexOp, Tensor};
+
+use crate::step::{Admission, Choice, MAX_STEP, RowId, RowStep, StepDecoder};
+use crate::{CausalLm, Context, Error, Result, SamplingParams, State, ops};
+
+/// A [`StepDecoder`] over the steps of a model: one pass through its blocks, and its head.
+pub struct PlainDecoder {
+    model: Arc<dyn CausalLm>,
+    ctx: Context,
+    /// In the order of the state's rows.
+    rows: Vec<Row>,
+    next: u64,
+    /// Of the last step: `[choices][vocab]`.
+    logits: Vec<Vec<f32>>,
+}
+
+struct Row {
+    id: RowId,
+    ids: Vec<u32>,
+    prompt_len: usize,
+    sampling: SamplingParams,
+    vocab: Option<usize>,
+}
+
+impl std::fmt::Debug for PlainDecoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PlainDecoder({} rows)", self.rows.len())
+    }
+}
+
+impl PlainDecoder {
+    /// A decoder of `model` without rows.
+    pub fn new(model: Arc<dyn CausalLm>) -> Self {
+        let ctx = Context::new().with_state(State::with_type(model.info().cache)).beyond_trained_length();
+        Self { model, ctx, rows: Vec::new(), next: 0, logits: Vec::new() }
+    }
+
+    /// The logits that the last step chose from, in the order of its choices: `[choices][vocab]`.
+    pub fn logits(&self) -> &[Vec<f32>] {
+        &self.logits
+    }
+
+    /// Bytes of what was read of all rows.
+    pub fn state_bytes(&self) -> usize {
+        self.ctx.state().map_or(0, State::bytes)
+    }
+
+    fn index(&self, row: RowId) -> Result<usize> {
+        let found = self.rows.iter().position(|known| known.id == row);
+        found.ok_or_else(|| Error::Input(format!("row {} is not in the batch", row.0)))
+    }
+
+    fn state(&mut self) -> &mut State {
+        self.ctx.state_mut().expect("the context was made with a state")
+    }
+}
+
+impl StepDecoder for PlainDecoder {
+    fn admit(&mut self, row: Admission) -> Result<RowId> {
+        if row.state.rows() != 1 {
+            return Err(Error::Input(format!("a row is admitted with a state of one row, found {}", row.state.rows())));
+        }
+        self.next += 1;
+        let Admission { state, ids, prompt_len, sampling, vocab } = row;
+        self.state().extend(state);
+        self.rows.push(Row { id: RowId(self.next), ids, prompt_len, sampling, vocab });
+        Ok(RowId(self.next))
+    }
+
+    fn step(&mut self, rows: &[RowStep<'_>]) -> Result<Vec<Vec<Choice>>> {
+        let mut packed = Vec::with_capacity(rows.len());
+        let mut tokens = Vec::with_capacity(rows.len());
+        for step in rows {
+            let (len, draws) = (step.tokens.len(), step.draws.len());
+            if !(1..=MAX_STEP).contains(&len) || draws != len {
+                return Err(Error::Input(format!("a step of {len} tokens and {draws} draws: expected 1 to {MAX_STEP} of each")));
+            }
+            packed.push((self.index(step.row)?, len));
+            tokens.extend_from_slice(step.tokens);
+        }
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let before: Vec<usize> = packed.iter().map(|&(row, _)| self.ctx.position(row)).collect();
+        self.ctx.pack_rows(&packed);
+        let ids = Tensor::new(tokens, &self.model.info().device)?.unsqueeze(0)?;
+        let hidden = self.model.hidden(&ids, &mut self.ctx)?;
+        self.logits = self.model.head(&hidden)?.i(0)?.to_vec2()?;
+        let mut summaries = Vec::new();
+        let slices: Vec<&[f32]> = self.logits.iter().map(Vec::as_slice).collect();
+        self.model.on_threads(&mut || summaries = ops::row_summaries(&slices));
+        let mut at = 0;
+        let mut out = Vec::with_capacity(rows.len());
+        for ((step, &(row, len)), before) in rows.iter().zip(&packed).zip(before) {
+            let row = &self.rows[row];
+            let choices = (0..len).map(|i| {
+                let read = &row.ids[..(before + i + 1).min(row.ids.len())];
+                let logits = (&self.logits[at + i][..], &summaries[at + i]);
+                Choice::of(logits, &row.sampling, row.vocab, (read, row.prompt_len), step.draws[i])
+            });
+            out.push(choices.collect());
+            at += len;
+        }
+        Ok(out)
+    }
+
+    fn push(&mut self, row: RowId, token: u32) -> Result<()> {
+        let row = self.index(row)?;
+        self.rows[row].ids.push(token);
+        Ok(())
+    }
+
+    fn release(&mut self, row: RowId) -> Result<State> {
+        let index = self.index(row)?;
+        self.rows.remove(index);
+        Ok(self.state().take_row(index))
+    }
+}
