@@ -1,6 +1,8 @@
 use std::path::Path;
 
-use pricket::{Conversation, FinishReason, GenerateOptions, Loader, Pricket, Role, SamplingParams, Turn, prompt_format};
+use pricket::{
+    Conversation, FinishReason, GenerateOptions, Loader, Pricket, Role, SamplingParams, Turn, prompt_format,
+};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

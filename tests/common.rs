@@ -34,8 +34,10 @@ pub(crate) fn small_config(changes: &Value) -> Value {
     config
 }
 
-/// Random weights of that configuration.
+/// Random weights of that configuration, which may be a toy's.
 pub(crate) fn small(changes: &Value, seed: u64) -> Pricket {
+    pricket::add_family(pricket_toys::GATED);
+    pricket::add_family(pricket_toys::RECURRENT);
     Loader::from_store(small_config(changes), Arc::new(Random::new(Dtype::F32, seed))).threads(2).load().unwrap()
 }
 

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use pricket::candle::{Device, IndexOp, Tensor};
 use pricket::weights::Random;
-use pricket::{State, Context, Dtype, Loader, Pricket};
+use pricket::{Context, Dtype, Loader, Pricket, State};
 use serde_json::json;
 
 use crate::common::worst;

@@ -8,7 +8,16 @@ use serde_json::{Value, json};
 use crate::common::{small, small_config, worst};
 
 pub(crate) fn any_config() -> impl Strategy<Value = Value> {
-    prop_oneof![any_neox(), any_mpt()]
+    prop_oneof![any_neox(), any_mpt(), any_toy()]
+}
+
+/// The two families that only tests have.
+fn any_toy() -> impl Strategy<Value = Value> {
+    let heads = prop::sample::select(vec![(4, 4), (4, 2), (3, 1)]);
+    (any::<bool>(), heads).prop_map(|(gated, (heads, kv_heads))| {
+        let kind = if gated { "toy_gated" } else { "toy_recurrent" };
+        json!({"model_type": kind, "vocab": 61, "width": 24, "layers": 2, "heads": heads, "kv_heads": kv_heads})
+    })
 }
 
 /// What changes the maths of an MPT model, in both of its own spellings.
@@ -179,7 +188,7 @@ proptest! {
             ctx.pack(&lens);
             logits(&*model, &random_ids(1, lens.iter().sum(), seed), &mut ctx);
         }
-        let mut ctx = ctx.with_taps(Taps::new().record(Site::ResidPost).record(Site::Query));
+        let mut ctx = ctx.with_taps(Taps::new().record(Site::ResidPost).record(Site::MlpOut));
         let ids = random_ids(1, lens.iter().sum(), seed + 1);
         let run = |ctx: &mut Context, replaying: bool| {
             ctx.pack(&lens);
@@ -196,7 +205,7 @@ proptest! {
             ctx.commit();
             (x, count)
         };
-        let mut twin = ctx.fork().with_taps(Taps::new().record(Site::ResidPost).record(Site::Query));
+        let mut twin = ctx.fork().with_taps(Taps::new().record(Site::ResidPost).record(Site::MlpOut));
         let ((a, recorded), (b, expected)) = (run(&mut ctx, true), run(&mut twin, false));
         prop_assert_eq!((bits(&a), recorded), (bits(&b), expected));
         let bytes = |ctx: &Context| ctx.state().map(|state| (state.bytes(), state.len(0), state.rows()));
@@ -316,7 +325,7 @@ proptest! {
         let randn = |std: f32, shape: &[usize]| Tensor::randn(0f32, std, shape, &Device::Cpu).unwrap();
         // Keys whose exponentials overflow f32 too.
         let (k, v) = (randn(if large { 200.0 } else { 1.0 }, &[n, d]), randn(1.0, &[n, d]));
-        let (decay, first) = (randn(1.0, &[d]).exp().unwrap().neg().unwrap(), randn(1.0, &[d]));
+        let (decay, first) = (randn(1.0, &[d]), randn(1.0, &[d]));
         let start = vec![ops::wkv4_start(d, &Device::Cpu).unwrap(); lens.len()];
         let fused = ops::wkv4(&k, &v, &decay, &first, &lens, &start).unwrap();
         let plain = ops::plain_wkv4(&k, &v, &decay, &first, &lens, &start).unwrap();
@@ -332,7 +341,7 @@ proptest! {
                 for t in at..at + len {
                     exact.extend((0..d).map(|c| {
                         let weight = |i: usize| {
-                            let power = if i == t { first[c] } else { (t - 1 - i) as f32 * decay[c] };
+                            let power = if i == t { first[c] } else { (t - 1 - i) as f32 * -decay[c].exp() };
                             f64::from(power + k[i][c]).exp()
                         };
                         let sum: f64 = (at..=t).map(|i| weight(i) * f64::from(v[i][c])).sum();
@@ -501,7 +510,9 @@ fn positions_beyond_the_trained_length_are_refused_unless_asked_for() {
 fn arguments_that_do_not_fit_are_errors() {
     let model = small(&json!({}), 2).model();
     assert!(model.hidden(&Tensor::new(&[[61u32]], &Device::Cpu).unwrap(), &mut Context::new()).is_err());
-    for (rows, named) in [(&[(0, 3), (1, 2)][..], "[1, 5]"), (&[(0, 2), (0, 2)], "distinct"), (&[(0, 4), (1, 0)], "at least one")] {
+    for (rows, named) in
+        [(&[(0, 3), (1, 2)][..], "[1, 5]"), (&[(0, 2), (0, 2)], "distinct"), (&[(0, 4), (1, 0)], "at least one")]
+    {
         let mut ctx = Context::new();
         ctx.pack_rows(rows);
         let error = model.hidden(&random_ids(1, 4, 0), &mut ctx).unwrap_err().to_string();

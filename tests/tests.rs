@@ -20,8 +20,11 @@ mod odd_input;
 /// Parameter counts of the published shapes.
 mod shapes;
 
-/// Cache, batch, padding, taps and gradients against plain twins.
+/// State, packed rows, taps and gradients against plain twins.
 mod properties;
+
+/// Families that nothing else knows, plans, decoders, losses and adapters.
+mod seams;
 
 /// Log-likelihoods, tasks, slices.
 mod scoring;

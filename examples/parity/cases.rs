@@ -8,7 +8,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use pricket::candle::{DType, Device, IndexOp, Tensor};
 use pricket::lm::{loss, token_logprobs};
 use pricket::nn::RowOrder;
-use pricket::{CausalLm, Context, GenerateOptions, Loader, Precision, Pricket, SamplingParams, Site, State, Taps, Tokenizer};
+use pricket::{
+    CausalLm, Context, GenerateOptions, Loader, Precision, Pricket, SamplingParams, Site, State, Taps, Tokenizer,
+};
 use serde_json::{Value, json};
 
 #[path = "scoring.rs"]
@@ -222,7 +224,8 @@ impl Batch {
             let hidden = model.hidden(&self.ids.narrow(1, from, to - from)?.contiguous()?, ctx)?;
             return (0..starts.len()).map(|row| Ok(Some(hidden.i(row)?))).collect();
         }
-        let rows: Vec<(usize, usize)> = starts.iter().map(|start| to - start).enumerate().filter(|row| row.1 > 0).collect();
+        let rows: Vec<(usize, usize)> =
+            starts.iter().map(|start| to - start).enumerate().filter(|row| row.1 > 0).collect();
         if rows.is_empty() {
             return Ok(vec![None; starts.len()]);
         }
@@ -231,14 +234,14 @@ impl Batch {
         ctx.pack_rows(&rows);
         let hidden = model.hidden(&ids, ctx)?;
         let mut out = vec![None; starts.len()];
-        for (row, tensor) in self.rows_of(&hidden, &rows)?.into_iter().enumerate() {
+        for (row, tensor) in Self::rows_of(&hidden, &rows)?.into_iter().enumerate() {
             out[rows[row].0] = Some(tensor);
         }
         Ok(out)
     }
 
-    /// The rows of a tensor of a pass, `[1, sum of the lengths, ..]` if they were packed.
-    fn rows_of(&self, x: &Tensor, rows: &[(usize, usize)]) -> Result<Vec<Tensor>> {
+    /// The rows of a tensor of a packed pass, `[1, sum of the lengths, ..]`.
+    fn rows_of(x: &Tensor, rows: &[(usize, usize)]) -> Result<Vec<Tensor>> {
         let mut at = 0;
         let row = |&(_, len): &(usize, usize)| {
             at += len;
@@ -253,7 +256,7 @@ impl Batch {
             return Ok(x.clone());
         }
         let rows: Vec<(usize, usize)> = self.padding.iter().map(|pad| self.time - pad).enumerate().collect();
-        self.laid_out(self.rows_of(x, &rows)?.into_iter().map(|row| vec![row]).collect())
+        self.laid_out(Self::rows_of(x, &rows)?.into_iter().map(|row| vec![row]).collect())
     }
 
     /// The parts of each row, laid out as the ids are, with zeros for padding.

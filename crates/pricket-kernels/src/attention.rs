@@ -1,4 +1,4 @@
-//! Causal attention over a cache as it lies, a chunk of keys at a time.
+//! Causal attention over keys and values as they are stored, a chunk of keys at a time.
 
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
@@ -24,6 +24,8 @@ const FEW_ROWS: usize = 4;
 /// Sizes that all rows of one attention call share.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
+    /// Positions of each element of the batch.
+    time: usize,
     heads: usize,
     /// Query heads that share a key head.
     group: usize,
@@ -91,7 +93,7 @@ struct Row {
 
 /// Attends row by row, a task for each head and block of queries. `out` is `[batch, time, heads, dim]`, of which each
 /// row fills its own positions.
-fn run(q: View, time: usize, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
+fn run(q: View, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
     let blocks = |row: usize| (0..rows[row].queries).step_by(BLOCK).map(move |from| (row, from));
     let mut blocks: Vec<(usize, usize)> = (0..rows.len()).flat_map(blocks).collect();
     // Blocks with most keys go first, so that no thread is left with one at the end.
@@ -115,8 +117,9 @@ fn run(q: View, time: usize, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32],
         let (batch, at) = (row.at.0, row.at.1 + from);
         // SAFETY: `Row`s are measured when they are made; positions from `at` on of head `h` belong to this task alone.
         unsafe {
-            let (k, v) = (row.k.from(row.batch.0, h / s.group, row.first), row.v.from(row.batch.1, h / s.group, row.first));
-            let out = out.at(((batch * time + at) * s.heads + h) * s.dim);
+            let (k, v) =
+                (row.k.from(row.batch.0, h / s.group, row.first), row.v.from(row.batch.1, h / s.group, row.first));
+            let out = out.at(((batch * s.time + at) * s.heads + h) * s.dim);
             scratch(|buffer| head.attend(q.from(batch, h, at), k, v, out, buffer));
         }
     });
@@ -457,7 +460,7 @@ impl CustomOp1 for AttentionOp {
         }
         let mut out = vec![0f32; batch * time * heads * dim];
         if !out.is_empty() {
-            run(q, time, &rows, Sizes { heads, group, dim }, self.scale, &self.slopes, path(), &mut out);
+            run(q, &rows, Sizes { time, heads, group, dim }, self.scale, &self.slopes, path(), &mut out);
         }
         Ok((CpuStorage::F32(out), (batch, time, heads * dim).into()))
     }

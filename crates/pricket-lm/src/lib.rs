@@ -52,9 +52,9 @@ pub use documents::{Documents, read_text, read_utf8};
 pub use error::{Error, Result};
 pub use generate::{Finish, Generation, Request, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
-pub use prompt::{PromptFormat, Role, Turn};
 /// How tokens are chosen: the plain data that decoders take.
 pub use pricket_nn::SamplingParams;
+pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::{Sampler, from_candle};
 pub use score::{TokenLogprob, check_finite, loss, text_logprobs, token_logprobs};
 pub use slices::{SliceLoss, slice_losses};

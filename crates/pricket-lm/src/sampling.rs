@@ -7,9 +7,9 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 /// The same settings in candle's terms.
-pub fn from_candle(sampling: CandleSampling) -> SamplingParams {
+pub fn from_candle(sampling: &CandleSampling) -> SamplingParams {
     let at = |temperature: f64| SamplingParams { temperature: temperature as f32, ..SamplingParams::default() };
-    match sampling {
+    match *sampling {
         CandleSampling::ArgMax => SamplingParams::greedy(),
         // Adding Gumbel noise and taking the maximum is another way to draw from the same distribution.
         CandleSampling::All { temperature } | CandleSampling::GumbelSoftmax { temperature } => at(temperature),
@@ -74,7 +74,7 @@ mod tests {
             CandleSampling::TopKThenTopP { k: 4, p: 0.9, temperature: 0.7 },
         ] {
             let mut theirs = LogitsProcessor::from_sampling(7, sampling.clone());
-            let mut ours = Sampler::new(from_candle(sampling.clone()), 7);
+            let mut ours = Sampler::new(from_candle(&sampling), 7);
             let a = histogram(6, || theirs.sample(&tensor).unwrap());
             let b = histogram(6, || ours.sample(&mut logits.to_vec(), &[], 0));
             for (a, b) in a.iter().zip(&b) {

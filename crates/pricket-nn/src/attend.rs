@@ -3,7 +3,7 @@
 use candle_core::{D, Tensor};
 
 use crate::ops::{self, AttentionRow, NewKeys, Scores};
-use crate::{Context, Result, Site};
+use crate::{Context, Norm, Result, Site};
 
 /// What a piece of the queries attends to.
 struct Piece {
@@ -106,13 +106,14 @@ impl Context {
         }
     }
 
-    /// For each position of `x`, `[b, t, d]`, the row at the position before it: RWKV's token shift. The first position of a
-    /// row gets what the state kept under `name`, or zeros.
+    /// Of `norm(x)`, `[b, t, d]`: the rows themselves, and for each the row at the position before it. RWKV's token shift. The first
+    /// position of a row gets what the state kept under `name`, or zeros.
     ///
     /// # Errors
     /// If `x` is not of the shape of the pass.
-    pub fn token_shift(&mut self, x: &Tensor, name: &'static str) -> Result<Tensor> {
+    pub fn token_shift(&mut self, norm: &Norm, x: &Tensor, name: &'static str) -> Result<(Tensor, Tensor)> {
         let (b, t, d) = x.dims3()?;
+        let x = norm.forward(x)?;
         let (pass, state) = self.parts()?;
         let flat = x.reshape((b * t, d))?;
         let mut before = Vec::with_capacity(pass.spans().len() + 1);
@@ -132,14 +133,22 @@ impl Context {
         }
         before.push(flat);
         let shifts = pass.shifts(x.device())?;
-        Ok(Tensor::cat(&before, 0)?.index_select(&shifts, 0)?.reshape((b, t, d))?)
+        let before = Tensor::cat(&before, 0)?.index_select(&shifts, 0)?.reshape((b, t, d))?;
+        Ok((x, before))
     }
 
-    /// RWKV-4's recurrence over keys and values of `[b, t, d]`: see [`ops::wkv4`]. The state keeps it under `name`.
+    /// RWKV-4's recurrence over keys and values of `[b, t, d]`, with `time_decay` and `time_first` of `[d]`: see [`ops::wkv4`]. The state keeps it under `name`.
     ///
     /// # Errors
     /// If the shapes do not fit each other or the pass.
-    pub fn wkv4(&mut self, k: &Tensor, v: &Tensor, decay: &Tensor, first: &Tensor, name: &'static str) -> Result<Tensor> {
+    pub fn wkv4(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+        decay: &Tensor,
+        first: &Tensor,
+        name: &'static str,
+    ) -> Result<Tensor> {
         let (b, t, d) = k.dims3()?;
         let (pass, state) = self.parts()?;
         let mut before = Vec::with_capacity(pass.spans().len());

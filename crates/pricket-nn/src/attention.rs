@@ -11,15 +11,9 @@ use crate::{Alibi, Context, Linear, Norm, Result, Site};
 pub enum Qkv {
     /// By one matrix, `[(heads + 2 kv_heads) · head_dim, d]`: Q, then K, then V.
     Fused(Linear),
-    /// By three, which may be stored in different types.
-    Split {
-        /// `[heads · head_dim, d]`.
-        q: Linear,
-        /// `[kv_heads · head_dim, d]`.
-        k: Linear,
-        /// `[kv_heads · head_dim, d]`.
-        v: Linear,
-    },
+    /// By three, Q, K and V, which may be stored in different types: `[heads · head_dim, d]` and twice
+    /// `[kv_heads · head_dim, d]`.
+    Split(Box<[Linear; 3]>),
 }
 
 /// Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762), causal; with fewer key heads than query heads it is grouped
@@ -56,8 +50,9 @@ impl Attention {
     pub fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let [mut q, mut k, v] = self.project(&norm.forward(x)?)?;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
-            let normed =
-                |x: &Tensor, norm: &Norm| -> Result<Tensor> { Ok(norm.forward(&x.flatten_from(2)?)?.reshape(x.shape())?) };
+            let normed = |x: &Tensor, norm: &Norm| -> Result<Tensor> {
+                Ok(norm.forward(&x.flatten_from(2)?)?.reshape(x.shape())?)
+            };
             (q, k) = (normed(&q, q_norm)?, normed(&k, k_norm)?);
         }
         let v = v.transpose(1, 2)?;
@@ -90,7 +85,10 @@ impl Attention {
                 let qkv = product(qkv, heads + 2 * kv)?;
                 [qkv.narrow(2, 0, heads)?, qkv.narrow(2, heads, kv)?, qkv.narrow(2, heads + kv, kv)?]
             }
-            Qkv::Split { q, k, v } => [product(q, heads)?, product(k, kv)?, product(v, kv)?],
+            Qkv::Split(split) => {
+                let [q, k, v] = &**split;
+                [product(q, heads)?, product(k, kv)?, product(v, kv)?]
+            }
         })
     }
 
@@ -98,7 +96,7 @@ impl Attention {
     pub fn linears(&mut self) -> Vec<&mut Linear> {
         let mut out = match &mut self.qkv {
             Qkv::Fused(qkv) => vec![qkv],
-            Qkv::Split { q, k, v } => vec![q, k, v],
+            Qkv::Split(split) => split.iter_mut().collect(),
         };
         out.push(&mut self.out);
         out

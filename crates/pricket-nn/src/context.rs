@@ -212,7 +212,7 @@ impl Context {
     /// Begins a pass over ids of `[batch, time]`.
     pub(crate) fn begin(&mut self, batch: usize, time: usize, limit: Option<usize>) -> Result<()> {
         self.pass = None;
-        let pass = Pass::new((batch, time), self.packed.take(), self.state.as_mut())?;
+        let pass = Pass::new((batch, time), self.packed.take().as_deref(), self.state.as_mut())?;
         let longest = pass.spans().iter().map(|span| span.past + span.len).max().unwrap_or(0);
         if let Some(limit) = limit.filter(|&limit| longest > limit && !self.beyond) {
             return Err(Error::ContextExceeded { asked: longest, limit });

@@ -8,7 +8,7 @@ use pricket_weights::Dtype;
 use crate::loss::cross_entropy;
 use crate::plan::{BlockPlan, ModelPlan};
 use crate::step::StepDecoder;
-use crate::{CacheType, Context, Embedding, Error, Linear, Norm, Result, Site, Weights, ops};
+use crate::{CacheType, Context, Embedding, Error, Linear, Norm, Result, Site, Tables, Weights, ops};
 
 /// What a model is, in numbers.
 #[derive(Clone, Debug)]
@@ -199,17 +199,6 @@ pub struct Sizes {
     pub trained_length: usize,
     /// As [`ModelInfo::context`].
     pub context: Option<usize>,
-}
-
-/// The embedding and the head of a model; see [`Weights::embedding_and_head`].
-#[derive(Clone, Debug)]
-pub struct Tables {
-    /// Token vectors.
-    pub embed: Embedding,
-    /// To logits.
-    pub head: Linear,
-    /// Whether the head is the table of `embed`.
-    pub is_tied: bool,
 }
 
 /// A [`CausalLm`] made of a family's blocks.

@@ -1,5 +1,5 @@
-//! What two decoder families share, over candle: weights under names, linear layers that keep their weights as stored,
-//! norms, rotary positions, attention with a cache, and taps into the residual stream.
+//! What decoder families share, over candle: weights under names, linear layers that keep their weights as stored, norms, rotary
+//! positions, attention and recurrences over a state, and taps into the residual stream.
 //!
 //! The nouns and how they meet: a family reads its configuration, takes layers from a [`Weights`] cursor over any
 //! [`pricket_weights::Store`], and wires them in its [`Block`]. A [`Decoder`] of blocks is a [`CausalLm`], which is all
@@ -53,11 +53,11 @@ pub use activation::Activation;
 pub use alibi::Alibi;
 pub use attention::{Attention, Qkv};
 pub use context::Context;
-pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, Tables, residual};
+pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, residual};
 pub use error::{Error, Result};
 pub use family::{Family, FusedRows, KnownTokenizer, ShapeOf};
 pub use layers::{Embedding, Norm};
-pub use linear::{Adapter, Linear, RowOrder};
+pub use linear::{Adapter, Linear, RowOrder, Tables};
 pub use mlp::Mlp;
 pub use names::Names;
 pub use pass::Span;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::ops::{self, Activations, Matrix};
-use crate::{Activation, Error, Result};
+use crate::{Activation, Embedding, Error, Result};
 
 /// How the rows of a weight on file relate to the rows that the model multiplies with.
 ///
@@ -103,7 +103,7 @@ pub struct Linear {
 
 impl Linear {
     /// The head `name` that multiplies with the table of an embedding: a tied head, from one copy.
-    pub fn tied(embedding: &crate::Embedding, name: &str) -> Self {
+    pub fn tied(embedding: &Embedding, name: &str) -> Self {
         Self {
             name: name.into(),
             weight: embedding.weight.clone(),
@@ -187,4 +187,15 @@ impl Linear {
         }
         ops::linear_then(x, &self.weight, self.bias.as_ref(), activation, self.precision)
     }
+}
+
+/// The embedding and the head of a model; see [`Weights::embedding_and_head`](crate::Weights::embedding_and_head).
+#[derive(Clone, Debug)]
+pub struct Tables {
+    /// Token vectors.
+    pub embed: Embedding,
+    /// To logits.
+    pub head: Linear,
+    /// Whether the head is the table of `embed`.
+    pub is_tied: bool,
 }

@@ -56,7 +56,8 @@ impl CrossEntropy {
         for (at, targets) in self.blocks() {
             let logits = self.logits(hidden, at, targets.len())?;
             if logits.device().is_cpu() && !logits.track_op() {
-                let nll: Vec<f32> = ops::logprobs(&logits, targets)?.iter().map(|(_, logprob)| -*logprob as f32).collect();
+                let nll: Vec<f32> =
+                    ops::logprobs(&logits, targets)?.iter().map(|(_, logprob)| -*logprob as f32).collect();
                 out.push(Tensor::new(nll, logits.device())?);
                 continue;
             }

@@ -6,8 +6,8 @@
 
 use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
-    Activations, AttentionRow, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path, keep_freed_memory,
-    multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
+    Activations, AttentionRow, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path,
+    keep_freed_memory, multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
 };
 use pricket_kernels::{
     AttentionOp, GeluOp, LayerNormOp, LinearOp, RmsNormOp, RotaryOp, StoreOp, SumOp, WkvOp, q8_values,
@@ -428,7 +428,8 @@ pub fn wkv4_start(channels: usize, device: &Device) -> Result<Tensor> {
 }
 
 /// RWKV-4's recurrence (Peng et al. 2023, arXiv:2305.13048, equation 16) over `k` and `v` of `[positions, d]`, whose rows have
-/// `lens` positions each and begin from `before`, `[3, d]` each. `decay` is `-e^time_decay` and `first` is `time_first`, both `[d]`.
+/// `lens` positions each and begin from `before`, `[3, d]` each. `decay` and `first` are `time_decay` and `time_first`, `[d]`: what is past fades by
+/// `e^(-e^decay)` at each position.
 /// Returns what each position gives, `[positions, d]`, and the states after the last position of each row.
 ///
 /// # Errors
@@ -447,7 +448,7 @@ pub fn wkv4(
     }
     let (n, _) = k.dims2()?;
     let op = WkvOp {
-        decay: decay.to_vec1()?,
+        decay: decay.to_vec1::<f32>()?.into_iter().map(|x| -x.exp()).collect(),
         first: first.to_vec1()?,
         lens: lens.to_vec(),
         states: Tensor::cat(before, 0)?.flatten_all()?.to_vec1()?,
@@ -471,7 +472,7 @@ pub fn plain_wkv4(
 ) -> Result<(Tensor, Vec<Tensor>)> {
     let dtype = v.dtype();
     let [k, v, decay, first] = [k, v, decay, first].map(|x| x.to_dtype(DType::F32));
-    let (k, v, decay, first) = (k?, v?, decay?, first?);
+    let (k, v, decay, first) = (k?, v?, decay?.exp()?.neg()?, first?);
     let (mut out, mut after, mut at) = (Vec::new(), Vec::with_capacity(lens.len()), 0);
     for (&len, state) in lens.iter().zip(before) {
         let (mut num, mut den, mut max) = (state.get(0)?, state.get(1)?, state.get(2)?);

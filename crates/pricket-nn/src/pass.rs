@@ -68,11 +68,11 @@ impl Pass {
     /// A pass over ids of `shape`: of the rows and lengths `packed`, or of every row of the state.
     pub(crate) fn new(
         shape: (usize, usize),
-        packed: Option<Vec<(usize, usize)>>,
+        packed: Option<&[(usize, usize)]>,
         state: Option<&mut State>,
     ) -> Result<Self> {
         let (batch, time) = shape;
-        if let Some(rows) = &packed {
+        if let Some(rows) = packed {
             let total: usize = rows.iter().map(|(_, len)| len).sum();
             let mut distinct: Vec<usize> = rows.iter().map(|(row, _)| *row).collect();
             distinct.sort_unstable();
@@ -84,7 +84,7 @@ impl Pass {
                 )));
             }
         }
-        let count = packed.as_ref().map_or(batch, |rows| rows.iter().map(|(row, _)| row + 1).max().unwrap_or(0));
+        let count = packed.map_or(batch, |rows| rows.iter().map(|(row, _)| row + 1).max().unwrap_or(0));
         let state = match state {
             // As long as nothing was read, another batch may begin.
             Some(state) if packed.is_none() && state.rows() != batch && state.is_empty() => {
@@ -104,7 +104,7 @@ impl Pass {
         };
         let past = |row: usize| state.as_ref().map_or(0, |state| state.len(row));
         let span = |(row, len): (usize, usize)| Span { row, past: past(row), len };
-        let spans: Arc<[Span]> = match &packed {
+        let spans: Arc<[Span]> = match packed {
             Some(rows) => rows.iter().copied().map(span).collect(),
             None => (0..batch).map(|row| span((row, time))).collect(),
         };

@@ -77,7 +77,9 @@ impl StepDecoder for PlainDecoder {
         for step in rows {
             let (len, draws) = (step.tokens.len(), step.draws.len());
             if !(1..=MAX_STEP).contains(&len) || draws != len {
-                return Err(Error::Input(format!("a step of {len} tokens and {draws} draws: expected 1 to {MAX_STEP} of each")));
+                return Err(Error::Input(format!(
+                    "a step of {len} tokens and {draws} draws: expected 1 to {MAX_STEP} of each"
+                )));
             }
             packed.push((self.index(step.row)?, len));
             tokens.extend_from_slice(step.tokens);

@@ -285,9 +285,7 @@ impl RowState {
     fn mark(&mut self) {
         self.marks.retain(|mark| mark.len < self.len);
         if self.is_recurrent() {
-            let recurrent = |slot: &Option<Arc<Slot>>| {
-                slot.clone().filter(|slot| matches!(**slot, Slot::Recurrent(_)))
-            };
+            let recurrent = |slot: &Option<Arc<Slot>>| slot.clone().filter(|slot| matches!(**slot, Slot::Recurrent(_)));
             self.marks.push(Mark { len: self.len, layers: self.layers.iter().map(recurrent).collect() });
         }
     }
@@ -335,7 +333,8 @@ impl RowState {
         };
         if capacity < end || slot.as_mut().and_then(Arc::get_mut).is_none() {
             // Grown by half, or shared with another row: the past is copied to a slot of this row's own.
-            let room = if capacity >= end { capacity } else { end.max(capacity + capacity / 2).next_multiple_of(CHUNK) };
+            let room =
+                if capacity >= end { capacity } else { end.max(capacity + capacity / 2).next_multiple_of(CHUNK) };
             let grown = Tensor::zeros((2, heads, room, width), stored, new.k.device())?;
             if let Some(Slot::KeyValue(old)) = slot.as_deref()
                 && past > 0

@@ -54,7 +54,8 @@ pub enum Trainable {
 
 impl Trainable {
     fn includes(&self, name: &str) -> bool {
-        let ends = |end: &String| name.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+        let ends =
+            |end: &String| name.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
         match self {
             Trainable::None => false,
             Trainable::All => true,
@@ -429,7 +430,9 @@ impl Weights {
 
     fn compare_tied(&self, bytes: bool) -> Result<()> {
         let store = &*self.shared.store;
-        let Some((own, other)) = self.state().tied.clone().filter(|_| !self.options().allow_unused) else { return Ok(()) };
+        let Some((own, other)) = self.state().tied.clone().filter(|_| !self.options().allow_unused) else {
+            return Ok(());
+        };
         if store.entry(&own) == store.entry(&other) && (!bytes || *store.bytes(&own)? == *store.bytes(&other)?) {
             return Ok(());
         }

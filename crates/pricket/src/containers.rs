@@ -86,9 +86,8 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
             }
         },
     };
-    let fused = family_of_gguf(&metadata)
-        .map_err(|e| crate::small_files::at(path, e))?
-        .gguf_rows(&metadata, file.version());
+    let fused =
+        family_of_gguf(&metadata).map_err(|e| crate::small_files::at(path, e))?.gguf_rows(&metadata, file.version());
     let describe = format!("GGUF, version {}", file.version());
     let unknown = unknown_gguf_keys(&metadata);
     let notes = if unknown.is_empty() {

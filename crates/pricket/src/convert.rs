@@ -94,13 +94,12 @@ impl Loader {
         let out = out.as_ref();
         let mut opened = self.opened()?;
         let family = checked_family(&opened.config).map_err(|e| at(&opened.config_path, e))?;
-        let in_model_order = match crate::qkv::decided(&opened.fused, self.order()) {
-            Some(in_model_order) => in_model_order,
-            None => {
-                let loaded = self.clone().load()?;
-                opened.notes.extend(loaded.notes().iter().cloned());
-                loaded.in_model_order()
-            }
+        let in_model_order = if let Some(known) = crate::qkv::decided(&opened.fused, self.order()) {
+            known
+        } else {
+            let loaded = self.clone().load()?;
+            opened.notes.extend(loaded.notes().iter().cloned());
+            loaded.in_model_order()
         };
         let headers = Arc::new(Headers::of(Arc::clone(&opened.store)));
         let loading = LoadOptions { allow_unused: self.allows_unused(), ..LoadOptions::default() };

@@ -89,7 +89,7 @@ pub(crate) fn unlike(config: &Value, name: &str) -> Option<String> {
 
 /// Every header of legacy GGML files.
 pub(crate) fn all_ggml_layouts() -> Vec<GgmlLayout> {
-    families().iter().flat_map(|family| family.ggml_layouts()).cloned().collect()
+    families().iter().flat_map(|family| family.ggml_layouts()).copied().collect()
 }
 
 /// The family whose legacy GGML files have this header.
@@ -143,13 +143,10 @@ pub(crate) fn set_activation(config: &mut Value, name: &str) -> Result<()> {
 
 /// The tables of keys that a configuration may have; of every family where it does not say which.
 fn tables(config: &Value) -> Vec<Keys> {
-    match family_of(config) {
-        Ok(family) => family.keys(config),
-        Err(_) => {
-            let all = families().into_iter().flat_map(|family| family.keys(config));
-            all.chain([GENERIC]).collect()
-        }
+    if let Ok(family) = family_of(config) {
+        return family.keys(config);
     }
+    families().into_iter().flat_map(|family| family.keys(config)).chain([GENERIC]).collect()
 }
 
 /// Whether a key has a place in a configuration of this family.

@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use pricket_hub::InUse;
 use pricket_lm::{
-    Comparison, Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request, SamplingParams,
-    ScoreOptions, Task, TextStream, Tokenizer, evaluate, loglikelihoods, token_logprobs,
+    Comparison, Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request,
+    SamplingParams, ScoreOptions, Task, TextStream, Tokenizer, evaluate, loglikelihoods, token_logprobs,
 };
 use pricket_nn::{CausalLm, ModelInfo, Parameter, State};
 use serde_json::Value;

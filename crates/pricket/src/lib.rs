@@ -95,8 +95,8 @@ pub use pricket_lm::{
 };
 pub use pricket_nn::ops::{Activations, BlockType, keep_freed_memory};
 pub use pricket_nn::{
-    self as nn, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent,
-    Site, State, Taps,
+    self as nn, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent, Site,
+    State, Taps,
 };
 pub use pricket_weights::{self as weights, Dtype};
 
@@ -114,9 +114,9 @@ pub mod prelude {
     #[cfg(feature = "plots")]
     pub use crate::notebook::Tabular;
     pub use crate::{
-        Activations, BlockType, CacheType, CausalLm, Comparison, Completion, Context, Conversation,
-        ConvertOptions, Dtype, EvalOptions, FinishReason, GenerateOptions, Hub, Inspection, Loader, Measure, Precision,
-        Pricket, Progress, PromptFormat, Quantisation, Recording, SamplingParams, ScoreOptions, ScoredToken, Silent, Site,
+        Activations, BlockType, CacheType, CausalLm, Comparison, Completion, Context, Conversation, ConvertOptions,
+        Dtype, EvalOptions, FinishReason, GenerateOptions, Hub, Inspection, Loader, Measure, Precision, Pricket,
+        Progress, PromptFormat, Quantisation, Recording, SamplingParams, ScoreOptions, ScoredToken, Silent, Site,
         State, Steps, Sweep, Taps, Target, Task, Tokenizer, Turn, checkpoints, inspect, load, tiny,
     };
 }

@@ -208,7 +208,7 @@ impl Auditor<'_> {
         let config = self.of.home.small_file(&looked.checkpoint, &looked.listing, "config.json")?;
         let config: Option<Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let family = config.and_then(|config| checked_family(&config).ok());
-        let spelling = family.map_or_else(Names::default, |family| family.names());
+        let spelling = family.map_or_else(Names::default, pricket_nn::Family::names);
         let tensors = self.of.home.tensors(&looked.checkpoint, &only(form, &looked.listing))?;
         let weights = tensors.names().filter(|name| !spelling.is_buffer(name));
         let names = weights.map(|name| (spelling.canonical(name), name.to_owned())).collect();
