@@ -462,3 +462,15 @@ fn a_chat_template_is_mentioned_where_nothing_else_says_the_format() {
     std::fs::write(dir.path().join("config.json"), json.to_string()).unwrap();
     assert!(notes().contains("incite-chat") && !notes().contains("evaluated"), "{}", notes());
 }
+
+#[test]
+fn a_reply_that_is_dropped_before_its_first_token_loses_nothing() {
+    let mut chat = Loader::embedded("tiny-chat").unwrap().load().unwrap().conversation();
+    let options = GenerateOptions::default();
+    chat.say("My name is Anna.", &options).unwrap();
+    let first = chat.read();
+    drop(chat.stream("What is my name?", &options).unwrap());
+    chat.undo();
+    assert_eq!(chat.say("What is my name?", &options).unwrap().text, "Your name is Anna.");
+    assert!(chat.read() < first, "{} tokens were read again, {first} at first", chat.read());
+}

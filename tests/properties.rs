@@ -1,4 +1,4 @@
-use pricket::candle::{DType, Device, IndexOp, Tensor};
+use pricket::candle::{DType, Device, IndexOp, Tensor, Var};
 use pricket::lm::loss;
 use pricket::nn::ops;
 use pricket::{CacheType, CausalLm, Context, Loader, Site, State, Taps};
@@ -300,6 +300,89 @@ proptest! {
         }
     }
 
+    /// Attention of packed rows: values and gradients of the kernel, and of plain operations row by row.
+    #[test]
+    fn attention_and_its_plain_twin_have_one_gradient(
+        lens in prop::collection::vec(1usize..90, 1..4), kv in 1usize..3, groups in 1usize..3, dim in 1usize..40, odd: bool,
+    ) {
+        let (heads, time) = (kv * groups, lens.iter().sum::<usize>());
+        let var = |heads: usize| Var::randn(0f32, 1.0, (1, time, heads, dim), &Device::Cpu).unwrap();
+        let (q, k, v) = (var(heads), var(kv), var(kv));
+        // Strided, as heads are split.
+        let split = |x: &Var| x.as_tensor().transpose(1, 2).unwrap();
+        let slopes = if odd { Vec::new() } else { pricket::nn::Alibi::new(heads, 8.0).slopes().to_vec() };
+        let scores = ops::Scores { scale: 0.3, slopes: &slopes };
+        let mut at = 0;
+        let spans: Vec<(usize, usize, usize)> = lens.iter().map(|&len| { at += len; (0, at - len, len) }).collect();
+        let fused = ops::self_attention(&split(&q), &split(&k), &split(&v), spans.clone(), scores).unwrap();
+        let plain = spans.iter().map(|&(_, from, len)| {
+            let own = |x: &Var| split(x).narrow(2, from, len).unwrap();
+            let bias = ops::attention_bias(&slopes, 0, len, &Device::Cpu).unwrap();
+            let pattern = ops::attention_pattern(&own(&q), &own(&k), 0.3, bias.as_ref()).unwrap();
+            ops::attention_output(&pattern, &own(&v)).unwrap()
+        });
+        let plain = Tensor::cat(&plain.collect::<Vec<_>>(), 1).unwrap();
+        prop_assert!(worst(&fused, &plain) < 2e-5);
+        let weights = Tensor::randn(0f32, 1.0, plain.shape(), &Device::Cpu).unwrap();
+        let grads = |y: &Tensor| (y * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+        let (a, b) = (grads(&fused), grads(&plain));
+        for x in [&q, &k, &v] {
+            prop_assert!(worst(a.get(x).unwrap(), b.get(x).unwrap()) < 5e-5, "{}", worst(a.get(x).unwrap(), b.get(x).unwrap()));
+        }
+    }
+
+    #[test]
+    fn norms_and_products_have_the_gradients_of_their_plain_twins(rows in 1usize..9, dim in 2usize..300, wide in 1usize..80) {
+        let var = |shape: &[usize]| Var::randn(0.3f32, 1.0, shape, &Device::Cpu).unwrap();
+        let (x, w, b, m) = (var(&[rows, dim]), var(&[dim]), var(&[dim]), var(&[wide, dim]));
+        let matrix = ops::Matrix::Dense(m.as_tensor().clone());
+        let pairs = [
+            (ops::layer_norm(&x, &w, &b, 1e-5).unwrap(), ops::plain_layer_norm(&x, &w, &b, 1e-5).unwrap()),
+            (ops::rms_norm(&x, &w, 1e-5).unwrap(), ops::plain_rms_norm(&x, &w, 1e-5).unwrap()),
+            (ops::linear(&x, &matrix, None, ops::Activations::F32).unwrap(), ops::plain_linear(&x, &matrix, None).unwrap()),
+            (
+                ops::activate(&x, pricket::nn::Activation::GeluErf).unwrap(),
+                pricket::nn::Activation::GeluErf.forward(&x).unwrap(),
+            ),
+        ];
+        for (i, (fused, plain)) in pairs.iter().enumerate() {
+            prop_assert!(worst(fused, plain) < 1e-4, "{i}");
+            let weights = Tensor::randn(0f32, 1.0, plain.shape(), &Device::Cpu).unwrap();
+            let grads = |y: &Tensor| (y * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+            let (fused, plain) = (grads(fused), grads(plain));
+            for x in [&x, &w, &b, &m] {
+                prop_assert_eq!(fused.get(x).is_some(), plain.get(x).is_some());
+                if let (Some(a), Some(b)) = (fused.get(x), plain.get(x)) {
+                    prop_assert!(worst(a, b) < 2e-4, "{i}: {}", worst(a, b));
+                }
+            }
+        }
+    }
+
+    /// The gradient of a packed batch is the sum of its rows' gradients, bit-equal passes or not.
+    #[test]
+    fn packed_rows_have_the_gradients_of_the_rows(config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(2usize..20, 2..4)) {
+        small(&config, 0);
+        let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, seed));
+        let pricket = Loader::from_store(small_config(&config), store).train().threads(2).load().unwrap();
+        let model = pricket.model();
+        let rows: Vec<Tensor> = (0..).zip(&lens).map(|(i, &len)| random_ids(1, len, seed + i)).collect();
+        let nll = |ids: &Tensor, lens: &[usize]| {
+            let hidden = model.hidden(ids, &mut Context::new().with_packed(lens)).unwrap().squeeze(0).unwrap();
+            let targets = vec![seed as u32 % 61; ids.dims()[1]];
+            model.nll(&hidden, &targets).unwrap().sum_all().unwrap()
+        };
+        let together = nll(&Tensor::cat(&rows, 1).unwrap(), &lens).backward().unwrap();
+        let alone: Vec<_> = rows.iter().map(|row| nll(row, &[row.dims()[1]]).backward().unwrap()).collect();
+        for parameter in pricket.parameters() {
+            let sum = alone.iter().map(|grads| grads.get(&parameter.var).unwrap().clone());
+            let sum = sum.reduce(|a, b| (a + b).unwrap()).unwrap();
+            let found = together.get(&parameter.var).unwrap();
+            let largest = sum.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            prop_assert!(worst(found, &sum) < 1e-5 + 1e-3 * largest, "{}: {}", parameter.name, worst(found, &sum));
+        }
+    }
+
     /// Against f64.
     #[test]
     fn rms_norm_and_its_plain_twin_are_exact(rows in 1usize..9, dim in 1usize..3000, mean in -50f32..50.0) {
@@ -406,7 +489,7 @@ fn gradients_pass_through_frozen_weights() {
     let frozen = small(&changes, 4).model();
     let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, 4));
     let trained = Loader::from_store(small_config(&changes), store).train().load().unwrap().model();
-    let x = pricket::candle::Var::randn(0f32, 1.0, (2, 9, 24), &Device::Cpu).unwrap();
+    let x = Var::randn(0f32, 1.0, (2, 9, 24), &Device::Cpu).unwrap();
     let run = |model: &dyn CausalLm| {
         let mut ctx = Context::new();
         let mut y = x.as_tensor().clone();
@@ -509,6 +592,27 @@ fn positions_beyond_the_trained_length_are_refused_unless_asked_for() {
 #[test]
 fn arguments_that_do_not_fit_are_errors() {
     let model = small(&json!({}), 2).model();
+    // A pass that is refused leaves no row behind, and none of its packing.
+    let mut ctx = cached();
+    logits(&*model, &random_ids(1, 4, 0), &mut ctx);
+    ctx.pack_rows(&[(1, 97)]);
+    assert!(model.hidden(&random_ids(1, 97, 0), &mut ctx).is_err());
+    ctx.pack_rows(&[(1 << 40, 4)]);
+    assert!(model.hidden(&random_ids(1, 4, 0), &mut ctx).is_err());
+    ctx.pack_rows(&[(1, 2)]);
+    assert!(model.hidden(&Tensor::new(&[[1u32, 61]], &Device::Cpu).unwrap(), &mut ctx).is_err());
+    assert_eq!((ctx.state().unwrap().rows(), ctx.position(0)), (1, 4));
+    logits(&*model, &random_ids(1, 4, 1), &mut ctx);
+    assert_eq!(ctx.position(0), 8);
+    // A pass by hand that was left half way is not past, and the next one is packed as it says.
+    let mut ctx = Context::new();
+    let x = model.embed(&random_ids(1, 8, 0), &mut ctx).unwrap();
+    ctx.pack(&[3, 5]);
+    let packed = model.block(1, &x, &mut ctx).unwrap();
+    let rows = [(0, 3), (3, 5)].map(|(from, len)| {
+        model.block(1, &x.narrow(1, from, len).unwrap().contiguous().unwrap(), &mut Context::new()).unwrap()
+    });
+    assert!(worst(&packed, &Tensor::cat(&rows, 1).unwrap()) < 1e-5);
     assert!(model.hidden(&Tensor::new(&[[61u32]], &Device::Cpu).unwrap(), &mut Context::new()).is_err());
     for (rows, named) in
         [(&[(0, 3), (1, 2)][..], "[1, 5]"), (&[(0, 2), (0, 2)], "distinct"), (&[(0, 4), (1, 0)], "at least one")]

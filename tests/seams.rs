@@ -257,35 +257,40 @@ proptest! {
         let logits = |model: &Arc<dyn CausalLm>| model.head(&model.hidden(&ids, &mut Context::new()).unwrap()).unwrap();
         let before = logits(&model);
         let mut names = Vec::new();
+        // Low-rank changes that differ by layer and seed: as an adapter, and merged into a layer of dense weights.
+        let parts = |linear: &Linear, count: f64, seed: f64| -> pricket::nn::Result<Adapter> {
+            let (outputs, inputs) = linear.weight().shape()?;
+            let wave = |rows: usize, columns: usize, step: f64| {
+                let x = Tensor::arange(0u32, (rows * columns) as u32, &Device::Cpu)?.to_dtype(DType::F32)?;
+                (x.affine(step * seed, count)?.sin()? * 0.2)?.reshape((rows, columns))
+            };
+            Ok(Adapter::new(wave(rank, inputs, 0.7)?, wave(outputs, rank, 1.3)?, 0.5))
+        };
         let adapted = |seed: f64, merged: bool, names: &mut Vec<String>| {
             let mut count = 0.0;
             model.map_linears(&mut |linear| {
                 names.push(linear.name().to_owned());
                 count += 1.0;
-                let (outputs, inputs) = linear.weight().shape()?;
-                let wave = |rows: usize, columns: usize, step: f64| {
-                    let x = Tensor::arange(0u32, (rows * columns) as u32, &Device::Cpu)?.to_dtype(DType::F32)?;
-                    (x.affine(step * seed, count)?.sin()? * 0.2)?.reshape((rows, columns))
-                };
-                let (a, b, scale) = (wave(rank, inputs, 0.7)?, wave(outputs, rank, 1.3)?, 0.5);
+                let adapter = parts(linear, count, seed)?;
                 if !merged {
-                    return linear.with_adapter(Some(Adapter { a, b, scale }));
+                    return linear.with_adapters(vec![adapter]);
                 }
-                // The rank-one parts, each an adapter of a layer that has none.
-                let a = Tensor::cat(&vec![a; 2], 0)?;
-                linear.with_adapter(Some(Adapter { a, b: Tensor::cat(&vec![b; 2], 1)?, scale: scale / 2.0 }))
+                let dense = linear.weight().to_dense(DType::F32, &Device::Cpu)?;
+                let change = (adapter.b.matmul(&adapter.a)? * 0.5)?;
+                linear.with_weight(Matrix::Dense((dense + change)?))
             }).unwrap()
         };
-        let (one, twice, other) = (adapted(1.0, false, &mut names), adapted(1.0, true, &mut names), adapted(2.0, false, &mut names));
+        let (one, merged, other) = (adapted(1.0, false, &mut names), adapted(1.0, true, &mut names), adapted(2.0, false, &mut names));
         prop_assert!(worst(&logits(&one), &before) > 1e-4);
-        prop_assert!(worst(&logits(&one), &logits(&twice)) < 1e-4);
+        let largest = before.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+        prop_assert!(worst(&logits(&one), &logits(&merged)) < 1e-4 * largest.max(1.0));
         prop_assert!(worst(&logits(&one), &logits(&other)) > 1e-4);
         prop_assert_eq!(worst(&logits(&model), &before), 0.0);
         let distinct: std::collections::BTreeSet<&String> = names.iter().collect();
         prop_assert_eq!(distinct.len() * 3, names.len(), "every layer has a name of its own");
         let error = model.map_linears(&mut |linear| {
             let zeros = |rows, columns| Tensor::zeros((rows, columns), DType::F32, &Device::Cpu);
-            linear.with_adapter(Some(Adapter { a: zeros(2, 1)?, b: zeros(1, 2)?, scale: 1.0 }))
+            linear.with_adapters(vec![Adapter::new(zeros(2, 1)?, zeros(1, 2)?, 1.0)])
         }).err().unwrap().to_string();
         prop_assert!(error.contains("[rank, "), "{}", error);
     }
@@ -343,6 +348,94 @@ proptest! {
         decoder.release(gone).unwrap();
         let error = decoder.step(&[RowStep { row: gone, tokens: &[1], draws: &[0.0] }]).unwrap_err().to_string();
         prop_assert!(error.contains("not in the batch"), "{}", error);
+    }
+}
+
+/// Gradients of every part of every adapter, with magnitudes and without, and of the loss through an adapted head, against
+/// differences.
+#[test]
+fn adapters_have_gradients() {
+    for (kind, with_magnitude) in
+        [("gpt_neox", false), ("gpt_neox", true), ("toy_gated", true), ("toy_recurrent", false)]
+    {
+        let config = json!({"model_type": kind, "vocab": 61, "width": 24, "layers": 2, "heads": 4, "kv_heads": 2});
+        let model = small(&config, 6).model();
+        let mut vars: Vec<(String, Var)> = Vec::new();
+        let adapted = model
+            .map_linears(&mut |linear| {
+                let (outputs, inputs) = linear.weight().shape()?;
+                let mut var = |name: &str, shape: &[usize], mean: f32| {
+                    let var = Var::randn(mean, 0.2, shape, &Device::Cpu)?;
+                    vars.push((format!("{}.{name}", linear.name()), var.clone()));
+                    Ok::<_, pricket::nn::Error>(var.as_tensor().clone())
+                };
+                let mut adapter = Adapter::new(var("a", &[3, inputs], 0.0)?, var("b", &[outputs, 3], 0.0)?, 0.7);
+                if with_magnitude {
+                    adapter.magnitude = Some(var("magnitude", &[outputs], 1.0)?);
+                }
+                linear.with_adapters(vec![adapter])
+            })
+            .unwrap();
+        let ids = Tensor::new(row(14, 2), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let value = || f64::from(loss(&*adapted, &ids).unwrap().to_scalar::<f32>().unwrap());
+        let grads = loss(&*adapted, &ids).unwrap().backward().unwrap();
+        for (name, var) in vars.iter().filter(|(name, _)| !name.contains("layers.0")) {
+            let grad = grads.get(var).unwrap_or_else(|| panic!("{kind}: {name} has no gradient")).clone();
+            // The length of a row is held constant where there is a magnitude: its own gradient is exact, the others' are not.
+            if with_magnitude && !name.ends_with("magnitude") {
+                continue;
+            }
+            let (before, norm) =
+                (var.as_tensor().copy().unwrap(), grad.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
+            let step = (&grad * (2e-3 / f64::from(norm.sqrt().max(1e-9)))).unwrap();
+            var.set(&(&before + &step).unwrap()).unwrap();
+            let up = value();
+            var.set(&(&before - &step).unwrap()).unwrap();
+            let down = value();
+            var.set(&before).unwrap();
+            let expected = f64::from((&grad * &step).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
+            let found = (up - down) / 2.0;
+            assert!((found - expected).abs() < 3e-6 + 0.02 * expected.abs(), "{kind}: {name}: {found} and {expected}");
+        }
+    }
+}
+
+/// Several tokens are tried at once and taken back; what is drawn and penalized is as for one at a time.
+#[test]
+fn a_decoder_can_take_back_what_was_tried() {
+    for kind in TOYS {
+        let model = toy(kind);
+        let mut decoder = PlainDecoder::new(Arc::clone(&model));
+        let sampling = SamplingParams { temperature: 0.7, repetition_penalty: 1.3, ..SamplingParams::default() };
+        let ids = row(6, 4);
+        let admit = |decoder: &mut PlainDecoder| {
+            let mut state = State::new();
+            state.add_rows(1);
+            let (ids, sampling) = (ids.clone(), sampling.clone());
+            decoder.admit(Admission { state, prompt_len: ids.len(), ids, sampling, vocab: Some(60) }).unwrap()
+        };
+        let step = |decoder: &mut PlainDecoder, row, tokens: &[u32]| {
+            let draws: Vec<f64> = (0..tokens.len()).map(|i| 0.37 + 0.1 * i as f64).collect();
+            decoder.step(&[RowStep { row, tokens, draws: &draws }]).unwrap().remove(0)
+        };
+        let place = admit(&mut decoder);
+        step(&mut decoder, place, &ids);
+        let one_by_one: Vec<u32> = [9u32, 10, 11]
+            .iter()
+            .zip([0.37, 0.47, 0.57])
+            .map(|(&token, draw)| {
+                decoder.push(place, token).unwrap();
+                decoder.step(&[RowStep { row: place, tokens: &[token], draws: &[draw] }]).unwrap()[0][0].id
+            })
+            .collect();
+        let place = admit(&mut decoder);
+        step(&mut decoder, place, &ids);
+        let tried = step(&mut decoder, place, &[9, 10, 11]);
+        assert_eq!(tried.iter().map(|choice| choice.id).collect::<Vec<_>>(), one_by_one, "{kind}");
+        let kept = decoder.rewind(place, 7).unwrap();
+        assert_eq!(kept, if kind == "toy_recurrent" { 0 } else { 7 });
+        let again = step(&mut decoder, place, &[&ids[..], &[9, 12]].concat()[kept..]);
+        assert!(again.iter().all(|choice| choice.logprob.is_finite() && choice.id < 60));
     }
 }
 

@@ -13,7 +13,7 @@ use crate::rows::{self, Kind, Rows, q8_row};
 use crate::shared::Shared;
 
 /// Query rows that one task takes.
-const BLOCK: usize = 60;
+pub(crate) const BLOCK: usize = 60;
 
 /// Keys that are scored, softened and mixed before the next: their scores stay in the second-level cache.
 const CHUNK: usize = 1024;
@@ -23,28 +23,28 @@ const FEW_ROWS: usize = 4;
 
 /// Sizes that all rows of one attention call share.
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
+pub(crate) struct Sizes {
     /// Positions of each element of the batch.
-    time: usize,
-    heads: usize,
+    pub(crate) time: usize,
+    pub(crate) heads: usize,
     /// Query heads that share a key head.
-    group: usize,
-    dim: usize,
+    pub(crate) group: usize,
+    pub(crate) dim: usize,
 }
 
 /// A strided `[batch, heads, time, dim]` view whose rows of `dim` are contiguous.
 #[derive(Clone, Copy, Debug)]
-struct View {
-    rows: Rows,
-    batch: usize,
-    head: usize,
+pub(crate) struct View {
+    pub(crate) rows: Rows,
+    pub(crate) batch: usize,
+    pub(crate) head: usize,
 }
 
 // SAFETY: read only, while the storage is borrowed.
 unsafe impl Sync for View {}
 
 impl View {
-    fn new(name: &str, storage: &CpuStorage, layout: &Layout) -> Result<(Self, [usize; 4])> {
+    pub(crate) fn new(name: &str, storage: &CpuStorage, layout: &Layout) -> Result<(Self, [usize; 4])> {
         let (at, kind, len): (*const u8, _, _) = match storage {
             CpuStorage::F32(data) => (data.as_ptr().cast(), Kind::F32, data.len()),
             CpuStorage::F16(data) => (data.as_ptr().cast(), Kind::F16, data.len()),
@@ -70,7 +70,7 @@ impl View {
 
     /// # Safety
     /// The place is there.
-    unsafe fn from(&self, batch: usize, head: usize, time: usize) -> Rows {
+    pub(crate) unsafe fn from(&self, batch: usize, head: usize, time: usize) -> Rows {
         // SAFETY: promised by the caller.
         unsafe { self.rows.further(batch * self.batch + head * self.head + time * self.rows.stride) }
     }
@@ -78,22 +78,22 @@ impl View {
 
 /// A row of the batch: where its queries, keys and values are.
 #[derive(Clone, Copy, Debug)]
-struct Row {
+pub(crate) struct Row {
     /// Of the first query, in the batch and in time.
-    at: (usize, usize),
-    queries: usize,
-    keys: usize,
-    k: View,
-    v: View,
+    pub(crate) at: (usize, usize),
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) k: View,
+    pub(crate) v: View,
     /// Of the row, along the first dimension of keys and of values.
-    batch: (usize, usize),
+    pub(crate) batch: (usize, usize),
     /// The first key, in time.
-    first: usize,
+    pub(crate) first: usize,
 }
 
 /// Attends row by row, a task for each head and block of queries. `out` is `[batch, time, heads, dim]`, of which each
 /// row fills its own positions.
-fn run(q: View, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
+pub(crate) fn run(q: View, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
     let blocks = |row: usize| (0..rows[row].queries).step_by(BLOCK).map(move |from| (row, from));
     let mut blocks: Vec<(usize, usize)> = (0..rows.len()).flat_map(blocks).collect();
     // Blocks with most keys go first, so that no thread is left with one at the end.
@@ -126,14 +126,14 @@ fn run(q: View, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], path: Path, 
 }
 
 /// A block of queries of one head.
-struct Head {
-    s: Sizes,
-    rows: usize,
+pub(crate) struct Head {
+    pub(crate) s: Sizes,
+    pub(crate) rows: usize,
     /// Keys before the first query's own.
-    before: usize,
-    slope: f32,
-    scale: f32,
-    path: Path,
+    pub(crate) before: usize,
+    pub(crate) slope: f32,
+    pub(crate) scale: f32,
+    pub(crate) path: Path,
 }
 
 impl Head {
@@ -189,7 +189,15 @@ impl Head {
     ///
     /// # Safety
     /// As [`Head::attend`].
-    unsafe fn score(&self, q: Rows, k: Rows, keys: usize, packed: *mut f32, scores: *mut f32, stride: usize) {
+    pub(crate) unsafe fn score(
+        &self,
+        q: Rows,
+        k: Rows,
+        keys: usize,
+        packed: *mut f32,
+        scores: *mut f32,
+        stride: usize,
+    ) {
         let (dim, path) = (self.s.dim, self.path);
         // SAFETY: promised by the caller.
         unsafe {
@@ -277,10 +285,10 @@ impl Head {
 /// What is done to a score: multiplied by `scale`, less `slope` for each position that it is away from the query, key 0
 /// being `back` away.
 #[derive(Clone, Copy)]
-struct Bias {
-    scale: f32,
-    slope: f32,
-    back: f32,
+pub(crate) struct Bias {
+    pub(crate) scale: f32,
+    pub(crate) slope: f32,
+    pub(crate) back: f32,
 }
 
 by_path! {
@@ -289,7 +297,7 @@ by_path! {
     ///
     /// # Safety
     /// `keys` scores can be read and written.
-    fn soften(row: *mut f32, span: (usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
+    pub(crate) fn soften(row: *mut f32, span: (usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
 }
 
 const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
@@ -441,7 +449,8 @@ impl CustomOp1 for AttentionOp {
             let width = |view: &View| if view.rows.kind == Kind::Q8 { q8_row(dim) } else { dim };
             let kv_heads = k_dims[1];
             let has = |[b, h, t, d]: [usize; 4], at: usize, view: &View| {
-                at < b && h == kv_heads && row.first + row.len <= t && d == width(view)
+                let end = row.first.checked_add(row.len);
+                at < b && h == kv_heads && end.is_some_and(|end| end <= t) && d == width(view)
             };
             let at = (done / time.max(1), done % time.max(1));
             let fits = kv_heads > 0 && heads % kv_heads == 0 && (1..=row.len).contains(&row.queries);

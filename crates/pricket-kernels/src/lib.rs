@@ -19,6 +19,7 @@
 #![allow(unsafe_code, reason = "the workspace denies it; here and where files are mapped is where it lives")]
 
 mod attention;
+mod attention_backward;
 mod block_type;
 mod blocks;
 mod brain;
@@ -46,13 +47,14 @@ mod unpack;
 mod wkv;
 
 pub use attention::{AttentionOp, AttentionRow};
+pub use attention_backward::SelfAttentionOp;
 pub use block_type::BlockType;
 pub use blocks::{Blocks, dequantise, halves_from_pairs, narrowed, quantise};
 pub use cpu::Path;
 pub use dense::{Stored, linear, linear_transposed};
 pub use detect::chosen;
 pub use gelu::{Gelu, GeluOp};
-pub use linear::{Activations, LinearOp};
+pub use linear::{Activations, LinearOp, TrainedLinearOp};
 pub use matrix::Matrix;
 pub use memory::keep_freed_memory;
 pub use norm::{LayerNormOp, RmsNormOp};

@@ -1,6 +1,6 @@
 //! Linear layers as candle operations.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -138,6 +138,54 @@ impl CustomOp1 for LinearOp {
             then: None,
         };
         Ok(Some(grad.detach().contiguous()?.apply_op1_no_bwd(&op)?))
+    }
+}
+
+/// [`linear`](crate::linear) as a candle op over f32 activations and an f32 weight `[out, in]` that is trained: the values of
+/// [`LinearOp`], and gradients of both.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainedLinearOp;
+
+impl CustomOp2 for TrainedLinearOp {
+    fn name(&self) -> &'static str {
+        "trained-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_at: &Layout,
+        weight: &CpuStorage,
+        weight_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, weight) = (f32_slice("linear", x, x_at)?, f32_slice("linear weight", weight, weight_at)?);
+        let (&[n, k], dims) = (weight_at.dims(), x_at.dims()) else {
+            bail!("linear: expected a weight of [out, in], got {:?}", weight_at.dims())
+        };
+        if dims.last() != Some(&k) {
+            bail!("linear: activations {dims:?} do not end in {k}");
+        }
+        let mut shape = dims.to_vec();
+        shape[dims.len() - 1] = n;
+        let mut y = vec![0f32; x.len() / k.max(1) * n];
+        linear_then(x, Stored::F32(weight), None, None, k, n, &mut y);
+        Ok((CpuStorage::F32(y), shape.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (x, weight, grad) = (x.detach(), weight.detach(), grad.detach().contiguous()?);
+        let (n, k) = weight.dims2()?;
+        let op = LinearOp {
+            weight: Matrix::Dense(weight),
+            bias: None,
+            activations: Activations::F32,
+            transposed: true,
+            then: None,
+        };
+        let of_x = grad.apply_op1_no_bwd(&op)?;
+        let rows = x.elem_count() / k.max(1);
+        let of_weight = grad.reshape((rows, n))?.t()?.matmul(&x.reshape((rows, k))?)?;
+        Ok((Some(of_x), Some(of_weight)))
     }
 }
 

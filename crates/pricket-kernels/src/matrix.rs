@@ -26,6 +26,15 @@ impl Matrix {
         }
     }
 
+    /// The same numbers, for which no gradient is collected.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        match self {
+            Matrix::Dense(tensor) => Matrix::Dense(tensor.detach()),
+            other => other.clone(),
+        }
+    }
+
     /// Whether a gradient is collected for it.
     pub fn track_op(&self) -> bool {
         matches!(self, Matrix::Dense(tensor) if tensor.track_op())

@@ -1,6 +1,6 @@
 #![allow(clippy::inline_always, reason = "it must take the instruction set of the function it stands in")]
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::Path;
@@ -11,8 +11,7 @@ use crate::shared::f32_slice;
 /// Layer norm over the last dimension of `x`, with weight and bias: f32, its statistics in f64.
 ///
 /// The variance is taken of centred values in a second pass: the mean of squares less the square of the mean loses all
-/// digits where the mean is large, and a residual stream has such rows. It has no backward pass: training takes the
-/// plain twin.
+/// digits where the mean is large, and a residual stream has such rows.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNormOp {
     /// Added to the variance.
@@ -148,10 +147,96 @@ impl CustomOp3 for LayerNormOp {
         });
         Ok((CpuStorage::F32(out), dims.into()))
     }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (x, grad) = (x.detach().contiguous()?, grad.detach().contiguous()?);
+        let of_x = x.apply_op3_no_bwd(&weight.detach(), &grad, &NormBackwardOp { eps: self.eps, is_centered: true })?;
+        let normed = || {
+            let (ones, zeros) = (weight.detach().ones_like()?, bias.detach().zeros_like()?);
+            x.apply_op3_no_bwd(&ones, &zeros, self)
+        };
+        let of_weight = weight.track_op().then(|| rows_sum(&(normed()? * &grad)?)).transpose()?;
+        let of_bias = bias.track_op().then(|| rows_sum(&grad)).transpose()?;
+        Ok((Some(of_x), of_weight, of_bias))
+    }
+}
+
+/// The sum over all dimensions but the last.
+fn rows_sum(x: &Tensor) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    x.reshape((x.elem_count() / width.max(1), width))?.sum(0)
+}
+
+/// The gradient of the input of a norm, from the input, the weight and the gradient of the output.
+#[derive(Clone, Copy, Debug)]
+struct NormBackwardOp {
+    eps: f32,
+    /// Layer norm; else root-mean-square norm.
+    is_centered: bool,
+}
+
+/// A row: with `n` the normed row and `g` the gradient times the weight, `(g - mean(g) - n mean(g n)) / deviation`; the mean of `g`
+/// is left out where nothing was centered.
+fn back_row(x: &[f32], weight: &[f32], grad: &[f32], op: NormBackwardOp, out: &mut [f32]) {
+    let n = x.len() as f64;
+    let mean = if op.is_centered { x.iter().map(|&x| f64::from(x)).sum::<f64>() / n } else { 0.0 };
+    let square = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+    let scale = 1.0 / (square + f64::from(op.eps)).sqrt();
+    let (mut sum, mut along) = (0f64, 0f64);
+    for ((&x, &w), &g) in x.iter().zip(weight).zip(grad) {
+        let g = f64::from(g) * f64::from(w);
+        sum += g;
+        along += g * (f64::from(x) - mean) * scale;
+    }
+    let (sum, along) = (if op.is_centered { sum / n } else { 0.0 }, along / n);
+    for (((&x, &w), &g), out) in x.iter().zip(weight).zip(grad).zip(out) {
+        let normed = (f64::from(x) - mean) * scale;
+        *out = ((f64::from(g) * f64::from(w) - sum - normed * along) * scale) as f32;
+    }
+}
+
+impl CustomOp3 for NormBackwardOp {
+    fn name(&self) -> &'static str {
+        "norm-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice("norm", x, x_layout)?;
+        let weight = f32_slice("norm weight", weight, weight_layout)?;
+        let grad = f32_slice("norm gradient", grad, grad_layout)?;
+        let width = weight.len();
+        if width == 0 || x_layout.dims().last() != Some(&width) || grad.len() != x.len() {
+            bail!("norm: x {:?}, a weight of {width} and a gradient of {:?}", x_layout.dims(), grad_layout.dims());
+        }
+        let mut out = vec![0f32; x.len()];
+        parallel_chunks(&mut out, TASK * width, |i, out| {
+            let at = i * TASK * width;
+            let rows = x[at..].chunks_exact(width).zip(grad[at..].chunks_exact(width));
+            for (out, (x, grad)) in out.chunks_exact_mut(width).zip(rows) {
+                back_row(x, weight, grad, *self, out);
+            }
+        });
+        Ok((CpuStorage::F32(out), x_layout.dims().into()))
+    }
 }
 
 /// Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension of `x`, with a weight:
-/// `x / sqrt(mean(x²) + eps) · weight`, f32, its sum in f64. It has no backward pass: training takes the plain twin.
+/// `x / sqrt(mean(x²) + eps) · weight`, f32, its sum in f64.
 #[derive(Clone, Copy, Debug)]
 pub struct RmsNormOp {
     /// Added to the mean of squares.
@@ -184,5 +269,13 @@ impl CustomOp2 for RmsNormOp {
             }
         });
         Ok((CpuStorage::F32(out), dims.into()))
+    }
+    fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (x, grad) = (x.detach().contiguous()?, grad.detach().contiguous()?);
+        let of_x =
+            x.apply_op3_no_bwd(&weight.detach(), &grad, &NormBackwardOp { eps: self.eps, is_centered: false })?;
+        let normed = || x.apply_op2_no_bwd(&weight.detach().ones_like()?, self);
+        let of_weight = weight.track_op().then(|| rows_sum(&(normed()? * &grad)?)).transpose()?;
+        Ok((Some(of_x), of_weight))
     }
 }

@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use pricket_nn::{
-    Admission, CausalLm, Choice, Context, Error as NnError, PlainDecoder, RowId, RowStep, SamplingParams, State,
-    StepDecoder, ops,
+    Admission, CausalLm, Choice, Context, Error as NnError, PlainDecoder, Recording, RowId, RowStep, SamplingParams,
+    State, StepDecoder, Taps, ops,
 };
 
 use crate::diagnose::diagnose;
@@ -152,11 +152,27 @@ impl Generation {
         let read = past.len(0);
         match &self.rows[..] {
             [] => {}
+            _ if past.rows() > 1 => {
+                return Err(Error::Input(format!("a past of one row is needed, found {}", past.rows())));
+            }
             [row] if read < row.ids.len() => self.ctx = self.ctx.with_state(past),
             [row] => return Err(Error::Input(format!("a past of {read} for a prompt of {}", row.ids.len()))),
             rows => return Err(Error::Input(format!("a past belongs to one prompt, not to {}", rows.len()))),
         }
         Ok(self)
+    }
+
+    /// Records or edits at `taps` in every pass, those over prompts included. The model is then not decoded by a decoder of its own.
+    #[must_use]
+    pub fn with_taps(mut self, taps: Taps) -> Self {
+        self.own = None;
+        self.ctx.set_taps(Some(taps));
+        self
+    }
+
+    /// What the taps have recorded in the last pass.
+    pub fn take_recording(&mut self) -> Recording {
+        if self.first.is_empty() { self.plain.take_recording() } else { self.ctx.take_recording() }
     }
 
     /// One token for every row still running; `None` when there is none.
@@ -230,11 +246,18 @@ impl Generation {
     }
 
     fn drop_finished(&mut self) -> Result<()> {
-        for row in self.rows.extract_if(.., |row| row.done) {
+        let mut at = 0;
+        while let Some(row) = self.rows.get(at) {
+            if !row.done {
+                at += 1;
+                continue;
+            }
             self.ended = match row.id {
                 Some(id) => Some(decoder(&mut self.own, &mut self.plain).release(id)?),
-                None => None,
+                // Its prompt was not read; what was given of it is still here.
+                None => self.ctx.state_mut().map(|state| state.take_row(at)),
             };
+            self.rows.remove(at);
         }
         Ok(())
     }
@@ -273,7 +296,9 @@ impl Generation {
             let (vocab, prompt_len) = (row.request.vocab, row.request.ids.len());
             let (sampling, draw) = (&row.request.sampling, row.sampler.draw());
             choices.push(Choice::of((logits, summary), sampling, vocab, (&row.ids, prompt_len), draw));
-            let state = self.ctx.state_mut().map(|state| state.take_row(0)).unwrap_or_default();
+            let mut state = self.ctx.state_mut().map(|state| state.take_row(0)).unwrap_or_default();
+            // A conversation may come back to the end of its prompt.
+            state.mark(0);
             let (ids, sampling) = (row.ids.clone(), sampling.clone());
             let admission = Admission { state, ids, prompt_len, sampling, vocab };
             row.id = Some(decoder(&mut self.own, &mut self.plain).admit(admission)?);
@@ -283,6 +308,9 @@ impl Generation {
 
     fn decode(&mut self) -> Result<Vec<Choice>> {
         self.first.clear();
+        if let Some(taps) = self.ctx.take_taps() {
+            self.plain.replace_taps(Some(taps));
+        }
         let draws: Vec<f64> = self.rows.iter_mut().map(|row| row.sampler.draw()).collect();
         let steps = self.rows.iter().zip(&draws).filter_map(|(row, draw)| {
             Some(RowStep { row: row.id?, tokens: row.ids.last_chunk::<1>()?, draws: std::slice::from_ref(draw) })

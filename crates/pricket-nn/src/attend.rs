@@ -30,6 +30,17 @@ impl Context {
                 kept.push(state.keep(span.row, pass.layer, span.past, &new)?);
             }
         }
+        let is_tracked = [q, k, v].into_iter().any(Tensor::track_op);
+        if is_tracked && kept.is_empty() && !wants_pattern && ops::self_attention_is_fused(q, k, v) {
+            let spans = pass.places().filter(|(span, _)| span.len > 0);
+            return ops::self_attention(
+                q,
+                k,
+                v,
+                spans.map(|(span, (row, from))| (row, from, span.len)).collect(),
+                scores,
+            );
+        }
         if !ops::attention_is_fused(q, k, v) || wants_pattern {
             return self.attend_plainly([q, k, v], &kept, scores);
         }

@@ -49,12 +49,14 @@ impl Context {
     /// The next pass reads rows of these lengths, packed: its ids are `[1, sum of the lengths]`, and row `i` of the state reads
     /// `lens[i]` of them.
     pub fn pack(&mut self, lens: &[usize]) {
+        self.abandon();
         self.packed = Some(lens.iter().copied().enumerate().collect());
     }
 
     /// As [`Context::pack`], of some rows only: pairs of a row of the state and a length. Rows that the state does not have
     /// yet are added to it.
     pub fn pack_rows(&mut self, rows: &[(usize, usize)]) {
+        self.abandon();
         self.packed = Some(rows.to_vec());
     }
 
@@ -96,8 +98,9 @@ impl Context {
         self.state.as_ref()
     }
 
-    /// The state, to select, join or rewind rows.
+    /// The state, to select, join or rewind rows. It ends a pass that was not committed: what that has read is not past.
     pub fn state_mut(&mut self) -> Option<&mut State> {
+        self.abandon();
         self.state.as_mut()
     }
 
@@ -117,6 +120,7 @@ impl Context {
     /// # Errors
     /// [`Error::Input`] for a row that is not there.
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
+        self.abandon();
         self.state.as_mut().map_or(Ok(()), |state| state.select_rows(rows))
     }
 
@@ -139,6 +143,16 @@ impl Context {
             Some(_) => Ok(hidden.narrow(1, t - 1, 1)?.squeeze(1)?),
             None => Err(Error::Input(format!("hidden states of [{b}, {t}, ..]: the last pass had another shape"))),
         }
+    }
+
+    /// The taps, leaving none.
+    pub fn take_taps(&mut self) -> Option<Taps> {
+        self.taps.take()
+    }
+
+    /// Records or edits at `taps` from the next pass on, or at none.
+    pub fn set_taps(&mut self, taps: Option<Taps>) {
+        self.taps = taps;
     }
 
     /// What the taps have recorded, leaving them in place and empty.
@@ -182,16 +196,29 @@ impl Context {
     /// Ends a pass whose steps a caller takes one by one: its positions become past. [`CausalLm::hidden`](crate::CausalLm::hidden)
     /// does it itself.
     pub fn commit(&mut self) {
-        let (Some(pass), Some(state)) = (&mut self.pass, &mut self.state) else { return };
-        if std::mem::replace(&mut pass.is_committed, true) {
-            return;
-        }
+        let Some(pass) = self.pass.as_mut().filter(|pass| !pass.is_committed) else { return };
+        pass.end();
+        let Some(state) = &mut self.state else { return };
         for ((layer, row, name), tensor) in std::mem::take(&mut pass.recurrent) {
             state.set_recurrent(row, layer, name, tensor);
         }
         for span in pass.spans().iter() {
             state.commit(span.row, span.past + span.len);
         }
+    }
+
+    /// Forgets a pass that was not committed, and the rows that it has added to the state.
+    fn abandon(&mut self) {
+        if let Some(pass) = self.pass.take_if(|pass| !pass.is_committed)
+            && let Some(state) = &mut self.state
+        {
+            state.truncate_rows(pass.rows_before);
+        }
+    }
+
+    /// Forgets how the next pass was to be packed: it did not begin.
+    pub(crate) fn unpack(&mut self) {
+        self.packed = None;
     }
 
     /// The activation type for a model whose default is `default`.
@@ -211,11 +238,20 @@ impl Context {
 
     /// Begins a pass over ids of `[batch, time]`.
     pub(crate) fn begin(&mut self, batch: usize, time: usize, limit: Option<usize>) -> Result<()> {
-        self.pass = None;
-        let pass = Pass::new((batch, time), self.packed.take().as_deref(), self.state.as_mut())?;
+        self.abandon();
+        let mut pass = Pass::new((batch, time), self.packed.take().as_deref(), self.state.as_ref())?;
         let longest = pass.spans().iter().map(|span| span.past + span.len).max().unwrap_or(0);
         if let Some(limit) = limit.filter(|&limit| longest > limit && !self.beyond) {
             return Err(Error::ContextExceeded { asked: longest, limit });
+        }
+        if let Some(state) = &mut self.state {
+            pass.rows_before = state.rows();
+            let rows = pass.spans().iter().map(|span| span.row + 1).max().unwrap_or(0);
+            if !pass.is_packed() && state.rows() != rows {
+                // Nothing was read of other rows: `Pass::new` has looked.
+                state.reset(rows);
+            }
+            state.add_rows(rows.saturating_sub(state.rows()));
         }
         self.pass = Some(pass);
         Ok(())

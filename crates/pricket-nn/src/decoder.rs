@@ -312,8 +312,8 @@ impl<B: Block> CausalLm for Decoder<B> {
     }
 
     fn embed(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let (b, t) = self.check_ids(ids)?;
-        self.check_taps(ctx)?;
+        let checked = self.check_ids(ids).and_then(|shape| self.check_taps(ctx).map(|()| shape));
+        let (b, t) = checked.inspect_err(|_| ctx.unpack())?;
         ctx.begin(b, t, self.info.context)?;
         let activations = ctx.activations(self.info.activations);
         if self.info.device.is_cpu() && activations != DType::F32 {

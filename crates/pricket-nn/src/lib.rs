@@ -57,7 +57,7 @@ pub use decoder::{Block, CausalLm, Decoder, ModelInfo, Sizes, residual};
 pub use error::{Error, Result};
 pub use family::{Family, FusedRows, KnownTokenizer, ShapeOf};
 pub use layers::{Embedding, Norm};
-pub use linear::{Adapter, Linear, RowOrder, Tables};
+pub use linear::{Adapter, Dropout, Linear, RowOrder, Tables};
 pub use mlp::Mlp;
 pub use names::Names;
 pub use pass::Span;

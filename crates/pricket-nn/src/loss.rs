@@ -8,6 +8,9 @@ use crate::{Error, Linear, Result};
 /// Positions whose logits are held at once.
 const BLOCK: usize = 64;
 
+/// The same where the head's weight has a gradient, which is added up block by block, as large as the weight.
+const TRAINED_BLOCK: usize = 256;
+
 /// Cross-entropy of `targets` under `logit_scale · head(hidden)`, in nats: `[n]` in f32 for hidden states `[n, d]`. Gradients reach
 /// the hidden states and a head that is trained. Those of an adapter or a bias of the head too, but through logits that are
 /// kept.
@@ -20,11 +23,11 @@ pub(crate) fn cross_entropy(hidden: &Tensor, head: &Linear, logit_scale: f64, ta
         return Err(Error::Input(format!("{} targets for {n} hidden states", targets.len())));
     }
     let loss = CrossEntropy { head: head.clone(), logit_scale, targets: targets.to_vec() };
-    let adapted = head.adapter.as_ref().is_some_and(|adapter| adapter.a.track_op() || adapter.b.track_op());
+    let adapted = head.adapters.iter().any(|adapter| adapter.track_op() || adapter.magnitude.is_some());
     if adapted || head.bias.as_ref().is_some_and(Tensor::track_op) {
         return loss.of(hidden);
     }
-    let nll = loss.of(&hidden.detach())?.detach();
+    let nll = loss.frozen().of(&hidden.detach())?;
     if head.weight.track_op()
         && let Matrix::Dense(weight) = &head.weight
     {
@@ -41,8 +44,13 @@ struct CrossEntropy {
 }
 
 impl CrossEntropy {
-    fn blocks(&self) -> impl Iterator<Item = (usize, &[u32])> {
-        self.targets.chunks(BLOCK).enumerate().map(|(i, targets)| (i * BLOCK, targets))
+    fn blocks(&self, size: usize) -> impl Iterator<Item = (usize, &[u32])> {
+        self.targets.chunks(size).enumerate().map(move |(i, targets)| (i * size, targets))
+    }
+
+    /// The same over the same weight, nothing of which is tracked.
+    fn frozen(&self) -> Self {
+        Self { head: self.head.detached(), logit_scale: self.logit_scale, targets: self.targets.clone() }
     }
 
     fn logits(&self, hidden: &Tensor, at: usize, len: usize) -> Result<Tensor> {
@@ -53,7 +61,7 @@ impl CrossEntropy {
     /// The loss by plain operations, block by block.
     fn of(&self, hidden: &Tensor) -> Result<Tensor> {
         let mut out = Vec::with_capacity(self.targets.len().div_ceil(BLOCK));
-        for (at, targets) in self.blocks() {
+        for (at, targets) in self.blocks(BLOCK) {
             let logits = self.logits(hidden, at, targets.len())?;
             if logits.device().is_cpu() && !logits.track_op() {
                 let nll: Vec<f32> =
@@ -73,18 +81,16 @@ impl CrossEntropy {
     /// Gradients of the hidden states and, if it is trained, of the head's weight.
     fn backward(&self, hidden: &Tensor, grad: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let (hidden, grad) = (hidden.detach(), grad.detach());
-        // Frozen for the moment: nothing here is to be tracked.
-        let weight = match &self.head.weight {
-            Matrix::Dense(weight) => Matrix::Dense(weight.detach()),
-            other => other.clone(),
-        };
-        let frozen = Self {
-            head: Linear { weight, ..self.head.clone() },
-            logit_scale: self.logit_scale,
-            targets: self.targets.clone(),
-        };
+        let (frozen, is_trained) = (self.frozen(), self.head.weight.track_op());
+        if self.targets.is_empty() {
+            let of_weight = match &frozen.head.weight {
+                Matrix::Dense(weight) if is_trained => Some(weight.zeros_like()?),
+                _ => None,
+            };
+            return Ok((hidden.zeros_like()?, of_weight));
+        }
         let (mut of_hidden, mut of_weight) = (Vec::new(), None);
-        for (at, targets) in frozen.blocks() {
+        for (at, targets) in frozen.blocks(if is_trained { TRAINED_BLOCK } else { BLOCK }) {
             let logits = frozen.logits(&hidden, at, targets.len())?;
             let probabilities = ops::softmax(&logits)?;
             let hits = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
@@ -93,7 +99,7 @@ impl CrossEntropy {
             let of_logits = of_logits.broadcast_mul(&grad.narrow(0, at, targets.len())?.unsqueeze(1)?)?;
             let of_logits = (of_logits * self.logit_scale)?;
             of_hidden.push(frozen.head.backward(&of_logits, hidden.dtype())?);
-            if self.head.weight.track_op() {
+            if is_trained {
                 let block = hidden.narrow(0, at, targets.len())?.to_dtype(candle_core::DType::F32)?;
                 let part = of_logits.t()?.matmul(&block)?;
                 of_weight = Some(match of_weight {

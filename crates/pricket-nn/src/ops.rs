@@ -2,7 +2,8 @@
 //!
 //! There is no training mode to forget. Each function asks its inputs whether a gradient is tracked: if none is, it
 //! takes the fused form; if any is, an operation with a backward pass or the plain twin, because candle's fused
-//! softmax, norm and rotary drop gradients without a word. The twins are public, and tests compare them.
+//! softmax, norm and rotary drop gradients without a word. On the CPU, in f32, both give the same bits. The twins are public,
+//! and tests compare them.
 
 use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
@@ -10,7 +11,8 @@ pub use pricket_kernels::{
     keep_freed_memory, multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
 };
 use pricket_kernels::{
-    AttentionOp, GeluOp, LayerNormOp, LinearOp, RmsNormOp, RotaryOp, StoreOp, SumOp, WkvOp, q8_values,
+    AttentionOp, GeluOp, LayerNormOp, LinearOp, RmsNormOp, RotaryOp, SelfAttentionOp, StoreOp, SumOp, TrainedLinearOp,
+    WkvOp, q8_values,
 };
 
 use crate::{Activation, Error, Result};
@@ -26,6 +28,15 @@ fn on_our_kernels(x: &Tensor) -> bool {
 /// # Errors
 /// If the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: Activations) -> Result<Tensor> {
+    if let (Matrix::Dense(weight), true) = (weight, on_our_kernels(x) && weight.track_op())
+        && on_our_kernels(weight)
+    {
+        let y = x.contiguous()?.apply_op2(weight, TrainedLinearOp)?;
+        return Ok(match bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        });
+    }
     if on_our_kernels(x) && !weight.track_op() {
         let fused = bias.filter(|b| !b.track_op());
         let y = x.contiguous()?.apply_op1(LinearOp {
@@ -92,13 +103,15 @@ pub fn plain_linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Resul
 /// # Errors
 /// If the shapes do not fit.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    if x.track_op() || weight.track_op() || bias.track_op() {
+    let tracked = x.track_op() || weight.track_op() || bias.track_op();
+    if [x, weight, bias].into_iter().all(on_our_kernels) {
+        let (x, op) = (x.contiguous()?, LayerNormOp { eps: eps as f32 });
+        return Ok(if tracked { x.apply_op3(weight, bias, op)? } else { x.apply_op3_no_bwd(weight, bias, &op)? });
+    }
+    if tracked {
         return plain_layer_norm(x, weight, bias, eps);
     }
     let x = x.contiguous()?;
-    if on_our_kernels(&x) {
-        return Ok(x.apply_op3_no_bwd(weight, bias, &LayerNormOp { eps: eps as f32 })?);
-    }
     Ok(candle_nn::ops::layer_norm(&x, weight, bias, eps as f32)?)
 }
 
@@ -122,13 +135,15 @@ pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) ->
 /// # Errors
 /// If the shapes do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if x.track_op() || weight.track_op() {
+    let tracked = x.track_op() || weight.track_op();
+    if on_our_kernels(x) && on_our_kernels(weight) {
+        let (x, op) = (x.contiguous()?, RmsNormOp { eps: eps as f32 });
+        return Ok(if tracked { x.apply_op2(weight, op)? } else { x.apply_op2_no_bwd(weight, &op)? });
+    }
+    if tracked {
         return plain_rms_norm(x, weight, eps);
     }
     let x = x.contiguous()?;
-    if on_our_kernels(&x) {
-        return Ok(x.apply_op2_no_bwd(weight, &RmsNormOp { eps: eps as f32 })?);
-    }
     Ok(candle_nn::ops::rms_norm(&x, weight, eps as f32)?)
 }
 
@@ -164,7 +179,18 @@ pub fn linear_then(
             LinearOp { weight: weight.clone(), bias: bias.cloned(), activations: precision, transposed: false, then };
         return Ok(x.contiguous()?.apply_op1_no_bwd(&op)?);
     }
-    activation.forward(&linear(x, weight, bias, precision)?)
+    activate(&linear(x, weight, bias, precision)?, activation)
+}
+
+/// An activation of each element, with a gradient. [`Activation::forward`] is its plain twin.
+///
+/// # Errors
+/// What candle says.
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match fused(activation).filter(|_| on_our_kernels(x)) {
+        Some(form) => Ok(x.contiguous()?.apply_op1(GeluOp { form, as_ggml: false })?),
+        None => activation.forward(x),
+    }
 }
 
 /// The activation that the kernel of a linear layer computes with it, if it does.
@@ -307,6 +333,27 @@ pub fn attention_is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
 pub fn attention(q: &Tensor, rows: Vec<AttentionRow>, scores: Scores<'_>) -> Result<Tensor> {
     let op = AttentionOp { scale: scores.scale as f32, slopes: scores.slopes.to_vec(), rows };
     Ok(q.contiguous()?.apply_op1_no_bwd(&op)?)
+}
+
+/// Whether [`self_attention`] has a kernel for these queries, keys and values.
+pub fn self_attention_is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
+    [q, k, v].into_iter().all(|x| on_our_kernels(x) && x.stride().last() == Some(&1))
+}
+
+/// [`attention`] of rows to themselves, without a past, with a gradient: `q` of `[b, h, t, head_dim]`, `k` and `v` of
+/// `[b, kv_heads, t, head_dim]`; the rows are spans of these, each an element of the batch, a first position and a length.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn self_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    spans: Vec<(usize, usize, usize)>,
+    scores: Scores<'_>,
+) -> Result<Tensor> {
+    let op = SelfAttentionOp { scale: scores.scale as f32, slopes: scores.slopes.to_vec(), spans };
+    Ok(q.apply_op3(k, v, op)?)
 }
 
 /// The probabilities of attention: `q` of `[b, h, t, head_dim]` and `k` of `[b, kv_heads, s, head_dim]` give `[b, h, t, s]`.

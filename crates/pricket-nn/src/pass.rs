@@ -42,6 +42,8 @@ pub(crate) struct Pass {
     pub(crate) layer: usize,
     /// Whether its positions have become past.
     pub(crate) is_committed: bool,
+    /// Rows of the state before it has added any.
+    pub(crate) rows_before: usize,
     /// What the recurrences of layers and rows become when the pass is committed.
     pub(crate) recurrent: BTreeMap<(usize, usize, &'static str), Tensor>,
     angles: Vec<Angles>,
@@ -66,11 +68,7 @@ struct Bias {
 
 impl Pass {
     /// A pass over ids of `shape`: of the rows and lengths `packed`, or of every row of the state.
-    pub(crate) fn new(
-        shape: (usize, usize),
-        packed: Option<&[(usize, usize)]>,
-        state: Option<&mut State>,
-    ) -> Result<Self> {
+    pub(crate) fn new(shape: (usize, usize), packed: Option<&[(usize, usize)]>, state: Option<&State>) -> Result<Self> {
         let (batch, time) = shape;
         if let Some(rows) = packed {
             let total: usize = rows.iter().map(|(_, len)| len).sum();
@@ -84,25 +82,17 @@ impl Pass {
                 )));
             }
         }
-        let count = packed.map_or(batch, |rows| rows.iter().map(|(row, _)| row + 1).max().unwrap_or(0));
-        let state = match state {
-            // As long as nothing was read, another batch may begin.
-            Some(state) if packed.is_none() && state.rows() != batch && state.is_empty() => {
-                state.reset(batch);
-                Some(state)
-            }
-            Some(state) if packed.is_none() && state.rows() != batch => {
-                let rows = state.rows();
-                return Err(Error::Input(format!("the state holds {rows} rows, the input has {batch}")));
-            }
-            // New rows join.
-            Some(state) => {
-                state.add_rows(count.saturating_sub(state.rows()));
-                Some(state)
-            }
-            None => None,
-        };
-        let past = |row: usize| state.as_ref().map_or(0, |state| state.len(row));
+        let rows = state.map_or(0, State::rows);
+        if let Some((row, _)) =
+            packed.into_iter().flatten().find(|(row, _)| *row >= rows + packed.map_or(0, <[_]>::len))
+        {
+            return Err(Error::Input(format!("row {row} of a state of {rows} rows: a pass adds rows from {rows} on")));
+        }
+        // As long as nothing was read, another batch may begin.
+        if packed.is_none() && rows != batch && state.is_some_and(|state| !state.is_empty()) {
+            return Err(Error::Input(format!("the state holds {rows} rows, the input has {batch}")));
+        }
+        let past = |row: usize| state.map_or(0, |state| state.len(row));
         let span = |(row, len): (usize, usize)| Span { row, past: past(row), len };
         let spans: Arc<[Span]> = match packed {
             Some(rows) => rows.iter().copied().map(span).collect(),
@@ -114,6 +104,7 @@ impl Pass {
             is_packed: packed.is_some(),
             layer: 0,
             is_committed: false,
+            rows_before: rows,
             recurrent: BTreeMap::new(),
             angles: Vec::new(),
             biases: Vec::new(),
@@ -124,6 +115,14 @@ impl Pass {
     /// The same pass, from its beginning.
     pub(crate) fn replayed(&self) -> Self {
         Self { recurrent: BTreeMap::new(), is_committed: false, ..self.clone() }
+    }
+
+    /// Its positions have become past: what was made for its layers is let go.
+    pub(crate) fn end(&mut self) {
+        self.is_committed = true;
+        self.angles.clear();
+        self.biases.clear();
+        self.shifts = None;
     }
 
     pub(crate) fn spans(&self) -> &Arc<[Span]> {

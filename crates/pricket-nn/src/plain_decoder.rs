@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{IndexOp, Tensor};
 
 use crate::step::{Admission, Choice, MAX_STEP, RowId, RowStep, StepDecoder};
-use crate::{CausalLm, Context, Error, Result, SamplingParams, State, ops};
+use crate::{CausalLm, Context, Error, Recording, Result, SamplingParams, State, Taps, ops};
 
 /// A [`StepDecoder`] over the steps of a model: one pass through its blocks, and its head.
 pub struct PlainDecoder {
@@ -37,6 +37,18 @@ impl PlainDecoder {
     pub fn new(model: Arc<dyn CausalLm>) -> Self {
         let ctx = Context::new().with_state(State::with_type(model.info().cache)).beyond_trained_length();
         Self { model, ctx, rows: Vec::new(), next: 0, logits: Vec::new() }
+    }
+
+    /// Records or edits at `taps` from the next step on, or at none; returns the ones before.
+    pub fn replace_taps(&mut self, taps: Option<Taps>) -> Option<Taps> {
+        let before = self.ctx.take_taps();
+        self.ctx.set_taps(taps);
+        before
+    }
+
+    /// What the taps have recorded in the last step.
+    pub fn take_recording(&mut self) -> Recording {
+        self.ctx.take_recording()
     }
 
     /// The logits that the last step chose from, in the order of its choices: `[choices][vocab]`.
@@ -99,15 +111,21 @@ impl StepDecoder for PlainDecoder {
         let mut out = Vec::with_capacity(rows.len());
         for ((step, &(row, len)), before) in rows.iter().zip(&packed).zip(before) {
             let row = &self.rows[row];
+            let mut read = row.ids[..before.min(row.ids.len())].to_vec();
             let choices = (0..len).map(|i| {
-                let read = &row.ids[..(before + i + 1).min(row.ids.len())];
+                read.push(step.tokens[i]);
                 let logits = (&self.logits[at + i][..], &summaries[at + i]);
-                Choice::of(logits, &row.sampling, row.vocab, (read, row.prompt_len), step.draws[i])
+                Choice::of(logits, &row.sampling, row.vocab, (&read, row.prompt_len), step.draws[i])
             });
             out.push(choices.collect());
             at += len;
         }
         Ok(out)
+    }
+
+    fn rewind(&mut self, row: RowId, len: usize) -> Result<usize> {
+        let row = self.index(row)?;
+        Ok(self.state().rewind(row, len))
     }
 
     fn push(&mut self, row: RowId, token: u32) -> Result<()> {

@@ -14,6 +14,9 @@ use crate::{Error, Result};
 /// Positions are reserved in multiples of this.
 const CHUNK: usize = 64;
 
+/// Marks that a row keeps.
+const MARKS: usize = 8;
+
 /// The type in which keys and values are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, reason = "the field's own spelling")]
@@ -210,7 +213,8 @@ impl State {
         self.rows.get_mut(row).map_or(0, |row| row.rewind(len))
     }
 
-    /// Saves `row` as it is now, for [`State::rewind`] to return to. Keys and values need no mark, and cost none.
+    /// Saves `row` as it is now, for [`State::rewind`] to return to; the last eight marks are kept. Keys and values need no mark,
+    /// and cost none.
     pub fn mark(&mut self, row: usize) {
         if let Some(row) = self.rows.get_mut(row) {
             row.mark();
@@ -221,8 +225,14 @@ impl State {
     pub fn bytes(&self) -> usize {
         let mut seen = BTreeSet::new();
         let slots = self.rows.iter().flat_map(|row| row.layers.iter().flatten());
-        let distinct = slots.filter(|slot| seen.insert(Arc::as_ptr(slot)));
+        let marked = self.rows.iter().flat_map(|row| row.marks.iter().flat_map(|mark| mark.layers.iter().flatten()));
+        let distinct = slots.chain(marked).filter(|slot| seen.insert(Arc::as_ptr(slot)));
         distinct.map(|slot| slot.tensors().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum::<usize>()).sum()
+    }
+
+    /// Keeps the first `count` rows.
+    pub(crate) fn truncate_rows(&mut self, count: usize) {
+        self.rows.truncate(count);
     }
 
     /// Starts anew with `count` rows.
@@ -286,6 +296,10 @@ impl RowState {
         self.marks.retain(|mark| mark.len < self.len);
         if self.is_recurrent() {
             let recurrent = |slot: &Option<Arc<Slot>>| slot.clone().filter(|slot| matches!(**slot, Slot::Recurrent(_)));
+            // The oldest goes where there is no more room.
+            if self.marks.len() >= MARKS {
+                self.marks.remove(0);
+            }
             self.marks.push(Mark { len: self.len, layers: self.layers.iter().map(recurrent).collect() });
         }
     }
@@ -312,13 +326,19 @@ impl RowState {
     fn keep(&mut self, layer: usize, past: usize, new: &NewKeys<'_>, kind: Option<CacheType>) -> Result<Tensor> {
         let (_, heads, _, dim) = new.k.dims4()?;
         let end = past + new.len;
-        let stored = kind.map_or(new.k.dtype(), CacheType::storage);
-        let width = kind.map_or(dim, |kind| kind.bytes(dim) / stored.size_in_bytes());
         let slot = self.slot(layer);
         let held = match slot.as_deref() {
-            Some(Slot::KeyValue(held)) => Some(held.dims4()?),
+            Some(Slot::KeyValue(held)) => Some((held.dims4()?, held.dtype())),
             _ => None,
         };
+        // What was kept in one type goes on in it, whatever state the row is in.
+        let stored = match (held, kind) {
+            (Some((_, dtype)), _) if past > 0 => dtype,
+            (_, Some(kind)) => kind.storage(),
+            (_, None) => new.k.dtype(),
+        };
+        let width = if stored == DType::U8 { CacheType::Q8_0.bytes(dim) } else { dim };
+        let held = held.filter(|(_, dtype)| *dtype == stored).map(|(dims, _)| dims);
         let capacity = match held {
             Some((_, h, capacity, w)) if (h, w) == (heads, width) => capacity,
             _ if past == 0 => 0,

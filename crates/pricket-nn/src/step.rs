@@ -30,7 +30,7 @@ pub struct Admission {
 pub struct RowStep<'a> {
     /// The row.
     pub row: RowId,
-    /// The tokens that it reads: 1 to [`MAX_STEP`] of those that it has not read.
+    /// The tokens that it reads, 1 to [`MAX_STEP`]: those of the row that it has not read, or some that are tried.
     pub tokens: &'a [u32],
     /// For each of them a number from 0 to 1 from which the token after it is drawn. Not looked at where tokens are not drawn.
     pub draws: &'a [f64],
@@ -80,6 +80,13 @@ pub trait StepDecoder: Send {
     /// # Errors
     /// [`Error::Input`](crate::Error::Input) for a row that is not there, or more tokens than a step takes; what the model says.
     fn step(&mut self, rows: &[RowStep<'_>]) -> Result<Vec<Vec<Choice>>>;
+
+    /// Takes back what was read of a row from position `len` on: tokens that were tried and rejected. Returns the number of
+    /// positions that are kept, as [`State::rewind`].
+    ///
+    /// # Errors
+    /// [`Error::Input`](crate::Error::Input) for a row that is not there.
+    fn rewind(&mut self, row: RowId, len: usize) -> Result<usize>;
 
     /// Adds a token to a row: what was chosen and accepted. It is read by a later step.
     ///

@@ -244,6 +244,7 @@ impl Weights {
     /// The type in which activations are best computed with these weights.
     pub fn activations(&self) -> DType {
         match self.options().storage {
+            _ if self.options().trainable == Trainable::All => DType::F32,
             Storage::Cast(dtype) if !self.device().is_cpu() => dtype,
             _ => DType::F32,
         }
@@ -272,6 +273,23 @@ impl Weights {
     /// The variables that [`LoadOptions::trainable`] asks for, in the order of loading.
     pub fn parameters(&self) -> Vec<Parameter> {
         self.state().parameters.clone()
+    }
+
+    /// Checks that every name of [`Trainable::Names`] is one of the model's, once it is loaded.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the first that is not.
+    pub fn check_trainable(&self) -> Result<()> {
+        let Trainable::Names(names) = &self.options().trainable else { return Ok(()) };
+        let state = self.state();
+        let found = |name: &&String| {
+            let only = Trainable::Names(vec![(*name).clone()]);
+            state.canonical.iter().any(|(canonical, _)| only.includes(canonical))
+        };
+        match names.iter().find(|name| !found(name)) {
+            Some(name) => Err(Error::Input(format!("{name}: the model has no weight of that name to train"))),
+            None => Ok(()),
+        }
     }
 
     /// Tensors of the store that nothing asked for and that are no known buffers.
@@ -331,7 +349,7 @@ impl Weights {
         }
         let weight = at.matrix("weight", &shape, rows, is_head)?;
         let bias = bias.then(|| at.tensor("bias", &shape[..1], rows)).transpose()?;
-        Ok(Linear { name: at.path.into(), weight, bias, precision: self.options().precision, rows, adapter: None })
+        Ok(Linear::new(&at.path, weight, bias, self.options().precision, rows))
     }
 
     /// A layer norm `name` over `dim`, with a bias if `bias`.

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use pricket_nn::ops::{self, Pool};
-use pricket_nn::{CausalLm, Context, Linear, ModelInfo, ModelPlan, StepDecoder};
+use pricket_nn::{
+    Admission, CausalLm, Choice, Context, Linear, ModelInfo, ModelPlan, RowId, RowStep, State, StepDecoder,
+};
 
 use crate::{Error, Result};
 
@@ -62,7 +64,8 @@ impl CausalLm for Pooled {
     }
 
     fn step_decoder(&self) -> Option<Box<dyn StepDecoder>> {
-        self.model.step_decoder()
+        let (decoder, pool) = (self.model.step_decoder()?, self.pool.clone());
+        Some(Box::new(PooledDecoder { decoder, pool }))
     }
 
     fn map_linears(
@@ -74,5 +77,33 @@ impl CausalLm for Pooled {
 
     fn on_threads(&self, work: &mut dyn FnMut()) {
         self.pool.install(work);
+    }
+}
+
+/// A decoder whose work runs on the pool of its model.
+struct PooledDecoder {
+    decoder: Box<dyn StepDecoder>,
+    pool: Pool,
+}
+
+impl StepDecoder for PooledDecoder {
+    fn admit(&mut self, row: Admission) -> pricket_nn::Result<RowId> {
+        self.pool.install(|| self.decoder.admit(row))
+    }
+
+    fn step(&mut self, rows: &[RowStep<'_>]) -> pricket_nn::Result<Vec<Vec<Choice>>> {
+        self.pool.install(|| self.decoder.step(rows))
+    }
+
+    fn rewind(&mut self, row: RowId, len: usize) -> pricket_nn::Result<usize> {
+        self.decoder.rewind(row, len)
+    }
+
+    fn push(&mut self, row: RowId, token: u32) -> pricket_nn::Result<()> {
+        self.decoder.push(row, token)
+    }
+
+    fn release(&mut self, row: RowId) -> pricket_nn::Result<State> {
+        self.pool.install(|| self.decoder.release(row))
     }
 }

@@ -1,0 +1,272 @@
+//! Causal attention with a gradient: probabilities are computed a second time, a block of queries at a time.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
+
+use crate::attention::{BLOCK, Bias, Head, Row, Sizes, View, run, soften};
+use crate::cpu::Path;
+use crate::detect::path;
+use crate::lanes::LANES;
+use crate::pool::{parallel, scratch};
+use crate::product::{PANEL, Product, Start};
+use crate::rows::{self, Kind, Rows};
+use crate::shared::Shared;
+
+/// Causal attention of rows to themselves, as a candle op over `q` of `[batch, heads, time, head_dim]`, `k` and `v` of
+/// `[batch, kv_heads, time, head_dim]`, all f32 with any strides whose last is 1: the values of [`AttentionOp`], bit for bit, and
+/// gradients.
+///
+/// The backward pass (Dao et al. 2022, arXiv:2205.14135, algorithm 4) holds the probabilities of 60 queries of one head in each
+/// thread, never those of all.
+///
+/// [`AttentionOp`]: crate::AttentionOp
+#[derive(Clone, Debug)]
+pub struct SelfAttentionOp {
+    /// Multiplies the scores.
+    pub scale: f32,
+    /// ALiBi: a key `n` positions back loses `n` times the slope of its head. Empty for none.
+    pub slopes: Vec<f32>,
+    /// The rows: element of the batch, first position along time, number of positions.
+    pub spans: Vec<(usize, usize, usize)>,
+}
+
+/// What is read: queries, keys, values, and where the rows are.
+struct Inputs {
+    q: View,
+    k: View,
+    v: View,
+    sizes: Sizes,
+    batch: usize,
+    kv_heads: usize,
+}
+
+impl SelfAttentionOp {
+    fn inputs(&self, of: [(&CpuStorage, &Layout); 3]) -> Result<Inputs> {
+        let (q, [batch, heads, time, dim]) = View::new("q", of[0].0, of[0].1)?;
+        let (k, k_dims) = View::new("keys", of[1].0, of[1].1)?;
+        let (v, v_dims) = View::new("values", of[2].0, of[2].1)?;
+        let kv_heads = k_dims[1];
+        let fits = kv_heads > 0 && heads % kv_heads == 0 && k_dims == [batch, kv_heads, time, dim] && v_dims == k_dims;
+        let inside = |&(row, from, len): &(usize, usize, usize)| row < batch && len > 0 && from + len <= time;
+        let covered: usize = self.spans.iter().map(|span| span.2).sum();
+        let is_f32 = [&q, &k, &v].iter().all(|view| view.rows.kind == Kind::F32);
+        if !fits || !is_f32 || covered != batch * time || !self.spans.iter().all(inside) {
+            bail!(
+                "attention: q {:?}, keys {k_dims:?}, values {v_dims:?} and {} rows do not fit",
+                of[0].1.dims(),
+                self.spans.len()
+            );
+        }
+        if !self.slopes.is_empty() && self.slopes.len() != heads {
+            bail!("attention: {} slopes for {heads} heads", self.slopes.len());
+        }
+        Ok(Inputs { q, k, v, sizes: Sizes { time, heads, group: heads / kv_heads, dim }, batch, kv_heads })
+    }
+
+    fn slope(&self, head: usize) -> f32 {
+        self.slopes.get(head).copied().unwrap_or(0.0)
+    }
+}
+
+impl CustomOp3 for SelfAttentionOp {
+    fn name(&self) -> &'static str {
+        "self-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_at: &Layout,
+        k: &CpuStorage,
+        k_at: &Layout,
+        v: &CpuStorage,
+        v_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let Inputs { q, k, v, sizes, batch, .. } = self.inputs([(q, q_at), (k, k_at), (v, v_at)])?;
+        let row = |&(row, from, len): &(usize, usize, usize)| Row {
+            at: (row, from),
+            queries: len,
+            keys: len,
+            k,
+            v,
+            batch: (row, row),
+            first: from,
+        };
+        let rows: Vec<Row> = self.spans.iter().map(row).collect();
+        let mut out = vec![0f32; batch * sizes.time * sizes.heads * sizes.dim];
+        if !out.is_empty() {
+            run(q, &rows, sizes, self.scale, &self.slopes, path(), &mut out);
+        }
+        Ok((CpuStorage::F32(out), (batch, sizes.time, sizes.heads * sizes.dim).into()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.detach().contiguous()?;
+        let guards = [q, k, v, &grad].map(Tensor::storage_and_layout);
+        let mut inputs = Vec::with_capacity(guards.len());
+        for (storage, layout) in &guards {
+            let Storage::Cpu(storage) = &**storage else { bail!("attention: expected tensors on the CPU") };
+            inputs.push((storage, *layout));
+        }
+        let &[q_in, k_in, v_in, (grad_in, grad_at)] = &inputs[..] else { bail!("attention: four tensors") };
+        let inputs = self.inputs([q_in, k_in, v_in])?;
+        let Sizes { time, heads, dim, .. } = inputs.sizes;
+        let grad_in = crate::shared::f32_slice("attention gradient", grad_in, grad_at)?;
+        if grad_in.len() != inputs.batch * time * heads * dim {
+            bail!("attention: a gradient of {:?}", grad_at.dims());
+        }
+        let count = |heads: usize| inputs.batch * heads * time * dim;
+        let (mut of_q, mut of_k, mut of_v) =
+            (vec![0f32; count(heads)], vec![0f32; count(inputs.kv_heads)], vec![0f32; count(inputs.kv_heads)]);
+        self.backward(&inputs, grad_in, [&mut of_q, &mut of_k, &mut of_v]);
+        let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.dims(), q.device());
+        Ok((Some(tensor(of_q, q)?), Some(tensor(of_k, k)?), Some(tensor(of_v, v)?)))
+    }
+}
+
+impl SelfAttentionOp {
+    /// Gradients of queries, keys and values, contiguous; a task for each row and key head, which writes to its own.
+    fn backward(&self, inputs: &Inputs, grad: &[f32], out: [&mut [f32]; 3]) {
+        let &Inputs { q, k, v, sizes, kv_heads, .. } = inputs;
+        let Sizes { time, heads, group, dim } = sizes;
+        let (path, [of_q, of_k, of_v]) = (path(), out.map(Shared::new));
+        parallel(self.spans.len() * kv_heads, |task| {
+            let ((row, from, len), kv) = (self.spans[task / kv_heads], task % kv_heads);
+            for h in kv * group..(kv + 1) * group {
+                for start in (0..len).step_by(BLOCK) {
+                    let rows = BLOCK.min(len - start);
+                    let head = Head { s: sizes, rows, before: start, slope: self.slope(h), scale: self.scale, path };
+                    let at = from + start;
+                    let element = |heads: usize, head: usize, at: usize| ((row * heads + head) * time + at) * dim;
+                    // SAFETY: views were measured; gradients of positions of this row and of these heads belong to this task.
+                    unsafe {
+                        let block = Block {
+                            q: q.from(row, h, at),
+                            k: k.from(row, kv, from),
+                            v: v.from(row, kv, from),
+                            grad: Rows {
+                                at: grad.as_ptr().add(((row * time + at) * heads + h) * dim).cast(),
+                                kind: Kind::F32,
+                                stride: heads * dim,
+                            },
+                            of_q: of_q.at(element(heads, h, at)),
+                            of_k: of_k.at(element(kv_heads, kv, from)),
+                            of_v: of_v.at(element(kv_heads, kv, from)),
+                        };
+                        scratch(|buffer| block.backward(&head, buffer));
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// A block of queries of one head, and where its gradients go: rows of `head_dim`, those of keys and values added to.
+struct Block {
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    grad: Rows,
+    of_q: *mut f32,
+    of_k: *mut f32,
+    of_v: *mut f32,
+}
+
+impl Block {
+    /// # Safety
+    /// All of it is there.
+    unsafe fn backward(&self, head: &Head, buffer: &mut Vec<f32>) {
+        let (dim, rows, path) = (head.s.dim, head.rows, head.path);
+        let visible = head.before + rows;
+        let stride = visible.next_multiple_of(PANEL) + LANES;
+        let panel = PANEL * dim.max(visible).max(BLOCK);
+        buffer.resize(panel + 2 * rows * stride + visible * rows, 0.0);
+        let (packed, rest) = buffer.split_at_mut(panel);
+        let (weights, rest) = rest.split_at_mut(rows * stride);
+        let (changes, turned) = rest.split_at_mut(rows * stride);
+        let packed = packed.as_mut_ptr();
+        // SAFETY: promised by the caller; the buffers were just made.
+        unsafe {
+            // Probabilities, as in the forward pass.
+            head.score(self.q, self.k, visible, packed, weights.as_mut_ptr(), stride);
+            for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
+                let (seen, mut running) = (head.before + row + 1, (f32::NEG_INFINITY, 0f32));
+                let bias = Bias { scale: head.scale, slope: head.slope, back: seen as f32 - 1.0 };
+                soften(path, weights.as_mut_ptr(), (seen, visible), bias, &mut running);
+                let norm = 1.0 / running.1;
+                weights[..seen].iter_mut().for_each(|x| *x *= norm);
+            }
+            // Values: the probabilities' transpose times the gradient.
+            turn(weights, stride, rows, visible, turned);
+            multiply(path, turned.as_ptr(), rows, visible, self.grad, rows, dim, packed, self.of_v);
+            // Scores: p (dp - Σ p dp), times the scale.
+            head.score(self.grad, self.v, visible, packed, changes.as_mut_ptr(), stride);
+            for (weights, changes) in weights.chunks_exact(stride).zip(changes.chunks_exact_mut(stride)) {
+                let (weights, changes) = (&weights[..visible], &mut changes[..visible]);
+                let mean: f32 = weights.iter().zip(&*changes).map(|(p, dp)| p * dp).sum();
+                for (p, dp) in weights.iter().zip(changes) {
+                    *dp = p * (*dp - mean) * head.scale;
+                }
+            }
+            multiply(path, changes.as_ptr(), stride, rows, self.k, visible, dim, packed, self.of_q);
+            turn(changes, stride, rows, visible, turned);
+            multiply(path, turned.as_ptr(), rows, visible, self.q, rows, dim, packed, self.of_k);
+        }
+    }
+}
+
+/// Rows of `columns`, `stride` apart, as columns.
+fn turn(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32]) {
+    for (row, from) in from.chunks_exact(stride).take(rows).enumerate() {
+        for (column, x) in from[..columns].iter().enumerate() {
+            to[column * rows + row] = *x;
+        }
+    }
+}
+
+/// Adds `a b` to `out`: `rows` rows of `a`, `a_stride` apart, of `k` numbers; `k` rows of `b` of `dim` numbers; `out` is contiguous.
+///
+/// # Safety
+/// All of that can be read and written; `packed` has room for `k` rows of a panel.
+#[allow(clippy::too_many_arguments, reason = "two operands with their sizes, a buffer and a result")]
+unsafe fn multiply(
+    path: Path,
+    a: *const f32,
+    a_stride: usize,
+    rows: usize,
+    b: Rows,
+    k: usize,
+    dim: usize,
+    packed: *mut f32,
+    out: *mut f32,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        for from in (0..dim).step_by(PANEL) {
+            let columns = PANEL.min(dim - from);
+            let in_place = columns == PANEL;
+            if !in_place {
+                rows::widen_to(path, b.kind, b.skip(0, from), k, columns, packed, PANEL);
+            }
+            let product = Product {
+                a,
+                a_stride,
+                rows,
+                b: if in_place { b.skip(0, from).at.cast() } else { packed.cast_const() },
+                b_stride: if in_place { b.stride } else { PANEL },
+                k,
+                c: out.add(from),
+                c_stride: dim,
+                columns,
+                start: Start::Output,
+            };
+            product.run(path);
+        }
+    }
+}
