@@ -108,19 +108,23 @@ unsafe fn gelu<L: Floats>(op: GeluOp, x: L::Float) -> L::Float {
 unsafe fn slope<L: Floats>(form: Gelu, x: L::Float) -> L::Float {
     unsafe {
         let one = L::splat(1.0);
-        let (curve, steepness) = match form {
+        let (x, curve, steepness) = match form {
             Gelu::Erf => {
                 // Where the exponential is next to nothing its argument is held.
                 let square = L::min(L::mul(x, x), L::splat(160.0));
                 let bell = L::mul(L::splat(0.797_884_56), L::exp(L::mul(square, L::splat(-0.5))));
-                (erf::<L>(L::mul(x, L::splat(std::f32::consts::FRAC_1_SQRT_2))), bell)
+                (x, erf::<L>(L::mul(x, L::splat(std::f32::consts::FRAC_1_SQRT_2))), bell)
             }
             Gelu::Tanh => {
+                // Beyond, the slope is 0 or 1, and the square of nothing must not be multiplied up.
+                let x = clamp::<L>(x, 12.0);
                 let square = L::mul(x, x);
-                let cube = L::mul(square, L::mul(x, L::splat(0.044_715)));
-                let curve = tanh::<L>(L::mul(L::splat(0.797_884_56), L::add(cube, x)));
+                let u = L::mul(L::splat(0.797_884_56), L::madd(L::mul(square, x), L::splat(0.044_715), x));
                 let inner = L::madd(square, L::splat(0.797_884_56 * 3.0 * 0.044_715), L::splat(0.797_884_56));
-                (curve, L::mul(L::add(one, L::mul(curve, L::mul(curve, L::splat(-1.0)))), inner))
+                // 1 - tanh²(u) by exponentials: the difference would lose its digits.
+                let e = L::exp(L::mul(L::splat(-2.0), L::max(u, L::mul(u, L::splat(-1.0)))));
+                let sum = L::add(one, e);
+                (x, tanh::<L>(u), L::mul(L::div(L::mul(L::splat(4.0), e), L::mul(sum, sum)), inner))
             }
         };
         L::mul(L::splat(0.5), L::madd(x, steepness, L::add(one, curve)))
