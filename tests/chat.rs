@@ -474,3 +474,23 @@ fn a_reply_that_is_dropped_before_its_first_token_loses_nothing() {
     assert_eq!(chat.say("What is my name?", &options).unwrap().text, "Your name is Anna.");
     assert!(chat.read() < first, "{} tokens were read again, {first} at first", chat.read());
 }
+
+/// A recurrence keeps only what was marked; the rest is read again, and the text is the same.
+#[test]
+fn a_conversation_with_a_recurrent_model_is_the_same_with_and_without_its_past() {
+    pricket::add_family(pricket_toys::RECURRENT);
+    let tiny = pricket::tiny().unwrap();
+    let vocab = tiny.info().vocab;
+    let config = serde_json::json!({"model_type": "toy_recurrent", "vocab": vocab, "width": 24, "layers": 2});
+    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, 3));
+    let tokenizer = crate::common::root().join("models/tiny/tokenizer.json");
+    let model = Loader::from_store(config, store).tokenizer(tokenizer).threads(2).load().unwrap();
+    let options = GenerateOptions { max_tokens: 12, ..Default::default() };
+    let (mut kept, mut anew) = (model.conversation(), model.conversation().without_reuse());
+    let (mut read, mut reread) = (0, 0);
+    for text in ["The river was long.", "It ran through the town,", "and the people came to it."] {
+        assert_eq!(kept.say(text, &options).unwrap().text, anew.say(text, &options).unwrap().text);
+        (read, reread) = (read + kept.read(), reread + anew.read());
+    }
+    assert!(read < reread, "{read} tokens with the past, {reread} without");
+}

@@ -86,15 +86,17 @@ fn refuse(krate: &str, words: &[&str]) {
 fn families_know_no_device_type_feature_or_cache() {
     for family in ["pricket-gpt-neox", "pricket-mpt", "pricket-redpajama-incite", "pricket-toys"] {
         refuse(family, &["cfg(feature", "Device::", "to_dtype", "DType", "uantis", "uantiz", "Cache", "State::"]);
-        // What files call its tensors and keys are tables beside it, and so is the list of them.
-        let tables = ["formats.rs", "names.rs", "family.rs"];
-        let is_table = |place: &str| tables.iter().any(|file| place.contains(file));
+        // What files call its tensors and keys are tables beside it.
+        let is_table = |place: &str| place.contains("formats.rs") || place.contains("names.rs");
         // Lists of keys, with nothing else in them, are as long as other programs made them.
         let lines = code(family).into_iter().filter(|(place, _)| !place.contains("keys.rs"));
+        // `family.rs` tells the rest of pricket what is in the others.
+        let (listed, lines): (Vec<_>, Vec<_>) = lines.partition(|(place, _)| place.contains("family.rs"));
+        let lines = lines.into_iter();
         let (tables, code): (Vec<_>, Vec<_>) = lines.partition(|(place, _)| is_table(place));
         let (tables, lines) = (tables.len(), code.len());
         assert!(
-            lines < 320 && tables < 280,
+            lines < 300 && tables < 160 && listed.len() < 110,
             "{family}: {lines} lines, {tables} in tables; a family is config and block"
         );
     }

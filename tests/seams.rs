@@ -105,6 +105,35 @@ fn a_family_that_nothing_else_knows_scores_and_rewinds() {
     }
 }
 
+/// Taps see the prompts' pass and every step, and an edit steers the text.
+#[test]
+fn a_generation_is_recorded_and_steered() {
+    use pricket::{Site, Taps};
+    let model = toy("toy_gated");
+    let requests =
+        || [3, 8].iter().zip(1..).map(|(&len, seed)| request(row(len, seed), &SamplingParams::greedy(), 0)).collect();
+    let plain = generated(&model, requests());
+    let taps = Taps::new().record(Site::ResidPost);
+    let mut generation = Generation::new(Arc::clone(&model), requests()).unwrap().with_taps(taps);
+    let mut lens = Vec::new();
+    while generation.step().unwrap().is_some() {
+        let recording = generation.take_recording();
+        assert_eq!(recording.spans().len(), 2);
+        lens.push(recording.get(Site::ResidPost, 1).unwrap().dims()[1]);
+    }
+    assert_eq!(lens, [&[11][..], &[2; 8]].concat());
+    let zero = Taps::new().edit(Site::ResidPost, |_, x| Ok(x.zeros_like()?));
+    let mut generation = Generation::new(Arc::clone(&model), requests()).unwrap().with_taps(zero);
+    let mut steered = vec![Vec::new(); 2];
+    while let Some(tokens) = generation.step().unwrap() {
+        for token in tokens {
+            steered[token.row].push(token.id);
+        }
+    }
+    assert_ne!(steered, plain);
+    assert_eq!(steered[0], steered[1], "nothing of the prompts is left");
+}
+
 #[test]
 fn a_tap_that_a_recurrence_cannot_have_is_refused_by_name() {
     let taps = pricket::Taps::new().record(pricket::Site::Pattern);
@@ -498,6 +527,12 @@ fn weights_are_trained_by_name_and_never_in_blocks() {
     let ids = Tensor::new(&[[1u32, 2, 3, 4]], &Device::Cpu).unwrap();
     let grads = loss(&*model, &ids).unwrap().backward().unwrap();
     assert!(parameters.iter().all(|parameter| grads.get(&parameter.var).is_some()));
+    let misspelled =
+        LoadOptions { trainable: Trainable::Names(vec!["attention.dens.weight".into()]), ..LoadOptions::default() };
+    let store = Arc::new(pricket::weights::Random::new(Dtype::F32, 4));
+    let weights = Weights::new(store, pricket_gpt_neox::NAMES, misspelled);
+    pricket_gpt_neox::FAMILY.load(&config, &weights).unwrap();
+    assert!(weights.check_trainable().unwrap_err().to_string().contains("attention.dens.weight"));
     let blocks = Storage::Quantize(Quantisation { weights: BlockType::Q8_0, tables: Some(BlockType::Q8_0) });
     let config = small_config(&json!({"hidden_size": 64, "num_attention_heads": 4}));
     let store = Arc::new(pricket::weights::Random::new(Dtype::F32, 4));

@@ -20,8 +20,11 @@ mod odd_input;
 /// Parameter counts of the published shapes.
 mod shapes;
 
-/// State, packed rows, taps and gradients against plain twins.
+/// State, packed rows, taps and gradients.
 mod properties;
+
+/// Operations against their plain twins.
+mod twins;
 
 /// Families that nothing else knows, plans, decoders, losses and adapters.
 mod seams;

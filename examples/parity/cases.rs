@@ -8,13 +8,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use pricket::candle::{DType, Device, IndexOp, Tensor};
 use pricket::lm::{loss, token_logprobs};
 use pricket::nn::RowOrder;
-use pricket::{
-    CausalLm, Context, GenerateOptions, Loader, Precision, Pricket, SamplingParams, Site, State, Taps, Tokenizer,
-};
+use pricket::{Context, GenerateOptions, Loader, Precision, Pricket, SamplingParams, Site, State, Taps, Tokenizer};
 use serde_json::{Value, json};
 
+#[path = "batch.rs"]
+mod batch;
 #[path = "scoring.rs"]
 mod scoring;
+
+use batch::Batch;
 
 /// What the cases are run with.
 pub(crate) struct Setup {
@@ -206,80 +208,6 @@ fn left_padding(expected: &HashMap<String, Tensor>, batch: usize) -> Result<Vec<
         Ok(pad)
     };
     ids(mask)?.into_iter().map(count).collect()
-}
-
-/// A batch as a case has it: ids `[batch, time]`, of which the first of each row are padding.
-struct Batch {
-    ids: Tensor,
-    padding: Vec<usize>,
-    time: usize,
-}
-
-impl Batch {
-    /// Reads the positions from `from` to `to` of all rows; gives what the model makes of those that are no padding, a tensor for
-    /// each row. Rows that differ are packed.
-    fn read(&self, model: &dyn CausalLm, (from, to): (usize, usize), ctx: &mut Context) -> Result<Vec<Option<Tensor>>> {
-        let starts: Vec<usize> = self.padding.iter().map(|&pad| pad.clamp(from, to)).collect();
-        if self.padding.iter().all(|&pad| pad == 0) {
-            let hidden = model.hidden(&self.ids.narrow(1, from, to - from)?.contiguous()?, ctx)?;
-            return (0..starts.len()).map(|row| Ok(Some(hidden.i(row)?))).collect();
-        }
-        let rows: Vec<(usize, usize)> =
-            starts.iter().map(|start| to - start).enumerate().filter(|row| row.1 > 0).collect();
-        if rows.is_empty() {
-            return Ok(vec![None; starts.len()]);
-        }
-        let ids = rows.iter().map(|&(row, len)| self.ids.i(row)?.narrow(0, to - len, len));
-        let ids = Tensor::cat(&ids.collect::<Result<Vec<_>, _>>()?, 0)?.unsqueeze(0)?;
-        ctx.pack_rows(&rows);
-        let hidden = model.hidden(&ids, ctx)?;
-        let mut out = vec![None; starts.len()];
-        for (row, tensor) in Self::rows_of(&hidden, &rows)?.into_iter().enumerate() {
-            out[rows[row].0] = Some(tensor);
-        }
-        Ok(out)
-    }
-
-    /// The rows of a tensor of a packed pass, `[1, sum of the lengths, ..]`.
-    fn rows_of(x: &Tensor, rows: &[(usize, usize)]) -> Result<Vec<Tensor>> {
-        let mut at = 0;
-        let row = |&(_, len): &(usize, usize)| {
-            at += len;
-            Ok(x.i(0)?.narrow(0, at - len, len)?)
-        };
-        rows.iter().map(row).collect()
-    }
-
-    /// A tensor that was recorded in a pass over all positions, laid out as the ids are, with zeros for padding.
-    fn recorded(&self, x: &Tensor) -> Result<Tensor> {
-        if self.padding.iter().all(|&pad| pad == 0) {
-            return Ok(x.clone());
-        }
-        let rows: Vec<(usize, usize)> = self.padding.iter().map(|pad| self.time - pad).enumerate().collect();
-        self.laid_out(Self::rows_of(x, &rows)?.into_iter().map(|row| vec![row]).collect())
-    }
-
-    /// The parts of each row, laid out as the ids are, with zeros for padding.
-    fn laid_out(&self, rows: Vec<Vec<Tensor>>) -> Result<Tensor> {
-        let laid = rows.into_iter().map(|parts| {
-            let row = Tensor::cat(&parts, 0)?;
-            let pad = self.time - row.dim(0)?;
-            row.pad_with_zeros(0, pad, 0)
-        });
-        Ok(Tensor::stack(&laid.collect::<Result<Vec<_>, _>>()?, 0)?)
-    }
-
-    /// The logits of all positions, read in parts of these lengths.
-    fn logits(&self, model: &dyn CausalLm, split: &[usize], ctx: &mut Context) -> Result<Tensor> {
-        let (mut rows, mut at) = (vec![Vec::new(); self.padding.len()], 0);
-        for len in split {
-            for (row, hidden) in rows.iter_mut().zip(self.read(model, (at, at + len), ctx)?) {
-                row.extend(hidden.map(|hidden| model.head(&hidden)).transpose()?);
-            }
-            at += len;
-        }
-        self.laid_out(rows)
-    }
 }
 
 /// Logits, hidden states, log-probabilities, and a cached run, against the reference's.

@@ -70,7 +70,7 @@ impl Family for GptNeoXFamily {
         gguf_metadata(config)
     }
 
-    /// Converters of before May 2024 left each head's three side by side; later ones write all of Q, then K, then V.
+    /// Converters left each head's three side by side until May 2024; later ones write all of Q, then K, then V.
     fn gguf_rows(&self, metadata: &Value, version: u32) -> FusedRows {
         if metadata["pricket.qkv_order"] == "split" {
             return FusedRows::Stated;
@@ -78,9 +78,9 @@ impl Family for GptNeoXFamily {
         let (model_order_is_likely, why) = if version < 3 {
             (false, "the file is of version 1 or 2")
         } else if metadata["tokenizer.ggml.pre"].is_null() {
-            (false, "the file has no tokenizer.ggml.pre, so it is of before May 2024")
+            (false, "the file has no tokenizer.ggml.pre, so it was converted before May 2024")
         } else {
-            (true, "the file has tokenizer.ggml.pre, as those since May 2024 have")
+            (true, "the file has tokenizer.ggml.pre, as files converted since May 2024 have")
         };
         FusedRows::Unknown { model_order_is_likely, why }
     }

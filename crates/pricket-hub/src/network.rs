@@ -90,7 +90,11 @@ mod tests {
         assert_eq!((one.of("https://x/"), one.of("http://x/")), (Some("http://a:1"), None));
         let all = proxies(&[("ALL_PROXY", "http://c:3"), ("HTTPS_PROXY", " ")]).unwrap();
         assert_eq!((all.of("https://x/"), all.of("http://x/")), (Some("http://c:3"), Some("http://c:3")));
-        assert_eq!(all.of("http://me:secret@x/y"), Some("http://c:3"), "a name and password are no way around it");
+        assert_eq!(
+            all.of("http://me:secret@x/y"),
+            Some("http://c:3"),
+            "a URL with a name and a password takes the proxy too"
+        );
         let lower = proxies(&[("HTTPS_PROXY", "http://upper:1"), ("https_proxy", "http://lower:1")]).unwrap();
         assert_eq!(lower.of("https://x/"), Some("http://lower:1"));
         assert_eq!(proxies(&[]).unwrap(), Proxies::default());

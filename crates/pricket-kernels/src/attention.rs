@@ -405,7 +405,8 @@ pub struct AttentionRow {
 ///
 /// `softmax(scale · q kᵀ - slope · distance) v`, of `[batch, time, heads · head_dim]`. `kv_heads` divides `heads`. The softmax
 /// is the running one of Milakov and Gimelshein (2018, arXiv:1805.02867): memory is a buffer of `60 · 1024` for each thread,
-/// however many keys there are. It has no backward pass: training takes the plain twin.
+/// however many keys there are. It has no backward pass: rows without a past that are
+/// trained take [`SelfAttentionOp`](crate::SelfAttentionOp), others the plain twin.
 #[derive(Clone, Debug)]
 pub struct AttentionOp {
     /// Multiplies the scores; usually `1 / sqrt(head_dim)`.

@@ -29,7 +29,7 @@ pub struct SelfAttentionOp {
     pub spans: Vec<(usize, usize, usize)>,
 }
 
-/// What is read: queries, keys, values, and where the rows are.
+/// The operands and their sizes.
 struct Inputs {
     q: View,
     k: View,

@@ -86,7 +86,7 @@ pub struct Generation {
     plain: PlainDecoder,
     /// Logits of the prompts' last positions, `[rows][vocab]`, before the first token is read.
     first: Vec<Vec<f32>>,
-    /// What was read of the row that ended last.
+    /// The state of the row that ended last.
     ended: Option<State>,
 }
 
@@ -170,7 +170,7 @@ impl Generation {
         self
     }
 
-    /// What the taps have recorded in the last pass.
+    /// Takes what the taps recorded in the last pass.
     pub fn take_recording(&mut self) -> Recording {
         if self.first.is_empty() { self.plain.take_recording() } else { self.ctx.take_recording() }
     }
@@ -232,14 +232,14 @@ impl Generation {
         if self.first.is_empty() { self.plain.logits() } else { &self.first }
     }
 
-    /// What was read of a batch of one row, which ends with that; all of its tokens but the last. `None` if nothing was read.
+    /// Ends a batch of one row and returns its state, which holds all tokens but the last. `None` if nothing was read.
     pub fn take_state(&mut self) -> Option<State> {
         self.rows.iter_mut().for_each(|row| row.done = true);
         self.drop_finished().ok()?;
         self.ended.take()
     }
 
-    /// Bytes of what was read of the rows that are running, and of the one that ended last.
+    /// Bytes of the states of all running rows, and of the row that ended last.
     pub fn state_bytes(&self) -> usize {
         let held = [self.ctx.state(), self.ended.as_ref()].into_iter().flatten();
         held.map(State::bytes).sum::<usize>() + self.plain.state_bytes()
@@ -328,7 +328,7 @@ fn decoder<'a>(own: &'a mut Option<Box<dyn StepDecoder>>, plain: &'a mut PlainDe
     }
 }
 
-/// What rows of logits amount to, each of them once, on the model's threads.
+/// Summarizes each row of logits, on the threads of the model.
 fn summaries(model: &dyn CausalLm, rows: &[Vec<f32>]) -> Vec<ops::RowSummary> {
     let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
     let mut summaries = Vec::new();

@@ -9,7 +9,8 @@ use crate::Result;
 /// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.
 const BLOCK: usize = 64;
 
-/// Gives `each` the logits of the hidden states `[n, d]` by blocks of positions: the number of the first, and `[block, vocab]`.
+/// Calls `each` with the logits of each block of positions: the index of its first position, and `[block, vocab]`. Hidden states
+/// are `[n, d]`.
 pub(crate) fn by_blocks(
     model: &dyn CausalLm,
     hidden: &Tensor,
@@ -23,7 +24,8 @@ pub(crate) fn by_blocks(
     Ok(())
 }
 
-/// What the logits after hidden states `[n, d]` amount to, and the log-probability of each target: as [`ops::logprobs`].
+/// Computes the logits of hidden states `[n, d]`, and returns a summary of each row and the log-probability of its target, as
+/// [`ops::logprobs`] does.
 pub(crate) fn logprobs(model: &dyn CausalLm, hidden: &Tensor, targets: &[u32]) -> Result<Vec<(RowSummary, f64)>> {
     let mut out = Vec::with_capacity(targets.len());
     by_blocks(model, hidden, |at, logits| {

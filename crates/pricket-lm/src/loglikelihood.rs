@@ -324,7 +324,7 @@ impl Scoring<'_> {
             self.score(&places, results)?;
             for (i, row) in rows.iter().enumerate() {
                 let kept = ctx.state_mut().map_or(0, |state| state.rewind(i, row.context.len()));
-                // What the state could not keep is read again.
+                // Positions that the state could not keep are read again.
                 if kept < row.context.len() {
                     self.read(&[(i, row.context[kept..].to_vec())], &mut ctx)?;
                 }

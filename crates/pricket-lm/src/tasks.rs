@@ -304,7 +304,7 @@ impl Task {
     }
 
     /// Returns the number of examples before each question: `asked`, else the number of the definition, else 0. Where the definition
-    /// says 0, `asked` has no effect, as in the harness.
+    /// says 0, the harness ignores `asked`, and so does this.
     pub fn shots(&self, asked: Option<usize>) -> usize {
         match (asked, self.shots) {
             (_, Some(0)) => 0,

@@ -1,11 +1,9 @@
-use pricket_nn::config::{
-    GENERIC, Keys, divides, epsilon, limit, null_as_default, only, parse, plausible, positive, whole,
-};
+use pricket_nn::config::{Keys, divides, epsilon, limit, null_as_default, only, parse, plausible, positive, whole};
 use pricket_nn::{Activation, Alibi, Error, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::keys::{KEYS, MOSAIC_GPT_KEYS, from_mosaic_gpt};
+use crate::keys::{Spelling, from_mosaic_gpt, tables};
 
 /// The keys of an MPT config.json that change the maths, with llm-foundry's defaults.
 ///
@@ -58,28 +56,6 @@ pub struct Config {
     pub ffn_config: Value,
     #[serde(skip)]
     spelling: Spelling,
-}
-
-/// Whose code wrote the configuration: they differ in what they do, not only in what they call it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Spelling {
-    /// llm-foundry, `MPTForCausalLM`.
-    #[default]
-    Foundry,
-    /// transformers, `MptForCausalLM`: never a bias.
-    Native,
-    /// mosaicml/examples, `MosaicGPT`: another rule for slopes.
-    MosaicGpt,
-}
-
-impl Spelling {
-    fn of(json: &Value) -> Self {
-        match (json["architectures"][0].as_str(), json["model_type"].as_str()) {
-            (Some("MosaicGPT"), _) | (_, Some("mosaic_gpt")) => Spelling::MosaicGpt,
-            (Some("MptForCausalLM"), _) => Spelling::Native,
-            _ => Spelling::Foundry,
-        }
-    }
 }
 
 /// `attn_config`.
@@ -149,12 +125,7 @@ impl Config {
     /// # Errors
     /// As [`Config::from_json`].
     pub fn unknown_keys(json: &Value) -> Result<Vec<String>> {
-        Keys::check(Self::tables(json), json)
-    }
-
-    /// The keys of the class that a config.json is of.
-    pub fn tables(json: &Value) -> &'static [Keys] {
-        if Spelling::of(json) == Spelling::MosaicGpt { &[MOSAIC_GPT_KEYS, GENERIC] } else { &[KEYS, GENERIC] }
+        Keys::check(tables(json), json)
     }
 
     fn check_sizes(&self) -> Result<()> {

@@ -5,7 +5,7 @@ use pricket_nn::{Activation, CausalLm, Error, Family, GgmlLayout, KnownTokenizer
 use serde_json::{Value, json};
 
 use crate::formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
-use crate::keys::GGUF_KEYS;
+use crate::keys::{GGUF_KEYS, Spelling, tables};
 use crate::names::{GGUF, NAMES};
 use crate::{Config, load};
 
@@ -36,16 +36,15 @@ impl Family for MptFamily {
     }
 
     fn keys(&self, config: &Value) -> Vec<Keys> {
-        Config::tables(config).to_vec()
+        tables(config).to_vec()
     }
 
     fn class(&self, config: &Value) -> &'static str {
         let classes = self.spellings().1;
         let named = config["architectures"][0].as_str();
-        match classes.iter().find(|class| Some(**class) == named) {
-            Some(class) if config["model_type"] != "mosaic_gpt" => class,
-            _ if config["model_type"] == "mosaic_gpt" => "MosaicGPT",
-            _ => classes[0],
+        match Spelling::of(config) {
+            Spelling::MosaicGpt => "MosaicGPT",
+            _ => classes.iter().find(|class| Some(**class) == named).unwrap_or(&classes[0]),
         }
     }
 

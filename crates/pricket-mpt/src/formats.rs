@@ -4,8 +4,7 @@ use pricket_nn::config::Keys;
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
 
-use crate::NAMES;
-use crate::keys::GGUF_KEYS;
+use crate::{GGUF_KEYS, NAMES};
 
 /// The header of legacy GGML files. Their blocks were never those of before the first reordering, whatever `ftype` says.
 pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {

@@ -1,7 +1,34 @@
 //! The keys of the three configuration classes of MPT, and of llama.cpp's metadata for its files.
 
-use pricket_nn::config::Keys;
+use pricket_nn::config::{GENERIC, Keys};
 use serde_json::{Value, json};
+
+/// Whose code wrote the configuration: they differ in what they do, not only in what they call it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Spelling {
+    /// llm-foundry, `MPTForCausalLM`.
+    #[default]
+    Foundry,
+    /// transformers, `MptForCausalLM`: never a bias.
+    Native,
+    /// mosaicml/examples, `MosaicGPT`: another rule for slopes.
+    MosaicGpt,
+}
+
+impl Spelling {
+    pub(crate) fn of(json: &Value) -> Self {
+        match (json["architectures"][0].as_str(), json["model_type"].as_str()) {
+            (Some("MosaicGPT"), _) | (_, Some("mosaic_gpt")) => Spelling::MosaicGpt,
+            (Some("MptForCausalLM"), _) => Spelling::Native,
+            _ => Spelling::Foundry,
+        }
+    }
+}
+
+/// The keys of the class that a config.json is of.
+pub(crate) fn tables(json: &Value) -> &'static [Keys] {
+    if Spelling::of(json) == Spelling::MosaicGpt { &[MOSAIC_GPT_KEYS, GENERIC] } else { &[KEYS, GENERIC] }
+}
 
 /// MosaicGPT's keys in MPT's places.
 pub(crate) fn from_mosaic_gpt(json: &Value) -> Value {

@@ -25,10 +25,12 @@ impl Context {
         let (pass, mut state) = self.parts()?;
         let mut kept = Vec::with_capacity(if state.is_some() { pass.spans().len() } else { 0 });
         if let Some(state) = &mut state {
+            let mut new = Vec::with_capacity(pass.spans().len());
             for (span, (row, from)) in pass.places() {
-                let new = NewKeys { k, v, row, from, len: span.len };
-                kept.push(state.keep(span.row, pass.layer, span.past, &new)?);
+                new.push(NewKeys { k, v, row, from, len: span.len, at: span.past });
+                kept.push(state.slot_for(span.row, pass.layer, &new[new.len() - 1])?);
             }
+            ops::store(&kept, &new)?;
         }
         let is_tracked = [q, k, v].into_iter().any(Tensor::track_op);
         if is_tracked && kept.is_empty() && !wants_pattern && ops::self_attention_is_fused(q, k, v) {

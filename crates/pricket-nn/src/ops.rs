@@ -5,6 +5,8 @@
 //! softmax, norm and rotary drop gradients without a word. On the CPU, in f32, both give the same bits. The twins are public,
 //! and tests compare them.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
     Activations, AttentionRow, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path,
@@ -12,7 +14,7 @@ pub use pricket_kernels::{
 };
 use pricket_kernels::{
     AttentionOp, GeluOp, LayerNormOp, LinearOp, RmsNormOp, RotaryOp, SelfAttentionOp, StoreOp, SumOp, TrainedLinearOp,
-    WkvOp, q8_values,
+    WkvOp, parallel, q8_values,
 };
 
 use crate::{Activation, Error, Result};
@@ -265,7 +267,8 @@ pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&parts, D::Minus1)?.contiguous()?)
 }
 
-/// New keys and values of a row: those of `[batch, kv_heads, time, head_dim]` that are its own, `len` from `from` on.
+/// New keys and values of a row: those of `[batch, kv_heads, time, head_dim]` that are its own, `len` from `from` on, which are at
+/// the positions from `at` on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NewKeys<'a> {
     pub(crate) k: &'a Tensor,
@@ -273,21 +276,34 @@ pub(crate) struct NewKeys<'a> {
     pub(crate) row: usize,
     pub(crate) from: usize,
     pub(crate) len: usize,
+    pub(crate) at: usize,
 }
 
-/// Writes a row's new keys and values into `kept`, `[2, kv_heads, capacity, head_dim]` in its own type or bytes of `q8_0` blocks,
-/// from position `at` on. No gradient goes through it.
+/// Writes the new keys and values of some rows, each into its tensor of `kept`: `[2, kv_heads, capacity, head_dim]` in its own type
+/// or bytes of `q8_0` blocks. On the CPU rows are written at once by several threads. No gradient goes through it.
 ///
 /// # Errors
 /// If the shapes do not fit, or for blocks that are not on the CPU.
-pub(crate) fn store(kept: &Tensor, new: &NewKeys<'_>, at: usize) -> Result<()> {
-    let &NewKeys { k, v, row, from, len } = new;
-    let blocks = kept.dtype() == DType::U8;
+pub(crate) fn store(kept: &[Tensor], new: &[NewKeys<'_>]) -> Result<()> {
+    // On a GPU the order of its stream is that of one thread.
+    if !new.iter().all(|new| on_our_kernels(new.k) && on_our_kernels(new.v)) {
+        return kept.iter().zip(new).try_for_each(|(kept, new)| store_row(kept, new));
+    }
+    let failed = Mutex::new(None);
+    parallel(kept.len(), |row| {
+        if let Err(e) = store_row(&kept[row], &new[row]) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+fn store_row(kept: &Tensor, &NewKeys { k, v, row, from, len, at }: &NewKeys<'_>) -> Result<()> {
     if on_our_kernels(k) && on_our_kernels(v) {
         let rows = |x: &Tensor| if x.stride().last() == Some(&1) { Ok(x.clone()) } else { x.contiguous() };
         return Ok(kept.inplace_op3(&rows(k)?, &rows(v)?, &StoreOp { row, from, len, at })?);
     }
-    if blocks {
+    if kept.dtype() == DType::U8 {
         return Err(Error::Input("keys and values are kept as q8_0 on the CPU only, in f32".into()));
     }
     let own = |x: &Tensor| x.detach().narrow(0, row, 1)?.narrow(2, from, len);

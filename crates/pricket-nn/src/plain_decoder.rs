@@ -111,9 +111,13 @@ impl StepDecoder for PlainDecoder {
         let mut out = Vec::with_capacity(rows.len());
         for ((step, &(row, len)), before) in rows.iter().zip(&packed).zip(before) {
             let row = &self.rows[row];
-            let mut read = row.ids[..before.min(row.ids.len())].to_vec();
+            // The most likely token does not depend on what came before.
+            let is_free = row.sampling.is_argmax();
+            let mut read = if is_free { Vec::new() } else { row.ids[..before.min(row.ids.len())].to_vec() };
             let choices = (0..len).map(|i| {
-                read.push(step.tokens[i]);
+                if !is_free {
+                    read.push(step.tokens[i]);
+                }
                 let logits = (&self.logits[at + i][..], &summaries[at + i]);
                 Choice::of(logits, &row.sampling, row.vocab, (&read, row.prompt_len), step.draws[i])
             });

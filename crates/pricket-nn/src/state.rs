@@ -1,4 +1,4 @@
-//! What a model has read: one [`RowState`] for each row of a batch.
+//! The state of a model over the tokens that it has read: one `RowState` for each row of a batch.
 //!
 //! A row holds a slot for each layer: keys and values of its positions, or the tensors of a recurrence. Slots are shared by
 //! reference, so selecting, joining and forking rows copies nothing; who writes to a shared slot copies it first.
@@ -71,7 +71,7 @@ impl CacheType {
         let (_, heads, len, dim) = k.dims4()?;
         let dtype = self.storage();
         let kept = Tensor::zeros((2, heads, len, self.bytes(dim) / dtype.size_in_bytes()), dtype, k.device())?;
-        ops::store(&kept, &NewKeys { k, v, row, from: 0, len }, 0)?;
+        ops::store(std::slice::from_ref(&kept), &[NewKeys { k, v, row, from: 0, len, at: 0 }])?;
         Ok(kept)
     }
 
@@ -102,8 +102,8 @@ impl std::fmt::Display for CacheType {
     }
 }
 
-/// What a model has read, row by row. Begins empty and grows as passes are read, in steps of 64 positions; it is never sized
-/// by the model's limit.
+/// The state of a model over the tokens that it has read: keys and values, or the tensors of a recurrence, for each row. It starts
+/// empty and grows in steps of 64 positions; its size does not depend on the model's limit.
 ///
 /// ```
 /// use pricket_nn::State;
@@ -121,15 +121,15 @@ pub struct State {
     kind: Option<CacheType>,
 }
 
-/// What a model has read of one row.
+/// The state of one row.
 #[derive(Clone, Debug, Default)]
-pub struct RowState {
+pub(crate) struct RowState {
     len: usize,
     layers: Vec<Option<Arc<Slot>>>,
     marks: Vec<Mark>,
 }
 
-/// What a layer keeps of a row.
+/// The state of one layer of a row.
 #[derive(Debug)]
 enum Slot {
     /// Keys and values, `[2, kv_heads, capacity, width]`.
@@ -241,9 +241,9 @@ impl State {
         self.add_rows(count);
     }
 
-    /// Keeps new keys and values of a row from position `past` on. Returns the tensor that holds all of them.
-    pub(crate) fn keep(&mut self, row: usize, layer: usize, past: usize, new: &NewKeys<'_>) -> Result<Tensor> {
-        self.rows[row].keep(layer, past, new, self.kind)
+    /// The tensor that holds a row's keys and values, with room for new ones, which [`ops::store`] writes.
+    pub(crate) fn slot_for(&mut self, row: usize, layer: usize, new: &NewKeys<'_>) -> Result<Tensor> {
+        self.rows[row].slot_for(layer, new, self.kind)
     }
 
     /// A tensor of a layer's recurrence.
@@ -323,9 +323,9 @@ impl RowState {
         self.len
     }
 
-    fn keep(&mut self, layer: usize, past: usize, new: &NewKeys<'_>, kind: Option<CacheType>) -> Result<Tensor> {
+    fn slot_for(&mut self, layer: usize, new: &NewKeys<'_>, kind: Option<CacheType>) -> Result<Tensor> {
         let (_, heads, _, dim) = new.k.dims4()?;
-        let end = past + new.len;
+        let (past, end) = (new.at, new.at + new.len);
         let slot = self.slot(layer);
         let held = match slot.as_deref() {
             Some(Slot::KeyValue(held)) => Some((held.dims4()?, held.dtype())),
@@ -366,7 +366,6 @@ impl RowState {
         let Some(Slot::KeyValue(kept)) = slot.as_deref() else {
             return Err(Error::Input(format!("layer {layer} keeps no keys and values")));
         };
-        ops::store(kept, new, past)?;
         Ok(kept.clone())
     }
 }

@@ -13,7 +13,7 @@ pub struct RowId(pub u64);
 /// A row that joins a [`StepDecoder`].
 #[derive(Debug)]
 pub struct Admission {
-    /// What was read of it: a state of one row.
+    /// Its state, of one row.
     pub state: State,
     /// Its tokens, those that were read and those that were not.
     pub ids: Vec<u32>,
@@ -25,7 +25,7 @@ pub struct Admission {
     pub vocab: Option<usize>,
 }
 
-/// What a row reads in a step.
+/// The tokens that a row reads in a step.
 #[derive(Clone, Debug)]
 pub struct RowStep<'a> {
     /// The row.
@@ -94,7 +94,7 @@ pub trait StepDecoder: Send {
     /// [`Error::Input`](crate::Error::Input) for a row that is not there.
     fn push(&mut self, row: RowId, token: u32) -> Result<()>;
 
-    /// Takes a row out, and returns what was read of it.
+    /// Removes a row, and returns its state.
     ///
     /// # Errors
     /// [`Error::Input`](crate::Error::Input) for a row that is not there.

@@ -175,7 +175,7 @@ impl Conversation {
         let mut past = if self.reuse { std::mem::take(&mut self.past) } else { Past::default() };
         // The last token is always read: its logits are what comes next.
         let same = past.ids.iter().zip(&ids[..ids.len() - 1]).take_while(|(a, b)| a == b).count();
-        // What cannot be kept is read again.
+        // Positions that the state cannot keep are read again.
         let kept = past.state.rewind(0, same);
         self.read = ids.len() - kept;
         let stream = Stream::of_ids(&self.pricket, ids, past.state, &options)?;

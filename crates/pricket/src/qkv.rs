@@ -11,8 +11,8 @@ use crate::{Error, Result};
 
 /// How a GGUF file has the rows of fused query-key-value matrices that a family trains head by head, as GPT-NeoX does.
 ///
-/// Converters of before May 2024 left them as they were trained, each head's three side by side; later ones write all of Q,
-/// then K, then V. Nothing in a file says which.
+/// Until May 2024 converters kept the order of training: each head's query, key and value rows side by side. Later ones write all
+/// of Q, then K, then V. Nothing in a file says which.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QkvOrder {
