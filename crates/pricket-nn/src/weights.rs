@@ -225,7 +225,7 @@ impl Weights {
     }
 
     /// The head `name` of a model, `[outputs, inputs]` without a bias: as [`Weights::linear`], stored as
-    /// [`Quantisation::tables`] says.
+    /// [`Quantisation::tables`](crate::Quantisation::tables) says.
     ///
     /// # Errors
     /// As [`Weights::linear`].
