@@ -74,7 +74,9 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let mut compared = None;
     if args.report {
         let made = match &args.out {
-            Some(out) => common::ModelArgs { model: Some(out.clone()), revision: None, file: None, ..source.clone() },
+            Some(out) => {
+                common::ModelArgs { model: Some(out.clone()), revision: None, file: None, ..source.without_adapters() }
+            }
             None => args.model.clone(),
         };
         let (source, made) = (source.load("tiny")?, made.load("tiny")?);

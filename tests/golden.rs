@@ -36,7 +36,8 @@ fn every_case_is_answered_as_the_original_answered() {
     let mut cases = directories_with(&golden().join("models"), "case.json");
     cases.extend(directories_with(&golden().join("files"), "case.json"));
     cases.extend(directories_with(&golden().join("scoring"), "case.json"));
-    assert!(cases.len() >= 62, "{} cases", cases.len());
+    cases.extend(directories_with(&golden().join("training"), "case.json"));
+    assert!(cases.len() >= 77, "{} cases", cases.len());
     let failures: Vec<String> = cases
         .iter()
         .map(|case| cases::run(case, &CPU))

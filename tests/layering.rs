@@ -4,7 +4,7 @@ use std::process::Command;
 use crate::common::{files, root};
 
 /// Which crate may use which; the same table stands in crates/README.md.
-const ALLOWED: [(&str, &[&str]); 11] = [
+const ALLOWED: [(&str, &[&str]); 12] = [
     ("pricket-hub", &[]),
     ("pricket-testhub", &[]),
     ("pricket-toys", &["pricket-nn"]),
@@ -15,6 +15,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("pricket-mpt", &["pricket-nn"]),
     ("pricket-redpajama-incite", &["pricket-gpt-neox", "pricket-nn"]),
     ("pricket-lm", &["pricket-nn"]),
+    ("pricket-train", &["pricket-nn", "pricket-lm", "pricket-weights"]),
     (
         "pricket",
         &[
@@ -25,6 +26,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
             "pricket-mpt",
             "pricket-redpajama-incite",
             "pricket-lm",
+            "pricket-train",
         ],
     ),
 ];
@@ -104,7 +106,7 @@ fn families_know_no_device_type_feature_or_cache() {
 
 #[test]
 fn shared_crates_name_no_family() {
-    for krate in ["pricket-weights", "pricket-kernels", "pricket-nn", "pricket-lm"] {
+    for krate in ["pricket-weights", "pricket-kernels", "pricket-nn", "pricket-lm", "pricket-train"] {
         refuse(krate, &["neox", "NeoX", "pythia", "Pythia", "\"mpt", "Mpt", "MPT"]);
     }
 }

@@ -171,8 +171,8 @@ impl Interpreter<'_> {
 
     fn norm(norm: &Norm, x: &Tensor) -> Tensor {
         match norm {
-            Norm::Layer { weight, bias, eps } => ops::plain_layer_norm(x, weight, bias, *eps).unwrap(),
-            Norm::Rms { weight, eps } => ops::plain_rms_norm(x, weight, *eps).unwrap(),
+            Norm::Layer { weight, bias, eps, .. } => ops::plain_layer_norm(x, weight, bias, *eps).unwrap(),
+            Norm::Rms { weight, eps, .. } => ops::plain_rms_norm(x, weight, *eps).unwrap(),
         }
     }
 

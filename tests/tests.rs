@@ -86,5 +86,9 @@ mod proxy;
 /// Which revisions hold what.
 mod audit;
 
+/// Adapters, gradients and runs.
+#[cfg(feature = "train")]
+mod training;
+
 /// The examples as a user runs them.
 mod examples;

@@ -25,6 +25,10 @@ pub(crate) struct ComputeArgs {
     /// Type of cached keys and values: f32, f16, bf16 or q8_0; by default f32, f16 under --activations q8, bf16 under bf16
     #[arg(long, value_name = "TYPE")]
     pub(crate) cache_type: Option<CacheType>,
+    /// A LoRA adapter in PEFT's files: a directory, or a repository of the Hub; can be given several times, and adds up
+    #[cfg(feature = "train")]
+    #[arg(long, value_name = "ADAPTER")]
+    pub(crate) adapter: Vec<std::path::PathBuf>,
     /// CPU threads [default: physical cores]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -52,8 +56,29 @@ impl ComputeArgs {
             ("quantize", quantise),
             ("activations", Some(self.activations.clone()).filter(|activations| activations != "f32")),
             ("cache_type", cache),
+            ("adapter", self.adapters()),
         ];
         flags.into_iter().filter_map(|(flag, value)| Some((flag.to_owned(), value?))).collect()
+    }
+
+    /// The adapters, told apart by what is in their files.
+    #[allow(dead_code, reason = "only a sweep writes it down")]
+    #[cfg(feature = "train")]
+    fn adapters(&self) -> Option<String> {
+        let name = |path: &std::path::PathBuf| {
+            let file = path.join("adapter_model.safetensors");
+            let hash = std::fs::read(file)
+                .map(|bytes| pricket::hub::Digest::Sha256(String::new()).of(&bytes).hex().to_owned());
+            hash.map_or_else(|_| path.display().to_string(), |hash| format!("sha256 {}", &hash[..16]))
+        };
+        let names: Vec<String> = self.adapter.iter().map(name).collect();
+        (!names.is_empty()).then(|| names.join(" + "))
+    }
+
+    #[allow(dead_code, reason = "only a sweep writes it down")]
+    #[cfg(not(feature = "train"))]
+    fn adapters(&self) -> Option<String> {
+        None
     }
 
     /// Everything that these flags say but the type of the weights.
@@ -72,6 +97,10 @@ impl ComputeArgs {
         };
         if let Some(kind) = self.cache_type {
             loader = loader.cache(kind);
+        }
+        #[cfg(feature = "train")]
+        for adapter in &self.adapter {
+            loader = loader.adapter(adapter);
         }
         Ok(loader)
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use pricket::{Loader, Pricket};
 
 #[allow(unused_imports, reason = "not every example works long")]
-pub(crate) use bar::{Bar, interruptible};
+pub(crate) use bar::{Bar, Hidden, interruptible};
 pub(crate) use compute::ComputeArgs;
 #[allow(unused_imports, reason = "not every example writes a file")]
 pub(crate) use finish::{check_output, finish, is_closed, tell, write_whole};
@@ -65,6 +65,16 @@ impl ModelArgs {
                 Loader::new(PathBuf::from(path))
             }
         })
+    }
+
+    /// The same without adapters: they are in the weights already.
+    #[allow(dead_code, reason = "only conversion merges adapters")]
+    pub(crate) fn without_adapters(&self) -> Self {
+        #[allow(unused_mut, reason = "there are none without the feature `train`")]
+        let mut args = self.clone();
+        #[cfg(feature = "train")]
+        args.compute.adapter.clear();
+        args
     }
 
     /// Loads it, or an embedded model where none is named, with a progress bar on a terminal; warnings go to stderr.

@@ -15,6 +15,9 @@ use serde_json::{Value, json};
 mod batch;
 #[path = "scoring.rs"]
 mod scoring;
+#[cfg(feature = "train")]
+#[path = "training.rs"]
+mod training;
 
 use batch::Batch;
 
@@ -76,6 +79,10 @@ fn compare(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result
     let has = |file: &str| dir.join(file).is_file();
     let of_logits = case["files"]["model"].is_string() || (has("config.json") && has("expected.safetensors"));
     ensure!(of_logits || check.bound.is_none(), "only cases of logits are compared in another precision than f32");
+    #[cfg(feature = "train")]
+    if let Some(result) = training::run(dir, case, setup, check) {
+        return result;
+    }
     if has("generate.safetensors") {
         generate(dir, case, setup, check)?;
         if has("processors.safetensors") {

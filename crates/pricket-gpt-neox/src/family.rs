@@ -2,7 +2,8 @@ use std::sync::Arc;
 
 use pricket_nn::config::{GENERIC, Keys};
 use pricket_nn::{
-    Activation, CausalLm, Error, Family, FusedRows, GgmlLayout, KnownTokenizer, Names, Result, ShapeOf, Weights,
+    Activation, CausalLm, Error, Family, FusedRows, GgmlLayout, Initialization, KnownTokenizer, Names, Result, ShapeOf,
+    Weights,
 };
 use serde_json::Value;
 
@@ -48,6 +49,11 @@ impl Family for GptNeoXFamily {
             other => return Err(Error::Input(format!("{other:?}: GPT-NeoX has a GELU"))),
         };
         Ok(())
+    }
+
+    fn initialization(&self, config: &Value) -> Result<Initialization> {
+        let Config { hidden_size, num_hidden_layers, .. } = Config::from_json(config)?;
+        Ok(Initialization::small(hidden_size, num_hidden_layers, &["dense.weight", "dense_4h_to_h.weight"]))
     }
 
     fn gguf_architecture(&self) -> Option<&'static str> {

@@ -43,7 +43,7 @@ pub use names::NAMES;
 
 use candle_core::Tensor;
 use pricket_nn::{
-    Attention, Block, BlockPlan, Context, Decoder, Linear, Mlp, Norm, Qkv, Residual, Result, RowOrder, Site, Sizes,
+    Attention, Block, BlockPlan, Context, Decoder, Layer, Mlp, Norm, Qkv, Residual, Result, RowOrder, Site, Sizes,
     Weights, residual,
 };
 
@@ -76,8 +76,9 @@ impl Block for GptNeoXBlock {
         site != Site::ResidMid || !self.use_parallel_residual
     }
 
-    fn linears(&mut self) -> Vec<&mut Linear> {
-        self.attention.linears().into_iter().chain(self.mlp.linears()).collect()
+    fn layers(&mut self) -> Vec<Layer<'_>> {
+        let norms = [&mut self.input_layernorm, &mut self.post_attention_layernorm].map(Layer::from);
+        norms.into_iter().chain(self.attention.layers()).chain(self.mlp.layers()).collect()
     }
 
     fn plan(&self) -> Option<BlockPlan<'_>> {

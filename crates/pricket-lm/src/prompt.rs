@@ -71,6 +71,9 @@ pub struct PromptFormat {
     pub system: Option<String>,
     /// The template of a turn of the one who asks.
     pub user: String,
+    /// The template of a context that belongs to a question, which stands after it; the bare text where there is none.
+    #[serde(default)]
+    pub context: Option<String>,
     /// The template of a turn of the model, as a part of the past.
     pub assistant: String,
     /// What the model continues: the beginning of its turn. Empty if the last turn's template has it.
@@ -99,8 +102,12 @@ impl PromptFormat {
     /// # Errors
     /// [`Error::Input`] naming the key.
     pub fn check(&self) -> Result<()> {
-        let templates =
-            [("user", Some(&self.user)), ("assistant", Some(&self.assistant)), ("system", self.system.as_ref())];
+        let templates = [
+            ("user", Some(&self.user)),
+            ("assistant", Some(&self.assistant)),
+            ("system", self.system.as_ref()),
+            ("context", self.context.as_ref()),
+        ];
         for (key, template) in templates {
             if template.is_some_and(|template| template.matches(TEXT).count() != 1) {
                 return Err(Error::Input(format!("prompt format {}: `{key}` needs {TEXT} exactly once", self.name)));
@@ -143,6 +150,15 @@ impl PromptFormat {
             pieces.push(self.reply.clone());
         }
         Ok(pieces.join(&self.between))
+    }
+
+    /// A question with a context that belongs to it, as the text of one turn.
+    pub fn with_context(&self, question: &str, context: &str) -> String {
+        if context.is_empty() {
+            return question.to_owned();
+        }
+        let context = self.context.as_ref().map_or_else(|| context.to_owned(), |own| own.replacen(TEXT, context, 1));
+        format!("{question}{}{context}", self.between)
     }
 
     /// The ids of the prompt, and how many of the oldest turns it leaves out so that `limit` ids have room for `reserve`

@@ -1,7 +1,9 @@
 use std::sync::Arc;
 
 use pricket_nn::config::Keys;
-use pricket_nn::{Activation, CausalLm, Error, Family, GgmlLayout, KnownTokenizer, Names, Result, ShapeOf, Weights};
+use pricket_nn::{
+    Activation, CausalLm, Error, Family, GgmlLayout, Initialization, KnownTokenizer, Names, Result, ShapeOf, Weights,
+};
 use serde_json::{Value, json};
 
 use crate::formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
@@ -59,6 +61,12 @@ impl Family for MptFamily {
         }
         config["ffn_config"]["ffn_act_fn"] = json!({"name": "gelu", "approximate": approximate});
         Ok(())
+    }
+
+    fn initialization(&self, config: &Value) -> Result<Initialization> {
+        let Config { d_model, n_layers, .. } = Config::from_json(config)?;
+        let residual = &["out_proj.weight", "down_proj.weight"];
+        Initialization::from_init_config(&config["init_config"], d_model, n_layers, residual)
     }
 
     fn gguf_architecture(&self) -> Option<&'static str> {

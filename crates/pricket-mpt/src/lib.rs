@@ -39,7 +39,7 @@ mod names;
 
 use candle_core::Tensor;
 use pricket_nn::{
-    Attention, Block, BlockPlan, Context, Decoder, Linear, Mlp, Norm, Qkv, Residual, Result, Site, Sizes, Weights,
+    Attention, Block, BlockPlan, Context, Decoder, Layer, Mlp, Norm, Qkv, Residual, Result, Site, Sizes, Weights,
     residual,
 };
 
@@ -68,8 +68,9 @@ impl Block for MptBlock {
         residual(&x, &[&ffn])
     }
 
-    fn linears(&mut self) -> Vec<&mut Linear> {
-        self.attn.linears().into_iter().chain(self.ffn.linears()).collect()
+    fn layers(&mut self) -> Vec<Layer<'_>> {
+        let norms = [&mut self.norm_1, &mut self.norm_2].map(Layer::from);
+        norms.into_iter().chain(self.attn.layers()).chain(self.ffn.layers()).collect()
     }
 
     fn plan(&self) -> Option<BlockPlan<'_>> {

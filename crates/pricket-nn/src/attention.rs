@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use crate::ops::{self, Scores};
 use crate::rotary::Rotary;
-use crate::{Alibi, Context, Linear, Norm, Result, Site};
+use crate::{Alibi, Context, Layer, Linear, Norm, Result, Site};
 
 /// How queries, keys and values are projected.
 #[derive(Clone, Debug)]
@@ -92,13 +92,14 @@ impl Attention {
         })
     }
 
-    /// Its linear layers.
-    pub fn linears(&mut self) -> Vec<&mut Linear> {
-        let mut out = match &mut self.qkv {
-            Qkv::Fused(qkv) => vec![qkv],
-            Qkv::Split(split) => split.iter_mut().collect(),
+    /// Its layers.
+    pub fn layers(&mut self) -> Vec<Layer<'_>> {
+        let mut out: Vec<Layer<'_>> = match &mut self.qkv {
+            Qkv::Fused(qkv) => vec![qkv.into()],
+            Qkv::Split(split) => split.iter_mut().map(Layer::from).collect(),
         };
-        out.push(&mut self.out);
+        out.extend(self.qk_norm.iter_mut().flat_map(|(q, k)| [q.into(), k.into()]));
+        out.push((&mut self.out).into());
         out
     }
 }

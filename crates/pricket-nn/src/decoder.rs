@@ -8,7 +8,7 @@ use pricket_weights::Dtype;
 use crate::loss::cross_entropy;
 use crate::plan::{BlockPlan, ModelPlan};
 use crate::step::StepDecoder;
-use crate::{CacheType, Context, Embedding, Error, Linear, Norm, Result, Site, Tables, Weights, ops};
+use crate::{CacheType, Context, Embedding, Error, Layer, Linear, Norm, Result, Site, Tables, Weights, ops};
 
 /// What a model is, in numbers.
 #[derive(Clone, Debug)]
@@ -127,12 +127,24 @@ pub trait CausalLm: Send + Sync {
         None
     }
 
-    /// The same model over the same weights, with each linear layer replaced by what `f` makes of it: so that two adapters can
-    /// share a base.
+    /// The same model over the same weights, with each layer as `f` leaves it, so that two adapters can share a base.
     ///
     /// # Errors
     /// What `f` says.
-    fn map_linears(&self, f: &mut dyn FnMut(&Linear) -> Result<Linear>) -> Result<Arc<dyn CausalLm>>;
+    fn map_layers(&self, f: &mut dyn FnMut(Layer<'_>) -> Result<()>) -> Result<Arc<dyn CausalLm>>;
+
+    /// As [`CausalLm::map_layers`], of linear layers only: each is replaced by what `f` makes of it.
+    ///
+    /// # Errors
+    /// What `f` says.
+    fn map_linears(&self, f: &mut dyn FnMut(&Linear) -> Result<Linear>) -> Result<Arc<dyn CausalLm>> {
+        self.map_layers(&mut |layer| {
+            if let Layer::Linear(linear) = layer {
+                *linear = f(linear)?;
+            }
+            Ok(())
+        })
+    }
 
     /// Does `work` where operations run on the threads that the model's own run on.
     fn on_threads(&self, work: &mut dyn FnMut()) {
@@ -154,8 +166,8 @@ pub trait Block: Clone + Send + Sync + 'static {
         true
     }
 
-    /// Its linear layers.
-    fn linears(&mut self) -> Vec<&mut Linear>;
+    /// Its layers, in the order in which they compute.
+    fn layers(&mut self) -> Vec<Layer<'_>>;
 
     /// Its layers, if it is attention and an MLP, each added to the residual stream.
     fn plan(&self) -> Option<BlockPlan<'_>> {
@@ -386,11 +398,13 @@ impl<B: Block> CausalLm for Decoder<B> {
         })
     }
 
-    fn map_linears(&self, f: &mut dyn FnMut(&Linear) -> Result<Linear>) -> Result<Arc<dyn CausalLm>> {
+    fn map_layers(&self, f: &mut dyn FnMut(Layer<'_>) -> Result<()>) -> Result<Arc<dyn CausalLm>> {
         let mut mapped = self.clone();
-        let blocks = mapped.blocks.iter_mut().flat_map(Block::linears);
-        for linear in blocks.chain([&mut mapped.head]) {
-            *linear = f(linear)?;
+        let Self { embed, embed_norm, blocks, norm, head, positions, .. } = &mut mapped;
+        let first = [Layer::from(embed)].into_iter();
+        let first = first.chain(positions.as_mut().map(Layer::from)).chain(embed_norm.as_mut().map(Layer::from));
+        for layer in first.chain(blocks.iter_mut().flat_map(Block::layers)).chain([norm.into(), head.into()]) {
+            f(layer)?;
         }
         Ok(Arc::new(mapped))
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::config::{GENERIC, Keys};
-use crate::{Activation, CausalLm, Error, GgmlLayout, Names, Result, Weights};
+use crate::{Activation, CausalLm, Error, GgmlLayout, Initialization, Names, Result, Weights};
 
 /// The shape of a tensor of a file, by the name that it has there.
 pub type ShapeOf<'a> = &'a dyn Fn(&str) -> Option<Vec<usize>>;
@@ -97,6 +97,15 @@ pub trait Family: Sync {
     fn set_activation(&self, config: &mut Value, activation: Activation) -> Result<()> {
         let _ = config;
         Err(Error::Input(format!("{activation:?}: the activation of {} models cannot be chosen", self.name())))
+    }
+
+    /// How a model begins training.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming a key that is not implemented.
+    fn initialization(&self, config: &Value) -> Result<Initialization> {
+        let _ = config;
+        Err(Error::Input(format!("{} models are not trained from random weights", self.name())))
     }
 
     /// What sets a configuration apart from those of the family; `None` if nothing does.

@@ -175,6 +175,11 @@ impl Linear {
         Self::new(name, embedding.weight.clone(), None, embedding.precision, RowOrder::AsStored)
     }
 
+    /// A layer over a weight `[outputs, inputs]`, without a bias, that computes in f32.
+    pub fn over(name: &str, weight: Matrix) -> Self {
+        Self::new(name, weight, None, Activations::F32, RowOrder::AsStored)
+    }
+
     pub(crate) fn new(
         name: &str,
         weight: Matrix,
@@ -200,7 +205,8 @@ impl Linear {
         self.bias.as_ref()
     }
 
-    /// How the rows were ordered on file.
+    /// How its rows relate to those on the Hub, which adapters and gradients are written in. A file may have them in the model's
+    /// order already.
     pub fn rows(&self) -> RowOrder {
         self.rows
     }

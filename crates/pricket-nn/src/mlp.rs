@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use crate::{Activation, Context, Linear, Norm, Result, Site};
+use crate::{Activation, Context, Layer, Linear, Norm, Result, Site};
 
 /// `down(activation(up(x)))`, or with a gate (Shazeer 2020, arXiv:2002.05202) `down(activation(gate(x)) · up(x))`.
 #[derive(Clone, Debug)]
@@ -31,8 +31,8 @@ impl Mlp {
         ctx.tap(Site::MlpOut, self.down.forward(&hidden)?)
     }
 
-    /// Its linear layers.
-    pub fn linears(&mut self) -> Vec<&mut Linear> {
-        self.gate.iter_mut().chain([&mut self.up, &mut self.down]).collect()
+    /// Its layers.
+    pub fn layers(&mut self) -> Vec<Layer<'_>> {
+        self.gate.iter_mut().chain([&mut self.up, &mut self.down]).map(Layer::from).collect()
     }
 }

@@ -235,6 +235,7 @@ impl Weights {
 
     fn linear_of(&self, name: &str, shape: [usize; 2], bias: bool, rows: RowOrder, is_head: bool) -> Result<Linear> {
         let at = self.pp(name);
+        let hub = rows;
         let rows = if self.options().in_model_order { RowOrder::AsStored } else { rows };
         if rows != RowOrder::AsStored {
             self.state().fused.push((at.name("weight"), rows));
@@ -242,7 +243,7 @@ impl Weights {
         }
         let weight = at.matrix("weight", &shape, rows, is_head)?;
         let bias = bias.then(|| at.tensor("bias", &shape[..1], rows)).transpose()?;
-        Ok(Linear::new(&at.path, weight, bias, self.options().precision, rows))
+        Ok(Linear::new(&at.path, weight, bias, self.options().precision, hub))
     }
 
     /// A layer norm `name` over `dim`, with a bias if `bias`.
@@ -253,8 +254,10 @@ impl Weights {
         let at = self.pp(name);
         let weight = at.tensor("weight", &[dim], RowOrder::AsStored)?;
         // A norm without a bias gets a zero one: candle's fused form needs it.
-        let bias = if bias { at.tensor("bias", &[dim], RowOrder::AsStored)? } else { weight.detach().zeros_like()? };
-        Ok(Norm::Layer { weight, bias, eps })
+        let has_bias = bias;
+        let zeros_or_bias =
+            if bias { at.tensor("bias", &[dim], RowOrder::AsStored)? } else { weight.detach().zeros_like()? };
+        Ok(Norm::Layer { name: at.path.as_str().into(), weight, bias: zeros_or_bias, has_bias, eps })
     }
 
     /// A root-mean-square norm `name` over `dim`.
@@ -262,7 +265,8 @@ impl Weights {
     /// # Errors
     /// As [`Weights::linear`].
     pub fn rms_norm(&self, name: &str, dim: usize, eps: f64) -> Result<Norm> {
-        Ok(Norm::Rms { weight: self.vector(&format!("{name}.weight"), dim)?, eps })
+        let weight = self.vector(&format!("{name}.weight"), dim)?;
+        Ok(Norm::Rms { name: self.name(name).into(), weight, eps })
     }
 
     /// A vector `name` of `dim`: a mixing factor, a decay.
@@ -279,6 +283,7 @@ impl Weights {
     /// As [`Weights::linear`].
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
         Ok(Embedding {
+            name: self.name(name).into(),
             weight: self.pp(name).matrix("weight", &[rows, dim], RowOrder::AsStored, true)?,
             precision: self.options().precision,
         })

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use pricket_nn::{
-    Activation, Attention, Block, BlockPlan, CausalLm, Context, Decoder, Family, Linear, Mlp, Names, Norm, Qkv,
+    Activation, Attention, Block, BlockPlan, CausalLm, Context, Decoder, Family, Layer, Mlp, Names, Norm, Qkv,
     Residual, Result, Rotary, Sizes, Weights, config, residual,
 };
 use serde::Deserialize;
@@ -37,8 +37,9 @@ impl Block for GatedBlock {
         residual(&x, &[&self.mlp.forward(&self.norm_2, &x, ctx)?])
     }
 
-    fn linears(&mut self) -> Vec<&mut Linear> {
-        self.attention.linears().into_iter().chain(self.mlp.linears()).collect()
+    fn layers(&mut self) -> Vec<Layer<'_>> {
+        let norms = [&mut self.norm_1, &mut self.norm_2].map(Layer::from);
+        norms.into_iter().chain(self.attention.layers()).chain(self.mlp.layers()).collect()
     }
 
     fn plan(&self) -> Option<BlockPlan<'_>> {

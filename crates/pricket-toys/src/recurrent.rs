@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use pricket_nn::{
-    Activation, Block, CausalLm, Context, Decoder, Family, Linear, Names, Norm, Result, Site, Sizes, Weights, config,
-    residual,
+    Activation, Block, CausalLm, Context, Decoder, Family, Layer, Linear, Names, Norm, Result, Site, Sizes, Weights,
+    config, residual,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -48,8 +48,9 @@ impl Block for RecurrentBlock {
         !matches!(site, Site::Query | Site::Key | Site::Value | Site::Pattern | Site::AttentionOut)
     }
 
-    fn linears(&mut self) -> Vec<&mut Linear> {
-        vec![&mut self.key, &mut self.value, &mut self.out, &mut self.up, &mut self.down]
+    fn layers(&mut self) -> Vec<Layer<'_>> {
+        let linears = [&mut self.key, &mut self.value, &mut self.out, &mut self.up, &mut self.down];
+        linears.map(Layer::from).into_iter().chain([&mut self.norm_1, &mut self.norm_2].map(Layer::from)).collect()
     }
 }
 

@@ -69,6 +69,9 @@ impl Converted {
 struct Item {
     /// Name on file.
     from: String,
+    canonical: String,
+    /// How the rows in the model's order relate to the Hub's.
+    order: RowOrder,
     rows: Change,
     outline: Outline,
 }
@@ -101,12 +104,21 @@ impl Loader {
             opened.notes.extend(loaded.notes().iter().cloned());
             loaded.in_model_order()
         };
+        #[cfg(feature = "train")]
+        let adapters = self.read_adapters()?;
         let headers = Arc::new(Headers::of(Arc::clone(&opened.store)));
         let loading = LoadOptions { allow_unused: self.allows_unused(), ..LoadOptions::default() };
         let dry = Weights::new(headers, family.names(), loading);
-        let info = family.load(&opened.config, &dry).map_err(|e| at(&opened.config_path, e))?.info().clone();
+        let model = family.load(&opened.config, &dry).map_err(|e| at(&opened.config_path, e))?;
+        let info = model.info().clone();
         self.check_unused(&dry, &*opened.store)?;
         dry.verify_tied().map_err(|e| at(&opened.config_path, e))?;
+        #[cfg(feature = "train")]
+        crate::adapters::check_mergeable(
+            &adapters,
+            &crate::adapters::base(model, family.names(), dry.asked()),
+            &family.names(),
+        )?;
         let gguf = out.extension().is_some_and(|e| e == "gguf");
         let plan = Plan { family, options, gguf, in_model_order };
         let items = plan.items(&dry, &*opened.store)?;
@@ -156,7 +168,11 @@ impl Loader {
             if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
-            item.write(&*opened.store, &mut |bytes| {
+            #[cfg(feature = "train")]
+            let merge = item.merge(&adapters, family.names(), in_model_order);
+            #[cfg(not(feature = "train"))]
+            let merge = None;
+            item.write(&*opened.store, merge, &mut |bytes| {
                 if progress.cancelled() {
                     return Err(Error::Cancelled);
                 }
@@ -196,8 +212,9 @@ impl Plan<'_> {
                 _ => Change::None,
             };
             let dtype = self.dtype(&canonical, &from, &entry.shape, entry.dtype, store)?;
-            let name = if self.gguf { Names::spelled(&canonical, self.family.gguf_names()) } else { canonical };
-            out.push(Item { rows, outline: Outline { name, dtype, shape: entry.shape }, from });
+            let name = if self.gguf { Names::spelled(&canonical, self.family.gguf_names()) } else { canonical.clone() };
+            let outline = Outline { name, dtype, shape: entry.shape };
+            out.push(Item { rows, outline, from, canonical, order: order.unwrap_or_default() });
         }
         if self.gguf
             && self.family.gguf_repeats_tied_head()
@@ -205,7 +222,8 @@ impl Plan<'_> {
             && let Some(embed) = out.iter().find(|item| item.outline.name == "token_embd.weight")
         {
             let outline = Outline { name: "output.weight".into(), ..embed.outline.clone() };
-            let item = Item { from: embed.from.clone(), rows: Change::None, outline };
+            let (from, canonical) = (embed.from.clone(), embed.canonical.clone());
+            let item = Item { from, canonical, order: RowOrder::AsStored, rows: Change::None, outline };
             out.push(item);
         }
         Ok(out)
@@ -266,9 +284,31 @@ impl Plan<'_> {
     }
 }
 
+/// What merging makes of a tensor on file.
+type Merge<'a> = Box<dyn FnOnce(Tensor) -> Result<Tensor> + 'a>;
+
 impl Item {
+    /// How adapters change the tensor; `None` if they do not.
+    #[cfg(feature = "train")]
+    fn merge<'a>(
+        &'a self,
+        adapters: &'a [pricket_train::Lora],
+        names: Names,
+        in_model_order: bool,
+    ) -> Option<Merge<'a>> {
+        adapters.iter().any(|adapter| adapter.changes(&names, &self.canonical)).then(|| -> Merge<'a> {
+            let rows = if in_model_order { self.order } else { RowOrder::AsStored };
+            Box::new(move |tensor| crate::adapters::merged(adapters, &names, &self.canonical, &tensor, rows))
+        })
+    }
+
     /// Writes the bytes of a tensor.
-    fn write(&self, store: &dyn Store, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    fn write(
+        &self,
+        store: &dyn Store,
+        merge: Option<Merge<'_>>,
+        out: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let (from, dtype) = (&self.from, self.outline.dtype);
         let entry = store.entry(from).map(|entry| entry.dtype);
         let rows = |tensor: &Tensor| match self.rows {
@@ -278,6 +318,7 @@ impl Item {
         };
         if let (Some(Dtype::Block(stored)), Dtype::Block(wanted)) = (entry, dtype)
             && (stored == wanted || stored.narrow() == Some(wanted))
+            && merge.is_none()
             && let Matrix::Blocks(blocks) = pricket_weights::read_matrix(store, from)?
         {
             let narrowed = (stored != wanted).then(|| narrowed(stored, blocks.bytes())).flatten();
@@ -294,7 +335,8 @@ impl Item {
                 return out(blocks.bytes());
             }
         }
-        let tensor = rows(&pricket_weights::read_tensor(store, from, &Device::Cpu)?)?;
+        let tensor = pricket_weights::read_tensor(store, from, &Device::Cpu)?;
+        let tensor = rows(&merge.map_or(Ok(tensor.clone()), |merge| merge(tensor))?)?;
         let (count, columns) = match tensor.dims() {
             [count, columns] => (*count, *columns),
             dims => (1, dims.iter().product()),

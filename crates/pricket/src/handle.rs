@@ -16,6 +16,7 @@ pub struct Pricket {
     parts: Arc<Parts>,
 }
 
+#[derive(Clone)]
 pub(crate) struct Parts {
     pub(crate) model: Arc<dyn CausalLm>,
     pub(crate) tokenizer: Option<Tokenizer>,
@@ -29,7 +30,9 @@ pub(crate) struct Parts {
     pub(crate) format: PromptFormat,
     pub(crate) provenance: Provenance,
     /// Files in the cache stay there while somebody has them loaded.
-    pub(crate) _in_use: Option<InUse>,
+    pub(crate) _in_use: Option<Arc<InUse>>,
+    /// Canonical names of its tensors, and names on file where that is in the Hub's layout.
+    pub(crate) names_on_file: Vec<(String, String)>,
 }
 
 impl std::fmt::Debug for Pricket {
@@ -180,6 +183,10 @@ impl Pricket {
     /// What was decided while loading and may be decided otherwise: the prompt format, a tokenizer from elsewhere.
     pub fn notes(&self) -> &[String] {
         &self.parts.notes
+    }
+
+    pub(crate) fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     /// Whether its fused matrices were in the model's order on file.

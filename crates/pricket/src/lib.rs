@@ -24,6 +24,8 @@
 //! No code of a repository is ever executed, nothing is guessed from a file's name, and a bad file gives an
 //! [`Error`] that names it.
 
+#[cfg(feature = "train")]
+mod adapters;
 mod audit;
 mod cards;
 mod changes;
@@ -98,6 +100,8 @@ pub use pricket_nn::{
     self as nn, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent, Site,
     State, Taps,
 };
+#[cfg(feature = "train")]
+pub use pricket_train as train;
 pub use pricket_weights::{self as weights, Dtype};
 
 /// The programs of these pages are compiled, and run where they need no network.

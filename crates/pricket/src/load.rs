@@ -121,6 +121,7 @@ pub struct Loader {
     cache: Option<CacheType>,
     changes: Changes,
     allow_unused: bool,
+    adapters: Vec<PathBuf>,
 }
 
 #[derive(Clone)]
@@ -176,6 +177,17 @@ impl Loader {
         Self::from_source(Source::Store { config, store })
     }
 
+    /// Loads the model that `config` describes with the random weights that its family begins training with.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a configuration of no known family, or a scheme that is not implemented.
+    #[cfg(feature = "train")]
+    pub fn untrained(config: Value, seed: u64) -> Result<Self> {
+        let family = checked_family(&config)?;
+        let scheme = family.initialization(&config)?;
+        Ok(Self::from_store(config, Arc::new(pricket_train::Untrained::new(scheme, family.names(), seed))))
+    }
+
     fn from_source(source: Source) -> Self {
         Self {
             source,
@@ -194,6 +206,7 @@ impl Loader {
             cache: None,
             changes: Changes::default(),
             allow_unused: false,
+            adapters: Vec::new(),
         }
     }
 
@@ -314,6 +327,22 @@ impl Loader {
         self
     }
 
+    /// Adds a LoRA adapter in PEFT's files: a directory, or a repository of the Hub with `@revision`. Several add up. Converting merges
+    /// them into the weights.
+    #[cfg(feature = "train")]
+    #[must_use]
+    pub fn adapter(mut self, adapter: impl AsRef<Path>) -> Self {
+        self.adapters.push(adapter.as_ref().to_owned());
+        self
+    }
+
+    /// The adapters, fetched and read.
+    #[cfg(feature = "train")]
+    pub(crate) fn read_adapters(&self) -> Result<Vec<pricket_train::Lora>> {
+        let find = |path: &PathBuf| crate::adapters::find(path, self.hub.as_ref(), &*self.progress);
+        self.adapters.iter().map(find).collect()
+    }
+
     /// Loads it. Headers, names, shapes and memory are checked before a weight is read.
     ///
     /// # Errors
@@ -352,6 +381,8 @@ impl Loader {
         if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
             return Err(Error::Input("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
         }
+        #[cfg(feature = "train")]
+        let adapters = self.read_adapters()?;
         let pool = pool(self.threads)?;
         let read = headers.bytes_read();
         let build = |in_model_order: bool| {
@@ -375,6 +406,13 @@ impl Loader {
                 (order, build(order)?)
             }
         };
+        let names_on_file = if opened.is_container { Vec::new() } else { weights.asked() };
+        #[cfg(feature = "train")]
+        let model = adapters.iter().try_fold(model, |model, adapter| -> Result<_> {
+            let base = crate::adapters::base(model, family.names(), names_on_file.clone());
+            opened.notes.extend(crate::adapters::notes(adapter, &opened.provenance));
+            Ok(adapter.apply(&base)?)
+        })?;
         let stranger = stranger_warning(&opened.provenance, model.info(), &opened.config);
         let licence = licence_warning(&opened.provenance);
         let (format, chosen) = prompts::choose(&opened);
@@ -399,7 +437,8 @@ impl Loader {
             in_model_order,
             format,
             provenance: opened.provenance,
-            _in_use: opened.in_use,
+            _in_use: opened.in_use.map(Arc::new),
+            names_on_file,
         }))
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use pricket_nn::ops::{self, Pool};
 use pricket_nn::{
-    Admission, CausalLm, Choice, Context, Linear, ModelInfo, ModelPlan, RowId, RowStep, State, StepDecoder,
+    Admission, CausalLm, Choice, Context, Layer, ModelInfo, ModelPlan, RowId, RowStep, State, StepDecoder,
 };
 
 use crate::{Error, Result};
@@ -68,11 +68,11 @@ impl CausalLm for Pooled {
         Some(Box::new(PooledDecoder { decoder, pool }))
     }
 
-    fn map_linears(
+    fn map_layers(
         &self,
-        f: &mut dyn FnMut(&Linear) -> pricket_nn::Result<Linear>,
+        f: &mut dyn FnMut(Layer<'_>) -> pricket_nn::Result<()>,
     ) -> pricket_nn::Result<Arc<dyn CausalLm>> {
-        Ok(Arc::new(Self { model: self.model.map_linears(f)?, pool: self.pool.clone() }))
+        Ok(Arc::new(Self { model: self.model.map_layers(f)?, pool: self.pool.clone() }))
     }
 
     fn on_threads(&self, work: &mut dyn FnMut()) {

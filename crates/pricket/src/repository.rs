@@ -275,6 +275,21 @@ pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) ->
     Ok(snapshot.directory.join("tokenizer.json"))
 }
 
+/// The directory of an adapter's files in the cache.
+#[cfg(feature = "train")]
+pub(crate) fn fetch_adapter(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<PathBuf> {
+    let telling = Telling::new(progress, format!("fetching the adapter {id}"));
+    let commit = hub.resolve(id, &telling).map_err(|e| explained(e, id, None))?;
+    let listing = hub.files(&id.repo, &commit, &telling)?.files;
+    let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
+    let weights = find("adapter_model.safetensors").or_else(|| find("adapter_model.bin"));
+    let (Some(config), Some(weights)) = (find("adapter_config.json"), weights) else {
+        let what = format!("{id} has no adapter_config.json with an adapter_model.safetensors or adapter_model.bin");
+        return Err(Error::NotFound { path: "adapter_config.json".into(), what });
+    };
+    Ok(hub.fetch(id, &commit, &[config, weights], &listing, &telling)?.directory)
+}
+
 /// A revision that has been found, and of which nothing has been fetched.
 pub(crate) struct Revision {
     id: ModelId,

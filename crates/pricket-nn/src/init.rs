@@ -1,0 +1,164 @@
+//! The values that a model begins training with.
+
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// How a tensor is filled.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// With one number.
+    Constant(f64),
+    /// With normal numbers around 0.
+    Normal {
+        /// Their standard deviation.
+        deviation: f64,
+    },
+    /// With uniform numbers.
+    Uniform {
+        /// The smallest.
+        low: f64,
+        /// The largest.
+        high: f64,
+    },
+}
+
+impl Init {
+    /// The same, each number divided by `by`.
+    fn divided(self, by: f64) -> Self {
+        match self {
+            Init::Constant(number) => Init::Constant(number / by),
+            Init::Normal { deviation } => Init::Normal { deviation: deviation / by },
+            Init::Uniform { low, high } => Init::Uniform { low: low / by, high: high / by },
+        }
+    }
+}
+
+/// How the tensors of a model are filled before training: norms with 1, biases with 0, matrices and tables by a rule.
+///
+/// ```
+/// use pricket_nn::{Init, Initialization};
+/// let scheme = Initialization::small(128, 4, &["dense.weight"]);
+/// assert_eq!(scheme.of("layers.0.norm.weight", &[128]), Init::Constant(1.0));
+/// assert_eq!(scheme.of("layers.0.up.weight", &[512, 128]), Init::Normal { deviation: (2.0f64 / (5.0 * 128.0)).sqrt() });
+/// ```
+#[derive(Clone, Debug)]
+pub struct Initialization {
+    rule: Rule,
+    /// Of token vectors, where it is another.
+    tables: Option<Init>,
+    /// Ends of the names of matrices whose output is added to the residual stream, and what their values are divided by.
+    residual: (&'static [&'static str], f64),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Rule {
+    Fixed(Init),
+    /// Normal, or uniform, with a deviation of `gain / sqrt(inputs)` (He et al. 2015, arXiv:1502.01852).
+    Kaiming {
+        gain: f64,
+        is_uniform: bool,
+    },
+    /// Normal, or uniform, with a deviation of `sqrt(2 / (inputs + outputs))` (Glorot and Bengio 2010).
+    Xavier {
+        gain: f64,
+        is_uniform: bool,
+    },
+}
+
+/// Ends of the names of tables of tokens and positions.
+const TABLES: [&str; 4] = ["embed_in.weight", "wte.weight", "wpe.weight", "embed.weight"];
+
+impl Initialization {
+    /// `sqrt(2 / 5d)` (Nguyen and Salazar 2019, arXiv:1910.05895), and `2 / (layers · sqrt(d))` for what is added to the residual
+    /// stream (Wang and Komatsuzaki 2021): as GPT-NeoX trains.
+    pub fn small(d: usize, layers: usize, residual: &'static [&'static str]) -> Self {
+        let (d, layers) = (d as f64, layers as f64);
+        let deviation = (2.0 / (5.0 * d)).sqrt();
+        let rule = Rule::Fixed(Init::Normal { deviation });
+        Self { rule, tables: None, residual: (residual, deviation * layers * d.sqrt() / 2.0) }
+    }
+
+    /// What an `init_config` of llm-foundry says.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key.
+    pub fn from_init_config(
+        config: &Value,
+        d: usize,
+        layers: usize,
+        residual: &'static [&'static str],
+    ) -> Result<Self> {
+        let number = |key: &str| config[key].as_f64();
+        let gain = match config["init_nonlinearity"].as_str().unwrap_or("relu") {
+            "relu" => 2f64.sqrt(),
+            "linear" | "sigmoid" => 1.0,
+            "tanh" => 5.0 / 3.0,
+            "leaky_relu" => (2.0f64 / (1.0 + 1e-4)).sqrt(),
+            other => return Err(Error::config("init_config.init_nonlinearity", format!("{other} is not implemented"))),
+        };
+        if config["fan_mode"].as_str().is_some_and(|mode| mode != "fan_in") {
+            return Err(Error::config("init_config.fan_mode", format!("{}; expected fan_in", config["fan_mode"])));
+        }
+        let small = (2.0 / (5.0 * d as f64)).sqrt();
+        let name = config["name"].as_str().unwrap_or("kaiming_normal_");
+        let xavier_gain = number("init_gain").unwrap_or(0.0);
+        let rule = match name {
+            "kaiming_normal_" | "kaiming_uniform_" => Rule::Kaiming { gain, is_uniform: name == "kaiming_uniform_" },
+            "xavier_normal_" | "xavier_uniform_" => {
+                Rule::Xavier { gain: xavier_gain, is_uniform: name == "xavier_uniform_" }
+            }
+            "baseline_" => {
+                let deviation = number("init_std")
+                    .ok_or_else(|| Error::config("init_config.init_std", "baseline_ needs a number"))?;
+                Rule::Fixed(Init::Normal { deviation })
+            }
+            "small_init_" | "neox_init_" => Rule::Fixed(Init::Normal { deviation: small }),
+            other => return Err(Error::config("init_config.name", format!("{other} is not implemented"))),
+        };
+        let layers = layers as f64;
+        let by = match &config["init_div_is_residual"] {
+            _ if name == "neox_init_" => layers / 10f64.sqrt(),
+            Value::Null | Value::Bool(true) => (2.0 * layers).sqrt(),
+            Value::Bool(false) => 1.0,
+            other => other.as_f64().filter(|by| *by > 0.0).ok_or_else(|| {
+                Error::config("init_config.init_div_is_residual", format!("{other}; expected true, false or a number"))
+            })?,
+        };
+        let limits = &config["emb_init_uniform_lim"];
+        let tables = match (number("emb_init_std"), limits) {
+            (Some(deviation), _) => Some(Init::Normal { deviation }),
+            (None, Value::Null) => None,
+            (None, limits) => {
+                let pair = (limits[0].as_f64(), limits[1].as_f64());
+                match (limits.as_f64(), pair) {
+                    (Some(limit), _) => Some(Init::Uniform { low: -limit, high: limit }),
+                    (None, (Some(low), Some(high))) => Some(Init::Uniform { low, high }),
+                    _ => return Err(Error::config("init_config.emb_init_uniform_lim", "expected a number or two")),
+                }
+            }
+        };
+        Ok(Self { rule, tables, residual: (residual, by) })
+    }
+
+    /// How the tensor `name`, by its canonical name, is filled.
+    pub fn of(&self, name: &str, shape: &[usize]) -> Init {
+        let &[outputs, inputs] = shape else {
+            return Init::Constant(if name.ends_with(".weight") { 1.0 } else { 0.0 });
+        };
+        if let Some(tables) = self.tables.filter(|_| TABLES.iter().any(|end| name.ends_with(end))) {
+            return tables;
+        }
+        let spread = |deviation: f64, is_uniform: bool| {
+            let limit = deviation * 3f64.sqrt();
+            if is_uniform { Init::Uniform { low: -limit, high: limit } } else { Init::Normal { deviation } }
+        };
+        let init = match self.rule {
+            Rule::Fixed(init) => init,
+            Rule::Kaiming { gain, is_uniform } => spread(gain / (inputs as f64).sqrt(), is_uniform),
+            Rule::Xavier { gain, is_uniform } => spread(gain * (2.0 / (inputs + outputs) as f64).sqrt(), is_uniform),
+        };
+        let (ends, by) = self.residual;
+        if ends.iter().any(|end| name.ends_with(end)) { init.divided(by) } else { init }
+    }
+}

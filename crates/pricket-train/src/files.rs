@@ -1,0 +1,68 @@
+//! Files that have their name only when they are whole.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use safetensors::tensor::{Dtype, TensorView};
+
+use crate::{Error, Result};
+
+/// Largest text file that is read.
+const MAX_TEXT: u64 = 16 << 20;
+
+/// A text file of reasonable size.
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(Error::io(path))?;
+    file.take(MAX_TEXT + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > MAX_TEXT {
+        let what = format!("is larger than {} MiB", MAX_TEXT >> 20);
+        return Err(Error::Adapter { origin: path.display().to_string(), what });
+    }
+    Ok(bytes)
+}
+
+/// Writes a file beside `path`, brings it to the disk, and gives it its name.
+fn write(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let part = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
+    let written = File::create(&part).and_then(|mut file| {
+        fill(&mut file)?;
+        file.sync_all()?;
+        std::fs::rename(&part, path)
+    });
+    written.map_err(|e| {
+        drop(std::fs::remove_file(&part));
+        Error::io(path)(e)
+    })
+}
+
+pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
+    write(path, |file| file.write_all(text.as_bytes()))
+}
+
+/// The tensors of a file that [`write_tensors`] has written.
+pub(crate) fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let store = pricket_weights::open_file(path)?;
+    let read = |name: String| Ok((name.clone(), pricket_weights::read_tensor(&*store, &name, &Device::Cpu)?));
+    store.names().into_iter().map(read).collect()
+}
+
+/// Writes tensors as safetensors, as PyTorch's libraries read them.
+pub(crate) fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    let mut bytes = Vec::with_capacity(tensors.len());
+    for tensor in tensors.values() {
+        let values = tensor.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>()?;
+        bytes.push(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>());
+    }
+    let views = tensors.iter().zip(&bytes).map(|((name, tensor), bytes)| {
+        TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes).map(|view| (name.clone(), view))
+    });
+    let format = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let whole = views.collect::<Result<Vec<_>, _>>().and_then(|views| safetensors::serialize(views, Some(format)));
+    let whole = whole.map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
+    write(path, |file| file.write_all(&whole))
+}

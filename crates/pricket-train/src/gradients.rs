@@ -1,0 +1,242 @@
+//! The loss of a batch and its gradients, with or without gradient checkpointing.
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+use pricket_nn::{CausalLm, Context, Parameter};
+
+use crate::{Error, Result, Sample};
+
+/// Gradients of a list of parameters, added up over micro-batches.
+#[derive(Clone, Debug)]
+pub struct Gradients {
+    of: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// No gradients of `parameters` yet.
+    pub fn none(parameters: &[Parameter]) -> Self {
+        Self { of: vec![None; parameters.len()] }
+    }
+
+    /// The gradient of each parameter, in the model's order of rows; `None` where the loss does not depend on it.
+    pub fn of(&self) -> &[Option<Tensor>] {
+        &self.of
+    }
+
+    /// Takes what a backward pass has found.
+    fn take(&mut self, parameters: &[Parameter], found: &mut GradStore) -> Result<()> {
+        for (parameter, sum) in parameters.iter().zip(&mut self.of) {
+            if let Some(grad) = found.remove(parameter.var.as_tensor()) {
+                *sum = Some(match sum.take() {
+                    Some(sum) => (sum + grad)?,
+                    None => grad,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The length of all gradients together.
+    ///
+    /// # Errors
+    /// What candle says.
+    pub fn norm(&self) -> Result<f64> {
+        let mut sum = 0.0;
+        for grad in self.of.iter().flatten() {
+            sum += f64::from(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+        Ok(sum.sqrt())
+    }
+
+    /// Scales them down to a length of at most `max_norm`, as torch's `clip_grad_norm_`; returns the length before.
+    ///
+    /// # Errors
+    /// What candle says.
+    pub fn clip(&mut self, max_norm: Option<f64>) -> Result<f64> {
+        let norm = self.norm()?;
+        let factor = max_norm.map_or(1.0, |max| max / (norm + 1e-6));
+        if factor < 1.0 {
+            for grad in self.of.iter_mut().flatten() {
+                *grad = (&*grad * factor)?;
+            }
+        }
+        Ok(norm)
+    }
+
+    /// The first parameter whose gradient has a number that is none.
+    ///
+    /// # Errors
+    /// What candle says.
+    pub(crate) fn not_finite<'a>(&self, parameters: &'a [Parameter]) -> Result<Option<&'a str>> {
+        for (parameter, grad) in parameters.iter().zip(&self.of) {
+            let Some(grad) = grad else { continue };
+            if !grad.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+                return Ok(Some(&parameter.name));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// How gradients are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// The results of all operations are kept for the backward pass.
+    Off,
+    /// Only the input of each block is kept, and each block is computed a second time in the backward pass (Chen et al. 2016,
+    /// arXiv:1604.06174). Gradients have the same bits.
+    PerBlock,
+}
+
+/// Adds to `sum` the gradients of `weight · Σ nll`, the cross-entropy in nats of what counts in `samples`, and returns `Σ nll`.
+///
+/// The samples are packed: positions begin at 0 in each, and none attends to another.
+///
+/// # Errors
+/// [`Error::Input`] for samples that do not fit the model, and what candle says.
+pub fn add_gradients(
+    model: &dyn CausalLm,
+    samples: &[Sample],
+    weight: f64,
+    parameters: &[Parameter],
+    checkpointing: Checkpointing,
+    sum: &mut Gradients,
+) -> Result<f64> {
+    if samples.iter().all(|sample| sample.counted() == 0) {
+        return Ok(0.0);
+    }
+    let mut result = Err(Error::Input("the model has done no work".into()));
+    model.on_threads(&mut || {
+        let pass = Pass { model, batch: Batch::new(samples), weight, parameters };
+        result = match checkpointing {
+            Checkpointing::Off => pass.whole(sum),
+            Checkpointing::PerBlock => pass.by_block(sum),
+        };
+    });
+    result
+}
+
+/// The cross-entropy of what counts in `samples`, in nats: of each sample alone, computed in one pass.
+///
+/// # Errors
+/// As [`add_gradients`].
+pub fn losses(model: &dyn CausalLm, samples: &[Sample]) -> Result<Vec<f64>> {
+    let batch = Batch::new(samples);
+    let mut result = Ok(vec![0.0; samples.len()]);
+    if batch.targets.is_empty() {
+        return result;
+    }
+    model.on_threads(&mut || {
+        result = (|| {
+            let hidden = model.hidden(&batch.ids(model)?, &mut batch.context())?;
+            let nll = model.nll(&batch.select(&hidden)?, &batch.targets)?.to_vec1::<f32>()?;
+            let mut nll = nll.into_iter();
+            Ok(samples.iter().map(|sample| nll.by_ref().take(sample.counted()).map(f64::from).sum()).collect())
+        })();
+    });
+    result
+}
+
+/// Samples behind each other.
+struct Batch {
+    ids: Vec<u32>,
+    lens: Vec<usize>,
+    /// Positions in the batch whose next id counts.
+    positions: Vec<u32>,
+    targets: Vec<u32>,
+}
+
+impl Batch {
+    fn new(samples: &[Sample]) -> Self {
+        let (mut ids, mut positions, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        for sample in samples {
+            for (position, target) in sample.targets() {
+                positions.push((ids.len() + position) as u32);
+                targets.push(target);
+            }
+            ids.extend_from_slice(sample.ids());
+        }
+        Self { ids, lens: samples.iter().map(|sample| sample.ids().len()).collect(), positions, targets }
+    }
+
+    fn context(&self) -> Context {
+        Context::new().with_packed(&self.lens)
+    }
+
+    fn ids(&self, model: &dyn CausalLm) -> Result<Tensor> {
+        Ok(Tensor::new(&self.ids[..], &model.info().device)?.unsqueeze(0)?)
+    }
+
+    /// The rows of `[1, t, d]` that the loss reads, `[n, d]`.
+    fn select(&self, hidden: &Tensor) -> Result<Tensor> {
+        let rows = hidden.squeeze(0)?;
+        if self.positions.len() == rows.dim(0)? {
+            return Ok(rows);
+        }
+        Ok(rows.index_select(&Tensor::new(&self.positions[..], rows.device())?, 0)?)
+    }
+}
+
+struct Pass<'a> {
+    model: &'a dyn CausalLm,
+    batch: Batch,
+    weight: f64,
+    parameters: &'a [Parameter],
+}
+
+impl Pass<'_> {
+    /// The loss of final hidden states: its value, and the tensor to go back from.
+    fn loss(&self, hidden: &Tensor) -> Result<(f64, Tensor)> {
+        let nll = self.model.nll(&self.batch.select(hidden)?, &self.batch.targets)?;
+        let value = nll.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+        Ok((value, (nll.sum_all()? * self.weight)?))
+    }
+
+    fn whole(&self, sum: &mut Gradients) -> Result<f64> {
+        let hidden = self.model.hidden(&self.batch.ids(self.model)?, &mut self.batch.context())?;
+        let (value, loss) = self.loss(&hidden)?;
+        sum.take(self.parameters, &mut loss.backward()?)?;
+        Ok(value)
+    }
+
+    fn by_block(&self, sum: &mut Gradients) -> Result<f64> {
+        let model = self.model;
+        let mut ctx = self.batch.context();
+        let ids = self.batch.ids(model)?;
+        let embedded = model.embed(&ids, &mut ctx)?;
+        let mut x = embedded.detach();
+        // Inputs of the blocks that something below the loss is trained in or before.
+        let mut inputs: Vec<Option<Tensor>> = Vec::new();
+        let mut is_trained = embedded.track_op();
+        let is_embedding_trained = is_trained;
+        drop(embedded);
+        for i in 0..model.info().layers {
+            let y = model.block(i, &x, &mut ctx)?;
+            // A block that nothing is trained in or before needs no backward pass.
+            let needs_backward = is_trained || y.track_op();
+            inputs.push(needs_backward.then(|| x.clone()));
+            x = y.detach();
+            is_trained = needs_backward;
+        }
+        let top = Var::from_tensor(&x)?.into_inner();
+        let (value, loss) = self.loss(&model.finish(&top)?)?;
+        let mut found = loss.backward()?;
+        sum.take(self.parameters, &mut found)?;
+        let mut grad = found.remove(&top);
+        drop((found, loss, top, x));
+        for i in (0..inputs.len()).rev() {
+            let (Some(x), Some(above)) = (inputs[i].take(), grad.take()) else { break };
+            let has_more_below = if i == 0 { is_embedding_trained } else { inputs[i - 1].is_some() };
+            let x = if has_more_below { Var::from_tensor(&x)?.into_inner() } else { x };
+            let y = model.block(i, &x, &mut ctx.replay()?)?;
+            let mut found = (y * above)?.backward()?;
+            sum.take(self.parameters, &mut found)?;
+            grad = found.remove(&x);
+        }
+        if let Some(above) = grad.filter(|_| is_embedding_trained) {
+            let y = model.embed(&ids, &mut self.batch.context())?;
+            sum.take(self.parameters, &mut (y * above)?.backward()?)?;
+        }
+        Ok(value)
+    }
+}

@@ -1,0 +1,59 @@
+//! Fine-tunes and trains causal language models on one machine.
+//!
+//! A [`Lora`] adapter is read from PEFT's files or made for a [`Base`], attached to it as variables, trained, and written back
+//! as PEFT writes it. Gradients come from [`add_gradients`], with [`Checkpointing::PerBlock`] in memory that hardly grows with
+//! depth; [`Optimizer`] and [`Schedule`] compute what torch, transformers, composer and llm-foundry compute. [`Trainer`] puts
+//! them together, and goes on after an interruption as if there had been none.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use pricket_gpt_neox::{Config, NAMES, load};
+//! use pricket_nn::Weights;
+//! use pricket_train::{Base, Lora, LoraConfig, Product, Sample, TrainOptions, Trainer};
+//! use pricket_weights::{Dtype, Random};
+//!
+//! let config = Config::from_json(&serde_json::json!({
+//!     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+//!     "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64,
+//! }))?;
+//! let model = load(&config, &Weights::as_stored(Arc::new(Random::new(Dtype::F32, 0)), NAMES))?;
+//! let base = Base::new(Arc::new(model), NAMES);
+//!
+//! let lora = Lora::new(LoraConfig::default(), &base, 0)?;
+//! let samples = vec![Sample::new(vec![5, 6, 7, 8])?, Sample::response(&[1, 2], &[3, 4])?];
+//! let tuned = lora.train(&base, 0)?;
+//! let options = TrainOptions { batch: 2, ..TrainOptions::new(20, 1e-2) };
+//! let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, samples, options)?;
+//! let first = trainer.advance()?.loss;
+//! let mut last = first;
+//! while !trainer.is_done() {
+//!     last = trainer.advance()?.loss;
+//! }
+//! assert!(last < first / 2.0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod config;
+mod data;
+mod error;
+mod files;
+mod gradients;
+mod lora;
+mod optimizer;
+mod random;
+mod sample;
+mod schedule;
+mod targets;
+mod trainer;
+mod untrained;
+
+pub use config::{Bias, Initial, LoraConfig, Select};
+pub use data::{Record, read_records};
+pub use error::{Error, Result};
+pub use gradients::{Checkpointing, Gradients, add_gradients, losses};
+pub use lora::{Base, Lora, Tuned};
+pub use optimizer::{Optimizer, OptimizerConfig, Rule};
+pub use sample::{Sample, micro_batches};
+pub use schedule::{Decay, Schedule};
+pub use trainer::{Normalization, Product, StepReport, TrainOptions, Trainer};
+pub use untrained::Untrained;

@@ -1,0 +1,721 @@
+//! LoRA adapters: their tensors, PEFT's files, and what becomes of a model with them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use candle_core::{DType, Device, Tensor, Var};
+use pricket_nn::ops::Matrix;
+use pricket_nn::{Adapter, CausalLm, Dropout, Layer, Linear, Names, Parameter, RowOrder};
+use pricket_weights::{clip, parse_json, read_tensor};
+use sha2::{Digest, Sha256};
+
+use crate::config::{Bias, Initial, LoraConfig, Select};
+use crate::files::{read_small, write_tensors, write_text};
+use crate::random::{normal, uniform};
+use crate::targets::{Named, Targets};
+use crate::{Error, Result};
+
+/// What PEFT puts before the names of the base's modules.
+const PREFIX: &str = "base_model.model.";
+
+/// A model to be adapted, and what the Hub calls its modules.
+#[derive(Clone)]
+pub struct Base {
+    /// The model.
+    pub model: Arc<dyn CausalLm>,
+    names: Names,
+    /// Canonical names of modules, and names on the Hub where those are others.
+    on_hub: BTreeMap<String, String>,
+}
+
+impl std::fmt::Debug for Base {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Base({})", self.model.info().family)
+    }
+}
+
+impl Base {
+    /// A model whose modules have their family's canonical names on the Hub.
+    pub fn new(model: Arc<dyn CausalLm>, names: Names) -> Self {
+        Self { model, names, on_hub: BTreeMap::new() }
+    }
+
+    /// The same for a checkpoint that spells tensors otherwise: pairs of the canonical name of a tensor and its name on file, as
+    /// [`Weights::asked`](pricket_nn::Weights::asked) gives them.
+    #[must_use]
+    pub fn with_names_on_file(mut self, tensors: &[(String, String)]) -> Self {
+        let pairs = tensors.iter().filter_map(|(canonical, file)| Some((module_of(canonical)?, module_of(file)?)));
+        self.on_hub = pairs.map(|(canonical, file)| (canonical.to_owned(), file.to_owned())).collect();
+        self
+    }
+
+    /// The names that a module may have on the Hub, that of this checkpoint first: transformers has renamed heads.
+    fn spellings(&self, canonical: &str) -> Vec<String> {
+        let mut names = vec![self.on_hub(canonical)];
+        let others =
+            self.names.aliases.iter().filter_map(|(known, other)| Some((module_of(known)?, module_of(other)?)));
+        names.extend(others.filter(|(known, _)| *known == canonical).map(|(_, other)| other.to_owned()));
+        names
+    }
+
+    fn on_hub(&self, canonical: &str) -> String {
+        self.on_hub.get(canonical).cloned().unwrap_or_else(|| canonical.to_owned())
+    }
+
+    /// The names of its family.
+    pub fn names(&self) -> &Names {
+        &self.names
+    }
+
+    /// The canonical name of a module that an adapter calls `name`.
+    pub(crate) fn canonical(&self, name: &str) -> String {
+        let known = self.on_hub.iter().find(|(_, on_hub)| *on_hub == name);
+        let by_family = || {
+            let tensor = self.names.canonical(&format!("{name}.weight"));
+            module_of(&tensor).unwrap_or(name).to_owned()
+        };
+        known.map_or_else(by_family, |(canonical, _)| canonical.clone())
+    }
+
+    /// Visits every layer of a copy of the model that is thrown away.
+    fn visit(&self, f: &mut dyn FnMut(&Layer<'_>) -> Result<()>) -> Result<()> {
+        let mut failed = None;
+        self.model.map_layers(&mut |layer| {
+            if failed.is_none() {
+                failed = f(&layer).err();
+            }
+            Ok(())
+        })?;
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// The name of the module that a tensor belongs to.
+fn module_of(tensor: &str) -> Option<&str> {
+    tensor.strip_suffix(".weight").or_else(|| tensor.strip_suffix(".bias"))
+}
+
+/// A low-rank change to a module, its rows in the Hub's order.
+#[derive(Clone, Debug)]
+struct LowRank {
+    /// `[rank, inputs]`.
+    a: Tensor,
+    /// `[outputs, rank]`.
+    b: Tensor,
+    /// `[outputs]`; DoRA's.
+    magnitude: Option<Tensor>,
+}
+
+/// A LoRA adapter: settings and tensors, as PEFT's files have them.
+///
+/// ```
+/// use std::sync::Arc;
+/// use pricket_gpt_neox::{Config, NAMES, load};
+/// use pricket_nn::Weights;
+/// use pricket_train::{Base, Lora, LoraConfig};
+/// use pricket_weights::{Dtype, Random};
+///
+/// let config = Config::from_json(&serde_json::json!({
+///     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+///     "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64,
+/// }))?;
+/// let model = load(&config, &Weights::as_stored(Arc::new(Random::new(Dtype::F32, 0)), NAMES))?;
+/// let base = Base::new(Arc::new(model), NAMES);
+///
+/// let lora = Lora::new(LoraConfig { rank: 4, ..LoraConfig::default() }, &base, 0)?;
+/// let folder = std::env::temp_dir().join("pricket-adapter");
+/// lora.write(&folder)?;
+/// let adapted = Lora::read(&folder)?.apply(&base)?;
+/// assert_eq!(adapted.info().layers, 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Lora {
+    config: LoraConfig,
+    origin: String,
+    /// By the name of the module on the Hub.
+    low: BTreeMap<String, LowRank>,
+    /// Weights and biases that are stored in full, by the name of the tensor on the Hub.
+    whole: BTreeMap<String, Tensor>,
+}
+
+/// A model with adapters that are trained.
+#[derive(Clone)]
+pub struct Tuned {
+    /// The model, which computes with the variables below.
+    pub model: Arc<dyn CausalLm>,
+    /// The variables, named as in adapter_model.safetensors.
+    pub parameters: Vec<Parameter>,
+    /// Counts passes, so that each has its own dropout; see [`Dropout::step`].
+    pub passes: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for Tuned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tuned({}, {} parameters)", self.model.info().family, self.parameters.len())
+    }
+}
+
+impl Lora {
+    /// A new adapter for `base`. The same seed gives the same numbers on every machine.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key, also if the targets match no module.
+    pub fn new(mut config: LoraConfig, base: &Base, seed: u64) -> Result<Self> {
+        config.check()?;
+        let (mut low, mut whole, mut known) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
+        let mut last_parts = BTreeSet::new();
+        let targets = Targets::new(&config)?;
+        let mut saved = vec![false; config.modules_to_save.len()];
+        base.visit(&mut |layer| {
+            let names = base.spellings(layer.name());
+            let is_named = |name: &&String| targets.saves(name) || targets.names(name);
+            let name = names.iter().find(is_named).unwrap_or(&names[0]).clone();
+            let last = name.rsplit('.').next().unwrap_or(&name).to_owned();
+            let linear = if let Layer::Linear(linear) = layer { Some(&**linear) } else { None };
+            let is_head = layer.name() == base.names.head;
+            known.insert(last.clone());
+            let is_target = targets.has(Named { name: &name, is_linear: linear.is_some(), is_head })?;
+            let is_saved = targets.saves(&name);
+            for (end, found) in config.modules_to_save.iter().zip(&mut saved) {
+                *found |= name.ends_with(end.as_str());
+            }
+            if is_target {
+                let Some(linear) = linear else {
+                    let what = format!("{name} is no linear layer; modules_to_save trains it in full");
+                    return Err(Error::config("target_modules", what));
+                };
+                if !is_head {
+                    last_parts.insert(last);
+                }
+                low.insert(name.clone(), fresh(&config, linear, targets.rank(&name)?, &name, seed)?);
+            }
+            let has_bias = match config.bias {
+                Bias::None => is_saved,
+                Bias::All => true,
+                Bias::LoraOnly => is_saved || is_target,
+            };
+            for (end, tensor) in parts_in_full(layer)? {
+                if (end == "weight" && is_saved) || (end == "bias" && has_bias) {
+                    whole.insert(format!("{name}.{end}"), tensor);
+                }
+            }
+            Ok(())
+        })?;
+        let known = known.into_iter().collect::<Vec<_>>().join(", ");
+        if let Some((name, _)) = config.modules_to_save.iter().zip(&saved).find(|(_, found)| !**found) {
+            return Err(Error::config("modules_to_save", format!("the model has no module {name}; it has {known}")));
+        }
+        if low.is_empty() {
+            return Err(Error::config("target_modules", format!("no module matches; the model has {known}")));
+        }
+        // As PEFT, which writes the list that it found.
+        if config.targets == Select::AllLinear {
+            config.targets = Select::Names(last_parts.into_iter().collect());
+        }
+        Ok(Self { config, origin: "the adapter".into(), low, whole })
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// Notes which model it is for: a repository and a revision.
+    pub fn set_base(&mut self, base: Option<String>, revision: Option<String>) {
+        (self.config.base, self.config.revision) = (base, revision);
+    }
+
+    /// Names on the Hub of the modules that it adapts.
+    pub fn modules(&self) -> impl Iterator<Item = &str> {
+        self.low.keys().map(String::as_str)
+    }
+
+    /// Number of its weights.
+    pub fn weights(&self) -> usize {
+        self.tensors().values().map(Tensor::elem_count).sum()
+    }
+
+    /// Reads an adapter that PEFT or [`Lora::write`] has written: a directory with adapter_config.json and adapter_model.safetensors
+    /// or adapter_model.bin.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a setting that is not implemented, [`Error::Adapter`] naming a tensor that is missing, misshapen or of
+    /// no known kind.
+    pub fn read(directory: impl AsRef<Path>) -> Result<Self> {
+        let directory = directory.as_ref();
+        let path = directory.join("adapter_config.json");
+        let text = read_small(&path)?;
+        let json = parse_json(&text).map_err(|e| Error::Adapter {
+            origin: path.display().to_string(),
+            what: clip(&format!("is not JSON: {e}")),
+        })?;
+        let config = LoraConfig::from_json(&json)?;
+        let files = ["adapter_model.safetensors", "adapter_model.bin"].map(|name| directory.join(name));
+        let Some(file) = files.iter().find(|file| file.exists()) else {
+            let what = "has adapter_config.json, but no adapter_model.safetensors or adapter_model.bin".into();
+            return Err(Error::Adapter { origin: directory.display().to_string(), what });
+        };
+        let store = pricket_weights::open_file(file)?;
+        let mut tensors = BTreeMap::new();
+        for name in store.names() {
+            let entry = store.entry(&name).ok_or_else(|| store.missing(&name))?;
+            if !entry.dtype.is_float() || entry.dtype.to_candle().is_none() {
+                let what = format!("tensor {name} is stored as {}; expected f32, f16 or bf16", entry.dtype.name());
+                return Err(Error::Adapter { origin: file.display().to_string(), what });
+            }
+            let tensor = read_tensor(&*store, &name, &Device::Cpu)?.to_dtype(DType::F32)?;
+            tensors.insert(name, tensor);
+        }
+        Self::from_tensors(config, tensors, &file.display().to_string())
+    }
+
+    /// An adapter from the tensors of an adapter_model.safetensors; `origin` is named in messages.
+    ///
+    /// # Errors
+    /// As [`Lora::read`].
+    pub fn from_tensors(config: LoraConfig, tensors: BTreeMap<String, Tensor>, origin: &str) -> Result<Self> {
+        config.check()?;
+        let wrong = |what: String| Error::Adapter { origin: origin.into(), what: clip(&what) };
+        let (mut parts, mut whole) = (BTreeMap::<String, [Option<Tensor>; 3]>::new(), BTreeMap::new());
+        for (name, tensor) in tensors {
+            let bare = name.strip_prefix(PREFIX).unwrap_or(&name);
+            let ends = [
+                (".lora_A.weight", 0),
+                (".lora_B.weight", 1),
+                (".lora_magnitude_vector", 2),
+                (".lora_magnitude_vector.weight", 2),
+            ];
+            if let Some((module, part)) = ends.iter().find_map(|(end, part)| Some((bare.strip_suffix(end)?, *part))) {
+                parts.entry(module.to_owned()).or_default()[part] = Some(tensor);
+                continue;
+            }
+            if bare.contains(".lora_") || module_of(bare).is_none() {
+                let what = format!("tensor {name}: adapters of this kind are not implemented");
+                return Err(wrong(what));
+            }
+            whole.insert(bare.replace(".base_layer.", ".").replace(".modules_to_save.", "."), tensor);
+        }
+        let targets = Targets::new(&config)?;
+        let mut low = BTreeMap::new();
+        for (name, parts) in parts {
+            let [Some(a), Some(b), magnitude] = parts else {
+                return Err(wrong(format!("{name}: lora_A or lora_B is missing")));
+            };
+            let (expected, shapes) = (targets.rank(&name)?, (a.dims().to_vec(), b.dims().to_vec()));
+            if a.rank() != 2 || b.rank() != 2 || shapes.0[0] != expected || shapes.1[1] != expected {
+                return Err(wrong(format!(
+                    "{name}: lora_A is {:?} and lora_B {:?}; expected rank {expected}",
+                    shapes.0, shapes.1
+                )));
+            }
+            if config.dora != magnitude.is_some() {
+                let (has, says) = if config.dora { ("no", "true") } else { ("a", "false") };
+                return Err(wrong(format!("{name} has {has} lora_magnitude_vector, but use_dora is {says}")));
+            }
+            low.insert(name, LowRank { a, b, magnitude });
+        }
+        if low.is_empty() && whole.is_empty() {
+            return Err(wrong("has no tensors of an adapter".into()));
+        }
+        Ok(Self { config, origin: origin.into(), low, whole })
+    }
+
+    /// Its tensors, named and laid out as in adapter_model.safetensors.
+    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
+        let mut out = BTreeMap::new();
+        for (name, LowRank { a, b, magnitude }) in &self.low {
+            out.insert(format!("{PREFIX}{name}.lora_A.weight"), a.clone());
+            out.insert(format!("{PREFIX}{name}.lora_B.weight"), b.clone());
+            out.extend(magnitude.clone().map(|m| (format!("{PREFIX}{name}.lora_magnitude_vector"), m)));
+        }
+        out.extend(self.whole.iter().map(|(name, tensor)| (self.whole_key(name), tensor.clone())));
+        out
+    }
+
+    /// What PEFT calls a tensor that is stored in full.
+    fn whole_key(&self, name: &str) -> String {
+        match name.strip_suffix(".bias").filter(|module| self.low.contains_key(*module)) {
+            Some(module) => format!("{PREFIX}{module}.base_layer.bias"),
+            None => format!("{PREFIX}{name}"),
+        }
+    }
+
+    /// Writes adapter_config.json and adapter_model.safetensors into a directory, as PEFT does. Each file has its name only when
+    /// it is whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be written.
+    pub fn write(&self, directory: impl AsRef<Path>) -> Result<()> {
+        let directory = directory.as_ref();
+        std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
+        write_tensors(&directory.join("adapter_model.safetensors"), &self.tensors())?;
+        let json = serde_json::to_string_pretty(&self.config.to_json()).unwrap_or_default();
+        write_text(&directory.join("adapter_config.json"), &(json + "\n"))
+    }
+
+    /// The base with this adapter added to those that it has. The base is shared and stays as it was: to take an adapter off, go on
+    /// with the base.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] naming a module that the model does not have, or that has other sizes.
+    pub fn apply(&self, base: &Base) -> Result<Arc<dyn CausalLm>> {
+        Ok(self.attach(base, None)?.model)
+    }
+
+    /// The base with this adapter as variables that collect gradients.
+    ///
+    /// # Errors
+    /// As [`Lora::apply`].
+    pub fn train(&self, base: &Base, seed: u64) -> Result<Tuned> {
+        self.attach(base, Some(seed))
+    }
+
+    /// Checks that every module is one of the base's and has its sizes, which works over a model without values too.
+    ///
+    /// # Errors
+    /// As [`Lora::apply`].
+    pub fn check(&self, base: &Base) -> Result<()> {
+        let mut shapes = BTreeMap::new();
+        base.visit(&mut |layer| {
+            if let Layer::Linear(linear) = layer {
+                shapes.insert(layer.name().to_owned(), linear.weight().shape()?);
+            }
+            Ok(())
+        })?;
+        for (name, LowRank { a, b, .. }) in &self.low {
+            let expected = shapes.get(&base.canonical(name));
+            let found = (b.dim(0)?, a.dim(1)?);
+            if expected != Some(&found) {
+                let what = match expected {
+                    Some(expected) => format!("{name}: the adapter is for {found:?}, the model has {expected:?}"),
+                    None => format!("{name}: the model has no linear layer of that name"),
+                };
+                return Err(Error::Adapter { origin: self.origin.clone(), what: clip(&what) });
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&self, base: &Base, training: Option<u64>) -> Result<Tuned> {
+        let targets = Targets::new(&self.config)?;
+        let low: BTreeMap<_, _> = self.low.iter().map(|(name, low)| (base.canonical(name), (name, low))).collect();
+        let whole: BTreeMap<_, _> = self
+            .whole
+            .iter()
+            .map(|(name, tensor)| {
+                let module = module_of(name).unwrap_or(name);
+                (format!("{}{}", base.canonical(module), &name[module.len()..]), (name, tensor))
+            })
+            .collect();
+        let (passes, mut parameters, mut used) = (Arc::new(AtomicU64::new(0)), Vec::new(), BTreeSet::new());
+        let mut failed = None;
+        let mut change = |mut layer: Layer<'_>| -> Result<()> {
+            let canonical = layer.name().to_owned();
+            let (rows, device) = (rows_of(&layer), base.model.info().device.clone());
+            let mut place = |key: String, tensor: &Tensor, rows: RowOrder| -> Result<Tensor> {
+                let tensor = rows.apply(tensor)?.to_device(&device)?;
+                if training.is_none() {
+                    return Ok(tensor);
+                }
+                let var = Var::from_tensor(&tensor.contiguous()?)?;
+                let tensor = var.as_tensor().clone();
+                parameters.push(Parameter { name: key, var, rows });
+                Ok(tensor)
+            };
+            let [weight, bias] = ["weight", "bias"].map(|end| format!("{canonical}.{end}"));
+            let [weight, bias] = [weight, bias].map(|name| whole.get(&name).map(|found| (name, *found)));
+            let mut in_full = |part: Option<(String, (&String, &Tensor))>| -> Result<Option<Tensor>> {
+                let Some((canonical, (name, tensor))) = part else { return Ok(None) };
+                used.insert(canonical);
+                Ok(Some(place(self.whole_key(name), tensor, rows)?))
+            };
+            let (weight, bias) = (in_full(weight)?, in_full(bias)?);
+            replace(&mut layer, weight, bias)?;
+            let Some((name, LowRank { a, b, magnitude })) = low.get(&canonical) else { return Ok(()) };
+            let Layer::Linear(linear) = layer else {
+                return Err(Error::Input(format!("{name} is no linear layer")));
+            };
+            used.insert(canonical);
+            let key = |end: &str| format!("{PREFIX}{name}.{end}");
+            let mut adapter = Adapter::new(
+                place(key("lora_A.weight"), a, RowOrder::AsStored)?,
+                place(key("lora_B.weight"), b, rows)?,
+                targets.scale(name, b.dim(1)?)?,
+            );
+            if let Some(magnitude) = magnitude {
+                adapter.magnitude = Some(place(key("lora_magnitude_vector"), magnitude, rows)?);
+            }
+            if let Some(seed) = training.filter(|_| self.config.dropout > 0.0) {
+                let site = number_of(&key("dropout"), 0);
+                adapter.dropout = Some(Dropout { rate: self.config.dropout, seed, site, step: Arc::clone(&passes) });
+            }
+            let adapters = linear.adapters().iter().cloned().chain([adapter]).collect();
+            *linear = linear.with_adapters(adapters)?;
+            Ok(())
+        };
+        let model = base.model.map_layers(&mut |layer| {
+            if failed.is_none() {
+                failed = change(layer).err();
+            }
+            Ok(())
+        })?;
+        let wrong = |what: String| Error::Adapter { origin: self.origin.clone(), what: clip(&what) };
+        match failed {
+            Some(Error::Input(what)) => return Err(wrong(what)),
+            Some(e) => return Err(e),
+            None => {}
+        }
+        let names = low.iter().map(|(canonical, (name, _))| (canonical, *name));
+        let names = names.chain(whole.iter().map(|(canonical, (name, _))| (canonical, *name)));
+        if let Some((_, name)) = names.into_iter().find(|(canonical, _)| !used.contains(*canonical)) {
+            let family = base.model.info().family;
+            return Err(wrong(format!("is for a module {name}, which this {family} model does not have")));
+        }
+        Ok(Tuned { model, parameters, passes })
+    }
+
+    /// The adapter with the values that the variables of [`Lora::train`] have now.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for variables of another adapter.
+    pub fn trained(&self, parameters: &[Parameter]) -> Result<Self> {
+        let mut tensors = self.tensors();
+        for Parameter { name, var, rows } in parameters {
+            let value = rows.undo(&var.as_tensor().detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?)?;
+            let place = tensors.get_mut(name).filter(|tensor| tensor.dims() == value.dims());
+            // A copy: the variable goes on changing.
+            *place.ok_or_else(|| Error::Input(format!("the adapter has no tensor {name}")))? = value.copy()?;
+        }
+        Ok(Self { origin: self.origin.clone(), ..Self::from_tensors(self.config.clone(), tensors, &self.origin)? })
+    }
+
+    /// The base with the adapter merged into its weights, in f32: a model without adapters. [`Lora::merged_weight`] merges one tensor
+    /// at a time.
+    ///
+    /// # Errors
+    /// As [`Lora::apply`]; [`Error::Input`] if a head that is tied to the embedding is adapted.
+    pub fn merge(&self, base: &Base) -> Result<Arc<dyn CausalLm>> {
+        let adapted = Base { model: self.apply(base)?, ..base.clone() };
+        Ok(adapted.model.map_linears(&mut |linear| {
+            if linear.adapters().is_empty() {
+                return Ok(linear.clone());
+            }
+            linear.with_weight(Matrix::Dense(linear.merged()?))
+        })?)
+    }
+
+    /// What the tensor `name` of the base becomes if the adapter is merged: `weight` of `[outputs, inputs]` is its value, in f32 and
+    /// with rows in the order `rows` relative to the Hub's. `None` if it stays.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] for a weight of other sizes.
+    pub fn merged_weight(&self, base: &Names, name: &str, weight: &Tensor, rows: RowOrder) -> Result<Option<Tensor>> {
+        let canonical = base.canonical(name);
+        let is_it = |other: &str| base.canonical(other) == canonical;
+        if let Some((_, tensor)) = self.whole.iter().find(|(name, _)| is_it(name)) {
+            return Ok(Some(rows.apply(tensor)?));
+        }
+        let found = self.low.iter().find(|(module, _)| is_it(&format!("{module}.weight")));
+        let Some((module, LowRank { a, b, magnitude })) = found else { return Ok(None) };
+        let (outputs, inputs) = (b.dim(0)?, a.dim(1)?);
+        if weight.dims() != [outputs, inputs] {
+            let what = format!("{module}: the adapter is for [{outputs}, {inputs}], the weight is {:?}", weight.dims());
+            return Err(Error::Adapter { origin: self.origin.clone(), what });
+        }
+        let scale = Targets::new(&self.config)?.scale(module, b.dim(1)?)?;
+        let mut adapter = Adapter::new(a.clone(), rows.apply(b)?, scale);
+        adapter.magnitude = magnitude.as_ref().map(|magnitude| rows.apply(magnitude)).transpose()?;
+        let linear = Linear::over(module, Matrix::Dense(weight.clone())).with_adapters(vec![adapter])?;
+        Ok(Some(linear.merged()?))
+    }
+
+    /// Whether merging changes the tensor `name` of the base.
+    pub fn changes(&self, base: &Names, name: &str) -> bool {
+        let canonical = base.canonical(name);
+        let modules = self.low.keys().map(|module| format!("{module}.weight"));
+        modules.chain(self.whole.keys().cloned()).any(|name| base.canonical(&name) == canonical)
+    }
+
+    /// The weighted sum of adapters, exactly: their ranks add up. PEFT's `add_weighted_adapter(combination_type="cat")`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for adapters that cannot be added: DoRA's, and those with weights in full.
+    pub fn cat(parts: &[(&Lora, f64)]) -> Result<Self> {
+        Self::combine(parts, |changes| {
+            let a = changes.iter().map(|(low, weight)| &low.a * *weight).collect::<candle_core::Result<Vec<_>>>()?;
+            let b: Vec<_> = changes.iter().map(|(low, _)| low.b.clone()).collect();
+            Ok((Tensor::cat(&a, 0)?, Tensor::cat(&b, 1)?))
+        })
+    }
+
+    /// PEFT's `add_weighted_adapter(combination_type="linear")`: `A` and `B` are added up separately, each multiplied by the square
+    /// root of the weight. It is not the weighted sum of the changes, and all must have the same ranks. The sign of a negative weight
+    /// goes to `A`.
+    ///
+    /// # Errors
+    /// As [`Lora::cat`], and for different ranks.
+    pub fn linear(parts: &[(&Lora, f64)]) -> Result<Self> {
+        Self::combine(parts, |changes| {
+            let root = |weight: f64| weight.abs().sqrt();
+            let ranks: BTreeSet<_> = changes.iter().filter_map(|(low, _)| low.a.dims().first().copied()).collect();
+            if ranks.len() > 1 {
+                return Err(Error::Input(format!(
+                    "linear combines adapters of one rank, found {ranks:?}; cat takes all"
+                )));
+            }
+            let sum = |parts: Vec<Tensor>| -> Result<Tensor> {
+                let mut parts = parts.into_iter();
+                let first = parts.next().ok_or_else(|| Error::Input("no adapters to combine".into()))?;
+                Ok(parts.try_fold(first, |sum, part| sum + part)?)
+            };
+            let a = changes.iter().map(|(low, weight)| &low.a * (weight.signum() * root(*weight)));
+            let b = changes.iter().map(|(low, weight)| &low.b * root(*weight));
+            Ok((sum(a.collect::<candle_core::Result<_>>()?)?, sum(b.collect::<candle_core::Result<_>>()?)?))
+        })
+    }
+
+    /// One adapter from several. `join` gets the changes of a module, with weights into which their scales are folded.
+    fn combine(parts: &[(&Lora, f64)], join: impl Fn(&[(&LowRank, f64)]) -> Result<(Tensor, Tensor)>) -> Result<Self> {
+        let Some((first, _)) = parts.first() else { return Err(Error::Input("no adapters to combine".into())) };
+        if let Some((lora, _)) = parts.iter().find(|(lora, _)| lora.config.dora || !lora.whole.is_empty()) {
+            let what = "adapters with magnitudes (DoRA) or with weights in full cannot be combined";
+            return Err(Error::Input(format!("{}: {what}", lora.origin)));
+        }
+        let targets = parts.iter().map(|(lora, _)| Targets::new(&lora.config)).collect::<Result<Vec<_>>>()?;
+        let modules: BTreeSet<&String> = parts.iter().flat_map(|(lora, _)| lora.low.keys()).collect();
+        let mut low = BTreeMap::new();
+        for module in modules {
+            let mut changes = Vec::new();
+            for ((lora, weight), targets) in parts.iter().zip(&targets) {
+                if let Some(found) = lora.low.get(module) {
+                    changes.push((found, weight * targets.scale(module, found.b.dim(1)?)?));
+                }
+            }
+            let (a, b) = join(&changes)?;
+            low.insert(module.clone(), LowRank { a, b, magnitude: None });
+        }
+        let ranks: BTreeMap<&String, usize> =
+            low.iter().filter_map(|(name, low)| Some((name, low.a.dim(0).ok()?))).collect();
+        // What most modules have stands in `r`; the scale is 1, as it is folded.
+        let mut counts = BTreeMap::<usize, usize>::new();
+        for rank in ranks.values() {
+            *counts.entry(*rank).or_default() += 1;
+        }
+        let rank = counts.iter().max_by_key(|(_, count)| **count).map_or(1, |(rank, _)| *rank);
+        let others = ranks.iter().filter(|(_, other)| **other != rank);
+        let pattern: Vec<(String, usize)> =
+            others.map(|(name, rank)| (format!("^{}", fancy_regex::escape(name)), *rank)).collect();
+        let last = low.keys().map(|name| name.rsplit('.').next().unwrap_or(name).to_owned());
+        let config = LoraConfig {
+            rank,
+            alpha: rank as f64,
+            alpha_pattern: pattern.iter().map(|(name, rank)| (name.clone(), *rank as f64)).collect(),
+            rank_pattern: pattern,
+            targets: Select::Names(last.collect::<BTreeSet<_>>().into_iter().collect()),
+            initial: Initial::Random,
+            base: first.config.base.clone(),
+            revision: first.config.revision.clone(),
+            task_type: first.config.task_type.clone(),
+            ..LoraConfig::default()
+        };
+        Ok(Self { config, origin: "the combined adapter".into(), low, whole: BTreeMap::new() })
+    }
+}
+
+/// How the rows of a layer were ordered on file.
+fn rows_of(layer: &Layer<'_>) -> RowOrder {
+    if let Layer::Linear(linear) = layer { linear.rows() } else { RowOrder::AsStored }
+}
+
+/// Gives a layer another weight or bias.
+fn replace(layer: &mut Layer<'_>, weight: Option<Tensor>, bias: Option<Tensor>) -> Result<()> {
+    match layer {
+        _ if weight.is_none() && bias.is_none() => {}
+        Layer::Linear(linear) => {
+            if let Some(weight) = weight {
+                **linear = linear.with_weight(Matrix::Dense(weight))?;
+            }
+            if bias.is_some() {
+                **linear = linear.with_bias(bias)?;
+            }
+        }
+        Layer::Norm(norm) => {
+            let weight = weight.unwrap_or_else(|| norm.weight().clone());
+            let bias = bias.or_else(|| norm.bias().cloned());
+            **norm = norm.with(weight, bias)?;
+        }
+        Layer::Embedding(embedding) => {
+            if let Some(weight) = weight {
+                **embedding = embedding.with_weight(Matrix::Dense(weight))?;
+            }
+            if bias.is_some() {
+                return Err(Error::Input(format!("{} has no bias", embedding.name())));
+            }
+        }
+        _ => return Err(Error::Input(format!("{} cannot be replaced", layer.name()))),
+    }
+    Ok(())
+}
+
+/// Weight and bias of a layer in f32, rows in the Hub's order.
+fn parts_in_full(layer: &Layer<'_>) -> Result<Vec<(&'static str, Tensor)>> {
+    let dense = |matrix: &Matrix| matrix.to_dense(DType::F32, &Device::Cpu);
+    let (weight, bias) = match layer {
+        Layer::Linear(linear) => (dense(linear.weight())?, linear.bias().cloned()),
+        Layer::Norm(norm) => (norm.weight().clone(), norm.bias().cloned()),
+        Layer::Embedding(embedding) => (dense(embedding.weight())?, None),
+        _ => return Ok(Vec::new()),
+    };
+    let rows = rows_of(layer);
+    let parts = [("weight", Some(weight)), ("bias", bias)];
+    let parts = parts.into_iter().filter_map(|(end, tensor)| Some((end, tensor?)));
+    parts
+        .map(|(end, tensor)| {
+            let tensor = tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+            Ok((end, rows.undo(&tensor)?))
+        })
+        .collect()
+}
+
+/// The first values of a change.
+fn fresh(config: &LoraConfig, linear: &Linear, rank: usize, name: &str, seed: u64) -> Result<LowRank> {
+    let (outputs, inputs) = linear.weight().shape()?;
+    let seed_of = |part: &str| number_of(&format!("{name}.{part}"), seed);
+    let kaiming = |part: &str, count: usize, fan_in: usize| {
+        let bound = 1.0 / (fan_in as f64).sqrt();
+        uniform(seed_of(part), count, -bound, bound)
+    };
+    let b = match config.initial {
+        Initial::Random => kaiming("lora_B", outputs * rank, rank),
+        Initial::Kaiming | Initial::Gaussian => vec![0.0; outputs * rank],
+    };
+    let a = match config.initial {
+        Initial::Gaussian => normal(seed_of("lora_A"), rank * inputs, 1.0 / rank as f64),
+        Initial::Kaiming | Initial::Random => kaiming("lora_A", rank * inputs, inputs),
+    };
+    let magnitude = if config.dora {
+        let whole = parts_in_full(&Layer::Linear(&mut linear.clone()))?;
+        let weight = whole.into_iter().find(|(end, _)| *end == "weight").map(|(_, weight)| weight);
+        weight.map(|weight| weight.sqr()?.sum(1)?.sqrt()).transpose()?
+    } else {
+        None
+    };
+    let device = &Device::Cpu;
+    Ok(LowRank {
+        a: Tensor::from_vec(a, (rank, inputs), device)?,
+        b: Tensor::from_vec(b, (outputs, rank), device)?,
+        magnitude,
+    })
+}
+
+/// A number for a name, other for every seed.
+pub(crate) fn number_of(name: &str, seed: u64) -> u64 {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update(name.as_bytes());
+    let digest = hash.finalize();
+    u64::from_le_bytes(std::array::from_fn(|i| digest[i]))
+}

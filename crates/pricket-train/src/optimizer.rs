@@ -1,0 +1,264 @@
+//! Optimizers, as torch, composer, llm-foundry and lion-pytorch compute them.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+use pricket_nn::Parameter;
+use serde::{Deserialize, Serialize};
+
+use crate::gradients::Gradients;
+use crate::{Error, Result};
+
+/// The rule by which parameters move. `g` is the gradient after clipping, `lr` the rate of the step, `lr₀` that of the run, `wd`
+/// the weight decay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// torch's `AdamW` (Loshchilov and Hutter 2017, arXiv:1711.05101): weights shrink by `lr · wd`.
+    #[serde(rename = "adamw")]
+    AdamW,
+    /// composer's `DecoupledAdamW`: weights shrink by `wd · lr / lr₀`.
+    #[serde(rename = "decoupled_adamw")]
+    DecoupledAdamW,
+    /// LION (Chen et al. 2023, arXiv:2302.06675), as the paper and lion-pytorch have it: weights shrink by `lr · wd`.
+    Lion,
+    /// llm-foundry's `DecoupledLionW`, which trained MPT: weights shrink by `wd · lr / lr₀`.
+    #[serde(rename = "decoupled_lionw")]
+    DecoupledLion,
+}
+
+impl Rule {
+    fn is_lion(self) -> bool {
+        matches!(self, Rule::Lion | Rule::DecoupledLion)
+    }
+
+    fn is_decoupled(self) -> bool {
+        matches!(self, Rule::DecoupledAdamW | Rule::DecoupledLion)
+    }
+}
+
+impl std::str::FromStr for Rule {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "adamw" => Ok(Rule::AdamW),
+            "decoupled_adamw" => Ok(Rule::DecoupledAdamW),
+            "lion" => Ok(Rule::Lion),
+            "decoupled_lionw" | "decoupled_lion" => Ok(Rule::DecoupledLion),
+            _ => Err(Error::Input(format!(
+                "{name:?} is not a known optimizer; use adamw, decoupled_adamw, lion or decoupled_lionw"
+            ))),
+        }
+    }
+}
+
+/// The settings of an optimizer.
+///
+/// ```
+/// use pricket_train::{OptimizerConfig, Rule};
+/// // As Pythia was trained.
+/// let config = OptimizerConfig { betas: (0.9, 0.95), weight_decay: 0.1, ..OptimizerConfig::new(Rule::AdamW, 1e-3) };
+/// assert_eq!(config.eps, 1e-8);
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimizerConfig {
+    /// The rule.
+    pub rule: Rule,
+    /// The learning rate, before the schedule.
+    pub lr: f64,
+    /// Decay rates of the two moments.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment; LION has none.
+    pub eps: f64,
+    /// Weight decay of matrices and tables.
+    pub weight_decay: f64,
+    /// Whether biases and norms have it too, as in llm-foundry; they have none in transformers' Trainer, nor by default.
+    pub decay_vectors: bool,
+    /// Learning rates of parameters whose name ends so, as multiples of `lr`; the first that fits counts. LoRA+ (Hayou et al. 2024,
+    /// arXiv:2402.12354) is `("lora_B.weight", 16.0)`.
+    pub lr_ratios: Vec<(String, f64)>,
+}
+
+impl OptimizerConfig {
+    /// The defaults of the library that a rule comes from, without weight decay.
+    pub fn new(rule: Rule, lr: f64) -> Self {
+        let betas = match rule {
+            Rule::AdamW => (0.9, 0.999),
+            Rule::DecoupledAdamW => (0.9, 0.95),
+            Rule::Lion | Rule::DecoupledLion => (0.9, 0.99),
+        };
+        Self { rule, lr, betas, eps: 1e-8, weight_decay: 0.0, decay_vectors: false, lr_ratios: Vec::new() }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let is_share = |beta: f64| (0.0..1.0).contains(&beta);
+        let problem = match self {
+            _ if !(self.lr.is_finite() && self.lr > 0.0) => format!("lr is {}; expected a positive number", self.lr),
+            _ if !is_share(self.betas.0) || !is_share(self.betas.1) => {
+                format!("betas are {:?}; expected numbers from 0 to below 1", self.betas)
+            }
+            _ if !(self.eps.is_finite() && self.eps >= 0.0) => format!("eps is {}; expected 0 or more", self.eps),
+            _ if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) => {
+                format!("weight_decay is {}; expected 0 or more", self.weight_decay)
+            }
+            _ if self.rule.is_decoupled() && self.weight_decay >= 1.0 => {
+                format!("weight_decay is {}: the decoupled rules would set weights to zero", self.weight_decay)
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::Input(problem))
+    }
+
+    fn ratio(&self, name: &str) -> f64 {
+        self.lr_ratios.iter().find(|(end, _)| name.ends_with(end.as_str())).map_or(1.0, |(_, ratio)| *ratio)
+    }
+}
+
+/// An optimizer over a list of parameters, with its moments in f32.
+#[derive(Debug)]
+pub struct Optimizer {
+    config: OptimizerConfig,
+    step: u64,
+    slots: Vec<Slot>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    first: Tensor,
+    /// LION has none.
+    second: Option<Tensor>,
+    /// The weight in f32, of a parameter in another type.
+    master: Option<Tensor>,
+}
+
+impl Optimizer {
+    /// An optimizer whose moments are zero.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for settings that make no sense.
+    pub fn new(config: OptimizerConfig, parameters: &[Parameter]) -> Result<Self> {
+        config.check()?;
+        let slot = |parameter: &Parameter| -> Result<Slot> {
+            let tensor = parameter.var.as_tensor();
+            let zeros = || Tensor::zeros(tensor.shape(), DType::F32, tensor.device());
+            let second = if config.rule.is_lion() { None } else { Some(zeros()?) };
+            let is_f32 = tensor.dtype() == DType::F32;
+            let master = (!is_f32).then(|| tensor.detach().to_dtype(DType::F32)).transpose()?;
+            Ok(Slot { first: zeros()?, second, master })
+        };
+        let slots = parameters.iter().map(slot).collect::<Result<_>>()?;
+        Ok(Self { config, step: 0, slots })
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &OptimizerConfig {
+        &self.config
+    }
+
+    /// Bytes of its state.
+    pub fn bytes(&self) -> usize {
+        let tensors = self.slots.iter().flat_map(Slot::tensors);
+        tensors.map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+    }
+
+    /// Moves the parameters by one step. `multiplier` is the schedule's for this step. A parameter without a gradient stays.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another list of parameters than the optimizer was made for, and what candle says.
+    pub fn step(&mut self, parameters: &[Parameter], gradients: &Gradients, multiplier: f64) -> Result<()> {
+        if parameters.len() != self.slots.len() || gradients.of().len() != self.slots.len() {
+            let (found, expected) = (parameters.len(), self.slots.len());
+            return Err(Error::Input(format!("{found} parameters for an optimizer of {expected}")));
+        }
+        self.step += 1;
+        let OptimizerConfig { rule, betas: (b1, b2), eps, .. } = self.config;
+        let t = self.step as f64;
+        let corrections = (1.0 - b1.powf(t), 1.0 - b2.powf(t));
+        for ((parameter, gradient), slot) in parameters.iter().zip(gradients.of()).zip(&mut self.slots) {
+            let Some(gradient) = gradient else { continue };
+            let g = gradient.to_dtype(DType::F32)?;
+            let lr = self.config.lr * self.config.ratio(&parameter.name) * multiplier;
+            let decay = match parameter.var.rank() {
+                0 | 1 if !self.config.decay_vectors => 0.0,
+                _ if rule.is_decoupled() => self.config.weight_decay * multiplier,
+                _ => self.config.weight_decay * lr,
+            };
+            let mut p = slot.master.clone().unwrap_or_else(|| parameter.var.as_tensor().detach());
+            if decay != 0.0 {
+                p = (p * (1.0 - decay))?;
+            }
+            let mean = |old: &Tensor, new: &Tensor, beta: f64| -> Result<Tensor> {
+                Ok(((old * beta)? + (new * (1.0 - beta))?)?)
+            };
+            let p = if let Some(second) = &mut slot.second {
+                slot.first = mean(&slot.first, &g, b1)?;
+                *second = mean(second, &g.sqr()?, b2)?;
+                let root = ((second.sqrt()? * (1.0 / corrections.1.sqrt()))? + eps)?;
+                (p - ((&slot.first / root)? * (lr / corrections.0))?)?
+            } else {
+                let direction = mean(&slot.first, &g, b1)?.sign()?;
+                slot.first = mean(&slot.first, &g, b2)?;
+                (p - (direction * lr)?)?
+            };
+            match &mut slot.master {
+                Some(master) => {
+                    parameter.var.set(&p.to_dtype(parameter.var.dtype())?)?;
+                    *master = p;
+                }
+                None => parameter.var.set(&p)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Steps taken.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// Its state: tensors by the names of the parameters.
+    pub(crate) fn state(&self, parameters: &[Parameter]) -> BTreeMap<String, Tensor> {
+        let of = |(parameter, slot): (&Parameter, &Slot)| {
+            let name = parameter.name.clone();
+            slot.tensors().map(move |(kind, tensor)| (format!("{kind}.{name}"), tensor)).collect::<Vec<_>>()
+        };
+        parameters.iter().zip(&self.slots).flat_map(of).collect()
+    }
+
+    /// Continues from a state that was saved.
+    pub(crate) fn restore(
+        &mut self,
+        parameters: &[Parameter],
+        mut state: BTreeMap<String, Tensor>,
+        step: u64,
+    ) -> Result<()> {
+        for (parameter, slot) in parameters.iter().zip(&mut self.slots) {
+            for (kind, tensor) in slot.tensors_mut() {
+                let name = format!("{kind}.{}", parameter.name);
+                let found = state.remove(&name).filter(|found| found.dims() == tensor.dims());
+                let missing = || Error::Input(format!("optimizer.safetensors: {name} is missing or has another shape"));
+                *tensor = found.ok_or_else(missing)?.to_device(tensor.device())?;
+            }
+        }
+        if let Some(name) = state.keys().next() {
+            return Err(Error::Input(format!("optimizer.safetensors: {name} is of no parameter of this run")));
+        }
+        self.step = step;
+        Ok(())
+    }
+}
+
+impl Slot {
+    fn tensors(&self) -> impl Iterator<Item = (&'static str, Tensor)> + use<> {
+        let parts = [("first", Some(&self.first)), ("second", self.second.as_ref()), ("master", self.master.as_ref())];
+        let parts = parts.map(|(kind, tensor)| tensor.map(|tensor| (kind, tensor.clone())));
+        parts.into_iter().flatten()
+    }
+
+    fn tensors_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+        let Self { first, second, master } = self;
+        let rest = [("second", second.as_mut()), ("master", master.as_mut())];
+        [("first", first)].into_iter().chain(rest.into_iter().filter_map(|(kind, tensor)| Some((kind, tensor?))))
+    }
+}

@@ -1,0 +1,53 @@
+//! Weights to begin training with.
+
+use pricket_nn::{Init, Initialization, Names};
+use pricket_weights::{Bytes, Dtype, Entry, ShapesOnly, Store};
+
+use crate::lora::number_of;
+use crate::random::{normal, uniform};
+
+/// A store of f32 weights that a family's [`Initialization`] fills, of whatever shape is asked for. The same seed gives the same weights
+/// on every machine.
+#[derive(Debug)]
+pub struct Untrained {
+    shapes: ShapesOnly,
+    scheme: Initialization,
+    names: Names,
+    seed: u64,
+}
+
+impl Untrained {
+    /// Weights as `scheme` says, for a family that has these names.
+    pub fn new(scheme: Initialization, names: Names, seed: u64) -> Self {
+        Self { shapes: ShapesOnly::new(Dtype::F32), scheme, names, seed }
+    }
+}
+
+impl Store for Untrained {
+    fn names(&self) -> Vec<String> {
+        self.shapes.names()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.shapes.entry(name)
+    }
+
+    fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
+        self.shapes.expect(name, shape)
+    }
+
+    fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
+        let entry = self.entry(name).ok_or_else(|| self.missing(name))?;
+        let (seed, count) = (number_of(name, self.seed), entry.elements());
+        let values = match self.scheme.of(&self.names.canonical(name), &entry.shape) {
+            Init::Constant(number) => vec![number as f32; count],
+            Init::Normal { deviation } => normal(seed, count, deviation),
+            Init::Uniform { low, high } => uniform(seed, count, low, high),
+        };
+        Ok(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into())
+    }
+
+    fn origin(&self, _: &str) -> String {
+        "untrained weights".into()
+    }
+}
