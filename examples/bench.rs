@@ -3,6 +3,9 @@
 //! `cargo run --release --example bench -- --shape 160m --dtype f16`
 
 mod common;
+#[cfg(feature = "train")]
+#[path = "common/train.rs"]
+mod train;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -36,6 +39,18 @@ struct Args {
     /// Numbers of prompts that are decoded in one batch too; tokens are counted together
     #[arg(long, value_delimiter = ',')]
     streams: Vec<usize>,
+    /// Times steps of LoRA training (rank 16, all linear layers, AdamW, f32 adapters) on so many rows of so many tokens, as 4x256
+    #[cfg(feature = "train")]
+    #[arg(long, value_name = "ROWSxTOKENS")]
+    train: Vec<train::Shape>,
+    /// Share of the tokens that do not count in training, at the beginning of each row
+    #[cfg(feature = "train")]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    masked: f64,
+    /// Keeps all results for the backward pass of training
+    #[cfg(feature = "train")]
+    #[arg(long)]
+    no_checkpointing: bool,
     /// New tokens of a decoding run
     #[arg(long, default_value_t = 128)]
     new_tokens: usize,
@@ -72,6 +87,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
             })?;
             rows.push(Row { what: "decode", prompt: len, streams, rate });
         }
+    }
+    #[cfg(feature = "train")]
+    for shape in &args.train {
+        let rate = median(1, || train::rate(&pricket, *shape, args.masked, !args.no_checkpointing, args.runs))?;
+        rows.push(Row { what: "train", prompt: shape.tokens, streams: shape.rows, rate });
     }
     let threads = pricket.threads();
     // Every weight passes through the processor for each token, but the rows of an embedding that is not the head too.
@@ -118,7 +138,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     for row in &rows {
         let mut about = String::new();
         if row.streams > 1 {
-            about = format!("  {} streams", row.streams);
+            about = format!("  {} {}", row.streams, if row.what == "train" { "rows" } else { "streams" });
         } else if row.is_one_stream() {
             about = format!("  {:.0} % of the bandwidth", 100.0 * share(row.rate));
         }

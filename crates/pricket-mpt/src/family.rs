@@ -65,8 +65,12 @@ impl Family for MptFamily {
 
     fn initialization(&self, config: &Value) -> Result<Initialization> {
         let Config { d_model, n_layers, .. } = Config::from_json(config)?;
-        let residual = &["out_proj.weight", "down_proj.weight"];
-        Initialization::from_init_config(&config["init_config"], d_model, n_layers, residual)
+        let (residual, mut init) = (&["out_proj.weight", "down_proj.weight"], config["init_config"].clone());
+        if init["name"] == "neox_init_" {
+            init["name"] = "small_init_".into();
+            init["init_div_is_residual"] = (n_layers as f64 / 10f64.sqrt()).into();
+        }
+        Initialization::from_init_config(&init, d_model, n_layers, residual)
     }
 
     fn gguf_architecture(&self) -> Option<&'static str> {

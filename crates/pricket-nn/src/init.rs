@@ -113,12 +113,11 @@ impl Initialization {
                     .ok_or_else(|| Error::config("init_config.init_std", "baseline_ needs a number"))?;
                 Rule::Fixed(Init::Normal { deviation })
             }
-            "small_init_" | "neox_init_" => Rule::Fixed(Init::Normal { deviation: small }),
+            "small_init_" => Rule::Fixed(Init::Normal { deviation: small }),
             other => return Err(Error::config("init_config.name", format!("{other} is not implemented"))),
         };
         let layers = layers as f64;
         let by = match &config["init_div_is_residual"] {
-            _ if name == "neox_init_" => layers / 10f64.sqrt(),
             Value::Null | Value::Bool(true) => (2.0 * layers).sqrt(),
             Value::Bool(false) => 1.0,
             other => other.as_f64().filter(|by| *by > 0.0).ok_or_else(|| {

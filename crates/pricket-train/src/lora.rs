@@ -206,10 +206,14 @@ impl Lora {
         })?;
         let known = known.into_iter().collect::<Vec<_>>().join(", ");
         if let Some((name, _)) = config.modules_to_save.iter().zip(&saved).find(|(_, found)| !**found) {
-            return Err(Error::config("modules_to_save", format!("the model has no module {name}; it has {known}")));
+            return Err(Error::Config {
+                key: "modules_to_save".into(),
+                what: format!("the model has no module {}; it has {known}", clip(name)),
+            });
         }
         if low.is_empty() {
-            return Err(Error::config("target_modules", format!("no module matches; the model has {known}")));
+            let what = format!("no module matches; the model has {known}");
+            return Err(Error::Config { key: "target_modules".into(), what });
         }
         // As PEFT, which writes the list that it found.
         if config.targets == Select::AllLinear {
