@@ -77,73 +77,90 @@ unsafe fn blocks<L: Floats>(p: &Product) {
     let mut row = 0;
     // SAFETY: promised by the caller.
     unsafe {
-        // As many rows at once as there are registers for.
+        // As many rows and columns at once as there are registers for, with those of the panel and of a row.
         while L::MANY && row + 12 <= p.rows {
-            block::<L, 12>(p, row);
+            block::<L, 12, 2>(p, row, 0);
             row += 12;
         }
         while L::MANY && row + 4 <= p.rows {
-            block::<L, 4>(p, row);
+            block::<L, 4, 2>(p, row, 0);
             row += 4;
         }
-        while !L::MANY && row + 3 <= p.rows {
-            block::<L, 3>(p, row);
-            row += 3;
+        while !L::MANY && row + 6 <= p.rows {
+            block::<L, 6, 1>(p, row, 0);
+            block::<L, 6, 1>(p, row, LANES);
+            row += 6;
+        }
+        while !L::MANY && row + 2 <= p.rows {
+            block::<L, 2, 2>(p, row, 0);
+            row += 2;
         }
         while row < p.rows {
-            block::<L, 1>(p, row);
+            block::<L, 1, 2>(p, row, 0);
             row += 1;
         }
     }
 }
 
-/// `M` rows from `row` on, their sums in registers.
+/// `M` rows from `row` on and `N` vectors of columns from `column` on, their sums in registers.
 ///
 /// # Safety
 /// As [`blocks`].
 #[inline(always)]
-unsafe fn block<L: Floats, const M: usize>(p: &Product, row: usize) {
+unsafe fn block<L: Floats, const M: usize, const N: usize>(p: &Product, row: usize, column: usize) {
+    let columns = p.columns.saturating_sub(column).min(N * LANES);
+    if columns == 0 {
+        return;
+    }
     // SAFETY: promised by the caller.
     unsafe {
-        let (a, c) = (p.a.add(row * p.a_stride), p.c.add(row * p.c_stride));
-        let whole = p.columns == PANEL;
-        let mut sums = [[L::splat(0.0); 2]; M];
+        let (a, c) = (p.a.add(row * p.a_stride), p.c.add(row * p.c_stride + column));
+        let whole = columns == N * LANES;
+        let mut sums = [[L::splat(0.0); N]; M];
         let mut edge = [0f32; PANEL];
         for (m, sums) in sums.iter_mut().enumerate() {
             let from = match p.start {
                 Start::Zero => continue,
-                Start::Row(row) => row,
+                Start::Row(row) => row.add(column),
                 Start::Output => c.add(m * p.c_stride).cast_const(),
             };
             let from = if whole {
                 from
             } else {
-                std::ptr::copy_nonoverlapping(from, edge.as_mut_ptr(), p.columns);
+                std::ptr::copy_nonoverlapping(from, edge.as_mut_ptr(), columns);
                 edge.as_ptr()
             };
-            *sums = [L::floats(from), L::floats(from.add(LANES))];
+            for (n, sum) in sums.iter_mut().enumerate() {
+                *sum = L::floats(from.add(n * LANES));
+            }
         }
-        let mut b = p.b;
+        let mut b = p.b.add(column);
         for k in 0..p.k {
-            let (low, high) = (L::floats(b), L::floats(b.add(LANES)));
+            let mut line = [L::splat(0.0); N];
+            for (n, line) in line.iter_mut().enumerate() {
+                *line = L::floats(b.add(n * LANES));
+            }
             for (m, sums) in sums.iter_mut().enumerate() {
                 let a = L::splat(*a.add(m * p.a_stride + k));
-                sums[0] = L::madd(a, low, sums[0]);
-                sums[1] = L::madd(a, high, sums[1]);
+                for (sum, line) in sums.iter_mut().zip(line) {
+                    *sum = L::madd(a, line, *sum);
+                }
             }
             b = b.add(p.b_stride);
         }
         for (m, sums) in sums.into_iter().enumerate() {
             let to = c.add(m * p.c_stride);
             let whole_to = if whole { to } else { edge.as_mut_ptr() };
-            L::store(whole_to, sums[0]);
-            L::store(whole_to.add(LANES), sums[1]);
+            for (n, sum) in sums.into_iter().enumerate() {
+                L::store(whole_to.add(n * LANES), sum);
+            }
             if !whole {
-                std::ptr::copy_nonoverlapping(edge.as_ptr(), to, p.columns);
+                std::ptr::copy_nonoverlapping(edge.as_ptr(), to, columns);
             }
         }
     }
 }
+
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Tensor};
