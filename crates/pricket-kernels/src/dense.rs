@@ -143,16 +143,99 @@ pub(crate) fn linear_then(
                         rows::inner_products(path, w.kind, w, to - from, depth, x, k, rows, start, y, n);
                     }
                 }
-                finish(then, out, rows, n, from, to);
+                finish(then, out, 0..rows, n, from, to);
             });
         });
     }
+    let begin = bias.map_or(Begin::Zero, Begin::Bias);
+    blocked(Left { at: x, row: k, column: 1 }, rows, Right::Rows(weight), (k, n), begin, then, y);
+}
+
+/// What a blocked product starts from.
+#[derive(Clone, Copy)]
+pub(crate) enum Begin<'a> {
+    /// Zero.
+    Zero,
+    /// The same number in every row of a column.
+    Bias(&'a [f32]),
+    /// What is there.
+    Output,
+}
+
+impl Begin<'_> {
+    /// The start of the sums of a depth, for a panel that begins at `column`.
+    fn at(self, deep: usize, column: usize) -> Start {
+        match self {
+            _ if deep > 0 => Start::Output,
+            Begin::Zero => Start::Zero,
+            Begin::Bias(bias) => Start::Row(bias[column..].as_ptr()),
+            Begin::Output => Start::Output,
+        }
+    }
+}
+
+/// The left factor of a blocked product: element `[i, j]` is at `row · i + column · j`.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'a> {
+    pub(crate) at: &'a [f32],
+    pub(crate) row: usize,
+    pub(crate) column: usize,
+}
+
+impl Left<'_> {
+    /// Brings `depth` columns from `deep` on of some rows together, [`APART`] apart.
+    fn copy(self, rows: std::ops::Range<usize>, deep: usize, depth: usize, block: &mut [f32]) {
+        if self.column == 1 {
+            for (row, block) in rows.zip(block.chunks_mut(APART)) {
+                block[..depth].copy_from_slice(&self.at[row * self.row + deep..][..depth]);
+            }
+            return;
+        }
+        // Neighbors in memory are rows.
+        for j in 0..depth {
+            let line = &self.at[(deep + j) * self.column..];
+            for (i, row) in rows.clone().enumerate() {
+                block[i * APART + j] = line[row * self.row];
+            }
+        }
+    }
+}
+
+/// The right factor of a blocked product.
+#[derive(Clone, Copy)]
+pub(crate) enum Right<'a> {
+    /// Its columns are the rows of what is stored.
+    Rows(Stored<'a>),
+    /// It is stored as it is: f32, f16 or bf16.
+    Columns(Stored<'a>),
+}
+
+/// `y = left · right` for `left` of `[rows, k]` and `right` of `[k, n]`, then a function of the result.
+pub(crate) fn blocked(
+    left: Left<'_>,
+    rows: usize,
+    right: Right<'_>,
+    (k, n): (usize, usize),
+    begin: Begin<'_>,
+    then: Option<GeluOp>,
+    y: &mut [f32],
+) {
+    assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
+    let (path, out) = (path(), Shared::new(y));
     let panels = n.div_ceil(PANEL).div_ceil(4 * threads()).clamp(1, PANELS);
     let step = panels * PANEL;
-    parallel(n.div_ceil(step), |task| {
-        let (from, to) = (task * step, ((task + 1) * step).min(n));
+    let across = n.div_ceil(step);
+    // Where there are few columns, the rows are shared out as well.
+    let down = (2 * threads()).div_ceil(across.max(1)).clamp(1, rows.div_ceil(4 * BLOCK).max(1));
+    let share = rows.div_ceil(down).next_multiple_of(BLOCK).max(BLOCK);
+    parallel(across * down, |task| {
+        let (from, to) = (task % across * step, ((task % across + 1) * step).min(n));
+        let own = (task / across * share).min(rows)..((task / across + 1) * share).min(rows);
         let mut buffer = Vec::new();
-        let w = weight.rows(from, to, k, &mut buffer);
+        let w = match right {
+            Right::Rows(weight) => weight.rows(from, to, k, &mut buffer),
+            Right::Columns(weight) => weight.rows(0, k, n, &mut buffer),
+        };
         scratch(|packed| {
             packed.resize(panels * PANEL * DEPTH + BLOCK * APART, 0.0);
             let (packed, block) = packed.split_at_mut(panels * PANEL * DEPTH);
@@ -160,26 +243,26 @@ pub(crate) fn linear_then(
                 let depth = DEPTH.min(k - deep);
                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
                     let panel = packed[i * PANEL * depth..][..PANEL * depth].as_mut_ptr();
+                    let columns = PANEL.min(to - first);
                     // SAFETY: rows and columns are there, and a panel was just measured.
                     unsafe {
-                        let w = w.skip(first - from, deep);
-                        rows::pack(path, w.kind, w, PANEL.min(to - first), depth, panel);
+                        match right {
+                            Right::Rows(_) => {
+                                rows::pack(path, w.kind, w.skip(first - from, deep), columns, depth, panel)
+                            }
+                            Right::Columns(_) => {
+                                rows::widen_to(path, w.kind, w.skip(deep, first), depth, columns, panel, PANEL);
+                            }
+                        }
                     }
                 }
                 // Rows that stay in the first-level cache while every panel meets them.
-                for row in (0..rows).step_by(BLOCK) {
-                    let count = BLOCK.min(rows - row);
-                    for (x, block) in x[row * k..].chunks(k).zip(block.chunks_mut(APART)).take(count) {
-                        block[..depth].copy_from_slice(&x[deep..deep + depth]);
-                    }
+                for row in own.clone().step_by(BLOCK) {
+                    let count = BLOCK.min(own.end - row);
+                    left.copy(row..row + count, deep, depth, block);
                     for (i, first) in (from..to).step_by(PANEL).enumerate() {
-                        // SAFETY: as above; columns [from, to) of `y` belong to this task alone.
+                        // SAFETY: as above; these rows of columns [from, to) of `y` belong to this task alone.
                         unsafe {
-                            let start = match bias {
-                                _ if deep > 0 => Start::Output,
-                                Some(bias) => Start::Row(bias.as_ptr().add(first)),
-                                None => Start::Zero,
-                            };
                             let product = Product {
                                 a: block.as_ptr(),
                                 a_stride: APART,
@@ -190,7 +273,7 @@ pub(crate) fn linear_then(
                                 c: out.at(row * n + first),
                                 c_stride: n,
                                 columns: PANEL.min(to - first),
-                                start,
+                                start: begin.at(deep, first),
                             };
                             product.run(path);
                         }
@@ -198,7 +281,7 @@ pub(crate) fn linear_then(
                 }
             }
         });
-        finish(then, out, rows, n, from, to);
+        finish(then, out, own, n, from, to);
     });
 }
 
@@ -326,7 +409,7 @@ pub(crate) fn many_rows_bf16(
             // SAFETY: configured above.
             unsafe { brain::release() };
         }
-        finish(then, out, rows, n, from, to);
+        finish(then, out, 0..rows, n, from, to);
     });
 }
 
@@ -360,7 +443,7 @@ pub(crate) fn few_rows_bf16(
         let w: *const u16 = weight[from * k..].as_ptr().cast();
         // SAFETY: as above; rows of the weight are there, and columns [from, to) of `y` belong to this task alone.
         unsafe { brain::inner_products(w, to - from, k, short.as_ptr(), stride, rows, start, out.at(from), n) };
-        finish(then, out, rows, n, from, to);
+        finish(then, out, 0..rows, n, from, to);
     });
 }
 
@@ -373,10 +456,10 @@ pub(crate) fn few_bf16_pay(weight: Stored<'_>, rows: usize) -> Option<&[bf16]> {
     }
 }
 
-/// Applies a function to columns `[from, to)` of every row, which belong to the calling task alone.
-fn finish(then: Option<GeluOp>, out: Shared<f32>, rows: usize, n: usize, from: usize, to: usize) {
+/// Applies a function to columns `[from, to)` of some rows, which belong to the calling task alone.
+fn finish(then: Option<GeluOp>, out: Shared<f32>, rows: std::ops::Range<usize>, n: usize, from: usize, to: usize) {
     let Some(gelu) = then else { return };
-    for row in 0..rows {
+    for row in rows {
         // SAFETY: inside of the output, and nobody else's.
         gelu.apply(path(), unsafe { std::slice::from_raw_parts_mut(out.at(row * n + from), to - from) });
     }
@@ -392,6 +475,10 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
     assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
     assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
     assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
+    if !matches!(weight, Stored::Blocks(_) | Stored::Packed(_)) {
+        return blocked(Left { at: y, row: n, column: 1 }, rows, Right::Columns(weight), (n, k), Begin::Zero, None, x);
+    }
+    // Blocks are widened by whole rows.
     let path = path();
     // Weights of a step, widened, stay in the second-level cache.
     let step = ((512 << 10) / 4 / k.max(1)).clamp(8, 256);

@@ -1,10 +1,10 @@
 //! Linear layers as candle operations.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::dense::{Stored, linear_then, linear_transposed};
+use crate::dense::{Begin, Left, Right, Stored, blocked, linear_then, linear_transposed};
 #[cfg(target_arch = "x86_64")]
 use crate::dense::{few_bf16_pay, few_rows_bf16, many_bf16_pay, many_rows_bf16};
 use crate::detect::path;
@@ -32,7 +32,7 @@ pub enum Activations {
 ///
 /// The backward pass gives the gradient of the activations only: the weight is frozen, and candle's own matrix
 /// product would compute and keep a gradient of its size.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LinearOp {
     /// The weight, `[out_features, in_features]`, contiguous.
     pub weight: Matrix,
@@ -184,9 +184,31 @@ impl CustomOp2 for TrainedLinearOp {
         };
         let of_x = grad.apply_op1_no_bwd(&op)?;
         let rows = x.elem_count() / k.max(1);
-        let of_weight = grad.reshape((rows, n))?.t()?.matmul(&x.reshape((rows, k))?)?;
+        let of_weight = with_slices([&grad, &x.contiguous()?], |[g, x]| outer_product((g, n), (x, k), rows))?;
         Ok((Some(of_x), Some(of_weight)))
     }
+}
+
+/// Calls `f` with the numbers of tensors on the CPU.
+pub(crate) fn with_slices<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> Result<R>,
+) -> Result<R> {
+    let storages = tensors.map(Tensor::storage_and_layout);
+    let mut slices = [&[][..]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&storages) {
+        let Storage::Cpu(storage) = &**storage else { bail!("linear: an operand is not on the CPU") };
+        *slice = f32_slice("linear", storage, layout)?;
+    }
+    f(slices)
+}
+
+/// `lᵀ r` for `l` of `[rows, down]` and `r` of `[rows, across]`, given with these sizes: the gradient of a weight.
+pub(crate) fn outer_product((l, down): (&[f32], usize), (r, across): (&[f32], usize), rows: usize) -> Result<Tensor> {
+    let mut sum = vec![0f32; down * across];
+    let left = Left { at: l, row: 1, column: down };
+    blocked(left, down, Right::Columns(Stored::F32(r)), (rows, across), Begin::Zero, None, &mut sum);
+    Tensor::from_vec(sum, (down, across), &Device::Cpu)
 }
 
 /// Activations in the type of f16 and bf16 weights, as ggml's products see them. `None` where they are left as they are, or
@@ -209,7 +231,7 @@ fn rounded(x: &[f32], weight: &Matrix) -> Option<Vec<f32>> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 

@@ -68,7 +68,8 @@ impl Attention {
         let v = ctx.tap(Site::Value, v)?;
         let slopes = self.alibi.as_ref().map_or(&[][..], |alibi| &alibi.slopes);
         let mixed = ctx.attend(&q, &k, &v, Scores { scale: self.scale, slopes })?;
-        ctx.tap(Site::AttentionOut, self.out.forward(&mixed)?)
+        let out = self.out.forward_or_zeros(&mixed, ctx.needs().attention)?;
+        ctx.tap(Site::AttentionOut, out)
     }
 
     /// Queries, keys and values, `[b, t, heads, head_dim]` each.

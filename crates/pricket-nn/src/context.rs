@@ -8,6 +8,19 @@ use crate::pass::Pass;
 use crate::rotary::Rotary;
 use crate::{Error, Recording, Result, Site, Span, State, Taps};
 
+/// See [`Context::needs`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Needs {
+    pub(crate) attention: bool,
+    pub(crate) mlp: bool,
+}
+
+impl Default for Needs {
+    fn default() -> Self {
+        Self { attention: true, mlp: true }
+    }
+}
+
 /// Everything about a forward pass that is not the model. Owned by the caller, one for each batch of rows; the model itself
 /// is `&self`.
 ///
@@ -28,6 +41,10 @@ pub struct Context {
     taps: Option<Taps>,
     activations: Option<DType>,
     beyond: bool,
+    /// See [`Context::for_gradients`].
+    gradients_only: bool,
+    /// Whether the block in hand needs the values of what attention and its MLP add to the residual stream.
+    needs: Needs,
     /// Rows and lengths of the next pass.
     packed: Option<Vec<(usize, usize)>>,
     pass: Option<Pass>,
@@ -188,6 +205,25 @@ impl Context {
         let mut replay = self.fork();
         replay.pass = Some(pass.replayed());
         Ok(replay)
+    }
+
+    /// For a caller who computes a block only to go back through it: values that only the block's result depends on may be zeros.
+    /// Gradients stay the same bit for bit.
+    #[must_use]
+    pub fn for_gradients(mut self) -> Self {
+        self.gradients_only = true;
+        self
+    }
+
+    /// Says what only the result of the block that is entered depends on; values are needed all the same unless
+    /// [`Context::for_gradients`] was called.
+    pub(crate) fn set_needs(&mut self, needs: Needs) {
+        self.needs = if self.gradients_only { needs } else { Needs::default() };
+    }
+
+    /// What the block in hand needs.
+    pub(crate) fn needs(&self) -> Needs {
+        self.needs
     }
 
     /// Ends a pass whose steps a caller takes one by one: its positions become past. [`CausalLm::hidden`](crate::CausalLm::hidden)

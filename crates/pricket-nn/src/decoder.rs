@@ -5,8 +5,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use pricket_weights::Dtype;
 
+use crate::context::Needs;
 use crate::loss::cross_entropy;
-use crate::plan::{BlockPlan, ModelPlan};
+use crate::plan::{BlockPlan, ModelPlan, Residual};
 use crate::step::StepDecoder;
 use crate::{CacheType, Context, Embedding, Error, Layer, Linear, Norm, Result, Site, Tables, Weights, ops};
 
@@ -362,6 +363,8 @@ impl<B: Block> CausalLm for Decoder<B> {
             self.check_taps(ctx)?;
         }
         ctx.enter(i, b, t, self.info.context)?;
+        let residual = self.blocks[i].plan().map(|plan| plan.residual);
+        ctx.set_needs(Needs { attention: residual != Some(Residual::Parallel), mlp: residual.is_none() });
         let x = ctx.tap(Site::ResidPre, x.clone())?;
         let x = self.blocks[i].forward(&x, ctx)?;
         ctx.tap(Site::ResidPost, x)

@@ -131,15 +131,20 @@ pub struct Dropout {
 }
 
 impl Dropout {
+    /// Whether anything is dropped.
+    pub(crate) fn is_active(&self) -> bool {
+        self.rate > 0.0 && self.step.load(Ordering::Relaxed) > 0
+    }
+
     /// `x` with some elements zero.
     ///
     /// # Errors
     /// What candle says.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let step = self.step.load(Ordering::Relaxed);
-        if step == 0 || self.rate == 0.0 {
+        if !self.is_active() {
             return Ok(x.clone());
         }
+        let step = self.step.load(Ordering::Relaxed);
         // SplitMix64 (Steele et al. 2014) of a counter: a stream for each seed, step and site.
         let mix = |mut z: u64| {
             z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -301,8 +306,23 @@ impl Linear {
     /// # Errors
     /// If the last dimension of `x` is not this layer's input.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if self.adapters.is_empty() {
-            return ops::linear(x, &self.weight, self.bias.as_ref(), self.precision);
+        self.forward_or_zeros(x, true)
+    }
+
+    /// As [`Linear::forward`]; without `has_value` for a caller who only goes back through it, and gets zeros where that saves work.
+    pub(crate) fn forward_or_zeros(&self, x: &Tensor, has_value: bool) -> Result<Tensor> {
+        match &self.adapters[..] {
+            [] if has_value => return ops::linear(x, &self.weight, self.bias.as_ref(), self.precision),
+            [] => return ops::linear_backward_only(x, &self.weight, self.bias.as_ref()),
+            [Adapter { a, b, scale, magnitude: None, dropout }]
+                if dropout.as_ref().is_none_or(|dropout| !dropout.is_active()) =>
+            {
+                let base = (&self.weight, self.bias.as_ref());
+                if let Some(y) = ops::lora(x, base, (a, b, *scale), self.precision, has_value)? {
+                    return Ok(y);
+                }
+            }
+            _ => {}
         }
         let base = ops::linear(x, &self.weight, None, self.precision)?;
         let mut y = base.clone();
@@ -344,6 +364,17 @@ impl Linear {
             back = (&back + (low.to_dtype(back.dtype())? * *scale)?)?;
         }
         Ok(back.to_dtype(dtype)?)
+    }
+
+    /// Rows of the weight as it is multiplied with, adapters included, in f32; where no adapter has a magnitude.
+    pub(crate) fn rows_of(&self, rows: &[u32], device: &candle_core::Device) -> Result<Tensor> {
+        let rows = Tensor::new(rows, device)?;
+        let mut out = self.weight.gather(&rows, DType::F32)?;
+        for Adapter { a, b, scale, .. } in &self.adapters {
+            let low = b.index_select(&rows, 0)?.matmul(a)?.to_dtype(DType::F32)?;
+            out = (out + (low * *scale)?)?;
+        }
+        Ok(out)
     }
 
     /// [`Linear::forward`], then an activation.

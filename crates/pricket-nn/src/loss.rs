@@ -1,4 +1,5 @@
-//! Cross-entropy with the head fused: logits are made a block of positions at a time, and once more in the backward pass.
+//! Cross-entropy with the head fused: logits are made a block of positions at a time. Beside a frozen head the gradient is computed
+//! along with the loss, so that they are made once; beside a trained one they are made once more in the backward pass.
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, MetalStorage, Shape, Storage, Tensor};
 
@@ -7,6 +8,9 @@ use crate::{Error, Linear, Result};
 
 /// Positions whose logits are held at once.
 const BLOCK: usize = 64;
+
+/// The same where the gradient is computed along: the head is read twice for each block.
+const GRADIENT_BLOCK: usize = 128;
 
 /// The same where the head's weight has a gradient, which is added up block by block, as large as the weight.
 const TRAINED_BLOCK: usize = 256;
@@ -27,13 +31,17 @@ pub(crate) fn cross_entropy(hidden: &Tensor, head: &Linear, logit_scale: f64, ta
     if adapted || head.bias.as_ref().is_some_and(Tensor::track_op) {
         return loss.of(hidden);
     }
-    let nll = loss.frozen().of(&hidden.detach())?;
     if head.weight.track_op()
         && let Matrix::Dense(weight) = &head.weight
     {
-        return Ok(hidden.apply_op2(weight, WithNll { nll, loss })?);
+        let nll = loss.frozen().of(&hidden.detach())?;
+        return Ok(hidden.apply_op2(weight, WithNll { nll, of_hidden: None, loss })?);
     }
-    Ok(if hidden.track_op() { hidden.apply_op1(WithNll { nll, loss })? } else { nll })
+    if !hidden.track_op() {
+        return loss.of(hidden);
+    }
+    let (nll, of_hidden) = loss.with_gradient(&hidden.detach())?;
+    Ok(hidden.apply_op1(WithNll { nll, of_hidden: Some(of_hidden), loss })?)
 }
 
 /// What the loss is computed from, besides the hidden states.
@@ -62,20 +70,30 @@ impl CrossEntropy {
     fn of(&self, hidden: &Tensor) -> Result<Tensor> {
         let mut out = Vec::with_capacity(self.targets.len().div_ceil(BLOCK));
         for (at, targets) in self.blocks(BLOCK) {
-            let logits = self.logits(hidden, at, targets.len())?;
-            if logits.device().is_cpu() && !logits.track_op() {
-                let nll: Vec<f32> =
-                    ops::logprobs(&logits, targets)?.iter().map(|(_, logprob)| -*logprob as f32).collect();
-                out.push(Tensor::new(nll, logits.device())?);
-                continue;
-            }
-            let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
-            out.push(ops::log_softmax(&logits)?.gather(&targets, 1)?.squeeze(1)?.neg()?);
+            out.push(nll_of(&self.logits(hidden, at, targets.len())?, targets)?);
         }
         match &out[..] {
             [] => Ok(Tensor::zeros(0, candle_core::DType::F32, hidden.device())?),
             _ => Ok(Tensor::cat(&out, 0)?),
         }
+    }
+
+    /// The loss, and the gradient of each position's loss: `[n]` and `[n, d]`.
+    fn with_gradient(&self, hidden: &Tensor) -> Result<(Tensor, Tensor)> {
+        let frozen = self.frozen();
+        let (mut nll, mut of_hidden) = (Vec::new(), Vec::new());
+        for (at, targets) in frozen.blocks(GRADIENT_BLOCK) {
+            let logits = frozen.logits(hidden, at, targets.len())?;
+            nll.push(nll_of(&logits, targets)?);
+            let back = frozen.head.backward(&ops::softmax(&logits)?, candle_core::DType::F32)?;
+            // One less for the target: its row of the head, as it is multiplied with.
+            let hits = frozen.head.rows_of(targets, hidden.device())?;
+            of_hidden.push(((back - hits)? * self.logit_scale)?.to_dtype(hidden.dtype())?);
+        }
+        if nll.is_empty() {
+            return Ok((Tensor::zeros(0, candle_core::DType::F32, hidden.device())?, hidden.zeros_like()?));
+        }
+        Ok((Tensor::cat(&nll, 0)?, Tensor::cat(&of_hidden, 0)?))
     }
 
     /// Gradients of the hidden states and, if it is trained, of the head's weight.
@@ -112,9 +130,21 @@ impl CrossEntropy {
     }
 }
 
+/// The negated log-probabilities of targets.
+fn nll_of(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    if logits.device().is_cpu() && !logits.track_op() {
+        let nll: Vec<f32> = ops::logprobs(logits, targets)?.iter().map(|(_, logprob)| -*logprob as f32).collect();
+        return Ok(Tensor::new(nll, logits.device())?);
+    }
+    let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+    Ok(ops::log_softmax(logits)?.gather(&targets, 1)?.squeeze(1)?.neg()?)
+}
+
 /// A loss that is known already, and how it depends on what it was computed from.
 struct WithNll {
     nll: Tensor,
+    /// The gradient of each position's loss, where it was computed along.
+    of_hidden: Option<Tensor>,
     loss: CrossEntropy,
 }
 
@@ -171,7 +201,13 @@ impl CustomOp1 for WithNll {
     }
 
     fn bwd(&self, hidden: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.loss.backward(hidden, grad).map_err(in_candle)?.0))
+        match &self.of_hidden {
+            Some(of_hidden) => {
+                let grad = grad.detach().unsqueeze(1)?.to_dtype(of_hidden.dtype())?;
+                Ok(Some(of_hidden.broadcast_mul(&grad)?))
+            }
+            None => Ok(Some(self.loss.backward(hidden, grad).map_err(in_candle)?.0)),
+        }
     }
 }
 

@@ -28,7 +28,8 @@ impl Mlp {
             Some(gate) => (gate.forward_then(&x, self.activation)? * self.up.forward(&x)?)?,
             None => self.up.forward_then(&x, self.activation)?,
         };
-        ctx.tap(Site::MlpOut, self.down.forward(&hidden)?)
+        let out = self.down.forward_or_zeros(&hidden, ctx.needs().mlp)?;
+        ctx.tap(Site::MlpOut, out)
     }
 
     /// Its layers.

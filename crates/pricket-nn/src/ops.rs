@@ -13,8 +13,8 @@ pub use pricket_kernels::{
     keep_freed_memory, multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
 };
 use pricket_kernels::{
-    AttentionOp, GeluOp, LayerNormOp, LinearOp, RmsNormOp, RotaryOp, SelfAttentionOp, StoreOp, SumOp, TrainedLinearOp,
-    WkvOp, parallel, q8_values,
+    AttentionOp, BackwardOnlyOp, GeluOp, LayerNormOp, LinearOp, LoraOp, RmsNormOp, RotaryOp, SelfAttentionOp, StoreOp,
+    SumOp, TrainedLinearOp, WkvOp, parallel, q8_values,
 };
 
 use crate::{Activation, Error, Result};
@@ -76,6 +76,47 @@ pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
         Matrix::Blocks(_) | Matrix::Packed(_) => weight.to_dense(x.dtype(), x.device())?,
     };
     Ok(x.detach().to_dtype(weight.dtype())?.matmul(&weight)?.to_dtype(x.dtype())?)
+}
+
+/// As [`linear`] of a frozen weight, for a caller who only goes back through it: zeros where that saves the product.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub(crate) fn linear_backward_only(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    if !on_our_kernels(x) || weight.track_op() || bias.is_some_and(Tensor::track_op) {
+        return linear(x, weight, bias, Activations::F32);
+    }
+    Ok(x.contiguous()?.apply_op1(BackwardOnlyOp(LinearOp {
+        weight: weight.clone(),
+        bias: None,
+        activations: Activations::F32,
+        transposed: false,
+        then: None,
+    }))?)
+}
+
+/// `x Wᵀ + b + s (x Aᵀ) Bᵀ` in one operation, where there is one: on the CPU, beside a frozen weight.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub(crate) fn lora(
+    x: &Tensor,
+    (weight, bias): (&Matrix, Option<&Tensor>),
+    (a, b, scale): (&Tensor, &Tensor, f64),
+    activations: Activations,
+    has_value: bool,
+) -> Result<Option<Tensor>> {
+    let fits = |tensor: &Tensor| on_our_kernels(tensor) && tensor.is_contiguous();
+    if ![x, a, b].into_iter().all(on_our_kernels) || !fits(a) || !fits(b) || weight.track_op() {
+        return Ok(None);
+    }
+    let fused = bias.filter(|bias| !bias.track_op());
+    let base = LinearOp { weight: weight.clone(), bias: fused.cloned(), activations, transposed: false, then: None };
+    let y = x.contiguous()?.apply_op3(a, b, LoraOp { base, scale: scale as f32, has_value })?;
+    Ok(Some(match bias {
+        Some(bias) if fused.is_none() => y.broadcast_add(bias)?,
+        _ => y,
+    }))
 }
 
 /// The plain twin of [`linear`].

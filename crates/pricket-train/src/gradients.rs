@@ -228,7 +228,7 @@ impl Pass<'_> {
             let (Some(x), Some(above)) = (inputs[i].take(), grad.take()) else { break };
             let has_more_below = if i == 0 { is_embedding_trained } else { inputs[i - 1].is_some() };
             let x = if has_more_below { Var::from_tensor(&x)?.into_inner() } else { x };
-            let y = model.block(i, &x, &mut ctx.replay()?)?;
+            let y = model.block(i, &x, &mut ctx.replay()?.for_gradients())?;
             let mut found = (y * above)?.backward()?;
             sum.take(self.parameters, &mut found)?;
             grad = found.remove(&x);
