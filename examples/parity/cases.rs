@@ -83,6 +83,10 @@ fn compare(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result
     if let Some(result) = training::run(dir, case, setup, check) {
         return result;
     }
+    #[cfg(feature = "train")]
+    if has("adapter_config.json") && has("train.safetensors") {
+        return training::adapter(dir, &base(dir, case)?, case, setup, check);
+    }
     if has("generate.safetensors") {
         generate(dir, case, setup, check)?;
         if has("processors.safetensors") {

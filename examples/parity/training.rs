@@ -185,39 +185,8 @@ fn lora_train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
         atol("logits_atol")?,
     );
 
-    let mut lora = Lora::read(dir.join(case["adapter"]["initial"].as_str().context("no initial adapter")?))?;
-    let tuned = lora.train(&base, 0)?;
-    let train = &case["train"];
-    let config = OptimizerConfig {
-        betas: serde_json::from_value(train["betas"].clone())?,
-        eps: number(train, "eps")?,
-        weight_decay: number(train, "weight_decay")?,
-        ..OptimizerConfig::new(Rule::AdamW, number(train, "lr")?)
-    };
-    let mut optimizer = Optimizer::new(config, &tuned.parameters)?;
-    let batch = samples(get(&expected, "batch")?, None)?;
-    let weight = 1.0 / batch.iter().map(Sample::counted).sum::<usize>() as f64;
-    let wanted = get(&expected, "losses")?.to_vec1::<f64>()?;
-    for (step, of_step) in wanted.iter().enumerate() {
-        // Both ways of computing gradients are asked.
-        let way = if step % 2 == 0 { Checkpointing::PerBlock } else { Checkpointing::Off };
-        let mut sum = Gradients::none(&tuned.parameters);
-        let loss = add_gradients(&*tuned.model, &batch, weight, &tuned.parameters, way, &mut sum)? * weight;
-        check.within("losses", (loss - of_step).abs(), atol("losses_atol")?);
-        if step == 0 {
-            for (parameter, grad) in tuned.parameters.iter().zip(sum.of()) {
-                let grad = grad.as_ref().with_context(|| format!("{} has no gradient", parameter.name))?;
-                let reference = get(&expected, &format!("grad1.{}", parameter.name))?;
-                check.within("grad1", distance(&parameter.rows.undo(grad)?, reference, None)?, atol("grad1_atol")?);
-            }
-            let grads = expected.keys().filter(|name| name.starts_with("grad1.")).count();
-            check.equal("number of gradients", &tuned.parameters.len(), &grads);
-        }
-        if step + 1 < wanted.len() {
-            optimizer.step(&tuned.parameters, &sum, 1.0)?;
-        }
-    }
-    lora = lora.trained(&tuned.parameters)?;
+    let initial = Lora::read(dir.join(case["adapter"]["initial"].as_str().context("no initial adapter")?))?;
+    let lora = train_steps(&initial, &pricket, &expected, &case["train"], &case["tolerance"], check)?;
     let directory = dir.join(case["adapter"]["final"].as_str().context("no final adapter")?);
     let reference = Lora::read(&directory)?;
     for (name, tensor) in reference.tensors() {
@@ -252,6 +221,80 @@ fn lora_train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
             }
             (found, wanted) => check.equal(&format!("{name} is merged"), &found.is_some(), &wanted.is_some()),
         }
+    }
+    Ok(())
+}
+
+/// Trains an adapter on the case's batch, each step beside what is expected of it; gives the adapter after the last.
+fn train_steps(
+    initial: &Lora,
+    pricket: &Pricket,
+    expected: &HashMap<String, Tensor>,
+    train: &Value,
+    tolerance: &Value,
+    check: &mut Check,
+) -> Result<Lora> {
+    let atol = |key: &str| number(tolerance, key);
+    let tuned = initial.train(&pricket.base()?, 0)?;
+    let config = OptimizerConfig {
+        betas: serde_json::from_value(train["betas"].clone())?,
+        eps: number(train, "eps")?,
+        weight_decay: number(train, "weight_decay")?,
+        ..OptimizerConfig::new(Rule::AdamW, number(train, "lr")?)
+    };
+    let mut optimizer = Optimizer::new(config, &tuned.parameters)?;
+    let batch = samples(get(expected, "batch")?, None)?;
+    let weight = 1.0 / batch.iter().map(Sample::counted).sum::<usize>() as f64;
+    let wanted = get(expected, "losses")?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    for (step, of_step) in wanted.iter().enumerate() {
+        // Both ways of computing gradients are asked.
+        let way = if step % 2 == 0 { Checkpointing::PerBlock } else { Checkpointing::Off };
+        let mut sum = Gradients::none(&tuned.parameters);
+        let loss = add_gradients(&*tuned.model, &batch, weight, &tuned.parameters, way, &mut sum)? * weight;
+        check.within("losses", (loss - of_step).abs(), atol("losses_atol")?);
+        if step == 0 {
+            for (parameter, grad) in tuned.parameters.iter().zip(sum.of()) {
+                let grad = grad.as_ref().with_context(|| format!("{} has no gradient", parameter.name))?;
+                let reference = get(expected, &format!("grad1.{}", parameter.name))?;
+                check.within("grad1", distance(&parameter.rows.undo(grad)?, reference, None)?, atol("grad1_atol")?);
+            }
+            let grads = expected.keys().filter(|name| name.starts_with("grad1.")).count();
+            check.equal("number of gradients", &tuned.parameters.len(), &grads);
+        }
+        if step + 1 < wanted.len() {
+            optimizer.step(&tuned.parameters, &sum, 1.0)?;
+        }
+    }
+    Ok(initial.trained(&tuned.parameters)?)
+}
+
+/// An adapter over the model of another case: its logits, and five steps of training.
+pub(super) fn adapter(dir: &Path, base: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
+    let pricket = setup.of(Loader::new(base)).load()?;
+    let expected = read_tensors(&dir.join("expected.safetensors"))?;
+    let atol = tolerance(case, "logits_atol")?;
+    check.within("base_logits", distance(&logits(&pricket, &expected)?, get(&expected, "base_logits")?, None)?, atol);
+    let lora = Lora::read(dir)?;
+    let found = logits(&pricket.with_adapter(&lora)?, &expected)?;
+    check.within("logits", distance(&found, get(&expected, "logits")?, None)?, atol);
+    let merged = pricket.with_model(lora.merge(&pricket.base()?)?, Vec::new());
+    check.within("merged_logits", distance(&logits(&merged, &expected)?, get(&expected, "logits")?, None)?, atol);
+
+    let steps = read_tensors(&dir.join("train.safetensors"))?;
+    let of = |prefix: &str| -> std::collections::BTreeMap<String, Tensor> {
+        steps
+            .iter()
+            .filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor.clone())))
+            .collect()
+    };
+    let initial = Lora::from_tensors(lora.config().clone(), of("init."), "train.safetensors")?;
+    let train = &case["train"];
+    let trained = train_steps(&initial, &pricket, &steps, train, &train["tolerance"], check)?;
+    let wanted = of("final.");
+    check.equal("number of tensors", &trained.tensors().len(), &wanted.len());
+    for (name, found) in trained.tensors() {
+        let reference = wanted.get(&name).with_context(|| format!("{name} is not expected"))?;
+        check.within("final", distance(&found, reference, None)?, number(&train["tolerance"], "final_atol")?);
     }
     Ok(())
 }
