@@ -21,7 +21,7 @@ use pricket::{Loader, Pricket, Progress};
 use serde_json::json;
 
 /// Fine-tunes a model with LoRA. The data are JSON lines: {"text"}, {"prompt", "completion"}, {"instruction", "context",
-/// "response"} or {"messages"}; prompts are not counted in the loss.
+/// "response"}, {"messages"} or {"input_ids", "labels"}; prompts are not counted in the loss.
 #[derive(Parser)]
 #[command(version)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
@@ -275,7 +275,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let length = args.max_length.unwrap_or(limit.min(2048));
     ensure!((2..=limit).contains(&length), "--max-length is {length}; expected 2 to {limit}");
     let end: Vec<u32> = pricket.eos_ids().first().copied().filter(|_| !args.no_end_token).into_iter().collect();
-    let tokenizer = pricket.tokenizer()?;
+    let tokenizer = pricket.tokenizer().ok();
     let (mut samples, mut cut, mut empty) = (Vec::new(), 0, 0);
     for (i, record) in records.iter().enumerate() {
         let whole = record.sample(tokenizer, &format, &end);

@@ -350,6 +350,7 @@ fn records_of_all_forms_become_samples() {
         json!({"prompt": "One, two,", "completion": " three"}),
         json!({"instruction": "Who?", "context": "", "response": "Ahab", "category": "qa"}),
         json!({"instruction": "Who?", "input": "A whale.", "output": "Ahab"}),
+        json!({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}),
         json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"},
             {"role": "user", "content": "Hey"}, {"role": "assistant", "content": "Hum"}]}),
     ];
@@ -359,7 +360,7 @@ fn records_of_all_forms_become_samples() {
     let tiny = pricket::tiny().unwrap();
     let tokenizer = tiny.tokenizer().unwrap();
     let counted = |record: usize, format: &str| {
-        let sample = records[record].sample(tokenizer, &pricket::prompt_format(format).unwrap(), &[0]).unwrap();
+        let sample = records[record].sample(Some(tokenizer), &pricket::prompt_format(format).unwrap(), &[0]).unwrap();
         (sample.ids().to_vec(), sample.counted())
     };
     let ids = |text: &str| tokenizer.encode(text).unwrap();
@@ -367,8 +368,9 @@ fn records_of_all_forms_become_samples() {
     assert_eq!(counted(1, "plain"), ([ids("One, two,"), ids(" three"), vec![0]].concat(), ids(" three").len() + 1));
     assert_eq!(counted(2, "dolly").1, ids("Ahab").len() + 1);
     assert!(tokenizer.decode(&counted(3, "dolly-blank").0).contains("Who?\n\nInput:\nA whale.\n\n### Response:\nAhab"));
+    assert_eq!(counted(4, "plain"), (vec![5, 6, 7, 8], 2));
     // Both answers of a conversation count, with what ends them.
-    let (chat, count) = counted(4, "chatml");
+    let (chat, count) = counted(5, "chatml");
     assert_eq!(count, ids("Ho<|im_end|>").len() + ids("Hum<|im_end|>").len() + 1, "{}", tokenizer.decode(&chat));
 
     for (line, what) in [
@@ -376,6 +378,8 @@ fn records_of_all_forms_become_samples() {
         ("{\"prompt\": \"x\"}", "prompt without completion"),
         ("{\"question\": \"x\"}", "found question"),
         ("{\"text\": 3}", "text is 3"),
+        ("{\"input_ids\": [1, -2]}", "input_ids: expected a list of token ids"),
+        ("{\"input_ids\": [1, 2], \"labels\": [1, 3]}", "labels: expected -100"),
         ("{\"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}", "the assistant says nothing"),
         ("{\"text\": ", "is not JSON"),
     ] {

@@ -84,7 +84,7 @@ fn compare(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result
         return result;
     }
     #[cfg(feature = "train")]
-    if has("adapter_config.json") && has("train.safetensors") {
+    if has("adapter_config.json") && has("expected.safetensors") {
         return training::adapter(dir, &base(dir, case)?, case, setup, check);
     }
     if has("generate.safetensors") {

@@ -268,7 +268,7 @@ fn train_steps(
     Ok(initial.trained(&tuned.parameters)?)
 }
 
-/// An adapter over the model of another case: its logits, and five steps of training.
+/// An adapter over the model of another case: its logits and, if the case has them, five steps of training.
 pub(super) fn adapter(dir: &Path, base: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = setup.of(Loader::new(base)).load()?;
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
@@ -280,6 +280,9 @@ pub(super) fn adapter(dir: &Path, base: &Path, case: &Value, setup: &Setup, chec
     let merged = pricket.with_model(lora.merge(&pricket.base()?)?, Vec::new());
     check.within("merged_logits", distance(&logits(&merged, &expected)?, get(&expected, "logits")?, None)?, atol);
 
+    if !dir.join("train.safetensors").is_file() {
+        return Ok(());
+    }
     let steps = read_tensors(&dir.join("train.safetensors"))?;
     let of = |prefix: &str| -> std::collections::BTreeMap<String, Tensor> {
         steps
@@ -375,7 +378,7 @@ fn responses(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Resu
             Record::from_json(&records[line["record"].as_u64().context("a sample without a record")? as usize])?;
         let prompt = record.prompt(&format)?;
         check.equal("prompt", &prompt.as_str(), &line["prompt"].as_str().unwrap_or_default());
-        let sample = record.sample(pricket.tokenizer()?, &format, &[end])?;
+        let sample = record.sample(Some(pricket.tokenizer()?), &format, &[end])?;
         let ids = |key: &str| serde_json::from_value::<Vec<u32>>(line[key].clone());
         check.equal("ids", &sample.ids(), &&[ids("prompt_ids")?, ids("response_ids")?].concat()[..]);
         check.equal("tokens", &(sample.counted() as u64), &line["tokens"].as_u64().unwrap_or(0));

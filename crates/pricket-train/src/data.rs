@@ -23,6 +23,8 @@ const MAX_LINE: usize = 64 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Record {
+    /// `input_ids`, tokenized before; those count whose place in `labels` is not -100, or all.
+    Ids(Sample),
     /// `text`: all of it counts.
     Text(String),
     /// `prompt` with `completion` or `response`, verbatim; the second counts.
@@ -63,6 +65,9 @@ impl Record {
             None | Some(Value::Null) => Ok(String::new()),
             Some(other) => Err(Error::Input(format!("{key} is {}; expected a text", clip(&other.to_string())))),
         };
+        if has("input_ids") {
+            return Self::ids(json);
+        }
         if has("messages") {
             return Self::chat(&json["messages"]);
         }
@@ -85,8 +90,26 @@ impl Record {
             return Ok(Record::Text(text("text")?));
         }
         let keys = object.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        let forms = "messages; instruction with response; prompt with completion; or text";
+        let forms = "input_ids; messages; instruction with response; prompt with completion; or text";
         Err(Error::Input(format!("expected {forms}; found {}", clip(&keys))))
+    }
+
+    fn ids(json: &Value) -> Result<Self> {
+        let wrong = |key: &str| Error::Input(format!("{key}: expected a list of token ids"));
+        let list = |key: &str| -> Result<Option<Vec<i64>>> {
+            let Some(list) = json.get(key).filter(|list| !list.is_null()) else { return Ok(None) };
+            let numbers = list.as_array().ok_or_else(|| wrong(key))?.iter().map(Value::as_i64);
+            numbers.collect::<Option<_>>().map(Some).ok_or_else(|| wrong(key))
+        };
+        let ids = list("input_ids")?.unwrap_or_default();
+        let whole = ids.iter().map(|&id| u32::try_from(id)).collect::<Result<Vec<_>, _>>();
+        let whole = whole.map_err(|_| wrong("input_ids"))?;
+        let Some(labels) = list("labels")? else { return Ok(Record::Ids(Sample::new(whole)?)) };
+        let is_its_own = |(label, id): (&i64, &i64)| *label == -100 || label == id;
+        if labels.len() != ids.len() || !labels.iter().zip(&ids).all(is_its_own) {
+            return Err(Error::Input("labels: expected -100 or the id at the same place of input_ids".into()));
+        }
+        Ok(Record::Ids(Sample::masked(whole, labels.iter().map(|label| *label != -100).collect())?))
     }
 
     fn chat(messages: &Value) -> Result<Self> {
@@ -124,8 +147,12 @@ impl Record {
     /// The record as token ids. Prompt and response are tokenized apart, as llm-foundry does; `end` follows the response.
     ///
     /// # Errors
-    /// As [`PromptFormat::prompt`]; [`Error::Input`] if nothing counts.
-    pub fn sample(&self, tokenizer: &Tokenizer, format: &PromptFormat, end: &[u32]) -> Result<Sample> {
+    /// As [`PromptFormat::prompt`]; [`Error::Input`] if nothing counts, or for text without a tokenizer.
+    pub fn sample(&self, tokenizer: Option<&Tokenizer>, format: &PromptFormat, end: &[u32]) -> Result<Sample> {
+        if let Record::Ids(sample) = self {
+            return Ok(sample.clone());
+        }
+        let tokenizer = tokenizer.ok_or_else(|| Error::Input("text needs a tokenizer, and there is none".into()))?;
         let (mut ids, mut counts) = (Vec::new(), Vec::new());
         for (text, part_counts) in self.parts(format)? {
             let part = tokenizer.encode(&text)?;
@@ -144,6 +171,7 @@ impl Record {
     /// Pieces of text, and whether they count.
     fn parts(&self, format: &PromptFormat) -> Result<Vec<(String, bool)>> {
         match self {
+            Record::Ids(_) => Ok(Vec::new()),
             Record::Text(text) => Ok(vec![(text.clone(), true)]),
             Record::Pair { prompt, response } => Ok(vec![(prompt.clone(), false), (response.clone(), true)]),
             Record::Instruction { instruction, context, response } => {
