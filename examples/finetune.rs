@@ -127,6 +127,9 @@ struct RunArgs {
     /// Optimizer: adamw, decoupled_adamw, lion, or decoupled_lionw
     #[arg(long, value_name = "NAME", default_value = "adamw")]
     optimizer: Rule,
+    /// Decay rates of the optimizer's moments [default: those of the library that it comes from]
+    #[arg(long, value_name = "B1,B2", value_delimiter = ',', num_args = 2)]
+    betas: Vec<f64>,
     /// Decay of matrices
     #[arg(long, default_value_t = 0.0)]
     weight_decay: f64,
@@ -139,6 +142,9 @@ struct RunArgs {
     /// Learning rate over the run, by transformers' or composer's name: constant, linear, cosine, warmup_stable_decay, ..
     #[arg(long, value_name = "NAME", default_value = "linear")]
     schedule: String,
+    /// Share of the learning rate that is left at the end, for schedules that have one
+    #[arg(long, value_name = "SHARE")]
+    min_lr: Option<f64>,
     /// Steps in which the rate rises from 0 [default: 3 % of the steps]
     #[arg(long, value_name = "N")]
     warmup: Option<u64>,
@@ -226,6 +232,13 @@ impl RunArgs {
         let is_lion = matches!(self.optimizer, Rule::Lion | Rule::DecoupledLion);
         let lr = self.lr.unwrap_or(if is_lion { 2e-5 } else { 2e-4 });
         let warmup = self.warmup.unwrap_or(steps * 3 / 100);
+        let defaults = OptimizerConfig::new(self.optimizer, lr);
+        let betas = if let [first, second] = self.betas[..] { (first, second) } else { defaults.betas };
+        let mut schedule = Schedule::named(&self.schedule, warmup, steps)?;
+        if let Some(share) = self.min_lr {
+            ensure!((0.0..=1.0).contains(&share), "--min-lr is {share}; expected 0 to 1");
+            schedule = schedule.with_min(share)?;
+        }
         let ratios = self.lora_plus.map(|ratio| ("lora_B.weight".to_owned(), ratio));
         Ok(TrainOptions {
             batch: self.batch,
@@ -237,10 +250,11 @@ impl RunArgs {
             optimizer: OptimizerConfig {
                 weight_decay: self.weight_decay,
                 decay_vectors: self.decay_vectors,
+                betas,
                 lr_ratios: ratios.into_iter().collect(),
-                ..OptimizerConfig::new(self.optimizer, lr)
+                ..defaults
             },
-            schedule: Schedule::named(&self.schedule, warmup, steps)?,
+            schedule,
             clip: Some(self.clip).filter(|clip| *clip != 0.0),
             seed: self.seed,
             checkpointing: if self.no_checkpointing { Checkpointing::Off } else { Checkpointing::PerBlock },

@@ -231,3 +231,71 @@ fn child_writes_128_tokens() {
     while generation.step().unwrap().is_some() {}
     println!("PEAK {}", peak_rss());
 }
+
+/// Layers, width and length of the training steps below.
+#[cfg(all(target_os = "linux", feature = "train"))]
+const STEP: (usize, usize, usize) = (10, 512, 1024);
+
+/// Bytes that a training step adds to what a process holds, in a process of its own.
+#[cfg(all(target_os = "linux", feature = "train"))]
+fn added_by_a_step(layers: usize, checkpointing: bool) -> f64 {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "memory::child_trains", "--nocapture"])
+        .env("PRICKET_CHILD_TRAIN", format!("{layers} {checkpointing}"))
+        // What is freed is given back, so that what is held is what is needed.
+        .envs([("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "0"), ("MALLOC_ARENA_MAX", "1")])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let number = text.split("ADDED ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    number.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr))).parse().unwrap()
+}
+
+/// With checkpointing, a step at sequence 1,024 adds at most 1.3 times the activations of one block, the inputs of the blocks, the
+/// gradients of the adapters, and what candle holds of the largest gradient in flight. What a block's activations are is measured: what
+/// each block more adds without checkpointing.
+#[cfg(all(target_os = "linux", feature = "train"))]
+#[test]
+fn checkpointing_keeps_the_inputs_of_blocks_only() {
+    let (layers, d, t) = STEP;
+    let [few, many] = [layers / 2, layers].map(|layers| added_by_a_step(layers, false));
+    let block = (many - few) / (layers - layers / 2) as f64;
+    let found = added_by_a_step(layers, true);
+    // Rank 16 on the four matrices of a block, which have 4, 2, 5 and 5 widths in and out; a gradient for each weight.
+    let adapters = (16 * (4 + 2 + 5 + 5) * d * layers * 4) as f64;
+    let inputs = ((layers + 1) * d * t * 4) as f64;
+    // Behind the activation function of the MLP: its gradient before and after, zeros, and their sum.
+    let in_flight = (4 * 4 * d * t * 4) as f64;
+    let allowed = 1.3 * block + inputs + adapters + in_flight;
+    assert!(found <= allowed, "added {found}, allowed {allowed}: block {block}, inputs {inputs}, adapters {adapters}");
+    // One block more adds its input and its adapters, and nothing else.
+    let more = (found - added_by_a_step(layers / 2, true)) / (layers - layers / 2) as f64;
+    assert!(more < 1.3 * (inputs + adapters) / layers as f64, "a block more adds {more}");
+}
+
+#[cfg(all(target_os = "linux", feature = "train"))]
+#[test]
+fn child_trains() {
+    use pricket::train::{Checkpointing, Initial, Lora, LoraConfig, Product, Sample, TrainOptions, Trainer};
+
+    let Ok(setup) = std::env::var("PRICKET_CHILD_TRAIN") else { return };
+    let (layers, checkpointing) = setup.split_once(' ').unwrap();
+    let (_, d, t) = STEP;
+    let config = serde_json::json!({
+        "num_hidden_layers": layers.parse::<usize>().unwrap(), "hidden_size": d, "num_attention_heads": 8,
+        "intermediate_size": 4 * d, "max_position_embeddings": t, "vocab_size": 64,
+    });
+    let pricket = crate::common::small(&config, 3);
+    let base = pricket.base().unwrap();
+    let lora = Lora::new(LoraConfig { rank: 16, initial: Initial::Random, ..LoraConfig::default() }, &base, 0).unwrap();
+    let tuned = lora.train(&base, 0).unwrap();
+    let way = if checkpointing == "true" { Checkpointing::PerBlock } else { Checkpointing::Off };
+    let options = TrainOptions { batch: 1, checkpointing: way, ..TrainOptions::new(2, 1e-4) };
+    let sample = Sample::new((0..t as u32).map(|i| i * 7 % 64).collect()).unwrap();
+    let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, vec![sample], options).unwrap();
+    let before = rss();
+    // Forgets the peak so far.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    trainer.advance().unwrap();
+    println!("ADDED {}", peak_rss() - before);
+}

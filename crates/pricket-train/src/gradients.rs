@@ -159,17 +159,23 @@ impl Batch {
         Self { ids, lens: samples.iter().map(|sample| sample.ids().len()).collect(), positions, targets }
     }
 
+    /// Whether all samples have one length: then they are rows of a batch rather than packed.
+    fn is_uniform(&self) -> bool {
+        self.lens.windows(2).all(|pair| pair[0] == pair[1])
+    }
+
     fn context(&self) -> Context {
-        Context::new().with_packed(&self.lens)
+        if self.is_uniform() { Context::new() } else { Context::new().with_packed(&self.lens) }
     }
 
     fn ids(&self, model: &dyn CausalLm) -> Result<Tensor> {
-        Ok(Tensor::new(&self.ids[..], &model.info().device)?.unsqueeze(0)?)
+        let rows = if self.is_uniform() { self.lens.len() } else { 1 };
+        Ok(Tensor::new(&self.ids[..], &model.info().device)?.reshape((rows, ()))?)
     }
 
-    /// The rows of `[1, t, d]` that the loss reads, `[n, d]`.
+    /// The rows of `[b, t, d]` that the loss reads, `[n, d]`.
     fn select(&self, hidden: &Tensor) -> Result<Tensor> {
-        let rows = hidden.squeeze(0)?;
+        let rows = hidden.flatten(0, 1)?;
         if self.positions.len() == rows.dim(0)? {
             return Ok(rows);
         }

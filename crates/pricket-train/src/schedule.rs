@@ -105,6 +105,24 @@ impl Schedule {
         Ok(Self { warmup_steps, total_steps, decay })
     }
 
+    /// The same with this share of the rate left at the end.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a decay that has no such share.
+    pub fn with_min(self, share: f64) -> Result<Self> {
+        let decay = match self.decay {
+            Decay::Cosine { cycles, .. } => Decay::Cosine { cycles, min: share },
+            Decay::Polynomial { power, .. } => Decay::Polynomial { power, end: share },
+            Decay::WarmupStableDecay { decay_steps, .. } => Decay::WarmupStableDecay { decay_steps, min: share },
+            Decay::ComposerCosine { .. } => Decay::ComposerCosine { alpha_f: share },
+            Decay::ComposerLinear { .. } => Decay::ComposerLinear { alpha_f: share },
+            Decay::Constant | Decay::Linear | Decay::CosineRestarts { .. } | Decay::InverseSqrt => {
+                return Err(Error::Input(format!("the schedule {:?} has no lowest rate to set", self.decay)));
+            }
+        };
+        Ok(Self { decay, ..self })
+    }
+
     /// The rate of `step`, counted from 0, as a share of the full rate.
     pub fn at(&self, step: u64) -> f64 {
         let (step, warmup, total) = (step as f64, self.warmup_steps as f64, self.total_steps as f64);

@@ -50,8 +50,7 @@ pub(crate) fn find(adapter: &Path, hub: Option<&Hub>, progress: &dyn Progress) -
 /// spells modules otherwise.
 fn spelled(names: &Names, asked: Vec<(String, String)>) -> Vec<(String, String)> {
     let root = format!("{}.", names.root);
-    let is_on_hub = |name: &str| name.starts_with(&root) && Names::spelled(name, &[]) == name;
-    asked.into_iter().filter(|(_, file)| is_on_hub(file)).collect()
+    asked.into_iter().filter(|(_, file)| file.starts_with(&root)).collect()
 }
 
 /// A model as the base of adapters.
