@@ -17,7 +17,7 @@ use pricket::train::{
     Select, TrainOptions, Trainer, Tuned, read_records,
 };
 use pricket::weights::counted;
-use pricket::{Loader, Pricket, Progress};
+use pricket::{Loader, Precision, Pricket, Progress};
 use serde_json::json;
 
 /// Fine-tunes a model with LoRA. The data are JSON lines: {"text"}, {"prompt", "completion"}, {"instruction", "context",
@@ -62,8 +62,21 @@ struct Args {
 }
 
 /// Flags that say something of an adapter.
-const LORA_ARGS: [&str; 11] =
-    ["rank", "alpha", "dropout", "targets", "exclude", "layers", "rslora", "dora", "modules_to_save", "bias", "from"];
+const LORA_ARGS: [&str; 13] = [
+    "initial",
+    "lora_plus",
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "exclude",
+    "layers",
+    "rslora",
+    "dora",
+    "modules_to_save",
+    "bias",
+    "from",
+];
 
 /// The adapter.
 #[derive(clap::Args)]
@@ -102,7 +115,7 @@ struct LoraArgs {
     #[arg(long, value_enum, default_value_t = InitialArg::Kaiming)]
     initial: InitialArg,
     /// Begins from this adapter, with its settings, instead of a new one
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "targets", "exclude", "layers", "rslora", "dora", "modules_to_save", "bias", "initial"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "exclude", "layers", "rslora", "dora", "modules_to_save", "bias", "initial"])]
     from: Option<PathBuf>,
 }
 
@@ -269,10 +282,20 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     let records = read_records(&args.data)?;
-    let begun = holds_run(&args.out);
-    if begun && !args.resume {
-        bail!("{}: holds a run already; --resume continues it, or give another --out", args.out.display());
+    let shown = args.out.display();
+    match holds(&args.out) {
+        Held::Checkpoints if !args.resume => {
+            bail!("{shown}: holds a run already; --resume continues it, or give another --out")
+        }
+        Held::Result => bail!("{shown}: holds an adapter or a model, and no checkpoint of a run; give another --out"),
+        _ => {}
     }
+    let compute = &args.model.compute;
+    ensure!(
+        compute.adapter.is_empty(),
+        "--adapter: a new adapter is trained on the model alone; --from trains one further"
+    );
+    ensure!(!args.full || compute.dtype == Precision::Auto, "--dtype: --full trains all weights in f32");
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let log = args.out.join("log.jsonl");
     common::check_output(&log, &[])?;
@@ -287,7 +310,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let info = pricket.info();
     let limit = info.context.unwrap_or(usize::MAX);
     let length = args.max_length.unwrap_or(limit.min(2048));
-    ensure!((2..=limit).contains(&length), "--max-length is {length}; expected 2 to {limit}");
+    ensure!(length >= 2, "--max-length is {length}; expected 2 or more");
+    ensure!(length <= limit, "--max-length is {length}; the model reads {limit} at most");
     let end: Vec<u32> = pricket.eos_ids().first().copied().filter(|_| !args.no_end_token).into_iter().collect();
     let tokenizer = pricket.tokenizer().ok();
     let (mut samples, mut cut, mut empty) = (Vec::new(), 0, 0);
@@ -319,10 +343,15 @@ fn load(args: &Args) -> anyhow::Result<Pricket> {
         let config = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         let config = serde_json::from_str(&config).with_context(|| path.display().to_string())?;
         let loader = Loader::untrained(config, args.run.seed).with_context(|| path.display().to_string())?;
-        return Ok(args.model.configure(loader)?.train().load()?);
+        return Ok(args.model.load_from(loader.train())?);
     }
     if args.full {
-        return Ok(args.model.configure(args.model.source("tiny")?)?.train().load()?);
+        let pricket = args.model.load_from(args.model.source("tiny")?.train())?;
+        ensure!(
+            !pricket.names_on_file().is_empty(),
+            "--full: train a checkpoint in the Hub's layout, not a GGUF or GGML file"
+        );
+        return Ok(pricket);
     }
     Ok(args.model.load("tiny")?)
 }
@@ -423,14 +452,24 @@ fn describe(samples: &[Sample], cut: usize, empty: usize, length: usize, format:
     }
 }
 
-/// Whether a directory has an adapter or checkpoints.
-fn holds_run(directory: &Path) -> bool {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    names.any(|name| name.starts_with("checkpoint-") || ["adapter_config.json", "config.json"].contains(&&*name))
+/// What a directory has.
+enum Held {
+    Checkpoints,
+    Result,
+    Nothing,
 }
 
-/// Takes the lines of steps out of a log that are about to be computed again.
+fn holds(directory: &Path) -> Held {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    if names.iter().any(|name| name.starts_with("checkpoint-")) {
+        return Held::Checkpoints;
+    }
+    let is_result = |name: &String| ["adapter_config.json", "config.json"].contains(&name.as_str());
+    if names.iter().any(is_result) { Held::Result } else { Held::Nothing }
+}
+
+/// Removes the log lines of steps that will be repeated.
 fn trim_log(path: &Path, steps: u64) -> anyhow::Result<()> {
     let Ok(text) = std::fs::read_to_string(path) else { return Ok(()) };
     let step = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?["step"].as_u64();

@@ -127,6 +127,9 @@ fn targets_are_those_of_peft() {
     assert_eq!(written["target_modules"], json!(["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]));
 
     // The head under both of its names, an embedding, and what is no module.
+    let pattern = Select::Pattern(r".*attention\.dense".into());
+    let error = Lora::new(LoraConfig { targets: pattern, layers: Some(vec![0]), ..default() }, &base, 0).unwrap_err();
+    assert!(error.to_string().contains("layers_to_transform: a regular expression"), "{error}");
     for head in ["embed_out", "lm_head"] {
         let lora = Lora::new(LoraConfig { modules_to_save: vec![head.into()], ..default() }, &base, 0).unwrap();
         assert!(lora.tensors().contains_key(&format!("base_model.model.{head}.weight")));
@@ -140,7 +143,7 @@ fn targets_are_those_of_peft() {
     let error = refused(LoraConfig { modules_to_save: vec!["score".into()], ..default() });
     assert!(error.contains("the model has no module score"), "{error}");
     let error = refused(LoraConfig { targets: Select::Pattern("(".into()), ..default() });
-    assert!(error.contains("no regular expression"), "{error}");
+    assert!(error.contains("not a valid regular expression"), "{error}");
     let slow = Select::Pattern(r"((a|g|p|t|_|n|e|o|x|\.|l|y|r|s|[0-9])+)+(?=!)".into());
     assert!(refused(LoraConfig { targets: slow, ..default() }).contains("target_modules"));
 }
@@ -161,6 +164,7 @@ fn settings_that_are_not_implemented_are_refused_by_name() {
         ("target_parameters", json!(["experts"])),
         ("trainable_token_indices", json!([5])),
         ("lora_bias", json!(true)),
+        ("ensure_weight_tying", json!(true)),
         ("something_new", json!({"a": 1})),
         ("init_lora_weights", json!("pissa")),
         ("r", json!(0)),
@@ -314,6 +318,10 @@ fn nothing_is_trained_on_what_makes_no_sense() {
     assert!(refused(samples(), &|options| options.clip = Some(-1.0)).contains("clipped"));
     assert!(refused(samples(), &|options| options.optimizer.lr = f64::NAN).contains("lr is NaN"));
     assert!(refused(samples(), &|options| options.optimizer.betas.1 = 1.0).contains("betas"));
+    let ratios =
+        |end: &str, ratio: f64| refused(samples(), &|options| options.optimizer.lr_ratios = vec![(end.into(), ratio)]);
+    assert!(ratios("lora_B.weight", -1.0).contains("expected a positive number"));
+    assert!(ratios("lora_b.weight", 2.0).contains("no parameter's name ends so"));
     assert!(Schedule::named("sine", 0, 1).unwrap_err().to_string().contains("use constant"));
 }
 
@@ -334,7 +342,7 @@ fn a_loss_that_is_no_number_is_reported_with_its_block() {
     let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, samples(), options).unwrap();
     let error = trainer.advance().unwrap_err().to_string();
     assert!(error.starts_with("step 1, micro-batch 1: the loss is "), "{error}");
-    assert!(error.contains("the output of block 1 has numbers that are none"), "{error}");
+    assert!(error.contains("the output of block 1 contains NaN or infinity"), "{error}");
     let after = before.trained(&trainer.tuned().parameters).unwrap();
     for (name, tensor) in after.tensors() {
         assert_eq!(worst(&tensor, &before.tensors()[&name]), 0.0, "{name}");
@@ -372,6 +380,12 @@ fn records_of_all_forms_become_samples() {
     // Both answers of a conversation count, with what ends them.
     let (chat, count) = counted(5, "chatml");
     assert_eq!(count, ids("Ho<|im_end|>").len() + ids("Hum<|im_end|>").len() + 1, "{}", tokenizer.decode(&chat));
+
+    // A format whose answers begin with a space, in a conversation and alone, and one that ends turns with the end token.
+    let text = |record: usize, format: &str| tokenizer.decode(&counted(record, format).0);
+    assert!(text(5, "incite-chat").contains("<bot>: Ho\n<human>: Hey\n<bot>: Hum"), "{}", text(5, "incite-chat"));
+    assert!(text(2, "incite-chat").contains("<bot>: Ahab"));
+    assert!(!text(5, "oasst").contains("<|endoftext|><|endoftext|>"), "{}", text(5, "oasst"));
 
     for (line, what) in [
         ("[1]", "expected an object"),
@@ -458,6 +472,13 @@ fn a_killed_run_resumes_to_the_same_adapter() {
     };
     assert!(refused(&[]).contains("holds a run already; --resume"));
     assert!(refused(&["--resume", "--lr", "1"]).contains("was made with optimizer"));
+    assert!(refused(&["--resume", "--alpha", "1"]).contains("was made with lora_alpha 4, now it is 1"));
+    assert!(refused(&["--resume", "--model", "models/tiny-chat"]).contains("was made "));
+    let moved = dir.path().join("moved");
+    std::fs::create_dir(&moved).unwrap();
+    std::fs::copy(killed.join("adapter_config.json"), moved.join("adapter_config.json")).unwrap();
+    let output = finetune(&moved, &data, &["--resume"]).output().unwrap();
+    assert!(String::from_utf8(output.stderr).unwrap().contains("no checkpoint of a run"));
     std::fs::write(&data, "{\"text\": \"another\"}").unwrap();
     assert!(refused(&["--resume"]).contains("was made with other samples"));
 }

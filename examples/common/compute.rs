@@ -50,13 +50,17 @@ impl ComputeArgs {
         let device = self.device.split(':').next().unwrap_or_default();
         let quantise = self.quantize.map(|kind| format!("{kind}, tables {}", self.quantize_tables));
         let cache = self.cache_type.map(|kind| kind.to_string());
+        #[cfg(feature = "train")]
+        let adapter = self.adapters();
+        #[cfg(not(feature = "train"))]
+        let adapter = None;
         let flags = [
             ("device", Some(device.to_owned()).filter(|device| device != "cpu")),
             ("dtype", Some(self.dtype.to_string()).filter(|dtype| dtype != "auto")),
             ("quantize", quantise),
             ("activations", Some(self.activations.clone()).filter(|activations| activations != "f32")),
             ("cache_type", cache),
-            ("adapter", self.adapters()),
+            ("adapter", adapter),
         ];
         flags.into_iter().filter_map(|(flag, value)| Some((flag.to_owned(), value?))).collect()
     }
@@ -73,12 +77,6 @@ impl ComputeArgs {
         };
         let names: Vec<String> = self.adapter.iter().map(name).collect();
         (!names.is_empty()).then(|| names.join(" + "))
-    }
-
-    #[allow(dead_code, reason = "only a sweep writes it down")]
-    #[cfg(not(feature = "train"))]
-    fn adapters(&self) -> Option<String> {
-        None
     }
 
     /// Everything that these flags say but the type of the weights.

@@ -79,7 +79,12 @@ impl ModelArgs {
 
     /// Loads it, or an embedded model where none is named, with a progress bar on a terminal; warnings go to stderr.
     pub(crate) fn load(&self, embedded: &str) -> pricket::Result<Pricket> {
-        let loaded = self.configure(self.source(embedded)?)?.precision(self.compute.dtype).load()?;
+        self.load_from(self.source(embedded)?)
+    }
+
+    /// Loads what `loader` has, likewise.
+    pub(crate) fn load_from(&self, loader: Loader) -> pricket::Result<Pricket> {
+        let loaded = self.configure(loader)?.precision(self.compute.dtype).load()?;
         for warning in loaded.warnings() {
             tell(format_args!("warning: {warning}"));
         }

@@ -217,7 +217,7 @@ fn lora_train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
         let found = reference.merged_weight(names, &name, &tensor.to_dtype(DType::F32)?, RowOrder::default())?;
         match (found, expected.get(&format!("merged.{name}"))) {
             (Some(found), Some(wanted)) => {
-                check.within("merged", distance(&found, wanted, None)?, atol("merged_atol")?)
+                check.within("merged", distance(&found, wanted, None)?, atol("merged_atol")?);
             }
             (found, wanted) => check.equal(&format!("{name} is merged"), &found.is_some(), &wanted.is_some()),
         }

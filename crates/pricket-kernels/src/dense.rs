@@ -248,7 +248,7 @@ pub(crate) fn blocked(
                     unsafe {
                         match right {
                             Right::Rows(_) => {
-                                rows::pack(path, w.kind, w.skip(first - from, deep), columns, depth, panel)
+                                rows::pack(path, w.kind, w.skip(first - from, deep), columns, depth, panel);
                             }
                             Right::Columns(_) => {
                                 rows::widen_to(path, w.kind, w.skip(deep, first), depth, columns, panel, PANEL);

@@ -42,7 +42,9 @@ impl LoraOp {
         let mut low = vec![0f32; of.rows * of.rank];
         let left = Left { at: x, row: of.inputs, column: 1 };
         blocked(left, of.rows, Right::Rows(Stored::F32(a)), (of.inputs, of.rank), Begin::Zero, None, &mut low);
-        low.iter_mut().for_each(|low| *low *= self.scale);
+        for low in &mut low {
+            *low *= self.scale;
+        }
         low
     }
 }
@@ -92,7 +94,9 @@ impl CustomOp3 for LoraOp {
             let mut back = vec![0f32; rows * rank];
             let left = Left { at: g, row: of.outputs, column: 1 };
             blocked(left, rows, Right::Columns(Stored::F32(b_at)), (of.outputs, rank), Begin::Zero, None, &mut back);
-            back.iter_mut().for_each(|back| *back *= self.scale);
+            for back in &mut back {
+                *back *= self.scale;
+            }
 
             let of_x = x.track_op().then(|| -> Result<Tensor> {
                 let transposed = LinearOp { transposed: true, bias: None, then: None, ..self.base.clone() };

@@ -7,6 +7,7 @@ use pricket_weights::Dtype;
 
 use crate::context::Needs;
 use crate::loss::cross_entropy;
+use crate::ops::Matrix;
 use crate::plan::{BlockPlan, ModelPlan, Residual};
 use crate::step::StepDecoder;
 use crate::{CacheType, Context, Embedding, Error, Layer, Linear, Norm, Result, Site, Tables, Weights, ops};
@@ -409,6 +410,13 @@ impl<B: Block> CausalLm for Decoder<B> {
         for layer in first.chain(blocks.iter_mut().flat_map(Block::layers)).chain([norm.into(), head.into()]) {
             f(layer)?;
         }
+        // Another table for one of the two unties them.
+        let is_same = |now: &Matrix, before: &Matrix| match (now, before) {
+            (Matrix::Dense(now), Matrix::Dense(before)) => now.id() == before.id(),
+            (now, before) => std::mem::discriminant(now) == std::mem::discriminant(before),
+        };
+        mapped.is_tied &= is_same(&mapped.embed.weight, &self.embed.weight);
+        mapped.is_tied &= is_same(&mapped.head.weight, &self.head.weight);
         Ok(Arc::new(mapped))
     }
 }

@@ -110,7 +110,7 @@ impl Default for LoraConfig {
 }
 
 /// Keys that say nothing about the maths of an adapter that is there.
-const NEUTRAL: [&str; 10] = [
+const NEUTRAL: [&str; 9] = [
     "peft_type",
     "peft_version",
     "auto_mapping",
@@ -118,13 +118,11 @@ const NEUTRAL: [&str; 10] = [
     "megatron_core",
     "qalora_group_size",
     "fan_in_fan_out",
-    "ensure_weight_tying",
     "runtime_config",
     "loftq_config",
 ];
 
-/// Values of `init_lora_weights` by which only an adapter begins elsewhere. Others (`pissa`, `olora`, `loftq`, `corda`) change the base
-/// as well.
+/// Initializations that change only the adapter. Others (`pissa`, `olora`, `loftq`, `corda`) change the base as well.
 const HARMLESS_INITIAL: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 impl LoraConfig {
@@ -225,6 +223,10 @@ impl LoraConfig {
         let ranks = self.rank_pattern.iter().map(|(_, rank)| *rank);
         if let Some(rank) = ranks.chain([self.rank]).find(|rank| !(1..=65_536).contains(rank)) {
             return Err(Error::config("r", format!("{rank}; expected a rank from 1 to 65,536")));
+        }
+        if self.layers.is_some() && matches!(self.targets, Select::Pattern(_)) {
+            let what = "a regular expression in target_modules chooses the layers itself; give a list of modules";
+            return Err(Error::config("layers_to_transform", what));
         }
         let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
         if let Some(alpha) = alphas.chain([self.alpha]).find(|alpha| !alpha.is_finite()) {
@@ -335,7 +337,7 @@ impl<'a> Keys<'a> {
             Value::Object(object) => object.is_empty(),
             Value::Bool(true) | Value::Number(_) | Value::String(_) => false,
         };
-        // Settings of initial values, which have done their work.
+        // Settings that are read only when an adapter is made.
         let is_of_initial = |key: &str| matches!(key, "eva_config" | "lora_ga_config");
         let is_known = |key: &str| self.read.contains(&key) || NEUTRAL.contains(&key) || is_of_initial(key);
         match self.object.iter().find(|(key, value)| !is_known(key) && !is_unset(value)) {

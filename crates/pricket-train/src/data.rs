@@ -53,7 +53,7 @@ pub enum Record {
 }
 
 impl Record {
-    /// The form is told by the keys; others are left alone.
+    /// The keys decide the form; unknown keys are ignored.
     ///
     /// # Errors
     /// [`Error::Input`] naming the keys, if they are those of no form or have other values than texts.
@@ -159,8 +159,11 @@ impl Record {
             counts.resize(counts.len() + part.len(), part_counts);
             ids.extend(part);
         }
-        counts.resize(counts.len() + end.len(), true);
-        ids.extend_from_slice(end);
+        // A format may have ended the turn with the end token already.
+        if !ids.ends_with(end) {
+            counts.resize(counts.len() + end.len(), true);
+            ids.extend_from_slice(end);
+        }
         let sample = Sample::masked(ids, counts)?;
         if sample.counted() == 0 {
             return Err(Error::Input("the response is empty".into()));
@@ -176,7 +179,8 @@ impl Record {
             Record::Pair { prompt, response } => Ok(vec![(prompt.clone(), false), (response.clone(), true)]),
             Record::Instruction { instruction, context, response } => {
                 let question = format.with_context(instruction, context);
-                Ok(vec![(format.prompt(None, &[Turn::user(question)])?, false), (response.clone(), true)])
+                let prompt = format.prompt(None, &[Turn::user(question)])?;
+                Ok(vec![(prompt, false), (format!("{}{response}", around(format).0), true)])
             }
             Record::Chat { system, turns } => {
                 let (mut parts, mut done) = (Vec::new(), String::new());
@@ -188,17 +192,24 @@ impl Record {
                         return Err(Error::Input(format!("prompt format {}: {what}", format.name)));
                     };
                     // What ends the model's turn is a part of what it says.
-                    let end = format.assistant.rsplit_once("{text}").map_or("", |(_, end)| end);
-                    let said = format!("{}{end}", turn.content);
+                    let (before, end) = around(format);
+                    let said = format!("{before}{}{end}", turn.content);
                     parts.push((more.to_owned(), false));
                     parts.push((said.clone(), true));
-                    // The format may have a space where the reply begins.
                     done = format!("{prompt}{said}");
                 }
                 Ok(parts)
             }
         }
     }
+}
+
+/// What stands before an answer of the model behind the text that begins its turn, and what ends it: up to the first stop text.
+fn around(format: &PromptFormat) -> (&str, &str) {
+    let (before, after) = format.assistant.split_once("{text}").unwrap_or_default();
+    let before = before.strip_prefix(&format.reply).unwrap_or_default();
+    let stops = format.stop.iter().filter_map(|stop| Some(after.find(stop.as_str())? + stop.len()));
+    (before, stops.min().map_or(after, |end| &after[..end]))
 }
 
 /// Reads a file of JSON lines; empty lines are passed over.

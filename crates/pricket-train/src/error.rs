@@ -36,14 +36,14 @@ pub enum Error {
         /// What is wrong, naming the tensor where there is one.
         what: String,
     },
-    /// A loss or a gradient that is no number.
+    /// A loss or a gradient that is NaN or infinite.
     #[error("step {step}, micro-batch {micro_batch}: {what}; the last checkpoint is as it was")]
     NonFinite {
         /// The step, from 1.
         step: u64,
         /// The micro-batch of the step, from 1.
         micro_batch: usize,
-        /// Where the first such number is.
+        /// Where it is first.
         what: String,
     },
     /// A line of a data file.

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
-use safetensors::tensor::{Dtype, TensorView};
+use candle_core::{DType, Device, Tensor};
+use pricket_weights::{Dtype, Outline, Writer};
 
 use crate::{Error, Result};
 
@@ -51,18 +51,25 @@ pub(crate) fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     store.names().into_iter().map(read).collect()
 }
 
-/// Writes tensors as safetensors, as PyTorch's libraries read them.
+/// Writes tensors as safetensors in f32, a tensor at a time, as PyTorch's libraries read them.
 pub(crate) fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-    let mut bytes = Vec::with_capacity(tensors.len());
-    for tensor in tensors.values() {
-        let values = tensor.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>()?;
-        bytes.push(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>());
-    }
-    let views = tensors.iter().zip(&bytes).map(|((name, tensor), bytes)| {
-        TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes).map(|view| (name.clone(), view))
-    });
-    let format = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let whole = views.collect::<Result<Vec<_>, _>>().and_then(|views| safetensors::serialize(views, Some(format)));
-    let whole = whole.map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
-    write(path, |file| file.write_all(&whole))
+    let outline = |(name, tensor): (&String, &Tensor)| Outline {
+        name: name.clone(),
+        dtype: Dtype::F32,
+        shape: tensor.dims().to_vec(),
+    };
+    let outlines: Vec<Outline> = tensors.iter().map(outline).collect();
+    let format = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    write(path, |file| {
+        let mut writer = Writer::safetensors(BufWriter::with_capacity(1 << 20, file), &format, outlines.clone())?;
+        for outline in &outlines {
+            let values =
+                tensors[&outline.name].flatten_all().and_then(|tensor| tensor.to_dtype(DType::F32)?.to_vec1::<f32>());
+            let values = values.map_err(std::io::Error::other)?;
+            for part in values.chunks(1 << 16) {
+                writer.write(&part.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+            }
+        }
+        writer.finish()?.flush()
+    })
 }

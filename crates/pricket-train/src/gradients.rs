@@ -63,7 +63,7 @@ impl Gradients {
         Ok(norm)
     }
 
-    /// The first parameter whose gradient has a number that is none.
+    /// The first parameter whose gradient contains NaN or infinity.
     ///
     /// # Errors
     /// What candle says.
@@ -90,7 +90,7 @@ pub enum Checkpointing {
 
 /// Adds to `sum` the gradients of `weight · Σ nll`, the cross-entropy in nats of what counts in `samples`, and returns `Σ nll`.
 ///
-/// The samples are packed: positions begin at 0 in each, and none attends to another.
+/// Positions begin at 0 in each sample, and none attends to another.
 ///
 /// # Errors
 /// [`Error::Input`] for samples that do not fit the model, and what candle says.

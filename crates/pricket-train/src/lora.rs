@@ -79,6 +79,12 @@ impl Base {
         known.map_or_else(by_family, |(canonical, _)| canonical.clone())
     }
 
+    /// The same of a tensor.
+    fn canonical_tensor(&self, name: &str) -> String {
+        let module = module_of(name).unwrap_or(name);
+        format!("{}{}", self.canonical(module), &name[module.len()..])
+    }
+
     /// Visits every layer of a copy of the model that is thrown away.
     fn visit(&self, f: &mut dyn FnMut(&Layer<'_>) -> Result<()>) -> Result<()> {
         let mut failed = None;
@@ -382,13 +388,40 @@ impl Lora {
     /// # Errors
     /// As [`Lora::apply`].
     pub fn check(&self, base: &Base) -> Result<()> {
-        let mut shapes = BTreeMap::new();
+        let (mut shapes, mut dims) = (BTreeMap::new(), BTreeMap::new());
         base.visit(&mut |layer| {
-            if let Layer::Linear(linear) = layer {
-                shapes.insert(layer.name().to_owned(), linear.weight().shape()?);
+            let name = layer.name();
+            let mut note = |end: &str, shape: Vec<usize>| dims.insert(format!("{name}.{end}"), shape);
+            match layer {
+                Layer::Linear(linear) => {
+                    let (rows, columns) = linear.weight().shape()?;
+                    shapes.insert(name.to_owned(), (rows, columns));
+                    note("weight", vec![rows, columns]);
+                    linear.bias().map(|bias| note("bias", bias.dims().to_vec()));
+                }
+                Layer::Norm(norm) => {
+                    note("weight", norm.weight().dims().to_vec());
+                    norm.bias().map(|bias| note("bias", bias.dims().to_vec()));
+                }
+                Layer::Embedding(embedding) => {
+                    let (rows, columns) = embedding.weight().shape()?;
+                    note("weight", vec![rows, columns]);
+                }
+                _ => {}
             }
             Ok(())
         })?;
+        for (name, tensor) in &self.whole {
+            let expected = dims.get(&base.canonical_tensor(name));
+            if expected.map(Vec::as_slice) != Some(tensor.dims()) {
+                let what = format!(
+                    "{name} is {:?}; the model has {}",
+                    tensor.dims(),
+                    expected.map_or("none".into(), |dims| format!("{dims:?}"))
+                );
+                return Err(Error::Adapter { origin: self.origin.clone(), what: clip(&what) });
+            }
+        }
         for (name, LowRank { a, b, .. }) in &self.low {
             let expected = shapes.get(&base.canonical(name));
             let found = (b.dim(0)?, a.dim(1)?);
@@ -405,15 +438,21 @@ impl Lora {
 
     fn attach(&self, base: &Base, training: Option<u64>) -> Result<Tuned> {
         let targets = Targets::new(&self.config)?;
-        let low: BTreeMap<_, _> = self.low.iter().map(|(name, low)| (base.canonical(name), (name, low))).collect();
-        let whole: BTreeMap<_, _> = self
-            .whole
-            .iter()
-            .map(|(name, tensor)| {
-                let module = module_of(name).unwrap_or(name);
-                (format!("{}{}", base.canonical(module), &name[module.len()..]), (name, tensor))
-            })
-            .collect();
+        let twice = |name: &str| {
+            let what = format!("{name} is there under two names");
+            Error::Adapter { origin: self.origin.clone(), what: clip(&what) }
+        };
+        let (mut low, mut whole) = (BTreeMap::new(), BTreeMap::new());
+        for (name, change) in &self.low {
+            if low.insert(base.canonical(name), (name, change)).is_some() {
+                return Err(twice(name));
+            }
+        }
+        for (name, tensor) in &self.whole {
+            if whole.insert(base.canonical_tensor(name), (name, tensor)).is_some() {
+                return Err(twice(name));
+            }
+        }
         let (passes, mut parameters, mut used) = (Arc::new(AtomicU64::new(0)), Vec::new(), BTreeSet::new());
         let mut failed = None;
         let mut change = |mut layer: Layer<'_>| -> Result<()> {
@@ -503,6 +542,10 @@ impl Lora {
     /// As [`Lora::apply`]; [`Error::Input`] if a head that is tied to the embedding is adapted.
     pub fn merge(&self, base: &Base) -> Result<Arc<dyn CausalLm>> {
         let adapted = Base { model: self.apply(base)?, ..base.clone() };
+        if let Some(plan) = adapted.model.plan().filter(|plan| plan.is_tied && !plan.head.adapters().is_empty()) {
+            let what = "the head is adapted, and this model ties it to the embedding: it cannot be merged";
+            return Err(Error::Input(format!("{}: {what}", plan.head.name())));
+        }
         Ok(adapted.model.map_linears(&mut |linear| {
             if linear.adapters().is_empty() {
                 return Ok(linear.clone());
@@ -520,6 +563,10 @@ impl Lora {
         let canonical = base.canonical(name);
         let is_it = |other: &str| base.canonical(other) == canonical;
         if let Some((_, tensor)) = self.whole.iter().find(|(name, _)| is_it(name)) {
+            if tensor.dims() != weight.dims() {
+                let what = format!("{name}: the adapter has {:?}, the model {:?}", tensor.dims(), weight.dims());
+                return Err(Error::Adapter { origin: self.origin.clone(), what });
+            }
             return Ok(Some(rows.apply(tensor)?));
         }
         let found = self.low.iter().find(|(module, _)| is_it(&format!("{module}.weight")));
@@ -612,14 +659,13 @@ impl Lora {
         let others = ranks.iter().filter(|(_, other)| **other != rank);
         let pattern: Vec<(String, usize)> =
             others.map(|(name, rank)| (format!("^{}", fancy_regex::escape(name)), *rank)).collect();
-        let last = low.keys().map(|name| name.rsplit('.').next().unwrap_or(name).to_owned());
         let config = LoraConfig {
             rank,
             alpha: rank as f64,
             alpha_pattern: pattern.iter().map(|(name, rank)| (name.clone(), *rank as f64)).collect(),
             rank_pattern: pattern,
-            targets: Select::Names(last.collect::<BTreeSet<_>>().into_iter().collect()),
-            initial: Initial::Random,
+            // Whole names: the parts may have been for other layers each.
+            targets: Select::Names(low.keys().cloned().collect()),
             base: first.config.base.clone(),
             revision: first.config.revision.clone(),
             task_type: first.config.task_type.clone(),

@@ -105,7 +105,12 @@ impl OptimizerConfig {
             _ if self.rule.is_decoupled() && self.weight_decay >= 1.0 => {
                 format!("weight_decay is {}: the decoupled rules would set weights to zero", self.weight_decay)
             }
-            _ => return Ok(()),
+            _ => match self.lr_ratios.iter().find(|(_, ratio)| !(ratio.is_finite() && *ratio > 0.0)) {
+                Some((end, ratio)) => {
+                    format!("the learning rate of {end} is {ratio} times lr; expected a positive number")
+                }
+                None => return Ok(()),
+            },
         };
         Err(Error::Input(problem))
     }
@@ -139,6 +144,10 @@ impl Optimizer {
     /// [`Error::Input`] for settings that make no sense.
     pub fn new(config: OptimizerConfig, parameters: &[Parameter]) -> Result<Self> {
         config.check()?;
+        let has = |end: &str| parameters.iter().any(|parameter| parameter.name.ends_with(end));
+        if let Some((end, _)) = config.lr_ratios.iter().find(|(end, _)| !has(end)) {
+            return Err(Error::Input(format!("{end} has a learning rate of its own, and no parameter's name ends so")));
+        }
         let slot = |parameter: &Parameter| -> Result<Slot> {
             let tensor = parameter.var.as_tensor();
             let zeros = || Tensor::zeros(tensor.shape(), DType::F32, tensor.device());

@@ -19,7 +19,7 @@ pub enum Decay {
     Cosine {
         /// Periods of the cosine; 0.5 by default.
         cycles: f64,
-        /// The share of the rate that is never gone below.
+        /// The lowest rate, as a share of the full one.
         min: f64,
     },
     /// A cosine from 1 to 0, `cycles` times.

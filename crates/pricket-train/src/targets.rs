@@ -36,7 +36,10 @@ fn compile(key: &str, pattern: &str, whole: &str) -> Result<Regex> {
     // Of a message of several lines the last says what is wrong.
     let wrong = |e: fancy_regex::Error| {
         let what = e.to_string();
-        Error::config(key, format!("{pattern:?} is no regular expression: {}", what.lines().last().unwrap_or_default()))
+        Error::config(
+            key,
+            format!("{pattern:?} is not a valid regular expression: {}", what.lines().last().unwrap_or_default()),
+        )
     };
     Regex::new(whole).map_err(wrong)
 }
@@ -108,7 +111,6 @@ impl<'a> Targets<'a> {
         if !self.chosen.has("target_modules", module)? {
             return Ok(false);
         }
-        // As PEFT, which reads layers only where modules are listed.
         match (&self.config.layers, &self.config.targets) {
             (Some(layers), Select::Names(names)) if !names.iter().any(|name| name == module.name) => {
                 Ok(self.layer(module.name)?.is_some_and(|layer| layers.contains(&layer)))

@@ -117,11 +117,26 @@ impl Product {
                 for Parameter { name, var, rows } in parameters {
                     tensors.insert(name.clone(), rows.undo(&var.as_tensor().detach().to_device(&Device::Cpu)?)?);
                 }
-                let json = serde_json::to_string_pretty(config).unwrap_or_default();
+                // The file is f32, whatever the configuration said of the one that was loaded.
+                let mut config = config.clone();
+                for key in ["torch_dtype", "dtype"] {
+                    if config[key].is_string() {
+                        config[key] = "float32".into();
+                    }
+                }
+                let json = serde_json::to_string_pretty(&config).unwrap_or_default();
                 write_text(&directory.join("config.json"), &(json + "\n"))?;
                 // The weights last: without them nobody takes the directory for a model.
                 write_tensors(&directory.join("model.safetensors"), &tensors)
             }
+        }
+    }
+
+    /// What is trained, to tell runs apart.
+    fn settings(&self) -> Value {
+        match self {
+            Product::Adapter(lora) => lora.config().to_json(),
+            Product::Model { config } => config.clone(),
         }
     }
 
@@ -146,6 +161,10 @@ pub struct Trainer {
     /// An epoch and the order of its samples.
     order: Option<(u64, Vec<usize>)>,
     micro_batches: u64,
+    /// Vectors of the first sample's tokens in the base, which tell bases apart.
+    base: String,
+    /// The step of the last checkpoint that this run has written or resumed from.
+    saved: Option<u64>,
 }
 
 /// trainer.json of a checkpoint.
@@ -154,6 +173,8 @@ struct Progress {
     step: u64,
     micro_batches: u64,
     samples: String,
+    base: String,
+    product: Value,
     options: TrainOptions,
 }
 
@@ -192,7 +213,23 @@ impl Trainer {
             return Err(Error::Input(format!("sample {}: id {id} is outside the vocabulary of {}", i + 1, info.vocab)));
         }
         let optimizer = Optimizer::new(options.optimizer.clone(), &tuned.parameters)?;
-        Ok(Self { product, tuned, samples, options, optimizer, step: 0, order: None, micro_batches: 0 })
+        let base = match &product {
+            Product::Adapter(_) => fingerprint(&*tuned.model, &samples[0])?,
+            // All of it is in the checkpoint.
+            Product::Model { .. } => String::new(),
+        };
+        Ok(Self {
+            product,
+            tuned,
+            samples,
+            options,
+            optimizer,
+            step: 0,
+            order: None,
+            micro_batches: 0,
+            base,
+            saved: None,
+        })
     }
 
     /// Steps taken.
@@ -242,8 +279,19 @@ impl Trainer {
     /// Takes a step.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] naming the layer and the micro-batch where the loss is no number: no parameter has changed then.
+    /// [`Error::NonFinite`] naming the layer and the micro-batch where the loss is NaN or infinite: no parameter has changed then.
     pub fn advance(&mut self) -> Result<StepReport> {
+        let before = self.micro_batches;
+        let report = self.advance_inner();
+        // Outside of a step nothing is dropped, and a step that failed has not been.
+        self.tuned.passes.store(0, Ordering::Relaxed);
+        if report.is_err() {
+            self.micro_batches = before;
+        }
+        report
+    }
+
+    fn advance_inner(&mut self) -> Result<StepReport> {
         let batch = self.batch(self.step);
         let (tokens, counted) =
             (batch.iter().map(|sample| sample.ids().len()).sum(), batch.iter().map(Sample::counted).sum::<usize>());
@@ -265,7 +313,7 @@ impl Trainer {
             let nll = add_gradients(model, part, weight, parameters, self.options.checkpointing, &mut sum)?;
             if !nll.is_finite() {
                 let what = match first_not_finite(model, part)? {
-                    Some(place) => format!("the loss is {nll}: {place} has numbers that are none"),
+                    Some(place) => format!("the loss is {nll}: {place} contains NaN or infinity"),
                     None => format!("the loss is {nll}"),
                 };
                 return Err(Error::NonFinite { step: self.step + 1, micro_batch: i + 1, what });
@@ -274,14 +322,14 @@ impl Trainer {
         }
         let grad_norm = sum.clip(self.options.clip)?;
         if !grad_norm.is_finite() {
-            let name = sum.not_finite(parameters)?.unwrap_or("all together");
-            let what = format!("the gradient of {name} has numbers that are none");
+            let what = match sum.not_finite(parameters)? {
+                Some(name) => format!("the gradient of {name} contains NaN or infinity"),
+                None => "the gradient is too long for a number".to_owned(),
+            };
             return Err(Error::NonFinite { step: self.step + 1, micro_batch: parts.len(), what });
         }
         let multiplier = self.options.schedule.at(self.step);
         self.optimizer.step(parameters, &sum, multiplier)?;
-        // Outside of a step nothing is dropped.
-        self.tuned.passes.store(0, Ordering::Relaxed);
         self.step += 1;
         let lr = self.options.optimizer.lr * multiplier;
         Ok(StepReport { step: self.step, loss, lr, grad_norm, tokens, counted })
@@ -292,10 +340,14 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be written; the checkpoints that are there stay as they are.
-    pub fn save(&self, directory: &Path, keep: usize) -> Result<PathBuf> {
+    pub fn save(&mut self, directory: &Path, keep: usize) -> Result<PathBuf> {
         let path = directory.join(format!("{CHECKPOINT}{}", self.step));
         if path.exists() {
-            return Ok(path);
+            if self.saved == Some(self.step) {
+                return Ok(path);
+            }
+            let what = "is there already, and is not of this run".into();
+            return Err(Error::Adapter { origin: path.display().to_string(), what });
         }
         let part = directory.join(format!(".{CHECKPOINT}{}.{}.part", self.step, std::process::id()));
         let written =
@@ -304,6 +356,7 @@ impl Trainer {
             drop(std::fs::remove_dir_all(&part));
             return Err(e);
         }
+        self.saved = Some(self.step);
         let mut steps = checkpoints(directory)?;
         steps.retain(|(step, _)| *step < self.step);
         for (_, old) in steps.iter().rev().skip(keep.max(1) - 1) {
@@ -320,6 +373,8 @@ impl Trainer {
             step: self.step,
             micro_batches: self.micro_batches,
             samples: digest(&self.samples),
+            base: self.base.clone(),
+            product: self.product.settings(),
             options: self.options.clone(),
         };
         let json = serde_json::to_string_pretty(&progress).unwrap_or_default();
@@ -338,8 +393,10 @@ impl Trainer {
         for entry in std::fs::read_dir(directory).map_err(Error::io(directory))? {
             let entry = entry.map_err(Error::io(directory))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            // Only [`Trainer::save`] gives a folder a hidden name of this kind.
-            if name.starts_with(&format!(".{CHECKPOINT}")) {
+            let middle = name.strip_prefix(&format!(".{CHECKPOINT}")).and_then(|rest| rest.strip_suffix(".part"));
+            let is_left =
+                |middle: &str| middle.split('.').count() == 2 && middle.split('.').all(|n| n.parse::<u64>().is_ok());
+            if middle.is_some_and(is_left) {
                 std::fs::remove_dir_all(entry.path()).map_err(Error::io(entry.path()))?;
             }
         }
@@ -350,6 +407,15 @@ impl Trainer {
         let progress: Progress = serde_json::from_value(json).map_err(|e| wrong(format!("trainer.json: {e}")))?;
         if progress.samples != digest(&self.samples) {
             return Err(wrong("was made with other samples; give the same data, or another folder".into()));
+        }
+        if progress.base != self.base {
+            return Err(wrong("was made over another base; give the same model, or another folder".into()));
+        }
+        let now = self.product.settings();
+        if let Some((key, before)) =
+            progress.product.as_object().into_iter().flatten().find(|(key, value)| now[*key] != **value)
+        {
+            return Err(wrong(format!("was made with {key} {before}, now it is {}; give another folder", now[key])));
         }
         let settings = |options: &TrainOptions| serde_json::to_value(options).unwrap_or_default();
         let (then, now) = (settings(&progress.options), settings(&self.options));
@@ -367,6 +433,7 @@ impl Trainer {
         let state = read_tensors(&path.join("optimizer.safetensors"))?;
         self.optimizer.restore(&self.tuned.parameters, state, progress.step)?;
         (self.step, self.micro_batches, self.order) = (progress.step, progress.micro_batches, None);
+        self.saved = Some(progress.step);
         Ok(Some(path))
     }
 }
@@ -377,12 +444,27 @@ fn checkpoints(directory: &Path) -> Result<Vec<(u64, PathBuf)>> {
     for entry in std::fs::read_dir(directory).map_err(Error::io(directory))? {
         let path = entry.map_err(Error::io(directory))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if let Some(step) = name.strip_prefix(CHECKPOINT).and_then(|step| step.parse().ok()) {
+        // Other trainers call theirs so too.
+        let is_ours = || path.join("trainer.json").is_file() && path.join("optimizer.safetensors").is_file();
+        if let Some(step) = name.strip_prefix(CHECKPOINT).and_then(|step| step.parse().ok()).filter(|_| is_ours()) {
             out.push((step, path));
         }
     }
     out.sort();
     Ok(out)
+}
+
+/// Tells bases apart, by the vectors that a sample's tokens have in them.
+fn fingerprint(model: &dyn CausalLm, sample: &Sample) -> Result<String> {
+    let ids = Tensor::new(sample.ids(), &model.info().device)?.unsqueeze(0)?;
+    let embedded = model.embed(&ids, &mut Context::new())?.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    let mut hash = Sha256::new();
+    embedded.flatten_all()?.to_vec1::<f32>()?.into_iter().for_each(|value| hash.update(value.to_le_bytes()));
+    Ok(hex(&hash.finalize()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |out, byte| out + &format!("{byte:02x}"))
 }
 
 /// Tells lists of samples apart.
@@ -393,10 +475,10 @@ fn digest(samples: &[Sample]) -> String {
         sample.ids().iter().for_each(|id| hash.update(id.to_le_bytes()));
         sample.targets().for_each(|(at, _)| hash.update((at as u64).to_le_bytes()));
     }
-    hash.finalize().iter().fold(String::new(), |out, byte| out + &format!("{byte:02x}"))
+    hex(&hash.finalize())
 }
 
-/// The first layer whose output has a number that is none.
+/// The first layer whose output contains NaN or infinity.
 fn first_not_finite(model: &dyn CausalLm, samples: &[Sample]) -> Result<Option<String>> {
     let ids: Vec<u32> = samples.iter().flat_map(|sample| sample.ids().iter().copied()).collect();
     let lens: Vec<usize> = samples.iter().map(|sample| sample.ids().len()).collect();

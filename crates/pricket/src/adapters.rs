@@ -82,7 +82,8 @@ impl Pricket {
         Ok(base(self.model(), family.names(), self.names_on_file().to_vec()))
     }
 
-    pub(crate) fn names_on_file(&self) -> &[(String, String)] {
+    /// Canonical names of its tensors, and their names on file; none for a file in another layout than the Hub's, such as GGUF.
+    pub fn names_on_file(&self) -> &[(String, String)] {
         &self.parts().names_on_file
     }
 

@@ -71,6 +71,7 @@ struct Item {
     from: String,
     canonical: String,
     /// How the rows in the model's order relate to the Hub's.
+    #[cfg_attr(not(feature = "train"), allow(dead_code, reason = "adapters read it"))]
     order: RowOrder,
     rows: Change,
     outline: Outline,

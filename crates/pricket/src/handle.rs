@@ -32,6 +32,7 @@ pub(crate) struct Parts {
     /// Files in the cache stay there while somebody has them loaded.
     pub(crate) _in_use: Option<Arc<InUse>>,
     /// Canonical names of its tensors, and names on file where that is in the Hub's layout.
+    #[cfg_attr(not(feature = "train"), allow(dead_code, reason = "adapters read it"))]
     pub(crate) names_on_file: Vec<(String, String)>,
 }
 
@@ -185,6 +186,7 @@ impl Pricket {
         &self.parts.notes
     }
 
+    #[cfg(feature = "train")]
     pub(crate) fn parts(&self) -> &Parts {
         &self.parts
     }

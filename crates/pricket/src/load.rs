@@ -121,6 +121,7 @@ pub struct Loader {
     cache: Option<CacheType>,
     changes: Changes,
     allow_unused: bool,
+    #[cfg(feature = "train")]
     adapters: Vec<PathBuf>,
 }
 
@@ -206,6 +207,7 @@ impl Loader {
             cache: None,
             changes: Changes::default(),
             allow_unused: false,
+            #[cfg(feature = "train")]
             adapters: Vec::new(),
         }
     }
