@@ -141,7 +141,7 @@ struct RunArgs {
     #[arg(long, value_name = "NAME", default_value = "adamw")]
     optimizer: Rule,
     /// Decay rates of the optimizer's moments [default: those of the library that it comes from]
-    #[arg(long, value_name = "B1,B2", value_delimiter = ',', num_args = 2)]
+    #[arg(long, value_name = "B1,B2", value_delimiter = ',')]
     betas: Vec<f64>,
     /// Decay of matrices
     #[arg(long, default_value_t = 0.0)]
@@ -246,7 +246,11 @@ impl RunArgs {
         let lr = self.lr.unwrap_or(if is_lion { 2e-5 } else { 2e-4 });
         let warmup = self.warmup.unwrap_or(steps * 3 / 100);
         let defaults = OptimizerConfig::new(self.optimizer, lr);
-        let betas = if let [first, second] = self.betas[..] { (first, second) } else { defaults.betas };
+        let betas = match self.betas[..] {
+            [] => defaults.betas,
+            [first, second] => (first, second),
+            _ => bail!("--betas has {} numbers; expected two, as 0.9,0.95", self.betas.len()),
+        };
         let mut schedule = Schedule::named(&self.schedule, warmup, steps)?;
         if let Some(share) = self.min_lr {
             ensure!((0.0..=1.0).contains(&share), "--min-lr is {share}; expected 0 to 1");
