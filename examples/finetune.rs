@@ -167,7 +167,7 @@ struct RunArgs {
     /// Divides the loss of a step by its tokens, or averages over micro-batches
     #[arg(long, value_enum, default_value_t = NormalizeArg::Tokens)]
     normalize: NormalizeArg,
-    /// Keeps all results for the backward pass: up to a third faster, and much more memory
+    /// Keeps all results for the backward pass: faster, and several times the memory
     #[arg(long)]
     no_checkpointing: bool,
     /// Decides the first values, the order of the data and dropout

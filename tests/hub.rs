@@ -553,3 +553,38 @@ fn a_legacy_file_fetches_the_tokenizer_that_its_words_are_of() {
     let mute = Loader::new(&path).hub(Hub::new(settings)).threads(1).load().unwrap();
     assert!(mute.warnings().iter().any(|text| text.contains("cannot be had")), "{:?}", mute.warnings());
 }
+
+/// An adapter by its id: both of its files, and nothing else of its repository.
+#[cfg(feature = "train")]
+#[test]
+fn an_adapter_is_fetched_by_its_id() {
+    let case = root().join("tests/golden/training/lora-train-dora-neox");
+    let file = |name: &str| Content::file(&case.join("final").join(name)).unwrap();
+    let adapter = only([
+        ("adapter_config.json", file("adapter_config.json")),
+        ("adapter_model.safetensors", file("adapter_model.safetensors")),
+        ("optimizer.bin", Content::lfs(vec![0; 100_000])),
+    ]);
+    let empty = only([("README.md", Content::text(b"nothing".to_vec()))]);
+    let world = World::new([("owner/adapter", adapter), ("owner/empty", empty)]);
+    let load = |adapter: &str| Loader::new(case.join("model")).hub(world.hub()).adapter(adapter).threads(1).load();
+    let ids = pricket::candle::Tensor::new(&[[1u32, 2, 3]], &Device::Cpu).unwrap();
+    let logits = |pricket: &pricket::Pricket| {
+        let model = pricket.model();
+        let hidden = model.hidden(&ids, &mut pricket::Context::new()).unwrap();
+        model.head(&hidden).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let fetched = load("owner/adapter").unwrap();
+    let here = Loader::new(case.join("model")).adapter(case.join("final")).threads(1).load().unwrap();
+    assert_eq!(logits(&fetched), logits(&here));
+    assert!(
+        fetched.notes().iter().any(|note| note.contains("an adapter of rank 4 on 4 modules")),
+        "{:?}",
+        fetched.notes()
+    );
+    assert!(world.large_bytes() < 100_000, "the optimizer's state is left there");
+    let error = load("owner/empty").unwrap_err().to_string();
+    assert!(error.contains("owner/empty has no adapter_config.json"), "{error}");
+    let error = load("owner/none").unwrap_err().to_string();
+    assert!(error.contains("owner/none"), "{error}");
+}

@@ -137,7 +137,7 @@ fn targets_are_those_of_peft() {
     }
     let refused = |config: LoraConfig| Lora::new(config, &base, 0).unwrap_err().to_string();
     let error = refused(LoraConfig { targets: names(&["embed_in"]), ..default() });
-    assert!(error.contains("embed_in is no linear layer; modules_to_save"), "{error}");
+    assert!(error.contains("embed_in is not a linear layer; modules_to_save"), "{error}");
     let error = refused(LoraConfig { targets: names(&["q_proj"]), ..default() });
     assert!(error.contains("target_modules: no module matches") && error.contains("query_key_value"), "{error}");
     let error = refused(LoraConfig { modules_to_save: vec!["score".into()], ..default() });
@@ -546,8 +546,80 @@ fn an_adapter_is_trained_used_and_merged() {
     let merged = merged.to_str().unwrap();
     run("quantize", &[&["--model", "models/tiny", "--out", merged, "--quantize", "q8_0"], &adapter[..]].concat());
     assert!(run("generate", &[&["--model", merged], &prompt[..]].concat()).contains("and no more."));
+    let sweep = dir.path().join("sweep.jsonl");
+    let steps = ["--models", "models/tiny", "--steps", "64", "--text", "README.md", "--out", sweep.to_str().unwrap()];
+    let plain = run("sweep", &steps);
+    let adapted = run("sweep", &[&steps[..], &adapter].concat());
+    assert_ne!(plain, adapted, "another adapter is another setting, so the row is measured again");
+    let mut chat = example("chat");
+    chat.args(["--model", "tiny", "--prompt-format", "plain", "--max-tokens", "8"]).args(adapter).current_dir(root());
+    let mut chat = chat.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(&mut chat.stdin.take().unwrap(), b"Say 7:\n").unwrap();
+    let said = String::from_utf8(chat.wait_with_output().unwrap().stdout).unwrap();
+    assert!(said.contains("and no more."), "{said}");
     let score = |more: &[&str]| run("score", &[&["-p", "Say 7: 7, and no more.", "--json"], more].concat());
     assert_ne!(score(&adapter), score(&[]));
+}
+
+/// The scheme of each family, by the deviation of what it fills.
+#[test]
+fn untrained_weights_have_the_deviations_of_their_scheme() {
+    let deviations = |config: Value| {
+        let pricket = Loader::untrained(config, 5).unwrap().threads(1).load().unwrap();
+        let mut found = std::collections::BTreeMap::new();
+        let note = &mut |layer: pricket::nn::Layer<'_>| {
+            let weight = match &layer {
+                pricket::nn::Layer::Linear(linear) => linear.weight().to_dense(DType::F32, &Device::Cpu)?,
+                pricket::nn::Layer::Embedding(table) => table.weight().to_dense(DType::F32, &Device::Cpu)?,
+                _ => return Ok(()),
+            };
+            let square = weight.sqr()?.mean_all()?.to_scalar::<f32>()?;
+            let part = layer.name().rsplit('.').next().unwrap_or_default().to_owned();
+            found.insert(part, f64::from(square).sqrt());
+            Ok(())
+        };
+        drop(pricket.model().map_layers(note).unwrap());
+        found
+    };
+    let near =
+        |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 0.05, "{found}, expected {expected}");
+    let (d, layers) = (96f64, 3f64);
+    let neox =
+        deviations(crate::common::small_config(&json!({"hidden_size": 96, "num_hidden_layers": 3, "vocab_size": 200})));
+    for part in ["embed_in", "query_key_value", "embed_out"] {
+        near(neox[part], (2.0 / (5.0 * d)).sqrt());
+    }
+    for part in ["dense", "dense_4h_to_h"] {
+        near(neox[part], 2.0 / (layers * d.sqrt()));
+    }
+    let mpt = |init: Value| json!({"model_type": "mpt", "d_model": 96, "n_heads": 4, "n_layers": 3, "vocab_size": 200, "init_config": init});
+    let kaiming = deviations(mpt(json!({"emb_init_std": 0.5})));
+    near(kaiming["wte"], 0.5);
+    near(kaiming["Wqkv"], (2.0 / d).sqrt());
+    near(kaiming["out_proj"], (2.0 / d).sqrt() / (2.0 * layers).sqrt());
+    near(kaiming["down_proj"], (2.0 / (4.0 * d)).sqrt() / (2.0 * layers).sqrt());
+    let neox_init = deviations(mpt(json!({"name": "neox_init_"})));
+    near(neox_init["up_proj"], (2.0 / (5.0 * d)).sqrt());
+    near(neox_init["down_proj"], 2.0 / (layers * d.sqrt()));
+    let error = Loader::untrained(mpt(json!({"name": "xavier_normal_"})), 0).unwrap_err().to_string();
+    assert!(error.contains("init_config.name: xavier_normal_ is not implemented"), "{error}");
+}
+
+/// Steps that are too small for bf16 add up in the f32 weights beside it.
+#[test]
+fn weights_in_bf16_are_trained_by_f32_masters() {
+    let var = pricket::candle::Var::from_tensor(&Tensor::ones((2, 2), DType::BF16, &Device::Cpu).unwrap()).unwrap();
+    let parameters = [pricket::Parameter { name: "w".into(), var, rows: pricket::nn::RowOrder::AsStored }];
+    let mut optimizer = Optimizer::new(OptimizerConfig::new(Rule::Lion, 1e-4), &parameters).unwrap();
+    let loss = || parameters[0].var.as_tensor().to_dtype(DType::F32).unwrap().sum_all().unwrap();
+    for _ in 0..100 {
+        let found = loss().backward().unwrap();
+        let gradients = Gradients::from_tensors(vec![found.get(&parameters[0].var).cloned()]);
+        optimizer.step(&parameters, &gradients, 1.0).unwrap();
+    }
+    // Each step moves by 1e-4, where bf16 has steps of 4e-3 below 1.
+    let value = loss().to_scalar::<f32>().unwrap() / 4.0;
+    assert!((value - 0.99).abs() < 3e-3, "{value}");
 }
 
 #[test]

@@ -151,14 +151,14 @@ pub(crate) fn linear_then(
     blocked(Left { at: x, row: k, column: 1 }, rows, Right::Rows(weight), (k, n), begin, then, y);
 }
 
-/// What a blocked product starts from.
+/// The initial value of the sums of a blocked product.
 #[derive(Clone, Copy)]
 pub(crate) enum Begin<'a> {
     /// Zero.
     Zero,
-    /// The same number in every row of a column.
+    /// A bias: one number for each column.
     Bias(&'a [f32]),
-    /// What is there.
+    /// The present output.
     Output,
 }
 
@@ -206,7 +206,7 @@ impl Left<'_> {
 pub(crate) enum Right<'a> {
     /// Its columns are the rows of what is stored.
     Rows(Stored<'a>),
-    /// It is stored as it is: f32, f16 or bf16.
+    /// Its columns are the columns of what is stored: f32, f16 or bf16.
     Columns(Stored<'a>),
 }
 

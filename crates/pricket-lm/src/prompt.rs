@@ -71,7 +71,7 @@ pub struct PromptFormat {
     pub system: Option<String>,
     /// The template of a turn of the one who asks.
     pub user: String,
-    /// The template of a context that belongs to a question, which stands after it; the bare text where there is none.
+    /// The template of a question's context, which follows the question; `{text}` by default.
     #[serde(default)]
     pub context: Option<String>,
     /// The template of a turn of the model, as a part of the past.

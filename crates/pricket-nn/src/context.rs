@@ -207,21 +207,20 @@ impl Context {
         Ok(replay)
     }
 
-    /// For a caller who computes a block only to go back through it: values that only the block's result depends on may be zeros.
-    /// Gradients stay the same bit for bit.
+    /// Computes blocks for their gradients only: the block's result may be wrong, because products that nothing else depends on are
+    /// left out and read as zeros. Gradients keep their bits.
     #[must_use]
     pub fn for_gradients(mut self) -> Self {
         self.gradients_only = true;
         self
     }
 
-    /// Says what only the result of the block that is entered depends on; values are needed all the same unless
-    /// [`Context::for_gradients`] was called.
+    /// Sets what the block that is entered has to compute; everything unless [`Context::for_gradients`] was called.
     pub(crate) fn set_needs(&mut self, needs: Needs) {
         self.needs = if self.gradients_only { needs } else { Needs::default() };
     }
 
-    /// What the block in hand needs.
+    /// The values that the block in hand has to compute.
     pub(crate) fn needs(&self) -> Needs {
         self.needs
     }

@@ -132,13 +132,13 @@ pub trait CausalLm: Send + Sync {
     /// The same model over the same weights, with each layer as `f` leaves it, so that two adapters can share a base.
     ///
     /// # Errors
-    /// What `f` says.
+    /// The error that `f` returns.
     fn map_layers(&self, f: &mut dyn FnMut(Layer<'_>) -> Result<()>) -> Result<Arc<dyn CausalLm>>;
 
     /// As [`CausalLm::map_layers`], of linear layers only: each is replaced by what `f` makes of it.
     ///
     /// # Errors
-    /// What `f` says.
+    /// The error that `f` returns.
     fn map_linears(&self, f: &mut dyn FnMut(&Linear) -> Result<Linear>) -> Result<Arc<dyn CausalLm>> {
         self.map_layers(&mut |layer| {
             if let Layer::Linear(linear) = layer {

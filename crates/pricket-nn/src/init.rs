@@ -59,11 +59,6 @@ enum Rule {
         gain: f64,
         is_uniform: bool,
     },
-    /// Normal, or uniform, with a deviation of `sqrt(2 / (inputs + outputs))` (Glorot and Bengio 2010).
-    Xavier {
-        gain: f64,
-        is_uniform: bool,
-    },
 }
 
 /// Ends of the names of tables of tokens and positions.
@@ -79,7 +74,7 @@ impl Initialization {
         Self { rule, tables: None, residual: (residual, deviation * layers * d.sqrt() / 2.0) }
     }
 
-    /// What an `init_config` of llm-foundry says.
+    /// The scheme of an llm-foundry `init_config`: `kaiming_normal_`, `kaiming_uniform_`, `baseline_` or `small_init_`.
     ///
     /// # Errors
     /// [`Error::Config`] naming the key.
@@ -102,12 +97,8 @@ impl Initialization {
         }
         let small = (2.0 / (5.0 * d as f64)).sqrt();
         let name = config["name"].as_str().unwrap_or("kaiming_normal_");
-        let xavier_gain = number("init_gain").unwrap_or(0.0);
         let rule = match name {
             "kaiming_normal_" | "kaiming_uniform_" => Rule::Kaiming { gain, is_uniform: name == "kaiming_uniform_" },
-            "xavier_normal_" | "xavier_uniform_" => {
-                Rule::Xavier { gain: xavier_gain, is_uniform: name == "xavier_uniform_" }
-            }
             "baseline_" => {
                 let deviation = number("init_std")
                     .ok_or_else(|| Error::config("init_config.init_std", "baseline_ needs a number"))?;
@@ -142,7 +133,7 @@ impl Initialization {
 
     /// How the tensor `name`, by its canonical name, is filled.
     pub fn of(&self, name: &str, shape: &[usize]) -> Init {
-        let &[outputs, inputs] = shape else {
+        let &[_, inputs] = shape else {
             return Init::Constant(if name.ends_with(".weight") { 1.0 } else { 0.0 });
         };
         if let Some(tables) = self.tables.filter(|_| TABLES.iter().any(|end| name.ends_with(end))) {
@@ -155,7 +146,6 @@ impl Initialization {
         let init = match self.rule {
             Rule::Fixed(init) => init,
             Rule::Kaiming { gain, is_uniform } => spread(gain / (inputs as f64).sqrt(), is_uniform),
-            Rule::Xavier { gain, is_uniform } => spread(gain * (2.0 / (inputs + outputs) as f64).sqrt(), is_uniform),
         };
         let (ends, by) = self.residual;
         if ends.iter().any(|end| name.ends_with(end)) { init.divided(by) } else { init }

@@ -29,9 +29,9 @@ pub enum Record {
     Text(String),
     /// `prompt` with `completion` or `response`, verbatim; the second counts.
     Pair {
-        /// What the model reads.
+        /// Text before the response.
         prompt: String,
-        /// What it is to write.
+        /// Text that the model learns to write.
         response: String,
     },
     /// `instruction`, `context` and `response`, as Dolly's 15,000; spelled by a prompt format.
@@ -152,7 +152,8 @@ impl Record {
         if let Record::Ids(sample) = self {
             return Ok(sample.clone());
         }
-        let tokenizer = tokenizer.ok_or_else(|| Error::Input("text needs a tokenizer, and there is none".into()))?;
+        let tokenizer =
+            tokenizer.ok_or_else(|| Error::Input("text needs a tokenizer, and the model has none".into()))?;
         let (mut ids, mut counts) = (Vec::new(), Vec::new());
         for (text, part_counts) in self.parts(format)? {
             let part = tokenizer.encode(&text)?;
@@ -191,7 +192,7 @@ impl Record {
                             "answers are not a part of the conversation that follows, so it cannot be trained on";
                         return Err(Error::Input(format!("prompt format {}: {what}", format.name)));
                     };
-                    // What ends the model's turn is a part of what it says.
+                    // The model learns to write the end of its turn too.
                     let (before, end) = around(format);
                     let said = format!("{before}{}{end}", turn.content);
                     parts.push((more.to_owned(), false));
@@ -204,7 +205,7 @@ impl Record {
     }
 }
 
-/// What stands before an answer of the model behind the text that begins its turn, and what ends it: up to the first stop text.
+/// Text between the beginning of the model's turn and its answer, and text that ends the turn, up to the first stop string.
 fn around(format: &PromptFormat) -> (&str, &str) {
     let (before, after) = format.assistant.split_once("{text}").unwrap_or_default();
     let before = before.strip_prefix(&format.reply).unwrap_or_default();
@@ -237,7 +238,7 @@ pub fn read_records(path: impl AsRef<Path>) -> Result<Vec<Record>> {
         out.push(Record::from_json(&json).map_err(|e| wrong(e.to_string()))?);
     }
     if out.is_empty() {
-        return Err(Error::Input(format!("{}: has no records", path.display())));
+        return Err(Error::Input(format!("{}: the file has no records", path.display())));
     }
     Ok(out)
 }

@@ -18,6 +18,11 @@ impl Gradients {
         Self { of: vec![None; parameters.len()] }
     }
 
+    /// Gradients that were computed elsewhere, in the order of the parameters.
+    pub fn from_tensors(of: Vec<Option<Tensor>>) -> Self {
+        Self { of }
+    }
+
     /// The gradient of each parameter, in the model's order of rows; `None` where the loss does not depend on it.
     pub fn of(&self) -> &[Option<Tensor>] {
         &self.of

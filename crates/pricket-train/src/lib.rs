@@ -33,6 +33,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod base;
+mod combine;
 mod config;
 mod data;
 mod error;
@@ -47,11 +49,12 @@ mod targets;
 mod trainer;
 mod untrained;
 
+pub use base::Base;
 pub use config::{Bias, Initial, LoraConfig, Select};
 pub use data::{Record, read_records};
 pub use error::{Error, Result};
 pub use gradients::{Checkpointing, Gradients, add_gradients, losses};
-pub use lora::{Base, Lora, Tuned};
+pub use lora::{Lora, Tuned};
 pub use optimizer::{Optimizer, OptimizerConfig, Rule};
 pub use sample::{Sample, micro_batches};
 pub use schedule::{Decay, Schedule};

@@ -1,4 +1,4 @@
-//! LoRA adapters: their tensors, PEFT's files, and what becomes of a model with them.
+//! LoRA adapters: their tensors, PEFT's files, attaching them to a model and merging them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -9,109 +9,26 @@ use candle_core::{DType, Device, Tensor, Var};
 use pricket_nn::ops::Matrix;
 use pricket_nn::{Adapter, CausalLm, Dropout, Layer, Linear, Names, Parameter, RowOrder};
 use pricket_weights::{clip, parse_json, read_tensor};
-use sha2::{Digest, Sha256};
 
+use crate::base::{Base, module_of};
 use crate::config::{Bias, Initial, LoraConfig, Select};
 use crate::files::{read_small, write_tensors, write_text};
-use crate::random::{normal, uniform};
+use crate::random::{normal, number_of, uniform};
 use crate::targets::{Named, Targets};
 use crate::{Error, Result};
 
 /// What PEFT puts before the names of the base's modules.
 const PREFIX: &str = "base_model.model.";
 
-/// A model to be adapted, and what the Hub calls its modules.
-#[derive(Clone)]
-pub struct Base {
-    /// The model.
-    pub model: Arc<dyn CausalLm>,
-    names: Names,
-    /// Canonical names of modules, and names on the Hub where those are others.
-    on_hub: BTreeMap<String, String>,
-}
-
-impl std::fmt::Debug for Base {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Base({})", self.model.info().family)
-    }
-}
-
-impl Base {
-    /// A model whose modules have their family's canonical names on the Hub.
-    pub fn new(model: Arc<dyn CausalLm>, names: Names) -> Self {
-        Self { model, names, on_hub: BTreeMap::new() }
-    }
-
-    /// The same for a checkpoint that spells tensors otherwise: pairs of the canonical name of a tensor and its name on file, as
-    /// [`Weights::asked`](pricket_nn::Weights::asked) gives them.
-    #[must_use]
-    pub fn with_names_on_file(mut self, tensors: &[(String, String)]) -> Self {
-        let pairs = tensors.iter().filter_map(|(canonical, file)| Some((module_of(canonical)?, module_of(file)?)));
-        self.on_hub = pairs.map(|(canonical, file)| (canonical.to_owned(), file.to_owned())).collect();
-        self
-    }
-
-    /// The names that a module may have on the Hub, that of this checkpoint first: transformers has renamed heads.
-    fn spellings(&self, canonical: &str) -> Vec<String> {
-        let mut names = vec![self.on_hub(canonical)];
-        let others =
-            self.names.aliases.iter().filter_map(|(known, other)| Some((module_of(known)?, module_of(other)?)));
-        names.extend(others.filter(|(known, _)| *known == canonical).map(|(_, other)| other.to_owned()));
-        names
-    }
-
-    fn on_hub(&self, canonical: &str) -> String {
-        self.on_hub.get(canonical).cloned().unwrap_or_else(|| canonical.to_owned())
-    }
-
-    /// The names of its family.
-    pub fn names(&self) -> &Names {
-        &self.names
-    }
-
-    /// The canonical name of a module that an adapter calls `name`.
-    pub(crate) fn canonical(&self, name: &str) -> String {
-        let known = self.on_hub.iter().find(|(_, on_hub)| *on_hub == name);
-        let by_family = || {
-            let tensor = self.names.canonical(&format!("{name}.weight"));
-            module_of(&tensor).unwrap_or(name).to_owned()
-        };
-        known.map_or_else(by_family, |(canonical, _)| canonical.clone())
-    }
-
-    /// The same of a tensor.
-    fn canonical_tensor(&self, name: &str) -> String {
-        let module = module_of(name).unwrap_or(name);
-        format!("{}{}", self.canonical(module), &name[module.len()..])
-    }
-
-    /// Visits every layer of a copy of the model that is thrown away.
-    fn visit(&self, f: &mut dyn FnMut(&Layer<'_>) -> Result<()>) -> Result<()> {
-        let mut failed = None;
-        self.model.map_layers(&mut |layer| {
-            if failed.is_none() {
-                failed = f(&layer).err();
-            }
-            Ok(())
-        })?;
-        failed.map_or(Ok(()), Err)
-    }
-}
-
-/// The name of the module that a tensor belongs to.
-fn module_of(tensor: &str) -> Option<&str> {
-    tensor.strip_suffix(".weight").or_else(|| tensor.strip_suffix(".bias"))
-}
-
 /// A low-rank change to a module, its rows in the Hub's order.
 #[derive(Clone, Debug)]
-struct LowRank {
+pub(crate) struct LowRank {
     /// `[rank, inputs]`.
-    a: Tensor,
+    pub(crate) a: Tensor,
     /// `[outputs, rank]`.
-    b: Tensor,
+    pub(crate) b: Tensor,
     /// `[outputs]`; DoRA's.
-    magnitude: Option<Tensor>,
+    pub(crate) magnitude: Option<Tensor>,
 }
 
 /// A LoRA adapter: settings and tensors, as PEFT's files have them.
@@ -139,12 +56,13 @@ struct LowRank {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Lora {
-    config: LoraConfig,
-    origin: String,
+    pub(crate) config: LoraConfig,
+    /// The file, for messages.
+    pub(crate) origin: String,
     /// By the name of the module on the Hub.
-    low: BTreeMap<String, LowRank>,
+    pub(crate) low: BTreeMap<String, LowRank>,
     /// Weights and biases that are stored in full, by the name of the tensor on the Hub.
-    whole: BTreeMap<String, Tensor>,
+    pub(crate) whole: BTreeMap<String, Tensor>,
 }
 
 /// A model with adapters that are trained.
@@ -181,7 +99,7 @@ impl Lora {
             let name = names.iter().find(is_named).unwrap_or(&names[0]).clone();
             let last = name.rsplit('.').next().unwrap_or(&name).to_owned();
             let linear = if let Layer::Linear(linear) = layer { Some(&**linear) } else { None };
-            let is_head = layer.name() == base.names.head;
+            let is_head = layer.name() == base.names().head;
             known.insert(last.clone());
             let is_target = targets.has(Named { name: &name, is_linear: linear.is_some(), is_head })?;
             let is_saved = targets.saves(&name);
@@ -190,7 +108,7 @@ impl Lora {
             }
             if is_target {
                 let Some(linear) = linear else {
-                    let what = format!("{name} is no linear layer; modules_to_save trains it in full");
+                    let what = format!("{name} is not a linear layer; modules_to_save trains it in full");
                     return Err(Error::config("target_modules", what));
                 };
                 if !is_head {
@@ -439,7 +357,7 @@ impl Lora {
     fn attach(&self, base: &Base, training: Option<u64>) -> Result<Tuned> {
         let targets = Targets::new(&self.config)?;
         let twice = |name: &str| {
-            let what = format!("{name} is there under two names");
+            let what = format!("{name} appears under two names");
             Error::Adapter { origin: self.origin.clone(), what: clip(&what) }
         };
         let (mut low, mut whole) = (BTreeMap::new(), BTreeMap::new());
@@ -479,7 +397,7 @@ impl Lora {
             replace(&mut layer, weight, bias)?;
             let Some((name, LowRank { a, b, magnitude })) = low.get(&canonical) else { return Ok(()) };
             let Layer::Linear(linear) = layer else {
-                return Err(Error::Input(format!("{name} is no linear layer")));
+                return Err(Error::Input(format!("{name} is not a linear layer")));
             };
             used.insert(canonical);
             let key = |end: &str| format!("{PREFIX}{name}.{end}");
@@ -541,12 +459,12 @@ impl Lora {
     /// # Errors
     /// As [`Lora::apply`]; [`Error::Input`] if a head that is tied to the embedding is adapted.
     pub fn merge(&self, base: &Base) -> Result<Arc<dyn CausalLm>> {
-        let adapted = Base { model: self.apply(base)?, ..base.clone() };
-        if let Some(plan) = adapted.model.plan().filter(|plan| plan.is_tied && !plan.head.adapters().is_empty()) {
+        let adapted = self.apply(base)?;
+        if let Some(plan) = adapted.plan().filter(|plan| plan.is_tied && !plan.head.adapters().is_empty()) {
             let what = "the head is adapted, and this model ties it to the embedding: it cannot be merged";
             return Err(Error::Input(format!("{}: {what}", plan.head.name())));
         }
-        Ok(adapted.model.map_linears(&mut |linear| {
+        Ok(adapted.map_linears(&mut |linear| {
             if linear.adapters().is_empty() {
                 return Ok(linear.clone());
             }
@@ -588,90 +506,6 @@ impl Lora {
         let canonical = base.canonical(name);
         let modules = self.low.keys().map(|module| format!("{module}.weight"));
         modules.chain(self.whole.keys().cloned()).any(|name| base.canonical(&name) == canonical)
-    }
-
-    /// The weighted sum of adapters, exactly: their ranks add up. PEFT's `add_weighted_adapter(combination_type="cat")`.
-    ///
-    /// # Errors
-    /// [`Error::Input`] for adapters that cannot be added: DoRA's, and those with weights in full.
-    pub fn cat(parts: &[(&Lora, f64)]) -> Result<Self> {
-        Self::combine(parts, |changes| {
-            let a = changes.iter().map(|(low, weight)| &low.a * *weight).collect::<candle_core::Result<Vec<_>>>()?;
-            let b: Vec<_> = changes.iter().map(|(low, _)| low.b.clone()).collect();
-            Ok((Tensor::cat(&a, 0)?, Tensor::cat(&b, 1)?))
-        })
-    }
-
-    /// PEFT's `add_weighted_adapter(combination_type="linear")`: `A` and `B` are added up separately, each multiplied by the square
-    /// root of the weight. It is not the weighted sum of the changes, and all must have the same ranks. The sign of a negative weight
-    /// goes to `A`.
-    ///
-    /// # Errors
-    /// As [`Lora::cat`], and for different ranks.
-    pub fn linear(parts: &[(&Lora, f64)]) -> Result<Self> {
-        Self::combine(parts, |changes| {
-            let root = |weight: f64| weight.abs().sqrt();
-            let ranks: BTreeSet<_> = changes.iter().filter_map(|(low, _)| low.a.dims().first().copied()).collect();
-            if ranks.len() > 1 {
-                return Err(Error::Input(format!(
-                    "linear combines adapters of one rank, found {ranks:?}; cat takes all"
-                )));
-            }
-            let sum = |parts: Vec<Tensor>| -> Result<Tensor> {
-                let mut parts = parts.into_iter();
-                let first = parts.next().ok_or_else(|| Error::Input("no adapters to combine".into()))?;
-                Ok(parts.try_fold(first, |sum, part| sum + part)?)
-            };
-            let a = changes.iter().map(|(low, weight)| &low.a * (weight.signum() * root(*weight)));
-            let b = changes.iter().map(|(low, weight)| &low.b * root(*weight));
-            Ok((sum(a.collect::<candle_core::Result<_>>()?)?, sum(b.collect::<candle_core::Result<_>>()?)?))
-        })
-    }
-
-    /// One adapter from several. `join` gets the changes of a module, with weights into which their scales are folded.
-    fn combine(parts: &[(&Lora, f64)], join: impl Fn(&[(&LowRank, f64)]) -> Result<(Tensor, Tensor)>) -> Result<Self> {
-        let Some((first, _)) = parts.first() else { return Err(Error::Input("no adapters to combine".into())) };
-        if let Some((lora, _)) = parts.iter().find(|(lora, _)| lora.config.dora || !lora.whole.is_empty()) {
-            let what = "adapters with magnitudes (DoRA) or with weights in full cannot be combined";
-            return Err(Error::Input(format!("{}: {what}", lora.origin)));
-        }
-        let targets = parts.iter().map(|(lora, _)| Targets::new(&lora.config)).collect::<Result<Vec<_>>>()?;
-        let modules: BTreeSet<&String> = parts.iter().flat_map(|(lora, _)| lora.low.keys()).collect();
-        let mut low = BTreeMap::new();
-        for module in modules {
-            let mut changes = Vec::new();
-            for ((lora, weight), targets) in parts.iter().zip(&targets) {
-                if let Some(found) = lora.low.get(module) {
-                    changes.push((found, weight * targets.scale(module, found.b.dim(1)?)?));
-                }
-            }
-            let (a, b) = join(&changes)?;
-            low.insert(module.clone(), LowRank { a, b, magnitude: None });
-        }
-        let ranks: BTreeMap<&String, usize> =
-            low.iter().filter_map(|(name, low)| Some((name, low.a.dim(0).ok()?))).collect();
-        // What most modules have stands in `r`; the scale is 1, as it is folded.
-        let mut counts = BTreeMap::<usize, usize>::new();
-        for rank in ranks.values() {
-            *counts.entry(*rank).or_default() += 1;
-        }
-        let rank = counts.iter().max_by_key(|(_, count)| **count).map_or(1, |(rank, _)| *rank);
-        let others = ranks.iter().filter(|(_, other)| **other != rank);
-        let pattern: Vec<(String, usize)> =
-            others.map(|(name, rank)| (format!("^{}", fancy_regex::escape(name)), *rank)).collect();
-        let config = LoraConfig {
-            rank,
-            alpha: rank as f64,
-            alpha_pattern: pattern.iter().map(|(name, rank)| (name.clone(), *rank as f64)).collect(),
-            rank_pattern: pattern,
-            // Whole names: the parts may have been for other layers each.
-            targets: Select::Names(low.keys().cloned().collect()),
-            base: first.config.base.clone(),
-            revision: first.config.revision.clone(),
-            task_type: first.config.task_type.clone(),
-            ..LoraConfig::default()
-        };
-        Ok(Self { config, origin: "the combined adapter".into(), low, whole: BTreeMap::new() })
     }
 }
 
@@ -759,13 +593,4 @@ fn fresh(config: &LoraConfig, linear: &Linear, rank: usize, name: &str, seed: u6
         b: Tensor::from_vec(b, (outputs, rank), device)?,
         magnitude,
     })
-}
-
-/// A number for a name, other for every seed.
-pub(crate) fn number_of(name: &str, seed: u64) -> u64 {
-    let mut hash = Sha256::new();
-    hash.update(seed.to_le_bytes());
-    hash.update(name.as_bytes());
-    let digest = hash.finalize();
-    u64::from_le_bytes(std::array::from_fn(|i| digest[i]))
 }

@@ -2,6 +2,7 @@
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
 
 /// Normal numbers of a deviation, by Box and Muller (1958).
 pub(crate) fn normal(seed: u64, count: usize, deviation: f64) -> Vec<f32> {
@@ -32,4 +33,13 @@ pub(crate) fn shuffled(seed: u64, count: usize) -> Vec<usize> {
         order.swap(i, rng.random_range(0..=i as u64) as usize);
     }
     order
+}
+
+/// A seed for what is called `name` in a run with `seed`.
+pub(crate) fn number_of(name: &str, seed: u64) -> u64 {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update(name.as_bytes());
+    let digest = hash.finalize();
+    u64::from_le_bytes(std::array::from_fn(|i| digest[i]))
 }

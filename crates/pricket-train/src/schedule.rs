@@ -75,7 +75,9 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// A schedule by the name that transformers' `get_scheduler` or composer has for it, with that library's defaults.
+    /// A schedule by the name that transformers' `get_scheduler` or composer has for it, with that library's defaults. Where it has
+    /// none: `cosine_with_min_lr` ends at a tenth of the rate, `polynomial` at 0, and the last decay of `warmup_stable_decay` takes a
+    /// fifth of the steps after the warm-up.
     ///
     /// # Errors
     /// [`Error::Input`] for an unknown name, with the names that are known.

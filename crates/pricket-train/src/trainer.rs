@@ -15,7 +15,7 @@ use crate::files::{read_small, read_tensors, write_tensors, write_text};
 use crate::gradients::{Checkpointing, Gradients, add_gradients};
 use crate::lora::{Lora, Tuned};
 use crate::optimizer::{Optimizer, OptimizerConfig, Rule};
-use crate::random::shuffled;
+use crate::random::{number_of, shuffled};
 use crate::sample::{Sample, micro_batches};
 use crate::schedule::{Decay, Schedule};
 use crate::{Error, Result};
@@ -94,7 +94,7 @@ pub struct StepReport {
     pub counted: usize,
 }
 
-/// What a run makes.
+/// The result of a run.
 #[derive(Clone, Debug)]
 pub enum Product {
     /// An adapter, in PEFT's files.
@@ -132,7 +132,7 @@ impl Product {
         }
     }
 
-    /// What is trained, to tell runs apart.
+    /// The settings that a run with the same checkpoints must share.
     fn settings(&self) -> Value {
         match self {
             Product::Adapter(lora) => lora.config().to_json(),
@@ -247,7 +247,7 @@ impl Trainer {
         &self.tuned
     }
 
-    /// Writes what the run makes, as it is now, into a directory.
+    /// Writes the result, as it is now, into a directory.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be written.
@@ -267,7 +267,7 @@ impl Trainer {
             .map(|at| {
                 let epoch = at / n;
                 if self.order.as_ref().is_none_or(|(known, _)| *known != epoch) {
-                    let seed = crate::lora::number_of(&format!("epoch {epoch}"), self.options.seed);
+                    let seed = number_of(&format!("epoch {epoch}"), self.options.seed);
                     self.order = Some((epoch, shuffled(seed, self.samples.len())));
                 }
                 let order = self.order.as_ref().map_or(&[][..], |(_, order)| order);
@@ -324,7 +324,7 @@ impl Trainer {
         if !grad_norm.is_finite() {
             let what = match sum.not_finite(parameters)? {
                 Some(name) => format!("the gradient of {name} contains NaN or infinity"),
-                None => "the gradient is too long for a number".to_owned(),
+                None => "the gradient norm overflows".to_owned(),
             };
             return Err(Error::NonFinite { step: self.step + 1, micro_batch: parts.len(), what });
         }
@@ -382,7 +382,7 @@ impl Trainer {
     }
 
     /// Goes on from the last checkpoint in `directory`; returns its folder, or `None` if there is none. What an interrupted
-    /// [`Trainer::save`] left is removed.
+    /// write left is removed.
     ///
     /// # Errors
     /// [`Error::Adapter`] if it is of another run: other samples, settings or parameters.
@@ -393,11 +393,12 @@ impl Trainer {
         for entry in std::fs::read_dir(directory).map_err(Error::io(directory))? {
             let entry = entry.map_err(Error::io(directory))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            let middle = name.strip_prefix(&format!(".{CHECKPOINT}")).and_then(|rest| rest.strip_suffix(".part"));
-            let is_left =
-                |middle: &str| middle.split('.').count() == 2 && middle.split('.').all(|n| n.parse::<u64>().is_ok());
-            if middle.is_some_and(is_left) {
-                std::fs::remove_dir_all(entry.path()).map_err(Error::io(entry.path()))?;
+            // Files and folders that are being written are called so.
+            let part = name.strip_prefix('.').and_then(|rest| rest.strip_suffix(".part")?.rsplit_once('.'));
+            if part.is_some_and(|(_, process)| process.parse::<u32>().is_ok()) {
+                let path = entry.path();
+                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                removed.map_err(Error::io(path))?;
             }
         }
         let Some((_, path)) = checkpoints(directory)?.pop() else { return Ok(None) };

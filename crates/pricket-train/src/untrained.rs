@@ -3,8 +3,7 @@
 use pricket_nn::{Init, Initialization, Names};
 use pricket_weights::{Bytes, Dtype, Entry, ShapesOnly, Store};
 
-use crate::lora::number_of;
-use crate::random::{normal, uniform};
+use crate::random::{normal, number_of, uniform};
 
 /// A store of f32 weights that a family's [`Initialization`] fills, of whatever shape is asked for. The same seed gives the same weights
 /// on every machine.
