@@ -1,4 +1,4 @@
-use pricket_nn::config::{GENERIC, Keys, divides, epsilon, only, parse, plausible};
+use pricket_nn::config::{GENERIC, Keys, RopeParameters, divides, epsilon, only, parse, plausible};
 use pricket_nn::{Activation, Error, Result, Rotary};
 use serde::Deserialize;
 
@@ -56,22 +56,6 @@ pub struct Config {
     /// Width of a head; `hidden_size / num_attention_heads`.
     #[serde(default)]
     pub head_dim: Option<usize>,
-}
-
-/// `rope_parameters` or `rope_scaling`, old spellings included.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-pub struct RopeParameters {
-    /// `default` or `linear`; others are refused.
-    pub rope_type: Option<String>,
-    /// The older spelling of `rope_type`; some files hold both.
-    #[serde(rename = "type")]
-    pub old_type: Option<String>,
-    /// Base of the frequencies.
-    pub rope_theta: Option<f64>,
-    /// Share of the dimensions.
-    pub partial_rotary_factor: Option<f64>,
-    /// Of linear scaling.
-    pub factor: Option<f64>,
 }
 
 fn gelu() -> String {
@@ -133,35 +117,14 @@ impl Config {
     /// `rope_scaling`, if set, replaces `rope_parameters`, whose keys come before `rotary_pct` and `rotary_emb_base`;
     /// flat `rope_theta` and `partial_rotary_factor` are ignored, as transformers ignores them in this family.
     pub(crate) fn rotary(&self) -> Result<Option<Rotary>> {
-        // An empty object counts as none, as it does in Python.
-        let given = |rope: &Option<RopeParameters>| rope.clone().filter(|rope| *rope != RopeParameters::default());
-        let (key, rope) = match (given(&self.rope_scaling), given(&self.rope_parameters)) {
-            (Some(scaling), _) => ("rope_scaling", scaling),
-            (None, Some(parameters)) => ("rope_parameters", parameters),
-            (None, None) => ("rotary_pct", RopeParameters::default()),
-        };
-        let base = rope.rope_theta.or(self.rotary_emb_base).unwrap_or(10000.0);
+        let chosen = RopeParameters::chosen(self.rope_scaling.as_ref(), self.rope_parameters.as_ref());
+        let (key, rope) = chosen.unwrap_or(("rotary_pct", RopeParameters::default()));
+        let base = rope.base(key, self.rotary_emb_base)?;
         let share = rope.partial_rotary_factor.or(self.rotary_pct).unwrap_or(0.25);
-        if !(base.is_finite() && base > 0.0) {
-            return Err(Error::config(key, format!("base {base} is not a positive number")));
-        }
         if !(0.0..=1.0).contains(&share) {
             return Err(Error::config(key, format!("share {share} of rotated dimensions is not between 0 and 1")));
         }
-        let factor = match rope.rope_type.or(rope.old_type).as_deref() {
-            None if rope.factor.is_some() => return Err(Error::config(key, "a factor without a type")),
-            None | Some("default") => 1.0,
-            Some("linear") => match rope.factor {
-                Some(factor) if factor.is_finite() && factor >= 1.0 => factor,
-                other => {
-                    return Err(Error::config(
-                        key,
-                        format!("linear scaling needs a factor of at least 1, found {other:?}"),
-                    ));
-                }
-            },
-            Some(other) => return Err(Error::config(key, format!("rope type {other:?} is not implemented"))),
-        };
+        let factor = rope.divisor(key)?;
         let dims = ((self.hidden_size / self.num_attention_heads) as f64 * share) as usize;
         if !dims.is_multiple_of(2) {
             return Err(Error::config(key, format!("{dims} rotated dimensions cannot be paired")));

@@ -1,6 +1,6 @@
 //! What GGUF and the containers before it call the keys of config.json.
 
-use pricket_nn::config::Keys;
+use pricket_nn::config::{Keys, gguf_rope_scaling, rows};
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
 
@@ -8,9 +8,13 @@ use crate::keys::GGUF_KEYS;
 
 /// The headers of legacy GGML files: with the residual's kind since 2023-05-13, without it before.
 pub(crate) const GGML: [GgmlLayout; 2] = [
-    GgmlLayout { name: "gpt-neox header of 8", fields: &fields::<8>(Some("par_res")), plain_version: 0 },
-    GgmlLayout { name: "gpt-neox header of 7", fields: &fields::<7>(None), plain_version: 0 },
+    layout("gpt-neox header of 8", &fields::<8>(Some("par_res"))),
+    layout("gpt-neox header of 7", &fields::<7>(None)),
 ];
+
+const fn layout(name: &'static str, fields: &'static [(&'static str, bool)]) -> GgmlLayout {
+    GgmlLayout { name, fields, plain_version: 0, embedding: "gpt_neox.embed_in.weight" }
+}
 
 const fn fields<const N: usize>(residual: Option<&'static str>) -> [(&'static str, bool); N] {
     let mut out = [("ftype", false); N];
@@ -64,12 +68,6 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
     let (width, heads) = (number("embedding_length")?, number("attention.head_count")?);
     let head_dim = width / heads.max(1);
     Keys::check_gguf(GGUF_KEYS, "gptneox.", metadata)?;
-    // As llama.cpp reads them: a factor is linear unless a type says otherwise, the older key comes second, 0 is none.
-    let factor = [at("rope.scaling.factor"), at("rope.scale_linear")].into_iter().find_map(Value::as_f64);
-    let scaling = match (at("rope.scaling.type").as_str(), factor.filter(|factor| *factor != 0.0)) {
-        (Some("none"), _) | (None | Some("linear"), None) => Value::Null,
-        (kind, factor) => json!({"type": kind.unwrap_or("linear"), "factor": factor}),
-    };
     let kv = at("attention.head_count_kv");
     if kv.as_u64().is_some_and(|kv| kv != heads) {
         return Err(Error::config("gptneox.attention.head_count_kv", format!("{kv} is not implemented")));
@@ -81,7 +79,7 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
         "max_position_embeddings": number("context_length")?, "intermediate_size": number("feed_forward_length")?,
         "layer_norm_eps": at("attention.layer_norm_epsilon").as_f64().unwrap_or(1e-5),
         "rotary_pct": share(at("rope.dimension_count").as_u64().unwrap_or(head_dim), head_dim),
-        "rotary_emb_base": at("rope.freq_base").as_f64().unwrap_or(10000.0), "rope_scaling": scaling,
+        "rotary_emb_base": at("rope.freq_base").as_f64().unwrap_or(10000.0), "rope_scaling": gguf_rope_scaling("gptneox.", metadata),
         "use_parallel_residual": at("use_parallel_residual").as_bool().unwrap_or(true),
         "attention_bias": shape("blk.0.attn_qkv.bias").is_some(),
         "tie_word_embeddings": shape("output.weight").is_none(),
@@ -111,11 +109,6 @@ pub(crate) fn gguf_metadata(config: &Value) -> Result<Value> {
         out["gptneox.rope.scaling.factor"] = rotary.factor.into();
     }
     Ok(out)
-}
-
-fn rows(shape: &dyn Fn(&str) -> Option<Vec<usize>>, name: &str) -> Result<usize> {
-    let found = shape(name).and_then(|shape| shape.first().copied());
-    found.ok_or_else(|| Error::config(name, "the file has no such tensor"))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What GGUF and the containers before it call the keys of config.json.
 
-use pricket_nn::config::Keys;
+use pricket_nn::config::{Keys, rows};
 use pricket_nn::{Error, GgmlLayout, Result};
 use serde_json::{Value, json};
 
@@ -20,6 +20,7 @@ pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
         ("ftype", false),
     ],
     plain_version: 1,
+    embedding: "transformer.wte.weight",
 }];
 
 /// The config.json that the header of a legacy GGML file stands for; `shape` tells the shape of a tensor of the file.
@@ -139,9 +140,4 @@ pub(crate) fn gguf_metadata(config: &Value, learned_positions: bool) -> Result<V
         out["mpt.attention.clamp_kqv"] = clip.into();
     }
     Ok(out)
-}
-
-fn rows(shape: &dyn Fn(&str) -> Option<Vec<usize>>, name: &str) -> Result<usize> {
-    let found = shape(name).and_then(|shape| shape.first().copied());
-    found.ok_or_else(|| Error::config(name, "the file has no such tensor"))
 }

@@ -1,9 +1,13 @@
 //! What every family needs when it reads a config.json.
 
+mod rope;
+
 use pricket_weights::clip;
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
+
+pub use rope::{RopeParameters, gguf_rope_scaling};
 
 use crate::{Error, Result};
 
@@ -16,6 +20,15 @@ pub fn parse<C: DeserializeOwned>(json: &Value) -> Result<C> {
         let (path, what) = (e.path().to_string(), e.inner().to_string());
         Error::config(if path == "." { "the file".into() } else { path }, what)
     })
+}
+
+/// The number of rows of a tensor of a file, from which a size is read that its header does not have.
+///
+/// # Errors
+/// [`Error::Config`], naming the tensor, if it is not there.
+pub fn rows(shape: &dyn Fn(&str) -> Option<Vec<usize>>, name: &str) -> Result<usize> {
+    let found = shape(name).and_then(|shape| shape.first().copied());
+    found.ok_or_else(|| Error::config(name, "the file has no such tensor"))
 }
 
 /// Refuses sizes that no checkpoint has, before anything is multiplied or allocated.

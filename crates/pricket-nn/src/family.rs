@@ -66,6 +66,18 @@ pub trait Family: Sync {
     /// What its tensors are called on file.
     fn names(&self) -> Names;
 
+    /// The configuration of a checkpoint that has no config.json, as the shapes of its tensors tell it; `None` for a family whose
+    /// checkpoints have one, and for tensors that are not the family's.
+    fn config_from_shapes(&self, shape: ShapeOf<'_>) -> Option<Value> {
+        let _ = shape;
+        None
+    }
+
+    /// An end token that published generation_config.json files of the family name by mistake: text would end at an ordinary word.
+    fn mistaken_end_token(&self) -> Option<u32> {
+        None
+    }
+
     /// Whether a configuration is one of this family: by `model_type`, or by `architectures` where there is none. Never by the
     /// shape of a model or the name of a repository.
     fn claims(&self, config: &Value) -> bool {
@@ -150,6 +162,16 @@ pub trait Family: Sync {
     fn gguf_rows(&self, metadata: &Value, version: u32) -> FusedRows {
         let _ = (metadata, version);
         FusedRows::InModelOrder
+    }
+
+    /// The matrices whose rows files of llama.cpp have in the order [`RowOrder::Pairs`](crate::RowOrder::Pairs), GGUF and legacy GGML
+    /// alike, by a part of their canonical names; and their numbers of heads.
+    ///
+    /// # Errors
+    /// As [`Family::check`].
+    fn paired_rows(&self, config: &Value) -> Result<Vec<(&'static str, usize)>> {
+        let _ = config;
+        Ok(Vec::new())
     }
 
     /// Whether llama.cpp wants a head of its own where the checkpoint ties it to the embedding.

@@ -1,5 +1,7 @@
 //! The values that a model begins training with.
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use crate::{Error, Result};
@@ -21,6 +23,24 @@ pub enum Init {
         /// The largest.
         high: f64,
     },
+    /// With `offset + scale · (i / span)^power` for the element `i` of the last dimension.
+    Power {
+        /// Added.
+        offset: f64,
+        /// Multiplies the power.
+        scale: f64,
+        /// The exponent.
+        power: f64,
+        /// Divides the index.
+        span: f64,
+    },
+    /// With `offset`, `offset + scale`, `offset - scale`, and again, along the last dimension.
+    Zigzag {
+        /// The first number.
+        offset: f64,
+        /// The step.
+        scale: f64,
+    },
 }
 
 impl Init {
@@ -30,6 +50,7 @@ impl Init {
             Init::Constant(number) => Init::Constant(number / by),
             Init::Normal { deviation } => Init::Normal { deviation: deviation / by },
             Init::Uniform { low, high } => Init::Uniform { low: low / by, high: high / by },
+            other => other,
         }
     }
 }
@@ -51,9 +72,11 @@ pub struct Initialization {
     residual: (&'static [&'static str], f64),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 enum Rule {
     Fixed(Init),
+    /// By name and shape.
+    Named(Arc<dyn Fn(&str, &[usize]) -> Option<Init> + Send + Sync>),
     /// Normal, or uniform, with a deviation of `gain / sqrt(inputs)` (He et al. 2015, arXiv:1502.01852).
     Kaiming {
         gain: f64,
@@ -61,10 +84,30 @@ enum Rule {
     },
 }
 
+impl std::fmt::Debug for Rule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Rule::Fixed(init) => write!(f, "Fixed({init:?})"),
+            Rule::Named(_) => f.write_str("Named"),
+            Rule::Kaiming { gain, is_uniform } => write!(f, "Kaiming({gain}, {is_uniform})"),
+        }
+    }
+}
+
 /// Ends of the names of tables of tokens and positions.
 const TABLES: [&str; 4] = ["embed_in.weight", "wte.weight", "wpe.weight", "embed.weight"];
 
 impl Initialization {
+    /// Matrices and tables are normal with one standard deviation.
+    pub fn normal(deviation: f64) -> Self {
+        Self { rule: Rule::Fixed(Init::Normal { deviation }), tables: None, residual: (&[], 1.0) }
+    }
+
+    /// Tensors are filled as `rule` says of their canonical name and shape; norms with 1 and biases with 0 where it says nothing.
+    pub fn named(rule: impl Fn(&str, &[usize]) -> Option<Init> + Send + Sync + 'static) -> Self {
+        Self { rule: Rule::Named(Arc::new(rule)), tables: None, residual: (&[], 1.0) }
+    }
+
     /// `sqrt(2 / 5d)` (Nguyen and Salazar 2019, arXiv:1910.05895), and `2 / (layers · sqrt(d))` for what is added to the residual
     /// stream (Wang and Komatsuzaki 2021): as GPT-NeoX trains.
     pub fn small(d: usize, layers: usize, residual: &'static [&'static str]) -> Self {
@@ -133,6 +176,11 @@ impl Initialization {
 
     /// How the tensor `name`, by its canonical name, is filled.
     pub fn of(&self, name: &str, shape: &[usize]) -> Init {
+        if let Rule::Named(rule) = &self.rule
+            && let Some(init) = rule(name, shape)
+        {
+            return init;
+        }
         let &[_, inputs] = shape else {
             return Init::Constant(if name.ends_with(".weight") { 1.0 } else { 0.0 });
         };
@@ -143,9 +191,10 @@ impl Initialization {
             let limit = deviation * 3f64.sqrt();
             if is_uniform { Init::Uniform { low: -limit, high: limit } } else { Init::Normal { deviation } }
         };
-        let init = match self.rule {
-            Rule::Fixed(init) => init,
-            Rule::Kaiming { gain, is_uniform } => spread(gain / (inputs as f64).sqrt(), is_uniform),
+        let init = match &self.rule {
+            Rule::Fixed(init) => *init,
+            Rule::Named(_) => Init::Constant(0.0),
+            Rule::Kaiming { gain, is_uniform } => spread(gain / (inputs as f64).sqrt(), *is_uniform),
         };
         let (ends, by) = self.residual;
         if ends.iter().any(|end| name.ends_with(end)) { init.divided(by) } else { init }

@@ -45,6 +45,7 @@ mod pass;
 mod plain_decoder;
 mod plan;
 mod progress;
+mod reordered;
 mod rotary;
 mod sampling;
 mod state;
@@ -72,6 +73,7 @@ pub use plan::{BlockPlan, ModelPlan, Residual};
 /// For the crates above, which see weights through this one.
 pub use pricket_weights::{GgmlLayout, clip, parse_json, stand_in};
 pub use progress::{Progress, Silent};
+pub use reordered::Reordered;
 pub use rotary::Rotary;
 pub use sampling::SamplingParams;
 pub use state::{CacheType, State};

@@ -23,6 +23,12 @@ pub enum RowOrder {
         /// Number of heads.
         heads: usize,
     },
+    /// On file `[heads, head_dim / 2, 2]`: the two rows that rotary positions turn together side by side, as llama.cpp's files have
+    /// queries and keys. In memory `[heads, 2, head_dim / 2]`: the first halves, then the second.
+    Pairs {
+        /// Number of heads.
+        heads: usize,
+    },
 }
 
 impl RowOrder {
@@ -31,10 +37,7 @@ impl RowOrder {
     /// # Errors
     /// If the rows do not divide into heads.
     pub fn apply(self, tensor: &Tensor) -> Result<Tensor> {
-        match self {
-            RowOrder::AsStored => Ok(tensor.clone()),
-            RowOrder::PerHead { heads } => swap(tensor, heads, 3),
-        }
+        self.moved(tensor, false)
     }
 
     /// As [`RowOrder::apply`], of a matrix in any form.
@@ -42,21 +45,7 @@ impl RowOrder {
     /// # Errors
     /// If the rows do not divide into heads.
     pub fn apply_to_matrix(self, matrix: Matrix) -> Result<Matrix> {
-        match (self, matrix) {
-            (_, Matrix::Dense(tensor)) => Ok(Matrix::Dense(self.apply(&tensor)?)),
-            (RowOrder::AsStored, matrix) => Ok(matrix),
-            (_, Matrix::Packed(_)) => Err(Error::Input("packed rows are in the model's order already".into())),
-            (RowOrder::PerHead { heads }, Matrix::Blocks(blocks)) => {
-                let (rows, _) = blocks.shape();
-                if !rows.is_multiple_of(3 * heads) {
-                    return Err(Error::Input(format!("{rows} rows are not three for each dimension of {heads} heads")));
-                }
-                let dim = rows / heads / 3;
-                // Row [part, head, i] in memory is row [head, part, i] on file.
-                let order = |row: usize| (row / dim % heads * 3 + row / dim / heads) * dim + row % dim;
-                Ok(Matrix::Blocks(blocks.reordered(order)))
-            }
-        }
+        self.move_matrix(matrix, false)
     }
 
     /// From the order in memory back to the order on file.
@@ -64,20 +53,66 @@ impl RowOrder {
     /// # Errors
     /// If the rows do not divide into heads.
     pub fn undo(self, tensor: &Tensor) -> Result<Tensor> {
-        match self {
-            RowOrder::AsStored => Ok(tensor.clone()),
-            RowOrder::PerHead { heads } => swap(tensor, 3, heads),
+        self.moved(tensor, true)
+    }
+
+    /// As [`RowOrder::undo`], of a matrix in any form.
+    ///
+    /// # Errors
+    /// If the rows do not divide into heads.
+    pub fn undo_to_matrix(self, matrix: Matrix) -> Result<Matrix> {
+        self.move_matrix(matrix, true)
+    }
+
+    /// The rows as `[outer, a, b, inner]` on file, which are `[outer, b, a, inner]` in memory; `None` if they stay as they are.
+    fn parts(self, rows: usize) -> Result<Option<[usize; 3]>> {
+        let (parts, count) = match self {
+            RowOrder::AsStored => return Ok(None),
+            RowOrder::PerHead { heads } => ([1, heads, 3], 3 * heads),
+            RowOrder::Pairs { heads } => ([heads, rows / (2 * heads).max(1), 2], 2 * heads),
+        };
+        if count > 0 && rows.is_multiple_of(count) {
+            return Ok(Some(parts));
+        }
+        Err(Error::Input(format!("{rows} rows do not divide into {count} equal parts, as their order says")))
+    }
+
+    fn moved(self, tensor: &Tensor, back: bool) -> Result<Tensor> {
+        let rows = tensor.dim(0)?;
+        let Some([outer, a, b]) = self.parts(rows)? else { return Ok(tensor.clone()) };
+        let (a, b) = if back { (b, a) } else { (a, b) };
+        let split = tensor.reshape((outer, a, b, tensor.elem_count() / (outer * a * b)))?;
+        Ok(split.transpose(1, 2)?.contiguous()?.reshape(tensor.dims())?)
+    }
+
+    fn move_matrix(self, matrix: Matrix, back: bool) -> Result<Matrix> {
+        match matrix {
+            Matrix::Dense(tensor) => Ok(Matrix::Dense(self.moved(&tensor, back)?)),
+            matrix if self == RowOrder::AsStored => Ok(matrix),
+            Matrix::Packed(_) => Err(Error::Input("packed rows are in the model's order already".into())),
+            Matrix::Blocks(blocks) => {
+                let from = self.sources(blocks.shape().0, back)?;
+                Ok(Matrix::Blocks(blocks.reordered(|row| from[row])))
+            }
         }
     }
-}
 
-/// Rows `[outer, inner, ..]` to `[inner, outer, ..]`.
-fn swap(tensor: &Tensor, outer: usize, inner: usize) -> Result<Tensor> {
-    let rows = tensor.dim(0)?;
-    let split = tensor.reshape((outer, inner, tensor.elem_count() / (outer * inner)))?;
-    let mut shape = tensor.dims().to_vec();
-    shape[0] = rows;
-    Ok(split.transpose(0, 1)?.contiguous()?.reshape(shape)?)
+    /// For each row in memory its row on file, or with `back` the reverse.
+    ///
+    /// # Errors
+    /// If the rows do not divide into heads.
+    pub(crate) fn sources(self, rows: usize, back: bool) -> Result<Vec<usize>> {
+        let Some([outer, a, b]) = self.parts(rows)? else { return Ok((0..rows).collect()) };
+        let (a, b) = if back { (b, a) } else { (a, b) };
+        let inner = rows / (outer * a * b);
+        let source = |row: usize| {
+            let (i, rest) = (row % inner, row / inner);
+            let (at_a, rest) = (rest % a, rest / a);
+            let (at_b, at_outer) = (rest % b, rest / b);
+            ((at_outer * a + at_a) * b + at_b) * inner + i
+        };
+        Ok((0..rows).map(source).collect())
+    }
 }
 
 /// A low-rank change to a linear layer (Hu et al. 2021, arXiv:2106.09685): `y += scale · (x Aᵀ) Bᵀ`.

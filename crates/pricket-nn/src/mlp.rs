@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use crate::ops::{self, Gate};
 use crate::{Activation, Context, Layer, Linear, Norm, Result, Site};
 
 /// `down(activation(up(x)))`, or with a gate (Shazeer 2020, arXiv:2002.05202) `down(activation(gate(x)) · up(x))`.
@@ -25,6 +26,9 @@ impl Mlp {
     pub fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let x = norm.forward(x)?;
         let hidden = match &self.gate {
+            Some(gate) if self.activation == Activation::Silu => {
+                ops::gated(&gate.forward(&x)?, &self.up.forward(&x)?, Gate::Silu)?
+            }
             Some(gate) => (gate.forward_then(&x, self.activation)? * self.up.forward(&x)?)?,
             None => self.up.forward_then(&x, self.activation)?,
         };

@@ -9,12 +9,12 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
-    Activations, AttentionRow, BlockType, Blocks, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path,
+    Activations, AttentionRow, BlockType, Blocks, Gate, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path,
     keep_freed_memory, multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
 };
 use pricket_kernels::{
-    AttentionOp, BackwardOnlyOp, GeluOp, LayerNormOp, LinearOp, LoraOp, RmsNormOp, RotaryOp, SelfAttentionOp, StoreOp,
-    SumOp, TrainedLinearOp, WkvOp, parallel, q8_values,
+    AttentionOp, BackwardOnlyOp, GatedOp, GeluOp, LayerNormOp, LinearOp, LoraOp, MixOp, RmsNormOp, RotaryOp,
+    SelfAttentionOp, StoreOp, SumOp, TrainedLinearOp, WkvOp, parallel, q8_values,
 };
 
 use crate::{Activation, Error, Result};
@@ -546,20 +546,58 @@ pub fn wkv4(
     lens: &[usize],
     before: &[Tensor],
 ) -> Result<(Tensor, Vec<Tensor>)> {
-    let is_tracked = [k, v, decay, first].into_iter().chain(before).any(Tensor::track_op);
-    if is_tracked || !on_our_kernels(k) || !on_our_kernels(v) {
+    let (n, _) = k.dims2()?;
+    if ![k, v, decay, first].into_iter().all(on_our_kernels) || before.iter().any(Tensor::track_op) || n == 0 {
         return plain_wkv4(k, v, decay, first, lens, before);
     }
-    let (n, _) = k.dims2()?;
-    let op = WkvOp {
-        decay: decay.to_vec1::<f32>()?.into_iter().map(|x| -x.exp()).collect(),
-        first: first.to_vec1()?,
-        lens: lens.to_vec(),
-        states: Tensor::cat(before, 0)?.flatten_all()?.to_vec1()?,
-    };
-    let out = k.contiguous()?.apply_op2_no_bwd(&v.contiguous()?, &op)?;
-    let after = (0..lens.len()).map(|row| Ok(out.narrow(0, n + 3 * row, 3)?.copy()?)).collect::<Result<_>>()?;
+    let op = WkvOp { lens: lens.to_vec(), states: Tensor::cat(before, 0)?.flatten_all()?.to_vec1()? };
+    let out = k.contiguous()?.apply_op3(&v.contiguous()?, &Tensor::stack(&[decay, first], 0)?, op)?;
+    let states = out.detach();
+    let after = (0..lens.len()).map(|row| Ok(states.narrow(0, n + 3 * row, 3)?.copy()?)).collect::<Result<_>>()?;
     Ok((out.narrow(0, 0, n)?, after))
+}
+
+/// `f(gate) · x`, elementwise, with a gradient.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
+    if on_our_kernels(gate) && on_our_kernels(x) {
+        return Ok(gate.contiguous()?.apply_op2(&x.contiguous()?, GatedOp { gate: f })?);
+    }
+    plain_gated(gate, x, f)
+}
+
+/// The plain twin of [`gated`].
+///
+/// # Errors
+/// If the shapes differ.
+pub fn plain_gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
+    let gate = match f {
+        Gate::Silu => gate.silu()?,
+        Gate::Sigmoid => (gate.neg()?.exp()? + 1.0)?.recip()?,
+    };
+    Ok((gate * x)?)
+}
+
+/// `x · mix + before · (1 - mix)`, with a gradient: `x` and `before` of `[.., d]`, `mix` of `[d]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn mix(x: &Tensor, before: &Tensor, mix: &Tensor) -> Result<Tensor> {
+    if [x, before, mix].into_iter().all(on_our_kernels) {
+        return Ok(x.contiguous()?.apply_op3(&before.contiguous()?, &mix.contiguous()?, MixOp)?);
+    }
+    plain_mix(x, before, mix)
+}
+
+/// The plain twin of [`mix`].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_mix(x: &Tensor, before: &Tensor, mix: &Tensor) -> Result<Tensor> {
+    let mix = mix.to_dtype(x.dtype())?;
+    Ok((x.broadcast_mul(&mix)? + before.broadcast_mul(&(1.0 - &mix)?)?)?)
 }
 
 /// The plain twin of [`wkv4`], position by position.

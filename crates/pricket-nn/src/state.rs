@@ -246,8 +246,9 @@ impl State {
         self.rows[row].slot_for(layer, new, self.kind)
     }
 
-    /// A tensor of a layer's recurrence.
-    pub(crate) fn recurrent(&self, row: usize, layer: usize, name: &'static str) -> Option<&Tensor> {
+    /// A tensor of a layer's recurrence, by the name that its block gives it; `None` if nothing was read of `row`, and for keys and
+    /// values.
+    pub fn recurrent(&self, row: usize, layer: usize, name: &'static str) -> Option<&Tensor> {
         match self.rows.get(row)?.layers.get(layer)?.as_deref()? {
             Slot::Recurrent(tensors) => tensors.get(name),
             Slot::KeyValue(_) => None,

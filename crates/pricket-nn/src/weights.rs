@@ -269,12 +269,20 @@ impl Weights {
         Ok(Norm::Rms { name: self.name(name).into(), weight, eps })
     }
 
-    /// A vector `name` of `dim`: a mixing factor, a decay.
+    /// A vector `name` of `dim`: a decay.
     ///
     /// # Errors
     /// As [`Weights::linear`].
     pub fn vector(&self, name: &str, dim: usize) -> Result<Tensor> {
-        self.tensor(name, &[dim], RowOrder::AsStored)
+        self.array(name, &[dim])
+    }
+
+    /// A tensor `name` of any shape that is no matrix, in the type of the activations: mixing factors of `[1, 1, d]`.
+    ///
+    /// # Errors
+    /// As [`Weights::linear`].
+    pub fn array(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.tensor(name, shape, RowOrder::AsStored)
     }
 
     /// A table `name` of `[rows, dim]`.

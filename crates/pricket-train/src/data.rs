@@ -154,7 +154,8 @@ impl Record {
         }
         let tokenizer =
             tokenizer.ok_or_else(|| Error::Input("text needs a tokenizer, and the model has none".into()))?;
-        let (mut ids, mut counts) = (Vec::new(), Vec::new());
+        let mut ids: Vec<u32> = tokenizer.begin().into_iter().collect();
+        let mut counts = vec![false; ids.len()];
         for (text, part_counts) in self.parts(format)? {
             let part = tokenizer.encode(&text)?;
             counts.resize(counts.len() + part.len(), part_counts);

@@ -42,6 +42,10 @@ impl Store for Untrained {
             Init::Constant(number) => vec![number as f32; count],
             Init::Normal { deviation } => normal(seed, count, deviation),
             Init::Uniform { low, high } => uniform(seed, count, low, high),
+            Init::Power { offset, scale, power, span } => {
+                along(&entry.shape, |i| offset + scale * (i as f64 / span).powf(power))
+            }
+            Init::Zigzag { offset, scale } => along(&entry.shape, |i| offset + scale * ((i + 1) % 3) as f64 - scale),
         };
         Ok(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into())
     }
@@ -49,4 +53,10 @@ impl Store for Untrained {
     fn origin(&self, _: &str) -> String {
         "untrained weights".into()
     }
+}
+
+/// Values that depend on the place along the last dimension.
+fn along(shape: &[usize], value: impl Fn(usize) -> f64) -> Vec<f32> {
+    let (count, last) = (shape.iter().product::<usize>(), shape.last().copied().unwrap_or(1));
+    (0..count).map(|i| value(i % last) as f32).collect()
 }

@@ -1,0 +1,272 @@
+//! Products with a gate, and the mixing of a position with the one before it.
+
+#![allow(clippy::undocumented_unsafe_blocks, reason = "arithmetic whose one condition the trait names")]
+#![allow(clippy::inline_always, reason = "it must take the instruction set of the function it stands in")]
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+
+use crate::cpu::by_path;
+use crate::detect::path;
+use crate::lanes::{Floats, LANES};
+use crate::pool::{parallel, parallel_chunks};
+use crate::shared::{Shared, f32_slice};
+
+/// Elements of a task: enough that handing it out costs nothing.
+const TASK: usize = 16 << 10;
+
+/// The function of a gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    /// `x sigmoid(x)` (Elfwing et al. 2017, arXiv:1702.03118).
+    Silu,
+    /// `sigmoid(x)`.
+    Sigmoid,
+}
+
+/// `f(gate) · x`, elementwise in f32, with a gradient of both.
+#[derive(Clone, Copy, Debug)]
+pub struct GatedOp {
+    /// `f`.
+    pub gate: Gate,
+}
+
+/// `1 / (1 + e⁻ˣ)`.
+#[inline(always)]
+unsafe fn sigmoid<L: Floats>(x: L::Float) -> L::Float {
+    unsafe {
+        // What is no number stays so.
+        let negative = L::min(L::splat(88.0), L::mul(x, L::splat(-1.0)));
+        L::div(L::splat(1.0), L::add(L::splat(1.0), L::exp(negative)))
+    }
+}
+
+/// `f` and its derivative.
+#[inline(always)]
+unsafe fn gate<L: Floats>(kind: Gate, g: L::Float) -> (L::Float, L::Float) {
+    unsafe {
+        let (s, one) = (sigmoid::<L>(g), L::splat(1.0));
+        // 1 - s by the other side of the curve: the difference would lose its digits.
+        let rest = sigmoid::<L>(L::mul(g, L::splat(-1.0)));
+        match kind {
+            Gate::Silu => (L::mul(g, s), L::mul(s, L::madd(g, rest, one))),
+            Gate::Sigmoid => (s, L::mul(s, rest)),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn forward<L: Floats>(kind: Gate, g: &[f32], x: &[f32], out: &mut [f32]) {
+    unsafe {
+        let value = |g: L::Float| match kind {
+            Gate::Silu => L::mul(g, sigmoid::<L>(g)),
+            Gate::Sigmoid => sigmoid::<L>(g),
+        };
+        let (whole, rest) = g.as_chunks::<LANES>();
+        for ((g, x), out) in whole.iter().zip(x.as_chunks::<LANES>().0).zip(out.as_chunks_mut::<LANES>().0) {
+            L::store(out.as_mut_ptr(), L::mul(value(L::floats(g.as_ptr())), L::floats(x.as_ptr())));
+        }
+        let (mut edge, at) = ([0f32; LANES], g.len() - rest.len());
+        edge[..rest.len()].copy_from_slice(rest);
+        L::store(edge.as_mut_ptr(), value(L::floats(edge.as_ptr())));
+        for ((out, x), f) in out[at..].iter_mut().zip(&x[at..]).zip(edge) {
+            *out = f * x;
+        }
+    }
+}
+
+/// The gradients of the gate and of `x`.
+#[inline(always)]
+unsafe fn backward<L: Floats>(
+    kind: Gate,
+    g: &[f32],
+    x: &[f32],
+    grad: &[f32],
+    (gate_grad, x_grad): (&mut [f32], &mut [f32]),
+) {
+    let mut part = |g: &[f32], x: &[f32], grad: &[f32], at: usize| {
+        let (mut edges, len) = ([[0f32; LANES]; 3], g.len());
+        for (edge, from) in edges.iter_mut().zip([g, x, grad]) {
+            edge[..len].copy_from_slice(from);
+        }
+        let (mut first, mut second) = ([0f32; LANES], [0f32; LANES]);
+        unsafe {
+            let (f, slope) = gate::<L>(kind, L::floats(edges[0].as_ptr()));
+            let grad = L::floats(edges[2].as_ptr());
+            L::store(first.as_mut_ptr(), L::mul(grad, L::mul(L::floats(edges[1].as_ptr()), slope)));
+            L::store(second.as_mut_ptr(), L::mul(grad, f));
+        }
+        gate_grad[at..at + len].copy_from_slice(&first[..len]);
+        x_grad[at..at + len].copy_from_slice(&second[..len]);
+    };
+    for (i, g) in g.chunks(LANES).enumerate() {
+        let at = i * LANES;
+        part(g, &x[at..at + g.len()], &grad[at..at + g.len()], at);
+    }
+}
+
+by_path! {
+    /// # Safety
+    /// The processor has the instructions of the path.
+    fn dispatch(kind: Gate, g: &[f32], x: &[f32], out: &mut [f32]) = forward
+}
+
+by_path! {
+    /// # Safety
+    /// The processor has the instructions of the path.
+    fn dispatch_back(kind: Gate, g: &[f32], x: &[f32], grad: &[f32], out: (&mut [f32], &mut [f32])) = backward
+}
+
+impl CustomOp2 for GatedOp {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn cpu_fwd(&self, g: &CpuStorage, g_at: &Layout, x: &CpuStorage, x_at: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (g, x) = (f32_slice("gate", g, g_at)?, f32_slice("gated", x, x_at)?);
+        if g_at.dims() != x_at.dims() {
+            bail!("gated: a gate of {:?} for {:?}", g_at.dims(), x_at.dims());
+        }
+        let mut out = vec![0f32; x.len()];
+        parallel_chunks(&mut out, TASK, |i, out| {
+            let at = i * TASK..i * TASK + out.len();
+            // SAFETY: paths are those that the processor has.
+            unsafe { dispatch(path(), self.gate, &g[at.clone()], &x[at], out) };
+        });
+        Ok((CpuStorage::F32(out), x_at.dims().into()))
+    }
+
+    fn bwd(&self, g: &Tensor, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [g, x, grad] = [g, x, grad].map(|x| x.detach().contiguous());
+        let both = g?.apply_op3_no_bwd(&x?, &grad?, &GatedBackwardOp { gate: self.gate })?;
+        Ok((Some(both.get(0)?), Some(both.get(1)?)))
+    }
+}
+
+/// The gradients of [`GatedOp`]: `[2, ..]`.
+#[derive(Debug)]
+struct GatedBackwardOp {
+    gate: Gate,
+}
+
+impl CustomOp3 for GatedBackwardOp {
+    fn name(&self) -> &'static str {
+        "gated-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        g: &CpuStorage,
+        g_at: &Layout,
+        x: &CpuStorage,
+        x_at: &Layout,
+        grad: &CpuStorage,
+        grad_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (g, x) = (f32_slice("gate", g, g_at)?, f32_slice("gated", x, x_at)?);
+        let grad = f32_slice("gated gradient", grad, grad_at)?;
+        let n = x.len();
+        if (g.len(), grad.len()) != (n, n) {
+            bail!("gated: a gradient of {:?} for {:?}", grad_at.dims(), x_at.dims());
+        }
+        let mut out = vec![0f32; 2 * n];
+        let shared = Shared::new(&mut out);
+        parallel(n.div_ceil(TASK), |i| {
+            let (at, len) = (i * TASK, TASK.min(n - i * TASK));
+            let part = at..at + len;
+            // SAFETY: each task has a part of its own of both halves; the path is one that the processor has.
+            unsafe {
+                let out = (shared.slice(at, len), shared.slice(n + at, len));
+                dispatch_back(path(), self.gate, &g[part.clone()], &x[part.clone()], &grad[part], out);
+            }
+        });
+        let shape: Vec<usize> = [2].iter().chain(x_at.dims()).copied().collect();
+        Ok((CpuStorage::F32(out), shape.into()))
+    }
+}
+
+/// `x · mix + before · (1 - mix)`, with `mix` of `[d]` for the last dimension, in f32 and with a gradient of all three: RWKV's token
+/// shift (Peng et al. 2023, arXiv:2305.13048, equation 11).
+#[derive(Clone, Copy, Debug)]
+pub struct MixOp;
+
+impl CustomOp3 for MixOp {
+    fn name(&self) -> &'static str {
+        "mix"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_at: &Layout,
+        before: &CpuStorage,
+        before_at: &Layout,
+        mix: &CpuStorage,
+        mix_at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, before) = (f32_slice("mix", x, x_at)?, f32_slice("mix before", before, before_at)?);
+        let mix = f32_slice("mix factors", mix, mix_at)?;
+        let d = mix.len();
+        if x_at.dims() != before_at.dims() || x_at.dims().last() != Some(&d) {
+            bail!("mix: {:?} and {:?} by {d} factors", x_at.dims(), before_at.dims());
+        }
+        let mut out = vec![0f32; x.len()];
+        let task = TASK.div_ceil(d.max(1)) * d;
+        parallel_chunks(&mut out, task.max(1), |i, out| {
+            let at = i * task..i * task + out.len();
+            let rows = x[at.clone()].chunks_exact(d).zip(before[at].chunks_exact(d));
+            for (out, (x, before)) in out.chunks_exact_mut(d).zip(rows) {
+                for (((out, x), before), mix) in out.iter_mut().zip(x).zip(before).zip(mix) {
+                    *out = x * mix + before * (1.0 - mix);
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), x_at.dims().into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        before: &Tensor,
+        mix: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (x, before, mix, grad) = (x.detach(), before.detach(), mix.detach(), grad.detach());
+        let of_x = grad.broadcast_mul(&mix)?;
+        let d = mix.elem_count();
+        let of_mix = (&grad * (x - before)?)?.reshape(((), d))?.sum(0)?.reshape(mix.shape())?;
+        Ok((Some(of_x.clone()), Some((grad - of_x)?), Some(of_mix)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Path;
+
+    #[test]
+    fn gates_and_their_slopes_are_close_to_f64_on_every_path() {
+        let x: Vec<f32> = (-4000i32..=4000).map(|i| i as f32 * 0.025).chain([f32::NAN]).collect();
+        let (ones, n) = (vec![1f32; x.len()], x.len() - 1);
+        for (kind, path) in Path::available().flat_map(|path| [(Gate::Silu, path), (Gate::Sigmoid, path)]) {
+            let mut y = vec![0f32; x.len()];
+            let (mut slope, mut value) = (y.clone(), y.clone());
+            // SAFETY: the path is one that the processor has.
+            unsafe {
+                dispatch(path, kind, &x, &ones, &mut y);
+                dispatch_back(path, kind, &x, &ones, &ones, (&mut slope, &mut value));
+            }
+            for i in 0..n {
+                let x = f64::from(x[i]);
+                let s = 1.0 / (1.0 + (-x).exp());
+                let (f, d) = match kind {
+                    Gate::Silu => (x * s, s * (1.0 + x * (1.0 / (1.0 + x.exp())))),
+                    Gate::Sigmoid => (s, s * (1.0 / (1.0 + x.exp()))),
+                };
+                let near = |found: f32, exact: f64| (f64::from(found) - exact).abs() < 1e-6 * exact.abs().max(0.1);
+                assert!(near(y[i], f) && near(value[i], f) && near(slope[i], d), "{kind:?} {path:?} at {x}");
+            }
+            assert!(y[n].is_nan() && slope[n].is_nan(), "{kind:?} {path:?}");
+        }
+    }
+}

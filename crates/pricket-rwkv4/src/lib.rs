@@ -1,0 +1,184 @@
+//! RWKV-4 (Peng et al. 2023, arXiv:2305.13048): the Pile and PilePlus checkpoints, as `RwkvForCausalLM` and as BlinkDL/RWKV-LM saves
+//! them.
+//!
+//! ```text
+//!  x ─┬─ LN1 ─ time mixing ─(+)─┬─ LN2 ─ channel mixing ─(+)─ x'        x of block 0: LN0 of the embedding
+//!     └─────────────────────┘   └─────────────────────────┘
+//!
+//!  time mixing:    output(σ(r) · wkv(k, v)),  k, v, r: products of this position mixed with the one before it
+//!  channel mixing: σ(r) · value(relu(k)²),    k, r: likewise
+//! ```
+//!
+//! There is no attention: a layer keeps its last position and the three sums of `wkv`, so memory does not grow with the text.
+//! Values are those of the equations; halving the stream every six layers, against overflow in f16, is not needed in f32.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use candle_core::Tensor;
+//! use pricket_nn::{CausalLm, Context, Weights};
+//! use pricket_rwkv4::{Config, NAMES, load};
+//! use pricket_weights::{Dtype, Random};
+//!
+//! let config = Config::from_json(&serde_json::json!({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}))?;
+//! let weights = Weights::as_stored(Arc::new(Random::new(Dtype::F16, 0)), NAMES);
+//! let model = load(&config, &weights)?;
+//! let ids = Tensor::new(&[[1u32, 2, 3]], weights.device())?;
+//! let hidden = model.hidden(&ids, &mut Context::new())?;
+//! assert_eq!(model.head(&hidden)?.dims(), [1, 3, 96]);
+//! # Ok::<(), pricket_nn::Error>(())
+//! ```
+
+mod config;
+mod family;
+mod formats;
+mod names;
+
+pub use config::{Config, KEYS};
+pub use family::FAMILY;
+pub use names::NAMES;
+
+use candle_core::Tensor;
+use pricket_nn::ops::{Gate, gated, mix};
+use pricket_nn::{
+    Activation, Block, Context, Decoder, Error, Layer, Linear, Norm, Result, Site, Sizes, Weights, residual,
+};
+
+/// An RWKV-4 model.
+pub type Rwkv4 = Decoder<Rwkv4Block>;
+
+/// One block: time mixing, then channel mixing, each after a norm of its own.
+#[derive(Clone, Debug)]
+pub struct Rwkv4Block {
+    ln1: Norm,
+    attention: TimeMixing,
+    ln2: Norm,
+    feed_forward: ChannelMixing,
+}
+
+/// What a position takes from all before it.
+#[derive(Clone, Debug)]
+struct TimeMixing {
+    /// For keys, values and receptance, `[1, 1, d]`.
+    mixes: [Tensor; 3],
+    key: Linear,
+    value: Linear,
+    receptance: Linear,
+    time_decay: Tensor,
+    time_first: Tensor,
+    output: Linear,
+}
+
+/// A gated MLP of a position and the one before it.
+#[derive(Clone, Debug)]
+struct ChannelMixing {
+    /// For keys and receptance, `[1, 1, d]`.
+    mixes: [Tensor; 2],
+    key: Linear,
+    receptance: Linear,
+    value: Linear,
+}
+
+impl TimeMixing {
+    fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let (x, before) = ctx.token_shift(norm, x, "time shift")?;
+        let [k, v, r] = &self.mixes;
+        let k = self.key.forward(&mix(&x, &before, k)?)?;
+        let v = self.value.forward(&mix(&x, &before, v)?)?;
+        let r = self.receptance.forward(&mix(&x, &before, r)?)?;
+        let wkv = ctx.wkv4(&k, &v, &self.time_decay, &self.time_first, "wkv")?;
+        ctx.tap(Site::AttentionOut, self.output.forward(&gated(&r, &wkv, Gate::Sigmoid)?)?)
+    }
+
+    fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        let (d, width) = (config.hidden_size, config.attention_width());
+        let linear = |name, inputs, outputs| weights.linear(name, inputs, outputs, false);
+        let mix = |name: &str| weights.array(&format!("time_mix_{name}"), &[1, 1, d]);
+        Ok(Self {
+            mixes: [mix("key")?, mix("value")?, mix("receptance")?],
+            key: linear("key", d, width)?,
+            value: linear("value", d, width)?,
+            receptance: linear("receptance", d, width)?,
+            time_decay: weights.vector("time_decay", width)?,
+            time_first: weights.vector("time_first", width)?,
+            output: linear("output", width, d)?,
+        })
+    }
+}
+
+impl ChannelMixing {
+    fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let (x, before) = ctx.token_shift(norm, x, "channel shift")?;
+        let [k, r] = &self.mixes;
+        let k = Activation::SquaredRelu.forward(&self.key.forward(&mix(&x, &before, k)?)?)?;
+        let r = self.receptance.forward(&mix(&x, &before, r)?)?;
+        ctx.tap(Site::MlpOut, gated(&r, &self.value.forward(&k)?, Gate::Sigmoid)?)
+    }
+
+    fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        let (d, hidden) = (config.hidden_size, config.mlp_width());
+        let linear = |name, inputs, outputs| weights.linear(name, inputs, outputs, false);
+        let mix = |name: &str| weights.array(&format!("time_mix_{name}"), &[1, 1, d]);
+        Ok(Self {
+            mixes: [mix("key")?, mix("receptance")?],
+            key: linear("key", d, hidden)?,
+            receptance: linear("receptance", d, d)?,
+            value: linear("value", hidden, d)?,
+        })
+    }
+}
+
+impl Block for Rwkv4Block {
+    fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        let time = self.attention.forward(&self.ln1, x, ctx)?;
+        let x = ctx.tap(Site::ResidMid, residual(x, &[&time])?)?;
+        let channels = self.feed_forward.forward(&self.ln2, &x, ctx)?;
+        residual(&x, &[&channels])
+    }
+
+    fn has(&self, site: Site) -> bool {
+        !matches!(site, Site::Query | Site::Key | Site::Value | Site::Pattern)
+    }
+
+    fn layers(&mut self) -> Vec<Layer<'_>> {
+        let TimeMixing { key, value, receptance, output, .. } = &mut self.attention;
+        let time = [key, value, receptance, output].map(Layer::from);
+        let ChannelMixing { key, receptance, value, .. } = &mut self.feed_forward;
+        let channels = [key, receptance, value].map(Layer::from);
+        let norms = [&mut self.ln1, &mut self.ln2].map(Layer::from);
+        norms.into_iter().chain(time).chain(channels).collect()
+    }
+}
+
+impl Rwkv4Block {
+    fn load(config: &Config, weights: &Weights) -> Result<Self> {
+        if let Some((name, what)) = names::FOREIGN.iter().find(|(name, _)| weights.holds(name)) {
+            return Err(Error::config(*name, format!("a weight of {what}, which is not implemented; RWKV-4 is")));
+        }
+        let (d, eps) = (config.hidden_size, config.layer_norm_epsilon);
+        Ok(Self {
+            ln1: weights.layer_norm("ln1", d, eps, true)?,
+            attention: TimeMixing::load(config, &weights.pp("attention"))?,
+            ln2: weights.layer_norm("ln2", d, eps, true)?,
+            feed_forward: ChannelMixing::load(config, &weights.pp("feed_forward"))?,
+        })
+    }
+}
+
+/// Loads the model that `config` describes.
+///
+/// # Errors
+/// If a tensor is missing or has another shape than the configuration implies, or is one of another RWKV.
+pub fn load(config: &Config, weights: &Weights) -> Result<Rwkv4> {
+    let (vocab, d) = (config.vocab_size, config.hidden_size);
+    let trunk = weights.pp("rwkv");
+    let tables = weights.embedding_and_head("rwkv.embeddings", "head", vocab, d, config.tie_word_embeddings)?;
+    let layers = trunk.pp("blocks");
+    let first = layers.pp(0).layer_norm("pre_ln", d, config.layer_norm_epsilon, true)?;
+    let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| Rwkv4Block::load(config, &layers.pp(i))).collect();
+    // Its epsilon is PyTorch's default, whatever the configuration says of the others.
+    let (blocks, norm) = (blocks?, trunk.layer_norm("ln_out", d, 1e-5, true)?);
+    let (family, trained_length) = ("rwkv", config.context_length);
+    let (d_model, heads, kv_heads, head_dim) = (d, 1, 0, config.attention_width());
+    let sizes = Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length, context: None };
+    Ok(Decoder::new(sizes, tables, blocks, norm, weights).with_embed_norm(first))
+}

@@ -1,0 +1,29 @@
+use pricket_nn::Names;
+
+/// The names of `RwkvForCausalLM`, as transformers spells them on the Hub.
+pub const NAMES: Names =
+    Names { root: "rwkv", head: "head", aliases: &[], spellings: &[NATIVE], buffers: &[] };
+
+/// The names of BlinkDL/RWKV-LM, which have no root.
+const NATIVE: &[(&str, &str)] = &[
+    ("embeddings", "emb"),
+    ("pre_ln", "ln0"),
+    ("attention", "att"),
+    ("feed_forward", "ffn"),
+    ("time_mix_key", "time_mix_k"),
+    ("time_mix_value", "time_mix_v"),
+    ("time_mix_receptance", "time_mix_r"),
+];
+
+/// Weights of a block by which other models of the same name are known.
+pub(crate) const FOREIGN: &[(&str, &str)] = &[
+    ("tiny_ln.weight", "RWKV-4a"),
+    ("attention.time_mix_qq", "RWKV-4b"),
+    ("attention.qq.weight", "RWKV-4b"),
+    ("attention.ln_x.weight", "RWKV-5 or later"),
+    ("attention.gate.weight", "RWKV-5 or later"),
+    ("attention.time_faaaa", "RWKV-5 or later"),
+    ("attention.time_maa_x", "RWKV-6"),
+    ("attention.x_r", "RWKV-7"),
+    ("ffnPre.key.weight", "an RWKV-4 with ffnPre"),
+];
