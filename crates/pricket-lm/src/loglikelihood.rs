@@ -30,15 +30,15 @@ impl Continuation {
     pub fn encode(tokenizer: &Tokenizer, prefix: u32, context: &str, continuation: &str) -> Result<Self> {
         let kept = context.trim_end_matches(is_space);
         let whole = format!("{context}{continuation}");
-        let all = tokenizer.encode(&whole)?;
         let (context, ids) = if kept.is_empty() {
+            let all = tokenizer.encode(&whole)?;
             // Nothing is given but the token that texts begin with, unless the text begins with it itself.
             match all.split_first() {
                 Some((&first, rest)) if first == prefix => (vec![prefix], rest.to_vec()),
                 _ => (vec![prefix], all),
             }
         } else {
-            let context = tokenizer.encode(kept)?;
+            let (context, all) = (tokenizer.encode_from_start(kept)?, tokenizer.encode_from_start(&whole)?);
             let ids = all.get(context.len()..).unwrap_or_default().to_vec();
             (context, ids)
         };

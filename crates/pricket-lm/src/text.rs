@@ -14,10 +14,10 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    /// Text until one of `stop`; empty strings are ignored.
+    /// Text that continues another, until one of `stop`; empty strings are ignored.
     pub fn new(tokenizer: &Tokenizer, stop: &[String]) -> Self {
         let stop = stop.iter().filter(|s| !s.is_empty()).cloned().collect();
-        Self { decoder: tokenizer.decoder(), stop, held: String::new(), stopped: false }
+        Self { decoder: tokenizer.decoder_of_part(), stop, held: String::new(), stopped: false }
     }
 
     /// Text that is certain after `id`.

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use pricket_nn::{clip, parse_json, stand_in};
 use serde_json::Value;
 
+use crate::sentencepiece::Model;
+use crate::sentencepiece_text::{Pieces, SentencePieceText};
 use crate::tokenizer_file::Siblings;
 use crate::vocabulary::{self, Vocabulary, byte_alphabet};
 use crate::{Error, Result, tokenizer_file};
 
-/// A repository's tokenizer.json, with the tokens that the files beside it add. Cheap to clone.
+/// A repository's tokenizer: its tokenizer.json, or a sentencepiece tokenizer.model, with the tokens that the files beside it add.
+/// Cheap to clone.
 ///
 /// Decoding is of bytes: the bytes of all tokens, put together, read as UTF-8 with U+FFFD for what is none. So
 /// decoding at once and decoding token by token give the same text, whatever the ids.
@@ -20,22 +23,33 @@ pub struct Tokenizer {
 
 #[derive(Debug)]
 struct Shared {
-    inner: tokenizers::Tokenizer,
+    inner: Inner,
     origin: String,
     /// Bytes of each id, empty for ids that are none.
     bytes: Vec<Vec<u8>>,
     special: Vec<bool>,
+    /// The token that is put before a text.
+    begin: Option<u32>,
+}
+
+#[derive(Debug)]
+enum Inner {
+    Library(Box<tokenizers::Tokenizer>),
+    SentencePiece(SentencePieceText),
 }
 
 impl Tokenizer {
-    /// Reads a tokenizer.json. Beside a file of that name, tokenizer_config.json, special_tokens_map.json and
-    /// added_tokens.json add tokens as they do in transformers.
+    /// Reads a tokenizer.json, or a sentencepiece model whose name ends in `.model`. Beside files named tokenizer.json and
+    /// tokenizer.model, tokenizer_config.json, special_tokens_map.json and added_tokens.json add tokens as they do in transformers.
+    ///
+    /// A tokenizer.model reads texts as `LlamaTokenizer` of transformers 4 does over sentencepiece itself: special tokens that are
+    /// spelled out in a text become their ids, in the `legacy` way or the later one as tokenizer_config.json says.
     ///
     /// # Errors
     /// [`Error::Tokenizer`], naming the file.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let json = read(path)?;
+        let content = read(path)?;
         let sibling = |name: &str| -> Result<Option<Value>> {
             let path = path.with_file_name(name);
             if !path.exists() {
@@ -45,7 +59,8 @@ impl Tokenizer {
             let wrong = |e| Error::Tokenizer { origin: path.display().to_string(), what: what(e) };
             parse_json(&read(&path)?).map(Some).map_err(wrong)
         };
-        let siblings = if path.file_name().is_some_and(|name| name == "tokenizer.json") {
+        let has_siblings = ["tokenizer.json", "tokenizer.model"].iter().any(|name| path.ends_with(name));
+        let siblings = if has_siblings {
             Siblings {
                 config: sibling("tokenizer_config.json")?,
                 map: sibling("special_tokens_map.json")?,
@@ -54,7 +69,46 @@ impl Tokenizer {
         } else {
             Siblings::default()
         };
-        Self::new(&json, &siblings, path.display().to_string())
+        let origin = path.display().to_string();
+        if path.extension().is_some_and(|end| end == "model") {
+            let wrong = |what| Error::Tokenizer { origin: origin.clone(), what };
+            let read = Model::parse(&content).and_then(|model| SentencePieceText::new(model, &siblings, Some(content)));
+            return Ok(Self::over(read.map_err(wrong)?, origin));
+        }
+        Self::new(&content, &siblings, origin)
+    }
+
+    /// Reads the bytes of a sentencepiece model; `origin` names it in messages. Texts become what sentencepiece makes of them: control
+    /// symbols that are spelled out are text, and nothing is put before it.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`], naming `origin`.
+    pub fn from_sentencepiece(model: &[u8], origin: impl Into<String>) -> Result<Self> {
+        let origin = origin.into();
+        let wrong = |what| Error::Tokenizer { origin: origin.clone(), what };
+        let read = Model::parse(model).and_then(|parsed| SentencePieceText::plain(parsed, Some(model.to_vec())));
+        Ok(Self::over(read.map_err(wrong)?, origin))
+    }
+
+    /// A sentencepiece tokenizer from the lists that GGUF files carry. Text is read as by [`Tokenizer::from_sentencepiece`].
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`], naming `origin`.
+    pub fn from_pieces(pieces: &Pieces, origin: impl Into<String>) -> Result<Self> {
+        let origin = origin.into();
+        let wrong = |what| Error::Tokenizer { origin: origin.clone(), what };
+        let read = pieces.to_model().and_then(|model| SentencePieceText::plain(model, None)).map_err(wrong)?;
+        let mut shared = Self::over(read, origin).shared;
+        if let Some(shared) = Arc::get_mut(&mut shared) {
+            shared.begin = pieces.begin;
+        }
+        Ok(Self { shared })
+    }
+
+    fn over(text: SentencePieceText, origin: String) -> Self {
+        let (bytes, special) = text.table();
+        let begin = text.begin();
+        Self { shared: Arc::new(Shared { inner: Inner::SentencePiece(text), origin, bytes, special, begin }) }
     }
 
     /// Reads the bytes of a tokenizer.json; `origin` names it in messages.
@@ -97,7 +151,8 @@ impl Tokenizer {
                 special[id as usize] = token.special || were_special.contains(token.content.as_str());
             }
         }
-        Ok(Self { shared: Arc::new(Shared { inner, origin, bytes, special }) })
+        let inner = Inner::Library(Box::new(inner));
+        Ok(Self { shared: Arc::new(Shared { inner, origin, bytes, special, begin: None }) })
     }
 
     /// A byte-level BPE tokenizer from the lists that GGUF files carry: words, their kinds (3 is special, 4 is added, 5 is
@@ -120,23 +175,40 @@ impl Tokenizer {
         Self::from_bytes(vocabulary::to_json(words, kinds, merges).to_string().as_bytes(), origin)
     }
 
-    /// The tokenizer.json that says the same.
+    /// The files that say the same, by their names: a tokenizer.json, or a tokenizer.model and what it needs beside it.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the library cannot write it.
-    pub fn to_json(&self) -> Result<String> {
-        let wrong = |e: tokenizers::Error| Error::Tokenizer { origin: self.shared.origin.clone(), what: e.to_string() };
-        self.shared.inner.to_string(false).map_err(wrong)
+    pub fn to_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        match &self.shared.inner {
+            Inner::Library(_) => Ok(vec![("tokenizer.json", self.to_json()?.into_bytes())]),
+            Inner::SentencePiece(text) => Ok(text.to_files(self.shared.begin)),
+        }
     }
 
-    /// The reverse of [`Tokenizer::from_vocabulary`]: words, kinds (1 plain, 3 special, 4 added, 5 padding up to `count`) and merges.
+    /// The tokenizer.json that says the same.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the library cannot write it, and for a sentencepiece model.
+    pub fn to_json(&self) -> Result<String> {
+        let wrong = |what| Error::Tokenizer { origin: self.shared.origin.clone(), what };
+        match &self.shared.inner {
+            Inner::Library(inner) => inner.to_string(false).map_err(|e| wrong(e.to_string())),
+            Inner::SentencePiece(_) => Err(wrong("a sentencepiece model has no tokenizer.json of the same meaning".into())),
+        }
+    }
+
+    /// The reverse of [`Tokenizer::from_vocabulary`] and [`Tokenizer::from_pieces`]: words, kinds (1 plain, 3 special, 4 added, 5 padding up
+    /// to `count`) with merges or scores.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if it is no BPE.
     pub fn to_vocabulary(&self, count: usize) -> Result<Vocabulary> {
         let wrong = |what: String| Error::Tokenizer { origin: self.shared.origin.clone(), what };
-        let json = self.shared.inner.to_string(false).map_err(|e| wrong(e.to_string()))?;
-        let json = serde_json::from_str(&json).map_err(|e| wrong(e.to_string()))?;
+        if let Inner::SentencePiece(text) = &self.shared.inner {
+            return text.to_vocabulary(count).map_err(wrong);
+        }
+        let json = serde_json::from_str(&self.to_json()?).map_err(|e| wrong(e.to_string()))?;
         vocabulary::from_json(&json, count).ok_or_else(|| wrong("it is no byte-pair encoding".into()))
     }
 
@@ -147,7 +219,10 @@ impl Tokenizer {
 
     /// The id of `token`, spelled as in the file.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.shared.inner.token_to_id(token)
+        match &self.shared.inner {
+            Inner::Library(inner) => inner.token_to_id(token),
+            Inner::SentencePiece(text) => text.token_to_id(token),
+        }
     }
 
     /// Text to ids; adds no token of its own.
@@ -155,15 +230,44 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if the tokenizer says so.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.shared.inner.encode_fast(text, false);
-        let encoding =
-            encoding.map_err(|e| Error::Tokenizer { origin: self.shared.origin.clone(), what: e.to_string() })?;
-        Ok(encoding.get_ids().to_vec())
+        match &self.shared.inner {
+            Inner::Library(inner) => {
+                let encoding = inner.encode_fast(text, false);
+                let wrong = |e: tokenizers::Error| Error::Tokenizer { origin: self.shared.origin.clone(), what: e.to_string() };
+                Ok(encoding.map_err(wrong)?.get_ids().to_vec())
+            }
+            Inner::SentencePiece(inner) => Ok(inner.encode(text)),
+        }
     }
 
-    /// Ids to text, special tokens included; ids that are none are left out.
+    /// The token that the tokenizer's configuration puts before a text; `None` for most.
+    pub fn begin(&self) -> Option<u32> {
+        self.shared.begin
+    }
+
+    /// Text to ids, after [`Tokenizer::begin`]: what a model reads that was trained on texts from their beginning.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_from_start(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids: Vec<u32> = self.begin().into_iter().collect();
+        ids.extend(self.encode(text)?);
+        Ok(ids)
+    }
+
+    /// Ids of a text from its beginning to text, special tokens included; ids that are none are left out. The space that
+    /// sentencepiece puts before a text is taken off: [`Tokenizer::decode_part`] keeps it.
     pub fn decode(&self, ids: &[u32]) -> String {
-        let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).copied().collect();
+        self.decoded(ids, self.decoder())
+    }
+
+    /// As [`Tokenizer::decode`], of ids from the middle of a text.
+    pub fn decode_part(&self, ids: &[u32]) -> String {
+        self.decoded(ids, self.decoder_of_part())
+    }
+
+    fn decoded(&self, ids: &[u32], mut decoder: Decoder) -> String {
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| decoder.take(id).to_vec()).collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
@@ -201,9 +305,26 @@ impl Tokenizer {
         self.shared.special.get(id as usize).copied().unwrap_or(false)
     }
 
-    /// Decodes token by token.
+    /// Decodes a text from its beginning, token by token.
     pub fn decoder(&self) -> Decoder {
-        Decoder { tokenizer: self.clone(), pending: Vec::new() }
+        let at_start = match &self.shared.inner {
+            Inner::Library(_) => false,
+            Inner::SentencePiece(text) => text.has_dummy_prefix() || text.merges_spaces(),
+        };
+        Decoder { at_start, ..self.decoder_of_part() }
+    }
+
+    /// Decodes a text from its middle, token by token.
+    pub fn decoder_of_part(&self) -> Decoder {
+        Decoder { tokenizer: self.clone(), pending: Vec::new(), at_start: false }
+    }
+
+    fn merges_spaces(&self) -> bool {
+        matches!(&self.shared.inner, Inner::SentencePiece(text) if text.merges_spaces())
+    }
+
+    fn begins_with_mark(&self, id: u32) -> bool {
+        matches!(&self.shared.inner, Inner::SentencePiece(text) if text.begins_with_mark(id))
     }
 }
 
@@ -231,6 +352,8 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 pub struct Decoder {
     tokenizer: Tokenizer,
     pending: Vec<u8>,
+    /// Whether the space before the text is still to come.
+    at_start: bool,
 }
 
 impl Decoder {
@@ -242,9 +365,22 @@ impl Decoder {
         self.tokenizer.token_bytes(id)
     }
 
+    /// The bytes of the next token, without the space before the text.
+    fn take(&mut self, id: u32) -> &[u8] {
+        let bytes = self.tokenizer.token_bytes(id);
+        if bytes.is_empty() || !std::mem::take(&mut self.at_start) || !self.tokenizer.begins_with_mark(id) {
+            return bytes;
+        }
+        let rest = &bytes[1..];
+        // Where runs of spaces are one, the text begins with the first piece that is something else.
+        self.at_start = rest.is_empty() && self.tokenizer.merges_spaces();
+        rest
+    }
+
     /// The text that `id` completes, possibly none.
     pub fn push(&mut self, id: u32) -> String {
-        self.pending.extend_from_slice(self.tokenizer.token_bytes(id));
+        let bytes = self.take(id).to_vec();
+        self.pending.extend(bytes);
         let mut out = String::new();
         loop {
             match std::str::from_utf8(&self.pending) {

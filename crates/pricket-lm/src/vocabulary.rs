@@ -8,8 +8,8 @@ const SPECIAL: i64 = 3;
 const ADDED: i64 = 4;
 const UNUSED: i64 = 5;
 
-/// A tokenizer as lists, as GGUF files carry it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// A tokenizer as lists, as GGUF files carry it: byte-level BPE has merges, sentencepiece has scores.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Vocabulary {
     /// The words by id, spelled in letters that stand for bytes; special and added ones as they are.
     pub words: Vec<String>,
@@ -17,6 +17,14 @@ pub struct Vocabulary {
     pub kinds: Vec<i32>,
     /// Two words that become one, with a space between, the first to be merged first.
     pub merges: Vec<String>,
+    /// Scores of the words; empty for byte-level BPE.
+    pub scores: Vec<f32>,
+    /// Of sentencepiece: whether a text gets a space in front.
+    pub add_space_prefix: bool,
+    /// Of sentencepiece: whether runs of spaces become one.
+    pub remove_extra_whitespaces: bool,
+    /// Of sentencepiece: replacements of characters.
+    pub charsmap: Vec<u8>,
 }
 
 /// The lists of a tokenizer.json, padded to `count` words.
@@ -43,7 +51,7 @@ pub(crate) fn from_json(json: &Value, count: usize) -> Option<Vocabulary> {
         _ => None,
     };
     let merges = json["model"]["merges"].as_array()?.iter().map(merge).collect::<Option<_>>()?;
-    Some(Vocabulary { words, kinds, merges })
+    Some(Vocabulary { words, kinds, merges, ..Vocabulary::default() })
 }
 
 /// The file that [`crate::Tokenizer::from_vocabulary`] reads.

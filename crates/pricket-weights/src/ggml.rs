@@ -21,6 +21,8 @@ pub struct GgmlLayout {
     pub fields: &'static [(&'static str, bool)],
     /// The block version of quantised files whose `ftype` says none.
     pub plain_version: u32,
+    /// A tensor that every file with this header has: where several headers fit, it tells which is meant.
+    pub embedding: &'static str,
 }
 
 /// A file in one of the containers before GGUF: ggml, ggmf or ggjt.
@@ -132,6 +134,10 @@ impl GgmlFile {
                 }
             }
         }
+        // Headers of several families may have one length.
+        if found.iter().any(|(layout, _, walk)| walk.tensors.contains_key(layout.embedding)) {
+            found.retain(|(layout, _, walk)| walk.tensors.contains_key(layout.embedding));
+        }
         // Where types are such that several readings come to the end, the first of them is the usual one.
         let Some((layout, reading, walk)) = found.into_iter().next() else {
             let nothing = || source.corrupt("none of the known headers fits");
@@ -184,6 +190,13 @@ impl GgmlFile {
     pub fn word(&self, id: usize) -> Option<Vec<u8>> {
         let &(start, len) = self.vocabulary.get(id)?;
         self.source.read(start, len).ok().map(std::borrow::Cow::into_owned)
+    }
+
+    /// The score of word `id`, which comes after its text in files that have scores.
+    pub fn score(&self, id: usize) -> Option<f32> {
+        let &(start, len) = self.vocabulary.get(id).filter(|_| self.container.scores)?;
+        let bytes = self.source.read(start + len, 4).ok()?;
+        Some(f32::from_le_bytes(*bytes.first_chunk()?))
     }
 
     /// Number of words.

@@ -474,6 +474,17 @@ impl GgufFile {
         Ok(Some(out))
     }
 
+    /// An array of floats. `None` if there is none of that name.
+    ///
+    /// # Errors
+    /// What reading says.
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        let Some((_, count, start)) = self.array(key, &[6]) else { return Ok(None) };
+        let mut cursor = Cursor::new(&self.parts[0], start);
+        let bytes = cursor.take(count.saturating_mul(4), key)?;
+        Ok(Some(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
+    }
+
     /// An array of integers. `None` if there is none of that name.
     ///
     /// # Errors

@@ -62,6 +62,8 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
     let is_other = |name: &&str| match Path::new(name).extension().and_then(|end| end.to_str()) {
         Some("gguf") => true,
         Some("bin") => name.contains("ggml"),
+        // What some authors save; training programs save the state of their generators so too.
+        Some("pth") => !name.starts_with("rng_state"),
         _ => false,
     };
     let others = representatives(names().filter(is_other));

@@ -41,6 +41,10 @@ pub enum GgufValue {
     Texts(Vec<Vec<u8>>),
     /// A list of numbers.
     Integers(Vec<i32>),
+    /// A list of floats.
+    Floats(Vec<f32>),
+    /// A list of bytes.
+    Bytes(Vec<u8>),
 }
 
 /// Where data begin, in GGUF files.
@@ -115,6 +119,16 @@ impl<W: Write> Writer<W> {
                     for value in values {
                         text(&mut header, value);
                     }
+                }
+                GgufValue::Floats(values) => {
+                    kind(&mut header, &[9, 6]);
+                    header.extend((values.len() as u64).to_le_bytes());
+                    header.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                }
+                GgufValue::Bytes(values) => {
+                    kind(&mut header, &[9, 0]);
+                    header.extend((values.len() as u64).to_le_bytes());
+                    header.extend(values);
                 }
                 GgufValue::Integers(values) => {
                     kind(&mut header, &[9, 5]);

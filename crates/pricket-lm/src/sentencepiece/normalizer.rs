@@ -1,0 +1,130 @@
+//! What is done to a text before it is cut into pieces.
+
+use crate::sentencepiece::proto::NormalizerSpec;
+
+/// The character that stands for a space.
+pub(crate) const MARK: &str = "\u{2581}";
+
+/// A normalizer with its table of replacements, if it has one.
+#[derive(Debug)]
+pub(crate) struct Normalizer {
+    pub(crate) spec: NormalizerSpec,
+    charsmap: Option<Charsmap>,
+}
+
+/// Replacements of strings: a double-array trie, as darts-clone writes it, whose values are places in a list of texts.
+#[derive(Debug)]
+struct Charsmap {
+    units: Vec<u32>,
+    texts: Vec<u8>,
+}
+
+impl Charsmap {
+    fn parse(blob: &[u8]) -> Option<Self> {
+        let (size, rest) = blob.split_first_chunk::<4>()?;
+        let (trie, texts) = rest.split_at_checked(u32::from_le_bytes(*size) as usize)?;
+        let (units, odd) = trie.as_chunks::<4>();
+        let whole = odd.is_empty() && !units.is_empty() && texts.last().is_none_or(|&last| last == 0);
+        whole.then(|| Self { units: units.iter().map(|unit| u32::from_le_bytes(*unit)).collect(), texts: texts.to_vec() })
+    }
+
+    /// The longest beginning of `text` that is replaced: its length, and what replaces it.
+    fn longest(&self, text: &[u8]) -> Option<(usize, &[u8])> {
+        let offset = |unit: u32| ((unit >> 10) << ((unit & (1 << 9)) >> 6)) as usize;
+        let mut at = offset(self.units[0]);
+        let mut found = None;
+        for (i, &byte) in text.iter().enumerate() {
+            at ^= usize::from(byte);
+            let Some(&unit) = self.units.get(at) else { break };
+            if unit & ((1 << 31) | 0xff) != u32::from(byte) {
+                break;
+            }
+            at ^= offset(unit);
+            if unit >> 8 & 1 == 1 {
+                let value = self.units.get(at)? & !(1 << 31);
+                found = Some((i + 1, value as usize));
+            }
+        }
+        let (len, start) = found?;
+        let rest = self.texts.get(start..)?;
+        Some((len, &rest[..rest.iter().position(|&byte| byte == 0)?]))
+    }
+}
+
+impl Normalizer {
+    pub(crate) fn new(spec: NormalizerSpec) -> Result<Self, String> {
+        let charsmap = match &spec.charsmap[..] {
+            [] => None,
+            blob => Some(Charsmap::parse(blob).ok_or("its normalizer's precompiled_charsmap is broken")?),
+        };
+        Ok(Self { spec, charsmap })
+    }
+
+    /// What the beginning of `text`, which is not empty, becomes, and its length; `user` is the length of a user-defined symbol there.
+    fn prefix<'a>(&'a self, text: &'a str, user: Option<usize>) -> (&'a str, usize) {
+        if let Some(len) = user {
+            return (&text[..len], len);
+        }
+        let mapped = self.charsmap.as_ref().and_then(|charsmap| charsmap.longest(text.as_bytes()));
+        if let Some((len, replaced)) = mapped
+            && text.is_char_boundary(len)
+            && let Ok(replaced) = std::str::from_utf8(replaced)
+        {
+            return (replaced, len);
+        }
+        let len = text.chars().next().map_or(0, char::len_utf8);
+        (&text[..len], len)
+    }
+
+    /// The text that is cut into pieces; `user` tells the length of a user-defined symbol at the beginning of a text.
+    pub(crate) fn normalize(&self, text: &str, user: impl Fn(&str) -> Option<usize>) -> String {
+        let spec = &self.spec;
+        let mut rest = text;
+        if spec.remove_extra_whitespaces {
+            while !rest.is_empty() {
+                let (first, len) = self.prefix(rest, user(rest));
+                if first != " " {
+                    break;
+                }
+                rest = &rest[len..];
+            }
+        }
+        let mut out = String::with_capacity(text.len() + text.len() / 4);
+        if rest.is_empty() {
+            return out;
+        }
+        let space = if spec.escape_whitespaces { MARK } else { " " };
+        if spec.add_dummy_prefix && !spec.whitespace_is_suffix {
+            out.push_str(space);
+        }
+        let mut after_space = spec.remove_extra_whitespaces;
+        while !rest.is_empty() {
+            let (mut piece, len) = self.prefix(rest, user(rest));
+            while after_space && let Some(less) = piece.strip_prefix(' ') {
+                piece = less;
+            }
+            if !piece.is_empty() {
+                if spec.escape_whitespaces {
+                    piece.split(' ').enumerate().for_each(|(i, part)| {
+                        out.push_str(if i > 0 { MARK } else { "" });
+                        out.push_str(part);
+                    });
+                } else {
+                    out.push_str(piece);
+                }
+                after_space = piece.ends_with(' ');
+            }
+            rest = &rest[len..];
+            after_space &= spec.remove_extra_whitespaces;
+        }
+        if spec.remove_extra_whitespaces {
+            while out.ends_with(space) {
+                out.truncate(out.len() - space.len());
+            }
+        }
+        if spec.add_dummy_prefix && spec.whitespace_is_suffix {
+            out.push_str(space);
+        }
+        out
+    }
+}
