@@ -37,7 +37,8 @@ fn every_case_is_answered_as_the_original_answered() {
     cases.extend(directories_with(&golden().join("files"), "case.json"));
     cases.extend(directories_with(&golden().join("scoring"), "case.json"));
     cases.extend(directories_with(&golden().join("training"), "case.json"));
-    assert!(cases.len() >= 80, "{} cases", cases.len());
+    cases.extend(directories_with(&golden().join("text"), "case.json"));
+    assert!(cases.len() >= 107, "{} cases", cases.len());
     let failures: Vec<String> = cases
         .iter()
         .map(|case| cases::run(case, &CPU))

@@ -381,13 +381,13 @@ fn looking_changes_nothing_and_nothing_is_fetched_in_vain() {
     world.server.add(
         "owner/other",
         only([
-            ("config.json", Content::text("{\"model_type\": \"llama\"}")),
+            ("config.json", Content::text("{\"model_type\": \"gpt2\"}")),
             ("model.safetensors", Content::lfs(vec![1; 300_000])),
         ]),
     );
     world.server.take_log();
     let error = world.loader("owner/other").load().unwrap_err();
-    assert!(error.to_string().contains("llama") && world.large_bytes() == 0, "{error}");
+    assert!(error.to_string().contains("gpt2") && world.large_bytes() == 0, "{error}");
     // A commit that is not there is answered with what is.
     let error = world.loader(&format!("owner/tiny@{}", "0".repeat(40))).load().unwrap_err();
     assert!(matches!(&error, Error::Revision { known, .. } if known.contains(&"step0".to_owned())), "{error}");

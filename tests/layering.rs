@@ -4,7 +4,9 @@ use std::process::Command;
 use crate::common::{files, root};
 
 /// Which crate may use which; the same table stands in crates/README.md.
-const ALLOWED: [(&str, &[&str]); 12] = [
+const ALLOWED: [(&str, &[&str]); 14] = [
+    ("pricket-llama", &["pricket-nn"]),
+    ("pricket-rwkv4", &["pricket-nn"]),
     ("pricket-hub", &[]),
     ("pricket-testhub", &[]),
     ("pricket-toys", &["pricket-nn"]),
@@ -25,6 +27,8 @@ const ALLOWED: [(&str, &[&str]); 12] = [
             "pricket-gpt-neox",
             "pricket-mpt",
             "pricket-redpajama-incite",
+            "pricket-llama",
+            "pricket-rwkv4",
             "pricket-lm",
             "pricket-train",
         ],
@@ -86,7 +90,7 @@ fn refuse(krate: &str, words: &[&str]) {
 
 #[test]
 fn families_know_no_device_type_feature_or_cache() {
-    for family in ["pricket-gpt-neox", "pricket-mpt", "pricket-redpajama-incite", "pricket-toys"] {
+    for family in ["pricket-gpt-neox", "pricket-mpt", "pricket-redpajama-incite", "pricket-llama", "pricket-rwkv4", "pricket-toys"] {
         refuse(family, &["cfg(feature", "Device::", "to_dtype", "DType", "uantis", "uantiz", "Cache", "State::"]);
         // What files call its tensors and keys are tables beside it.
         let is_table = |place: &str| place.contains("formats.rs") || place.contains("names.rs");
@@ -107,7 +111,11 @@ fn families_know_no_device_type_feature_or_cache() {
 #[test]
 fn shared_crates_name_no_family() {
     for krate in ["pricket-weights", "pricket-kernels", "pricket-nn", "pricket-lm", "pricket-train"] {
-        refuse(krate, &["neox", "NeoX", "pythia", "Pythia", "\"mpt", "Mpt", "MPT"]);
+        refuse(krate, &["neox", "NeoX", "pythia", "Pythia", "\"mpt", "Mpt", "MPT", "rwkv", "Rwkv"]);
+        // What transformers calls its sentencepiece tokenizer is written where sentencepiece models are.
+        if krate != "pricket-lm" {
+            refuse(krate, &["llama", "Llama"]);
+        }
     }
 }
 

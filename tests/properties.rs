@@ -7,7 +7,37 @@ use serde_json::{Value, json};
 use crate::common::{small, small_config, worst};
 
 pub(crate) fn any_config() -> impl Strategy<Value = Value> {
-    prop_oneof![any_neox(), any_mpt(), any_toy()]
+    prop_oneof![any_neox(), any_mpt(), any_llama(), any_rwkv(), any_toy()]
+}
+
+/// What changes the maths of a LLaMA model.
+fn any_llama() -> impl Strategy<Value = Value> {
+    let heads = prop::sample::select(vec![(4, 4), (4, 2), (3, 1)]);
+    let head_dim = prop::sample::select(vec![Value::Null, json!(10), json!(16)]);
+    (heads, head_dim, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+        |((heads, kv_heads), head_dim, attention_bias, mlp_bias, tied)| {
+            let mut config = json!({
+                "model_type": "llama", "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads, "intermediate_size": 40, "hidden_act": "silu", "attention_bias": attention_bias,
+                "mlp_bias": mlp_bias, "tie_word_embeddings": tied, "max_position_embeddings": 96, "rms_norm_eps": 1e-5,
+            });
+            if !head_dim.is_null() {
+                config["head_dim"] = head_dim;
+            }
+            config
+        },
+    )
+}
+
+/// The sizes of an RWKV model.
+fn any_rwkv() -> impl Strategy<Value = Value> {
+    let widths = prop::sample::select(vec![(24, 24), (24, 40), (20, 16)]);
+    (widths, any::<bool>()).prop_map(|((d, width), tied)| {
+        json!({
+            "model_type": "rwkv", "vocab_size": 61, "hidden_size": d, "attention_hidden_size": width, "intermediate_size": 36,
+            "num_hidden_layers": 2, "context_length": 96, "tie_word_embeddings": tied,
+        })
+    })
 }
 
 /// The two families that only tests have.

@@ -1,7 +1,7 @@
 use pricket::{Dtype, estimate, published_config, published_shapes};
 
 /// Total and non-embedding parameters as published (Biderman et al. 2023, table 6; the INCITE model pages).
-const PUBLISHED: [(&str, u64, Option<u64>); 18] = [
+const PUBLISHED: [(&str, u64, Option<u64>); 27] = [
     ("14m", 14_067_712, Some(1_189_888)),
     ("31m", 30_494_720, Some(4_739_072)),
     ("70m", 70_426_624, Some(18_915_328)),
@@ -20,6 +20,15 @@ const PUBLISHED: [(&str, u64, Option<u64>); 18] = [
     ("mpt-7b-8k", 6_649_286_656, None),
     ("mpt-7b-storywriter", 6_649_286_656, None),
     ("mpt-30b", 29_957_200_896, None),
+    ("open-llama-3b", 3_426_473_600, Some(3_221_673_600)),
+    ("open-llama-7b", 6_738_415_616, Some(6_476_271_616)),
+    ("open-llama-13b", 13_015_864_320, Some(12_688_184_320)),
+    ("rwkv4-169m", 169_342_464, Some(92_116_992)),
+    ("rwkv4-430m", 430_397_440, Some(327_430_144)),
+    ("rwkv4-1b5", 1_515_106_304, Some(1_309_171_712)),
+    ("rwkv4-3b", 2_984_627_200, Some(2_727_208_960)),
+    ("rwkv4-7b", 7_392_649_216, Some(6_980_780_032)),
+    ("rwkv4-14b", 14_148_597_760, Some(13_633_761_280)),
 ];
 
 /// Summed over the tensors that the real loading code asks a store without bytes for.

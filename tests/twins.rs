@@ -137,6 +137,52 @@ proptest! {
 
     /// RWKV's recurrence, by the kernel, by plain operations, and by its definition in f64.
     #[test]
+    fn gates_and_mixes_and_their_gradients_are_those_of_their_twins(rows in 1usize..40, d in 1usize..40, silu: bool) {
+        let randn = |shape: &[usize]| Var::randn(0f32, 2.0, shape, &Device::Cpu).unwrap();
+        let (x, y, mix, weight) = (randn(&[rows, d]), randn(&[rows, d]), randn(&[1, 1, d]), randn(&[rows, d]));
+        let gate = if silu { ops::Gate::Silu } else { ops::Gate::Sigmoid };
+        type Op<'a> = &'a dyn Fn(bool) -> Tensor;
+        let gated = |plain| if plain { ops::plain_gated(&x, &y, gate) } else { ops::gated(&x, &y, gate) }.unwrap();
+        let mixed = |plain| {
+            let (x, y) = (x.reshape((1, rows, d)).unwrap(), y.reshape((1, rows, d)).unwrap());
+            if plain { ops::plain_mix(&x, &y, &mix) } else { ops::mix(&x, &y, &mix) }.unwrap().squeeze(0).unwrap()
+        };
+        for (op, vars) in [(&gated as Op<'_>, vec![&x, &y]), (&mixed as Op<'_>, vec![&x, &y, &mix])] {
+            prop_assert!(worst(&op(false), &op(true)) < 2e-6);
+            let grads = |plain| (op(plain) * weight.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+            let (fused, plain) = (grads(false), grads(true));
+            for var in vars {
+                let (fused, plain) = (fused.get(var).unwrap(), plain.get(var).unwrap());
+                prop_assert!(worst(fused, plain) < 1e-5 * (rows as f32).sqrt());
+            }
+        }
+    }
+
+    #[test]
+    fn the_gradients_of_wkv_are_those_of_its_twin(lens in prop::collection::vec(1usize..30, 1..4), d in 1usize..40, loud: bool) {
+        let (n, scale) = (lens.iter().sum::<usize>(), if loud { 30.0 } else { 1.0 });
+        let randn = |shape: &[usize], scale: f64| Var::randn(0f32, scale as f32, shape, &Device::Cpu).unwrap();
+        let (k, v, decay, first) = (randn(&[n, d], scale), randn(&[n, d], 1.0), randn(&[d], 1.0), randn(&[d], 1.0));
+        let weight = randn(&[n, d], 1.0);
+        let start = Tensor::rand(0.5f32, 1.0, (3, d), &Device::Cpu).unwrap();
+        let before = vec![start; lens.len()];
+        let grads = |plain: bool| {
+            let op = if plain { ops::plain_wkv4 } else { ops::wkv4 };
+            let (out, after) = op(&k, &v, &decay, &first, &lens, &before).unwrap();
+            assert!(after.iter().all(|state| !state.track_op()));
+            (out * weight.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap()
+        };
+        let (fused, plain) = (grads(false), grads(true));
+        for var in [&k, &v, &decay, &first] {
+            // Of rows of one position each nothing fades.
+            let (fused, plain) = (fused.get(var).unwrap(), plain.get(var).cloned());
+            let plain = &plain.unwrap_or_else(|| var.zeros_like().unwrap());
+            let largest = plain.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            prop_assert!(worst(fused, plain) < 2e-5 * largest.max(1.0), "{} of {largest}", worst(fused, plain));
+        }
+    }
+
+    #[test]
     fn wkv_and_its_plain_twin_follow_the_definition(
         lens in prop::collection::vec(1usize..9, 1..4), d in 1usize..130, large: bool,
     ) {

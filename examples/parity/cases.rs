@@ -77,7 +77,8 @@ pub(crate) fn run(dir: &Path, setup: &Setup) -> Outcome {
 
 fn compare(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let has = |file: &str| dir.join(file).is_file();
-    let of_logits = case["files"]["model"].is_string() || (has("config.json") && has("expected.safetensors"));
+    let is_model = (has("config.json") || case["model_file"].is_string()) && has("expected.safetensors");
+    let of_logits = case["files"]["model"].is_string() || is_model;
     ensure!(of_logits || check.bound.is_none(), "only cases of logits are compared in another precision than f32");
     #[cfg(feature = "train")]
     if let Some(result) = training::run(dir, case, setup, check) {
@@ -114,7 +115,7 @@ fn compare(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result
             container(&file, case, setup, check)
         };
     }
-    if has("config.json") && has("expected.safetensors") {
+    if is_model {
         return model(dir, case, setup, check);
     }
     bail!("a case of a kind that this version does not know")
@@ -223,7 +224,7 @@ fn left_padding(expected: &HashMap<String, Tensor>, batch: usize) -> Result<Vec<
 
 /// Logits, hidden states, log-probabilities, and a cached run, against the reference's.
 fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
-    let pricket = setup.of(Loader::new(dir)).load()?;
+    let pricket = setup.of(Loader::new(model_in(dir, case))).load()?;
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
     let model = pricket.model();
     let input = get(&expected, "input_ids")?.to_dtype(DType::U32)?;
@@ -283,8 +284,46 @@ fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
     for (what, split) in [("split_logits", splits.transpose()?), ("stepped_logits", Some(vec![1; time]))] {
         let Some(split) = split else { continue };
         ensure!(split.iter().sum::<usize>() == time, "the split {split:?} does not add up to {time}");
-        let logits = batch.logits(&*model, &split, &mut Context::new().with_state(State::new()))?;
+        let mut ctx = Context::new().with_state(State::new());
+        let logits = batch.logits(&*model, &split, &mut ctx)?;
         check.within(what, difference(&logits, get(&expected, "logits")?, &padding)?, logits_atol);
+        recurrence("state", &ctx, &expected, case, check)?;
+        if split.len() > 1 {
+            let mut ctx = Context::new().with_state(State::new());
+            batch.read(&*model, (0, split[0]), &mut ctx)?;
+            if what == "split_logits" {
+                recurrence("state_after_first_chunk", &ctx, &expected, case, check)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The state of a recurrent model, if the case has one: the last positions of both shifts, and the sums of the recurrence, which may be
+/// scaled in any way.
+fn recurrence(what: &str, ctx: &Context, expected: &HashMap<String, Tensor>, case: &Value, check: &mut Check) -> Result<()> {
+    let part = |name: &str| expected.get(&format!("{what}.{name}"));
+    let (Some(time), Some(channel)) = (part("att_x"), part("ffn_x")) else { return Ok(()) };
+    let (Some(num), Some(den), Some(max)) = (part("att_num"), part("att_den"), part("att_max")) else {
+        bail!("the case holds a part of a state only");
+    };
+    let (state, atol) = (ctx.state().context("no state")?, tolerance(case, "state_atol")?);
+    let (layers, rows, _) = time.dims3()?;
+    for (layer, row) in (0..layers).flat_map(|layer| (0..rows).map(move |row| (layer, row))) {
+        let kept = |name| state.recurrent(row, layer, name).with_context(|| format!("the state keeps no {name}"));
+        let worst = |found: &Tensor, expected: &Tensor| -> Result<f64> {
+            let (found, expected) = (flat(found)?, flat(expected)?);
+            ensure!(found.len() == expected.len(), "{} values, expected {}", found.len(), expected.len());
+            Ok(found.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max))
+        };
+        for (name, expected) in [("time shift", time), ("channel shift", channel)] {
+            check.within(what, worst(kept(name)?, &expected.i((layer, row))?)?, atol);
+        }
+        let own = kept("wkv")?;
+        let [num, den, max] = [num, den, max].map(|x| x.i((layer, row)));
+        let (num, den, max) = (num?, den?, max?);
+        check.within(what, worst(&(own.i(0)? / own.i(1)?)?, &(num / &den)?)?, atol);
+        check.within(what, worst(&(own.i(1)?.log()? + own.i(2)?)?, &(den.log()? + max)?)?, atol);
     }
     Ok(())
 }
@@ -325,6 +364,11 @@ fn container(file: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
     }
 
     let pricket = setup.of(Loader::new(file)).load()?;
+    for vector in case["tokenizer_vectors"]["vectors"].as_array().into_iter().flatten() {
+        let text = vector["text"].as_str().context("a text")?;
+        let wanted: Vec<u32> = serde_json::from_value(vector["ids"].clone())?;
+        check.equal(&format!("ids of {text:?}"), &pricket.tokenizer()?.encode(text)?, &wanted);
+    }
     let input = get(&expected, "__input_ids__")?.to_dtype(DType::U32)?.flatten_all()?.to_vec1::<u32>()?;
     let logits = file_logits(&pricket, &input, &setup.device, input.len())?;
     let stepped = file_logits(&pricket, &input, &setup.device, 1)?;
@@ -374,10 +418,16 @@ fn sha256(bytes: &[u8]) -> String {
     pricket::hub::Digest::Sha256(String::new()).of(bytes).hex().to_owned()
 }
 
+/// The model of a case: the file that it names, or its directory.
+fn model_in(dir: &Path, case: &Value) -> std::path::PathBuf {
+    case["model_file"].as_str().map_or(dir.to_owned(), |file| dir.join(file))
+}
+
 /// The model that a case without weights of its own refers to.
 fn base(dir: &Path, case: &Value) -> Result<std::path::PathBuf> {
     let name = case["base_case"].as_str().context("case.json names no base_case")?;
-    Ok(dir.parent().context("the case has no parent directory")?.join(name))
+    let base = dir.parent().context("the case has no parent directory")?.join(name);
+    Ok(model_in(&base, &read_json(&base.join("case.json"))?))
 }
 
 /// Greedy continuations, all prompts in one batch and each alone, and a run into an end token.
@@ -495,7 +545,8 @@ fn processors(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
 /// The loss of a batch and its gradient with respect to every parameter.
 fn train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let base = base(dir, case)?;
-    let prefix = read_json(&base.join("case.json"))?["name_prefix"].as_str().unwrap_or("").to_owned();
+    let folder = if base.is_dir() { &*base } else { base.parent().context("the model has no directory")? };
+    let prefix = read_json(&folder.join("case.json"))?["name_prefix"].as_str().unwrap_or("").to_owned();
     let pricket = setup.of(Loader::new(&base)).train().load()?;
     let expected = read_tensors(&dir.join("grads.safetensors"))?;
     let batch = get(&expected, "batch")?.to_dtype(DType::U32)?.to_device(&setup.device)?;
@@ -532,13 +583,40 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// What transformers' tokenizer over the same sentencepiece model makes of texts, in both of its ways.
+fn llama_tokenizer(model: &Path, vectors: &Path, check: &mut Check) -> Result<()> {
+    if !vectors.is_file() {
+        return Ok(());
+    }
+    for legacy in [true, false] {
+        let folder = tempfile::tempdir()?;
+        let copy = folder.path().join("tokenizer.model");
+        std::fs::copy(model, &copy)?;
+        std::fs::write(folder.path().join("tokenizer_config.json"), json!({"legacy": legacy}).to_string())?;
+        let tokenizer = Tokenizer::from_file(copy)?;
+        for line in read_lines(vectors)? {
+            let text = line["text"].as_str().context("a text")?;
+            let other = line["ids_non_legacy"].is_array() && !legacy;
+            let wanted = serde_json::from_value(line[if other { "ids_non_legacy" } else { "ids_legacy" }].clone())?;
+            check.equal(&format!("ids of {text:?}, legacy {legacy}"), &tokenizer.encode_from_start(text)?, &wanted);
+        }
+    }
+    Ok(())
+}
+
 /// Text to ids, ids to text at once and in a stream.
 fn tokenizer(dir: &Path, check: &mut Check) -> Result<()> {
     let mut files = std::fs::read_dir(dir)?.flatten().map(|entry| entry.path());
-    let file = files
-        .find(|path| path.to_string_lossy().ends_with("tokenizer.json"))
-        .context("the case holds no tokenizer.json")?;
-    let tokenizer = Tokenizer::from_file(file)?;
+    let is_one = |path: &std::path::PathBuf| {
+        ["tokenizer.json", "tokenizer.model"].iter().any(|name| path.to_string_lossy().ends_with(name))
+    };
+    let file = files.find(is_one).context("the case holds no tokenizer.json and no tokenizer.model")?;
+    let tokenizer = if file.extension().is_some_and(|end| end == "model") {
+        llama_tokenizer(&file, &dir.join("llama_tokenizer.jsonl"), check)?;
+        Tokenizer::from_sentencepiece(&std::fs::read(&file)?, file.display().to_string())?
+    } else {
+        Tokenizer::from_file(file)?
+    };
     let list = |value: &Value| -> Result<Vec<u32>> { Ok(serde_json::from_value(value.clone())?) };
     let text = |value: &Value| value.as_str().map(str::to_owned).context("a string was expected");
     for line in read_lines(&dir.join("encode.jsonl"))? {

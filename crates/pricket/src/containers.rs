@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pricket_lm::Tokenizer;
-use pricket_nn::{FusedRows, KnownTokenizer};
+use pricket_lm::{Pieces, Tokenizer};
+use pricket_nn::{FusedRows, KnownTokenizer, Reordered, RowOrder};
 use pricket_weights::{Format, GgmlFile, GgmlLayout, GgufFile, Store};
 use serde_json::Value;
 
-use crate::family::{all_ggml_layouts, config_from_gguf, family_of_ggml, family_of_gguf, unknown_gguf_keys};
+use crate::family::{
+    all_ggml_layouts, checked_family, config_from_gguf, family_of_ggml, family_of_gguf, unknown_gguf_keys,
+};
 use crate::{Error, Result};
 
 /// What such a file holds.
@@ -68,6 +70,24 @@ pub fn ggml_layouts() -> Vec<GgmlLayout> {
     all_ggml_layouts()
 }
 
+/// The tensors of such a file with their rows as the Hub has them.
+pub(crate) fn in_hub_order(store: Arc<dyn Store>, config: &Value) -> pricket_nn::Result<Arc<dyn Store>> {
+    let family = checked_family(config)?;
+    let (names, paired) = (family.names(), family.paired_rows(config)?);
+    if paired.is_empty() {
+        return Ok(store);
+    }
+    let order = |name: &str| paired_order(&paired, &names.canonical(name));
+    Ok(Arc::new(Reordered::new(store, order)?))
+}
+
+/// How files of llama.cpp have the rows of a tensor, given what a family says of them.
+pub(crate) fn paired_order(paired: &[(&str, usize)], canonical: &str) -> RowOrder {
+    let module = canonical.strip_suffix(".weight").or_else(|| canonical.strip_suffix(".bias"));
+    let found = paired.iter().find(|(part, _)| module.is_some_and(|module| module.ends_with(part)));
+    found.map_or(RowOrder::AsStored, |&(_, heads)| RowOrder::Pairs { heads })
+}
+
 fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let file = GgufFile::open(path)?;
     let metadata = file.metadata();
@@ -119,6 +139,9 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
     let origin = path.display().to_string();
     let wrong = |what: String| Error::Tokenizer { origin: origin.clone(), what };
     let (model, pre) = (metadata["tokenizer.ggml.model"].as_str(), metadata["tokenizer.ggml.pre"].as_str());
+    if model == Some("llama") {
+        return sentencepiece_of(file, metadata, words, origin).map(Some);
+    }
     if model != Some("gpt2") || pre.is_some_and(|pre| !GPT2_LIKE.contains(&pre)) {
         let (model, pre) = (model.unwrap_or("none"), pre.unwrap_or("none"));
         return Err(wrong(format!("a tokenizer of kind {model} ({pre}); byte-level BPE as GPT-2's is read")));
@@ -134,10 +157,64 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
     Ok(Some(Tokenizer::from_vocabulary(&words, &kinds, &merges, origin)?))
 }
 
-/// The tokenizer.json in the directory of a file.
+/// A sentencepiece vocabulary, which llama.cpp calls by the name of the first model that had one.
+fn sentencepiece_of(file: &GgufFile, metadata: &Value, words: Vec<Vec<u8>>, origin: String) -> Result<Tokenizer> {
+    let flag = |key: &str, default: bool| metadata[format!("tokenizer.ggml.{key}")].as_bool().unwrap_or(default);
+    let begin = metadata["tokenizer.ggml.bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()).unwrap_or(1);
+    let charsmap = file.integers("tokenizer.ggml.precompiled_charsmap")?.unwrap_or_default();
+    let pieces = Pieces {
+        scores: file.floats("tokenizer.ggml.scores")?.unwrap_or_else(|| vec![0.0; words.len()]),
+        kinds: file.integers("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![1; words.len()]),
+        words,
+        begin: flag("add_bos_token", true).then_some(begin),
+        add_space_prefix: flag("add_space_prefix", true),
+        remove_extra_whitespaces: flag("remove_extra_whitespaces", false),
+        charsmap: charsmap.into_iter().map(|byte| byte as u8).collect(),
+    };
+    Ok(Tokenizer::from_pieces(&pieces, origin)?)
+}
+
+/// The sentencepiece vocabulary of a legacy GGML file, where it has one: the unknown piece is written as it is shown, control pieces are
+/// empty, bytes are the byte itself, and others have spaces.
+fn sentencepiece_of_words(file: &GgmlFile, origin: String) -> Option<Result<Tokenizer>> {
+    let words: Vec<Vec<u8>> = (0..file.words()).map(|id| file.word(id)).collect::<Option<_>>()?;
+    let scores: Vec<f32> = (0..file.words()).map(|id| file.score(id)).collect::<Option<_>>()?;
+    let unknown = " \u{2047} ".as_bytes();
+    if words.first().map(Vec::as_slice) != Some(unknown) {
+        return None;
+    }
+    // All bytes follow each other.
+    let bytes = words.windows(256).position(|run| run.iter().zip(0..=255u8).all(|(word, byte)| word[..] == [byte]));
+    let (mut pieces, mut kinds) = (Vec::with_capacity(words.len()), Vec::with_capacity(words.len()));
+    for (id, word) in words.iter().enumerate() {
+        let byte = bytes.and_then(|first| id.checked_sub(first)).filter(|byte| *byte < 256);
+        let (piece, kind) = match (id, byte, word.is_empty()) {
+            (0, ..) => (b"<unk>".to_vec(), 2),
+            (_, Some(byte), _) => (format!("<0x{byte:02X}>").into_bytes(), 6),
+            (1, None, true) => (b"<s>".to_vec(), 3),
+            (2, None, true) => (b"</s>".to_vec(), 3),
+            (_, None, true) => (format!("[PAD{id}]").into_bytes(), 3),
+            _ => (String::from_utf8(word.clone()).ok()?.replace(' ', "\u{2581}").into_bytes(), 1),
+        };
+        pieces.push(piece);
+        kinds.push(kind);
+    }
+    let pieces = Pieces {
+        words: pieces,
+        scores,
+        kinds,
+        begin: Some(1),
+        add_space_prefix: true,
+        remove_extra_whitespaces: false,
+        charsmap: Vec::new(),
+    };
+    Some(Tokenizer::from_pieces(&pieces, origin).map_err(Into::into))
+}
+
+/// The tokenizer in the directory of a file.
 fn tokenizer_beside(path: &Path) -> Result<Option<Tokenizer>> {
-    let beside = crate::small_files::parent(path).join("tokenizer.json");
-    Ok(beside.is_file().then(|| Tokenizer::from_file(&beside)).transpose()?)
+    let found = crate::small_files::tokenizer_in(&crate::small_files::parent(path));
+    Ok(found.map(Tokenizer::from_file).transpose()?)
 }
 
 fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
@@ -147,8 +224,10 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let family = family_of_ggml(file.layout()).map_err(wrong)?;
     let config = family.config_from_ggml(&file.header(), &shape).map_err(wrong)?;
     let mut warnings = file.warnings().to_vec();
-    let tokenizer = given.cloned().map_or_else(|| tokenizer_beside(path), |given| Ok(Some(given)))?;
-    if let Some(tokenizer) = &tokenizer {
+    let mut tokenizer = given.cloned().map_or_else(|| tokenizer_beside(path), |given| Ok(Some(given)))?;
+    if tokenizer.is_none() {
+        tokenizer = sentencepiece_of_words(&file, path.display().to_string()).transpose()?;
+    } else if let Some(tokenizer) = &tokenizer {
         let known = (0..file.words()).filter_map(|id| Some((id, file.word(id)?)));
         // Bytes of parts of characters became U+FFFD, and added tokens are spelled in other ways.
         let known = known.filter(|(id, word)| {

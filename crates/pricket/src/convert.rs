@@ -11,9 +11,10 @@ use pricket_nn::{Family, LoadOptions, Names, Quantisation, RowOrder, Weights};
 use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, to_python_json};
 use serde_json::Value;
 
+use crate::containers::paired_order;
 use crate::family::{checked_family, is_table};
 use crate::opened::Opened;
-use crate::small_files::{TOKENIZER_FILES, at, parent};
+use crate::small_files::{TOKENIZER_FILES, TOKENIZERS, at, parent};
 use crate::{Error, Loader, Provenance, Result};
 
 /// What a conversion makes of matrices. Vectors keep their values in any case.
@@ -122,7 +123,8 @@ impl Loader {
         )?;
         let gguf = out.extension().is_some_and(|e| e == "gguf");
         let plan = Plan { family, options, gguf, in_model_order };
-        let items = plan.items(&dry, &*opened.store)?;
+        let paired = family.paired_rows(&opened.config).map_err(|e| at(&opened.config_path, e))?;
+        let items = plan.items(&dry, &*opened.store, &paired)?;
         let progress = self.reporter();
         progress.begin(
             &format!("writing {}", out.display()),
@@ -201,7 +203,7 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    fn items(&self, dry: &Weights, store: &dyn Store) -> Result<Vec<Item>> {
+    fn items(&self, dry: &Weights, store: &dyn Store, paired: &[(&str, usize)]) -> Result<Vec<Item>> {
         let fused = dry.fused();
         let mut out = Vec::new();
         for (canonical, from) in dry.asked() {
@@ -210,6 +212,10 @@ impl Plan<'_> {
             let rows = match (order, self.gguf, self.in_model_order) {
                 (Some(order), true, false) => Change::Apply(order),
                 (Some(order), false, true) => Change::Undo(order),
+                (None, true, _) => match paired_order(paired, &canonical) {
+                    RowOrder::AsStored => Change::None,
+                    order => Change::Undo(order),
+                },
                 _ => Change::None,
             };
             let dtype = self.dtype(&canonical, &from, &entry.shape, entry.dtype, store)?;
@@ -326,12 +332,14 @@ impl Item {
             if stored == wanted || narrowed.is_some() {
                 let (count, columns) = blocks.shape();
                 let blocks = narrowed.map_or(blocks, |bytes| Blocks::new(wanted, count, columns, bytes));
-                let blocks = match self.rows {
-                    Change::Apply(order) => match order.apply_to_matrix(Matrix::Blocks(blocks))? {
-                        Matrix::Blocks(blocks) => blocks,
-                        _ => return Err(Error::Input(format!("tensor {from} lost its blocks"))),
-                    },
-                    _ => blocks,
+                let blocks = Matrix::Blocks(blocks);
+                let moved = match self.rows {
+                    Change::Apply(order) => order.apply_to_matrix(blocks)?,
+                    Change::Undo(order) => order.undo_to_matrix(blocks)?,
+                    Change::None => blocks,
+                };
+                let Matrix::Blocks(blocks) = moved else {
+                    return Err(Error::Input(format!("tensor {from} lost its blocks")));
                 };
                 return out(blocks.bytes());
             }
@@ -440,21 +448,34 @@ fn metadata(
         add("tokenizer.ggml.model", GgufValue::Text("none".into()));
         return Ok(out);
     };
-    let Vocabulary { words, kinds, merges } = tokenizer.to_vocabulary(vocab)?;
+    let vocabulary = tokenizer.to_vocabulary(vocab)?;
     let bytes = |texts: Vec<String>| GgufValue::Texts(texts.into_iter().map(String::into_bytes).collect());
-    add("tokenizer.ggml.model", GgufValue::Text("gpt2".into()));
-    // The name under which llama.cpp has the rules of this tokenizer; its own converter writes it for these families.
-    add("tokenizer.ggml.pre", GgufValue::Text("olmo".into()));
+    // The names under which llama.cpp has the rules of a tokenizer; its own converter writes them for these families.
+    let is_sentencepiece = !vocabulary.scores.is_empty();
+    let (model, pre) = if is_sentencepiece { ("llama", "default") } else { ("gpt2", "olmo") };
+    add("tokenizer.ggml.model", GgufValue::Text(model.into()));
+    add("tokenizer.ggml.pre", GgufValue::Text(pre.into()));
+    let Vocabulary { words, kinds, merges, scores, add_space_prefix, remove_extra_whitespaces, charsmap } = vocabulary;
     add("tokenizer.ggml.tokens", bytes(words));
     add("tokenizer.ggml.token_type", GgufValue::Integers(kinds));
-    add("tokenizer.ggml.merges", bytes(merges));
+    if is_sentencepiece {
+        add("tokenizer.ggml.scores", GgufValue::Floats(scores));
+        add("tokenizer.ggml.add_space_prefix", GgufValue::Bool(add_space_prefix));
+        // llama.cpp reads neither for this kind; with them we do.
+        add("tokenizer.ggml.remove_extra_whitespaces", GgufValue::Bool(remove_extra_whitespaces));
+        if !charsmap.is_empty() {
+            add("tokenizer.ggml.precompiled_charsmap", GgufValue::Bytes(charsmap));
+        }
+    } else {
+        add("tokenizer.ggml.merges", bytes(merges));
+    }
     let end = crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), Some(tokenizer));
     let end = end.last().copied().unwrap_or(0);
     let begin = opened.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()).unwrap_or(end);
     for (key, id) in [("bos", begin), ("eos", end), ("unknown", begin)] {
         add(&format!("tokenizer.ggml.{key}_token_id"), GgufValue::U32(id));
     }
-    add("tokenizer.ggml.add_bos_token", GgufValue::Bool(false));
+    add("tokenizer.ggml.add_bos_token", GgufValue::Bool(tokenizer.begin().is_some()));
     add("tokenizer.ggml.add_eos_token", GgufValue::Bool(false));
     Ok(out)
 }
@@ -492,11 +513,10 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     let mut files: Vec<(&'static str, Option<Vec<u8>>)> = vec![
         ("config.json", Some(to_python_json(config).into_bytes())),
         ("generation_config.json", opened.generation_config.as_ref().map(|json| to_python_json(json).into_bytes())),
-        (
-            "tokenizer.json",
-            opened.tokenizer.as_ref().map(pricket_lm::Tokenizer::to_json).transpose()?.map(String::into_bytes),
-        ),
     ];
+    let own = opened.tokenizer.as_ref().map(pricket_lm::Tokenizer::to_files).transpose()?.unwrap_or_default();
+    // A tokenizer of the other kind would be another model's.
+    files.extend(TOKENIZERS.map(|name| (name, None)));
     let copied = |folder: Option<PathBuf>, name: &str| {
         let path = folder.map(|folder| folder.join(name)).filter(|path| path.is_file());
         path.map(|path| crate::small_files::read_at_most(&path, MAX_BESIDE)).transpose()
@@ -504,6 +524,13 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     let tokenizer = opened.tokenizer_path.as_deref().map(parent);
     for name in TOKENIZER_FILES {
         files.push((name, copied(tokenizer.clone(), name)?));
+    }
+    for (name, bytes) in own {
+        match files.iter_mut().find(|(known, _)| *known == name) {
+            // What was beside the source's own tokenizer says more.
+            Some((_, content)) => *content = content.take().or(Some(bytes)),
+            None => files.push((name, Some(bytes))),
+        }
     }
     let source = opened.provenance.directory.clone().filter(|_| !opened.is_container);
     for name in LICENSES {

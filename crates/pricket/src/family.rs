@@ -7,8 +7,14 @@ use pricket_nn::{Activation, Error, Family, GgmlLayout, Names, Result, ShapeOf};
 use serde_json::Value;
 
 /// The families that pricket has: the one list of them.
-fn own() -> [&'static dyn Family; 3] {
-    [pricket_gpt_neox::FAMILY, pricket_mpt::FAMILY, pricket_redpajama_incite::FAMILY]
+fn own() -> [&'static dyn Family; 5] {
+    [
+        pricket_gpt_neox::FAMILY,
+        pricket_mpt::FAMILY,
+        pricket_redpajama_incite::FAMILY,
+        pricket_llama::FAMILY,
+        pricket_rwkv4::FAMILY,
+    ]
 }
 
 /// Those that a program has added.
@@ -85,6 +91,11 @@ pub(crate) fn unlike(config: &Value, name: &str) -> Option<String> {
         Some(family) => family.unlike(config),
         None => Some(format!("it is not of the family {name}")),
     }
+}
+
+/// The configuration of a checkpoint without config.json, if the shapes of its tensors tell it.
+pub(crate) fn config_from_shapes(shape: ShapeOf<'_>) -> Option<Value> {
+    families().iter().find_map(|family| family.config_from_shapes(shape))
 }
 
 /// Every header of legacy GGML files.

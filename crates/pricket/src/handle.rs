@@ -216,12 +216,12 @@ impl Pricket {
         self.parts.tokenizer.as_ref().ok_or_else(missing)
     }
 
-    /// Text to ids.
+    /// Text to ids, after the token that the tokenizer's configuration puts before a text, if it names one.
     ///
     /// # Errors
     /// As [`Pricket::tokenizer`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.tokenizer()?.encode(text)?)
+        Ok(self.tokenizer()?.encode_from_start(text)?)
     }
 
     /// Ids to text, special tokens included.
@@ -266,8 +266,7 @@ impl Pricket {
     /// [`Error::Input`] for a text of fewer than two tokens, [`Error::ContextExceeded`] for one that is longer than the model can
     /// read.
     pub fn logprobs(&self, text: &str) -> Result<Vec<ScoredToken>> {
-        let tokenizer = self.tokenizer()?;
-        let ids = tokenizer.encode(text)?;
+        let ids = self.encode(text)?;
         if ids.len() < 2 {
             let what =
                 "a text of fewer than two tokens has no log-probabilities: each token is scored given those before it";
@@ -314,18 +313,20 @@ impl Pricket {
         let tokenizer = self.tokenizer()?;
         let token = |t: pricket_lm::TokenLogprob| ScoredToken {
             id: t.id,
-            text: tokenizer.decode(&[t.id]),
+            text: tokenizer.decode_part(&[t.id]),
             logprob: t.logprob,
             is_greedy: t.is_greedy,
         };
         Ok(scored.into_iter().map(token).collect())
     }
 
-    /// The token that texts begin with where nothing else is given: `<|endoftext|>` for all of these families.
+    /// The token that texts begin with where nothing else is given: what the tokenizer puts before a text, else `<|endoftext|>`, else
+    /// `bos_token_id`.
     pub fn prefix_id(&self) -> u32 {
+        let begin = self.parts.tokenizer.as_ref().and_then(Tokenizer::begin);
         let named = self.parts.tokenizer.as_ref().and_then(|tokenizer| tokenizer.token_to_id("<|endoftext|>"));
         let configured = || self.parts.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
-        named.or_else(configured).or(self.parts.eos.first().copied()).unwrap_or(0)
+        begin.or(named).or_else(configured).or(self.parts.eos.first().copied()).unwrap_or(0)
     }
 
     /// How likely each continuation is after its context: pairs of both, as lm-evaluation-harness takes them. A context that

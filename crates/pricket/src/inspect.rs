@@ -7,10 +7,10 @@ use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
 
 use crate::containers::{self, Container};
-use crate::family::checked_family;
+use crate::family::{checked_family, config_from_shapes};
 use crate::remote::Tensors;
 use crate::repository::{Place, Revision, locate};
-use crate::small_files::{at, read_json, unknown_keys};
+use crate::small_files::{at, read_json, tokenizer_in, unknown_keys};
 use crate::{Error, Provenance, Result};
 
 /// What is in a checkpoint, by its headers: no weight is read.
@@ -29,7 +29,7 @@ pub struct Inspection {
     pub metadata: Option<Value>,
     /// The model that configuration and weights make up, where there is a configuration.
     pub info: Option<ModelInfo>,
-    /// Whether there is a tokenizer: a tokenizer.json, or one that a GGUF file holds.
+    /// Whether there is a tokenizer: a tokenizer.json or tokenizer.model, or one that a GGUF file holds.
     pub has_tokenizer: bool,
     /// Every tensor, by name.
     pub tensors: Vec<TensorInfo>,
@@ -153,32 +153,39 @@ pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
 fn look(
     path: &Path,
     mut warnings: Vec<String>,
-    open: impl FnOnce() -> Result<(PathBuf, Format, Arc<dyn Store>, Provenance)>,
+    mut open: impl FnMut() -> Result<(PathBuf, Format, Arc<dyn Store>, Provenance)>,
 ) -> Result<Inspection> {
     let directory = if path.is_dir() { path.to_owned() } else { crate::small_files::parent(path) };
     let config_path = directory.join("config.json");
-    let config = if config_path.is_file() {
-        Some(read_json(&config_path)?)
-    } else if path.is_dir() {
-        return Err(Error::NotFound {
-            path: config_path,
+    let mut config = config_path.is_file().then(|| read_json(&config_path)).transpose()?;
+    let mut opened = None;
+    if config.is_none() {
+        // Some files tell the configuration by the shapes of their tensors.
+        let missing = || Error::NotFound {
+            path: config_path.clone(),
             what: "no such file; a checkpoint needs its config.json".into(),
-        });
-    } else {
-        None
-    };
+        };
+        let files = open().map_err(|e| if path.is_dir() { missing() } else { e })?;
+        config = config_from_shapes(&|name| files.2.entry(name).map(|entry| entry.shape));
+        if config.is_some() {
+            warnings.push("there is no config.json; sizes are those of the tensors".into());
+        } else if path.is_dir() {
+            return Err(missing());
+        }
+        opened = Some(files);
+    }
     let family = config.as_ref().map(checked_family).transpose().map_err(|e| at(&config_path, e))?;
     warnings.extend(config.iter().flat_map(|config| unknown_keys(&config_path, config)));
     let generation = directory.join("generation_config.json");
     if generation.is_file() {
         read_json(&generation)?;
     }
-    let tokenizer = directory.join("tokenizer.json");
-    let has_tokenizer = tokenizer.is_file();
-    if has_tokenizer && config.is_some() {
+    let tokenizer = tokenizer_in(&directory);
+    let has_tokenizer = tokenizer.is_some();
+    if let Some(tokenizer) = tokenizer.filter(|_| config.is_some()) {
         pricket_lm::Tokenizer::from_file(&tokenizer)?;
     }
-    let (file, format, store, provenance) = open()?;
+    let (file, format, store, provenance) = opened.map_or_else(&mut open, Ok)?;
     let tensors = list(&*store, family, &mut warnings);
     let mut info = None;
     if let Some((family, config)) = family.zip(config.as_ref()) {
@@ -187,7 +194,7 @@ fn look(
         warnings.extend(crate::load::unused_warning(&weights));
     }
     if config.is_some() && !has_tokenizer {
-        warnings.push("no tokenizer.json: give one to read or write text".into());
+        warnings.push("no tokenizer.json and no tokenizer.model: give one to read or write text".into());
     }
     Ok(Inspection {
         file,

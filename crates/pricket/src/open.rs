@@ -11,10 +11,10 @@ use serde_json::Value;
 
 use crate::cards::card_of;
 use crate::changes::Changes;
-use crate::family::checked_family;
+use crate::family::{checked_family, config_from_shapes, family_of};
 use crate::opened::Opened;
 use crate::repository::{Fetched, fetch_tokenizer, snapshot_warnings};
-use crate::small_files::{TOKENIZER_FILES, at, parent, read_json, unknown_keys};
+use crate::small_files::{TOKENIZER_FILES, at, parent, read_json, tokenizer_in, unknown_keys};
 use crate::{Error, Provenance, Result, containers};
 
 impl Opened {
@@ -28,11 +28,15 @@ impl Opened {
         }
     }
 
-    /// For a legacy GGML file, whose words are those of a known tokenizer and have lost bytes.
+    /// For a file whose tokenizer is known: a legacy GGML file, whose words have lost bytes, or weights without anything beside them.
     pub(crate) fn take_known_tokenizer(&mut self, whose: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {
-        let why = "no tokenizer can be made of the words in the file, which have lost bytes";
-        match self.known_tokenizer.filter(|_| self.tokenizer.is_none()) {
-            Some(from) => self.take_tokenizer(whose, why, from, hub, progress),
+        let why = if self.is_container {
+            "no tokenizer can be made of the words in the file, which have lost bytes"
+        } else {
+            "it has no tokenizer"
+        };
+        match self.known_tokenizer.clone().filter(|_| self.tokenizer.is_none()) {
+            Some(from) => self.take_tokenizer(whose, why, &from, hub, progress),
             None => Ok(()),
         }
     }
@@ -59,20 +63,21 @@ fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> 
     let directory = parent(path);
     let mut config = container.config;
     changes.apply(&mut config)?;
+    let store = containers::in_hub_order(container.store, &config).map_err(|e| at(path, e))?;
     Ok(Some(Opened {
         config,
         config_path: path.to_owned(),
         tokenizer: container.tokenizer,
         is_container: true,
-        provenance: Provenance::of_directory(&directory, &files_of(&*container.store)),
+        provenance: Provenance::of_directory(&directory, &files_of(&*store)),
         warnings: container.warnings,
         notes: container.notes,
         fused: container.fused,
-        known_tokenizer: container.known_tokenizer,
+        known_tokenizer: container.known_tokenizer.map(str::to_owned),
         chat_template: container.metadata["tokenizer.chat_template"]
             .is_string()
             .then(|| format!("tokenizer.chat_template of {}", path.display())),
-        ..Opened::new(container.store)
+        ..Opened::new(store)
     }))
 }
 
@@ -100,6 +105,11 @@ pub(crate) fn open_files(
     }
     let directory = if path.is_dir() { path.to_owned() } else { parent(path) };
     let config_path = directory.join("config.json");
+    if !config_path.is_file()
+        && let Some(opened) = open_without_config(path, fetched.as_ref(), given.as_ref(), changes)?
+    {
+        return Ok(Opened { in_use: fetched.map(|fetched| fetched.in_use), ..opened });
+    }
     if !config_path.is_file() {
         let adapter = directory.join("adapter_config.json");
         if adapter.is_file() {
@@ -120,8 +130,10 @@ pub(crate) fn open_files(
     checked_family(&config).map_err(|e| at(&config_path, e))?;
     let notes = unknown_keys(&config_path, &config);
     let generation = directory.join("generation_config.json");
-    let tokenizer = directory.join("tokenizer.json");
-    let generation_config = generation.is_file().then(|| read_json(&generation)).transpose()?;
+    let tokenizer = tokenizer_in(&directory);
+    let mut generation_config = generation.is_file().then(|| read_json(&generation)).transpose()?;
+    let mistaken = generation_config.as_mut().and_then(|own| leave_out_mistaken_end(&config, own));
+    let notes = notes.into_iter().chain(mistaken).collect();
     let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
     let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&weights)?);
     if store.names().iter().any(|name| name.contains(".base_layer.")) {
@@ -130,7 +142,8 @@ pub(crate) fn open_files(
     let (provenance, warnings, in_use) = if let Some(fetched) = fetched {
         (fetched.provenance, fetched.warnings, Some(fetched.in_use))
     } else {
-        let mut files = vec![config_path.clone(), generation, tokenizer.clone(), weights];
+        let mut files = vec![config_path.clone(), generation, weights];
+        files.extend(tokenizer.clone());
         // Shards are known by the tensors that they hold.
         files.extend(TOKENIZER_FILES.map(|name| directory.join(name)).into_iter().filter(|path| path.is_file()));
         files.extend(files_of(&*store));
@@ -140,16 +153,15 @@ pub(crate) fn open_files(
         let warnings = snapshot_warnings(&provenance);
         (provenance, warnings, None)
     };
-    let has_tokenizer = tokenizer.is_file();
     Ok(Opened {
         config,
         config_path,
         generation_config,
-        tokenizer_path: has_tokenizer.then(|| tokenizer.clone()),
         tokenizer: match given {
             Some(tokenizer) => Some(tokenizer),
-            None => has_tokenizer.then(|| Tokenizer::from_file(&tokenizer)).transpose()?,
+            None => tokenizer.as_ref().map(Tokenizer::from_file).transpose()?,
         },
+        tokenizer_path: tokenizer,
         provenance,
         warnings,
         notes,
@@ -157,6 +169,53 @@ pub(crate) fn open_files(
         chat_template: chat_template(&directory),
         ..Opened::new(store)
     })
+}
+
+/// Takes an end token out of a generation_config.json that the family knows for a mistake, and says so.
+fn leave_out_mistaken_end(config: &Value, generation: &mut Value) -> Option<String> {
+    let id = family_of(config).ok()?.mistaken_end_token()?;
+    if generation["eos_token_id"].as_u64() != Some(id.into()) || config["eos_token_id"].as_u64() == Some(id.into()) {
+        return None;
+    }
+    generation["eos_token_id"] = config["eos_token_id"].clone();
+    Some(format!("generation_config.json: eos_token_id {id} is a mistake of the published file, and is not used"))
+}
+
+/// Opens weights that have no config.json, if the shapes of their tensors tell the configuration.
+fn open_without_config(
+    path: &Path,
+    fetched: Option<&Fetched>,
+    given: Option<&Tokenizer>,
+    changes: &Changes,
+) -> Result<Option<Opened>> {
+    let weights = if path.is_dir() { pricket_weights::find_weights(path).ok() } else { Some(path.to_owned()) };
+    let Some(weights) = weights.filter(|weights| weights.is_file()) else { return Ok(None) };
+    if weights.extension().is_some_and(|end| end == "json") {
+        return Ok(None);
+    }
+    let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&weights)?);
+    let shape = |name: &str| store.entry(name).map(|entry| entry.shape);
+    let Some(mut config) = config_from_shapes(&shape) else { return Ok(None) };
+    changes.apply(&mut config)?;
+    checked_family(&config).map_err(|e| at(&weights, e))?;
+    let tokenizer = tokenizer_in(&parent(&weights));
+    let own = || tokenizer.as_ref().map(Tokenizer::from_file).transpose();
+    let provenance = match fetched {
+        Some(fetched) => fetched.provenance.clone(),
+        None => Provenance::of_directory(&parent(&weights), &files_of(&*store)),
+    };
+    let name = weights.file_name().unwrap_or_default().to_string_lossy();
+    Ok(Some(Opened {
+        tokenizer: given.map_or_else(own, |given| Ok(Some(given.clone())))?,
+        tokenizer_path: tokenizer,
+        known_tokenizer: config["tokenizer_name"].as_str().map(str::to_owned),
+        notes: vec![format!("{name}: there is no config.json; sizes are those of its tensors")],
+        warnings: fetched.map(|fetched| fetched.warnings.clone()).unwrap_or_default(),
+        config,
+        config_path: weights,
+        provenance,
+        ..Opened::new(store)
+    }))
 }
 
 /// The place of the chat template of a directory, if it has one.

@@ -28,7 +28,7 @@ pub(crate) struct Opened {
     pub(crate) in_use: Option<InUse>,
     pub(crate) fused: FusedRows,
     /// The repository of the tokenizer that its words are those of, where it has none of its own.
-    pub(crate) known_tokenizer: Option<&'static str>,
+    pub(crate) known_tokenizer: Option<String>,
     /// The place of a chat template, which is not evaluated.
     pub(crate) chat_template: Option<String>,
 }

@@ -12,13 +12,14 @@ use crate::cards::{Card, KnownKind, card};
 use crate::changes::Changes;
 use crate::embedded::Embedded;
 use crate::family::checked_family;
-use crate::small_files::{TOKENIZER_FILES, at, read_json};
+use crate::small_files::{TOKENIZER_FILES, TOKENIZERS, at, read_json};
 use crate::{Error, Provenance, Result};
 
 /// Files that are fetched beside the weights, if they are there.
-const SMALL: [&str; 13] = [
+const SMALL: [&str; 14] = [
     "config.json",
     "generation_config.json",
+    "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -261,7 +262,7 @@ pub(crate) fn fetch_commit(id: &ModelId, commit: &str, hub: &Hub, progress: &dyn
     found.fetch(&Changes::default(), hub, progress)
 }
 
-/// The tokenizer.json of a repository, where another one has none.
+/// The tokenizer of a repository, where another one has none.
 pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) -> Result<PathBuf> {
     let id: ModelId = repo.parse()?;
     let telling = Telling::new(progress, format!("fetching the tokenizer of {id}"));
@@ -269,10 +270,11 @@ pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) ->
     let listing = hub.files(&id.repo, &commit, &telling)?.files;
     let find = |name: &str| listing.iter().find(|file| file.path == name && file.size <= SMALL_BYTES).cloned();
     let missing = || Error::NotFound { path: "tokenizer.json".into(), what: format!("{id} has none") };
-    let mut wanted = vec![find("tokenizer.json").ok_or_else(missing)?];
+    let found = TOKENIZERS.iter().find_map(|name| find(name)).ok_or_else(missing)?;
+    let mut wanted = vec![found.clone()];
     wanted.extend(TOKENIZER_FILES.iter().filter_map(|name| find(name)));
     let snapshot = hub.fetch(&id, &commit, &wanted, &listing, &telling)?;
-    Ok(snapshot.directory.join("tokenizer.json"))
+    Ok(snapshot.directory.join(found.path))
 }
 
 /// The directory of an adapter's files in the cache.
@@ -331,9 +333,9 @@ impl Revision {
 
     fn fetch(self, changes: &Changes, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
         let small = self.fetch_small(hub, progress)?;
-        // Before gigabytes of weights that nothing here can load. Files that hold everything need no configuration.
+        // Before gigabytes of weights that nothing here can load. Some files tell the configuration themselves.
         let config = small.directory.join("config.json");
-        if !config.is_file() && !self.chosen.by_name && !self.chosen.holds_everything() {
+        if !config.is_file() && !self.chosen.by_name && !self.chosen.may_stand_alone() {
             let what = format!("{} has none; a checkpoint needs its config.json", self.id);
             return Err(Error::NotFound { path: "config.json".into(), what });
         }
@@ -397,7 +399,7 @@ impl Chosen {
         };
         let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
         let missing = || Error::NotFound { path: place.clone(), what: format!("{name} is not listed") };
-        let small = ["config.json", "tokenizer.json"].into_iter().chain(is_index(name).then_some(name));
+        let small = ["config.json", "tokenizer.json", "tokenizer.model"].into_iter().chain(is_index(name).then_some(name));
         if let Some(large) = small.filter_map(find).find(|file| file.size > SMALL_BYTES) {
             let what = format!("{} bytes; a file of this kind has at most {SMALL_BYTES}", large.size);
             let error = pricket_weights::Error::Corrupt { path: place.join(large.path), what };
@@ -411,10 +413,11 @@ impl Chosen {
         is_index(&self.weights.path)
     }
 
-    /// Whether configuration and vocabulary are in the file of the weights.
-    fn holds_everything(&self) -> bool {
+    /// Whether the configuration may be told by the file of the weights.
+    fn may_stand_alone(&self) -> bool {
         let path = Path::new(&self.weights.path);
-        path.extension().is_some_and(|end| end == "gguf" || (end == "bin" && self.weights.path.contains("ggml")))
+        let is_ggml = self.weights.path.contains("ggml");
+        path.extension().is_some_and(|end| end == "gguf" || end == "pth" || (end == "bin" && is_ggml))
     }
 
     /// The small files, an index among them.

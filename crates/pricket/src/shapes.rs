@@ -1,56 +1,38 @@
-use serde_json::{Value, json};
+//! The shapes of published checkpoints: models/shapes.toml.
 
-/// Layers, width, heads and vocabulary of the published GPT-NeoX checkpoints.
-const GPT_NEOX: [(&str, usize, usize, usize, usize); 13] = [
-    ("14m", 6, 128, 4, 50304),
-    ("31m", 6, 256, 8, 50304),
-    ("70m", 6, 512, 8, 50304),
-    ("160m", 12, 768, 12, 50304),
-    ("410m", 24, 1024, 16, 50304),
-    ("1b", 16, 2048, 8, 50304),
-    ("1.4b", 24, 2048, 16, 50304),
-    ("2.8b", 32, 2560, 32, 50304),
-    ("6.9b", 32, 4096, 32, 50432),
-    ("12b", 36, 5120, 40, 50688),
-    ("neox-20b", 44, 6144, 64, 50432),
-    ("incite-3b", 32, 2560, 32, 50432),
-    ("incite-7b", 32, 4096, 32, 50432),
-];
+use std::sync::OnceLock;
 
-/// Layers, width, heads, positions, `alibi_bias_max` and `clip_qkv` of the published MPT checkpoints.
-const MPT: [(&str, [usize; 4], f64, Option<f64>); 5] = [
-    ("mpt-1b", [24, 2048, 16, 2048], 8.0, None),
-    ("mpt-7b", [32, 4096, 32, 2048], 8.0, None),
-    ("mpt-7b-8k", [32, 4096, 32, 8192], 8.0, None),
-    ("mpt-7b-storywriter", [32, 4096, 32, 65536], 16.0, Some(6.0)),
-    ("mpt-30b", [48, 7168, 64, 8192], 8.0, None),
-];
+use serde_json::{Map, Value};
+
+/// Names and configurations, in the order of the file.
+fn shapes() -> &'static [(String, Value)] {
+    static SHAPES: OnceLock<Vec<(String, Value)>> = OnceLock::new();
+    SHAPES.get_or_init(|| {
+        // The file is compiled in, and a test reads it.
+        let text = include_str!("../../../models/shapes.toml");
+        let file: Value = toml::from_str(text).unwrap_or_else(|e| panic!("models/shapes.toml: {e}"));
+        file["suite"].as_array().into_iter().flatten().flat_map(suite).collect()
+    })
+}
+
+/// The shapes of a suite: its own keys, then theirs.
+fn suite(suite: &Value) -> Vec<(String, Value)> {
+    let mut common: Map<String, Value> = suite.as_object().cloned().unwrap_or_default();
+    let shapes = common.remove("shapes");
+    let shapes = shapes.as_ref().and_then(Value::as_array).into_iter().flatten();
+    let shape = |shape: &Value| {
+        let mut own = shape.as_object().cloned().unwrap_or_default();
+        let name = own.remove("name")?.as_str()?.to_owned();
+        let mut config = common.clone();
+        config.extend(own);
+        Some((name, Value::Object(config)))
+    };
+    shapes.filter_map(shape).collect()
+}
 
 /// The names that [`published_config`] knows.
 pub fn published_shapes() -> impl Iterator<Item = &'static str> {
-    GPT_NEOX.iter().map(|(name, ..)| *name).chain(MPT.iter().map(|(name, ..)| *name))
-}
-
-fn mpt(name: &str) -> Option<Value> {
-    let &(_, [layers, d, heads, positions], bias_max, clip) = MPT.iter().find(|(known, ..)| *known == name)?;
-    let common = json!({
-        "d_model": d, "n_heads": heads, "n_layers": layers, "vocab_size": 50432, "max_seq_len": positions,
-        "no_bias": true, "eos_token_id": 0,
-    });
-    let own = if name == "mpt-1b" {
-        json!({
-            "architectures": ["MosaicGPT"], "model_type": "mosaic_gpt", "mlp_ratio": 4, "alibi": true,
-            "alibi_bias_max": bias_max, "attn_qk_ln": true,
-        })
-    } else {
-        json!({
-            "architectures": ["MPTForCausalLM"], "model_type": "mpt", "expansion_ratio": 4,
-            "attn_config": {"alibi": true, "alibi_bias_max": bias_max, "clip_qkv": clip},
-        })
-    };
-    let mut config = common;
-    config.as_object_mut()?.extend(own.as_object()?.clone());
-    Some(config)
+    shapes().iter().map(|(name, _)| name.as_str())
 }
 
 /// The config.json of a published shape, such as `1.4b` (Pythia), `neox-20b`, `incite-3b` or `mpt-7b`, for estimates and
@@ -63,26 +45,5 @@ fn mpt(name: &str) -> Option<Value> {
 /// # Ok::<(), pricket::Error>(())
 /// ```
 pub fn published_config(name: &str) -> Option<Value> {
-    let Some(&(_, layers, d, heads, vocab)) = GPT_NEOX.iter().find(|(known, ..)| *known == name) else {
-        return mpt(name);
-    };
-    let incite = name.starts_with("incite");
-    Some(json!({
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": vocab,
-        "hidden_size": d,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * d,
-        "hidden_act": if name == "neox-20b" { "gelu_fast" } else { "gelu" },
-        "max_position_embeddings": 2048,
-        "layer_norm_eps": 1e-5,
-        "rotary_pct": if incite { 1.0 } else { 0.25 },
-        "rotary_emb_base": 10000,
-        "use_parallel_residual": !incite,
-        "tie_word_embeddings": false,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }))
+    shapes().iter().find(|(known, _)| known == name).map(|(_, config)| config.clone())
 }

@@ -10,8 +10,17 @@ use crate::{Error, Result};
 /// Bytes of a configuration at most. One has about a kilobyte.
 const MAX_JSON: u64 = 1 << 20;
 
-/// Files beside a tokenizer.json that name more tokens.
+/// Files that hold a tokenizer, the one to take first.
+pub(crate) const TOKENIZERS: [&str; 2] = ["tokenizer.model", "tokenizer.json"];
+
+/// Files beside a tokenizer that name more tokens.
 pub(crate) const TOKENIZER_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+
+/// The tokenizer of a directory. A sentencepiece model comes before a tokenizer.json that was converted from it, which often cuts
+/// texts otherwise.
+pub(crate) fn tokenizer_in(directory: &Path) -> Option<PathBuf> {
+    TOKENIZERS.iter().map(|name| directory.join(name)).find(|path| path.is_file())
+}
 
 /// Says which keys of a configuration no version of its class has: a key that is misspelled has no effect.
 pub(crate) fn unknown_keys(path: &Path, config: &Value) -> Vec<String> {
