@@ -428,8 +428,9 @@ fn train(args: &Args, pricket: &Pricket, trainer: &mut Trainer, log: &Path) -> a
     }
     trainer.write(&args.out)?;
     if args.full {
-        if let Some(tokenizer) = pricket.tokenizer().ok().map(pricket::Tokenizer::to_json).transpose()? {
-            common::write_whole(&args.out.join("tokenizer.json"), &tokenizer)?;
+        let files = pricket.tokenizer().ok().map(pricket::Tokenizer::to_files).transpose()?;
+        for (name, bytes) in files.into_iter().flatten() {
+            common::write_whole(&args.out.join(name), &bytes)?;
         }
         common::tell(format_args!("wrote {}; --model {0} uses it", args.out.display()));
     } else {

@@ -29,6 +29,9 @@ mod twins;
 /// Families that nothing else knows, plans, decoders, losses and adapters.
 mod seams;
 
+/// What only some families have: checkpoints without a configuration, rows in pairs, recurrences.
+mod families;
+
 /// Log-likelihoods, tasks, slices.
 mod scoring;
 

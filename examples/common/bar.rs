@@ -2,7 +2,8 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use pricket::Progress;
@@ -13,14 +14,19 @@ pub(crate) struct Bar(Mutex<Option<ProgressBar>>);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C, and a request to terminate, cancel the work, so that nothing half-written is left; the second one ends the
-/// program at once.
+/// From now on Ctrl-C, and a request to terminate, cancel the work, so that nothing half-written is left. A second one ends the program
+/// at once, unless it comes within a second: other programs signal a process and its group together.
 #[allow(dead_code, reason = "not every example works long")]
 pub(crate) fn interruptible() -> anyhow::Result<()> {
+    static FIRST: OnceLock<Instant> = OnceLock::new();
     Ok(ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            if FIRST.get().is_some_and(|first| first.elapsed() > Duration::from_secs(1)) {
+                std::process::exit(130);
+            }
+            return;
         }
+        let _ = FIRST.set(Instant::now());
         let _ = writeln!(std::io::stderr(), "stopping; once more ends the program at once");
     })?)
 }

@@ -52,12 +52,12 @@ pub(crate) fn check_output(path: &Path, ends: &[&str]) -> anyhow::Result<()> {
 
 /// Writes a file that is there whole or not at all.
 #[allow(dead_code, reason = "not every example writes a file")]
-pub(crate) fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+pub(crate) fn write_whole(path: &Path, text: impl AsRef<[u8]>) -> anyhow::Result<()> {
     if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
-        return std::fs::write(path, text).with_context(|| path.display().to_string());
+        return std::fs::write(path, &text).with_context(|| path.display().to_string());
     }
     let part = part_of(path);
-    let written = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, path));
+    let written = std::fs::write(&part, &text).and_then(|()| std::fs::rename(&part, path));
     if written.is_err() {
         std::fs::remove_file(&part).ok();
     }

@@ -1,7 +1,7 @@
 //! What GGUF and the containers before it call the keys of config.json.
 
 use pricket_nn::config::{Keys, gguf_rope_scaling, rows};
-use pricket_nn::{Error, GgmlLayout, Result};
+use pricket_nn::{Error, GgmlBody, GgmlLayout, Result};
 use serde_json::{Value, json};
 
 use crate::keys::GGUF_KEYS;
@@ -13,7 +13,7 @@ pub(crate) const GGML: [GgmlLayout; 2] = [
 ];
 
 const fn layout(name: &'static str, fields: &'static [(&'static str, bool)]) -> GgmlLayout {
-    GgmlLayout { name, fields, plain_version: 0, embedding: "gpt_neox.embed_in.weight" }
+    GgmlLayout { name, fields, plain_version: 0, embedding: "gpt_neox.embed_in.weight", body: GgmlBody::Vocabulary }
 }
 
 const fn fields<const N: usize>(residual: Option<&'static str>) -> [(&'static str, bool); N] {

@@ -1,7 +1,7 @@
 //! What GGUF and the containers before it call the keys of config.json.
 
 use pricket_nn::config::{Keys, gguf_rope_scaling, rows};
-use pricket_nn::{Error, GgmlLayout, Result};
+use pricket_nn::{Error, GgmlBody, GgmlLayout, Result};
 use serde_json::{Value, json};
 
 use crate::keys::GGUF_KEYS;
@@ -20,6 +20,7 @@ pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     ],
     plain_version: 0,
     embedding: "tok_embeddings.weight",
+    body: GgmlBody::Vocabulary,
 }];
 
 /// The config.json that the header of a legacy GGML file stands for. Epsilon, base and length are in no header: they are those of

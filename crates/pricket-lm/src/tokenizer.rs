@@ -71,11 +71,41 @@ impl Tokenizer {
         };
         let origin = path.display().to_string();
         if path.extension().is_some_and(|end| end == "model") {
-            let wrong = |what| Error::Tokenizer { origin: origin.clone(), what };
-            let read = Model::parse(&content).and_then(|model| SentencePieceText::new(model, &siblings, Some(content)));
-            return Ok(Self::over(read.map_err(wrong)?, origin));
+            return Self::of_model(&content, &siblings, origin);
         }
         Self::new(&content, &siblings, origin)
+    }
+
+    /// Reads the files of a tokenizer, by their names, as [`Tokenizer::from_file`] reads the first of them beside the others.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`], naming `origin`.
+    pub fn from_files(files: &[(&str, &[u8])], origin: impl Into<String>) -> Result<Self> {
+        let origin = origin.into();
+        let wrong = |what: String| Error::Tokenizer { origin: origin.clone(), what };
+        let json = |name: &str| -> Result<Option<Value>> {
+            let file = files.iter().skip(1).find(|(known, _)| *known == name);
+            let parsed = file.map(|(_, bytes)| parse_json(bytes)).transpose();
+            parsed.map_err(|e| wrong(format!("{name}: not valid JSON: {}", clip(&e.to_string()))))
+        };
+        let siblings = Siblings {
+            config: json("tokenizer_config.json")?,
+            map: json("special_tokens_map.json")?,
+            added: json("added_tokens.json")?,
+        };
+        match files.first() {
+            Some((name, bytes)) if name.ends_with(".model") => Self::of_model(bytes, &siblings, origin),
+            Some((_, bytes)) => Self::new(bytes, &siblings, origin),
+            None => Err(wrong("there is no file".into())),
+        }
+    }
+
+    fn of_model(bytes: &[u8], siblings: &Siblings, origin: String) -> Result<Self> {
+        let read = Model::parse(bytes).and_then(|model| SentencePieceText::new(model, siblings, Some(bytes.to_vec())));
+        match read {
+            Ok(text) => Ok(Self::over(text, origin)),
+            Err(what) => Err(Error::Tokenizer { origin, what }),
+        }
     }
 
     /// Reads the bytes of a sentencepiece model; `origin` names it in messages. Texts become what sentencepiece makes of them: control

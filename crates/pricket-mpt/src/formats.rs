@@ -1,7 +1,7 @@
 //! What GGUF and the containers before it call the keys of config.json.
 
 use pricket_nn::config::{Keys, rows};
-use pricket_nn::{Error, GgmlLayout, Result};
+use pricket_nn::{Error, GgmlBody, GgmlLayout, Result};
 use serde_json::{Value, json};
 
 use crate::{GGUF_KEYS, NAMES};
@@ -21,6 +21,7 @@ pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     ],
     plain_version: 1,
     embedding: "transformer.wte.weight",
+    body: GgmlBody::Vocabulary,
 }];
 
 /// The config.json that the header of a legacy GGML file stands for; `shape` tells the shape of a tensor of the file.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pricket_weights::Store;
 use serde_json::Value;
 
 use crate::config::{GENERIC, Keys};
@@ -191,6 +192,11 @@ pub trait Family: Sync {
     fn config_from_ggml(&self, header: &Value, shape: ShapeOf<'_>) -> Result<Value> {
         let _ = (header, shape);
         Err(Error::Input(format!("there are no legacy GGML files of {} models", self.name())))
+    }
+
+    /// The tensors of a legacy GGML file as the Hub has them, where a program wrote other values or shapes.
+    fn ggml_tensors(&self, store: Arc<dyn Store>) -> Arc<dyn Store> {
+        store
     }
 
     /// The tokenizer that its legacy GGML files were made with: their words have lost bytes.

@@ -66,12 +66,15 @@ pub use layers::{Embedding, Norm};
 pub use linear::{Adapter, Dropout, Linear, RowOrder, Tables};
 pub use mlp::Mlp;
 pub use names::Names;
+pub use ops::BlockType;
 pub use options::{LoadOptions, Quantisation, Storage, Trainable};
 pub use pass::Span;
 pub use plain_decoder::PlainDecoder;
 pub use plan::{BlockPlan, ModelPlan, Residual};
 /// For the crates above, which see weights through this one.
-pub use pricket_weights::{GgmlLayout, clip, parse_json, stand_in};
+pub use pricket_weights::{
+    Bytes, Dtype, Entry, GgmlBody, GgmlLayout, GgmlType, Result as StoreResult, Store, clip, parse_json, stand_in,
+};
 pub use progress::{Progress, Silent};
 pub use reordered::Reordered;
 pub use rotary::Rotary;

@@ -1,7 +1,9 @@
 use std::sync::Arc;
 
 use pricket_nn::config::{GENERIC, Keys};
-use pricket_nn::{CausalLm, Family, Init, Initialization, Names, Result, ShapeOf, Weights};
+use pricket_nn::{
+    CausalLm, Error, Family, GgmlLayout, Init, Initialization, Names, Result, ShapeOf, Store, Weights,
+};
 use serde_json::Value;
 
 use crate::config::KEYS;
@@ -40,6 +42,19 @@ impl Family for Rwkv4Family {
 
     fn config_from_shapes(&self, shape: ShapeOf<'_>) -> Option<Value> {
         formats::config_from_shapes(shape)
+    }
+
+    fn ggml_layouts(&self) -> &'static [GgmlLayout] {
+        &formats::GGML
+    }
+
+    fn config_from_ggml(&self, _: &Value, shape: ShapeOf<'_>) -> Result<Value> {
+        let missing = || Error::config("emb.weight", "the file has no tensors of an RWKV");
+        formats::config_from_shapes(shape).ok_or_else(missing)
+    }
+
+    fn ggml_tensors(&self, store: Arc<dyn Store>) -> Arc<dyn Store> {
+        Arc::new(formats::FromRwkvCpp(store))
     }
 
     /// "!" in the tokenizer of these models; the published config.json files say 0.

@@ -1,11 +1,17 @@
-//! The configuration of files that have none.
+//! The configuration of files that have none, and the files of saharNooby/rwkv.cpp.
 
+use std::sync::Arc;
+
+use pricket_nn::{
+    BlockType, Bytes, Dtype, Entry, GgmlBody, GgmlLayout, GgmlType, KnownTokenizer, Store, StoreResult,
+};
 use serde_json::{Value, json};
 
 use crate::NAMES;
 
-/// The tokenizer of the Pile and PilePlus checkpoints, and the size of its vocabulary.
-const TOKENIZER: (&str, usize) = ("EleutherAI/gpt-neox-20b", 50277);
+/// The tokenizer of the Pile and PilePlus checkpoints; other vocabularies have another.
+pub(crate) const TOKENIZER: KnownTokenizer =
+    KnownTokenizer { repository: "EleutherAI/gpt-neox-20b", words: &[], count: 50277 };
 
 /// The config.json that the shapes of a native file stand for; `None` for tensors that are not an RWKV's.
 pub(crate) fn config_from_shapes(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Option<Value> {
@@ -21,8 +27,62 @@ pub(crate) fn config_from_shapes(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> 
         "layer_norm_epsilon": 1e-5, "context_length": 1024, "rescale_every": 6, "tie_word_embeddings": false,
         "bos_token_id": 0, "eos_token_id": 0,
     });
-    if vocab == TOKENIZER.1 {
-        config["tokenizer_name"] = TOKENIZER.0.into();
+    if vocab == TOKENIZER.count {
+        config["tokenizer_name"] = TOKENIZER.repository.into();
     }
     Some(config)
+}
+
+/// The types of rwkv.cpp: those of version 100 that are no blocks, whose form changed, and those of version 101.
+const PLAIN: &[(u32, GgmlType)] = &[(0, GgmlType::F32), (1, GgmlType::F16)];
+const BLOCKS: &[(u32, GgmlType)] = &[
+    (0, GgmlType::F32),
+    (1, GgmlType::F16),
+    (2, GgmlType::Block(BlockType::Q4_0)),
+    (3, GgmlType::Block(BlockType::Q4_1)),
+    (7, GgmlType::Block(BlockType::Q5_0)),
+    (8, GgmlType::Block(BlockType::Q5_1)),
+    (9, GgmlType::Block(BlockType::Q8_0)),
+];
+
+/// The headers of rwkv.cpp, which no vocabulary follows.
+pub(crate) const GGML: [GgmlLayout; 2] = [layout("rwkv.cpp, 100", 100, PLAIN), layout("rwkv.cpp, 101", 101, BLOCKS)];
+
+const fn layout(name: &'static str, version: u32, types: &'static [(u32, GgmlType)]) -> GgmlLayout {
+    let fields = &[("n_vocab", false), ("n_embd", false), ("n_layer", false), ("ftype", false)];
+    GgmlLayout { name, fields, plain_version: 2, embedding: "emb.weight", body: GgmlBody::Own { version, types } }
+}
+
+/// The tensors of an rwkv.cpp file as the Hub has them: mixing factors of `[1, 1, d]` rather than `[d]`, and decays before the
+/// exponential, `ln(-w)`, which gives `w` back to the last place.
+pub(crate) struct FromRwkvCpp(pub(crate) Arc<dyn Store>);
+
+impl Store for FromRwkvCpp {
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        let mut entry = self.0.entry(name)?;
+        if name.contains(".time_mix_")
+            && let &[d] = &entry.shape[..]
+        {
+            entry.shape = vec![1, 1, d];
+        }
+        Some(entry)
+    }
+
+    fn bytes(&self, name: &str) -> StoreResult<Bytes<'_>> {
+        let bytes = self.0.bytes(name)?;
+        let is_wide = self.0.entry(name).is_some_and(|entry| entry.dtype == Dtype::F32);
+        if !name.ends_with(".time_decay") || !is_wide {
+            return Ok(bytes);
+        }
+        let decays = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        Ok(decays.flat_map(|w| (f64::from(-w).ln() as f32).to_le_bytes()).collect::<Vec<u8>>().into())
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.0.origin(name)
+    }
 }

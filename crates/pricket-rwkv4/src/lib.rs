@@ -151,9 +151,7 @@ impl Block for Rwkv4Block {
 
 impl Rwkv4Block {
     fn load(config: &Config, weights: &Weights) -> Result<Self> {
-        if let Some((name, what)) = names::FOREIGN.iter().find(|(name, _)| weights.holds(name)) {
-            return Err(Error::config(*name, format!("a weight of {what}, which is not implemented; RWKV-4 is")));
-        }
+        refuse(names::FOREIGN, weights)?;
         let (d, eps) = (config.hidden_size, config.layer_norm_epsilon);
         Ok(Self {
             ln1: weights.layer_norm("ln1", d, eps, true)?,
@@ -164,11 +162,20 @@ impl Rwkv4Block {
     }
 }
 
+/// Refuses a checkpoint of another model of the same name.
+fn refuse(foreign: &[(&str, &str)], weights: &Weights) -> Result<()> {
+    match foreign.iter().find(|(name, _)| weights.holds(name)) {
+        Some((name, what)) => Err(Error::config(*name, format!("a weight of {what}, which is not implemented; RWKV-4 is"))),
+        None => Ok(()),
+    }
+}
+
 /// Loads the model that `config` describes.
 ///
 /// # Errors
 /// If a tensor is missing or has another shape than the configuration implies, or is one of another RWKV.
 pub fn load(config: &Config, weights: &Weights) -> Result<Rwkv4> {
+    refuse(names::FOREIGN_TRUNK, weights)?;
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("rwkv");
     let tables = weights.embedding_and_head("rwkv.embeddings", "head", vocab, d, config.tie_word_embeddings)?;

@@ -15,7 +15,15 @@ const NATIVE: &[(&str, &str)] = &[
     ("time_mix_receptance", "time_mix_r"),
 ];
 
-/// Weights of a block by which other models of the same name are known.
+/// Weights of a model by which others of the same name are known, and what those are.
+pub(crate) const FOREIGN_TRUNK: &[(&str, &str)] = &[
+    ("head_q.weight", "an RWKV-4 with a copying head"),
+    ("head_k.weight", "an RWKV-4 with a copying head"),
+    ("pos_emb_x", "an RWKV-4 with learned positions"),
+    ("pos_emb_y", "an RWKV-4 with learned positions"),
+];
+
+/// The same of a block.
 pub(crate) const FOREIGN: &[(&str, &str)] = &[
     ("tiny_ln.weight", "RWKV-4a"),
     ("attention.time_mix_qq", "RWKV-4b"),

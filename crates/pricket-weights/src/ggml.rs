@@ -23,6 +23,34 @@ pub struct GgmlLayout {
     pub plain_version: u32,
     /// A tensor that every file with this header has: where several headers fit, it tells which is meant.
     pub embedding: &'static str,
+    /// How the file goes on.
+    pub body: GgmlBody,
+}
+
+/// What follows the header of a file of the containers before GGUF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GgmlBody {
+    /// A vocabulary of `n_vocab` words, then tensors.
+    Vocabulary,
+    /// Tensors at once, in files that another program marked as ggmf with this version and a numbering of types of its own. The field
+    /// `ftype` has that numbering too.
+    Own {
+        /// The number in the place of the container's version.
+        version: u32,
+        /// The types by their numbers.
+        types: &'static [(u32, GgmlType)],
+    },
+}
+
+/// A type of tensors in such a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GgmlType {
+    /// 32-bit float.
+    F32,
+    /// IEEE half.
+    F16,
+    /// Blocks of today.
+    Block(BlockType),
 }
 
 /// A file in one of the containers before GGUF: ggml, ggmf or ggjt.
@@ -96,6 +124,31 @@ impl Reading {
     }
 }
 
+/// How types are numbered in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Types {
+    Usual(Reading),
+    Own(&'static [(u32, GgmlType)]),
+}
+
+impl Types {
+    fn dtype(self, kind: u32) -> Option<Dtype> {
+        match self {
+            Types::Usual(reading) => reading.dtype(kind),
+            Types::Own(types) => types.iter().find(|(number, _)| *number == kind).map(|(_, of)| match of {
+                GgmlType::F32 => Dtype::F32,
+                GgmlType::F16 => Dtype::F16,
+                GgmlType::Block(block) => Dtype::Block(*block),
+            }),
+        }
+    }
+
+    /// As the usual ways of reading say it.
+    fn file_numbers(self) -> bool {
+        matches!(self, Types::Usual(reading) if reading.file_numbers)
+    }
+}
+
 /// What a way of reading found, or how far it came.
 struct Walk {
     header: BTreeMap<&'static str, Value>,
@@ -122,13 +175,18 @@ impl GgmlFile {
     }
 
     fn new(source: Source, layouts: &[GgmlLayout]) -> Result<Self> {
-        let (container, start) = container(&source)?;
+        let (container, start, own) = container(&source, layouts)?;
         let mut furthest: Option<(usize, Error)> = None;
-        let mut found: Vec<(GgmlLayout, Reading, Walk)> = Vec::new();
+        let mut found: Vec<(GgmlLayout, Types, Walk)> = Vec::new();
         for layout in layouts {
-            for reading in Reading::ALL {
-                match walk(&source, start, container, layout, reading) {
-                    Ok(walk) => found.push((*layout, reading, walk)),
+            let ways = match (layout.body, own) {
+                (GgmlBody::Vocabulary, None) => Reading::ALL.map(Types::Usual).to_vec(),
+                (GgmlBody::Own { version, types }, Some(own)) if version == own => vec![Types::Own(types)],
+                _ => continue,
+            };
+            for types in ways {
+                match walk(&source, start, container, layout, types) {
+                    Ok(walk) => found.push((*layout, types, walk)),
                     Err((at, e)) if furthest.as_ref().is_none_or(|(best, _)| at > *best) => furthest = Some((at, e)),
                     Err(_) => {}
                 }
@@ -139,7 +197,7 @@ impl GgmlFile {
             found.retain(|(layout, _, walk)| walk.tensors.contains_key(layout.embedding));
         }
         // Where types are such that several readings come to the end, the first of them is the usual one.
-        let Some((layout, reading, walk)) = found.into_iter().next() else {
+        let Some((layout, types, walk)) = found.into_iter().next() else {
             let nothing = || source.corrupt("none of the known headers fits");
             return Err(furthest.map_or_else(nothing, |(_, e)| e));
         };
@@ -150,10 +208,10 @@ impl GgmlFile {
             Dtype::Block(kind) => !matches!(kind, BlockType::Q5_0 | BlockType::Q5_1),
             _ => false,
         });
-        let version = match (reading.half_scales, sized) {
-            (true, true) => 2,
-            (false, true) => said.min(1).max(layout.plain_version.min(1)),
-            (_, false) => said,
+        let version = match (types, sized) {
+            (Types::Own(_), _) | (Types::Usual(Reading { half_scales: true, .. }), true) => 2,
+            (Types::Usual(_), true) => said.min(1).max(layout.plain_version.min(1)),
+            (Types::Usual(_), false) => said,
         };
         let mut warnings = Vec::new();
         // A plain file type says nothing.
@@ -205,12 +263,13 @@ impl GgmlFile {
     }
 }
 
-fn container(source: &Source) -> Result<(Container, usize)> {
+/// The container, where its header begins, and the version by which another program marked it, if it did.
+fn container(source: &Source, layouts: &[GgmlLayout]) -> Result<(Container, usize, Option<u32>)> {
     let mut cursor = Cursor::new(source, 0);
     let magic = cursor.take(4, "the magic")?;
     let plain = Container { name: "ggml", scores: false, alignment: 1, version: None };
     let made = match &*magic {
-        b"lmgg" => return Ok((plain, cursor.at)),
+        b"lmgg" => return Ok((plain, cursor.at, None)),
         b"fmgg" => Container { name: "ggmf", scores: true, ..plain },
         b"tjgg" => Container { name: "ggjt", scores: true, alignment: 32, version: None },
         b"algg" => {
@@ -220,13 +279,17 @@ fn container(source: &Source) -> Result<(Container, usize)> {
         _ => return Err(source.corrupt("not a GGML file")),
     };
     let version = cursor.u32("the container's version")?;
+    let is_own = |layout: &GgmlLayout| matches!(layout.body, GgmlBody::Own { version: own, .. } if own == version);
+    if made.name == "ggmf" && layouts.iter().any(is_own) {
+        return Ok((Container { scores: false, ..made }, cursor.at, Some(version)));
+    }
     let most = if made.alignment == 1 { 1 } else { 3 };
     if version == 0 || version > most {
         let what = format!("{} version {version}; up to {most} is read", made.name);
         return Err(Error::Unsupported { path: source.path().into(), what });
     }
     let blocks = (made.alignment > 1).then_some(version - 1);
-    Ok((Container { version: blocks, ..made }, cursor.at))
+    Ok((Container { version: blocks, ..made }, cursor.at, None))
 }
 
 /// Reads a file in one way; an error comes with the place up to which that went well.
@@ -235,18 +298,21 @@ fn walk(
     start: usize,
     container: Container,
     layout: &GgmlLayout,
-    reading: Reading,
+    types: Types,
 ) -> Result<Walk, (usize, Error)> {
     let mut cursor = Cursor::new(source, start);
     let mut walk = Walk { header: BTreeMap::new(), vocabulary: Vec::new(), tensors: BTreeMap::new(), file_type: 0 };
-    let result = read_header(&mut cursor, layout, reading, &mut walk)
-        .and_then(|words| read_vocabulary(&mut cursor, container, words, &mut walk))
+    let result = read_header(&mut cursor, layout, types, &mut walk)
+        .and_then(|words| match layout.body {
+            GgmlBody::Vocabulary => read_vocabulary(&mut cursor, container, words, &mut walk),
+            GgmlBody::Own { .. } => Ok(()),
+        })
         .and_then(|()| {
             while cursor.left() > 0 {
-                read_record(&mut cursor, container, reading, &mut walk)?;
+                read_record(&mut cursor, container, types, &mut walk)?;
             }
             if walk.tensors.is_empty() {
-                Err(cursor.corrupt("truncated: no tensor follows the vocabulary"))
+                Err(cursor.corrupt("truncated: no tensor follows the header and the vocabulary"))
             } else {
                 Ok(())
             }
@@ -257,7 +323,7 @@ fn walk(
     }
 }
 
-fn read_header(cursor: &mut Cursor<'_>, layout: &GgmlLayout, reading: Reading, walk: &mut Walk) -> Result<usize> {
+fn read_header(cursor: &mut Cursor<'_>, layout: &GgmlLayout, types: Types, walk: &mut Walk) -> Result<usize> {
     for (name, is_float) in layout.fields {
         let bits = cursor.u32(name)?;
         let value = if *is_float { Value::from(f32::from_bits(bits)) } else { Value::from(bits) };
@@ -269,7 +335,7 @@ fn read_header(cursor: &mut Cursor<'_>, layout: &GgmlLayout, reading: Reading, w
         return Err(cursor.corrupt(format!("a vocabulary of {words} words")));
     }
     // The numbering of three days had no versions, and only two types tell it from the usual one.
-    if reading.file_numbers && !matches!(file_type, 5 | 6) {
+    if types.file_numbers() && !matches!(file_type, 5 | 6) {
         return Err(cursor.corrupt("tensors numbered as files"));
     }
     if file_type % 1000 > 64 || file_type / 1000 > 2 {
@@ -294,7 +360,7 @@ fn read_vocabulary(cursor: &mut Cursor<'_>, container: Container, words: usize, 
     Ok(())
 }
 
-fn read_record(cursor: &mut Cursor<'_>, container: Container, reading: Reading, walk: &mut Walk) -> Result<()> {
+fn read_record(cursor: &mut Cursor<'_>, container: Container, types: Types, walk: &mut Walk) -> Result<()> {
     let (dims, name_len, kind) = (cursor.u32("a tensor")?, cursor.u32("a tensor")? as usize, cursor.u32("a tensor")?);
     if !(1..=4).contains(&dims) || name_len == 0 || name_len > 256 {
         return Err(cursor.corrupt(format!("a tensor of {dims} dimensions with a name of {name_len} bytes")));
@@ -309,7 +375,7 @@ fn read_record(cursor: &mut Cursor<'_>, container: Container, reading: Reading, 
         return Err(cursor.corrupt("the name of a tensor is no UTF-8"));
     };
     let shown = clip(&name);
-    let Some(dtype) = reading.dtype(kind) else {
+    let Some(dtype) = types.dtype(kind) else {
         return Err(cursor.corrupt(format!("tensor {shown} has the type {kind}")));
     };
     let len = tensor_bytes(dtype, &shape).map_err(|what| cursor.corrupt(format!("tensor {shown}: {what}")))?;

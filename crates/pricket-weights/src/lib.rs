@@ -59,7 +59,7 @@ mod zip_directory;
 pub use dtype::Dtype;
 pub use error::{Error, Result, clip, counted};
 pub use format::{Format, open_one, open_remote, sniff, sniff_remote, stand_in};
-pub use ggml::{GgmlFile, GgmlLayout};
+pub use ggml::{GgmlBody, GgmlFile, GgmlLayout, GgmlType};
 pub use gguf::GgufFile;
 pub use json::{parse_json, to_python_json};
 pub use open::{choose_weights, find_weights, open, open_file};

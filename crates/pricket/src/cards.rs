@@ -6,12 +6,14 @@ use pricket_hub::Steps;
 use serde::Deserialize;
 
 /// The files of models/, one for each suite.
-const FILES: [(&str, &str); 5] = [
+const FILES: [(&str, &str); 7] = [
     ("pythia.toml", include_str!("../../../models/pythia.toml")),
     ("polypythias.toml", include_str!("../../../models/polypythias.toml")),
     ("gpt-neox.toml", include_str!("../../../models/gpt-neox.toml")),
     ("redpajama-incite.toml", include_str!("../../../models/redpajama-incite.toml")),
     ("mpt.toml", include_str!("../../../models/mpt.toml")),
+    ("openllama.toml", include_str!("../../../models/openllama.toml")),
+    ("rwkv4.toml", include_str!("../../../models/rwkv4.toml")),
 ];
 
 /// A published checkpoint.
@@ -25,7 +27,7 @@ pub struct Card {
     pub id: String,
     /// The suite it belongs to, as "Pythia".
     pub suite: String,
-    /// The crate that runs it: `gpt-neox`, `redpajama-incite` or `mpt`.
+    /// The crate that runs it, without `pricket-`: `gpt-neox`, `mpt`.
     pub family: String,
     /// Its size, as "410m".
     pub size: String,
@@ -51,6 +53,8 @@ pub struct Card {
     pub mirrors: Vec<String>,
     /// The repository whose tokenizer it takes where it has none.
     pub tokenizer: Option<String>,
+    /// Its weight file, in a repository that holds several models.
+    pub file: Option<String>,
     /// A sentence that a user should read.
     pub note: Option<String>,
     /// Where these facts come from.
@@ -164,6 +168,7 @@ struct Rule {
     licence: Option<String>,
     prompt: Option<String>,
     tokenizer: Option<String>,
+    file: Option<String>,
     note: Option<String>,
     #[serde(default)]
     mirrors: Vec<String>,
@@ -238,6 +243,7 @@ impl Suite {
             gone: rule.gone.clone(),
             mirrors: rule.mirrors.clone(),
             tokenizer: rule.tokenizer.clone(),
+            file: rule.file.clone(),
             note: rule.note.clone(),
             source: self.source.clone(),
             id,

@@ -17,7 +17,10 @@ use crate::{Error, Result};
 pub(crate) struct Container {
     pub(crate) config: Value,
     pub(crate) tokenizer: Option<Tokenizer>,
+    /// Its tensors as they are stored.
     pub(crate) store: Arc<dyn Store>,
+    /// The same with values and shapes as the Hub has them.
+    pub(crate) tensors: Arc<dyn Store>,
     pub(crate) fused: FusedRows,
     /// What it is, in a line.
     pub(crate) describe: String,
@@ -26,7 +29,7 @@ pub(crate) struct Container {
     pub(crate) warnings: Vec<String>,
     pub(crate) notes: Vec<String>,
     /// The repository of the tokenizer that its words are those of, where it has none of its own.
-    pub(crate) known_tokenizer: Option<&'static str>,
+    pub(crate) known_tokenizer: Option<String>,
 }
 
 /// The file at `path` that may be such a file: itself, or the weights of a directory.
@@ -115,10 +118,12 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     } else {
         vec![format!("{}: unknown keys without effect: {}", path.display(), unknown.join(", "))]
     };
+    let store: Arc<dyn Store> = Arc::new(file);
     Ok(Container {
         config,
         tokenizer,
-        store: Arc::new(file),
+        tensors: Arc::clone(&store),
+        store,
         fused,
         describe,
         metadata,
@@ -245,15 +250,19 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     let has = |&(id, text): &(usize, &str)| file.word(id).is_some_and(|word| word == text.as_bytes());
     let is_known = |known: &KnownTokenizer| file.words() >= known.count && known.words.iter().all(has);
     let known = family.ggml_tokenizer().filter(|known| tokenizer.is_none() && is_known(known));
+    let named = config["tokenizer_name"].as_str().filter(|_| tokenizer.is_none()).map(str::to_owned);
+    let (describe, metadata) = (file.describe(), file.header());
+    let store: Arc<dyn Store> = Arc::new(file);
     Ok(Container {
         config,
-        known_tokenizer: known.map(|known| known.repository),
+        known_tokenizer: known.map(|known| known.repository.to_owned()).or(named),
         tokenizer,
         fused: FusedRows::AsTrained,
-        describe: file.describe(),
-        metadata: file.header(),
+        describe,
+        metadata,
         warnings,
         notes: Vec::new(),
-        store: Arc::new(file),
+        tensors: family.ggml_tensors(Arc::clone(&store)),
+        store,
     })
 }

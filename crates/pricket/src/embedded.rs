@@ -14,23 +14,30 @@ use crate::{Provenance, Result};
 pub(crate) struct Embedded {
     pub(crate) name: &'static str,
     config: &'static [u8],
-    tokenizer: &'static [u8],
+    /// The tokenizer's files by name, the one that holds it first.
+    tokenizer: &'static [(&'static str, &'static [u8])],
     weights: &'static [u8],
 }
 
 macro_rules! embedded {
-    ($name:literal) => {
+    ($name:literal: $($file:literal),+) => {
         Embedded {
             name: $name,
             config: include_bytes!(concat!("../../../models/", $name, "/config.json")),
-            tokenizer: include_bytes!(concat!("../../../models/", $name, "/tokenizer.json")),
+            tokenizer: &[$(($file, include_bytes!(concat!("../../../models/", $name, "/", $file)))),+],
             weights: include_bytes!(concat!("../../../models/", $name, "/model.safetensors")),
         }
     };
 }
 
 /// The first is the one that is meant where none is named.
-pub(crate) static EMBEDDED: [Embedded; 3] = [embedded!("tiny"), embedded!("tiny-mpt"), embedded!("tiny-chat")];
+pub(crate) static EMBEDDED: [Embedded; 5] = [
+    embedded!("tiny": "tokenizer.json"),
+    embedded!("tiny-mpt": "tokenizer.json"),
+    embedded!("tiny-chat": "tokenizer.json"),
+    embedded!("tiny-llama": "tokenizer.model", "tokenizer_config.json"),
+    embedded!("tiny-rwkv": "tokenizer.json"),
+];
 
 impl Embedded {
     pub(crate) fn find(name: &str) -> Option<&'static Self> {
@@ -42,16 +49,16 @@ impl Embedded {
     }
 
     pub(crate) fn open(&self, given: Option<Tokenizer>) -> Result<Opened> {
-        let own = || Tokenizer::from_bytes(self.tokenizer, self.path("tokenizer.json").display().to_string());
+        let file = self.tokenizer[0].0;
+        let own = || Tokenizer::from_files(self.tokenizer, self.path(file).display().to_string());
+        let mut files = vec![("config.json", self.config)];
+        files.extend(self.tokenizer);
+        files.push(("model.safetensors", self.weights));
         Ok(Opened {
             config: parse_json(&self.path("config.json"), self.config)?,
             config_path: self.path("config.json"),
             tokenizer: Some(given.map_or_else(own, Ok)?),
-            provenance: Provenance::of_embedded(&[
-                ("config.json", self.config),
-                ("tokenizer.json", self.tokenizer),
-                ("model.safetensors", self.weights),
-            ]),
+            provenance: Provenance::of_embedded(&files),
             ..Opened::new(Arc::new(SafetensorsFile::embedded(self.weights)?))
         })
     }

@@ -14,7 +14,7 @@ use crate::changes::Changes;
 use crate::family::{checked_family, config_from_shapes, family_of};
 use crate::opened::Opened;
 use crate::repository::{Fetched, fetch_tokenizer, snapshot_warnings};
-use crate::small_files::{TOKENIZER_FILES, at, parent, read_json, tokenizer_in, unknown_keys};
+use crate::small_files::{TOKENIZER_FILES, TOKENIZERS, at, parent, read_json, tokenizer_in, unknown_keys};
 use crate::{Error, Provenance, Result, containers};
 
 impl Opened {
@@ -46,7 +46,7 @@ impl Opened {
         match found {
             Ok((tokenizer, path)) => {
                 self.tokenizer = Some(tokenizer);
-                self.provenance.replace("tokenizer.json", &path);
+                self.provenance.replace(&TOKENIZERS, &path);
                 self.tokenizer_path = Some(path);
                 self.notes.push(format!("{whose}: {why}, so that of {from} is used"));
             }
@@ -63,7 +63,7 @@ fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> 
     let directory = parent(path);
     let mut config = container.config;
     changes.apply(&mut config)?;
-    let store = containers::in_hub_order(container.store, &config).map_err(|e| at(path, e))?;
+    let store = containers::in_hub_order(container.tensors, &config).map_err(|e| at(path, e))?;
     Ok(Some(Opened {
         config,
         config_path: path.to_owned(),
@@ -73,7 +73,7 @@ fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> 
         warnings: container.warnings,
         notes: container.notes,
         fused: container.fused,
-        known_tokenizer: container.known_tokenizer.map(str::to_owned),
+        known_tokenizer: container.known_tokenizer,
         chat_template: container.metadata["tokenizer.chat_template"]
             .is_string()
             .then(|| format!("tokenizer.chat_template of {}", path.display())),

@@ -94,9 +94,9 @@ impl Provenance {
         Self { files: files.iter().map(file).collect(), licence: Some("mit or apache-2.0".into()), ..Self::default() }
     }
 
-    /// Another file was used in place of one of these.
-    pub(crate) fn replace(&mut self, path: &str, by: &Path) {
-        self.files.retain(|file| file.path != path);
+    /// Another file was used in place of those that have these names.
+    pub(crate) fn replace(&mut self, names: &[&str], by: &Path) {
+        self.files.retain(|file| !names.contains(&file.path.as_str()));
         let bytes = std::fs::metadata(by).map_or(0, |meta| meta.len());
         let path = std::path::absolute(by).unwrap_or_else(|_| by.to_owned()).to_string_lossy().into_owned();
         self.files.push(SourceFile { path, bytes, digest: None });

@@ -1,0 +1,346 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_nn::VarBuilder;
+use candle_transformers::models::llama::{Cache, Config, Llama};
+use pricket::candle::{DType, Device, Tensor};
+use pricket::{
+    BlockType, CausalLm, Context, ConvertOptions, GenerateOptions, Loader, Pricket, Quantisation, Site, State, Taps, Target,
+    Tokenizer,
+};
+use serde_json::{Value, json};
+
+use crate::common::{root, worst};
+
+fn golden(part: &str) -> PathBuf {
+    root().join("tests/golden").join(part)
+}
+
+fn logits(model: &dyn CausalLm, ids: &[u32], ctx: &mut Context) -> Tensor {
+    let ids = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    model.head(&model.hidden(&ids, ctx).unwrap()).unwrap()
+}
+
+fn load(path: impl AsRef<Path>) -> Pricket {
+    Loader::new(path).threads(2).load().unwrap()
+}
+
+/// The error of a model that must not load.
+fn refused(path: &Path) -> String {
+    match Loader::new(path).threads(2).load() {
+        Ok(loaded) => panic!("{} was loaded: {:?}", path.display(), loaded.warnings()),
+        Err(e) => e.to_string(),
+    }
+}
+
+/// candle-transformers' own Llama over the tensors that a conversion to Hub layout writes, from safetensors and from ggjt.
+#[test]
+fn candles_llama_computes_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, source) in ["models/llama-gqa", "files/llama-ggjt-q4_0/model.bin", "files/llama-gguf-q8_0/model.gguf"].iter().enumerate() {
+        let hub = dir.path().join(format!("{i}"));
+        let options = ConvertOptions { target: Target::F32, ..ConvertOptions::default() };
+        Loader::new(golden(source)).convert(&hub, &options).unwrap();
+        let ours = load(&hub);
+        let (config, info) = (ours.config(), ours.info().clone());
+        if config["attention_bias"] == true {
+            // candle's has no biases.
+            continue;
+        }
+        let twin_config = Config {
+            hidden_size: info.d_model,
+            intermediate_size: config["intermediate_size"].as_u64().unwrap() as usize,
+            vocab_size: info.vocab,
+            num_hidden_layers: info.layers,
+            num_attention_heads: info.heads,
+            num_key_value_heads: info.kv_heads,
+            use_flash_attn: false,
+            rms_norm_eps: config["rms_norm_eps"].as_f64().unwrap(),
+            rope_theta: config["rope_theta"].as_f64().unwrap_or(10_000.0) as f32,
+            bos_token_id: None,
+            eos_token_id: None,
+            rope_scaling: None,
+            max_position_embeddings: info.trained_length,
+            tie_word_embeddings: config["tie_word_embeddings"] == true,
+        };
+        let tensors = pricket::candle::safetensors::load(hub.join("model.safetensors"), &Device::Cpu).unwrap();
+        let weights = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+        let twin = Llama::load(weights, &twin_config).unwrap();
+        let mut cache = Cache::new(false, DType::F32, &twin_config, &Device::Cpu).unwrap();
+        let ids: Vec<u32> = (0..24).map(|i| i * 37 % info.vocab as u32).collect();
+        let input = Tensor::new(&ids[..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let expected = twin.forward(&input, 0, &mut cache).unwrap();
+        let found = logits(&*ours.model(), &ids, &mut Context::new()).narrow(1, 23, 1).unwrap().squeeze(1).unwrap();
+        assert!(worst(&found, &expected) < 2e-5, "{source}: {}", worst(&found, &expected));
+    }
+}
+
+/// A file of rwkv.cpp, written by its documented layout from a native checkpoint.
+fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quantise: Option<BlockType>) -> Vec<u8> {
+    let shape = |name: &str| store.entry(name).unwrap().shape;
+    let layers = store.names().iter().filter(|name| name.ends_with(".ln1.weight")).count();
+    let (vocab, d) = (shape("emb.weight")[0], shape("emb.weight")[1]);
+    let mut out = b"fmgg".to_vec();
+    for number in [version, vocab as u32, d as u32, layers as u32, kind] {
+        out.extend(number.to_le_bytes());
+    }
+    for name in store.names() {
+        let tensor = pricket::weights::read_tensor(store, &name, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+        let tensor = if name.contains(".time_mix_") { tensor.flatten_all().unwrap() } else { tensor };
+        let tensor = if name.ends_with("time_decay") { tensor.exp().unwrap().neg().unwrap() } else { tensor };
+        let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+        let is_table = name.starts_with("emb.") || name.starts_with("head.");
+        let (own, bytes) = match (tensor.rank(), quantise) {
+            (2, Some(block)) if !is_table => {
+                (kind, pricket::nn::ops::quantise(block, &values, tensor.dims()[1]).unwrap())
+            }
+            (2, _) if kind == 1 => {
+                (1, values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect())
+            }
+            _ => (0, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        };
+        for number in [tensor.rank() as u32, name.len() as u32, own] {
+            out.extend(number.to_le_bytes());
+        }
+        tensor.dims().iter().rev().for_each(|&n| out.extend((n as u32).to_le_bytes()));
+        out.extend(name.as_bytes());
+        out.extend(bytes);
+    }
+    out
+}
+
+/// The native names and tensors of a golden checkpoint, with others in their places or beside them.
+fn native(changes: &BTreeMap<&str, Option<Tensor>>) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let store = pricket::open_weights(golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth")).unwrap();
+    let mut tensors: std::collections::HashMap<String, Tensor> = std::collections::HashMap::new();
+    for name in store.names() {
+        tensors.insert(name.clone(), pricket::weights::read_tensor(&*store, &name, &Device::Cpu).unwrap());
+    }
+    for (name, tensor) in changes {
+        match tensor {
+            Some(tensor) => drop(tensors.insert((*name).to_owned(), tensor.clone())),
+            None => drop(tensors.remove(*name)),
+        }
+    }
+    pricket::candle::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+    dir
+}
+
+#[test]
+fn rwkv_cpp_files_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth");
+    let store = pricket::open_weights(&source).unwrap();
+    let ids: Vec<u32> = (0..30).map(|i| i * 11 % 72).collect();
+    let expected = logits(&*load(&source).model(), &ids, &mut Context::new());
+    for (version, kind, bound) in [(100, 0, 2e-5), (101, 0, 2e-5), (100, 1, 2e-2)] {
+        let path = dir.path().join(format!("{version}-{kind}.bin"));
+        std::fs::write(&path, rwkv_cpp(&*store, version, kind, None)).unwrap();
+        let loaded = load(&path);
+        let off = worst(&logits(&*loaded.model(), &ids, &mut Context::new()), &expected);
+        assert!(off < bound, "version {version}, type {kind}: {off}");
+        assert!(loaded.warnings().is_empty(), "{:?}", loaded.warnings());
+    }
+    // 20 channels are no block; a wider model has some.
+    let wide = Loader::untrained(
+        json!({"model_type": "rwkv", "vocab_size": 72, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}),
+        3,
+    );
+    let hub = dir.path().join("wide");
+    wide.unwrap().convert(&hub, &ConvertOptions::default()).unwrap();
+    let hub_store = pricket::open_weights(hub.join("model.safetensors")).unwrap();
+    let native = Renamed(hub_store);
+    for (block, kind) in [(BlockType::Q4_0, 2), (BlockType::Q5_1, 8), (BlockType::Q8_0, 9)] {
+        let path = dir.path().join(format!("{block}.bin"));
+        std::fs::write(&path, rwkv_cpp(&native, 101, kind, Some(block))).unwrap();
+        let quantized = Loader::new(&hub).quantise(Quantisation { weights: block, tables: None }).threads(2).load().unwrap();
+        let expected = logits(&*quantized.model(), &ids, &mut Context::new());
+        let found = logits(&*load(&path).model(), &ids, &mut Context::new());
+        assert!(worst(&found, &expected) < 2e-5, "{block}: {}", worst(&found, &expected));
+        // The same number meant other blocks before.
+        std::fs::write(&path, rwkv_cpp(&native, 100, kind, Some(block))).unwrap();
+        assert!(refused(&path).contains("has the type"), "{}", refused(&path));
+    }
+}
+
+/// A converted checkpoint under the names of the original program.
+struct Renamed(std::sync::Arc<dyn pricket::weights::Store>);
+
+const PARTS: [(&str, &str); 9] = [
+    ("rwkv.embeddings", "emb"),
+    ("rwkv.ln_out", "ln_out"),
+    ("rwkv.blocks", "blocks"),
+    (".pre_ln.", ".ln0."),
+    (".attention.", ".att."),
+    (".feed_forward.", ".ffn."),
+    ("time_mix_key", "time_mix_k"),
+    ("time_mix_value", "time_mix_v"),
+    ("time_mix_receptance", "time_mix_r"),
+];
+
+impl Renamed {
+    fn hub(name: &str) -> String {
+        // Only the last part of a mix is ambiguous.
+        let name = PARTS[..6].iter().fold(name.to_owned(), |name, (hub, own)| name.replacen(own, hub, 1));
+        let mixes = [("time_mix_k", "time_mix_key"), ("time_mix_v", "time_mix_value"), ("time_mix_r", "time_mix_receptance")];
+        mixes.iter().find(|(own, _)| name.ends_with(own)).map_or(name.clone(), |(own, hub)| name.replace(own, hub))
+    }
+}
+
+impl pricket::weights::Store for Renamed {
+    fn names(&self) -> Vec<String> {
+        let rename = |name: String| PARTS.iter().fold(name, |name, (hub, own)| name.replace(hub, own));
+        self.0.names().into_iter().map(rename).collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<pricket::weights::Entry> {
+        self.0.entry(&Self::hub(name))
+    }
+
+    fn bytes(&self, name: &str) -> pricket::weights::Result<pricket::weights::Bytes<'_>> {
+        self.0.bytes(&Self::hub(name))
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.0.origin(&Self::hub(name))
+    }
+}
+
+#[test]
+fn a_checkpoint_without_a_configuration_is_told_by_its_shapes_or_refused() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let plain = native(&BTreeMap::new());
+    let loaded = load(plain.path());
+    assert!(loaded.notes().iter().any(|note| note.contains("no config.json")), "{:?}", loaded.notes());
+    assert_eq!((loaded.info().family, loaded.info().layers, loaded.info().d_model), ("rwkv", 3, 20));
+    assert_eq!(pricket::inspect(plain.path()).unwrap().info.unwrap().parameters, 19_220);
+    for (name, tensor, named) in [
+        ("blocks.1.att.ln_x.weight", Some(zeros(&[20])), "RWKV-5"),
+        ("blocks.1.att.gate.weight", Some(zeros(&[20, 20])), "RWKV-5"),
+        ("blocks.2.tiny_ln.weight", Some(zeros(&[20])), "RWKV-4a"),
+        ("blocks.0.att.time_mix_qq", Some(zeros(&[1, 1, 20])), "RWKV-4b"),
+        ("blocks.0.ffnPre.key.weight", Some(zeros(&[80, 20])), "ffnPre"),
+        ("blocks.0.att.time_maa_x", Some(zeros(&[1, 1, 20])), "RWKV-6"),
+        ("head_q.weight", Some(zeros(&[20, 20])), "head_q"),
+        ("blocks.1.att.key.weight", None, "att.key.weight"),
+        ("blocks.1.att.key.weight", Some(zeros(&[20, 21])), "att.key.weight"),
+        ("blocks.0.att.time_decay", None, "config.json"),
+    ] {
+        let dir = native(&BTreeMap::from([(name, tensor)]));
+        let error = refused(dir.path());
+        assert!(error.contains(named), "{name}: {error}");
+    }
+}
+
+#[test]
+fn the_end_token_that_was_published_by_mistake_ends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = golden("models/rwkv4-hf-rescale");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(source.join(file), dir.path().join(file)).unwrap();
+    }
+    let write = |id: u32| {
+        let text = json!({"eos_token_id": id, "bos_token_id": 0}).to_string();
+        std::fs::write(dir.path().join("generation_config.json"), text).unwrap();
+    };
+    write(2);
+    let loaded = load(dir.path());
+    assert_eq!(loaded.eos_ids(), [0]);
+    assert!(loaded.notes().iter().any(|note| note.contains("eos_token_id 2")), "{:?}", loaded.notes());
+    // Another one is somebody's own.
+    write(3);
+    assert_eq!(load(dir.path()).eos_ids(), [0, 3]);
+}
+
+#[test]
+fn the_state_of_a_recurrent_model_does_not_grow() {
+    let model = load(golden("models/rwkv4-hf-rescale")).model();
+    let vocab = model.info().vocab as u32;
+    let ids: Vec<u32> = (0..900).map(|i| i * 7 % vocab).collect();
+    let mut ctx = Context::new().with_state(State::new());
+    logits(&*model, &ids[..3], &mut ctx);
+    let small = ctx.state().unwrap().bytes();
+    logits(&*model, &ids[3..800], &mut ctx);
+    assert_eq!(ctx.state().unwrap().bytes(), small);
+    // A copy goes on by itself, and a mark is returned to.
+    ctx.state_mut().unwrap().mark(0);
+    let mut copy = ctx.fork();
+    let after = logits(&*model, &ids[800..820], &mut ctx);
+    assert_eq!(worst(&logits(&*model, &ids[800..820], &mut copy), &after), 0.0);
+    assert_eq!(ctx.state_mut().unwrap().rewind(0, 810), 800);
+    assert_eq!(worst(&logits(&*model, &ids[800..820], &mut ctx), &after), 0.0);
+    assert_eq!(model.info().cache_bytes_per_token(), 0);
+}
+
+#[test]
+fn taps_of_a_recurrent_model_exist_where_they_mean_something() {
+    let model = load(golden("models/rwkv4-hf-rescale")).model();
+    let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu).unwrap();
+    let run = |site| {
+        let mut ctx = Context::new().with_taps(Taps::new().record(site));
+        model.hidden(&ids, &mut ctx).map(|_| ctx.take_recording().get(site, 1).is_some())
+    };
+    for site in [Site::ResidPre, Site::AttentionOut, Site::ResidMid, Site::MlpOut, Site::ResidPost] {
+        assert!(run(site).unwrap(), "{site:?}");
+    }
+    for site in [Site::Pattern, Site::Query, Site::Key, Site::Value] {
+        let error = run(site).unwrap_err().to_string();
+        assert!(error.contains(&format!("{site:?}")), "{error}");
+    }
+}
+
+/// From tokenizer.model to GGUF and back: the same ids, and the same token before a text.
+#[test]
+fn a_sentencepiece_tokenizer_survives_conversion() {
+    let dir = tempfile::tempdir().unwrap();
+    for case in ["sp-v1-merge-spaces", "sp-v2-keep-spaces", "sp-charsmap", "sp-no-byte-fallback"] {
+        let folder = dir.path().join(case);
+        std::fs::create_dir(&folder).unwrap();
+        let file = golden(&format!("text/{case}/tokenizer.model"));
+        let own = Tokenizer::from_sentencepiece(&std::fs::read(&file).unwrap(), "own").unwrap();
+        let config = json!({
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": own.vocab_size() + 5,
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 32, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+        });
+        Loader::untrained(config, 1).unwrap().convert(&folder, &ConvertOptions::default()).unwrap();
+        std::fs::copy(&file, folder.join("tokenizer.model")).unwrap();
+        let gguf = dir.path().join(format!("{case}.gguf"));
+        let wanted = Quantisation { weights: BlockType::Q8_0, tables: None };
+        let options = ConvertOptions { target: Target::Quantised(wanted), ..ConvertOptions::default() };
+        Loader::new(&folder).convert(&gguf, &options).unwrap();
+        let back = dir.path().join(format!("{case}-back"));
+        Loader::new(&gguf).convert(&back, &ConvertOptions { target: Target::F32, ..ConvertOptions::default() }).unwrap();
+        let (packed, back) = (load(&gguf), load(&back));
+        assert!(packed.warnings().is_empty(), "{:?}", packed.warnings());
+        for line in std::fs::read_to_string(golden(&format!("text/{case}/encode.jsonl"))).unwrap().lines() {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let text = line["text"].as_str().unwrap();
+            let expected = own.encode(text).unwrap();
+            assert_eq!(packed.tokenizer().unwrap().encode(text).unwrap(), expected, "{case}: {text:?}");
+            let spelled = ["<s>", "</s>", "<unk>"].iter().any(|token| text.contains(token));
+            if !spelled {
+                assert_eq!(back.tokenizer().unwrap().encode(text).unwrap(), expected, "{case}: {text:?}");
+            }
+        }
+        for loaded in [&packed, &back] {
+            assert_eq!(loaded.encode("a").unwrap()[0], 1);
+            assert_eq!(loaded.prefix_id(), 1);
+        }
+    }
+}
+
+/// Text that is written goes on where the prompt ends: the space that sentencepiece puts before a text is not lost between them.
+#[test]
+fn a_continuation_keeps_its_first_space() {
+    let pricket = pricket::load("tiny-llama").unwrap();
+    let tokenizer = pricket.tokenizer().unwrap();
+    let ids = tokenizer.encode("The people of the United States").unwrap();
+    let (start, rest) = ids.split_at(3);
+    assert_eq!(tokenizer.decode(start) + &tokenizer.decode_part(rest), "The people of the United States");
+    assert!(!tokenizer.decode(&ids).starts_with(' '));
+    let text = pricket.generate("The people of the", &GenerateOptions { max_tokens: 8, ..Default::default() }).unwrap();
+    let whole = [&text.prompt_ids[..], &text.ids].concat();
+    assert_eq!(tokenizer.decode(&whole), format!("The people of the{}", text.text));
+}
