@@ -121,6 +121,10 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     for task in &asked {
         if task.shots(counts.iter().copied().max()) == 0 && counts.iter().any(|&count| count > 0) {
             let name = task.name();
+            ensure!(
+                counts.len() == 1,
+                "{name} is asked without examples, as its definition says: leave it out where --num-fewshot names several numbers"
+            );
             common::tell(format_args!(
                 "note: {name}: no examples, as its definition says; --num-fewshot has no effect on it"
             ));

@@ -11,10 +11,19 @@ fn the_suites_expand_to_what_was_published() {
     for card in cards() {
         *counts.entry(&card.suite).or_default() += 1;
     }
-    let expected = [("GPT-NeoX", 1), ("MPT", 12), ("PolyPythias", 45), ("Pythia", 34), ("RedPajama-INCITE", 9)];
+    let expected = [
+        ("GPT-NeoX", 1),
+        ("MPT", 12),
+        ("OpenLLaMA", 11),
+        ("PolyPythias", 45),
+        ("Pythia", 34),
+        ("RWKV-4", 16),
+        ("RedPajama-INCITE", 9),
+    ];
     assert_eq!(counts.into_iter().collect::<Vec<_>>(), expected);
     let ids: BTreeSet<&str> = cards().iter().map(|card| card.id.as_str()).collect();
-    assert_eq!(ids.len(), 101);
+    // Four models of RWKV-4 are in one repository.
+    assert_eq!(ids.len(), 125);
     // No name leads to two models.
     for card in cards() {
         for alias in &card.aliases {
@@ -48,6 +57,8 @@ fn parameters_are_those_of_the_published_shapes() {
             "RedPajama-INCITE" => format!("incite-{}", card.size),
             "GPT-NeoX" => format!("neox-{}", card.size),
             "MPT" => format!("mpt-{}", card.size),
+            "OpenLLaMA" => format!("open-llama-{}", card.size),
+            "RWKV-4" => format!("rwkv4-{}", card.size),
             _ => card.size.clone(),
         };
         let config = pricket::published_config(&name).unwrap_or_else(|| panic!("{name} has no shape"));

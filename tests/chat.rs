@@ -61,6 +61,11 @@ fn formats_are_spelled_as_the_models_saw_them() {
         ("incite-chat", "<human>: One?¶<bot>:".into(), "<human>: One?¶<bot>: Yes.¶<human>: Two?¶<bot>:".into()),
         ("incite-instruct", "Q: One?¶A:".into(), "Q: One?¶A: Yes.¶Q: Two?¶A:".into()),
         (
+            "rwkv-qa",
+            "¶Q & A¶¶Question:¶One?¶¶Detailed Expert Answer:¶".into(),
+            "¶Q & A¶¶Question:¶One?¶¶Detailed Expert Answer:¶Yes.¶¶¶Q & A¶¶Question:¶Two?¶¶Detailed Expert Answer:¶".into(),
+        ),
+        (
             "oasst",
             "<|prompter|>One?<|endoftext|><|assistant|>".into(),
             "<|prompter|>One?<|endoftext|><|assistant|>Yes.<|endoftext|><|prompter|>Two?<|endoftext|><|assistant|>"

@@ -348,6 +348,11 @@ fn what_makes_no_sense_is_refused_by_name() {
         ("score", &["--prompt", ""], "a text without a token"),
         ("score", &["--tasks", "piqa,piqa", "--data", data], "two tasks of the name piqa"),
         ("score", &["--tasks", "piqa", "--data", data, "--num-fewshot", "2,2"], "a number twice"),
+        (
+            "score",
+            &["--tasks", "lambada_openai", "--data", data, "--num-fewshot", "0,2"],
+            "lambada_openai is asked without examples",
+        ),
         ("score", &["--tasks", "piqa", "--data", data, "--stride", "5"], "--stride has an effect on whole texts"),
         ("score", &["--text", "short.txt", "--fewshot-seed", "7"], "--fewshot-seed has an effect with --tasks only"),
         ("score", &["--text", "short.txt", "--bootstrap-iters", "5"], "--bootstrap-iters has an effect"),

@@ -26,9 +26,11 @@ fn options(target: Target) -> ConvertOptions {
     ConvertOptions { target, ..Default::default() }
 }
 
-/// The weights of a golden case, and whether GGUF can say what its configuration says.
+/// The weights of a golden case, and whether GGUF can say what its configuration says. There is no GGUF of RWKV-4.
 fn sources() -> Vec<(PathBuf, bool)> {
-    let unsaid = ["mpt-logit-scale-inv-sqrt", "mpt-native-clip-scale", "mosaicgpt-6heads"];
+    let unsaid = [
+        "mpt-logit-scale-inv-sqrt", "mpt-native-clip-scale", "mosaicgpt-6heads", "rwkv4-hf-left-padded-batch", "rwkv4-hf-rescale",
+    ];
     let files = directories_with(&golden("files"), "expected.safetensors");
     let files = files.into_iter().map(|dir| {
         let name = if dir.join("model.gguf").is_file() { "model.gguf" } else { "model.bin" };
@@ -64,7 +66,8 @@ fn conversions_keep_every_value() {
             let done = Loader::new(&source).convert(&file, &options(target));
             if !gguf {
                 let error = done.unwrap_err().to_string();
-                assert!(error.contains("GGUF has no key for it"), "{}: {error}", source.display());
+                let told = ["GGUF has no key for it", "GGUF has no form for"].iter().any(|what| error.contains(what));
+                assert!(told, "{}: {error}", source.display());
                 assert!(!file.exists());
                 unsaid += 1;
                 continue;
@@ -84,7 +87,7 @@ fn conversions_keep_every_value() {
             }
         }
     }
-    assert!(said >= 80 && unsaid == 6, "{said} conversions, {unsaid} refused");
+    assert!(said >= 80 && unsaid == 10, "{said} conversions, {unsaid} refused");
     let left = std::fs::read_dir(dir.path()).unwrap().flatten();
     assert!(
         left.into_iter().all(|entry| !entry.file_name().to_string_lossy().ends_with(".part")),

@@ -180,13 +180,16 @@ fn keys_that_change_the_maths_change_the_logits_or_are_refused() {
 #[test]
 fn the_documented_keys_are_those_that_are_checked() {
     use pricket::nn::config::{GENERIC, Keys};
-    let tables: [(&str, Keys); 6] = [
+    let tables: [(&str, Keys); 9] = [
         ("transformers' `PretrainedConfig`, which all configurations share", GENERIC),
         ("`GPTNeoXConfig`", pricket_tables::NEOX),
         ("`MPTConfig` of llm-foundry and `MptConfig` of transformers", pricket_tables::MPT),
         ("`MosaicGPTConfig`", pricket_tables::MOSAIC_GPT),
         ("GGUF metadata of `gptneox`, behind `gptneox.`", pricket_tables::NEOX_GGUF),
         ("GGUF metadata of `mpt`, behind `mpt.`", pricket_tables::MPT_GGUF),
+        ("`LlamaConfig`", pricket_tables::LLAMA),
+        ("GGUF metadata of `llama`, behind `llama.`", pricket_tables::LLAMA_GGUF),
+        ("`RwkvConfig`", pricket_tables::RWKV),
     ];
     let mut text = String::from("| class | read | without effect | refused unless |\n|---|---|---|---|\n");
     for (class, keys) in tables {
@@ -212,6 +215,8 @@ fn the_documented_keys_are_those_that_are_checked() {
 
 /// The tables of the families.
 mod pricket_tables {
+    pub(super) use pricket_llama::{GGUF_KEYS as LLAMA_GGUF, KEYS as LLAMA};
+    pub(super) use pricket_rwkv4::KEYS as RWKV;
     pub(super) use pricket_gpt_neox::{GGUF_KEYS as NEOX_GGUF, KEYS as NEOX};
     pub(super) use pricket_mpt::{GGUF_KEYS as MPT_GGUF, KEYS as MPT, MOSAIC_GPT_KEYS as MOSAIC_GPT};
 }

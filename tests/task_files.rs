@@ -136,6 +136,21 @@ fn templates_are_rendered_as_python_renders_them() {
     }
 }
 
+/// A text is a literal, or the name of a column, for all documents alike.
+#[test]
+fn a_column_that_only_some_documents_have_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = "task: t\noutput_type: loglikelihood\ntest_split: test\ndoc_to_text: \"Right Answer:\"\ndoc_to_target: \" {{b}}\"";
+    let task = Task::from_file(written(dir.path(), "t.yaml", file)).unwrap();
+    let model = pricket::load(golden("model")).unwrap();
+    let run = |documents: Vec<Value>| {
+        model.evaluate(&task, documents.into_iter().map(Ok), &[], &EvalOptions::default()).map_err(|e| e.to_string())
+    };
+    assert!(run(vec![json!({"b": "x"}), json!({"b": "y"})]).is_ok());
+    let error = run(vec![json!({"b": "x"}), json!({"b": "y", "Right Answer:": "z"})]).unwrap_err();
+    assert!(error.contains("some documents have a column \"Right Answer:\""), "{error}");
+}
+
 #[test]
 fn what_a_file_cannot_ask_is_refused_by_name() {
     let document = json!({"a": "the", "b": "man", "list": ["the", "man"], "label": 5});
@@ -184,6 +199,8 @@ fn what_a_file_cannot_ask_is_refused_by_name() {
         (format!("{text}doc_to_target: \"{deep}\""), "fuel"),
         (format!("{text}doc_to_target: \"{nested}\""), "nested deeper than 64"),
         (format!("{text}doc_to_target: \"{{{{a|regex_replace('t', '\\\\\\\\q')}}}}\""), "replacement"),
+        (format!("{text}doc_to_target: \"{{{{a|regex_replace('t', '\\\\\\\\g1')}}}}\""), "replacement"),
+        (format!("{text}doc_to_target: \"{{{{a|regex_replace('(t)', '\\\\\\\\101')}}}}\""), "replacement"),
         (format!("{choices}doc_to_choice: nowhere\ndoc_to_target: 0"), "no column \"nowhere\""),
         ("task: t\noutput_type: loglikelihood\ntest_split: test\ndoc_to_target: b".into(), "doc_to_text"),
         (

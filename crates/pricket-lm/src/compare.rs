@@ -74,8 +74,9 @@ pub fn compare(
             let (p, q) = (logits.to_vec2::<f32>()?, others.to_vec2::<f32>()?);
             for ((p, q), &target) in p.iter().zip(&q).zip(targets) {
                 let (norm_p, norm_q) = (log_sum(p), log_sum(q));
-                for (model, norm) in [(reference, norm_p), (other, norm_q)] {
-                    if !norm.is_finite() {
+                for (model, logits, norm) in [(reference, p, norm_p), (other, q, norm_q)] {
+                    // One infinite logit makes the divergence no number.
+                    if !norm.is_finite() || !logits.iter().all(|x| x.is_finite()) {
                         return Err(diagnose(model, &context));
                     }
                 }

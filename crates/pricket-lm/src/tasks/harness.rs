@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -411,7 +412,13 @@ fn is_name(text: &str) -> bool {
 struct Field {
     key: &'static str,
     is: Is,
+    /// Whether the text was the name of a column of the documents before: unknown, a name, or none.
+    was: AtomicU8,
 }
+
+/// States of [`Field::was`].
+const COLUMN: u8 = 1;
+const LITERAL: u8 = 2;
 
 enum Is {
     /// The name of a column, or a template.
@@ -439,11 +446,17 @@ impl Field {
             Yaml::Mapping(entries) => Is::List(entries.values().map(json_of).collect()),
             other => return Err(unexpected(key, "a text, a number or a list", &other)),
         };
-        Ok(Self { key, is })
+        Ok(Self { key, is, was: AtomicU8::new(0) })
     }
 
     fn is_empty(&self) -> bool {
         matches!(&self.is, Is::Text(source) if source.is_empty())
+    }
+
+    /// Whether it was something else for a document before.
+    fn changed(&self, now: u8) -> bool {
+        let before = self.was.swap(now, Ordering::Relaxed);
+        before != 0 && before != now
     }
 
     fn of(&self, templates: &Templates, document: &Value) -> Result<Found, String> {
@@ -455,6 +468,10 @@ impl Field {
                 None if is_name(source) => {
                     let key = self.key;
                     Err(format!("{key}: no column {source:?}; for a literal text write {{{{ \"{source}\" }}}}"))
+                }
+                // A text of one document is a text of all.
+                found if !source.contains('{') && self.changed(if found.is_some() { COLUMN } else { LITERAL }) => {
+                    Err(format!("{}: some documents have a column {source:?}, and others do not", self.key))
                 }
                 None => templates.render(self.key, document).map(Found::Text),
                 Some(Value::String(text)) => Ok(Found::Text(text.clone())),

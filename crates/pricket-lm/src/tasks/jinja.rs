@@ -135,12 +135,20 @@ fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
             't' => out.push('\t'),
             'r' => out.push('\r'),
             'g' => {
-                let name: String = chars.by_ref().skip_while(|c| *c == '<').take_while(|c| *c != '>').collect();
-                digits.push_str(&name);
+                let rest: String = chars.by_ref().take_while(|c| *c != '>').collect();
+                let name = rest.strip_prefix('<').filter(|name| !name.is_empty()).ok_or_else(unknown)?;
+                if !python.contains(&format!("\\g<{name}>")) {
+                    return Err(unknown());
+                }
+                digits.push_str(name);
             }
             digit @ '1'..='9' => {
                 digits.push(digit);
                 digits.extend(chars.next_if(char::is_ascii_digit));
+                // Three digits are a character's number in Python.
+                if digits.len() == 2 && chars.peek().is_some_and(char::is_ascii_digit) {
+                    return Err(unknown());
+                }
             }
             _ => return Err(unknown()),
         }
