@@ -26,7 +26,7 @@ use serde_json::json;
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// Random weights of a published shape (14m to 12b, neox-20b, incite-3b, incite-7b, mpt-1b, mpt-7b, mpt-30b) instead of a model;
+    /// Random weights of a published shape (14m to 12b, neox-20b, incite-3b, mpt-1b, mpt-7b, open-llama-3b, rwkv4-430m, and others of models/shapes.toml) instead of a model;
     /// --dtype says how they are stored, f16 if it is auto
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,

@@ -341,6 +341,8 @@ fn what_makes_no_sense_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("empty.txt"), "").unwrap();
     std::fs::write(dir.path().join("short.txt"), "The people").unwrap();
+    let zero = "task: zero\noutput_type: loglikelihood\ntest_split: test\nnum_fewshot: 0\ndoc_to_text: a\ndoc_to_target: b";
+    std::fs::write(dir.path().join("zero.yaml"), zero).unwrap();
     let data = root().join("tests/golden/scoring/score-neox-4tasks/data");
     let data = data.to_str().unwrap();
     let cases: &[(&str, &[&str], &str)] = &[
@@ -350,8 +352,8 @@ fn what_makes_no_sense_is_refused_by_name() {
         ("score", &["--tasks", "piqa", "--data", data, "--num-fewshot", "2,2"], "a number twice"),
         (
             "score",
-            &["--tasks", "lambada_openai", "--data", data, "--num-fewshot", "0,2"],
-            "lambada_openai is asked without examples",
+            &["--tasks", "zero.yaml", "--num-fewshot", "0,2"],
+            "zero is asked without examples",
         ),
         ("score", &["--tasks", "piqa", "--data", data, "--stride", "5"], "--stride has an effect on whole texts"),
         ("score", &["--text", "short.txt", "--fewshot-seed", "7"], "--fewshot-seed has an effect with --tasks only"),

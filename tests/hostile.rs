@@ -409,3 +409,37 @@ fn damaged_containers_are_answered() {
     println!("{opened} opened, {refused} refused");
     assert!(opened > 100 && refused > 100, "{opened} opened, {refused} refused");
 }
+
+/// Whatever becomes of a tokenizer.model, it is an error or a tokenizer that answers.
+#[test]
+fn damaged_sentencepiece_models_are_answered() {
+    let mut state = 7u64;
+    let mut random = move |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let texts = root().join("tests/golden/text");
+    let mut answered = 0;
+    for case in ["sp-charsmap", "sp-v2-keep-spaces", "sp-no-byte-fallback"] {
+        let whole = std::fs::read(texts.join(case).join("tokenizer.model")).unwrap();
+        for round in 0..400 {
+            let mut bytes = whole.clone();
+            match round % 3 {
+                0 => bytes.truncate(random(bytes.len())),
+                // The end holds settings and the normalizer.
+                1 => (0..3).for_each(|_| bytes[whole.len() - 1 - random(1500.min(whole.len()))] = random(256) as u8),
+                _ => (0..8).for_each(|_| bytes[random(whole.len())] ^= 1 << random(8)),
+            }
+            let Ok(tokenizer) = pricket::Tokenizer::from_files(&[("tokenizer.model", &bytes)], "damaged") else { continue };
+            let ids = tokenizer.encode_from_start("Anna  had a\n red b\u{e4}ll.\tﬁ </s> \u{1f917}").unwrap();
+            assert!(ids.len() < 4096 && ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
+            let _ = tokenizer.decode(&ids);
+            answered += 1;
+        }
+    }
+    assert!(answered > 100, "{answered}");
+    // What would make much of little is refused.
+    let long = [&b"\x0a\x84\x10\x0a\x81\x10"[..], &[b'a'; 2049]].concat();
+    let error = pricket::Tokenizer::from_files(&[("tokenizer.model", &long)], "long").unwrap_err().to_string();
+    assert!(error.contains("at most 1024"), "{error}");
+}

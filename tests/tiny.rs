@@ -144,6 +144,13 @@ fn they_have_names() {
     assert!(error.contains("tiny, tiny-mpt, tiny-chat, tiny-llama, tiny-rwkv"), "{error}");
 }
 
+/// Which the embedded ones rely on.
+#[test]
+fn three_of_them_have_one_tokenizer() {
+    let tokenizer = |name: &str| std::fs::read(root().join("models").join(name).join("tokenizer.json")).unwrap();
+    assert!(["tiny-mpt", "tiny-chat"].iter().all(|name| tokenizer(name) == tokenizer("tiny")));
+}
+
 /// A tap that cannot fire is an error, and names what there is.
 #[test]
 fn taps_and_arguments_that_fit_no_model_are_refused() {

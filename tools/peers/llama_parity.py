@@ -32,7 +32,7 @@ def greedy(path, ids, count):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("models", nargs="*", default=["tiny", "tiny-mpt", "tiny-chat"])
+    p.add_argument("models", nargs="*", default=["tiny", "tiny-mpt", "tiny-chat", "tiny-llama"])
     p.add_argument("--examples", default="target/debug/examples")
     p.add_argument("--types", default="f16,q8_0,q4_0,q5_1,q4_1,q5_0")
     p.add_argument("--activations", default="q8", help="q8 to round as ggml does, or f32")
@@ -47,10 +47,12 @@ def main():
                 same, parted = 0, []
                 for prompt in PROMPTS:
                     command = [f"{a.examples}/generate", "--model", path, "--prompt", prompt, "-n", "64", "-t", "0", "--json",
-                               "--ignore-eos", "--activation", "gelu_tanh", "--activations", a.activations, "--cache-type", "f32"]
+                               "--ignore-eos", "--activations", a.activations, "--cache-type", "f32"]
+                    # LLaMA has no GELU.
+                    command += [] if model == "tiny-llama" else ["--activation", "gelu_tanh"]
                     ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                     llm = llama_cpp.Llama(path, vocab_only=True, verbose=False)
-                    theirs = llm.tokenize(prompt.encode(), add_bos=False, special=True)
+                    theirs = llm.tokenize(prompt.encode(), add_bos=True, special=True)
                     assert theirs == ours["prompt_ids"], (theirs, ours["prompt_ids"])
                     for i, (token, margin) in enumerate(greedy(path, ours["prompt_ids"], 64)):
                         if token != ours["ids"][i]:

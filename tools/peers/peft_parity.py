@@ -20,8 +20,10 @@ from transformers import PretrainedConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests/golden/models"
 BASES = ["neox-parallel-rot025", "neox-sequential-rot100", "neox-tied", "mpt-native-clip-scale", "mpt-with-bias", "mpt-qk-ln",
-         "mosaicgpt-1b-style"]
+         "mosaicgpt-1b-style", "llama-gqa", "llama-mqa-bias-rope-parameters", "rwkv4-hf-rescale"]
 TARGETS = {"gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+           "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+           "rwkv": ["key", "value", "receptance", "output"],
            "mpt": ["Wqkv", "out_proj", "up_proj", "down_proj"], "mosaic_gpt": ["Wqkv", "out_proj", "mlp_up", "mlp_down"]}
 
 
@@ -89,9 +91,11 @@ class Mpt(torch.nn.Module):
 def load(base):
     """A fresh torch model of a golden case, in f32."""
     config = json.loads((GOLDEN / base / "config.json").read_text())
-    if config["model_type"] == "gpt_neox" or base.startswith("mpt-native"):
+    if config["model_type"] in ("gpt_neox", "llama", "rwkv") or base.startswith("mpt-native"):
         from transformers import AutoModelForCausalLM
-        return AutoModelForCausalLM.from_pretrained(GOLDEN / base, dtype=torch.float32), config
+        # RWKV's weights would be divided in place, under an adapter too.
+        more = {"rescale_every": 0} if config["model_type"] == "rwkv" else {}
+        return AutoModelForCausalLM.from_pretrained(GOLDEN / base, dtype=torch.float32, **more), config
     file = GOLDEN / base / "model.safetensors"
     weights = load_file(file) if file.exists() else torch.load(GOLDEN / base / "pytorch_model.bin", weights_only=True)
     return Mpt(config, weights), config

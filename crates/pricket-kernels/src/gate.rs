@@ -54,20 +54,27 @@ unsafe fn gate<L: Floats>(kind: Gate, g: L::Float) -> (L::Float, L::Float) {
     }
 }
 
+/// `f`.
+#[inline(always)]
+unsafe fn value<L: Floats>(kind: Gate, g: L::Float) -> L::Float {
+    unsafe {
+        match kind {
+            Gate::Silu => L::mul(g, sigmoid::<L>(g)),
+            Gate::Sigmoid => sigmoid::<L>(g),
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn forward<L: Floats>(kind: Gate, g: &[f32], x: &[f32], out: &mut [f32]) {
     unsafe {
-        let value = |g: L::Float| match kind {
-            Gate::Silu => L::mul(g, sigmoid::<L>(g)),
-            Gate::Sigmoid => sigmoid::<L>(g),
-        };
         let (whole, rest) = g.as_chunks::<LANES>();
         for ((g, x), out) in whole.iter().zip(x.as_chunks::<LANES>().0).zip(out.as_chunks_mut::<LANES>().0) {
-            L::store(out.as_mut_ptr(), L::mul(value(L::floats(g.as_ptr())), L::floats(x.as_ptr())));
+            L::store(out.as_mut_ptr(), L::mul(value::<L>(kind, L::floats(g.as_ptr())), L::floats(x.as_ptr())));
         }
         let (mut edge, at) = ([0f32; LANES], g.len() - rest.len());
         edge[..rest.len()].copy_from_slice(rest);
-        L::store(edge.as_mut_ptr(), value(L::floats(edge.as_ptr())));
+        L::store(edge.as_mut_ptr(), value::<L>(kind, L::floats(edge.as_ptr())));
         for ((out, x), f) in out[at..].iter_mut().zip(&x[at..]).zip(edge) {
             *out = f * x;
         }
@@ -83,24 +90,22 @@ unsafe fn backward<L: Floats>(
     grad: &[f32],
     (gate_grad, x_grad): (&mut [f32], &mut [f32]),
 ) {
-    let mut part = |g: &[f32], x: &[f32], grad: &[f32], at: usize| {
-        let (mut edges, len) = ([[0f32; LANES]; 3], g.len());
-        for (edge, from) in edges.iter_mut().zip([g, x, grad]) {
-            edge[..len].copy_from_slice(from);
-        }
-        let (mut first, mut second) = ([0f32; LANES], [0f32; LANES]);
+    // No closures: they would not have the instructions.
+    for at in (0..g.len()).step_by(LANES) {
+        let len = LANES.min(g.len() - at);
+        let part = at..at + len;
+        let (mut edges, mut first, mut second) = ([[0f32; LANES]; 3], [0f32; LANES], [0f32; LANES]);
+        edges[0][..len].copy_from_slice(&g[part.clone()]);
+        edges[1][..len].copy_from_slice(&x[part.clone()]);
+        edges[2][..len].copy_from_slice(&grad[part.clone()]);
         unsafe {
             let (f, slope) = gate::<L>(kind, L::floats(edges[0].as_ptr()));
             let grad = L::floats(edges[2].as_ptr());
             L::store(first.as_mut_ptr(), L::mul(grad, L::mul(L::floats(edges[1].as_ptr()), slope)));
             L::store(second.as_mut_ptr(), L::mul(grad, f));
         }
-        gate_grad[at..at + len].copy_from_slice(&first[..len]);
-        x_grad[at..at + len].copy_from_slice(&second[..len]);
-    };
-    for (i, g) in g.chunks(LANES).enumerate() {
-        let at = i * LANES;
-        part(g, &x[at..at + g.len()], &grad[at..at + g.len()], at);
+        gate_grad[part.clone()].copy_from_slice(&first[..len]);
+        x_grad[part].copy_from_slice(&second[..len]);
     }
 }
 

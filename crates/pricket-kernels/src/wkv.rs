@@ -75,12 +75,17 @@ impl Channels<'_> {
     }
 }
 
+#[inline(always)]
+unsafe fn negative<L: Floats>(x: L::Float) -> L::Float {
+    unsafe { L::mul(x, L::splat(-1.0)) }
+}
+
 /// `e^(a - max)`, `e^(b - max)` and the maximum of both.
 #[inline(always)]
 unsafe fn shares<L: Floats>(a: L::Float, b: L::Float) -> (L::Float, L::Float, L::Float) {
     unsafe {
         let top = L::max(a, b);
-        let less = L::mul(top, L::splat(-1.0));
+        let less = negative::<L>(top);
         (L::exp(L::add(a, less)), L::exp(L::add(b, less)), top)
     }
 }
@@ -127,7 +132,8 @@ unsafe fn advance<L: Floats>(
 unsafe fn forward<L: Floats>(at: Channels<'_>, out: Shared<f32>, after: [usize; 3]) {
     unsafe {
         let (w, first) = (L::floats(at.decay.as_ptr()), L::floats(at.first.as_ptr()));
-        let mut state = at.state.each_ref().map(|x| L::floats(x.as_ptr()));
+        let [num, den, max] = &at.state;
+        let mut state = [L::floats(num.as_ptr()), L::floats(den.as_ptr()), L::floats(max.as_ptr())];
         let mut edge = [0f32; LANES];
         for t in 0..at.len {
             let (k, v) = (at.load(at.k, t), at.load(at.v, t));
@@ -149,8 +155,8 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<f32>, 
     unsafe {
         let (w, first) = (L::floats(at.decay.as_ptr()), L::floats(at.first.as_ptr()));
         let zero = L::splat(0.0);
-        let negative = |x| L::mul(x, L::splat(-1.0));
-        let mut state = at.state.each_ref().map(|x| L::floats(x.as_ptr()));
+        let [num, den, max] = &at.state;
+        let mut state = [L::floats(num.as_ptr()), L::floats(den.as_ptr()), L::floats(max.as_ptr())];
         // Of the numerator and of the denominator by `w`, over `e^max` as they are.
         let (mut num_w, mut den_w) = (zero, zero);
         let (mut of_w, mut of_first) = (zero, zero);
@@ -162,10 +168,10 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<f32>, 
             let Step { old, new, top, den, out } = step::<L>(&state, first, k, v);
             let share = L::div(g, den);
             // d out / d first = e^(first + k) (v - out) / den
-            let own = L::mul(share, L::mul(new, L::add(v, negative(out))));
+            let own = L::mul(share, L::mul(new, L::add(v, negative::<L>(out))));
             of_first = L::add(of_first, own);
             // d out / d w = (num_w - out den_w) / den
-            let by_w = L::madd(negative(out), den_w, num_w);
+            let by_w = L::madd(negative::<L>(out), den_w, num_w);
             of_w = L::madd(L::mul(share, old), by_w, of_w);
             kept.push([out, share, top]);
             let before = state;
@@ -179,18 +185,18 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<f32>, 
         for (t, [given, share, largest]) in kept.into_iter().enumerate().rev() {
             let (k, v) = (at.load(at.k, t), at.load(at.v, t));
             let (k, v) = (L::floats(k.as_ptr()), L::floats(v.as_ptr()));
-            let own = L::mul(share, L::exp(L::add(L::add(first, k), negative(largest))));
+            let own = L::mul(share, L::exp(L::add(L::add(first, k), negative::<L>(largest))));
             let later = L::exp(L::add(k, top));
             let position = at.from + t * at.channels;
-            let of_k = L::madd(later, L::madd(v, num, den), L::mul(own, L::add(v, negative(given))));
+            let of_k = L::madd(later, L::madd(v, num, den), L::mul(own, L::add(v, negative::<L>(given))));
             L::store(edge.as_mut_ptr(), of_k);
             at.write(out, places[0] + position, edge);
             L::store(edge.as_mut_ptr(), L::madd(later, num, own));
             at.write(out, places[1] + position, edge);
-            let (old, new, largest) = shares::<L>(L::add(top, w), negative(largest));
+            let (old, new, largest) = shares::<L>(L::add(top, w), negative::<L>(largest));
             let share = L::mul(new, share);
             num = L::madd(old, num, share);
-            den = L::madd(old, den, negative(L::mul(share, given)));
+            den = L::madd(old, den, negative::<L>(L::mul(share, given)));
             top = largest;
         }
         for (x, place) in [of_w, of_first].into_iter().zip(&places[2..]) {

@@ -16,6 +16,9 @@ pub(crate) use proto::{Kind, Model, NormalizerSpec, Piece};
 /// What an unknown character costs beside the least likely piece of a unigram model.
 const UNKNOWN_PENALTY: f32 = 10.0;
 
+/// Bytes of the longest piece.
+const MAX_PIECE: usize = 1 << 10;
+
 /// A model, ready to cut texts.
 #[derive(Debug)]
 pub(crate) struct SentencePiece {
@@ -80,6 +83,9 @@ impl SentencePiece {
         let (mut user_lengths, mut scores) = (Vec::new(), (f32::MAX, f32::MIN_POSITIVE));
         for (id, piece) in model.pieces.iter().enumerate() {
             let id = id as u32;
+            if piece.text.len() > MAX_PIECE {
+                return Err(format!("piece {id} has {} bytes; a piece has at most {MAX_PIECE}", piece.text.len()));
+            }
             match piece.kind {
                 Kind::Normal | Kind::UserDefined | Kind::Unused => {
                     if piece.text.is_empty() {

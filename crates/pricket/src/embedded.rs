@@ -19,12 +19,13 @@ pub(crate) struct Embedded {
     weights: &'static [u8],
 }
 
+/// Of some the tokenizer is that of another, byte for byte, so that the program has it once.
 macro_rules! embedded {
-    ($name:literal: $($file:literal),+) => {
+    ($name:literal, $tokenizer:literal: $($file:literal),+) => {
         Embedded {
             name: $name,
             config: include_bytes!(concat!("../../../models/", $name, "/config.json")),
-            tokenizer: &[$(($file, include_bytes!(concat!("../../../models/", $name, "/", $file)))),+],
+            tokenizer: &[$(($file, include_bytes!(concat!("../../../models/", $tokenizer, "/", $file)))),+],
             weights: include_bytes!(concat!("../../../models/", $name, "/model.safetensors")),
         }
     };
@@ -32,11 +33,11 @@ macro_rules! embedded {
 
 /// The first is the one that is meant where none is named.
 pub(crate) static EMBEDDED: [Embedded; 5] = [
-    embedded!("tiny": "tokenizer.json"),
-    embedded!("tiny-mpt": "tokenizer.json"),
-    embedded!("tiny-chat": "tokenizer.json"),
-    embedded!("tiny-llama": "tokenizer.model", "tokenizer_config.json"),
-    embedded!("tiny-rwkv": "tokenizer.json"),
+    embedded!("tiny", "tiny": "tokenizer.json"),
+    embedded!("tiny-mpt", "tiny": "tokenizer.json"),
+    embedded!("tiny-chat", "tiny": "tokenizer.json"),
+    embedded!("tiny-llama", "tiny-llama": "tokenizer.model", "tokenizer_config.json"),
+    embedded!("tiny-rwkv", "tiny-rwkv": "tokenizer.json"),
 ];
 
 impl Embedded {

@@ -5,6 +5,9 @@ use crate::sentencepiece::proto::NormalizerSpec;
 /// The character that stands for a space.
 pub(crate) const MARK: &str = "\u{2581}";
 
+/// Bytes that one replacement has at most; sentencepiece's own have 33.
+const MAX_REPLACEMENT: usize = 256;
+
 /// A normalizer with its table of replacements, if it has one.
 #[derive(Debug)]
 pub(crate) struct Normalizer {
@@ -24,7 +27,9 @@ impl Charsmap {
         let (size, rest) = blob.split_first_chunk::<4>()?;
         let (trie, texts) = rest.split_at_checked(u32::from_le_bytes(*size) as usize)?;
         let (units, odd) = trie.as_chunks::<4>();
-        let whole = odd.is_empty() && !units.is_empty() && texts.last().is_none_or(|&last| last == 0);
+        // Replacements are a few characters long: a long one would make much of a little text.
+        let is_short = texts.split(|&byte| byte == 0).all(|text| text.len() <= MAX_REPLACEMENT);
+        let whole = odd.is_empty() && !units.is_empty() && texts.last().is_none_or(|&last| last == 0) && is_short;
         whole.then(|| Self { units: units.iter().map(|unit| u32::from_le_bytes(*unit)).collect(), texts: texts.to_vec() })
     }
 
