@@ -8,6 +8,7 @@ use pricket::{
     BlockType, CausalLm, Context, ConvertOptions, GenerateOptions, Loader, Pricket, Quantisation, Site, State, Taps, Target,
     Tokenizer,
 };
+use pricket::nn::RowOrder;
 use serde_json::{Value, json};
 
 use crate::common::{root, worst};
@@ -37,16 +38,14 @@ fn refused(path: &Path) -> String {
 #[test]
 fn candles_llama_computes_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    for (i, source) in ["models/llama-gqa", "files/llama-ggjt-q4_0/model.bin", "files/llama-gguf-q8_0/model.gguf"].iter().enumerate() {
+    let sources = ["models/llama-gqa", "files/llama-ggjt-q4_0/model.bin", "files/llama-gguf-f16/model.gguf"];
+    for (i, source) in sources.iter().enumerate() {
         let hub = dir.path().join(format!("{i}"));
         let options = ConvertOptions { target: Target::F32, ..ConvertOptions::default() };
         Loader::new(golden(source)).convert(&hub, &options).unwrap();
-        let ours = load(&hub);
+        let ours = load(golden(source));
         let (config, info) = (ours.config(), ours.info().clone());
-        if config["attention_bias"] == true {
-            // candle's has no biases.
-            continue;
-        }
+        assert_ne!(config["attention_bias"], true, "candle's has no biases");
         let twin_config = Config {
             hidden_size: info.d_model,
             intermediate_size: config["intermediate_size"].as_u64().unwrap() as usize,
@@ -141,6 +140,8 @@ fn rwkv_cpp_files_are_read() {
         let off = worst(&logits(&*loaded.model(), &ids, &mut Context::new()), &expected);
         assert!(off < bound, "version {version}, type {kind}: {off}");
         assert!(loaded.warnings().is_empty(), "{:?}", loaded.warnings());
+        let seen = pricket::inspect(&path).unwrap();
+        assert_eq!((seen.info.unwrap().parameters, seen.tensors.len()), (19_220, store.names().len()));
     }
     // 20 channels are no block; a wider model has some.
     let wide = Loader::untrained(
@@ -236,10 +237,17 @@ fn a_checkpoint_without_a_configuration_is_told_by_its_shapes_or_refused() {
 #[test]
 fn the_end_token_that_was_published_by_mistake_ends_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let source = golden("models/rwkv4-hf-rescale");
-    for file in ["config.json", "model.safetensors"] {
-        std::fs::copy(source.join(file), dir.path().join(file)).unwrap();
-    }
+    let config = |vocab: u32| {
+        json!({
+            "model_type": "rwkv", "architectures": ["RwkvForCausalLM"], "vocab_size": vocab, "hidden_size": 8,
+            "num_hidden_layers": 1, "eos_token_id": 0,
+        })
+    };
+    let made = |vocab| {
+        let options = ConvertOptions { overwrite: true, ..ConvertOptions::default() };
+        Loader::untrained(config(vocab), 1).unwrap().convert(dir.path(), &options).unwrap();
+    };
+    made(50_277);
     let write = |id: u32| {
         let text = json!({"eos_token_id": id, "bos_token_id": 0}).to_string();
         std::fs::write(dir.path().join("generation_config.json"), text).unwrap();
@@ -251,6 +259,13 @@ fn the_end_token_that_was_published_by_mistake_ends_nothing() {
     // Another one is somebody's own.
     write(3);
     assert_eq!(load(dir.path()).eos_ids(), [0, 3]);
+    let ids = json!({"eos_token_id": [2, 3]}).to_string();
+    std::fs::write(dir.path().join("generation_config.json"), ids).unwrap();
+    assert_eq!(load(dir.path()).eos_ids(), [0, 3]);
+    // With another vocabulary it is a token like any.
+    made(96);
+    write(2);
+    assert_eq!(load(dir.path()).eos_ids(), [0, 2]);
 }
 
 #[test]
@@ -343,4 +358,130 @@ fn a_continuation_keeps_its_first_space() {
     let text = pricket.generate("The people of the", &GenerateOptions { max_tokens: 8, ..Default::default() }).unwrap();
     let whole = [&text.prompt_ids[..], &text.ids].concat();
     assert_eq!(tokenizer.decode(&whole), format!("The people of the{}", text.text));
+}
+
+/// The names of the original program mean its order of rows, in any container.
+#[test]
+fn a_checkpoint_under_the_original_names_has_its_rows_in_pairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = golden("models/llama-gqa");
+    let expected = load(&source);
+    let store = pricket::open_weights(source.join("model.safetensors")).unwrap();
+    let names = [
+        ("model.embed_tokens", "tok_embeddings"), ("model.layers", "layers"), ("input_layernorm", "attention_norm"),
+        ("self_attn.q_proj", "attention.wq"), ("self_attn.k_proj", "attention.wk"), ("self_attn.v_proj", "attention.wv"),
+        ("self_attn.o_proj", "attention.wo"), ("post_attention_layernorm", "ffn_norm"), ("mlp.gate_proj", "feed_forward.w1"),
+        ("mlp.down_proj", "feed_forward.w2"), ("mlp.up_proj", "feed_forward.w3"), ("model.norm", "norm"), ("lm_head", "output"),
+    ];
+    let info = expected.info();
+    let mut tensors = std::collections::HashMap::new();
+    for name in store.names() {
+        let tensor = pricket::weights::read_tensor(&*store, &name, &Device::Cpu).unwrap();
+        let heads = [("q_proj", info.heads), ("k_proj", info.kv_heads)].into_iter().find(|(part, _)| name.contains(part));
+        let tensor = heads.map_or(tensor.clone(), |(_, heads)| RowOrder::Pairs { heads }.undo(&tensor).unwrap());
+        tensors.insert(names.iter().fold(name, |name, (hub, own)| name.replace(hub, own)), tensor);
+    }
+    pricket::candle::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+    std::fs::copy(source.join("config.json"), dir.path().join("config.json")).unwrap();
+    let ids: Vec<u32> = (1..20).collect();
+    let logits = |pricket: &Pricket| logits(&*pricket.model(), &ids, &mut Context::new());
+    assert_eq!(worst(&logits(&load(dir.path())), &logits(&expected)), 0.0);
+}
+
+fn tokenizer_with(files: &[(&str, Value)]) -> pricket::lm::Result<Tokenizer> {
+    let model = std::fs::read(golden("text/sp-v2-keep-spaces/tokenizer.model")).unwrap();
+    let texts: Vec<(&str, String)> = files.iter().map(|(name, value)| (*name, value.to_string())).collect();
+    let mut all = vec![("tokenizer.model", &model[..])];
+    all.extend(texts.iter().map(|(name, text)| (*name, text.as_bytes())));
+    Tokenizer::from_files(&all, "made")
+}
+
+#[test]
+fn files_beside_a_sentencepiece_model_count_or_are_refused() {
+    let plain = tokenizer_with(&[]).unwrap();
+    let count = plain.vocab_size() as u32;
+    // Added tokens, the empty one left out.
+    let added = tokenizer_with(&[("added_tokens.json", json!({"<sep>": count, "": count + 1}))]).unwrap();
+    assert_eq!(added.token_to_id("<sep>"), Some(count));
+    let ids = added.encode("a<sep>b").unwrap();
+    assert_eq!(ids.iter().filter(|&&id| id == count).count(), 1, "{ids:?}");
+    assert!(!added.is_special(count) && added.decode(&ids).contains("<sep>"));
+    // tokenizer_config.json is the whole truth where it lists tokens.
+    let decoder = json!({"added_tokens_decoder": {count.to_string(): {"content": "<a>", "special": true}}});
+    let both = [("tokenizer_config.json", decoder), ("added_tokens.json", json!({"<b>": count}))];
+    let listed = tokenizer_with(&both).unwrap();
+    assert_eq!((listed.token_to_id("<a>"), listed.token_to_id("<b>")), (Some(count), None));
+    assert!(listed.is_special(count));
+    // Without a token before the text.
+    let without = tokenizer_with(&[("tokenizer_config.json", json!({"add_bos_token": false}))]).unwrap();
+    assert_eq!((plain.begin(), without.begin()), (Some(1), None));
+    let names: Vec<&str> = without.to_files().unwrap().iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, ["tokenizer.model", "tokenizer_config.json"]);
+    let kept = without.to_files().unwrap();
+    let again = Tokenizer::from_files(&kept.iter().map(|(name, bytes)| (*name, &bytes[..])).collect::<Vec<_>>(), "again").unwrap();
+    assert_eq!(again.begin(), None);
+    for (file, value, named) in [
+        ("added_tokens.json", json!({"<sep>": count + 7}), "the next that is free"),
+        ("tokenizer_config.json", json!({"pad_token": {"content": "<p>", "rstrip": true}}), "rstrip"),
+        ("special_tokens_map.json", json!({"additional_special_tokens": [{"content": "<p>", "lstrip": true}]}), "lstrip"),
+    ] {
+        let error = tokenizer_with(&[(file, value)]).unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    }
+    let many: serde_json::Map<String, Value> = (0..20_000u32).map(|i| (format!("<{i}>"), json!(count + i))).collect();
+    assert!(tokenizer_with(&[("added_tokens.json", many.into())]).unwrap_err().to_string().contains("at most 16384"));
+}
+
+/// A prompt is trained on as it is read when the model answers.
+#[test]
+fn training_examples_have_the_ids_of_prompts() {
+    use pricket::train::Record;
+    let tokenizer = tokenizer_with(&[]).unwrap();
+    let format = pricket::prompt_format("incite-chat").unwrap();
+    let turns = ["One?", "Yes.", "Two?", "No."].map(str::to_owned);
+    let turns = vec![
+        pricket::lm::Turn::user(&*turns[0]), pricket::lm::Turn::assistant(&*turns[1]), pricket::lm::Turn::user(&*turns[2]),
+        pricket::lm::Turn::assistant(&*turns[3]),
+    ];
+    let prompt = tokenizer.encode_prompt(&format.prompt(None, &turns[..3]).unwrap()).unwrap();
+    let sample = Record::Chat { system: None, turns }.sample(Some(&tokenizer), &format, &[2]).unwrap();
+    assert_eq!(sample.ids()[..prompt.len()], prompt);
+    assert_eq!(tokenizer.decode(sample.ids()), "<human>: One?\n<bot>: Yes.\n<human>: Two?\n<bot>: No.");
+    let pair = Record::Pair { prompt: "Q: x\nA:".into(), response: " yes".into() };
+    let sample = pair.sample(Some(&tokenizer), &format, &[2]).unwrap();
+    let whole = [tokenizer.encode_from_start("Q: x\nA: yes").unwrap(), vec![2]].concat();
+    assert_eq!(sample.ids(), whole);
+    assert_eq!(sample.counted(), whole.len() - tokenizer.encode_from_start("Q: x\nA:").unwrap().len());
+}
+
+/// From a GGUF file text is text, and the tokens of a prompt's format are tokens.
+#[test]
+fn a_gguf_file_says_which_tokens_are_special() {
+    let dir = tempfile::tempdir().unwrap();
+    let gguf = dir.path().join("m.gguf");
+    Loader::embedded("tiny-llama").unwrap().set("bos_token_id", 7).convert(&gguf, &ConvertOptions::default()).unwrap();
+    let packed = load(&gguf);
+    // The tokenizer's own first token, whatever the configuration says of the model.
+    assert_eq!(packed.tokenizer().unwrap().begin(), Some(1));
+    let store = pricket::inspect(&gguf).unwrap().metadata.unwrap();
+    assert_eq!((&store["tokenizer.ggml.bos_token_id"], &store["tokenizer.ggml.unknown_token_id"]), (&json!(1), &json!(0)));
+    let tokenizer = packed.tokenizer().unwrap();
+    assert!(!tokenizer.encode("a</s>").unwrap().contains(&2));
+    assert_eq!(tokenizer.encode_prompt("a</s>").unwrap().last(), Some(&2));
+}
+
+#[test]
+fn a_pth_file_is_the_last_that_is_taken_for_weights() {
+    use pricket::weights::choose_weights;
+    let choose = |names: &[&str]| {
+        let chosen = choose_weights(names, Path::new("here"));
+        chosen.map(str::to_owned).map_err(|e| e.to_string())
+    };
+    assert_eq!(choose(&["README.md", "RWKV-4.pth"]).unwrap(), "RWKV-4.pth");
+    assert_eq!(choose(&["model.gguf", "scheduler.pth"]).unwrap(), "model.gguf");
+    assert_eq!(choose(&["model.gguf", "a.pth"]).unwrap(), "model.gguf");
+    assert!(choose(&["a.pth", "b.pth"]).unwrap_err().contains("name one of them"));
+    for state in ["optimizer.pth", "rng_state_0.pth", "scaler.pth"] {
+        assert!(choose(&[state]).is_err(), "{state}");
+    }
 }

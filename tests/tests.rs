@@ -30,6 +30,7 @@ mod twins;
 mod seams;
 
 /// What only some families have: checkpoints without a configuration, rows in pairs, recurrences.
+#[cfg(feature = "train")]
 mod families;
 
 /// Log-likelihoods, tasks, slices.

@@ -126,8 +126,9 @@ fn they_are_small() {
         own.map(|path| path.metadata().unwrap().len()).sum()
     };
     let sizes = ["tiny", "tiny-mpt", "tiny-chat", "tiny-llama", "tiny-rwkv"].map(size);
-    // Together with the code they are the package, which is to stay below 8 MiB.
-    assert!(sizes.iter().all(|&bytes| bytes < 3_000_000) && sizes.iter().sum::<u64>() < 7_700_000, "{sizes:?}");
+    // Together with the code they are the package, which is to stay below 8 MiB compressed; `.ci/run` measures it.
+    assert!(sizes.iter().all(|&bytes| bytes < 3_000_000) && sizes.iter().sum::<u64>() < 9_000_000, "{sizes:?}");
+    assert!(sizes[3..].iter().all(|&bytes| bytes < 1_500_000), "{sizes:?}");
     let steps = std::fs::read_dir(root().join("models/tiny/revisions")).unwrap().count();
     assert!(steps >= 12, "{steps} steps");
 }

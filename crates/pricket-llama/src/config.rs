@@ -82,7 +82,8 @@ impl Config {
         plausible("head_dim", config.head_dim(), 1 << 12)?;
         epsilon("rms_norm_eps", Some(config.rms_norm_eps))?;
         if Activation::from_name(&config.hidden_act) != Some(Activation::Silu) {
-            return Err(Error::config("hidden_act", format!("{:?} is not implemented; silu is", config.hidden_act)));
+            let what = format!("{:?} is not implemented for llama; silu is", config.hidden_act);
+            return Err(Error::config("hidden_act", what));
         }
         config.rotary()?;
         config.trained_length()?;

@@ -73,6 +73,10 @@ impl Family for LlamaFamily {
         &GGML
     }
 
+    fn ggml_assumes(&self) -> Option<&'static str> {
+        Some("rms_norm_eps 1e-6, rotary base 10000 and 2048 positions, which --set changes")
+    }
+
     fn config_from_ggml(&self, header: &Value, shape: ShapeOf<'_>) -> Result<Value> {
         config_from_ggml(header, shape)
     }

@@ -69,13 +69,15 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
         return Err(Error::config("rope_freqs.weight", "factors for each frequency are not implemented"));
     }
     let holds = |name: &str| shape(name).is_some();
+    let missing = || Error::config("llama.attention.layer_norm_rms_epsilon", "missing");
+    let eps = at("attention.layer_norm_rms_epsilon").as_f64().ok_or_else(missing)?;
     Ok(json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
         "vocab_size": rows(shape, "token_embd.weight")?, "hidden_size": width, "num_attention_heads": heads,
         "num_key_value_heads": at("attention.head_count_kv").as_u64().unwrap_or(heads), "head_dim": head_dim,
         "num_hidden_layers": number("block_count")?, "max_position_embeddings": number("context_length")?,
         "intermediate_size": number("feed_forward_length")?,
-        "rms_norm_eps": at("attention.layer_norm_rms_epsilon").as_f64().unwrap_or(1e-6),
+        "rms_norm_eps": eps,
         "rope_theta": at("rope.freq_base").as_f64().unwrap_or(10_000.0), "rope_scaling": gguf_rope_scaling("llama.", metadata),
         "attention_bias": holds("blk.0.attn_q.bias"), "mlp_bias": holds("blk.0.ffn_up.bias"),
         "tie_word_embeddings": !holds("output.weight"),

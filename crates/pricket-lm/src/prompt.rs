@@ -177,7 +177,7 @@ impl PromptFormat {
         limit: usize,
         reserve: usize,
     ) -> Result<(Vec<u32>, usize)> {
-        let ids = |first: usize| tokenizer.encode_from_start(&self.prompt(system, &turns[first..])?);
+        let ids = |first: usize| tokenizer.encode_prompt(&self.prompt(system, &turns[first..])?);
         let whole = ids(0)?;
         // A short limit is shared between the past and the reply.
         let room = limit.saturating_sub(reserve.min(limit / 2));

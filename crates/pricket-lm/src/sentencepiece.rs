@@ -24,6 +24,8 @@ const MAX_PIECE: usize = 1 << 10;
 pub(crate) struct SentencePiece {
     pub(crate) model: Model,
     normalizer: Normalizer,
+    /// The same with the other setting of the space in front.
+    other: Normalizer,
     /// Pieces that texts are made of: normal, user-defined and unused ones.
     ids: HashMap<String, u32>,
     /// Ids of byte pieces, where all are there.
@@ -119,7 +121,9 @@ impl SentencePiece {
         let longest = model.pieces.iter().map(|piece| piece.text.len()).max().unwrap_or(0);
         let unknown = unknown.ok_or("no piece is the unknown one")?;
         let normalizer = Normalizer::new(model.normalizer.clone())?;
-        Ok(Self { model, normalizer, ids, bytes, unknown, user_lengths, longest, scores })
+        let spec = NormalizerSpec { add_dummy_prefix: !model.normalizer.add_dummy_prefix, ..model.normalizer.clone() };
+        let other = Normalizer::new(spec)?;
+        Ok(Self { model, normalizer, other, ids, bytes, unknown, user_lengths, longest, scores })
     }
 
     fn kind(&self, id: u32) -> Kind {
@@ -144,11 +148,7 @@ impl SentencePiece {
         if dummy_prefix == self.normalizer.spec.add_dummy_prefix {
             return self.encode(text);
         }
-        let spec = NormalizerSpec { add_dummy_prefix: dummy_prefix, ..self.normalizer.spec.clone() };
-        match Normalizer::new(spec) {
-            Ok(normalizer) => self.cut(&normalizer.normalize(text, |text| self.user_defined(text))),
-            Err(_) => self.encode(text),
-        }
+        self.cut(&self.other.normalize(text, |text| self.user_defined(text)))
     }
 
     fn cut(&self, text: &str) -> Vec<u32> {

@@ -1,6 +1,6 @@
 //! Texts over a sentencepiece model: special tokens, and the space in front, as transformers' `LlamaTokenizer` (release 4) has them.
 
-use std::collections::BTreeMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
@@ -8,8 +8,8 @@ use crate::sentencepiece::{Kind, MARK, Model, NormalizerSpec, Piece, SentencePie
 use crate::tokenizer_file::Siblings;
 use crate::vocabulary::Vocabulary;
 
-/// Ids of added tokens behind the model's own.
-const MAX_ADDED: u32 = 1 << 14;
+/// Tokens that the files beside a model name at most.
+const MAX_ADDED: usize = 1 << 14;
 
 /// A sentencepiece vocabulary as GGUF files carry it.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +22,10 @@ pub struct Pieces {
     pub kinds: Vec<i64>,
     /// The token that is put before a text.
     pub begin: Option<u32>,
+    /// The token that ends a text.
+    pub end: Option<u32>,
+    /// The unknown token, where no kind says which it is.
+    pub unknown: Option<u32>,
     /// Whether a text gets a space in front.
     pub add_space_prefix: bool,
     /// Whether runs of spaces become one.
@@ -48,8 +52,20 @@ impl Pieces {
             if score.is_nan() {
                 return Err(format!("the score of piece {id} is no number"));
             }
-            let text = String::from_utf8(word.clone()).map_err(|_| format!("piece {id} is no UTF-8"))?;
+            let mut text = String::from_utf8(word.clone()).map_err(|_| format!("piece {id} is not UTF-8"))?;
+            if kind == Kind::UserDefined {
+                // llama.cpp's converter writes them with spaces, as texts have them.
+                text = text.replace(' ', MARK);
+            }
             pieces.push(Piece { text, score, kind });
+        }
+        if let Some(id) = self.begin.filter(|&id| id as usize >= count) {
+            return Err(format!("the first token of a text is {id}, and there are {count} pieces"));
+        }
+        if let Some(id) = self.unknown.filter(|_| !pieces.iter().any(|piece| piece.kind == Kind::Unknown))
+            && let Some(piece) = pieces.get_mut(id as usize)
+        {
+            piece.kind = Kind::Unknown;
         }
         let id_of = |kind: Kind| pieces.iter().position(|piece| piece.kind == kind).map_or(-1, |id| id as i64);
         let (unknown, has_bytes) = (id_of(Kind::Unknown), id_of(Kind::Byte) >= 0);
@@ -60,7 +76,7 @@ impl Pieces {
             unknown_surface: " \u{2047} ".into(),
             unknown,
             begin: self.begin.map_or(1, i64::from),
-            end: 2,
+            end: self.end.map_or(2, i64::from),
             normalizer: NormalizerSpec {
                 charsmap: self.charsmap.clone(),
                 add_dummy_prefix: self.add_space_prefix,
@@ -76,16 +92,24 @@ impl Pieces {
 #[derive(Debug)]
 pub(crate) struct SentencePieceText {
     inner: SentencePiece,
-    /// The bytes of tokenizer.model, if it was read from one.
-    file: Option<Vec<u8>>,
-    /// Tokens that are looked for in a text, the longest first, and their ids; none for plain sentencepiece.
+    /// The files that it was read from; none for one that came from another container.
+    files: Vec<(&'static str, Vec<u8>)>,
+    /// Ids by the spelling of a token: of pieces, then of added tokens.
+    ids: HashMap<String, u32>,
+    /// Tokens that are looked for in a text, the longest first; none for plain sentencepiece.
     spelled: Vec<(String, u32)>,
-    /// Tokens behind the model's own, and whether they are special.
-    added: BTreeMap<u32, (String, bool)>,
-    /// The text of the unknown token, by which the later way keeps spaces at the beginning.
-    unknown: String,
+    /// Control pieces, which only prompts may spell out where `spelled` is empty.
+    controls: Vec<(String, u32)>,
+    /// Tokens behind the model's own.
+    added: Vec<String>,
+    /// Ids that are no text.
+    special: HashSet<u32>,
+    /// The text of the unknown token, by which the later way keeps spaces at the beginning, and how many tokens it is.
+    unknown: (String, usize),
     /// Whether each part of a text between special tokens gets a space in front.
     legacy: bool,
+    /// Of the later way: whether the first part does.
+    add_prefix_space: bool,
     begin: Option<u32>,
 }
 
@@ -94,82 +118,143 @@ fn content(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str()).filter(|text| !text.is_empty())
 }
 
+/// A token that a configuration names.
+struct Named {
+    id: Option<u64>,
+    text: String,
+    special: bool,
+}
+
+impl Named {
+    fn new(id: Option<u64>, value: &Value, special: bool) -> Result<Option<Self>, String> {
+        let Some(text) = content(value) else { return Ok(None) };
+        for key in ["lstrip", "rstrip", "single_word"] {
+            if value[key] == true {
+                let text = pricket_nn::clip(text);
+                return Err(format!("the token {text:?} has {key}, which is not implemented for sentencepiece models"));
+            }
+        }
+        Ok(Some(Self { id, text: text.to_owned(), special }))
+    }
+}
+
+/// The tokens that the files beside a model name, as transformers reads them: with `added_tokens_decoder` tokenizer_config.json is the whole
+/// truth; else special_tokens_map.json comes before it, and added_tokens.json has more. Declared ids come first, in their order.
+fn named_tokens(siblings: &Siblings) -> Result<(Vec<Named>, [String; 3]), String> {
+    let file = |file: &Option<Value>| file.clone().unwrap_or(Value::Null);
+    let (config, mut map, mut declared) = (file(&siblings.config), file(&siblings.map), file(&siblings.added));
+    if config["added_tokens_decoder"].is_object() {
+        (map, declared) = (Value::Null, Value::Null);
+    }
+    let mut tokens = Vec::new();
+    for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
+        tokens.extend(Named::new(id.parse().ok(), token, token["special"].as_bool().unwrap_or(false))?);
+    }
+    for (token, id) in declared.as_object().into_iter().flatten() {
+        tokens.extend(Named::new(id.as_u64(), &token.as_str().into(), false)?);
+    }
+    tokens.sort_by_key(|token| token.id.unwrap_or(u64::MAX));
+    let value = |key: &str| if content(&map[key]).is_some() { map[key].clone() } else { config[key].clone() };
+    let mut own: [String; 3] = ["<s>", "</s>", "<unk>"].map(str::to_owned);
+    for (own, key) in own.iter_mut().zip(["bos_token", "eos_token", "unk_token"]) {
+        if let Some(named) = Named::new(None, &value(key), true)? {
+            *own = named.text;
+        }
+        tokens.push(Named { id: None, text: own.clone(), special: true });
+    }
+    for key in ["pad_token", "sep_token", "cls_token", "mask_token"] {
+        tokens.extend(Named::new(None, &value(key), true)?);
+    }
+    let key = "additional_special_tokens";
+    let list = if map[key].is_array() { &map[key] } else { &config[key] };
+    for token in list.as_array().into_iter().flatten() {
+        tokens.extend(Named::new(None, token, true)?);
+    }
+    if tokens.len() > MAX_ADDED {
+        return Err(format!("{} tokens beside the model; at most {MAX_ADDED} are read", tokens.len()));
+    }
+    Ok((tokens, own))
+}
+
 impl SentencePieceText {
     /// What sentencepiece makes of texts, and nothing else.
     pub(crate) fn plain(model: Model, file: Option<Vec<u8>>) -> Result<Self, String> {
         let inner = SentencePiece::new(model)?;
-        let (spelled, added, unknown) = (Vec::new(), BTreeMap::new(), String::new());
-        Ok(Self { inner, file, spelled, added, unknown, legacy: true, begin: None })
+        let (mut ids, mut controls, mut special) = (HashMap::new(), Vec::new(), HashSet::new());
+        for (id, piece) in (0..).zip(&inner.model.pieces) {
+            ids.entry(piece.text.clone()).or_insert(id);
+            if piece.kind == Kind::Control {
+                special.insert(id);
+                controls.extend((!piece.text.is_empty()).then(|| (piece.text.clone(), id)));
+            }
+        }
+        controls.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then(a.0.cmp(&b.0)));
+        Ok(Self {
+            inner,
+            files: file.map(|bytes| ("tokenizer.model", bytes)).into_iter().collect(),
+            ids,
+            spelled: Vec::new(),
+            controls,
+            added: Vec::new(),
+            special,
+            unknown: (String::new(), 0),
+            legacy: true,
+            add_prefix_space: true,
+            begin: None,
+        })
     }
 
     /// What `LlamaTokenizer` makes of texts with these files beside the model.
-    pub(crate) fn new(model: Model, siblings: &Siblings, file: Option<Vec<u8>>) -> Result<Self, String> {
-        let mut text = Self::plain(model, file)?;
-        let (config, map, declared) = (
-            siblings.config.as_ref().unwrap_or(&Value::Null),
-            siblings.map.as_ref().unwrap_or(&Value::Null),
-            siblings.added.as_ref().unwrap_or(&Value::Null),
-        );
-        let named = |key: &str, default: &str| -> String {
-            content(&config[key]).or_else(|| content(&map[key])).unwrap_or(default).to_owned()
-        };
-        let (begin, end) = (named("bos_token", "<s>"), named("eos_token", "</s>"));
-        text.unknown = named("unk_token", "<unk>");
+    pub(crate) fn new(model: Model, siblings: &Siblings, file: Vec<u8>) -> Result<Self, String> {
+        let (tokens, [begin, _, unknown]) = named_tokens(siblings)?;
+        let mut text = Self::plain(model, Some(file))?;
+        let config = siblings.config.as_ref().unwrap_or(&Value::Null);
         text.legacy = config["legacy"].as_bool().unwrap_or(true);
-        // Declared ids first, in their order, then tokens that have none.
-        let mut tokens: Vec<(Option<u64>, String, bool)> = Vec::new();
-        for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
-            if let Some(content) = content(token) {
-                tokens.push((id.parse().ok(), content.to_owned(), token["special"].as_bool().unwrap_or(false)));
-            }
-        }
-        for (token, id) in declared.as_object().into_iter().flatten() {
-            tokens.push((id.as_u64(), token.clone(), false));
-        }
-        tokens.sort_by_key(|(id, ..)| id.unwrap_or(u64::MAX));
-        for token in [&begin, &end, &text.unknown] {
-            tokens.push((None, token.clone(), true));
-        }
-        for key in ["pad_token", "sep_token", "cls_token", "mask_token"] {
-            tokens.extend(content(&config[key]).or(content(&map[key])).map(|token| (None, token.to_owned(), true)));
-        }
-        for list in [&config["additional_special_tokens"], &map["additional_special_tokens"]] {
-            let list = list.as_array().into_iter().flatten().filter_map(content);
-            tokens.extend(list.map(|token| (None, token.to_owned(), true)));
-        }
-        for (id, token, special) in tokens {
-            text.add(id, token, special)?;
+        text.add_prefix_space = config["add_prefix_space"].as_bool().unwrap_or(true);
+        for token in tokens {
+            text.add(token)?;
         }
         text.spelled.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then(a.0.cmp(&b.0)));
+        let length = text.inner.encode_with(&unknown, false).len();
+        text.unknown = (unknown, length);
         if config["add_bos_token"].as_bool().unwrap_or(true) {
             text.begin = text.token_to_id(&begin);
+        }
+        let beside = [
+            ("tokenizer_config.json", &siblings.config),
+            ("special_tokens_map.json", &siblings.map),
+            ("added_tokens.json", &siblings.added),
+        ];
+        for (name, value) in beside {
+            let bytes = value.as_ref().map(|value| serde_json::to_vec_pretty(value).unwrap_or_default());
+            text.files.extend(bytes.map(|bytes| (name, bytes)));
         }
         Ok(text)
     }
 
-    fn own(&self) -> u32 {
-        self.inner.model.pieces.len() as u32
+    fn own(&self) -> usize {
+        self.inner.model.pieces.len()
     }
 
-    fn add(&mut self, declared: Option<u64>, token: String, special: bool) -> Result<(), String> {
-        let known = self.token_to_id(&token);
-        let next = self.own() + self.added.len() as u32;
-        let id = match (known, declared) {
+    fn add(&mut self, token: Named) -> Result<(), String> {
+        let next = (self.own() + self.added.len()) as u32;
+        let id = match (self.token_to_id(&token.text), token.id) {
             (Some(id), _) => id,
             (None, Some(id)) if id != u64::from(next) => {
-                let token = pricket_nn::clip(&token);
+                let token = pricket_nn::clip(&token.text);
                 return Err(format!("the added token {token:?} is to have the id {id}; the next that is free is {next}"));
             }
-            (None, _) => next,
+            (None, _) => {
+                self.ids.insert(token.text.clone(), next);
+                self.added.push(token.text.clone());
+                next
+            }
         };
-        if id >= self.own() + MAX_ADDED {
-            return Err(format!("more than {MAX_ADDED} added tokens"));
+        if token.special {
+            self.special.insert(id);
         }
-        if id >= self.own() {
-            self.added.entry(id).or_insert_with(|| (token.clone(), special)).1 |= special;
-        }
-        if self.spelled.iter().all(|(known, _)| *known != token) {
-            self.spelled.push((token, id));
+        if !self.spelled.iter().any(|(known, _)| *known == token.text) {
+            self.spelled.push((token.text, id));
         }
         Ok(())
     }
@@ -187,75 +272,61 @@ impl SentencePieceText {
     }
 
     pub(crate) fn begins_with_mark(&self, id: u32) -> bool {
-        id < self.own() && self.inner.begins_with_mark(id)
+        (id as usize) < self.own() && self.inner.begins_with_mark(id)
     }
 
     /// The bytes of every id, and whether it is special.
     pub(crate) fn table(&self) -> (Vec<Vec<u8>>, Vec<bool>) {
-        let own = (0..self.own()).map(|id| self.inner.piece_bytes(id));
-        let bytes = own.chain(self.added.values().map(|(token, _)| token.clone().into_bytes())).collect();
-        let own = self.inner.model.pieces.iter().map(|piece| piece.kind == Kind::Control);
-        (bytes, own.chain(self.added.values().map(|(_, special)| *special)).collect())
+        let own = (0..self.own() as u32).map(|id| self.inner.piece_bytes(id));
+        let bytes: Vec<Vec<u8>> = own.chain(self.added.iter().map(|token| token.clone().into_bytes())).collect();
+        let special = (0..bytes.len() as u32).map(|id| self.special.contains(&id)).collect();
+        (bytes, special)
     }
 
     pub(crate) fn token_to_id(&self, token: &str) -> Option<u32> {
-        let own = self.inner.model.pieces.iter().position(|piece| piece.text == token).map(|id| id as u32);
-        own.or_else(|| self.added.iter().find(|(_, (text, _))| text == token).map(|(id, _)| *id))
+        self.ids.get(token).copied()
     }
 
+    /// The ids of a text, in which tokens that it spells out are those tokens.
     pub(crate) fn encode(&self, text: &str) -> Vec<u32> {
         if self.spelled.is_empty() {
             return self.inner.encode(text);
         }
         if self.legacy || text.is_empty() {
-            return self.parts(text, &|part| self.inner.encode(part));
+            return parts(text, &self.spelled, &|part| self.inner.encode(part));
         }
-        let text = format!("{MARK}{}", text.replace(MARK, " "));
+        let text = format!("{}{}", if self.add_prefix_space { MARK } else { "" }, text.replace(MARK, " "));
         // A space at the beginning of a part is kept by a token before it, which is taken off again.
-        let before = self.inner.encode_with(&self.unknown, false).len();
-        let mut ids = self.parts(&text, &|part| {
+        let (unknown, before) = (&self.unknown.0, self.unknown.1);
+        let mut ids = parts(&text, &self.spelled, &|part| {
             if !part.starts_with([' ', '\u{2581}']) {
                 return self.inner.encode_with(part, false);
             }
-            let ids = self.inner.encode_with(&format!("{}{part}", self.unknown), false);
+            let ids = self.inner.encode_with(&format!("{unknown}{part}"), false);
             if ids.len() >= before { ids[before..].to_vec() } else { ids }
         });
         if let [first, second, ..] = ids[..]
             && self.token_to_id(MARK) == Some(first)
-            && self.spelled.iter().any(|(_, id)| *id == second)
+            && self.special.contains(&second)
         {
             ids.remove(0);
         }
         ids
     }
 
-    /// The ids of the special tokens that a text spells out, and of the parts between them.
-    fn parts(&self, text: &str, encode: &dyn Fn(&str) -> Vec<u32>) -> Vec<u32> {
-        let (mut out, mut start, mut at) = (Vec::new(), 0, 0);
-        while at < text.len() {
-            let rest = &text[at..];
-            let Some((token, id)) = self.spelled.iter().find(|(token, _)| rest.starts_with(token.as_str())) else {
-                at += rest.chars().next().map_or(1, char::len_utf8);
-                continue;
-            };
-            if start < at {
-                out.extend(encode(&text[start..at]));
-            }
-            out.push(*id);
-            at += token.len();
-            start = at;
+    /// As [`SentencePieceText::encode`], of a prompt that was made of parts of ours: control pieces are tokens in any case.
+    pub(crate) fn encode_prompt(&self, text: &str) -> Vec<u32> {
+        if self.spelled.is_empty() {
+            return parts(text, &self.controls, &|part| self.inner.encode(part));
         }
-        if start < text.len() {
-            out.extend(encode(&text[start..]));
-        }
-        out
+        self.encode(text)
     }
 
     /// The files that say the same. Beside a model that came from another container stands what transformers needs to know.
     pub(crate) fn to_files(&self, begin: Option<u32>) -> Vec<(&'static str, Vec<u8>)> {
         let model = &self.inner.model;
-        if let Some(file) = &self.file {
-            return vec![("tokenizer.model", file.clone())];
+        if !self.files.is_empty() {
+            return self.files.clone();
         }
         let text = |id: i64, default: &str| {
             let piece = usize::try_from(id).ok().and_then(|id| model.pieces.get(id));
@@ -287,9 +358,12 @@ impl SentencePieceText {
             charsmap: model.normalizer.charsmap.clone(),
             ..Vocabulary::default()
         };
-        for (token, special) in self.added.values() {
+        if !model.normalizer.escape_whitespaces || model.normalizer.whitespace_is_suffix {
+            return Err("GGUF has no key for spaces behind words, or spaces as they are".into());
+        }
+        for (id, token) in (self.own() as u32..).zip(&self.added) {
             out.words.push(token.clone());
-            let kind = if *special { Kind::Control } else { Kind::UserDefined };
+            let kind = if self.special.contains(&id) { Kind::Control } else { Kind::UserDefined };
             out.kinds.push(kind.number() as i32);
             out.scores.push(-1000.0);
         }
@@ -300,4 +374,26 @@ impl SentencePieceText {
         }
         Ok(out)
     }
+}
+
+/// The ids of the tokens that a text spells out, and of the parts between them.
+fn parts(text: &str, spelled: &[(String, u32)], encode: &dyn Fn(&str) -> Vec<u32>) -> Vec<u32> {
+    let (mut out, mut start, mut at) = (Vec::new(), 0, 0);
+    while at < text.len() {
+        let rest = &text[at..];
+        let Some((token, id)) = spelled.iter().find(|(token, _)| rest.starts_with(token.as_str())) else {
+            at += rest.chars().next().map_or(1, char::len_utf8);
+            continue;
+        };
+        if start < at {
+            out.extend(encode(&text[start..at]));
+        }
+        out.push(*id);
+        at += token.len();
+        start = at;
+    }
+    if start < text.len() {
+        out.extend(encode(&text[start..]));
+    }
+    out
 }

@@ -101,7 +101,7 @@ impl Tokenizer {
     }
 
     fn of_model(bytes: &[u8], siblings: &Siblings, origin: String) -> Result<Self> {
-        let read = Model::parse(bytes).and_then(|model| SentencePieceText::new(model, siblings, Some(bytes.to_vec())));
+        let read = Model::parse(bytes).and_then(|model| SentencePieceText::new(model, siblings, bytes.to_vec()));
         match read {
             Ok(text) => Ok(Self::over(text, origin)),
             Err(what) => Err(Error::Tokenizer { origin, what }),
@@ -283,6 +283,21 @@ impl Tokenizer {
         let mut ids: Vec<u32> = self.begin().into_iter().collect();
         ids.extend(self.encode(text)?);
         Ok(ids)
+    }
+
+    /// The ids of a prompt in a model's format, after [`Tokenizer::begin`]: as [`Tokenizer::encode_from_start`], and tokens such as `</s>` are
+    /// themselves also where a GGUF file gave the tokenizer.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let Inner::SentencePiece(inner) = &self.shared.inner else { return self.encode_from_start(text) };
+        Ok(self.begin().into_iter().chain(inner.encode_prompt(text)).collect())
+    }
+
+    /// Whether the beginning of a text is encoded unlike its middle, so that texts must not be encoded in parts.
+    pub fn has_text_start(&self) -> bool {
+        matches!(self.shared.inner, Inner::SentencePiece(_))
     }
 
     /// Ids of a text from its beginning to text, special tokens included; ids that are none are left out. The space that

@@ -75,7 +75,8 @@ pub trait Family: Sync {
     }
 
     /// An end token that published generation_config.json files of the family name by mistake: text would end at an ordinary word.
-    fn mistaken_end_token(&self) -> Option<u32> {
+    fn mistaken_end_token(&self, config: &Value) -> Option<u32> {
+        let _ = config;
         None
     }
 
@@ -192,6 +193,11 @@ pub trait Family: Sync {
     fn config_from_ggml(&self, header: &Value, shape: ShapeOf<'_>) -> Result<Value> {
         let _ = (header, shape);
         Err(Error::Input(format!("there are no legacy GGML files of {} models", self.name())))
+    }
+
+    /// What is assumed of a legacy GGML file because its header has no field for it; completes "not in the file and assumed: ".
+    fn ggml_assumes(&self) -> Option<&'static str> {
+        None
     }
 
     /// The tensors of a legacy GGML file as the Hub has them, where a program wrote other values or shapes.

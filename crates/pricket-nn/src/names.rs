@@ -48,12 +48,14 @@ impl Names {
     }
 
     /// `name` without the names of modules that training wraps around a model, as often and in whatever order they come.
-    pub(crate) fn unwrapped(&self, name: &str) -> String {
+    pub fn unwrapped(&self, name: &str) -> String {
         let mut parts: Vec<&str> = name.split('.').filter(|part| !INNER_WRAPPERS.contains(part)).collect();
         let is_wrapper = |part: &&str| WRAPPERS.contains(part);
         // A family's root may be called as a wrapper is: what counts is the last of them.
         let root = parts.iter().rposition(|part| *part == self.root).filter(|&at| parts[..at].iter().all(is_wrapper));
-        let outer = root.unwrap_or_else(|| parts.iter().take_while(|part| is_wrapper(part)).count());
+        // The head stands beside the root, so that what is before it are wrappers.
+        let head = parts.iter().position(|part| *part == self.head).filter(|&at| parts[..at].iter().all(is_wrapper));
+        let outer = head.or(root).unwrap_or_else(|| parts.iter().take_while(|part| is_wrapper(part)).count());
         parts.drain(..outer.min(parts.len().saturating_sub(2)));
         parts.join(".")
     }
@@ -133,6 +135,7 @@ mod tests {
         buffers: &[".attention.bias"],
     };
     const MPT: Names = Names { root: "transformer", head: "lm_head", aliases: &[], spellings: &[], buffers: &[] };
+    const WRAPPER: Names = Names { root: "model", ..MPT };
 
     #[test]
     fn wrappers_are_taken_off_in_any_order_and_number() {
@@ -160,6 +163,8 @@ mod tests {
                 "layers.0.mlp.dense_h_to_4h.bias"
             );
             assert_eq!(NEOX.unwrapped(&format!("{prefix}embed_out.weight")), "embed_out.weight");
+            assert_eq!(WRAPPER.unwrapped(&format!("{prefix}lm_head.weight")), "lm_head.weight", "{prefix}");
+            assert_eq!(WRAPPER.unwrapped(&format!("{prefix}model.norm.weight")), "model.norm.weight", "{prefix}");
             assert_eq!(MPT.unwrapped(&format!("{prefix}transformer.wte.weight")), "transformer.wte.weight", "{prefix}");
         }
         let inside =

@@ -58,8 +58,8 @@ impl Family for Rwkv4Family {
     }
 
     /// "!" in the tokenizer of these models; the published config.json files say 0.
-    fn mistaken_end_token(&self) -> Option<u32> {
-        Some(2)
+    fn mistaken_end_token(&self, config: &Value) -> Option<u32> {
+        (config["vocab_size"] == formats::TOKENIZER.count).then_some(2)
     }
 
     fn initialization(&self, config: &Value) -> Result<Initialization> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pricket_nn::{
-    BlockType, Bytes, Dtype, Entry, GgmlBody, GgmlLayout, GgmlType, KnownTokenizer, Store, StoreResult,
+    BlockType, Bytes, Dtype, Entry, GgmlBody, GgmlLayout, GgmlType, KnownTokenizer, Store, StoreError, StoreResult,
 };
 use serde_json::{Value, json};
 
@@ -74,12 +74,18 @@ impl Store for FromRwkvCpp {
 
     fn bytes(&self, name: &str) -> StoreResult<Bytes<'_>> {
         let bytes = self.0.bytes(name)?;
-        let is_wide = self.0.entry(name).is_some_and(|entry| entry.dtype == Dtype::F32);
-        if !name.ends_with(".time_decay") || !is_wide {
+        if !name.ends_with(".time_decay") {
             return Ok(bytes);
         }
-        let decays = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
-        Ok(decays.flat_map(|w| (f64::from(-w).ln() as f32).to_le_bytes()).collect::<Vec<u8>>().into())
+        let wrong = |what: String| StoreError::Unsupported { path: self.0.origin(name).into(), what };
+        if let Some(other) = self.0.entry(name).map(|entry| entry.dtype).filter(|dtype| *dtype != Dtype::F32) {
+            return Err(wrong(format!("tensor {name} is stored as {other}; rwkv.cpp stores decays as f32")));
+        }
+        let decays: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        if let Some(w) = decays.iter().find(|w| !(**w < 0.0)) {
+            return Err(wrong(format!("tensor {name} holds {w}; a decay of rwkv.cpp is negative")));
+        }
+        Ok(decays.iter().flat_map(|&w| (f64::from(-w).ln() as f32).to_le_bytes()).collect::<Vec<u8>>().into())
     }
 
     fn origin(&self, name: &str) -> String {

@@ -144,7 +144,8 @@ impl Record {
         Ok(self.parts(format)?.into_iter().take_while(|(_, counts)| !counts).map(|(text, _)| text).collect())
     }
 
-    /// The record as token ids. Prompt and response are tokenized apart, as llm-foundry does; `end` follows the response.
+    /// The record as token ids. Prompt and response are tokenized apart, as llm-foundry does, but for sentencepiece, which would put a space
+    /// between them; `end` follows the response.
     ///
     /// # Errors
     /// As [`PromptFormat::prompt`]; [`Error::Input`] if nothing counts, or for text without a tokenizer.
@@ -156,8 +157,19 @@ impl Record {
             tokenizer.ok_or_else(|| Error::Input("text needs a tokenizer, and the model has none".into()))?;
         let mut ids: Vec<u32> = tokenizer.begin().into_iter().collect();
         let mut counts = vec![false; ids.len()];
+        let mut whole = String::new();
         for (text, part_counts) in self.parts(format)? {
-            let part = tokenizer.encode(&text)?;
+            let part = if tokenizer.has_text_start() {
+                // What the text so far has in common with the longer one stays; a token across the border is the part's.
+                whole.push_str(&text);
+                let all = tokenizer.encode_prompt(&whole)?;
+                let common = ids.iter().zip(&all).take_while(|(a, b)| a == b).count();
+                ids.truncate(common);
+                counts.truncate(common);
+                all[common..].to_vec()
+            } else {
+                tokenizer.encode(&text)?
+            };
             counts.resize(counts.len() + part.len(), part_counts);
             ids.extend(part);
         }

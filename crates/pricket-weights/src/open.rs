@@ -62,11 +62,17 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
     let is_other = |name: &&str| match Path::new(name).extension().and_then(|end| end.to_str()) {
         Some("gguf") => true,
         Some("bin") => name.contains("ggml"),
-        // What some authors save; training programs save the state of their generators so too.
-        Some("pth") => !name.starts_with("rng_state"),
         _ => false,
     };
-    let others = representatives(names().filter(is_other));
+    // What some authors save. Training programs save other things so too, and files that say more come first.
+    let is_pth = |name: &&str| {
+        let state = ["rng_state", "optimizer", "scheduler", "scaler", "training_state", "trainer_state"];
+        Path::new(name).extension().is_some_and(|end| end == "pth") && !state.iter().any(|state| name.starts_with(state))
+    };
+    let mut others = representatives(names().filter(is_other));
+    if others.is_empty() {
+        others = names().filter(is_pth).collect();
+    }
     let is_torch_part = |name: &&str| {
         Path::new(name).extension().is_some_and(|end| end == "bin") && crate::parts::Part::of(name).is_some()
     };

@@ -50,7 +50,7 @@ pub(crate) fn find(adapter: &Path, hub: Option<&Hub>, progress: &dyn Progress) -
 /// spells modules otherwise.
 fn spelled(names: &Names, asked: Vec<(String, String)>) -> Vec<(String, String)> {
     let root = format!("{}.", names.root);
-    asked.into_iter().filter(|(_, file)| file.starts_with(&root)).collect()
+    asked.into_iter().filter(|(_, file)| file.starts_with(&root) && names.unwrapped(file) == *file).collect()
 }
 
 /// A model as the base of adapters.

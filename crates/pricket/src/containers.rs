@@ -73,14 +73,18 @@ pub fn ggml_layouts() -> Vec<GgmlLayout> {
     all_ggml_layouts()
 }
 
-/// The tensors of such a file with their rows as the Hub has them.
+/// Tensors with their rows as the Hub has them. Under the names of llama.cpp or of the original program, rows that are rotated together
+/// are side by side.
 pub(crate) fn in_hub_order(store: Arc<dyn Store>, config: &Value) -> pricket_nn::Result<Arc<dyn Store>> {
     let family = checked_family(config)?;
     let (names, paired) = (family.names(), family.paired_rows(config)?);
     if paired.is_empty() {
         return Ok(store);
     }
-    let order = |name: &str| paired_order(&paired, &names.canonical(name));
+    let order = |name: &str| match paired.iter().any(|(part, _)| name.contains(part)) {
+        true => RowOrder::AsStored,
+        false => paired_order(&paired, &names.canonical(name)),
+    };
     Ok(Arc::new(Reordered::new(store, order)?))
 }
 
@@ -165,13 +169,19 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
 /// A sentencepiece vocabulary, which llama.cpp calls by the name of the first model that had one.
 fn sentencepiece_of(file: &GgufFile, metadata: &Value, words: Vec<Vec<u8>>, origin: String) -> Result<Tokenizer> {
     let flag = |key: &str, default: bool| metadata[format!("tokenizer.ggml.{key}")].as_bool().unwrap_or(default);
-    let begin = metadata["tokenizer.ggml.bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()).unwrap_or(1);
+    let id = |name: &str| {
+        let id = metadata[format!("tokenizer.ggml.{name}_token_id")].as_u64();
+        id.and_then(|id| u32::try_from(id).ok())
+    };
+    let begin = id("bos").unwrap_or(1);
     let charsmap = file.integers("tokenizer.ggml.precompiled_charsmap")?.unwrap_or_default();
     let pieces = Pieces {
         scores: file.floats("tokenizer.ggml.scores")?.unwrap_or_else(|| vec![0.0; words.len()]),
         kinds: file.integers("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![1; words.len()]),
         words,
         begin: flag("add_bos_token", true).then_some(begin),
+        end: id("eos"),
+        unknown: id("unknown"),
         add_space_prefix: flag("add_space_prefix", true),
         remove_extra_whitespaces: flag("remove_extra_whitespaces", false),
         charsmap: charsmap.into_iter().map(|byte| byte as u8).collect(),
@@ -209,6 +219,8 @@ fn sentencepiece_of_words(file: &GgmlFile, origin: String) -> Option<Result<Toke
         scores,
         kinds,
         begin: Some(1),
+        end: Some(2),
+        unknown: Some(0),
         add_space_prefix: true,
         remove_extra_whitespaces: false,
         charsmap: Vec::new(),
@@ -261,7 +273,7 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         describe,
         metadata,
         warnings,
-        notes: Vec::new(),
+        notes: family.ggml_assumes().map(|what| format!("not in the file and assumed: {what}")).into_iter().collect(),
         tensors: family.ggml_tensors(Arc::clone(&store)),
         store,
     })

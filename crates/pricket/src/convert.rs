@@ -455,6 +455,8 @@ fn metadata(
     let (model, pre) = if is_sentencepiece { ("llama", "default") } else { ("gpt2", "olmo") };
     add("tokenizer.ggml.model", GgufValue::Text(model.into()));
     add("tokenizer.ggml.pre", GgufValue::Text(pre.into()));
+    // Of sentencepiece the unknown token has a kind of its own.
+    let unknown = vocabulary.kinds.iter().position(|kind| is_sentencepiece && *kind == 2).map(|id| id as u32);
     let Vocabulary { words, kinds, merges, scores, add_space_prefix, remove_extra_whitespaces, charsmap } = vocabulary;
     add("tokenizer.ggml.tokens", bytes(words));
     add("tokenizer.ggml.token_type", GgufValue::Integers(kinds));
@@ -471,8 +473,9 @@ fn metadata(
     }
     let end = crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), Some(tokenizer));
     let end = end.last().copied().unwrap_or(0);
-    let begin = opened.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()).unwrap_or(end);
-    for (key, id) in [("bos", begin), ("eos", end), ("unknown", begin)] {
+    let configured = || opened.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+    let begin = tokenizer.begin().or_else(configured).unwrap_or(end);
+    for (key, id) in [("bos", begin), ("eos", end), ("unknown", unknown.unwrap_or(begin))] {
         add(&format!("tokenizer.ggml.{key}_token_id"), GgufValue::U32(id));
     }
     add("tokenizer.ggml.add_bos_token", GgufValue::Bool(tokenizer.begin().is_some()));

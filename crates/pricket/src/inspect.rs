@@ -227,11 +227,11 @@ fn list(store: &dyn Store, family: Option<&dyn Family>, warnings: &mut Vec<Strin
 
 /// Looks at a file that holds everything.
 fn contained(file: PathBuf, container: Container) -> Result<Inspection> {
-    let Container { config, tokenizer, store, describe, metadata, mut warnings, notes, .. } = container;
+    let Container { config, tokenizer, store, tensors, describe, metadata, mut warnings, notes, .. } = container;
     warnings.extend(notes);
     let family = checked_family(&config).map_err(|e| at(&file, e))?;
+    let weights = Weights::as_stored(Arc::new(Headers::of(tensors)), family.names());
     let tensors = list(&*store, Some(family), &mut warnings);
-    let weights = Weights::as_stored(Arc::new(Headers::of(Arc::clone(&store))), family.names());
     let info = family.load(&config, &weights).map_err(|e| at(&file, e))?.info().clone();
     warnings.extend(crate::load::unused_warning(&weights));
     if tokenizer.is_none() {

@@ -136,6 +136,7 @@ pub(crate) fn open_files(
     let notes = notes.into_iter().chain(mistaken).collect();
     let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
     let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&weights)?);
+    let store = containers::in_hub_order(store, &config).map_err(|e| at(&config_path, e))?;
     if store.names().iter().any(|name| name.contains(".base_layer.")) {
         return Err(unmerged(&weights, &Value::Null));
     }
@@ -159,7 +160,7 @@ pub(crate) fn open_files(
         generation_config,
         tokenizer: match given {
             Some(tokenizer) => Some(tokenizer),
-            None => tokenizer.as_ref().map(Tokenizer::from_file).transpose()?,
+            None => own_tokenizer(&directory)?,
         },
         tokenizer_path: tokenizer,
         provenance,
@@ -171,13 +172,28 @@ pub(crate) fn open_files(
     })
 }
 
+/// The tokenizer of a directory. Where its first file is of a kind that is not read, as models with two files have, the other one is.
+fn own_tokenizer(directory: &Path) -> Result<Option<Tokenizer>> {
+    let mut files = TOKENIZERS.iter().map(|name| directory.join(name)).filter(|path| path.is_file());
+    let Some(first) = files.next() else { return Ok(None) };
+    match (Tokenizer::from_file(&first), files.next()) {
+        (Err(e), Some(second)) => Ok(Some(Tokenizer::from_file(second).map_err(|_| e)?)),
+        (found, _) => Ok(Some(found?)),
+    }
+}
+
 /// Takes an end token out of a generation_config.json that the family knows for a mistake, and says so.
 fn leave_out_mistaken_end(config: &Value, generation: &mut Value) -> Option<String> {
-    let id = family_of(config).ok()?.mistaken_end_token()?;
-    if generation["eos_token_id"].as_u64() != Some(id.into()) || config["eos_token_id"].as_u64() == Some(id.into()) {
+    let id = family_of(config).ok()?.mistaken_end_token(config)?;
+    let is_it = |value: &Value| value.as_u64() == Some(id.into());
+    if is_it(&config["eos_token_id"]) {
         return None;
     }
-    generation["eos_token_id"] = config["eos_token_id"].clone();
+    match &mut generation["eos_token_id"] {
+        Value::Array(ids) if ids.iter().any(is_it) => ids.retain(|id| !is_it(id)),
+        own if is_it(own) => *own = config["eos_token_id"].clone(),
+        _ => return None,
+    }
     Some(format!("generation_config.json: eos_token_id {id} is a mistake of the published file, and is not used"))
 }
 
@@ -198,16 +214,26 @@ fn open_without_config(
     let Some(mut config) = config_from_shapes(&shape) else { return Ok(None) };
     changes.apply(&mut config)?;
     checked_family(&config).map_err(|e| at(&weights, e))?;
-    let tokenizer = tokenizer_in(&parent(&weights));
-    let own = || tokenizer.as_ref().map(Tokenizer::from_file).transpose();
-    let provenance = match fetched {
-        Some(fetched) => fetched.provenance.clone(),
-        None => Provenance::of_directory(&parent(&weights), &files_of(&*store)),
+    let directory = parent(&weights);
+    let tokenizer = tokenizer_in(&directory);
+    let own = || own_tokenizer(&directory);
+    let generation = directory.join("generation_config.json");
+    let provenance = if let Some(fetched) = fetched {
+        fetched.provenance.clone()
+    } else {
+        let mut files = files_of(&*store);
+        files.extend(tokenizer.clone());
+        let beside = TOKENIZER_FILES.map(|name| directory.join(name)).into_iter().chain([generation.clone()]);
+        files.extend(beside.filter(|path| path.is_file()));
+        files.sort();
+        Provenance::of_directory(&directory, &files)
     };
     let name = weights.file_name().unwrap_or_default().to_string_lossy();
     Ok(Some(Opened {
         tokenizer: given.map_or_else(own, |given| Ok(Some(given.clone())))?,
         tokenizer_path: tokenizer,
+        generation_config: generation.is_file().then(|| read_json(&generation)).transpose()?,
+        chat_template: chat_template(&directory),
         known_tokenizer: config["tokenizer_name"].as_str().map(str::to_owned),
         notes: vec![format!("{name}: there is no config.json; sizes are those of its tensors")],
         warnings: fetched.map(|fetched| fetched.warnings.clone()).unwrap_or_default(),

@@ -399,7 +399,8 @@ impl Chosen {
         };
         let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
         let missing = || Error::NotFound { path: place.clone(), what: format!("{name} is not listed") };
-        let small = ["config.json", "tokenizer.json", "tokenizer.model"].into_iter().chain(is_index(name).then_some(name));
+        let tokenizer = TOKENIZERS.into_iter().find(|name| find(name).is_some());
+        let small = ["config.json"].into_iter().chain(tokenizer).chain(is_index(name).then_some(name));
         if let Some(large) = small.filter_map(find).find(|file| file.size > SMALL_BYTES) {
             let what = format!("{} bytes; a file of this kind has at most {SMALL_BYTES}", large.size);
             let error = pricket_weights::Error::Corrupt { path: place.join(large.path), what };
