@@ -94,7 +94,7 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
             info.layers, info.d_model, info.heads, info.head_dim, info.vocab
         )?;
     }
-    let whose = if found.metadata.is_some() { "its own" } else { "tokenizer.json" };
+    let whose = if found.metadata.is_some() { "its own" } else { "in a file beside it" };
     writeln!(out, "tokenizer   {}", if found.has_tokenizer { whose } else { "none" })?;
     if let Some((context, estimate)) = estimate(found, args.context) {
         let (weights, cache) = (mib(estimate.weights), mib(estimate.cache));

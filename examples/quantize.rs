@@ -82,7 +82,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         let (source, made) = (source.load("tiny")?, made.load("tiny")?);
         let score = ScoreOptions { progress: Arc::new(common::Bar::default()), ..ScoreOptions::default() };
         let report = source.compare(&made, text.as_deref().unwrap_or(TEXT), &score)?;
-        compared = Some(Compared { report, prefix: source.tokenizer()?.decode(&[source.prefix_id()]), made });
+        let prefix = source.tokenizer()?.id_to_token(source.prefix_id());
+        compared = Some(Compared { report, prefix: prefix.unwrap_or_default(), made });
     }
     if args.json {
         show_json(written.as_ref(), compared.as_ref())

@@ -305,7 +305,8 @@ fn row(slice: &SliceLoss) -> Value {
 
 /// What the first token of a text is scored given.
 fn prefix(model: &Pricket) -> anyhow::Result<String> {
-    Ok(model.tokenizer()?.decode(&[model.prefix_id()]))
+    let prefix = model.prefix_id();
+    Ok(model.tokenizer()?.id_to_token(prefix).unwrap_or_else(|| prefix.to_string()))
 }
 
 fn show_text(args: &Args, model: &Pricket, text: &SliceLoss) -> anyhow::Result<()> {

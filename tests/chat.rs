@@ -63,7 +63,8 @@ fn formats_are_spelled_as_the_models_saw_them() {
         (
             "rwkv-qa",
             "¶Q & A¶¶Question:¶One?¶¶Detailed Expert Answer:¶".into(),
-            "¶Q & A¶¶Question:¶One?¶¶Detailed Expert Answer:¶Yes.¶¶¶Q & A¶¶Question:¶Two?¶¶Detailed Expert Answer:¶".into(),
+            "¶Q & A¶¶Question:¶One?¶¶Detailed Expert Answer:¶Yes.¶¶¶Q & A¶¶Question:¶Two?¶¶Detailed Expert Answer:¶"
+                .into(),
         ),
         (
             "oasst",

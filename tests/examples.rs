@@ -341,7 +341,8 @@ fn what_makes_no_sense_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("empty.txt"), "").unwrap();
     std::fs::write(dir.path().join("short.txt"), "The people").unwrap();
-    let zero = "task: zero\noutput_type: loglikelihood\ntest_split: test\nnum_fewshot: 0\ndoc_to_text: a\ndoc_to_target: b";
+    let zero =
+        "task: zero\noutput_type: loglikelihood\ntest_split: test\nnum_fewshot: 0\ndoc_to_text: a\ndoc_to_target: b";
     std::fs::write(dir.path().join("zero.yaml"), zero).unwrap();
     let data = root().join("tests/golden/scoring/score-neox-4tasks/data");
     let data = data.to_str().unwrap();
@@ -350,11 +351,7 @@ fn what_makes_no_sense_is_refused_by_name() {
         ("score", &["--prompt", ""], "a text without a token"),
         ("score", &["--tasks", "piqa,piqa", "--data", data], "two tasks of the name piqa"),
         ("score", &["--tasks", "piqa", "--data", data, "--num-fewshot", "2,2"], "a number twice"),
-        (
-            "score",
-            &["--tasks", "zero.yaml", "--num-fewshot", "0,2"],
-            "zero is asked without examples",
-        ),
+        ("score", &["--tasks", "zero.yaml", "--num-fewshot", "0,2"], "zero is asked without examples"),
         ("score", &["--tasks", "piqa", "--data", data, "--stride", "5"], "--stride has an effect on whole texts"),
         ("score", &["--text", "short.txt", "--fewshot-seed", "7"], "--fewshot-seed has an effect with --tasks only"),
         ("score", &["--text", "short.txt", "--bootstrap-iters", "5"], "--bootstrap-iters has an effect"),

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama::{Cache, Config, Llama};
 use pricket::candle::{DType, Device, Tensor};
-use pricket::{
-    BlockType, CausalLm, Context, ConvertOptions, GenerateOptions, Loader, Pricket, Quantisation, Site, State, Taps, Target,
-    Tokenizer,
-};
 use pricket::nn::RowOrder;
+use pricket::{
+    BlockType, CausalLm, Context, ConvertOptions, GenerateOptions, Loader, Pricket, Quantisation, Site, State, Taps,
+    Target, Tokenizer,
+};
 use serde_json::{Value, json};
 
 use crate::common::{root, worst};
@@ -93,9 +93,7 @@ fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quanti
             (2, Some(block)) if !is_table => {
                 (kind, pricket::nn::ops::quantise(block, &values, tensor.dims()[1]).unwrap())
             }
-            (2, _) if kind == 1 => {
-                (1, values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect())
-            }
+            (2, _) if kind == 1 => (1, values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()),
             _ => (0, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
         };
         for number in [tensor.rank() as u32, name.len() as u32, own] {
@@ -155,13 +153,14 @@ fn rwkv_cpp_files_are_read() {
     for (block, kind) in [(BlockType::Q4_0, 2), (BlockType::Q5_1, 8), (BlockType::Q8_0, 9)] {
         let path = dir.path().join(format!("{block}.bin"));
         std::fs::write(&path, rwkv_cpp(&native, 101, kind, Some(block))).unwrap();
-        let quantized = Loader::new(&hub).quantise(Quantisation { weights: block, tables: None }).threads(2).load().unwrap();
+        let quantized =
+            Loader::new(&hub).quantise(Quantisation { weights: block, tables: None }).threads(2).load().unwrap();
         let expected = logits(&*quantized.model(), &ids, &mut Context::new());
         let found = logits(&*load(&path).model(), &ids, &mut Context::new());
         assert!(worst(&found, &expected) < 2e-5, "{block}: {}", worst(&found, &expected));
         // The same number meant other blocks before.
         std::fs::write(&path, rwkv_cpp(&native, 100, kind, Some(block))).unwrap();
-        assert!(refused(&path).contains("has the type"), "{}", refused(&path));
+        assert!(refused(&path).contains("this version of the file had in another form"), "{}", refused(&path));
     }
 }
 
@@ -184,7 +183,8 @@ impl Renamed {
     fn hub(name: &str) -> String {
         // Only the last part of a mix is ambiguous.
         let name = PARTS[..6].iter().fold(name.to_owned(), |name, (hub, own)| name.replacen(own, hub, 1));
-        let mixes = [("time_mix_k", "time_mix_key"), ("time_mix_v", "time_mix_value"), ("time_mix_r", "time_mix_receptance")];
+        let mixes =
+            [("time_mix_k", "time_mix_key"), ("time_mix_v", "time_mix_value"), ("time_mix_r", "time_mix_receptance")];
         mixes.iter().find(|(own, _)| name.ends_with(own)).map_or(name.clone(), |(own, hub)| name.replace(own, hub))
     }
 }
@@ -326,7 +326,9 @@ fn a_sentencepiece_tokenizer_survives_conversion() {
         let options = ConvertOptions { target: Target::Quantised(wanted), ..ConvertOptions::default() };
         Loader::new(&folder).convert(&gguf, &options).unwrap();
         let back = dir.path().join(format!("{case}-back"));
-        Loader::new(&gguf).convert(&back, &ConvertOptions { target: Target::F32, ..ConvertOptions::default() }).unwrap();
+        Loader::new(&gguf)
+            .convert(&back, &ConvertOptions { target: Target::F32, ..ConvertOptions::default() })
+            .unwrap();
         let (packed, back) = (load(&gguf), load(&back));
         assert!(packed.warnings().is_empty(), "{:?}", packed.warnings());
         for line in std::fs::read_to_string(golden(&format!("text/{case}/encode.jsonl"))).unwrap().lines() {
@@ -368,16 +370,26 @@ fn a_checkpoint_under_the_original_names_has_its_rows_in_pairs() {
     let expected = load(&source);
     let store = pricket::open_weights(source.join("model.safetensors")).unwrap();
     let names = [
-        ("model.embed_tokens", "tok_embeddings"), ("model.layers", "layers"), ("input_layernorm", "attention_norm"),
-        ("self_attn.q_proj", "attention.wq"), ("self_attn.k_proj", "attention.wk"), ("self_attn.v_proj", "attention.wv"),
-        ("self_attn.o_proj", "attention.wo"), ("post_attention_layernorm", "ffn_norm"), ("mlp.gate_proj", "feed_forward.w1"),
-        ("mlp.down_proj", "feed_forward.w2"), ("mlp.up_proj", "feed_forward.w3"), ("model.norm", "norm"), ("lm_head", "output"),
+        ("model.embed_tokens", "tok_embeddings"),
+        ("model.layers", "layers"),
+        ("input_layernorm", "attention_norm"),
+        ("self_attn.q_proj", "attention.wq"),
+        ("self_attn.k_proj", "attention.wk"),
+        ("self_attn.v_proj", "attention.wv"),
+        ("self_attn.o_proj", "attention.wo"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("mlp.gate_proj", "feed_forward.w1"),
+        ("mlp.down_proj", "feed_forward.w2"),
+        ("mlp.up_proj", "feed_forward.w3"),
+        ("model.norm", "norm"),
+        ("lm_head", "output"),
     ];
     let info = expected.info();
     let mut tensors = std::collections::HashMap::new();
     for name in store.names() {
         let tensor = pricket::weights::read_tensor(&*store, &name, &Device::Cpu).unwrap();
-        let heads = [("q_proj", info.heads), ("k_proj", info.kv_heads)].into_iter().find(|(part, _)| name.contains(part));
+        let heads =
+            [("q_proj", info.heads), ("k_proj", info.kv_heads)].into_iter().find(|(part, _)| name.contains(part));
         let tensor = heads.map_or(tensor.clone(), |(_, heads)| RowOrder::Pairs { heads }.undo(&tensor).unwrap());
         tensors.insert(names.iter().fold(name, |name, (hub, own)| name.replace(hub, own)), tensor);
     }
@@ -418,12 +430,18 @@ fn files_beside_a_sentencepiece_model_count_or_are_refused() {
     let names: Vec<&str> = without.to_files().unwrap().iter().map(|(name, _)| *name).collect();
     assert_eq!(names, ["tokenizer.model", "tokenizer_config.json"]);
     let kept = without.to_files().unwrap();
-    let again = Tokenizer::from_files(&kept.iter().map(|(name, bytes)| (*name, &bytes[..])).collect::<Vec<_>>(), "again").unwrap();
+    let again =
+        Tokenizer::from_files(&kept.iter().map(|(name, bytes)| (*name, &bytes[..])).collect::<Vec<_>>(), "again")
+            .unwrap();
     assert_eq!(again.begin(), None);
     for (file, value, named) in [
         ("added_tokens.json", json!({"<sep>": count + 7}), "the next that is free"),
         ("tokenizer_config.json", json!({"pad_token": {"content": "<p>", "rstrip": true}}), "rstrip"),
-        ("special_tokens_map.json", json!({"additional_special_tokens": [{"content": "<p>", "lstrip": true}]}), "lstrip"),
+        (
+            "special_tokens_map.json",
+            json!({"additional_special_tokens": [{"content": "<p>", "lstrip": true}]}),
+            "lstrip",
+        ),
     ] {
         let error = tokenizer_with(&[(file, value)]).unwrap_err().to_string();
         assert!(error.contains(named), "{error}");
@@ -440,7 +458,9 @@ fn training_examples_have_the_ids_of_prompts() {
     let format = pricket::prompt_format("incite-chat").unwrap();
     let turns = ["One?", "Yes.", "Two?", "No."].map(str::to_owned);
     let turns = vec![
-        pricket::lm::Turn::user(&*turns[0]), pricket::lm::Turn::assistant(&*turns[1]), pricket::lm::Turn::user(&*turns[2]),
+        pricket::lm::Turn::user(&*turns[0]),
+        pricket::lm::Turn::assistant(&*turns[1]),
+        pricket::lm::Turn::user(&*turns[2]),
         pricket::lm::Turn::assistant(&*turns[3]),
     ];
     let prompt = tokenizer.encode_prompt(&format.prompt(None, &turns[..3]).unwrap()).unwrap();
@@ -464,7 +484,10 @@ fn a_gguf_file_says_which_tokens_are_special() {
     // The tokenizer's own first token, whatever the configuration says of the model.
     assert_eq!(packed.tokenizer().unwrap().begin(), Some(1));
     let store = pricket::inspect(&gguf).unwrap().metadata.unwrap();
-    assert_eq!((&store["tokenizer.ggml.bos_token_id"], &store["tokenizer.ggml.unknown_token_id"]), (&json!(1), &json!(0)));
+    assert_eq!(
+        (&store["tokenizer.ggml.bos_token_id"], &store["tokenizer.ggml.unknown_token_id"]),
+        (&json!(1), &json!(0))
+    );
     let tokenizer = packed.tokenizer().unwrap();
     assert!(!tokenizer.encode("a</s>").unwrap().contains(&2));
     assert_eq!(tokenizer.encode_prompt("a</s>").unwrap().last(), Some(&2));

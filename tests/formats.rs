@@ -29,7 +29,11 @@ fn options(target: Target) -> ConvertOptions {
 /// The weights of a golden case, and whether GGUF can say what its configuration says. There is no GGUF of RWKV-4.
 fn sources() -> Vec<(PathBuf, bool)> {
     let unsaid = [
-        "mpt-logit-scale-inv-sqrt", "mpt-native-clip-scale", "mosaicgpt-6heads", "rwkv4-hf-left-padded-batch", "rwkv4-hf-rescale",
+        "mpt-logit-scale-inv-sqrt",
+        "mpt-native-clip-scale",
+        "mosaicgpt-6heads",
+        "rwkv4-hf-left-padded-batch",
+        "rwkv4-hf-rescale",
     ];
     let files = directories_with(&golden("files"), "expected.safetensors");
     let files = files.into_iter().map(|dir| {

@@ -430,7 +430,9 @@ fn damaged_sentencepiece_models_are_answered() {
                 1 => (0..3).for_each(|_| bytes[whole.len() - 1 - random(1500.min(whole.len()))] = random(256) as u8),
                 _ => (0..8).for_each(|_| bytes[random(whole.len())] ^= 1 << random(8)),
             }
-            let Ok(tokenizer) = pricket::Tokenizer::from_files(&[("tokenizer.model", &bytes)], "damaged") else { continue };
+            let Ok(tokenizer) = pricket::Tokenizer::from_files(&[("tokenizer.model", &bytes)], "damaged") else {
+                continue;
+            };
             let ids = tokenizer.encode_from_start("Anna  had a\n red b\u{e4}ll.\tﬁ </s> \u{1f917}").unwrap();
             assert!(ids.len() < 4096 && ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
             let _ = tokenizer.decode(&ids);

@@ -90,7 +90,14 @@ fn refuse(krate: &str, words: &[&str]) {
 
 #[test]
 fn families_know_no_device_type_feature_or_cache() {
-    for family in ["pricket-gpt-neox", "pricket-mpt", "pricket-redpajama-incite", "pricket-llama", "pricket-rwkv4", "pricket-toys"] {
+    for family in [
+        "pricket-gpt-neox",
+        "pricket-mpt",
+        "pricket-redpajama-incite",
+        "pricket-llama",
+        "pricket-rwkv4",
+        "pricket-toys",
+    ] {
         refuse(family, &["cfg(feature", "Device::", "to_dtype", "DType", "uantis", "uantiz", "Cache", "State::"]);
         // What files call its tensors and keys are tables beside it.
         let is_table = |place: &str| place.contains("formats.rs") || place.contains("names.rs");

@@ -215,10 +215,10 @@ fn the_documented_keys_are_those_that_are_checked() {
 
 /// The tables of the families.
 mod pricket_tables {
-    pub(super) use pricket_llama::{GGUF_KEYS as LLAMA_GGUF, KEYS as LLAMA};
-    pub(super) use pricket_rwkv4::KEYS as RWKV;
     pub(super) use pricket_gpt_neox::{GGUF_KEYS as NEOX_GGUF, KEYS as NEOX};
+    pub(super) use pricket_llama::{GGUF_KEYS as LLAMA_GGUF, KEYS as LLAMA};
     pub(super) use pricket_mpt::{GGUF_KEYS as MPT_GGUF, KEYS as MPT, MOSAIC_GPT_KEYS as MOSAIC_GPT};
+    pub(super) use pricket_rwkv4::KEYS as RWKV;
 }
 
 #[test]

@@ -7,6 +7,9 @@ use proptest::prelude::*;
 
 use crate::common::worst;
 
+/// An operation, or its plain twin.
+type Op<'a> = &'a dyn Fn(bool) -> Tensor;
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
@@ -135,13 +138,11 @@ proptest! {
         prop_assert!(worst(&ops::plain_rms_norm(&x, &w, 1e-6).unwrap(), &exact) < 3e-5);
     }
 
-    /// RWKV's recurrence, by the kernel, by plain operations, and by its definition in f64.
     #[test]
     fn gates_and_mixes_and_their_gradients_are_those_of_their_twins(rows in 1usize..40, d in 1usize..40, silu: bool) {
         let randn = |shape: &[usize]| Var::randn(0f32, 2.0, shape, &Device::Cpu).unwrap();
         let (x, y, mix, weight) = (randn(&[rows, d]), randn(&[rows, d]), randn(&[1, 1, d]), randn(&[rows, d]));
         let gate = if silu { ops::Gate::Silu } else { ops::Gate::Sigmoid };
-        type Op<'a> = &'a dyn Fn(bool) -> Tensor;
         let gated = |plain| if plain { ops::plain_gated(&x, &y, gate) } else { ops::gated(&x, &y, gate) }.unwrap();
         let mixed = |plain| {
             let (x, y) = (x.reshape((1, rows, d)).unwrap(), y.reshape((1, rows, d)).unwrap());
@@ -182,6 +183,7 @@ proptest! {
         }
     }
 
+    /// RWKV's recurrence, by the kernel, by plain operations, and by its definition in f64.
     #[test]
     fn wkv_and_its_plain_twin_follow_the_definition(
         lens in prop::collection::vec(1usize..9, 1..4), d in 1usize..130, large: bool,

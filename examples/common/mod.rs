@@ -31,7 +31,7 @@ pub(crate) struct ModelArgs {
     /// The weight file to load of a repository or directory that has several, such as one of its GGUF files
     #[arg(long, value_name = "NAME")]
     pub(crate) file: Option<String>,
-    /// A tokenizer.json to use instead of the model's
+    /// A tokenizer.json or tokenizer.model to use instead of the model's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
     /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model

@@ -301,7 +301,13 @@ fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
 
 /// The state of a recurrent model, if the case has one: the last positions of both shifts, and the sums of the recurrence, which may be
 /// scaled in any way.
-fn recurrence(what: &str, ctx: &Context, expected: &HashMap<String, Tensor>, case: &Value, check: &mut Check) -> Result<()> {
+fn recurrence(
+    what: &str,
+    ctx: &Context,
+    expected: &HashMap<String, Tensor>,
+    case: &Value,
+    check: &mut Check,
+) -> Result<()> {
     let part = |name: &str| expected.get(&format!("{what}.{name}"));
     let (Some(time), Some(channel)) = (part("att_x"), part("ffn_x")) else { return Ok(()) };
     let (Some(num), Some(den), Some(max)) = (part("att_num"), part("att_den"), part("att_max")) else {

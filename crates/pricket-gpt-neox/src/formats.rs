@@ -7,10 +7,8 @@ use serde_json::{Value, json};
 use crate::keys::GGUF_KEYS;
 
 /// The headers of legacy GGML files: with the residual's kind since 2023-05-13, without it before.
-pub(crate) const GGML: [GgmlLayout; 2] = [
-    layout("gpt-neox header of 8", &fields::<8>(Some("par_res"))),
-    layout("gpt-neox header of 7", &fields::<7>(None)),
-];
+pub(crate) const GGML: [GgmlLayout; 2] =
+    [layout("gpt-neox header of 8", &fields::<8>(Some("par_res"))), layout("gpt-neox header of 7", &fields::<7>(None))];
 
 const fn layout(name: &'static str, fields: &'static [(&'static str, bool)]) -> GgmlLayout {
     GgmlLayout { name, fields, plain_version: 0, embedding: "gpt_neox.embed_in.weight", body: GgmlBody::Vocabulary }

@@ -42,7 +42,7 @@ struct Channels<'a> {
     /// Of the first position.
     from: usize,
     len: usize,
-    channels: usize,
+    stride: usize,
     /// Channels that are there; the others of the sixteen are padding.
     width: usize,
     decay: [f32; LANES],
@@ -55,7 +55,7 @@ impl Channels<'_> {
     /// The elements of a position in `x`.
     #[inline(always)]
     fn load(&self, x: &[f32], t: usize) -> [f32; LANES] {
-        let at = self.from + t * self.channels;
+        let at = self.from + t * self.stride;
         if let Some(whole) = x[at..].first_chunk::<LANES>().filter(|_| self.width == LANES) {
             return *whole;
         }
@@ -114,12 +114,7 @@ unsafe fn step<L: Floats>(state: &[L::Float; 3], first: L::Float, k: L::Float, v
 
 /// The state after a position, and the shares of the state before and of the position in it.
 #[inline(always)]
-unsafe fn advance<L: Floats>(
-    state: &mut [L::Float; 3],
-    w: L::Float,
-    k: L::Float,
-    v: L::Float,
-) -> (L::Float, L::Float) {
+unsafe fn advance<L: Floats>(state: &mut [L::Float; 3], w: L::Float, k: L::Float, v: L::Float) -> (L::Float, L::Float) {
     unsafe {
         let [num, den, max] = *state;
         let (old, new, top) = shares::<L>(L::add(max, w), k);
@@ -139,7 +134,7 @@ unsafe fn forward<L: Floats>(at: Channels<'_>, out: Shared<f32>, after: [usize; 
             let (k, v) = (at.load(at.k, t), at.load(at.v, t));
             let (k, v) = (L::floats(k.as_ptr()), L::floats(v.as_ptr()));
             L::store(edge.as_mut_ptr(), step::<L>(&state, first, k, v).out);
-            at.write(out, at.from + t * at.channels, edge);
+            at.write(out, at.from + t * at.stride, edge);
             advance::<L>(&mut state, w, k, v);
         }
         for (x, place) in state.into_iter().zip(after) {
@@ -187,7 +182,7 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<f32>, 
             let (k, v) = (L::floats(k.as_ptr()), L::floats(v.as_ptr()));
             let own = L::mul(share, L::exp(L::add(L::add(first, k), negative::<L>(largest))));
             let later = L::exp(L::add(k, top));
-            let position = at.from + t * at.channels;
+            let position = at.from + t * at.stride;
             let of_k = L::madd(later, L::madd(v, num, den), L::mul(own, L::add(v, negative::<L>(given))));
             L::store(edge.as_mut_ptr(), of_k);
             at.write(out, places[0] + position, edge);
@@ -255,7 +250,7 @@ impl WkvOp {
                 v,
                 from: starts[row] * d + c,
                 len: self.lens[row],
-                channels: d,
+                stride: d,
                 width,
                 decay: lanes(rates, c).map(|decay| -decay.exp()),
                 first: lanes(rates, d + c),

@@ -156,7 +156,10 @@ mod tests {
         ] {
             assert_eq!(with(&keys).unwrap().rotary().unwrap(), Rotary { dims: 16, base, factor }, "{keys}");
         }
-        assert_eq!(with(&json!({"rope_scaling": {"type": "linear", "factor": 4}})).unwrap().trained_length().unwrap(), 8192);
+        assert_eq!(
+            with(&json!({"rope_scaling": {"type": "linear", "factor": 4}})).unwrap().trained_length().unwrap(),
+            8192
+        );
     }
 
     #[test]
@@ -169,7 +172,10 @@ mod tests {
             (json!({"head_dim": 15}), "head_dim"),
             (json!({"sliding_window": 4096}), "sliding_window"),
             (json!({"num_local_experts": 8}), "num_local_experts"),
-            (json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}), "partial_rotary_factor"),
+            (
+                json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+                "partial_rotary_factor",
+            ),
             (json!({"residual_multiplier": 0.22}), "residual_multiplier"),
         ] {
             let error = with(&keys).unwrap_err().to_string();

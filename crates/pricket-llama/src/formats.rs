@@ -55,7 +55,9 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
     // The width of a head is a key of its own, so it is not held against those of the others.
     let (key, value) = (at("attention.key_length").as_u64(), at("attention.value_length").as_u64());
     let head_dim = key.or(at("rope.dimension_count").as_u64()).unwrap_or(width / heads.max(1));
-    for (key, found) in [("attention.value_length", value), ("rope.dimension_count", at("rope.dimension_count").as_u64())] {
+    for (key, found) in
+        [("attention.value_length", value), ("rope.dimension_count", at("rope.dimension_count").as_u64())]
+    {
         if let Some(found) = found.filter(|found| *found != head_dim) {
             return Err(Error::config(format!("llama.{key}"), format!("{found}; only {head_dim} is implemented")));
         }

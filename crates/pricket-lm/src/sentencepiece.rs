@@ -100,7 +100,9 @@ impl SentencePiece {
                 Kind::Byte => {
                     let value = piece.text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
                     let value = value.and_then(|digits| u8::from_str_radix(digits, 16).ok());
-                    let value = value.ok_or_else(|| format!("{:?} is no byte", pricket_nn::clip(&piece.text)))?;
+                    let value = value.ok_or_else(|| {
+                        format!("{:?} is not a byte piece, as <0x0A> is", pricket_nn::clip(&piece.text))
+                    })?;
                     bytes[usize::from(value)] = Some(id);
                 }
                 Kind::Unknown if unknown.is_some() => return Err("two pieces are the unknown one".into()),
@@ -188,19 +190,20 @@ impl SentencePiece {
         let mut heap = BinaryHeap::new();
         // How unused pieces were joined, to take them apart again.
         let mut joined: HashMap<&str, usize> = HashMap::new();
-        let mut propose = |symbols: &[Symbol], heap: &mut BinaryHeap<Pair>, left: Option<usize>, right: Option<usize>| {
-            let (Some(left), Some(right)) = (left, right) else { return };
-            let (a, b) = (symbols[left], symbols[right]);
-            if a.is_user_defined || b.is_user_defined || b.end - a.start > self.longest {
-                return;
-            }
-            let Some(&id) = self.ids.get(&text[a.start..b.end]) else { return };
-            if self.kind(id) == Kind::Unused {
-                joined.insert(&text[a.start..b.end], a.end - a.start);
-            }
-            let score = self.model.pieces[id as usize].score;
-            heap.push(Pair { score, left, right, len: b.end - a.start });
-        };
+        let mut propose =
+            |symbols: &[Symbol], heap: &mut BinaryHeap<Pair>, left: Option<usize>, right: Option<usize>| {
+                let (Some(left), Some(right)) = (left, right) else { return };
+                let (a, b) = (symbols[left], symbols[right]);
+                if a.is_user_defined || b.is_user_defined || b.end - a.start > self.longest {
+                    return;
+                }
+                let Some(&id) = self.ids.get(&text[a.start..b.end]) else { return };
+                if self.kind(id) == Kind::Unused {
+                    joined.insert(&text[a.start..b.end], a.end - a.start);
+                }
+                let score = self.model.pieces[id as usize].score;
+                heap.push(Pair { score, left, right, len: b.end - a.start });
+            };
         for i in 1..count {
             propose(&symbols, &mut heap, Some(i - 1), Some(i));
         }

@@ -50,7 +50,7 @@ impl Pieces {
             let kind = u64::try_from(kind).ok().and_then(Kind::of);
             let kind = kind.ok_or_else(|| format!("piece {id} is of the unknown kind {}", self.kinds[id]))?;
             if score.is_nan() {
-                return Err(format!("the score of piece {id} is no number"));
+                return Err(format!("the score of piece {id} is not a number"));
             }
             let mut text = String::from_utf8(word.clone()).map_err(|_| format!("piece {id} is not UTF-8"))?;
             if kind == Kind::UserDefined {
@@ -242,7 +242,9 @@ impl SentencePieceText {
             (Some(id), _) => id,
             (None, Some(id)) if id != u64::from(next) => {
                 let token = pricket_nn::clip(&token.text);
-                return Err(format!("the added token {token:?} is to have the id {id}; the next that is free is {next}"));
+                return Err(format!(
+                    "the added token {token:?} is to have the id {id}; the next that is free is {next}"
+                ));
             }
             (None, _) => {
                 self.ids.insert(token.text.clone(), next);
@@ -285,6 +287,11 @@ impl SentencePieceText {
 
     pub(crate) fn token_to_id(&self, token: &str) -> Option<u32> {
         self.ids.get(token).copied()
+    }
+
+    pub(crate) fn id_to_token(&self, id: u32) -> Option<String> {
+        let piece = self.inner.model.pieces.get(id as usize).map(|piece| piece.text.clone());
+        piece.or_else(|| self.added.get((id as usize).checked_sub(self.own())?).cloned())
     }
 
     /// The ids of a text, in which tokens that it spells out are those tokens.

@@ -25,7 +25,7 @@ pub struct Tokenizer {
 struct Shared {
     inner: Inner,
     origin: String,
-    /// Bytes of each id, empty for ids that are none.
+    /// Bytes of each id; empty for control tokens and for ids that the tokenizer does not have.
     bytes: Vec<Vec<u8>>,
     special: Vec<bool>,
     /// The token that is put before a text.
@@ -35,7 +35,7 @@ struct Shared {
 #[derive(Debug)]
 enum Inner {
     Library(Box<tokenizers::Tokenizer>),
-    SentencePiece(SentencePieceText),
+    SentencePiece(Box<SentencePieceText>),
 }
 
 impl Tokenizer {
@@ -94,7 +94,7 @@ impl Tokenizer {
             added: json("added_tokens.json")?,
         };
         match files.first() {
-            Some((name, bytes)) if name.ends_with(".model") => Self::of_model(bytes, &siblings, origin),
+            Some((name, bytes)) if Path::new(name).extension().is_some_and(|end| end == "model") => Self::of_model(bytes, &siblings, origin),
             Some((_, bytes)) => Self::new(bytes, &siblings, origin),
             None => Err(wrong("there is no file".into())),
         }
@@ -138,7 +138,7 @@ impl Tokenizer {
     fn over(text: SentencePieceText, origin: String) -> Self {
         let (bytes, special) = text.table();
         let begin = text.begin();
-        Self { shared: Arc::new(Shared { inner: Inner::SentencePiece(text), origin, bytes, special, begin }) }
+        Self { shared: Arc::new(Shared { inner: Inner::SentencePiece(Box::new(text)), origin, bytes, special, begin }) }
     }
 
     /// Reads the bytes of a tokenizer.json; `origin` names it in messages.
@@ -224,7 +224,9 @@ impl Tokenizer {
         let wrong = |what| Error::Tokenizer { origin: self.shared.origin.clone(), what };
         match &self.shared.inner {
             Inner::Library(inner) => inner.to_string(false).map_err(|e| wrong(e.to_string())),
-            Inner::SentencePiece(_) => Err(wrong("a sentencepiece model has no tokenizer.json of the same meaning".into())),
+            Inner::SentencePiece(_) => {
+                Err(wrong("a sentencepiece model has no tokenizer.json of the same meaning".into()))
+            }
         }
     }
 
@@ -263,10 +265,19 @@ impl Tokenizer {
         match &self.shared.inner {
             Inner::Library(inner) => {
                 let encoding = inner.encode_fast(text, false);
-                let wrong = |e: tokenizers::Error| Error::Tokenizer { origin: self.shared.origin.clone(), what: e.to_string() };
+                let wrong =
+                    |e: tokenizers::Error| Error::Tokenizer { origin: self.shared.origin.clone(), what: e.to_string() };
                 Ok(encoding.map_err(wrong)?.get_ids().to_vec())
             }
             Inner::SentencePiece(inner) => Ok(inner.encode(text)),
+        }
+    }
+
+    /// The spelling of a token in the file, as messages show it; `None` for an id that the tokenizer does not have.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        match &self.shared.inner {
+            Inner::Library(inner) => inner.id_to_token(id),
+            Inner::SentencePiece(inner) => inner.id_to_token(id),
         }
     }
 
@@ -300,20 +311,15 @@ impl Tokenizer {
         matches!(self.shared.inner, Inner::SentencePiece(_))
     }
 
-    /// Ids of a text from its beginning to text, special tokens included; ids that are none are left out. The space that
-    /// sentencepiece puts before a text is taken off: [`Tokenizer::decode_part`] keeps it.
+    /// Ids of a text from its beginning to text, special tokens included, but for the control tokens of sentencepiece, which have no text. Ids
+    /// that the tokenizer does not have are left out. The space that sentencepiece puts before a text is taken off: [`Tokenizer::decode_part`] keeps it.
     pub fn decode(&self, ids: &[u32]) -> String {
-        self.decoded(ids, self.decoder())
+        decoded(ids, self.decoder())
     }
 
     /// As [`Tokenizer::decode`], of ids from the middle of a text.
     pub fn decode_part(&self, ids: &[u32]) -> String {
-        self.decoded(ids, self.decoder_of_part())
-    }
-
-    fn decoded(&self, ids: &[u32], mut decoder: Decoder) -> String {
-        let bytes: Vec<u8> = ids.iter().flat_map(|&id| decoder.take(id).to_vec()).collect();
-        String::from_utf8_lossy(&bytes).into_owned()
+        decoded(ids, self.decoder_of_part())
     }
 
     /// As [`Tokenizer::decode`], without special tokens such as `<|endoftext|>`.
@@ -371,6 +377,11 @@ impl Tokenizer {
     fn begins_with_mark(&self, id: u32) -> bool {
         matches!(&self.shared.inner, Inner::SentencePiece(text) if text.begins_with_mark(id))
     }
+}
+
+fn decoded(ids: &[u32], mut decoder: Decoder) -> String {
+    let bytes: Vec<u8> = ids.iter().flat_map(|&id| decoder.take(id).to_vec()).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A file of a tokenizer.

@@ -72,11 +72,14 @@ pub struct Initialization {
     residual: (&'static [&'static str], f64),
 }
 
+/// How a tensor of a name and a shape is filled, if a rule says it.
+type ByName = dyn Fn(&str, &[usize]) -> Option<Init> + Send + Sync;
+
 #[derive(Clone)]
 enum Rule {
     Fixed(Init),
     /// By name and shape.
-    Named(Arc<dyn Fn(&str, &[usize]) -> Option<Init> + Send + Sync>),
+    Named(Arc<ByName>),
     /// Normal, or uniform, with a deviation of `gain / sqrt(inputs)` (He et al. 2015, arXiv:1502.01852).
     Kaiming {
         gain: f64,

@@ -73,7 +73,8 @@ pub use plain_decoder::PlainDecoder;
 pub use plan::{BlockPlan, ModelPlan, Residual};
 /// For the crates above, which see weights through this one.
 pub use pricket_weights::{
-    Bytes, Dtype, Entry, GgmlBody, GgmlLayout, GgmlType, Error as StoreError, Result as StoreResult, Store, clip, parse_json, stand_in,
+    Bytes, Dtype, Entry, Error as StoreError, GgmlBody, GgmlLayout, GgmlType, Result as StoreResult, Store, clip,
+    parse_json, stand_in,
 };
 pub use progress::{Progress, Silent};
 pub use reordered::Reordered;

@@ -26,10 +26,8 @@ impl Reordered {
     /// [`Error::Input`] for rows that do not divide as their order says.
     pub fn new(store: Arc<dyn Store>, order: impl Fn(&str) -> RowOrder) -> Result<Self> {
         let orders = store.names().into_iter().map(|name| (order(&name), name));
-        let orders: BTreeMap<_, _> = orders
-            .filter(|(order, _)| *order != RowOrder::AsStored)
-            .map(|(order, name)| (name, order))
-            .collect();
+        let orders: BTreeMap<_, _> =
+            orders.filter(|(order, _)| *order != RowOrder::AsStored).map(|(order, name)| (name, order)).collect();
         for (name, order) in &orders {
             let rows = store.entry(name).and_then(|entry| entry.shape.first().copied()).unwrap_or(0);
             let named = |e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(name)));
@@ -102,7 +100,8 @@ mod tests {
         assert_eq!(first, [0.0, 4.0, 8.0, 2.0, 6.0, 10.0, 12.0, 16.0, 20.0, 14.0, 18.0, 22.0]);
         let same = |a: &Tensor, b: &Tensor| a.to_vec2::<f32>().unwrap() == b.to_vec2::<f32>().unwrap();
         assert!(same(&order.undo(&memory).unwrap(), &file));
-        let rows = Tensor::new(order.sources(12, false).unwrap().iter().map(|&x| x as u32).collect::<Vec<_>>(), &Device::Cpu);
+        let rows =
+            Tensor::new(order.sources(12, false).unwrap().iter().map(|&x| x as u32).collect::<Vec<_>>(), &Device::Cpu);
         assert!(same(&file.index_select(&rows.unwrap(), 0).unwrap(), &memory));
         assert!(RowOrder::Pairs { heads: 5 }.apply(&file).is_err());
     }

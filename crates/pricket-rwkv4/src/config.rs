@@ -1,5 +1,5 @@
-use pricket_nn::config::{GENERIC, Keys, epsilon, parse, plausible};
 use pricket_nn::Result;
+use pricket_nn::config::{GENERIC, Keys, epsilon, parse, plausible};
 use serde::Deserialize;
 
 /// `RwkvConfig` of transformers 4.29 to 5.24. `rescale_every` halves the stream against overflow in f16, which f32 does not need.
@@ -56,7 +56,7 @@ impl Config {
     /// Reads a config.json and checks its sizes.
     ///
     /// # Errors
-    /// [`Error::Config`], naming the key.
+    /// [`pricket_nn::Error::Config`], naming the key.
     pub fn from_json(json: &serde_json::Value) -> Result<Self> {
         let config: Self = parse(json)?;
         plausible("vocab_size", config.vocab_size, 1 << 24)?;

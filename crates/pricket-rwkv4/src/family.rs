@@ -1,9 +1,7 @@
 use std::sync::Arc;
 
 use pricket_nn::config::{GENERIC, Keys};
-use pricket_nn::{
-    CausalLm, Error, Family, GgmlLayout, Init, Initialization, Names, Result, ShapeOf, Store, Weights,
-};
+use pricket_nn::{CausalLm, Error, Family, GgmlLayout, Init, Initialization, Names, Result, ShapeOf, Store, Weights};
 use serde_json::Value;
 
 use crate::config::KEYS;
@@ -65,7 +63,7 @@ impl Family for Rwkv4Family {
     fn initialization(&self, config: &Value) -> Result<Initialization> {
         let config = Config::from_json(config)?;
         let (layers, d, width) = (config.num_hidden_layers, config.hidden_size, config.attention_width());
-        Ok(Initialization::named(move |name, shape| Some(initial(name, shape, layers, d, width)?)))
+        Ok(Initialization::named(move |name, shape| initial(name, shape, layers, d, width)))
     }
 }
 
@@ -76,7 +74,8 @@ fn initial(name: &str, shape: &[usize], layers: usize, d: usize, width: usize) -
     let (through, left) = (layer / (layers as f64 - 1.0).max(1.0), 1.0 - layer / layers as f64);
     let power = |power, offset| Init::Power { offset, scale: 1.0, power, span: d as f64 };
     let part = name.rsplit('.').find(|part| *part != "weight")?;
-    let zero = ["attention.key", "attention.receptance", "attention.output", "feed_forward.value", "feed_forward.receptance"];
+    let zero =
+        ["attention.key", "attention.receptance", "attention.output", "feed_forward.value", "feed_forward.receptance"];
     Some(match part {
         "time_decay" => {
             Init::Power { offset: -5.0, scale: 8.0, power: 0.7 + 1.3 * through, span: (width as f64 - 1.0).max(1.0) }

@@ -20,7 +20,7 @@ pub(crate) fn config_from_shapes(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> 
     let (vocab, d) = (size("rwkv.embeddings.weight", 0)?, size("rwkv.embeddings.weight", 1)?);
     let width = in_block("attention.time_decay")?;
     let hidden = in_block("feed_forward.key.weight")?;
-    let layers = (0..).take_while(|i| size(&format!("rwkv.blocks.{i}.ln1.weight"), 0).is_some()).count();
+    let layers = (0..1 << 12).take_while(|i| size(&format!("rwkv.blocks.{i}.ln1.weight"), 0).is_some()).count();
     let mut config = json!({
         "model_type": "rwkv", "architectures": ["RwkvForCausalLM"], "vocab_size": vocab, "hidden_size": d,
         "attention_hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers,
@@ -82,7 +82,7 @@ impl Store for FromRwkvCpp {
             return Err(wrong(format!("tensor {name} is stored as {other}; rwkv.cpp stores decays as f32")));
         }
         let decays: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        if let Some(w) = decays.iter().find(|w| !(**w < 0.0)) {
+        if let Some(w) = decays.iter().find(|w| w.is_nan() || **w >= 0.0) {
             return Err(wrong(format!("tensor {name} holds {w}; a decay of rwkv.cpp is negative")));
         }
         Ok(decays.iter().flat_map(|&w| (f64::from(-w).ln() as f32).to_le_bytes()).collect::<Vec<u8>>().into())

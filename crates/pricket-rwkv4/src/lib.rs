@@ -165,7 +165,9 @@ impl Rwkv4Block {
 /// Refuses a checkpoint of another model of the same name.
 fn refuse(foreign: &[(&str, &str)], weights: &Weights) -> Result<()> {
     match foreign.iter().find(|(name, _)| weights.holds(name)) {
-        Some((name, what)) => Err(Error::config(*name, format!("a weight of {what}, which is not implemented; RWKV-4 is"))),
+        Some((name, what)) => {
+            Err(Error::config(*name, format!("a weight of {what}, which is not implemented; RWKV-4 is")))
+        }
         None => Ok(()),
     }
 }

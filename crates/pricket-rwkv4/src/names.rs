@@ -1,8 +1,7 @@
 use pricket_nn::Names;
 
 /// The names of `RwkvForCausalLM`, as transformers spells them on the Hub.
-pub const NAMES: Names =
-    Names { root: "rwkv", head: "head", aliases: &[], spellings: &[NATIVE], buffers: &[] };
+pub const NAMES: Names = Names { root: "rwkv", head: "head", aliases: &[], spellings: &[NATIVE], buffers: &[] };
 
 /// The names of BlinkDL/RWKV-LM, which have no root.
 const NATIVE: &[(&str, &str)] = &[

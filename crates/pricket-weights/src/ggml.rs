@@ -236,6 +236,9 @@ impl GgmlFile {
 
     /// What it is, for a reader: container, header, version of the blocks.
     pub fn describe(&self) -> String {
+        if matches!(self.layout.body, GgmlBody::Own { .. }) {
+            return format!("{}, {}", self.container.name, self.layout.name);
+        }
         format!("{}, {}, blocks of version {}", self.container.name, self.layout.name, self.version)
     }
 
@@ -376,7 +379,10 @@ fn read_record(cursor: &mut Cursor<'_>, container: Container, types: Types, walk
     };
     let shown = clip(&name);
     let Some(dtype) = types.dtype(kind) else {
-        return Err(cursor.corrupt(format!("tensor {shown} has the type {kind}")));
+        return Err(cursor.corrupt(match types {
+            Types::Usual(_) => format!("tensor {shown} has the type {kind}"),
+            Types::Own(_) => format!("tensor {shown} has the type {kind}, whose blocks this version of the file had in another form, which is not read"),
+        }));
     };
     let len = tensor_bytes(dtype, &shape).map_err(|what| cursor.corrupt(format!("tensor {shown}: {what}")))?;
     let start = cursor.at.next_multiple_of(container.alignment);

@@ -67,7 +67,8 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
     // What some authors save. Training programs save other things so too, and files that say more come first.
     let is_pth = |name: &&str| {
         let state = ["rng_state", "optimizer", "scheduler", "scaler", "training_state", "trainer_state"];
-        Path::new(name).extension().is_some_and(|end| end == "pth") && !state.iter().any(|state| name.starts_with(state))
+        Path::new(name).extension().is_some_and(|end| end == "pth")
+            && !state.iter().any(|state| name.starts_with(state))
     };
     let mut others = representatives(names().filter(is_other));
     if others.is_empty() {

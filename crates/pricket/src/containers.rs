@@ -81,9 +81,10 @@ pub(crate) fn in_hub_order(store: Arc<dyn Store>, config: &Value) -> pricket_nn:
     if paired.is_empty() {
         return Ok(store);
     }
-    let order = |name: &str| match paired.iter().any(|(part, _)| name.contains(part)) {
-        true => RowOrder::AsStored,
-        false => paired_order(&paired, &names.canonical(name)),
+    let order = |name: &str| {
+        // Under the Hub's own name a tensor is as the Hub has it.
+        let is_hubs = paired.iter().any(|(part, _)| name.contains(part));
+        if is_hubs { RowOrder::AsStored } else { paired_order(&paired, &names.canonical(name)) }
     };
     Ok(Arc::new(Reordered::new(store, order)?))
 }

@@ -256,7 +256,7 @@ impl Loader {
         self
     }
 
-    /// A tokenizer.json to use instead of the repository's.
+    /// A tokenizer.json, or a sentencepiece tokenizer.model, to use instead of the repository's.
     #[must_use]
     pub fn tokenizer(mut self, path: impl AsRef<Path>) -> Self {
         self.tokenizer = Some(path.as_ref().to_owned());
@@ -531,7 +531,8 @@ fn stranger_warning(provenance: &Provenance, info: &ModelInfo, config: &Value) -
     }
     let found = (info.parameters, [info.vocab, info.d_model]);
     // A repository may hold several models.
-    let is_known = crate::cards().iter().any(|other| other.id == card.id && found == (other.parameters, other.embedding));
+    let is_known =
+        crate::cards().iter().any(|other| other.id == card.id && found == (other.parameters, other.embedding));
     (!is_known).then(|| {
         format!(
             "{}: {} weights and an embedding of {:?}, where the published model has {} and {:?}",

@@ -154,7 +154,7 @@ pub fn next_tokens(pricket: &Pricket, prompt: &str, count: usize) -> Result<Pict
     let sum: f64 = weights.iter().sum();
     let mut order: Vec<usize> = (0..weights.len()).collect();
     order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
-    let bar = |&id: &usize| Ok((format!("{:?}", pricket.decode(&[id as u32])?), weights[id] / sum));
+    let bar = |&id: &usize| Ok((format!("{:?}", pricket.tokenizer()?.decode_part(&[id as u32])), weights[id] / sum));
     Picture::of_bars(order.iter().take(count).map(bar).collect::<Result<Vec<_>>>()?)
 }
 

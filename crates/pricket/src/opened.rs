@@ -17,7 +17,7 @@ pub(crate) struct Opened {
     pub(crate) config_path: PathBuf,
     pub(crate) generation_config: Option<Value>,
     pub(crate) tokenizer: Option<Tokenizer>,
-    /// The tokenizer.json that it was read from, if it was.
+    /// The file that it was read from, if it was.
     pub(crate) tokenizer_path: Option<PathBuf>,
     /// Whether configuration, tokenizer and weights are in one file.
     pub(crate) is_container: bool,

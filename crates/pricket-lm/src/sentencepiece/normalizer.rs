@@ -30,7 +30,10 @@ impl Charsmap {
         // Replacements are a few characters long: a long one would make much of a little text.
         let is_short = texts.split(|&byte| byte == 0).all(|text| text.len() <= MAX_REPLACEMENT);
         let whole = odd.is_empty() && !units.is_empty() && texts.last().is_none_or(|&last| last == 0) && is_short;
-        whole.then(|| Self { units: units.iter().map(|unit| u32::from_le_bytes(*unit)).collect(), texts: texts.to_vec() })
+        whole.then(|| Self {
+            units: units.iter().map(|unit| u32::from_le_bytes(*unit)).collect(),
+            texts: texts.to_vec(),
+        })
     }
 
     /// The longest beginning of `text` that is replaced: its length, and what replaces it.

@@ -41,6 +41,7 @@ pub(crate) struct Piece {
 
 /// What is done to a text before it is cut into pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "as the file has them")]
 pub(crate) struct NormalizerSpec {
     pub(crate) charsmap: Vec<u8>,
     pub(crate) add_dummy_prefix: bool,
@@ -247,14 +248,14 @@ impl Piece {
             }
         }
         if piece.score.is_nan() {
-            return Err(format!("the score of {:?} is no number", pricket_nn::clip(&piece.text)));
+            return Err(format!("the score of {:?} is not a number", pricket_nn::clip(&piece.text)));
         }
         Ok(piece)
     }
 }
 
 fn string(bytes: &[u8]) -> Result<String, String> {
-    String::from_utf8(bytes.to_vec()).map_err(|_| "a piece is no UTF-8".into())
+    String::from_utf8(bytes.to_vec()).map_err(|_| "a piece is not UTF-8".into())
 }
 
 fn varint(out: &mut Vec<u8>, mut value: u64) {
