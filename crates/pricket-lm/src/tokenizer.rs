@@ -94,7 +94,9 @@ impl Tokenizer {
             added: json("added_tokens.json")?,
         };
         match files.first() {
-            Some((name, bytes)) if Path::new(name).extension().is_some_and(|end| end == "model") => Self::of_model(bytes, &siblings, origin),
+            Some((name, bytes)) if Path::new(name).extension().is_some_and(|end| end == "model") => {
+                Self::of_model(bytes, &siblings, origin)
+            }
             Some((_, bytes)) => Self::new(bytes, &siblings, origin),
             None => Err(wrong("there is no file".into())),
         }
