@@ -16,6 +16,11 @@ const FUEL: u64 = 100_000;
 /// Lists and dictionaries nested deeper than this are refused.
 const MAX_DEPTH: usize = 64;
 
+/// Bytes of a template at most, and of the stack for its compiler. The parser refuses deep brackets, but a chain such as
+/// `a ~ b ~ c`, `not not a` or of `elif`s is a tree as deep as it is long, and the compiler descends it on the stack.
+const MAX_TEMPLATE: usize = 16 << 10;
+const STACK: usize = 64 << 20;
+
 /// The templates of a task, by their names.
 #[derive(Debug)]
 pub(super) struct Templates(Environment<'static>);
@@ -42,7 +47,10 @@ impl Templates {
 
     /// Adds the template of a key of the task file.
     pub(super) fn add(&mut self, key: &'static str, source: String) -> Result<(), String> {
-        self.0.add_template_owned(key, source).map_err(|e| format!("{key}: {e:#}"))
+        if !source.contains(['{', '}']) {
+            return self.0.add_template_owned(key, source).map_err(|e| format!("{key}: {e:#}"));
+        }
+        compile(key, source.len(), || self.0.add_template_owned(key, source))
     }
 
     /// The text of a template for a document.
@@ -53,15 +61,27 @@ impl Templates {
 
     /// Checks an expression.
     pub(super) fn check(&self, key: &str, source: &str) -> Result<(), String> {
-        self.0.compile_expression(source).map(|_| ()).map_err(|e| format!("{key}: {e:#}"))
+        compile(key, source.len(), || self.0.compile_expression(source)).map(drop)
     }
 
     /// The value of an expression for a document.
     pub(super) fn evaluate(&self, key: &str, source: &str, document: &Value) -> Result<Value, String> {
-        let expression = self.0.compile_expression(source).map_err(|e| format!("{key}: {e:#}"))?;
+        let expression = compile(key, source.len(), || self.0.compile_expression(source))?;
         let value = expression.eval(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))?;
         serde_json::to_value(value).map_err(|e| format!("{key}: {e}"))
     }
+}
+
+/// Compiles a source of `len` bytes on a stack that is large enough for every source of the length that is possible.
+fn compile<T: Send>(key: &str, len: usize, f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, String> {
+    if len > MAX_TEMPLATE {
+        return Err(format!("{key}: a template of {len} bytes; {MAX_TEMPLATE} are possible"));
+    }
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, f);
+        let compiled = thread.map_err(|e| format!("{key}: {e}"))?.join();
+        compiled.map_err(|_| format!("{key}: the compiler of templates failed"))?.map_err(|e| format!("{key}: {e:#}"))
+    })
 }
 
 /// A method of a Python string or list.
