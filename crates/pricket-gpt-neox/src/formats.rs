@@ -1,4 +1,4 @@
-//! What GGUF and the containers before it call the keys of config.json.
+//! The names that GGUF and legacy GGML files give to the keys of config.json.
 
 use pricket_nn::config::{Keys, gguf_rope_scaling, rows};
 use pricket_nn::{Error, GgmlBody, GgmlLayout, Result};

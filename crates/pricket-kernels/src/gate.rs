@@ -34,7 +34,7 @@ pub struct GatedOp {
 #[inline(always)]
 unsafe fn sigmoid<L: Floats>(x: L::Float) -> L::Float {
     unsafe {
-        // What is no number stays so.
+        // `min` returns its second operand if either is NaN, so NaN stays NaN.
         let negative = L::min(L::splat(88.0), L::mul(x, L::splat(-1.0)));
         L::div(L::splat(1.0), L::add(L::splat(1.0), L::exp(negative)))
     }

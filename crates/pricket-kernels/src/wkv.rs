@@ -90,7 +90,7 @@ unsafe fn shares<L: Floats>(a: L::Float, b: L::Float) -> (L::Float, L::Float, L:
     }
 }
 
-/// What the forward pass of one position computes.
+/// Intermediate values of one position, which the backward pass needs too.
 struct Step<F> {
     /// `e^(max - top)` and `e^(first + k - top)`, with the larger exponent `top`.
     old: F,

@@ -13,7 +13,7 @@ pub(crate) use normalizer::MARK;
 use normalizer::Normalizer;
 pub(crate) use proto::{Kind, Model, NormalizerSpec, Piece};
 
-/// What an unknown character costs beside the least likely piece of a unigram model.
+/// The score of an unknown character in a unigram model is this much below that of the least likely piece.
 const UNKNOWN_PENALTY: f32 = 10.0;
 
 /// Bytes of the longest piece.

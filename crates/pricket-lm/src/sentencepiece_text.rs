@@ -18,7 +18,7 @@ pub struct Pieces {
     pub words: Vec<Vec<u8>>,
     /// Their scores.
     pub scores: Vec<f32>,
-    /// What they are: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+    /// The type of each piece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
     pub kinds: Vec<i64>,
     /// The token that is put before a text.
     pub begin: Option<u32>,
@@ -102,7 +102,7 @@ pub(crate) struct SentencePieceText {
     controls: Vec<(String, u32)>,
     /// Tokens behind the model's own.
     added: Vec<String>,
-    /// Ids that are no text.
+    /// Ids of tokens that decode to no text, such as control tokens.
     special: HashSet<u32>,
     /// The text of the unknown token, by which the later way keeps spaces at the beginning, and how many tokens it is.
     unknown: (String, usize),

@@ -1,4 +1,4 @@
-//! What is done to a text before it is cut into pieces.
+//! Normalizes a text before it is split into pieces.
 
 use crate::sentencepiece::proto::NormalizerSpec;
 
@@ -68,7 +68,8 @@ impl Normalizer {
         Ok(Self { spec, charsmap })
     }
 
-    /// What the beginning of `text`, which is not empty, becomes, and its length; `user` is the length of a user-defined symbol there.
+    /// Normalizes the beginning of `text`. Returns the normalized text and the number of bytes that it replaces. `text` must not be
+    /// empty; `user` is the length of a user-defined symbol at its beginning.
     fn prefix<'a>(&'a self, text: &'a str, user: Option<usize>) -> (&'a str, usize) {
         if let Some(len) = user {
             return (&text[..len], len);

@@ -1,7 +1,7 @@
 //! `tokenizer.model`: the fields of sentencepiece's ModelProto that change what a text becomes
 //! (google/sentencepiece, sentencepiece_model.proto).
 
-/// What a piece is.
+/// The type of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Normal,
@@ -39,7 +39,7 @@ pub(crate) struct Piece {
     pub(crate) kind: Kind,
 }
 
-/// What is done to a text before it is cut into pieces.
+/// How a text is normalized before it is split into pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools, reason = "as the file has them")]
 pub(crate) struct NormalizerSpec {
@@ -50,7 +50,7 @@ pub(crate) struct NormalizerSpec {
     pub(crate) whitespace_is_suffix: bool,
 }
 
-/// What the file says.
+/// The contents of a `tokenizer.model` file.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Model {
     pub(crate) pieces: Vec<Piece>,
