@@ -63,7 +63,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    common::finish(run(&Args::parse()))
+    let args = Args::parse();
+    args.model.compute.limit_candle_threads();
+    common::finish(run(&args))
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {

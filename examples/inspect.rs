@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use pricket::Inspection;
+use pricket::{Inspection, Source};
 use pricket::weights::counted;
 use serde_json::json;
 
@@ -27,6 +27,9 @@ struct Args {
     /// A branch, tag or commit, such as step3000
     #[arg(long)]
     revision: Option<String>,
+    /// The weight file to show, of a repository or directory that has several
+    #[arg(long, value_name = "NAME")]
+    file: Option<String>,
     /// Leave out the table of tensors
     #[arg(long, short)]
     brief: bool,
@@ -43,12 +46,14 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    let mut model = args.model.as_ref().unwrap_or(&args.path).clone().into_os_string();
+    let mut source = Source::new(args.model.as_ref().unwrap_or(&args.path));
     if let Some(revision) = &args.revision {
-        model.push("@");
-        model.push(revision);
+        source = source.revision(revision);
     }
-    let found = pricket::inspect(PathBuf::from(model))?;
+    if let Some(file) = &args.file {
+        source = source.file(file);
+    }
+    let found = pricket::inspect(source)?;
     let mut out = std::io::stdout().lock();
     if args.json {
         print_json(&mut out, &found, args)?;

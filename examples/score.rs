@@ -80,7 +80,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let args = Args::parse();
+    args.model.compute.limit_candle_threads();
+    match run(&args) {
         Ok(code) => code,
         Err(e) => common::finish(Err(e)),
     }

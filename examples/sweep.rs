@@ -109,7 +109,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let args = Args::parse();
+    args.compute.limit_candle_threads();
+    match run(&args) {
         Ok(code) => code,
         Err(e) => finish::finish(Err(e)),
     }

@@ -6,12 +6,14 @@ use candle_transformers::models::llama::{Cache, Config, Llama};
 use pricket::candle::{DType, Device, Tensor};
 use pricket::nn::RowOrder;
 use pricket::{
-    BlockType, CausalLm, Context, ConvertOptions, GenerateOptions, Loader, Pricket, Quantisation, Site, State, Taps,
-    Target, Tokenizer,
+    BlockType, CausalLm, Context, ConvertOptions, GenerateOptions, Inspection, Loader, Pricket, Quantisation, Site,
+    Source, State, Taps, Target, Tokenizer,
 };
+use pricket_testhub::{Content, Repo};
 use serde_json::{Value, json};
 
 use crate::common::{root, worst};
+use crate::world::{World, only};
 
 fn golden(part: &str) -> PathBuf {
     root().join("tests/golden").join(part)
@@ -507,4 +509,59 @@ fn a_pth_file_is_the_last_that_is_taken_for_weights() {
     for state in ["optimizer.pth", "rng_state_0.pth", "scaler.pth"] {
         assert!(choose(&[state]).is_err(), "{state}");
     }
+}
+
+/// RWKV's own repositories hold one or several `.pth` files and no configuration.
+#[test]
+fn native_files_work_wherever_checkpoints_do() {
+    let native = std::fs::read(golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth")).unwrap();
+    let other = std::fs::read(golden("models/rwkv4-native-fp16-widths/model-fp16.pth")).unwrap();
+    let mut steps = Repo::default();
+    for (branch, bytes) in [("step1", &other), ("step2", &native), ("main", &native)] {
+        let commit = steps.commit([("RWKV-4.pth", Content::lfs(bytes.clone()))]);
+        steps.branch(branch, &commit);
+    }
+    let files = pricket::cards().iter().filter(|card| card.id == "BlinkDL/rwkv-4-pileplus");
+    let files: Vec<_> = files.filter_map(|card| card.file.as_deref()).map(|f| (f, Content::lfs(native.clone()))).collect();
+    assert_eq!(files.len(), 4);
+    let world = World::new([("owner/native", steps), ("BlinkDL/rwkv-4-pileplus", only(files))]);
+
+    let audit = world.audit("owner/native");
+    assert_eq!(audit.identical, [["step2", "main"]], "{:?}", audit.findings);
+    let seen = Inspection::on(&world.hub(), Source::new("owner/native").revision("step1")).unwrap();
+    let parameters = seen.info.unwrap().parameters;
+    assert!(Inspection::on(&world.hub(), "rwkv-4-pileplus").unwrap_err().to_string().contains("name one of them"));
+
+    // One of several models in a repository has a name of its own.
+    let seen = Inspection::on(&world.hub(), "rwkv-4-pileplus-1b5").unwrap();
+    assert!(seen.tensors[0].file.contains("RWKV-4-PilePlus-1B5"), "{}", seen.tensors[0].file);
+    let found = world.checkpoints("rwkv-4-pileplus-3b");
+    assert!(found.model.contains("/RWKV-4-PilePlus-3B"), "{}", found.model);
+    let loader = Loader::new(found.source(found.main.as_ref().unwrap())).hub(world.hub()).threads(2);
+    let loaded = loader.load().unwrap();
+    let used = &loaded.provenance().files;
+    assert!(used.iter().any(|file| file.path.contains("PilePlus-3B")), "{used:?}");
+
+    // And in directories, as training programs leave them.
+    let dir = tempfile::tempdir().unwrap();
+    for (step, bytes) in [("checkpoint-100", &other), ("checkpoint-200", &native)] {
+        std::fs::create_dir(dir.path().join(step)).unwrap();
+        std::fs::write(dir.path().join(step).join("rwkv.pth"), bytes).unwrap();
+    }
+    let found = pricket::checkpoints(dir.path()).unwrap();
+    assert_eq!(found.steps.iter().filter_map(|at| at.step).collect::<Vec<_>>(), [100, 200]);
+    let of = |loader: Loader| loader.threads(2).load().unwrap().info().parameters;
+    assert_eq!(of(Loader::new(dir.path()).revision("checkpoint-200")), 19_220);
+    assert_eq!([0, 1].map(|i| of(Loader::new(found.source(&found.steps[i])))), [parameters, 19_220]);
+    assert_ne!(parameters, 19_220);
+}
+
+#[test]
+fn a_recurrent_state_is_counted() {
+    let tiny = Loader::embedded("tiny-rwkv").unwrap().load().unwrap();
+    let mut ctx = Context::new().with_state(State::new());
+    logits(&*tiny.model(), &[1, 2, 3], &mut ctx);
+    assert_eq!(ctx.state().unwrap().bytes() as u64, tiny.info().state_bytes);
+    let estimate = pricket::estimate(tiny.config(), pricket::Dtype::F32, 4096).unwrap();
+    assert_eq!(estimate.cache, tiny.info().state_bytes);
 }

@@ -35,6 +35,18 @@ pub(crate) struct ComputeArgs {
 }
 
 impl ComputeArgs {
+    /// Limits the threads of candle's own operations to `--threads`: they spin, and candle counts the machine's cores. To be
+    /// called at the start of a program, before there is a second thread.
+    #[allow(unsafe_code, reason = "candle reads the number of its threads from the environment only")]
+    pub(crate) fn limit_candle_threads(&self) {
+        const VARIABLE: &str = "CANDLE_NUM_THREADS";
+        if std::env::var_os(VARIABLE).is_none() {
+            let threads = self.threads.unwrap_or_else(pricket::default_threads);
+            // SAFETY: this is the only thread of the process, so nothing reads the environment meanwhile.
+            unsafe { std::env::set_var(VARIABLE, threads.to_string()) };
+        }
+    }
+
     /// What --quantize and --quantize-tables say.
     pub(crate) fn quantisation(&self) -> pricket::Result<Option<Quantisation>> {
         let tables = match self.quantize_tables.as_str() {

@@ -51,20 +51,19 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// Where the model is, or an embedded one where none is named.
+    /// The model, or an embedded one where none is named.
     pub(crate) fn source(&self, embedded: &str) -> pricket::Result<Loader> {
-        Ok(match (&self.model, &self.revision) {
-            (None, None) => Loader::embedded(embedded)?,
-            (model, revision) => {
-                let tiny = || format!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/{}"), embedded).into();
-                let mut path = model.clone().unwrap_or_else(tiny).into_os_string();
-                if let Some(revision) = revision {
-                    path.push("@");
-                    path.push(revision);
-                }
-                Loader::new(PathBuf::from(path))
-            }
-        })
+        let mut loader = match &self.model {
+            Some(model) => Loader::new(model),
+            None => Loader::embedded(embedded)?,
+        };
+        if let Some(revision) = &self.revision {
+            loader = loader.revision(revision);
+        }
+        if let Some(name) = &self.file {
+            loader = loader.file(name);
+        }
+        Ok(loader)
     }
 
     /// The same without adapters: they are in the weights already.
@@ -100,9 +99,6 @@ impl ModelArgs {
         let mut loader = self.compute.configure(loader)?.progress(Arc::new(Bar::default()));
         if let Some(tokenizer) = &self.tokenizer {
             loader = loader.tokenizer(tokenizer);
-        }
-        if let Some(name) = &self.file {
-            loader = loader.file(name);
         }
         if let Some(name) = &self.activation {
             loader = loader.activation(name);

@@ -7,7 +7,7 @@
 Needs torch, transformers and peft. Rank 16 on all linear layers, AdamW, f32, gradient checkpointing on both sides. A row gives
 the tokens a second of both and their ratio; --masked 0.5 leaves half of the labels out.
 """
-import argparse, json, os, statistics, subprocess, sys, time
+import argparse, json, statistics, subprocess, sys, time
 
 SHAPES = {  # hidden, layers, heads
     "70m": (512, 6, 8), "160m": (768, 12, 12), "410m": (1024, 24, 16), "1.4b": (2048, 24, 16),
@@ -65,9 +65,7 @@ def main():
         for _ in range(args.pairs):
             done = subprocess.run([args.bench, "--shape", shape, "--dtype", "f32", "--threads", str(args.threads), "--prefill", "4096",
                                    "--decode", "4096", "--train", f"{args.rows}x{args.tokens}", "--masked", str(args.masked),
-                                   "--runs", str(args.runs), "--json"], capture_output=True, text=True, check=True,
-                                  # Else candle takes a thread for each core of the machine, whatever --threads says.
-                                  env={**os.environ, "CANDLE_NUM_THREADS": str(args.threads)})
+                                   "--runs", str(args.runs), "--json"], capture_output=True, text=True, check=True)
             rows = json.loads(done.stdout)["rows"]
             ours.append(next(row["tokens_per_second"] for row in rows if row["what"] == "train"))
             flags = [f"--{key}={getattr(args, key)}" for key in ("rows", "tokens", "masked", "threads", "runs")]

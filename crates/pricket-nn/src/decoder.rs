@@ -42,6 +42,8 @@ pub struct ModelInfo {
     pub activations: DType,
     /// Type of cached keys and values unless a [`State`](crate::State) says otherwise.
     pub cache: CacheType,
+    /// Bytes of a row's recurrent state, which does not grow with its length; 0 for a model with attention.
+    pub state_bytes: u64,
     /// Type of the largest matrix.
     pub dtype: Dtype,
     /// Where the weights are.
@@ -247,6 +249,7 @@ impl<B: Block> Decoder<B> {
             weight_bytes: weights.bytes(),
             activations: weights.activations(),
             cache: weights.cache(),
+            state_bytes: 0,
             dtype: weights.largest(),
             device: weights.device().clone(),
         };
@@ -265,6 +268,13 @@ impl<B: Block> Decoder<B> {
     #[must_use]
     pub fn with_positions(mut self, positions: Option<Embedding>) -> Self {
         self.positions = positions;
+        self
+    }
+
+    /// Says that each row keeps `values` f32 numbers, whatever its length.
+    #[must_use]
+    pub fn with_recurrent_state(mut self, values: usize) -> Self {
+        self.info.state_bytes = 4 * values as u64;
         self
     }
 

@@ -189,5 +189,7 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Rwkv4> {
     let (family, trained_length) = ("rwkv", config.context_length);
     let (d_model, heads, kv_heads, head_dim) = (d, 1, 0, config.attention_width());
     let sizes = Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length, context: None };
-    Ok(Decoder::new(sizes, tables, blocks, norm, weights).with_embed_norm(first))
+    // Of each layer the last position of both inputs, and a numerator, a denominator and an exponent for each channel.
+    let state = config.num_hidden_layers * (2 * d + 3 * head_dim);
+    Ok(Decoder::new(sizes, tables, blocks, norm, weights).with_embed_norm(first).with_recurrent_state(state))
 }

@@ -10,7 +10,8 @@ use pricket_train::{Base, Lora};
 
 use crate::family::checked_family;
 use crate::handle::Parts;
-use crate::repository::{Place, fetch_adapter, locate};
+use crate::repository::fetch_adapter;
+use crate::source::{Place, Source};
 use crate::{Error, Pricket, Provenance, Result};
 
 impl From<pricket_train::Error> for Error {
@@ -29,11 +30,11 @@ impl From<pricket_train::Error> for Error {
 
 /// The adapter at a path, or of a repository of the Hub.
 pub(crate) fn find(adapter: &Path, hub: Option<&Hub>, progress: &dyn Progress) -> Result<Lora> {
-    let directory = match locate(adapter)? {
+    let directory = match Source::new(adapter).locate()? {
         Place::Local(path) if path.is_dir() => path,
         // One of its files was named.
         Place::Local(path) => path.parent().map(Path::to_owned).unwrap_or_default(),
-        Place::Hub(id) => {
+        Place::Hub(id, _) => {
             let hub = hub.cloned().map_or_else(Hub::from_env, Ok)?;
             fetch_adapter(&id, &hub, progress)?
         }

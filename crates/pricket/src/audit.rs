@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::cards::KnownKind;
 use crate::checkpoints::{Checkpoint, Checkpoints};
 use crate::forms::{Form, forms};
+use crate::source::Source;
 use crate::task::Task;
 use crate::{Error, Result};
 
@@ -129,7 +130,7 @@ impl AuditOptions {
 ///
 /// # Errors
 /// As [`crate::checkpoints`].
-pub fn audit(model: &str, steps: &Steps, progress: &dyn Progress) -> Result<Audit> {
+pub fn audit(model: impl Into<Source>, steps: &Steps, progress: &dyn Progress) -> Result<Audit> {
     crate::checkpoints(model)?.audit(steps, AuditOptions::default(), progress)
 }
 

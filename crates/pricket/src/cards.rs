@@ -41,7 +41,7 @@ pub struct Card {
     pub parameters: u64,
     /// Shape of the token embedding: vocabulary, width.
     pub embedding: [usize; 2],
-    /// Other ids that it has or had.
+    /// Other ids that it has or had; of one of several models in a repository, a name for it alone.
     pub aliases: Vec<String>,
     /// The training steps that were published.
     pub checkpoints: Option<StepPattern>,

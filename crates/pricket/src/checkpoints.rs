@@ -8,11 +8,10 @@ use pricket_nn::{Progress, Silent};
 use serde_json::{Value, json};
 
 use crate::cards::{Card, KnownKind, card};
-use crate::forms::forms;
+use crate::forms::{forms, is_weight_file};
 use crate::remote::Tensors;
-use crate::repository::{
-    Fetched, Place, Telling, explained, fetch_commit, locate, revision_path, revisions_in, step_in,
-};
+use crate::repository::{Fetched, Telling, explained, fetch_commit};
+use crate::source::{Place, Source, revision_path, revisions_in, step_in};
 use crate::task::Task;
 use crate::{Error, Result};
 
@@ -30,7 +29,8 @@ pub(crate) struct Files {
 pub(crate) enum Home {
     /// A directory with `revisions/`.
     Local(PathBuf),
-    Hub(RepoId, Hub),
+    /// A repository, and the weight file of it that was asked for.
+    Hub(RepoId, Hub, Option<String>),
 }
 
 /// The training steps of a model.
@@ -82,11 +82,11 @@ pub struct Checkpoint {
 ///
 /// # Errors
 /// As [`crate::load`] for a repository that is not there.
-pub fn checkpoints(model: &str) -> Result<Checkpoints> {
+pub fn checkpoints(model: impl Into<Source>) -> Result<Checkpoints> {
     // A directory needs no Hub, nor an environment that makes sense of one.
-    match locate(Path::new(model))? {
+    match model.into().locate()? {
         Place::Local(path) => Checkpoints::in_directory(&path),
-        Place::Hub(id) => Checkpoints::of_repository(&Hub::from_env()?, &id, &Silent),
+        Place::Hub(id, file) => Checkpoints::of_repository(&Hub::from_env()?, &id, file, &Silent),
     }
 }
 
@@ -112,14 +112,14 @@ impl Checkpoints {
     ///
     /// # Errors
     /// As [`checkpoints`].
-    pub fn on(hub: &Hub, model: &str, progress: &dyn Progress) -> Result<Self> {
-        match locate(Path::new(model))? {
+    pub fn on(hub: &Hub, model: impl Into<Source>, progress: &dyn Progress) -> Result<Self> {
+        match model.into().locate()? {
             Place::Local(path) => Self::in_directory(&path),
-            Place::Hub(id) => Self::of_repository(hub, &id, progress),
+            Place::Hub(id, file) => Self::of_repository(hub, &id, file, progress),
         }
     }
 
-    fn of_repository(hub: &Hub, id: &ModelId, progress: &dyn Progress) -> Result<Self> {
+    fn of_repository(hub: &Hub, id: &ModelId, file: Option<String>, progress: &dyn Progress) -> Result<Self> {
         if id.revision != "main" {
             return Err(Error::Input(format!("{id} is one revision; its repository {} has training steps", id.repo)));
         }
@@ -153,11 +153,11 @@ impl Checkpoints {
         }
         let main = refs.branches.get("main").map(|commit| Checkpoint::new("main".into(), Some(commit.clone()), true));
         Ok(Self {
-            model: repo.to_string(),
+            model: file.as_ref().map_or_else(|| repo.to_string(), |file| format!("{repo}/{file}")),
             card,
             steps: steps.into_values().collect(),
             main,
-            home: Home::Hub(repo.clone(), hub.clone()),
+            home: Home::Hub(repo.clone(), hub.clone(), file),
         })
     }
 
@@ -184,7 +184,19 @@ impl Checkpoints {
         Ok(self.steps.iter().filter(is_chosen).collect())
     }
 
-    /// The name by which [`crate::load`] finds a checkpoint of this model.
+    /// What [`crate::load`] loads a checkpoint of this model from.
+    pub fn source(&self, checkpoint: &Checkpoint) -> Source {
+        let source = match &self.home {
+            Home::Local(path) => Source::new(path),
+            Home::Hub(repo, _, file) => {
+                let source = Source::new(repo.as_str());
+                file.iter().fold(source, |source, file| source.file(file))
+            }
+        };
+        source.revision(&checkpoint.revision)
+    }
+
+    /// A checkpoint's name in messages and tables.
     pub fn id(&self, checkpoint: &Checkpoint) -> String {
         format!("{}@{}", self.model, checkpoint.revision)
     }
@@ -209,9 +221,9 @@ impl Checkpoints {
     /// As [`crate::fetch`]; [`Error::Input`] if it is a directory here.
     pub fn fetch(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Fetched> {
         match (&self.home, &checkpoint.commit) {
-            (Home::Hub(repo, hub), Some(commit)) => {
+            (Home::Hub(repo, hub, file), Some(commit)) => {
                 let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
-                fetch_commit(&id, commit, hub, progress)
+                fetch_commit(&id, commit, file.as_deref(), hub, progress)
             }
             (Home::Hub(..), None) => Err(self.missing(checkpoint)),
             (Home::Local(_), _) => Err(Error::Input(format!("{} is here already", self.id(checkpoint)))),
@@ -220,7 +232,7 @@ impl Checkpoints {
 
     /// Bytes that fetching a checkpoint brings into the cache; 0 if that is not known.
     pub(crate) fn bytes_to_fetch(&self, checkpoint: &Checkpoint) -> u64 {
-        let (Home::Hub(repo, hub), Some(commit)) = (&self.home, &checkpoint.commit) else { return 0 };
+        let (Home::Hub(repo, hub, _), Some(commit)) = (&self.home, &checkpoint.commit) else { return 0 };
         let Ok(Some(listing)) = self.home.listing(checkpoint, &Silent) else { return 0 };
         let weights = forms(&listing.files).into_values().next().unwrap_or_default();
         let missing = weights.iter().filter(|file| hub.cached(repo, commit, file).is_none());
@@ -278,10 +290,13 @@ impl Home {
                 let directory = self.directory(checkpoint);
                 directory.map(|directory| Ok(Files { files: list(&directory)?, is_complete: true })).transpose()
             }
-            (Home::Hub(repo, hub), Some(commit)) => {
+            (Home::Hub(repo, hub, file), Some(commit)) => {
                 let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
                 let listing = hub.files(repo, commit, &Telling::new(progress, ""));
-                let listing = listing.map_err(|e| explained(e, &id, card(repo.as_str())))?;
+                let mut listing = listing.map_err(|e| explained(e, &id, card(repo.as_str())))?;
+                if let Some(file) = file {
+                    listing.files.retain(|listed| !is_weight_file(&listed.path) || listed.path == *file);
+                }
                 Ok(Some(Files { files: listing.files, is_complete: listing.is_complete }))
             }
             (Home::Hub(..), None) => Ok(None),
@@ -290,7 +305,7 @@ impl Home {
 
     /// Whether this is a cache that may have a part of what there is.
     pub(crate) fn is_partial(&self) -> bool {
-        matches!(self, Home::Hub(_, hub) if hub.settings().offline)
+        matches!(self, Home::Hub(_, hub, _) if hub.settings().offline)
     }
 
     pub(crate) fn is_local(&self) -> bool {
@@ -348,7 +363,7 @@ impl Home {
     /// The tensors of a checkpoint.
     pub(crate) fn tensors(&self, checkpoint: &Checkpoint, listing: &[Listed]) -> Result<Tensors> {
         match (self, &checkpoint.commit) {
-            (Home::Hub(repo, hub), Some(commit)) => {
+            (Home::Hub(repo, hub, _), Some(commit)) => {
                 let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
                 Tensors::of_listing(hub, &id, commit, listing)
             }
@@ -367,7 +382,7 @@ impl Home {
             return Ok(None);
         };
         let path = match (self, &checkpoint.commit) {
-            (Home::Hub(repo, hub), Some(commit)) => match hub.cached(repo, commit, listed) {
+            (Home::Hub(repo, hub, _), Some(commit)) => match hub.cached(repo, commit, listed) {
                 Some(path) => path,
                 None => return Ok(Some(hub.read(repo, commit, listed, 0..listed.size, &pricket_hub::Quiet)?)),
             },

@@ -1,6 +1,6 @@
 //! The checkpoints that are compiled into the program.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pricket_lm::Tokenizer;
@@ -43,6 +43,11 @@ pub(crate) static EMBEDDED: [Embedded; 5] = [
 impl Embedded {
     pub(crate) fn find(name: &str) -> Option<&'static Self> {
         EMBEDDED.iter().find(|model| model.name == name)
+    }
+
+    /// Its files, where this program was built.
+    pub(crate) fn directory(&self) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(self.name)
     }
 
     fn path(&self, file: &str) -> PathBuf {

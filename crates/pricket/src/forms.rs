@@ -20,6 +20,11 @@ const SHARDED: [(&str, &str, &str, Form); 2] = [
     ("pytorch_model.bin.index.json", "pytorch_model-", ".bin", Form::TorchShards),
 ];
 
+/// Whether a file holds weights, by its name.
+pub(crate) fn is_weight_file(path: &str) -> bool {
+    [".safetensors", ".bin", ".pth", ".gguf"].iter().any(|end| path.ends_with(end))
+}
+
 /// The weight files of each form that is there, sorted. The first form is what a loader takes.
 pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
     let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
@@ -54,6 +59,7 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
             (Some("safetensors"), false) => Some(Form::Safetensors),
             (Some("safetensors"), true) => Some(Form::SafetensorsShards),
             (Some("bin"), true) => Some(Form::TorchShards),
+            (Some("pth"), false) => Some(Form::Torch),
             // GGUF and GGML files are no form of a revision.
             _ => None,
         };
@@ -66,7 +72,7 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
 pub(crate) fn only(form: Form, listing: &[Listed]) -> Vec<Listed> {
     let taken = &forms(listing)[&form];
     let index = SHARDED.iter().find(|(.., of)| *of == form).map(|(index, ..)| *index);
-    let is_weights = |path: &str| [".safetensors", ".bin", ".index.json"].iter().any(|end| path.ends_with(end));
+    let is_weights = |path: &str| is_weight_file(path) || path.ends_with(".index.json");
     let keep = |file: &&Listed| !is_weights(&file.path) || taken.contains(file) || Some(file.path.as_str()) == index;
     listing.iter().filter(keep).cloned().collect()
 }
@@ -77,7 +83,9 @@ mod tests {
 
     #[test]
     fn the_first_form_is_what_a_loader_takes() {
-        let sets: [&[&str]; 9] = [
+        let sets: [&[&str]; 11] = [
+            &["RWKV-4-Pile-169M-20220807-8023.pth", "README.md"],
+            &["model.safetensors", "RWKV-4-Pile-169M-20220807-8023.pth"],
             &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
             &["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "training_args.bin"],
             &["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors", "b.safetensors"],

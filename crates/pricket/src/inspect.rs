@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pricket_hub::Hub;
+use pricket_hub::{Hub, ModelId};
 use pricket_nn::{Family, ModelInfo, Silent, Weights};
 use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
@@ -9,8 +9,9 @@ use serde_json::Value;
 use crate::containers::{self, Container};
 use crate::family::{checked_family, config_from_shapes};
 use crate::remote::Tensors;
-use crate::repository::{Place, Revision, locate};
+use crate::repository::Revision;
 use crate::small_files::{at, read_json, tokenizer_in, unknown_keys};
+use crate::source::{Place, Source};
 use crate::{Error, Provenance, Result};
 
 /// What is in a checkpoint, by its headers: no weight is read.
@@ -112,41 +113,53 @@ impl TensorInfo {
 ///
 /// # Errors
 /// The one that loading would give.
-pub fn inspect(model: impl AsRef<Path>) -> Result<Inspection> {
-    match locate(model.as_ref())? {
-        Place::Local(path) => {
-            if let Some(file) = containers::candidate(&path)?
-                && let Some(container) = containers::open(&file, None)?
-            {
-                return contained(file, container);
-            }
-            let open = || {
-                let file = if path.is_dir() { pricket_weights::find_weights(&path)? } else { path.clone() };
-                let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
-                let first = store.names().first().map_or_else(|| file.clone(), |name| store.origin(name).into());
-                let mut files: Vec<PathBuf> = store.names().iter().map(|name| store.origin(name).into()).collect();
-                files.dedup();
-                let directory = file.parent().unwrap_or(Path::new("")).to_owned();
-                Ok((file, pricket_weights::sniff(&first)?, store, Provenance::of_directory(&directory, &files)))
-            };
-            look(&path, Vec::new(), open)
-        }
-        Place::Hub(id) => {
-            let hub = Hub::from_env()?;
-            let found = Revision::find(&id, &hub, &Silent)?;
-            let small = found.fetch_small(&hub, &Silent)?;
-            if !small.directory.join("config.json").is_file() {
-                let what = format!("{id} has no config.json: a GGUF or GGML file is looked at when it is here");
-                return Err(Error::NotFound { path: "config.json".into(), what });
-            }
-            let open = || {
-                let tensors = Tensors::of_listing(&hub, &id, &found.commit, &found.listing)?;
-                let provenance = tensors.provenance().clone();
-                Ok((id.to_string().into(), tensors.format()?, tensors.into_store()?, provenance))
-            };
-            look(&small.directory, found.warnings.clone(), open)
+pub fn inspect(model: impl Into<Source>) -> Result<Inspection> {
+    match model.into().locate()? {
+        Place::Local(path) => local(&path),
+        Place::Hub(id, file) => on_hub(&Hub::from_env()?, &id, file.as_deref()),
+    }
+}
+
+impl Inspection {
+    /// As [`inspect`], of a Hub of your own.
+    ///
+    /// # Errors
+    /// As [`inspect`].
+    pub fn on(hub: &Hub, model: impl Into<Source>) -> Result<Self> {
+        match model.into().locate()? {
+            Place::Local(path) => local(&path),
+            Place::Hub(id, file) => on_hub(hub, &id, file.as_deref()),
         }
     }
+}
+
+fn local(path: &Path) -> Result<Inspection> {
+    if let Some(file) = containers::candidate(path)?
+        && let Some(container) = containers::open(&file, None)?
+    {
+        return contained(file, container);
+    }
+    let open = || {
+        let file = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
+        let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
+        let first = store.names().first().map_or_else(|| file.clone(), |name| store.origin(name).into());
+        let mut files: Vec<PathBuf> = store.names().iter().map(|name| store.origin(name).into()).collect();
+        files.dedup();
+        let directory = file.parent().unwrap_or(Path::new("")).to_owned();
+        Ok((file, pricket_weights::sniff(&first)?, store, Provenance::of_directory(&directory, &files)))
+    };
+    look(path, Vec::new(), open)
+}
+
+fn on_hub(hub: &Hub, id: &ModelId, file: Option<&str>) -> Result<Inspection> {
+    let found = Revision::find(id, file, hub, &Silent)?;
+    let small = found.fetch_small(hub, &Silent)?;
+    let open = || {
+        let tensors = Tensors::of_revision(hub, id, &found)?;
+        let provenance = tensors.provenance().clone();
+        Ok((id.to_string().into(), tensors.format()?, tensors.into_store()?, provenance))
+    };
+    look(&small.directory, found.warnings.clone(), open)
 }
 
 /// Looks at configuration and tokenizer, then at the weights that `open` opens.
@@ -165,7 +178,8 @@ fn look(
             path: config_path.clone(),
             what: "no such file; a checkpoint needs its config.json".into(),
         };
-        let files = open().map_err(|e| if path.is_dir() { missing() } else { e })?;
+        let is_absent = |e: &Error| path.is_dir() && matches!(e, Error::NotFound { .. });
+        let files = open().map_err(|e| if is_absent(&e) { missing() } else { e })?;
         config = config_from_shapes(&|name| files.2.entry(name).map(|entry| entry.shape));
         if config.is_some() {
             warnings.push("there is no config.json; sizes are those of the tensors".into());

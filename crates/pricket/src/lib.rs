@@ -61,6 +61,7 @@ mod results;
 mod shapes;
 mod shard;
 mod small_files;
+mod source;
 mod sweep;
 mod task;
 
@@ -81,6 +82,7 @@ pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken
 pub use inspect::{Inspection, TensorInfo, TypeSummary, inspect};
 pub use load::{Loader, Precision, load, tiny};
 pub use memory::{Estimate, estimate};
+pub use pool::default_threads;
 pub use prompts::{prompt_format, prompt_formats};
 pub use provenance::{Provenance, SourceFile};
 pub use published::{Published, published};
@@ -89,6 +91,7 @@ pub use remote::{Tensors, tensors};
 pub use repository::{Fetched, fetch};
 pub use shapes::{published_config, published_shapes};
 pub use shard::Shard;
+pub use source::Source;
 pub use sweep::{Measure, Sweep, Swept};
 
 pub use pricket_hub::{self as hub, Hub, Steps};

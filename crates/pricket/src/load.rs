@@ -21,7 +21,8 @@ use crate::open::open_files;
 use crate::opened::{Opened, eos_ids, eos_warning};
 use crate::pool::{Pooled, pool};
 use crate::qkv::{self, QkvOrder};
-use crate::repository::{Place, fetch_id, locate};
+use crate::repository::fetch_id;
+use crate::source::{Place, Source};
 use crate::small_files::{TOKENIZERS, at};
 use crate::{Error, Pricket, Provenance, Result, prompts};
 
@@ -37,7 +38,7 @@ use crate::{Error, Pricket, Provenance, Result, prompts};
 ///
 /// # Errors
 /// One that names the file and what is wrong with it; see [`Error`].
-pub fn load(model: impl AsRef<Path>) -> Result<Pricket> {
+pub fn load(model: impl Into<Source>) -> Result<Pricket> {
     Loader::new(model).load()
 }
 
@@ -105,7 +106,7 @@ impl std::str::FromStr for Precision {
 /// ```
 #[derive(Clone)]
 pub struct Loader {
-    source: Source,
+    origin: Origin,
     device: Device,
     precision: Precision,
     threads: Option<usize>,
@@ -114,6 +115,7 @@ pub struct Loader {
     hub: Option<Hub>,
     train: bool,
     any_memory: bool,
+    revision: Option<String>,
     file: Option<String>,
     qkv: QkvOrder,
     quantisation: Option<Quantisation>,
@@ -126,41 +128,37 @@ pub struct Loader {
 }
 
 #[derive(Clone)]
-enum Source {
-    Path(PathBuf),
+enum Origin {
+    Named(Source),
     Embedded(&'static Embedded),
     Store { config: Value, store: Arc<dyn Store> },
 }
 
 impl std::fmt::Debug for Loader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Loader({}, {:?}, {:?})", self.source.name(), self.device, self.precision)
+        write!(f, "Loader({}, {:?}, {:?})", self.origin.name(), self.device, self.precision)
     }
 }
 
-impl Source {
+impl Origin {
     fn name(&self) -> String {
         match self {
-            Source::Path(path) => path.display().to_string(),
-            Source::Embedded(model) => format!("the embedded model {}", model.name),
-            Source::Store { .. } => "the model".into(),
+            Origin::Named(source) => source.to_string(),
+            Origin::Embedded(model) => format!("the embedded model {}", model.name),
+            Origin::Store { .. } => "the model".into(),
         }
     }
 }
 
 impl Loader {
     /// Loads `model`, as [`load`] reads it.
-    pub fn new(model: impl AsRef<Path>) -> Self {
-        let path = model.as_ref();
-        match path.to_str().filter(|_| !path.exists()).and_then(Embedded::find) {
-            Some(model) => Self::from_source(Source::Embedded(model)),
-            None => Self::from_source(Source::Path(path.to_owned())),
-        }
+    pub fn new(model: impl Into<Source>) -> Self {
+        Self::from_origin(Origin::Named(model.into()))
     }
 
     /// Loads the embedded model that [`tiny`] loads.
     pub fn tiny() -> Self {
-        Self::from_source(Source::Embedded(&EMBEDDED[0]))
+        Self::from_origin(Origin::Embedded(&EMBEDDED[0]))
     }
 
     /// Loads one of the embedded models: `tiny`, a Pythia; `tiny-mpt`, an MPT; `tiny-chat`, a RedPajama-INCITE-Chat; `tiny-llama`, an
@@ -171,12 +169,12 @@ impl Loader {
     pub fn embedded(name: &str) -> Result<Self> {
         let names = || EMBEDDED.iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
         let missing = || Error::Input(format!("{name:?} is not embedded; there are {}", names()));
-        Embedded::find(name).map(|model| Self::from_source(Source::Embedded(model))).ok_or_else(missing)
+        Embedded::find(name).map(|model| Self::from_origin(Origin::Embedded(model))).ok_or_else(missing)
     }
 
     /// Loads the model that `config` describes from any store, without a tokenizer: random weights, say.
     pub fn from_store(config: Value, store: Arc<dyn Store>) -> Self {
-        Self::from_source(Source::Store { config, store })
+        Self::from_origin(Origin::Store { config, store })
     }
 
     /// Loads the model that `config` describes with the random weights that its family begins training with.
@@ -190,9 +188,9 @@ impl Loader {
         Ok(Self::from_store(config, Arc::new(pricket_train::Untrained::new(scheme, family.names(), seed))))
     }
 
-    fn from_source(source: Source) -> Self {
+    fn from_origin(origin: Origin) -> Self {
         Self {
-            source,
+            origin,
             device: Device::Cpu,
             precision: Precision::Auto,
             threads: None,
@@ -201,6 +199,7 @@ impl Loader {
             hub: None,
             train: false,
             any_memory: false,
+            revision: None,
             file: None,
             qkv: QkvOrder::Auto,
             quantisation: None,
@@ -249,7 +248,10 @@ impl Loader {
         self
     }
 
-    /// CPU threads; by default the physical cores, or what the container grants if that is less.
+    /// The number of CPU threads; by default [`default_threads`](crate::default_threads). Candle's own operations on large
+    /// tensors, of which a model has few, use as many threads as the environment variable `CANDLE_NUM_THREADS` says, or else
+    /// as there are physical cores. Those threads spin, so set it to the same number before the process starts where that is
+    /// less than the cores. The examples set it themselves.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
@@ -260,6 +262,14 @@ impl Loader {
     #[must_use]
     pub fn tokenizer(mut self, path: impl AsRef<Path>) -> Self {
         self.tokenizer = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// The branch, tag or commit to load, such as `step3000`; of a directory, a training step that it keeps. It is the same as
+    /// [`Source::revision`].
+    #[must_use]
+    pub fn revision(mut self, revision: impl Into<String>) -> Self {
+        self.revision = Some(revision.into());
         self
     }
 
@@ -379,7 +389,7 @@ impl Loader {
         let dry = family.load(&opened.config, &headers).map_err(refused)?;
         self.check_unused(&headers, &*opened.store)?;
         if self.device.is_cpu() && !self.any_memory {
-            memory::check(&self.source.name(), &Estimate::new(dry.info().clone(), 512))?;
+            memory::check(&self.origin.name(), &Estimate::new(dry.info().clone(), 512))?;
         }
         if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
             return Err(Error::Input("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
@@ -389,7 +399,7 @@ impl Loader {
         let pool = pool(self.threads)?;
         let read = headers.bytes_read();
         let build = |in_model_order: bool| {
-            self.progress.begin(&format!("loading {}", self.source.name()), read, "bytes");
+            self.progress.begin(&format!("loading {}", self.origin.name()), read, "bytes");
             let (device, progress) = (self.device.clone(), Arc::clone(&self.progress));
             let options = LoadOptions { device, progress, in_model_order, ..options.clone() };
             let weights = Weights::new(Arc::clone(&opened.store), family.names(), options);
@@ -479,40 +489,50 @@ impl Loader {
         &*self.progress
     }
 
-    fn open(&self) -> Result<Opened> {
-        if let (Some(file), Source::Embedded(_) | Source::Store { .. }) = (&self.file, &self.source) {
-            let what = format!("file {file:?}: {} has no files to choose from", self.source.name());
-            return Err(Error::Input(what));
+    /// The origin with the revision and the file that were chosen.
+    fn origin(&self) -> Result<Origin> {
+        let mut source = match (&self.origin, self.revision.is_some() || self.file.is_some()) {
+            (Origin::Named(source), _) => source.clone(),
+            (Origin::Embedded(model), true) => Source::new(model.directory()),
+            (Origin::Store { .. }, true) => {
+                let what = format!("{} is given as a store, which has no revisions or files", self.origin.name());
+                return Err(Error::Input(what));
+            }
+            (origin, false) => return Ok(origin.clone()),
+        };
+        if let Some(revision) = &self.revision {
+            source = source.revision(revision);
         }
+        if let Some(file) = &self.file {
+            source = source.file(file);
+        }
+        Ok(source.embedded().map_or(Origin::Named(source), Origin::Embedded))
+    }
+
+    fn open(&self) -> Result<Opened> {
         let given = self.tokenizer.as_ref().map(Tokenizer::from_file).transpose()?;
-        match &self.source {
-            Source::Embedded(model) => {
+        match self.origin()? {
+            Origin::Embedded(model) => {
                 let mut opened = model.open(given)?;
                 self.changes.apply(&mut opened.config)?;
                 Ok(opened)
             }
-            Source::Store { config, store } => {
-                let mut config = config.clone();
+            Origin::Store { mut config, store } => {
                 self.changes.apply(&mut config)?;
-                Ok(Opened { config, config_path: "config".into(), tokenizer: given, ..Opened::new(Arc::clone(store)) })
+                Ok(Opened { config, config_path: "config".into(), tokenizer: given, ..Opened::new(store) })
             }
-            Source::Path(path) => match locate(path)? {
+            Origin::Named(source) => match source.locate()? {
                 Place::Local(path) => {
-                    if let Some(file) = self.file.as_ref().filter(|_| path.is_file()) {
-                        let what = format!("file {file:?}: {} is a file itself, not a directory", path.display());
-                        return Err(Error::Input(what));
-                    }
-                    let file = self.file.as_ref().map(|file| path.join(file));
-                    let mut opened = open_files(file.as_ref().unwrap_or(&path), None, given, &self.changes)?;
+                    let mut opened = open_files(&path, None, given, &self.changes)?;
                     if opened.known_tokenizer.is_some() {
                         let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
                         opened.take_known_tokenizer(&path.display().to_string(), &hub, &*self.progress)?;
                     }
                     Ok(opened)
                 }
-                Place::Hub(id) => {
+                Place::Hub(id, file) => {
                     let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
-                    let fetched = fetch_id(&id, self.file.as_deref(), &self.changes, &hub, &*self.progress)?;
+                    let fetched = fetch_id(&id, file.as_deref(), &self.changes, &hub, &*self.progress)?;
                     let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given, &self.changes)?;
                     opened.borrow_tokenizer(&id, &hub, &*self.progress)?;
                     opened.take_known_tokenizer(&id.to_string(), &hub, &*self.progress)?;

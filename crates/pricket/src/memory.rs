@@ -13,7 +13,7 @@ use crate::{Error, Result};
 pub struct Estimate {
     /// The weights.
     pub weights: u64,
-    /// Keys and values of one row of the context asked for.
+    /// The state of one row: keys and values of the context asked for, or a recurrent state.
     pub cache: u64,
     /// What a pass over a prompt takes beside them, by rule of thumb.
     pub workspace: u64,
@@ -31,7 +31,7 @@ impl Estimate {
     pub fn new(info: ModelInfo, context: usize) -> Self {
         Self {
             weights: info.weight_bytes,
-            cache: info.cache_bytes_per_token().saturating_mul(context as u64),
+            cache: info.cache_bytes_per_token().saturating_mul(context as u64).saturating_add(info.state_bytes),
             workspace: info.workspace_bytes(context.min(512)),
             info,
         }

@@ -13,9 +13,15 @@ use crate::{Error, Result};
 /// More than any machine has cores. Each takes a stack, and waits for the others.
 const MAX_THREADS: usize = 1024;
 
-/// Threads, by default the physical cores or what the container grants.
+/// The number of CPU threads that a [`Loader`](crate::Loader) takes by default: the physical cores, or the cores that the
+/// container grants if those are fewer.
+#[must_use]
+pub fn default_threads() -> usize {
+    num_cpus::get_physical().min(num_cpus::get())
+}
+
 pub(crate) fn pool(threads: Option<usize>) -> Result<Pool> {
-    let threads = threads.unwrap_or_else(|| num_cpus::get_physical().min(num_cpus::get()));
+    let threads = threads.unwrap_or_else(default_threads);
     if !(1..=MAX_THREADS).contains(&threads) {
         return Err(Error::Input(format!("{threads} threads; from 1 to {MAX_THREADS} are possible")));
     }

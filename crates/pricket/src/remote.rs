@@ -11,7 +11,8 @@ use pricket_weights::{
 };
 
 use crate::forms::forms;
-use crate::repository::{Chosen, Place, Revision, locate};
+use crate::repository::{Chosen, Revision};
+use crate::source::{Place, Source};
 use crate::{Error, Provenance, Result};
 
 /// The tensors of a revision, each read when it is asked for.
@@ -45,10 +46,10 @@ enum File {
 ///
 /// # Errors
 /// As [`crate::load`] for what can be told without the weights.
-pub fn tensors(model: impl AsRef<Path>) -> Result<Tensors> {
-    match locate(model.as_ref())? {
+pub fn tensors(model: impl Into<Source>) -> Result<Tensors> {
+    match model.into().locate()? {
         Place::Local(path) => Tensors::local(&path),
-        Place::Hub(_) => Tensors::on(&Hub::from_env()?, model),
+        Place::Hub(id, file) => Tensors::in_repository(&Hub::from_env()?, &id, file.as_deref()),
     }
 }
 
@@ -67,17 +68,28 @@ impl Tensors {
     ///
     /// # Errors
     /// As [`tensors`].
-    pub fn on(hub: &Hub, model: impl AsRef<Path>) -> Result<Self> {
-        let id = match locate(model.as_ref())? {
-            Place::Local(path) => return Self::local(&path),
-            Place::Hub(id) => id,
-        };
-        let found = Revision::find(&id, hub, &Silent)?;
-        Self::of_listing(hub, &id, &found.commit, &found.listing)
+    pub fn on(hub: &Hub, model: impl Into<Source>) -> Result<Self> {
+        match model.into().locate()? {
+            Place::Local(path) => Self::local(&path),
+            Place::Hub(id, file) => Self::in_repository(hub, &id, file.as_deref()),
+        }
     }
 
+    fn in_repository(hub: &Hub, id: &ModelId, file: Option<&str>) -> Result<Self> {
+        Self::of_revision(hub, id, &Revision::find(id, file, hub, &Silent)?)
+    }
+
+    /// The tensors of a revision that has been found.
+    pub(crate) fn of_revision(hub: &Hub, id: &ModelId, found: &Revision) -> Result<Self> {
+        Self::of_file(hub, id, &found.commit, &found.listing, found.weights())
+    }
+
+    /// The tensors of the weights that a loader takes of these files.
     pub(crate) fn of_listing(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed]) -> Result<Self> {
-        let weights = Chosen::among(listing, None, id)?.weights.path;
+        Self::of_file(hub, id, commit, listing, &Chosen::among(listing, None, id)?.weights.path)
+    }
+
+    fn of_file(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed], weights: &str) -> Result<Self> {
         let find = |name: &str| {
             let listed = listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
                 path: id.to_string().into(),
@@ -99,7 +111,7 @@ impl Tensors {
         };
         let layout = hub.cache().root().join(id.repo.folder()).join("snapshots").join(commit);
         let files: Vec<Listed> = forms(listing).into_values().next().unwrap_or_default();
-        Self::new(Provenance::of_repository(&id.repo, &id.revision, commit, &layout, &files), &weights, read, find)
+        Self::new(Provenance::of_repository(&id.repo, &id.revision, commit, &layout, &files), weights, read, find)
     }
 
     fn new(

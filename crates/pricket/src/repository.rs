@@ -1,4 +1,4 @@
-//! From the name of a model to its files: a path, a directory's revision, or a repository of the Hub.
+//! Repositories of the Hub: which files of a revision a model needs, and how they are fetched.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,9 +10,9 @@ use pricket_weights::parts_of;
 
 use crate::cards::{Card, KnownKind, card};
 use crate::changes::Changes;
-use crate::embedded::Embedded;
 use crate::family::checked_family;
 use crate::small_files::{TOKENIZER_FILES, TOKENIZERS, at, read_json};
+use crate::source::{Place, Source};
 use crate::{Error, Provenance, Result};
 
 /// Files that are fetched beside the weights, if they are there.
@@ -34,137 +34,6 @@ const SMALL: [&str; 14] = [
 ];
 /// None of these is larger, nor is an index of shards.
 const SMALL_BYTES: u64 = 6 << 20;
-
-/// Where a model is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// A file or directory.
-    Local(PathBuf),
-    /// A revision of a repository.
-    Hub(ModelId),
-}
-
-/// What is at `path` if something is, else the repository that is called so.
-pub(crate) fn locate(path: &Path) -> Result<Place> {
-    if path.exists() {
-        return Ok(Place::Local(path.to_owned()));
-    }
-    let text = path.to_string_lossy();
-    if let Some((there, revision)) = text.rsplit_once('@') {
-        if Path::new(there).is_dir() {
-            return revision_in(Path::new(there), revision).map(Place::Local);
-        }
-        if Path::new(there).is_file() {
-            return Err(Error::Input(format!("{there} is a file, so it has no revision {revision:?}")));
-        }
-    }
-    // The files of an embedded model, where this program was built.
-    let (name, revision) = text.split_once('@').unwrap_or((&text, "main"));
-    if let Some(model) = Embedded::find(name) {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(model.name);
-        if directory.is_dir() {
-            return revision_in(&directory, revision).map(Place::Local);
-        }
-    }
-    match repository(&text)? {
-        Some(id) => Ok(Place::Hub(id)),
-        None => Err(Error::NotFound {
-            path: path.to_owned(),
-            what: "no such file or directory, and no repository of that name is known".into(),
-        }),
-    }
-}
-
-/// `owner/name@revision`, or a name that a card has.
-fn repository(text: &str) -> Result<Option<ModelId>> {
-    let pasted = pasted(text);
-    let text = pasted.as_deref().unwrap_or(text).trim_end_matches('/');
-    let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
-    let name = name.trim_end_matches('/');
-    let is_file = [".safetensors", ".bin", ".gguf", ".json", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
-    let repo = match card(name) {
-        Some(card) => card.id.parse().ok(),
-        None if name.contains('/') && !is_file => name.parse().ok(),
-        None => None,
-    };
-    Ok(repo.map(|repo| ModelId::new(repo, revision)).transpose()?)
-}
-
-/// The id in an address of the Hub that was pasted from a browser: `https://huggingface.co/owner/name/tree/step3000`.
-fn pasted(text: &str) -> Option<String> {
-    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"))?;
-    let (host, path) = rest.split_once('/')?;
-    let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_default();
-    let own = endpoint.split_once("://").is_some_and(|(_, own)| own.trim_end_matches('/') == host);
-    if !own && !["huggingface.co", "www.huggingface.co", "hf.co"].contains(&host) {
-        return None;
-    }
-    let path = &path[..path.find(['?', '#']).unwrap_or(path.len())];
-    let mut parts = path.split('/').filter(|part| !part.is_empty());
-    let (owner, name) = (parts.next()?, parts.next()?);
-    match (parts.next(), parts.next()) {
-        // Below them stands a revision, then a file.
-        (Some("tree" | "blob" | "resolve" | "commit" | "commits"), Some(revision)) => {
-            Some(format!("{owner}/{name}@{revision}"))
-        }
-        _ => Some(format!("{owner}/{name}")),
-    }
-}
-
-/// `revisions/REVISION` in a directory.
-fn revision_in(directory: &Path, revision: &str) -> Result<PathBuf> {
-    if revision == "main" {
-        return Ok(directory.into());
-    }
-    if let Some(found) = revision_path(directory, revision) {
-        return Ok(found);
-    }
-    let known = revisions_in(directory);
-    let what = if known.is_empty() {
-        format!("{} has no revisions", directory.display())
-    } else {
-        format!("no revision {revision:?}; there are main, {}", known.join(", "))
-    };
-    Err(Error::NotFound { path: format!("{}@{revision}", directory.display()).into(), what })
-}
-
-/// Where a directory keeps a revision: below `revisions/`, or beside its own files as training programs do.
-pub(crate) fn revision_path(directory: &Path, revision: &str) -> Option<PathBuf> {
-    let is_name = !revision.contains(['/', '\\']) && !["", ".", ".."].contains(&revision);
-    let below = directory.join("revisions").join(revision);
-    let beside = || Some(directory.join(revision)).filter(|path| step_in(revision).is_some() && holds_model(path));
-    if !is_name {
-        return None;
-    }
-    Some(below).filter(|path| path.is_dir()).or_else(beside)
-}
-
-/// The revisions that a directory keeps, steps by number: all of `revisions/`, else directories with a model in them whose name
-/// ends in a number.
-pub(crate) fn revisions_in(directory: &Path) -> Vec<String> {
-    let names_in = |directory: &Path| -> Vec<String> {
-        let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
-    };
-    let mut names = names_in(&directory.join("revisions"));
-    if names.is_empty() {
-        names = names_in(directory);
-        names.retain(|name| step_in(name).is_some() && holds_model(&directory.join(name)));
-    }
-    names.sort_by_key(|name| (step_in(name), name.clone()));
-    names
-}
-
-/// The training step that a directory is named after: `step3000`, `checkpoint-500` of transformers' Trainer, `global_step500` of
-/// DeepSpeed, `iter_0001000` of Megatron, or any other name that ends in a number.
-pub(crate) fn step_in(name: &str) -> Option<u64> {
-    let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
-    pricket_hub::step_of(name).or_else(|| name[name.len() - digits..].parse().ok())
-}
-
-fn holds_model(directory: &Path) -> bool {
-    directory.join("config.json").is_file() && pricket_weights::find_weights(directory).is_ok()
-}
 
 /// Files of a revision, in the cache.
 #[derive(Debug)]
@@ -189,9 +58,9 @@ pub struct Fetched {
 ///
 /// # Errors
 /// [`Error::Repository`] with what is known of mirrors, [`Error::Hub`], [`Error::Offline`].
-pub fn fetch(model: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
-    match locate(Path::new(model))? {
-        Place::Hub(id) => fetch_id(&id, None, &Changes::default(), hub, progress),
+pub fn fetch(model: impl Into<Source>, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
+    match model.into().locate()? {
+        Place::Hub(id, file) => fetch_id(&id, file.as_deref(), &Changes::default(), hub, progress),
         Place::Local(path) => Err(Error::Input(format!("{} is here already", path.display()))),
     }
 }
@@ -252,13 +121,19 @@ pub(crate) fn fetch_id(
     hub: &Hub,
     progress: &dyn Progress,
 ) -> Result<Fetched> {
-    let found = Revision::find_file(id, file, hub, progress)?;
+    let found = Revision::find(id, file, hub, progress)?;
     found.fetch(changes, hub, progress)
 }
 
 /// The same of a revision whose commit is known, so that a branch that moves meanwhile does not matter.
-pub(crate) fn fetch_commit(id: &ModelId, commit: &str, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
-    let found = Revision::at(id, commit.to_owned(), None, hub, &Telling::new(progress, ""))?;
+pub(crate) fn fetch_commit(
+    id: &ModelId,
+    commit: &str,
+    file: Option<&str>,
+    hub: &Hub,
+    progress: &dyn Progress,
+) -> Result<Fetched> {
+    let found = Revision::at(id, commit.to_owned(), file, hub, &Telling::new(progress, ""))?;
     found.fetch(&Changes::default(), hub, progress)
 }
 
@@ -302,11 +177,7 @@ pub(crate) struct Revision {
 }
 
 impl Revision {
-    pub(crate) fn find(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
-        Self::find_file(id, None, hub, progress)
-    }
-
-    fn find_file(id: &ModelId, file: Option<&str>, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
+    pub(crate) fn find(id: &ModelId, file: Option<&str>, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
         let asking = Telling::new(progress, "");
         let commit = hub.resolve(id, &asking).map_err(|e| explained(e, id, card(id.repo.as_str())))?;
         Self::at(id, commit, file, hub, &asking)
@@ -318,6 +189,11 @@ impl Revision {
         let mut warnings = asking.fallbacks();
         warnings.extend(card.map(|card| known_warnings(card, id, &commit, hub)).unwrap_or_default());
         Ok(Self { chosen: Chosen::among(&listing, file, id)?, id: id.clone(), commit, listing, warnings })
+    }
+
+    /// The weight file that is read, or the index of its shards.
+    pub(crate) fn weights(&self) -> &str {
+        &self.chosen.weights.path
     }
 
     fn explained(&self, e: pricket_hub::Error) -> Error {

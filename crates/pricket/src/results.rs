@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::checkpoints::{Checkpoint, Checkpoints};
+use crate::forms::is_weight_file;
 use crate::{Error, Result};
 
 /// What a file holds.
@@ -190,10 +191,7 @@ fn key(settings: &Value) -> String {
 /// The hashes of a row's files of weights.
 fn weights_of(row: &Value) -> Option<String> {
     let files = row["provenance"]["files"].as_array()?;
-    let is_weights = |file: &&Value| {
-        let path = file["path"].as_str().unwrap_or_default();
-        [".safetensors", ".bin", ".gguf"].iter().any(|end| path.ends_with(end))
-    };
+    let is_weights = |file: &&Value| file["path"].as_str().is_some_and(is_weight_file);
     let hashes: Vec<&str> = files.iter().filter(is_weights).filter_map(|file| file["sha256"].as_str()).collect();
     (!hashes.is_empty()).then(|| hashes.join(" "))
 }

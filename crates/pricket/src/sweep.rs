@@ -234,7 +234,7 @@ impl Sweep {
             let (release, released) = channel();
             let load = |job: &Job<'_>, wait: &mut dyn FnMut() -> Result<bool>| {
                 self.make_room(job, wait)?;
-                let model = (self.configure)(Loader::new(job.model.id(job.checkpoint)))?.load()?;
+                let model = (self.configure)(Loader::new(job.model.source(job.checkpoint)))?.load()?;
                 let stamps = inputs::stamps(model.provenance());
                 Ok((model, stamps))
             };
@@ -326,7 +326,7 @@ impl Sweep {
         if let Some(commit) = &at.commit {
             return Some(json!({ "commit": commit }));
         }
-        let loader = (self.configure)(Loader::new(model.id(at))).ok()?;
+        let loader = (self.configure)(Loader::new(model.source(at))).ok()?;
         inputs::current(loader.opened().ok()?.provenance, row)
     }
 
