@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use pricket::{Inspection, Source};
 use pricket::weights::counted;
+use pricket::{Inspection, Source};
 use serde_json::json;
 
 /// Shows what is in a checkpoint; exit code 1 and one line if it is damaged.

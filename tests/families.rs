@@ -522,7 +522,8 @@ fn native_files_work_wherever_checkpoints_do() {
         steps.branch(branch, &commit);
     }
     let files = pricket::cards().iter().filter(|card| card.id == "BlinkDL/rwkv-4-pileplus");
-    let files: Vec<_> = files.filter_map(|card| card.file.as_deref()).map(|f| (f, Content::lfs(native.clone()))).collect();
+    let files: Vec<_> =
+        files.filter_map(|card| card.file.as_deref()).map(|f| (f, Content::lfs(native.clone()))).collect();
     assert_eq!(files.len(), 4);
     let world = World::new([("owner/native", steps), ("BlinkDL/rwkv-4-pileplus", only(files))]);
 

@@ -218,7 +218,7 @@ impl Head {
             }
             for from in (0..keys).step_by(PANEL) {
                 let columns = PANEL.min(keys - from);
-                rows::pack(path, k.kind, k.skip(from, 0), columns, dim, packed);
+                rows::pack(path, k.kind, k.skip(from, 0), columns, dim, packed, PANEL);
                 let product = Product {
                     a: q.at.cast(),
                     a_stride: q.stride,

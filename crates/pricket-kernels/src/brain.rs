@@ -151,7 +151,7 @@ pub(crate) unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
 }
 
 /// A product of rounded operands: of rows, and of the words of a panel. `k`, in numbers, is a multiple of [`STEP`].
-type Rounded = Product<u16, u32>;
+pub(crate) type Rounded = Product<u16, u32>;
 
 impl Rounded {
     /// Computes it. On [`Path::Amx`] this thread has been [configured](configure).
@@ -179,28 +179,28 @@ impl Rounded {
             }
         }
     }
+}
 
-    /// Adds sums to what they start from; `sums` are `PANEL` apart.
-    ///
-    /// # Safety
-    /// As [`Rounded::run`].
-    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
-    unsafe fn put(&self, row: usize, sums: *const f32) {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let c = self.c.add(row * self.c_stride);
-            for half in 0..2 {
-                let at = half * LANES;
-                let left = self.columns.saturating_sub(at).min(LANES);
-                let mask = if left == LANES { 0xffff } else { (1u16 << left) - 1 };
-                let sum = _mm512_loadu_ps(sums.add(at));
-                let start = match self.start {
-                    Start::Zero => _mm512_setzero_ps(),
-                    Start::Row(row) => _mm512_maskz_loadu_ps(mask, row.add(at)),
-                    Start::Output => _mm512_maskz_loadu_ps(mask, c.add(at)),
-                };
-                _mm512_mask_storeu_ps(c.add(at), mask, _mm512_add_ps(start, sum));
-            }
+/// Adds sums to what they start from; `sums` are `PANEL` apart.
+///
+/// # Safety
+/// Row `row` of the output can be read and written, and `PANEL` sums be read.
+#[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+pub(crate) unsafe fn put(p: &Rounded, row: usize, sums: *const f32) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let c = p.c.add(row * p.c_stride);
+        for half in 0..2 {
+            let at = half * LANES;
+            let left = p.columns.saturating_sub(at).min(LANES);
+            let mask = if left == LANES { 0xffff } else { (1u16 << left) - 1 };
+            let sum = _mm512_loadu_ps(sums.add(at));
+            let start = match p.start {
+                Start::Zero => _mm512_setzero_ps(),
+                Start::Row(row) => _mm512_maskz_loadu_ps(mask, row.add(at)),
+                Start::Output => _mm512_maskz_loadu_ps(mask, c.add(at)),
+            };
+            _mm512_mask_storeu_ps(c.add(at), mask, _mm512_add_ps(start, sum));
         }
     }
 }
@@ -227,7 +227,7 @@ unsafe fn by_vectors<const M: usize>(p: &Rounded, row: usize) {
             }
         }
         for (m, sums) in sums.iter().enumerate() {
-            p.put(row + m, sums.as_ptr().cast());
+            put(p, row + m, sums.as_ptr().cast());
         }
     }
 }
@@ -393,7 +393,7 @@ unsafe fn by_tiles(p: &Rounded) {
             options(nostack)
         );
         for row in 0..p.rows {
-            p.put(row, sums.as_ptr().add(row * PANEL));
+            put(p, row, sums.as_ptr().add(row * PANEL));
         }
     }
 }

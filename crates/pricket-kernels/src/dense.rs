@@ -5,17 +5,17 @@ use half::{bf16, f16};
 use crate::blocks::{Blocks, dequantise};
 #[cfg(target_arch = "x86_64")]
 use crate::brain;
-#[cfg(target_arch = "x86_64")]
 use crate::cpu::Path;
 use crate::detect::path;
 use crate::gelu::GeluOp;
-#[cfg(target_arch = "x86_64")]
 use crate::lanes::LANES;
 use crate::packed::Packed;
 use crate::pool::{parallel, parallel_chunks, scratch, threads};
 use crate::product::{PANEL, Product, Start};
 use crate::rows::{self, Kind, Rows};
 use crate::shared::Shared;
+#[cfg(target_arch = "x86_64")]
+use crate::tiles;
 #[cfg(target_arch = "x86_64")]
 use crate::unpack::unpack;
 
@@ -26,15 +26,15 @@ const FEW_ROWS: usize = 16;
 /// second.
 const DEPTH: usize = 512;
 
-/// Rows of activations that are brought together before they are multiplied. Where they lie, their distance is a power of
-/// two, and the first-level cache would hold no more than a few of them.
+/// Rows of activations that are multiplied at once.
 const BLOCK: usize = 12;
-
-/// Words between those rows.
-const APART: usize = DEPTH + 16;
 
 /// Panels that a task packs before it multiplies, so that activations are read once for all of them.
 const PANELS: usize = 4;
+
+/// Rows of a panel that are packed before those of the next one: rows of weights lie pages apart, and the next panel's part
+/// of a row follows that of this one.
+const PACKED_ROWS: usize = 8;
 
 /// A row-major matrix of weights as they are stored.
 #[derive(Clone, Copy, Debug)]
@@ -164,7 +164,7 @@ pub(crate) enum Begin<'a> {
 
 impl Begin<'_> {
     /// The start of the sums of a depth, for a panel that begins at `column`.
-    fn at(self, deep: usize, column: usize) -> Start {
+    pub(crate) fn at(self, deep: usize, column: usize) -> Start {
         match self {
             _ if deep > 0 => Start::Output,
             Begin::Zero => Start::Zero,
@@ -183,20 +183,42 @@ pub(crate) struct Left<'a> {
 }
 
 impl Left<'_> {
-    /// Brings `depth` columns from `deep` on of some rows together, [`APART`] apart.
-    fn copy(self, rows: std::ops::Range<usize>, deep: usize, depth: usize, block: &mut [f32]) {
+    /// Calls `f` with these rows as products read them, element `[i, j]` at `row · i + j`. They are copied for that, `depth` columns
+    /// of `rows` rows, where they lie across, and where rows `are_cached` at a distance at which the first-level cache would
+    /// hold no more than a few of them.
+    pub(crate) fn as_rows<R>(self, rows: usize, depth: usize, are_cached: bool, f: impl FnOnce(Left<'_>) -> R) -> R {
+        // A cache of 64 sets of lines of 64 bytes: rows at this distance have two sets in common.
+        let collides = are_cached && self.row.is_multiple_of(2048 / 4) && rows > BLOCK / 2;
+        if self.column == 1 && !collides {
+            return f(self);
+        }
+        let row = depth.next_multiple_of(LANES) + LANES;
+        scratch(|copy| {
+            copy.resize((rows * row).max(copy.len()), 0.0);
+            let copy = &mut copy[..rows * row];
+            parallel_chunks(copy, LANES * row, |i, copy| self.copy(i * LANES, depth, copy, row));
+            f(Left { at: copy, row, column: 1 })
+        })
+    }
+
+    /// Copies `depth` columns of the rows from `from` on, `apart` words apart in `copy`.
+    fn copy(self, from: usize, depth: usize, copy: &mut [f32], apart: usize) {
         if self.column == 1 {
-            for (row, block) in rows.zip(block.chunks_mut(APART)) {
-                block[..depth].copy_from_slice(&self.at[row * self.row + deep..][..depth]);
+            for (i, copy) in copy.chunks_mut(apart).enumerate() {
+                copy[..depth].copy_from_slice(&self.at[(from + i) * self.row..][..depth]);
             }
             return;
         }
         // Neighbors in memory are rows.
-        for j in 0..depth {
-            let line = &self.at[(deep + j) * self.column..];
-            for (i, row) in rows.clone().enumerate() {
-                block[i * APART + j] = line[row * self.row];
-            }
+        let rows = copy.len() / apart;
+        for j in (0..depth).step_by(PANEL) {
+            let lines = PANEL.min(depth - j);
+            let line = &self.at[j * self.column + from * self.row..];
+            assert!(line.len() >= (lines - 1) * self.column + rows && self.row == 1, "the left factor is [rows, k]");
+            assert!(j + PANEL <= apart, "a row has no room for whole panels");
+            let w = Rows { at: line.as_ptr().cast(), kind: Kind::F32, stride: self.column };
+            // SAFETY: both were just measured.
+            unsafe { rows::pack(path(), Kind::F32, w, lines, rows, copy[j..].as_mut_ptr(), apart) };
         }
     }
 }
@@ -221,6 +243,10 @@ pub(crate) fn blocked(
     y: &mut [f32],
 ) {
     assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
+    #[cfg(target_arch = "x86_64")]
+    if tiles::pay(path(), rows) {
+        return tiles::blocked(left, rows, right, (k, n), begin, then, y);
+    }
     let (path, out) = (path(), Shared::new(y));
     let panels = n.div_ceil(PANEL).div_ceil(4 * threads()).clamp(1, PANELS);
     let step = panels * PANEL;
@@ -228,45 +254,24 @@ pub(crate) fn blocked(
     // Where there are few columns, the rows are shared out as well.
     let down = (2 * threads()).div_ceil(across.max(1)).clamp(1, rows.div_ceil(4 * BLOCK).max(1));
     let share = rows.div_ceil(down).next_multiple_of(BLOCK).max(BLOCK);
-    parallel(across * down, |task| {
+    let product = |left: Left<'_>, task: usize| {
         let (from, to) = (task % across * step, ((task % across + 1) * step).min(n));
         let own = (task / across * share).min(rows)..((task / across + 1) * share).min(rows);
-        let mut buffer = Vec::new();
-        let w = match right {
-            Right::Rows(weight) => weight.rows(from, to, k, &mut buffer),
-            Right::Columns(weight) => weight.rows(0, k, n, &mut buffer),
-        };
-        scratch(|packed| {
-            packed.resize(panels * PANEL * DEPTH + BLOCK * APART, 0.0);
-            let (packed, block) = packed.split_at_mut(panels * PANEL * DEPTH);
+        let run = |w: Rows, packed: &mut Vec<f32>| {
+            packed.resize((panels * PANEL * DEPTH).max(packed.len()), 0.0);
             for deep in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - deep);
-                for (i, first) in (from..to).step_by(PANEL).enumerate() {
-                    let panel = packed[i * PANEL * depth..][..PANEL * depth].as_mut_ptr();
-                    let columns = PANEL.min(to - first);
-                    // SAFETY: rows and columns are there, and a panel was just measured.
-                    unsafe {
-                        match right {
-                            Right::Rows(_) => {
-                                rows::pack(path, w.kind, w.skip(first - from, deep), columns, depth, panel);
-                            }
-                            Right::Columns(_) => {
-                                rows::widen_to(path, w.kind, w.skip(deep, first), depth, columns, panel, PANEL);
-                            }
-                        }
-                    }
-                }
+                right.pack(path, w, (deep, depth), (from, to), depth, packed);
                 // Rows that stay in the first-level cache while every panel meets them.
                 for row in own.clone().step_by(BLOCK) {
-                    let count = BLOCK.min(own.end - row);
-                    left.copy(row..row + count, deep, depth, block);
                     for (i, first) in (from..to).step_by(PANEL).enumerate() {
-                        // SAFETY: as above; these rows of columns [from, to) of `y` belong to this task alone.
+                        // SAFETY: rows and columns are there, and panels were just measured; these rows of columns [from, to) of
+                        // `y` belong to this task alone.
                         unsafe {
                             let product = Product {
-                                a: block.as_ptr(),
-                                a_stride: APART,
-                                rows: count,
+                                a: left.at[row * left.row + deep..].as_ptr(),
+                                a_stride: left.row,
+                                rows: BLOCK.min(own.end - row),
                                 b: packed[i * PANEL * depth..].as_ptr(),
                                 b_stride: PANEL,
                                 k: depth,
@@ -280,9 +285,68 @@ pub(crate) fn blocked(
                     }
                 }
             }
-        });
+        };
+        right.with_rows((from, to), k, |w| scratch(|packed| run(w, packed)));
         finish(then, out, own, n, from, to);
-    });
+    };
+    left.as_rows(rows, k, true, |left| parallel(across * down, |task| product(left, task)));
+}
+
+impl Right<'_> {
+    /// How its numbers are stored, where they are read in place.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn kind(self) -> Option<Kind> {
+        let (Right::Rows(stored) | Right::Columns(stored)) = self;
+        match stored {
+            Stored::F32(_) => Some(Kind::F32),
+            Stored::F16(_) => Some(Kind::F16),
+            Stored::BF16(_) => Some(Kind::BF16),
+            Stored::Blocks(_) | Stored::Packed(_) => None,
+        }
+    }
+
+    /// Calls `f` with the numbers of columns `[from, to)`, of which each has `k`, as [`pack`](Self::pack) reads them.
+    pub(crate) fn with_rows(self, (from, to): (usize, usize), k: usize, f: impl FnOnce(Rows)) {
+        let mut buffer = Vec::new();
+        f(match self {
+            Right::Rows(weight) => weight.rows(from, to, k, &mut buffer),
+            Right::Columns(weight) => weight.rows(0, k, weight.len() / k.max(1), &mut buffer),
+        });
+    }
+
+    /// Lays columns `[from, to)` of rows `deep` and on side by side, `depth` of them, in panels of 32 columns with room for
+    /// `room` rows. `w` is where they lie: of [`Right::Rows`] from the first column on.
+    pub(crate) fn pack(
+        self,
+        path: Path,
+        w: Rows,
+        (deep, depth): (usize, usize),
+        (from, to): (usize, usize),
+        room: usize,
+        packed: &mut [f32],
+    ) {
+        let panels = (from..to).step_by(PANEL).enumerate();
+        let panels = panels.map(|(i, first)| (i * PANEL * room, first, PANEL.min(to - first)));
+        assert!(packed.len() >= (to - from).next_multiple_of(PANEL) * room.max(depth), "the panels have no room");
+        let packed = packed.as_mut_ptr();
+        // SAFETY: rows and columns are there, and the room was just measured.
+        unsafe {
+            match self {
+                Right::Rows(_) => panels.for_each(|(at, first, columns)| {
+                    rows::pack(path, w.kind, w.skip(first - from, deep), columns, depth, packed.add(at), PANEL);
+                }),
+                Right::Columns(_) => {
+                    for row in (0..depth).step_by(PACKED_ROWS) {
+                        let count = PACKED_ROWS.min(depth - row);
+                        for (at, first, columns) in panels.clone() {
+                            let to = packed.add(at + row * PANEL);
+                            rows::widen_to(path, w.kind, w.skip(deep + row, first), count, columns, to, PANEL);
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Whether products of bfloat16 are faster: they are for many rows of floats, and of blocks where there are tiles.
@@ -353,7 +417,15 @@ pub(crate) fn many_rows_bf16(
                         // SAFETY: two columns are a word, as which they are moved; rows and columns are there.
                         unsafe {
                             let w = w.skip(first, deep / 2);
-                            rows::pack(path, w.kind, w, PANEL.min(to - first), whole / 2, pairs.as_mut_ptr().cast());
+                            rows::pack(
+                                path,
+                                w.kind,
+                                w,
+                                PANEL.min(to - first),
+                                whole / 2,
+                                pairs.as_mut_ptr().cast(),
+                                PANEL,
+                            );
                         }
                         continue;
                     }
@@ -370,7 +442,7 @@ pub(crate) fn many_rows_bf16(
                             // SAFETY: rows and columns are there, and the panel was just measured.
                             unsafe {
                                 let w = w.skip(0, deep);
-                                rows::pack(path, w.kind, w, PANEL.min(to - first), whole, panel.as_mut_ptr());
+                                rows::pack(path, w.kind, w, PANEL.min(to - first), whole, panel.as_mut_ptr(), PANEL);
                             }
                         }
                     }
@@ -457,7 +529,14 @@ pub(crate) fn few_bf16_pay(weight: Stored<'_>, rows: usize) -> Option<&[bf16]> {
 }
 
 /// Applies a function to columns `[from, to)` of some rows, which belong to the calling task alone.
-fn finish(then: Option<GeluOp>, out: Shared<f32>, rows: std::ops::Range<usize>, n: usize, from: usize, to: usize) {
+pub(crate) fn finish(
+    then: Option<GeluOp>,
+    out: Shared<f32>,
+    rows: std::ops::Range<usize>,
+    n: usize,
+    from: usize,
+    to: usize,
+) {
     let Some(gelu) = then else { return };
     for row in rows {
         // SAFETY: inside of the output, and nobody else's.

@@ -45,6 +45,7 @@ mod rotary;
 mod rows;
 mod shared;
 mod store;
+mod tiles;
 mod unpack;
 mod wkv;
 
@@ -65,7 +66,7 @@ pub use norm::{LayerNormOp, RmsNormOp};
 pub use packed::Packed;
 pub use peak::multiply_add_rate;
 pub use pool::{Pool, collect, parallel, threads};
-pub use reduce::{RowSummary, SumOp, argmax, row_summaries, row_summary};
+pub use reduce::{RowSummary, SoftmaxOp, SumOp, argmax, row_summaries, row_summary};
 pub use rotary::RotaryOp;
 pub use store::{StoreOp, q8_row_bytes, q8_values};
 pub use wkv::WkvOp;

@@ -286,14 +286,18 @@ pub fn collect<T: Copy + Send, I: Iterator<Item = T>>(
 }
 
 thread_local! {
-    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static SCRATCH: Cell<Vec<Vec<f32>>> = const { Cell::new(Vec::new()) };
 }
 
-/// Lends this thread's buffer, which holds whatever the last borrower left.
+/// Lends a buffer of this thread, which holds whatever the last borrower left. Borrowers within borrowers get their own.
 pub(crate) fn scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
-    let mut buffer = SCRATCH.take();
+    let mut free = SCRATCH.take();
+    let mut buffer = free.pop().unwrap_or_default();
+    SCRATCH.set(free);
     let result = f(&mut buffer);
-    SCRATCH.set(buffer);
+    let mut free = SCRATCH.take();
+    free.push(buffer);
+    SCRATCH.set(free);
     result
 }
 

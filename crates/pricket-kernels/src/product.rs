@@ -220,7 +220,7 @@ mod tests {
                         let columns = PANEL.min(n - from);
                         // SAFETY: as above; half of the sums, then the rest on top.
                         unsafe {
-                            pack(path, kind, w.skip(from, 0), columns, k, panel.as_mut_ptr());
+                            pack(path, kind, w.skip(from, 0), columns, k, panel.as_mut_ptr(), PANEL);
                             let product = Product {
                                 a: x.as_ptr(),
                                 a_stride: k,

@@ -1,6 +1,6 @@
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
 
 use crate::cpu::by_path;
 use crate::detect::path;
@@ -104,6 +104,58 @@ unsafe fn sum_of_exponentials_body<L: Floats>(row: &[f32], max: f32) -> f64 {
         total += edge[..rest.len()].iter().copied().map(f64::from).sum::<f64>();
     }
     total
+}
+
+by_path! {
+    /// Writes `scale exp(x - max)` of each element of a row to `out`.
+    ///
+    /// # Safety
+    /// The processor has the instructions of the path, and as many elements can be written as the row has.
+    fn exponentials(row: &[f32], max: f32, scale: f32, out: *mut f32) = exponentials_body
+}
+
+/// # Safety
+/// As [`exponentials`].
+#[inline(always)]
+unsafe fn exponentials_body<L: Floats>(row: &[f32], max: f32, scale: f32, out: *mut f32) {
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let mut edge = [f32::NEG_INFINITY; LANES];
+    edge[..rest.len()].copy_from_slice(rest);
+    // SAFETY: promised by the caller; whole vectors, and then as many elements as are left.
+    unsafe {
+        let (shift, scale) = (L::splat(-max), L::splat(scale));
+        for (i, x) in whole.iter().enumerate() {
+            L::store(out.add(i * LANES), L::mul(L::exp(L::add(L::floats(x.as_ptr()), shift)), scale));
+        }
+        let last = L::mul(L::exp(L::add(L::floats(edge.as_ptr()), shift)), scale);
+        L::store(edge.as_mut_ptr(), last);
+        std::ptr::copy_nonoverlapping(edge.as_ptr(), out.add(whole.len() * LANES), rest.len());
+    }
+}
+
+/// `softmax(x)_i = exp(x_i - max x) / Σ_j exp(x_j - max x)` over the last dimension, in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct SoftmaxOp;
+
+impl CustomOp1 for SoftmaxOp {
+    fn name(&self) -> &'static str {
+        "softmax"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, at: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice("softmax", x, at)?;
+        let width = at.dims().last().copied().unwrap_or(1).max(1);
+        let mut out = Vec::with_capacity(x.len());
+        parallel_chunks(&mut out.spare_capacity_mut()[..x.len()], width, |i, out| {
+            let row = &x[i * width..][..width];
+            let RowSummary { max, log_sum, .. } = row_summary(row);
+            // SAFETY: the path is one that the processor has, and `out` is as long as the row.
+            unsafe { exponentials(path(), row, max, (-log_sum).exp() as f32, out.as_mut_ptr().cast()) };
+        });
+        // SAFETY: every row was written, or a task has panicked and with it this.
+        unsafe { out.set_len(x.len()) };
+        Ok((CpuStorage::F32(out), at.dims().into()))
+    }
 }
 
 /// Elements of a task: enough that handing it out costs nothing.

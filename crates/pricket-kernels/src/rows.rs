@@ -8,7 +8,7 @@ use half::{bf16, f16};
 
 use crate::cpu::{Path, by_path};
 use crate::lanes::{Floats, LANES};
-use crate::product::{PANEL, Start};
+use crate::product::Start;
 
 /// Numbers as they are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,18 +268,18 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
 }
 
 by_path_and_kind! {
-    /// Lays `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[32 c + j]`, and zeros
+    /// Lays `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[stride · c + j]`, and zeros
     /// where there is no row.
     ///
     /// # Safety
-    /// All of that can be read and written.
-    pack, pack_body, (w: Rows, rows: usize, k: usize, out: *mut f32)
+    /// All of that can be read, and 32 numbers be written for each column.
+    pack, pack_body, (w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize)
 }
 
 /// # Safety
 /// As [`pack`]; the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32) {
+unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize) {
     // SAFETY: promised by the caller.
     unsafe {
         for half in 0..2 {
@@ -292,14 +292,14 @@ unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, o
                 }
                 L::transpose(&mut square);
                 for (c, line) in square.into_iter().enumerate() {
-                    L::store(out.add((at + c) * PANEL + first), line);
+                    L::store(out.add((at + c) * stride + first), line);
                 }
                 at += LANES;
             }
             for at in at..k {
                 for row in 0..LANES {
                     let value = if row < count { single::<KIND>(w.row(first + row), at) } else { 0.0 };
-                    *out.add(at * PANEL + first + row) = value;
+                    *out.add(at * stride + first + row) = value;
                 }
             }
         }

@@ -85,7 +85,7 @@ impl CrossEntropy {
         for (at, targets) in frozen.blocks(GRADIENT_BLOCK) {
             let logits = frozen.logits(hidden, at, targets.len())?;
             nll.push(nll_of(&logits, targets)?);
-            let back = frozen.head.backward(&ops::softmax(&logits)?, candle_core::DType::F32)?;
+            let back = frozen.head.backward(&ops::probabilities(&logits)?, candle_core::DType::F32)?;
             // One less for the target: its row of the head, as it is multiplied with.
             let hits = frozen.head.rows_of(targets, hidden.device())?;
             of_hidden.push(((back - hits)? * self.logit_scale)?.to_dtype(hidden.dtype())?);
@@ -110,7 +110,7 @@ impl CrossEntropy {
         let (mut of_hidden, mut of_weight) = (Vec::new(), None);
         for (at, targets) in frozen.blocks(if is_trained { TRAINED_BLOCK } else { BLOCK }) {
             let logits = frozen.logits(&hidden, at, targets.len())?;
-            let probabilities = ops::softmax(&logits)?;
+            let probabilities = ops::probabilities(&logits)?;
             let hits = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
             let minus_one = Tensor::full(-1f32, (targets.len(), 1), hidden.device())?;
             let of_logits = probabilities.scatter_add(&hits, &minus_one, 1)?;

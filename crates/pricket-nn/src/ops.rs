@@ -14,7 +14,7 @@ pub use pricket_kernels::{
 };
 use pricket_kernels::{
     AttentionOp, BackwardOnlyOp, GatedOp, GeluOp, LayerNormOp, LinearOp, LoraOp, MixOp, RmsNormOp, RotaryOp,
-    SelfAttentionOp, StoreOp, SumOp, TrainedLinearOp, WkvOp, parallel, q8_values,
+    SelfAttentionOp, SoftmaxOp, StoreOp, SumOp, TrainedLinearOp, WkvOp, parallel, q8_values,
 };
 
 use crate::{Activation, Error, Result};
@@ -471,6 +471,17 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     }
     let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?.exp()?;
     Ok(shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?)
+}
+
+/// [`softmax`] of logits, over the installed threads on the CPU. There a probability below 1e-38 may be that instead.
+///
+/// # Errors
+/// What candle says.
+pub fn probabilities(logits: &Tensor) -> Result<Tensor> {
+    if on_our_kernels(logits) && !logits.track_op() {
+        return Ok(logits.contiguous()?.apply_op1_no_bwd(&SoftmaxOp)?);
+    }
+    softmax(logits)
 }
 
 /// Log-softmax over the last dimension in f32, with a gradient.

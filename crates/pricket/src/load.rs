@@ -22,8 +22,8 @@ use crate::opened::{Opened, eos_ids, eos_warning};
 use crate::pool::{Pooled, pool};
 use crate::qkv::{self, QkvOrder};
 use crate::repository::fetch_id;
-use crate::source::{Place, Source};
 use crate::small_files::{TOKENIZERS, at};
+use crate::source::{Place, Source};
 use crate::{Error, Pricket, Provenance, Result, prompts};
 
 /// Loads a model with the default settings: weights as stored, on the CPU, a thread for each physical core.

@@ -97,9 +97,7 @@ impl Source {
     }
 
     fn directory_or_file(&self) -> Result<Option<PathBuf>> {
-        let embedded = || {
-            Some(Embedded::find(self.model.to_str()?)?.directory()).filter(|path| path.is_dir())
-        };
+        let embedded = || Some(Embedded::find(self.model.to_str()?)?.directory()).filter(|path| path.is_dir());
         let there = Some(self.model.clone()).filter(|path| path.exists()).or_else(embedded);
         match (there, &self.revision) {
             (Some(path), Some(revision)) if path.is_file() => {
@@ -137,7 +135,8 @@ impl Source {
         let repo = repo.ok_or_else(not_found)?;
         let revision = pasted_revision.unwrap_or(self.revision_name()).trim_end_matches('/');
         // One of several models in a repository has a name of its own, which says which file it is.
-        let is_whole = |id: &str| cards().iter().filter(|other| other.id == id).count() > 1 && names_repository(id, name);
+        let is_whole =
+            |id: &str| cards().iter().filter(|other| other.id == id).count() > 1 && names_repository(id, name);
         let file = known.filter(|card| !is_whole(&card.id)).and_then(|card| card.file.clone());
         Ok(Place::Hub(ModelId::new(repo, revision)?, self.file.clone().or(file)))
     }

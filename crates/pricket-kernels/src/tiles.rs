@@ -1,0 +1,385 @@
+//! Products in f32 on AMX tiles, which multiply bfloat16.
+//!
+//! A number is the sum of three of bfloat16, `x = h + m + l` with `h = bf16(x)`, `m = bf16(x - h)` and `l = x - h - m`, which together
+//! have the 24 bits of f32. Of the nine products of terms the six largest are summed, in f32; what is left out is below
+//! 2^-25 of the product, less than its rounding. Weights in f16 are the sum of two terms, and weights in bf16 are one. Source: Henry,
+//! Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
+//! arXiv:1904.06376.
+//!
+//! Operands lie tile by tile in the order in which they are multiplied, for every 32 columns of the left one: two tiles of
+//! its `l`, `h` and `m`, of 16 rows each, and two tiles of each term of the right one, of 16 columns each. A row of a tile has 64
+//! bytes: of the left operand 32 numbers, of the right one two neighbors in 16 columns.
+
+#![cfg(target_arch = "x86_64")]
+#![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use crate::brain::{STEP, configure, put, release};
+use crate::cpu::Path;
+use crate::dense::{Begin, Left, Right, finish};
+use crate::gelu::GeluOp;
+use crate::lanes::LANES;
+use crate::pool::{parallel, scratch, threads};
+use crate::product::{PANEL, Product};
+use crate::rows::Kind;
+use crate::shared::Shared;
+
+/// Words of 32 bits of a tile.
+const TILE: usize = 256;
+
+/// Rows of the left operand that are multiplied at once: two tiles.
+const BLOCK: usize = 32;
+
+/// Words of a step of the left operand.
+const LEFT: usize = 6 * TILE;
+
+/// Columns of the left operand that are summed before the next: a multiple of [`CHUNK`]. What a task packs of the right
+/// operand stays in the second-level cache.
+const DEPTH: usize = 512;
+
+/// Columns of the left operand whose rows of the right one are brought together at once: a multiple of [`STEP`].
+const CHUNK: usize = 128;
+
+/// Panels that a task packs, so that the left operand is read once for all of them.
+const PANELS: usize = 8;
+
+/// Whether a product of `rows` rows should be one of tiles.
+pub(crate) fn pay(path: Path, rows: usize) -> bool {
+    path == Path::Amx && rows >= BLOCK / 2
+}
+
+/// Calls `f` with `len` words of this thread that begin where a line of memory does.
+fn aligned<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    scratch(|buffer| {
+        buffer.resize((len + LANES).max(buffer.len()), 0.0);
+        let skip = buffer.as_ptr().align_offset(4 * LANES).min(LANES);
+        f(&mut buffer[skip..][..len])
+    })
+}
+
+/// As [`blocked`](crate::dense::blocked), where [`pay`] says so.
+pub(crate) fn blocked(
+    left: Left<'_>,
+    rows: usize,
+    right: Right<'_>,
+    (k, n): (usize, usize),
+    begin: Begin<'_>,
+    then: Option<GeluOp>,
+    y: &mut [f32],
+) {
+    assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
+    let (steps, blocks) = (k.div_ceil(STEP), rows.div_ceil(BLOCK));
+    let terms = right.kind().map_or(3, |kind| match kind {
+        Kind::BF16 => 1,
+        Kind::F16 => 2,
+        Kind::F32 | Kind::Q8 => 3,
+    });
+    let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, PANELS);
+    let across = n.div_ceil(panels * PANEL);
+    // Where there are few columns, the rows are shared out as well.
+    let share = blocks.div_ceil((2 * threads()).div_ceil(across.max(1)).clamp(1, blocks.max(1))).max(1);
+    let out = Shared::new(y);
+    left.as_rows(rows, k, false, |left| {
+        assert!(rows == 0 || k == 0 || left.at.len() >= (rows - 1) * left.row + k, "the left factor is [rows, k]");
+        aligned(blocks * steps * LEFT, |split| {
+            let all = Shared::new(split);
+            parallel(blocks, |block| {
+                let from = block * BLOCK;
+                // SAFETY: rows and columns are there, and each task writes a block of its own.
+                unsafe {
+                    let x = left.at.as_ptr().add(from * left.row);
+                    split_rows(x, left.row, BLOCK.min(rows - from), k, all.at(block * steps * LEFT).cast());
+                }
+            });
+            let split = &*split;
+            parallel(across * blocks.div_ceil(share), |task| {
+                let (from, own) = (task % across * panels * PANEL, task / across * share);
+                let to = (from + panels * PANEL).min(n);
+                let own = own..(own + share).min(blocks);
+                let depth = DEPTH.min(k.next_multiple_of(STEP));
+                let (part, whole) = (panels * PANEL * CHUNK.min(depth), 2 * terms * TILE * (depth / STEP));
+                aligned(part, |packed| {
+                    aligned(panels * whole, |pairs| {
+                        // SAFETY: the path is one that the system has permitted.
+                        unsafe { configure() };
+                        for deep in (0..k).step_by(DEPTH) {
+                            let depth = DEPTH.min(k - deep);
+                            right.split(terms, k, (deep, depth), (from, to), whole, packed, pairs);
+                            for block in own.clone() {
+                                let row = block * BLOCK;
+                                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                                    // SAFETY: both operands were just laid out; these rows of columns [from, to) of `y`
+                                    // belong to this task alone.
+                                    unsafe {
+                                        let product = Product {
+                                            a: split[(block * steps + deep / STEP) * LEFT..].as_ptr().cast::<u16>(),
+                                            a_stride: 0,
+                                            rows: BLOCK.min(rows - row),
+                                            b: pairs[i * whole..].as_ptr().cast::<u32>(),
+                                            b_stride: 0,
+                                            k: depth.next_multiple_of(STEP),
+                                            c: out.at(row * n + first),
+                                            c_stride: n,
+                                            columns: PANEL.min(to - first),
+                                            start: begin.at(deep, first),
+                                        };
+                                        multiply(&product, terms);
+                                    }
+                                }
+                            }
+                        }
+                        // SAFETY: configured above.
+                        unsafe { release() };
+                    });
+                });
+                let own = (own.start * BLOCK)..(own.end * BLOCK).min(rows);
+                finish(then, out, own, n, from, to);
+            });
+        });
+    });
+}
+
+impl Right<'_> {
+    /// Lays `depth` rows from `deep` on of columns `[from, to)` out in `pairs`, the panels `whole` words apart; `packed` is for
+    /// [`CHUNK`] rows of them as they are.
+    #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
+    fn split(
+        self,
+        terms: usize,
+        k: usize,
+        (deep, depth): (usize, usize),
+        (from, to): (usize, usize),
+        whole: usize,
+        packed: &mut [f32],
+        pairs: &mut [f32],
+    ) {
+        self.with_rows((from, to), k, |w| {
+            for at in (0..depth).step_by(CHUNK) {
+                let count = CHUNK.min(depth - at);
+                let filled = count.next_multiple_of(STEP);
+                self.pack(Path::Amx, w, (deep + at, count), (from, to), filled, packed);
+                for i in 0..(to - from).div_ceil(PANEL) {
+                    let panel = &mut packed[i * PANEL * filled..][..PANEL * filled];
+                    panel[PANEL * count..].fill(0.0);
+                    let pairs =
+                        &mut pairs[i * whole + at / STEP * 2 * terms * TILE..][..filled / STEP * 2 * terms * TILE];
+                    // SAFETY: the processor has the instructions; both were just measured.
+                    unsafe { split_panel(panel.as_ptr(), filled, terms, pairs.as_mut_ptr().cast()) };
+                }
+            }
+        });
+    }
+}
+
+/// The terms of `rows` (at most 32) rows of `k` numbers that lie `stride` apart, zeros where there is no number.
+///
+/// # Safety
+/// All of that can be read, and [`LEFT`] words be written for each step.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn split_rows(x: *const f32, stride: usize, rows: usize, k: usize, out: *mut u16) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        for step in 0..k.div_ceil(STEP) {
+            for row in 0..BLOCK {
+                let to = out.add(step * 2 * LEFT + row / 16 * 2 * TILE + row % 16 * STEP);
+                for half in 0..2 {
+                    let at = step * STEP + half * LANES;
+                    let count = if row < rows { k.saturating_sub(at).min(LANES) } else { 0 };
+                    let mask = ((1u32 << count) - 1) as u16;
+                    let mut rest = _mm512_maskz_loadu_ps(mask, x.wrapping_add(row * stride + at));
+                    // The place of each term: `h`, `m`, `l`.
+                    for tile in [2, 4, 0] {
+                        let term: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(rest));
+                        _mm256_storeu_si256(to.add(tile * 2 * TILE + half * LANES).cast(), term);
+                        let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(term));
+                        rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(wide));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The first terms of a panel of `k` (whole steps) times 32 numbers.
+///
+/// # Safety
+/// The panel can be read, and two tiles be written for each step and term.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn split_panel(panel: *const f32, k: usize, terms: usize, out: *mut u32) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let index: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
+        let index = _mm512_loadu_si512(index.as_ptr().cast());
+        for pair in 0..k / 2 {
+            let to = out.add(pair / 16 * 2 * terms * TILE + pair % 16 * LANES);
+            for half in 0..2 {
+                let at = panel.add(2 * pair * PANEL + half * LANES);
+                let (mut even, mut odd) = (_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(PANEL)));
+                for term in 0..terms {
+                    let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
+                    let woven = _mm512_permutexvar_epi16(index, both);
+                    _mm512_storeu_si512(to.add((2 * term + half) * TILE).cast(), woven);
+                    even = _mm512_sub_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(woven)));
+                    let high = _mm512_and_si512(woven, _mm512_set1_epi32(-0x1_0000));
+                    odd = _mm512_sub_ps(odd, _mm512_castsi512_ps(high));
+                }
+            }
+        }
+    }
+}
+
+/// Multiplies a block of the left operand with a panel of the right one of `terms` terms.
+///
+/// # Safety
+/// Both operands lie as described above, the output can be read and written, and the thread is configured.
+unsafe fn multiply(p: &Product<u16, u32>, terms: usize) {
+    let mut sums = [0f32; BLOCK * PANEL];
+    // For each step the products with the first term, then what `more` says.
+    macro_rules! tiles {
+        ($step:literal $(, $more:literal)*) => {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "2:",
+                "tileloadd tmm6, [{b} + {line}]",
+                "tileloadd tmm4, [{a} + {line}]",
+                "tileloadd tmm7, [{b} + {line} + 1024]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{a} + {line} + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm4, [{a} + {line} + 2048]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm5, [{a} + {line} + 3072]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm4, [{a} + {line} + 4096]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm5, [{a} + {line} + 5120]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                $($more,)*
+                "add {a}, 6144",
+                concat!("add {b}, ", $step),
+                "dec {steps}",
+                "jnz 2b",
+                "tilestored [{c} + {row}], tmm0",
+                "tilestored [{c} + {row} + 64], tmm1",
+                "tilestored [{low} + {row}], tmm2",
+                "tilestored [{low} + {row} + 64], tmm3",
+                a = inout(reg) p.a => _,
+                b = inout(reg) p.b => _,
+                steps = inout(reg) p.k / STEP => _,
+                line = in(reg) 64usize,
+                row = in(reg) 4 * PANEL,
+                c = in(reg) sums.as_mut_ptr(),
+                low = in(reg) sums.as_mut_ptr().add(16 * PANEL),
+                options(nostack)
+            )
+        };
+    }
+    // SAFETY: promised by the caller; there is at least one step, and nobody else uses tiles.
+    unsafe {
+        match terms {
+            1 => tiles!("2048"),
+            // `m` and then `h` of the left operand with `m` of the right one.
+            2 => tiles!(
+                "4096",
+                "tileloadd tmm6, [{b} + {line} + 2048]",
+                "tileloadd tmm7, [{b} + {line} + 3072]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm4, [{a} + {line} + 2048]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm5, [{a} + {line} + 3072]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7"
+            ),
+            // And `h` with `l`.
+            _ => tiles!(
+                "6144",
+                "tileloadd tmm6, [{b} + {line} + 2048]",
+                "tileloadd tmm7, [{b} + {line} + 3072]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm4, [{a} + {line} + 2048]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm5, [{a} + {line} + 3072]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tileloadd tmm6, [{b} + {line} + 4096]",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm7, [{b} + {line} + 5120]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7"
+            ),
+        }
+        for row in 0..p.rows {
+            put(p, row, sums.as_ptr().add(row * PANEL));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::dense::Stored;
+
+    fn random(len: usize) -> Vec<f32> {
+        Tensor::randn(0f32, 1.0, len, &Device::Cpu).unwrap().to_vec1().unwrap()
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_six_products_are_as_exact_as_f32(
+            rows in 1usize..80, k in 1usize..700, n in 1usize..300, kind in 0usize..3, columns: bool, across: bool, add: bool,
+        ) {
+            if !Path::available().any(|path| path == Path::Amx) {
+                return Ok(());
+            }
+            let (x, w, bias) = (random(rows * k), random(n * k), random(n));
+            let half: Vec<f16> = w.iter().map(|&x| f16::from_f32(x)).collect();
+            let brain: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
+            let stored = [Stored::F32(&w), Stored::F16(&half), Stored::BF16(&brain)][kind];
+            let wide: Vec<f32> = match kind {
+                0 => w.clone(),
+                1 => half.iter().map(|x| x.to_f32()).collect(),
+                _ => brain.iter().map(|x| x.to_f32()).collect(),
+            };
+            let right = if columns { Right::Columns(stored) } else { Right::Rows(stored) };
+            let turned: Vec<f32> = (0..rows * k).map(|i| x[i % rows * k + i / rows]).collect();
+            let left = if across { Left { at: &turned, row: 1, column: rows } } else { Left { at: &x, row: k, column: 1 } };
+            let before = random(rows * n);
+            let mut y = before.clone();
+            let begin = if add { Begin::Output } else { Begin::Bias(&bias) };
+            blocked(left, rows, right, (k, n), begin, None, &mut y);
+            for (i, &y) in y.iter().enumerate() {
+                let (row, column) = (i / n, i % n);
+                let weight = |c: usize| if columns { wide[c * n + column] } else { wide[column * k + c] };
+                let products = (0..k).map(|c| f64::from(x[row * k + c]) * f64::from(weight(c)));
+                let (sum, size) = products.fold((0.0, 0.0), |(sum, size), product| (sum + product, size + product.abs()));
+                let from = f64::from(if add { before[i] } else { bias[column] });
+                let bound = 3e-7 * (size + from.abs()) + 1e-6;
+                proptest::prop_assert!((sum + from - f64::from(y)).abs() < bound, "{row} {column}: {y} for {}", sum + from);
+            }
+        }
+    }
+}
