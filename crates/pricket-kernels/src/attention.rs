@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor,
 use crate::cpu::{Path, by_path};
 use crate::detect::path;
 use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel, scratch};
+use crate::pool::{parallel, scratch, zeros};
 use crate::product::{PANEL, Product, Start};
 use crate::rows::{self, Kind, Rows, q8_row};
 use crate::shared::Shared;
@@ -468,7 +468,7 @@ impl CustomOp1 for AttentionOp {
         if done != batch * time {
             bail!("attention: rows of {done} queries for {batch} times {time}");
         }
-        let mut out = vec![0f32; batch * time * heads * dim];
+        let mut out = zeros(batch * time * heads * dim);
         if !out.is_empty() {
             run(q, &rows, Sizes { time, heads, group, dim }, self.scale, &self.slopes, path(), &mut out);
         }

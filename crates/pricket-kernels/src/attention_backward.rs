@@ -6,7 +6,7 @@ use crate::attention::{BLOCK, Bias, Head, Row, Sizes, View, run, soften};
 use crate::cpu::Path;
 use crate::detect::path;
 use crate::lanes::LANES;
-use crate::pool::{parallel, scratch};
+use crate::pool::{parallel, scratch, zeros};
 use crate::product::{PANEL, Product, Start};
 use crate::rows::{self, Kind, Rows};
 use crate::shared::Shared;
@@ -92,7 +92,7 @@ impl CustomOp3 for SelfAttentionOp {
             first: from,
         };
         let rows: Vec<Row> = self.spans.iter().map(row).collect();
-        let mut out = vec![0f32; batch * sizes.time * sizes.heads * sizes.dim];
+        let mut out = zeros(batch * sizes.time * sizes.heads * sizes.dim);
         if !out.is_empty() {
             run(q, &rows, sizes, self.scale, &self.slopes, path(), &mut out);
         }
@@ -123,7 +123,7 @@ impl CustomOp3 for SelfAttentionOp {
         }
         let count = |heads: usize| inputs.batch * heads * time * dim;
         let (mut of_q, mut of_k, mut of_v) =
-            (vec![0f32; count(heads)], vec![0f32; count(inputs.kv_heads)], vec![0f32; count(inputs.kv_heads)]);
+            (zeros(count(heads)), zeros(count(inputs.kv_heads)), zeros(count(inputs.kv_heads)));
         self.backward(&inputs, grad_in, [&mut of_q, &mut of_k, &mut of_v]);
         let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.dims(), q.device());
         Ok((Some(tensor(of_q, q)?), Some(tensor(of_k, k)?), Some(tensor(of_v, v)?)))

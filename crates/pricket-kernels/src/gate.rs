@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 use crate::cpu::by_path;
 use crate::detect::path;
 use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel, parallel_chunks};
+use crate::pool::{parallel, parallel_chunks, zeros};
 use crate::shared::{Shared, f32_slice};
 
 /// Elements of a task: enough that handing it out costs nothing.
@@ -131,7 +131,7 @@ impl CustomOp2 for GatedOp {
         if g_at.dims() != x_at.dims() {
             bail!("gated: a gate of {:?} for {:?}", g_at.dims(), x_at.dims());
         }
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK, |i, out| {
             let at = i * TASK..i * TASK + out.len();
             // SAFETY: paths are those that the processor has.
@@ -173,7 +173,7 @@ impl CustomOp3 for GatedBackwardOp {
         if (g.len(), grad.len()) != (n, n) {
             bail!("gated: a gradient of {:?} for {:?}", grad_at.dims(), x_at.dims());
         }
-        let mut out = vec![0f32; 2 * n];
+        let mut out = zeros(2 * n);
         let shared = Shared::new(&mut out);
         parallel(n.div_ceil(TASK), |i| {
             let (at, len) = (i * TASK, TASK.min(n - i * TASK));
@@ -214,7 +214,7 @@ impl CustomOp3 for MixOp {
         if x_at.dims() != before_at.dims() || x_at.dims().last() != Some(&d) {
             bail!("mix: {:?} and {:?} by {d} factors", x_at.dims(), before_at.dims());
         }
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         let task = TASK.div_ceil(d.max(1)) * d;
         parallel_chunks(&mut out, task.max(1), |i, out| {
             let at = i * task..i * task + out.len();

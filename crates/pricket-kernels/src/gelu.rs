@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 use crate::cpu::{Path, by_path};
 use crate::detect::path;
 use crate::lanes::{Floats, LANES};
-use crate::pool::parallel_chunks;
+use crate::pool::{parallel_chunks, zeros};
 use crate::shared::f32_slice;
 
 /// Elements of a task: enough that handing it out costs nothing.
@@ -195,7 +195,7 @@ impl CustomOp1 for GeluOp {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = f32_slice("gelu", x, layout)?;
-        let mut y = vec![0f32; x.len()];
+        let mut y = zeros(x.len());
         parallel_chunks(&mut y, TASK, |i, y| {
             y.copy_from_slice(&x[i * TASK..][..y.len()]);
             self.apply(path(), y);

@@ -12,6 +12,7 @@ use crate::gelu::GeluOp;
 use crate::integer;
 use crate::integers::Integers;
 use crate::matrix::Matrix;
+use crate::pool::zeros;
 use crate::shared::f32_slice;
 
 /// How precise activations are when they meet a frozen weight, on the CPU. Sums are in f32 always.
@@ -88,7 +89,7 @@ impl CustomOp1 for LinearOp {
         let rounded =
             (self.activations == Activations::Q8 && !self.transposed).then(|| rounded(x, &self.weight)).flatten();
         let x = rounded.as_deref().unwrap_or(x);
-        let mut y = vec![0f32; x.len() / inner.max(1) * outer];
+        let mut y = zeros(x.len() / inner.max(1) * outer);
         self.with_weight(|w| -> Result<()> {
             if self.transposed {
                 linear_transposed(x, w, k, n, &mut y);
@@ -167,7 +168,7 @@ impl CustomOp2 for TrainedLinearOp {
         }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = n;
-        let mut y = vec![0f32; x.len() / k.max(1) * n];
+        let mut y = zeros(x.len() / k.max(1) * n);
         linear_then(x, Stored::F32(weight), None, None, k, n, &mut y);
         Ok((CpuStorage::F32(y), shape.into()))
     }
@@ -205,7 +206,7 @@ pub(crate) fn with_slices<const N: usize, R>(
 
 /// `lᵀ r` for `l` of `[rows, down]` and `r` of `[rows, across]`, given with these sizes: the gradient of a weight.
 pub(crate) fn outer_product((l, down): (&[f32], usize), (r, across): (&[f32], usize), rows: usize) -> Result<Tensor> {
-    let mut sum = vec![0f32; down * across];
+    let mut sum = zeros(down * across);
     let left = Left { at: l, row: 1, column: down };
     blocked(left, down, Right::Columns(Stored::F32(r)), (rows, across), Begin::Zero, None, &mut sum);
     Tensor::from_vec(sum, (down, across), &Device::Cpu)

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Stora
 
 use crate::dense::{Begin, Left, Right, Stored, blocked};
 use crate::linear::{LinearOp, outer_product, with_slices};
+use crate::pool::zeros;
 use crate::shared::f32_slice;
 
 /// `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` over f32 activations, with `A` of `[rank, inputs]` and `B` of `[outputs, rank]` in f32, and the
@@ -39,7 +40,7 @@ impl LoraOp {
 
     /// `s x Aᵀ`, `[rows, rank]`.
     fn low(&self, x: &[f32], a: &[f32], of: &Sizes) -> Vec<f32> {
-        let mut low = vec![0f32; of.rows * of.rank];
+        let mut low = zeros(of.rows * of.rank);
         let left = Left { at: x, row: of.inputs, column: 1 };
         blocked(left, of.rows, Right::Rows(Stored::F32(a)), (of.inputs, of.rank), Begin::Zero, None, &mut low);
         for low in &mut low {
@@ -67,7 +68,7 @@ impl CustomOp3 for LoraOp {
         if !self.has_value {
             let mut shape = x_at.dims().to_vec();
             shape[x_at.dims().len() - 1] = of.outputs;
-            return Ok((CpuStorage::F32(vec![0f32; of.rows * of.outputs]), shape.into()));
+            return Ok((CpuStorage::F32(zeros(of.rows * of.outputs)), shape.into()));
         }
         let (base, shape) = self.base.cpu_fwd(x, x_at)?;
         let CpuStorage::F32(mut y) = base else { bail!("lora: the product is not f32") };
@@ -91,7 +92,7 @@ impl CustomOp3 for LoraOp {
         let grad = grad.detach().contiguous()?;
         with_slices([&x.detach().contiguous()?, a, b, &grad], |[x_at, a_at, b_at, g]| {
             // s g B, which both other gradients need.
-            let mut back = vec![0f32; rows * rank];
+            let mut back = zeros(rows * rank);
             let left = Left { at: g, row: of.outputs, column: 1 };
             blocked(left, rows, Right::Columns(Stored::F32(b_at)), (of.outputs, rank), Begin::Zero, None, &mut back);
             for back in &mut back {
@@ -135,7 +136,7 @@ impl CustomOp1 for BackwardOnlyOp {
         };
         *last = outputs;
         let count = shape.iter().product();
-        Ok((CpuStorage::F32(vec![0f32; count]), shape.into()))
+        Ok((CpuStorage::F32(zeros(count)), shape.into()))
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

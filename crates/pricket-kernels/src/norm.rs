@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Te
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::Path;
 use crate::detect::path;
-use crate::pool::parallel_chunks;
+use crate::pool::{parallel_chunks, zeros};
 use crate::shared::f32_slice;
 
 /// Layer norm over the last dimension of `x`, with weight and bias: f32, its statistics in f64.
@@ -139,7 +139,7 @@ impl CustomOp3 for LayerNormOp {
         if width == 0 || weight.len() != width || bias.len() != width {
             bail!("layer norm: x {dims:?} does not fit weight {} and bias {}", weight.len(), bias.len());
         }
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK * width, |i, out| {
             for (out, x) in out.chunks_exact_mut(width).zip(x[i * TASK * width..].chunks_exact(width)) {
                 dispatch(x, weight, bias, self.eps, out);
@@ -223,7 +223,7 @@ impl CustomOp3 for NormBackwardOp {
         if width == 0 || x_layout.dims().last() != Some(&width) || grad.len() != x.len() {
             bail!("norm: x {:?}, a weight of {width} and a gradient of {:?}", x_layout.dims(), grad_layout.dims());
         }
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK * width, |i, out| {
             let at = i * TASK * width;
             let rows = x[at..].chunks_exact(width).zip(grad[at..].chunks_exact(width));

@@ -285,6 +285,15 @@ pub fn collect<T: Copy + Send, I: Iterator<Item = T>>(
     out
 }
 
+/// Zeros of a result, written over the installed pool where there are many: what was freed before is not zero any more.
+pub(crate) fn zeros(len: usize) -> Vec<f32> {
+    const PIECE: usize = 64 << 10;
+    if len < 2 * PIECE {
+        return vec![0.0; len];
+    }
+    collect(len, PIECE, |_| std::iter::repeat(0.0), |_| ())
+}
+
 thread_local! {
     static SCRATCH: Cell<Vec<Vec<f32>>> = const { Cell::new(Vec::new()) };
 }

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, S
 use crate::cpu::by_path;
 use crate::detect::path;
 use crate::lanes::{Floats, LANES};
-use crate::pool::parallel_chunks;
+use crate::pool::{parallel_chunks, zeros};
 use crate::shared::f32_slice;
 
 /// What a row of logits amounts to.
@@ -166,7 +166,7 @@ const TASK: usize = 16 << 10;
 pub struct SumOp;
 
 fn sum(parts: &[&[f32]]) -> Vec<f32> {
-    let mut out = vec![0f32; parts[0].len()];
+    let mut out = zeros(parts[0].len());
     parallel_chunks(&mut out, TASK, |i, out| {
         let len = out.len();
         let part = |j: usize| &parts[j][i * TASK..][..len];

@@ -1,6 +1,6 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::pool::parallel_chunks;
+use crate::pool::{parallel_chunks, zeros};
 use crate::shared::f32_slice;
 
 /// Rotary embedding of the first `2 * pairs` of each head's dimensions, the rest passed through.
@@ -35,7 +35,7 @@ impl CustomOp3 for RotaryOp {
         }
         let (cos, sin) = (f32_slice("rotary cos", cos, cos_layout)?, f32_slice("rotary sin", sin, sin_layout)?);
         let data = &data[x_layout.start_offset()..];
-        let mut out = vec![0f32; b * h * t * d];
+        let mut out = zeros(b * h * t * d);
         parallel_chunks(&mut out, t * d, |bh, out| {
             let (bi, hi) = (bh / h, bh % h);
             for (ti, out) in out.chunks_exact_mut(d).enumerate() {

@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use crate::cpu::by_path;
 use crate::detect::path;
 use crate::lanes::{Floats, LANES};
-use crate::pool::parallel;
+use crate::pool::{parallel, zeros};
 use crate::shared::{Shared, f32_slice};
 
 /// Positions and channels below which no other thread is asked.
@@ -285,7 +285,7 @@ impl CustomOp3 for WkvOp {
         let rates = f32_slice("wkv rates", rates, rates_at)?;
         let (rows, d) = (self.lens.len(), rates.len() / 2);
         let n = keys.len() / d.max(1);
-        let mut out = vec![0f32; (n + 3 * rows) * d];
+        let mut out = zeros((n + 3 * rows) * d);
         let shared = Shared::new(&mut out);
         self.each((keys, k_at), (values, v_at), rates, |row, c, at| {
             let after = std::array::from_fn(|part| (n + 3 * row + part) * d + c);
@@ -348,7 +348,7 @@ impl CustomOp3 for WkvBackwardOp {
         if grad.len() != n * d {
             bail!("wkv: a gradient of {:?} for {:?}", grad_at.dims(), k_at.dims());
         }
-        let mut out = vec![0f32; (2 * n + 2 * rows) * d];
+        let mut out = zeros((2 * n + 2 * rows) * d);
         let shared = Shared::new(&mut out);
         self.of.each((keys, k_at), (values, v_at), &self.rates, |row, c, at| {
             let places = [0, n * d, (2 * n + 2 * row) * d + c, (2 * n + 2 * row + 1) * d + c];
