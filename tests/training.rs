@@ -93,10 +93,13 @@ proptest! {
         let read = Lora::read(dir.path()).unwrap();
         prop_assert_eq!(read.config().to_json(), lora.config().to_json());
         let adapted = logits(&*pricket.with_adapter(&read).unwrap().model());
-        prop_assert!(worst(&adapted, &logits(&*pricket.model())) > 1e-3, "the adapter has an effect");
+        let effect = worst(&adapted, &logits(&*pricket.model()));
+        prop_assert!(effect > 1e-3, "the adapter has an effect");
         prop_assert_eq!(worst(&adapted, &logits(&*pricket.with_adapter(&lora).unwrap().model())), 0.0);
         let merged = lora.merge(&pricket.base().unwrap()).unwrap();
-        prop_assert!(worst(&adapted, &logits(&*merged)) < 2e-5);
+        let off = worst(&adapted, &logits(&*merged));
+        // Random adapters are larger than the weights, and rounding grows with them; a wrong merge is wrong by the effect.
+        prop_assert!(off < 2e-5 + 1e-3 * effect, "{off} of {effect}");
     }
 }
 

@@ -15,6 +15,7 @@ use half::f16;
 use crate::block_type::BlockType;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::Path;
+#[cfg(target_arch = "x86_64")]
 use crate::detect::path;
 use crate::pool::{parallel, parallel_chunks};
 

@@ -1,18 +1,22 @@
 //! Products with a matrix as it is stored: few rows, many rows, many rows in bfloat16, and back.
 
-use half::{bf16, f16};
+#[cfg(target_arch = "x86_64")]
+use half::bf16;
 
-use crate::blocks::{Blocks, dequantise};
 #[cfg(target_arch = "x86_64")]
 use crate::brain;
+#[cfg(target_arch = "x86_64")]
 use crate::cpu::Path;
 use crate::detect::path;
 use crate::gelu::GeluOp;
+#[cfg(target_arch = "x86_64")]
 use crate::lanes::LANES;
-use crate::packed::Packed;
+use crate::operands::{Begin, Left, Right, Stored, finish};
 use crate::pool::{parallel, parallel_chunks, scratch, threads};
 use crate::product::{PANEL, Product, Start};
-use crate::rows::{self, Kind, Rows};
+#[cfg(target_arch = "x86_64")]
+use crate::rows::Kind;
+use crate::rows::{self, Rows};
 use crate::shared::Shared;
 #[cfg(target_arch = "x86_64")]
 use crate::tiles;
@@ -31,62 +35,6 @@ const BLOCK: usize = 12;
 
 /// Panels that a task packs before it multiplies, so that activations are read once for all of them.
 const PANELS: usize = 4;
-
-/// Rows of a panel that are packed before those of the next one: rows of weights lie pages apart, and the next panel's part
-/// of a row follows that of this one.
-const PACKED_ROWS: usize = 8;
-
-/// A row-major matrix of weights as they are stored.
-#[derive(Clone, Copy, Debug)]
-pub enum Stored<'a> {
-    /// 32-bit float.
-    F32(&'a [f32]),
-    /// IEEE half.
-    F16(&'a [f16]),
-    /// bfloat16.
-    BF16(&'a [bf16]),
-    /// Quantised.
-    Blocks(&'a Blocks),
-    /// Quantised, in the kernels' own order.
-    Packed(&'a Packed),
-}
-
-impl Stored<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Stored::F32(w) => w.len(),
-            Stored::F16(w) => w.len(),
-            Stored::BF16(w) => w.len(),
-            Stored::Blocks(w) => w.shape().0 * w.shape().1,
-            Stored::Packed(w) => w.shape().0 * w.shape().1,
-        }
-    }
-
-    /// Rows `[from, to)` of `k`, as numbers that the products read: in place, or widened into `buffer`.
-    fn rows(&self, from: usize, to: usize, k: usize, buffer: &mut Vec<f32>) -> Rows {
-        let whole = |at: *const u8, kind: Kind| {
-            let rows = Rows { at, kind, stride: k };
-            // SAFETY: the row is inside of the slice, whose length was compared with the shape.
-            unsafe { rows.skip(from, 0) }
-        };
-        match self {
-            Stored::F32(w) => whole(w.as_ptr().cast(), Kind::F32),
-            Stored::F16(w) => whole(w.as_ptr().cast(), Kind::F16),
-            Stored::BF16(w) => whole(w.as_ptr().cast(), Kind::BF16),
-            Stored::Blocks(w) => {
-                buffer.resize((to - from) * k, 0.0);
-                let (kind, bytes) = (w.kind(), w.bytes());
-                dequantise(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
-                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
-            }
-            Stored::Packed(w) => {
-                buffer.resize((to - from) * k, 0.0);
-                w.widen(from, to, buffer);
-                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
-            }
-        }
-    }
-}
 
 /// `y = x Wᵀ + b` for `x` of `[rows, in_features]` and `weight` of `[out_features, in_features]`, in f32.
 ///
@@ -151,87 +99,6 @@ pub(crate) fn linear_then(
     blocked(Left { at: x, row: k, column: 1 }, rows, Right::Rows(weight), (k, n), begin, then, y);
 }
 
-/// The initial value of the sums of a blocked product.
-#[derive(Clone, Copy)]
-pub(crate) enum Begin<'a> {
-    /// Zero.
-    Zero,
-    /// A bias: one number for each column.
-    Bias(&'a [f32]),
-    /// The present output.
-    Output,
-}
-
-impl Begin<'_> {
-    /// The start of the sums of a depth, for a panel that begins at `column`.
-    pub(crate) fn at(self, deep: usize, column: usize) -> Start {
-        match self {
-            _ if deep > 0 => Start::Output,
-            Begin::Zero => Start::Zero,
-            Begin::Bias(bias) => Start::Row(bias[column..].as_ptr()),
-            Begin::Output => Start::Output,
-        }
-    }
-}
-
-/// The left factor of a blocked product: element `[i, j]` is at `row · i + column · j`.
-#[derive(Clone, Copy)]
-pub(crate) struct Left<'a> {
-    pub(crate) at: &'a [f32],
-    pub(crate) row: usize,
-    pub(crate) column: usize,
-}
-
-impl Left<'_> {
-    /// Calls `f` with these rows as products read them, element `[i, j]` at `row · i + j`. They are copied for that, `depth` columns
-    /// of `rows` rows, where they lie across, and where rows `are_cached` at a distance at which the first-level cache would
-    /// hold no more than a few of them.
-    pub(crate) fn as_rows<R>(self, rows: usize, depth: usize, are_cached: bool, f: impl FnOnce(Left<'_>) -> R) -> R {
-        // A cache of 64 sets of lines of 64 bytes: rows at this distance have two sets in common.
-        let collides = are_cached && self.row.is_multiple_of(2048 / 4) && rows > BLOCK / 2;
-        if self.column == 1 && !collides {
-            return f(self);
-        }
-        let row = depth.next_multiple_of(LANES) + LANES;
-        scratch(|copy| {
-            copy.resize((rows * row).max(copy.len()), 0.0);
-            let copy = &mut copy[..rows * row];
-            parallel_chunks(copy, LANES * row, |i, copy| self.copy(i * LANES, depth, copy, row));
-            f(Left { at: copy, row, column: 1 })
-        })
-    }
-
-    /// Copies `depth` columns of the rows from `from` on, `apart` words apart in `copy`.
-    fn copy(self, from: usize, depth: usize, copy: &mut [f32], apart: usize) {
-        if self.column == 1 {
-            for (i, copy) in copy.chunks_mut(apart).enumerate() {
-                copy[..depth].copy_from_slice(&self.at[(from + i) * self.row..][..depth]);
-            }
-            return;
-        }
-        // Neighbors in memory are rows.
-        let rows = copy.len() / apart;
-        for j in (0..depth).step_by(PANEL) {
-            let lines = PANEL.min(depth - j);
-            let line = &self.at[j * self.column + from * self.row..];
-            assert!(line.len() >= (lines - 1) * self.column + rows && self.row == 1, "the left factor is [rows, k]");
-            assert!(j + PANEL <= apart, "a row has no room for whole panels");
-            let w = Rows { at: line.as_ptr().cast(), kind: Kind::F32, stride: self.column };
-            // SAFETY: both were just measured.
-            unsafe { rows::pack(path(), Kind::F32, w, lines, rows, copy[j..].as_mut_ptr(), apart) };
-        }
-    }
-}
-
-/// The right factor of a blocked product.
-#[derive(Clone, Copy)]
-pub(crate) enum Right<'a> {
-    /// Its columns are the rows of what is stored.
-    Rows(Stored<'a>),
-    /// Its columns are the columns of what is stored: f32, f16 or bf16.
-    Columns(Stored<'a>),
-}
-
 /// `y = left · right` for `left` of `[rows, k]` and `right` of `[k, n]`, then a function of the result.
 pub(crate) fn blocked(
     left: Left<'_>,
@@ -290,63 +157,6 @@ pub(crate) fn blocked(
         finish(then, out, own, n, from, to);
     };
     left.as_rows(rows, k, true, |left| parallel(across * down, |task| product(left, task)));
-}
-
-impl Right<'_> {
-    /// How its numbers are stored, where they are read in place.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn kind(self) -> Option<Kind> {
-        let (Right::Rows(stored) | Right::Columns(stored)) = self;
-        match stored {
-            Stored::F32(_) => Some(Kind::F32),
-            Stored::F16(_) => Some(Kind::F16),
-            Stored::BF16(_) => Some(Kind::BF16),
-            Stored::Blocks(_) | Stored::Packed(_) => None,
-        }
-    }
-
-    /// Calls `f` with the numbers of columns `[from, to)`, of which each has `k`, as [`pack`](Self::pack) reads them.
-    pub(crate) fn with_rows(self, (from, to): (usize, usize), k: usize, f: impl FnOnce(Rows)) {
-        let mut buffer = Vec::new();
-        f(match self {
-            Right::Rows(weight) => weight.rows(from, to, k, &mut buffer),
-            Right::Columns(weight) => weight.rows(0, k, weight.len() / k.max(1), &mut buffer),
-        });
-    }
-
-    /// Lays columns `[from, to)` of rows `deep` and on side by side, `depth` of them, in panels of 32 columns with room for
-    /// `room` rows. `w` is where they lie: of [`Right::Rows`] from the first column on.
-    pub(crate) fn pack(
-        self,
-        path: Path,
-        w: Rows,
-        (deep, depth): (usize, usize),
-        (from, to): (usize, usize),
-        room: usize,
-        packed: &mut [f32],
-    ) {
-        let panels = (from..to).step_by(PANEL).enumerate();
-        let panels = panels.map(|(i, first)| (i * PANEL * room, first, PANEL.min(to - first)));
-        assert!(packed.len() >= (to - from).next_multiple_of(PANEL) * room.max(depth), "the panels have no room");
-        let packed = packed.as_mut_ptr();
-        // SAFETY: rows and columns are there, and the room was just measured.
-        unsafe {
-            match self {
-                Right::Rows(_) => panels.for_each(|(at, first, columns)| {
-                    rows::pack(path, w.kind, w.skip(first - from, deep), columns, depth, packed.add(at), PANEL);
-                }),
-                Right::Columns(_) => {
-                    for row in (0..depth).step_by(PACKED_ROWS) {
-                        let count = PACKED_ROWS.min(depth - row);
-                        for (at, first, columns) in panels.clone() {
-                            let to = packed.add(at + row * PANEL);
-                            rows::widen_to(path, w.kind, w.skip(deep + row, first), count, columns, to, PANEL);
-                        }
-                    }
-                }
-            }
-        }
-    }
 }
 
 /// Whether products of bfloat16 are faster: they are for many rows of floats, and of blocks where there are tiles.
@@ -525,22 +335,6 @@ pub(crate) fn few_bf16_pay(weight: Stored<'_>, rows: usize) -> Option<&[bf16]> {
     match weight {
         Stored::BF16(w) if (2..=FEW_ROWS).contains(&rows) && brain::has_products(path()) => Some(w),
         _ => None,
-    }
-}
-
-/// Applies a function to columns `[from, to)` of some rows, which belong to the calling task alone.
-pub(crate) fn finish(
-    then: Option<GeluOp>,
-    out: Shared<f32>,
-    rows: std::ops::Range<usize>,
-    n: usize,
-    from: usize,
-    to: usize,
-) {
-    let Some(gelu) = then else { return };
-    for row in rows {
-        // SAFETY: inside of the output, and nobody else's.
-        gelu.apply(path(), unsafe { std::slice::from_raw_parts_mut(out.at(row * n + from), to - from) });
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Resul
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::dense::{Begin, Left, Right, Stored, blocked, linear_then, linear_transposed};
+use crate::dense::{blocked, linear_then, linear_transposed};
 #[cfg(target_arch = "x86_64")]
 use crate::dense::{few_bf16_pay, few_rows_bf16, many_bf16_pay, many_rows_bf16};
 use crate::detect::path;
@@ -12,6 +12,7 @@ use crate::gelu::GeluOp;
 use crate::integer;
 use crate::integers::Integers;
 use crate::matrix::Matrix;
+use crate::operands::{Begin, Left, Right, Stored};
 use crate::pool::zeros;
 use crate::shared::f32_slice;
 

@@ -2,8 +2,9 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::dense::{Begin, Left, Right, Stored, blocked};
+use crate::dense::blocked;
 use crate::linear::{LinearOp, outer_product, with_slices};
+use crate::operands::{Begin, Left, Right, Stored};
 use crate::pool::zeros;
 use crate::shared::f32_slice;
 

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Te
 
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::Path;
+#[cfg(target_arch = "x86_64")]
 use crate::detect::path;
 use crate::pool::{parallel_chunks, zeros};
 use crate::shared::f32_slice;

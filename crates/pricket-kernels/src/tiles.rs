@@ -18,9 +18,9 @@ use std::arch::x86_64::*;
 
 use crate::brain::{STEP, configure, put, release};
 use crate::cpu::Path;
-use crate::dense::{Begin, Left, Right, finish};
 use crate::gelu::GeluOp;
 use crate::lanes::LANES;
+use crate::operands::{Begin, Left, Right, finish};
 use crate::pool::{parallel, scratch, threads};
 use crate::product::{PANEL, Product};
 use crate::rows::Kind;
@@ -340,7 +340,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::dense::Stored;
+    use crate::operands::Stored;
 
     fn random(len: usize) -> Vec<f32> {
         Tensor::randn(0f32, 1.0, len, &Device::Cpu).unwrap().to_vec1().unwrap()

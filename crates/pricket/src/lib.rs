@@ -124,6 +124,6 @@ pub mod prelude {
         Activations, BlockType, CacheType, CausalLm, Comparison, Completion, Context, Conversation, ConvertOptions,
         Dtype, EvalOptions, FinishReason, GenerateOptions, Hub, Inspection, Loader, Measure, Precision, Pricket,
         Progress, PromptFormat, Quantisation, Recording, SamplingParams, ScoreOptions, ScoredToken, Silent, Site,
-        State, Steps, Sweep, Taps, Target, Task, Tokenizer, Turn, checkpoints, inspect, load, tiny,
+        Source, State, Steps, Sweep, Taps, Target, Task, Tokenizer, Turn, checkpoints, inspect, load, tiny,
     };
 }
