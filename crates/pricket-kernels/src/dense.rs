@@ -111,7 +111,7 @@ pub(crate) fn blocked(
 ) {
     assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
     #[cfg(target_arch = "x86_64")]
-    if tiles::pay(path(), rows) {
+    if tiles::pay(path(), rows, (k, n)) {
         return tiles::blocked(left, rows, right, (k, n), begin, then, y);
     }
     let (path, out) = (path(), Shared::new(y));

@@ -207,6 +207,10 @@ pub(crate) fn with_slices<const N: usize, R>(
 
 /// `lᵀ r` for `l` of `[rows, down]` and `r` of `[rows, across]`, given with these sizes: the gradient of a weight.
 pub(crate) fn outer_product((l, down): (&[f32], usize), (r, across): (&[f32], usize), rows: usize) -> Result<Tensor> {
+    if across < down {
+        // The larger factor is the one that need not be turned.
+        return outer_product((r, across), (l, down), rows)?.t()?.contiguous();
+    }
     let mut sum = zeros(down * across);
     let left = Left { at: l, row: 1, column: down };
     blocked(left, down, Right::Columns(Stored::F32(r)), (rows, across), Begin::Zero, None, &mut sum);

@@ -45,9 +45,10 @@ const CHUNK: usize = 128;
 /// Panels that a task packs, so that the left operand is read once for all of them.
 const PANELS: usize = 8;
 
-/// Whether a product of `rows` rows should be one of tiles.
-pub(crate) fn pay(path: Path, rows: usize) -> bool {
-    path == Path::Amx && rows >= BLOCK / 2
+/// Whether a product of `[rows, k]` with `[k, n]` should be one of tiles: taking numbers apart costs as much as multiplying them
+/// with a few dozen others.
+pub(crate) fn pay(path: Path, rows: usize, (k, n): (usize, usize)) -> bool {
+    path == Path::Amx && rows >= 48 && n >= 64 && k >= 64
 }
 
 /// Calls `f` with `len` words of this thread that begin where a line of memory does.
