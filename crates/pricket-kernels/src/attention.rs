@@ -34,17 +34,17 @@ pub(crate) struct Sizes {
 
 /// A strided `[batch, heads, time, dim]` view whose rows of `dim` are contiguous.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct View {
-    pub(crate) rows: Rows,
+pub(crate) struct View<'a> {
+    pub(crate) rows: Rows<'a>,
     pub(crate) batch: usize,
     pub(crate) head: usize,
 }
 
 // SAFETY: read only, while the storage is borrowed.
-unsafe impl Sync for View {}
+unsafe impl Sync for View<'_> {}
 
-impl View {
-    pub(crate) fn new(name: &str, storage: &CpuStorage, layout: &Layout) -> Result<(Self, [usize; 4])> {
+impl<'a> View<'a> {
+    pub(crate) fn new(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<(Self, [usize; 4])> {
         let (at, kind, len): (*const u8, _, _) = match storage {
             CpuStorage::F32(data) => (data.as_ptr().cast(), Kind::F32, data.len()),
             CpuStorage::F16(data) => (data.as_ptr().cast(), Kind::F16, data.len()),
@@ -62,7 +62,7 @@ impl View {
             let last = layout.start_offset() + (b - 1) * batch + (h - 1) * head + (t - 1) * time + d;
             assert!(last <= len, "a layout beyond its storage");
         }
-        let rows = Rows { at, kind, stride: time };
+        let rows = Rows::new(at, kind, time);
         // SAFETY: inside of the storage, as was just checked, or nothing is read.
         let rows = unsafe { rows.further(layout.start_offset()) };
         Ok((Self { rows, batch, head }, [b, h, t, d]))
@@ -70,7 +70,7 @@ impl View {
 
     /// # Safety
     /// The place is there.
-    pub(crate) unsafe fn from(&self, batch: usize, head: usize, time: usize) -> Rows {
+    pub(crate) unsafe fn from(&self, batch: usize, head: usize, time: usize) -> Rows<'a> {
         // SAFETY: promised by the caller.
         unsafe { self.rows.further(batch * self.batch + head * self.head + time * self.rows.stride) }
     }
@@ -78,13 +78,13 @@ impl View {
 
 /// A row of the batch: where its queries, keys and values are.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Row {
+pub(crate) struct Row<'a> {
     /// Of the first query, in the batch and in time.
     pub(crate) at: (usize, usize),
     pub(crate) queries: usize,
     pub(crate) keys: usize,
-    pub(crate) k: View,
-    pub(crate) v: View,
+    pub(crate) k: View<'a>,
+    pub(crate) v: View<'a>,
     /// Of the row, along the first dimension of keys and of values.
     pub(crate) batch: (usize, usize),
     /// The first key, in time.

@@ -30,17 +30,17 @@ pub struct SelfAttentionOp {
 }
 
 /// The operands and their sizes.
-struct Inputs {
-    q: View,
-    k: View,
-    v: View,
+struct Inputs<'a> {
+    q: View<'a>,
+    k: View<'a>,
+    v: View<'a>,
     sizes: Sizes,
     batch: usize,
     kv_heads: usize,
 }
 
 impl SelfAttentionOp {
-    fn inputs(&self, of: [(&CpuStorage, &Layout); 3]) -> Result<Inputs> {
+    fn inputs<'a>(&self, of: [(&'a CpuStorage, &Layout); 3]) -> Result<Inputs<'a>> {
         let (q, [batch, heads, time, dim]) = View::new("q", of[0].0, of[0].1)?;
         let (k, k_dims) = View::new("keys", of[1].0, of[1].1)?;
         let (v, v_dims) = View::new("values", of[2].0, of[2].1)?;
@@ -150,11 +150,11 @@ impl SelfAttentionOp {
                             q: q.from(row, h, at),
                             k: k.from(row, kv, from),
                             v: v.from(row, kv, from),
-                            grad: Rows {
-                                at: grad.as_ptr().add(((row * time + at) * heads + h) * dim).cast(),
-                                kind: Kind::F32,
-                                stride: heads * dim,
-                            },
+                            grad: Rows::new(
+                                grad.as_ptr().add(((row * time + at) * heads + h) * dim).cast(),
+                                Kind::F32,
+                                heads * dim,
+                            ),
                             of_q: of_q.at(element(heads, h, at)),
                             of_k: of_k.at(element(kv_heads, kv, from)),
                             of_v: of_v.at(element(kv_heads, kv, from)),
@@ -168,17 +168,17 @@ impl SelfAttentionOp {
 }
 
 /// A block of queries of one head, and where its gradients go: rows of `head_dim`, those of keys and values added to.
-struct Block {
-    q: Rows,
-    k: Rows,
-    v: Rows,
-    grad: Rows,
+struct Block<'a> {
+    q: Rows<'a>,
+    k: Rows<'a>,
+    v: Rows<'a>,
+    grad: Rows<'a>,
     of_q: *mut f32,
     of_k: *mut f32,
     of_v: *mut f32,
 }
 
-impl Block {
+impl Block<'_> {
     /// # Safety
     /// All of it is there.
     unsafe fn backward(&self, head: &Head, buffer: &mut Vec<f32>) {

@@ -53,6 +53,16 @@ pub fn linear(
     linear_then(x, weight, bias, None, in_features, out_features, y);
 }
 
+/// The rows of `x`, if every operand of `y = x Wᵀ + b` has the size that the others imply.
+fn check(x: &[f32], weight: Stored<'_>, bias: Option<&[f32]>, (k, n): (usize, usize), y: &[f32]) -> usize {
+    let rows = x.len().checked_div(k).unwrap_or(0);
+    assert_eq!(x.len(), rows * k, "activations do not fill their rows");
+    assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
+    assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
+    assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
+    rows
+}
+
 /// [`linear`], and a function of the result.
 pub(crate) fn linear_then(
     x: &[f32],
@@ -64,11 +74,7 @@ pub(crate) fn linear_then(
     y: &mut [f32],
 ) {
     let (k, n) = (in_features, out_features);
-    let rows = x.len().checked_div(k).unwrap_or(0);
-    assert_eq!(x.len(), rows * k, "activations do not fill their rows");
-    assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
-    assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
-    assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
+    let rows = check(x, weight, bias, (k, n), y);
     let (path, out) = (path(), Shared::new(y));
     if rows <= FEW_ROWS {
         let step = n.div_ceil(8 * threads()).clamp(8, 256);
@@ -190,7 +196,7 @@ pub(crate) fn many_rows_bf16(
     y: &mut [f32],
     path: Path,
 ) {
-    let rows = x.len() / k;
+    let rows = check(x, weight, bias, (k, n), y);
     let block = brain::block(path);
     let out = Shared::new(y);
     let depth = (8 * DEEP).min(k.next_multiple_of(brain::STEP));
@@ -223,7 +229,7 @@ pub(crate) fn many_rows_bf16(
                         && k % 2 == 0
                     {
                         pairs[PANEL * whole / 2..].fill(0);
-                        let w = Rows { at: w.as_ptr().cast(), kind: Kind::F32, stride: k / 2 };
+                        let w = Rows::new(w.as_ptr().cast(), Kind::F32, k / 2);
                         // SAFETY: two columns are a word, as which they are moved; rows and columns are there.
                         unsafe {
                             let w = w.skip(first, deep / 2);
@@ -248,7 +254,8 @@ pub(crate) fn many_rows_bf16(
                             }
                         }
                         weight => {
-                            let w = weight.rows(first, (first + PANEL).min(to), k, &mut Vec::new());
+                            let mut buffer = Vec::new();
+                            let w = weight.rows(first, (first + PANEL).min(to), k, &mut buffer);
                             // SAFETY: rows and columns are there, and the panel was just measured.
                             unsafe {
                                 let w = w.skip(0, deep);
@@ -305,13 +312,8 @@ pub(crate) fn few_rows_bf16(
     (k, n): (usize, usize),
     y: &mut [f32],
 ) {
-    let (rows, stride) = (x.len() / k, k.next_multiple_of(brain::STEP));
-    assert_eq!(
-        (weight.len(), y.len()),
-        (n * k, rows * n),
-        "weight is [out_features, in_features], output [rows, out_features]"
-    );
-    assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
+    let rows = check(x, Stored::BF16(weight), bias, (k, n), y);
+    let stride = k.next_multiple_of(brain::STEP);
     let out = Shared::new(y);
     let mut short = vec![0u16; rows * stride];
     for (x, short) in x.chunks_exact(k).zip(short.chunks_exact_mut(stride)) {

@@ -85,6 +85,9 @@ impl CustomOp1 for LinearOp {
         if dims.last() != Some(&inner) {
             bail!("linear: activations {dims:?} do not end in {inner}");
         }
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.dims() != [n]) {
+            bail!("linear: a bias of {:?} beside a weight of [{n}, {k}]", bias.dims());
+        }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = outer;
         let rounded =
@@ -269,6 +272,21 @@ mod tests {
                 loss.backward().unwrap().get(&x).unwrap().clone()
             };
             proptest::prop_assert!(worst(&gradient(&y), &gradient(&reference)) < 2e-4);
+        }
+    }
+
+    #[test]
+    fn a_bias_of_another_length_is_refused() {
+        let weight = Tensor::zeros((40, 32), DType::F32, &Device::Cpu).unwrap();
+        for (rows, activations) in [1, 4, 64].into_iter().zip([Activations::F32, Activations::BF16, Activations::Q8]) {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let bias = Tensor::zeros(39, DType::F32, &Device::Cpu).unwrap();
+                let weight = Matrix::Dense(weight.to_dtype(dtype).unwrap());
+                let op = LinearOp { weight, bias: Some(bias), activations, transposed: false, then: None };
+                let x = Tensor::zeros((rows, 32), DType::F32, &Device::Cpu).unwrap();
+                let said = x.apply_op1(op).unwrap_err().to_string();
+                assert!(said.contains("a bias of [39] beside a weight of [40, 32]"), "{said}");
+            }
         }
     }
 

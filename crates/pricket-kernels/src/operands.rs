@@ -32,7 +32,7 @@ pub enum Stored<'a> {
     Packed(&'a Packed),
 }
 
-impl Stored<'_> {
+impl<'s> Stored<'s> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Stored::F32(w) => w.len(),
@@ -44,10 +44,14 @@ impl Stored<'_> {
     }
 
     /// Rows `[from, to)` of `k`, as numbers that the products read: in place, or widened into `buffer`.
-    pub(crate) fn rows(&self, from: usize, to: usize, k: usize, buffer: &mut Vec<f32>) -> Rows {
+    pub(crate) fn rows<'a>(self, from: usize, to: usize, k: usize, buffer: &'a mut Vec<f32>) -> Rows<'a>
+    where
+        's: 'a,
+    {
+        assert!(from <= to && to * k <= self.len(), "rows that are not there");
         let whole = |at: *const u8, kind: Kind| {
-            let rows = Rows { at, kind, stride: k };
-            // SAFETY: the row is inside of the slice, whose length was compared with the shape.
+            let rows = Rows::new(at, kind, k);
+            // SAFETY: the row is inside of the slice, as was just checked, or at its end.
             unsafe { rows.skip(from, 0) }
         };
         match self {
@@ -58,12 +62,12 @@ impl Stored<'_> {
                 buffer.resize((to - from) * k, 0.0);
                 let (kind, bytes) = (w.kind(), w.bytes());
                 dequantise(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
-                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
+                Rows::new(buffer.as_ptr().cast(), Kind::F32, k)
             }
             Stored::Packed(w) => {
                 buffer.resize((to - from) * k, 0.0);
                 w.widen(from, to, buffer);
-                Rows { at: buffer.as_ptr().cast(), kind: Kind::F32, stride: k }
+                Rows::new(buffer.as_ptr().cast(), Kind::F32, k)
             }
         }
     }
@@ -134,7 +138,7 @@ impl Left<'_> {
             let line = &self.at[j * self.column + from * self.row..];
             assert!(line.len() >= (lines - 1) * self.column + rows && self.row == 1, "the left factor is [rows, k]");
             assert!(j + PANEL <= apart, "a row has no room for whole panels");
-            let w = Rows { at: line.as_ptr().cast(), kind: Kind::F32, stride: self.column };
+            let w = Rows::new(line.as_ptr().cast(), Kind::F32, self.column);
             // SAFETY: both were just measured.
             unsafe { rows::pack(path(), Kind::F32, w, lines, rows, copy[j..].as_mut_ptr(), apart) };
         }

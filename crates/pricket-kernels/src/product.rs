@@ -196,7 +196,7 @@ mod tests {
                         Kind::BF16 => (brain.as_ptr().cast(), brain.iter().map(|x| x.to_f32()).collect()),
                         Kind::Q8 => (blocks.as_ptr(), rounded.clone()),
                     };
-                    let w = Rows { at, kind, stride: if kind == Kind::Q8 { q8_row(k) } else { k } };
+                    let w = Rows::new(at, kind, if kind == Kind::Q8 { q8_row(k) } else { k });
                     let exact = |i: usize, j: usize| {
                         let products = (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(wide[j * k + c]));
                         products.sum::<f64>() + f64::from(bias[j])

@@ -4,6 +4,8 @@
 
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
+use std::marker::PhantomData;
+
 use half::{bf16, f16};
 
 use crate::cpu::{Path, by_path};
@@ -46,13 +48,19 @@ pub(crate) const fn q8_row(columns: usize) -> usize {
 
 /// Rows of numbers that lie `stride` elements of storage apart.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows {
+pub(crate) struct Rows<'a> {
     pub(crate) at: *const u8,
     pub(crate) kind: Kind,
     pub(crate) stride: usize,
+    of: PhantomData<&'a [u8]>,
 }
 
-impl Rows {
+impl Rows<'_> {
+    /// Rows that begin at `at`. How long they are there is for the caller to say, by the lifetime in a signature.
+    pub(crate) fn new(at: *const u8, kind: Kind, stride: usize) -> Self {
+        Self { at, kind, stride, of: PhantomData }
+    }
+
     /// # Safety
     /// The row is there.
     #[inline(always)]

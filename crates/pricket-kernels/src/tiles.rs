@@ -23,7 +23,7 @@ use crate::lanes::LANES;
 use crate::operands::{Begin, Left, Right, finish};
 use crate::pool::{parallel, scratch, threads};
 use crate::product::{PANEL, Product};
-use crate::rows::Kind;
+use crate::rows::{Kind, Rows};
 use crate::shared::Shared;
 
 /// Words of 32 bits of a tile.
@@ -101,13 +101,13 @@ pub(crate) fn blocked(
                 let own = own..(own + share).min(blocks);
                 let depth = DEPTH.min(k.next_multiple_of(STEP));
                 let (part, whole) = (panels * PANEL * CHUNK.min(depth), 2 * terms * TILE * (depth / STEP));
-                aligned(part, |packed| {
+                let run = |w: Rows<'_>, packed: &mut [f32]| {
                     aligned(panels * whole, |pairs| {
                         // SAFETY: the path is one that the system has permitted.
                         unsafe { configure() };
                         for deep in (0..k).step_by(DEPTH) {
                             let depth = DEPTH.min(k - deep);
-                            right.split(terms, k, (deep, depth), (from, to), whole, packed, pairs);
+                            right.split(w, terms, (deep, depth), (from, to), whole, packed, pairs);
                             for block in own.clone() {
                                 let row = block * BLOCK;
                                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
@@ -134,7 +134,8 @@ pub(crate) fn blocked(
                         // SAFETY: configured above.
                         unsafe { release() };
                     });
-                });
+                };
+                right.with_rows((from, to), k, |w| aligned(part, |packed| run(w, packed)));
                 let own = (own.start * BLOCK)..(own.end * BLOCK).min(rows);
                 finish(then, out, own, n, from, to);
             });
@@ -148,29 +149,26 @@ impl Right<'_> {
     #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
     fn split(
         self,
+        w: Rows<'_>,
         terms: usize,
-        k: usize,
         (deep, depth): (usize, usize),
         (from, to): (usize, usize),
         whole: usize,
         packed: &mut [f32],
         pairs: &mut [f32],
     ) {
-        self.with_rows((from, to), k, |w| {
-            for at in (0..depth).step_by(CHUNK) {
-                let count = CHUNK.min(depth - at);
-                let filled = count.next_multiple_of(STEP);
-                self.pack(Path::Amx, w, (deep + at, count), (from, to), filled, packed);
-                for i in 0..(to - from).div_ceil(PANEL) {
-                    let panel = &mut packed[i * PANEL * filled..][..PANEL * filled];
-                    panel[PANEL * count..].fill(0.0);
-                    let pairs =
-                        &mut pairs[i * whole + at / STEP * 2 * terms * TILE..][..filled / STEP * 2 * terms * TILE];
-                    // SAFETY: the processor has the instructions; both were just measured.
-                    unsafe { split_panel(panel.as_ptr(), filled, terms, pairs.as_mut_ptr().cast()) };
-                }
+        for at in (0..depth).step_by(CHUNK) {
+            let count = CHUNK.min(depth - at);
+            let filled = count.next_multiple_of(STEP);
+            self.pack(Path::Amx, w, (deep + at, count), (from, to), filled, packed);
+            for i in 0..(to - from).div_ceil(PANEL) {
+                let panel = &mut packed[i * PANEL * filled..][..PANEL * filled];
+                panel[PANEL * count..].fill(0.0);
+                let pairs = &mut pairs[i * whole + at / STEP * 2 * terms * TILE..][..filled / STEP * 2 * terms * TILE];
+                // SAFETY: the processor has the instructions; both were just measured.
+                unsafe { split_panel(panel.as_ptr(), filled, terms, pairs.as_mut_ptr().cast()) };
             }
-        });
+        }
     }
 }
 
