@@ -24,6 +24,18 @@ fn every_instruction_path_passes_the_golden_cases() {
     }
 }
 
+/// The plain twins, which are what runs where there are no kernels, give the same.
+#[test]
+fn the_plain_twins_pass_the_golden_cases() {
+    let kinds = ["models", "files", "scoring"].map(|kind| root().join("tests/golden").join(kind));
+    let cases: Vec<_> = kinds.iter().flat_map(|kind| directories_with(kind, "case.json")).collect();
+    let output = example("parity").args(&cases).env("PRICKET_KERNELS", "off").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let output = example("generate").args(["-n", "1"]).env("PRICKET_KERNELS", "none").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("PRICKET_KERNELS is \"none\"; it can be on or off"), "{said}");
+}
+
 #[test]
 fn a_path_that_does_not_exist_is_refused() {
     let output = example("generate").args(["-n", "1"]).env("PRICKET_CPU", "mmx").output().unwrap();

@@ -132,7 +132,7 @@ impl CrossEntropy {
 
 /// The negated log-probabilities of targets.
 fn nll_of(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    if logits.device().is_cpu() && !logits.track_op() {
+    if ops::has_kernels(logits.device()) && !logits.track_op() {
         let nll: Vec<f32> = ops::logprobs(logits, targets)?.iter().map(|(_, logprob)| -*logprob as f32).collect();
         return Ok(Tensor::new(nll, logits.device())?);
     }

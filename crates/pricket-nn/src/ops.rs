@@ -5,7 +5,7 @@
 //! softmax, norm and rotary drop gradients without a word. On the CPU, in f32, both give the same bits. The twins are public,
 //! and tests compare them.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
@@ -19,9 +19,29 @@ use pricket_kernels::{
 
 use crate::{Activation, Error, Result};
 
-/// The kernels of ours run on the CPU and compute in f32.
+/// Whether operations run as kernels of ours where there is one, rather than as their plain twins of candle's operations: yes,
+/// unless the environment variable `PRICKET_KERNELS` is `off`. It is read once.
+///
+/// # Errors
+/// A sentence, if the variable is neither `on` nor `off`.
+pub fn kernels_are_on() -> std::result::Result<bool, String> {
+    static ON: OnceLock<std::result::Result<bool, String>> = OnceLock::new();
+    let read = || match std::env::var("PRICKET_KERNELS").as_deref() {
+        Err(_) | Ok("on") => Ok(true),
+        Ok("off") => Ok(false),
+        Ok(other) => Err(format!("PRICKET_KERNELS is {other:?}; it can be on or off")),
+    };
+    ON.get_or_init(read).clone()
+}
+
+/// Whether there are kernels of ours for a device: for the CPU.
+pub(crate) fn has_kernels(device: &Device) -> bool {
+    device.is_cpu() && kernels_are_on().unwrap_or(true)
+}
+
+/// Whether an operation on `x` can be a kernel of ours: they compute in f32.
 fn on_our_kernels(x: &Tensor) -> bool {
-    x.device().is_cpu() && x.dtype() == DType::F32
+    x.dtype() == DType::F32 && has_kernels(x.device())
 }
 
 /// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`. On
@@ -71,11 +91,17 @@ pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
         };
         return Ok(x.detach().contiguous()?.apply_op1_no_bwd(&op)?);
     }
-    let weight = match weight {
-        Matrix::Dense(weight) => weight.detach(),
-        Matrix::Blocks(_) | Matrix::Packed(_) => weight.to_dense(x.dtype(), x.device())?,
-    };
+    let weight = widened_weight(x, weight)?.detach();
     Ok(x.detach().to_dtype(weight.dtype())?.matmul(&weight)?.to_dtype(x.dtype())?)
+}
+
+/// A weight as the plain twins multiply it: in its own type or that of the activations, whichever loses nothing.
+fn widened_weight(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+    match weight {
+        Matrix::Dense(weight) if weight.dtype() == DType::F32 => Ok(weight.clone()),
+        Matrix::Dense(weight) => Ok(weight.to_dtype(x.dtype())?),
+        Matrix::Blocks(_) | Matrix::Packed(_) => Ok(weight.to_dense(x.dtype(), x.device())?),
+    }
 }
 
 /// As [`linear`] of a frozen weight, for a caller who only goes back through it: zeros where that saves the product.
@@ -125,10 +151,7 @@ pub(crate) fn lora(
 /// If the shapes do not fit.
 pub fn plain_linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     let dtype = x.dtype();
-    let weight = &match weight {
-        Matrix::Dense(weight) => weight.clone(),
-        Matrix::Blocks(_) | Matrix::Packed(_) => weight.to_dense(dtype, x.device())?,
-    };
+    let weight = &widened_weight(x, weight)?;
     let (rows, dims) = (x.elem_count() / x.dim(D::Minus1)?.max(1), x.dims());
     let mut shape = dims.to_vec();
     shape[dims.len() - 1] = weight.dim(0)?;
@@ -273,7 +296,7 @@ pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if on_our_kernels(x) && x.stride().last() == Some(&1) {
         return Ok(x.apply_op3(cos, sin, RotaryOp)?);
     }
-    if !x.device().is_cpu() && !x.track_op() {
+    if !has_kernels(x.device()) && !x.track_op() {
         let (turned, dim) = (2 * cos.dim(D::Minus1)?, x.dim(D::Minus1)?);
         let x = x.transpose(1, 2)?;
         let first = x.narrow(D::Minus1, 0, turned)?.contiguous()?;
@@ -466,7 +489,7 @@ pub fn attention_output(pattern: &Tensor, v: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// What candle says.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() && !x.track_op() {
+    if !has_kernels(x.device()) && !x.track_op() {
         return Ok(candle_nn::ops::softmax_last_dim(&x.contiguous()?)?);
     }
     let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?.exp()?;

@@ -26,6 +26,7 @@ pub(crate) fn pool(threads: Option<usize>) -> Result<Pool> {
         return Err(Error::Input(format!("{threads} threads; from 1 to {MAX_THREADS} are possible")));
     }
     ops::cpu_path().map_err(Error::Input)?;
+    ops::kernels_are_on().map_err(Error::Input)?;
     Pool::new(threads).map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))
 }
 
