@@ -3,6 +3,8 @@
 //! `cargo run --release --example bench -- --shape 160m --dtype f16`
 
 mod common;
+#[path = "common/rates.rs"]
+mod rates;
 #[cfg(feature = "train")]
 #[path = "common/train.rs"]
 mod train;
@@ -13,7 +15,6 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use clap::Parser;
-use pricket::candle::{DType, Device, Tensor};
 use pricket::lm::TextStream;
 use pricket::nn::ops::multiply_add_rate;
 use pricket::{GenerateOptions, Pricket};
@@ -107,10 +108,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let (bandwidth, arithmetic) = if device.is_cpu() {
         let mut arithmetic = 0.0;
         pricket.model().on_threads(&mut || arithmetic = multiply_add_rate());
-        (read_rate(info.weight_bytes as usize, threads), arithmetic)
+        (rates::read_rate(info.weight_bytes as usize, threads), arithmetic)
     } else {
         // A device without room for it, or without the type, has measured what it was asked for all the same.
-        device_rates(&device).unwrap_or((f64::NAN, f64::NAN))
+        rates::device_rates(&device).unwrap_or((f64::NAN, f64::NAN))
     };
     let share = |rate: f64| read as f64 * rate / bandwidth;
     let mut out = std::io::stdout().lock();
@@ -208,49 +209,6 @@ fn median(runs: usize, mut measure: impl FnMut() -> anyhow::Result<f64>) -> anyh
     let mut values = (0..runs).map(|_| measure()).collect::<anyhow::Result<Vec<_>>>()?;
     values.sort_by(f64::total_cmp);
     Ok(values[runs / 2])
-}
-
-/// Bytes a second that a device moves within its memory, reading and writing, and operations a second of a large product in
-/// bf16, multiplications and additions counted apart: the best of four.
-fn device_rates(device: &Device) -> anyhow::Result<(f64, f64)> {
-    const ELEMENTS: usize = 256 << 20;
-    const SIDE: usize = 8192;
-    let timed = |work: &dyn Fn() -> pricket::candle::Result<Tensor>| -> anyhow::Result<f64> {
-        let mut best = f64::INFINITY;
-        for _ in 0..4 {
-            device.synchronize()?;
-            let start = Instant::now();
-            std::hint::black_box(work()?);
-            device.synchronize()?;
-            best = best.min(start.elapsed().as_secs_f64());
-        }
-        Ok(best)
-    };
-    let (long, copy) = (Tensor::zeros(ELEMENTS, DType::F32, device)?, Tensor::zeros(ELEMENTS, DType::F32, device)?);
-    let square = Tensor::zeros((SIDE, SIDE), DType::BF16, device)?;
-    // Into memory that is there: asking for some takes longer than filling it.
-    let moved = timed(&|| copy.slice_set(&long, 0, 0).map(|()| copy.clone()))?;
-    let multiplied = timed(&|| square.matmul(&square))?;
-    Ok(((8 * ELEMENTS) as f64 / moved, 2.0 * (SIDE as f64).powi(3) / multiplied))
-}
-
-/// Bytes a second that `threads` read from a buffer of the model's own size, at most 4 GiB; the best of three.
-fn read_rate(bytes: usize, threads: usize) -> f64 {
-    let words = bytes.clamp(1 << 20, 4 << 30) / 8;
-    let buffer: Vec<u64> = (0..words as u64).collect();
-    let mut best = f64::INFINITY;
-    for _ in 0..3 {
-        let start = Instant::now();
-        let sum: u64 = std::thread::scope(|scope| {
-            let parts = buffer.chunks(words.div_ceil(threads));
-            let workers: Vec<_> =
-                parts.map(|part| scope.spawn(move || part.iter().fold(0u64, |sum, x| sum.wrapping_add(*x)))).collect();
-            workers.into_iter().map(|worker| worker.join().unwrap_or(0)).fold(0, u64::wrapping_add)
-        });
-        std::hint::black_box(sum);
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    (words * 8) as f64 / best
 }
 
 /// The most memory that this process ever held, where the system tells.

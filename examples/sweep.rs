@@ -137,7 +137,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let tiny = [concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny").to_owned()];
     let names = if args.models.is_empty() { &tiny[..] } else { &args.models };
-    let models = names.iter().map(|name| pricket::checkpoints(name)).collect::<Result<Vec<_>, _>>()?;
+    let models = names.iter().map(pricket::checkpoints).collect::<Result<Vec<_>, _>>()?;
     let mut sweep = Sweep::new(models, args.steps.clone(), measures(args)?, &args.out);
     sweep.options = EvalOptions {
         shots: args.num_fewshot,

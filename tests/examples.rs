@@ -240,8 +240,9 @@ fn output_that_nobody_reads_is_no_panic() {
     let dir = tempfile::tempdir().unwrap();
     let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
     let out = dir.path().join("x.gguf");
-    let cases: [(&str, Vec<&str>); 5] = [
+    let cases: [(&str, Vec<&str>); 6] = [
         ("chat", vec!["--formats"]),
+        ("doctor", vec!["--offline"]),
         ("quantize", vec!["--overwrite", "--out", out.to_str().unwrap()]),
         ("inspect", vec![]),
         ("checkpoints", vec!["list", "tiny"]),
@@ -258,6 +259,32 @@ fn output_that_nobody_reads_is_no_panic() {
         assert!(closed.status.success() && !said.contains("panicked"), "{name}: {said}");
         let status = example(name).args(&args).current_dir(root()).stdout(full()).stderr(full()).status().unwrap();
         assert_eq!(status.code(), Some(1), "{name}: a full disk is an error");
+    }
+}
+
+#[test]
+fn the_doctor_looks_at_every_part_and_says_what_is_broken() {
+    let look = |environment: &[(&str, &str)]| {
+        let mut command = example("doctor");
+        let output = command.args(["--offline", "--json"]).envs(environment.iter().copied()).output().unwrap();
+        let lines = String::from_utf8(output.stdout).unwrap();
+        let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        (output.status.code(), lines)
+    };
+    let (code, lines) = look(&[]);
+    assert_eq!(code, Some(0), "{lines:?}");
+    let parts: Vec<&str> = lines.iter().filter_map(|line| line["part"].as_str()).collect();
+    assert_eq!(parts, ["instructions", "threads", "speed", "memory", "cuda", "metal", "cache", "token", "network"]);
+    assert!(lines.iter().all(|line| line["ok"] == true && line["what"].as_str().is_some_and(|what| !what.is_empty())));
+    for (variable, value, part) in [
+        ("PRICKET_CPU", "mmx", "instructions"),
+        ("PRICKET_KERNELS", "maybe", "instructions"),
+        ("HF_ENDPOINT", "nowhere", "cache"),
+    ] {
+        let (code, lines) = look(&[(variable, value)]);
+        let broken: Vec<&str> =
+            lines.iter().filter(|line| line["ok"] == false).filter_map(|line| line["part"].as_str()).collect();
+        assert!(code == Some(1) && broken.contains(&part), "{variable}: {broken:?}");
     }
 }
 

@@ -353,7 +353,7 @@ fn one_tensor_comes_without_its_file() {
     }
     // Nothing was left in the cache, and once the file is there it is read there.
     assert!(Cache::new(world.cache.path()).repos().unwrap().is_empty());
-    pricket::fetch(&format!("{SUITE}@step64"), &world.hub(), &Silent).unwrap();
+    pricket::fetch(format!("{SUITE}@step64"), &world.hub(), &Silent).unwrap();
     world.server.take_log();
     let tensors = pricket::Tensors::on(&world.hub(), format!("{SUITE}@step64")).unwrap();
     assert!(tensors.is_local() && tensors.read(name).is_ok());

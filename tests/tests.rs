@@ -33,6 +33,10 @@ mod seams;
 #[cfg(feature = "train")]
 mod families;
 
+/// Models of candle-transformers beside ours.
+#[cfg(feature = "candle-transformers")]
+mod candle_twins;
+
 /// Log-likelihoods, tasks, slices.
 mod scoring;
 

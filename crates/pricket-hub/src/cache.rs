@@ -110,6 +110,12 @@ impl Cache {
         &self.root
     }
 
+    /// The bytes that are free where it is, or will be. `None` where the platform cannot tell.
+    pub fn free_space(&self) -> Option<u64> {
+        let there = self.root.ancestors().find(|path| path.is_dir())?;
+        fs4::available_space(there).ok()
+    }
+
     /// All models and datasets in it, by name. A cache that is not there is empty.
     ///
     /// # Errors

@@ -57,7 +57,7 @@ pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihood
 /// How tokens are chosen: the plain data that decoders take.
 pub use pricket_nn::SamplingParams;
 pub use prompt::{PromptFormat, Role, Turn};
-pub use sampling::{Sampler, from_candle};
+pub use sampling::Sampler;
 pub use score::{TokenLogprob, check_finite, loss, text_logprobs, token_logprobs};
 pub use sentencepiece_text::Pieces;
 pub use slices::{SliceLoss, slice_losses};

@@ -1,25 +1,9 @@
 //! Draws tokens by [`SamplingParams`].
 
-use candle_transformers::generation::Sampling as CandleSampling;
 use pricket_nn::SamplingParams;
 use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-
-/// The same settings in candle's terms.
-pub fn from_candle(sampling: &CandleSampling) -> SamplingParams {
-    let at = |temperature: f64| SamplingParams { temperature: temperature as f32, ..SamplingParams::default() };
-    match *sampling {
-        CandleSampling::ArgMax => SamplingParams::greedy(),
-        // Adding Gumbel noise and taking the maximum is another way to draw from the same distribution.
-        CandleSampling::All { temperature } | CandleSampling::GumbelSoftmax { temperature } => at(temperature),
-        CandleSampling::TopK { k, temperature } => SamplingParams { top_k: k, ..at(temperature) },
-        CandleSampling::TopP { p, temperature } => SamplingParams { top_p: p as f32, ..at(temperature) },
-        CandleSampling::TopKThenTopP { k, p, temperature } => {
-            SamplingParams { top_k: k, top_p: p as f32, ..at(temperature) }
-        }
-    }
-}
 
 /// Draws tokens; the same seed gives the same tokens in every release and on every platform.
 #[derive(Clone, Debug)]
@@ -48,8 +32,6 @@ impl Sampler {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
-    use candle_transformers::generation::LogitsProcessor;
     use proptest::prelude::*;
 
     use super::*;
@@ -61,26 +43,6 @@ mod tests {
             counts[draw() as usize] += 1.0 / 4000.0;
         }
         counts
-    }
-
-    #[test]
-    fn draws_as_candles_sampler_does() {
-        let logits = [1.0f32, -2.0, 0.5, 3.0, 2.0, -1.0];
-        let tensor = Tensor::new(&logits, &Device::Cpu).unwrap();
-        for sampling in [
-            CandleSampling::All { temperature: 0.9 },
-            CandleSampling::TopK { k: 3, temperature: 1.2 },
-            CandleSampling::TopP { p: 0.8, temperature: 1.0 },
-            CandleSampling::TopKThenTopP { k: 4, p: 0.9, temperature: 0.7 },
-        ] {
-            let mut theirs = LogitsProcessor::from_sampling(7, sampling.clone());
-            let mut ours = Sampler::new(from_candle(&sampling), 7);
-            let a = histogram(6, || theirs.sample(&tensor).unwrap());
-            let b = histogram(6, || ours.sample(&mut logits.to_vec(), &[], 0));
-            for (a, b) in a.iter().zip(&b) {
-                assert!((a - b).abs() < 0.035, "{sampling:?}: {a} and {b}");
-            }
-        }
     }
 
     #[test]

@@ -9,8 +9,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use candle_core::{CpuStorage, D, DType, Device, Storage, Tensor};
 pub use pricket_kernels::{
-    Activations, AttentionRow, BlockType, Blocks, Gate, Gelu, Matrix, Pool, RowSummary, argmax, chosen as cpu_path,
-    keep_freed_memory, multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries, row_summary,
+    Activations, AttentionRow, BlockType, Blocks, Gate, Gelu, Matrix, Path as CpuPath, Pool, RowSummary, argmax,
+    chosen as cpu_path, keep_freed_memory, multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries,
+    row_summary,
 };
 use pricket_kernels::{
     AttentionOp, BackwardOnlyOp, GatedOp, GeluOp, LayerNormOp, LinearOp, LoraOp, MixOp, RmsNormOp, RotaryOp,

@@ -56,6 +56,22 @@ impl Default for SamplingParams {
     }
 }
 
+#[cfg(feature = "candle-transformers")]
+impl From<&candle_transformers::generation::Sampling> for SamplingParams {
+    fn from(sampling: &candle_transformers::generation::Sampling) -> Self {
+        use candle_transformers::generation::Sampling;
+        let at = |temperature: f64| Self { temperature: temperature as f32, ..Self::default() };
+        match *sampling {
+            Sampling::ArgMax => Self::greedy(),
+            // Adding Gumbel noise and taking the maximum is another way to draw from the same distribution.
+            Sampling::All { temperature } | Sampling::GumbelSoftmax { temperature } => at(temperature),
+            Sampling::TopK { k, temperature } => Self { top_k: k, ..at(temperature) },
+            Sampling::TopP { p, temperature } => Self { top_p: p as f32, ..at(temperature) },
+            Sampling::TopKThenTopP { k, p, temperature } => Self { top_k: k, top_p: p as f32, ..at(temperature) },
+        }
+    }
+}
+
 impl SamplingParams {
     /// Always the most likely token: the default.
     pub fn greedy() -> Self {

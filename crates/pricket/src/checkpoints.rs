@@ -190,7 +190,7 @@ impl Checkpoints {
             Home::Local(path) => Source::new(path),
             Home::Hub(repo, _, file) => {
                 let source = Source::new(repo.as_str());
-                file.iter().fold(source, |source, file| source.file(file))
+                file.iter().fold(source, Source::file)
             }
         };
         source.revision(&checkpoint.revision)

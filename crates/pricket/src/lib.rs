@@ -81,7 +81,7 @@ pub use family::add_family;
 pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
 pub use inspect::{Inspection, TensorInfo, TypeSummary, inspect};
 pub use load::{Loader, Precision, load, tiny};
-pub use memory::{Estimate, estimate};
+pub use memory::{Estimate, available_memory, estimate};
 pub use pool::default_threads;
 pub use prompts::{prompt_format, prompt_formats};
 pub use provenance::{Provenance, SourceFile};

@@ -53,9 +53,9 @@ pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate
     Ok(Estimate::new(model.info().clone(), context))
 }
 
-/// Bytes that can be had without swapping: of the machine, or of the container if that is less. `None` where the
-/// platform cannot tell.
-fn available() -> Option<u64> {
+/// The bytes of memory that can be had without swapping: of the machine, or of the container if that is less. `None` where
+/// the platform cannot tell.
+pub fn available_memory() -> Option<u64> {
     let mut system = sysinfo::System::new().ok()?;
     system.refresh_memory();
     let machine = system.available_memory();
@@ -67,7 +67,7 @@ fn available() -> Option<u64> {
 /// Refuses politely what the system would kill.
 pub(crate) fn check(what: &str, estimate: &Estimate) -> Result<()> {
     let needed = estimate.total();
-    match available() {
+    match available_memory() {
         Some(available) if needed > available => Err(Error::OutOfMemory { what: what.into(), needed, available }),
         _ => Ok(()),
     }
