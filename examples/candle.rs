@@ -46,9 +46,10 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    let directory = match args.model.is_dir() {
-        true => args.model.clone(),
-        false => fetch(&args.model, &Hub::from_env()?, &Silent)?.directory,
+    let directory = if args.model.is_dir() {
+        args.model.clone()
+    } else {
+        fetch(&args.model, &Hub::from_env()?, &Silent)?.directory
     };
     let read = |name: &str| {
         let path = directory.join(name);
