@@ -36,7 +36,7 @@ struct Args {
     /// Sampling temperature; 0 takes the likeliest token
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// Where the random numbers begin
+    /// Random seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }

@@ -376,6 +376,8 @@ fn what_makes_no_sense_is_refused_by_name() {
     let cases: &[(&str, &[&str], &str)] = &[
         ("score", &["--text", "empty.txt"], "--text: expected at least one token"),
         ("score", &["--prompt", ""], "a text without a token"),
+        ("bench", &["--shape", "14m", "--file", "x.gguf"], "revision or file: the model has none to choose from"),
+        ("bench", &["--shape", "14m", "--revision", "step1"], "revision or file: the model has none to choose from"),
         ("score", &["--tasks", "piqa,piqa", "--data", data], "two tasks of the name piqa"),
         ("score", &["--tasks", "piqa", "--data", data, "--num-fewshot", "2,2"], "a number twice"),
         ("score", &["--tasks", "zero.yaml", "--num-fewshot", "0,2"], "zero is asked without examples"),

@@ -77,7 +77,8 @@ proptest! {
     #[test]
     fn an_adapter_is_the_same_read_back_and_merged(config in any_config(), rslora: bool, dora: bool, save: bool) {
         let pricket = small(&config, 12);
-        let mut lora_config = LoraConfig { rank: 2, rslora, dora, ..LoraConfig::default() };
+        // An adapter that outweighs the model would multiply the rounding of both ways by its own size.
+        let mut lora_config = LoraConfig { rank: 2, alpha: 2.0, rslora, dora, ..LoraConfig::default() };
         if save {
             // A norm, whose name each family has its own for.
             let mut norm = String::new();
@@ -98,8 +99,7 @@ proptest! {
         prop_assert_eq!(worst(&adapted, &logits(&*pricket.with_adapter(&lora).unwrap().model())), 0.0);
         let merged = lora.merge(&pricket.base().unwrap()).unwrap();
         let off = worst(&adapted, &logits(&*merged));
-        // Random adapters are larger than the weights, and rounding grows with them; a wrong merge is wrong by the effect.
-        prop_assert!(off < 2e-5 + 1e-3 * effect, "{off} of {effect}");
+        prop_assert!(off < 2e-5, "{off} of {effect}");
     }
 }
 

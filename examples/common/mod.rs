@@ -53,17 +53,10 @@ pub(crate) struct ModelArgs {
 impl ModelArgs {
     /// The model, or an embedded one where none is named.
     pub(crate) fn source(&self, embedded: &str) -> pricket::Result<Loader> {
-        let mut loader = match &self.model {
+        Ok(match &self.model {
             Some(model) => Loader::new(model),
             None => Loader::embedded(embedded)?,
-        };
-        if let Some(revision) = &self.revision {
-            loader = loader.revision(revision);
-        }
-        if let Some(name) = &self.file {
-            loader = loader.file(name);
-        }
-        Ok(loader)
+        })
     }
 
     /// The same without adapters: they are in the weights already.
@@ -99,6 +92,12 @@ impl ModelArgs {
         let mut loader = self.compute.configure(loader)?.progress(Arc::new(Bar::default()));
         if let Some(tokenizer) = &self.tokenizer {
             loader = loader.tokenizer(tokenizer);
+        }
+        if let Some(revision) = &self.revision {
+            loader = loader.revision(revision);
+        }
+        if let Some(name) = &self.file {
+            loader = loader.file(name);
         }
         if let Some(name) = &self.activation {
             loader = loader.activation(name);

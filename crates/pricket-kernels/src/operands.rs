@@ -137,7 +137,7 @@ impl Left<'_> {
             let lines = PANEL.min(depth - j);
             let line = &self.at[j * self.column + from * self.row..];
             assert!(line.len() >= (lines - 1) * self.column + rows && self.row == 1, "the left factor is [rows, k]");
-            assert!(j + PANEL <= apart, "a row has no room for whole panels");
+            assert!(j + PANEL <= apart, "the rows of the copy are too short");
             let w = Rows::new(line.as_ptr().cast(), Kind::F32, self.column);
             // SAFETY: both were just measured.
             unsafe { rows::pack(path(), Kind::F32, w, lines, rows, copy[j..].as_mut_ptr(), apart) };

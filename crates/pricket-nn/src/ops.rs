@@ -20,8 +20,8 @@ use pricket_kernels::{
 
 use crate::{Activation, Error, Result};
 
-/// Whether operations run as kernels of ours where there is one, rather than as their plain twins of candle's operations: yes,
-/// unless the environment variable `PRICKET_KERNELS` is `off`. It is read once.
+/// Returns whether pricket's own kernels are used. If the environment variable `PRICKET_KERNELS` is `off`, candle's operations
+/// compute instead. The variable is read once.
 ///
 /// # Errors
 /// A sentence, if the variable is neither `on` nor `off`.
@@ -35,12 +35,12 @@ pub fn kernels_are_on() -> std::result::Result<bool, String> {
     ON.get_or_init(read).clone()
 }
 
-/// Whether there are kernels of ours for a device: for the CPU.
+/// Returns whether pricket's own kernels compute on a device: on the CPU, unless they are off.
 pub(crate) fn has_kernels(device: &Device) -> bool {
     device.is_cpu() && kernels_are_on().unwrap_or(true)
 }
 
-/// Whether an operation on `x` can be a kernel of ours: they compute in f32.
+/// Returns whether pricket's own kernels can compute with `x`, which they do in f32 only.
 fn on_our_kernels(x: &Tensor) -> bool {
     x.dtype() == DType::F32 && has_kernels(x.device())
 }
@@ -96,10 +96,11 @@ pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     Ok(x.detach().to_dtype(weight.dtype())?.matmul(&weight)?.to_dtype(x.dtype())?)
 }
 
-/// A weight as the plain twins multiply it: in its own type or that of the activations, whichever loses nothing.
+/// Returns the weight that the plain twins multiply. On the CPU weights stay as stored beside f32 activations, so a 16-bit weight is
+/// widened rather than the activations rounded. On a GPU loading has cast weights to the type that is computed in.
 fn widened_weight(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     match weight {
-        Matrix::Dense(weight) if weight.dtype() == DType::F32 => Ok(weight.clone()),
+        Matrix::Dense(weight) if weight.dtype() == DType::F32 || !x.device().is_cpu() => Ok(weight.clone()),
         Matrix::Dense(weight) => Ok(weight.to_dtype(x.dtype())?),
         Matrix::Blocks(_) | Matrix::Packed(_) => Ok(weight.to_dense(x.dtype(), x.device())?),
     }

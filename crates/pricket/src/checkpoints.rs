@@ -184,7 +184,7 @@ impl Checkpoints {
         Ok(self.steps.iter().filter(is_chosen).collect())
     }
 
-    /// What [`crate::load`] loads a checkpoint of this model from.
+    /// Returns the name by which [`crate::load`] loads a checkpoint of this model.
     pub fn source(&self, checkpoint: &Checkpoint) -> Source {
         let source = match &self.home {
             Home::Local(path) => Source::new(path),

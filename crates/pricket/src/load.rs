@@ -495,7 +495,7 @@ impl Loader {
             (Origin::Named(source), _) => source.clone(),
             (Origin::Embedded(model), true) => Source::new(model.directory()),
             (Origin::Store { .. }, true) => {
-                let what = format!("{} is given as a store, which has no revisions or files", self.origin.name());
+                let what = format!("revision or file: {} has none to choose from", self.origin.name());
                 return Err(Error::Input(what));
             }
             (origin, false) => return Ok(origin.clone()),
