@@ -251,9 +251,8 @@ fn added_by_a_step(layers: usize, checkpointing: bool) -> f64 {
     number.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr))).parse().unwrap()
 }
 
-/// With checkpointing, a step at sequence 1,024 adds at most 1.3 times the activations of one block, the inputs of the blocks, the
-/// gradients of the adapters, and what candle holds of the largest gradient in flight. What a block's activations are is measured: what
-/// each block more adds without checkpointing.
+/// With checkpointing, a step at sequence 1,024 adds at most 1.3 times the activations of one block, the inputs of the blocks and the
+/// gradients of the adapters. The activations of a block are measured: what each further block adds without checkpointing.
 #[cfg(all(target_os = "linux", feature = "train"))]
 #[test]
 fn checkpointing_keeps_the_inputs_of_blocks_only() {
@@ -266,6 +265,11 @@ fn checkpointing_keeps_the_inputs_of_blocks_only() {
     let inputs = ((layers + 1) * d * t * 4) as f64;
     // Behind the activation function of the MLP: its gradient before and after, zeros, and their sum.
     let in_flight = (4 * 4 * d * t * 4) as f64;
+    eprintln!(
+        "MEM found {found} block {block} ratio {} unit {} inputs {inputs} adapters {adapters}",
+        (found - inputs - adapters) / block,
+        d * t * 4
+    );
     let allowed = 1.3 * block + inputs + adapters + in_flight;
     assert!(found <= allowed, "added {found}, allowed {allowed}: block {block}, inputs {inputs}, adapters {adapters}");
     // One block more adds its input and its adapters, and nothing else.
@@ -293,6 +297,8 @@ fn child_trains() {
     let options = TrainOptions { batch: 1, checkpointing: way, ..TrainOptions::new(2, 1e-4) };
     let sample = Sample::new((0..t as u32).map(|i| i * 7 % 64).collect()).unwrap();
     let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, vec![sample], options).unwrap();
+    // The first step also allocates the optimizer's state and loads code.
+    trainer.advance().unwrap();
     let before = rss();
     // Forgets the peak so far.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();

@@ -186,6 +186,25 @@ impl GeluOp {
         // SAFETY: paths are those that the processor has.
         unsafe { dispatch(path, self, x) };
     }
+
+    /// The function of every element, over the installed threads.
+    pub(crate) fn of(self, x: &[f32]) -> Vec<f32> {
+        let mut y = zeros(x.len());
+        parallel_chunks(&mut y, TASK, |i, y| {
+            y.copy_from_slice(&x[i * TASK..][..y.len()]);
+            self.apply(path(), y);
+        });
+        y
+    }
+
+    /// Multiplies a gradient by the derivative at `x`, of the function without the rounding, over the installed threads.
+    pub(crate) fn back(self, x: &[f32], grad: &mut [f32]) {
+        assert_eq!(x.len(), grad.len(), "a gradient of another size");
+        parallel_chunks(grad, TASK, |i, grad| {
+            // SAFETY: paths are those that the processor has.
+            unsafe { dispatch_back(path(), self.form, &x[i * TASK..][..grad.len()], grad) };
+        });
+    }
 }
 
 impl CustomOp1 for GeluOp {
@@ -194,27 +213,19 @@ impl CustomOp1 for GeluOp {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice("gelu", x, layout)?;
-        let mut y = zeros(x.len());
-        parallel_chunks(&mut y, TASK, |i, y| {
-            y.copy_from_slice(&x[i * TASK..][..y.len()]);
-            self.apply(path(), y);
-        });
-        Ok((CpuStorage::F32(y), layout.dims().into()))
+        Ok((CpuStorage::F32(self.of(f32_slice("gelu", x, layout)?)), layout.dims().into()))
     }
 
     /// Of the function itself, without the rounding.
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let op = GeluBackwardOp { form: self.form };
+        let op = GeluBackwardOp(*self);
         Ok(Some(x.detach().contiguous()?.apply_op2_no_bwd(&grad.detach().contiguous()?, &op)?))
     }
 }
 
 /// A gradient times the derivative of a [`Gelu`].
 #[derive(Debug)]
-struct GeluBackwardOp {
-    form: Gelu,
-}
+struct GeluBackwardOp(GeluOp);
 
 impl CustomOp2 for GeluBackwardOp {
     fn name(&self) -> &'static str {
@@ -233,10 +244,7 @@ impl CustomOp2 for GeluBackwardOp {
             bail!("gelu: a gradient of {:?} for {:?}", grad_at.dims(), x_at.dims());
         }
         let mut out = grad.to_vec();
-        parallel_chunks(&mut out, TASK, |i, out| {
-            // SAFETY: paths are those that the processor has.
-            unsafe { dispatch_back(path(), self.form, &x[i * TASK..][..out.len()], out) };
-        });
+        self.0.back(x, &mut out);
         Ok((CpuStorage::F32(out), x_at.dims().into()))
     }
 }

@@ -3,17 +3,20 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::dense::blocked;
+use crate::gelu::GeluOp;
 use crate::linear::{LinearOp, outer_product, with_slices};
 use crate::operands::{Begin, Left, Right, Stored};
 use crate::pool::zeros;
 use crate::shared::f32_slice;
 
 /// `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` over f32 activations, with `A` of `[rank, inputs]` and `B` of `[outputs, rank]` in f32, and the
-/// gradients of `x`, `A` and `B`.
+/// gradients of `x`, `A` and `B`. Of a GELU `f` of the input, `f(x)` stands for `x`: it is computed for each pass and not kept in between.
 #[derive(Debug)]
 pub struct LoraOp {
     /// The frozen layer.
     pub base: LinearOp,
+    /// `f`.
+    pub of: Option<GeluOp>,
     /// `s`.
     pub scale: f32,
     /// Whether the result is wanted. A caller who only goes back through the operation gets zeros, and saves the products.
@@ -69,11 +72,21 @@ impl CustomOp3 for LoraOp {
         if !self.has_value {
             let mut shape = x_at.dims().to_vec();
             shape[x_at.dims().len() - 1] = of.outputs;
-            return Ok((CpuStorage::F32(zeros(of.rows * of.outputs)), shape.into()));
+            // Pages that are never written take no memory.
+            return Ok((CpuStorage::F32(vec![0.0; of.rows * of.outputs]), shape.into()));
         }
+        let (a, b) = (f32_slice("lora a", a, a_at)?, f32_slice("lora b", b, b_at)?);
+        let input = match self.of {
+            Some(gelu) => Some(CpuStorage::F32(gelu.of(f32_slice("lora", x, x_at)?))),
+            None => None,
+        };
+        let (x, x_at) = match &input {
+            Some(input) => (input, &Layout::contiguous(x_at.shape())),
+            None => (x, x_at),
+        };
         let (base, shape) = self.base.cpu_fwd(x, x_at)?;
         let CpuStorage::F32(mut y) = base else { bail!("lora: the product is not f32") };
-        let (x, a, b) = (f32_slice("lora", x, x_at)?, f32_slice("lora a", a, a_at)?, f32_slice("lora b", b, b_at)?);
+        let x = f32_slice("lora", x, x_at)?;
         let low = self.low(x, a, &of);
         let left = Left { at: &low, row: of.rank, column: 1 };
         blocked(left, of.rows, Right::Rows(Stored::F32(b)), (of.rank, of.outputs), Begin::Output, None, &mut y);
@@ -100,6 +113,11 @@ impl CustomOp3 for LoraOp {
                 *back *= self.scale;
             }
 
+            let input = self.of.map(|gelu| gelu.of(x_at));
+            let own = input.as_deref().unwrap_or(x_at);
+            let of_a = outer_product((&back, rank), (own, of.inputs), rows)?;
+            let of_b = outer_product((g, of.outputs), (&self.low(own, a_at, &of), rank), rows)?;
+            drop(input);
             let of_x = x.track_op().then(|| -> Result<Tensor> {
                 let transposed = LinearOp { transposed: true, bias: None, then: None, ..self.base.clone() };
                 let (storage, layout) = grad.storage_and_layout();
@@ -110,10 +128,11 @@ impl CustomOp3 for LoraOp {
                 let left = Left { at: &back, row: rank, column: 1 };
                 let right = Right::Columns(Stored::F32(a_at));
                 blocked(left, rows, right, (rank, of.inputs), Begin::Output, None, &mut of_x);
+                if let Some(gelu) = self.of {
+                    gelu.back(x_at, &mut of_x);
+                }
                 Tensor::from_vec(of_x, x.shape(), x.device())
             });
-            let of_a = outer_product((&back, rank), (x_at, of.inputs), rows)?;
-            let of_b = outer_product((g, of.outputs), (&self.low(x_at, a_at, &of), rank), rows)?;
             Ok((of_x.transpose()?, Some(of_a), Some(of_b)))
         })
     }
@@ -137,7 +156,7 @@ impl CustomOp1 for BackwardOnlyOp {
         };
         *last = outputs;
         let count = shape.iter().product();
-        Ok((CpuStorage::F32(zeros(count)), shape.into()))
+        Ok((CpuStorage::F32(vec![0.0; count]), shape.into()))
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -150,12 +169,12 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
-    use crate::{Activations, Matrix};
+    use crate::{Activations, Gelu, Matrix};
 
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig::with_cases(32))]
         #[test]
-        fn equals_its_plain_twin(rows in 1usize..70, k in 1usize..90, n in 1usize..90, rank in 1usize..20, bias: bool) {
+        fn equals_its_plain_twin(rows in 1usize..70, k in 1usize..90, n in 1usize..90, rank in 1usize..20, bias: bool, gelu: bool) {
             let random = |shape: (usize, usize)| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
             let (w, g) = (random((n, k)), random((rows, n)));
             let bias = bias.then(|| random((1, n)).squeeze(0).unwrap());
@@ -163,10 +182,12 @@ mod tests {
             let base = LinearOp {
                 weight: Matrix::Dense(w.clone()), bias: bias.clone(), activations: Activations::F32, transposed: false, then: None,
             };
-            let op = |has_value| LoraOp { base: base.clone(), scale: 0.5, has_value };
+            let of = gelu.then_some(GeluOp { form: Gelu::Tanh, as_ggml: false });
+            let op = |has_value| LoraOp { base: base.clone(), of, scale: 0.5, has_value };
             let found = x.apply_op3(&a, &b, op(true)).unwrap();
-            let low = x.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
-            let plain = (x.matmul(&w.t().unwrap()).unwrap() + (low * 0.5).unwrap()).unwrap();
+            let input = if gelu { x.gelu().unwrap() } else { x.as_tensor().clone() };
+            let low = input.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
+            let plain = (input.matmul(&w.t().unwrap()).unwrap() + (low * 0.5).unwrap()).unwrap();
             let plain = bias.map_or(plain.clone(), |bias| plain.broadcast_add(&bias).unwrap());
             let worst = |a: &Tensor, b: &Tensor| {
                 (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
@@ -196,7 +217,7 @@ mod tests {
             transposed: false,
             then: None,
         };
-        let op = LoraOp { base, scale: 1.0, has_value: true };
+        let op = LoraOp { base, of: None, scale: 1.0, has_value: true };
         assert!(zeros((2, 4)).apply_op3_no_bwd(&zeros((2, 5)), &zeros((3, 2)), &op).is_err());
         assert!(zeros((2, 4)).apply_op3_no_bwd(&zeros((2, 4)), &zeros((3, 1)), &op).is_err());
         assert!(zeros((2, 4)).apply_op3_no_bwd(&zeros((2, 4)), &zeros((3, 2)), &op).is_ok());

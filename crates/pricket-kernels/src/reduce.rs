@@ -1,6 +1,6 @@
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::by_path;
 use crate::detect::path;
@@ -192,6 +192,11 @@ impl CustomOp2 for SumOp {
         let (a, b) = (f32_slice("sum", a, a_at)?, f32_slice("sum", b, b_at)?);
         Ok((CpuStorage::F32(sum(&[a, b])), a_at.dims().into()))
     }
+
+    fn bwd(&self, a: &Tensor, b: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let of = |x: &Tensor| x.track_op().then(|| grad.clone());
+        Ok((of(a), of(b)))
+    }
 }
 
 impl CustomOp3 for SumOp {
@@ -213,6 +218,18 @@ impl CustomOp3 for SumOp {
         }
         let (a, b, c) = (f32_slice("sum", a, a_at)?, f32_slice("sum", b, b_at)?, f32_slice("sum", c, c_at)?);
         Ok((CpuStorage::F32(sum(&[a, b, c])), a_at.dims().into()))
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let of = |x: &Tensor| x.track_op().then(|| grad.clone());
+        Ok((of(a), of(b), of(c)))
     }
 }
 

@@ -3,6 +3,7 @@
 use candle_core::{D, Tensor};
 
 use crate::ops::{self, AttentionRow, NewKeys, Scores};
+use crate::rotary::Rotary;
 use crate::{Context, Norm, Result, Site};
 
 /// What a piece of the queries attends to.
@@ -34,14 +35,7 @@ impl Context {
         }
         let is_tracked = [q, k, v].into_iter().any(Tensor::track_op);
         if is_tracked && kept.is_empty() && !wants_pattern && ops::self_attention_is_fused(q, k, v) {
-            let spans = pass.places().filter(|(span, _)| span.len > 0);
-            return ops::self_attention(
-                q,
-                k,
-                v,
-                spans.map(|(span, (row, from))| (row, from, span.len)).collect(),
-                scores,
-            );
+            return ops::self_attention(q, k, v, pass.own_spans(), scores);
         }
         if !ops::attention_is_fused(q, k, v) || wants_pattern {
             return self.attend_plainly([q, k, v], &kept, scores);
@@ -65,6 +59,28 @@ impl Context {
             },
         });
         ops::attention(q, rows.filter(|row| row.queries > 0).collect(), scores)
+    }
+
+    /// [`Context::attend`] of rows to themselves, where gradients are collected: `qkv` of `[b, t, heads + 2 kv_heads, head_dim]` has the
+    /// queries, keys and values of each position, and queries and keys are still to be rotated. `None` where nothing computes all of that at
+    /// once, or where a tap sees what is in between.
+    ///
+    /// # Errors
+    /// If the shapes do not fit each other.
+    pub(crate) fn attend_fused(
+        &mut self,
+        qkv: &Tensor,
+        heads: (usize, usize),
+        rotary: Option<&Rotary>,
+        scores: Scores<'_>,
+    ) -> Result<Option<Tensor>> {
+        let is_seen = [Site::Query, Site::Key, Site::Value, Site::Pattern].into_iter().any(|site| self.wants(site));
+        if !qkv.track_op() || self.state().is_some() || is_seen {
+            return Ok(None);
+        }
+        let angles = rotary.map(|rotary| self.angles(rotary, qkv.dtype(), qkv.device())).transpose()?;
+        let spans = self.pass_mut()?.own_spans();
+        ops::fused_self_attention(qkv, heads, angles, spans, scores)
     }
 
     /// [`Context::attend`] by plain operations, with the taps that see the pattern: in one piece where all rows are alike and

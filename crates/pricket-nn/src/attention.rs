@@ -48,7 +48,53 @@ impl Attention {
     /// # Errors
     /// What an operation or a tap says.
     pub fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
-        let [mut q, mut k, v] = self.project(&norm.forward(x)?)?;
+        let later = || {
+            let (attention, norm) = (self.clone(), norm.clone());
+            move |x: &Tensor, ctx: &mut Context| attention.forward(&norm, x, ctx)
+        };
+        if let Some(zeros) = ctx.defer(ctx.needs().attention, x, later)? {
+            return Ok(zeros);
+        }
+        let x = norm.forward(x)?;
+        let slopes = self.alibi.as_ref().map_or(&[][..], |alibi| &alibi.slopes);
+        let scores = Scores { scale: self.scale, slopes };
+        let (heads, kv) = (self.heads, self.kv_heads);
+        let mixed = match &self.qkv {
+            Qkv::Fused(qkv) => {
+                let qkv = self.project(qkv, &x, heads + 2 * kv)?;
+                let at_once = match self.qk_norm {
+                    None => ctx.attend_fused(&qkv, (heads, kv), self.rotary.as_ref(), scores)?,
+                    Some(_) => None,
+                };
+                match at_once {
+                    Some(mixed) => mixed,
+                    None => {
+                        let part = |from, heads| qkv.narrow(2, from, heads);
+                        self.attend([part(0, heads)?, part(heads, kv)?, part(heads + kv, kv)?], scores, ctx)?
+                    }
+                }
+            }
+            Qkv::Split(split) => {
+                let [q, k, v] = &**split;
+                let qkv = [self.project(q, &x, heads)?, self.project(k, &x, kv)?, self.project(v, &x, kv)?];
+                self.attend(qkv, scores, ctx)?
+            }
+        };
+        let out = self.out.forward_or_zeros(&mixed, ctx.needs().attention)?;
+        ctx.tap(Site::AttentionOut, out)
+    }
+
+    /// Queries, keys or values, `[b, t, heads, head_dim]`.
+    fn project(&self, linear: &Linear, x: &Tensor, heads: usize) -> Result<Tensor> {
+        let (b, t, _) = x.dims3()?;
+        let y = linear.forward(x)?;
+        let y = self.clip.map_or_else(|| Ok(y.clone()), |clip| y.clamp(-clip, clip))?;
+        Ok(y.reshape((b, t, heads, self.head_dim))?)
+    }
+
+    /// Attention of queries to keys and values, `[b, t, heads, head_dim]` each: norms, rotates and mixes. Returns
+    /// `[b, t, heads · head_dim]`.
+    fn attend(&self, [mut q, mut k, v]: [Tensor; 3], scores: Scores<'_>, ctx: &mut Context) -> Result<Tensor> {
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             let normed = |x: &Tensor, norm: &Norm| -> Result<Tensor> {
                 Ok(norm.forward(&x.flatten_from(2)?)?.reshape(x.shape())?)
@@ -58,7 +104,7 @@ impl Attention {
         let v = v.transpose(1, 2)?;
         let (q, k) = match &self.rotary {
             Some(rotary) => {
-                let (cos, sin) = ctx.angles(rotary, x.dtype(), x.device())?;
+                let (cos, sin) = ctx.angles(rotary, q.dtype(), q.device())?;
                 (ops::rotary(&q, &cos, &sin)?, ops::rotary(&k, &cos, &sin)?)
             }
             None => (q.transpose(1, 2)?.contiguous()?, k.transpose(1, 2)?.contiguous()?),
@@ -66,31 +112,7 @@ impl Attention {
         let q = ctx.tap(Site::Query, q)?;
         let k = ctx.tap(Site::Key, k)?;
         let v = ctx.tap(Site::Value, v)?;
-        let slopes = self.alibi.as_ref().map_or(&[][..], |alibi| &alibi.slopes);
-        let mixed = ctx.attend(&q, &k, &v, Scores { scale: self.scale, slopes })?;
-        let out = self.out.forward_or_zeros(&mixed, ctx.needs().attention)?;
-        ctx.tap(Site::AttentionOut, out)
-    }
-
-    /// Queries, keys and values, `[b, t, heads, head_dim]` each.
-    fn project(&self, x: &Tensor) -> Result<[Tensor; 3]> {
-        let (b, t, _) = x.dims3()?;
-        let (heads, kv, dim) = (self.heads, self.kv_heads, self.head_dim);
-        let product = |linear: &Linear, heads: usize| -> Result<Tensor> {
-            let y = linear.forward(x)?;
-            let y = self.clip.map_or_else(|| Ok(y.clone()), |clip| y.clamp(-clip, clip))?;
-            Ok(y.reshape((b, t, heads, dim))?)
-        };
-        Ok(match &self.qkv {
-            Qkv::Fused(qkv) => {
-                let qkv = product(qkv, heads + 2 * kv)?;
-                [qkv.narrow(2, 0, heads)?, qkv.narrow(2, heads, kv)?, qkv.narrow(2, heads + kv, kv)?]
-            }
-            Qkv::Split(split) => {
-                let [q, k, v] = &**split;
-                [product(q, heads)?, product(k, kv)?, product(v, kv)?]
-            }
-        })
+        ctx.attend(&q, &k, &v, scores)
     }
 
     /// Its layers.

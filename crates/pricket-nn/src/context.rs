@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 
+use crate::deferred::Deferred;
 use crate::pass::Pass;
 use crate::rotary::Rotary;
 use crate::{Error, Recording, Result, Site, Span, State, Taps};
@@ -42,7 +44,7 @@ pub struct Context {
     activations: Option<DType>,
     beyond: bool,
     /// See [`Context::for_gradients`].
-    gradients_only: bool,
+    gradients_only: Option<Deferred>,
     /// Whether the block in hand needs the values of what attention and its MLP add to the residual stream.
     needs: Needs,
     /// Rows and lengths of the next pass.
@@ -207,17 +209,37 @@ impl Context {
         Ok(replay)
     }
 
-    /// Computes blocks for their gradients only: the block's result may be wrong, because products that nothing else depends on are
-    /// left out and read as zeros. Gradients keep their bits.
+    /// Computes blocks for their gradients only. The result of a block may be wrong: attention and MLP read as zeros where nothing else
+    /// in the block depends on them, and are computed in [`Context::backward`], one after the other, so that what both hold is
+    /// not held at once. Gradients keep their bits.
     #[must_use]
     pub fn for_gradients(mut self) -> Self {
-        self.gradients_only = true;
+        self.gradients_only = Some(Deferred::default());
         self
+    }
+
+    /// The gradients of all variables that the result `y` of a block depends on, where that of `y` is `grad`.
+    ///
+    /// # Errors
+    /// What an operation says.
+    pub fn backward(&mut self, y: &Tensor, grad: Tensor) -> Result<GradStore> {
+        self.gradients_only.clone().unwrap_or_default().backward(y, grad)
+    }
+
+    /// Returns zeros in the place of `part(x)` if the block in hand is computed for its gradients only and its value `is_needed` by
+    /// nothing: [`Context::backward`] computes it. `part` returns a tensor of the shape of `x`.
+    pub(crate) fn defer<F>(&mut self, is_needed: bool, x: &Tensor, part: impl FnOnce() -> F) -> Result<Option<Tensor>>
+    where
+        F: Fn(&Tensor, &mut Context) -> Result<Tensor> + Send + Sync + 'static,
+    {
+        let Some(deferred) = self.gradients_only.as_ref().filter(|_| !is_needed) else { return Ok(None) };
+        let needs = Needs { attention: false, mlp: false };
+        Ok(Some(deferred.defer(x, Context { needs, ..self.replay()? }, part())?))
     }
 
     /// Sets what the block that is entered has to compute; everything unless [`Context::for_gradients`] was called.
     pub(crate) fn set_needs(&mut self, needs: Needs) {
-        self.needs = if self.gradients_only { needs } else { Needs::default() };
+        self.needs = if self.gradients_only.is_some() { needs } else { Needs::default() };
     }
 
     /// The values that the block in hand has to compute.

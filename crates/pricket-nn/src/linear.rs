@@ -349,15 +349,10 @@ impl Linear {
         match &self.adapters[..] {
             [] if has_value => return ops::linear(x, &self.weight, self.bias.as_ref(), self.precision),
             [] => return ops::linear_backward_only(x, &self.weight, self.bias.as_ref()),
-            [Adapter { a, b, scale, magnitude: None, dropout }]
-                if dropout.as_ref().is_none_or(|dropout| !dropout.is_active()) =>
-            {
-                let base = (&self.weight, self.bias.as_ref());
-                if let Some(y) = ops::lora(x, base, (a, b, *scale), self.precision, has_value)? {
-                    return Ok(y);
-                }
-            }
             _ => {}
+        }
+        if let Some(y) = self.low_rank(x, None, has_value)? {
+            return Ok(y);
         }
         let base = ops::linear(x, &self.weight, None, self.precision)?;
         let mut y = base.clone();
@@ -367,6 +362,27 @@ impl Linear {
         match &self.bias {
             Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?),
             None => Ok(y),
+        }
+    }
+
+    /// [`Linear::forward_or_zeros`] of `activation(x)`, which is not kept for the backward pass where there is an operation for it.
+    pub(crate) fn forward_of(&self, x: &Tensor, activation: Activation, has_value: bool) -> Result<Tensor> {
+        match self.low_rank(x, Some(activation), has_value)? {
+            Some(y) => Ok(y),
+            None => self.forward_or_zeros(&ops::activate(x, activation)?, has_value),
+        }
+    }
+
+    /// The layer with its adapter in one operation, if there is one for it.
+    fn low_rank(&self, x: &Tensor, of: Option<Activation>, has_value: bool) -> Result<Option<Tensor>> {
+        match &self.adapters[..] {
+            [Adapter { a, b, scale, magnitude: None, dropout }]
+                if dropout.as_ref().is_none_or(|dropout| !dropout.is_active()) =>
+            {
+                let base = (&self.weight, self.bias.as_ref());
+                ops::lora(x, base, (a, b, *scale), of, self.precision, has_value)
+            }
+            _ => Ok(None),
         }
     }
 

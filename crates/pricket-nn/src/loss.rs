@@ -1,8 +1,9 @@
 //! Cross-entropy with the head fused: logits are made a block of positions at a time. Beside a frozen head the gradient is computed
 //! along with the loss, so that they are made once; beside a trained one they are made once more in the backward pass.
 
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, MetalStorage, Shape, Storage, Tensor};
+use candle_core::Tensor;
 
+use crate::known::known;
 use crate::ops::{self, Matrix};
 use crate::{Error, Linear, Result};
 
@@ -35,13 +36,18 @@ pub(crate) fn cross_entropy(hidden: &Tensor, head: &Linear, logit_scale: f64, ta
         && let Matrix::Dense(weight) = &head.weight
     {
         let nll = loss.frozen().of(&hidden.detach())?;
-        return Ok(hidden.apply_op2(weight, WithNll { nll, of_hidden: None, loss })?);
+        return known(hidden, weight, Some(nll), move |hidden, grad| {
+            let (of_hidden, of_weight) = loss.backward(hidden, grad)?;
+            Ok((Some(of_hidden), of_weight))
+        });
     }
     if !hidden.track_op() {
         return loss.of(hidden);
     }
     let (nll, of_hidden) = loss.with_gradient(&hidden.detach())?;
-    Ok(hidden.apply_op1(WithNll { nll, of_hidden: Some(of_hidden), loss })?)
+    known(hidden, &hidden.detach(), Some(nll), move |_, grad| {
+        Ok((Some(of_hidden.broadcast_mul(&grad.unsqueeze(1)?.to_dtype(of_hidden.dtype())?)?), None))
+    })
 }
 
 /// What the loss is computed from, besides the hidden states.
@@ -138,123 +144,4 @@ fn nll_of(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     }
     let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
     Ok(ops::log_softmax(logits)?.gather(&targets, 1)?.squeeze(1)?.neg()?)
-}
-
-/// A loss that is known already, and how it depends on what it was computed from.
-struct WithNll {
-    nll: Tensor,
-    /// The gradient of each position's loss, where it was computed along.
-    of_hidden: Option<Tensor>,
-    loss: CrossEntropy,
-}
-
-fn in_candle(e: Error) -> candle_core::Error {
-    match e {
-        Error::Candle(e) => e,
-        e => candle_core::Error::Msg(e.to_string()),
-    }
-}
-
-impl WithNll {
-    fn shape(&self) -> Shape {
-        self.nll.shape().clone()
-    }
-
-    fn cpu(&self) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(self.nll.to_vec1()?), self.shape()))
-    }
-
-    fn cuda(&self) -> candle_core::Result<(CudaStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let (storage, layout) = self.nll.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, self.shape())),
-            _ => candle_core::bail!("the loss is not on the GPU"),
-        }
-    }
-
-    fn metal(&self) -> candle_core::Result<(MetalStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let (storage, layout) = self.nll.storage_and_layout();
-        match &*storage {
-            Storage::Metal(storage) => Ok((storage.try_clone(layout)?, self.shape())),
-            _ => candle_core::bail!("the loss is not on the GPU"),
-        }
-    }
-}
-
-impl CustomOp1 for WithNll {
-    fn name(&self) -> &'static str {
-        "cross-entropy"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
-
-    fn bwd(&self, hidden: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        match &self.of_hidden {
-            Some(of_hidden) => {
-                let grad = grad.detach().unsqueeze(1)?.to_dtype(of_hidden.dtype())?;
-                Ok(Some(of_hidden.broadcast_mul(&grad)?))
-            }
-            None => Ok(Some(self.loss.backward(hidden, grad).map_err(in_candle)?.0)),
-        }
-    }
-}
-
-impl CustomOp2 for WithNll {
-    fn name(&self) -> &'static str {
-        "cross-entropy"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
-
-    fn bwd(
-        &self,
-        hidden: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (of_hidden, of_weight) = self.loss.backward(hidden, grad).map_err(in_candle)?;
-        // candle panics where a tracked argument gets nothing; of an untracked one it forgets it.
-        Ok((Some(of_hidden), of_weight))
-    }
 }

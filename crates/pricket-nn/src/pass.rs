@@ -202,6 +202,12 @@ impl Pass {
         Ok(shifts)
     }
 
+    /// The rows without their pasts: element of the batch, first position in it, and number of positions; those that read nothing are left out.
+    pub(crate) fn own_spans(&self) -> Vec<(usize, usize, usize)> {
+        let spans = self.places().filter(|(span, _)| span.len > 0);
+        spans.map(|(span, (row, from))| (row, from, span.len)).collect()
+    }
+
     /// The last position of each span, among all positions of the pass.
     pub(crate) fn last(&self) -> Vec<u32> {
         let ends = self.spans.iter().scan(0, |end, span| {

@@ -236,17 +236,21 @@ impl Pass<'_> {
         let mut grad = found.remove(&top);
         drop((found, loss, top, x));
         for i in (0..inputs.len()).rev() {
-            let (Some(x), Some(above)) = (inputs[i].take(), grad.take()) else { break };
+            let (Some(mut x), Some(above)) = (inputs[i].take(), grad.take()) else { break };
             let has_more_below = if i == 0 { is_embedding_trained } else { inputs[i - 1].is_some() };
-            let x = if has_more_below { Var::from_tensor(&x)?.into_inner() } else { x };
-            let y = model.block(i, &x, &mut ctx.replay()?.for_gradients())?;
-            let mut found = (y * above)?.backward()?;
+            if has_more_below {
+                x = Var::from_tensor(&x)?.into_inner();
+            }
+            let mut again = ctx.replay()?.for_gradients();
+            let y = model.block(i, &x, &mut again)?;
+            let mut found = again.backward(&y, above)?;
             sum.take(self.parameters, &mut found)?;
             grad = found.remove(&x);
         }
         if let Some(above) = grad.filter(|_| is_embedding_trained) {
-            let y = model.embed(&ids, &mut self.batch.context())?;
-            sum.take(self.parameters, &mut (y * above)?.backward()?)?;
+            let mut again = self.batch.context();
+            let y = model.embed(&ids, &mut again)?;
+            sum.take(self.parameters, &mut again.backward(&y, above)?)?;
         }
         Ok(value)
     }

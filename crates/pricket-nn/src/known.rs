@@ -1,0 +1,69 @@
+//! Operations whose value is known beforehand, and which only have a backward pass.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, MetalStorage, Result, Shape, Storage, Tensor};
+
+use crate::Error;
+
+/// The gradients of two arguments.
+pub(crate) type Pair = (Option<Tensor>, Option<Tensor>);
+
+/// Returns `value`, or zeros in the shape of `a` if there is none, as a function of `a` and `b`: `back` computes their gradients from
+/// `a` and the gradient of the value. candle panics if a tracked argument gets no gradient.
+///
+/// # Errors
+/// If `value` is on another device than `a`.
+pub(crate) fn known<F>(a: &Tensor, b: &Tensor, value: Option<Tensor>, back: F) -> crate::Result<Tensor>
+where
+    F: Fn(&Tensor, &Tensor) -> crate::Result<Pair> + Send + Sync + 'static,
+{
+    Ok(a.apply_op2(b, Known { value: Mutex::new(value), back })?)
+}
+
+struct Known<F> {
+    /// Until the result has a copy of it.
+    value: Mutex<Option<Tensor>>,
+    back: F,
+}
+
+impl<F> Known<F> {
+    /// The value as storage, given the first argument's.
+    fn on<S: BackendStorage>(&self, a: &S, at: &Layout, of: impl Fn(&Storage) -> Option<&S>) -> Result<(S, Shape)>
+    where
+        S::Device: BackendDevice<Storage = S>,
+    {
+        let Some(value) = self.value.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Ok((a.device().zeros_impl(at.shape(), a.dtype())?, at.shape().clone()));
+        };
+        let (storage, layout) = value.storage_and_layout();
+        let Some(storage) = of(&storage) else { candle_core::bail!("a value that is known is on another device") };
+        Ok((storage.try_clone(layout)?, value.shape().clone()))
+    }
+}
+
+impl<F: Fn(&Tensor, &Tensor) -> crate::Result<Pair> + Send + Sync> CustomOp2 for Known<F> {
+    fn name(&self) -> &'static str {
+        "known"
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, at: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.on(a, at, |storage| if let Storage::Cpu(storage) = storage { Some(storage) } else { None })
+    }
+
+    fn cuda_fwd(&self, a: &CudaStorage, at: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.on(a, at, |storage| if let Storage::Cuda(storage) = storage { Some(storage) } else { None })
+    }
+
+    fn metal_fwd(&self, a: &MetalStorage, at: &Layout, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.on(a, at, |storage| if let Storage::Metal(storage) = storage { Some(storage) } else { None })
+    }
+
+    fn bwd(&self, a: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Pair> {
+        (self.back)(a, &grad.detach()).map_err(|e| match e {
+            Error::Candle(e) => e,
+            e => candle_core::Error::Msg(e.to_string()),
+        })
+    }
+}

@@ -1,0 +1,69 @@
+//! Sums, gates and mixtures, element by element.
+
+use candle_core::Tensor;
+use pricket_kernels::{Gate, GatedOp, MixOp, SumOp};
+
+use super::dispatch::on_our_kernels;
+use crate::Result;
+
+/// The sum of two or three tensors of one shape, from left to right.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn sum(a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> Result<Tensor> {
+    let ours = |x: &Tensor| on_our_kernels(x) && x.is_contiguous();
+    if ours(a) && ours(b) && c.is_none_or(ours) {
+        return Ok(match c {
+            Some(c) => a.apply_op3(b, c, SumOp)?,
+            None => a.apply_op2(b, SumOp)?,
+        });
+    }
+    let sum = (a + b)?;
+    Ok(match c {
+        Some(c) => (sum + c)?,
+        None => sum,
+    })
+}
+
+/// `f(gate) · x`, elementwise, with a gradient.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
+    if on_our_kernels(gate) && on_our_kernels(x) {
+        return Ok(gate.contiguous()?.apply_op2(&x.contiguous()?, GatedOp { gate: f })?);
+    }
+    plain_gated(gate, x, f)
+}
+
+/// The plain twin of [`gated`].
+///
+/// # Errors
+/// If the shapes differ.
+pub fn plain_gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
+    let gate = match f {
+        Gate::Silu => gate.silu()?,
+        Gate::Sigmoid => (gate.neg()?.exp()? + 1.0)?.recip()?,
+    };
+    Ok((gate * x)?)
+}
+
+/// `x · mix + before · (1 - mix)`, with a gradient: `x` and `before` of `[.., d]`, `mix` of `[d]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn mix(x: &Tensor, before: &Tensor, mix: &Tensor) -> Result<Tensor> {
+    if [x, before, mix].into_iter().all(on_our_kernels) {
+        return Ok(x.contiguous()?.apply_op3(&before.contiguous()?, &mix.contiguous()?, MixOp)?);
+    }
+    plain_mix(x, before, mix)
+}
+
+/// The plain twin of [`mix`].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_mix(x: &Tensor, before: &Tensor, mix: &Tensor) -> Result<Tensor> {
+    let mix = mix.to_dtype(x.dtype())?;
+    Ok((x.broadcast_mul(&mix)? + before.broadcast_mul(&(1.0 - &mix)?)?)?)
+}

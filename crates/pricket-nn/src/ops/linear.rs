@@ -1,0 +1,180 @@
+//! Linear layers and activations.
+
+use candle_core::{D, DType, Tensor};
+use pricket_kernels::{Activations, BackwardOnlyOp, Gelu, GeluOp, LinearOp, LoraOp, Matrix, TrainedLinearOp};
+
+use super::dispatch::on_our_kernels;
+use crate::{Activation, Result};
+
+/// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`. On
+/// the CPU activations are as precise as `activations` says.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: Activations) -> Result<Tensor> {
+    if let (Matrix::Dense(weight), true) = (weight, on_our_kernels(x) && weight.track_op())
+        && on_our_kernels(weight)
+    {
+        let y = x.contiguous()?.apply_op2(weight, TrainedLinearOp)?;
+        return Ok(match bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        });
+    }
+    if on_our_kernels(x) && !weight.track_op() {
+        let fused = bias.filter(|b| !b.track_op());
+        let y = x.contiguous()?.apply_op1(LinearOp {
+            weight: weight.clone(),
+            bias: fused.cloned(),
+            activations,
+            transposed: false,
+            then: None,
+        })?;
+        return Ok(match bias {
+            Some(b) if fused.is_none() => y.broadcast_add(b)?,
+            _ => y,
+        });
+    }
+    plain_linear(x, weight, bias)
+}
+
+/// `x W` for `x` of `[rows, out]` and `weight` of `[out, in]`: the gradient of the input of [`linear`]. No gradient goes through it.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+    if on_our_kernels(x) && !weight.track_op() {
+        let op = LinearOp {
+            weight: weight.clone(),
+            bias: None,
+            activations: Activations::F32,
+            transposed: true,
+            then: None,
+        };
+        return Ok(x.detach().contiguous()?.apply_op1_no_bwd(&op)?);
+    }
+    let weight = widened_weight(x, weight)?.detach();
+    Ok(x.detach().to_dtype(weight.dtype())?.matmul(&weight)?.to_dtype(x.dtype())?)
+}
+
+/// Returns the weight that the plain twins multiply. On the CPU weights stay as stored beside f32 activations, so a 16-bit weight is
+/// widened rather than the activations rounded. On a GPU loading has cast weights to the type that is computed in.
+fn widened_weight(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+    match weight {
+        Matrix::Dense(weight) if weight.dtype() == DType::F32 || !x.device().is_cpu() => Ok(weight.clone()),
+        Matrix::Dense(weight) => Ok(weight.to_dtype(x.dtype())?),
+        Matrix::Blocks(_) | Matrix::Packed(_) => Ok(weight.to_dense(x.dtype(), x.device())?),
+    }
+}
+
+/// As [`linear`] of a frozen weight, for a caller who only goes back through it: zeros where that saves the product.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub(crate) fn linear_backward_only(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    if !on_our_kernels(x) || weight.track_op() || bias.is_some_and(Tensor::track_op) {
+        return linear(x, weight, bias, Activations::F32);
+    }
+    Ok(x.contiguous()?.apply_op1(BackwardOnlyOp(LinearOp {
+        weight: weight.clone(),
+        bias: None,
+        activations: Activations::F32,
+        transposed: false,
+        then: None,
+    }))?)
+}
+
+/// `x Wᵀ + b + s (x Aᵀ) Bᵀ` in one operation, where there is one: on the CPU, beside a frozen weight. With an activation `of`, of
+/// `of(x)` in the place of `x`, which is not kept for the backward pass.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub(crate) fn lora(
+    x: &Tensor,
+    (weight, bias): (&Matrix, Option<&Tensor>),
+    (a, b, scale): (&Tensor, &Tensor, f64),
+    of: Option<Activation>,
+    activations: Activations,
+    has_value: bool,
+) -> Result<Option<Tensor>> {
+    let fits = |tensor: &Tensor| on_our_kernels(tensor) && tensor.is_contiguous();
+    if ![x, a, b].into_iter().all(on_our_kernels) || !fits(a) || !fits(b) || weight.track_op() {
+        return Ok(None);
+    }
+    let of = match of.map(fused) {
+        Some(None) => return Ok(None),
+        Some(Some(form)) => Some(GeluOp { form, as_ggml: false }),
+        None => None,
+    };
+    let frozen = bias.filter(|bias| !bias.track_op());
+    let base = LinearOp { weight: weight.clone(), bias: frozen.cloned(), activations, transposed: false, then: None };
+    let y = x.contiguous()?.apply_op3(a, b, LoraOp { base, of, scale: scale as f32, has_value })?;
+    Ok(Some(match bias {
+        Some(bias) if frozen.is_none() => y.broadcast_add(bias)?,
+        _ => y,
+    }))
+}
+
+/// The plain twin of [`linear`].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn plain_linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    let dtype = x.dtype();
+    let weight = &widened_weight(x, weight)?;
+    let (rows, dims) = (x.elem_count() / x.dim(D::Minus1)?.max(1), x.dims());
+    let mut shape = dims.to_vec();
+    shape[dims.len() - 1] = weight.dim(0)?;
+    let flat = x.reshape((rows, x.dim(D::Minus1)?))?.to_dtype(weight.dtype())?;
+    let y = flat.matmul(&weight.t()?)?.to_dtype(dtype)?;
+    let y = match bias {
+        Some(b) => y.broadcast_add(&b.to_dtype(dtype)?)?,
+        None => y,
+    };
+    Ok(y.reshape(shape)?)
+}
+
+/// [`linear`], then an activation, which is elementwise. With 8-bit precision the argument and the value of a GELU are rounded to
+/// f16, on the CPU: ggml looks it up in a table of halves.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear_then(
+    x: &Tensor,
+    weight: &Matrix,
+    bias: Option<&Tensor>,
+    activation: Activation,
+    precision: Activations,
+) -> Result<Tensor> {
+    let tracked = x.track_op() || weight.track_op() || bias.is_some_and(Tensor::track_op);
+    if on_our_kernels(x)
+        && !tracked
+        && let Some(form) = fused(activation)
+    {
+        let then = Some(GeluOp { form, as_ggml: precision == Activations::Q8 });
+        let op =
+            LinearOp { weight: weight.clone(), bias: bias.cloned(), activations: precision, transposed: false, then };
+        return Ok(x.contiguous()?.apply_op1_no_bwd(&op)?);
+    }
+    activate(&linear(x, weight, bias, precision)?, activation)
+}
+
+/// An activation of each element, with a gradient. [`Activation::forward`] is its plain twin.
+///
+/// # Errors
+/// What candle says.
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match fused(activation).filter(|_| on_our_kernels(x)) {
+        Some(form) => Ok(x.contiguous()?.apply_op1(GeluOp { form, as_ggml: false })?),
+        None => activation.forward(x),
+    }
+}
+
+/// The activation that the kernel of a linear layer computes with it, if it does.
+fn fused(activation: Activation) -> Option<Gelu> {
+    match activation {
+        Activation::GeluErf => Some(Gelu::Erf),
+        Activation::GeluTanh => Some(Gelu::Tanh),
+        Activation::Silu | Activation::SquaredRelu => None,
+    }
+}
