@@ -66,12 +66,11 @@ impl Attention {
                     None => ctx.attend_fused(&qkv, (heads, kv), self.rotary.as_ref(), scores)?,
                     Some(_) => None,
                 };
-                match at_once {
-                    Some(mixed) => mixed,
-                    None => {
-                        let part = |from, heads| qkv.narrow(2, from, heads);
-                        self.attend([part(0, heads)?, part(heads, kv)?, part(heads + kv, kv)?], scores, ctx)?
-                    }
+                if let Some(mixed) = at_once {
+                    mixed
+                } else {
+                    let part = |from, heads| qkv.narrow(2, from, heads);
+                    self.attend([part(0, heads)?, part(heads, kv)?, part(heads + kv, kv)?], scores, ctx)?
                 }
             }
             Qkv::Split(split) => {
