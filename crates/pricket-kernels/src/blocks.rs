@@ -14,10 +14,9 @@ use half::f16;
 
 use crate::block_type::BlockType;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::Path;
+use crate::cpu::path::{InstructionSet, path};
 #[cfg(target_arch = "x86_64")]
-use crate::detect::path;
-use crate::pool::{parallel, parallel_chunks};
+use crate::cpu::pool::{parallel, parallel_chunks};
 
 /// A matrix of quantised rows. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -93,11 +92,11 @@ pub fn dequantise(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     );
     #[cfg(target_arch = "x86_64")]
     {
-        if path() >= Path::Avx512 {
+        if path() >= InstructionSet::Avx512 {
             // SAFETY: the processor has the instructions.
             return unsafe { x86::avx512(kind, bytes, out) };
         }
-        if path() >= Path::Avx2 {
+        if path() >= InstructionSet::Avx2 {
             // SAFETY: the processor has the instructions.
             return unsafe { x86::avx2(kind, bytes, out) };
         }

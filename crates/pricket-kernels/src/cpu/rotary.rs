@@ -1,7 +1,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::pool::{parallel_chunks, zeros};
-use crate::shared::f32_slice;
+use crate::cpu::pool::{parallel_chunks, zeros};
+use crate::cpu::shared::f32_slice;
 
 /// Rotary embedding of the first `2 * pairs` of each head's dimensions, the rest passed through.
 ///

@@ -4,13 +4,13 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::cpu::{Path, by_path};
-use crate::detect::path;
-use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel, scratch, zeros};
-use crate::product::{PANEL, Product, Start};
-use crate::rows::{self, Kind, Rows, q8_row};
-use crate::shared::Shared;
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::path;
+use crate::cpu::path::{Path, by_path};
+use crate::cpu::pool::{parallel, scratch, zeros};
+use crate::cpu::product::{PANEL, Product, Start};
+use crate::cpu::rows::{self, Kind, Rows, q8_row};
+use crate::cpu::shared::Shared;
 
 /// Query rows that one task takes.
 pub(crate) const BLOCK: usize = 60;
@@ -40,39 +40,30 @@ pub(crate) struct View<'a> {
     pub(crate) head: usize,
 }
 
-// SAFETY: read only, while the storage is borrowed.
-unsafe impl Sync for View<'_> {}
-
 impl<'a> View<'a> {
     pub(crate) fn new(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<(Self, [usize; 4])> {
-        let (at, kind, len): (*const u8, _, _) = match storage {
-            CpuStorage::F32(data) => (data.as_ptr().cast(), Kind::F32, data.len()),
-            CpuStorage::F16(data) => (data.as_ptr().cast(), Kind::F16, data.len()),
-            CpuStorage::BF16(data) => (data.as_ptr().cast(), Kind::BF16, data.len()),
-            CpuStorage::U8(data) => (data.as_ptr(), Kind::Q8, data.len()),
-            _ => bail!("attention: expected {name} in f32, f16, bf16 or q8_0"),
-        };
         let (&[b, h, t, d], &[batch, head, time, inner]) = (layout.dims(), layout.stride()) else {
             bail!("attention: expected {name} of [batch, heads, time, head_dim], got {:?}", layout.dims())
         };
         if inner != 1 && d > 1 {
             bail!("attention: the rows of {name} are not contiguous");
         }
-        if b * h * t * d > 0 {
-            let last = layout.start_offset() + (b - 1) * batch + (h - 1) * head + (t - 1) * time + d;
-            assert!(last <= len, "a layout beyond its storage");
-        }
-        let rows = Rows::new(at, kind, time);
-        // SAFETY: inside of the storage, as was just checked, or nothing is read.
-        let rows = unsafe { rows.further(layout.start_offset()) };
-        Ok((Self { rows, batch, head }, [b, h, t, d]))
+        let rows = match storage {
+            CpuStorage::F32(data) => Rows::new(data, time),
+            CpuStorage::F16(data) => Rows::new(data, time),
+            CpuStorage::BF16(data) => Rows::new(data, time),
+            CpuStorage::U8(data) => Rows::new(data, time),
+            _ => bail!("attention: expected {name} in f32, f16, bf16 or q8_0"),
+        };
+        Ok((Self { rows: rows.further(layout.start_offset()), batch, head }, [b, h, t, d]))
     }
 
-    /// # Safety
-    /// The place is there.
-    pub(crate) unsafe fn from(&self, batch: usize, head: usize, time: usize) -> Rows<'a> {
-        // SAFETY: promised by the caller.
-        unsafe { self.rows.further(batch * self.batch + head * self.head + time * self.rows.stride) }
+    /// The rows of a head from a position on.
+    ///
+    /// # Panics
+    /// If they lie behind the storage.
+    pub(crate) fn from(&self, batch: usize, head: usize, time: usize) -> Rows<'a> {
+        self.rows.further(batch * self.batch + head * self.head + time * self.rows.stride())
     }
 }
 
@@ -93,7 +84,7 @@ pub(crate) struct Row<'a> {
 
 /// Attends row by row, a task for each head and block of queries. `out` is `[batch, time, heads, dim]`, of which each
 /// row fills its own positions.
-pub(crate) fn run(q: View, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
+pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
     let blocks = |row: usize| (0..rows[row].queries).step_by(BLOCK).map(move |from| (row, from));
     let mut blocks: Vec<(usize, usize)> = (0..rows.len()).flat_map(blocks).collect();
     // Blocks with most keys go first, so that no thread is left with one at the end.
@@ -115,13 +106,10 @@ pub(crate) fn run(q: View, rows: &[Row], s: Sizes, scale: f32, slopes: &[f32], p
             path,
         };
         let (batch, at) = (row.at.0, row.at.1 + from);
-        // SAFETY: `Row`s are measured when they are made; positions from `at` on of head `h` belong to this task alone.
-        unsafe {
-            let (k, v) =
-                (row.k.from(row.batch.0, h / s.group, row.first), row.v.from(row.batch.1, h / s.group, row.first));
-            let out = out.at(((batch * s.time + at) * s.heads + h) * s.dim);
-            scratch(|buffer| head.attend(q.from(batch, h, at), k, v, out, buffer));
-        }
+        let (k, v) = (row.k.from(row.batch.0, h / s.group, row.first), row.v.from(row.batch.1, h / s.group, row.first));
+        let out = out.from(((batch * s.time + at) * s.heads + h) * s.dim);
+        // SAFETY: positions from `at` on of head `h` belong to this task alone.
+        scratch(|buffer| unsafe { head.attend(q.from(batch, h, at), k, v, out, buffer) });
     });
 }
 
@@ -137,9 +125,11 @@ pub(crate) struct Head {
 }
 
 impl Head {
+    /// Mixes values into rows of `dim` numbers, `heads · dim` apart.
+    ///
     /// # Safety
-    /// Queries, keys and values are there; `out` can be written at `dim` places every `heads · dim`, `rows` times.
-    unsafe fn attend(&self, q: Rows, k: Rows, v: Rows, out: *mut f32, buffer: &mut Vec<f32>) {
+    /// While it runs nothing else touches these places of `out`.
+    unsafe fn attend(&self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, out: Shared<'_, f32>, buffer: &mut Vec<f32>) {
         let (dim, rows, out_stride) = (self.s.dim, self.rows, self.s.heads * self.s.dim);
         let visible = self.before + rows;
         // A panel of keys or of the last columns of values; then scores.
@@ -149,135 +139,115 @@ impl Head {
         let stride = chunk + LANES;
         buffer.resize(panel + rows * stride, 0.0);
         let (packed, scores) = buffer.split_at_mut(panel);
-        let (packed, scores) = (packed.as_mut_ptr(), scores.as_mut_ptr());
+        // SAFETY: these rows are this thread's, as the caller promises, and only one of them is borrowed at a time.
+        let own = |row: usize| unsafe { out.slice(row * out_stride, dim) };
         let mut running = [(f32::NEG_INFINITY, 0f32); BLOCK];
         let mut start = 0;
-        // SAFETY: promised by the caller; the buffer was just made.
-        unsafe {
-            for row in 0..rows {
-                std::slice::from_raw_parts_mut(out.add(row * out_stride), dim).fill(0.0);
-            }
-            while start < visible {
-                let keys = chunk.min(visible - start);
-                self.score(q, k.skip(start, 0), keys, packed, scores, stride);
-                for (row, running) in running[..rows].iter_mut().enumerate() {
-                    let last = self.before + row;
-                    // Of this chunk.
-                    let to = (last + 1).saturating_sub(start).min(keys);
-                    let back = (last + 1).saturating_sub(start) as f32 - 1.0;
-                    let bias = Bias { scale: self.scale, slope: self.slope, back };
-                    let shrink = soften(self.path, scores.add(row * stride), (to, keys), bias, running);
-                    if shrink != 1.0 {
-                        for x in std::slice::from_raw_parts_mut(out.add(row * out_stride), dim) {
-                            *x *= shrink;
-                        }
-                    }
-                }
-                self.mix(scores, stride, v.skip(start, 0), keys, packed, out);
-                start += keys;
-            }
-            for (row, (_, sum)) in running[..rows].iter().enumerate() {
-                let norm = 1.0 / sum;
-                for x in std::slice::from_raw_parts_mut(out.add(row * out_stride), dim) {
-                    *x *= norm;
+        for row in 0..rows {
+            own(row).fill(0.0);
+        }
+        while start < visible {
+            let keys = chunk.min(visible - start);
+            self.score(q, k.skip(start, 0), keys, packed, scores, stride);
+            for (row, running) in running[..rows].iter_mut().enumerate() {
+                let last = self.before + row;
+                // Of this chunk.
+                let to = (last + 1).saturating_sub(start).min(keys);
+                let back = (last + 1).saturating_sub(start) as f32 - 1.0;
+                let bias = Bias { scale: self.scale, slope: self.slope, back };
+                let shrink = soften(self.path, &mut scores[row * stride..][..keys], to, bias, running);
+                if shrink != 1.0 {
+                    own(row).iter_mut().for_each(|x| *x *= shrink);
                 }
             }
+            // SAFETY: the same rows.
+            unsafe { self.mix(scores, stride, v.skip(start, 0), keys, packed, out) };
+            start += keys;
+        }
+        for (row, (_, sum)) in running[..rows].iter().enumerate() {
+            let norm = 1.0 / sum;
+            own(row).iter_mut().for_each(|x| *x *= norm);
         }
     }
 
-    /// `scores = q kᵀ`, rows `stride` apart.
-    ///
-    /// # Safety
-    /// As [`Head::attend`].
-    pub(crate) unsafe fn score(
+    /// `scores = q kᵀ`, rows `stride` apart; `packed` is for a panel of keys.
+    pub(crate) fn score(
         &self,
-        q: Rows,
-        k: Rows,
+        q: Rows<'_>,
+        k: Rows<'_>,
         keys: usize,
-        packed: *mut f32,
-        scores: *mut f32,
+        packed: &mut [f32],
+        scores: &mut [f32],
         stride: usize,
     ) {
-        let (dim, path) = (self.s.dim, self.path);
-        // SAFETY: promised by the caller.
-        unsafe {
-            if self.rows <= FEW_ROWS {
-                return rows::inner_products(
-                    path,
-                    k.kind,
-                    k,
-                    keys,
-                    dim,
-                    q.at.cast(),
-                    q.stride,
-                    self.rows,
-                    Start::Zero,
-                    scores,
-                    stride,
-                );
-            }
-            for from in (0..keys).step_by(PANEL) {
-                let columns = PANEL.min(keys - from);
-                rows::pack(path, k.kind, k.skip(from, 0), columns, dim, packed, PANEL);
-                let product = Product {
-                    a: q.at.cast(),
-                    a_stride: q.stride,
-                    rows: self.rows,
-                    b: packed,
-                    b_stride: PANEL,
-                    k: dim,
-                    c: scores.add(from),
-                    c_stride: stride,
-                    columns,
-                    start: Start::Zero,
-                };
-                product.run(path);
-            }
+        let (dim, path, scores) = (self.s.dim, self.path, Shared::new(scores));
+        if self.rows <= FEW_ROWS {
+            let (q, out) = ((q.floats(), q.stride(), self.rows), (scores, stride));
+            // SAFETY: the scores are borrowed by this function.
+            return unsafe { rows::inner_products(path, k, (keys, dim), q, Start::Zero, out) };
+        }
+        for from in (0..keys).step_by(PANEL) {
+            let columns = PANEL.min(keys - from);
+            rows::pack(path, k.skip(from, 0), (columns, dim), packed, PANEL);
+            let product = Product {
+                a: q.floats(),
+                a_stride: q.stride(),
+                rows: self.rows,
+                b: packed,
+                b_stride: PANEL,
+                k: dim,
+                c: scores.from(from),
+                c_stride: stride,
+                columns,
+                start: Start::Zero,
+            };
+            // SAFETY: the scores are borrowed by this function.
+            unsafe { product.run(path) };
         }
     }
 
-    /// `out += weights v`.
+    /// `out += weights v`; `packed` is for the last columns of values.
     ///
     /// # Safety
     /// As [`Head::attend`].
-    unsafe fn mix(&self, weights: *const f32, stride: usize, v: Rows, keys: usize, packed: *mut f32, out: *mut f32) {
+    unsafe fn mix(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        v: Rows<'_>,
+        keys: usize,
+        packed: &mut [f32],
+        out: Shared<'_, f32>,
+    ) {
         let (dim, path, out_stride) = (self.s.dim, self.path, self.s.heads * self.s.dim);
-        // SAFETY: promised by the caller.
-        unsafe {
-            if self.rows <= FEW_ROWS {
-                for row in 0..self.rows {
-                    rows::weighted_sum(
-                        path,
-                        v.kind,
-                        v,
-                        keys,
-                        dim,
-                        weights.add(row * stride),
-                        out.add(row * out_stride),
-                    );
-                }
-                return;
+        if self.rows <= FEW_ROWS {
+            for row in 0..self.rows {
+                // SAFETY: the row is this thread's, as the caller promises.
+                let out = unsafe { out.slice(row * out_stride, dim) };
+                rows::weighted_sum(path, v, &weights[row * stride..][..keys], out);
             }
-            for from in (0..dim).step_by(PANEL) {
-                let columns = PANEL.min(dim - from);
-                let in_place = v.kind == Kind::F32 && columns == PANEL;
-                if !in_place {
-                    rows::widen_to(path, v.kind, v.skip(0, from), keys, columns, packed, PANEL);
-                }
-                let product = Product {
-                    a: weights,
-                    a_stride: stride,
-                    rows: self.rows,
-                    b: if in_place { v.skip(0, from).at.cast() } else { packed.cast_const() },
-                    b_stride: if in_place { v.stride } else { PANEL },
-                    k: keys,
-                    c: out.add(from),
-                    c_stride: out_stride,
-                    columns,
-                    start: Start::Output,
-                };
-                product.run(path);
+            return;
+        }
+        for from in (0..dim).step_by(PANEL) {
+            let columns = PANEL.min(dim - from);
+            let in_place = v.kind() == Kind::F32 && columns == PANEL;
+            if !in_place {
+                rows::widen_to(path, v.skip(0, from), (keys, columns), packed, PANEL);
             }
+            let product = Product {
+                a: weights,
+                a_stride: stride,
+                rows: self.rows,
+                b: if in_place { v.skip(0, from).floats() } else { packed },
+                b_stride: if in_place { v.stride() } else { PANEL },
+                k: keys,
+                c: out.from(from),
+                c_stride: out_stride,
+                columns,
+                start: Start::Output,
+            };
+            // SAFETY: these rows are this thread's, as the caller promises.
+            unsafe { product.run(path) };
         }
     }
 }
@@ -292,29 +262,21 @@ pub(crate) struct Bias {
 }
 
 by_path! {
-    /// Turns the scores of the first `to` of `keys` keys into weights over the running maximum, with zeros behind. Returns the
-    /// factor for what was summed before.
-    ///
-    /// # Safety
-    /// `keys` scores can be read and written.
-    pub(crate) fn soften(row: *mut f32, span: (usize, usize), bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
+    /// Turns the first `to` scores of a row into weights over the running maximum, and the others into zeros. Returns the factor for
+    /// what was summed before.
+    pub(crate) fn soften(scores: &mut [f32], to: usize, bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
 }
 
 const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
 
 /// # Safety
-/// As [`soften`]; the processor has the instructions of `L`.
+/// The processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn soften_body<L: Floats>(
-    row: *mut f32,
-    (to, keys): (usize, usize),
-    bias: Bias,
-    (max, sum): &mut (f32, f32),
-) -> f32 {
-    // SAFETY: promised by the caller.
+unsafe fn soften_body<L: Floats>(scores: &mut [f32], to: usize, bias: Bias, (max, sum): &mut (f32, f32)) -> f32 {
+    // SAFETY: `to` is found to be within the scores; whole vectors below `whole`, and the rest one by one.
     unsafe {
-        let scores = std::slice::from_raw_parts_mut(row, keys);
         scores[to..].fill(0.0);
+        let row = scores.as_mut_ptr();
         if to == 0 {
             return 1.0;
         }
@@ -424,7 +386,7 @@ impl CustomOp1 for AttentionOp {
 
     fn cpu_fwd(&self, q: &CpuStorage, q_layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (q, [batch, heads, time, dim]) = View::new("q", q, q_layout)?;
-        if q.rows.kind != Kind::F32 || !q_layout.is_contiguous() {
+        if q.rows.kind() != Kind::F32 || !q_layout.is_contiguous() {
             bail!("attention: expected q in f32 and contiguous");
         }
         if !self.slopes.is_empty() && self.slopes.len() != heads {
@@ -447,7 +409,7 @@ impl CustomOp1 for AttentionOp {
         for (row, &(keys, values)) in self.rows.iter().zip(&of_rows) {
             let (k, k_dims) = view("keys", keys)?;
             let (v, v_dims) = view("values", values)?;
-            let width = |view: &View| if view.rows.kind == Kind::Q8 { q8_row(dim) } else { dim };
+            let width = |view: &View| if view.rows.kind() == Kind::Q8 { q8_row(dim) } else { dim };
             let kv_heads = k_dims[1];
             let has = |[b, h, t, d]: [usize; 4], at: usize, view: &View| {
                 let end = row.first.checked_add(row.len);

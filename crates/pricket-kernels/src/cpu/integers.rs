@@ -8,9 +8,9 @@
 use half::f16;
 
 use crate::block_type::BlockType;
-use crate::cpu::Path;
-use crate::packed::{Form, STEP, Scales};
-use crate::pool::{parallel_chunks, threads};
+use crate::cpu::packed::{Form, STEP, Scales};
+use crate::cpu::path::{InstructionSet, Path};
+use crate::cpu::pool::{parallel_chunks, threads};
 
 /// The ratio of one term's step to the next one's.
 pub(crate) const FINER: f32 = 254.0;
@@ -77,11 +77,11 @@ fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: For
         fn avx2(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
             round_body(x, words, stride, kind, form, terms);
         }
-        if path >= Path::Avx512 {
+        if path >= InstructionSet::Avx512 {
             // SAFETY: the processor has the instructions.
             return unsafe { avx512(x, words, stride, kind, form, terms) };
         }
-        if path >= Path::Avx2 {
+        if path >= InstructionSet::Avx2 {
             // SAFETY: the processor has the instructions.
             return unsafe { avx2(x, words, stride, kind, form, terms) };
         }

@@ -4,11 +4,11 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::{Path, by_path};
-use crate::detect::path;
-use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel_chunks, zeros};
-use crate::shared::f32_slice;
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::path;
+use crate::cpu::path::{Path, by_path};
+use crate::cpu::pool::{parallel_chunks, zeros};
+use crate::cpu::shared::f32_slice;
 
 /// Elements of a task: enough that handing it out costs nothing.
 const TASK: usize = 16 << 10;
@@ -151,8 +151,6 @@ unsafe fn back_in_place<L: Floats>(form: Gelu, x: &[f32], grad: &mut [f32]) {
 }
 
 by_path! {
-    /// # Safety
-    /// The processor has the instructions of the path.
     fn dispatch_back(form: Gelu, x: &[f32], grad: &mut [f32]) = back_in_place
 }
 
@@ -175,16 +173,13 @@ unsafe fn in_place<L: Floats>(op: GeluOp, x: &mut [f32]) {
 }
 
 by_path! {
-    /// # Safety
-    /// The processor has the instructions of the path.
     fn dispatch(op: GeluOp, x: &mut [f32]) = in_place
 }
 
 impl GeluOp {
     /// The function of every element, in its place.
     pub(crate) fn apply(self, path: Path, x: &mut [f32]) {
-        // SAFETY: paths are those that the processor has.
-        unsafe { dispatch(path, self, x) };
+        dispatch(path, self, x);
     }
 
     /// The function of every element, over the installed threads.
@@ -201,8 +196,7 @@ impl GeluOp {
     pub(crate) fn back(self, x: &[f32], grad: &mut [f32]) {
         assert_eq!(x.len(), grad.len(), "a gradient of another size");
         parallel_chunks(grad, TASK, |i, grad| {
-            // SAFETY: paths are those that the processor has.
-            unsafe { dispatch_back(path(), self.form, &x[i * TASK..][..grad.len()], grad) };
+            dispatch_back(path(), self.form, &x[i * TASK..][..grad.len()], grad);
         });
     }
 }
@@ -254,6 +248,7 @@ mod tests {
     use candle_core::{DType, Device, Tensor};
 
     use super::*;
+    use crate::cpu::path::InstructionSet;
 
     #[test]
     fn both_forms_are_close_to_f64_on_every_path() {
@@ -265,7 +260,7 @@ mod tests {
                 let mut y = x.clone();
                 GeluOp { form, as_ggml: false }.apply(path, &mut y);
                 let worst = y.iter().zip(&exact).map(|(&y, e)| (f64::from(y) - e).abs()).fold(0.0, f64::max);
-                let bound = if path == Path::Scalar { 1.2e-6 } else { 1e-6 };
+                let bound = if path == InstructionSet::Scalar { 1.2e-6 } else { 1e-6 };
                 assert!(worst < bound, "{form:?} {path:?}: {worst}");
                 GeluOp { form, as_ggml: true }.apply(path, &mut y);
                 assert!(y.iter().all(|&y| half::f16::from_f32(y).to_f32() == y), "{form:?} {path:?}");
@@ -284,8 +279,7 @@ mod tests {
             let exact: Vec<f64> = of(at(1e-5)).iter().zip(of(at(-1e-5))).map(|(a, b)| (a - b) / 2e-5).collect();
             for path in Path::available() {
                 let mut grad = vec![2f32; x.len()];
-                // SAFETY: the path is one that the processor has.
-                unsafe { dispatch_back(path, form, &narrow, &mut grad) };
+                dispatch_back(path, form, &narrow, &mut grad);
                 let worst = grad.iter().zip(&exact).map(|(&y, e)| (f64::from(y) / 2.0 - e).abs()).fold(0.0, f64::max);
                 assert!(worst < 2e-6, "{form:?} {path:?}: {worst}");
             }

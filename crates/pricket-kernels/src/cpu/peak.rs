@@ -5,10 +5,10 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use crate::cpu::by_path;
-use crate::detect::path;
-use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel, threads};
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::by_path;
+use crate::cpu::path::path;
+use crate::cpu::pool::{parallel, threads};
 
 /// Sums that are independent of each other: as many as it takes to keep every unit busy.
 const SUMS: usize = 12;
@@ -21,8 +21,7 @@ pub fn multiply_add_rate() -> f64 {
     let seconds = (0..3).map(|_| {
         let start = Instant::now();
         parallel(tasks, |task| {
-            // SAFETY: the path is one that the processor has.
-            black_box(unsafe { multiply_adds(path(), ROUNDS, task as f32) });
+            black_box(multiply_adds(path(), ROUNDS, task as f32));
         });
         start.elapsed().as_secs_f64()
     });
@@ -31,9 +30,6 @@ pub fn multiply_add_rate() -> f64 {
 
 by_path! {
     /// The sums of `rounds` multiply-adds each.
-    ///
-    /// # Safety
-    /// The processor has the instructions of the path.
     fn multiply_adds(rounds: usize, start: f32) -> [f32; LANES] = multiply_adds_body
 }
 
@@ -60,13 +56,12 @@ unsafe fn multiply_adds_body<L: Floats>(rounds: usize, start: f32) -> [f32; LANE
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Path;
+    use crate::cpu::path::Path;
 
     #[test]
     fn every_path_does_the_same_arithmetic() {
         for path in Path::available() {
-            // SAFETY: the path is one that the processor has.
-            let sums = unsafe { multiply_adds(path, 3, 1.0) };
+            let sums = multiply_adds(path, 3, 1.0);
             let exact = (0..3).fold(1f64, |sum, _| sum * 0.999 + 0.999) * SUMS as f64;
             assert!(sums.iter().all(|&sum| (f64::from(sum) - exact).abs() < 1e-4), "{path:?}: {sums:?} {exact}");
         }

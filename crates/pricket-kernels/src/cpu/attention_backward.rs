@@ -2,14 +2,14 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::attention::{BLOCK, Bias, Head, Row, Sizes, View, run, soften};
-use crate::cpu::Path;
-use crate::detect::path;
-use crate::lanes::LANES;
-use crate::pool::{parallel, scratch, zeros};
-use crate::product::{PANEL, Product, Start};
-use crate::rows::{self, Kind, Rows};
-use crate::shared::Shared;
+use crate::cpu::attention::{BLOCK, Bias, Head, Row, Sizes, View, run, soften};
+use crate::cpu::lanes::LANES;
+use crate::cpu::path::Path;
+use crate::cpu::path::path;
+use crate::cpu::pool::{parallel, scratch, zeros};
+use crate::cpu::product::{PANEL, Product, Start};
+use crate::cpu::rows::{self, Kind, Rows};
+use crate::cpu::shared::Shared;
 
 /// Causal attention of rows to themselves, as a candle op over `q` of `[batch, heads, time, head_dim]`, `k` and `v` of
 /// `[batch, kv_heads, time, head_dim]`, all f32 with any strides whose last is 1: the values of [`AttentionOp`], bit for bit, and
@@ -48,7 +48,7 @@ impl SelfAttentionOp {
         let fits = kv_heads > 0 && heads % kv_heads == 0 && k_dims == [batch, kv_heads, time, dim] && v_dims == k_dims;
         let inside = |&(row, from, len): &(usize, usize, usize)| row < batch && len > 0 && from + len <= time;
         let covered: usize = self.spans.iter().map(|span| span.2).sum();
-        let is_f32 = [&q, &k, &v].iter().all(|view| view.rows.kind == Kind::F32);
+        let is_f32 = [&q, &k, &v].iter().all(|view| view.rows.kind() == Kind::F32);
         if !fits || !is_f32 || covered != batch * time || !self.spans.iter().all(inside) {
             bail!(
                 "attention: q {:?}, keys {k_dims:?}, values {v_dims:?} and {} rows do not fit",
@@ -117,7 +117,7 @@ impl CustomOp3 for SelfAttentionOp {
         let &[q_in, k_in, v_in, (grad_in, grad_at)] = &inputs[..] else { bail!("attention: four tensors") };
         let inputs = self.inputs([q_in, k_in, v_in])?;
         let Sizes { time, heads, dim, .. } = inputs.sizes;
-        let grad_in = crate::shared::f32_slice("attention gradient", grad_in, grad_at)?;
+        let grad_in = crate::cpu::shared::f32_slice("attention gradient", grad_in, grad_at)?;
         if grad_in.len() != inputs.batch * time * heads * dim {
             bail!("attention: a gradient of {:?}", grad_at.dims());
         }
@@ -132,7 +132,7 @@ impl CustomOp3 for SelfAttentionOp {
 
 impl SelfAttentionOp {
     /// Gradients of queries, keys and values, contiguous; a task for each row and key head, which writes to its own.
-    fn backward(&self, inputs: &Inputs, grad: &[f32], out: [&mut [f32]; 3]) {
+    fn backward(&self, inputs: &Inputs<'_>, grad: &[f32], out: [&mut [f32]; 3]) {
         let &Inputs { q, k, v, sizes, kv_heads, .. } = inputs;
         let Sizes { time, heads, group, dim } = sizes;
         let (path, [of_q, of_k, of_v]) = (path(), out.map(Shared::new));
@@ -144,23 +144,17 @@ impl SelfAttentionOp {
                     let head = Head { s: sizes, rows, before: start, slope: self.slope(h), scale: self.scale, path };
                     let at = from + start;
                     let element = |heads: usize, head: usize, at: usize| ((row * heads + head) * time + at) * dim;
-                    // SAFETY: views were measured; gradients of positions of this row and of these heads belong to this task.
-                    unsafe {
-                        let block = Block {
-                            q: q.from(row, h, at),
-                            k: k.from(row, kv, from),
-                            v: v.from(row, kv, from),
-                            grad: Rows::new(
-                                grad.as_ptr().add(((row * time + at) * heads + h) * dim).cast(),
-                                Kind::F32,
-                                heads * dim,
-                            ),
-                            of_q: of_q.at(element(heads, h, at)),
-                            of_k: of_k.at(element(kv_heads, kv, from)),
-                            of_v: of_v.at(element(kv_heads, kv, from)),
-                        };
-                        scratch(|buffer| block.backward(&head, buffer));
-                    }
+                    let block = Block {
+                        q: q.from(row, h, at),
+                        k: k.from(row, kv, from),
+                        v: v.from(row, kv, from),
+                        grad: Rows::new(&grad[((row * time + at) * heads + h) * dim..], heads * dim),
+                        of_q: of_q.from(element(heads, h, at)),
+                        of_k: of_k.from(element(kv_heads, kv, from)),
+                        of_v: of_v.from(element(kv_heads, kv, from)),
+                    };
+                    // SAFETY: gradients of this row and of these heads belong to this task alone.
+                    scratch(|buffer| unsafe { block.backward(&head, buffer) });
                 }
             }
         });
@@ -173,14 +167,16 @@ struct Block<'a> {
     k: Rows<'a>,
     v: Rows<'a>,
     grad: Rows<'a>,
-    of_q: *mut f32,
-    of_k: *mut f32,
-    of_v: *mut f32,
+    of_q: Shared<'a, f32>,
+    of_k: Shared<'a, f32>,
+    of_v: Shared<'a, f32>,
 }
 
 impl Block<'_> {
+    /// Adds the gradients.
+    ///
     /// # Safety
-    /// All of it is there.
+    /// While it runs nothing else touches them.
     unsafe fn backward(&self, head: &Head, buffer: &mut Vec<f32>) {
         let (dim, rows, path) = (head.s.dim, head.rows, head.path);
         let visible = head.before + rows;
@@ -190,34 +186,33 @@ impl Block<'_> {
         let (packed, rest) = buffer.split_at_mut(panel);
         let (weights, rest) = rest.split_at_mut(rows * stride);
         let (changes, turned) = rest.split_at_mut(rows * stride);
-        let packed = packed.as_mut_ptr();
-        // SAFETY: promised by the caller; the buffers were just made.
-        unsafe {
-            // Probabilities, as in the forward pass.
-            head.score(self.q, self.k, visible, packed, weights.as_mut_ptr(), stride);
-            for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
-                let (seen, mut running) = (head.before + row + 1, (f32::NEG_INFINITY, 0f32));
-                let bias = Bias { scale: head.scale, slope: head.slope, back: seen as f32 - 1.0 };
-                soften(path, weights.as_mut_ptr(), (seen, visible), bias, &mut running);
-                let norm = 1.0 / running.1;
-                weights[..seen].iter_mut().for_each(|x| *x *= norm);
-            }
-            // Values: the probabilities' transpose times the gradient.
-            turn(weights, stride, rows, visible, turned);
-            multiply(path, turned.as_ptr(), rows, visible, self.grad, rows, dim, packed, self.of_v);
-            // Scores: p (dp - Σ p dp), times the scale.
-            head.score(self.grad, self.v, visible, packed, changes.as_mut_ptr(), stride);
-            for (weights, changes) in weights.chunks_exact(stride).zip(changes.chunks_exact_mut(stride)) {
-                let (weights, changes) = (&weights[..visible], &mut changes[..visible]);
-                let mean: f32 = weights.iter().zip(&*changes).map(|(p, dp)| p * dp).sum();
-                for (p, dp) in weights.iter().zip(changes) {
-                    *dp = p * (*dp - mean) * head.scale;
-                }
-            }
-            multiply(path, changes.as_ptr(), stride, rows, self.k, visible, dim, packed, self.of_q);
-            turn(changes, stride, rows, visible, turned);
-            multiply(path, turned.as_ptr(), rows, visible, self.q, rows, dim, packed, self.of_k);
+        // Probabilities, as in the forward pass.
+        head.score(self.q, self.k, visible, packed, weights, stride);
+        for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
+            let (seen, mut running) = (head.before + row + 1, (f32::NEG_INFINITY, 0f32));
+            let bias = Bias { scale: head.scale, slope: head.slope, back: seen as f32 - 1.0 };
+            soften(path, &mut weights[..visible], seen, bias, &mut running);
+            let norm = 1.0 / running.1;
+            weights[..seen].iter_mut().for_each(|x| *x *= norm);
         }
+        // Values: the probabilities' transpose times the gradient.
+        turn(weights, stride, rows, visible, turned);
+        // SAFETY: all three gradients are this thread's, as the caller promises.
+        unsafe { multiply(path, (turned, rows, visible), (self.grad, rows), dim, packed, self.of_v) };
+        // Scores: p (dp - Σ p dp), times the scale.
+        head.score(self.grad, self.v, visible, packed, changes, stride);
+        for (weights, changes) in weights.chunks_exact(stride).zip(changes.chunks_exact_mut(stride)) {
+            let (weights, changes) = (&weights[..visible], &mut changes[..visible]);
+            let mean: f32 = weights.iter().zip(&*changes).map(|(p, dp)| p * dp).sum();
+            for (p, dp) in weights.iter().zip(changes) {
+                *dp = p * (*dp - mean) * head.scale;
+            }
+        }
+        // SAFETY: as above.
+        unsafe { multiply(path, (changes, stride, rows), (self.k, visible), dim, packed, self.of_q) };
+        turn(changes, stride, rows, visible, turned);
+        // SAFETY: as above.
+        unsafe { multiply(path, (turned, rows, visible), (self.q, rows), dim, packed, self.of_k) };
     }
 }
 
@@ -230,43 +225,38 @@ fn turn(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32]
     }
 }
 
-/// Adds `a b` to `out`: `rows` rows of `a`, `a_stride` apart, of `k` numbers; `k` rows of `b` of `dim` numbers; `out` is contiguous.
+/// Adds `a b` to `out`, which is contiguous: `rows` rows of `a`, `a_stride` apart, of `k` numbers; `k` rows of `b` of `dim` numbers.
+/// `packed` is for the last columns of `b`.
 ///
 /// # Safety
-/// All of that can be read and written; `packed` has room for `k` rows of a panel.
-#[allow(clippy::too_many_arguments, reason = "two operands with their sizes, a buffer and a result")]
+/// While it runs nothing else touches these places of `out`.
 unsafe fn multiply(
     path: Path,
-    a: *const f32,
-    a_stride: usize,
-    rows: usize,
-    b: Rows,
-    k: usize,
+    (a, a_stride, rows): (&[f32], usize, usize),
+    (b, k): (Rows<'_>, usize),
     dim: usize,
-    packed: *mut f32,
-    out: *mut f32,
+    packed: &mut [f32],
+    out: Shared<'_, f32>,
 ) {
-    // SAFETY: promised by the caller.
-    unsafe {
-        for from in (0..dim).step_by(PANEL) {
-            let columns = PANEL.min(dim - from);
-            let in_place = columns == PANEL;
-            if !in_place {
-                rows::widen_to(path, b.kind, b.skip(0, from), k, columns, packed, PANEL);
-            }
-            let product = Product {
-                a,
-                a_stride,
-                rows,
-                b: if in_place { b.skip(0, from).at.cast() } else { packed.cast_const() },
-                b_stride: if in_place { b.stride } else { PANEL },
-                k,
-                c: out.add(from),
-                c_stride: dim,
-                columns,
-                start: Start::Output,
-            };
-            product.run(path);
+    for from in (0..dim).step_by(PANEL) {
+        let columns = PANEL.min(dim - from);
+        let in_place = columns == PANEL;
+        if !in_place {
+            rows::widen_to(path, b.skip(0, from), (k, columns), packed, PANEL);
         }
+        let product = Product {
+            a,
+            a_stride,
+            rows,
+            b: if in_place { b.skip(0, from).floats() } else { packed },
+            b_stride: if in_place { b.stride() } else { PANEL },
+            k,
+            c: out.from(from),
+            c_stride: dim,
+            columns,
+            start: Start::Output,
+        };
+        // SAFETY: these places are this thread's, as the caller promises.
+        unsafe { product.run(path) };
     }
 }

@@ -5,11 +5,11 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::by_path;
-use crate::detect::path;
-use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel, zeros};
-use crate::shared::{Shared, f32_slice};
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::by_path;
+use crate::cpu::path::path;
+use crate::cpu::pool::{parallel, zeros};
+use crate::cpu::shared::{Shared, f32_slice};
 
 /// Positions and channels below which no other thread is asked.
 const ALONE: usize = 8 << 10;
@@ -69,7 +69,7 @@ impl Channels<'_> {
     /// # Safety
     /// Nobody else touches these channels of the row.
     #[inline(always)]
-    unsafe fn write(&self, out: Shared<f32>, at: usize, x: [f32; LANES]) {
+    unsafe fn write(&self, out: Shared<'_, f32>, at: usize, x: [f32; LANES]) {
         // SAFETY: promised by the caller.
         unsafe { out.slice(at, self.width) }.copy_from_slice(&x[..self.width]);
     }
@@ -124,7 +124,7 @@ unsafe fn advance<L: Floats>(state: &mut [L::Float; 3], w: L::Float, k: L::Float
 }
 
 #[inline(always)]
-unsafe fn forward<L: Floats>(at: Channels<'_>, out: Shared<f32>, after: [usize; 3]) {
+unsafe fn forward<L: Floats>(at: Channels<'_>, out: Shared<'_, f32>, after: [usize; 3]) {
     unsafe {
         let (w, first) = (L::floats(at.decay.as_ptr()), L::floats(at.first.as_ptr()));
         let [num, den, max] = &at.state;
@@ -146,7 +146,7 @@ unsafe fn forward<L: Floats>(at: Channels<'_>, out: Shared<f32>, after: [usize; 
 
 /// The gradients of keys and values, and of `w` and `first` summed over the row, at the four places of `out`.
 #[inline(always)]
-unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<f32>, places: [usize; 4]) {
+unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<'_, f32>, places: [usize; 4]) {
     unsafe {
         let (w, first) = (L::floats(at.decay.as_ptr()), L::floats(at.first.as_ptr()));
         let zero = L::splat(0.0);
@@ -203,14 +203,14 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<f32>, 
 
 by_path! {
     /// # Safety
-    /// The processor has the instructions of the path, and nobody else touches the places of these channels.
-    fn dispatch(at: Channels<'_>, out: Shared<f32>, after: [usize; 3]) = forward
+    /// nobody else touches the places of these channels.
+    unsafe fn dispatch(at: Channels<'_>, out: Shared<'_, f32>, after: [usize; 3]) = forward
 }
 
 by_path! {
     /// # Safety
     /// As for `dispatch`.
-    fn dispatch_back(at: Channels<'_>, grad: &[f32], out: Shared<f32>, places: [usize; 4]) = backward
+    unsafe fn dispatch_back(at: Channels<'_>, grad: &[f32], out: Shared<'_, f32>, places: [usize; 4]) = backward
 }
 
 impl WkvOp {

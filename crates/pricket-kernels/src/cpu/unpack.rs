@@ -7,10 +7,10 @@
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
 use crate::block_type::BlockType;
-use crate::cpu::{Path, by_path};
-use crate::integer::{groups, scales, scales_of};
-use crate::lanes::{LANES, Lanes};
-use crate::packed::{Form, Packed, STEP};
+use crate::cpu::integer::{groups, scales, scales_of};
+use crate::cpu::lanes::{LANES, Lanes};
+use crate::cpu::packed::{Form, Packed, STEP};
+use crate::cpu::path::{Path, by_path};
 
 /// Columns `[from, from + k)` of a tile as numbers, side by side: element `c` of row `j` goes to `out[32 c + j]`. Both are
 /// multiples of the columns of a unit.
@@ -34,7 +34,7 @@ pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &
 by_path! {
     /// # Safety
     /// There is room for the columns.
-    fn units<const BITS: usize, const SCALES: u8>(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) =
+    unsafe fn units<const BITS: usize, const SCALES: u8>(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) =
         unpack_units or plain_units
 }
 

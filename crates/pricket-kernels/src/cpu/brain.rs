@@ -8,23 +8,84 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
-use crate::cpu::Path;
-use crate::lanes::LANES;
-use crate::product::{PANEL, Product, Start};
+use half::bf16;
+
+use crate::cpu::lanes::LANES;
+use crate::cpu::path::{InstructionSet, Path};
+use crate::cpu::product::{PANEL, Product, Start};
+use crate::cpu::shared::{Shared, holds};
 
 /// Columns that a tile takes at once: operands are filled up to them with zeros.
 pub(crate) const STEP: usize = 32;
 
-/// Rows of activations that are multiplied together.
-pub(crate) const fn block(path: Path) -> usize {
-    if matches!(path, Path::Amx) { 32 } else { 12 }
-}
+/// Proof that this processor has products of bfloat16 in vectors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BrainProducts(Path);
 
-/// Whether `path` has such products.
-pub(crate) fn has_products(path: Path) -> bool {
-    path >= Path::Avx512 && is_x86_feature_detected!("avx512bf16")
+impl BrainProducts {
+    /// The proof, if `path` allows such products and the processor has them.
+    pub(crate) fn new(path: Path) -> Option<Self> {
+        (path >= InstructionSet::Avx512 && is_x86_feature_detected!("avx512bf16")).then_some(Self(path))
+    }
+
+    /// The path that they are on.
+    pub(crate) fn path(self) -> Path {
+        self.0
+    }
+
+    /// Rows of activations that are multiplied together.
+    pub(crate) fn block(self) -> usize {
+        if self.0 == InstructionSet::Amx { 32 } else { 12 }
+    }
+
+    /// Rounds the numbers of `x` into the first places of `out`.
+    ///
+    /// # Panics
+    /// If `out` has fewer places.
+    pub(crate) fn to_rows(self, x: &[f32], out: &mut [u16]) {
+        assert!(out.len() >= x.len(), "no room for a row");
+        // SAFETY: there are as many places as numbers, and the token proves the instructions.
+        unsafe { to_rows(x.as_ptr(), x.len(), out.as_mut_ptr()) };
+    }
+
+    /// Rounds a panel of 32 columns, its height even, into words that hold two neighbors of a column: those of column `c` and
+    /// `c + 1` of row `j` are in word `16 c + j`.
+    ///
+    /// # Panics
+    /// If there is not a word for each pair.
+    pub(crate) fn to_pairs(self, panel: &[f32], out: &mut [u32]) {
+        let k = panel.len() / PANEL;
+        assert!(k.is_multiple_of(2) && panel.len() == PANEL * k && out.len() >= PANEL * k / 2, "no room for a panel");
+        // SAFETY: both were just measured, and the token proves the instructions.
+        unsafe { to_pairs(panel.as_ptr(), k, out.as_mut_ptr()) };
+    }
+
+    /// Inner products of each of `rows` rows of `w`, `k` apart, with each of `count` rows of `x`, which lie `x_stride` apart and are
+    /// filled up with zeros to a multiple of [`STEP`]: that of row `j` with row `i` goes to `out[i * out_stride + j]`.
+    ///
+    /// # Panics
+    /// If an operand is too short for its sizes.
+    ///
+    /// # Safety
+    /// While it runs no other thread touches these places of `out`.
+    pub(crate) unsafe fn inner_products(
+        self,
+        w: &[bf16],
+        (rows, k): (usize, usize),
+        (x, x_stride, count): (&[u16], usize, usize),
+        start: Start<'_>,
+        (out, out_stride): (Shared<'_, f32>, usize),
+    ) {
+        let has_x = holds(x.len(), count, x_stride, k.next_multiple_of(STEP));
+        let has_room = start.has(rows) && holds(out.len(), count, out_stride, rows);
+        assert!(w.len() >= rows * k && has_x && has_room, "inner products beyond their operands");
+        let (w, x, out) = (w.as_ptr().cast(), x.as_ptr(), out.as_mut_ptr());
+        // SAFETY: all were just measured, the token proves the instructions, and the output is this thread's.
+        unsafe { inner_products(w, rows, k, x, x_stride, count, start, out, out_stride) };
+    }
 }
 
 /// Whether this process may use AMX tiles and they compute what they should. Asks the system once.
@@ -45,7 +106,7 @@ fn tiles_are_there() -> bool {
     if features & bf16 == 0 || features & tile == 0 || !is_x86_feature_detected!("xsave") {
         return false;
     }
-    // SAFETY: the processor has the instruction.
+    // SAFETY: `xsave` was just found, and the instruction with it.
     let kept = unsafe { kept() };
     kept & state == state
 }
@@ -83,40 +144,37 @@ fn tiles_add_up() -> bool {
     let (a, panel): (Vec<f32>, Vec<f32>) =
         ((0..32 * 64).map(value).collect(), (0..64 * PANEL).map(|i| value(i + 5)).collect());
     let (mut rows, mut pairs, mut c) = (vec![0u16; 32 * 64], vec![0u32; 32 * PANEL], vec![0f32; 32 * PANEL]);
-    // SAFETY: the buffers have the sizes that are given; the instructions were asked for.
+    // SAFETY: the rows are contiguous, and the buffers have room for 64 numbers of each; the caller has found the instructions and has the
+    // system's permission. `c` is this function's own.
     unsafe {
-        to_rows(a.as_ptr(), 64, rows.as_mut_ptr());
-        for row in 1..32 {
-            to_rows(a.as_ptr().add(row * 64), 64, rows.as_mut_ptr().add(row * 64));
-        }
+        to_rows(a.as_ptr(), a.len(), rows.as_mut_ptr());
         to_pairs(panel.as_ptr(), 64, pairs.as_mut_ptr());
         let product = Rounded {
-            a: rows.as_ptr(),
+            a: &rows,
             a_stride: 64,
             rows: 32,
-            b: pairs.as_ptr(),
+            b: &pairs,
             b_stride: PANEL,
             k: 64,
-            c: c.as_mut_ptr(),
+            c: Shared::new(&mut c),
             c_stride: PANEL,
             columns: PANEL,
             start: Start::Zero,
         };
-        configure();
-        by_tiles(&product);
-        release();
+        let tiles = Tiles::configured();
+        by_tiles(&product, &tiles);
     }
     let exact = |i: usize| (0..64).map(|k| a[i / PANEL * 64 + k] * panel[k * PANEL + i % PANEL]).sum::<f32>();
     c.iter().enumerate().all(|(i, &c)| c == exact(i))
 }
 
-/// Rounds `len` numbers, a multiple of [`STEP`] away from the end of what `out` holds.
+/// See [`BrainProducts::to_rows`].
 ///
 /// # Safety
 /// `len` numbers can be read and written.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(crate) unsafe fn to_rows(x: *const f32, len: usize, out: *mut u16) {
-    // SAFETY: promised by the caller.
+unsafe fn to_rows(x: *const f32, len: usize, out: *mut u16) {
+    // SAFETY: the masks leave out what is not among the `len` numbers.
     unsafe {
         let mut at = 0;
         while at < len {
@@ -128,14 +186,13 @@ pub(crate) unsafe fn to_rows(x: *const f32, len: usize, out: *mut u16) {
     }
 }
 
-/// A panel of `k` (even) times 32 numbers, rounded, two columns in a word: those of column `c` and `c + 1` of row `j` are in word
-/// `16 c + j`.
+/// See [`BrainProducts::to_pairs`]; `k` is the height.
 ///
 /// # Safety
 /// The panel can be read, and `16 k` words can be written.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(crate) unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
-    // SAFETY: promised by the caller.
+unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
+    // SAFETY: two lines of the panel and one of words for each pair, all of which the caller has measured.
     unsafe {
         let index: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
         let index = _mm512_loadu_si512(index.as_ptr().cast());
@@ -151,18 +208,28 @@ pub(crate) unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
 }
 
 /// A product of rounded operands: of rows, and of the words of a panel. `k`, in numbers, is a multiple of [`STEP`].
-pub(crate) type Rounded = Product<u16, u32>;
+pub(crate) type Rounded<'a> = Product<'a, u16, u32>;
 
-impl Rounded {
-    /// Computes it. On [`Path::Amx`] this thread has been [configured](configure).
+impl Rounded<'_> {
+    /// Computes it: by tiles, if there are any, for more than 12 rows. Those read [`BrainProducts::block`] rows of `a`, of which `rows`
+    /// count.
+    ///
+    /// # Panics
+    /// If an operand is too short for its sizes.
     ///
     /// # Safety
-    /// All of that can be read and written: of `a` [`block`] rows by tiles, of which `rows` count.
-    pub(crate) unsafe fn run(&self, path: Path) {
-        // SAFETY: the processor has the instructions of the path; the rest is the caller's.
+    /// While it runs no other thread touches the columns wanted of these rows of `c`.
+    pub(crate) unsafe fn run(&self, _: BrainProducts, tiles: Option<&Tiles>) {
+        let tiles = tiles.filter(|_| self.rows > 12);
+        let rows = if tiles.is_some() { 2 * TILE_ROWS } else { self.rows };
+        let has_a = holds(self.a.len(), rows, self.a_stride, self.k);
+        let has_b = self.b_stride == PANEL && self.b.len() >= self.k / 2 * PANEL;
+        let fits = self.rows <= rows && self.k > 0 && self.k.is_multiple_of(STEP) && has_a && has_b;
+        assert!(fits && self.has_room(), "a product beyond its operands");
+        // SAFETY: the operands were just measured; tokens prove vectors and tiles; the output is this thread's, as the caller promises.
         unsafe {
-            if path == Path::Amx && self.rows > 12 {
-                return by_tiles(self);
+            if let Some(tiles) = tiles {
+                return by_tiles(self, tiles);
             }
             let mut row = 0;
             while row + 12 <= self.rows {
@@ -181,26 +248,26 @@ impl Rounded {
     }
 }
 
-/// Adds sums to what they start from; `sums` are `PANEL` apart.
+/// Adds a row of sums to what it starts from.
 ///
 /// # Safety
-/// Row `row` of the output can be read and written, and `PANEL` sums be read.
+/// The product [has room](Product::has_room) and the row, which no other thread touches.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
-pub(crate) unsafe fn put(p: &Rounded, row: usize, sums: *const f32) {
-    // SAFETY: promised by the caller.
+pub(crate) unsafe fn put(p: &Rounded<'_>, row: usize, sums: &[f32; PANEL]) {
+    // SAFETY: the masks leave out the columns that are not wanted; the others are in the output and in the start.
     unsafe {
-        let c = p.c.add(row * p.c_stride);
+        let c = p.c.as_mut_ptr().add(row * p.c_stride);
         for half in 0..2 {
             let at = half * LANES;
             let left = p.columns.saturating_sub(at).min(LANES);
             let mask = if left == LANES { 0xffff } else { (1u16 << left) - 1 };
-            let sum = _mm512_loadu_ps(sums.add(at));
+            let sum = _mm512_loadu_ps(sums.as_ptr().add(at));
             let start = match p.start {
                 Start::Zero => _mm512_setzero_ps(),
-                Start::Row(row) => _mm512_maskz_loadu_ps(mask, row.add(at)),
-                Start::Output => _mm512_maskz_loadu_ps(mask, c.add(at)),
+                Start::Row(row) => _mm512_maskz_loadu_ps(mask, row.as_ptr().wrapping_add(at)),
+                Start::Output => _mm512_maskz_loadu_ps(mask, c.wrapping_add(at)),
             };
-            _mm512_mask_storeu_ps(c.add(at), mask, _mm512_add_ps(start, sum));
+            _mm512_mask_storeu_ps(c.wrapping_add(at), mask, _mm512_add_ps(start, sum));
         }
     }
 }
@@ -208,15 +275,15 @@ pub(crate) unsafe fn put(p: &Rounded, row: usize, sums: *const f32) {
 /// `M` rows from `row` on.
 ///
 /// # Safety
-/// As [`Rounded::run`].
+/// [`Rounded::run`] has measured the operands, and these rows are among theirs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn by_vectors<const M: usize>(p: &Rounded, row: usize) {
-    // SAFETY: promised by the caller.
+unsafe fn by_vectors<const M: usize>(p: &Rounded<'_>, row: usize) {
+    // SAFETY: `k` numbers of each row of `a` and half as many lines of `b`, which were measured.
     unsafe {
-        let a = p.a.add(row * p.a_stride);
+        let a = p.a.as_ptr().add(row * p.a_stride);
         let mut sums = [[_mm512_setzero_ps(); 2]; M];
         for pair in 0..p.k / 2 {
-            let b = p.b.add(pair * p.b_stride);
+            let b = p.b.as_ptr().add(pair * p.b_stride);
             let low: __m512bh = std::mem::transmute(_mm512_loadu_si512(b.cast()));
             let high: __m512bh = std::mem::transmute(_mm512_loadu_si512(b.add(LANES).cast()));
             for (m, sums) in sums.iter_mut().enumerate() {
@@ -227,30 +294,29 @@ unsafe fn by_vectors<const M: usize>(p: &Rounded, row: usize) {
             }
         }
         for (m, sums) in sums.iter().enumerate() {
-            put(p, row + m, sums.as_ptr().cast());
+            put(p, row + m, &std::mem::transmute::<[__m512; 2], [f32; PANEL]>(*sums));
         }
     }
 }
 
-/// Inner products of each of `rows` rows of `w`, `k` apart, with each of `count` rows of `x`, which lie `x_stride` apart and are
-/// filled up with zeros to a multiple of [`STEP`]: that of row `j` with row `i` goes to `out[i * out_stride + j]`.
+/// See [`BrainProducts::inner_products`].
 ///
 /// # Safety
-/// All of that can be read and written.
+/// The operands hold what that asks of them, and no other thread touches the output.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
-pub(crate) unsafe fn inner_products(
+unsafe fn inner_products(
     w: *const u16,
     rows: usize,
     k: usize,
     x: *const u16,
     x_stride: usize,
     count: usize,
-    start: Start,
+    start: Start<'_>,
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: promised by the caller.
+    // SAFETY: as many rows of weights and of `x` as are taken at once are left of those that the caller has measured.
     unsafe {
         // `W` rows of weights by `R` rows of `x` from `i` on, as long as there are so many.
         macro_rules! rows {
@@ -291,11 +357,11 @@ unsafe fn some_rows<const W: usize, const R: usize>(
     k: usize,
     x: *const u16,
     x_stride: usize,
-    start: Start,
+    start: Start<'_>,
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: promised by the caller; beyond the last column nothing is read of `w`, and zeros of `x`.
+    // SAFETY: the mask leaves out what lies behind the last column of `w`; rows of `x` have whole steps. Prefetching reads nothing.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); R]; W];
         for at in (0..k).step_by(STEP) {
@@ -325,11 +391,39 @@ unsafe fn some_rows<const W: usize, const R: usize>(
     }
 }
 
-/// Eight tiles of sixteen rows of 64 bytes, for this thread, until [`release`].
-///
+/// Rows of a tile.
+const TILE_ROWS: usize = 16;
+
+/// Eight tiles of sixteen rows of 64 bytes that this thread may use. Dropping it leaves them, so that their state is not carried along.
+#[derive(Debug)]
+pub(crate) struct Tiles(PhantomData<*const ()>);
+
+impl Tiles {
+    /// Configures the tiles of this thread, where there are any on `path`.
+    pub(crate) fn new(path: Path) -> Option<Self> {
+        // SAFETY: the path proves that the processor has tiles, and that the system has permitted them.
+        (path == InstructionSet::Amx).then(|| unsafe { Self::configured() })
+    }
+
+    /// # Safety
+    /// The processor has tiles, and the system has permitted them.
+    unsafe fn configured() -> Self {
+        // SAFETY: promised in these words.
+        unsafe { configure() };
+        Self(PhantomData)
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: whoever made this has found tiles.
+        unsafe { asm!("tilerelease", options(nostack)) };
+    }
+}
+
 /// # Safety
-/// The system has permitted tiles.
-pub(crate) unsafe fn configure() {
+/// The processor has tiles, and the system has permitted them.
+unsafe fn configure() {
     #[repr(align(64))]
     struct Config([u8; 64]);
     let mut config = Config([0; 64]);
@@ -338,26 +432,19 @@ pub(crate) unsafe fn configure() {
         config.0[16 + 2 * tile] = 64;
         config.0[48 + tile] = 16;
     }
-    // SAFETY: the configuration is valid, and the system has permitted it.
+    // SAFETY: the 64 bytes are a valid configuration, and the caller has the system's permission.
     unsafe { asm!("ldtilecfg [{}]", in(reg) config.0.as_ptr(), options(nostack)) };
-}
-
-/// Leaves the tiles, so that their state is not carried along.
-///
-/// # Safety
-/// As [`configure`].
-pub(crate) unsafe fn release() {
-    // SAFETY: promised by the caller.
-    unsafe { asm!("tilerelease", options(nostack)) };
 }
 
 /// 32 rows by 32 columns: four tiles of sums, two of each operand.
 ///
 /// # Safety
-/// As [`Rounded::run`]; the thread is configured.
-unsafe fn by_tiles(p: &Rounded) {
-    let mut sums = [0f32; 32 * PANEL];
-    // SAFETY: promised by the caller: 32 rows of `a` and `k / 2` of `b` are there. Nobody else uses tiles.
+/// There are 32 rows of `a`, `k / 2` contiguous lines of `b` and at least one step; the product [has room](Product::has_room), and no
+/// other thread touches the output.
+unsafe fn by_tiles(p: &Rounded<'_>, _: &Tiles) {
+    let mut sums = [[0f32; PANEL]; 32];
+    // SAFETY: 16 rows of a tile are read `a_stride` apart from `a` and from 16 rows below, step by step, and lines of `b` likewise; `sums` has
+    // room for four tiles. Nothing else uses tiles, and the token proves that this thread has them.
     unsafe {
         asm!(
             "tilezero tmm0",
@@ -382,18 +469,18 @@ unsafe fn by_tiles(p: &Rounded) {
             "tilestored [{c} + {b_stride} + 64], tmm1",
             "tilestored [{c_low} + {b_stride}], tmm2",
             "tilestored [{c_low} + {b_stride} + 64], tmm3",
-            a = inout(reg) p.a => _,
-            a_low = inout(reg) p.a.add(16 * p.a_stride) => _,
-            b = inout(reg) p.b => _,
+            a = inout(reg) p.a.as_ptr() => _,
+            a_low = inout(reg) p.a.as_ptr().add(16 * p.a_stride) => _,
+            b = inout(reg) p.b.as_ptr() => _,
             steps = inout(reg) p.k / STEP => _,
             a_stride = in(reg) 2 * p.a_stride,
             b_stride = in(reg) 4 * PANEL,
             c = in(reg) sums.as_mut_ptr(),
-            c_low = in(reg) sums.as_mut_ptr().add(16 * PANEL),
+            c_low = in(reg) sums.as_mut_ptr().add(16),
             options(nostack)
         );
-        for row in 0..p.rows {
-            put(p, row, sums.as_ptr().add(row * PANEL));
+        for (row, sums) in sums[..p.rows].iter().enumerate() {
+            put(p, row, sums);
         }
     }
 }
@@ -404,68 +491,46 @@ mod tests {
 
     #[test]
     fn products_of_rounded_numbers_are_those_of_f64() {
-        if !has_products(Path::best()) {
-            return;
-        }
         let value = |i: usize| ((i * 7919) % 257) as f32 / 64.0 - 2.0;
         let (rows, k, columns) = (45, 96, 27);
         let a: Vec<f32> = (0..rows * k).map(value).collect();
         let panel: Vec<f32> = (0..k * PANEL).map(|i| value(i + 11)).collect();
         let bias: Vec<f32> = (0..columns).map(value).collect();
         let (mut short, mut pairs) = (vec![0u16; 64 * k], vec![0u32; k / 2 * PANEL]);
-        for path in Path::available().filter(|&path| path >= Path::Avx512) {
-            let mut c = vec![0f32; rows * columns];
-            // SAFETY: the buffers have the sizes that are given, with rows to spare for whole tiles.
-            unsafe {
-                for row in 0..rows {
-                    to_rows(a.as_ptr().add(row * k), k, short.as_mut_ptr().add(row * k));
-                }
-                to_pairs(panel.as_ptr(), k, pairs.as_mut_ptr());
-                if path == Path::Amx {
-                    configure();
-                }
-                for from in (0..rows).step_by(block(path)) {
-                    let product = Rounded {
-                        a: short.as_ptr().add(from * k),
-                        a_stride: k,
-                        rows: block(path).min(rows - from),
-                        b: pairs.as_ptr(),
-                        b_stride: PANEL,
-                        k,
-                        c: c.as_mut_ptr().add(from * columns),
-                        c_stride: columns,
-                        columns,
-                        start: Start::Row(bias.as_ptr()),
-                    };
-                    product.run(path);
-                }
-                if path == Path::Amx {
-                    release();
-                }
+        for products in Path::available().filter_map(BrainProducts::new) {
+            let (path, mut c) = (products.path(), vec![0f32; rows * columns]);
+            // Rows to spare for whole tiles.
+            products.to_rows(&a, &mut short);
+            products.to_pairs(&panel, &mut pairs);
+            let tiles = Tiles::new(path);
+            for from in (0..rows).step_by(products.block()) {
+                let product = Rounded {
+                    a: &short[from * k..],
+                    a_stride: k,
+                    rows: products.block().min(rows - from),
+                    b: &pairs,
+                    b_stride: PANEL,
+                    k,
+                    c: Shared::new(&mut c).from(from * columns),
+                    c_stride: columns,
+                    columns,
+                    start: Start::Row(&bias),
+                };
+                // SAFETY: nobody else has `c`.
+                unsafe { product.run(products, tiles.as_ref()) };
             }
+            drop(tiles);
             let rounded = |x: f32| f64::from(half::bf16::from_f32(x).to_f32());
             // The same columns as rows of weights, of fewer columns than a whole step.
             let (k, weights) = (k - 5, (0..columns * (k - 5)).map(|i| panel[i % (k - 5) * PANEL + i / (k - 5)]));
-            let weights: Vec<u16> = weights.map(|x| half::bf16::from_f32(x).to_bits()).collect();
+            let weights: Vec<bf16> = weights.map(bf16::from_f32).collect();
             for count in [1, 2, 7, 13] {
                 let mut y = vec![0f32; count * columns];
-                // SAFETY: rows of `short` have zeros where `a` has no column any more, as is made sure of here.
-                unsafe {
-                    let mut cut = short.clone();
-                    cut.chunks_exact_mut(k + 5).for_each(|row| row[k..].fill(0));
-                    let start = Start::Row(bias.as_ptr());
-                    inner_products(
-                        weights.as_ptr(),
-                        columns,
-                        k,
-                        cut.as_ptr(),
-                        k + 5,
-                        count,
-                        start,
-                        y.as_mut_ptr(),
-                        columns,
-                    );
-                }
+                let mut cut = short.clone();
+                cut.chunks_exact_mut(k + 5).for_each(|row| row[k..].fill(0));
+                let (x, out) = ((&cut[..], k + 5, count), (Shared::new(&mut y), columns));
+                // SAFETY: nobody else has `y`.
+                unsafe { products.inner_products(&weights, (columns, k), x, Start::Row(&bias), out) };
                 for (i, y) in y.iter().enumerate() {
                     let (row, column) = (i / columns, i % columns);
                     let product = |j: usize| rounded(a[row * (k + 5) + j]) * rounded(panel[j * PANEL + column]);

@@ -11,9 +11,9 @@ use half::f16;
 
 use crate::block_type::BlockType;
 use crate::blocks::Blocks;
-use crate::lanes::LANES;
-use crate::pool::{parallel, parallel_chunks};
-use crate::shared::Shared;
+use crate::cpu::lanes::LANES;
+use crate::cpu::pool::{parallel, parallel_chunks};
+use crate::cpu::shared::Shared;
 
 /// Columns that share a step of the kernels.
 pub(crate) const STEP: usize = 32;
@@ -366,7 +366,7 @@ impl Packed {
         let all = Shared::new(&mut out);
         parallel(self.rows, |row| {
             // SAFETY: rows do not overlap.
-            self.row(row, unsafe { std::slice::from_raw_parts_mut(all.at(row * self.columns), self.columns) });
+            self.row(row, unsafe { all.slice(row * self.columns, self.columns) });
         });
         out
     }

@@ -10,13 +10,13 @@
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
 use crate::block_type::BlockType;
-use crate::cpu::{Path, by_path};
-use crate::gelu::GeluOp;
-use crate::integers::{FINER, GROUP, Integers, SUMS, TERM, TERMS, words_of};
-use crate::lanes::{LANES, Lanes};
-use crate::packed::{Form, Packed, Scales};
-use crate::pool::{parallel, threads};
-use crate::shared::Shared;
+use crate::cpu::gelu::GeluOp;
+use crate::cpu::integers::{FINER, GROUP, Integers, SUMS, TERM, TERMS, words_of};
+use crate::cpu::lanes::{LANES, Lanes};
+use crate::cpu::packed::{Form, Packed, Scales};
+use crate::cpu::path::{Path, by_path};
+use crate::cpu::pool::{parallel, threads};
+use crate::cpu::shared::Shared;
 
 /// Rows of activations that are multiplied before the next tile: they stay in the second-level cache.
 const ROWS: usize = 64;
@@ -31,7 +31,7 @@ struct Job<'a> {
     weight: &'a Packed,
     x: &'a Integers,
     bias: Option<&'a [f32]>,
-    y: Shared<f32>,
+    y: Shared<'a, f32>,
 }
 
 /// `y = x Wᵀ + b`, or a function of it: `y` is `[rows, weight rows]`.
@@ -80,7 +80,7 @@ fn dispatch(job: &Job<'_>, from: usize, to: usize, path: Path) {
 by_path! {
     /// # Safety
     /// No other task has the tiles `[from, to)`.
-    fn multiply_tiles<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) =
+    unsafe fn multiply_tiles<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) =
         tiles or plain
 }
 
@@ -126,7 +126,7 @@ unsafe fn plain(job: &Job<'_>, from: usize, to: usize) {
             }
             // SAFETY: column `row` belongs to this task alone.
             unsafe {
-                let y = std::slice::from_raw_parts_mut(job.y.at(i * n + row), 1);
+                let y = job.y.slice(i * n + row, 1);
                 y[0] = sum + b;
                 if let Some(gelu) = job.then {
                     gelu.apply(job.path, y);
@@ -252,7 +252,7 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
         for (m, sum) in sums.into_iter().enumerate() {
             let mut lanes = [0f32; LANES];
             L::store(lanes.as_mut_ptr(), sum);
-            let y = std::slice::from_raw_parts_mut(job.y.at((row + m) * n + column), count);
+            let y = job.y.slice((row + m) * n + column, count);
             match job.bias {
                 Some(bias) => y.iter_mut().zip(lanes).zip(&bias[column..]).for_each(|((y, sum), b)| *y = sum + b),
                 None => y.copy_from_slice(&lanes[..count]),

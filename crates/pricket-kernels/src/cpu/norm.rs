@@ -3,11 +3,10 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::Path;
+use crate::cpu::path::{InstructionSet, path};
 #[cfg(target_arch = "x86_64")]
-use crate::detect::path;
-use crate::pool::{parallel_chunks, zeros};
-use crate::shared::f32_slice;
+use crate::cpu::pool::{parallel_chunks, zeros};
+use crate::cpu::shared::f32_slice;
 
 /// Layer norm over the last dimension of `x`, with weight and bias: f32, its statistics in f64.
 ///
@@ -80,11 +79,11 @@ fn dispatch_rms(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         fn avx2(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
             rms_row(x, weight, eps, out);
         }
-        if path() >= Path::Avx512 {
+        if path() >= InstructionSet::Avx512 {
             // SAFETY: the processor has the instructions.
             return unsafe { avx512(x, weight, eps, out) };
         }
-        if path() >= Path::Avx2 {
+        if path() >= InstructionSet::Avx2 {
             // SAFETY: the processor has the instructions.
             return unsafe { avx2(x, weight, eps, out) };
         }
@@ -103,11 +102,11 @@ fn dispatch(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) 
         fn avx2(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
             row(x, weight, bias, eps, out);
         }
-        if path() >= Path::Avx512 {
+        if path() >= InstructionSet::Avx512 {
             // SAFETY: the processor has the instructions.
             return unsafe { avx512(x, weight, bias, eps, out) };
         }
-        if path() >= Path::Avx2 {
+        if path() >= InstructionSet::Avx2 {
             // SAFETY: the processor has the instructions.
             return unsafe { avx2(x, weight, bias, eps, out) };
         }

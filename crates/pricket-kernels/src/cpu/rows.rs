@@ -1,16 +1,16 @@
 //! Rows of floats as they are stored, widened on the way: inner products, sums, and panels for [`Product`].
 //!
-//! [`Product`]: crate::product::Product
+//! [`Product`]: crate::cpu::product::Product
 
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
-use std::marker::PhantomData;
-
+use bytemuck::Pod;
 use half::{bf16, f16};
 
-use crate::cpu::{Path, by_path};
-use crate::lanes::{Floats, LANES};
-use crate::product::Start;
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::{Path, by_path};
+use crate::cpu::product::Start;
+use crate::cpu::shared::{Shared, holds};
 
 /// Numbers as they are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,56 +46,104 @@ pub(crate) const fn q8_row(columns: usize) -> usize {
     columns.div_ceil(Q8_BLOCK.0) * Q8_BLOCK.1
 }
 
-/// Rows of numbers that lie `stride` elements of storage apart.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows<'a> {
-    pub(crate) at: *const u8,
-    pub(crate) kind: Kind,
-    pub(crate) stride: usize,
-    of: PhantomData<&'a [u8]>,
+/// An element of storage.
+pub(crate) trait Element: Pod {
+    const KIND: Kind;
 }
 
-impl Rows<'_> {
-    /// Rows that begin at `at`. How long they are there is for the caller to say, by the lifetime in a signature.
-    pub(crate) fn new(at: *const u8, kind: Kind, stride: usize) -> Self {
-        Self { at, kind, stride, of: PhantomData }
+impl Element for f32 {
+    const KIND: Kind = Kind::F32;
+}
+
+impl Element for f16 {
+    const KIND: Kind = Kind::F16;
+}
+
+impl Element for bf16 {
+    const KIND: Kind = Kind::BF16;
+}
+
+impl Element for u8 {
+    const KIND: Kind = Kind::Q8;
+}
+
+/// Rows of numbers that lie `stride` elements of storage apart, with all of storage that follows them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows<'a> {
+    storage: &'a [u8],
+    kind: Kind,
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows that begin where `storage` does.
+    pub(crate) fn new<T: Element>(storage: &'a [T], stride: usize) -> Self {
+        Self { storage: bytemuck::cast_slice(storage), kind: T::KIND, stride }
     }
 
+    /// Rows of an even number of columns, two of which are a word, as which they can be moved.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn in_words(storage: &'a [bf16], columns: usize) -> Self {
+        Self { storage: bytemuck::cast_slice(storage), kind: Kind::F32, stride: columns / 2 }
+    }
+
+    /// How the numbers are stored.
+    pub(crate) fn kind(self) -> Kind {
+        self.kind
+    }
+
+    /// Elements of storage from one row to the next.
+    pub(crate) fn stride(self) -> usize {
+        self.stride
+    }
+
+    /// The numbers, of [`Kind::F32`], from the first on.
+    pub(crate) fn floats(self) -> &'a [f32] {
+        assert_eq!(self.kind, Kind::F32, "numbers of another kind");
+        bytemuck::cast_slice(self.storage)
+    }
+
+    /// Whether there are `rows` rows of `columns` numbers.
+    pub(crate) fn has(self, rows: usize, columns: usize) -> bool {
+        let columns = if self.kind == Kind::Q8 { q8_row(columns) } else { columns };
+        holds(self.storage.len() / self.kind.size(), rows, self.stride, columns)
+    }
+
+    /// Where a row begins.
+    ///
     /// # Safety
-    /// The row is there.
+    /// The rows [have](Rows::has) it.
     #[inline(always)]
     unsafe fn row(self, row: usize) -> *const u8 {
-        // SAFETY: promised by the caller.
-        unsafe { self.at.add(row * self.stride * self.kind.size()) }
+        // SAFETY: inside of the storage, since the row is.
+        unsafe { self.storage.as_ptr().add(row * self.stride * self.kind.size()) }
     }
 
     /// The same rows from another one on, and another column; of [`Kind::Q8`] one that begins a block.
     ///
-    /// # Safety
-    /// The row and the column are there.
-    pub(crate) unsafe fn skip(self, row: usize, column: usize) -> Self {
+    /// # Panics
+    /// If they lie behind the storage.
+    pub(crate) fn skip(self, row: usize, column: usize) -> Self {
         let column = if self.kind == Kind::Q8 { q8_row(column) } else { column };
-        // SAFETY: promised by the caller.
-        Self { at: unsafe { self.row(row).add(column * self.kind.size()) }, ..self }
+        self.further(row * self.stride + column)
     }
 
     /// Other rows, so many elements of storage further on.
     ///
-    /// # Safety
-    /// They are there.
-    pub(crate) unsafe fn further(self, elements: usize) -> Self {
-        // SAFETY: promised by the caller.
-        Self { at: unsafe { self.at.add(elements * self.kind.size()) }, ..self }
+    /// # Panics
+    /// If they lie behind the storage.
+    pub(crate) fn further(self, elements: usize) -> Self {
+        Self { storage: &self.storage[elements * self.kind.size()..], ..self }
     }
 }
 
 /// Sixteen numbers of a row from `column` on, a multiple of sixteen.
 ///
 /// # Safety
-/// They can be read, and the processor has the instructions of `L`.
+/// They are in storage of that kind, and the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn load<L: Floats, const KIND: u8>(row: *const u8, column: usize) -> L::Float {
-    // SAFETY: promised by the caller.
+    // SAFETY: sixteen numbers are there, which of the blocks of `q8_0` are half of one, behind its scale.
     unsafe {
         match KIND {
             0 => L::floats(row.add(4 * column).cast()),
@@ -112,10 +160,10 @@ unsafe fn load<L: Floats, const KIND: u8>(row: *const u8, column: usize) -> L::F
 /// One number of a row.
 ///
 /// # Safety
-/// It can be read.
+/// It is in storage of that kind.
 #[inline(always)]
 unsafe fn single<const KIND: u8>(row: *const u8, column: usize) -> f32 {
-    // SAFETY: promised by the caller.
+    // SAFETY: the number is there, and the scale of its block.
     unsafe {
         match KIND {
             0 => row.add(4 * column).cast::<f32>().read_unaligned(),
@@ -135,12 +183,14 @@ macro_rules! by_path_and_kind {
     ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
-        pub(crate) unsafe fn $name(path: Path, kind: Kind, $($arg: $type),*) {
+        unsafe fn $name(path: Path, kind: Kind, $($arg: $type),*) {
             by_path! {
+                /// # Safety
+                /// As its caller.
                 #[allow(clippy::too_many_arguments, reason = "as its caller")]
-                fn of_kind<const KIND: u8>($($arg: $type),*) = $body
+                unsafe fn of_kind<const KIND: u8>($($arg: $type),*) = $body
             }
-            // SAFETY: promised by the caller.
+            // SAFETY: each kind goes to the function of its number, with what the caller promises.
             unsafe {
                 match kind {
                     Kind::F32 => of_kind::<0>(path, $($arg),*),
@@ -153,34 +203,54 @@ macro_rules! by_path_and_kind {
     };
 }
 
+/// Inner products of each of `rows` rows of `k` numbers of `w` with each of `count` rows of `x`, which lie `x_stride` apart: that of
+/// row `j` with row `i` goes to `out[i * out_stride + j]`. Every row of `w` is read once.
+///
+/// # Panics
+/// If an operand is too short for its sizes.
+///
+/// # Safety
+/// While it runs no other thread touches these places of `out`.
+pub(crate) unsafe fn inner_products(
+    path: Path,
+    w: Rows<'_>,
+    (rows, k): (usize, usize),
+    (x, x_stride, count): (&[f32], usize, usize),
+    start: Start<'_>,
+    (out, out_stride): (Shared<'_, f32>, usize),
+) {
+    let has_room = start.has(rows) && holds(out.len(), count, out_stride, rows);
+    assert!(w.has(rows, k) && holds(x.len(), count, x_stride, k) && has_room, "inner products beyond their operands");
+    let (kind, x, out) = (w.kind, x.as_ptr(), out.as_mut_ptr());
+    // SAFETY: all of them were just measured, and the output is this thread's, as the caller promises.
+    unsafe { inner_products_of_kind(path, kind, w, rows, k, x, x_stride, count, start, out, out_stride) };
+}
+
 by_path_and_kind! {
-    /// Inner products of each of `rows` rows of `w` with each of `count` rows of `x`, which lie `x_stride` apart: that of row
-    /// `j` with row `i` goes to `out[i * out_stride + j]`. Every row of `w` is read once.
-    ///
     /// # Safety
-    /// All of that can be read and written.
-    inner_products, inner_products_body, (
-        w: Rows, rows: usize, k: usize, x: *const f32, x_stride: usize, count: usize, start: Start, out: *mut f32,
+    /// The operands hold what [`inner_products`] asks of them, and no other thread touches the output.
+    inner_products_of_kind, inner_products_body, (
+        w: Rows<'_>, rows: usize, k: usize, x: *const f32, x_stride: usize, count: usize, start: Start<'_>, out: *mut f32,
         out_stride: usize
     )
 }
 
 /// # Safety
-/// As [`inner_products`]; the processor has the instructions of `L`.
+/// As [`inner_products_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
 unsafe fn inner_products_body<L: Floats, const KIND: u8>(
-    w: Rows,
+    w: Rows<'_>,
     rows: usize,
     k: usize,
     x: *const f32,
     x_stride: usize,
     count: usize,
-    start: Start,
+    start: Start<'_>,
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: promised by the caller.
+    // SAFETY: as many rows of weights and of `x` as are taken at once are left of those that the caller has measured.
     unsafe {
         // `W` rows of weights by `R` rows of `x` from `i` on, as long as there are so many.
         macro_rules! rows {
@@ -212,21 +282,21 @@ unsafe fn inner_products_body<L: Floats, const KIND: u8>(
 /// `W` rows of weights from `row` on times `R` rows, in `U` sums each.
 ///
 /// # Safety
-/// As [`inner_products_body`].
+/// As [`inner_products_body`]; `W` rows of weights and `R` of `x` are there.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
 #[allow(clippy::needless_range_loop, reason = "rows, rows and sums go together")]
 unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, const U: usize>(
-    w: Rows,
+    w: Rows<'_>,
     row: usize,
     k: usize,
     x: *const f32,
     x_stride: usize,
-    start: Start,
+    start: Start<'_>,
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: promised by the caller.
+    // SAFETY: columns below `k` of rows that are there, the last few of them one by one; prefetching reads nothing.
     unsafe {
         let size = const { size_of_kind(KIND) };
         let out = out.add(row);
@@ -275,20 +345,29 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
     }
 }
 
+/// Lays `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[stride · c + j]`, and zeros
+/// where there is no row.
+///
+/// # Panics
+/// If rows or output are too short for the sizes.
+pub(crate) fn pack(path: Path, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
+    let has_room = holds(out.len(), k, stride, 2 * LANES);
+    assert!(rows <= 2 * LANES && w.has(rows, k) && has_room, "a panel beyond its operands");
+    // SAFETY: rows and output were just measured, and the output is borrowed.
+    unsafe { pack_of_kind(path, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
+}
+
 by_path_and_kind! {
-    /// Lays `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[stride · c + j]`, and zeros
-    /// where there is no row.
-    ///
     /// # Safety
-    /// All of that can be read, and 32 numbers be written for each column.
-    pack, pack_body, (w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize)
+    /// The rows are there, and 32 numbers can be written for each column.
+    pack_of_kind, pack_body, (w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize)
 }
 
 /// # Safety
-/// As [`pack`]; the processor has the instructions of `L`.
+/// As [`pack_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize) {
-    // SAFETY: promised by the caller.
+unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize) {
+    // SAFETY: `count` rows of a half are among `rows`, and each column has room for 32 numbers, as the caller has measured.
     unsafe {
         for half in 0..2 {
             let (first, count) = (half * LANES, rows.saturating_sub(half * LANES).min(LANES));
@@ -314,20 +393,28 @@ unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, o
     }
 }
 
+/// Writes the numbers of `rows` rows of `k`, widened, `stride` apart; what is between the rows is left as it is.
+///
+/// # Panics
+/// If rows or output are too short for the sizes.
+pub(crate) fn widen_to(path: Path, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
+    assert!(w.has(rows, k) && holds(out.len(), rows, stride, k), "rows beyond their operands");
+    // SAFETY: rows and output were just measured, and the output is borrowed.
+    unsafe { widen_of_kind(path, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
+}
+
 by_path_and_kind! {
-    /// The numbers of `rows` rows of `k`, widened, `stride` apart; what is between the rows is left as it is.
-    ///
     /// # Safety
-    /// All of that can be read and written.
-    widen_to, widen_body, (w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize)
+    /// The rows are there, and `k` numbers can be written for each.
+    widen_of_kind, widen_body, (w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize)
 }
 
 /// # Safety
-/// As [`widen_to`]; the processor has the instructions of `L`.
+/// As [`widen_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, out: *mut f32, stride: usize) {
+unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize) {
     for row in 0..rows {
-        // SAFETY: promised by the caller.
+        // SAFETY: `k` numbers of the row can be read and written, as the caller has measured.
         unsafe {
             let (w, out) = (w.row(row), out.add(row * stride));
             let mut at = 0;
@@ -342,25 +429,34 @@ unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows, rows: usize, k: usize, 
     }
 }
 
+/// Adds to `out`, of `k` numbers, the rows of `v`, each times its weight.
+///
+/// # Panics
+/// If there are fewer rows than weights, or shorter ones than `out`.
+pub(crate) fn weighted_sum(path: Path, v: Rows<'_>, weights: &[f32], out: &mut [f32]) {
+    let (rows, k) = (weights.len(), out.len());
+    assert!(v.has(rows, k), "a sum of rows that are not there");
+    // SAFETY: the rows were just measured, and the output is borrowed.
+    unsafe { weighted_sum_of_kind(path, v.kind, v, rows, k, weights.as_ptr(), out.as_mut_ptr()) };
+}
+
 by_path_and_kind! {
-    /// Adds to `out` the `rows` rows of `k` numbers of `v`, each times its weight.
-    ///
     /// # Safety
-    /// All of that can be read and written.
-    weighted_sum, weighted_sum_body, (v: Rows, rows: usize, k: usize, weights: *const f32, out: *mut f32)
+    /// `rows` rows and weights can be read, and `k` numbers read and written.
+    weighted_sum_of_kind, weighted_sum_body, (v: Rows<'_>, rows: usize, k: usize, weights: *const f32, out: *mut f32)
 }
 
 /// # Safety
-/// As [`weighted_sum`]; the processor has the instructions of `L`.
+/// As [`weighted_sum_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
-    v: Rows,
+    v: Rows<'_>,
     rows: usize,
     k: usize,
     weights: *const f32,
     out: *mut f32,
 ) {
-    // SAFETY: promised by the caller.
+    // SAFETY: columns below `k` of rows, weights and output, all of which the caller has measured.
     unsafe {
         let mut at = 0;
         while at + 4 * LANES <= k {
@@ -382,16 +478,16 @@ unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
 /// `C` vectors of columns from `at` on, two rows at a time in sums of their own.
 ///
 /// # Safety
-/// As [`weighted_sum_body`].
+/// As [`weighted_sum_body`]; the columns are there, and `out` begins with them.
 #[inline(always)]
 unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(
-    v: Rows,
+    v: Rows<'_>,
     at: usize,
     rows: usize,
     weights: *const f32,
     out: *mut f32,
 ) {
-    // SAFETY: promised by the caller.
+    // SAFETY: `C` vectors of columns of `rows` rows, whose weights are there; the caller has measured them.
     unsafe {
         let mut even = [L::splat(0.0); C];
         let mut odd = [L::splat(0.0); C];
@@ -451,7 +547,7 @@ mod tests {
     #[inline(always)]
     unsafe fn exp_body<L: Floats, const KIND: u8>(x: *const f32, y: *mut f32, len: usize) {
         for at in (0..len).step_by(LANES) {
-            // SAFETY: promised by the caller.
+            // SAFETY: a whole vector of each, since `len` is a multiple of it.
             unsafe { L::store(y.add(at), L::exp(L::floats(x.add(at)))) };
         }
     }

@@ -5,11 +5,11 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::by_path;
-use crate::detect::path;
-use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel, parallel_chunks, zeros};
-use crate::shared::{Shared, f32_slice};
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::by_path;
+use crate::cpu::path::path;
+use crate::cpu::pool::{parallel, parallel_chunks, zeros};
+use crate::cpu::shared::{Shared, f32_slice};
 
 /// Elements of a task: enough that handing it out costs nothing.
 const TASK: usize = 16 << 10;
@@ -110,14 +110,10 @@ unsafe fn backward<L: Floats>(
 }
 
 by_path! {
-    /// # Safety
-    /// The processor has the instructions of the path.
     fn dispatch(kind: Gate, g: &[f32], x: &[f32], out: &mut [f32]) = forward
 }
 
 by_path! {
-    /// # Safety
-    /// The processor has the instructions of the path.
     fn dispatch_back(kind: Gate, g: &[f32], x: &[f32], grad: &[f32], out: (&mut [f32], &mut [f32])) = backward
 }
 
@@ -134,8 +130,7 @@ impl CustomOp2 for GatedOp {
         let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK, |i, out| {
             let at = i * TASK..i * TASK + out.len();
-            // SAFETY: paths are those that the processor has.
-            unsafe { dispatch(path(), self.gate, &g[at.clone()], &x[at], out) };
+            dispatch(path(), self.gate, &g[at.clone()], &x[at], out);
         });
         Ok((CpuStorage::F32(out), x_at.dims().into()))
     }
@@ -247,7 +242,7 @@ impl CustomOp3 for MixOp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Path;
+    use crate::cpu::path::Path;
 
     #[test]
     fn gates_and_their_slopes_are_close_to_f64_on_every_path() {
@@ -256,11 +251,8 @@ mod tests {
         for (kind, path) in Path::available().flat_map(|path| [(Gate::Silu, path), (Gate::Sigmoid, path)]) {
             let mut y = vec![0f32; x.len()];
             let (mut slope, mut value) = (y.clone(), y.clone());
-            // SAFETY: the path is one that the processor has.
-            unsafe {
-                dispatch(path, kind, &x, &ones, &mut y);
-                dispatch_back(path, kind, &x, &ones, &ones, (&mut slope, &mut value));
-            }
+            dispatch(path, kind, &x, &ones, &mut y);
+            dispatch_back(path, kind, &x, &ones, &ones, (&mut slope, &mut value));
             for i in 0..n {
                 let x = f64::from(x[i]);
                 let s = 1.0 / (1.0 + (-x).exp());

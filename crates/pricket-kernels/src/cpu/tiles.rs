@@ -16,15 +16,15 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use crate::brain::{STEP, configure, put, release};
-use crate::cpu::Path;
-use crate::gelu::GeluOp;
-use crate::lanes::LANES;
-use crate::operands::{Begin, Left, Right, finish};
-use crate::pool::{parallel, scratch, threads};
-use crate::product::{PANEL, Product};
-use crate::rows::{Kind, Rows};
-use crate::shared::Shared;
+use crate::cpu::brain::{STEP, Tiles, put};
+use crate::cpu::gelu::GeluOp;
+use crate::cpu::lanes::LANES;
+use crate::cpu::operands::{Begin, Left, Right, finish};
+use crate::cpu::path::{InstructionSet, Path, path};
+use crate::cpu::pool::{parallel, scratch, threads};
+use crate::cpu::product::{PANEL, Product};
+use crate::cpu::rows::{Kind, Rows};
+use crate::cpu::shared::{Shared, holds};
 
 /// Words of 32 bits of a tile.
 const TILE: usize = 256;
@@ -48,7 +48,7 @@ const PANELS: usize = 8;
 /// Whether a product of `[rows, k]` with `[k, n]` should be one of tiles: taking numbers apart costs as much as multiplying them
 /// with a few dozen others.
 pub(crate) fn pay(path: Path, rows: usize, (k, n): (usize, usize)) -> bool {
-    path == Path::Amx && rows >= 48 && n >= 64 && k >= 64
+    path == InstructionSet::Amx && rows >= 48 && n >= 64 && k >= 64
 }
 
 /// Calls `f` with `len` words of this thread that begin where a line of memory does.
@@ -60,7 +60,7 @@ fn aligned<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     })
 }
 
-/// As [`blocked`](crate::dense::blocked), where [`pay`] says so.
+/// As [`blocked`](crate::cpu::dense::blocked), where [`pay`] says so.
 pub(crate) fn blocked(
     left: Left<'_>,
     rows: usize,
@@ -83,16 +83,16 @@ pub(crate) fn blocked(
     let share = blocks.div_ceil((2 * threads()).div_ceil(across.max(1)).clamp(1, blocks.max(1))).max(1);
     let out = Shared::new(y);
     left.as_rows(rows, k, false, |left| {
-        assert!(rows == 0 || k == 0 || left.at.len() >= (rows - 1) * left.row + k, "the left factor is [rows, k]");
         aligned(blocks * steps * LEFT, |split| {
             let all = Shared::new(split);
             parallel(blocks, |block| {
-                let from = block * BLOCK;
-                // SAFETY: rows and columns are there, and each task writes a block of its own.
-                unsafe {
-                    let x = left.at.as_ptr().add(from * left.row);
-                    split_rows(x, left.row, BLOCK.min(rows - from), k, all.at(block * steps * LEFT).cast());
-                }
+                let (from, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
+                let x = &left.at[from * left.row..];
+                assert!(holds(x.len(), count, left.row, k), "the left factor is [rows, k]");
+                // SAFETY: each task has a block of its own.
+                let block = unsafe { all.slice(block * steps * LEFT, steps * LEFT) };
+                // SAFETY: rows of `x` were just measured, and the block is for as many steps; tiles imply products of bfloat16.
+                unsafe { split_rows(x.as_ptr(), left.row, count, k, block.as_mut_ptr().cast()) };
             });
             let split = &*split;
             parallel(across * blocks.div_ceil(share), |task| {
@@ -103,41 +103,36 @@ pub(crate) fn blocked(
                 let (part, whole) = (panels * PANEL * CHUNK.min(depth), 2 * terms * TILE * (depth / STEP));
                 let run = |w: Rows<'_>, packed: &mut [f32]| {
                     aligned(panels * whole, |pairs| {
-                        // SAFETY: the path is one that the system has permitted.
-                        unsafe { configure() };
+                        let Some(tiles) = Tiles::new(path()) else { unreachable!("products of tiles without tiles") };
                         for deep in (0..k).step_by(DEPTH) {
                             let depth = DEPTH.min(k - deep);
                             right.split(w, terms, (deep, depth), (from, to), whole, packed, pairs);
                             for block in own.clone() {
                                 let row = block * BLOCK;
                                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
-                                    // SAFETY: both operands were just laid out; these rows of columns [from, to) of `y`
-                                    // belong to this task alone.
-                                    unsafe {
-                                        let product = Product {
-                                            a: split[(block * steps + deep / STEP) * LEFT..].as_ptr().cast::<u16>(),
-                                            a_stride: 0,
-                                            rows: BLOCK.min(rows - row),
-                                            b: pairs[i * whole..].as_ptr().cast::<u32>(),
-                                            b_stride: 0,
-                                            k: depth.next_multiple_of(STEP),
-                                            c: out.at(row * n + first),
-                                            c_stride: n,
-                                            columns: PANEL.min(to - first),
-                                            start: begin.at(deep, first),
-                                        };
-                                        multiply(&product, terms);
-                                    }
+                                    let product = Product {
+                                        a: bytemuck::cast_slice(&split[(block * steps + deep / STEP) * LEFT..]),
+                                        a_stride: 0,
+                                        rows: BLOCK.min(rows - row),
+                                        b: bytemuck::cast_slice(&pairs[i * whole..]),
+                                        b_stride: 0,
+                                        k: depth.next_multiple_of(STEP),
+                                        c: out.from(row * n + first),
+                                        c_stride: n,
+                                        columns: PANEL.min(to - first),
+                                        start: begin.at(deep, first),
+                                    };
+                                    // SAFETY: columns [from, to) of its own rows of `y` belong to this task alone.
+                                    unsafe { multiply(&product, terms, &tiles) };
                                 }
                             }
                         }
-                        // SAFETY: configured above.
-                        unsafe { release() };
                     });
                 };
                 right.with_rows((from, to), k, |w| aligned(part, |packed| run(w, packed)));
                 let own = (own.start * BLOCK)..(own.end * BLOCK).min(rows);
-                finish(then, out, own, n, from, to);
+                // SAFETY: the same rows and columns.
+                unsafe { finish(then, out, own, n, from, to) };
             });
         });
     });
@@ -160,12 +155,12 @@ impl Right<'_> {
         for at in (0..depth).step_by(CHUNK) {
             let count = CHUNK.min(depth - at);
             let filled = count.next_multiple_of(STEP);
-            self.pack(Path::Amx, w, (deep + at, count), (from, to), filled, packed);
+            self.pack(path(), w, (deep + at, count), (from, to), filled, packed);
             for i in 0..(to - from).div_ceil(PANEL) {
                 let panel = &mut packed[i * PANEL * filled..][..PANEL * filled];
                 panel[PANEL * count..].fill(0.0);
                 let pairs = &mut pairs[i * whole + at / STEP * 2 * terms * TILE..][..filled / STEP * 2 * terms * TILE];
-                // SAFETY: the processor has the instructions; both were just measured.
+                // SAFETY: both are slices of these lengths; tiles imply products of bfloat16.
                 unsafe { split_panel(panel.as_ptr(), filled, terms, pairs.as_mut_ptr().cast()) };
             }
         }
@@ -178,7 +173,7 @@ impl Right<'_> {
 /// All of that can be read, and [`LEFT`] words be written for each step.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn split_rows(x: *const f32, stride: usize, rows: usize, k: usize, out: *mut u16) {
-    // SAFETY: promised by the caller.
+    // SAFETY: the masks leave out rows and columns that are not there; three terms of 32 rows of a step fill its words.
     unsafe {
         for step in 0..k.div_ceil(STEP) {
             for row in 0..BLOCK {
@@ -207,7 +202,7 @@ unsafe fn split_rows(x: *const f32, stride: usize, rows: usize, k: usize, out: *
 /// The panel can be read, and two tiles be written for each step and term.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn split_panel(panel: *const f32, k: usize, terms: usize, out: *mut u32) {
-    // SAFETY: promised by the caller.
+    // SAFETY: two lines of the panel for each pair, whose terms are a line in each of their two tiles.
     unsafe {
         let index: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
         let index = _mm512_loadu_si512(index.as_ptr().cast());
@@ -231,10 +226,16 @@ unsafe fn split_panel(panel: *const f32, k: usize, terms: usize, out: *mut u32) 
 
 /// Multiplies a block of the left operand with a panel of the right one of `terms` terms.
 ///
+/// # Panics
+/// If an operand is too short for its sizes.
+///
 /// # Safety
-/// Both operands lie as described above, the output can be read and written, and the thread is configured.
-unsafe fn multiply(p: &Product<u16, u32>, terms: usize) {
-    let mut sums = [0f32; BLOCK * PANEL];
+/// While it runs no other thread touches the columns wanted of these rows of `c`.
+unsafe fn multiply(p: &Product<'_, u16, u32>, terms: usize, _: &Tiles) {
+    let steps = p.k / STEP;
+    let fits = p.a.len() >= steps * LEFT * 2 && p.b.len() >= steps * 2 * terms * TILE;
+    assert!(steps > 0 && p.rows <= BLOCK && fits && p.has_room(), "a product beyond its operands");
+    let mut sums = [[0f32; PANEL]; BLOCK];
     // For each step the products with the first term, then what `more` says.
     macro_rules! tiles {
         ($step:literal $(, $more:literal)*) => {
@@ -273,18 +274,19 @@ unsafe fn multiply(p: &Product<u16, u32>, terms: usize) {
                 "tilestored [{c} + {row} + 64], tmm1",
                 "tilestored [{low} + {row}], tmm2",
                 "tilestored [{low} + {row} + 64], tmm3",
-                a = inout(reg) p.a => _,
-                b = inout(reg) p.b => _,
-                steps = inout(reg) p.k / STEP => _,
+                a = inout(reg) p.a.as_ptr() => _,
+                b = inout(reg) p.b.as_ptr() => _,
+                steps = inout(reg) steps => _,
                 line = in(reg) 64usize,
                 row = in(reg) 4 * PANEL,
                 c = in(reg) sums.as_mut_ptr(),
-                low = in(reg) sums.as_mut_ptr().add(16 * PANEL),
+                low = in(reg) sums.as_mut_ptr().add(16),
                 options(nostack)
             )
         };
     }
-    // SAFETY: promised by the caller; there is at least one step, and nobody else uses tiles.
+    // SAFETY: the tiles of each step are inside of both operands, which were just measured; `sums` has room for four tiles; nothing else
+    // uses tiles, and the token proves that this thread has them. The output is this thread's, as the caller promises.
     unsafe {
         match terms {
             1 => tiles!("2048"),
@@ -327,8 +329,8 @@ unsafe fn multiply(p: &Product<u16, u32>, terms: usize) {
                 "tdpbf16ps tmm3, tmm5, tmm7"
             ),
         }
-        for row in 0..p.rows {
-            put(p, row, sums.as_ptr().add(row * PANEL));
+        for (row, sums) in sums[..p.rows].iter().enumerate() {
+            put(p, row, sums);
         }
     }
 }
@@ -339,7 +341,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::operands::Stored;
+    use crate::cpu::operands::Stored;
 
     fn random(len: usize) -> Vec<f32> {
         Tensor::randn(0f32, 1.0, len, &Device::Cpu).unwrap().to_vec1().unwrap()
@@ -351,7 +353,7 @@ mod tests {
         fn the_six_products_are_as_exact_as_f32(
             rows in 1usize..80, k in 1usize..700, n in 1usize..300, kind in 0usize..3, columns: bool, across: bool, add: bool,
         ) {
-            if !Path::available().any(|path| path == Path::Amx) {
+            if !Path::available().any(|path| path == InstructionSet::Amx) {
                 return Ok(());
             }
             let (x, w, bias) = (random(rows * k), random(n * k), random(n));

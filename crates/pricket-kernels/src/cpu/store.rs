@@ -2,9 +2,9 @@ use candle_core::{CpuStorage, InplaceOp3, Layout, Result, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::pool::parallel;
-use crate::rows::{Q8_BLOCK, q8_row};
-use crate::shared::Shared;
+use crate::cpu::pool::parallel;
+use crate::cpu::rows::{Q8_BLOCK, q8_row};
+use crate::cpu::shared::Shared;
 
 /// Writes new keys and values of one row where they are kept: in place, over `[2, kv_heads, capacity, head_dim]` in f32, f16
 /// or bf16, contiguous, keys first. Over bytes, `[2, kv_heads, capacity, q8_row_bytes(head_dim)]`, it writes ggml's `q8_0`

@@ -4,17 +4,15 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Resul
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::dense::{blocked, linear_then, linear_transposed};
-#[cfg(target_arch = "x86_64")]
-use crate::dense::{few_bf16_pay, few_rows_bf16, many_bf16_pay, many_rows_bf16};
-use crate::detect::path;
-use crate::gelu::GeluOp;
-use crate::integer;
-use crate::integers::Integers;
+use crate::cpu::dense::{Gemm, blocked, linear_transposed};
+use crate::cpu::gelu::GeluOp;
+use crate::cpu::integer;
+use crate::cpu::integers::Integers;
+use crate::cpu::operands::{Begin, Left, Right, Stored};
+use crate::cpu::path::path;
+use crate::cpu::pool::zeros;
+use crate::cpu::shared::f32_slice;
 use crate::matrix::Matrix;
-use crate::operands::{Begin, Left, Right, Stored};
-use crate::pool::zeros;
-use crate::shared::f32_slice;
 
 /// How precise activations are when they meet a frozen weight, on the CPU. Sums are in f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -109,13 +107,8 @@ impl CustomOp1 for LinearOp {
             };
             #[cfg(target_arch = "x86_64")]
             if self.activations == Activations::BF16 {
-                let rows = x.len() / k.max(1);
-                if let Some(w) = few_bf16_pay(w, rows) {
-                    few_rows_bf16(x, w, bias, self.then, (k, n), &mut y);
-                    return Ok(());
-                }
-                if many_bf16_pay(w, rows) {
-                    many_rows_bf16(x, w, bias, self.then, (k, n), &mut y, path());
+                let product = Gemm::new(x, w, bias, (k, n), &mut y).then(self.then);
+                if product.run_bf16().is_none() {
                     return Ok(());
                 }
             }
@@ -124,7 +117,7 @@ impl CustomOp1 for LinearOp {
                     let x = Integers::new(x, k, w.kind(), w.form(), self.activations == Activations::Q8, path());
                     integer::multiply(&x, w, bias, self.then, &mut y, path());
                 }
-                w => linear_then(x, w, bias, self.then, k, n, &mut y),
+                w => Gemm::new(x, w, bias, (k, n), &mut y).then(self.then).run(),
             }
             Ok(())
         })??;
@@ -173,7 +166,7 @@ impl CustomOp2 for TrainedLinearOp {
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = n;
         let mut y = zeros(x.len() / k.max(1) * n);
-        linear_then(x, Stored::F32(weight), None, None, k, n, &mut y);
+        Gemm::new(x, Stored::F32(weight), None, (k, n), &mut y).run();
         Ok((CpuStorage::F32(y), shape.into()))
     }
 

@@ -251,11 +251,11 @@ pub fn parallel(tasks: usize, f: impl Fn(usize) + Sync) {
 /// Runs `f` over pieces of `size` elements of `data`, the last one perhaps shorter, each with its number.
 pub(crate) fn parallel_chunks<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let (len, size) = (data.len(), size.max(1));
-    let all = crate::shared::Shared::new(data);
+    let all = crate::cpu::shared::Shared::new(data);
     parallel(len.div_ceil(size), |i| {
         let from = i * size;
         // SAFETY: pieces do not overlap, and each is given to one task.
-        f(i, unsafe { std::slice::from_raw_parts_mut(all.at(from), size.min(len - from)) });
+        f(i, unsafe { all.slice(from, size.min(len - from)) });
     });
 }
 

@@ -1,12 +1,14 @@
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
+use std::mem::MaybeUninit;
+
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::by_path;
-use crate::detect::path;
-use crate::lanes::{Floats, LANES};
-use crate::pool::{parallel_chunks, zeros};
-use crate::shared::f32_slice;
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::by_path;
+use crate::cpu::path::path;
+use crate::cpu::pool::{parallel_chunks, zeros};
+use crate::cpu::shared::f32_slice;
 
 /// What a row of logits amounts to.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,13 +25,11 @@ pub struct RowSummary {
 
 /// Summarises a row in two passes. Of a row with no element, or with one that is no number, neither maximum nor sum is one.
 pub fn row_summary(row: &[f32]) -> RowSummary {
-    // SAFETY: the path is one that the processor has.
-    let (max, finite) = unsafe { largest(path(), row) };
+    let (max, finite) = largest(path(), row);
     if row.is_empty() || max.is_nan() {
         return RowSummary { max: f32::NAN, argmax: 0, log_sum: f64::NAN, finite: false };
     }
-    // SAFETY: as above.
-    let sum = unsafe { sum_of_exponentials(path(), row, max) };
+    let sum = sum_of_exponentials(path(), row, max);
     RowSummary { max, argmax: row.iter().position(|&x| x == max).unwrap_or(0), log_sum: sum.ln(), finite }
 }
 
@@ -42,16 +42,12 @@ pub fn row_summaries(rows: &[&[f32]]) -> Vec<RowSummary> {
 
 /// The first of the largest elements of a row; 0 for a row of none.
 pub fn argmax(row: &[f32]) -> usize {
-    // SAFETY: the path is one that the processor has.
-    let (max, _) = unsafe { largest(path(), row) };
+    let (max, _) = largest(path(), row);
     row.iter().position(|&x| x == max).unwrap_or(0)
 }
 
 by_path! {
     /// The largest, not a number if one is not; and whether all are finite.
-    ///
-    /// # Safety
-    /// The processor has the instructions of the path.
     fn largest(row: &[f32]) -> (f32, bool) = largest_body
 }
 
@@ -79,9 +75,6 @@ unsafe fn largest_body<L: Floats>(row: &[f32]) -> (f32, bool) {
 
 by_path! {
     /// `Σ exp(x - max)`, in f64 from one part of the row to the next.
-    ///
-    /// # Safety
-    /// The processor has the instructions of the path.
     fn sum_of_exponentials(row: &[f32], max: f32) -> f64 = sum_of_exponentials_body
 }
 
@@ -107,21 +100,20 @@ unsafe fn sum_of_exponentials_body<L: Floats>(row: &[f32], max: f32) -> f64 {
 }
 
 by_path! {
-    /// Writes `scale exp(x - max)` of each element of a row to `out`.
-    ///
-    /// # Safety
-    /// The processor has the instructions of the path, and as many elements can be written as the row has.
-    fn exponentials(row: &[f32], max: f32, scale: f32, out: *mut f32) = exponentials_body
+    /// Writes `scale exp(x - max)` of each element of a row to `out`, which is as long.
+    fn exponentials(row: &[f32], max: f32, scale: f32, out: &mut [MaybeUninit<f32>]) = exponentials_body
 }
 
 /// # Safety
-/// As [`exponentials`].
+/// The processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn exponentials_body<L: Floats>(row: &[f32], max: f32, scale: f32, out: *mut f32) {
+unsafe fn exponentials_body<L: Floats>(row: &[f32], max: f32, scale: f32, out: &mut [MaybeUninit<f32>]) {
+    assert_eq!(row.len(), out.len(), "a row of another length");
+    let out = out.as_mut_ptr().cast::<f32>();
     let (whole, rest) = row.as_chunks::<LANES>();
     let mut edge = [f32::NEG_INFINITY; LANES];
     edge[..rest.len()].copy_from_slice(rest);
-    // SAFETY: promised by the caller; whole vectors, and then as many elements as are left.
+    // SAFETY: whole vectors of a row, and then as many elements as are left, and `out` was found to be as long.
     unsafe {
         let (shift, scale) = (L::splat(-max), L::splat(scale));
         for (i, x) in whole.iter().enumerate() {
@@ -149,8 +141,7 @@ impl CustomOp1 for SoftmaxOp {
         parallel_chunks(&mut out.spare_capacity_mut()[..x.len()], width, |i, out| {
             let row = &x[i * width..][..width];
             let RowSummary { max, log_sum, .. } = row_summary(row);
-            // SAFETY: the path is one that the processor has, and `out` is as long as the row.
-            unsafe { exponentials(path(), row, max, (-log_sum).exp() as f32, out.as_mut_ptr().cast()) };
+            exponentials(path(), row, max, (-log_sum).exp() as f32, out);
         });
         // SAFETY: every row was written, or a task has panicked and with it this.
         unsafe { out.set_len(x.len()) };
@@ -236,7 +227,7 @@ impl CustomOp3 for SumOp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Path;
+    use crate::cpu::path::Path;
 
     #[test]
     fn summaries_are_those_of_f64_on_every_path() {
@@ -245,11 +236,9 @@ mod tests {
             let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let exact: f64 = row.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).sum();
             for path in Path::available() {
-                // SAFETY: the processor has the instructions.
-                let (found, finite) = unsafe { largest(path, &row) };
+                let (found, finite) = largest(path, &row);
                 assert!(found == max && finite, "{path:?}");
-                // SAFETY: as above.
-                let sum = unsafe { sum_of_exponentials(path, &row, max) };
+                let sum = sum_of_exponentials(path, &row, max);
                 assert!((sum / exact - 1.0).abs() < 1e-6, "{path:?} {sum} {exact}");
             }
             let summary = row_summary(&row);

@@ -2,12 +2,12 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::dense::blocked;
-use crate::gelu::GeluOp;
-use crate::linear::{LinearOp, outer_product, with_slices};
-use crate::operands::{Begin, Left, Right, Stored};
-use crate::pool::zeros;
-use crate::shared::f32_slice;
+use crate::cpu::dense::blocked;
+use crate::cpu::gelu::GeluOp;
+use crate::cpu::linear::{LinearOp, outer_product, with_slices};
+use crate::cpu::operands::{Begin, Left, Right, Stored};
+use crate::cpu::pool::zeros;
+use crate::cpu::shared::f32_slice;
 
 /// `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` over f32 activations, with `A` of `[rank, inputs]` and `B` of `[outputs, rank]` in f32, and the
 /// gradients of `x`, `A` and `B`. Of a GELU `f` of the input, `f(x)` stands for `x`: it is computed for each pass and not kept in between.

@@ -3,15 +3,15 @@
 use half::{bf16, f16};
 
 use crate::blocks::{Blocks, dequantise};
-use crate::cpu::Path;
-use crate::detect::path;
-use crate::gelu::GeluOp;
-use crate::lanes::LANES;
-use crate::packed::Packed;
-use crate::pool::{parallel_chunks, scratch};
-use crate::product::{PANEL, Start};
-use crate::rows::{self, Kind, Rows};
-use crate::shared::Shared;
+use crate::cpu::gelu::GeluOp;
+use crate::cpu::lanes::LANES;
+use crate::cpu::packed::Packed;
+use crate::cpu::path::Path;
+use crate::cpu::path::path;
+use crate::cpu::pool::{parallel_chunks, scratch};
+use crate::cpu::product::{PANEL, Start};
+use crate::cpu::rows::{self, Kind, Rows};
+use crate::cpu::shared::Shared;
 
 /// Rows of a panel that are packed before those of the next one: rows of weights lie pages apart, and the next panel's part
 /// of a row follows that of this one.
@@ -49,25 +49,20 @@ impl<'s> Stored<'s> {
         's: 'a,
     {
         assert!(from <= to && to * k <= self.len(), "rows that are not there");
-        let whole = |at: *const u8, kind: Kind| {
-            let rows = Rows::new(at, kind, k);
-            // SAFETY: the row is inside of the slice, as was just checked, or at its end.
-            unsafe { rows.skip(from, 0) }
-        };
         match self {
-            Stored::F32(w) => whole(w.as_ptr().cast(), Kind::F32),
-            Stored::F16(w) => whole(w.as_ptr().cast(), Kind::F16),
-            Stored::BF16(w) => whole(w.as_ptr().cast(), Kind::BF16),
+            Stored::F32(w) => Rows::new(&w[from * k..to * k], k),
+            Stored::F16(w) => Rows::new(&w[from * k..to * k], k),
+            Stored::BF16(w) => Rows::new(&w[from * k..to * k], k),
             Stored::Blocks(w) => {
                 buffer.resize((to - from) * k, 0.0);
                 let (kind, bytes) = (w.kind(), w.bytes());
                 dequantise(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
-                Rows::new(buffer.as_ptr().cast(), Kind::F32, k)
+                Rows::new(buffer, k)
             }
             Stored::Packed(w) => {
                 buffer.resize((to - from) * k, 0.0);
                 w.widen(from, to, buffer);
-                Rows::new(buffer.as_ptr().cast(), Kind::F32, k)
+                Rows::new(buffer, k)
             }
         }
     }
@@ -84,13 +79,13 @@ pub(crate) enum Begin<'a> {
     Output,
 }
 
-impl Begin<'_> {
+impl<'a> Begin<'a> {
     /// The start of the sums of a depth, for a panel that begins at `column`.
-    pub(crate) fn at(self, deep: usize, column: usize) -> Start {
+    pub(crate) fn at(self, deep: usize, column: usize) -> Start<'a> {
         match self {
             _ if deep > 0 => Start::Output,
             Begin::Zero => Start::Zero,
-            Begin::Bias(bias) => Start::Row(bias[column..].as_ptr()),
+            Begin::Bias(bias) => Start::Row(&bias[column..]),
             Begin::Output => Start::Output,
         }
     }
@@ -136,11 +131,8 @@ impl Left<'_> {
         for j in (0..depth).step_by(PANEL) {
             let lines = PANEL.min(depth - j);
             let line = &self.at[j * self.column + from * self.row..];
-            assert!(line.len() >= (lines - 1) * self.column + rows && self.row == 1, "the left factor is [rows, k]");
-            assert!(j + PANEL <= apart, "the rows of the copy are too short");
-            let w = Rows::new(line.as_ptr().cast(), Kind::F32, self.column);
-            // SAFETY: both were just measured.
-            unsafe { rows::pack(path(), Kind::F32, w, lines, rows, copy[j..].as_mut_ptr(), apart) };
+            assert!(self.row == 1, "neighbors are neither rows nor columns");
+            rows::pack(path(), Rows::new(line, self.column), (lines, rows), &mut copy[j..], apart);
         }
     }
 }
@@ -181,7 +173,7 @@ impl Right<'_> {
     pub(crate) fn pack(
         self,
         path: Path,
-        w: Rows,
+        w: Rows<'_>,
         (deep, depth): (usize, usize),
         (from, to): (usize, usize),
         room: usize,
@@ -189,21 +181,16 @@ impl Right<'_> {
     ) {
         let panels = (from..to).step_by(PANEL).enumerate();
         let panels = panels.map(|(i, first)| (i * PANEL * room, first, PANEL.min(to - first)));
-        assert!(packed.len() >= (to - from).next_multiple_of(PANEL) * room.max(depth), "the panels have no room");
-        let packed = packed.as_mut_ptr();
-        // SAFETY: rows and columns are there, and the room was just measured.
-        unsafe {
-            match self {
-                Right::Rows(_) => panels.for_each(|(at, first, columns)| {
-                    rows::pack(path, w.kind, w.skip(first - from, deep), columns, depth, packed.add(at), PANEL);
-                }),
-                Right::Columns(_) => {
-                    for row in (0..depth).step_by(PACKED_ROWS) {
-                        let count = PACKED_ROWS.min(depth - row);
-                        for (at, first, columns) in panels.clone() {
-                            let to = packed.add(at + row * PANEL);
-                            rows::widen_to(path, w.kind, w.skip(deep + row, first), count, columns, to, PANEL);
-                        }
+        match self {
+            Right::Rows(_) => panels.for_each(|(at, first, columns)| {
+                rows::pack(path, w.skip(first - from, deep), (columns, depth), &mut packed[at..], PANEL);
+            }),
+            Right::Columns(_) => {
+                for row in (0..depth).step_by(PACKED_ROWS) {
+                    let count = PACKED_ROWS.min(depth - row);
+                    for (at, first, columns) in panels.clone() {
+                        let to = &mut packed[at + row * PANEL..];
+                        rows::widen_to(path, w.skip(deep + row, first), (count, columns), to, PANEL);
                     }
                 }
             }
@@ -211,10 +198,13 @@ impl Right<'_> {
     }
 }
 
-/// Applies a function to columns `[from, to)` of some rows, which belong to the calling task alone.
-pub(crate) fn finish(
+/// Applies a function to columns `[from, to)` of some rows.
+///
+/// # Safety
+/// No other thread touches them meanwhile.
+pub(crate) unsafe fn finish(
     then: Option<GeluOp>,
-    out: Shared<f32>,
+    out: Shared<'_, f32>,
     rows: std::ops::Range<usize>,
     n: usize,
     from: usize,
@@ -222,7 +212,7 @@ pub(crate) fn finish(
 ) {
     let Some(gelu) = then else { return };
     for row in rows {
-        // SAFETY: inside of the output, and nobody else's.
-        gelu.apply(path(), unsafe { std::slice::from_raw_parts_mut(out.at(row * n + from), to - from) });
+        // SAFETY: nobody else touches this part of the row, as the caller promises.
+        gelu.apply(path(), unsafe { out.slice(row * n + from, to - from) });
     }
 }

@@ -2,35 +2,41 @@
 
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
-use crate::cpu::{Path, by_path};
-use crate::lanes::{Floats, LANES};
+use crate::cpu::lanes::{Floats, LANES};
+use crate::cpu::path::{Path, by_path};
+use crate::cpu::shared::{Shared, holds};
 
 /// Columns of a panel: two vectors.
 pub(crate) const PANEL: usize = 2 * LANES;
 
 /// What the sums of a product start from.
 #[derive(Clone, Copy)]
-pub(crate) enum Start {
+pub(crate) enum Start<'a> {
     /// Nothing.
     Zero,
     /// The same row of numbers for every row: a bias.
-    Row(*const f32),
+    Row(&'a [f32]),
     /// What is there.
     Output,
 }
 
-impl Start {
+impl Start<'_> {
+    /// Whether there is a number for each of `columns`.
+    pub(crate) fn has(self, columns: usize) -> bool {
+        if let Start::Row(row) = self { row.len() >= columns } else { true }
+    }
+
     /// Writes the sum of column `column` to `out`, added to what it starts from.
     ///
     /// # Safety
-    /// `out` can be read and written, and the column of a row of numbers read.
+    /// `out` can be read and written, and the start [has](Start::has) the column.
     #[inline(always)]
     pub(crate) unsafe fn put(self, sum: f32, column: usize, out: *mut f32) {
-        // SAFETY: promised by the caller.
+        // SAFETY: `out` and the column are there, as the caller promises.
         unsafe {
             *out = match self {
                 Start::Zero => sum,
-                Start::Row(row) => sum + *row.add(column),
+                Start::Row(row) => sum + *row.get_unchecked(column),
                 Start::Output => sum + *out,
             };
         }
@@ -40,42 +46,57 @@ impl Start {
 /// A matrix product's operands: `rows` rows of `a`, `a_stride` apart, times `k` rows of a panel of 32 columns, `b_stride`
 /// apart, of which `columns` are wanted, into rows `c_stride` apart.
 #[derive(Clone, Copy)]
-pub(crate) struct Product<A = f32, B = f32> {
-    pub(crate) a: *const A,
+pub(crate) struct Product<'a, A = f32, B = f32> {
+    pub(crate) a: &'a [A],
     pub(crate) a_stride: usize,
     pub(crate) rows: usize,
-    pub(crate) b: *const B,
+    pub(crate) b: &'a [B],
     pub(crate) b_stride: usize,
     pub(crate) k: usize,
-    pub(crate) c: *mut f32,
+    pub(crate) c: Shared<'a, f32>,
     pub(crate) c_stride: usize,
     pub(crate) columns: usize,
-    pub(crate) start: Start,
+    pub(crate) start: Start<'a>,
 }
 
-impl Product {
+impl<A, B> Product<'_, A, B> {
+    /// Whether the output has room for the columns wanted, and the start has them.
+    pub(crate) fn has_room(&self) -> bool {
+        self.columns <= PANEL
+            && self.start.has(self.columns)
+            && holds(self.c.len(), self.rows, self.c_stride, self.columns)
+    }
+}
+
+impl Product<'_> {
     /// Computes it.
     ///
+    /// # Panics
+    /// If an operand is too short for its sizes.
+    ///
     /// # Safety
-    /// All of that can be read (of `b` whole panels) and written (of `c` the columns wanted).
+    /// While it runs no other thread touches the columns wanted of these rows of `c`.
     pub(crate) unsafe fn run(&self, path: Path) {
-        // SAFETY: promised by the caller.
+        let (a, b) =
+            (holds(self.a.len(), self.rows, self.a_stride, self.k), holds(self.b.len(), self.k, self.b_stride, PANEL));
+        assert!(a && b && self.has_room(), "a product beyond its operands");
+        // SAFETY: the operands were just measured, and the output is this thread's, as the caller promises.
         unsafe { run(path, self) }
     }
 }
 
 by_path! {
     /// # Safety
-    /// As [`Product::run`].
-    fn run(p: &Product) = blocks
+    /// The operands hold what [`Product::run`] asks of them, and no other thread touches the output.
+    unsafe fn run(p: &Product) = blocks
 }
 
 /// # Safety
-/// As [`Product::run`]; the processor has the instructions of `L`.
+/// As [`run`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn blocks<L: Floats>(p: &Product) {
     let mut row = 0;
-    // SAFETY: promised by the caller.
+    // SAFETY: `row` and those that follow it are among the rows, which the caller has measured.
     unsafe {
         // As many rows and columns at once as there are registers for, with those of the panel and of a row.
         while L::MANY && row + 12 <= p.rows {
@@ -112,16 +133,17 @@ unsafe fn block<L: Floats, const M: usize, const N: usize>(p: &Product, row: usi
     if columns == 0 {
         return;
     }
-    // SAFETY: promised by the caller.
+    // SAFETY: `M` rows from `row` on and the columns up to `columns` are inside of `a`, `c` and the start, and `k` whole panels inside of
+    // `b`: the caller has measured them. An incomplete vector of columns goes through `edge`.
     unsafe {
-        let (a, c) = (p.a.add(row * p.a_stride), p.c.add(row * p.c_stride + column));
+        let (a, c) = (p.a.as_ptr().add(row * p.a_stride), p.c.as_mut_ptr().add(row * p.c_stride + column));
         let whole = columns == N * LANES;
         let mut sums = [[L::splat(0.0); N]; M];
         let mut edge = [0f32; PANEL];
         for (m, sums) in sums.iter_mut().enumerate() {
             let from = match p.start {
                 Start::Zero => continue,
-                Start::Row(row) => row.add(column),
+                Start::Row(row) => row.as_ptr().add(column),
                 Start::Output => c.add(m * p.c_stride).cast_const(),
             };
             let from = if whole {
@@ -134,7 +156,7 @@ unsafe fn block<L: Floats, const M: usize, const N: usize>(p: &Product, row: usi
                 *sum = L::floats(from.add(n * LANES));
             }
         }
-        let mut b = p.b.add(column);
+        let mut b = p.b.as_ptr().add(column);
         for k in 0..p.k {
             let mut line = [L::splat(0.0); N];
             for (n, line) in line.iter_mut().enumerate() {
@@ -146,7 +168,8 @@ unsafe fn block<L: Floats, const M: usize, const N: usize>(p: &Product, row: usi
                     *sum = L::madd(a, line, *sum);
                 }
             }
-            b = b.add(p.b_stride);
+            // Not followed behind the last panel.
+            b = b.wrapping_add(p.b_stride);
         }
         for (m, sums) in sums.into_iter().enumerate() {
             let to = c.add(m * p.c_stride);
@@ -168,8 +191,8 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::rows::{Kind, Rows, inner_products, pack, q8_row};
-    use crate::store::{q8_values, to_q8};
+    use crate::cpu::rows::{Kind, Rows, inner_products, pack, q8_row};
+    use crate::cpu::store::{q8_values, to_q8};
 
     fn random(len: usize) -> Vec<f32> {
         Tensor::randn(0f32, 1.0, len, &Device::Cpu).unwrap().to_vec1().unwrap()
@@ -190,13 +213,12 @@ mod tests {
             q8_values(&blocks, k, &mut rounded);
             for path in Path::available() {
                 for kind in [Kind::F32, Kind::F16, Kind::BF16, Kind::Q8] {
-                    let (at, wide): (*const u8, Vec<f32>) = match kind {
-                        Kind::F32 => (w.as_ptr().cast(), w.clone()),
-                        Kind::F16 => (half.as_ptr().cast(), half.iter().map(|x| x.to_f32()).collect()),
-                        Kind::BF16 => (brain.as_ptr().cast(), brain.iter().map(|x| x.to_f32()).collect()),
-                        Kind::Q8 => (blocks.as_ptr(), rounded.clone()),
+                    let (w, wide): (Rows<'_>, Vec<f32>) = match kind {
+                        Kind::F32 => (Rows::new(&w, k), w.clone()),
+                        Kind::F16 => (Rows::new(&half, k), half.iter().map(|x| x.to_f32()).collect()),
+                        Kind::BF16 => (Rows::new(&brain, k), brain.iter().map(|x| x.to_f32()).collect()),
+                        Kind::Q8 => (Rows::new(&blocks, q8_row(k)), rounded.clone()),
                     };
-                    let w = Rows::new(at, kind, if kind == Kind::Q8 { q8_row(k) } else { k });
                     let exact = |i: usize, j: usize| {
                         let products = (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(wide[j * k + c]));
                         products.sum::<f64>() + f64::from(bias[j])
@@ -208,39 +230,38 @@ mod tests {
                         }
                     };
                     let mut y = vec![f32::NAN; rows * n];
-                    // SAFETY: the sizes are those of the slices.
+                    // SAFETY: nobody else has `y`.
                     unsafe {
-                        let start = Start::Row(bias.as_ptr());
-                        inner_products(path, kind, w, n, k, x.as_ptr(), k, rows, start, y.as_mut_ptr(), n);
+                        inner_products(path, w, (n, k), (&x, k, rows), Start::Row(&bias), (Shared::new(&mut y), n));
                     }
                     check(&y, "inner products");
                     y.fill(f32::NAN);
                     let mut panel = vec![f32::NAN; k * PANEL];
                     for from in (0..n).step_by(PANEL) {
                         let columns = PANEL.min(n - from);
-                        // SAFETY: as above; half of the sums, then the rest on top.
+                        pack(path, w.skip(from, 0), (columns, k), &mut panel, PANEL);
+                        let product = Product {
+                            a: &x,
+                            a_stride: k,
+                            rows,
+                            b: &panel,
+                            b_stride: PANEL,
+                            k: k / 2,
+                            c: Shared::new(&mut y).from(from),
+                            c_stride: n,
+                            columns,
+                            start: Start::Row(&bias[from..]),
+                        };
+                        let rest = Product {
+                            a: &x[k / 2..],
+                            b: &panel[k / 2 * PANEL..],
+                            k: k - k / 2,
+                            start: Start::Output,
+                            ..product
+                        };
+                        // SAFETY: nobody else has `y`. Half of the sums, then the rest on top.
                         unsafe {
-                            pack(path, kind, w.skip(from, 0), columns, k, panel.as_mut_ptr(), PANEL);
-                            let product = Product {
-                                a: x.as_ptr(),
-                                a_stride: k,
-                                rows,
-                                b: panel.as_ptr(),
-                                b_stride: PANEL,
-                                k: k / 2,
-                                c: y.as_mut_ptr().add(from),
-                                c_stride: n,
-                                columns,
-                                start: Start::Row(bias.as_ptr().add(from)),
-                            };
                             product.run(path);
-                            let rest = Product {
-                                a: x.as_ptr().add(k / 2),
-                                b: panel.as_ptr().add(k / 2 * PANEL),
-                                k: k - k / 2,
-                                start: Start::Output,
-                                ..product
-                            };
                             rest.run(path);
                         }
                     }

@@ -1,0 +1,367 @@
+//! Products with a matrix as it is stored: few rows, many rows, many rows in bfloat16, and back.
+
+#[cfg(target_arch = "x86_64")]
+use half::bf16;
+
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::brain::{self, BrainProducts, Tiles};
+use crate::cpu::gelu::GeluOp;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::lanes::LANES;
+use crate::cpu::operands::{Begin, Left, Right, Stored, finish};
+use crate::cpu::path::{InstructionSet, path};
+use crate::cpu::pool::{parallel, parallel_chunks, scratch, threads};
+use crate::cpu::product::{PANEL, Product, Start};
+use crate::cpu::rows::{self, Rows};
+use crate::cpu::shared::Shared;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::tiles;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::unpack::unpack;
+
+/// Up to here inner products of whole rows, each weight read once; beyond, panels and a blocked matrix product.
+const FEW_ROWS: usize = 16;
+
+/// Columns of a product that are summed before the next: a block of rows stays in the first-level cache, the panels in the
+/// second.
+const DEPTH: usize = 512;
+
+/// Rows of activations that are multiplied at once.
+const BLOCK: usize = 12;
+
+/// Panels that a task packs before it multiplies, so that activations are read once for all of them.
+const PANELS: usize = 4;
+
+/// `y = x Wᵀ + b` for `x` of `[rows, in_features]` and `weight` of `[out_features, in_features]`, in f32.
+///
+/// Runs on the installed [`Pool`](crate::Pool).
+///
+/// # Panics
+/// If a slice does not have the size that the others imply.
+pub fn linear(
+    x: &[f32],
+    weight: Stored<'_>,
+    bias: Option<&[f32]>,
+    in_features: usize,
+    out_features: usize,
+    y: &mut [f32],
+) {
+    Gemm::new(x, weight, bias, (in_features, out_features), y).run();
+}
+
+/// `y = f(x Wᵀ + b)` over operands whose sizes fit each other: there is no other way to the products below.
+pub(crate) struct Gemm<'a> {
+    /// `[rows, k]`.
+    x: &'a [f32],
+    /// `[n, k]`.
+    weight: Stored<'a>,
+    /// `[n]`.
+    bias: Option<&'a [f32]>,
+    then: Option<GeluOp>,
+    rows: usize,
+    k: usize,
+    n: usize,
+    /// `[rows, n]`.
+    y: &'a mut [f32],
+}
+
+impl<'a> Gemm<'a> {
+    /// The product for `k` inputs and `n` outputs.
+    ///
+    /// # Panics
+    /// If a slice does not have the size that the others imply.
+    pub(crate) fn new(
+        x: &'a [f32],
+        weight: Stored<'a>,
+        bias: Option<&'a [f32]>,
+        (k, n): (usize, usize),
+        y: &'a mut [f32],
+    ) -> Self {
+        let rows = x.len().checked_div(k).unwrap_or(0);
+        assert_eq!(x.len(), rows * k, "activations do not fill their rows");
+        assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
+        assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
+        assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
+        Self { x, weight, bias, then: None, rows, k, n, y }
+    }
+
+    /// The same, and a function of the result.
+    pub(crate) fn then(self, then: Option<GeluOp>) -> Self {
+        Self { then, ..self }
+    }
+
+    /// Computes it in f32.
+    pub(crate) fn run(self) {
+        let Self { x, weight, bias, then, rows, k, n, y } = self;
+        if rows > FEW_ROWS {
+            let begin = bias.map_or(Begin::Zero, Begin::Bias);
+            return blocked(Left { at: x, row: k, column: 1 }, rows, Right::Rows(weight), (k, n), begin, then, y);
+        }
+        let (path, out) = (path(), Shared::new(y));
+        let step = n.div_ceil(8 * threads()).clamp(8, 256);
+        parallel(n.div_ceil(step), |task| {
+            scratch(|buffer| {
+                let (from, to) = (task * step, ((task + 1) * step).min(n));
+                let w = weight.rows(from, to, k, buffer);
+                // Several rows of activations are taken a part at a time, which stays in the first-level cache.
+                let part = if rows < 4 { k.max(1) } else { (8 << 10) / rows / 16 * 16 };
+                for deep in (0..k).step_by(part) {
+                    let start = match bias {
+                        _ if deep > 0 => Start::Output,
+                        Some(bias) => Start::Row(&bias[from..]),
+                        None => Start::Zero,
+                    };
+                    let (depth, x) = (part.min(k - deep), (&x[deep..], k, rows));
+                    // SAFETY: columns [from, to) of `y` belong to this task alone.
+                    unsafe {
+                        rows::inner_products(path, w.skip(0, deep), (to - from, depth), x, start, (out.from(from), n));
+                    }
+                }
+                // SAFETY: the same columns.
+                unsafe { finish(then, out, 0..rows, n, from, to) };
+            });
+        });
+    }
+
+    /// Computes it with both factors rounded to bfloat16, where that is faster; gives the product back where it is not.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn run_bf16(self) -> Option<Self> {
+        let path = path();
+        let fits = match self.weight {
+            Stored::Packed(w) => path == InstructionSet::Amx && w.shape().1.is_multiple_of(DEEP),
+            Stored::Blocks(_) => false,
+            Stored::F32(_) | Stored::F16(_) | Stored::BF16(_) => true,
+        };
+        let products = if fits { BrainProducts::new(path) } else { None };
+        match (self.weight, products) {
+            (_, None) => return Some(self),
+            (_, Some(products)) if self.rows > FEW_ROWS => many_rows_bf16(self, products),
+            // For a single row the memory is what counts.
+            (Stored::BF16(weight), Some(products)) if self.rows >= 2 => few_rows_bf16(self, weight, products),
+            _ => return Some(self),
+        }
+        None
+    }
+}
+
+/// `y = left · right` for `left` of `[rows, k]` and `right` of `[k, n]`, then a function of the result.
+pub(crate) fn blocked(
+    left: Left<'_>,
+    rows: usize,
+    right: Right<'_>,
+    (k, n): (usize, usize),
+    begin: Begin<'_>,
+    then: Option<GeluOp>,
+    y: &mut [f32],
+) {
+    assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
+    #[cfg(target_arch = "x86_64")]
+    if tiles::pay(path(), rows, (k, n)) {
+        return tiles::blocked(left, rows, right, (k, n), begin, then, y);
+    }
+    let (path, out) = (path(), Shared::new(y));
+    let panels = n.div_ceil(PANEL).div_ceil(4 * threads()).clamp(1, PANELS);
+    let step = panels * PANEL;
+    let across = n.div_ceil(step);
+    // Where there are few columns, the rows are shared out as well.
+    let down = (2 * threads()).div_ceil(across.max(1)).clamp(1, rows.div_ceil(4 * BLOCK).max(1));
+    let share = rows.div_ceil(down).next_multiple_of(BLOCK).max(BLOCK);
+    let product = |left: Left<'_>, task: usize| {
+        let (from, to) = (task % across * step, ((task % across + 1) * step).min(n));
+        let own = (task / across * share).min(rows)..((task / across + 1) * share).min(rows);
+        let run = |w: Rows<'_>, packed: &mut Vec<f32>| {
+            packed.resize((panels * PANEL * DEPTH).max(packed.len()), 0.0);
+            for deep in (0..k).step_by(DEPTH) {
+                let depth = DEPTH.min(k - deep);
+                right.pack(path, w, (deep, depth), (from, to), depth, packed);
+                // Rows that stay in the first-level cache while every panel meets them.
+                for row in own.clone().step_by(BLOCK) {
+                    for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                        let product = Product {
+                            a: &left.at[row * left.row + deep..],
+                            a_stride: left.row,
+                            rows: BLOCK.min(own.end - row),
+                            b: &packed[i * PANEL * depth..],
+                            b_stride: PANEL,
+                            k: depth,
+                            c: out.from(row * n + first),
+                            c_stride: n,
+                            columns: PANEL.min(to - first),
+                            start: begin.at(deep, first),
+                        };
+                        // SAFETY: columns [from, to) of its own rows of `y` belong to this task alone.
+                        unsafe { product.run(path) };
+                    }
+                }
+            }
+        };
+        right.with_rows((from, to), k, |w| scratch(|packed| run(w, packed)));
+        // SAFETY: the same rows and columns.
+        unsafe { finish(then, out, own, n, from, to) };
+    };
+    left.as_rows(rows, k, true, |left| parallel(across * down, |task| product(left, task)));
+}
+
+/// As [`DEPTH`], for products of bfloat16, whose sums are slower to come by: a multiple of every block's columns.
+#[cfg(target_arch = "x86_64")]
+const DEEP: usize = 256;
+
+/// As [`PANELS`]: products are so fast that rows must not be fetched again for every few columns.
+#[cfg(target_arch = "x86_64")]
+const DEEP_PANELS: usize = 8;
+
+/// [`Gemm::run_bf16`] of many rows.
+#[cfg(target_arch = "x86_64")]
+fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
+    let Gemm { x, weight, bias, then, rows, k, n, y } = product;
+    let (path, block) = (products.path(), products.block());
+    let out = Shared::new(y);
+    let depth = (8 * DEEP).min(k.next_multiple_of(brain::STEP));
+    // Rounded once for every task; rows fill up whole blocks, and columns whole steps, with zeros.
+    let stride = k.next_multiple_of(brain::STEP) + brain::STEP;
+    let mut short = vec![0u16; rows.next_multiple_of(block) * stride];
+    parallel_chunks(&mut short, stride * 8, |i, short| {
+        for (x, short) in x[(i * 8 * k).min(x.len())..].chunks_exact(k).zip(short.chunks_exact_mut(stride)) {
+            products.to_rows(x, short);
+        }
+    });
+    let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, DEEP_PANELS);
+    let step = panels * PANEL;
+    parallel(n.div_ceil(step), |task| {
+        let (from, to) = (task * step, ((task + 1) * step).min(n));
+        let mut pairs = vec![0u32; panels * PANEL * depth / 2];
+        let tiles = Tiles::new(path);
+        for deep in (0..k).step_by(depth) {
+            let whole = depth.min(k - deep);
+            let filled = whole.next_multiple_of(brain::STEP);
+            scratch(|panel| {
+                panel.resize(PANEL * depth, 0.0);
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    let pairs = &mut pairs[i * PANEL * depth / 2..][..PANEL * filled / 2];
+                    if let Stored::BF16(w) = weight
+                        && k % 2 == 0
+                    {
+                        pairs[PANEL * whole / 2..].fill(0);
+                        // Two columns are a word, as which they are moved.
+                        let w = Rows::in_words(w, k).skip(first, deep / 2);
+                        let pairs = bytemuck::cast_slice_mut(pairs);
+                        rows::pack(path, w, (PANEL.min(to - first), whole / 2), pairs, PANEL);
+                        continue;
+                    }
+                    panel[PANEL * whole..PANEL * filled].fill(0.0);
+                    match weight {
+                        Stored::Packed(w) => {
+                            for half in 0..PANEL.min(to - first).div_ceil(LANES) {
+                                let tile = first / LANES + half;
+                                unpack(w, tile, deep, whole, &mut panel[half * LANES..], path);
+                            }
+                        }
+                        weight => {
+                            let mut buffer = Vec::new();
+                            let w = weight.rows(first, (first + PANEL).min(to), k, &mut buffer);
+                            rows::pack(path, w.skip(0, deep), (PANEL.min(to - first), whole), panel, PANEL);
+                        }
+                    }
+                    products.to_pairs(&panel[..PANEL * filled], pairs);
+                }
+            });
+            for row in (0..rows).step_by(block) {
+                for (i, first) in (from..to).step_by(PANEL).enumerate() {
+                    let product = Product {
+                        a: &short[row * stride + deep..],
+                        a_stride: stride,
+                        rows: block.min(rows - row),
+                        b: &pairs[i * PANEL * depth / 2..],
+                        b_stride: PANEL,
+                        k: filled,
+                        c: out.from(row * n + first),
+                        c_stride: n,
+                        columns: PANEL.min(to - first),
+                        start: match bias {
+                            _ if deep > 0 => Start::Output,
+                            Some(bias) => Start::Row(&bias[first..]),
+                            None => Start::Zero,
+                        },
+                    };
+                    // SAFETY: columns [from, to) of `y` belong to this task alone.
+                    unsafe { product.run(products, tiles.as_ref()) };
+                }
+            }
+        }
+        drop(tiles);
+        // SAFETY: the same columns.
+        unsafe { finish(then, out, 0..rows, n, from, to) };
+    });
+}
+
+/// [`Gemm::run_bf16`] of a few rows, whose weight is `weight`: every number of it is read once.
+#[cfg(target_arch = "x86_64")]
+fn few_rows_bf16(product: Gemm<'_>, weight: &[bf16], products: BrainProducts) {
+    let Gemm { x, bias, then, rows, k, n, y, .. } = product;
+    let stride = k.next_multiple_of(brain::STEP);
+    let out = Shared::new(y);
+    let mut short = vec![0u16; rows * stride];
+    for (x, short) in x.chunks_exact(k).zip(short.chunks_exact_mut(stride)) {
+        products.to_rows(x, short);
+    }
+    let step = n.div_ceil(8 * threads()).clamp(8, 256);
+    parallel(n.div_ceil(step), |task| {
+        let (from, to) = (task * step, ((task + 1) * step).min(n));
+        let start = bias.map_or(Start::Zero, |bias| Start::Row(&bias[from..]));
+        let (w, x) = (&weight[from * k..to * k], (&short[..], stride, rows));
+        // SAFETY: columns [from, to) of `y` belong to this task alone.
+        unsafe { products.inner_products(w, (to - from, k), x, start, (out.from(from), n)) };
+        // SAFETY: the same columns.
+        unsafe { finish(then, out, 0..rows, n, from, to) };
+    });
+}
+
+/// `x = y W` for `y` of `[rows, out_features]`: the gradient of [`linear`] with respect to its activations.
+///
+/// # Panics
+/// As [`linear`].
+pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_features: usize, x: &mut [f32]) {
+    let (k, n) = (in_features, out_features);
+    let rows = y.len().checked_div(n).unwrap_or(0);
+    assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
+    assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
+    assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
+    if !matches!(weight, Stored::Blocks(_) | Stored::Packed(_)) {
+        return blocked(Left { at: y, row: n, column: 1 }, rows, Right::Columns(weight), (n, k), Begin::Zero, None, x);
+    }
+    // Blocks are widened by whole rows.
+    let path = path();
+    // Weights of a step, widened, stay in the second-level cache.
+    let step = ((512 << 10) / 4 / k.max(1)).clamp(8, 256);
+    // Each task owns some rows of `x` and walks the weight: no two tasks add to one element.
+    let share = rows.div_ceil(threads()).max(1);
+    parallel_chunks(x, share * k, |i, x| {
+        let rows = x.len() / k;
+        let y = &y[i * share * n..][..rows * n];
+        let (mut buffer, mut wide) = (Vec::new(), Vec::new());
+        for from in (0..n).step_by(step) {
+            let to = (from + step).min(n);
+            let w = weight.rows(from, to, k, &mut buffer);
+            // Rows end in a whole panel, whatever `k` is.
+            let width = k.next_multiple_of(PANEL);
+            wide.resize((to - from) * width, 0f32);
+            rows::widen_to(path, w, (to - from, k), &mut wide, width);
+            for column in (0..k).step_by(PANEL) {
+                let product = Product {
+                    a: &y[from..],
+                    a_stride: n,
+                    rows,
+                    b: &wide[column..],
+                    b_stride: width,
+                    k: to - from,
+                    c: Shared::new(x).from(column),
+                    c_stride: k,
+                    columns: PANEL.min(k - column),
+                    start: if from == 0 { Start::Zero } else { Start::Output },
+                };
+                // SAFETY: this task alone has its part of `x`.
+                unsafe { product.run(path) };
+            }
+        }
+    });
+}

@@ -1,0 +1,202 @@
+//! The instruction sets that kernels have forms for, which of them the processor has, and functions that are compiled for each.
+
+#![cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_variables, unused_unsafe, reason = "no vectors there")
+)]
+
+use std::cmp::Ordering;
+use std::sync::OnceLock;
+
+/// An instruction set, the later the faster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum InstructionSet {
+    /// What every processor has.
+    Scalar,
+    /// NEON with the dot products of Armv8.2.
+    Neon,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL, DQ and VNNI.
+    Avx512,
+    /// The same with AMX tiles of bfloat16, which the system allowed us to use.
+    Amx,
+}
+
+impl InstructionSet {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Amx];
+
+    /// As `PRICKET_CPU` spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Amx => "amx",
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_there(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            Self::Neon => false,
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            Self::Avx512 => {
+                Self::Avx2.is_there()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            Self::Amx => Self::Avx512.is_there() && crate::cpu::brain::has_tiles(),
+        }
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    fn is_there(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            Self::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
+            Self::Avx2 | Self::Avx512 | Self::Amx => false,
+        }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    fn is_there(self) -> bool {
+        self == Self::Scalar
+    }
+}
+
+/// An instruction set that this processor has. Only detection makes one, so it is the proof that kernels ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Path(InstructionSet);
+
+impl Path {
+    /// Returns the path of an instruction set, if this processor has it.
+    pub fn new(set: InstructionSet) -> Option<Self> {
+        set.is_there().then_some(Self(set))
+    }
+
+    /// Returns the best path of this processor.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Path> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().last().unwrap_or(Self(InstructionSet::Scalar)))
+    }
+
+    /// Returns the paths of this processor, the best last.
+    pub fn available() -> impl Iterator<Item = Self> {
+        InstructionSet::ALL.into_iter().filter_map(Self::new)
+    }
+
+    /// Returns the instruction set's name, as `PRICKET_CPU` spells it.
+    pub const fn name(self) -> &'static str {
+        self.0.name()
+    }
+}
+
+impl PartialEq<InstructionSet> for Path {
+    fn eq(&self, set: &InstructionSet) -> bool {
+        self.0 == *set
+    }
+}
+
+impl PartialOrd<InstructionSet> for Path {
+    fn partial_cmp(&self, set: &InstructionSet) -> Option<Ordering> {
+        self.0.partial_cmp(set)
+    }
+}
+
+/// The path that kernels take: the best, or the one that the environment variable `PRICKET_CPU` names.
+pub(crate) fn path() -> Path {
+    chosen().unwrap_or_else(|_| Path::best())
+}
+
+/// As the kernels choose: the best path, or the one that the environment variable `PRICKET_CPU` names.
+///
+/// # Errors
+/// A sentence, if the variable names no instruction set, or one that this processor does not have.
+pub fn chosen() -> Result<Path, String> {
+    static CHOSEN: OnceLock<Result<Path, String>> = OnceLock::new();
+    let choose = || {
+        let Ok(name) = std::env::var("PRICKET_CPU") else { return Ok(Path::best()) };
+        let names = |names: Vec<&str>| names.join(", ");
+        match InstructionSet::ALL.into_iter().find(|set| set.name() == name) {
+            None => {
+                let known = names(InstructionSet::ALL.into_iter().map(InstructionSet::name).collect());
+                Err(format!("PRICKET_CPU is {name:?}; it can be {known}"))
+            }
+            Some(set) => Path::new(set).ok_or_else(|| {
+                let own = names(Path::available().map(Path::name).collect());
+                format!("PRICKET_CPU is {name}, this processor has {own}")
+            }),
+        }
+    };
+    CHOSEN.get_or_init(choose).clone()
+}
+
+/// Makes a function that calls `$body::<L, ..>` with the best instructions up to its first argument; `$plain::<..>` where there
+/// are none, if it is named. `$body` is unsafe, because it is compiled for instructions that a processor may lack. A `fn` promises that it
+/// needs nothing else; an `unsafe fn` has other conditions, which it documents.
+macro_rules! by_path {
+    (
+        $(#[$doc:meta])* $vis:vis unsafe fn $name:ident $(<$(const $n:ident: $kind:ty),+>)?
+        ($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident $(or $plain:ident)?
+    ) => {
+        crate::cpu::path::by_path! {
+            @function [$(#[$doc])* $vis unsafe] $name [$($(const $n: $kind),+)?] ($($arg: $type),*) [$($out)?] $body [$($plain)?]
+        }
+    };
+    (
+        $(#[$doc:meta])* $vis:vis fn $name:ident $(<$(const $n:ident: $kind:ty),+>)?
+        ($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident $(or $plain:ident)?
+    ) => {
+        crate::cpu::path::by_path! {
+            @function [$(#[$doc])* $vis] $name [$($(const $n: $kind),+)?] ($($arg: $type),*) [$($out)?] $body [$($plain)?]
+        }
+    };
+    (
+        @function [$($head:tt)*] $name:ident [$($(const $n:ident: $kind:ty),+)?] ($($arg:ident: $type:ty),*) [$($out:ty)?]
+        $body:ident [$($plain:ident)?]
+    ) => {
+        $($head)* fn $name $(<$(const $n: $kind),+>)? (path: crate::cpu::path::Path, $($arg: $type),*) $(-> $out)? {
+            macro_rules! with_instructions {
+                ($features:literal, $least:ident, $lanes:ident) => {
+                    #[target_feature(enable = $features)]
+                    #[allow(clippy::too_many_arguments, reason = "as its caller")]
+                    unsafe fn with $(<$(const $n: $kind),+>)? ($($arg: $type),*) $(-> $out)? {
+                        // SAFETY: these are the instructions of the lanes; what else `$body` needs, the caller promises.
+                        unsafe { $body::<crate::cpu::lanes::$lanes $(, $($n),+)?>($($arg),*) }
+                    }
+                    if path >= crate::cpu::path::InstructionSet::$least {
+                        // SAFETY: a path proves that the processor has its instructions; what else `$body` needs, the caller promises.
+                        return unsafe { with $(::<$($n),+>)? ($($arg),*) };
+                    }
+                };
+            }
+            #[cfg(target_arch = "x86_64")]
+            {
+                {
+                    with_instructions!("avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,f16c,fma", Avx512, Avx512);
+                }
+                with_instructions!("avx2,f16c,fma", Avx2, Avx2);
+            }
+            #[cfg(target_arch = "aarch64")]
+            {
+                with_instructions!("neon,dotprod", Neon, Neon);
+            }
+            let _ = path;
+            // SAFETY: every processor has the instructions; what else `$body` needs, the caller promises.
+            unsafe { crate::cpu::path::by_path!(@scalar $body $($plain)? [$($($n),+)?] ($($arg),*)) }
+        }
+    };
+    (@scalar $body:ident [$($n:ident),*] ($($arg:ident),*)) => { $body::<crate::cpu::lanes::Scalar $(, $n)*>($($arg),*) };
+    (@scalar $body:ident $plain:ident [$($n:ident),*] ($($arg:ident),*)) => { $plain($($arg),*) };
+}
+pub(crate) use by_path;

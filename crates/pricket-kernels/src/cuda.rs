@@ -1,0 +1,1 @@
+//! Kernels of NVIDIA GPUs. There are none yet: models on a GPU compute with candle's operations.
