@@ -104,7 +104,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let read = info.weight_bytes - unread;
     // Before the buffer whose reading is timed, which is as large as the model.
     let peak = peak_rss();
-    let device = pricket::device(&args.model.compute.device)?;
+    let device = pricket::loading::device(&args.model.compute.device)?;
     let (bandwidth, arithmetic) = if device.is_cpu() {
         let mut arithmetic = 0.0;
         pricket.model().on_threads(&mut || arithmetic = multiply_add_rate());

@@ -17,7 +17,10 @@ use candle_transformers::models::llama::{Cache, Llama, LlamaConfig};
 use clap::Parser;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::hub::Hub;
-use pricket::{Silent, Tokenizer, fetch, tensors};
+use pricket::lm::Tokenizer;
+use pricket::loading::fetch;
+use pricket::nn::Silent;
+use pricket::suites::tensors;
 
 /// Continues a prompt with candle-transformers' Llama. Repository, cache, formats of weights and tokenizer are pricket's; the model
 /// and the sampling are candle's.

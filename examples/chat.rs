@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     if args.formats {
-        for format in pricket::prompt_formats() {
+        for format in pricket::text::prompt_formats() {
             writeln!(std::io::stdout(), "{:22} {}", format.name, format.about)?;
         }
         return Ok(());

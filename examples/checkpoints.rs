@@ -15,10 +15,13 @@ use std::time::SystemTime;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use pricket::Hub;
 use pricket::candle::DType;
+use pricket::hub::Steps;
 use pricket::hub::{Cache, CachedRepo, RepoId};
+use pricket::nn::Progress;
+use pricket::suites::{Audit, AuditOptions, Checkpoints, KnownKind};
 use pricket::weights::counted;
-use pricket::{Audit, AuditOptions, Checkpoints, Hub, KnownKind, Progress, Steps};
 use serde_json::{Value, json};
 
 /// Lists, fetches and audits the training steps of a model, and looks after the cache.
@@ -165,7 +168,7 @@ fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
     }
     let chosen = found.select(&which.steps)?;
     let json = json!({
-        "model": found.model, "main": found.main.as_ref().map(pricket::Checkpoint::to_json),
+        "model": found.model, "main": found.main.as_ref().map(pricket::suites::Checkpoint::to_json),
         "checkpoints": chosen.iter().map(|c| c.to_json()).collect::<Vec<_>>(),
     });
     out.put(&json, |out| {
@@ -236,7 +239,7 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn known(checkpoint: &pricket::Checkpoint) -> String {
+fn known(checkpoint: &pricket::suites::Checkpoint) -> String {
     if checkpoint.known.is_empty() { String::new() } else { format!(": {}", checkpoint.known.join("; ")) }
 }
 
@@ -418,10 +421,10 @@ fn card(model: &str, out: &Out) -> anyhow::Result<ExitCode> {
     let pasted =
         model.strip_prefix("https://huggingface.co/").map(|path| path.split('/').take(2).collect::<Vec<_>>().join("/"));
     let model = pasted.as_deref().unwrap_or(model).trim_end_matches('/');
-    let known = || pricket::cards().iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", ");
-    let card =
-        pricket::card(model).with_context(|| format!("{model:?} is not a published model; there are {}", known()))?;
-    let steps = card.checkpoints.as_ref().map(pricket::StepPattern::steps).unwrap_or_default();
+    let known = || pricket::suites::cards().iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", ");
+    let card = pricket::suites::card(model)
+        .with_context(|| format!("{model:?} is not a published model; there are {}", known()))?;
+    let steps = card.checkpoints.as_ref().map(pricket::suites::StepPattern::steps).unwrap_or_default();
     let of_kind = |kind: KnownKind| card.known.iter().filter(move |known| known.kind == kind);
     let bad: Vec<u64> = card
         .known
@@ -484,7 +487,7 @@ fn ranges(numbers: &[u64]) -> String {
 }
 
 fn cards(out: &Out) -> anyhow::Result<ExitCode> {
-    let cards = pricket::cards();
+    let cards = pricket::suites::cards();
     let json: Vec<Value> = cards
         .iter()
         .map(|card| {

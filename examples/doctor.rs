@@ -12,9 +12,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use pricket::Hub;
 use pricket::hub::{Quiet, Settings};
 use pricket::nn::ops::{self, CpuPath};
-use pricket::{Dtype, Hub};
+use pricket::weights::Dtype;
 use serde_json::json;
 
 /// Shows what this machine can do: instruction set, threads, speed, memory, devices, cache, token and network. The exit code is 1
@@ -64,7 +65,7 @@ impl Finding {
 }
 
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let threads = args.threads.unwrap_or_else(pricket::default_threads);
+    let threads = args.threads.unwrap_or_else(pricket::loading::default_threads);
     anyhow::ensure!((1..=1024).contains(&threads), "--threads: {threads}; from 1 to 1024 are possible");
     let checks: [&dyn Fn() -> Finding; 9] = [
         &instructions,
@@ -124,7 +125,7 @@ fn cores(threads: usize) -> Finding {
 
 fn speed(threads: usize) -> Finding {
     const PART: &str = "speed";
-    let bytes = pricket::available_memory().map_or(256 << 20, |bytes| (bytes / 8).clamp(1 << 20, 512 << 20));
+    let bytes = pricket::loading::available_memory().map_or(256 << 20, |bytes| (bytes / 8).clamp(1 << 20, 512 << 20));
     let pool = match ops::Pool::new(threads) {
         Ok(pool) => pool,
         Err(e) => return Finding::broken(PART, format!("{threads} threads cannot be started: {e}")),
@@ -144,18 +145,18 @@ fn speed(threads: usize) -> Finding {
 
 fn memory() -> Finding {
     const PART: &str = "memory";
-    let Some(bytes) = pricket::available_memory() else {
+    let Some(bytes) = pricket::loading::available_memory() else {
         return Finding::new(PART, "the system does not tell how much is free");
     };
     let largest = |dtype: Dtype| {
-        let pythias = pricket::cards().iter().filter(|card| card.suite == "Pythia");
+        let pythias = pricket::suites::cards().iter().filter(|card| card.suite == "Pythia");
         // A tenth more for the cache of keys and values, and for activations.
         let fits = pythias.filter(|card| dtype.bytes(card.parameters as usize) as f64 * 1.1 < bytes as f64);
-        let name = |card: &pricket::Card| card.id.split('/').next_back().unwrap_or_default().to_owned();
+        let name = |card: &pricket::suites::Card| card.id.split('/').next_back().unwrap_or_default().to_owned();
         fits.rev().max_by_key(|card| card.parameters).map_or_else(|| "none".to_owned(), name)
     };
     let what = format!("{:.1} GB are free", bytes as f64 / 1e9);
-    let q4 = Dtype::Block(pricket::BlockType::Q4_0);
+    let q4 = Dtype::Block(pricket::nn::BlockType::Q4_0);
     Finding::new(PART, what).advise(format!(
         "the largest Pythia that fits: {} in f16, {} in q4_0",
         largest(Dtype::F16),
@@ -164,7 +165,7 @@ fn memory() -> Finding {
 }
 
 fn device(name: &'static str) -> Finding {
-    match pricket::device(name) {
+    match pricket::loading::device(name) {
         Ok(device) => match rates::device_rates(&device) {
             Ok((moved, computed)) => Finding::new(
                 name,

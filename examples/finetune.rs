@@ -12,12 +12,14 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, ValueEnum};
+use pricket::loading::Precision;
+use pricket::nn::Progress;
 use pricket::train::{
     Bias, Checkpointing, Initial, Lora, LoraConfig, Normalization, OptimizerConfig, Product, Rule, Sample, Schedule,
     Select, TrainOptions, Trainer, Tuned, read_records,
 };
 use pricket::weights::counted;
-use pricket::{Loader, Precision, Pricket, Progress};
+use pricket::{Loader, Pricket};
 use serde_json::json;
 
 /// Fine-tunes a model with LoRA. The data are JSON lines: {"text"}, {"prompt", "completion"}, {"instruction", "context",
@@ -311,7 +313,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let format = if args.prompt_format == "auto" {
         pricket.prompt_format().clone()
     } else {
-        pricket::prompt_format(&args.prompt_format)?
+        pricket::text::prompt_format(&args.prompt_format)?
     };
     let info = pricket.info();
     let limit = info.context.unwrap_or(usize::MAX);
@@ -430,7 +432,7 @@ fn train(args: &Args, pricket: &Pricket, trainer: &mut Trainer, log: &Path) -> a
     }
     trainer.write(&args.out)?;
     if args.full {
-        let files = pricket.tokenizer().ok().map(pricket::Tokenizer::to_files).transpose()?;
+        let files = pricket.tokenizer().ok().map(pricket::lm::Tokenizer::to_files).transpose()?;
         for (name, bytes) in files.into_iter().flatten() {
             common::write_whole(&args.out.join(name), &bytes)?;
         }

@@ -11,8 +11,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use pricket::GenerateOptions;
+use pricket::lm::Turn;
 use pricket::weights::counted;
-use pricket::{GenerateOptions, Turn};
 
 /// Continues a prompt.
 #[derive(Parser)]

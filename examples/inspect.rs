@@ -10,8 +10,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use pricket::Source;
+use pricket::loading::Inspection;
 use pricket::weights::counted;
-use pricket::{Inspection, Source};
 use serde_json::json;
 
 /// Shows what is in a checkpoint; exit code 1 and one line if it is damaged.
@@ -64,10 +65,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Memory of the model as it would be loaded.
-fn estimate(found: &Inspection, context: Option<usize>) -> Option<(usize, pricket::Estimate)> {
+fn estimate(found: &Inspection, context: Option<usize>) -> Option<(usize, pricket::loading::Estimate)> {
     let info = found.info.as_ref()?;
     let context = context.or(info.context).unwrap_or(2048);
-    Some((context, pricket::Estimate::new(info.clone(), context)))
+    Some((context, pricket::loading::Estimate::new(info.clone(), context)))
 }
 
 fn mib(bytes: u64) -> String {
@@ -78,7 +79,7 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
     writeln!(out, "file        {}", found.file.display())?;
     writeln!(out, "format      {}", found.describe)?;
     let (weights, buffers): (Vec<_>, Vec<_>) = found.tensors.iter().partition(|t| !t.is_buffer);
-    let bytes = |tensors: &[&pricket::TensorInfo]| tensors.iter().map(|t| t.bytes()).sum::<u64>();
+    let bytes = |tensors: &[&pricket::loading::TensorInfo]| tensors.iter().map(|t| t.bytes()).sum::<u64>();
     writeln!(out, "tensors     {} of {}", weights.len(), mib(bytes(&weights)))?;
     for (i, found) in found.types().iter().enumerate() {
         let label = if i == 0 { "types" } else { "" };
@@ -130,7 +131,7 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
 }
 
 fn print_json(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::Result<()> {
-    let tensor = |t: &pricket::TensorInfo| json!({"name": t.name, "dtype": t.dtype.to_string(), "shape": t.shape, "bytes": t.bytes(), "file": t.file, "buffer": t.is_buffer});
+    let tensor = |t: &pricket::loading::TensorInfo| json!({"name": t.name, "dtype": t.dtype.to_string(), "shape": t.shape, "bytes": t.bytes(), "file": t.file, "buffer": t.is_buffer});
     let mut object = json!({
         "file": found.file, "format": found.describe, "config": found.config, "metadata": found.metadata, "warnings": found.warnings,
         "tokenizer": found.has_tokenizer, "tensors": found.tensors.len(),
@@ -141,7 +142,7 @@ fn print_json(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
         object["parameters"] = json!(info.parameters);
     }
     let types = found.types();
-    let summary = |t: &pricket::TypeSummary| json!({"dtype": t.dtype.to_string(), "tensors": t.tensors, "elements": t.elements, "bytes": t.bytes, "bits": t.bits()});
+    let summary = |t: &pricket::loading::TypeSummary| json!({"dtype": t.dtype.to_string(), "tensors": t.tensors, "elements": t.elements, "bytes": t.bytes, "bits": t.bits()});
     object["types"] = types.iter().map(summary).collect();
     if let Some((context, estimate)) = estimate(found, args.context) {
         object["memory"] = json!({

@@ -11,8 +11,12 @@ use std::sync::Arc;
 
 use anyhow::ensure;
 use clap::Parser;
+use pricket::convert::{ConvertOptions, Converted, Target};
+use pricket::lm::Comparison;
+use pricket::loading::Precision;
+use pricket::weights::Dtype;
 use pricket::weights::counted;
-use pricket::{Comparison, ConvertOptions, Converted, Dtype, Precision, Pricket, ScoreOptions, Target};
+use pricket::{Pricket, ScoreOptions};
 use serde_json::json;
 
 /// The text of --report where none is given: good enough to see what quantization costs, not to publish a perplexity.
@@ -149,7 +153,7 @@ fn show_json(written: Option<&Converted>, compared: Option<&Compared>) -> anyhow
 }
 
 /// Bits in memory for each weight.
-fn in_memory(info: &pricket::ModelInfo) -> f64 {
+fn in_memory(info: &pricket::nn::ModelInfo) -> f64 {
     8.0 * info.weight_bytes as f64 / info.parameters.max(1) as f64
 }
 

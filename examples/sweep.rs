@@ -21,9 +21,11 @@ use std::sync::Arc;
 use anyhow::ensure;
 use bar::Bar;
 use clap::Parser;
+use pricket::hub::Steps;
 use pricket::lm::Limit;
+use pricket::sweep::{self, Measure, Shard};
 use pricket::weights::counted;
-use pricket::{EvalOptions, Hub, Loader, Measure, Shard, Steps, Sweep, plots};
+use pricket::{EvalOptions, Hub, Loader, Sweep};
 use serde_json::{Value, json};
 
 /// What is measured where nothing else is asked for.
@@ -118,7 +120,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    pricket::keep_freed_memory();
+    pricket::nn::ops::keep_freed_memory();
     // A picture that cannot be written is told before the measuring.
     for path in args.plot.iter().chain(&args.table) {
         finish::check_output(path, &["svg", "png"])?;
@@ -202,16 +204,16 @@ fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
     if args.plot.is_empty() && args.table.is_none() && args.csv.is_none() {
         return Ok(());
     }
-    let rows = plots::read_rows(files)?;
+    let rows = sweep::read_rows(files)?;
     if let Some(path) = &args.csv {
-        finish::write_whole(path, &plots::csv(&rows, &args.metrics)?)?;
+        finish::write_whole(path, &sweep::csv(&rows, &args.metrics)?)?;
     }
     if !args.plot.is_empty() {
-        let curves = plots::curves(&rows, &args.metrics, args.mean_of_seeds, !args.no_published)?;
+        let curves = sweep::curves(&rows, &args.metrics, args.mean_of_seeds, !args.no_published)?;
         args.plot.iter().try_for_each(|path| curves.save(path))?;
     }
     if let Some(path) = &args.table {
-        plots::table(&rows, &args.metrics)?.save(path)?;
+        sweep::table(&rows, &args.metrics)?.save(path)?;
     }
     Ok(())
 }

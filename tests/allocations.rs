@@ -5,8 +5,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use pricket::nn::{BlockType, Quantisation};
+use pricket::weights::Dtype;
 use pricket::weights::Random;
-use pricket::{BlockType, Dtype, GenerateOptions, Loader, Quantisation};
+use pricket::{GenerateOptions, Loader};
 
 /// The system's allocator, which counts when it is asked to: in a child process that does nothing else.
 struct Counting;
@@ -90,7 +92,7 @@ fn child_decodes() {
     if std::env::var_os("PRICKET_CHILD_ALLOCATIONS").is_none() {
         return;
     }
-    let config = pricket::published_config("160m").unwrap();
+    let config = pricket::suites::published_config("160m").unwrap();
     for kind in [None, Some(BlockType::Q4_0), Some(BlockType::Q8_0)] {
         let mut loader = Loader::from_store(config.clone(), Arc::new(Random::new(Dtype::F16, 0))).threads(2);
         if let Some(kind) = kind {

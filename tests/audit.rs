@@ -1,7 +1,10 @@
 use std::collections::BTreeSet;
 
+use pricket::Hub;
+use pricket::hub::Steps;
 use pricket::hub::{Quiet, Settings};
-use pricket::{Audit, AuditOptions, Checkpoints, FindingKind, Hub, Silent, Steps};
+use pricket::nn::Silent;
+use pricket::suites::{Audit, AuditOptions, Checkpoints, FindingKind};
 use pricket_testhub::{Content, Repo};
 
 use crate::world::{SUITE, World, blob, case, snapshots, suite_cache, suite_repo, tiny_repo};
@@ -58,7 +61,7 @@ fn the_planted_branch_is_found() {
             std::fs::copy(blob(&entry.path()), to.join(entry.file_name())).unwrap();
         }
     }
-    assert_golden(&pricket::audit(plain.path().to_str().unwrap(), &Steps::all(), &Silent).unwrap());
+    assert_golden(&pricket::suites::audit(plain.path().to_str().unwrap(), &Steps::all(), &Silent).unwrap());
 }
 
 /// A repository of made-up weights: branch to files, each file a letter for its content.

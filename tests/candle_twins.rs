@@ -2,8 +2,9 @@ use candle_nn::VarBuilder;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::models::llama::{Cache, Config, Llama};
 use pricket::candle::{DType, Device, Tensor};
+use pricket::convert::{ConvertOptions, Target};
 use pricket::lm::Sampler;
-use pricket::{Context, ConvertOptions, Loader, SamplingParams, Target};
+use pricket::{Context, Loader, SamplingParams};
 
 use crate::common::{example, root, worst};
 

@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-use pricket::{KnownKind, cards};
+use pricket::suites::{KnownKind, cards};
 
 use crate::common::root;
 
@@ -27,9 +27,9 @@ fn the_suites_expand_to_what_was_published() {
     // No name leads to two models.
     for card in cards() {
         for alias in &card.aliases {
-            assert_eq!(pricket::card(alias).unwrap().id, card.id, "{alias}");
+            assert_eq!(pricket::suites::card(alias).unwrap().id, card.id, "{alias}");
         }
-        assert_eq!(pricket::card(&card.id.to_uppercase()).unwrap().id, card.id);
+        assert_eq!(pricket::suites::card(&card.id.to_uppercase()).unwrap().id, card.id);
         assert!(card.id.parse::<pricket::hub::RepoId>().is_ok() && !card.licence.is_empty());
         assert!(card.mirrors.iter().all(|mirror| mirror.parse::<pricket::hub::RepoId>().is_ok()));
     }
@@ -61,8 +61,8 @@ fn parameters_are_those_of_the_published_shapes() {
             "RWKV-4" => format!("rwkv4-{}", card.size),
             _ => card.size.clone(),
         };
-        let config = pricket::published_config(&name).unwrap_or_else(|| panic!("{name} has no shape"));
-        let info = pricket::estimate(&config, pricket::Dtype::F16, 1).unwrap().info;
+        let config = pricket::suites::published_config(&name).unwrap_or_else(|| panic!("{name} has no shape"));
+        let info = pricket::loading::estimate(&config, pricket::weights::Dtype::F16, 1).unwrap().info;
         assert_eq!((info.parameters, [info.vocab, info.d_model]), (card.parameters, card.embedding), "{}", card.id);
     }
 }
@@ -70,26 +70,26 @@ fn parameters_are_those_of_the_published_shapes() {
 #[test]
 fn what_is_known_to_be_wrong_has_a_source() {
     let wrong = |id: &str| {
-        let known = pricket::card(id).unwrap().known.iter().filter(|known| known.kind == KnownKind::Wrong);
+        let known = pricket::suites::card(id).unwrap().known.iter().filter(|known| known.kind == KnownKind::Wrong);
         known.flat_map(|known| known.steps.clone()).collect::<BTreeSet<u64>>()
     };
     let of_2_8b = wrong("EleutherAI/pythia-2.8b");
     assert!(of_2_8b.len() == 85 && of_2_8b.contains(&0) && of_2_8b.contains(&53_000), "{}", of_2_8b.len());
     assert_eq!(wrong("EleutherAI/pythia-12b"), BTreeSet::from([50_000, 58_000]));
     for card in cards() {
-        let steps = card.checkpoints.as_ref().map(pricket::StepPattern::steps).unwrap_or_default();
+        let steps = card.checkpoints.as_ref().map(pricket::suites::StepPattern::steps).unwrap_or_default();
         for known in &card.known {
             assert!(known.source.starts_with("https://") && !known.what.ends_with('.'), "{}: {known:?}", card.id);
             assert!(known.steps.iter().all(|step| steps.contains(step)), "{}: {known:?}", card.id);
         }
     }
-    let first = pricket::card("pythia-2.8b").unwrap().known_of("step0")[0];
+    let first = pricket::suites::card("pythia-2.8b").unwrap().known_of("step0")[0];
     assert_eq!(first.kind, KnownKind::Wrong, "the worst comes first");
 }
 
 /// The table between the markers of README.md.
 fn table() -> String {
-    let mut suites: BTreeMap<&str, Vec<&pricket::Card>> = BTreeMap::new();
+    let mut suites: BTreeMap<&str, Vec<&pricket::suites::Card>> = BTreeMap::new();
     for card in cards() {
         suites.entry(&card.suite).or_default().push(card);
     }

@@ -1,8 +1,8 @@
 use std::path::Path;
 
-use pricket::{
-    Conversation, FinishReason, GenerateOptions, Loader, Pricket, Role, SamplingParams, Turn, prompt_format,
-};
+use pricket::lm::{Role, Turn};
+use pricket::text::prompt_format;
+use pricket::{Conversation, FinishReason, GenerateOptions, Loader, Pricket, SamplingParams};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -78,7 +78,7 @@ fn formats_are_spelled_as_the_models_saw_them() {
             format!("{stablelm}<|USER|>One?<|ASSISTANT|>Yes.<|USER|>Two?<|ASSISTANT|>"),
         ),
     ];
-    assert_eq!(expected.len(), pricket::prompt_formats().len());
+    assert_eq!(expected.len(), pricket::text::prompt_formats().len());
     let turns = [Turn::user("One?"), Turn::assistant("Yes."), Turn::user("Two?")];
     for (name, one, two) in expected {
         let format = prompt_format(name).unwrap();
@@ -86,7 +86,7 @@ fn formats_are_spelled_as_the_models_saw_them() {
         assert_eq!(format.prompt(None, &turns).unwrap().replace('\n', "¶"), two, "{name}");
     }
     // Every card's format is there.
-    for card in pricket::cards() {
+    for card in pricket::suites::cards() {
         prompt_format(&card.prompt).unwrap_or_else(|e| panic!("{}: {e}", card.id));
     }
 }
@@ -274,7 +274,7 @@ proptest! {
     /// Whatever was said: the prompt fits, keeps the last turn, and leaves out whole questions only.
     #[test]
     fn fitting_keeps_what_it_promises(lengths in proptest::collection::vec(0..60usize, 1..20), limit in 1..400usize, reserve in 0..200usize) {
-        let tokenizer = pricket::Tokenizer::from_file(root().join("models/tiny/tokenizer.json")).unwrap();
+        let tokenizer = pricket::lm::Tokenizer::from_file(root().join("models/tiny/tokenizer.json")).unwrap();
         let format = prompt_format("incite-chat").unwrap();
         let word = |n: usize| "sea ".repeat(n);
         let turns: Vec<Turn> = lengths.iter().enumerate()
@@ -484,11 +484,11 @@ fn a_reply_that_is_dropped_before_its_first_token_loses_nothing() {
 /// A recurrence keeps only what was marked; the rest is read again, and the text is the same.
 #[test]
 fn a_conversation_with_a_recurrent_model_is_the_same_with_and_without_its_past() {
-    pricket::add_family(pricket_toys::RECURRENT);
+    pricket::loading::add_family(pricket_toys::RECURRENT);
     let tiny = pricket::tiny().unwrap();
     let vocab = tiny.info().vocab;
     let config = serde_json::json!({"model_type": "toy_recurrent", "vocab": vocab, "width": 24, "layers": 2});
-    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, 3));
+    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::weights::Dtype::F32, 3));
     let tokenizer = crate::common::root().join("models/tiny/tokenizer.json");
     let model = Loader::from_store(config, store).tokenizer(tokenizer).threads(2).load().unwrap();
     let options = GenerateOptions { max_tokens: 12, ..Default::default() };

@@ -3,8 +3,9 @@ use std::process::Command;
 use std::sync::Arc;
 
 use pricket::candle::Tensor;
+use pricket::weights::Dtype;
 use pricket::weights::Random;
-use pricket::{Dtype, Loader, Pricket};
+use pricket::{Loader, Pricket};
 use serde_json::{Value, json};
 
 /// The root of the repository.
@@ -40,8 +41,8 @@ pub(crate) fn small_config(changes: &Value) -> Value {
 
 /// Random weights of that configuration, which may be a toy's.
 pub(crate) fn small(changes: &Value, seed: u64) -> Pricket {
-    pricket::add_family(pricket_toys::GATED);
-    pricket::add_family(pricket_toys::RECURRENT);
+    pricket::loading::add_family(pricket_toys::GATED);
+    pricket::loading::add_family(pricket_toys::RECURRENT);
     Loader::from_store(small_config(changes), Arc::new(Random::new(Dtype::F32, seed))).threads(2).load().unwrap()
 }
 

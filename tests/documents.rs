@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use pricket::lm::Documents;
-use pricket::{Error, Silent, Task, fetch_documents};
+use pricket::nn::Silent;
+use pricket::text::fetch_documents;
+use pricket::{Error, Task};
 use pricket_testhub::{Content, Repo};
 use proptest::prelude::*;
 use serde_json::Value;

@@ -2,11 +2,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use pricket::candle::{DType, Device, Tensor};
+use pricket::convert::{ConvertOptions, Target};
+use pricket::lm::Tokenizer;
+use pricket::loading::Inspection;
 use pricket::nn::RowOrder;
-use pricket::{
-    BlockType, CausalLm, Context, ConvertOptions, GenerateOptions, Inspection, Loader, Pricket, Quantisation, Site,
-    Source, State, Taps, Target, Tokenizer,
-};
+use pricket::nn::{BlockType, Quantisation, State};
+use pricket::{CausalLm, Context, GenerateOptions, Loader, Pricket, Site, Source, Taps};
 use pricket_testhub::{Content, Repo};
 use serde_json::{Value, json};
 
@@ -69,7 +70,8 @@ fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quanti
 /// The native names and tensors of a golden checkpoint, with others in their places or beside them.
 fn native(changes: &BTreeMap<&str, Option<Tensor>>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let store = pricket::open_weights(golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth")).unwrap();
+    let store =
+        pricket::loading::open_weights(golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth")).unwrap();
     let mut tensors: std::collections::HashMap<String, Tensor> = std::collections::HashMap::new();
     for name in store.names() {
         tensors.insert(name.clone(), pricket::weights::read_tensor(&*store, &name, &Device::Cpu).unwrap());
@@ -88,7 +90,7 @@ fn native(changes: &BTreeMap<&str, Option<Tensor>>) -> tempfile::TempDir {
 fn rwkv_cpp_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let source = golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth");
-    let store = pricket::open_weights(&source).unwrap();
+    let store = pricket::loading::open_weights(&source).unwrap();
     let ids: Vec<u32> = (0..30).map(|i| i * 11 % 72).collect();
     let expected = logits(&*load(&source).model(), &ids, &mut Context::new());
     for (version, kind, bound) in [(100, 0, 2e-5), (101, 0, 2e-5), (100, 1, 2e-2)] {
@@ -108,7 +110,7 @@ fn rwkv_cpp_files_are_read() {
     );
     let hub = dir.path().join("wide");
     wide.unwrap().convert(&hub, &ConvertOptions::default()).unwrap();
-    let hub_store = pricket::open_weights(hub.join("model.safetensors")).unwrap();
+    let hub_store = pricket::loading::open_weights(hub.join("model.safetensors")).unwrap();
     let native = Renamed(hub_store);
     for (block, kind) in [(BlockType::Q4_0, 2), (BlockType::Q5_1, 8), (BlockType::Q8_0, 9)] {
         let path = dir.path().join(format!("{block}.bin"));
@@ -328,7 +330,7 @@ fn a_checkpoint_under_the_original_names_has_its_rows_in_pairs() {
     let dir = tempfile::tempdir().unwrap();
     let source = golden("models/llama-gqa");
     let expected = load(&source);
-    let store = pricket::open_weights(source.join("model.safetensors")).unwrap();
+    let store = pricket::loading::open_weights(source.join("model.safetensors")).unwrap();
     let names = [
         ("model.embed_tokens", "tok_embeddings"),
         ("model.layers", "layers"),
@@ -415,7 +417,7 @@ fn files_beside_a_sentencepiece_model_count_or_are_refused() {
 fn training_examples_have_the_ids_of_prompts() {
     use pricket::train::Record;
     let tokenizer = tokenizer_with(&[]).unwrap();
-    let format = pricket::prompt_format("incite-chat").unwrap();
+    let format = pricket::text::prompt_format("incite-chat").unwrap();
     let turns = ["One?", "Yes.", "Two?", "No."].map(str::to_owned);
     let turns = vec![
         pricket::lm::Turn::user(&*turns[0]),
@@ -479,7 +481,7 @@ fn native_files_work_wherever_checkpoints_do() {
         let commit = steps.commit([("RWKV-4.pth", Content::lfs(bytes.clone()))]);
         steps.branch(branch, &commit);
     }
-    let files = pricket::cards().iter().filter(|card| card.id == "BlinkDL/rwkv-4-pileplus");
+    let files = pricket::suites::cards().iter().filter(|card| card.id == "BlinkDL/rwkv-4-pileplus");
     let files: Vec<_> =
         files.filter_map(|card| card.file.as_deref()).map(|f| (f, Content::lfs(native.clone()))).collect();
     assert_eq!(files.len(), 4);
@@ -521,6 +523,6 @@ fn a_recurrent_state_is_counted() {
     let mut ctx = Context::new().with_state(State::new());
     logits(&*tiny.model(), &[1, 2, 3], &mut ctx);
     assert_eq!(ctx.state().unwrap().bytes() as u64, tiny.info().state_bytes);
-    let estimate = pricket::estimate(tiny.config(), pricket::Dtype::F32, 4096).unwrap();
+    let estimate = pricket::loading::estimate(tiny.config(), pricket::weights::Dtype::F32, 4096).unwrap();
     assert_eq!(estimate.cache, tiny.info().state_bytes);
 }

@@ -1,7 +1,12 @@
 use std::path::{Path, PathBuf};
 
 use pricket::candle::{DType, Device, Tensor};
-use pricket::{BlockType, Context, ConvertOptions, Dtype, Loader, Precision, Pricket, Quantisation, Target, Tokenizer};
+use pricket::convert::{ConvertOptions, Target};
+use pricket::lm::Tokenizer;
+use pricket::loading::Precision;
+use pricket::nn::{BlockType, Quantisation};
+use pricket::weights::Dtype;
+use pricket::{Context, Loader, Pricket};
 
 use crate::common::{directories_with, root, worst};
 
@@ -106,7 +111,7 @@ fn old_blocks_whose_scales_are_halves_stay_quantised() {
     let source = golden("files/neox-ggml-20230515-q4_0/model.bin");
     let done = Loader::new(&source).convert(&file, &options(Target::Stored)).unwrap();
     assert!(done.notes.iter().any(|note| note.contains("q4_0_v1 are q4_0")), "{:?}", done.notes);
-    let store = pricket::open_weights(&file).unwrap();
+    let store = pricket::loading::open_weights(&file).unwrap();
     assert_eq!(store.entry("blk.0.ffn_up.weight").unwrap().dtype, Dtype::Block(BlockType::Q4_0));
     assert_eq!(worst(&logits(&load(&file)), &logits(&load(&source))), 0.0);
 }
@@ -152,7 +157,7 @@ fn a_width_that_is_no_whole_block_takes_the_next_type() {
     let wanted = Quantisation { weights: BlockType::Q6K, tables: None };
     let done = Loader::tiny().convert(&file, &options(Target::Quantised(wanted))).unwrap();
     assert!(done.notes.iter().any(|note| note.contains("q6k are q8_0")), "{:?}", done.notes);
-    let store = pricket::open_weights(&file).unwrap();
+    let store = pricket::loading::open_weights(&file).unwrap();
     assert_eq!(store.entry("token_embd.weight").unwrap().dtype, Dtype::F16);
     assert_eq!(store.entry("blk.0.ffn_down.weight").unwrap().dtype, Dtype::Block(BlockType::Q6K));
 }
@@ -252,7 +257,7 @@ fn the_order_of_rows_is_found_by_what_the_model_knows() {
         found.notes()
     );
     assert!(worst(&logits(&found), &expected) < 1e-5);
-    let wrong = Loader::new(&file).qkv_order(pricket::QkvOrder::Interleaved).load().unwrap();
+    let wrong = Loader::new(&file).qkv_order(pricket::loading::QkvOrder::Interleaved).load().unwrap();
     assert!(worst(&logits(&wrong), &expected) > 0.1);
 }
 
@@ -268,7 +273,7 @@ fn keys_can_be_changed_and_the_activation_too() {
     assert!(error.contains("hidden_act"), "{error}");
     assert!(tiny(|loader| loader.set("hidden_act.name", 1)).is_err());
     assert!(tiny(|loader| loader.activation("relu")).unwrap_err().to_string().contains("use gelu or gelu_tanh"));
-    let rounded = logits(&tiny(|loader| loader.activations(pricket::Activations::Q8)).unwrap());
+    let rounded = logits(&tiny(|loader| loader.activations(pricket::nn::ops::Activations::Q8)).unwrap());
     let off = worst(&own, &rounded);
     assert!(off > 0.0 && off < 0.05, "{off}");
     assert_eq!(rounded.dtype(), DType::F32);
@@ -374,7 +379,7 @@ fn version_1_of_gguf_is_read() {
         let today = golden("files").join(case).join("model.gguf");
         std::fs::write(&path, as_version_1(&std::fs::read(&today).unwrap())).unwrap();
         assert_eq!(pricket::inspect(&path).unwrap().describe, "GGUF, version 1");
-        let split = Loader::new(&path).qkv_order(pricket::QkvOrder::Split).load().unwrap();
+        let split = Loader::new(&path).qkv_order(pricket::loading::QkvOrder::Split).load().unwrap();
         assert_eq!(worst(&logits(&split), &logits(&load(&today))), 0.0, "{case}");
         assert_eq!(split.encode("Anna had a ball").unwrap(), load(&today).encode("Anna had a ball").unwrap());
     }

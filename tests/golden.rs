@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
-use pricket::Precision;
 use pricket::candle::Device;
+use pricket::loading::Precision;
 use sha2::{Digest, Sha256};
 
 use crate::common::{directories_with, files, root};

@@ -430,7 +430,7 @@ fn damaged_sentencepiece_models_are_answered() {
                 1 => (0..3).for_each(|_| bytes[whole.len() - 1 - random(1500.min(whole.len()))] = random(256) as u8),
                 _ => (0..8).for_each(|_| bytes[random(whole.len())] ^= 1 << random(8)),
             }
-            let Ok(tokenizer) = pricket::Tokenizer::from_files(&[("tokenizer.model", &bytes)], "damaged") else {
+            let Ok(tokenizer) = pricket::lm::Tokenizer::from_files(&[("tokenizer.model", &bytes)], "damaged") else {
                 continue;
             };
             let ids = tokenizer.encode_from_start("Anna  had a\n red b\u{e4}ll.\tﬁ </s> \u{1f917}").unwrap();
@@ -442,6 +442,6 @@ fn damaged_sentencepiece_models_are_answered() {
     assert!(answered > 100, "{answered}");
     // What would make much of little is refused.
     let long = [&b"\x0a\x84\x10\x0a\x81\x10"[..], &[b'a'; 2049]].concat();
-    let error = pricket::Tokenizer::from_files(&[("tokenizer.model", &long)], "long").unwrap_err().to_string();
+    let error = pricket::lm::Tokenizer::from_files(&[("tokenizer.model", &long)], "long").unwrap_err().to_string();
     assert!(error.contains("at most 1024"), "{error}");
 }

@@ -3,8 +3,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pricket::candle::Device;
+use pricket::hub::Steps;
 use pricket::hub::{Cache, Quiet, Settings};
-use pricket::{Checkpoints, Error, GenerateOptions, Hub, Loader, Silent, Steps};
+use pricket::nn::Silent;
+use pricket::suites::Checkpoints;
+use pricket::{Error, GenerateOptions, Hub, Loader};
 use pricket_testhub::{Content, Fault, Repo};
 use serde_json::{Value, json};
 
@@ -330,7 +333,7 @@ fn one_tensor_comes_without_its_file() {
     let name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight";
     let snapshots = snapshots();
     for (revision, file) in [("step64", "pytorch_model.bin"), ("main", "model.safetensors")] {
-        let tensors = pricket::Tensors::on(&world.hub(), format!("{SUITE}@{revision}")).unwrap();
+        let tensors = pricket::suites::Tensors::on(&world.hub(), format!("{SUITE}@{revision}")).unwrap();
         let found = tensors.read(name).unwrap();
         let local = pricket::weights::open_file(&blob(&snapshots[revision].join(file))).unwrap();
         let expected = pricket::weights::read_tensor(&*local, name, &Device::Cpu).unwrap();
@@ -345,17 +348,17 @@ fn one_tensor_comes_without_its_file() {
         assert_eq!(tensors.names().count(), local.names().len());
     }
     // Of shards only the one that holds it.
-    let tensors = pricket::Tensors::on(&world.hub(), "owner/sharded").unwrap();
-    let local = pricket::tensors(root().join("tests/golden/models/neox-bin-sharded-fp16")).unwrap();
+    let tensors = pricket::suites::Tensors::on(&world.hub(), "owner/sharded").unwrap();
+    let local = pricket::suites::tensors(root().join("tests/golden/models/neox-bin-sharded-fp16")).unwrap();
     for name in local.names() {
         let (a, b) = (tensors.read(name).unwrap(), local.read(name).unwrap());
         assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "{name}");
     }
     // Nothing was left in the cache, and once the file is there it is read there.
     assert!(Cache::new(world.cache.path()).repos().unwrap().is_empty());
-    pricket::fetch(format!("{SUITE}@step64"), &world.hub(), &Silent).unwrap();
+    pricket::loading::fetch(format!("{SUITE}@step64"), &world.hub(), &Silent).unwrap();
     world.server.take_log();
-    let tensors = pricket::Tensors::on(&world.hub(), format!("{SUITE}@step64")).unwrap();
+    let tensors = pricket::suites::Tensors::on(&world.hub(), format!("{SUITE}@step64")).unwrap();
     assert!(tensors.is_local() && tensors.read(name).is_ok());
     assert_eq!(world.large_bytes(), 0);
 }
@@ -439,7 +442,7 @@ fn the_example_lists_fetches_audits_and_cleans_up() {
     let (code, out, err) = run(&["list", "mosaicml/mpt-7b"]);
     assert!(code == Some(1) && out.is_empty() && err.lines().count() == 1 && err.contains("anas-awadalla"), "{err}");
     let (code, out, _) = run(&["cards"]);
-    assert!(code == Some(0) && out.lines().count() == pricket::cards().len() + 1);
+    assert!(code == Some(0) && out.lines().count() == pricket::suites::cards().len() + 1);
 }
 
 #[test]

@@ -3,7 +3,9 @@ use std::collections::BTreeSet;
 #[cfg(target_os = "linux")]
 use std::process::Stdio;
 
-use pricket::{Activations, BlockType, CacheType, GenerateOptions, Loader, Quantisation};
+use pricket::nn::ops::Activations;
+use pricket::nn::{BlockType, CacheType, Quantisation};
+use pricket::{GenerateOptions, Loader};
 
 use crate::common::{directories_with, example, root};
 

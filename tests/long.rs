@@ -1,8 +1,10 @@
 use std::sync::Arc;
 
 use pricket::candle::{Device, IndexOp, Tensor};
+use pricket::nn::State;
+use pricket::weights::Dtype;
 use pricket::weights::Random;
-use pricket::{Context, Dtype, Loader, Pricket, State};
+use pricket::{Context, Loader, Pricket};
 use serde_json::json;
 
 use crate::common::worst;
@@ -88,7 +90,7 @@ fn storywriter_reads_65536_tokens() {
 #[test]
 #[ignore = "ten minutes and 12 GB"]
 fn mpt_1b_reads_10000_tokens() {
-    let config = pricket::published_config("mpt-1b").unwrap();
+    let config = pricket::suites::published_config("mpt-1b").unwrap();
     let pricket = Loader::from_store(config, Arc::new(Random::new(Dtype::F32, 7))).threads(2).load().unwrap();
     measure(&pricket, 10_000);
 }

@@ -65,7 +65,7 @@ fn write_f16_file(config: &serde_json::Value, path: &std::path::Path) -> u64 {
 #[test]
 fn a_model_takes_the_memory_of_its_file() {
     let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
-    let config = pricket::published_config("1.4b").unwrap();
+    let config = pricket::suites::published_config("1.4b").unwrap();
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let file = write_f16_file(&config, &dir.path().join("model.safetensors"));
     let output = std::process::Command::new(std::env::current_exe().unwrap())
@@ -102,9 +102,9 @@ fn child_runs_a_model() {
 
 #[test]
 fn a_model_that_does_not_fit_is_refused_before_it_is_read() {
-    let mut config = pricket::published_config("12b").unwrap();
+    let mut config = pricket::suites::published_config("12b").unwrap();
     config["num_hidden_layers"] = 4000.into();
-    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, 0));
+    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::weights::Dtype::F32, 0));
     let error = pricket::Loader::from_store(config, store).load().unwrap_err();
     assert!(matches!(error, pricket::Error::OutOfMemory { .. }), "{error}");
     assert!(error.to_string().contains("GiB"), "{error}");
@@ -131,7 +131,7 @@ fn write_ggml_file(shape: &str, kind: u32, path: &std::path::Path) {
 
     use pricket::weights::{Dtype, ShapesOnly, Store};
 
-    let config = pricket::published_config(shape).unwrap();
+    let config = pricket::suites::published_config(shape).unwrap();
     let store = Arc::new(ShapesOnly::new(Dtype::F32));
     let asked: Arc<dyn Store> = store.clone();
     let info = pricket::Loader::from_store(config, asked).allow_any_memory().load().unwrap().info().clone();

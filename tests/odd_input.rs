@@ -6,8 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pricket::candle::{Device, Tensor};
+use pricket::convert::{ConvertOptions, Target};
+use pricket::loading::Precision;
+use pricket::weights::Dtype;
 use pricket::weights::{GgufFile, GgufValue, Outline, Store, Writer, open};
-use pricket::{Context, ConvertOptions, Dtype, Error, Loader, Precision, Pricket, Target};
+use pricket::{Context, Error, Loader, Pricket};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -361,7 +364,7 @@ fn tied_weights_are_found_under_either_name() {
             assert!(model.warnings().is_empty(), "{:?}", model.warnings());
             assert!(pricket::inspect(dir.path()).unwrap().warnings.iter().all(|w| w.contains("tokenizer")));
             // Single tensors, which may be on the Hub, are found alike.
-            let tensors = pricket::tensors(dir.path()).unwrap();
+            let tensors = pricket::suites::tensors(dir.path()).unwrap();
             assert_eq!((tensors.resolve(dropped), tensors.resolve("x")), (kept, "x"));
             assert!(tensors.claims(dropped) && !tensors.claims("x"));
         }
@@ -792,7 +795,9 @@ fn what_stands_in_for_a_model_is_named_with_advice() {
         std::fs::write(step.join("model.safetensors"), pointer).unwrap();
     }
     let found = pricket::checkpoints(dir.path().to_str().unwrap()).unwrap();
-    let audit = found.audit(&pricket::Steps::all(), pricket::AuditOptions::default(), &pricket::Silent).unwrap();
+    let audit = found
+        .audit(&pricket::hub::Steps::all(), pricket::suites::AuditOptions::default(), &pricket::nn::Silent)
+        .unwrap();
     assert!(audit.identical.is_empty() && audit.is_alarming());
     assert!(audit.findings.iter().all(|finding| finding.words.contains("git lfs pull")), "{:?}", audit.findings);
 
@@ -848,13 +853,13 @@ fn added_tokens_are_merged_as_transformers_merges_them() {
             }
         }
         let name = &case["name"];
-        let found = pricket::Tokenizer::from_file(at("tokenizer.json")).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let found = pricket::lm::Tokenizer::from_file(at("tokenizer.json")).unwrap_or_else(|e| panic!("{name}: {e}"));
         let ids = found.encode(text).unwrap();
         assert_eq!(json!(ids), case["ids"], "{name}");
         assert_eq!(found.decode_text(&ids), case["text"], "{name}");
         assert_eq!(found.decode(&ids), text, "{name}");
         // The written tokenizer.json is the same without the files beside it.
-        let alone = pricket::Tokenizer::from_bytes(found.to_json().unwrap().as_bytes(), "alone").unwrap();
+        let alone = pricket::lm::Tokenizer::from_bytes(found.to_json().unwrap().as_bytes(), "alone").unwrap();
         assert_eq!(alone.encode(text).unwrap(), ids, "{name}");
     }
 }
@@ -874,7 +879,7 @@ fn files_beside_a_tokenizer_that_are_broken_are_named() {
             let _ = std::fs::remove_file(at(other));
         }
         std::fs::write(at(file), json).unwrap();
-        let refused = pricket::Tokenizer::from_file(at("tokenizer.json")).unwrap_err().to_string();
+        let refused = pricket::lm::Tokenizer::from_file(at("tokenizer.json")).unwrap_err().to_string();
         assert!(refused.contains(named), "{refused}");
     }
     // More tokens than any tokenizer has are refused before they are compared with each other.
@@ -887,7 +892,7 @@ fn files_beside_a_tokenizer_that_are_broken_are_named() {
             let _ = std::fs::remove_file(at(other));
         }
         std::fs::write(at(file), json.to_string()).unwrap();
-        let refused = pricket::Tokenizer::from_file(at("tokenizer.json")).unwrap_err().to_string();
+        let refused = pricket::lm::Tokenizer::from_file(at("tokenizer.json")).unwrap_err().to_string();
         assert!(refused.contains("more than 16384"), "{refused}");
     }
 }

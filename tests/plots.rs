@@ -3,7 +3,8 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use pricket::plots::{self, Curve, Curves, Picture, Point, Table};
+use pricket::plots::{Curve, Curves, Picture, Point, Table};
+use pricket::sweep;
 
 /// Rows of a sweep of `models`, at steps 0, 512 and 143000.
 fn results(models: &[&str]) -> String {
@@ -20,11 +21,11 @@ fn results(models: &[&str]) -> String {
     text
 }
 
-fn rows(text: &str) -> pricket::Result<Vec<plots::Row>> {
+fn rows(text: &str) -> pricket::Result<Vec<sweep::Row>> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("results.jsonl");
     std::fs::write(&path, text).unwrap();
-    plots::read_rows(&[path])
+    sweep::read_rows(&[path])
 }
 
 /// Pixels of a PNG, three bytes each.
@@ -39,14 +40,14 @@ fn pixels(png: &[u8]) -> (u32, u32, Vec<u8>) {
 fn curves_have_their_points_bands_and_what_others_published() {
     let rows = rows(&results(&["EleutherAI/pythia-70m", "EleutherAI/pythia-160m"])).unwrap();
     let count = |svg: &str, what: &str| svg.matches(what).count();
-    let picture = plots::curves(&rows, &[], false, true).unwrap();
+    let picture = sweep::curves(&rows, &[], false, true).unwrap();
     let svg = picture.svg().unwrap();
     for text in ["pythia-70m", "pythia-160m", "published", "training step", "piqa", "\n0\n", "100k"] {
         assert!(svg.contains(text), "{text}");
     }
     // A band, translucent, for each of our curves.
     assert_eq!(count(&svg, "opacity=\"0.16\""), 2);
-    let alone = plots::curves(&rows, &[], false, false).unwrap().svg().unwrap();
+    let alone = sweep::curves(&rows, &[], false, false).unwrap().svg().unwrap();
     assert!(!alone.contains("published") && count(&alone, "<polyline") < count(&svg, "<polyline"));
     // Every colour of a curve is in the PNG, which is twice the size of the SVG.
     let (width, height, pixels) = pixels(&picture.png().unwrap());
@@ -54,7 +55,7 @@ fn curves_have_their_points_bands_and_what_others_published() {
     for colour in [[0, 114, 178], [213, 94, 0]] {
         assert!(pixels.as_chunks::<3>().0.iter().filter(|&&pixel| pixel == colour).count() > 500, "{colour:?}");
     }
-    let picture = plots::table(&rows, &["piqa/acc".into()]).unwrap().svg().unwrap();
+    let picture = sweep::table(&rows, &["piqa/acc".into()]).unwrap().svg().unwrap();
     assert!(picture.contains("0.6500 ± 0.0100") && picture.contains("step143000"), "{picture}");
 }
 
@@ -62,8 +63,8 @@ fn curves_have_their_points_bands_and_what_others_published() {
 fn seeds_become_their_mean() {
     let names = ["EleutherAI/pythia-14m-seed1", "EleutherAI/pythia-14m-seed2", "EleutherAI/pythia-14m-seed3"];
     let rows = rows(&results(&names)).unwrap();
-    let apart = plots::curves(&rows, &[], false, false).unwrap().svg().unwrap();
-    let together = plots::curves(&rows, &[], true, false).unwrap().svg().unwrap();
+    let apart = sweep::curves(&rows, &[], false, false).unwrap().svg().unwrap();
+    let together = sweep::curves(&rows, &[], true, false).unwrap().svg().unwrap();
     assert!(apart.contains("pythia-14m-seed2") && !together.contains("seed"));
     assert_eq!((apart.matches("opacity=\"0.16\"").count(), together.matches("opacity=\"0.16\"").count()), (3, 1));
 }
@@ -86,31 +87,31 @@ fn the_last_row_of_a_checkpoint_counts_and_failures_do_not() {
 fn nothing_to_draw_is_an_error_that_says_so() {
     let error = |result: pricket::Result<Picture>| result.unwrap_err().to_string();
     let rows = rows(&results(&["a/b"])).unwrap();
-    let missing = error(plots::curves(&rows, &["sciq/acc".into()], false, true));
+    let missing = error(sweep::curves(&rows, &["sciq/acc".into()], false, true));
     assert!(missing.contains("sciq/acc") && missing.contains("piqa/acc"), "{missing}");
-    assert!(error(plots::curves(&[], &[], false, true)).contains("no figures"));
+    assert!(error(sweep::curves(&[], &[], false, true)).contains("no figures"));
     // Of a model without steps there is a table and no curve.
     let text = "{\"model\":\"mosaicml/mpt-7b\",\"revision\":\"main\",\"step\":null,\"metric\":\"piqa/acc\",\"value\":0.8,\"part\":[1,1]}\n";
     let main = self::rows(text).unwrap();
-    assert!(error(plots::curves(&main, &[], false, true)).contains("training step"));
-    assert!(plots::table(&main, &[]).unwrap().svg().unwrap().contains("0.8000"));
+    assert!(error(sweep::curves(&main, &[], false, true)).contains("training step"));
+    assert!(sweep::table(&main, &[]).unwrap().svg().unwrap().contains("0.8000"));
     // A trial over a few documents is no point of the curve of all.
     let mut mixed = rows.clone();
     mixed[1].settings = serde_json::json!({"limit": 10});
-    assert!(error(plots::curves(&mixed, &[], false, true)).contains("different ways"));
+    assert!(error(sweep::curves(&mixed, &[], false, true)).contains("different ways"));
     // What has no number is left out where others have one.
     let mut some = rows.clone();
-    some.push(plots::Row { metric: "b/acc".into(), value: f64::NAN, ..rows[0].clone() });
-    assert!(plots::curves(&some, &[], false, true).is_ok());
-    assert!(error(plots::curves(&some, &["b/acc".into()], false, true)).contains("acc"));
+    some.push(sweep::Row { metric: "b/acc".into(), value: f64::NAN, ..rows[0].clone() });
+    assert!(sweep::curves(&some, &[], false, true).is_ok());
+    assert!(error(sweep::curves(&some, &["b/acc".into()], false, true)).contains("acc"));
     let nan = Curves {
         y: "loss".into(),
         curves: vec![Curve::new("a", vec![Point::new(1.0, f64::NAN)])],
         ..Curves::default()
     };
-    assert!(error(Picture::of_curves(vec![nan])).contains("loss"));
+    assert!(error(Picture::of_curves(vec![nan]).map_err(Into::into)).contains("loss"));
     let short = Table { columns: vec!["a".into(), "b".into()], rows: vec![vec!["1".into()]], ..Table::default() };
-    assert!(error(Picture::of_table(short)).contains("2 columns"));
+    assert!(error(Picture::of_table(short).map_err(Into::into)).contains("2 columns"));
     let whole = Table { columns: vec!["a".into()], rows: vec![vec!["1".into()]], ..Table::default() };
     let picture = Picture::of_table(whole).unwrap();
     assert!(picture.save("picture.jpeg").unwrap_err().to_string().contains(".svg or .png"));

@@ -1,6 +1,7 @@
 use pricket::candle::{DType, Device, IndexOp, Tensor, Var};
 use pricket::lm::loss;
-use pricket::{CacheType, CausalLm, Context, Loader, Site, State, Taps};
+use pricket::nn::{CacheType, State};
+use pricket::{CausalLm, Context, Loader, Site, Taps};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -283,7 +284,7 @@ proptest! {
     #[test]
     fn packed_rows_have_the_gradients_of_the_rows(config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(2usize..20, 2..4)) {
         small(&config, 0);
-        let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, seed));
+        let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::weights::Dtype::F32, seed));
         let pricket = Loader::from_store(small_config(&config), store).train().threads(2).load().unwrap();
         let model = pricket.model();
         let rows: Vec<Tensor> = (0..).zip(&lens).map(|(i, &len)| random_ids(1, len, seed + i)).collect();
@@ -312,7 +313,7 @@ fn gradients_reach_every_parameter_and_point_downhill() {
         json!({"use_parallel_residual": false, "rotary_pct": 1.0}),
         json!({"tie_word_embeddings": true, "attention_bias": false, "hidden_act": "gelu_fast"}),
     ] {
-        let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, 3));
+        let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::weights::Dtype::F32, 3));
         let model = Loader::from_store(small_config(&changes), store).train().load().unwrap();
         let ids = random_ids(2, 20, 5);
         let before = loss(&*model.model(), &ids).unwrap();
@@ -333,7 +334,7 @@ fn gradients_reach_every_parameter_and_point_downhill() {
 fn gradients_pass_through_frozen_weights() {
     let changes = json!({"rotary_pct": 0.5});
     let frozen = small(&changes, 4).model();
-    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::Dtype::F32, 4));
+    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::weights::Dtype::F32, 4));
     let trained = Loader::from_store(small_config(&changes), store).train().load().unwrap().model();
     let x = Var::randn(0f32, 1.0, (2, 9, 24), &Device::Cpu).unwrap();
     let run = |model: &dyn CausalLm| {
@@ -503,7 +504,7 @@ fn overflow_is_reported_with_its_layer() {
             self.0.origin(name)
         }
     }
-    let store = Overflow(pricket::weights::Random::new(pricket::Dtype::F32, 1));
+    let store = Overflow(pricket::weights::Random::new(pricket::weights::Dtype::F32, 1));
     let model = Loader::from_store(small_config(&json!({})), std::sync::Arc::new(store)).load().unwrap();
     let mut generation = model.generation(vec![vec![1, 2, 3]], &pricket::GenerateOptions::default()).unwrap();
     let error = pricket::Error::from(generation.step().unwrap_err());
@@ -526,7 +527,7 @@ fn loading_can_be_cancelled_and_watched() {
         done: AtomicU64,
         stop_at: u64,
     }
-    impl pricket::Progress for Watch {
+    impl pricket::nn::Progress for Watch {
         fn begin(&self, _: &str, total: u64, unit: &str) {
             assert_eq!(unit, "bytes");
             self.total.store(total, Ordering::Relaxed);

@@ -79,7 +79,7 @@ fn what_cannot_be_scored_is_refused() {
 /// Spaces move; borders of words are where the whole has them.
 #[test]
 fn borders_are_the_harnesss() {
-    let tokenizer = pricket::Tokenizer::from_file(golden("model/tokenizer.json")).unwrap();
+    let tokenizer = pricket::lm::Tokenizer::from_file(golden("model/tokenizer.json")).unwrap();
     let encode = |context: &str, continuation: &str| Continuation::encode(&tokenizer, 0, context, continuation);
     assert_eq!(encode("the dog ", "ran").unwrap(), encode("the dog", " ran").unwrap());
     assert_eq!(encode("the dog\n", "ran").unwrap(), encode("the dog", "\nran").unwrap());

@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use pricket::candle::{DType, Device, IndexOp, Tensor, Var};
 use pricket::lm::{Continuation, Generation, Request, ScoreOptions, loglikelihoods, loss, token_logprobs};
+use pricket::loading::Precision;
 use pricket::nn::ops::{self, Matrix};
 use pricket::nn::{
     Adapter, Admission, Attention, Linear, Mlp, ModelPlan, Norm, PlainDecoder, Qkv, Residual, RowStep, StepDecoder,
 };
-use pricket::{BlockType, CausalLm, Context, Dtype, Loader, Precision, Quantisation, SamplingParams, State};
+use pricket::nn::{BlockType, Quantisation, State};
+use pricket::weights::Dtype;
+use pricket::{CausalLm, Context, Loader, SamplingParams};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

@@ -1,4 +1,6 @@
-use pricket::{Dtype, estimate, published_config, published_shapes};
+use pricket::loading::estimate;
+use pricket::suites::{published_config, published_shapes};
+use pricket::weights::Dtype;
 
 /// Total and non-embedding parameters as published (Biderman et al. 2023, table 6; the INCITE model pages).
 const PUBLISHED: [(&str, u64, Option<u64>); 27] = [

@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use pricket::Sweep;
+use pricket::hub::{self, Steps};
 use pricket::lm::Task;
-use pricket::{Measure, Shard, Steps, Sweep, hub};
+use pricket::sweep::{Measure, Shard};
 use serde_json::{Value, json};
 
 use crate::common::{example, root};
@@ -131,7 +133,7 @@ fn the_curve_of_a_suite_is_the_harnesss() {
     let mut settings = hub::Settings::new("http://localhost", suite.join("cache"));
     settings.offline = true;
     let hub = pricket::Hub::new(settings);
-    let model = pricket::Checkpoints::on(&hub, "test/tiny-neox", &pricket::Silent).unwrap();
+    let model = pricket::suites::Checkpoints::on(&hub, "test/tiny-neox", &pricket::nn::Silent).unwrap();
     let measure = |name: &str| {
         let task = Task::named(name).unwrap();
         let documents = suite.join("data").join(format!("{name}.{}.jsonl", task.split()));
@@ -177,7 +179,7 @@ fn two_steps(model: &Path) {
 
 /// The newest value of a metric at a step, as readers see it.
 fn newest(out: &Path, revision: &str, metric: &str) -> Option<f64> {
-    let rows = pricket::plots::read_rows(&[out]).unwrap();
+    let rows = pricket::sweep::read_rows(&[out]).unwrap();
     rows.into_iter().find(|row| row.revision == revision && row.metric == metric).map(|row| row.value)
 }
 
@@ -361,7 +363,7 @@ fn runs_of_ones_own_are_training_steps() {
         let text = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met.".into() };
         let swept = Sweep::new(vec![found.clone()], Steps::all(), vec![text], &out).run(|_| ()).unwrap();
         assert_eq!((swept.checkpoints, swept.failed.len()), (2, 0));
-        let audit = found.audit(&Steps::all(), pricket::AuditOptions::default(), &pricket::Silent).unwrap();
+        let audit = found.audit(&Steps::all(), pricket::suites::AuditOptions::default(), &pricket::nn::Silent).unwrap();
         assert_eq!(audit.revisions.len(), 2);
         assert!(
             pricket::load(run.join(names[1])).is_ok()
@@ -502,7 +504,7 @@ fn a_text_file_has_one_perplexity() {
     let sweep = Sweep::new(models, Steps::all(), vec![Measure::TextFile(path.clone())], &out);
     let swept = sweep.run(|_| ()).unwrap();
     assert_eq!((swept.rows, sweep.run(|_| ()).unwrap().kept), (3, 3));
-    let rows = pricket::plots::read_rows(&[out]).unwrap();
+    let rows = pricket::sweep::read_rows(&[out]).unwrap();
     let row = rows.iter().find(|row| row.metric == "story/perplexity").unwrap();
     close(&json!(row.value), loss.exp(), "sweep");
 }

@@ -87,7 +87,7 @@ fn truncation_and_padding_in_a_tokenizer_file_are_left_alone() {
     file["padding"] = serde_json::json!({
         "strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": null, "pad_id": 1, "pad_type_id": 0, "pad_token": "x",
     });
-    let tokenizer = pricket::Tokenizer::from_bytes(file.to_string().as_bytes(), "changed").unwrap();
+    let tokenizer = pricket::lm::Tokenizer::from_bytes(file.to_string().as_bytes(), "changed").unwrap();
     for text in ["", "The", "The people of the United States of America"] {
         assert_eq!(tokenizer.encode(text).unwrap(), plain.encode(text).unwrap());
     }

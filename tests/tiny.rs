@@ -211,7 +211,7 @@ fn taps_and_arguments_that_fit_no_model_are_refused() {
 fn embedded_names_are_models_in_every_command() {
     for name in ["tiny", "tiny-chat", "tiny@step64"] {
         assert!(pricket::inspect(name).unwrap().info.is_some(), "{name}");
-        assert!(pricket::tensors(name).unwrap().names().count() > 0, "{name}");
+        assert!(pricket::suites::tensors(name).unwrap().names().count() > 0, "{name}");
         assert!(pricket::load(name).is_ok(), "{name}");
     }
     assert_eq!(pricket::checkpoints("tiny").unwrap().steps.len(), 12);

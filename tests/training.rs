@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use pricket::candle::{DType, Device, Tensor};
+use pricket::convert::{ConvertOptions, Target};
 use pricket::train::{
     Bias, Checkpointing, Gradients, Initial, Lora, LoraConfig, Optimizer, OptimizerConfig, Product, Rule, Sample,
     Schedule, Select, TrainOptions, Trainer, add_gradients, losses, read_records,
 };
-use pricket::{CausalLm, Context, ConvertOptions, Loader, Pricket, Target};
+use pricket::{CausalLm, Context, Loader, Pricket};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -246,7 +247,7 @@ fn damaged_adapters_are_refused_with_the_tensor() {
 fn conversion_merges_adapters() {
     let dir = tempfile::tempdir().unwrap();
     let tiny = root().join("models/tiny");
-    let base = Loader::new(&tiny).precision(pricket::Precision::F32).load().unwrap();
+    let base = Loader::new(&tiny).precision(pricket::loading::Precision::F32).load().unwrap();
     let lora = random_lora(&base, LoraConfig { rank: 2, alpha: 1.0, ..LoraConfig::default() });
     let adapter = dir.path().join("adapter");
     lora.write(&adapter).unwrap();
@@ -277,7 +278,7 @@ fn conversion_merges_adapters() {
     // And quantized.
     let quantized = Loader::new(&tiny).adapter(&adapter);
     let options = ConvertOptions {
-        target: Target::Quantised(pricket::Quantisation { weights: pricket::BlockType::Q8_0, tables: None }),
+        target: Target::Quantised(pricket::nn::Quantisation { weights: pricket::nn::BlockType::Q8_0, tables: None }),
         ..ConvertOptions::default()
     };
     let out = dir.path().join("q8.gguf");
@@ -366,7 +367,8 @@ fn records_of_all_forms_become_samples() {
     let tiny = pricket::tiny().unwrap();
     let tokenizer = tiny.tokenizer().unwrap();
     let counted = |record: usize, format: &str| {
-        let sample = records[record].sample(Some(tokenizer), &pricket::prompt_format(format).unwrap(), &[0]).unwrap();
+        let sample =
+            records[record].sample(Some(tokenizer), &pricket::text::prompt_format(format).unwrap(), &[0]).unwrap();
         (sample.ids().to_vec(), sample.counted())
     };
     let ids = |text: &str| tokenizer.encode(text).unwrap();
@@ -607,7 +609,7 @@ fn untrained_weights_have_the_deviations_of_their_scheme() {
 #[test]
 fn weights_in_bf16_are_trained_by_f32_masters() {
     let var = pricket::candle::Var::from_tensor(&Tensor::ones((2, 2), DType::BF16, &Device::Cpu).unwrap()).unwrap();
-    let parameters = [pricket::Parameter { name: "w".into(), var, rows: pricket::nn::RowOrder::AsStored }];
+    let parameters = [pricket::nn::Parameter { name: "w".into(), var, rows: pricket::nn::RowOrder::AsStored }];
     let mut optimizer = Optimizer::new(OptimizerConfig::new(Rule::Lion, 1e-4), &parameters).unwrap();
     let loss = || parameters[0].var.as_tensor().to_dtype(DType::F32).unwrap().sum_all().unwrap();
     for _ in 0..100 {

@@ -1,7 +1,7 @@
 //! Operations against their plain twins, and against their definitions in f64.
 
-use pricket::CacheType;
 use pricket::candle::{DType, Device, Tensor, Var};
+use pricket::nn::CacheType;
 use pricket::nn::ops;
 use proptest::prelude::*;
 

@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use pricket::hub::Steps;
 use pricket::hub::{Settings, Token};
-use pricket::{Audit, AuditOptions, Checkpoints, Hub, Loader, Silent, Steps};
+use pricket::nn::Silent;
+use pricket::suites::{Audit, AuditOptions, Checkpoints};
+use pricket::{Hub, Loader};
 use pricket_testhub::{Content, Repo, TestHub};
 use serde_json::Value;
 

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pricket::Progress;
+use pricket::nn::Progress;
 
 /// A progress bar on stderr; indicatif hides it where that is no terminal.
 #[derive(Default)]

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use pricket::{Activations, BlockType, CacheType, Loader, Precision, Quantisation};
+use pricket::Loader;
+use pricket::loading::Precision;
+use pricket::nn::ops::Activations;
+use pricket::nn::{BlockType, CacheType, Quantisation};
 
 /// How to compute.
 #[derive(clap::Args, Clone, Debug)]
@@ -41,7 +44,7 @@ impl ComputeArgs {
     pub(crate) fn limit_candle_threads(&self) {
         const VARIABLE: &str = "CANDLE_NUM_THREADS";
         if std::env::var_os(VARIABLE).is_none() {
-            let threads = self.threads.unwrap_or_else(pricket::default_threads);
+            let threads = self.threads.unwrap_or_else(pricket::loading::default_threads);
             // SAFETY: this is the only thread of the process, so nothing reads the environment meanwhile.
             unsafe { std::env::set_var(VARIABLE, threads.to_string()) };
         }
@@ -93,7 +96,7 @@ impl ComputeArgs {
 
     /// Everything that these flags say but the type of the weights.
     pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
-        let mut loader = loader.device(pricket::device(&self.device)?);
+        let mut loader = loader.device(pricket::loading::device(&self.device)?);
         if let Some(threads) = self.threads {
             loader = loader.threads(threads);
         }

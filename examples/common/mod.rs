@@ -39,7 +39,7 @@ pub(crate) struct ModelArgs {
     pub(crate) activation: Option<String>,
     /// Order of the QKV rows in a GGUF file that does not say it: split, interleaved, or auto to find out by the loss of a text
     #[arg(long, alias = "neox-qkv", value_name = "ORDER", default_value = "auto")]
-    pub(crate) qkv_order: pricket::QkvOrder,
+    pub(crate) qkv_order: pricket::loading::QkvOrder,
     /// Changes a key of the configuration, as use_parallel_residual=false or attn_config.clip_qkv=6; can be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
@@ -88,7 +88,7 @@ impl ModelArgs {
 
     /// Everything that these flags say but the model and its type.
     pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
-        pricket::keep_freed_memory();
+        pricket::nn::ops::keep_freed_memory();
         let mut loader = self.compute.configure(loader)?.progress(Arc::new(Bar::default()));
         if let Some(tokenizer) = &self.tokenizer {
             loader = loader.tokenizer(tokenizer);

@@ -1,6 +1,7 @@
 //! How tokens are chosen, as flags.
 
-use pricket::{GenerateOptions, Pricket, PromptFormat, SamplingParams};
+use pricket::lm::PromptFormat;
+use pricket::{GenerateOptions, Pricket, SamplingParams};
 
 /// How tokens are chosen.
 #[derive(clap::Args, Clone, Debug)]
@@ -75,5 +76,5 @@ impl SamplingArgs {
 
 /// The format that a flag says: a name, a file, or `auto` for the model's own.
 pub(crate) fn prompt_format(name: &str, pricket: &Pricket) -> pricket::Result<PromptFormat> {
-    if name == "auto" { Ok(pricket.prompt_format().clone()) } else { pricket::prompt_format(name) }
+    if name == "auto" { Ok(pricket.prompt_format().clone()) } else { pricket::text::prompt_format(name) }
 }

@@ -32,7 +32,7 @@ fn files(data: Option<&Path>, task: &Task, split: &str) -> anyhow::Result<Vec<Pa
         if let Some(files) = task.files(split) {
             return Ok(files.to_vec());
         }
-        let fetched = pricket::fetch_documents(task, split, &Hub::from_env()?, &Bar::default());
+        let fetched = pricket::text::fetch_documents(task, split, &Hub::from_env()?, &Bar::default());
         return fetched.with_context(|| format!("the documents of task {} (--data names a directory)", task.name()));
     };
     let names = ["jsonl", "parquet"].map(|end| data.join(format!("{}.{split}.{end}", task.name())));

@@ -6,9 +6,12 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use pricket::candle::{DType, Device, IndexOp, Tensor};
+use pricket::lm::Tokenizer;
 use pricket::lm::{loss, token_logprobs};
+use pricket::loading::Precision;
 use pricket::nn::RowOrder;
-use pricket::{Context, GenerateOptions, Loader, Precision, Pricket, SamplingParams, Site, State, Taps, Tokenizer};
+use pricket::nn::State;
+use pricket::{Context, GenerateOptions, Loader, Pricket, SamplingParams, Site, Taps};
 use serde_json::{Value, json};
 
 #[path = "batch.rs"]
@@ -353,7 +356,7 @@ fn container(file: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
         Some(name) => read_tensors(&file.with_file_name(name))?,
         None => HashMap::new(),
     };
-    let store = pricket::open_weights(file)?;
+    let store = pricket::loading::open_weights(file)?;
     for entry in case["tensors"].as_array().into_iter().flatten() {
         let name = entry["name"].as_str().context("a tensor without a name")?;
         let found = pricket::weights::read_tensor(&*store, name, &Device::Cpu)?.to_dtype(DType::F32)?;

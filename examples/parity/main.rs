@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use pricket::Precision;
+use pricket::loading::Precision;
 
 /// Compares pricket with stored answers of the original implementations.
 #[derive(Parser)]
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    let device = pricket::device(&args.device)?;
+    let device = pricket::loading::device(&args.device)?;
     let precision = match args.dtype {
         // What the references computed in.
         Precision::Auto if !device.is_cpu() => Precision::F32,

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use pricket::candle::{DType, Tensor};
+use pricket::nn::Parameter;
 use pricket::nn::RowOrder;
 use pricket::train::{
     Checkpointing, Decay, Gradients, Lora, Optimizer, OptimizerConfig, Record, Rule, Sample, Schedule, add_gradients,
     losses,
 };
-use pricket::{Context, Loader, Parameter, Pricket};
+use pricket::{Context, Loader, Pricket};
 use serde_json::Value;
 
 use super::{Check, Setup, flat, get, read_json, read_lines, read_tensors, tolerance};
@@ -373,7 +374,7 @@ fn responses(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Resu
     let end = case["eos_token_id"].as_u64().context("eos_token_id")? as u32;
     let mut all = Vec::new();
     for line in &lines {
-        let format = pricket::prompt_format(line["format"].as_str().context("a sample without a format")?)?;
+        let format = pricket::text::prompt_format(line["format"].as_str().context("a sample without a format")?)?;
         let record =
             Record::from_json(&records[line["record"].as_u64().context("a sample without a record")? as usize])?;
         let prompt = record.prompt(&format)?;

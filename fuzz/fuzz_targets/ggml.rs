@@ -7,7 +7,7 @@ use std::sync::Arc;
 use pricket::weights::GgmlFile;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let layouts = pricket::ggml_layouts();
+    let layouts = pricket::loading::ggml_layouts();
     let Ok(file) = GgmlFile::open_remote(Arc::new(memory::Bytes(data.to_vec())), &layouts) else { return };
     memory::read(&file);
     let _ = (file.header(), file.describe());

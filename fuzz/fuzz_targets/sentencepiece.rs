@@ -1,6 +1,6 @@
 #![no_main]
 
-use pricket::Tokenizer;
+use pricket::lm::Tokenizer;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Ok(tokenizer) = Tokenizer::from_files(&[("tokenizer.model", data)], "fuzzed") else { return };

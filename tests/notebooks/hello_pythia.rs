@@ -1,9 +1,11 @@
 // Made of the notebook's cells by tools/notebooks; not to be edited.
 
 pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
+    use pricket::hub::Steps;
     use pricket::notebook;
-    use pricket::plots::{self, Picture};
-    use pricket::{Context, GenerateOptions, Measure, SamplingParams, Site, Steps, Sweep, Taps};
+    use pricket::plots::Picture;
+    use pricket::sweep::{self, Measure};
+    use pricket::{Context, GenerateOptions, SamplingParams, Site, Sweep, Taps};
 
     let tiny = pricket::tiny()?;
     tiny.clone().evcxr_display();
@@ -39,8 +41,8 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     })?;
     println!("{} checkpoints, {} rows", swept.checkpoints, swept.rows);
 
-    let rows = plots::read_rows(&[&out])?;
-    plots::curves(&rows, &["text/loss".into()], false, true)?.evcxr_display();
+    let rows = sweep::read_rows(&[&out])?;
+    sweep::curves(&rows, &["text/loss".into()], false, true)?.evcxr_display();
 
     let ids = tiny.encode("The President of the United")?;
     let ids = pricket::candle::Tensor::new(ids.as_slice(), &pricket::candle::Device::Cpu)?.unsqueeze(0)?;

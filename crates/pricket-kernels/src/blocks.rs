@@ -93,11 +93,11 @@ pub fn dequantise(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
         if path() >= InstructionSet::Avx512 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { x86::avx512(kind, bytes, out) };
         }
         if path() >= InstructionSet::Avx2 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { x86::avx2(kind, bytes, out) };
         }
     }

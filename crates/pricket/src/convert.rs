@@ -11,11 +11,13 @@ use pricket_nn::{Family, LoadOptions, Names, Quantisation, RowOrder, Weights};
 use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, to_python_json};
 use serde_json::Value;
 
-use crate::containers::paired_order;
-use crate::family::{checked_family, is_table};
-use crate::opened::Opened;
-use crate::small_files::{TOKENIZER_FILES, TOKENIZERS, at, parent};
-use crate::{Error, Loader, Provenance, Result};
+use crate::loading::containers::paired_order;
+use crate::loading::family::{checked_family, is_table};
+use crate::loading::load::Loader;
+use crate::loading::opened::Opened;
+use crate::loading::provenance::Provenance;
+use crate::loading::small_files::{TOKENIZER_FILES, TOKENIZERS, at, parent};
+use crate::{Error, Result};
 
 /// What a conversion makes of matrices. Vectors keep their values in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,7 +101,7 @@ impl Loader {
         let out = out.as_ref();
         let mut opened = self.opened()?;
         let family = checked_family(&opened.config).map_err(|e| at(&opened.config_path, e))?;
-        let in_model_order = if let Some(known) = crate::qkv::decided(&opened.fused, self.order()) {
+        let in_model_order = if let Some(known) = crate::loading::qkv::decided(&opened.fused, self.order()) {
             known
         } else {
             let loaded = self.clone().load()?;
@@ -116,9 +118,9 @@ impl Loader {
         self.check_unused(&dry, &*opened.store)?;
         dry.verify_tied().map_err(|e| at(&opened.config_path, e))?;
         #[cfg(feature = "train")]
-        crate::adapters::check_mergeable(
+        crate::loading::adapters::check_mergeable(
             &adapters,
-            &crate::adapters::base(model, family.names(), dry.asked()),
+            &crate::loading::adapters::base(model, family.names(), dry.asked()),
             &family.names(),
         )?;
         let gguf = out.extension().is_some_and(|e| e == "gguf");
@@ -132,7 +134,7 @@ impl Loader {
             "bytes",
         );
         let mut warnings = opened.warnings.clone();
-        warnings.extend(crate::load::unused_warning(&dry));
+        warnings.extend(crate::loading::load::unused_warning(&dry));
         if opened.tokenizer.is_none() {
             warnings.push("there is no tokenizer, so none is written; give one with the source".into());
         }
@@ -142,8 +144,11 @@ impl Loader {
         let largest = items.iter().map(|item| &item.outline).max_by_key(|outline| outline.bytes());
         let (config, left_out) = python_config(&opened, family, largest.map_or(Dtype::F32, |outline| outline.dtype));
         if gguf {
-            let ends =
-                crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), opened.tokenizer.as_ref());
+            let ends = crate::loading::opened::eos_ids(
+                &opened.config,
+                opened.generation_config.as_ref(),
+                opened.tokenizer.as_ref(),
+            );
             if let [others @ .., last] = &ends[..]
                 && !others.is_empty()
             {
@@ -305,7 +310,7 @@ impl Item {
     ) -> Option<Merge<'a>> {
         adapters.iter().any(|adapter| adapter.changes(&names, &self.canonical)).then(|| -> Merge<'a> {
             let rows = if in_model_order { self.order } else { RowOrder::AsStored };
-            Box::new(move |tensor| crate::adapters::merged(adapters, &names, &self.canonical, &tensor, rows))
+            Box::new(move |tensor| crate::loading::adapters::merged(adapters, &names, &self.canonical, &tensor, rows))
         })
     }
 
@@ -471,7 +476,7 @@ fn metadata(
     } else {
         add("tokenizer.ggml.merges", bytes(merges));
     }
-    let end = crate::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), Some(tokenizer));
+    let end = crate::loading::opened::eos_ids(&opened.config, opened.generation_config.as_ref(), Some(tokenizer));
     let end = end.last().copied().unwrap_or(0);
     let configured = || opened.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
     let begin = tokenizer.begin().or_else(configured).unwrap_or(end);
@@ -522,7 +527,7 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     files.extend(TOKENIZERS.map(|name| (name, None)));
     let copied = |folder: Option<PathBuf>, name: &str| {
         let path = folder.map(|folder| folder.join(name)).filter(|path| path.is_file());
-        path.map(|path| crate::small_files::read_at_most(&path, MAX_BESIDE)).transpose()
+        path.map(|path| crate::loading::small_files::read_at_most(&path, MAX_BESIDE)).transpose()
     };
     let tokenizer = opened.tokenizer_path.as_deref().map(parent);
     for name in TOKENIZER_FILES {
@@ -615,7 +620,7 @@ impl Part {
             return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
         }
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let at = crate::small_files::parent(path).join(format!(".{name}.{}.part", std::process::id()));
+        let at = crate::loading::small_files::parent(path).join(format!(".{name}.{}.part", std::process::id()));
         let file = File::create(&at).map_err(|error| Error::Io { path: path.into(), error })?;
         Ok(Self { file, at, path: path.to_owned(), done: false })
     }

@@ -130,7 +130,7 @@ pub enum Error {
         /// The whole story.
         message: String,
     },
-    /// A [`crate::Progress`] asked to stop.
+    /// A [`pricket_nn::Progress`] asked to stop.
     #[error("cancelled")]
     Cancelled,
     /// An argument out of range.
@@ -215,6 +215,16 @@ impl From<pricket_lm::Error> for Error {
             Lm::Nn(e) => e.into(),
             Lm::Tokenizer { origin, what } => Error::Tokenizer { origin, what },
             Lm::NonFinite { layer, .. } => Error::NonFinite { layer, message: e.to_string() },
+            other => Error::Input(other.to_string()),
+        }
+    }
+}
+
+#[cfg(feature = "plots")]
+impl From<pricket_plots::Error> for Error {
+    fn from(e: pricket_plots::Error) -> Self {
+        match e {
+            pricket_plots::Error::Io { path, error } => Error::Io { path, error },
             other => Error::Input(other.to_string()),
         }
     }

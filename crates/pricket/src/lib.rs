@@ -1,5 +1,14 @@
 //! pricket: a Candle-based model zoo for the open decoder families that research still stands on.
 //!
+//! | module | what it is for |
+//! |---|---|
+//! | [`loading`] | from a name or a path to a model |
+//! | [`text`] | generation, conversations, scores |
+//! | [`suites`] | known models, their training steps, audits |
+//! | [`sweep`] | measurements over training |
+//! | [`convert`] | other formats and types |
+//! | [`hub`], [`weights`], [`nn`], [`lm`], `train`, `plots` | the crates below |
+//!
 //! [`load`] gives a [`Pricket`]: an owned handle with text in and text out, cheap to clone. What lies below it is public
 //! too: [`Pricket::model`] is a [`CausalLm`], a residual stream that can be scored, probed and patched step by step.
 //!
@@ -24,88 +33,32 @@
 //! No code of a repository is ever executed, nothing is guessed from a file's name, and a bad file gives an
 //! [`Error`] that names it.
 
-#[cfg(feature = "train")]
-mod adapters;
-mod audit;
-mod cards;
-mod changes;
-mod checkpoints;
-mod containers;
-mod conversation;
-mod convert;
-mod datasets;
-mod device;
-mod embedded;
+pub mod convert;
 mod error;
-mod family;
-mod forms;
-mod handle;
-mod inputs;
-mod inspect;
-mod load;
-mod memory;
+pub mod loading;
 #[cfg(feature = "plots")]
 pub mod notebook;
-mod open;
-mod opened;
-#[cfg(feature = "plots")]
-pub mod plots;
-mod pool;
-mod prompts;
-mod provenance;
-mod published;
-mod qkv;
-mod remote;
-mod repository;
-mod results;
-mod shapes;
-mod shard;
-mod small_files;
-mod source;
-mod sweep;
+pub mod suites;
+pub mod sweep;
 mod task;
+pub mod text;
+
+pub use error::{Error, Result};
+pub use loading::{Loader, Source, inspect, load, tiny};
+pub use suites::checkpoints;
+pub use sweep::Sweep;
+pub use text::{Completion, Conversation, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
 
 pub use candle_core as candle;
 pub use candle_nn;
-
-pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
-pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
-pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
-pub use containers::{ggml_layouts, open_weights};
-pub use conversation::{Conversation, Reply};
-pub use convert::{ConvertOptions, Converted, Target};
-pub use datasets::fetch_documents;
-pub use device::device;
-pub use error::{Error, Result};
-pub use family::add_family;
-pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
-pub use inspect::{Inspection, TensorInfo, TypeSummary, inspect};
-pub use load::{Loader, Precision, load, tiny};
-pub use memory::{Estimate, available_memory, estimate};
-pub use pool::default_threads;
-pub use prompts::{prompt_format, prompt_formats};
-pub use provenance::{Provenance, SourceFile};
-pub use published::{Published, published};
-pub use qkv::QkvOrder;
-pub use remote::{Tensors, tensors};
-pub use repository::{Fetched, fetch};
-pub use shapes::{published_config, published_shapes};
-pub use shard::Shard;
-pub use source::Source;
-pub use sweep::{Measure, Sweep, Swept};
-
-pub use pricket_hub::{self as hub, Hub, Steps};
-pub use pricket_lm::{
-    self as lm, Comparison, EvalOptions, PromptFormat, Role, SamplingParams, ScoreOptions, Task, Tokenizer, Turn,
-};
-pub use pricket_nn::ops::{Activations, BlockType, keep_freed_memory};
-pub use pricket_nn::{
-    self as nn, CacheType, CausalLm, Context, ModelInfo, Parameter, Progress, Quantisation, Recording, Silent, Site,
-    State, Taps,
-};
+pub use pricket_hub::{self as hub, Hub};
+pub use pricket_lm::{self as lm, EvalOptions, SamplingParams, ScoreOptions, Task};
+pub use pricket_nn::{self as nn, CausalLm, Context, Recording, Site, Taps};
+#[cfg(feature = "plots")]
+pub use pricket_plots as plots;
 #[cfg(feature = "train")]
 pub use pricket_train as train;
-pub use pricket_weights::{self as weights, Dtype};
+pub use pricket_weights as weights;
 
 /// The programs of these pages are compiled, and run where they need no network.
 #[cfg(doctest)]
@@ -118,12 +71,19 @@ mod pages {
 
 /// What a program or a notebook mostly needs.
 pub mod prelude {
+    pub use crate::convert::{ConvertOptions, Target};
+    pub use crate::hub::Steps;
+    pub use crate::loading::{
+        Activations, BlockType, CacheType, Dtype, Inspection, Precision, Progress, Quantisation, Silent,
+    };
+    pub use crate::nn::State;
     #[cfg(feature = "plots")]
     pub use crate::notebook::Tabular;
+    pub use crate::sweep::Measure;
+    pub use crate::text::{Comparison, PromptFormat, Tokenizer, Turn};
     pub use crate::{
-        Activations, BlockType, CacheType, CausalLm, Comparison, Completion, Context, Conversation, ConvertOptions,
-        Dtype, EvalOptions, FinishReason, GenerateOptions, Hub, Inspection, Loader, Measure, Precision, Pricket,
-        Progress, PromptFormat, Quantisation, Recording, SamplingParams, ScoreOptions, ScoredToken, Silent, Site,
-        Source, State, Steps, Sweep, Taps, Target, Task, Tokenizer, Turn, checkpoints, inspect, load, tiny,
+        CausalLm, Completion, Context, Conversation, EvalOptions, FinishReason, GenerateOptions, Hub, Loader, Pricket,
+        Recording, SamplingParams, ScoreOptions, ScoredToken, Site, Source, Sweep, Taps, Task, checkpoints, inspect,
+        load, tiny,
     };
 }

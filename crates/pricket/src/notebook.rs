@@ -22,33 +22,10 @@ use std::time::Instant;
 
 use pricket_nn::Progress;
 
-use crate::handle::{Completion, GenerateOptions, Pricket, ScoredToken};
-use crate::plots::{Picture, Table};
-use crate::{Comparison, Error, Result};
-
-impl Picture {
-    /// Shows it as the value of a notebook's cell.
-    pub fn evcxr_display(&self) {
-        match self.svg() {
-            Ok(svg) => send(&[("image/svg+xml", svg), ("text/plain", self.text())]),
-            Err(e) => println!("{e}"),
-        }
-    }
-}
-
-impl Table {
-    /// Shows it as the value of a notebook's cell.
-    pub fn evcxr_display(&self) {
-        send(&[("text/html", self.html()), ("text/plain", self.text())]);
-    }
-}
-
-/// Sends a value in several forms, of which the notebook shows the best that it can.
-fn send(forms: &[(&str, String)]) {
-    for (kind, content) in forms {
-        println!("EVCXR_BEGIN_CONTENT {kind}\n{content}\nEVCXR_END_CONTENT");
-    }
-}
+use crate::text::handle::{Completion, GenerateOptions, Pricket, ScoredToken};
+use crate::{Error, Result};
+use pricket_lm::Comparison;
+use pricket_plots::{Picture, Table};
 
 /// Rows of a table at most; the last one says how many are left out.
 const ROWS: usize = 200;
@@ -137,7 +114,8 @@ impl Pricket {
 /// # Errors
 /// [`Error::Input`] if there are none.
 pub fn tokens(scored: &[ScoredToken]) -> Result<Picture> {
-    Picture::of_tokens(scored.iter().map(|token| (token.text.clone(), f64::from(token.logprob).exp())).collect())
+    let tokens = scored.iter().map(|token| (token.text.clone(), f64::from(token.logprob).exp()));
+    Ok(Picture::of_tokens(tokens.collect())?)
 }
 
 /// The `count` likeliest tokens after a prompt, as bars.
@@ -155,7 +133,7 @@ pub fn next_tokens(pricket: &Pricket, prompt: &str, count: usize) -> Result<Pict
     let mut order: Vec<usize> = (0..weights.len()).collect();
     order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
     let bar = |&id: &usize| Ok((format!("{:?}", pricket.tokenizer()?.decode_part(&[id as u32])), weights[id] / sum));
-    Picture::of_bars(order.iter().take(count).map(bar).collect::<Result<Vec<_>>>()?)
+    Ok(Picture::of_bars(order.iter().take(count).map(bar).collect::<Result<Vec<_>>>()?)?)
 }
 
 /// Continues a prompt and prints prompt and continuation as they come, by whole lines of about 80 characters.
@@ -257,14 +235,14 @@ mod tests {
     /// Every value has a text beside its picture or table.
     #[test]
     fn values_are_shown_as_tables_and_as_text() {
-        let tiny = crate::tiny().unwrap();
+        let tiny = crate::loading::load::tiny().unwrap();
         let scored = tiny.score("The <b> & the people", &crate::ScoreOptions::default()).unwrap();
         let (text, html) = (scored.table().text(), scored.table().html());
         assert_eq!(text.lines().count(), scored.len() + 1);
         assert!(text.starts_with("token") && text.contains("log-probability"), "{text}");
         assert!(html.starts_with("<table>") && html.contains("&lt;") && !html.contains("<b>"), "{html}");
         assert_eq!(vec![scored[0].clone(); 250].table().rows.len(), 201);
-        let options = crate::GenerateOptions { max_tokens: 3, ..Default::default() };
+        let options = crate::text::handle::GenerateOptions { max_tokens: 3, ..Default::default() };
         let text = tiny.generate("The people of the United", &options).unwrap().table().text();
         assert!(
             text.contains("ended by the maximum number of tokens") && text.contains("tokens written        3"),

@@ -208,10 +208,10 @@ impl Block<'_> {
                 *dp = p * (*dp - mean) * head.scale;
             }
         }
-        // SAFETY: as above.
+        // SAFETY: this thread's, as the caller promises.
         unsafe { multiply(path, (changes, stride, rows), (self.k, visible), dim, packed, self.of_q) };
         turn(changes, stride, rows, visible, turned);
-        // SAFETY: as above.
+        // SAFETY: this thread's, as the caller promises.
         unsafe { multiply(path, (turned, rows, visible), (self.q, rows), dim, packed, self.of_k) };
     }
 }

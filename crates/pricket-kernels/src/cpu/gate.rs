@@ -173,7 +173,7 @@ impl CustomOp3 for GatedBackwardOp {
         parallel(n.div_ceil(TASK), |i| {
             let (at, len) = (i * TASK, TASK.min(n - i * TASK));
             let part = at..at + len;
-            // SAFETY: each task has a part of its own of both halves; the path is one that the processor has.
+            // SAFETY: each task has a part of its own of both halves.
             unsafe {
                 let out = (shared.slice(at, len), shared.slice(n + at, len));
                 dispatch_back(path(), self.gate, &g[part.clone()], &x[part.clone()], &grad[part], out);

@@ -37,7 +37,7 @@ pub struct GeluOp {
 /// `p(x²)` by Horner's rule, highest coefficient first.
 #[inline(always)]
 unsafe fn polynomial<L: Floats, const N: usize>(x2: L::Float, coefficients: [f32; N]) -> L::Float {
-    // SAFETY: promised by the caller, here and below.
+    // SAFETY: arithmetic, for which the caller has the instructions, here and below.
     unsafe {
         let mut sum = L::splat(coefficients[0]);
         for &c in &coefficients[1..] {
@@ -135,7 +135,7 @@ unsafe fn slope<L: Floats>(form: Gelu, x: L::Float) -> L::Float {
 #[inline(always)]
 unsafe fn back_in_place<L: Floats>(form: Gelu, x: &[f32], grad: &mut [f32]) {
     let (whole, rest) = x.as_chunks::<LANES>();
-    // SAFETY: promised by the caller; each is a whole vector, and the gradient is as long.
+    // SAFETY: whole vectors of slices and of an array.
     unsafe {
         for (x, grad) in whole.iter().zip(grad.as_chunks_mut::<LANES>().0) {
             let slope = slope::<L>(form, L::floats(x.as_ptr()));
@@ -157,7 +157,7 @@ by_path! {
 #[inline(always)]
 unsafe fn in_place<L: Floats>(op: GeluOp, x: &mut [f32]) {
     let (whole, rest) = x.as_chunks_mut::<LANES>();
-    // SAFETY: promised by the caller; each is a whole vector.
+    // SAFETY: whole vectors of a slice and of an array.
     unsafe {
         for x in whole {
             L::store(x.as_mut_ptr(), gelu::<L>(op, L::floats(x.as_ptr())));

@@ -145,7 +145,7 @@ unsafe fn tiles<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize>(j
         let last = (first + ROWS).min(rows);
         for tile in from..to {
             let mut row = first;
-            // SAFETY: promised by the caller; the rows are there, and groups begin at multiples of eight.
+            // SAFETY: the rows are among those of `x`, groups begin at multiples of eight, and the tile is this task's.
             unsafe {
                 while row + GROUP <= last {
                     tile_by_rows::<L, BITS, SCALES, T, GROUP>(job, tile, row);
@@ -276,7 +276,7 @@ pub(crate) const fn scales_of(number: u8) -> Scales {
 /// 32 columns can be read, and the processor has the instructions of `L`.
 #[inline(always)]
 pub(crate) unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L::Bytes; 8] {
-    // SAFETY: promised by the caller; planes lie one after the other.
+    // SAFETY: the planes of 32 columns lie one after the other, as many as the type has bits, and all are there.
     unsafe {
         let mut w = [L::bytes(body); 8];
         // Loops rather than closures: those would not have the instructions of the caller.
@@ -317,7 +317,7 @@ pub(crate) unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L:
 /// As [`groups`].
 #[inline(always)]
 unsafe fn pairs_of_bits<L: Lanes>(plane: *const u8) -> [L::Bytes; 8] {
-    // SAFETY: promised by the caller.
+    // SAFETY: a plane of two bits has two vectors of 64 bytes.
     unsafe {
         let (a, b) = (L::bytes(plane), L::bytes(plane.add(64)));
         [
@@ -339,7 +339,7 @@ unsafe fn pairs_of_bits<L: Lanes>(plane: *const u8) -> [L::Bytes; 8] {
 /// The head of a unit can be read, and the processor has the instructions of `L`.
 #[inline(always)]
 pub(crate) unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(L::Float, L::Float); 2] {
-    // SAFETY: promised by the caller.
+    // SAFETY: the head of a unit has these scales and minima, sixteen of each, and those of `step` in the types of 256.
     unsafe {
         let none = L::splat(0.0);
         match const { scales_of(SCALES) } {

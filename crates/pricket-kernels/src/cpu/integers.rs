@@ -78,11 +78,11 @@ fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: For
             round_body(x, words, stride, kind, form, terms);
         }
         if path >= InstructionSet::Avx512 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx512(x, words, stride, kind, form, terms) };
         }
         if path >= InstructionSet::Avx2 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx2(x, words, stride, kind, form, terms) };
         }
     }

@@ -56,7 +56,7 @@ pub(crate) trait Floats: Copy {
     /// `eˣ` within 2 units in the last place for `x` up to 88; below -87.33 what it is there, which is next to nothing.
     #[inline(always)]
     unsafe fn exp(x: Self::Float) -> Self::Float {
-        // SAFETY: promised by the caller.
+        // SAFETY: arithmetic, for which the caller has the instructions.
         unsafe {
             // In this order what is no number stays so.
             let x = Self::max(Self::splat(-87.33), x);
@@ -154,32 +154,32 @@ impl Floats for Scalar {
     }
     #[inline(always)]
     unsafe fn floats(p: *const f32) -> [f32; LANES] {
-        // SAFETY: promised by the caller.
+        // SAFETY: sixteen elements can be read, at any alignment.
         unsafe { p.cast::<[f32; LANES]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn halves(p: *const f16) -> [f32; LANES] {
-        // SAFETY: promised by the caller.
+        // SAFETY: sixteen elements can be read, at any alignment.
         unsafe { p.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
     unsafe fn brains(p: *const bf16) -> [f32; LANES] {
-        // SAFETY: promised by the caller.
+        // SAFETY: sixteen elements can be read, at any alignment.
         unsafe { p.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
     }
     #[inline(always)]
     unsafe fn half(p: *const f16) -> [f32; LANES] {
-        // SAFETY: promised by the caller.
+        // SAFETY: one number can be read, at any alignment.
         [unsafe { p.read_unaligned() }.to_f32(); LANES]
     }
     #[inline(always)]
     unsafe fn signed(p: *const u8) -> [f32; LANES] {
-        // SAFETY: promised by the caller.
+        // SAFETY: sixteen elements can be read, at any alignment.
         unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: [f32; LANES]) {
-        // SAFETY: promised by the caller.
+        // SAFETY: sixteen elements can be written, at any alignment.
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(x) }
     }
     #[inline(always)]

@@ -80,11 +80,11 @@ fn dispatch_rms(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
             rms_row(x, weight, eps, out);
         }
         if path() >= InstructionSet::Avx512 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx512(x, weight, eps, out) };
         }
         if path() >= InstructionSet::Avx2 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx2(x, weight, eps, out) };
         }
     }
@@ -103,11 +103,11 @@ fn dispatch(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) 
             row(x, weight, bias, eps, out);
         }
         if path() >= InstructionSet::Avx512 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx512(x, weight, bias, eps, out) };
         }
         if path() >= InstructionSet::Avx2 {
-            // SAFETY: the processor has the instructions.
+            // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx2(x, weight, bias, eps, out) };
         }
     }

@@ -36,7 +36,7 @@ by_path! {
 #[inline(always)]
 unsafe fn multiply_adds_body<L: Floats>(rounds: usize, start: f32) -> [f32; LANES] {
     let mut out = [0f32; LANES];
-    // SAFETY: promised by the caller; a whole vector is written.
+    // SAFETY: a whole vector is written.
     unsafe {
         let (factor, mut sums) = (L::splat(black_box(0.999)), [L::splat(start); SUMS]);
         for _ in 0..rounds {

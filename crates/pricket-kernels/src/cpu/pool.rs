@@ -196,7 +196,7 @@ impl Shared {
                 // SAFETY: the caller closes the job and then waits until nobody is active before it lets go of it.
                 let job = unsafe { *self.job.get() };
                 if let Some(Job { run, tasks }) = job {
-                    // SAFETY: as above.
+                    // SAFETY: while this worker is active, the caller waits, and with it what `run` borrows is alive.
                     let run = unsafe { &*run };
                     if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.take_tasks(tasks, run))) {
                         *self.panicked.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);

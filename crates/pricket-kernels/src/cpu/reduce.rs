@@ -55,7 +55,7 @@ by_path! {
 unsafe fn largest_body<L: Floats>(row: &[f32]) -> (f32, bool) {
     let (whole, rest) = row.as_chunks::<LANES>();
     let (mut lanes, mut zeros) = ([0f32; LANES], [0f32; LANES]);
-    // SAFETY: promised by the caller; whole vectors.
+    // SAFETY: whole vectors of the row and of two arrays.
     unsafe {
         let (mut max, mut zero) = (L::splat(f32::NEG_INFINITY), L::splat(0.0));
         for x in whole {
@@ -85,7 +85,7 @@ unsafe fn sum_of_exponentials_body<L: Floats>(row: &[f32], max: f32) -> f64 {
         let (whole, rest) = part.as_chunks::<LANES>();
         let mut edge = [f32::NEG_INFINITY; LANES];
         edge[..rest.len()].copy_from_slice(rest);
-        // SAFETY: promised by the caller; whole vectors.
+        // SAFETY: whole vectors of the part; what is left of it lies in `edge`, a whole vector too.
         unsafe {
             let (mut sum, shift) = (L::splat(0.0), L::splat(-max));
             for x in whole {

@@ -21,7 +21,7 @@ pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &
             match weight.kind() {
                 $(BlockType::$kind => {
                     const FORM: Form = Form::of(BlockType::$kind).unwrap();
-                    // SAFETY: the room was measured.
+                    // SAFETY: the room was measured above.
                     unsafe { units::<{ FORM.bits }, { FORM.scales as u8 }>(path, weight, tile, from, k, out) }
                 })*
                 kind => unreachable!("{kind} is not packed"),
@@ -33,7 +33,7 @@ pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &
 
 by_path! {
     /// # Safety
-    /// There is room for the columns.
+    /// `out` has room for `k` columns: 32 numbers for each but the last, and 16 for that.
     unsafe fn units<const BITS: usize, const SCALES: u8>(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) =
         unpack_units or plain_units
 }
@@ -50,13 +50,13 @@ unsafe fn unpack_units<L: Lanes, const BITS: usize, const SCALES: u8>(
 ) {
     let (form, columns) = (weight.form(), weight.kind().elements());
     for (i, unit) in weight.tile(tile).chunks_exact(form.unit()).skip(from / columns).take(k / columns).enumerate() {
-        // SAFETY: promised by the caller.
+        // SAFETY: a unit, and room for sixteen numbers of each of its columns, which the caller has measured.
         unsafe { unpack_unit::<L, BITS, SCALES>(unit, form.zero, out.as_mut_ptr().add(32 * i * columns)) };
     }
 }
 
 /// # Safety
-/// None is asked for; it stands beside [`unpack_units`].
+/// It has no condition; it is unsafe because [`unpack_units`], in whose place it stands, is.
 unsafe fn plain_units(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) {
     let (n, columns) = weight.shape();
     let mut wide = vec![0f32; columns];
@@ -77,7 +77,7 @@ unsafe fn plain_units(weight: &Packed, tile: usize, from: usize, k: usize, out: 
 unsafe fn unpack_unit<L: Lanes, const BITS: usize, const SCALES: u8>(unit: &[u8], zero: i32, out: *mut f32) {
     let kind = const { scales_of(SCALES) };
     let unit = unit.as_ptr();
-    // SAFETY: promised by the caller.
+    // SAFETY: head and planes of a unit, one after the other, and a line of `out` for each of its columns.
     unsafe {
         let zero = L::splat(-zero as f32);
         for step in 0..kind.steps() {

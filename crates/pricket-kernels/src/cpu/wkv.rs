@@ -70,7 +70,7 @@ impl Channels<'_> {
     /// Nobody else touches these channels of the row.
     #[inline(always)]
     unsafe fn write(&self, out: Shared<'_, f32>, at: usize, x: [f32; LANES]) {
-        // SAFETY: promised by the caller.
+        // SAFETY: nothing else touches these elements, as the caller promises.
         unsafe { out.slice(at, self.width) }.copy_from_slice(&x[..self.width]);
     }
 }
@@ -203,13 +203,13 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<'_, f3
 
 by_path! {
     /// # Safety
-    /// nobody else touches the places of these channels.
+    /// No other thread touches the places of these channels.
     unsafe fn dispatch(at: Channels<'_>, out: Shared<'_, f32>, after: [usize; 3]) = forward
 }
 
 by_path! {
     /// # Safety
-    /// As for `dispatch`.
+    /// No other thread touches the places of these channels.
     unsafe fn dispatch_back(at: Channels<'_>, grad: &[f32], out: Shared<'_, f32>, places: [usize; 4]) = backward
 }
 
@@ -289,7 +289,7 @@ impl CustomOp3 for WkvOp {
         let shared = Shared::new(&mut out);
         self.each((keys, k_at), (values, v_at), rates, |row, c, at| {
             let after = std::array::from_fn(|part| (n + 3 * row + part) * d + c);
-            // SAFETY: the path is one that the processor has; each task has channels of a row to itself.
+            // SAFETY: each task has channels of a row to itself.
             unsafe { dispatch(path(), at, shared, after) };
         })?;
         Ok((CpuStorage::F32(out), (n + 3 * rows, d).into()))
@@ -352,7 +352,7 @@ impl CustomOp3 for WkvBackwardOp {
         let shared = Shared::new(&mut out);
         self.of.each((keys, k_at), (values, v_at), &self.rates, |row, c, at| {
             let places = [0, n * d, (2 * n + 2 * row) * d + c, (2 * n + 2 * row + 1) * d + c];
-            // SAFETY: the path is one that the processor has; each task has channels of a row to itself.
+            // SAFETY: each task has channels of a row to itself.
             unsafe { dispatch_back(path(), at, grad, shared, places) };
         })?;
         Ok((CpuStorage::F32(out), (2 * n + 2 * rows, d).into()))

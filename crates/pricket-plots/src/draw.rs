@@ -1,0 +1,295 @@
+//! How pictures are laid out and drawn.
+
+use plotters::backend::{BitMapBackend, DrawingBackend, SVGBackend};
+use plotters::chart::ChartBuilder;
+use plotters::drawing::IntoDrawingArea;
+use plotters::element::{Circle, Cross, DashedPathElement, PathElement, Polygon, TriangleMarker};
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::{Color, RGBColor, ShapeStyle};
+
+use super::axis::{Axis, Scale};
+use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, TEXT, WHITE, letters, ready, width_of};
+use super::text::{draw_bars, draw_tokens};
+use super::{Content, Curve, Curves, Picture, Point, Table};
+use crate::{Error, Result};
+
+const GRID: RGBColor = RGBColor(225, 225, 225);
+const STRIPE: RGBColor = RGBColor(244, 246, 248);
+
+const PANEL: (u32, u32) = (440, 330);
+/// What the legend has left of its names.
+const SAMPLE: u32 = 40;
+
+/// What can be drawn of a curve, by step.
+pub(super) fn visible(curve: &Curve, log: bool) -> Vec<Point> {
+    let mut points: Vec<Point> = curve.points.clone();
+    points.retain(|p| p.step.is_finite() && p.step >= 0.0 && p.value.is_finite() && (!log || p.value > 0.0));
+    points.sort_by(|a, b| a.step.total_cmp(&b.step));
+    points
+}
+
+/// Where the band of a point ends below and above.
+fn band(point: &Point, log: bool) -> (f64, f64) {
+    let error = point.error.filter(|e| e.is_finite()).unwrap_or(0.0);
+    let low = point.value - error;
+    // Where there is no place for it, a band ends a little below its value.
+    let low = if log && low <= 0.0 { point.value * 0.5 } else { low };
+    (low, point.value + error)
+}
+
+/// The names of curves, and the number of each.
+fn labels(panels: &[Curves]) -> Vec<&str> {
+    let mut labels: Vec<&str> = Vec::new();
+    for curve in panels.iter().flat_map(|panel| &panel.curves) {
+        if !labels.contains(&curve.label.as_str()) {
+            labels.push(&curve.label);
+        }
+    }
+    labels
+}
+
+fn any_published(panels: &[Curves]) -> bool {
+    panels.iter().flat_map(|panel| &panel.curves).any(|curve| curve.published)
+}
+
+/// Panels beside each other.
+fn columns(panels: usize) -> usize {
+    panels.min(if panels > 4 { 3 } else { 2 })
+}
+
+pub(super) fn size_of_curves(panels: &[Curves]) -> (u32, u32) {
+    let columns = columns(panels.len());
+    let rows = panels.len().div_ceil(columns) as u32;
+    let entries = labels(panels).len() as u32 + u32::from(any_published(panels));
+    let height = (rows * PANEL.1).max(entries * LINE + 2 * GAP);
+    (columns as u32 * PANEL.0 + legend_width(panels), height)
+}
+
+fn legend_width(panels: &[Curves]) -> u32 {
+    ready();
+    let widest = labels(panels).into_iter().chain(["published"]).map(|label| width_of(label, LETTERS)).max();
+    SAMPLE + widest.unwrap_or(0) + 2 * GAP
+}
+
+fn column_widths(table: &Table) -> Vec<u32> {
+    ready();
+    let width = |i: usize| {
+        let texts = table.rows.iter().map(|row| &row[i]).chain([&table.columns[i]]);
+        texts.map(|text| width_of(text, LETTERS)).max().unwrap_or(0) + 2 * GAP
+    };
+    (0..table.columns.len()).map(width).collect()
+}
+
+pub(super) fn size_of_table(table: &Table) -> (u32, u32) {
+    let title = if table.title.is_empty() { 0 } else { LINE + GAP };
+    let width = column_widths(table).iter().sum::<u32>().max(width_of(&table.title, LETTERS + 2));
+    (width + 2 * GAP, title + (table.rows.len() as u32 + 1) * LINE + 2 * GAP)
+}
+
+pub(super) fn svg(content: &Content, size: (u32, u32)) -> Result<String> {
+    ready();
+    let mut svg = String::new();
+    draw(content, &SVGBackend::with_string(&mut svg, size).into_drawing_area(), 1)?;
+    Ok(svg)
+}
+
+pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<u8>> {
+    ready();
+    let (width, height) = (2 * width, 2 * height);
+    let mut pixels = vec![0u8; 3 * width as usize * height as usize];
+    draw(content, &BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area(), 2)?;
+    let mut out = Vec::new();
+    let mut encoder = png::Encoder::new(&mut out, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let written = encoder.write_header().and_then(|mut writer| writer.write_image_data(&pixels));
+    written.map_err(|e| Error::Draw(e.to_string()))?;
+    Ok(out)
+}
+
+/// Draws with `unit` pixels for each unit of length.
+fn draw<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> Result<()> {
+    let drawn = area.fill(&WHITE).and_then(|()| draw_content(content, area, unit)).and_then(|()| area.present());
+    drawn.map_err(|e| Error::Draw(e.to_string()))
+}
+
+fn draw_content<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> Drawn<B> {
+    match content {
+        Content::Curves(panels) => draw_curves(panels, area, unit),
+        Content::Table(table) => draw_table(table, area, unit),
+        Content::Tokens(tokens) => draw_tokens(tokens, area, unit),
+        Content::Bars(bars) => draw_bars(bars, area, unit),
+        Content::Stack(pictures) => {
+            let mut top = 0;
+            for Picture { content, size: (width, height) } in pictures {
+                draw_content(content, &area.clone().shrink((0, top), (width * unit, height * unit)), unit)?;
+                top += (height * unit) as i32;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn draw_curves<B: DrawingBackend>(panels: &[Curves], area: &Area<'_, B>, unit: u32) -> Drawn<B> {
+    let labels = labels(panels);
+    let number = |curve: &Curve| labels.iter().position(|&label| label == curve.label).unwrap_or(0);
+    let (width, _) = area.dim_in_pixel();
+    let (left, legend) = area.split_horizontally(width - unit * legend_width(panels));
+    let columns = columns(panels.len());
+    for (panel, area) in panels.iter().zip(left.split_evenly((panels.len().div_ceil(columns), columns))) {
+        draw_panel(panel, &area, unit, &number)?;
+    }
+    let mut y = (unit * (GAP + LINE)) as i32;
+    let x = |at: u32| (unit * at) as i32;
+    let entries = labels.iter().enumerate().map(|(i, &label)| (i, label, false));
+    let entries = entries.chain(any_published(panels).then_some((6, "published", true)));
+    for (i, label, published) in entries {
+        draw_line(&legend, &[(x(0), y), (x(SAMPLE - GAP), y)], i, published, unit)?;
+        draw_marker(&legend, (x((SAMPLE - GAP) / 2), y), i, published, unit)?;
+        let style = letters(LETTERS, unit).pos(Pos::new(HPos::Left, VPos::Center));
+        legend.draw_text(label, &style, (x(SAMPLE), y))?;
+        y += x(LINE);
+    }
+    Ok(())
+}
+
+fn draw_panel<B: DrawingBackend>(
+    panel: &Curves,
+    area: &Area<'_, B>,
+    unit: u32,
+    number: &impl Fn(&Curve) -> usize,
+) -> Drawn<B> {
+    let points: Vec<(&Curve, Vec<Point>)> =
+        panel.curves.iter().map(|curve| (curve, visible(curve, panel.log))).collect();
+    let all = || points.iter().flat_map(|(_, points)| points);
+    let scale = if panel.log { Scale::Log } else { Scale::Linear };
+    let ends = all().flat_map(|point| <[f64; 2]>::from(band(point, panel.log)));
+    let (x_axis, y_axis) = (Axis::over(Scale::Steps, all().map(|point| point.step)), Axis::over(scale, ends));
+    let mut builder = ChartBuilder::on(area);
+    builder.margin(unit * GAP).x_label_area_size(unit * 40).y_label_area_size(unit * 62);
+    if !panel.title.is_empty() {
+        builder.caption(&panel.title, letters(LETTERS + 2, unit));
+    }
+    let mut chart = builder.build_cartesian_2d(x_axis, y_axis)?;
+    chart
+        .configure_mesh()
+        .light_line_style(GRID.stroke_width(unit))
+        .bold_line_style(GRID.stroke_width(unit))
+        .axis_style(TEXT.stroke_width(unit))
+        .x_labels(12)
+        .y_labels(12)
+        .x_desc("training step")
+        .y_desc(&panel.y)
+        .label_style(letters(LETTERS - 1, unit))
+        .axis_desc_style(letters(LETTERS, unit))
+        .draw()?;
+    for (curve, points) in &points {
+        if points.iter().any(|point| point.error.is_some_and(|error| error > 0.0)) {
+            let upper = points.iter().map(|point| (point.step, band(point, panel.log).1));
+            let lower = points.iter().rev().map(|point| (point.step, band(point, panel.log).0));
+            let outline: Vec<(f64, f64)> = upper.chain(lower).collect();
+            chart.draw_series([Polygon::new(outline, colour(number(curve)).mix(0.16).filled())])?;
+        }
+    }
+    // Lines and markers in pixels: dashes and shapes keep their size on every scale.
+    let plane = chart.plotting_area();
+    let base = plane.get_pixel_range();
+    let inside = plane.strip_coord_spec();
+    for (curve, points) in &points {
+        let place = |point: &Point| {
+            let (x, y) = plane.map_coordinate(&(point.step, point.value));
+            (x - base.0.start, y - base.1.start)
+        };
+        let places: Vec<(i32, i32)> = points.iter().map(place).collect();
+        draw_line(&inside, &places, number(curve), curve.published, unit)?;
+        // More markers than there is room for say nothing.
+        let every = places.len().div_ceil(40).max(1);
+        for &place in places.iter().step_by(every) {
+            draw_marker(&inside, place, number(curve), curve.published, unit)?;
+        }
+    }
+    Ok(())
+}
+
+fn colour(number: usize) -> RGBColor {
+    COLORS[number % COLORS.len()]
+}
+
+fn draw_line<B: DrawingBackend>(
+    area: &Area<'_, B>,
+    places: &[(i32, i32)],
+    number: usize,
+    published: bool,
+    unit: u32,
+) -> Drawn<B> {
+    let style = ShapeStyle { color: colour(number).to_rgba(), filled: false, stroke_width: 2 * unit };
+    if published {
+        let (dash, gap) = (5 * unit, 4 * unit);
+        return area.draw(&DashedPathElement::new(places.iter().copied(), dash, gap, style));
+    }
+    area.draw(&PathElement::new(places.to_vec(), style))
+}
+
+fn draw_marker<B: DrawingBackend>(
+    area: &Area<'_, B>,
+    at: (i32, i32),
+    number: usize,
+    published: bool,
+    unit: u32,
+) -> Drawn<B> {
+    let size = (4 * unit) as i32;
+    let square = |half: i32| {
+        let (x, y) = at;
+        vec![(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
+    };
+    let diamond = |half: i32| {
+        let (x, y) = at;
+        vec![(x, y - half), (x + half, y), (x, y + half), (x - half, y)]
+    };
+    let fill = colour(number).filled();
+    if published {
+        area.draw(&Circle::new(at, size, WHITE.filled()))?;
+        return area.draw(&Circle::new(at, size, colour(number).stroke_width(unit)));
+    }
+    match number % 5 {
+        0 => area.draw(&Circle::new(at, size, fill)),
+        1 => area.draw(&Polygon::new(square(size - unit as i32 / 2), fill)),
+        2 => area.draw(&TriangleMarker::new(at, size + unit as i32, fill)),
+        3 => area.draw(&Polygon::new(diamond(size + unit as i32), fill)),
+        _ => area.draw(&Cross::new(at, size, colour(number).stroke_width(2 * unit))),
+    }
+}
+
+fn draw_table<B: DrawingBackend>(table: &Table, area: &Area<'_, B>, unit: u32) -> Drawn<B> {
+    let widths = column_widths(table);
+    let px = |at: u32| (unit * at) as i32;
+    let mut y = GAP;
+    if !table.title.is_empty() {
+        let style = letters(LETTERS + 2, unit).pos(Pos::new(HPos::Left, VPos::Center));
+        area.draw_text(&table.title, &style, (px(GAP), px(y + LINE / 2)))?;
+        y += LINE + GAP;
+    }
+    let right = GAP + widths.iter().sum::<u32>();
+    let rule = |y: u32| PathElement::new(vec![(px(GAP), px(y)), (px(right), px(y))], TEXT.stroke_width(unit));
+    for (i, row) in std::iter::once(&table.columns).chain(&table.rows).enumerate() {
+        if i > 0 && i % 2 == 0 {
+            let corners =
+                vec![(px(GAP), px(y)), (px(right), px(y)), (px(right), px(y + LINE)), (px(GAP), px(y + LINE))];
+            area.draw(&Polygon::new(corners, STRIPE.filled()))?;
+        }
+        let mut x = GAP;
+        for (column, (text, width)) in row.iter().zip(&widths).enumerate() {
+            // Names begin on the left, figures end on the right.
+            let names = table.rows.iter().any(|row| row[column].starts_with(char::is_alphabetic));
+            let (at, side) = if names { (x + GAP, HPos::Left) } else { (x + width - GAP, HPos::Right) };
+            let style = letters(LETTERS, unit).pos(Pos::new(side, VPos::Center));
+            area.draw_text(text, &style, (px(at), px(y + LINE / 2)))?;
+            x += width;
+        }
+        y += LINE;
+        if i == 0 {
+            area.draw(&rule(y))?;
+        }
+    }
+    area.draw(&rule(y))
+}

@@ -1,0 +1,45 @@
+//! From a name or a path to a model: [`Source`], [`Loader`], and what is known of a checkpoint before it is loaded.
+//!
+//! ```
+//! let inspection = pricket::inspect(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny@step64"))?;
+//! assert_eq!(inspection.family, "gpt_neox");
+//! let model = pricket::Loader::new().threads(1).tiny()?;
+//! assert_eq!(model.info().parameters, inspection.parameters);
+//! # Ok::<(), pricket::Error>(())
+//! ```
+
+#[cfg(feature = "train")]
+pub(crate) mod adapters;
+pub(crate) mod changes;
+pub(crate) mod containers;
+pub(crate) mod device;
+pub(crate) mod embedded;
+pub(crate) mod family;
+pub(crate) mod forms;
+pub(crate) mod inspect;
+pub(crate) mod load;
+pub(crate) mod memory;
+pub(crate) mod open;
+pub(crate) mod opened;
+pub(crate) mod pool;
+pub(crate) mod provenance;
+pub(crate) mod qkv;
+pub(crate) mod repository;
+pub(crate) mod small_files;
+pub(crate) mod source;
+
+pub use containers::{ggml_layouts, open_weights};
+pub use device::device;
+pub use family::add_family;
+pub use inspect::{Inspection, TensorInfo, TypeSummary, inspect};
+pub use load::{Loader, Precision, load, tiny};
+pub use memory::{Estimate, available_memory, estimate};
+pub use pool::default_threads;
+pub use provenance::{Provenance, SourceFile};
+pub use qkv::QkvOrder;
+pub use repository::{Fetched, fetch};
+pub use source::Source;
+
+pub use pricket_nn::ops::{Activations, BlockType};
+pub use pricket_nn::{CacheType, Progress, Quantisation, Silent};
+pub use pricket_weights::Dtype;

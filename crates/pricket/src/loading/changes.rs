@@ -1,0 +1,44 @@
+//! What a user changes about a configuration.
+
+use serde_json::Value;
+
+use crate::loading::family::{knows, set_activation};
+use crate::{Error, Result};
+
+/// What a user changes about a configuration, before anything looks at it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Changes {
+    /// Keys and their new values, `outer.inner` for a key inside an object.
+    pub(crate) keys: Vec<(String, Value)>,
+    /// Another activation function.
+    pub(crate) activation: Option<String>,
+}
+
+impl Changes {
+    /// Changes `config`, and refuses keys that its family does not know: they would have no effect.
+    pub(crate) fn apply(&self, config: &mut Value) -> Result<()> {
+        for (key, value) in &self.keys {
+            set(config, key, value.clone())?;
+        }
+        if let Some((key, _)) = self.keys.iter().find(|(key, _)| !knows(config, key)) {
+            return Err(Error::Input(format!("{key}: no key of this family's configuration; it would have no effect")));
+        }
+        match &self.activation {
+            Some(name) => Ok(set_activation(config, name)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Sets a key, `outer.inner` for one inside another.
+fn set(config: &mut Value, key: &str, value: Value) -> Result<()> {
+    let mut at = config;
+    for part in key.split('.') {
+        if !(at.is_object() || at.is_null()) {
+            return Err(Error::Input(format!("{key}: the configuration has no such place")));
+        }
+        at = &mut at[part];
+    }
+    *at = value;
+    Ok(())
+}

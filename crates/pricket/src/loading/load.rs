@@ -1,0 +1,594 @@
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{DType, Device};
+use pricket_hub::Hub;
+use pricket_lm::Tokenizer;
+use pricket_nn::ops::Activations;
+use pricket_nn::{
+    CacheType, CausalLm, FusedRows, LoadOptions, ModelInfo, Progress, Quantisation, Silent, Storage, Trainable, Weights,
+};
+use pricket_weights::{Headers, Store};
+use serde_json::Value;
+
+use crate::loading::changes::Changes;
+use crate::loading::embedded::{EMBEDDED, Embedded};
+use crate::loading::family::{checked_family, unlike};
+use crate::loading::memory::{self, Estimate};
+use crate::loading::open::open_files;
+use crate::loading::opened::{Opened, eos_ids, eos_warning};
+use crate::loading::pool::{Pooled, pool};
+use crate::loading::provenance::Provenance;
+use crate::loading::qkv::{self, QkvOrder};
+use crate::loading::repository::fetch_id;
+use crate::loading::small_files::{TOKENIZERS, at};
+use crate::loading::source::{Place, Source};
+use crate::text::handle::Parts;
+use crate::text::handle::Pricket;
+use crate::text::prompts;
+use crate::{Error, Result};
+
+/// Loads a model with the default settings: weights as stored, on the CPU, a thread for each physical core.
+///
+/// `model` is a directory in Hub layout, a weight file with its config.json beside it, or a repository of the Hub:
+/// `EleutherAI/pythia-410m`, `EleutherAI/pythia-410m@step3000`, a name of [`crate::suites::cards`] without its owner. After `@` stands a
+/// branch, tag or commit; of a directory it is `revisions/REVISION` in it, as `models/tiny@step64`. What is there as a path is
+/// taken as one; what is not, and is called as an embedded model ([`Loader::embedded`]), is that.
+///
+/// From the Hub comes what loading needs, verified, into the cache that Python uses too; `HF_HUB_OFFLINE`, `HF_TOKEN` and
+/// the others mean what they mean there (see [`crate::hub::Settings`]).
+///
+/// # Errors
+/// One that names the file and what is wrong with it; see [`Error`].
+pub fn load(model: impl Into<Source>) -> Result<Pricket> {
+    Loader::new(model).load()
+}
+
+/// The model that comes with pricket: 1.3 million weights that write English of a kind. Needs no file and no network.
+///
+/// ```
+/// let pricket = pricket::tiny()?;
+/// let text = pricket.generate("The people of the United", &Default::default())?.text;
+/// assert!(text.starts_with(" States"));
+/// # Ok::<(), pricket::Error>(())
+/// ```
+///
+/// # Errors
+/// Only if the machine cannot make threads.
+pub fn tiny() -> Result<Pricket> {
+    Loader::tiny().load()
+}
+
+/// Types that the weights can be loaded as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Precision {
+    /// As stored on the CPU, bf16 on a GPU.
+    #[default]
+    Auto,
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    BF16,
+    /// IEEE half. Pythia-70m and RedPajama-INCITE overflow in it on a GPU.
+    F16,
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Precision::Auto => "auto",
+            Precision::F32 => "f32",
+            Precision::BF16 => "bf16",
+            Precision::F16 => "f16",
+        })
+    }
+}
+
+impl std::str::FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Precision::Auto),
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::BF16),
+            "f16" => Ok(Precision::F16),
+            _ => Err(Error::Input(format!("{name:?} is no precision; use auto, f32, bf16 or f16"))),
+        }
+    }
+}
+
+/// How to load a model. Every setting has a default.
+///
+/// ```no_run
+/// use pricket::{Loader, Precision};
+/// let pricket = Loader::new("models/pythia-410m").precision(Precision::F32).threads(4).load()?;
+/// # Ok::<(), pricket::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Loader {
+    origin: Origin,
+    device: Device,
+    precision: Precision,
+    threads: Option<usize>,
+    tokenizer: Option<PathBuf>,
+    progress: Arc<dyn Progress>,
+    hub: Option<Hub>,
+    train: bool,
+    any_memory: bool,
+    revision: Option<String>,
+    file: Option<String>,
+    qkv: QkvOrder,
+    quantisation: Option<Quantisation>,
+    activations: Activations,
+    cache: Option<CacheType>,
+    changes: Changes,
+    allow_unused: bool,
+    #[cfg(feature = "train")]
+    adapters: Vec<PathBuf>,
+}
+
+#[derive(Clone)]
+enum Origin {
+    Named(Source),
+    Embedded(&'static Embedded),
+    Store { config: Value, store: Arc<dyn Store> },
+}
+
+impl std::fmt::Debug for Loader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Loader({}, {:?}, {:?})", self.origin.name(), self.device, self.precision)
+    }
+}
+
+impl Origin {
+    fn name(&self) -> String {
+        match self {
+            Origin::Named(source) => source.to_string(),
+            Origin::Embedded(model) => format!("the embedded model {}", model.name),
+            Origin::Store { .. } => "the model".into(),
+        }
+    }
+}
+
+impl Loader {
+    /// Loads `model`, as [`load`] reads it.
+    pub fn new(model: impl Into<Source>) -> Self {
+        Self::from_origin(Origin::Named(model.into()))
+    }
+
+    /// Loads the embedded model that [`tiny`] loads.
+    pub fn tiny() -> Self {
+        Self::from_origin(Origin::Embedded(&EMBEDDED[0]))
+    }
+
+    /// Loads one of the embedded models: `tiny`, a Pythia; `tiny-mpt`, an MPT; `tiny-chat`, a RedPajama-INCITE-Chat; `tiny-llama`, an
+    /// OpenLLaMA; `tiny-rwkv`, an RWKV-4.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another name.
+    pub fn embedded(name: &str) -> Result<Self> {
+        let names = || EMBEDDED.iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
+        let missing = || Error::Input(format!("{name:?} is not embedded; there are {}", names()));
+        Embedded::find(name).map(|model| Self::from_origin(Origin::Embedded(model))).ok_or_else(missing)
+    }
+
+    /// Loads the model that `config` describes from any store, without a tokenizer: random weights, say.
+    pub fn from_store(config: Value, store: Arc<dyn Store>) -> Self {
+        Self::from_origin(Origin::Store { config, store })
+    }
+
+    /// Loads the model that `config` describes with the random weights that its family begins training with.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a configuration of no known family, or a scheme that is not implemented.
+    #[cfg(feature = "train")]
+    pub fn untrained(config: Value, seed: u64) -> Result<Self> {
+        let family = checked_family(&config)?;
+        let scheme = family.initialization(&config)?;
+        Ok(Self::from_store(config, Arc::new(pricket_train::Untrained::new(scheme, family.names(), seed))))
+    }
+
+    fn from_origin(origin: Origin) -> Self {
+        Self {
+            origin,
+            device: Device::Cpu,
+            precision: Precision::Auto,
+            threads: None,
+            tokenizer: None,
+            progress: Arc::new(Silent),
+            hub: None,
+            train: false,
+            any_memory: false,
+            revision: None,
+            file: None,
+            qkv: QkvOrder::Auto,
+            quantisation: None,
+            activations: Activations::F32,
+            cache: None,
+            changes: Changes::default(),
+            allow_unused: false,
+            #[cfg(feature = "train")]
+            adapters: Vec::new(),
+        }
+    }
+
+    /// Where to compute; see [`crate::loading::device`].
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// The type of the weights.
+    #[must_use]
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// Quantises the matrices while they are loaded, on the CPU.
+    #[must_use]
+    pub fn quantise(mut self, quantisation: Quantisation) -> Self {
+        self.quantisation = Some(quantisation);
+        self
+    }
+
+    /// How precise activations are when they meet a matrix, on the CPU: f32 unless this is called.
+    #[must_use]
+    pub fn activations(mut self, precision: Activations) -> Self {
+        self.activations = precision;
+        self
+    }
+
+    /// The type of cached keys and values. By default f32 beside activations of f32, f16 beside those of 8 bits, bf16 beside
+    /// bf16.
+    #[must_use]
+    pub fn cache(mut self, kind: CacheType) -> Self {
+        self.cache = Some(kind);
+        self
+    }
+
+    /// The number of CPU threads; by default [`default_threads`](crate::loading::default_threads). Candle's own operations on large
+    /// tensors, of which a model has few, use as many threads as the environment variable `CANDLE_NUM_THREADS` says, or else
+    /// as there are physical cores. Those threads spin, so set it to the same number before the process starts where that is
+    /// less than the cores. The examples set it themselves.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// A tokenizer.json, or a sentencepiece tokenizer.model, to use instead of the repository's.
+    #[must_use]
+    pub fn tokenizer(mut self, path: impl AsRef<Path>) -> Self {
+        self.tokenizer = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// The branch, tag or commit to load, such as `step3000`; of a directory, a training step that it keeps. It is the same as
+    /// [`Source::revision`].
+    #[must_use]
+    pub fn revision(mut self, revision: impl Into<String>) -> Self {
+        self.revision = Some(revision.into());
+        self
+    }
+
+    /// The weight file of the repository or directory to load, instead of the one that is best read: one of several GGUF
+    /// files, or `pytorch_model.bin` beside a `model.safetensors`.
+    #[must_use]
+    pub fn file(mut self, name: impl Into<String>) -> Self {
+        self.file = Some(name.into());
+        self
+    }
+
+    /// Where repositories come from, instead of the Hub that the environment names.
+    #[must_use]
+    pub fn hub(mut self, hub: Hub) -> Self {
+        self.hub = Some(hub);
+        self
+    }
+
+    /// Reports bytes fetched and loaded, and can cancel.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = progress;
+        self
+    }
+
+    /// Loads every weight as an f32 variable that collects gradients; see [`Pricket::parameters`].
+    #[must_use]
+    pub fn train(mut self) -> Self {
+        self.train = true;
+        self
+    }
+
+    /// Does not look at free memory before loading.
+    #[must_use]
+    pub fn allow_any_memory(mut self) -> Self {
+        self.any_memory = true;
+        self
+    }
+
+    /// The order of the rows in the fused query-key-value matrices of a GGUF file that does not say it, instead of finding out.
+    #[must_use]
+    pub fn qkv_order(mut self, order: QkvOrder) -> Self {
+        self.qkv = order;
+        self
+    }
+
+    /// Computes another GELU than the configuration says: `gelu` by the error function, or `gelu_tanh`, which llama.cpp takes
+    /// for every model and GPT-NeoX was trained with.
+    #[must_use]
+    pub fn activation(mut self, name: impl Into<String>) -> Self {
+        self.changes.activation = Some(name.into());
+        self
+    }
+
+    /// Changes a key of the configuration, `use_parallel_residual` or `attn_config.clip_qkv`, before anything checks it: for
+    /// files that say something wrong, or nothing. A key that the family does not know is an error.
+    #[must_use]
+    pub fn set(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.changes.keys.push((key.into(), value.into()));
+        self
+    }
+
+    /// Loads a checkpoint whose configuration has no use for some of its weights, which is an error otherwise: mostly the
+    /// configuration is another model's, and the output would be wrong.
+    #[must_use]
+    pub fn allow_unused(mut self) -> Self {
+        self.allow_unused = true;
+        self
+    }
+
+    /// Adds a LoRA adapter in PEFT's files: a directory, or a repository of the Hub with `@revision`. Several add up. Converting merges
+    /// them into the weights.
+    #[cfg(feature = "train")]
+    #[must_use]
+    pub fn adapter(mut self, adapter: impl AsRef<Path>) -> Self {
+        self.adapters.push(adapter.as_ref().to_owned());
+        self
+    }
+
+    /// The adapters, fetched and read.
+    #[cfg(feature = "train")]
+    pub(crate) fn read_adapters(&self) -> Result<Vec<pricket_train::Lora>> {
+        let find = |path: &PathBuf| crate::loading::adapters::find(path, self.hub.as_ref(), &*self.progress);
+        self.adapters.iter().map(find).collect()
+    }
+
+    /// Loads it. Headers, names, shapes and memory are checked before a weight is read.
+    ///
+    /// # Errors
+    /// One that names the file and what is wrong with it; see [`Error`].
+    pub fn load(self) -> Result<Pricket> {
+        let mut opened = self.opened()?;
+        let config_path = opened.config_path.clone();
+        let refused = |e| at(&config_path, e);
+        let family = checked_family(&opened.config).map_err(refused)?;
+        if self.quantisation.is_some() && (!self.device.is_cpu() || self.precision != Precision::Auto) {
+            let what = "quantising while loading is for the CPU, and leaves no other type to choose";
+            return Err(Error::Input(what.into()));
+        }
+        let storage = match (self.quantisation, self.precision, self.device.is_cpu()) {
+            (Some(quantisation), ..) => Storage::Quantize(quantisation),
+            (None, Precision::Auto, true) => Storage::AsStored,
+            (None, Precision::F32, _) => Storage::Cast(DType::F32),
+            (None, Precision::F16, _) => Storage::Cast(DType::F16),
+            (None, Precision::BF16, _) | (None, Precision::Auto, false) => Storage::Cast(DType::BF16),
+        };
+        let options = LoadOptions {
+            storage,
+            trainable: if self.train { Trainable::All } else { Trainable::None },
+            precision: self.activations,
+            cache: self.cache,
+            allow_unused: self.allow_unused,
+            ..LoadOptions::default()
+        };
+        let store = Arc::new(Headers::of(Arc::clone(&opened.store)));
+        let headers = Weights::new(store, family.names(), options.clone());
+        let dry = family.load(&opened.config, &headers).map_err(refused)?;
+        self.check_unused(&headers, &*opened.store)?;
+        if self.device.is_cpu() && !self.any_memory {
+            memory::check(&self.origin.name(), &Estimate::new(dry.info().clone(), 512))?;
+        }
+        if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
+            return Err(Error::Input("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
+        }
+        #[cfg(feature = "train")]
+        let adapters = self.read_adapters()?;
+        let pool = pool(self.threads)?;
+        let read = headers.bytes_read();
+        let build = |in_model_order: bool| {
+            self.progress.begin(&format!("loading {}", self.origin.name()), read, "bytes");
+            let (device, progress) = (self.device.clone(), Arc::clone(&self.progress));
+            let options = LoadOptions { device, progress, in_model_order, ..options.clone() };
+            let weights = Weights::new(Arc::clone(&opened.store), family.names(), options);
+            let model = pool.install(|| family.load(&opened.config, &weights));
+            self.progress.end();
+            let pooled = |model| -> Arc<dyn CausalLm> { Arc::new(Pooled { model, pool: pool.clone() }) };
+            Ok((model.map(pooled).map_err(refused)?, weights))
+        };
+        let (in_model_order, (model, weights)) = match (qkv::decided(&opened.fused, self.qkv), &opened.fused) {
+            (None, &FusedRows::Unknown { model_order_is_likely, why }) => {
+                let (order, built, note) = qkv::by_evidence(build, model_order_is_likely, why, &opened, &headers)?;
+                opened.notes.push(note);
+                (order, built)
+            }
+            (decided, _) => {
+                let order = decided.unwrap_or(false);
+                (order, build(order)?)
+            }
+        };
+        let names_on_file = if opened.is_container { Vec::new() } else { weights.asked() };
+        #[cfg(feature = "train")]
+        let model = adapters.iter().try_fold(model, |model, adapter| -> Result<_> {
+            let base = crate::loading::adapters::base(model, family.names(), names_on_file.clone());
+            opened.notes.extend(crate::loading::adapters::notes(adapter, &opened.provenance));
+            Ok(adapter.apply(&base)?)
+        })?;
+        let stranger = stranger_warning(&opened.provenance, model.info(), &opened.config);
+        let licence = licence_warning(&opened.provenance);
+        let (format, chosen) = prompts::choose(&opened);
+        let generation_config = opened.generation_config.as_ref();
+        let ends = eos_warning(&opened.config, generation_config);
+        Ok(Pricket::new(Parts {
+            threads: pool.threads(),
+            model,
+            eos: eos_ids(&opened.config, generation_config, opened.tokenizer.as_ref()),
+            tokenizer: opened.tokenizer,
+            config: opened.config,
+            parameters: weights.parameters(),
+            warnings: opened
+                .warnings
+                .into_iter()
+                .chain(unused_warning(&weights))
+                .chain(ends)
+                .chain(stranger)
+                .chain(licence)
+                .collect(),
+            notes: opened.notes.into_iter().chain(chosen).chain(slow_note()).collect(),
+            in_model_order,
+            format,
+            provenance: opened.provenance,
+            _in_use: opened.in_use.map(Arc::new),
+            names_on_file,
+        }))
+    }
+
+    /// The checkpoint with everything that these settings change about it.
+    pub(crate) fn opened(&self) -> Result<Opened> {
+        let mut opened = self.open()?;
+        if self.qkv != QkvOrder::Auto && opened.fused == FusedRows::AsTrained {
+            let what = "qkv_order is for GGUF files that do not say it; the order of this checkpoint's rows is known";
+            return Err(Error::Input(what.into()));
+        }
+        if let Some(path) = &self.tokenizer {
+            opened.provenance.replace(&TOKENIZERS, path);
+            opened.tokenizer_path = Some(path.clone());
+        }
+        Ok(opened)
+    }
+
+    /// Refuses a checkpoint with weights that its configuration has no use for, unless that is allowed.
+    pub(crate) fn check_unused(&self, weights: &Weights, store: &dyn Store) -> Result<()> {
+        let unused = if self.allow_unused { Vec::new() } else { weights.unused_weights() };
+        let Some(first) = unused.first() else { return Ok(()) };
+        let origin = store.origin(first);
+        Err(Error::Unused { path: origin.into(), first: pricket_weights::clip(first), count: unused.len() })
+    }
+
+    pub(crate) fn allows_unused(&self) -> bool {
+        self.allow_unused
+    }
+
+    pub(crate) fn order(&self) -> QkvOrder {
+        self.qkv
+    }
+
+    pub(crate) fn reporter(&self) -> &dyn Progress {
+        &*self.progress
+    }
+
+    /// The origin with the revision and the file that were chosen.
+    fn origin(&self) -> Result<Origin> {
+        let mut source = match (&self.origin, self.revision.is_some() || self.file.is_some()) {
+            (Origin::Named(source), _) => source.clone(),
+            (Origin::Embedded(model), true) => Source::new(model.directory()),
+            (Origin::Store { .. }, true) => {
+                let what = format!("revision or file: {} has none to choose from", self.origin.name());
+                return Err(Error::Input(what));
+            }
+            (origin, false) => return Ok(origin.clone()),
+        };
+        if let Some(revision) = &self.revision {
+            source = source.revision(revision);
+        }
+        if let Some(file) = &self.file {
+            source = source.file(file);
+        }
+        Ok(source.embedded().map_or(Origin::Named(source), Origin::Embedded))
+    }
+
+    fn open(&self) -> Result<Opened> {
+        let given = self.tokenizer.as_ref().map(Tokenizer::from_file).transpose()?;
+        match self.origin()? {
+            Origin::Embedded(model) => {
+                let mut opened = model.open(given)?;
+                self.changes.apply(&mut opened.config)?;
+                Ok(opened)
+            }
+            Origin::Store { mut config, store } => {
+                self.changes.apply(&mut config)?;
+                Ok(Opened { config, config_path: "config".into(), tokenizer: given, ..Opened::new(store) })
+            }
+            Origin::Named(source) => match source.locate()? {
+                Place::Local(path) => {
+                    let mut opened = open_files(&path, None, given, &self.changes)?;
+                    if opened.known_tokenizer.is_some() {
+                        let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
+                        opened.take_known_tokenizer(&path.display().to_string(), &hub, &*self.progress)?;
+                    }
+                    Ok(opened)
+                }
+                Place::Hub(id, file) => {
+                    let hub = self.hub.clone().map_or_else(Hub::from_env, Ok)?;
+                    let fetched = fetch_id(&id, file.as_deref(), &self.changes, &hub, &*self.progress)?;
+                    let mut opened = open_files(&fetched.weights.clone(), Some(fetched), given, &self.changes)?;
+                    opened.borrow_tokenizer(&id, &hub, &*self.progress)?;
+                    opened.take_known_tokenizer(&id.to_string(), &hub, &*self.progress)?;
+                    Ok(opened)
+                }
+            },
+        }
+    }
+}
+
+/// Says so if what a repository holds is not what its card says.
+fn stranger_warning(provenance: &Provenance, info: &ModelInfo, config: &Value) -> Option<String> {
+    let card = crate::suites::cards::card(provenance.repo.as_deref()?)?;
+    if let Some(what) = unlike(config, &card.family) {
+        return Some(format!("{}: config.json is not one of {}: {what}", card.id, card.suite));
+    }
+    let found = (info.parameters, [info.vocab, info.d_model]);
+    // A repository may hold several models.
+    let is_known = crate::suites::cards::cards()
+        .iter()
+        .any(|other| other.id == card.id && found == (other.parameters, other.embedding));
+    (!is_known).then(|| {
+        format!(
+            "{}: {} weights and an embedding of {:?}, where the published model has {} and {:?}",
+            card.id, found.0, found.1, card.parameters, card.embedding
+        )
+    })
+}
+
+/// Says once in a program that it is slow, if it was compiled without optimization.
+fn slow_note() -> Option<String> {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    let slow = cfg!(pricket_unoptimized) && !TOLD.swap(true, Ordering::Relaxed);
+    let note = "this program is compiled without optimization and some fifty times slower than with it: use `--release`, or add \
+                `[profile.dev.package.\"*\"]` with `opt-level = 3` to Cargo.toml";
+    slow.then(|| note.to_owned())
+}
+
+/// Says so if the README of a copy forbids commercial use; for the published ones their cards have said it.
+fn licence_warning(provenance: &Provenance) -> Option<String> {
+    let licence = provenance.licence.as_deref().filter(|licence| licence.split('-').any(|part| part == "nc"))?;
+    let known = provenance.repo.as_deref().and_then(crate::suites::cards::card).is_some();
+    (!known).then(|| format!("{}: licence {licence}, no commercial use", provenance.name()))
+}
+
+/// Says so if the checkpoint holds tensors that the configuration has no use for.
+pub(crate) fn unused_warning(weights: &Weights) -> Option<String> {
+    let unused = weights.unused();
+    let first = pricket_weights::clip(unused.first()?);
+    let what = if weights.unused_weights().is_empty() {
+        ""
+    } else {
+        "; some look like weights of this family, so loading refuses them"
+    };
+    Some(format!("{} not used by this configuration ({first}, ...){what}", crate::error::tensors(unused.len())))
+}

@@ -1,0 +1,173 @@
+use std::path::{Path, PathBuf};
+
+use pricket_hub::{Digest, Listed, Quiet, RepoId, is_commit};
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::suites::cards::card;
+
+/// Where a model came from. Everything that pricket writes about a model carries it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Provenance {
+    /// The repository, `owner/name`, where it came from one.
+    pub repo: Option<String>,
+    /// The branch, tag or commit that was asked for.
+    pub revision: Option<String>,
+    /// The commit that this was.
+    pub commit: Option<String>,
+    /// The directory that its files are in.
+    pub directory: Option<PathBuf>,
+    /// Its files, weights and configuration and tokenizer.
+    pub files: Vec<SourceFile>,
+    /// Its licence, as the Hub spells it, where card or repository say.
+    pub licence: Option<String>,
+}
+
+/// A file that a model was loaded from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SourceFile {
+    /// Its path in the repository or directory.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Its hash, as the commit lists it or its blob is named, where that is known without reading it; see
+    /// [`Provenance::hashed`]. What pricket fetched was compared with it, what others did is verified by [`Cache::verify`].
+    ///
+    /// [`Cache::verify`]: crate::hub::Cache::verify
+    pub digest: Option<Digest>,
+}
+
+impl Provenance {
+    /// Of files in a directory. A snapshot in a Hub cache is known for what it is.
+    pub(crate) fn of_directory(directory: &Path, files: &[PathBuf]) -> Self {
+        let file = |path: &PathBuf| {
+            // A file of a Hub cache links to a blob that is named by its hash. Names of other targets are no proof of their content.
+            let target = std::fs::read_link(path).ok();
+            let is_blob =
+                |target: &&Path| target.parent().and_then(Path::file_name).is_some_and(|name| name == "blobs");
+            let blob = target.as_deref().filter(is_blob).and_then(Path::file_name);
+            let blob = blob.and_then(|name| Digest::from_hex(name.to_str()?));
+            Some(SourceFile {
+                path: path.strip_prefix(directory).unwrap_or(path).to_string_lossy().into_owned(),
+                bytes: std::fs::metadata(path).ok()?.len(),
+                digest: blob,
+            })
+        };
+        let (repo, commit) = snapshot_of(directory).map_or((None, None), |(repo, commit)| (Some(repo), Some(commit)));
+        Self {
+            licence: repo.as_deref().and_then(licence_of).or_else(|| licence_in(&directory.join("README.md"))),
+            repo,
+            revision: commit.clone(),
+            commit,
+            directory: Some(directory.into()),
+            files: files.iter().filter_map(file).collect(),
+        }
+    }
+
+    pub(crate) fn of_repository(
+        repo: &RepoId,
+        revision: &str,
+        commit: &str,
+        directory: &Path,
+        files: &[Listed],
+    ) -> Self {
+        let file =
+            |file: &Listed| SourceFile { path: file.path.clone(), bytes: file.size, digest: file.digest.clone() };
+        Self {
+            repo: Some(repo.to_string()),
+            revision: Some(revision.into()),
+            commit: Some(commit.into()),
+            directory: Some(directory.into()),
+            files: files.iter().map(file).collect(),
+            licence: licence_of(repo.as_str()).or_else(|| licence_in(&directory.join("README.md"))),
+        }
+    }
+
+    /// Of files that are compiled into the program.
+    pub(crate) fn of_embedded(files: &[(&str, &[u8])]) -> Self {
+        let file = |(path, bytes): &(&str, &[u8])| SourceFile {
+            path: (*path).to_owned(),
+            bytes: bytes.len() as u64,
+            digest: Some(Digest::Sha256(String::new()).of(bytes)),
+        };
+        Self { files: files.iter().map(file).collect(), licence: Some("mit or apache-2.0".into()), ..Self::default() }
+    }
+
+    /// Another file was used in place of those that have these names.
+    pub(crate) fn replace(&mut self, names: &[&str], by: &Path) {
+        self.files.retain(|file| !names.contains(&file.path.as_str()));
+        let bytes = std::fs::metadata(by).map_or(0, |meta| meta.len());
+        let path = std::path::absolute(by).unwrap_or_else(|_| by.to_owned()).to_string_lossy().into_owned();
+        self.files.push(SourceFile { path, bytes, digest: None });
+    }
+
+    /// The same with every hash, for which files are read whose hash was not known.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if a file cannot be read any more.
+    pub fn hashed(mut self) -> Result<Self> {
+        // An absolute path stays what it is when it is joined.
+        let directory = self.directory.clone().unwrap_or_default();
+        for file in self.files.iter_mut().filter(|file| file.digest.is_none()) {
+            file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &Quiet)?);
+        }
+        Ok(self)
+    }
+
+    /// `owner/name@revision`, or the directory.
+    pub fn name(&self) -> String {
+        match (&self.repo, &self.revision) {
+            (Some(repo), Some(revision)) => format!("{repo}@{revision}"),
+            (Some(repo), None) => repo.clone(),
+            _ => {
+                self.directory.as_ref().map_or("the embedded model".into(), |directory| directory.display().to_string())
+            }
+        }
+    }
+
+    /// As JSON, for whatever is written.
+    pub fn to_json(&self) -> Value {
+        let files: Vec<Value> = self
+            .files
+            .iter()
+            .map(|file| {
+                let (kind, hex) = match &file.digest {
+                    Some(Digest::Sha256(hex)) => ("sha256", Some(hex)),
+                    Some(Digest::GitBlob(hex)) => ("git_blob", Some(hex)),
+                    None => ("sha256", None),
+                };
+                json!({ "path": file.path, "bytes": file.bytes, kind: hex })
+            })
+            .collect();
+        json!({
+            "repo": self.repo, "revision": self.revision, "commit": self.commit, "licence": self.licence,
+            "directory": self.directory, "files": files,
+        })
+    }
+}
+
+/// Repository and commit of a `.../models--owner--name/snapshots/COMMIT`.
+fn snapshot_of(directory: &Path) -> Option<(String, String)> {
+    let absolute = std::path::absolute(directory).ok()?;
+    let commit = absolute.file_name()?.to_str()?.to_owned();
+    let snapshots = absolute.parent()?;
+    let folder = snapshots.parent()?.file_name()?.to_str()?;
+    let repo = RepoId::from_folder(folder)?;
+    (is_commit(&commit) && snapshots.ends_with("snapshots")).then(|| (repo.to_string(), commit))
+}
+
+fn licence_of(repo: &str) -> Option<String> {
+    card(repo).map(|card| card.licence.clone())
+}
+
+/// The `license:` of the front matter of a README.
+fn licence_in(readme: &Path) -> Option<String> {
+    let small = std::fs::metadata(readme).is_ok_and(|meta| meta.is_file() && meta.len() < 1 << 20);
+    let text = small.then(|| std::fs::read_to_string(readme).ok()).flatten()?;
+    let front = text.strip_prefix("---")?.split("\n---").next()?.to_owned();
+    let licence = front.lines().find_map(|line| line.strip_prefix("license:"))?.trim();
+    let licence = licence.trim_matches(['"', '\'']);
+    (!licence.is_empty() && licence.len() < 100).then(|| licence.to_owned())
+}

@@ -1,0 +1,20 @@
+//! The models that pricket knows and their training steps: cards, published figures, and audits of repositories.
+//!
+//! ```
+//! let card = pricket::suites::card("EleutherAI/pythia-70m").expect("a card");
+//! assert_eq!(card.steps.len(), 154);
+//! ```
+
+pub(crate) mod audit;
+pub(crate) mod cards;
+pub(crate) mod checkpoints;
+pub(crate) mod published;
+pub(crate) mod remote;
+pub(crate) mod shapes;
+
+pub use audit::{Audit, AuditOptions, Audited, Finding, FindingKind, audit};
+pub use cards::{Card, Known, KnownKind, StepPattern, card, cards};
+pub use checkpoints::{Checkpoint, Checkpoints, checkpoints};
+pub use published::{Published, published};
+pub use remote::{Tensors, tensors};
+pub use shapes::{published_config, published_shapes};

@@ -1,0 +1,291 @@
+//! What is known of every published checkpoint and is not in its own files: models/*.toml, expanded.
+
+use std::sync::OnceLock;
+
+use pricket_hub::Steps;
+use serde::Deserialize;
+
+/// The files of models/, one for each suite.
+const FILES: [(&str, &str); 7] = [
+    ("pythia.toml", include_str!("../../../../models/pythia.toml")),
+    ("polypythias.toml", include_str!("../../../../models/polypythias.toml")),
+    ("gpt-neox.toml", include_str!("../../../../models/gpt-neox.toml")),
+    ("redpajama-incite.toml", include_str!("../../../../models/redpajama-incite.toml")),
+    ("mpt.toml", include_str!("../../../../models/mpt.toml")),
+    ("openllama.toml", include_str!("../../../../models/openllama.toml")),
+    ("rwkv4.toml", include_str!("../../../../models/rwkv4.toml")),
+];
+
+/// A published checkpoint.
+///
+/// A card says what its config.json cannot: licence, training steps, prompt, what is wrong with which revision. It never
+/// says how the model computes.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Card {
+    /// Its repository on the Hub.
+    pub id: String,
+    /// The suite it belongs to, as "Pythia".
+    pub suite: String,
+    /// The crate that runs it, without `pricket-`: `gpt-neox`, `mpt`.
+    pub family: String,
+    /// Its size, as "410m".
+    pub size: String,
+    /// Its licence, as the Hub spells it.
+    pub licence: String,
+    /// Whether that forbids commercial use.
+    pub non_commercial: bool,
+    /// The prompt format that it was tuned for; "plain" for none.
+    pub prompt: String,
+    /// Number of weights.
+    pub parameters: u64,
+    /// Shape of the token embedding: vocabulary, width.
+    pub embedding: [usize; 2],
+    /// Other ids that it has or had; of one of several models in a repository, a name for it alone.
+    pub aliases: Vec<String>,
+    /// The training steps that were published.
+    pub checkpoints: Option<StepPattern>,
+    /// Revisions that are wrong, missing or surprising.
+    pub known: Vec<Known>,
+    /// The month in which the repository left the Hub.
+    pub gone: Option<String>,
+    /// Copies by others, not compared with the original.
+    pub mirrors: Vec<String>,
+    /// The repository whose tokenizer it takes where it has none.
+    pub tokenizer: Option<String>,
+    /// Its weight file, in a repository that holds several models.
+    pub file: Option<String>,
+    /// A sentence that a user should read.
+    pub note: Option<String>,
+    /// Where these facts come from.
+    pub source: String,
+}
+
+/// How training steps are named, and which there are.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct StepPattern {
+    /// The branch of a step, with `{step}` for its number.
+    pub revision: String,
+    steps: String,
+    /// Tokens that the model has seen at step 1.
+    pub tokens_per_step: u64,
+}
+
+impl StepPattern {
+    /// The steps, ascending.
+    pub fn steps(&self) -> Vec<u64> {
+        expand(&self.steps)
+    }
+
+    /// The branch of a step.
+    pub fn branch(&self, step: u64) -> String {
+        self.revision.replace("{step}", &step.to_string())
+    }
+}
+
+/// Something that is known of some revisions.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Known {
+    /// The steps.
+    pub steps: Vec<u64>,
+    /// How bad it is.
+    pub kind: KnownKind,
+    /// What it is; completes "owner/name@step0 ...".
+    pub what: String,
+    /// Where it was reported.
+    pub source: String,
+}
+
+/// How bad something is that is known of a revision.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum KnownKind {
+    /// It holds other weights than its name says.
+    Wrong,
+    /// It may.
+    Suspect,
+    /// It is not there.
+    Missing,
+    /// It is right, and surprising.
+    Odd,
+}
+
+impl Card {
+    /// What is known of a revision, the worst first.
+    pub fn known_of(&self, revision: &str) -> Vec<&Known> {
+        let Some(step) = self.step_of(revision) else { return Vec::new() };
+        let mut found: Vec<&Known> = self.known.iter().filter(|known| known.steps.contains(&step)).collect();
+        found.sort_by_key(|known| known.kind);
+        found
+    }
+
+    /// The training step that a revision is named after.
+    pub fn step_of(&self, revision: &str) -> Option<u64> {
+        let (before, after) = self.checkpoints.as_ref()?.revision.split_once("{step}")?;
+        let digits = revision.strip_prefix(before)?.strip_suffix(after)?;
+        let step: u64 = digits.parse().ok()?;
+        (step.to_string() == digits).then_some(step)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Suite {
+    #[serde(rename = "suite")]
+    name: String,
+    family: String,
+    licence: String,
+    prompt: String,
+    source: String,
+    checkpoints: Option<StepPattern>,
+    size: Vec<Size>,
+    models: Vec<Rule>,
+    #[serde(default)]
+    known: Vec<KnownRule>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Size {
+    name: String,
+    parameters: u64,
+    embedding: [usize; 2],
+    #[serde(default)]
+    aliases: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    id: String,
+    sizes: Vec<String>,
+    #[serde(default)]
+    seeds: Vec<u64>,
+    licence: Option<String>,
+    prompt: Option<String>,
+    tokenizer: Option<String>,
+    file: Option<String>,
+    note: Option<String>,
+    #[serde(default)]
+    mirrors: Vec<String>,
+    gone: Option<String>,
+    #[serde(default)]
+    aliases: Vec<String>,
+    #[serde(default)]
+    non_commercial: bool,
+    #[serde(default = "yes")]
+    checkpoints: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KnownRule {
+    models: Vec<String>,
+    steps: String,
+    kind: KnownKind,
+    what: String,
+    source: String,
+}
+
+/// The steps of a selection that names them all.
+fn expand(text: &str) -> Vec<u64> {
+    let steps = text.parse::<Steps>().ok().and_then(|steps| steps.expand());
+    steps.unwrap_or_else(|| panic!("models/: {text:?} names no steps"))
+}
+
+impl Suite {
+    fn cards(&self) -> impl Iterator<Item = Card> + '_ {
+        self.models.iter().flat_map(move |rule| {
+            rule.sizes.iter().flat_map(move |name| {
+                let size = self.size.iter().find(|size| size.name == *name);
+                let size = size.unwrap_or_else(|| panic!("models/: {} has no size {name}", self.name));
+                let seeds = if rule.seeds.is_empty() { vec![None] } else { rule.seeds.iter().map(Some).collect() };
+                seeds.into_iter().map(move |seed| self.card(rule, size, seed.copied()))
+            })
+        })
+    }
+
+    fn card(&self, rule: &Rule, size: &Size, seed: Option<u64>) -> Card {
+        let id_of = |size: &str| {
+            let seed = seed.map_or(String::new(), |seed| seed.to_string());
+            rule.id.replace("{size}", size).replace("{seed}", &seed)
+        };
+        let id = id_of(&size.name);
+        let known = self.known.iter().filter(|known| known.models.iter().any(|model| *model == "*" || *model == id));
+        let old = size.aliases.iter().map(|size| id_of(size)).filter(|old| *old != id);
+        Card {
+            suite: self.name.clone(),
+            family: self.family.clone(),
+            size: size.name.clone(),
+            licence: rule.licence.as_ref().unwrap_or(&self.licence).clone(),
+            non_commercial: rule.non_commercial,
+            prompt: rule.prompt.as_ref().unwrap_or(&self.prompt).clone(),
+            parameters: size.parameters,
+            embedding: size.embedding,
+            aliases: rule.aliases.iter().cloned().chain(old).collect(),
+            checkpoints: self.checkpoints.clone().filter(|_| rule.checkpoints),
+            known: known
+                .map(|known| Known {
+                    steps: expand(&known.steps),
+                    kind: known.kind,
+                    what: known.what.clone(),
+                    source: known.source.clone(),
+                })
+                .collect(),
+            gone: rule.gone.clone(),
+            mirrors: rule.mirrors.clone(),
+            tokenizer: rule.tokenizer.clone(),
+            file: rule.file.clone(),
+            note: rule.note.clone(),
+            source: self.source.clone(),
+            id,
+        }
+    }
+}
+
+/// Every published checkpoint that this zoo is for.
+///
+/// ```
+/// let pythia = pricket::suites::cards().iter().filter(|card| card.suite == "Pythia").count();
+/// assert_eq!(pythia, 34);
+/// ```
+pub fn cards() -> &'static [Card] {
+    static CARDS: OnceLock<Vec<Card>> = OnceLock::new();
+    CARDS.get_or_init(|| {
+        let suites = FILES.iter().map(|(name, text)| {
+            // The files are compiled in, and a test reads them all.
+            toml::from_str::<Suite>(text).unwrap_or_else(|e| panic!("models/{name}: {e}"))
+        });
+        suites.collect::<Vec<_>>().iter().flat_map(|suite| suite.cards().collect::<Vec<_>>()).collect()
+    })
+}
+
+/// The card of a repository: by its id, one that it had before, or without its owner, in any case.
+///
+/// ```
+/// let card = pricket::suites::card("pythia-410m").unwrap();
+/// assert_eq!((card.id.as_str(), card.parameters), ("EleutherAI/pythia-410m", 405_334_016));
+/// assert_eq!(pricket::suites::card("EleutherAI/pythia-1.3b").unwrap().size, "1.4b");
+/// assert!(pricket::suites::card("a/mirror-of-it").is_none());
+/// ```
+pub fn card(id: &str) -> Option<&'static Card> {
+    let same = |known: &str| known.eq_ignore_ascii_case(id);
+    let bare = |known: &str| known.split_once('/').is_some_and(|(_, name)| same(name));
+    let named = |card: &&Card| same(&card.id) || card.aliases.iter().any(|alias| same(alias));
+    let nameless = |card: &&Card| bare(&card.id) || card.aliases.iter().any(|alias| bare(alias));
+    cards().iter().find(named).or_else(|| if id.contains('/') { None } else { cards().iter().find(nameless) })
+}
+
+/// The card of a repository, or of the one that it is a copy of.
+pub(crate) fn card_of(repo: &str) -> Option<&'static Card> {
+    let mirrored = || cards().iter().find(|card| card.mirrors.iter().any(|mirror| mirror.eq_ignore_ascii_case(repo)));
+    card(repo).or_else(mirrored)
+}

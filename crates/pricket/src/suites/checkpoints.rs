@@ -1,0 +1,418 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use pricket_hub::{Digest, Hub, Listed, ModelId, RepoId, Steps, step_of};
+use pricket_nn::{Progress, Silent};
+use serde_json::{Value, json};
+
+use crate::loading::forms::{forms, is_weight_file};
+use crate::loading::repository::{Fetched, Telling, explained, fetch_commit};
+use crate::loading::source::{Place, Source, revision_path, revisions_in, step_in};
+use crate::suites::cards::{Card, KnownKind, card};
+use crate::suites::remote::Tensors;
+use crate::task::Task;
+use crate::{Error, Result};
+
+/// Listings asked for at once.
+const AT_ONCE: usize = 8;
+
+/// The files of a checkpoint, and whether they are all that it has.
+pub(crate) struct Files {
+    pub(crate) files: Vec<Listed>,
+    pub(crate) is_complete: bool,
+}
+
+/// Where the revisions of a model are.
+#[derive(Clone, Debug)]
+pub(crate) enum Home {
+    /// A directory with `revisions/`.
+    Local(PathBuf),
+    /// A repository, and the weight file of it that was asked for.
+    Hub(RepoId, Hub, Option<String>),
+}
+
+/// The training steps of a model.
+///
+/// ```
+/// let tiny = pricket::checkpoints(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))?;
+/// let log: Vec<String> = tiny.select(&"log".parse()?)?.iter().map(|c| c.revision.clone()).collect();
+/// assert_eq!(log[..4], ["step0", "step1", "step2", "step4"]);
+/// # Ok::<(), pricket::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Checkpoints {
+    /// The model: a repository or a directory.
+    pub model: String,
+    /// Its card, if it has one.
+    pub card: Option<&'static Card>,
+    /// The steps, ascending: those that are there, and those that should be.
+    pub steps: Vec<Checkpoint>,
+    /// What `main` is.
+    pub main: Option<Checkpoint>,
+    pub(crate) home: Home,
+}
+
+/// A training step.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Checkpoint {
+    /// Its branch, or its directory below `revisions/`.
+    pub revision: String,
+    /// Its number; `main` has none.
+    pub step: Option<u64>,
+    /// Tokens that the model had seen, where its card says how many a step has.
+    pub tokens: Option<u64>,
+    /// Its commit, on the Hub.
+    pub commit: Option<String>,
+    /// Whether it is there.
+    pub present: bool,
+    /// Bytes of its weights, once asked for: [`Checkpoints::ask_sizes`].
+    pub bytes: Option<u64>,
+    /// What is known of it that is wrong, missing or surprising, with the source.
+    pub known: Vec<String>,
+    /// Whether what is known of it is worse than surprising.
+    pub known_bad: bool,
+}
+
+/// The training steps of `model`: a repository, of which one request tells every branch and its commit, or a directory that
+/// keeps them under `revisions/`.
+///
+/// # Errors
+/// As [`crate::load`] for a repository that is not there.
+pub fn checkpoints(model: impl Into<Source>) -> Result<Checkpoints> {
+    // A directory needs no Hub, nor an environment that makes sense of one.
+    match model.into().locate()? {
+        Place::Local(path) => Checkpoints::in_directory(&path),
+        Place::Hub(id, file) => Checkpoints::of_repository(&Hub::from_env()?, &id, file, &Silent),
+    }
+}
+
+impl Checkpoints {
+    fn in_directory(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Err(Error::NotFound { path: path.into(), what: "not a directory, so it has no revisions".into() });
+        }
+        let steps = revisions_in(path)
+            .into_iter()
+            .filter_map(|name| Some(Checkpoint { step: Some(step_in(&name)?), ..Checkpoint::new(name, None, true) }));
+        let main = path.join("config.json").is_file().then(|| Checkpoint::new("main".into(), None, true));
+        Ok(Self {
+            model: path.display().to_string(),
+            card: None,
+            steps: steps.collect(),
+            main,
+            home: Home::Local(path.into()),
+        })
+    }
+
+    /// As [`checkpoints`], of a Hub of your own.
+    ///
+    /// # Errors
+    /// As [`checkpoints`].
+    pub fn on(hub: &Hub, model: impl Into<Source>, progress: &dyn Progress) -> Result<Self> {
+        match model.into().locate()? {
+            Place::Local(path) => Self::in_directory(&path),
+            Place::Hub(id, file) => Self::of_repository(hub, &id, file, progress),
+        }
+    }
+
+    fn of_repository(hub: &Hub, id: &ModelId, file: Option<String>, progress: &dyn Progress) -> Result<Self> {
+        if id.revision != "main" {
+            return Err(Error::Input(format!("{id} is one revision; its repository {} has training steps", id.repo)));
+        }
+        let repo = &id.repo;
+        let card = card(repo.as_str());
+        let refs = hub.refs_or_main(repo, &Telling::new(progress, "")).map_err(|e| explained(e, id, card))?;
+        let number = |name: &str| card.map_or_else(|| step_of(name), |card| card.step_of(name));
+        let pattern = card.and_then(|card| card.checkpoints.as_ref());
+        let mut steps: BTreeMap<u64, Checkpoint> = BTreeMap::new();
+        // A cache alone cannot say what is missing from the Hub.
+        if let Some(pattern) = pattern.filter(|_| !hub.settings().offline) {
+            steps.extend(
+                pattern.steps().into_iter().map(|step| (step, Checkpoint::new(pattern.branch(step), None, false))),
+            );
+        }
+        for (name, commit) in &refs.branches {
+            if let Some(step) = number(name) {
+                steps.insert(step, Checkpoint::new(name.clone(), Some(commit.clone()), true));
+            }
+        }
+        for (&step, checkpoint) in &mut steps {
+            checkpoint.step = Some(step);
+            checkpoint.tokens = pattern.and_then(|pattern| step.checked_mul(pattern.tokens_per_step));
+            let known = card.map(|card| card.known_of(&checkpoint.revision)).unwrap_or_default();
+            checkpoint.known = known.iter().map(|known| format!("{} ({})", known.what, known.source)).collect();
+            checkpoint.known_bad = known.iter().any(|known| match known.kind {
+                KnownKind::Wrong | KnownKind::Suspect => true,
+                KnownKind::Missing => !checkpoint.present,
+                KnownKind::Odd => false,
+            });
+        }
+        let main = refs.branches.get("main").map(|commit| Checkpoint::new("main".into(), Some(commit.clone()), true));
+        Ok(Self {
+            model: file.as_ref().map_or_else(|| repo.to_string(), |file| format!("{repo}/{file}")),
+            card,
+            steps: steps.into_values().collect(),
+            main,
+            home: Home::Hub(repo.clone(), hub.clone(), file),
+        })
+    }
+
+    /// The chosen steps, ascending, missing ones among them; of a model without steps `main`, unless a step is asked for by its
+    /// number.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a number that is no step of this model, or if nothing is chosen.
+    pub fn select(&self, steps: &Steps) -> Result<Vec<&Checkpoint>> {
+        if self.steps.is_empty() {
+            // A model without steps is one checkpoint, unless steps are asked for by number.
+            return match &self.main {
+                Some(main) if steps.expand().is_none() => Ok(vec![main]),
+                _ => Err(Error::Input(format!(
+                    "{} has no training steps; of a directory these are revisions/stepN, or directories with a model in them whose \
+                     name ends in a number, such as checkpoint-500 or global_step500",
+                    self.model
+                ))),
+            };
+        }
+        let numbers: Vec<u64> = self.steps.iter().filter_map(|checkpoint| checkpoint.step).collect();
+        let chosen: BTreeSet<u64> = steps.select(&numbers)?.into_iter().collect();
+        let is_chosen = |checkpoint: &&Checkpoint| checkpoint.step.is_some_and(|step| chosen.contains(&step));
+        Ok(self.steps.iter().filter(is_chosen).collect())
+    }
+
+    /// Returns the name by which [`crate::load`] loads a checkpoint of this model.
+    pub fn source(&self, checkpoint: &Checkpoint) -> Source {
+        let source = match &self.home {
+            Home::Local(path) => Source::new(path),
+            Home::Hub(repo, _, file) => {
+                let source = Source::new(repo.as_str());
+                file.iter().fold(source, Source::file)
+            }
+        };
+        source.revision(&checkpoint.revision)
+    }
+
+    /// A checkpoint's name in messages and tables.
+    pub fn id(&self, checkpoint: &Checkpoint) -> String {
+        format!("{}@{}", self.model, checkpoint.revision)
+    }
+
+    fn missing(&self, checkpoint: &Checkpoint) -> Error {
+        let why = checkpoint.known.first().map_or(String::new(), |known| format!(": {known}"));
+        Error::NotFound { path: self.id(checkpoint).into(), what: format!("it is not there{why}") }
+    }
+
+    /// The tensors of a checkpoint, without fetching it: see [`Tensors`].
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if it is not there; what the Hub says.
+    pub fn tensors(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
+        let listing = self.home.listing(checkpoint, &Silent)?.ok_or_else(|| self.missing(checkpoint))?;
+        self.home.tensors(checkpoint, &listing.files)
+    }
+
+    /// Fetches a checkpoint into the cache, as [`crate::loading::fetch`], at the commit that it was listed with.
+    ///
+    /// # Errors
+    /// As [`crate::loading::fetch`]; [`Error::Input`] if it is a directory here.
+    pub fn fetch(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Fetched> {
+        match (&self.home, &checkpoint.commit) {
+            (Home::Hub(repo, hub, file), Some(commit)) => {
+                let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
+                fetch_commit(&id, commit, file.as_deref(), hub, progress)
+            }
+            (Home::Hub(..), None) => Err(self.missing(checkpoint)),
+            (Home::Local(_), _) => Err(Error::Input(format!("{} is here already", self.id(checkpoint)))),
+        }
+    }
+
+    /// Bytes that fetching a checkpoint brings into the cache; 0 if that is not known.
+    pub(crate) fn bytes_to_fetch(&self, checkpoint: &Checkpoint) -> u64 {
+        let (Home::Hub(repo, hub, _), Some(commit)) = (&self.home, &checkpoint.commit) else { return 0 };
+        let Ok(Some(listing)) = self.home.listing(checkpoint, &Silent) else { return 0 };
+        let weights = forms(&listing.files).into_values().next().unwrap_or_default();
+        let missing = weights.iter().filter(|file| hub.cached(repo, commit, file).is_none());
+        missing.map(|file| file.size).sum()
+    }
+
+    /// Whether the model is a directory rather than a repository.
+    pub fn is_local(&self) -> bool {
+        self.home.is_local()
+    }
+
+    /// Fills in the sizes of the chosen steps, for which each is asked for its files.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::select`]; [`Error::Hub`] if the network fails.
+    pub fn ask_sizes(&mut self, steps: &Steps, progress: &dyn Progress) -> Result<()> {
+        let chosen: Vec<Checkpoint> = self.select(steps)?.into_iter().cloned().collect();
+        let listings = self.home.listings(&chosen, progress)?;
+        for (asked, listing) in chosen.iter().zip(listings) {
+            let bytes = listing?.and_then(|listing| weight_bytes(&listing.files));
+            if let Some(checkpoint) = self.steps.iter_mut().find(|checkpoint| checkpoint.revision == asked.revision) {
+                checkpoint.bytes = bytes;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of the weights that a loader would take.
+fn weight_bytes(listing: &[Listed]) -> Option<u64> {
+    let (_, taken) = forms(listing).into_iter().next()?;
+    Some(taken.iter().map(|file| file.size).sum())
+}
+
+impl Checkpoint {
+    fn new(revision: String, commit: Option<String>, present: bool) -> Self {
+        let (step, tokens, bytes) = (None, None, None);
+        Self { revision, step, tokens, commit, present, bytes, known: Vec::new(), known_bad: false }
+    }
+
+    /// As JSON.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "revision": self.revision, "step": self.step, "tokens": self.tokens, "commit": self.commit,
+            "present": self.present, "bytes": self.bytes, "known": self.known, "known_bad": self.known_bad,
+        })
+    }
+}
+
+impl Home {
+    /// The files of a checkpoint; `None` if it is not there.
+    pub(crate) fn listing(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Option<Files>> {
+        match (self, &checkpoint.commit) {
+            (Home::Local(_), _) => {
+                let directory = self.directory(checkpoint);
+                directory.map(|directory| Ok(Files { files: list(&directory)?, is_complete: true })).transpose()
+            }
+            (Home::Hub(repo, hub, file), Some(commit)) => {
+                let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
+                let listing = hub.files(repo, commit, &Telling::new(progress, ""));
+                let mut listing = listing.map_err(|e| explained(e, &id, card(repo.as_str())))?;
+                if let Some(file) = file {
+                    listing.files.retain(|listed| !is_weight_file(&listed.path) || listed.path == *file);
+                }
+                Ok(Some(Files { files: listing.files, is_complete: listing.is_complete }))
+            }
+            (Home::Hub(..), None) => Ok(None),
+        }
+    }
+
+    /// Whether this is a cache that may have a part of what there is.
+    pub(crate) fn is_partial(&self) -> bool {
+        matches!(self, Home::Hub(_, hub, _) if hub.settings().offline)
+    }
+
+    pub(crate) fn is_local(&self) -> bool {
+        matches!(self, Home::Local(_))
+    }
+
+    /// The files of many, several at once.
+    pub(crate) fn listings(
+        &self,
+        chosen: &[Checkpoint],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Result<Option<Files>>>> {
+        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let out = Mutex::new(chosen.iter().map(|_| Ok(None)).collect::<Vec<_>>());
+        let task = Task::begin(progress, "asking for the files of each step", chosen.len(), "steps");
+        std::thread::scope(|scope| {
+            for _ in 0..AT_ONCE.min(chosen.len()) {
+                scope.spawn(|| {
+                    loop {
+                        let i = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(checkpoint) = chosen.get(i) else { return };
+                        if progress.cancelled() {
+                            return;
+                        }
+                        let listing = self.listing(checkpoint, progress);
+                        out.lock().unwrap_or_else(PoisonError::into_inner)[i] = listing;
+                        task.update(done.fetch_add(1, Ordering::Relaxed) + 1);
+                    }
+                });
+            }
+        });
+        if progress.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        Ok(out.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes the hash of a file that lies in a directory; those of the Hub are listed with theirs.
+    pub(crate) fn hash(&self, checkpoint: &Checkpoint, file: &mut Listed) -> Result<()> {
+        if let (None, Some(directory)) = (&file.digest, self.directory(checkpoint)) {
+            file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &pricket_hub::Quiet)?);
+        }
+        Ok(())
+    }
+
+    /// Says so if a file of a directory is a Git LFS pointer or another stand-in for weights that were not downloaded.
+    pub(crate) fn stand_in(&self, checkpoint: &Checkpoint, file: &Listed) -> Option<String> {
+        let path = self.directory(checkpoint)?.join(&file.path);
+        match pricket_weights::sniff(&path) {
+            Err(pricket_weights::Error::Unsupported { what, .. }) => Some(format!("{}: {what}", file.path)),
+            _ => None,
+        }
+    }
+
+    /// The tensors of a checkpoint.
+    pub(crate) fn tensors(&self, checkpoint: &Checkpoint, listing: &[Listed]) -> Result<Tensors> {
+        match (self, &checkpoint.commit) {
+            (Home::Hub(repo, hub, _), Some(commit)) => {
+                let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
+                Tensors::of_listing(hub, &id, commit, listing)
+            }
+            _ => Tensors::local(&self.directory(checkpoint).unwrap_or_default()),
+        }
+    }
+
+    /// The bytes of a small file of a checkpoint, if it has it.
+    pub(crate) fn small_file(
+        &self,
+        checkpoint: &Checkpoint,
+        listing: &[Listed],
+        name: &str,
+    ) -> Result<Option<Vec<u8>>> {
+        let Some(listed) = listing.iter().find(|file| file.path == name && file.size < 1 << 20) else {
+            return Ok(None);
+        };
+        let path = match (self, &checkpoint.commit) {
+            (Home::Hub(repo, hub, _), Some(commit)) => match hub.cached(repo, commit, listed) {
+                Some(path) => path,
+                None => return Ok(Some(hub.read(repo, commit, listed, 0..listed.size, &pricket_hub::Quiet)?)),
+            },
+            _ => self.directory(checkpoint).unwrap_or_default().join(name),
+        };
+        std::fs::read(&path).map(Some).map_err(|error| Error::Io { path, error })
+    }
+
+    fn directory(&self, checkpoint: &Checkpoint) -> Option<PathBuf> {
+        let Home::Local(root) = self else { return None };
+        let directory = match checkpoint.revision.as_str() {
+            "main" => root.clone(),
+            revision => revision_path(root, revision)?,
+        };
+        directory.is_dir().then_some(directory)
+    }
+}
+
+/// The files of a directory.
+fn list(directory: &Path) -> Result<Vec<Listed>> {
+    let io = |error| Error::Io { path: directory.into(), error };
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(io)?.flatten() {
+        let path = entry.path();
+        let Ok(meta) = std::fs::metadata(&path) else { continue };
+        if meta.is_file() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            out.push(Listed::new(name, meta.len(), None));
+        }
+    }
+    out.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(out)
+}

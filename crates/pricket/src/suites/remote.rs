@@ -1,0 +1,292 @@
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+use pricket_hub::{Hub, Listed, ModelId, Quiet};
+use pricket_nn::Silent;
+use pricket_weights::{
+    Bytes, Entry, Format, ReadAt, Store, open_one, open_remote, parts_of, read_tensor, shard_map, sniff, sniff_remote,
+};
+
+use crate::loading::forms::forms;
+use crate::loading::provenance::Provenance;
+use crate::loading::repository::{Chosen, Revision};
+use crate::loading::source::{Place, Source};
+use crate::{Error, Result};
+
+/// The tensors of a revision, each read when it is asked for.
+///
+/// Of a repository on the Hub only headers are fetched, and then the bytes of the tensors asked for: one matrix over 154
+/// steps costs the matrix and some kilobytes 154 times. What is in the cache is read there.
+///
+/// ```
+/// let tensors = pricket::suites::tensors(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny@step64"))?;
+/// let norm = tensors.read("gpt_neox.final_layer_norm.weight")?;
+/// assert_eq!(norm.dims(), [128]);
+/// # Ok::<(), pricket::Error>(())
+/// ```
+pub struct Tensors {
+    provenance: Provenance,
+    /// File to what opens it.
+    files: BTreeMap<String, File>,
+    /// Tensor to file.
+    map: BTreeMap<String, String>,
+    opened: Mutex<BTreeMap<String, Arc<dyn Store>>>,
+}
+
+/// Where the bytes of a weight file are.
+#[derive(Clone)]
+enum File {
+    Local(PathBuf),
+    Remote(Arc<RemoteFile>),
+}
+
+/// The tensors of `model`, which is named as in [`crate::load`].
+///
+/// # Errors
+/// As [`crate::load`] for what can be told without the weights.
+pub fn tensors(model: impl Into<Source>) -> Result<Tensors> {
+    match model.into().locate()? {
+        Place::Local(path) => Tensors::local(&path),
+        Place::Hub(id, file) => Tensors::in_repository(&Hub::from_env()?, &id, file.as_deref()),
+    }
+}
+
+impl Tensors {
+    pub(crate) fn local(path: &Path) -> Result<Self> {
+        let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
+        let name = weights.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let folder = weights.parent().unwrap_or(Path::new("")).to_owned();
+        let read = |index: &str| read_index(&folder.join(index));
+        Self::new(Provenance::of_directory(&folder, std::slice::from_ref(&weights)), &name, read, |file| {
+            Ok(File::Local(folder.join(file)))
+        })
+    }
+
+    /// As [`tensors`], of a Hub of your own.
+    ///
+    /// # Errors
+    /// As [`tensors`].
+    pub fn on(hub: &Hub, model: impl Into<Source>) -> Result<Self> {
+        match model.into().locate()? {
+            Place::Local(path) => Self::local(&path),
+            Place::Hub(id, file) => Self::in_repository(hub, &id, file.as_deref()),
+        }
+    }
+
+    fn in_repository(hub: &Hub, id: &ModelId, file: Option<&str>) -> Result<Self> {
+        Self::of_revision(hub, id, &Revision::find(id, file, hub, &Silent)?)
+    }
+
+    /// The tensors of a revision that has been found.
+    pub(crate) fn of_revision(hub: &Hub, id: &ModelId, found: &Revision) -> Result<Self> {
+        Self::of_file(hub, id, &found.commit, &found.listing, found.weights())
+    }
+
+    /// The tensors of the weights that a loader takes of these files.
+    pub(crate) fn of_listing(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed]) -> Result<Self> {
+        Self::of_file(hub, id, commit, listing, &Chosen::among(listing, None, id)?.weights.path)
+    }
+
+    fn of_file(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed], weights: &str) -> Result<Self> {
+        let find = |name: &str| {
+            let listed = listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
+                path: id.to_string().into(),
+                what: format!("{weights} needs {name}, which the revision does not have"),
+            })?;
+            let here = hub.cached(&id.repo, commit, &listed);
+            Ok(here.map_or_else(
+                || {
+                    let (id, commit) = (id.clone(), commit.to_owned());
+                    File::Remote(Arc::new(RemoteFile { hub: hub.clone(), id, commit, listed }))
+                },
+                File::Local,
+            ))
+        };
+        let read = |index: &str| match find(index)? {
+            File::Local(path) => read_index(&path),
+            // Its size was looked at when it was chosen.
+            File::Remote(file) => Ok(file.read_at(0..file.size())?),
+        };
+        let layout = hub.cache().root().join(id.repo.folder()).join("snapshots").join(commit);
+        let files: Vec<Listed> = forms(listing).into_values().next().unwrap_or_default();
+        Self::new(Provenance::of_repository(&id.repo, &id.revision, commit, &layout, &files), weights, read, find)
+    }
+
+    fn new(
+        provenance: Provenance,
+        weights: &str,
+        read: impl Fn(&str) -> Result<Vec<u8>>,
+        find: impl Fn(&str) -> Result<File>,
+    ) -> Result<Self> {
+        let mut out = Self { provenance, files: BTreeMap::new(), map: BTreeMap::new(), opened: Mutex::default() };
+        if weights.ends_with(".index.json") {
+            out.map = shard_map(&read(weights)?, Path::new(weights))?;
+            for file in out.map.values() {
+                if !out.files.contains_key(file) {
+                    out.files.insert(file.clone(), find(file)?);
+                }
+            }
+        } else {
+            // Of numbered parts without an index each header says what is in it.
+            for file in parts_of(weights).unwrap_or_else(|| vec![weights.to_owned()]) {
+                out.files.insert(file.clone(), find(&file)?);
+                let names = out.open(&file)?.names();
+                out.map.extend(names.into_iter().map(|name| (name, file.clone())));
+            }
+        }
+        Ok(out)
+    }
+
+    fn open(&self, file: &str) -> Result<Arc<dyn Store>> {
+        let lock = || self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = lock().get(file) {
+            return Ok(Arc::clone(store));
+        }
+        // Nobody waits for our requests. At worst a header is read twice.
+        let store: Arc<dyn Store> = Arc::from(match &self.files[file] {
+            File::Local(path) => open_one(path)?,
+            File::Remote(remote) => open_remote(Arc::clone(remote) as Arc<dyn ReadAt>)?,
+        });
+        lock().insert(file.to_owned(), Arc::clone(&store));
+        Ok(store)
+    }
+
+    /// The store that holds a tensor.
+    pub(crate) fn holder(&self, name: &str) -> Result<Arc<dyn Store>> {
+        let missing = || {
+            let nearest = self.map.keys().next().map(|name| pricket_weights::clip(name));
+            pricket_weights::Error::Missing { origin: self.provenance.name(), name: name.into(), nearest }
+        };
+        self.open(self.map.get(name).ok_or_else(missing)?)
+    }
+
+    /// Where they come from: repository, revision, commit, and the weight files with their hashes as listed.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+
+    /// Every name, sorted. Of shards those that the index names, so no shard is opened.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.map.keys().map(String::as_str)
+    }
+
+    /// Shape and type of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if there is no such tensor; what fetching a header says.
+    pub fn entry(&self, name: &str) -> Result<Entry> {
+        let store = self.holder(name)?;
+        Ok(store.entry(name).ok_or_else(|| store.missing(name))?)
+    }
+
+    /// A tensor, as stored.
+    ///
+    /// # Errors
+    /// As [`Tensors::entry`], and what fetching its bytes says.
+    pub fn read(&self, name: &str) -> Result<Tensor> {
+        Ok(read_tensor(&*self.holder(name)?, name, &Device::Cpu)?)
+    }
+
+    /// All of them as one store; every header is read now, so that nothing can fail when it is asked for.
+    ///
+    /// # Errors
+    /// What fetching a header says.
+    pub(crate) fn into_store(self) -> Result<Arc<dyn Store>> {
+        for file in self.files.keys() {
+            self.open(file)?;
+        }
+        Ok(Arc::new(self))
+    }
+
+    /// The format of the first file.
+    pub(crate) fn format(&self) -> Result<Format> {
+        Ok(match self.files.values().next() {
+            Some(File::Local(path)) => sniff(path)?,
+            Some(File::Remote(remote)) => sniff_remote(&**remote)?,
+            None => Format::Unknown,
+        })
+    }
+
+    /// Whether all of it is on disk, so that reading costs nothing.
+    pub fn is_local(&self) -> bool {
+        self.files.values().all(|file| matches!(file, File::Local(_)))
+    }
+}
+
+impl Store for Tensors {
+    fn names(&self) -> Vec<String> {
+        self.map.keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        self.holder(name).ok()?.entry(name)
+    }
+
+    fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
+        if self.map.contains_key(name) {
+            return name;
+        }
+        let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        let other = opened.values().map(|store| store.resolve(name)).find(|other| *other != name);
+        other.and_then(|other| self.map.get_key_value(other)).map_or(name, |(other, _)| other)
+    }
+
+    fn claims(&self, name: &str) -> bool {
+        self.map.contains_key(self.resolve(name))
+    }
+
+    fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
+        let io = |e: Error| pricket_weights::Error::Io {
+            path: self.provenance.name().into(),
+            source: std::io::Error::other(e.to_string()),
+        };
+        Ok(self.holder(name).map_err(io)?.bytes(name)?.to_vec().into())
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.holder(name).map_or_else(|_| self.provenance.name(), |store| store.origin(name))
+    }
+}
+
+impl std::fmt::Debug for Tensors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensors({}, {} tensors in {} files)", self.provenance.name(), self.map.len(), self.files.len())
+    }
+}
+
+/// An index on disk, which is never large.
+fn read_index(path: &Path) -> Result<Vec<u8>> {
+    let io = |error| Error::Io { path: path.into(), error };
+    let meta = std::fs::metadata(path).map_err(io)?;
+    if !meta.is_file() || meta.len() > 6 << 20 {
+        let error = pricket_weights::Error::Corrupt { path: path.into(), what: "not an index of shards".into() };
+        return Err(Error::Corrupt { tensor: None, error });
+    }
+    std::fs::read(path).map_err(io)
+}
+
+/// A file of a commit, read in ranges.
+struct RemoteFile {
+    hub: Hub,
+    id: ModelId,
+    commit: String,
+    listed: Listed,
+}
+
+impl ReadAt for RemoteFile {
+    fn name(&self) -> String {
+        format!("{}/{}", self.id, self.listed.path)
+    }
+
+    fn size(&self) -> u64 {
+        self.listed.size
+    }
+
+    fn read_at(&self, range: Range<u64>) -> pricket_weights::Result<Vec<u8>> {
+        let read = self.hub.read(&self.id.repo, &self.commit, &self.listed, range, &Quiet);
+        read.map_err(|e| pricket_weights::Error::Io { path: self.name().into(), source: std::io::Error::other(e) })
+    }
+}

@@ -1,0 +1,15 @@
+//! Text in and text out: generation, conversations and scores.
+
+pub(crate) mod conversation;
+pub(crate) mod datasets;
+pub(crate) mod handle;
+pub(crate) mod prompts;
+
+pub use conversation::{Conversation, Reply};
+pub use datasets::fetch_documents;
+pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
+pub use prompts::{prompt_format, prompt_formats};
+
+pub use pricket_lm::{
+    Comparison, EvalOptions, PromptFormat, Role, SamplingParams, ScoreOptions, Task, Tokenizer, Turn,
+};

@@ -1,0 +1,108 @@
+use std::path::{Path, PathBuf};
+
+use pricket_hub::{Hub, Listed, ModelId, RepoId};
+use pricket_lm::Task;
+use pricket_nn::Progress;
+
+use crate::loading::repository::{Telling, explained};
+use crate::{Error, Result};
+
+/// Where the Hub keeps every dataset as parquet, one layout for all: `CONFIGURATION/SPLIT/0000.parquet`.
+const CONVERTED: &str = "refs/convert/parquet";
+
+/// Fetches the documents of a task's split (`test`, `validation`, `train`) from the Hub's repository of its dataset into the
+/// cache, verified, and gives the files in their order.
+///
+/// The branch that the Hub converts datasets to is asked first, then the files of `main`: parquet or JSON lines whose names say
+/// split and configuration. No code of a repository is executed, so a dataset that is a script has nothing on `main`.
+///
+/// # Errors
+/// [`Error::Input`] if the task names no dataset; [`Error::NotFound`] if no file is of that split; else as [`crate::loading::fetch`].
+pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progress) -> Result<Vec<PathBuf>> {
+    let Some((repo, config)) = task.dataset() else {
+        return Err(Error::Input(format!("task {} names no dataset of the Hub; give its documents", task.name())));
+    };
+    let repo: RepoId = format!("datasets/{repo}").parse()?;
+    let mut seen = Vec::new();
+    for revision in [CONVERTED, "main"] {
+        let id = ModelId::new(repo.clone(), revision)?;
+        let telling = Telling::new(progress, format!("fetching {split} of {}", task.name()));
+        let commit = match hub.resolve(&id, &telling) {
+            // Not every dataset is converted.
+            Err(pricket_hub::Error::Revision { .. } | pricket_hub::Error::Offline { .. }) if revision == CONVERTED => {
+                continue;
+            }
+            answer => answer.map_err(|e| explained(e, &id, None))?,
+        };
+        let listing = hub.files(&repo, &commit, &telling).map_err(|e| explained(e, &id, None))?.files;
+        let mut wanted: Vec<Listed> =
+            listing.iter().filter(|file| is_part(&file.path, config, split)).cloned().collect();
+        if wanted.is_empty() {
+            seen.extend(listing.into_iter().map(|file| file.path));
+            continue;
+        }
+        // The same documents may lie there as lines too.
+        let is_parquet = |file: &Listed| file.path.ends_with(".parquet");
+        if wanted.iter().any(is_parquet) {
+            wanted.retain(is_parquet);
+        }
+        wanted.sort_by(|a, b| a.path.cmp(&b.path));
+        let folder = |file: &Listed| Path::new(&file.path).parent().map(Path::to_owned);
+        if let Some(other) = wanted.iter().find(|file| folder(file) != folder(&wanted[0])) {
+            let what = format!(
+                "the split {split} lies at {} and at {}: which of them is not clear",
+                wanted[0].path, other.path
+            );
+            return Err(Error::Input(format!("{repo}: {what}")));
+        }
+        let whole = hub.fetch(&id, &commit, &wanted, &listing, &telling).map_err(|e| explained(e, &id, None))?;
+        return Ok(wanted.iter().map(|file| whole.directory.join(&file.path)).collect());
+    }
+    let names: Vec<&str> = seen.iter().take(12).map(String::as_str).collect();
+    let what = match (&names[..], config) {
+        ([], _) => "no files are listed".to_owned(),
+        (names, Some(config)) => {
+            format!("no file is of the split {split} of configuration {config}; there are {}", names.join(", "))
+        }
+        (names, None) => format!("no file is of the split {split}; there are {}", names.join(", ")),
+    };
+    Err(Error::NotFound { path: repo.to_string().into(), what })
+}
+
+/// Whether a file holds some of a split of a configuration, `default` or without a name where there is but one.
+fn is_part(path: &str, config: Option<&str>, split: &str) -> bool {
+    let path = Path::new(path);
+    let readable = path.extension().is_some_and(|end| end == "parquet" || end == "jsonl");
+    let Some(stem) = path.file_stem().and_then(|stem| stem.to_str()).filter(|_| readable) else { return false };
+    let folders: Vec<&str> = path.parent().into_iter().flat_map(Path::iter).filter_map(|part| part.to_str()).collect();
+    let of_split = stem == split || stem.starts_with(&format!("{split}-")) || folders.last() == Some(&split);
+    let of_config = match config.filter(|&config| config != "default") {
+        Some(config) => folders.contains(&config),
+        None => folders.iter().all(|folder| ["default", "data", split].contains(folder)),
+    };
+    of_split && of_config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_part;
+
+    #[test]
+    fn files_are_told_by_their_names() {
+        for (path, config, split, expected) in [
+            ("default/test/0000.parquet", None, "test", true),
+            ("default/test/0000.parquet", Some("default"), "test", true),
+            ("default/validation/0000.parquet", None, "test", false),
+            ("winogrande_xl/train/0000.parquet", Some("winogrande_xl"), "train", true),
+            ("winogrande_l/train/0000.parquet", Some("winogrande_xl"), "train", false),
+            ("winogrande_xl/train-00000-of-00001.parquet", Some("winogrande_xl"), "train", true),
+            ("data/validation-00000-of-00001.parquet", None, "validation", true),
+            ("test.jsonl", None, "test", true),
+            ("ARC-Easy/test-00000-of-00001.parquet", None, "test", false),
+            ("test.py", None, "test", false),
+            ("data/latest-1.parquet", None, "test", false),
+        ] {
+            assert_eq!(is_part(path, config, split), expected, "{path} {config:?} {split}");
+        }
+    }
+}
