@@ -217,7 +217,7 @@ fn run_tasks(
         match outcome() {
             Ok(outcome) => outcomes.push((task.clone(), outcome)),
             Err(e) => {
-                let of_documents = matches!(e.downcast_ref(), Some(pricket::Error::Input(_)))
+                let of_documents = matches!(e.downcast_ref(), Some(pricket::Error::Text(_)))
                     || matches!(e.downcast_ref(), Some(pricket::lm::Error::Input(_)));
                 if !of_documents {
                     // What was measured before is shown and written.

@@ -469,7 +469,7 @@ fn arguments_that_do_not_fit_are_errors() {
         let error = model.hidden(&random_ids(1, 4, 0), &mut ctx).unwrap_err().to_string();
         assert!(error.contains(named), "{error}");
     }
-    let request = pricket::lm::Request::greedy(vec![1, 61]);
+    let request = pricket::lm::Request::new(vec![1, 61], pricket::GenerateOptions::default());
     let error = pricket::lm::Generation::new(model.clone(), vec![request]).unwrap_err().to_string();
     assert!(error.contains("61"), "{error}");
     assert!(cached().select_rows(&[0]).is_err());

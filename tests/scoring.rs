@@ -184,7 +184,7 @@ fn documents_that_are_none_are_named() {
     }
     let none: [pricket::lm::Result<Value>; 0] = [];
     let none = model.evaluate(&Task::named("piqa").unwrap(), none, &[], &EvalOptions::default());
-    assert!(matches!(none, Err(Error::Input(_))), "{none:?}");
+    assert!(matches!(none, Err(Error::Text(_))), "{none:?}");
     let few = EvalOptions { shots: Some(2), ..EvalOptions::default() };
     let document = json!({"goal": "g", "sol1": "a", "sol2": "b", "label": 0});
     let error = model.evaluate(&Task::named("piqa").unwrap(), [Ok(document.clone())], &[document], &few).unwrap_err();

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use pricket::candle::{DType, Device, IndexOp, Tensor, Var};
-use pricket::lm::{Continuation, Generation, Request, ScoreOptions, loglikelihoods, loss, token_logprobs};
+use pricket::lm::{
+    Continuation, GenerateOptions, Generation, Request, ScoreOptions, loglikelihoods, loss, token_logprobs,
+};
 use pricket::loading::Precision;
 use pricket::nn::ops::{self, Matrix};
 use pricket::nn::{
@@ -30,7 +32,7 @@ fn row(len: usize, seed: u64) -> Vec<u32> {
 }
 
 fn request(ids: Vec<u32>, sampling: &SamplingParams, seed: u64) -> Request {
-    Request { max_tokens: 9, sampling: sampling.clone(), seed, ..Request::greedy(ids) }
+    Request::new(ids, GenerateOptions { max_tokens: 9, sampling: sampling.clone(), seed, ..Default::default() })
 }
 
 fn generated(model: &Arc<dyn CausalLm>, requests: Vec<Request>) -> Vec<Vec<u32>> {

@@ -156,7 +156,7 @@ fn a_full_context_ends_the_text() {
         count += 1;
     }
     // The 513th token is the prediction of the 512th position.
-    assert_eq!((count, last), (13, Some(pricket::lm::Finish::Context)));
+    assert_eq!((count, last), (13, Some(pricket::FinishReason::Context)));
 }
 
 #[test]

@@ -54,7 +54,7 @@ impl ComputeArgs {
     pub(crate) fn quantisation(&self) -> pricket::Result<Option<Quantisation>> {
         let tables = match self.quantize_tables.as_str() {
             "none" => None,
-            name => Some(name.parse().map_err(pricket::Error::Input)?),
+            name => Some(name.parse().map_err(pricket::Error::Options)?),
         };
         Ok(self.quantize.map(|weights| Quantisation { weights, tables }))
     }

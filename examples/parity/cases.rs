@@ -473,8 +473,9 @@ fn generate(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Resul
         let id = eos["eos_token_id"].as_u64().context("eos_token_id")? as u32;
         let prompt = eos["prompt"].as_u64().context("prompt")? as usize;
         let wanted: Vec<u32> = serde_json::from_value(eos["expected"].clone())?;
-        let mut request = pricket::lm::Request::greedy(prompts[prompt].clone());
-        (request.max_tokens, request.eos) = (continuations[0].len(), vec![id]);
+        let options = GenerateOptions { max_tokens: continuations[0].len(), ..GenerateOptions::default() };
+        let mut request = pricket::lm::Request::new(prompts[prompt].clone(), options);
+        request.eos = vec![id];
         let mut generation = pricket::lm::Generation::new(pricket.model(), vec![request])?;
         let mut found = Vec::new();
         while let Some(tokens) = generation.step()? {

@@ -12,50 +12,94 @@ use crate::{Error, Result, Sampler};
 /// Prompt positions read at a time on the CPU: it bounds the memory that reading long prompts takes.
 const PREFILL: usize = 512;
 
-/// A prompt and how to continue it.
+/// How to continue a prompt.
 #[derive(Clone, Debug)]
-pub struct Request {
-    /// The prompt, at least one token.
-    pub ids: Vec<u32>,
-    /// New tokens at most.
+pub struct GenerateOptions {
+    /// Maximum number of new tokens; 128 by default.
     pub max_tokens: usize,
-    /// How tokens are chosen.
+    /// How tokens are chosen; greedy by default, as [`SamplingParams::default`].
     pub sampling: SamplingParams,
-    /// Where the row's random numbers begin.
+    /// Random seed, 0 by default. Every row of a batch has it, so that a prompt gives the same text in a batch as alone.
     pub seed: u64,
-    /// Tokens that end the row; the one that does is its last.
-    pub eos: Vec<u32>,
-    /// Ids from here on are never chosen: the model's padding beyond its tokenizer. `None` for no limit.
-    pub vocab: Option<usize>,
-    /// Allows positions beyond the length that the model was trained for.
+    /// Seeds of the first rows of a batch, one each, instead of `seed`: several samples of one prompt need them. Empty by default.
+    pub row_seeds: Vec<u64>,
+    /// Strings that end the text and are not part of it; none by default.
+    pub stop: Vec<String>,
+    /// Tokens that end the text beside the model's end token; none by default.
+    pub stop_ids: Vec<u32>,
+    /// Whether the model's end token ends the text; true by default.
+    pub stop_at_eos: bool,
+    /// Whether positions beyond the length that the model was trained for are allowed; false by default.
     pub beyond_trained_length: bool,
 }
 
-impl Request {
-    /// The most likely continuation of `ids`, 128 tokens, no end token.
-    pub fn greedy(ids: Vec<u32>) -> Self {
+impl Default for GenerateOptions {
+    fn default() -> Self {
         Self {
-            ids,
             max_tokens: 128,
             sampling: SamplingParams::greedy(),
             seed: 0,
-            eos: Vec::new(),
-            vocab: None,
+            row_seeds: Vec::new(),
+            stop: Vec::new(),
+            stop_ids: Vec::new(),
+            stop_at_eos: true,
             beyond_trained_length: false,
         }
     }
 }
 
-/// Why a row ended.
+/// Why a text ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Finish {
-    /// An end token was chosen.
+pub enum FinishReason {
+    /// The model wrote its end token, or one of [`GenerateOptions::stop_ids`].
     Eos,
-    /// [`Request::max_tokens`] were written.
+    /// One of [`GenerateOptions::stop`] came up.
+    Stop,
+    /// [`GenerateOptions::max_tokens`] were written.
     Length,
     /// The model's context is full.
     Context,
+    /// It has not ended: it was broken off.
+    Unfinished,
+}
+
+impl std::fmt::Display for FinishReason {
+    /// Writes the reason in words, for a message.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            FinishReason::Eos => "ended by the model",
+            FinishReason::Stop => "ended by a stop string",
+            FinishReason::Length => "ended by the maximum number of tokens",
+            FinishReason::Context => "ended by the full context",
+            FinishReason::Unfinished => "unfinished",
+        })
+    }
+}
+
+/// A prompt and how to continue it.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The prompt, at least one token.
+    pub ids: Vec<u32>,
+    /// How to continue it. Stop strings and seeds of rows are left to the caller.
+    pub options: GenerateOptions,
+    /// The model's end tokens; the one that ends the row is its last.
+    pub eos: Vec<u32>,
+    /// Ids from here on are never chosen: the model's padding beyond its tokenizer. `None` for no limit.
+    pub vocab: Option<usize>,
+}
+
+impl Request {
+    /// A continuation of `ids`, without an end token.
+    pub fn new(ids: Vec<u32>, options: GenerateOptions) -> Self {
+        Self { ids, options, eos: Vec::new(), vocab: None }
+    }
+
+    /// Whether a token ends the row.
+    fn ends(&self, id: u32) -> bool {
+        (self.options.stop_at_eos && self.eos.contains(&id)) || self.options.stop_ids.contains(&id)
+    }
 }
 
 /// A token that a row was given.
@@ -68,7 +112,7 @@ pub struct Token {
     /// Its log-probability under the model, before penalties and filters.
     pub logprob: f32,
     /// Set if the row ends with this token.
-    pub finish: Option<Finish>,
+    pub finish: Option<FinishReason>,
 }
 
 /// A batch being continued, one token a row and step.
@@ -115,7 +159,7 @@ impl Generation {
     pub fn new(model: Arc<dyn CausalLm>, requests: Vec<Request>) -> Result<Self> {
         let limit = model.info().context;
         for request in &requests {
-            request.sampling.check()?;
+            request.options.sampling.check()?;
             if request.ids.is_empty() {
                 return Err(Error::Input("a prompt needs at least one token".into()));
             }
@@ -124,16 +168,16 @@ impl Generation {
                 return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab}")));
             }
             let asked = request.ids.len();
-            if let Some(limit) = limit.filter(|&limit| asked > limit && !request.beyond_trained_length) {
+            if let Some(limit) = limit.filter(|&limit| asked > limit && !request.options.beyond_trained_length) {
                 return Err(NnError::ContextExceeded { asked, limit }.into());
             }
         }
-        let beyond = requests.iter().any(|r| r.beyond_trained_length);
+        let beyond = requests.iter().any(|r| r.options.beyond_trained_length);
         let row = |(index, request): (usize, Request)| Row {
             index,
             ids: request.ids.clone(),
-            sampler: Sampler::new(request.sampling.clone(), request.seed),
-            done: request.max_tokens == 0,
+            sampler: Sampler::new(request.options.sampling.clone(), request.options.seed),
+            done: request.options.max_tokens == 0,
             id: None,
             request,
         };
@@ -205,13 +249,13 @@ impl Generation {
             if let Some(place) = row.id {
                 decoder(&mut self.own, &mut self.plain).push(place, id)?;
             }
-            let full = limit.is_some_and(|limit| row.ids.len() > limit) && !row.request.beyond_trained_length;
-            let finish = if row.request.eos.contains(&id) {
-                Some(Finish::Eos)
-            } else if row.ids.len() - prompt_len >= row.request.max_tokens {
-                Some(Finish::Length)
+            let full = limit.is_some_and(|limit| row.ids.len() > limit) && !row.request.options.beyond_trained_length;
+            let finish = if row.request.ends(id) {
+                Some(FinishReason::Eos)
+            } else if row.ids.len() - prompt_len >= row.request.options.max_tokens {
+                Some(FinishReason::Length)
             } else {
-                full.then_some(Finish::Context)
+                full.then_some(FinishReason::Context)
             };
             row.done = finish.is_some();
             tokens.push(Token { row: row.index, id, logprob, finish });
@@ -294,7 +338,7 @@ impl Generation {
         let mut choices = Vec::with_capacity(self.rows.len());
         for ((row, logits), summary) in self.rows.iter_mut().zip(&self.first).zip(&summaries) {
             let (vocab, prompt_len) = (row.request.vocab, row.request.ids.len());
-            let (sampling, draw) = (&row.request.sampling, row.sampler.draw());
+            let (sampling, draw) = (&row.request.options.sampling, row.sampler.draw());
             choices.push(Choice::of((logits, summary), sampling, vocab, (&row.ids, prompt_len), draw));
             let mut state = self.ctx.state_mut().map(|state| state.take_row(0)).unwrap_or_default();
             // A conversation may come back to the end of its prompt.

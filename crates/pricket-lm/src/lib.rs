@@ -14,9 +14,9 @@
 //! # let store = Arc::new(pricket_weights::Random::new(pricket_weights::Dtype::F32, 0));
 //! # let weights = Weights::as_stored(store, pricket_gpt_neox::NAMES);
 //! # let model: Arc<dyn pricket_nn::CausalLm> = Arc::new(pricket_gpt_neox::load(&config, &weights)?);
-//! use pricket_lm::{Generation, Request, token_logprobs};
+//! use pricket_lm::{GenerateOptions, Generation, Request, token_logprobs};
 //! // Two prompts of different lengths, four tokens each.
-//! let requests = [vec![5, 6, 7], vec![9]].map(|ids| Request { max_tokens: 4, ..Request::greedy(ids) });
+//! let requests = [vec![5, 6, 7], vec![9]].map(|ids| Request::new(ids, GenerateOptions { max_tokens: 4, ..Default::default() }));
 //! let mut generation = Generation::new(model.clone(), requests.to_vec())?;
 //! let mut rows = vec![Vec::new(); 2];
 //! while let Some(tokens) = generation.step()? {
@@ -52,13 +52,13 @@ mod vocabulary;
 pub use compare::{Comparison, compare};
 pub use documents::{Documents, read_text, read_utf8};
 pub use error::{Error, Result};
-pub use generate::{Finish, Generation, Request, Token};
+pub use generate::{FinishReason, GenerateOptions, Generation, Request, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
 /// How tokens are chosen: the plain data that decoders take.
 pub use pricket_nn::SamplingParams;
 pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::Sampler;
-pub use score::{TokenLogprob, check_finite, loss, text_logprobs, token_logprobs};
+pub use score::{ScoredToken, check_finite, loss, text_logprobs, token_logprobs};
 pub use sentencepiece_text::Pieces;
 pub use slices::{SliceLoss, slice_losses};
 pub use tasks::{EvalOptions, Figure, Limit, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};

@@ -6,11 +6,13 @@ use crate::head::logprobs;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
-/// A token and how likely the model thought it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct TokenLogprob {
+/// A token of a text and how likely the model thought it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredToken {
     /// The token.
     pub id: u32,
+    /// Its text; a part of a character is U+FFFD. Empty where tokens are scored without a tokenizer.
+    pub text: String,
     /// Natural logarithm of its probability given everything before it.
     pub logprob: f32,
     /// Whether no token was more likely.
@@ -24,7 +26,7 @@ pub struct TokenLogprob {
 /// # Errors
 /// [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for,
 /// [`Error::NonFinite`] if the model overflows.
-pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<TokenLogprob>> {
+pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredToken>> {
     match ids.split_first() {
         Some((_, rest)) if !rest.is_empty() => scored_after(model, ids, 1, Context::new()),
         _ => Ok(Vec::new()),
@@ -41,7 +43,7 @@ pub fn text_logprobs(
     ids: &[u32],
     prefix: u32,
     options: &ScoreOptions,
-) -> Result<Vec<TokenLogprob>> {
+) -> Result<Vec<ScoredToken>> {
     let mut out = Vec::with_capacity(ids.len());
     let windows = options.windows(model, ids, prefix)?;
     options.progress.begin("scoring", ids.len() as u64, "tokens");
@@ -59,7 +61,7 @@ pub fn text_logprobs(
 }
 
 /// The log-probabilities of `ids` from number `given` on, given all before them. At least one is given and one is scored.
-fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Context) -> Result<Vec<TokenLogprob>> {
+fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Context) -> Result<Vec<ScoredToken>> {
     let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
     let hidden = model.hidden(&input, &mut ctx)?.squeeze(0)?;
     let hidden = hidden.narrow(0, given - 1, ids.len() - given)?;
@@ -68,7 +70,12 @@ fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Contex
         if !summary.finite {
             return Err(diagnose(model, ids));
         }
-        out.push(TokenLogprob { id, logprob: logprob as f32, is_greedy: logprob >= -summary.log_sum });
+        out.push(ScoredToken {
+            id,
+            text: String::new(),
+            logprob: logprob as f32,
+            is_greedy: logprob >= -summary.log_sum,
+        });
     }
     Ok(out)
 }

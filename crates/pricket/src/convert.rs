@@ -1,3 +1,14 @@
+//! Conversion of checkpoints: to safetensors and GGUF, to other types, with adapters merged.
+//!
+//! ```
+//! use pricket::convert::{ConvertOptions, Target};
+//! let directory = tempfile::tempdir()?;
+//! let out = directory.path().join("tiny-q8_0.gguf");
+//! let written = pricket::Loader::embedded("tiny")?.convert(&out, &ConvertOptions::default())?;
+//! assert_eq!(written.path, out);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufWriter;
@@ -96,7 +107,7 @@ impl Loader {
     /// it. A file has its name only when it is whole.
     ///
     /// # Errors
-    /// As loading; [`Error::Refused`] for what the format has no key for, [`Error::Input`] for a path that is there.
+    /// As loading; [`Error::Refused`] for what the format has no key for, [`Error::Output`] for a path that is there.
     pub fn convert(self, out: impl AsRef<Path>, options: &ConvertOptions) -> Result<Converted> {
         let out = out.as_ref();
         let mut opened = self.opened()?;
@@ -158,7 +169,10 @@ impl Loader {
             notes.extend(left_out);
             std::fs::create_dir_all(out).map_err(|error| Error::Io { path: out.into(), error })?;
             if !options.overwrite && (pricket_weights::find_weights(out).is_ok() || out.join("config.json").exists()) {
-                return Err(Error::Input(format!("{} holds a model already, and is not written over", out.display())));
+                return Err(Error::Output {
+                    path: out.into(),
+                    what: " holds a model already, and is not written over",
+                });
             }
         }
         let beside = if gguf { Vec::new() } else { beside(out, &opened, &config, options.overwrite)? };
@@ -344,7 +358,10 @@ impl Item {
                     Change::None => blocks,
                 };
                 let Matrix::Blocks(blocks) = moved else {
-                    return Err(Error::Input(format!("tensor {from} lost its blocks")));
+                    return Err(Error::Malformed {
+                        origin: store.origin(from),
+                        what: format!("tensor {from} lost its blocks"),
+                    });
                 };
                 return out(blocks.bytes());
             }
@@ -359,7 +376,8 @@ impl Item {
         for start in (0..count).step_by(512) {
             let part = tensor.narrow(0, start, 512.min(count - start))?;
             let bytes = encode(&part, dtype, columns);
-            out(&bytes.map_err(|e| Error::Input(format!("{}: tensor {from}: {e}", store.origin(from))))?)?;
+            let wrong = |e| Error::Malformed { origin: store.origin(from), what: format!("tensor {from}: {e}") };
+            out(&bytes.map_err(wrong)?)?;
         }
         Ok(())
     }
@@ -516,7 +534,7 @@ impl Beside {
 /// the model that was there are deleted; a license or notice never is.
 ///
 /// # Errors
-/// Without `overwrite`, [`Error::Input`] if one of the files is there.
+/// Without `overwrite`, [`Error::Output`] if one of the files is there.
 fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) -> Result<Vec<Beside>> {
     let mut files: Vec<(&'static str, Option<Vec<u8>>)> = vec![
         ("config.json", Some(to_python_json(config).into_bytes())),
@@ -548,7 +566,7 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     let is_there = |name: &str| std::fs::symlink_metadata(directory.join(name)).is_ok();
     if let Some((name, _)) = files.iter().find(|(name, _)| !overwrite && is_there(name)) {
         let path = directory.join(name);
-        return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
+        return Err(Error::Output { path: path.clone(), what: " is there already, and is not written over" });
     }
     files.retain(|(name, bytes)| bytes.is_some() || is_there(name));
     Ok(files.into_iter().map(|(name, bytes)| Beside { name, bytes }).collect())
@@ -614,10 +632,10 @@ struct Part {
 impl Part {
     fn create(path: &Path, overwrite: bool) -> Result<Self> {
         if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
-            return Err(Error::Input(format!("{} is not a regular file, and is not written over", path.display())));
+            return Err(Error::Output { path: path.into(), what: " is not a regular file, and is not written over" });
         }
         if path.exists() && !overwrite {
-            return Err(Error::Input(format!("{} is there already, and is not written over", path.display())));
+            return Err(Error::Output { path: path.into(), what: " is there already, and is not written over" });
         }
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let at = crate::loading::small_files::parent(path).join(format!(".{name}.{}.part", std::process::id()));

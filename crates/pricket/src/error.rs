@@ -133,9 +133,79 @@ pub enum Error {
     /// A [`pricket_nn::Progress`] asked to stop.
     #[error("cancelled")]
     Cancelled,
-    /// An argument out of range.
+    /// A name that stands for nothing: a format, an activation, a metric, a key of a configuration.
+    #[error("{name:?} is no {what}; {known}")]
+    Unknown {
+        /// What was looked for.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// What can be asked for.
+        known: String,
+    },
+    /// A source that cannot be resolved: two revisions, a revision of a file, a model that is not fetched.
     #[error("{0}")]
-    Input(String),
+    Source(String),
+    /// An option that is out of range, that has no effect, or that another one excludes.
+    #[error("{0}")]
+    Options(String),
+    /// A file or text that is not what it should be: results of a sweep, a conversation, a prompt format.
+    #[error("{origin}: {what}")]
+    Malformed {
+        /// The file, or what the text should be.
+        origin: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// An output that is in the way, or cannot be written.
+    #[error("{}{what}", path.display())]
+    Output {
+        /// The file or directory.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// Rows of results that do not make the table or curves asked for.
+    #[error("{0}")]
+    Results(String),
+    /// A text without a token, or one of a single token where each is scored given those before it.
+    #[error("{0}")]
+    Empty(&'static str),
+    /// A checkpoint that takes more bytes than the disk budget of a sweep.
+    #[error("{id} takes {needed} bytes, more than the disk budget of {budget}")]
+    Budget {
+        /// The checkpoint.
+        id: String,
+        /// Its bytes.
+        needed: u64,
+        /// The budget in bytes.
+        budget: u64,
+    },
+    /// Documents of a task that cannot be found or told apart.
+    #[error("{0}")]
+    Documents(String),
+    /// An adapter that cannot be merged.
+    #[error("{name}: {what}")]
+    Adapter {
+        /// The tensor.
+        name: String,
+        /// Why not.
+        what: &'static str,
+    },
+    /// Anything else that concerns texts and tasks.
+    #[error("{0}")]
+    Text(pricket_lm::Error),
+    /// Anything else that concerns a model: token ids, shapes, taps, states.
+    #[error("{0}")]
+    Model(pricket_nn::Error),
+    /// Anything else that concerns adapters and training.
+    #[cfg(feature = "train")]
+    #[error("{0}")]
+    Training(pricket_train::Error),
+    /// A picture that cannot be made.
+    #[cfg(feature = "plots")]
+    #[error("{0}")]
+    Picture(pricket_plots::Error),
     /// An operation on tensors.
     #[error(transparent)]
     Tensor(candle_core::Error),
@@ -185,7 +255,6 @@ impl From<pricket_hub::Error> for Error {
     fn from(e: pricket_hub::Error) -> Self {
         use pricket_hub::Error as H;
         match e {
-            H::Input(what) => Error::Input(what),
             H::Io { path, source } => Error::Io { path, error: source },
             H::Cancelled => Error::Cancelled,
             H::Offline { .. } => Error::Offline(e.to_string()),
@@ -203,7 +272,7 @@ impl From<pricket_nn::Error> for Error {
             Nn::Config { key, what } => Error::Refused { path: "config.json".into(), key, what },
             Nn::ContextExceeded { asked, limit } => Error::ContextExceeded { asked, limit },
             Nn::Cancelled => Error::Cancelled,
-            other => Error::Input(other.to_string()),
+            other => Error::Model(other),
         }
     }
 }
@@ -215,7 +284,7 @@ impl From<pricket_lm::Error> for Error {
             Lm::Nn(e) => e.into(),
             Lm::Tokenizer { origin, what } => Error::Tokenizer { origin, what },
             Lm::NonFinite { layer, .. } => Error::NonFinite { layer, message: e.to_string() },
-            other => Error::Input(other.to_string()),
+            other => Error::Text(other),
         }
     }
 }
@@ -225,7 +294,7 @@ impl From<pricket_plots::Error> for Error {
     fn from(e: pricket_plots::Error) -> Self {
         match e {
             pricket_plots::Error::Io { path, error } => Error::Io { path, error },
-            other => Error::Input(other.to_string()),
+            other => Error::Picture(other),
         }
     }
 }

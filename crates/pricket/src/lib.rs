@@ -47,12 +47,14 @@ pub use error::{Error, Result};
 pub use loading::{Loader, Source, inspect, load, tiny};
 pub use suites::checkpoints;
 pub use sweep::Sweep;
-pub use text::{Completion, Conversation, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
+pub use text::{Completion, Conversation, Pricket, Stream};
 
 pub use candle_core as candle;
 pub use candle_nn;
 pub use pricket_hub::{self as hub, Hub};
-pub use pricket_lm::{self as lm, EvalOptions, SamplingParams, ScoreOptions, Task};
+pub use pricket_lm::{
+    self as lm, EvalOptions, FinishReason, GenerateOptions, SamplingParams, ScoreOptions, ScoredToken, Task,
+};
 pub use pricket_nn::{self as nn, CausalLm, Context, Recording, Site, Taps};
 #[cfg(feature = "plots")]
 pub use pricket_plots as plots;

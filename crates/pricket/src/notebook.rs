@@ -22,9 +22,10 @@ use std::time::Instant;
 
 use pricket_nn::Progress;
 
-use crate::text::handle::{Completion, GenerateOptions, Pricket, ScoredToken};
+use crate::text::handle::{Completion, Pricket};
 use crate::{Error, Result};
 use pricket_lm::Comparison;
+use pricket_lm::{GenerateOptions, ScoredToken};
 use pricket_plots::{Picture, Table};
 
 /// Rows of a table at most; the last one says how many are left out.
@@ -112,7 +113,7 @@ impl Pricket {
 /// The tokens of a text, each shaded by how probable the model thought it: of [`Pricket::logprobs`].
 ///
 /// # Errors
-/// [`Error::Input`] if there are none.
+/// [`Error::Picture`] if there are none.
 pub fn tokens(scored: &[ScoredToken]) -> Result<Picture> {
     let tokens = scored.iter().map(|token| (token.text.clone(), f64::from(token.logprob).exp()));
     Ok(Picture::of_tokens(tokens.collect())?)
@@ -126,7 +127,7 @@ pub fn next_tokens(pricket: &Pricket, prompt: &str, count: usize) -> Result<Pict
     let ids = pricket.prompt_ids(prompt)?;
     let mut generation = pricket.generation(vec![ids], &GenerateOptions { max_tokens: 1, ..Default::default() })?;
     generation.step()?;
-    let logits = generation.logits().first().ok_or_else(|| Error::Input("there is no next token".into()))?;
+    let logits = generation.logits().first().ok_or_else(|| Error::Empty("there is no next token"))?;
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f64> = logits.iter().map(|&logit| f64::from(logit - most).exp()).collect();
     let sum: f64 = weights.iter().sum();
@@ -229,7 +230,7 @@ impl Progress for PrintedProgress {
 
 #[cfg(test)]
 mod tests {
-    use super::{Lines, Tabular};
+    use super::{GenerateOptions, Lines, Tabular};
     use crate::plots::{Curve, Curves, Picture, Point};
 
     /// Every value has a text beside its picture or table.
@@ -242,7 +243,7 @@ mod tests {
         assert!(text.starts_with("token") && text.contains("log-probability"), "{text}");
         assert!(html.starts_with("<table>") && html.contains("&lt;") && !html.contains("<b>"), "{html}");
         assert_eq!(vec![scored[0].clone(); 250].table().rows.len(), 201);
-        let options = crate::text::handle::GenerateOptions { max_tokens: 3, ..Default::default() };
+        let options = GenerateOptions { max_tokens: 3, ..Default::default() };
         let text = tiny.generate("The people of the United", &options).unwrap().table().text();
         assert!(
             text.contains("ended by the maximum number of tokens") && text.contains("tokens written        3"),

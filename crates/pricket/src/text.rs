@@ -7,9 +7,10 @@ pub(crate) mod prompts;
 
 pub use conversation::{Conversation, Reply};
 pub use datasets::fetch_documents;
-pub use handle::{Completion, FinishReason, GenerateOptions, Pricket, ScoredToken, Stream};
+pub use handle::{Completion, Pricket, Stream};
 pub use prompts::{prompt_format, prompt_formats};
 
 pub use pricket_lm::{
-    Comparison, EvalOptions, PromptFormat, Role, SamplingParams, ScoreOptions, Task, Tokenizer, Turn,
+    Comparison, EvalOptions, FinishReason, GenerateOptions, PromptFormat, Role, SamplingParams, ScoreOptions,
+    ScoredToken, Task, Tokenizer, Turn,
 };

@@ -25,7 +25,7 @@ impl From<pricket_train::Error> for Error {
             pricket_train::Error::Config { key, what } => {
                 Error::Refused { path: PathBuf::from("adapter_config.json"), key, what }
             }
-            e => Error::Input(e.to_string()),
+            e => Error::Training(e),
         }
     }
 }
@@ -101,7 +101,7 @@ impl Pricket {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Input`] naming a module that the model does not have, or that has other sizes.
+    /// [`Error::Training`] naming a module that the model does not have, or that has other sizes.
     pub fn with_adapter(&self, adapter: &Lora) -> Result<Self> {
         let model = adapter.apply(&self.base()?)?;
         Ok(self.with_model(model, self.parameters().to_vec()))
@@ -122,7 +122,7 @@ pub(crate) fn check_mergeable(adapters: &[Lora], base: &Base, names: &Names) -> 
         for name in [plan.embed.name(), plan.head.name()] {
             if adapter.changes(names, &format!("{name}.weight")) {
                 let what = "the adapter changes it, and this model ties embedding and head: it cannot be merged";
-                return Err(Error::Input(format!("{name}: {what}")));
+                return Err(Error::Adapter { name: name.into(), what });
             }
         }
     }

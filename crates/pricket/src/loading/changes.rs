@@ -21,7 +21,7 @@ impl Changes {
             set(config, key, value.clone())?;
         }
         if let Some((key, _)) = self.keys.iter().find(|(key, _)| !knows(config, key)) {
-            return Err(Error::Input(format!("{key}: no key of this family's configuration; it would have no effect")));
+            return Err(no_key(key));
         }
         match &self.activation {
             Some(name) => Ok(set_activation(config, name)?),
@@ -30,12 +30,17 @@ impl Changes {
     }
 }
 
+fn no_key(key: &str) -> Error {
+    let known = "a change of it would have no effect".into();
+    Error::Unknown { what: "key of this family's configuration", name: key.into(), known }
+}
+
 /// Sets a key, `outer.inner` for one inside another.
 fn set(config: &mut Value, key: &str, value: Value) -> Result<()> {
     let mut at = config;
     for part in key.split('.') {
         if !(at.is_object() || at.is_null()) {
-            return Err(Error::Input(format!("{key}: the configuration has no such place")));
+            return Err(no_key(key));
         }
         at = &mut at[part];
     }

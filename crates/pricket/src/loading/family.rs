@@ -147,7 +147,9 @@ pub(crate) fn set_activation(config: &mut Value, name: &str) -> Result<()> {
     let activation = match name {
         "gelu" => Activation::GeluErf,
         "gelu_tanh" => Activation::GeluTanh,
-        _ => return Err(Error::Input(format!("{name:?} is not an activation; use gelu or gelu_tanh"))),
+        _ => {
+            return Err(Error::Input(format!("{name:?} is no activation; there are gelu and gelu_tanh")));
+        }
     };
     checked_family(config)?.set_activation(config, activation)
 }

@@ -95,7 +95,11 @@ impl std::str::FromStr for Precision {
             "f32" => Ok(Precision::F32),
             "bf16" => Ok(Precision::BF16),
             "f16" => Ok(Precision::F16),
-            _ => Err(Error::Input(format!("{name:?} is no precision; use auto, f32, bf16 or f16"))),
+            _ => Err(Error::Unknown {
+                what: "precision",
+                name: name.into(),
+                known: "there are auto, f32, bf16 and f16".into(),
+            }),
         }
     }
 }
@@ -168,10 +172,11 @@ impl Loader {
     /// OpenLLaMA; `tiny-rwkv`, an RWKV-4.
     ///
     /// # Errors
-    /// [`Error::Input`] for another name.
+    /// [`Error::Unknown`] for another name.
     pub fn embedded(name: &str) -> Result<Self> {
         let names = || EMBEDDED.iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
-        let missing = || Error::Input(format!("{name:?} is not embedded; there are {}", names()));
+        let known = || format!("there are {}", names());
+        let missing = || Error::Unknown { what: "embedded model", name: name.into(), known: known() };
         Embedded::find(name).map(|model| Self::from_origin(Origin::Embedded(model))).ok_or_else(missing)
     }
 
@@ -370,7 +375,7 @@ impl Loader {
         let family = checked_family(&opened.config).map_err(refused)?;
         if self.quantisation.is_some() && (!self.device.is_cpu() || self.precision != Precision::Auto) {
             let what = "quantising while loading is for the CPU, and leaves no other type to choose";
-            return Err(Error::Input(what.into()));
+            return Err(Error::Options(what.into()));
         }
         let storage = match (self.quantisation, self.precision, self.device.is_cpu()) {
             (Some(quantisation), ..) => Storage::Quantize(quantisation),
@@ -395,7 +400,7 @@ impl Loader {
             memory::check(&self.origin.name(), &Estimate::new(dry.info().clone(), 512))?;
         }
         if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
-            return Err(Error::Input("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
+            return Err(Error::Options("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
         }
         #[cfg(feature = "train")]
         let adapters = self.read_adapters()?;
@@ -463,7 +468,7 @@ impl Loader {
         let mut opened = self.open()?;
         if self.qkv != QkvOrder::Auto && opened.fused == FusedRows::AsTrained {
             let what = "qkv_order is for GGUF files that do not say it; the order of this checkpoint's rows is known";
-            return Err(Error::Input(what.into()));
+            return Err(Error::Options(what.into()));
         }
         if let Some(path) = &self.tokenizer {
             opened.provenance.replace(&TOKENIZERS, path);
@@ -499,7 +504,7 @@ impl Loader {
             (Origin::Embedded(model), true) => Source::new(model.directory()),
             (Origin::Store { .. }, true) => {
                 let what = format!("revision or file: {} has none to choose from", self.origin.name());
-                return Err(Error::Input(what));
+                return Err(Error::Source(what));
             }
             (origin, false) => return Ok(origin.clone()),
         };

@@ -23,11 +23,11 @@ pub fn default_threads() -> usize {
 pub(crate) fn pool(threads: Option<usize>) -> Result<Pool> {
     let threads = threads.unwrap_or_else(default_threads);
     if !(1..=MAX_THREADS).contains(&threads) {
-        return Err(Error::Input(format!("{threads} threads; from 1 to {MAX_THREADS} are possible")));
+        return Err(Error::Options(format!("{threads} threads; from 1 to {MAX_THREADS} are possible")));
     }
-    ops::cpu_path().map_err(Error::Input)?;
-    ops::kernels_are_on().map_err(Error::Input)?;
-    Pool::new(threads).map_err(|e| Error::Input(format!("{threads} threads cannot be made: {e}")))
+    ops::cpu_path().map_err(Error::Options)?;
+    ops::kernels_are_on().map_err(Error::Options)?;
+    Pool::new(threads).map_err(|e| Error::Options(format!("{threads} threads cannot be made: {e}")))
 }
 
 /// A model whose work runs on a pool of its own size.

@@ -33,7 +33,11 @@ impl std::str::FromStr for QkvOrder {
             "auto" => Ok(Self::Auto),
             "split" => Ok(Self::Split),
             "interleaved" => Ok(Self::Interleaved),
-            _ => Err(Error::Input(format!("{name:?} is no order of QKV rows; use auto, split or interleaved"))),
+            _ => Err(Error::Unknown {
+                what: "order of QKV rows",
+                name: name.into(),
+                known: "there are auto, split and interleaved".into(),
+            }),
         }
     }
 }

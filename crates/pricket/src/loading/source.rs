@@ -82,12 +82,12 @@ impl Source {
     /// model where this program was built, or else a repository.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is nothing of that name; [`Error::Input`] for a revision of a file and for a file of a file.
+    /// [`Error::NotFound`] if there is nothing of that name; [`Error::Source`] for a revision of a file and for a file of a file.
     pub(crate) fn locate(&self) -> Result<Place> {
         match self.directory_or_file()? {
             Some(path) => match &self.file {
                 Some(file) if path.is_file() => {
-                    Err(Error::Input(format!("file {file:?}: {} is a file itself, not a directory", path.display())))
+                    Err(Error::Source(format!("file {file:?}: {} is a file itself, not a directory", path.display())))
                 }
                 Some(file) => Ok(Place::Local(path.join(file))),
                 None => Ok(Place::Local(path)),
@@ -101,7 +101,7 @@ impl Source {
         let there = Some(self.model.clone()).filter(|path| path.exists()).or_else(embedded);
         match (there, &self.revision) {
             (Some(path), Some(revision)) if path.is_file() => {
-                Err(Error::Input(format!("{} is a file, so it has no revision {revision:?}", path.display())))
+                Err(Error::Source(format!("{} is a file, so it has no revision {revision:?}", path.display())))
             }
             (Some(path), Some(revision)) => revision_in(&path, revision).map(Some),
             (there, _) => Ok(there),
@@ -119,7 +119,7 @@ impl Source {
         let text = pasted.as_deref().unwrap_or(&text);
         let (name, pasted_revision) = match text.split_once('@') {
             Some((_, second)) if self.revision.is_some() => {
-                return Err(Error::Input(format!("{self}: two revisions, {second:?} and {:?}", self.revision_name())));
+                return Err(Error::Source(format!("{self}: two revisions, {second:?} and {:?}", self.revision_name())));
             }
             Some((name, revision)) => (name, Some(revision)),
             None => (text, None),

@@ -121,7 +121,7 @@ impl Checkpoints {
 
     fn of_repository(hub: &Hub, id: &ModelId, file: Option<String>, progress: &dyn Progress) -> Result<Self> {
         if id.revision != "main" {
-            return Err(Error::Input(format!("{id} is one revision; its repository {} has training steps", id.repo)));
+            return Err(Error::Source(format!("{id} is one revision; its repository {} has training steps", id.repo)));
         }
         let repo = &id.repo;
         let card = card(repo.as_str());
@@ -165,13 +165,13 @@ impl Checkpoints {
     /// number.
     ///
     /// # Errors
-    /// [`Error::Input`] for a number that is no step of this model, or if nothing is chosen.
+    /// [`Error::Source`] or [`Error::Hub`] for a number that is no step of this model, or if nothing is chosen.
     pub fn select(&self, steps: &Steps) -> Result<Vec<&Checkpoint>> {
         if self.steps.is_empty() {
             // A model without steps is one checkpoint, unless steps are asked for by number.
             return match &self.main {
                 Some(main) if steps.expand().is_none() => Ok(vec![main]),
-                _ => Err(Error::Input(format!(
+                _ => Err(Error::Source(format!(
                     "{} has no training steps; of a directory these are revisions/stepN, or directories with a model in them whose \
                      name ends in a number, such as checkpoint-500 or global_step500",
                     self.model
@@ -218,7 +218,7 @@ impl Checkpoints {
     /// Fetches a checkpoint into the cache, as [`crate::loading::fetch`], at the commit that it was listed with.
     ///
     /// # Errors
-    /// As [`crate::loading::fetch`]; [`Error::Input`] if it is a directory here.
+    /// As [`crate::loading::fetch`]; [`Error::Source`] if it is a directory here.
     pub fn fetch(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Fetched> {
         match (&self.home, &checkpoint.commit) {
             (Home::Hub(repo, hub, file), Some(commit)) => {
@@ -226,7 +226,7 @@ impl Checkpoints {
                 fetch_commit(&id, commit, file.as_deref(), hub, progress)
             }
             (Home::Hub(..), None) => Err(self.missing(checkpoint)),
-            (Home::Local(_), _) => Err(Error::Input(format!("{} is here already", self.id(checkpoint)))),
+            (Home::Local(_), _) => Err(Error::Source(format!("{} is here already", self.id(checkpoint)))),
         }
     }
 

@@ -38,7 +38,10 @@ pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Results> {
         let wrong = |e: serde_json::Error| {
             let what = e.to_string();
             let what = what.split(" at line ").next().unwrap_or_default();
-            Error::Input(format!("{}, line {}: not a row of a sweep: {what}", path.display(), number + 1))
+            Error::Malformed {
+                origin: format!("{}, line {}", path.display(), number + 1),
+                what: format!("not a row of a sweep: {what}"),
+            }
         };
         let row: Value = pricket_weights::parse_json(line).map_err(wrong)?;
         let last = row["part"][0] == row["part"][1];
@@ -83,12 +86,12 @@ impl Rows {
         let io = |error: std::io::Error| Error::Io { path: path.into(), error };
         // A device or a pipe has no end to read to.
         if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
-            return Err(Error::Input(format!("{}: not a regular file, so it cannot hold results", path.display())));
+            return Err(Error::Output { path: path.into(), what: ": not a regular file, so it cannot hold results" });
         }
         let mut file = File::options().read(true).append(true).create(true).open(path).map_err(io)?;
         file.try_lock().map_err(|e| match e {
             std::fs::TryLockError::WouldBlock => {
-                Error::Input(format!("{}: another sweep writes to it", path.display()))
+                Error::Output { path: path.into(), what: ": another sweep writes to it" }
             }
             std::fs::TryLockError::Error(e) => io(e),
         })?;

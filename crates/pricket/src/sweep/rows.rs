@@ -36,7 +36,7 @@ pub struct Row {
 /// checkpoints that failed, and a measure that was broken off, are passed over.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Input`] for what is no row of a sweep.
+/// [`Error::Io`]; [`Error::Malformed`] for what is no row of a sweep.
 pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
     let mut rows: Vec<Row> = Vec::new();
     let mut places: BTreeMap<(String, String, String), usize> = BTreeMap::new();
@@ -59,7 +59,10 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
                 batches.insert(measure.clone(), batch);
             }
             let text = |key: &str| {
-                let missing = || Error::Input(format!("{}: a row without {key:?}: not of a sweep", path.display()));
+                let missing = || Error::Malformed {
+                    origin: path.display().to_string(),
+                    what: format!("a row without {key:?}: not of a sweep"),
+                };
                 row[key].as_str().map(str::to_owned).ok_or_else(missing)
             };
             let row = Row {
@@ -105,7 +108,7 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
 /// ```
 ///
 /// # Errors
-/// [`Error::Input`] if there is no row, or none of a metric of `wanted`.
+/// [`Error::Results`] if there is no row, or none of a metric of `wanted`.
 pub fn csv(rows: &[Row], wanted: &[String]) -> Result<String> {
     let metrics = metrics(rows, wanted)?;
     // RFC 4180.
@@ -135,10 +138,10 @@ fn metrics(rows: &[Row], wanted: &[String]) -> Result<Vec<String>> {
         }
     }
     if there.is_empty() {
-        return Err(Error::Input("there are no figures to draw".into()));
+        return Err(Error::Results("there are no figures to draw".into()));
     }
     if let Some(missing) = wanted.iter().find(|wanted| !there.contains(wanted)) {
-        return Err(Error::Input(format!("no row has the metric {missing:?}; there are {}", there.join(", "))));
+        return Err(Error::Results(format!("no row has the metric {missing:?}; there are {}", there.join(", "))));
     }
     Ok(if wanted.is_empty() { there } else { wanted.to_vec() })
 }
@@ -169,7 +172,7 @@ fn without_seed(label: &str) -> &str {
 /// [`table`].
 ///
 /// # Errors
-/// [`Error::Input`] if a metric that is named is not there or has nothing to draw, if nothing has, and if rows of a curve were measured
+/// [`Error::Results`] if a metric that is named is not there or has nothing to draw, if nothing has, and if rows of a curve were measured
 /// in different ways.
 pub fn curves(rows: &[Row], wanted: &[String], seeds: bool, with_published: bool) -> Result<Picture> {
     let panel = |metric: String| {
@@ -206,7 +209,7 @@ pub fn curves(rows: &[Row], wanted: &[String], seeds: bool, with_published: bool
     let metrics = metrics(rows, wanted)?;
     metrics.iter().try_for_each(|metric| same_settings(rows, metric))?;
     if rows.iter().all(|row| row.step.is_none()) {
-        return Err(Error::Input(
+        return Err(Error::Results(
             "no row has a training step, and curves are drawn over steps; a table needs none".into(),
         ));
     }
@@ -226,13 +229,13 @@ fn same_settings(rows: &[Row], metric: &str) -> Result<()> {
         let others =
             both && ["definition", "documents", "examples"].iter().any(|key| first.inputs[key] != row.inputs[key]);
         if others && first.settings == row.settings {
-            return Err(Error::Input(format!(
+            return Err(Error::Results(format!(
                 "{metric} of {} was measured on other documents at {} than at {}; measure again, or draw from a file for each",
                 row.model, first.revision, row.revision
             )));
         }
         if first.settings != row.settings {
-            return Err(Error::Input(format!(
+            return Err(Error::Results(format!(
                 "{metric} of {} was measured in different ways: {} at {}, {} at {}; draw from a file for each",
                 row.model, first.settings, first.revision, row.settings, row.revision
             )));

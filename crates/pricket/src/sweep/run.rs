@@ -222,7 +222,7 @@ impl Sweep {
     /// Runs it. `tell` is given every row that is written.
     ///
     /// # Errors
-    /// [`Error::Cancelled`]; [`Error::Io`] and [`Error::Input`] for the file of results, which another sweep may be writing; for
+    /// [`Error::Cancelled`]; [`Error::Io`], [`Error::Malformed`] and [`Error::Output`] for the file of results, which another sweep may be writing; for
     /// steps that a model does not have. A checkpoint that fails, or a task whose documents cannot be asked, is no error: see
     /// [`Swept::failed`].
     pub fn run(&self, mut tell: impl FnMut(&Value)) -> Result<Swept> {
@@ -297,7 +297,7 @@ impl Sweep {
             let needed = job.model.bytes_to_fetch(job.checkpoint);
             if needed > *budget {
                 let id = job.model.id(job.checkpoint);
-                return Err(Error::Input(format!("{id} takes {needed} bytes, more than the disk budget of {budget}")));
+                return Err(Error::Budget { id: id.to_string(), needed, budget: *budget });
             }
             let left = hub.cache().evict(budget - needed, &Quiet)?.left;
             let needed = job.model.bytes_to_fetch(job.checkpoint);
@@ -311,13 +311,13 @@ impl Sweep {
     fn check(&self) -> Result<()> {
         let metrics: Vec<String> = self.measures.iter().filter_map(Measure::metrics).flatten().collect();
         if let Some(i) = (1..metrics.len()).find(|&i| metrics[..i].contains(&metrics[i])) {
-            return Err(Error::Input(format!(
+            return Err(Error::Options(format!(
                 "two measures have the metric {}; give them different names",
                 metrics[i]
             )));
         }
         if self.options.score.stride.is_some() && !self.measures.iter().any(Measure::has_windows) {
-            return Err(Error::Input("stride has an effect on whole texts, and no measure scores any".into()));
+            return Err(Error::Options("stride has an effect on whole texts, and no measure scores any".into()));
         }
         Ok(())
     }
@@ -415,7 +415,7 @@ impl Sweep {
         let provenance = model.provenance().clone().hashed().map_err(Failure::Here)?;
         if inputs::stamps(&provenance) != stamps {
             let what = format!("{}: its files were written after it was loaded", job.model.id(job.checkpoint));
-            return Err(Failure::Here(Error::Input(what)));
+            return Err(Failure::Here(Error::Source(what)));
         }
         about["provenance"] = provenance.to_json();
         about["stamps"] = stamps;
@@ -425,7 +425,8 @@ impl Sweep {
             let figures = match self.figures(&model, measure) {
                 Ok(figures) => figures,
                 // What is wrong with one task's documents does not end the others.
-                Err(Error::Input(what)) => {
+                Err(e @ (Error::Text(_) | Error::Documents(_) | Error::Malformed { .. } | Error::Empty(_))) => {
+                    let what = e.to_string();
                     let mut row = about.clone();
                     row["measure"] = json!(measure.name());
                     row["error"] = json!(what);

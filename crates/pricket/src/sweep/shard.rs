@@ -24,10 +24,10 @@ impl Shard {
     /// Share `index` of `count`, from 0 on.
     ///
     /// # Errors
-    /// [`Error::Input`] if there is no such share.
+    /// [`Error::Options`] if there is no such share.
     pub fn new(index: usize, count: usize) -> Result<Self> {
         if index >= count {
-            return Err(Error::Input(format!("share {index} of {count}: they are counted from 0")));
+            return Err(Error::Options(format!("share {index} of {count}: they are counted from 0")));
         }
         Ok(Self { index, count })
     }
@@ -35,11 +35,11 @@ impl Shard {
     /// The share of a task of a Slurm array (`SLURM_ARRAY_TASK_ID`, `_MIN`, `_COUNT`), if this process is one.
     ///
     /// # Errors
-    /// [`Error::Input`] if the variables are no numbers, or do not fit each other.
+    /// [`Error::Options`] if the variables are no numbers, or do not fit each other.
     pub fn from_slurm() -> Result<Option<Self>> {
         let number = |name: &str| -> Result<Option<usize>> {
             let Ok(text) = std::env::var(name) else { return Ok(None) };
-            text.parse().map(Some).map_err(|_| Error::Input(format!("{name} is {text:?}, no number")))
+            text.parse().map(Some).map_err(|_| Error::Options(format!("{name} is {text:?}, no number")))
         };
         let (Some(id), Some(count)) = (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_COUNT")?) else {
             return Ok(None);
@@ -54,8 +54,11 @@ impl std::str::FromStr for Shard {
 
     fn from_str(text: &str) -> Result<Self> {
         let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-        let (index, count) =
-            parts.ok_or_else(|| Error::Input(format!("{text:?} is no share; 0/4 is the first of 4")))?;
+        let (index, count) = parts.ok_or_else(|| Error::Unknown {
+            what: "share",
+            name: text.into(),
+            known: "0/4 is the first of 4".into(),
+        })?;
         Self::new(index, count)
     }
 }

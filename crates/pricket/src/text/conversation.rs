@@ -3,11 +3,11 @@ use pricket_nn::State;
 use serde::{Deserialize, Serialize};
 
 use crate::text::handle::Completion;
-use crate::text::handle::FinishReason;
-use crate::text::handle::GenerateOptions;
 use crate::text::handle::Pricket;
 use crate::text::handle::Stream;
 use crate::{Error, Result};
+use pricket_lm::FinishReason;
+use pricket_lm::GenerateOptions;
 
 /// A conversation with a model: turns in the spelling that it was tuned on, with the past read once.
 ///
@@ -104,7 +104,7 @@ impl Conversation {
     /// Sets the system text; an empty one for none, `None` for the format's own.
     ///
     /// # Errors
-    /// [`Error::Input`] if the format has no place for one.
+    /// [`Error::Text`] if the format has no place for one.
     pub fn set_system(&mut self, text: Option<String>) -> Result<()> {
         self.format.prompt(text.as_deref(), &[])?;
         self.system = text;
@@ -150,7 +150,7 @@ impl Conversation {
     /// Says `text` and gives the reply.
     ///
     /// # Errors
-    /// As [`Pricket::generate`], and [`Error::Input`] if `text` is longer than the context. The turn is not taken then.
+    /// As [`Pricket::generate`], and [`Error::ContextExceeded`] if `text` is longer than the context. The turn is not taken then.
     pub fn say(&mut self, text: &str, options: &GenerateOptions) -> Result<Completion> {
         let mut reply = self.stream(text, options)?;
         while reply.advance()?.is_some() {}
@@ -170,7 +170,7 @@ impl Conversation {
         let tokenizer = self.pricket.tokenizer()?;
         let (ids, left_out) = self.format.fit(tokenizer, self.system.as_deref(), &turns, limit, options.max_tokens)?;
         if ids.is_empty() {
-            return Err(Error::Input("nothing was said: the prompt is empty".into()));
+            return Err(Error::Empty("nothing was said: the prompt is empty"));
         }
         let mut options = options.clone();
         options.stop.extend(self.format.stop.iter().cloned());
@@ -201,9 +201,10 @@ impl Conversation {
     /// as it is; what the file calls the format that it was spelled in is given back.
     ///
     /// # Errors
-    /// [`Error::Input`] saying what is wrong with it; nothing is changed then.
+    /// [`Error::Malformed`] saying what is wrong with it; nothing is changed then.
     pub fn load_json(&mut self, json: &str) -> Result<Option<String>> {
-        let wrong = |e: serde_json::Error| Error::Input(format!("not a conversation: {e}"));
+        let wrong =
+            |e: serde_json::Error| Error::Malformed { origin: "not a conversation".into(), what: e.to_string() };
         let Saved { format, mut messages } = if json.trim_start().starts_with('[') {
             Saved { format: None, messages: serde_json::from_str(json).map_err(wrong)? }
         } else {

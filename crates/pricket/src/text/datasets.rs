@@ -17,10 +17,10 @@ const CONVERTED: &str = "refs/convert/parquet";
 /// split and configuration. No code of a repository is executed, so a dataset that is a script has nothing on `main`.
 ///
 /// # Errors
-/// [`Error::Input`] if the task names no dataset; [`Error::NotFound`] if no file is of that split; else as [`crate::loading::fetch`].
+/// [`Error::Documents`] if the task names no dataset; [`Error::NotFound`] if no file is of that split; else as [`crate::loading::fetch`].
 pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progress) -> Result<Vec<PathBuf>> {
     let Some((repo, config)) = task.dataset() else {
-        return Err(Error::Input(format!("task {} names no dataset of the Hub; give its documents", task.name())));
+        return Err(Error::Documents(format!("task {} names no dataset of the Hub; give its documents", task.name())));
     };
     let repo: RepoId = format!("datasets/{repo}").parse()?;
     let mut seen = Vec::new();
@@ -53,7 +53,7 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
                 "the split {split} lies at {} and at {}: which of them is not clear",
                 wanted[0].path, other.path
             );
-            return Err(Error::Input(format!("{repo}: {what}")));
+            return Err(Error::Documents(format!("{repo}: {what}")));
         }
         let whole = hub.fetch(&id, &commit, &wanted, &listing, &telling).map_err(|e| explained(e, &id, None))?;
         return Ok(wanted.iter().map(|file| whole.directory.join(&file.path)).collect());

@@ -2,8 +2,9 @@ use std::sync::Arc;
 
 use pricket_hub::InUse;
 use pricket_lm::{
-    Comparison, Continuation, EvalOptions, Finish, Generation, Loglikelihood, Outcome, PromptFormat, Request,
-    SamplingParams, ScoreOptions, Task, TextStream, Tokenizer, evaluate, loglikelihoods, token_logprobs,
+    Comparison, Continuation, EvalOptions, FinishReason, GenerateOptions, Generation, Loglikelihood, Outcome,
+    PromptFormat, Request, ScoreOptions, ScoredToken, Task, TextStream, Tokenizer, evaluate, loglikelihoods,
+    token_logprobs,
 };
 use pricket_nn::{CausalLm, ModelInfo, Parameter, State};
 use serde_json::Value;
@@ -44,71 +45,6 @@ impl std::fmt::Debug for Pricket {
     }
 }
 
-/// How to continue a prompt.
-#[derive(Clone, Debug)]
-pub struct GenerateOptions {
-    /// Maximum number of new tokens; 128 by default.
-    pub max_tokens: usize,
-    /// How tokens are chosen; greedy by default, as [`SamplingParams::default`].
-    pub sampling: SamplingParams,
-    /// Random seed, 0 by default. Every row of a batch has it, so that a prompt gives the same text in a batch as alone.
-    pub seed: u64,
-    /// Seeds of the first rows of a batch, one each, instead of `seed`: several samples of one prompt need them. Empty by default.
-    pub row_seeds: Vec<u64>,
-    /// Strings that end the text and are not part of it; none by default.
-    pub stop: Vec<String>,
-    /// Tokens that end the text beside the model's end token; none by default.
-    pub stop_ids: Vec<u32>,
-    /// Whether the model's end token ends the text; true by default.
-    pub stop_at_eos: bool,
-    /// Whether positions beyond the length that the model was trained for are allowed; false by default.
-    pub beyond_trained_length: bool,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        Self {
-            max_tokens: 128,
-            sampling: SamplingParams::greedy(),
-            seed: 0,
-            row_seeds: Vec::new(),
-            stop: Vec::new(),
-            stop_ids: Vec::new(),
-            stop_at_eos: true,
-            beyond_trained_length: false,
-        }
-    }
-}
-
-/// Why a text ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FinishReason {
-    /// The model wrote its end token, or one of [`GenerateOptions::stop_ids`].
-    Eos,
-    /// One of [`GenerateOptions::stop`] came up.
-    Stop,
-    /// [`GenerateOptions::max_tokens`] were written.
-    Length,
-    /// The model's context is full.
-    Context,
-    /// It has not ended: it was broken off.
-    Unfinished,
-}
-
-impl std::fmt::Display for FinishReason {
-    /// Writes the reason in words, for a message.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            FinishReason::Eos => "ended by the model",
-            FinishReason::Stop => "ended by a stop string",
-            FinishReason::Length => "ended by the maximum number of tokens",
-            FinishReason::Context => "ended by the full context",
-            FinishReason::Unfinished => "unfinished",
-        })
-    }
-}
-
 /// A continued prompt.
 #[derive(Clone, Debug)]
 pub struct Completion {
@@ -122,19 +58,6 @@ pub struct Completion {
     pub prompt_ids: Vec<u32>,
     /// Why it ended.
     pub finish: FinishReason,
-}
-
-/// A token of a text and how likely the model thought it.
-#[derive(Clone, Debug)]
-pub struct ScoredToken {
-    /// The token.
-    pub id: u32,
-    /// Its text; a part of a character is U+FFFD.
-    pub text: String,
-    /// Natural logarithm of its probability given everything before it.
-    pub logprob: f32,
-    /// Whether no token was more likely.
-    pub is_greedy: bool,
 }
 
 impl Pricket {
@@ -264,14 +187,14 @@ impl Pricket {
     /// The log-probability of each token of `text` but the first, given those before it.
     ///
     /// # Errors
-    /// [`Error::Input`] for a text of fewer than two tokens, [`Error::ContextExceeded`] for one that is longer than the model can
+    /// [`Error::Empty`] for a text of fewer than two tokens, [`Error::ContextExceeded`] for one that is longer than the model can
     /// read.
     pub fn logprobs(&self, text: &str) -> Result<Vec<ScoredToken>> {
         let ids = self.encode(text)?;
         if ids.len() < 2 {
             let what =
                 "a text of fewer than two tokens has no log-probabilities: each token is scored given those before it";
-            return Err(Error::Input(what.into()));
+            return Err(Error::Empty(what));
         }
         self.with_text(token_logprobs(&*self.parts.model, &ids)?)
     }
@@ -301,24 +224,19 @@ impl Pricket {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Input`] for a text without a token; [`Error::Cancelled`]; what the model says.
+    /// [`Error::Empty`] for a text without a token; [`Error::Cancelled`]; what the model says.
     pub fn score(&self, text: &str, options: &ScoreOptions) -> Result<Vec<ScoredToken>> {
         let ids = self.tokenizer()?.encode(text)?;
         if ids.is_empty() {
-            return Err(Error::Input("a text without a token has no log-probabilities".into()));
+            return Err(Error::Empty("a text without a token has no log-probabilities"));
         }
         self.with_text(pricket_lm::text_logprobs(&*self.parts.model, &ids, self.prefix_id(), options)?)
     }
 
-    fn with_text(&self, scored: Vec<pricket_lm::TokenLogprob>) -> Result<Vec<ScoredToken>> {
+    fn with_text(&self, mut scored: Vec<ScoredToken>) -> Result<Vec<ScoredToken>> {
         let tokenizer = self.tokenizer()?;
-        let token = |t: pricket_lm::TokenLogprob| ScoredToken {
-            id: t.id,
-            text: tokenizer.decode_part(&[t.id]),
-            logprob: t.logprob,
-            is_greedy: t.is_greedy,
-        };
-        Ok(scored.into_iter().map(token).collect())
+        scored.iter_mut().for_each(|token| token.text = tokenizer.decode_part(&[token.id]));
+        Ok(scored)
     }
 
     /// The token that texts begin with where nothing else is given: what the tokenizer puts before a text, else `<|endoftext|>`, else
@@ -370,15 +288,12 @@ impl Pricket {
 
     /// The request that continues `ids`, row `row` of a batch, under `options`, stop strings left to the caller.
     fn request(&self, row: usize, ids: Vec<u32>, options: &GenerateOptions) -> Request {
-        let eos = if options.stop_at_eos { &self.parts.eos[..] } else { &[] };
+        let seed = options.row_seeds.get(row).copied().unwrap_or(options.seed);
         Request {
             ids,
-            max_tokens: options.max_tokens,
-            sampling: options.sampling.clone(),
-            seed: options.row_seeds.get(row).copied().unwrap_or(options.seed),
-            eos: [eos, &options.stop_ids].concat(),
+            options: GenerateOptions { seed, ..options.clone() },
+            eos: self.parts.eos.clone(),
             vocab: self.parts.tokenizer.as_ref().map(Tokenizer::vocab_size),
-            beyond_trained_length: options.beyond_trained_length,
         }
     }
 
@@ -443,11 +358,7 @@ impl Batch {
                 self.generation.stop(token.row);
                 Some(FinishReason::Stop)
             } else {
-                token.finish.map(|finish| match finish {
-                    Finish::Eos => FinishReason::Eos,
-                    Finish::Context => FinishReason::Context,
-                    _ => FinishReason::Length,
-                })
+                token.finish
             };
             if let Some(finish) = finish {
                 let cut = matches!(finish, FinishReason::Length | FinishReason::Context);

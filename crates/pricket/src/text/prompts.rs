@@ -41,7 +41,7 @@ pub fn prompt_formats() -> &'static [PromptFormat] {
 /// A prompt format by its name, or the first of a TOML file in the form of models/prompts.toml.
 ///
 /// # Errors
-/// [`Error::Input`] that lists the names, or says what is wrong with the file.
+/// [`Error::Unknown`] that lists the names; [`Error::Malformed`] that says what is wrong with the file.
 pub fn prompt_format(name: &str) -> Result<PromptFormat> {
     if let Some(format) = prompt_formats().iter().find(|format| format.name == name) {
         return Ok(format.clone());
@@ -49,14 +49,19 @@ pub fn prompt_format(name: &str) -> Result<PromptFormat> {
     let path = Path::new(name);
     if !path.is_file() {
         let known: Vec<&str> = prompt_formats().iter().map(|format| format.name.as_str()).collect();
-        return Err(Error::Input(format!(
-            "{name:?} is no prompt format and no file of one; there are {}",
-            known.join(", ")
-        )));
+        return Err(Error::Unknown {
+            what: "prompt format and no file of one",
+            name: name.into(),
+            known: format!("there are {}", known.join(", ")),
+        });
     }
-    let text = String::from_utf8(read_small(path)?).map_err(|e| Error::Input(format!("{name}: {e}")))?;
-    let formats = parse(&text).map_err(|what| Error::Input(format!("{name}: {}", what.trim_end())))?;
-    formats.into_iter().next().ok_or_else(|| Error::Input(format!("{name}: no [[format]] in it")))
+    let wrong = |what: &dyn std::fmt::Display| Error::Malformed {
+        origin: name.into(),
+        what: what.to_string().trim_end().into(),
+    };
+    let text = String::from_utf8(read_small(path)?).map_err(|e| wrong(&e))?;
+    let formats = parse(&text).map_err(|what| wrong(&what))?;
+    formats.into_iter().next().ok_or_else(|| wrong(&"no [[format]] in it"))
 }
 
 /// The format of a model, and a note that says why; `plain` if nothing says which.
