@@ -272,7 +272,7 @@ fn keys_can_be_changed_and_the_activation_too() {
     let error = tiny(|loader| loader.set("hidden_act", "swish")).unwrap_err().to_string();
     assert!(error.contains("hidden_act"), "{error}");
     assert!(tiny(|loader| loader.set("hidden_act.name", 1)).is_err());
-    assert!(tiny(|loader| loader.activation("relu")).unwrap_err().to_string().contains("use gelu or gelu_tanh"));
+    assert!(tiny(|loader| loader.activation("relu")).unwrap_err().to_string().contains("there are gelu and gelu_tanh"));
     let rounded = logits(&tiny(|loader| loader.activations(pricket::nn::ops::Activations::Q8)).unwrap());
     let off = worst(&own, &rounded);
     assert!(off > 0.0 && off < 0.05, "{off}");

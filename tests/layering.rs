@@ -307,6 +307,6 @@ fn a_family_takes_little_and_is_named_in_one_place() {
     let named =
         |line: &str| ["pricket_gpt_neox", "pricket_mpt", "pricket_redpajama"].iter().any(|name| line.contains(name));
     for (place, line) in code("pricket").into_iter().filter(|(_, line)| named(line)) {
-        assert!(place.contains("src/family.rs"), "{place} names a family: {line}");
+        assert!(place.contains("src/loading/family.rs"), "{place} names a family: {line}");
     }
 }

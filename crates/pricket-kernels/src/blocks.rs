@@ -14,8 +14,9 @@ use half::f16;
 
 use crate::block_type::BlockType;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::path::{InstructionSet, path};
+use crate::cpu::detect::path;
 #[cfg(target_arch = "x86_64")]
+use crate::cpu::path::InstructionSet;
 use crate::cpu::pool::{parallel, parallel_chunks};
 
 /// A matrix of quantised rows. Cheap to clone.

@@ -3,12 +3,13 @@
 //! - Products: [`linear`] and [`lora`] are the candle operations; [`dense`], [`integer`], [`tiles`] and [`brain`] compute them over
 //!   [`operands`], in the loops of [`product`] and [`rows`].
 //! - Everything else that a block computes: [`attention`], [`norm`], [`gelu`], [`gate`], [`rotary`], [`wkv`], [`reduce`].
-//! - Below them: the threads ([`pool`]), vectors ([`lanes`]) and the instruction sets ([`path`]).
+//! - Below them: the threads ([`pool`]), vectors ([`lanes`]) and the instruction sets ([`path`], [`detect`]).
 
 pub(crate) mod attention;
 pub(crate) mod attention_backward;
 pub(crate) mod brain;
 pub(crate) mod dense;
+pub(crate) mod detect;
 pub(crate) mod gate;
 pub(crate) mod gelu;
 pub(crate) mod integer;

@@ -169,10 +169,8 @@ impl Loader {
             notes.extend(left_out);
             std::fs::create_dir_all(out).map_err(|error| Error::Io { path: out.into(), error })?;
             if !options.overwrite && (pricket_weights::find_weights(out).is_ok() || out.join("config.json").exists()) {
-                return Err(Error::Output {
-                    path: out.into(),
-                    what: " holds a model already, and is not written over",
-                });
+                let what = " holds a model already, and is not written over";
+                return Err(Error::Output { path: out.into(), what });
             }
         }
         let beside = if gguf { Vec::new() } else { beside(out, &opened, &config, options.overwrite)? };

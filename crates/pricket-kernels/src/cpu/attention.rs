@@ -4,8 +4,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
+use crate::cpu::detect::path;
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::path;
 use crate::cpu::path::{Path, by_path};
 use crate::cpu::pool::{parallel, scratch, zeros};
 use crate::cpu::product::{PANEL, Product, Start};
@@ -157,7 +157,9 @@ impl Head {
                 let bias = Bias { scale: self.scale, slope: self.slope, back };
                 let shrink = soften(self.path, &mut scores[row * stride..][..keys], to, bias, running);
                 if shrink != 1.0 {
-                    own(row).iter_mut().for_each(|x| *x *= shrink);
+                    for x in own(row) {
+                        *x *= shrink;
+                    }
                 }
             }
             // SAFETY: the same rows.
@@ -166,7 +168,9 @@ impl Head {
         }
         for (row, (_, sum)) in running[..rows].iter().enumerate() {
             let norm = 1.0 / sum;
-            own(row).iter_mut().for_each(|x| *x *= norm);
+            for x in own(row) {
+                *x *= norm;
+            }
         }
     }
 

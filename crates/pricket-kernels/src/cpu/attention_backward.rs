@@ -3,9 +3,9 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::attention::{BLOCK, Bias, Head, Row, Sizes, View, run, soften};
+use crate::cpu::detect::path;
 use crate::cpu::lanes::LANES;
 use crate::cpu::path::Path;
-use crate::cpu::path::path;
 use crate::cpu::pool::{parallel, scratch, zeros};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Kind, Rows};

@@ -25,6 +25,7 @@ pub(crate) const STEP: usize = 32;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BrainProducts(Path);
 
+#[allow(clippy::unused_self, reason = "the proof is that there is one")]
 impl BrainProducts {
     /// The proof, if `path` allows such products and the processor has them.
     pub(crate) fn new(path: Path) -> Option<Self> {

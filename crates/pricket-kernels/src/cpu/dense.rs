@@ -5,11 +5,13 @@ use half::bf16;
 
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::brain::{self, BrainProducts, Tiles};
+use crate::cpu::detect::path;
 use crate::cpu::gelu::GeluOp;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::lanes::LANES;
 use crate::cpu::operands::{Begin, Left, Right, Stored, finish};
-use crate::cpu::path::{InstructionSet, path};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::path::InstructionSet;
 use crate::cpu::pool::{parallel, parallel_chunks, scratch, threads};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Rows};
@@ -134,7 +136,6 @@ impl<'a> Gemm<'a> {
         };
         let products = if fits { BrainProducts::new(path) } else { None };
         match (self.weight, products) {
-            (_, None) => return Some(self),
             (_, Some(products)) if self.rows > FEW_ROWS => many_rows_bf16(self, products),
             // For a single row the memory is what counts.
             (Stored::BF16(weight), Some(products)) if self.rows >= 2 => few_rows_bf16(self, weight, products),

@@ -9,7 +9,9 @@ use half::f16;
 
 use crate::block_type::BlockType;
 use crate::cpu::packed::{Form, STEP, Scales};
-use crate::cpu::path::{InstructionSet, Path};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::path::InstructionSet;
+use crate::cpu::path::Path;
 use crate::cpu::pool::{parallel_chunks, threads};
 
 /// The ratio of one term's step to the next one's.

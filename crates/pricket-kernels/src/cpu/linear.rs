@@ -5,11 +5,11 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::cpu::dense::{Gemm, blocked, linear_transposed};
+use crate::cpu::detect::path;
 use crate::cpu::gelu::GeluOp;
 use crate::cpu::integer;
 use crate::cpu::integers::Integers;
 use crate::cpu::operands::{Begin, Left, Right, Stored};
-use crate::cpu::path::path;
 use crate::cpu::pool::zeros;
 use crate::cpu::shared::f32_slice;
 use crate::matrix::Matrix;

@@ -3,8 +3,9 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::path::{InstructionSet, path};
+use crate::cpu::detect::path;
 #[cfg(target_arch = "x86_64")]
+use crate::cpu::path::InstructionSet;
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 

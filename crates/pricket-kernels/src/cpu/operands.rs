@@ -3,14 +3,16 @@
 use half::{bf16, f16};
 
 use crate::blocks::{Blocks, dequantise};
+use crate::cpu::detect::path;
 use crate::cpu::gelu::GeluOp;
 use crate::cpu::lanes::LANES;
 use crate::cpu::packed::Packed;
 use crate::cpu::path::Path;
-use crate::cpu::path::path;
 use crate::cpu::pool::{parallel_chunks, scratch};
 use crate::cpu::product::{PANEL, Start};
-use crate::cpu::rows::{self, Kind, Rows};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::rows::Kind;
+use crate::cpu::rows::{self, Rows};
 use crate::cpu::shared::Shared;
 
 /// Rows of a panel that are packed before those of the next one: rows of weights lie pages apart, and the next panel's part

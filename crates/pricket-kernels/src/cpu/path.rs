@@ -1,4 +1,4 @@
-//! The instruction sets that kernels have forms for, which of them the processor has, and functions that are compiled for each.
+//! The instruction sets that kernels have forms for, and functions that are compiled for each of them.
 
 #![cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
@@ -6,7 +6,6 @@
 )]
 
 use std::cmp::Ordering;
-use std::sync::OnceLock;
 
 /// An instruction set, the later the faster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,61 +37,17 @@ impl InstructionSet {
             Self::Amx => "amx",
         }
     }
-
-    #[cfg(target_arch = "x86_64")]
-    fn is_there(self) -> bool {
-        match self {
-            Self::Scalar => true,
-            Self::Neon => false,
-            Self::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-            }
-            Self::Avx512 => {
-                Self::Avx2.is_there()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vnni")
-            }
-            Self::Amx => Self::Avx512.is_there() && crate::cpu::brain::has_tiles(),
-        }
-    }
-
-    #[cfg(target_arch = "aarch64")]
-    fn is_there(self) -> bool {
-        match self {
-            Self::Scalar => true,
-            Self::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
-            Self::Avx2 | Self::Avx512 | Self::Amx => false,
-        }
-    }
-
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    fn is_there(self) -> bool {
-        self == Self::Scalar
-    }
 }
 
-/// An instruction set that this processor has. Only detection makes one, so it is the proof that kernels ask for.
+/// An instruction set that this processor has. Only its detection makes one, so it is the proof that kernels ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Path(InstructionSet);
 
 impl Path {
-    /// Returns the path of an instruction set, if this processor has it.
-    pub fn new(set: InstructionSet) -> Option<Self> {
-        set.is_there().then_some(Self(set))
-    }
-
-    /// Returns the best path of this processor.
-    pub fn best() -> Self {
-        static BEST: OnceLock<Path> = OnceLock::new();
-        *BEST.get_or_init(|| Self::available().last().unwrap_or(Self(InstructionSet::Scalar)))
-    }
-
-    /// Returns the paths of this processor, the best last.
-    pub fn available() -> impl Iterator<Item = Self> {
-        InstructionSet::ALL.into_iter().filter_map(Self::new)
+    /// # Safety
+    /// The processor has the instruction set.
+    pub(crate) unsafe fn assume(set: InstructionSet) -> Self {
+        Self(set)
     }
 
     /// Returns the instruction set's name, as `PRICKET_CPU` spells it.
@@ -111,34 +66,6 @@ impl PartialOrd<InstructionSet> for Path {
     fn partial_cmp(&self, set: &InstructionSet) -> Option<Ordering> {
         self.0.partial_cmp(set)
     }
-}
-
-/// The path that kernels take: the best, or the one that the environment variable `PRICKET_CPU` names.
-pub(crate) fn path() -> Path {
-    chosen().unwrap_or_else(|_| Path::best())
-}
-
-/// As the kernels choose: the best path, or the one that the environment variable `PRICKET_CPU` names.
-///
-/// # Errors
-/// A sentence, if the variable names no instruction set, or one that this processor does not have.
-pub fn chosen() -> Result<Path, String> {
-    static CHOSEN: OnceLock<Result<Path, String>> = OnceLock::new();
-    let choose = || {
-        let Ok(name) = std::env::var("PRICKET_CPU") else { return Ok(Path::best()) };
-        let names = |names: Vec<&str>| names.join(", ");
-        match InstructionSet::ALL.into_iter().find(|set| set.name() == name) {
-            None => {
-                let known = names(InstructionSet::ALL.into_iter().map(InstructionSet::name).collect());
-                Err(format!("PRICKET_CPU is {name:?}; it can be {known}"))
-            }
-            Some(set) => Path::new(set).ok_or_else(|| {
-                let own = names(Path::available().map(Path::name).collect());
-                format!("PRICKET_CPU is {name}, this processor has {own}")
-            }),
-        }
-    };
-    CHOSEN.get_or_init(choose).clone()
 }
 
 /// Makes a function that calls `$body::<L, ..>` with the best instructions up to its first argument; `$plain::<..>` where there

@@ -5,9 +5,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use crate::cpu::detect::path;
 use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::path::by_path;
-use crate::cpu::path::path;
 use crate::cpu::pool::{parallel, threads};
 
 /// Sums that are independent of each other: as many as it takes to keep every unit busy.

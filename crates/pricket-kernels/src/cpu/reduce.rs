@@ -4,9 +4,9 @@ use std::mem::MaybeUninit;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
+use crate::cpu::detect::path;
 use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::path::by_path;
-use crate::cpu::path::path;
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 

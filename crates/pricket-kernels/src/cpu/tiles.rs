@@ -17,10 +17,11 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use crate::cpu::brain::{STEP, Tiles, put};
+use crate::cpu::detect::path;
 use crate::cpu::gelu::GeluOp;
 use crate::cpu::lanes::LANES;
 use crate::cpu::operands::{Begin, Left, Right, finish};
-use crate::cpu::path::{InstructionSet, Path, path};
+use crate::cpu::path::{InstructionSet, Path};
 use crate::cpu::pool::{parallel, scratch, threads};
 use crate::cpu::product::{PANEL, Product};
 use crate::cpu::rows::{Kind, Rows};

@@ -5,9 +5,9 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
+use crate::cpu::detect::path;
 use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::path::by_path;
-use crate::cpu::path::path;
 use crate::cpu::pool::{parallel, zeros};
 use crate::cpu::shared::{Shared, f32_slice};
 

@@ -297,7 +297,7 @@ impl Sweep {
             let needed = job.model.bytes_to_fetch(job.checkpoint);
             if needed > *budget {
                 let id = job.model.id(job.checkpoint);
-                return Err(Error::Budget { id: id.to_string(), needed, budget: *budget });
+                return Err(Error::Budget { id: id.clone(), needed, budget: *budget });
             }
             let left = hub.cache().evict(budget - needed, &Quiet)?.left;
             let needed = job.model.bytes_to_fetch(job.checkpoint);

@@ -235,7 +235,9 @@ impl Pricket {
 
     fn with_text(&self, mut scored: Vec<ScoredToken>) -> Result<Vec<ScoredToken>> {
         let tokenizer = self.tokenizer()?;
-        scored.iter_mut().for_each(|token| token.text = tokenizer.decode_part(&[token.id]));
+        for token in &mut scored {
+            token.text = tokenizer.decode_part(&[token.id]);
+        }
         Ok(scored)
     }
 

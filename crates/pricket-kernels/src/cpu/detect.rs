@@ -1,0 +1,86 @@
+//! Which instruction sets the processor has; one answer for every kernel, found once.
+
+use std::sync::OnceLock;
+
+use crate::cpu::path::{InstructionSet, Path};
+
+impl Path {
+    /// Returns the path of an instruction set, if this processor has it.
+    pub fn new(set: InstructionSet) -> Option<Self> {
+        // SAFETY: just found.
+        is_there(set).then(|| unsafe { Self::assume(set) })
+    }
+
+    /// Returns the best path of this processor.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Path> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().last().expect("every processor has scalar instructions"))
+    }
+
+    /// Returns the paths of this processor, the best last.
+    pub fn available() -> impl Iterator<Item = Self> {
+        InstructionSet::ALL.into_iter().filter_map(Self::new)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_there(set: InstructionSet) -> bool {
+    match set {
+        InstructionSet::Scalar => true,
+        InstructionSet::Neon => false,
+        InstructionSet::Avx2 => {
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+        }
+        InstructionSet::Avx512 => {
+            is_there(InstructionSet::Avx2)
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
+        }
+        InstructionSet::Amx => is_there(InstructionSet::Avx512) && crate::cpu::brain::has_tiles(),
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+fn is_there(set: InstructionSet) -> bool {
+    match set {
+        InstructionSet::Scalar => true,
+        InstructionSet::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
+        InstructionSet::Avx2 | InstructionSet::Avx512 | InstructionSet::Amx => false,
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn is_there(set: InstructionSet) -> bool {
+    set == InstructionSet::Scalar
+}
+
+/// The path that kernels take: the best, or the one that the environment variable `PRICKET_CPU` names.
+pub(crate) fn path() -> Path {
+    chosen().unwrap_or_else(|_| Path::best())
+}
+
+/// As the kernels choose: the best path, or the one that the environment variable `PRICKET_CPU` names.
+///
+/// # Errors
+/// A sentence, if the variable names no instruction set, or one that this processor does not have.
+pub fn chosen() -> Result<Path, String> {
+    static CHOSEN: OnceLock<Result<Path, String>> = OnceLock::new();
+    let choose = || {
+        let Ok(name) = std::env::var("PRICKET_CPU") else { return Ok(Path::best()) };
+        let names = |names: Vec<&str>| names.join(", ");
+        match InstructionSet::ALL.into_iter().find(|set| set.name() == name) {
+            None => {
+                let known = names(InstructionSet::ALL.into_iter().map(InstructionSet::name).collect());
+                Err(format!("PRICKET_CPU is {name:?}; it can be {known}"))
+            }
+            Some(set) => Path::new(set).ok_or_else(|| {
+                let own = names(Path::available().map(Path::name).collect());
+                format!("PRICKET_CPU is {name}, this processor has {own}")
+            }),
+        }
+    };
+    CHOSEN.get_or_init(choose).clone()
+}
