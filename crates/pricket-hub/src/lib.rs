@@ -24,6 +24,8 @@
 //! # Ok::<(), pricket_hub::Error>(())
 //! ```
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod address;
 mod cache;
 mod digest;

@@ -16,6 +16,7 @@
 //! assert_eq!(y, [11.5, 4.0]);
 //! ```
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![allow(unsafe_code, reason = "the workspace denies it; here and where files are mapped is where it lives")]
 
 mod block_type;

@@ -23,6 +23,8 @@
 //! # Ok::<(), pricket_nn::Error>(())
 //! ```
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod activation;
 mod alibi;
 mod attend;

@@ -33,6 +33,8 @@
 //! No code of a repository is ever executed, nothing is guessed from a file's name, and a bad file gives an
 //! [`Error`] that names it.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 pub mod convert;
 mod error;
 pub mod loading;
