@@ -5,29 +5,23 @@
 #[path = "common/finish.rs"]
 mod finish;
 
-use std::collections::HashMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
-use candle_nn::VarBuilder;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::models::llama::{Cache, Llama, LlamaConfig};
 use clap::Parser;
 use pricket::candle::{DType, Device, Tensor};
-use pricket::hub::Hub;
-use pricket::lm::Tokenizer;
-use pricket::loading::fetch;
-use pricket::nn::Silent;
-use pricket::suites::tensors;
+use pricket::interop;
 
 /// Continues a prompt with candle-transformers' Llama. Repository, cache, formats of weights and tokenizer are pricket's; the model
 /// and the sampling are candle's.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// A repository of the Hub, or a directory in its layout, of a Llama without biases
+    /// A repository of the Hub, a directory in its layout or a file of any format, of a Llama without biases
     #[arg(long, short, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama"))]
     model: PathBuf,
     /// The text to continue
@@ -49,29 +43,15 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    let directory = if args.model.is_dir() {
-        args.model.clone()
-    } else {
-        fetch(&args.model, &Hub::from_env()?, &Silent)?.directory
-    };
-    let read = |name: &str| {
-        let path = directory.join(name);
-        std::fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))
-    };
-    let config: serde_json::Value = serde_json::from_slice(&read("config.json")?)?;
-    let kind = config["model_type"].as_str().unwrap_or_default();
+    // A directory, a file of any format that pricket reads, or a repository.
+    let opened = interop::open(&args.model)?;
+    let kind = opened.config["model_type"].as_str().unwrap_or_default();
     ensure!(kind == "llama", "{}: a model of type {kind:?}; this example runs llama", args.model.display());
-    let config = serde_json::from_value::<LlamaConfig>(config)?.into_config(false);
-    let file = ["tokenizer.model", "tokenizer.json"].map(|name| directory.join(name));
-    let file = file.iter().find(|file| file.is_file()).context("there is no tokenizer")?;
-    let tokenizer = Tokenizer::from_file(file)?;
+    let config = serde_json::from_value::<LlamaConfig>(opened.config.clone())?.into_config(false);
+    let tokenizer = opened.tokenizer.as_ref().context("there is no tokenizer")?;
 
-    // Any format that pricket reads, as candle's layers ask for tensors.
     let device = Device::Cpu;
-    let found = tensors(&args.model)?;
-    let weights: Result<HashMap<String, Tensor>, _> =
-        found.names().map(|name| Ok((name.to_owned(), found.read(name)?))).collect::<pricket::Result<_>>();
-    let model = Llama::load(VarBuilder::from_tensors(weights?, DType::F32, &device), &config)?;
+    let model = Llama::load(opened.var_builder(DType::F32, &device), &config)?;
     let mut cache = Cache::new(true, DType::F32, &config, &device)?;
 
     let sampling = match args.temperature {

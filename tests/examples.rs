@@ -334,9 +334,9 @@ fn the_prelude_has_what_the_examples_import() {
     let prelude = source.split("pub mod prelude").nth(1).unwrap();
     let has = |name: &str| prelude.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
     // What only one program of its kind needs: auditing, and sharing a sweep among machines.
-    let rare = ["Audit", "AuditOptions", "Checkpoints", "KnownKind", "Shard", "Converted"];
+    let rare = ["Audit", "AuditOptions", "Checkpoints", "KnownKind", "Shard", "Converted", "Error"];
     let examples = std::fs::read_dir(root().join("examples")).unwrap().flatten().map(|entry| entry.path());
-    let pages = ["README.md", "docs/recipes.md"].map(|page| root().join(page));
+    let pages = ["README.md", "docs/recipes.md", "docs/interop.md"].map(|page| root().join(page));
     let mut seen = 0;
     for path in examples.filter(|path| path.extension().is_some_and(|end| end == "rs")).chain(pages) {
         let text = std::fs::read_to_string(&path).unwrap();

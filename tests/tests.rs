@@ -5,6 +5,9 @@ mod common;
 /// The crates depend on each other as docs/architecture.md says, and keep to their own business.
 mod layering;
 
+/// VarBuilders, tokenizers and repositories of other crates, in and out.
+mod interop;
+
 /// What the original implementations answered.
 mod golden;
 

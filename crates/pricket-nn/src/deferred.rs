@@ -10,7 +10,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use crate::known::known;
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
 
 /// The gradients of variables that deferred parts have found.
 #[derive(Clone, Debug, Default)]
@@ -30,9 +30,10 @@ impl Deferred {
 
     /// Returns zeros in the place of `part(x)`, which is computed with `ctx` when its gradient is known. `part` returns a tensor of
     /// the shape of `x`.
-    pub(crate) fn defer<F>(&self, x: &Tensor, ctx: Context, part: F) -> Result<Tensor>
+    pub(crate) fn defer<C, F>(&self, x: &Tensor, ctx: C, part: F) -> Result<Tensor>
     where
-        F: Fn(&Tensor, &mut Context) -> Result<Tensor> + Send + Sync + 'static,
+        C: Send + 'static,
+        F: Fn(&Tensor, &mut C) -> Result<Tensor> + Send + Sync + 'static,
     {
         // The part may depend on variables where `x` does not.
         let variable = Var::from_tensor(&Tensor::zeros((), x.dtype(), x.device())?)?.into_inner();

@@ -112,13 +112,7 @@ impl Loader {
         let out = out.as_ref();
         let mut opened = self.opened()?;
         let family = checked_family(&opened.config).map_err(|e| at(&opened.config_path, e))?;
-        let in_model_order = if let Some(known) = crate::loading::qkv::decided(&opened.fused, self.order()) {
-            known
-        } else {
-            let loaded = self.clone().load()?;
-            opened.notes.extend(loaded.notes().iter().cloned());
-            loaded.in_model_order()
-        };
+        let in_model_order = self.in_model_order(&mut opened)?;
         #[cfg(feature = "train")]
         let adapters = self.read_adapters()?;
         let headers = Arc::new(Headers::of(Arc::clone(&opened.store)));

@@ -7,6 +7,7 @@
 //! | [`suites`] | known models, their training steps, audits |
 //! | [`sweep`] | measurements over training |
 //! | [`convert`] | other formats and types |
+//! | [`interop`] | candle programs, `VarBuilder`, `tokenizers`, `hf_hub` |
 //! | [`hub`], [`weights`], [`nn`], [`lm`], `train`, `plots` | the crates below |
 //!
 //! [`load`] gives a [`Pricket`]: an owned handle with text in and text out, cheap to clone. What lies below it is public
@@ -37,6 +38,7 @@
 
 pub mod convert;
 mod error;
+pub mod interop;
 pub mod loading;
 #[cfg(feature = "plots")]
 pub mod notebook;
@@ -71,6 +73,8 @@ mod pages {
     struct Readme;
     #[doc = include_str!("../../../docs/recipes.md")]
     struct Recipes;
+    #[doc = include_str!("../../../docs/interop.md")]
+    struct Interop;
 }
 
 /// What a program or a notebook mostly needs.

@@ -33,6 +33,7 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// # Panics
     /// If it lies behind the buffer.
+    #[inline]
     pub(crate) fn from(self, at: usize) -> Self {
         assert!(at <= self.len, "a place beyond its buffer");
         // SAFETY: inside the buffer or one past it.
@@ -56,6 +57,7 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// # Safety
     /// While the result is used nothing else touches these elements.
+    #[inline]
     pub(crate) unsafe fn slice(self, at: usize, len: usize) -> &'a mut [T] {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice beyond its buffer");
         // SAFETY: inside the buffer, which is borrowed for `'a`; nothing else refers to it, as the caller promises.

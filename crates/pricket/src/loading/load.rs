@@ -489,8 +489,15 @@ impl Loader {
         self.allow_unused
     }
 
-    pub(crate) fn order(&self) -> QkvOrder {
-        self.qkv
+    /// Whether the rows of the fused matrices are in the model's order on file, which a file may not say: then the model is loaded to
+    /// find out.
+    pub(crate) fn in_model_order(&self, opened: &mut Opened) -> Result<bool> {
+        if let Some(known) = qkv::decided(&opened.fused, self.qkv) {
+            return Ok(known);
+        }
+        let loaded = self.clone().load()?;
+        opened.notes.extend(loaded.notes().iter().cloned());
+        Ok(loaded.in_model_order())
     }
 
     pub(crate) fn reporter(&self) -> &dyn Progress {

@@ -1,0 +1,304 @@
+//! Candle programs and pricket, side by side: weights of any format for candle's own models, and candle's weights for ours.
+//!
+//! Types of other crates are those of the versions that are exported here: [`tokenizers`], [`hf_hub`] and [`crate::candle_nn`].
+//!
+//! ```
+//! use pricket::candle::{DType, Device};
+//! use pricket::interop;
+//!
+//! let opened = interop::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))?;
+//! let weights = opened.var_builder(DType::F32, &Device::Cpu); // names and order of rows as on the Hub, whatever the format
+//! let embedding = weights.get((512, 128), "gpt_neox.embed_in.weight")?;
+//! assert_eq!(embedding.dtype(), DType::F32);
+//!
+//! // And back: a model of ours over what a VarBuilder gives.
+//! let again = pricket::Loader::from_store(opened.config.clone(), interop::store(weights)).threads(1).load()?;
+//! assert_eq!(again.info().layers, 4);
+//! # Ok::<(), pricket::Error>(())
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
+use candle_nn::VarBuilder;
+use candle_nn::var_builder::SimpleBackend;
+use pricket_lm::Tokenizer;
+use pricket_nn::{LoadOptions, RowOrder, Weights};
+use pricket_weights::{Bytes, Dtype, Entry, Headers, Store, read_tensor};
+use serde_json::Value;
+
+pub use {hf_hub, tokenizers};
+
+use crate::loading::family::checked_family;
+use crate::loading::load::Loader;
+use crate::loading::small_files::at;
+use crate::loading::source::Source;
+use crate::{Error, Result};
+
+/// A checkpoint that is open: its configuration, its tokenizer, and its tensors as the Hub has them.
+#[non_exhaustive]
+pub struct Opened {
+    /// config.json, or what a file without one says.
+    pub config: Value,
+    /// The tokenizer, if the checkpoint has one.
+    pub tokenizer: Option<Tokenizer>,
+    store: Arc<dyn Store>,
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Opened({} tensors)", self.store.names().len())
+    }
+}
+
+/// Opens a checkpoint of any format: a directory, a file, or a repository of the Hub, which is fetched into the cache that Python shares.
+///
+/// # Errors
+/// As [`Loader::load`], but for memory: nothing is read yet.
+pub fn open(source: impl Into<Source>) -> Result<Opened> {
+    Opened::from_loader(Loader::new(source))
+}
+
+impl Opened {
+    /// Opens what a loader names, with what it changes about it: the configuration, the tokenizer, the order of QKV rows.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn from_loader(loader: Loader) -> Result<Self> {
+        let mut opened = loader.opened()?;
+        let wrong = |e| at(&opened.config_path, e);
+        let family = checked_family(&opened.config).map_err(wrong)?;
+        let options = LoadOptions { allow_unused: loader.allows_unused(), ..LoadOptions::default() };
+        let dry = Weights::new(Arc::new(Headers::of(Arc::clone(&opened.store))), family.names(), options);
+        family.load(&opened.config, &dry).map_err(wrong)?;
+        loader.check_unused(&dry, &*opened.store)?;
+        let fused: BTreeMap<String, RowOrder> = dry.fused().into_iter().collect();
+        let in_model_order = loader.in_model_order(&mut opened)?;
+        let tensors = dry.asked().into_iter().map(|(name, from)| {
+            let order = fused.get(&name).copied().filter(|_| in_model_order).unwrap_or(RowOrder::AsStored);
+            (name, (from, order))
+        });
+        let store = Arc::new(HubLayout { tensors: tensors.collect(), store: opened.store });
+        Ok(Self { config: opened.config, tokenizer: opened.tokenizer, store })
+    }
+
+    /// The tensors under the names and with the order of rows that they have on the Hub. Quantized ones whose rows are reordered are
+    /// read as f32.
+    pub fn store(&self) -> Arc<dyn Store> {
+        Arc::clone(&self.store)
+    }
+
+    /// The tensors as the layers of candle ask for them, in `dtype` on `device`. One is read when it is asked for.
+    pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        var_builder(self.store(), dtype, device)
+    }
+}
+
+/// The tensors of any store as the layers of candle ask for them, in `dtype` on `device`. One is read when it is asked for; quantized
+/// ones are widened.
+pub fn var_builder(store: Arc<dyn Store>, dtype: DType, device: &Device) -> VarBuilder<'static> {
+    VarBuilder::from_backend(Box::new(Backend(store)), dtype, device.clone())
+}
+
+/// What a `VarBuilder` gives as a store of ours, for [`Loader::from_store`]. A `VarBuilder` cannot list its names, so no unused tensor
+/// is reported, and an error for a missing tensor names no other.
+pub fn store(tensors: VarBuilder<'static>) -> Arc<dyn Store> {
+    Arc::new(Built(tensors))
+}
+
+/// A tokenizer of the `tokenizers` crate as ours.
+///
+/// # Errors
+/// [`Error::Tokenizer`] for one that cannot be written as a tokenizer.json, or that has parts that are not read here.
+pub fn tokenizer(tokenizer: &tokenizers::Tokenizer) -> Result<Tokenizer> {
+    let origin = "the tokenizer given";
+    let json =
+        tokenizer.to_string(false).map_err(|e| Error::Tokenizer { origin: origin.into(), what: e.to_string() })?;
+    Ok(Tokenizer::from_bytes(json.as_bytes(), origin)?)
+}
+
+/// Our tokenizer as one of the `tokenizers` crate.
+///
+/// # Errors
+/// [`Error::Tokenizer`] for one that was made of a sentencepiece model, which is no tokenizer.json.
+pub fn to_tokenizers(tokenizer: &Tokenizer) -> Result<tokenizers::Tokenizer> {
+    let json = tokenizer.to_json()?;
+    let wrong = |e: tokenizers::Error| Error::Tokenizer { origin: "tokenizer.json".into(), what: e.to_string() };
+    tokenizers::Tokenizer::from_bytes(json.as_bytes()).map_err(wrong)
+}
+
+/// A model repository of the `hf_hub` crate as a source.
+///
+/// # Errors
+/// [`Error::Source`] for a dataset or a space.
+pub fn source(repo: &hf_hub::Repo) -> Result<Source> {
+    // The one thing that says id and kind without hf-hub's HTTP.
+    let folder = repo.folder_name();
+    let Some(id) = folder.strip_prefix("models--") else {
+        return Err(Error::Source(format!("{folder} is no model")));
+    };
+    let id = id.split_once("--").map_or_else(|| id.to_owned(), |(owner, name)| format!("{owner}/{name}"));
+    Ok(Source::new(id).revision(repo.revision()))
+}
+
+/// A source as a model repository of the `hf_hub` crate.
+///
+/// # Errors
+/// [`Error::Source`] for what is on this machine.
+pub fn repo(source: impl Into<Source>) -> Result<hf_hub::Repo> {
+    let source = source.into();
+    match source.locate()? {
+        crate::loading::source::Place::Hub(id, _) => {
+            Ok(hf_hub::Repo::with_revision(id.repo.to_string(), hf_hub::RepoType::Model, id.revision.clone()))
+        }
+        crate::loading::source::Place::Local(path) => {
+            Err(Error::Source(format!("{} is on this machine, not a repository", path.display())))
+        }
+    }
+}
+
+/// Tensors under their names on the Hub: the name on file, and the order in which its rows are there.
+struct HubLayout {
+    tensors: BTreeMap<String, (String, RowOrder)>,
+    store: Arc<dyn Store>,
+}
+
+impl Store for HubLayout {
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        let (from, order) = self.tensors.get(name)?;
+        let mut entry = self.store.entry(from)?;
+        if matches!(entry.dtype, Dtype::Block(_)) && *order != RowOrder::AsStored {
+            entry.dtype = Dtype::F32;
+        }
+        Some(entry)
+    }
+
+    fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
+        let Some((from, order)) = self.tensors.get(name) else { return Err(self.missing(name)) };
+        if *order == RowOrder::AsStored {
+            return self.store.bytes(from);
+        }
+        let tensor = read_tensor(&*self.store, from, &Device::Cpu)?;
+        let undone = order.undo(&tensor).map_err(|e| match e {
+            pricket_nn::Error::Candle(e) => e,
+            e => candle_core::Error::Msg(e.to_string()),
+        });
+        undone.and_then(|tensor| bytes_of(&tensor)).map_err(|source| self.in_candle(name, source))
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.store.origin(self.tensors.get(name).map_or(name, |(from, _)| from))
+    }
+}
+
+impl HubLayout {
+    fn in_candle(&self, name: &str, source: candle_core::Error) -> pricket_weights::Error {
+        pricket_weights::Error::Candle { origin: self.origin(name), name: name.into(), source }
+    }
+}
+
+/// The numbers of a tensor, little-endian.
+fn bytes_of(tensor: &Tensor) -> candle_core::Result<Bytes<'static>> {
+    let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
+        candle_core::bail!("a tensor that is not on the CPU")
+    };
+    macro_rules! numbers {
+        ($($kind:ident),*) => {
+            match storage {
+                $(CpuStorage::$kind(data) => data[from..to].iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>(),)*
+                _ => candle_core::bail!("a tensor of {}", tensor.dtype().as_str()),
+            }
+        };
+    }
+    Ok(Bytes::from(numbers!(U8, U32, I64, BF16, F16, F32, F64)))
+}
+
+/// What the layers of candle ask.
+struct Backend(Arc<dyn Store>);
+
+impl SimpleBackend for Backend {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: candle_nn::Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let entry = self.0.entry(self.0.resolve(name)).ok_or_else(|| self.missing(name))?;
+        if entry.shape != shape.dims() {
+            let (expected, got) = (shape, entry.shape.into());
+            return Err(candle_core::Error::UnexpectedShape {
+                msg: format!("{}: {name}", self.0.origin(name)),
+                expected,
+                got,
+            });
+        }
+        self.get_unchecked(name, dtype, device)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        let name = self.0.resolve(name);
+        let tensor = read_tensor(&*self.0, name, &Device::Cpu).map_err(candle_core::Error::wrap)?;
+        tensor.to_dtype(dtype)?.to_device(device)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.entry(self.0.resolve(name)).is_some()
+    }
+}
+
+impl Backend {
+    fn missing(&self, name: &str) -> candle_core::Error {
+        candle_core::Error::wrap(self.0.missing(name))
+    }
+}
+
+/// What a `VarBuilder` gives.
+struct Built(VarBuilder<'static>);
+
+impl Built {
+    fn tensor(&self, name: &str) -> Option<Tensor> {
+        self.0.contains_tensor(name).then(|| self.0.get_unchecked(name).ok()).flatten()
+    }
+}
+
+impl Store for Built {
+    fn names(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn entry(&self, name: &str) -> Option<Entry> {
+        let tensor = self.tensor(name)?;
+        let dtype = match tensor.dtype() {
+            DType::U8 => Dtype::U8,
+            DType::I64 => Dtype::I64,
+            DType::BF16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
+            DType::F32 => Dtype::F32,
+            DType::F64 => Dtype::F64,
+            other => Dtype::Other(other.as_str().into()),
+        };
+        Some(Entry { shape: tensor.dims().to_vec(), dtype })
+    }
+
+    fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
+        let tensor = self.tensor(name).ok_or_else(|| self.missing(name))?;
+        bytes_of(&tensor).map_err(|source| pricket_weights::Error::Candle {
+            origin: self.origin(name),
+            name: name.into(),
+            source,
+        })
+    }
+
+    fn origin(&self, _: &str) -> String {
+        "the VarBuilder".into()
+    }
+}
