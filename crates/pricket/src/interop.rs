@@ -57,7 +57,7 @@ impl std::fmt::Debug for Opened {
 /// # Errors
 /// As [`Loader::load`], but for memory: nothing is read yet.
 pub fn open(source: impl Into<Source>) -> Result<Opened> {
-    Opened::from_loader(Loader::new(source))
+    Opened::from_loader(&Loader::new(source))
 }
 
 impl Opened {
@@ -65,7 +65,7 @@ impl Opened {
     ///
     /// # Errors
     /// As [`open`].
-    pub fn from_loader(loader: Loader) -> Result<Self> {
+    pub fn from_loader(loader: &Loader) -> Result<Self> {
         let mut opened = loader.opened()?;
         let wrong = |e| at(&opened.config_path, e);
         let family = checked_family(&opened.config).map_err(wrong)?;
@@ -284,7 +284,7 @@ impl Store for Built {
             DType::F16 => Dtype::F16,
             DType::F32 => Dtype::F32,
             DType::F64 => Dtype::F64,
-            other => Dtype::Other(other.as_str().into()),
+            other => Dtype::Other(other.as_str()),
         };
         Some(Entry { shape: tensor.dims().to_vec(), dtype })
     }

@@ -1,13 +1,15 @@
 //! Measurements over the training steps of models: sweeps, their files of results, and curves of them.
 
 pub(crate) mod inputs;
+pub(crate) mod measure;
 pub(crate) mod results;
 #[cfg(feature = "plots")]
 pub(crate) mod rows;
 pub(crate) mod run;
 pub(crate) mod shard;
 
+pub use measure::Measure;
 #[cfg(feature = "plots")]
 pub use rows::{Row, csv, curves, read_rows, table};
-pub use run::{Measure, Sweep, Swept};
+pub use run::{Sweep, Swept};
 pub use shard::Shard;

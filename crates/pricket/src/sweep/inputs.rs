@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::loading::provenance::Provenance;
-use crate::sweep::run::Measure;
+use crate::sweep::measure::Measure;
 
 /// Hashes of the files of documents, each computed once.
 #[derive(Default)]

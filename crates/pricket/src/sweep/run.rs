@@ -1,135 +1,23 @@
 //! Figures over checkpoints: one after the other, resumably, in shares that add up.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use pricket_hub::{Digest, Hub, Quiet, Steps};
-use pricket_lm::{Documents, EvalOptions, Task, TaskKind, slice_losses};
+use pricket_hub::{Hub, Quiet, Steps};
+use pricket_lm::{Documents, EvalOptions, slice_losses};
 use serde_json::{Value, json};
 
 use crate::loading::load::Loader;
 use crate::suites::checkpoints::{Checkpoint, Checkpoints};
 use crate::sweep::inputs::{self, Hashes};
+use crate::sweep::measure::{Measure, SLICE_METRICS, TEXT_METRICS, stem};
 use crate::sweep::results::{Rows, Wanted};
 use crate::sweep::shard::Shard;
 use crate::text::handle::Pricket;
 use crate::{Error, Result};
-
-/// What is measured of each checkpoint.
-#[derive(Clone, Debug)]
-#[allow(clippy::large_enum_variant, reason = "a sweep has a few")]
-pub enum Measure {
-    /// A task over local documents; its metrics are called `TASK/METRIC`.
-    Task {
-        /// The task.
-        task: Task,
-        /// Files of its documents, JSON lines or parquet.
-        documents: Vec<PathBuf>,
-        /// Those that examples are drawn from, where there are to be any.
-        examples: Vec<PathBuf>,
-    },
-    /// The loss of every slice of a file of JSON lines: `SLICE/loss` in nats a token and `SLICE/bits_per_byte`.
-    Slices(PathBuf),
-    /// The loss of a file of plain text: `NAME/loss` in nats a token, `NAME/perplexity`, its `exp`, and `NAME/bits_per_byte`, where NAME
-    /// is the file's without its extension. Every token is scored, the first after `<|endoftext|>`, in windows.
-    TextFile(PathBuf),
-    /// The loss of a text: `NAME/loss` and `NAME/bits_per_byte`.
-    Text {
-        /// What it is called.
-        name: String,
-        /// The text.
-        text: String,
-    },
-}
-
-/// The metrics of a slice.
-const SLICE_METRICS: [&str; 2] = ["loss", "bits_per_byte"];
-
-/// Those of a file of plain text.
-const TEXT_METRICS: [&str; 3] = ["loss", "perplexity", "bits_per_byte"];
-
-/// The name of a file without its extension, nor that of its compression.
-fn stem(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
-    name.rsplit_once('.').map_or(name, |(stem, _)| if stem.is_empty() { name } else { stem }).to_owned()
-}
-
-impl Measure {
-    /// The metrics that it gives, where that is known before.
-    fn metrics(&self) -> Option<Vec<String>> {
-        match self {
-            Measure::Task { task, .. } => {
-                Some(task.metrics().iter().map(|metric| format!("{}/{}", task.name(), metric.name())).collect())
-            }
-            Measure::Text { name, .. } => Some(SLICE_METRICS.iter().map(|metric| format!("{name}/{metric}")).collect()),
-            Measure::TextFile(path) => {
-                Some(TEXT_METRICS.iter().map(|metric| format!("{}/{metric}", stem(path))).collect())
-            }
-            Measure::Slices(_) => None,
-        }
-    }
-
-    /// Whether it scores whole texts, in windows.
-    fn has_windows(&self) -> bool {
-        match self {
-            Measure::Task { task, .. } => task.kind() == TaskKind::Perplexity,
-            Measure::Text { .. } | Measure::TextFile(_) | Measure::Slices(_) => true,
-        }
-    }
-
-    /// What it is called in the rows that belong to it.
-    fn name(&self) -> String {
-        match self {
-            Measure::Task { task, .. } => format!("task {}", task.name()),
-            Measure::Slices(path) => format!("slices {}", path.display()),
-            Measure::TextFile(path) => format!("text file {}", path.display()),
-            Measure::Text { name, .. } => format!("text {name}"),
-        }
-    }
-
-    /// What its rows have to be.
-    fn wanted(&self, sweep: &Sweep) -> Wanted {
-        Wanted { metrics: self.metrics(), settings: self.settings(sweep), needs_hashes: sweep.remeasure }
-    }
-
-    /// The settings of its rows: with other settings a checkpoint is measured again.
-    fn settings(&self, sweep: &Sweep) -> Value {
-        let options = &sweep.options;
-        let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).ok();
-        let mut settings = match self {
-            Measure::Task { task, documents, .. } => {
-                let version =
-                    task.version().parse::<f64>().map_or_else(|_| json!(task.version()), |number| json!(number));
-                let limit = options.limit.map(pricket_lm::Limit::to_json);
-                let shots = task.shots(options.shots);
-                json!({"version": version, "shots": shots, "limit": limit, "bytes": documents.iter().map(|path| bytes(path)).sum::<Option<u64>>()})
-            }
-            Measure::Slices(path) | Measure::TextFile(path) => {
-                json!({"file": path.file_name().map(|name| name.to_string_lossy()), "bytes": bytes(path)})
-            }
-            Measure::Text { text, .. } => {
-                json!({"sha256": Digest::Sha256(String::new()).of(text.as_bytes()).hex()})
-            }
-        };
-        if let Some(length) = options.score.max_length {
-            settings["max_length"] = json!(length);
-        }
-        if let Some(stride) = options.score.stride.filter(|_| self.has_windows()) {
-            settings["stride"] = json!(stride);
-        }
-        if options.seed != EvalOptions::default().seed {
-            settings["seed"] = json!(options.seed);
-        }
-        if !sweep.setup.is_empty() {
-            settings["setup"] = json!(sweep.setup);
-        }
-        settings
-    }
-}
 
 type Configure = Arc<dyn Fn(Loader) -> Result<Loader> + Send + Sync>;
 
@@ -351,7 +239,7 @@ impl Sweep {
                 let weights = self.identity(rows, model, checkpoint);
                 let mut measures = Vec::new();
                 for (measure, inputs) in self.measures.iter().zip(&inputs) {
-                    match rows.there(model, checkpoint, &measure.wanted(self), inputs, weights.as_ref()) {
+                    match rows.there(model, checkpoint, &self.wanted(measure), inputs, weights.as_ref()) {
                         Some(found) => {
                             swept.kept += found.rows;
                             unproven += found.unproven;
@@ -438,7 +326,7 @@ impl Sweep {
                 Err(e) => return Err(Failure::of(e)),
             };
             measured += 1;
-            let settings = measure.settings(self);
+            let settings = measure.settings(&self.options, &self.setup);
             let row = |(metric, value, stderr, documents): Measured| {
                 let mut row = about.clone();
                 row["metric"] = json!(metric);
@@ -457,6 +345,12 @@ impl Sweep {
             rows.append(found, tell).map_err(Failure::Everywhere)?;
         }
         Ok(measured)
+    }
+
+    /// What the rows of a measure have to be.
+    fn wanted(&self, measure: &Measure) -> Wanted {
+        let settings = measure.settings(&self.options, &self.setup);
+        Wanted { metrics: measure.metrics(), settings, needs_hashes: self.remeasure }
     }
 
     fn figures(&self, model: &Pricket, measure: &Measure) -> Result<Vec<Measured>> {

@@ -1,0 +1,115 @@
+//! What is measured of each checkpoint.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use pricket_hub::Digest;
+use pricket_lm::{EvalOptions, Task, TaskKind};
+use serde_json::{Value, json};
+
+/// What is measured of each checkpoint.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a sweep has a few")]
+pub enum Measure {
+    /// A task over local documents; its metrics are called `TASK/METRIC`.
+    Task {
+        /// The task.
+        task: Task,
+        /// Files of its documents, JSON lines or parquet.
+        documents: Vec<PathBuf>,
+        /// Those that examples are drawn from, where there are to be any.
+        examples: Vec<PathBuf>,
+    },
+    /// The loss of every slice of a file of JSON lines: `SLICE/loss` in nats a token and `SLICE/bits_per_byte`.
+    Slices(PathBuf),
+    /// The loss of a file of plain text: `NAME/loss` in nats a token, `NAME/perplexity`, its `exp`, and `NAME/bits_per_byte`, where NAME
+    /// is the file's without its extension. Every token is scored, the first after `<|endoftext|>`, in windows.
+    TextFile(PathBuf),
+    /// The loss of a text: `NAME/loss` and `NAME/bits_per_byte`.
+    Text {
+        /// What it is called.
+        name: String,
+        /// The text.
+        text: String,
+    },
+}
+
+/// The metrics of a slice.
+pub(crate) const SLICE_METRICS: [&str; 2] = ["loss", "bits_per_byte"];
+
+/// Those of a file of plain text.
+pub(crate) const TEXT_METRICS: [&str; 3] = ["loss", "perplexity", "bits_per_byte"];
+
+/// The name of a file without its extension, nor that of its compression.
+pub(crate) fn stem(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
+    name.rsplit_once('.').map_or(name, |(stem, _)| if stem.is_empty() { name } else { stem }).to_owned()
+}
+
+impl Measure {
+    /// The metrics that it gives, where that is known before.
+    pub(crate) fn metrics(&self) -> Option<Vec<String>> {
+        match self {
+            Measure::Task { task, .. } => {
+                Some(task.metrics().iter().map(|metric| format!("{}/{}", task.name(), metric.name())).collect())
+            }
+            Measure::Text { name, .. } => Some(SLICE_METRICS.iter().map(|metric| format!("{name}/{metric}")).collect()),
+            Measure::TextFile(path) => {
+                Some(TEXT_METRICS.iter().map(|metric| format!("{}/{metric}", stem(path))).collect())
+            }
+            Measure::Slices(_) => None,
+        }
+    }
+
+    /// Whether it scores whole texts, in windows.
+    pub(crate) fn has_windows(&self) -> bool {
+        match self {
+            Measure::Task { task, .. } => task.kind() == TaskKind::Perplexity,
+            Measure::Text { .. } | Measure::TextFile(_) | Measure::Slices(_) => true,
+        }
+    }
+
+    /// What it is called in the rows that belong to it.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Measure::Task { task, .. } => format!("task {}", task.name()),
+            Measure::Slices(path) => format!("slices {}", path.display()),
+            Measure::TextFile(path) => format!("text file {}", path.display()),
+            Measure::Text { name, .. } => format!("text {name}"),
+        }
+    }
+
+    /// The settings of its rows: with other settings a checkpoint is measured again.
+    pub(crate) fn settings(&self, options: &EvalOptions, setup: &BTreeMap<String, String>) -> Value {
+        let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).ok();
+        let mut settings = match self {
+            Measure::Task { task, documents, .. } => {
+                let version =
+                    task.version().parse::<f64>().map_or_else(|_| json!(task.version()), |number| json!(number));
+                let limit = options.limit.map(pricket_lm::Limit::to_json);
+                let shots = task.shots(options.shots);
+                json!({"version": version, "shots": shots, "limit": limit, "bytes": documents.iter().map(|path| bytes(path)).sum::<Option<u64>>()})
+            }
+            Measure::Slices(path) | Measure::TextFile(path) => {
+                json!({"file": path.file_name().map(|name| name.to_string_lossy()), "bytes": bytes(path)})
+            }
+            Measure::Text { text, .. } => {
+                json!({"sha256": Digest::Sha256(String::new()).of(text.as_bytes()).hex()})
+            }
+        };
+        if let Some(length) = options.score.max_length {
+            settings["max_length"] = json!(length);
+        }
+        if let Some(stride) = options.score.stride.filter(|_| self.has_windows()) {
+            settings["stride"] = json!(stride);
+        }
+        if options.seed != EvalOptions::default().seed {
+            settings["seed"] = json!(options.seed);
+        }
+        if !setup.is_empty() {
+            settings["setup"] = json!(setup);
+        }
+        settings
+    }
+}
