@@ -23,6 +23,7 @@ mod block_type;
 mod blocks;
 mod cpu;
 mod cuda;
+mod in_place;
 mod matrix;
 
 pub use block_type::BlockType;
@@ -46,4 +47,5 @@ pub use cpu::reduce::{RowSummary, SoftmaxOp, SumOp, argmax, row_summaries, row_s
 pub use cpu::rotary::RotaryOp;
 pub use cpu::store::{StoreOp, q8_row_bytes, q8_values};
 pub use cpu::wkv::WkvOp;
+pub use in_place::{InPlace, Kept};
 pub use matrix::Matrix;

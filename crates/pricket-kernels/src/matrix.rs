@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::{Blocks, Packed};
+use crate::{Blocks, InPlace, Packed};
 
 /// A weight matrix as it is stored: numbers, or quantised blocks. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -11,6 +11,8 @@ pub enum Matrix {
     Blocks(Blocks),
     /// Blocks in the order of the kernels.
     Packed(Packed),
+    /// Numbers in a mapped file, on the CPU.
+    InPlace(InPlace),
 }
 
 impl Matrix {
@@ -23,6 +25,16 @@ impl Matrix {
             Matrix::Dense(tensor) => tensor.dims2(),
             Matrix::Blocks(blocks) => Ok(blocks.shape()),
             Matrix::Packed(packed) => Ok(packed.shape()),
+            Matrix::InPlace(matrix) => Ok(matrix.shape()),
+        }
+    }
+
+    /// The type of the numbers; `None` for blocks.
+    pub fn dtype(&self) -> Option<DType> {
+        match self {
+            Matrix::Dense(tensor) => Some(tensor.dtype()),
+            Matrix::InPlace(matrix) => Some(matrix.dtype()),
+            Matrix::Blocks(_) | Matrix::Packed(_) => None,
         }
     }
 
@@ -50,6 +62,7 @@ impl Matrix {
             Matrix::Blocks(blocks) => {
                 Tensor::from_vec(blocks.to_f32(), blocks.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
             }
+            Matrix::InPlace(matrix) => matrix.to_tensor()?.to_dtype(dtype)?.to_device(device),
             Matrix::Packed(packed) => {
                 Tensor::from_vec(packed.to_f32(), packed.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
             }
@@ -66,6 +79,10 @@ impl Matrix {
             Matrix::Blocks(blocks) => {
                 let row = |row: usize, out: &mut [f32]| crate::dequantise(blocks.kind(), blocks.row(row), out);
                 gather(ids, blocks.shape(), dtype, row)
+            }
+            Matrix::InPlace(matrix) => {
+                matrix.check()?;
+                gather(ids, matrix.shape(), dtype, |row, out| matrix.row(row, out))
             }
             Matrix::Packed(packed) => gather(ids, packed.shape(), dtype, |row, out| packed.row(row, out)),
         }

@@ -83,6 +83,10 @@ pub struct LoadOptions {
     pub in_model_order: bool,
     /// Whether weights that the configuration has no use for are left in the file; an error by default.
     pub allow_unused: bool,
+    /// Whether matrices of f32, f16 and bf16 are used where their file is mapped rather than copied, on the CPU; false by default. Only
+    /// what is used is read then, processes share it, and a file that is written over meanwhile changes the model. Matrices whose rows
+    /// are reordered, and those that lie unaligned in their file, are copied.
+    pub in_place: bool,
     /// Is told of bytes read, and may cancel.
     pub progress: Arc<dyn Progress>,
 }
@@ -97,6 +101,7 @@ impl Default for LoadOptions {
             cache: None,
             in_model_order: false,
             allow_unused: false,
+            in_place: false,
             progress: Arc::new(Silent),
         }
     }
@@ -112,6 +117,7 @@ impl std::fmt::Debug for LoadOptions {
             .field("cache", &self.cache)
             .field("in_model_order", &self.in_model_order)
             .field("allow_unused", &self.allow_unused)
+            .field("in_place", &self.in_place)
             .finish_non_exhaustive()
     }
 }

@@ -470,6 +470,9 @@ impl Weights {
         let matrix = match target {
             _ if store.shapes_only() => Matrix::Dense(self.shape_only(target.unwrap_or(DType::F32), shape)?),
             None => rows.apply_to_matrix(pricket_weights::read_matrix(store, &name)?)?.packed(),
+            Some(target) if self.is_left_in_place(rows, is_trained) && stored == Some(target) => {
+                pricket_weights::read_matrix_in_place(store, &name)?
+            }
             Some(target) => {
                 let tensor = rows.apply(&pricket_weights::read_tensor(store, &name, &Device::Cpu)?)?;
                 let tensor = tensor.to_dtype(target)?.to_device(device)?;
@@ -478,6 +481,11 @@ impl Weights {
         };
         self.loaded(name, &entry, bytes);
         Ok(matrix)
+    }
+
+    /// Whether a matrix can be used where the file is mapped.
+    fn is_left_in_place(&self, rows: RowOrder, is_trained: bool) -> bool {
+        self.options().in_place && self.device().is_cpu() && rows == RowOrder::AsStored && !is_trained
     }
 
     /// A matrix in blocks of `kind`, row after row, so that of a large one only a part is widened at a time.

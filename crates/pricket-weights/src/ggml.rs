@@ -8,7 +8,6 @@ use serde_json::Value;
 use crate::cursor::Cursor;
 use crate::error::clip;
 use crate::gguf::tensor_bytes;
-use crate::mapped::Mapped;
 use crate::source::Source;
 use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
@@ -163,7 +162,7 @@ impl GgmlFile {
     /// # Errors
     /// [`Error::Corrupt`] with what was wrong under the reading that came furthest.
     pub fn open(path: impl AsRef<Path>, layouts: &[GgmlLayout]) -> Result<Self> {
-        Self::new(Source::Mapped(Mapped::open(path.as_ref())?), layouts)
+        Self::new(Source::mapped(path.as_ref())?, layouts)
     }
 
     /// The same of a file that is somewhere else; its vocabulary and the heads of its records are read now.

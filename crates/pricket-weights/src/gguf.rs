@@ -7,7 +7,6 @@ use serde_json::Value;
 
 use crate::cursor::Cursor;
 use crate::error::clip;
-use crate::mapped::Mapped;
 use crate::parts::Part;
 use crate::source::Source;
 use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
@@ -240,7 +239,7 @@ impl GgufFile {
     /// there: what a part lacks says nothing about the model.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let given = Self::read(Source::Mapped(Mapped::open(path)?))?;
+        let given = Self::read(Source::mapped(path)?)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let named = Part::of(&name).filter(|part| part.count > 1);
         let (number, count) = match (given.split(), named) {
@@ -262,7 +261,7 @@ impl GgufFile {
             let path = path.with_file_name(name);
             let part = match given.take_if(|_| position == number) {
                 Some(given) => given,
-                None if path.exists() => Self::read(Source::Mapped(Mapped::open(&path)?))?,
+                None if path.exists() => Self::read(Source::mapped(&path)?)?,
                 None => return Err(Error::NotFound { path, what: format!("part {position} of {count} is not there") }),
             };
             if part.split().is_some_and(|split| split != (position, count)) {

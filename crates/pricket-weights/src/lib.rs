@@ -69,7 +69,7 @@ pub use parts::parts_of;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{Sharded, shard_map};
 pub use source::ReadAt;
-pub use store::{Bytes, Entry, Store, read_matrix, read_tensor};
+pub use store::{Bytes, Entry, Store, read_matrix, read_matrix_in_place, read_tensor};
 pub use synthetic::{Headers, Random, ShapesOnly};
 pub use torch::TorchFile;
 pub use write::{GgufValue, Outline, Writer};

@@ -3,6 +3,9 @@
 use std::fs::File;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pricket_kernels::Kept;
 
 use crate::{Error, Result};
 
@@ -11,6 +14,33 @@ use crate::{Error, Result};
 pub(crate) struct Mapped {
     path: PathBuf,
     map: memmap2::Mmap,
+    file: File,
+}
+
+/// A part of a mapped file, which is kept mapped.
+#[derive(Debug)]
+pub(crate) struct Region {
+    pub(crate) file: Arc<Mapped>,
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+}
+
+impl Kept for Region {
+    fn bytes(&self) -> &[u8] {
+        &self.file[self.start..self.start + self.len]
+    }
+
+    /// Reading what a file has no more would end the process.
+    fn check(&self) -> std::result::Result<(), String> {
+        let (path, mapped) = (self.file.path.display(), self.file.map.len() as u64);
+        match self.file.file.metadata() {
+            Ok(meta) if meta.len() >= mapped => Ok(()),
+            Ok(meta) => {
+                Err(format!("{path}: the file had {mapped} bytes when it was loaded, now it has {}", meta.len()))
+            }
+            Err(e) => Err(format!("{path}: {e}")),
+        }
+    }
 }
 
 impl Mapped {
@@ -31,7 +61,7 @@ impl Mapped {
         // SAFETY: read-only. As with every mapping, a file that another process truncates meanwhile faults; the
         // Hub cache never rewrites a blob in place.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-        Ok(Self { path: path.into(), map })
+        Ok(Self { path: path.into(), map, file })
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -4,7 +4,6 @@ use std::path::Path;
 use safetensors::tensor::Metadata;
 
 use crate::error::clip;
-use crate::mapped::Mapped;
 use crate::source::Source;
 use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
@@ -32,7 +31,7 @@ impl SafetensorsFile {
     /// [`Error::Corrupt`] if header and file disagree: a header longer than the file, overlapping or missing
     /// ranges, a shape that does not fill its range.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::new(Source::Mapped(Mapped::open(path.as_ref())?))
+        Self::new(Source::mapped(path.as_ref())?)
     }
 
     /// Reads the header of a checkpoint that is compiled into the program.

@@ -24,7 +24,7 @@ pub trait ReadAt: Send + Sync {
 
 /// Where the bytes of a weight file are.
 pub(crate) enum Source {
-    Mapped(Mapped),
+    Mapped(Arc<Mapped>),
     Embedded(&'static [u8]),
     Remote(Remote),
 }
@@ -89,6 +89,10 @@ impl Remote {
 }
 
 impl Source {
+    pub(crate) fn mapped(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Source::Mapped(Arc::new(Mapped::open(path.as_ref())?)))
+    }
+
     pub(crate) fn remote(file: Arc<dyn ReadAt>) -> Self {
         Source::Remote(Remote { path: file.name().into(), file, blocks: Mutex::default() })
     }

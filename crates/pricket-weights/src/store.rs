@@ -1,10 +1,11 @@
 use std::ops::Deref;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
-use pricket_kernels::{Blocks, Matrix, collect, dequantise};
+use pricket_kernels::{Blocks, InPlace, Matrix, collect, dequantise};
 
-use crate::mapped::Mapped;
+use crate::mapped::{Mapped, Region};
 use crate::{Dtype, Error, Result, clip};
 
 /// Shape and type of a stored tensor.
@@ -89,12 +90,12 @@ pub struct Bytes<'a>(Source<'a>);
 
 #[derive(Debug)]
 enum Source<'a> {
-    Mapped { file: &'a Mapped, start: usize, len: usize },
+    Mapped { file: &'a Arc<Mapped>, start: usize, len: usize },
     Owned(Vec<u8>),
 }
 
 impl<'a> Bytes<'a> {
-    pub(crate) fn mapped(file: &'a Mapped, start: usize, len: usize) -> Self {
+    pub(crate) fn mapped(file: &'a Arc<Mapped>, start: usize, len: usize) -> Self {
         Self(Source::Mapped { file, start, len })
     }
 
@@ -103,6 +104,14 @@ impl<'a> Bytes<'a> {
         match self.0 {
             Source::Owned(bytes) => bytes,
             Source::Mapped { .. } => elements(&self, u8::from_le_bytes),
+        }
+    }
+
+    /// The bytes where the file is mapped, if they are.
+    fn region(&self) -> Option<Region> {
+        match self.0 {
+            Source::Mapped { file, start, len } => Some(Region { file: Arc::clone(file), start, len }),
+            Source::Owned(_) => None,
         }
     }
 
@@ -178,6 +187,22 @@ pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
         return Ok(Matrix::Dense(read_tensor(store, name, &Device::Cpu)?));
     };
     Ok(Matrix::Blocks(Blocks::new(kind, *rows, *columns, store.bytes(name)?.into_vec())))
+}
+
+/// Reads a matrix of f32, f16 or bf16 without copying it, if its file is mapped and its numbers are aligned there; else as
+/// [`read_matrix`].
+///
+/// # Errors
+/// As [`read_tensor`].
+pub fn read_matrix_in_place(store: &dyn Store, name: &str) -> Result<Matrix> {
+    let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
+    if let (Some(dtype), [rows, columns]) = (entry.dtype.to_candle(), &entry.shape[..])
+        && let Some(region) = store.bytes(name)?.region()
+        && let Some(matrix) = InPlace::new(Arc::new(region), dtype, *rows, *columns)
+    {
+        return Ok(Matrix::InPlace(matrix));
+    }
+    read_matrix(store, name)
 }
 
 /// Copies elements out of a file, which may hold them at any alignment, in pieces: pages that have been read are let go

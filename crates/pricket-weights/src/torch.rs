@@ -3,7 +3,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::error::clip;
-use crate::mapped::Mapped;
 use crate::pickle::{self, Fault, Id, Pickle, TensorRef, Value};
 use crate::source::Source;
 use crate::zip_directory::{self, Record};
@@ -61,7 +60,7 @@ impl TorchFile {
     /// does not fit its storage or a storage its file, [`Error::Unsupported`] for `TorchScript` archives.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        Self::new(Source::Mapped(Mapped::open(path)?))
+        Self::new(Source::mapped(path)?)
     }
 
     pub(crate) fn new(file: Source) -> Result<Self> {

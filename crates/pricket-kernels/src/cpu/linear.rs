@@ -52,6 +52,7 @@ impl LinearOp {
             Matrix::Dense(weight) => weight,
             Matrix::Blocks(blocks) => return Ok(f(Stored::Blocks(blocks))),
             Matrix::Packed(packed) => return Ok(f(Stored::Packed(packed))),
+            Matrix::InPlace(matrix) => return matrix.with_stored(f),
         };
         let (storage, layout) = weight.storage_and_layout();
         let Storage::Cpu(storage) = &*storage else { bail!("linear: the weight is not on the CPU") };
@@ -216,18 +217,15 @@ pub(crate) fn outer_product((l, down): (&[f32], usize), (r, across): (&[f32], us
 /// Activations in the type of f16 and bf16 weights, as ggml's products see them. `None` where they are left as they are, or
 /// where the product rounds them itself.
 fn rounded(x: &[f32], weight: &Matrix) -> Option<Vec<f32>> {
-    match weight {
-        Matrix::Dense(weight) => match weight.dtype() {
-            DType::F16 => {
-                let (mut halves, mut wide) = (vec![f16::ZERO; x.len()], vec![0f32; x.len()]);
-                halves.convert_from_f32_slice(x);
-                halves.convert_to_f32_slice(&mut wide);
-                Some(wide)
-            }
-            DType::BF16 => Some(x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()),
-            _ => None,
-        },
-        Matrix::Packed(_) | Matrix::Blocks(_) => None,
+    match weight.dtype()? {
+        DType::F16 => {
+            let (mut halves, mut wide) = (vec![f16::ZERO; x.len()], vec![0f32; x.len()]);
+            halves.convert_from_f32_slice(x);
+            halves.convert_to_f32_slice(&mut wide);
+            Some(wide)
+        }
+        DType::BF16 => Some(x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect()),
+        _ => None,
     }
 }
 

@@ -130,6 +130,7 @@ pub struct Loader {
     cache: Option<CacheType>,
     changes: Changes,
     allow_unused: bool,
+    in_place: bool,
     #[cfg(feature = "train")]
     adapters: Vec<PathBuf>,
 }
@@ -215,6 +216,7 @@ impl Loader {
             cache: None,
             changes: Changes::default(),
             allow_unused: false,
+            in_place: false,
             #[cfg(feature = "train")]
             adapters: Vec::new(),
         }
@@ -340,6 +342,19 @@ impl Loader {
         self
     }
 
+    /// Uses matrices of f32, f16 and bf16 where their file is mapped rather than copying them: see
+    /// [`LoadOptions::in_place`](pricket_nn::LoadOptions::in_place). Loading is almost free, weights that are never used are never
+    /// read, and processes share one copy.
+    ///
+    /// It is not the default, because the file must then stay as it is: one that is written over changes the model without a word, one that
+    /// becomes shorter gives an error at the next product, and ends the process if it does so during one. Files of the Hub's cache are
+    /// never written over.
+    #[must_use]
+    pub fn in_place(mut self) -> Self {
+        self.in_place = true;
+        self
+    }
+
     /// Loads a checkpoint whose configuration has no use for some of its weights, which is an error otherwise: mostly the
     /// configuration is another model's, and the output would be wrong.
     #[must_use]
@@ -390,13 +405,15 @@ impl Loader {
             precision: self.activations,
             cache: self.cache,
             allow_unused: self.allow_unused,
+            in_place: self.in_place,
             ..LoadOptions::default()
         };
         let store = Arc::new(Headers::of(Arc::clone(&opened.store)));
         let headers = Weights::new(store, family.names(), options.clone());
         let dry = family.load(&opened.config, &headers).map_err(refused)?;
         self.check_unused(&headers, &*opened.store)?;
-        if self.device.is_cpu() && !self.any_memory {
+        // The system reads pages in place again when it needs their memory.
+        if self.device.is_cpu() && !self.any_memory && !self.in_place {
             memory::check(&self.origin.name(), &Estimate::new(dry.info().clone(), 512))?;
         }
         if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {

@@ -56,7 +56,7 @@ pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate
 /// The bytes of memory that can be had without swapping: of the machine, or of the container if that is less. `None` where
 /// the platform cannot tell.
 pub fn available_memory() -> Option<u64> {
-    let mut system = sysinfo::System::new().ok()?;
+    let mut system = sysinfo::System::new();
     system.refresh_memory();
     let machine = system.available_memory();
     // The page cache of a container counts as used and yet gives way: only what is resident is taken.

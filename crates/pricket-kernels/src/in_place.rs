@@ -1,0 +1,98 @@
+//! Matrices that are multiplied where they lie: in a mapped file.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::cpu::operands::Stored;
+
+/// Bytes that stay where they are as long as somebody holds this: a part of a mapped file.
+pub trait Kept: Debug + Send + Sync {
+    /// The bytes.
+    fn bytes(&self) -> &[u8];
+
+    /// Returns whether they can still be read.
+    ///
+    /// # Errors
+    /// A sentence that says why not: the file has become shorter.
+    fn check(&self) -> std::result::Result<(), String>;
+}
+
+/// A matrix of f32, f16 or bf16 that is not copied. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct InPlace {
+    kept: Arc<dyn Kept>,
+    dtype: DType,
+    rows: usize,
+    columns: usize,
+}
+
+impl InPlace {
+    /// Returns the matrix `[rows, columns]`; `None` if its bytes are another number or not aligned, or if `dtype` is no type that
+    /// products read.
+    pub fn new(kept: Arc<dyn Kept>, dtype: DType, rows: usize, columns: usize) -> Option<Self> {
+        let size = dtype.size_in_bytes();
+        let bytes = rows.checked_mul(columns)?.checked_mul(size)?;
+        let is_read = matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && cfg!(target_endian = "little");
+        let fits = kept.bytes().len() == bytes && kept.bytes().as_ptr().align_offset(size) == 0;
+        (is_read && fits).then_some(Self { kept, dtype, rows, columns })
+    }
+
+    /// Rows, columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// The type of the numbers.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Calls `f` with the numbers.
+    ///
+    /// # Errors
+    /// If the file has become shorter than the matrix needs.
+    pub(crate) fn with_stored<R>(&self, f: impl FnOnce(Stored<'_>) -> R) -> Result<R> {
+        if let Err(what) = self.kept.check() {
+            bail!("{what}");
+        }
+        let bytes = self.kept.bytes();
+        Ok(f(match self.dtype {
+            DType::F16 => Stored::F16(bytemuck::cast_slice(bytes)),
+            DType::BF16 => Stored::BF16(bytemuck::cast_slice(bytes)),
+            _ => Stored::F32(bytemuck::cast_slice(bytes)),
+        }))
+    }
+
+    /// Widens a row.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        let size = self.dtype.size_in_bytes();
+        let bytes = &self.kept.bytes()[row * self.columns * size..][..self.columns * size];
+        match self.dtype {
+            DType::F16 => bytemuck::cast_slice::<u8, f16>(bytes).convert_to_f32_slice(out),
+            DType::BF16 => bytemuck::cast_slice::<u8, bf16>(bytes).convert_to_f32_slice(out),
+            _ => out.copy_from_slice(bytemuck::cast_slice(bytes)),
+        }
+    }
+
+    /// A copy in memory.
+    ///
+    /// # Errors
+    /// If the file has become shorter than the matrix needs.
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        let shape = self.shape();
+        self.with_stored(|stored| match stored {
+            Stored::F16(w) => Tensor::from_slice(w, shape, &Device::Cpu),
+            Stored::BF16(w) => Tensor::from_slice(w, shape, &Device::Cpu),
+            Stored::F32(w) => Tensor::from_slice(w, shape, &Device::Cpu),
+            Stored::Blocks(_) | Stored::Packed(_) => unreachable!("it has numbers"),
+        })?
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        self.kept.check().or_else(|what| bail!("{what}"))
+    }
+}
