@@ -298,3 +298,73 @@ fn child_trains() {
     trainer.advance().unwrap();
     println!("ADDED {}", peak_rss() - before);
 }
+
+/// Weights in place have the bits of those that are copied, take memory only when they are used, and say so when their file shrinks.
+#[cfg(target_os = "linux")]
+#[test]
+fn weights_are_used_in_place() {
+    use pricket::convert::{ConvertOptions, Target};
+
+    let directory = tempfile::tempdir().unwrap();
+    let logits = |pricket: &pricket::Pricket| {
+        let model = pricket.model();
+        let ids = pricket::candle::Tensor::new(&[[1u32, 5, 9, 200, 17, 3]], &model.info().device).unwrap();
+        let mut ctx = pricket::Context::new();
+        Ok::<_, pricket::nn::Error>(model.head(&model.hidden(&ids, &mut ctx)?)?.flatten_all()?.to_vec1::<f32>()?)
+    };
+    for (model, target) in [("tiny", Target::F16), ("tiny-mpt", Target::F32), ("tiny-llama", Target::BF16)] {
+        let out = directory.path().join(model);
+        let options = ConvertOptions { target, ..ConvertOptions::default() };
+        pricket::Loader::new(root().join("models").join(model)).convert(&out, &options).unwrap();
+        let load = || pricket::Loader::new(&out).threads(1);
+        let (copied, in_place) = (load().load().unwrap(), load().in_place().load().unwrap());
+        assert_eq!(logits(&in_place).unwrap(), logits(&copied).unwrap(), "{model}");
+        assert_eq!(in_place.info().weight_bytes, copied.info().weight_bytes);
+        let file = std::fs::File::options().write(true).open(out.join("model.safetensors")).unwrap();
+        file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+        let error = logits(&in_place).unwrap_err().to_string();
+        assert!(error.contains("model.safetensors") && error.contains("bytes when it was loaded"), "{error}");
+        assert_eq!(logits(&copied).unwrap(), logits(&copied).unwrap(), "{model}");
+    }
+}
+
+/// What a process holds of its own grows with what is copied, not with what is mapped.
+#[cfg(target_os = "linux")]
+#[test]
+fn weights_in_place_are_not_copied() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "model_type": "mpt", "d_model": 512, "n_layers": 8, "n_heads": 8, "expansion_ratio": 4, "max_seq_len": 64, "vocab_size": 64,
+        "attn_config": {"alibi": true}, "no_bias": true,
+    });
+    let store = std::sync::Arc::new(pricket::weights::Random::new(pricket::weights::Dtype::F32, 1));
+    let options = pricket::convert::ConvertOptions::default();
+    pricket::Loader::from_store(config, store).convert(directory.path().join("model"), &options).unwrap();
+    let own = |in_place: &str| -> f64 {
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "memory::child_holds_a_model", "--nocapture"])
+            .env("PRICKET_CHILD_HOLDS", directory.path().join("model"))
+            .env("PRICKET_CHILD_IN_PLACE", in_place)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let number = text.split("OWN ").nth(1).and_then(|rest| rest.split_whitespace().next());
+        number.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr))).parse().unwrap()
+    };
+    let weights = (8 * 12 * 512 * 512 * 4) as f64;
+    let (copied, in_place) = (own("no"), own("yes"));
+    assert!(copied > weights && in_place < 0.15 * weights, "copied {copied}, in place {in_place} of {weights}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn child_holds_a_model() {
+    let Some(path) = std::env::var_os("PRICKET_CHILD_HOLDS") else { return };
+    let own = || status("RssAnon:") as f64;
+    let loader = pricket::Loader::new(path).threads(1);
+    let loader = if std::env::var("PRICKET_CHILD_IN_PLACE").unwrap() == "yes" { loader.in_place() } else { loader };
+    let before = own();
+    let pricket = loader.load().unwrap();
+    println!("OWN {}", own() - before);
+    drop(pricket);
+}

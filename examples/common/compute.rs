@@ -28,6 +28,10 @@ pub(crate) struct ComputeArgs {
     /// Type of cached keys and values: f32, f16, bf16 or q8_0; by default f32, f16 under --activations q8, bf16 under bf16
     #[arg(long, value_name = "TYPE")]
     pub(crate) cache_type: Option<CacheType>,
+    /// Uses f32, f16 and bf16 weights where their file is mapped instead of copying them, on the CPU: loads at once, shares memory among
+    /// processes; the file must stay as it is
+    #[arg(long)]
+    pub(crate) in_place: bool,
     /// A LoRA adapter in PEFT's files: a directory, or a repository of the Hub; can be given several times, and adds up
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ADAPTER")]
@@ -110,6 +114,9 @@ impl ComputeArgs {
         };
         if let Some(kind) = self.cache_type {
             loader = loader.cache(kind);
+        }
+        if self.in_place {
+            loader = loader.in_place();
         }
         #[cfg(feature = "train")]
         for adapter in &self.adapter {
