@@ -23,7 +23,8 @@ use bar::Bar;
 use clap::Parser;
 use pricket::hub::Steps;
 use pricket::lm::Limit;
-use pricket::sweep::{self, Measure, Shard};
+use pricket::plots::{Layout, Legend};
+use pricket::sweep::{self, CurveOptions, Measure, Shard};
 use pricket::weights::counted;
 use pricket::{EvalOptions, Hub, Loader, Sweep};
 use serde_json::{Value, json};
@@ -82,7 +83,7 @@ struct Args {
     /// Does not load the next checkpoint while one is measured: half the memory
     #[arg(long)]
     no_prefetch: bool,
-    /// Draws curves over training: a panel for each metric, as .svg or .png; can be given several times
+    /// Draws curves over training: a panel for each metric, as .svg or .png, and .pdf where that feature is built in; can be given several times
     #[arg(long, value_name = "FILE")]
     plot: Vec<PathBuf>,
     /// Draws a table of each model's last step, as .svg or .png
@@ -100,6 +101,18 @@ struct Args {
     /// Leaves out of the pictures what others have published of the models
     #[arg(long)]
     no_published: bool,
+    /// Draws the slices and tasks that have one metric as curves of one panel
+    #[arg(long)]
+    together: bool,
+    /// A title above the curves
+    #[arg(long, default_value = "", hide_default_value = true)]
+    title: String,
+    /// Width and height of a panel of curves, in CSS pixels
+    #[arg(long, value_name = "WxH", default_value = "440x330", value_parser = panel)]
+    panel: (u32, u32),
+    /// Where the names of the curves stand
+    #[arg(long, value_enum, default_value_t = LegendPlace::Right)]
+    legend: LegendPlace,
     /// Measures nothing: draws what is in these files of results, put together
     #[arg(long, value_delimiter = ',', value_name = "FILE", conflicts_with_all = ["models", "tasks", "slices", "text"])]
     from: Vec<PathBuf>,
@@ -123,7 +136,8 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     pricket::nn::ops::keep_freed_memory();
     // A picture that cannot be written is told before the measuring.
     for path in args.plot.iter().chain(&args.table) {
-        finish::check_output(path, &["svg", "png"])?;
+        let forms = if cfg!(feature = "pdf") { &["svg", "png", "pdf"][..] } else { &["svg", "png"] };
+        finish::check_output(path, forms)?;
     }
     if let Some(path) = &args.csv {
         finish::check_output(path, &["csv"])?;
@@ -199,6 +213,29 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(if swept.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }
 
+/// Where the names of curves stand.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum LegendPlace {
+    Right,
+    Below,
+    None,
+}
+
+impl From<LegendPlace> for Legend {
+    fn from(place: LegendPlace) -> Self {
+        match place {
+            LegendPlace::Right => Legend::Right,
+            LegendPlace::Below => Legend::Below,
+            LegendPlace::None => Legend::None,
+        }
+    }
+}
+
+fn panel(text: &str) -> Result<(u32, u32), String> {
+    let parts = text.split_once('x').and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)));
+    parts.ok_or_else(|| format!("{text:?} is no size; 440x330 is the default"))
+}
+
 /// The pictures and tables that are asked for, of these files of results.
 fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
     if args.plot.is_empty() && args.table.is_none() && args.csv.is_none() {
@@ -209,7 +246,13 @@ fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
         finish::write_whole(path, &sweep::csv(&rows, &args.metrics)?)?;
     }
     if !args.plot.is_empty() {
-        let curves = sweep::curves(&rows, &args.metrics, args.mean_of_seeds, !args.no_published)?;
+        let options = CurveOptions {
+            mean_of_seeds: args.mean_of_seeds,
+            published: !args.no_published,
+            together: args.together,
+            layout: Layout { title: args.title.clone(), panel: args.panel, legend: args.legend.into() },
+        };
+        let curves = sweep::curves(&rows, &args.metrics, &options)?;
         args.plot.iter().try_for_each(|path| curves.save(path))?;
     }
     if let Some(path) = &args.table {

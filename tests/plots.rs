@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use pricket::plots::{Curve, Curves, Picture, Point, Table};
+use pricket::plots::{Curve, Curves, Heatmap, Horizontal, Layout, Legend, Picture, Point, Table};
 use pricket::sweep;
 
 /// Rows of a sweep of `models`, at steps 0, 512 and 143000.
@@ -40,14 +40,17 @@ fn pixels(png: &[u8]) -> (u32, u32, Vec<u8>) {
 fn curves_have_their_points_bands_and_what_others_published() {
     let rows = rows(&results(&["EleutherAI/pythia-70m", "EleutherAI/pythia-160m"])).unwrap();
     let count = |svg: &str, what: &str| svg.matches(what).count();
-    let picture = sweep::curves(&rows, &[], false, true).unwrap();
+    let picture = sweep::curves(&rows, &[], &sweep::CurveOptions::default()).unwrap();
     let svg = picture.svg().unwrap();
     for text in ["pythia-70m", "pythia-160m", "published", "training step", "piqa", "\n0\n", "100k"] {
         assert!(svg.contains(text), "{text}");
     }
     // A band, translucent, for each of our curves.
     assert_eq!(count(&svg, "opacity=\"0.16\""), 2);
-    let alone = sweep::curves(&rows, &[], false, false).unwrap().svg().unwrap();
+    let alone = sweep::curves(&rows, &[], &sweep::CurveOptions { published: false, ..sweep::CurveOptions::default() })
+        .unwrap()
+        .svg()
+        .unwrap();
     assert!(!alone.contains("published") && count(&alone, "<polyline") < count(&svg, "<polyline"));
     // Every colour of a curve is in the PNG, which is twice the size of the SVG.
     let (width, height, pixels) = pixels(&picture.png().unwrap());
@@ -63,8 +66,18 @@ fn curves_have_their_points_bands_and_what_others_published() {
 fn seeds_become_their_mean() {
     let names = ["EleutherAI/pythia-14m-seed1", "EleutherAI/pythia-14m-seed2", "EleutherAI/pythia-14m-seed3"];
     let rows = rows(&results(&names)).unwrap();
-    let apart = sweep::curves(&rows, &[], false, false).unwrap().svg().unwrap();
-    let together = sweep::curves(&rows, &[], true, false).unwrap().svg().unwrap();
+    let apart = sweep::curves(&rows, &[], &sweep::CurveOptions { published: false, ..sweep::CurveOptions::default() })
+        .unwrap()
+        .svg()
+        .unwrap();
+    let together = sweep::curves(
+        &rows,
+        &[],
+        &sweep::CurveOptions { published: false, mean_of_seeds: true, ..sweep::CurveOptions::default() },
+    )
+    .unwrap()
+    .svg()
+    .unwrap();
     assert!(apart.contains("pythia-14m-seed2") && !together.contains("seed"));
     assert_eq!((apart.matches("opacity=\"0.16\"").count(), together.matches("opacity=\"0.16\"").count()), (3, 1));
 }
@@ -87,23 +100,23 @@ fn the_last_row_of_a_checkpoint_counts_and_failures_do_not() {
 fn nothing_to_draw_is_an_error_that_says_so() {
     let error = |result: pricket::Result<Picture>| result.unwrap_err().to_string();
     let rows = rows(&results(&["a/b"])).unwrap();
-    let missing = error(sweep::curves(&rows, &["sciq/acc".into()], false, true));
+    let missing = error(sweep::curves(&rows, &["sciq/acc".into()], &sweep::CurveOptions::default()));
     assert!(missing.contains("sciq/acc") && missing.contains("piqa/acc"), "{missing}");
-    assert!(error(sweep::curves(&[], &[], false, true)).contains("no figures"));
+    assert!(error(sweep::curves(&[], &[], &sweep::CurveOptions::default())).contains("no figures"));
     // Of a model without steps there is a table and no curve.
     let text = "{\"model\":\"mosaicml/mpt-7b\",\"revision\":\"main\",\"step\":null,\"metric\":\"piqa/acc\",\"value\":0.8,\"part\":[1,1]}\n";
     let main = self::rows(text).unwrap();
-    assert!(error(sweep::curves(&main, &[], false, true)).contains("training step"));
+    assert!(error(sweep::curves(&main, &[], &sweep::CurveOptions::default())).contains("training step"));
     assert!(sweep::table(&main, &[]).unwrap().svg().unwrap().contains("0.8000"));
     // A trial over a few documents is no point of the curve of all.
     let mut mixed = rows.clone();
     mixed[1].settings = serde_json::json!({"limit": 10});
-    assert!(error(sweep::curves(&mixed, &[], false, true)).contains("different ways"));
+    assert!(error(sweep::curves(&mixed, &[], &sweep::CurveOptions::default())).contains("different ways"));
     // What has no number is left out where others have one.
     let mut some = rows.clone();
     some.push(sweep::Row { metric: "b/acc".into(), value: f64::NAN, ..rows[0].clone() });
-    assert!(sweep::curves(&some, &[], false, true).is_ok());
-    assert!(error(sweep::curves(&some, &["b/acc".into()], false, true)).contains("acc"));
+    assert!(sweep::curves(&some, &[], &sweep::CurveOptions::default()).is_ok());
+    assert!(error(sweep::curves(&some, &["b/acc".into()], &sweep::CurveOptions::default())).contains("acc"));
     let nan = Curves {
         y: "loss".into(),
         curves: vec![Curve::new("a", vec![Point::new(1.0, f64::NAN)])],
@@ -162,4 +175,98 @@ fn tokens_bars_and_pictures_below_each_other() {
     assert_eq!(pixels[last..], [255, 255, 255]);
     assert!(Picture::of_tokens(Vec::new()).is_err() && Picture::of_bars(Vec::new()).is_err());
     assert!(Picture::of_pictures(&[]).is_err());
+}
+
+fn map() -> Heatmap {
+    Heatmap {
+        title: "attribution".into(),
+        x: ("head".into(), (0..6).map(|i| i.to_string()).collect()),
+        y: ("layer".into(), (0..4).map(|i| i.to_string()).collect()),
+        values: (0..4).map(|i| (0..6).map(|j| f64::from(i * j) / 15.0 - 0.2).collect()).collect(),
+        unit: "logit difference".into(),
+    }
+}
+
+#[test]
+fn a_map_has_a_color_for_each_value_and_a_scale() {
+    let svg = Picture::of_heatmap(map()).unwrap().svg().unwrap();
+    assert!(svg.contains("attribution") && svg.contains("layer") && svg.contains("logit difference"), "{svg}");
+    // Negative values are orange, zero is white, the largest is blue.
+    let largest = "#0072B2";
+    assert!(svg.to_uppercase().contains(largest));
+    let text = Picture::of_heatmap(map()).unwrap().text();
+    assert!(text.contains("0.8000") && text.contains("-0.2000"), "{text}");
+    let short = Heatmap { values: vec![vec![1.0; 6]; 3], ..map() };
+    assert!(Picture::of_heatmap(short).is_err());
+    let nothing = Heatmap { values: vec![vec![f64::NAN; 6]; 4], ..map() };
+    assert!(Picture::of_heatmap(nothing).unwrap_err().to_string().contains("logit difference"));
+}
+
+#[test]
+fn axes_can_show_texts_and_other_quantities() {
+    let curve = |x: Vec<f64>| Curve::new("a", x.into_iter().map(|x| Point::new(x, 1.0 + x)).collect());
+    let panel =
+        |x: Horizontal, at: Vec<f64>| Curves { x, y: "loss".into(), curves: vec![curve(at)], ..Curves::default() };
+    let names = Horizontal::Names(["f32", "q8_0", "q4_0"].map(str::to_owned).to_vec());
+    let svg = Picture::of_curves(vec![panel(names.clone(), vec![0.0, 1.0, 2.0])]).unwrap().svg().unwrap();
+    assert!(svg.contains("q8_0") && !svg.contains("training step"), "{svg}");
+    assert!(Picture::of_curves(vec![panel(names, vec![7.0])]).is_err());
+    let svg =
+        Picture::of_curves(vec![panel(Horizontal::Linear("layer".into()), vec![-1.0, 5.0])]).unwrap().svg().unwrap();
+    assert!(svg.contains("layer"), "{svg}");
+    assert!(Picture::of_curves(vec![panel(Horizontal::Log("tokens".into()), vec![0.0])]).is_err());
+}
+
+#[test]
+fn a_layout_has_a_title_a_size_and_a_place_for_the_legend() {
+    let panel = || {
+        vec![Curves {
+            y: "loss".into(),
+            curves: ["left", "right"]
+                .map(|name| Curve::new(name, vec![Point::new(1.0, 2.0), Point::new(9.0, 1.0)]))
+                .to_vec(),
+            ..Curves::default()
+        }]
+    };
+    let size = |layout: &Layout| {
+        let (width, height, _) = pixels(&Picture::of_curves_in(panel(), layout).unwrap().png().unwrap());
+        (width, height)
+    };
+    let layout = |legend| Layout { title: "Two runs".into(), panel: (300, 200), legend };
+    let right = Picture::of_curves_in(panel(), &layout(Legend::Right)).unwrap().svg().unwrap();
+    assert!(right.contains("Two runs") && right.contains("left"));
+    let none = Picture::of_curves_in(panel(), &layout(Legend::None)).unwrap().svg().unwrap();
+    assert!(!none.contains("left"));
+    let (wide, below, none) = (size(&layout(Legend::Right)), size(&layout(Legend::Below)), size(&layout(Legend::None)));
+    assert!(wide.0 > none.0 && below.0 == none.0 && below.1 > none.1 && none.0 == 600, "{wide:?} {below:?} {none:?}");
+    assert!(Picture::of_curves_in(panel(), &Layout { panel: (20, 20), ..Layout::default() }).is_err());
+}
+
+/// Slices of one metric are curves of one panel if that is asked for.
+#[test]
+fn slices_can_share_a_panel() {
+    let mut text = results(&["a/b"]).replace("piqa/acc", "books/loss");
+    text += &results(&["a/b"]).replace("piqa/acc", "code/loss");
+    let rows = rows(&text).unwrap();
+    let apart = sweep::curves(&rows, &[], &sweep::CurveOptions::default()).unwrap().svg().unwrap();
+    let options = sweep::CurveOptions { together: true, ..sweep::CurveOptions::default() };
+    let together = sweep::curves(&rows, &[], &options).unwrap().svg().unwrap();
+    let panels = |svg: &str| svg.matches("loss (nats per token)").count();
+    assert_eq!((panels(&apart), panels(&together)), (2, 1));
+    assert!(together.contains("books") && together.contains("code"));
+}
+
+/// A PNG says how large it is meant to be.
+#[test]
+fn a_png_has_192_pixels_to_the_inch() {
+    let png = Picture::of_heatmap(map()).unwrap().png().unwrap();
+    let reader = png::Decoder::new(std::io::Cursor::new(&png)).read_info().unwrap();
+    assert_eq!(reader.info().pixel_dims.map(|dims| dims.xppu), Some(7560));
+}
+
+#[cfg(feature = "pdf")]
+#[test]
+fn a_pdf_has_a_page_and_its_letters() {
+    let pdf = Picture::of_heatmap(map()).unwrap().pdf().unwrap();
+    assert!(pdf.starts_with(b"%PDF-") && pdf.windows(8).any(|part| part == b"FontFile"));
 }

@@ -42,7 +42,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     println!("{} checkpoints, {} rows", swept.checkpoints, swept.rows);
 
     let rows = sweep::read_rows(&[&out])?;
-    sweep::curves(&rows, &["text/loss".into()], false, true)?.evcxr_display();
+    sweep::curves(&rows, &["text/loss".into()], &sweep::CurveOptions::default())?.evcxr_display();
 
     let ids = tiny.encode("The President of the United")?;
     let ids = pricket::candle::Tensor::new(ids.as_slice(), &pricket::candle::Device::Cpu)?.unsqueeze(0)?;

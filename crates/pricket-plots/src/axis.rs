@@ -23,6 +23,8 @@ pub(super) struct Axis {
     /// Places, not values.
     range: Range<f64>,
     ticks: Vec<f64>,
+    /// Texts in the place of the numbers 0, 1, ..
+    names: Vec<String>,
 }
 
 impl Axis {
@@ -45,7 +47,14 @@ impl Axis {
                 if ticks.len() < 2 && zero.is_none() { log_ticks(&range) } else { ticks }
             }
         };
-        Self { scale, range, ticks }
+        Self { scale, range, ticks, names: Vec::new() }
+    }
+
+    /// One with a text in the place of each of the numbers 0, 1, ..
+    pub(super) fn of_names(names: &[String]) -> Self {
+        let count = names.len() as f64;
+        let ticks = (0..names.len()).map(|i| i as f64).collect();
+        Self { scale: Scale::Linear, range: -0.5..count - 0.5, ticks, names: names.to_vec() }
     }
 
     /// Decimals that all ticks are told exactly with: as many for each of a linear axis.
@@ -112,6 +121,9 @@ impl ValueFormatter<f64> for Axis {
     }
 
     fn format_ext(&self, value: &f64) -> String {
+        if let Some(name) = self.names.get(*value as usize) {
+            return name.clone();
+        }
         short(*value, if self.scale == Scale::Linear { self.decimals() } else { decimals(*value) })
     }
 }

@@ -21,6 +21,8 @@ pub(super) const COLORS: [RGBColor; 7] = [
 pub(super) const WHITE: RGBColor = RGBColor(255, 255, 255);
 pub(super) const TEXT: RGBColor = RGBColor(51, 51, 51);
 pub(super) const FONT: &str = "sans-serif";
+/// DejaVu Sans.
+pub(super) const FONT_FILE: &[u8] = include_bytes!("DejaVuSans.ttf");
 pub(super) const LETTERS: u32 = 13;
 /// Room between things.
 pub(super) const GAP: u32 = 12;
@@ -41,7 +43,7 @@ pub(super) fn ready() {
     static READY: OnceLock<()> = OnceLock::new();
     READY.get_or_init(|| {
         // The only failure is a font that cannot be read, and this one is tested.
-        let _ = register_font(FONT, FontStyle::Normal, include_bytes!("DejaVuSans.ttf"));
+        let _ = register_font(FONT, FontStyle::Normal, FONT_FILE);
     });
 }
 

@@ -10,20 +10,29 @@ use plotters::style::{Color, RGBColor, ShapeStyle};
 use super::axis::{Axis, Scale};
 use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, TEXT, WHITE, letters, ready, width_of};
 use super::text::{draw_bars, draw_tokens};
-use super::{Content, Curve, Curves, Picture, Point, Table};
+use super::{Content, Curve, Curves, Horizontal, Layout, Legend, Picture, Point, Table, heatmap};
 use crate::{Error, Result};
 
 const GRID: RGBColor = RGBColor(225, 225, 225);
 const STRIPE: RGBColor = RGBColor(244, 246, 248);
 
-const PANEL: (u32, u32) = (440, 330);
+/// Room left of the vertical axis, for its numbers and label.
+const LABELS: u32 = 62;
+
 /// What the legend has left of its names.
 const SAMPLE: u32 = 40;
 
-/// What can be drawn of a curve, by step.
-pub(super) fn visible(curve: &Curve, log: bool) -> Vec<Point> {
+/// What can be drawn of a curve, from left to right.
+pub(super) fn visible(curve: &Curve, panel: &Curves) -> Vec<Point> {
     let mut points: Vec<Point> = curve.points.clone();
-    points.retain(|p| p.step.is_finite() && p.step >= 0.0 && p.value.is_finite() && (!log || p.value > 0.0));
+    let has_place = |x: f64| match &panel.x {
+        Horizontal::Steps => x >= 0.0,
+        Horizontal::Linear(_) => true,
+        Horizontal::Log(_) => x > 0.0,
+        Horizontal::Names(names) => x >= 0.0 && x < names.len() as f64,
+    };
+    let is_drawn = |p: &Point| p.step.is_finite() && has_place(p.step) && p.value.is_finite();
+    points.retain(|p| is_drawn(p) && (!panel.log || p.value > 0.0));
     points.sort_by(|a, b| a.step.total_cmp(&b.step));
     points
 }
@@ -57,12 +66,34 @@ fn columns(panels: usize) -> usize {
     panels.min(if panels > 4 { 3 } else { 2 })
 }
 
-pub(super) fn size_of_curves(panels: &[Curves]) -> (u32, u32) {
+pub(super) fn size_of_curves(panels: &[Curves], layout: &Layout) -> (u32, u32) {
     let columns = columns(panels.len());
     let rows = panels.len().div_ceil(columns) as u32;
-    let entries = labels(panels).len() as u32 + u32::from(any_published(panels));
-    let height = (rows * PANEL.1).max(entries * LINE + 2 * GAP);
-    (columns as u32 * PANEL.0 + legend_width(panels), height)
+    let (width, height) = (columns as u32 * layout.panel.0, rows * layout.panel.1 + title_height(&layout.title));
+    match layout.legend {
+        Legend::Right => {
+            let entries = entries(panels).len() as u32;
+            (width + legend_width(panels), height.max(title_height(&layout.title) + entries * LINE + 2 * GAP))
+        }
+        Legend::Below => (width, height + rows_below(panels, width) * LINE + GAP),
+        Legend::None => (width, height),
+    }
+}
+
+fn title_height(title: &str) -> u32 {
+    if title.is_empty() { 0 } else { LINE + GAP }
+}
+
+/// What the legend lists: number of the color, name, and whether it is what others have published.
+fn entries(panels: &[Curves]) -> Vec<(usize, &str, bool)> {
+    let entries = labels(panels).into_iter().enumerate().map(|(i, label)| (i, label, false));
+    entries.chain(any_published(panels).then_some((6, "published", true))).collect()
+}
+
+/// Rows of a legend below panels of this width.
+fn rows_below(panels: &[Curves], width: u32) -> u32 {
+    let across = ((width - 2 * GAP) / legend_width(panels)).max(1);
+    (entries(panels).len() as u32).div_ceil(across)
 }
 
 fn legend_width(panels: &[Curves]) -> u32 {
@@ -93,18 +124,56 @@ pub(super) fn svg(content: &Content, size: (u32, u32)) -> Result<String> {
     Ok(svg)
 }
 
+/// Pixels of a PNG for each unit of length.
+const DENSITY: u32 = 2;
+
+/// Pixels that may be drawn at once.
+const MOST_PIXELS: u64 = 64 << 20;
+
 pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<u8>> {
     ready();
-    let (width, height) = (2 * width, 2 * height);
-    let mut pixels = vec![0u8; 3 * width as usize * height as usize];
-    draw(content, &BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area(), 2)?;
+    // Letters are placed at whole pixels: they are drawn larger, so that the spaces between them come out even.
+    let pixels_at = |times: &u32| u64::from(width * DENSITY * times) * u64::from(height * DENSITY * times);
+    let times = [4, 2, 1].into_iter().find(|times| pixels_at(times) <= MOST_PIXELS).unwrap_or(1);
+    let unit = DENSITY * times;
+    let mut drawn = vec![0u8; 3 * pixels_at(&times) as usize];
+    let size = (unit * width, unit * height);
+    draw(content, &BitMapBackend::with_buffer(&mut drawn, size).into_drawing_area(), unit)?;
+    let (width, height) = (DENSITY * width, DENSITY * height);
+    let pixels = smaller(&drawn, width as usize, height as usize, times as usize);
     let mut out = Vec::new();
     let mut encoder = png::Encoder::new(&mut out, width, height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
+    // A unit is a CSS pixel, of which an inch has 96 and a meter 3780.
+    let per_meter = DENSITY * 3780;
+    encoder.set_pixel_dims(Some(png::PixelDimensions { xppu: per_meter, yppu: per_meter, unit: png::Unit::Meter }));
     let written = encoder.write_header().and_then(|mut writer| writer.write_image_data(&pixels));
     written.map_err(|e| Error::Draw(e.to_string()))?;
     Ok(out)
+}
+
+/// The mean of each square of `times` by `times` pixels, of three bytes each.
+fn smaller(pixels: &[u8], width: usize, height: usize, times: usize) -> Vec<u8> {
+    if times == 1 {
+        return pixels.to_vec();
+    }
+    let mut out = Vec::with_capacity(3 * width * height);
+    let line = 3 * width * times;
+    let mut sums = vec![0u32; 3 * width];
+    for rows in pixels.chunks_exact(line * times) {
+        sums.fill(0);
+        for row in rows.chunks_exact(line) {
+            for (square, sum) in row.chunks_exact(3 * times).zip(sums.chunks_exact_mut(3)) {
+                for pixel in square.chunks_exact(3) {
+                    sum.iter_mut().zip(pixel).for_each(|(sum, &byte)| *sum += u32::from(byte));
+                }
+            }
+        }
+        let count = (times * times) as u32;
+        out.extend(sums.iter().map(|sum| ((sum + count / 2) / count) as u8));
+    }
+    out
 }
 
 /// Draws with `unit` pixels for each unit of length.
@@ -115,7 +184,8 @@ fn draw<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> 
 
 fn draw_content<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> Drawn<B> {
     match content {
-        Content::Curves(panels) => draw_curves(panels, area, unit),
+        Content::Curves(panels, layout) => draw_curves(panels, layout, area, unit),
+        Content::Heatmap(map) => heatmap::draw(map, area, unit),
         Content::Table(table) => draw_table(table, area, unit),
         Content::Tokens(tokens) => draw_tokens(tokens, area, unit),
         Content::Bars(bars) => draw_bars(bars, area, unit),
@@ -130,25 +200,46 @@ fn draw_content<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: 
     }
 }
 
-fn draw_curves<B: DrawingBackend>(panels: &[Curves], area: &Area<'_, B>, unit: u32) -> Drawn<B> {
-    let labels = labels(panels);
-    let number = |curve: &Curve| labels.iter().position(|&label| label == curve.label).unwrap_or(0);
+fn draw_curves<B: DrawingBackend>(panels: &[Curves], layout: &Layout, area: &Area<'_, B>, unit: u32) -> Drawn<B> {
+    let names = labels(panels);
+    let number = |curve: &Curve| names.iter().position(|&label| label == curve.label).unwrap_or(0);
     let (width, _) = area.dim_in_pixel();
-    let (left, legend) = area.split_horizontally(width - unit * legend_width(panels));
+    let (head, body) = area.split_vertically(unit * title_height(&layout.title));
     let columns = columns(panels.len());
-    for (panel, area) in panels.iter().zip(left.split_evenly((panels.len().div_ceil(columns), columns))) {
+    let rows = panels.len().div_ceil(columns);
+    let of_panels = (unit * columns as u32 * layout.panel.0, unit * rows as u32 * layout.panel.1);
+    let (left, right, below) = match layout.legend {
+        Legend::Right => {
+            let (left, right) = body.split_horizontally(width - unit * legend_width(panels));
+            (left, Some(right), None)
+        }
+        Legend::Below => {
+            let (left, below) = body.split_vertically(of_panels.1);
+            (left, None, Some(below))
+        }
+        Legend::None => (body, None, None),
+    };
+    if !layout.title.is_empty() {
+        let style = letters(LETTERS + 4, unit).pos(Pos::new(HPos::Center, VPos::Center));
+        let center = (unit * (GAP + LABELS) + of_panels.0 - unit * GAP) / 2;
+        head.draw_text(&layout.title, &style, (center as i32, (unit * (GAP + LINE / 2)) as i32))?;
+    }
+    for (panel, area) in panels.iter().zip(left.split_evenly((rows, columns))) {
         draw_panel(panel, &area, unit, &number)?;
     }
-    let mut y = (unit * (GAP + LINE)) as i32;
     let x = |at: u32| (unit * at) as i32;
-    let entries = labels.iter().enumerate().map(|(i, &label)| (i, label, false));
-    let entries = entries.chain(any_published(panels).then_some((6, "published", true)));
-    for (i, label, published) in entries {
-        draw_line(&legend, &[(x(0), y), (x(SAMPLE - GAP), y)], i, published, unit)?;
-        draw_marker(&legend, (x((SAMPLE - GAP) / 2), y), i, published, unit)?;
-        let style = letters(LETTERS, unit).pos(Pos::new(HPos::Left, VPos::Center));
-        legend.draw_text(label, &style, (x(SAMPLE), y))?;
-        y += x(LINE);
+    let across = below.as_ref().map_or(1, |_| ((width / unit - 2 * GAP) / legend_width(panels)).max(1));
+    if let Some(legend) = right.or(below.clone()) {
+        for (i, (number, label, published)) in entries(panels).into_iter().enumerate() {
+            let (column, row) = (i as u32 % across, i as u32 / across);
+            let indent = if below.is_some() { GAP + LABELS } else { 0 };
+            let from = indent + column * legend_width(panels);
+            let y = x(row * LINE) + if below.is_some() { x(LINE / 2) } else { x(GAP + LINE) };
+            draw_line(&legend, &[(x(from), y), (x(from + SAMPLE - GAP), y)], number, published, unit)?;
+            draw_marker(&legend, (x(from + (SAMPLE - GAP) / 2), y), number, published, unit)?;
+            let style = letters(LETTERS, unit).pos(Pos::new(HPos::Left, VPos::Center));
+            legend.draw_text(label, &style, (x(from + SAMPLE), y))?;
+        }
     }
     Ok(())
 }
@@ -159,17 +250,29 @@ fn draw_panel<B: DrawingBackend>(
     unit: u32,
     number: &impl Fn(&Curve) -> usize,
 ) -> Drawn<B> {
-    let points: Vec<(&Curve, Vec<Point>)> =
-        panel.curves.iter().map(|curve| (curve, visible(curve, panel.log))).collect();
+    let points: Vec<(&Curve, Vec<Point>)> = panel.curves.iter().map(|curve| (curve, visible(curve, panel))).collect();
     let all = || points.iter().flat_map(|(_, points)| points);
     let scale = if panel.log { Scale::Log } else { Scale::Linear };
     let ends = all().flat_map(|point| <[f64; 2]>::from(band(point, panel.log)));
-    let (x_axis, y_axis) = (Axis::over(Scale::Steps, all().map(|point| point.step)), Axis::over(scale, ends));
-    let mut builder = ChartBuilder::on(area);
-    builder.margin(unit * GAP).x_label_area_size(unit * 40).y_label_area_size(unit * 62);
+    let places = || all().map(|point| point.step);
+    let (x_axis, x_label) = match &panel.x {
+        Horizontal::Steps => (Axis::over(Scale::Steps, places()), "training step"),
+        Horizontal::Linear(label) => (Axis::over(Scale::Linear, places()), &label[..]),
+        Horizontal::Log(label) => (Axis::over(Scale::Log, places()), &label[..]),
+        Horizontal::Names(names) => (Axis::of_names(names), ""),
+    };
+    let y_axis = Axis::over(scale, ends);
+    let head = if panel.title.is_empty() { 0 } else { LINE };
+    let (title, body) = area.split_vertically(unit * head);
     if !panel.title.is_empty() {
-        builder.caption(&panel.title, letters(LETTERS + 2, unit));
+        // In the middle of the axes, not of the panel.
+        let (width, _) = title.dim_in_pixel();
+        let center = (unit * (GAP + LABELS) + width - unit * GAP) / 2;
+        let style = letters(LETTERS + 2, unit).pos(Pos::new(HPos::Center, VPos::Bottom));
+        title.draw_text(&panel.title, &style, (center as i32, (unit * (LINE + GAP / 2)) as i32))?;
     }
+    let mut builder = ChartBuilder::on(&body);
+    builder.margin(unit * GAP).x_label_area_size(unit * 40).y_label_area_size(unit * LABELS);
     let mut chart = builder.build_cartesian_2d(x_axis, y_axis)?;
     chart
         .configure_mesh()
@@ -178,10 +281,11 @@ fn draw_panel<B: DrawingBackend>(
         .axis_style(TEXT.stroke_width(unit))
         .x_labels(12)
         .y_labels(12)
-        .x_desc("training step")
+        .x_desc(x_label)
         .y_desc(&panel.y)
         .label_style(letters(LETTERS - 1, unit))
         .axis_desc_style(letters(LETTERS, unit))
+        .set_all_tick_mark_size(5 * unit)
         .draw()?;
     for (curve, points) in &points {
         if points.iter().any(|point| point.error.is_some_and(|error| error > 0.0)) {

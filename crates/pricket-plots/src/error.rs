@@ -28,8 +28,16 @@ pub enum Error {
         /// Columns of the table.
         columns: usize,
     },
+    /// A panel that is too small or too large.
+    #[error("a panel of {width} by {height}; expected 200 by 150 to 4000 by 4000")]
+    Size {
+        /// Its width.
+        width: u32,
+        /// Its height.
+        height: u32,
+    },
     /// A file name that says no format.
-    #[error("{}: pictures are .svg or .png", path.display())]
+    #[error("{}: pictures are .svg or .png, and .pdf with the feature of that name", path.display())]
     Extension {
         /// The file.
         path: PathBuf,

@@ -1,4 +1,4 @@
-//! Pictures of a sweep, as SVG or PNG: curves over training with error bands and published figures, and tables.
+//! Pictures as SVG, PNG or PDF: curves over training with error bands and published figures, tables, maps of colors, shaded tokens.
 //!
 //! Colours are those of Okabe and Ito, which stay apart for every kind of colour vision; shapes of markers and dashes say the
 //! same again.
@@ -16,6 +16,9 @@ mod axis;
 mod canvas;
 mod draw;
 mod error;
+mod heatmap;
+#[cfg(feature = "pdf")]
+mod pdf;
 mod plain;
 mod show;
 mod text;
@@ -28,7 +31,7 @@ pub use error::{Error, Result};
 /// A measured value at a training step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Point {
-    /// Training steps; 0 has a place of its own on the logarithmic axis.
+    /// The place on the horizontal axis: training steps, mostly.
     pub step: f64,
     /// The value.
     pub value: f64,
@@ -61,12 +64,58 @@ impl Curve {
     }
 }
 
-/// A panel of curves over training steps on a logarithmic axis.
+/// What the horizontal axis of a panel shows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Horizontal {
+    /// Training steps, on a logarithmic axis on which 0 has a place.
+    #[default]
+    Steps,
+    /// A quantity on a linear axis, with its label: `layer`, `tokens`.
+    Linear(String),
+    /// A quantity on a logarithmic axis, with its label; values that are not positive are left out.
+    Log(String),
+    /// Texts, one for each of the values 0, 1, ..
+    Names(Vec<String>),
+}
+
+/// Where the names of the curves stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Legend {
+    /// Right of the panels.
+    #[default]
+    Right,
+    /// Below the panels.
+    Below,
+    /// Nowhere.
+    None,
+}
+
+/// How panels of curves are laid out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Above all panels; none by default.
+    pub title: String,
+    /// Width and height of a panel, axes included, in CSS pixels; 440 by 330 by default, from 200 by 150 to 4000 by 4000.
+    pub panel: (u32, u32),
+    /// Where the names of the curves stand; right of the panels by default.
+    pub legend: Legend,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { title: String::new(), panel: (440, 330), legend: Legend::Right }
+    }
+}
+
+/// A panel of curves, over training steps unless it says otherwise.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curves {
     /// Above the panel.
     pub title: String,
-    /// What the vertical axis shows.
+    /// What the horizontal axis shows.
+    pub x: Horizontal,
+    /// What the vertical axis shows, with its unit: `loss (nats per token)`.
     pub y: String,
     /// Whether that axis is logarithmic too; values that are not positive are left out then.
     pub log: bool,
@@ -77,8 +126,25 @@ pub struct Curves {
 impl Curves {
     /// Whether there is a value that has a place on the axes.
     pub fn is_drawable(&self) -> bool {
-        self.curves.iter().any(|curve| !draw::visible(curve, self.log).is_empty())
+        self.curves.iter().any(|curve| !draw::visible(curve, self).is_empty())
     }
+}
+
+/// A value for each pair of a row and a column, as a color.
+///
+/// Values of one sign go from white to blue; where there are both signs, zero is white and negative values are orange.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Heatmap {
+    /// Above the map.
+    pub title: String,
+    /// What the columns are, below them, and the name of each.
+    pub x: (String, Vec<String>),
+    /// What the rows are, left of them, and the name of each; the first is the topmost.
+    pub y: (String, Vec<String>),
+    /// The values, row after row; those that are not finite stay gray.
+    pub values: Vec<Vec<f64>>,
+    /// What the values are, with their unit.
+    pub unit: String,
 }
 
 /// Rows and columns of figures.
@@ -108,7 +174,8 @@ impl std::fmt::Debug for Picture {
 
 #[derive(Clone, Debug, PartialEq)]
 enum Content {
-    Curves(Vec<Curves>),
+    Curves(Vec<Curves>, Layout),
+    Heatmap(Heatmap),
     Table(Table),
     /// Texts and their probabilities.
     Tokens(Vec<(String, f64)>),
@@ -131,16 +198,28 @@ impl Picture {
     /// Panels of curves with one legend.
     ///
     /// # Errors
-    /// [`Error::Count`] or [`Error::Nothing`] if there is nothing to draw.
+    /// As [`Picture::of_curves_in`].
     pub fn of_curves(panels: Vec<Curves>) -> Result<Self> {
+        Self::of_curves_in(panels, &Layout::default())
+    }
+
+    /// Panels of curves, laid out in another way.
+    ///
+    /// # Errors
+    /// [`Error::Count`] or [`Error::Nothing`] if there is nothing to draw; [`Error::Size`] for a panel that is too small or too large.
+    pub fn of_curves_in(panels: Vec<Curves>, layout: &Layout) -> Result<Self> {
+        let (width, height) = layout.panel;
+        if !(200..=4000).contains(&width) || !(150..=4000).contains(&height) {
+            return Err(Error::Size { width, height });
+        }
         if panels.is_empty() || panels.len() > MOST {
             return Err(Error::Count { what: "panels".into(), found: panels.len(), most: MOST });
         }
         if let Some(panel) = panels.iter().find(|panel| !panel.is_drawable()) {
             return Err(Error::Nothing { axis: panel.y.clone() });
         }
-        let size = draw::size_of_curves(&panels);
-        Ok(Self { content: Content::Curves(panels), size })
+        let size = draw::size_of_curves(&panels, layout);
+        Ok(Self { content: Content::Curves(panels, layout.clone()), size })
     }
 
     /// A table.
@@ -159,6 +238,31 @@ impl Picture {
         }
         let size = draw::size_of_table(&table);
         Ok(Self { content: Content::Table(table), size })
+    }
+
+    /// A map of colors.
+    ///
+    /// # Errors
+    /// [`Error::Count`] if it has no rows or columns, or too many; [`Error::Row`] if a row is not as long as there are columns;
+    /// [`Error::Nothing`] if no value is finite.
+    pub fn of_heatmap(map: Heatmap) -> Result<Self> {
+        let columns = map.x.1.len();
+        for (what, found) in [("rows of a map", map.y.1.len()), ("columns of a map", columns)] {
+            if found == 0 || found > MOST {
+                return Err(Error::Count { what: what.into(), found, most: MOST });
+            }
+        }
+        if map.values.len() != map.y.1.len() {
+            return Err(Error::Row { found: map.values.len(), columns: map.y.1.len() });
+        }
+        if let Some(row) = map.values.iter().find(|row| row.len() != columns) {
+            return Err(Error::Row { found: row.len(), columns });
+        }
+        if !map.values.iter().flatten().any(|value| value.is_finite()) {
+            return Err(Error::Nothing { axis: map.unit });
+        }
+        let size = heatmap::size(&map);
+        Ok(Self { content: Content::Heatmap(map), size })
     }
 
     /// Texts of tokens in their order, each shaded by its probability.
@@ -202,7 +306,7 @@ impl Picture {
         draw::svg(&self.content, self.size)
     }
 
-    /// As PNG, twice as many pixels as the SVG has units.
+    /// As PNG with two pixels for each unit of the SVG, 192 to the inch.
     ///
     /// # Errors
     /// As [`Picture::svg`].
@@ -210,7 +314,16 @@ impl Picture {
         draw::png(&self.content, self.size)
     }
 
-    /// Writes it, as what the extension of `path` says: `.svg` or `.png`. A file that is there is replaced when the new one is
+    /// As PDF, its letters embedded.
+    ///
+    /// # Errors
+    /// As [`Picture::svg`].
+    #[cfg(feature = "pdf")]
+    pub fn pdf(&self) -> Result<Vec<u8>> {
+        pdf::pdf(&self.svg()?)
+    }
+
+    /// Writes it, as what the extension of `path` says: `.svg`, `.png` or, with the feature `pdf`, `.pdf`. A file that is there is replaced when the new one is
     /// whole.
     ///
     /// # Errors
@@ -220,6 +333,8 @@ impl Picture {
         let bytes = match path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase).as_deref() {
             Some("svg") => self.svg()?.into_bytes(),
             Some("png") => self.png()?,
+            #[cfg(feature = "pdf")]
+            Some("pdf") => self.pdf()?,
             _ => return Err(Error::Extension { path: path.into() }),
         };
         let io = |error: std::io::Error| Error::Io { path: path.into(), error };

@@ -1,13 +1,21 @@
 //! Pictures and tables as text, for readers without pictures, and tables as HTML.
 
-use super::{Content, Curves, Picture, Table};
+use super::{Content, Curves, Horizontal, Picture, Table};
 
 impl Picture {
     /// Returns what it shows as plain text: tables aligned, of each curve its first and last value.
     pub fn text(&self) -> String {
         match &self.content {
             Content::Table(table) => table.text(),
-            Content::Curves(panels) => panels.iter().map(curves).collect::<Vec<_>>().join("\n"),
+            Content::Curves(panels, _) => panels.iter().map(curves).collect::<Vec<_>>().join("\n"),
+            Content::Heatmap(map) => {
+                let row = |(name, values): (&String, &Vec<f64>)| {
+                    std::iter::once(name.clone()).chain(values.iter().map(|value| format!("{value:.4}"))).collect()
+                };
+                let columns = std::iter::once(map.y.0.clone()).chain(map.x.1.iter().cloned()).collect();
+                Table { title: map.title.clone(), columns, rows: map.y.1.iter().zip(&map.values).map(row).collect() }
+                    .text()
+            }
             Content::Tokens(texts) | Content::Bars(texts) => {
                 let row = |(text, p): &(String, f64)| vec![text.clone(), format!("{p:.4}")];
                 let rows = texts.iter().map(row).collect();
@@ -27,7 +35,12 @@ fn curves(panel: &Curves) -> String {
         points.sort_by(|a, b| a.step.total_cmp(&b.step));
         if let (Some(first), Some(last)) = (points.first(), points.last()) {
             let (label, count) = (&curve.label, points.len());
-            let range = format!("{:.4} at step {} to {:.4} at step {}", first.value, first.step, last.value, last.step);
+            let at = |x: f64| match &panel.x {
+                Horizontal::Steps => format!("step {x}"),
+                Horizontal::Linear(label) | Horizontal::Log(label) => format!("{label} {x}"),
+                Horizontal::Names(names) => names.get(x as usize).cloned().unwrap_or_default(),
+            };
+            let range = format!("{:.4} at {} to {:.4} at {}", first.value, at(first.step), last.value, at(last.step));
             lines.push(format!(
                 "  {label}: {}, {range}",
                 if count == 1 { "1 point".to_owned() } else { format!("{count} points") }

@@ -10,6 +10,6 @@ pub(crate) mod shard;
 
 pub use measure::Measure;
 #[cfg(feature = "plots")]
-pub use rows::{Row, csv, curves, read_rows, table};
+pub use rows::{CurveOptions, Row, csv, curves, read_rows, table};
 pub use run::{Sweep, Swept};
 pub use shard::Shard;

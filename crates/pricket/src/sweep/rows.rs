@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::suites::published::published;
 use crate::sweep::results;
 use crate::{Error, Result};
-use pricket_plots::{Curve, Curves, Picture, Point, Table};
+use pricket_plots::{Curve, Curves, Layout, Picture, Point, Table};
 
 /// A figure of a checkpoint, as [`crate::Sweep`] writes it.
 #[derive(Clone, Debug, PartialEq)]
@@ -164,9 +164,35 @@ fn without_seed(label: &str) -> &str {
     label.rsplit_once("-seed").filter(|(_, seed)| seed.parse::<u64>().is_ok()).map_or(label, |(suite, _)| suite)
 }
 
+/// What [`curves`] draws.
+#[derive(Clone, Debug)]
+pub struct CurveOptions {
+    /// Whether runs that differ in their seed are one curve: their mean, in a band of their standard deviation. False by default.
+    pub mean_of_seeds: bool,
+    /// Whether what others have published of these models is drawn beside; true by default.
+    pub published: bool,
+    /// Whether the slices or tasks that have one metric are curves of one panel, rather than a panel each. False by default.
+    pub together: bool,
+    /// How the panels are laid out.
+    pub layout: Layout,
+}
+
+impl Default for CurveOptions {
+    fn default() -> Self {
+        Self { mean_of_seeds: false, published: true, together: false, layout: Layout::default() }
+    }
+}
+
+/// The name of a metric with its unit.
+fn with_unit(metric: &str) -> String {
+    match metric {
+        "loss" => "loss (nats per token)".into(),
+        "bits_per_byte" => "bits per byte".into(),
+        other => other.replace('_', " "),
+    }
+}
+
 /// Curves over training, a panel for each of `metrics` (all of them if there are none). Bands are a standard error up and down.
-/// With `seeds`, runs that differ in their seed are one curve: their mean, in a band of their standard deviation. With
-/// `with_published`, what others have published of these models is drawn beside.
 ///
 /// Metrics without a finite value at any step are left out, unless they are named. Models without training steps have no curve: see
 /// [`table`].
@@ -174,38 +200,7 @@ fn without_seed(label: &str) -> &str {
 /// # Errors
 /// [`Error::Results`] if a metric that is named is not there or has nothing to draw, if nothing has, and if rows of a curve were measured
 /// in different ways.
-pub fn curves(rows: &[Row], wanted: &[String], seeds: bool, with_published: bool) -> Result<Picture> {
-    let panel = |metric: String| {
-        let mut curves: Vec<Curve> = Vec::new();
-        let mut groups: Vec<(String, Vec<&Row>)> = Vec::new();
-        for (label, model) in models(rows) {
-            let of_model = rows.iter().filter(|row| row.model == model && row.metric == metric && row.step.is_some());
-            let label = if seeds { without_seed(&label).to_owned() } else { label };
-            match groups.iter_mut().find(|(name, _)| *name == label) {
-                Some((_, group)) => group.extend(of_model),
-                None => groups.push((label, of_model.collect())),
-            }
-        }
-        for (label, group) in groups {
-            curves.push(Curve::new(label, points(&group)));
-        }
-        if with_published {
-            for (label, model) in models(rows) {
-                let figures = published(&model).into_iter().filter(|figure| figure.metric == metric);
-                let points: Vec<Point> =
-                    figures.filter_map(|figure| Some(Point::new(figure.step? as f64, figure.value))).collect();
-                if !points.is_empty() {
-                    curves.push(Curve { label, points, published: true });
-                }
-            }
-        }
-        let values = curves.iter().flat_map(|curve| &curve.points).map(|point| point.value);
-        let (low, high) = values.fold((f64::INFINITY, 0f64), |(low, high), v| (low.min(v), high.max(v)));
-        // A perplexity falls from millions to a few.
-        let log = metric.ends_with("perplexity") && low > 0.0 && high > 10.0 * low;
-        let (title, y) = metric.split_once('/').unwrap_or(("", &metric));
-        Curves { title: title.into(), y: y.replace('_', " "), log, curves }
-    };
+pub fn curves(rows: &[Row], wanted: &[String], options: &CurveOptions) -> Result<Picture> {
     let metrics = metrics(rows, wanted)?;
     metrics.iter().try_for_each(|metric| same_settings(rows, metric))?;
     if rows.iter().all(|row| row.step.is_none()) {
@@ -213,11 +208,59 @@ pub fn curves(rows: &[Row], wanted: &[String], seeds: bool, with_published: bool
             "no row has a training step, and curves are drawn over steps; a table needs none".into(),
         ));
     }
-    let mut panels: Vec<Curves> = metrics.into_iter().map(panel).collect();
+    // Title of a panel, name of its metric, and the metrics in full.
+    let mut panels: Vec<(String, String, Vec<String>)> = Vec::new();
+    for metric in metrics {
+        let (title, name) = metric.split_once('/').unwrap_or(("", &metric));
+        let (title, name) = (title.to_owned(), name.to_owned());
+        match panels.iter_mut().find(|panel| options.together && panel.1 == name) {
+            Some(panel) => panel.2.push(metric),
+            None => panels.push((if options.together { String::new() } else { title }, name, vec![metric])),
+        }
+    }
+    let mut panels: Vec<Curves> = panels.into_iter().map(|panel| panel_of(rows, panel, options)).collect();
     if wanted.is_empty() {
         panels.retain(Curves::is_drawable);
     }
-    Ok(Picture::of_curves(panels)?)
+    Ok(Picture::of_curves_in(panels, &options.layout)?)
+}
+
+fn panel_of(rows: &[Row], (title, name, metrics): (String, String, Vec<String>), options: &CurveOptions) -> Curves {
+    let models = models(rows);
+    let mut curves: Vec<Curve> = Vec::new();
+    for metric in &metrics {
+        let slice = metric.split_once('/').map_or("", |(slice, _)| slice);
+        // A curve is named after what tells it apart from the others of its panel.
+        let named = |label: String| match (metrics.len() > 1, models.len() > 1) {
+            (false, _) => label,
+            (true, false) => slice.to_owned(),
+            (true, true) => format!("{label} {slice}"),
+        };
+        let mut groups: Vec<(String, Vec<&Row>)> = Vec::new();
+        for (label, model) in &models {
+            let of_model = rows.iter().filter(|row| row.model == *model && row.metric == *metric && row.step.is_some());
+            let label = if options.mean_of_seeds { without_seed(label) } else { label };
+            match groups.iter_mut().find(|(name, _)| name == label) {
+                Some((_, group)) => group.extend(of_model),
+                None => groups.push((label.to_owned(), of_model.collect())),
+            }
+        }
+        let groups = groups.into_iter().filter(|(_, group)| !group.is_empty());
+        curves.extend(groups.map(|(label, group)| Curve::new(named(label), points(&group))));
+        for (label, model) in models.iter().filter(|_| options.published) {
+            let figures = published(model).into_iter().filter(|figure| figure.metric == *metric);
+            let points: Vec<Point> =
+                figures.filter_map(|figure| Some(Point::new(figure.step? as f64, figure.value))).collect();
+            if !points.is_empty() {
+                curves.push(Curve { label: named(label.clone()), points, published: true });
+            }
+        }
+    }
+    let values = curves.iter().flat_map(|curve| &curve.points).map(|point| point.value);
+    let (low, high) = values.fold((f64::INFINITY, 0f64), |(low, high), v| (low.min(v), high.max(v)));
+    // A perplexity falls from millions to a few.
+    let log = name.ends_with("perplexity") && low > 0.0 && high > 10.0 * low;
+    Curves { title, y: with_unit(&name), log, curves, ..Curves::default() }
 }
 
 /// Figures over fewer documents, with more examples or of another type of weights are not points of one curve.

@@ -1,0 +1,19 @@
+//! Pictures as PDF.
+
+use std::sync::Arc;
+
+use svg2pdf::usvg::{Options, Tree, fontdb};
+
+use crate::canvas::FONT_FILE;
+use crate::{Error, Result};
+
+/// A page of the size of the picture.
+pub(crate) fn pdf(svg: &str) -> Result<Vec<u8>> {
+    let mut fonts = fontdb::Database::new();
+    fonts.load_font_data(FONT_FILE.to_vec());
+    fonts.set_sans_serif_family("DejaVu Sans");
+    let options = Options { fontdb: Arc::new(fonts), ..Options::default() };
+    let tree = Tree::from_str(svg, &options).map_err(|e| Error::Draw(e.to_string()))?;
+    let page = svg2pdf::PageOptions::default();
+    svg2pdf::to_pdf(&tree, svg2pdf::ConversionOptions::default(), page).map_err(|e| Error::Draw(e.to_string()))
+}
