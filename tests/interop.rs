@@ -82,3 +82,26 @@ fn repositories_are_sources_and_sources_repositories() {
     assert!(matches!(interop::source(&dataset), Err(Error::Source(_))));
     assert!(matches!(interop::repo(root().join("models/tiny")), Err(Error::Source(_))));
 }
+
+/// Variables are made by the VarBuilder when they are asked for with a shape.
+#[test]
+fn a_model_loads_over_variables_and_zeros() {
+    use pricket::candle_nn::{VarBuilder, VarMap};
+
+    let config = interop::open(root().join("models/tiny")).unwrap().config;
+    let variables = VarMap::new();
+    let weights = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
+    let tensors = interop::open(root().join("models/tiny")).unwrap();
+    for name in tensors.store().names() {
+        let tensor = tensors.var_builder(DType::F32, &Device::Cpu).get_unchecked(&name).unwrap();
+        weights.get(tensor.dims(), &name).unwrap();
+        variables.data().lock().unwrap()[&name].set(&tensor).unwrap();
+    }
+    let found = Loader::from_store(config.clone(), interop::store(weights)).threads(1).load().unwrap();
+    assert_eq!(worst(&logits(&found), &logits(&pricket::tiny().unwrap())), 0.0);
+    let zeros = interop::store(VarBuilder::zeros(DType::F32, &Device::Cpu));
+    let found = Loader::from_store(config, zeros).threads(1).load().unwrap();
+    assert_eq!(logits(&found).flatten_all().unwrap().to_vec1::<f32>().unwrap(), vec![0.0; 6 * found.info().vocab]);
+    let adapted = Loader::new(root().join("models/tiny")).adapter("somewhere");
+    assert!(matches!(interop::Opened::from_loader(&adapted), Err(Error::Options(_))));
+}

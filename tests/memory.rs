@@ -351,7 +351,7 @@ fn weights_in_place_are_not_copied() {
         let number = text.split("OWN ").nth(1).and_then(|rest| rest.split_whitespace().next());
         number.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr))).parse().unwrap()
     };
-    let weights = (8 * 12 * 512 * 512 * 4) as f64;
+    let weights = f64::from(8 * 12 * 512 * 512 * 4);
     let (copied, in_place) = (own("no"), own("yes"));
     assert!(copied > weights && in_place < 0.15 * weights, "copied {copied}, in place {in_place} of {weights}");
 }

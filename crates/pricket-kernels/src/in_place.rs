@@ -41,6 +41,11 @@ impl InPlace {
         (is_read && fits).then_some(Self { kept, dtype, rows, columns })
     }
 
+    /// Whether it is the same matrix in the same place.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.kept, &other.kept) && self.shape() == other.shape() && self.dtype == other.dtype
+    }
+
     /// Rows, columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)

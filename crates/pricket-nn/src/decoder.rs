@@ -423,6 +423,7 @@ impl<B: Block> CausalLm for Decoder<B> {
         // Another table for one of the two unties them.
         let is_same = |now: &Matrix, before: &Matrix| match (now, before) {
             (Matrix::Dense(now), Matrix::Dense(before)) => now.id() == before.id(),
+            (Matrix::InPlace(now), Matrix::InPlace(before)) => now.is_same(before),
             (now, before) => std::mem::discriminant(now) == std::mem::discriminant(before),
         };
         mapped.is_tied &= is_same(&mapped.embed.weight, &self.embed.weight);

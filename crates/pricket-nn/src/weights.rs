@@ -52,6 +52,7 @@ struct State {
     elements: u64,
     /// In memory.
     bytes: u64,
+    in_place: u64,
     /// On file.
     read: u64,
     /// By canonical name, those that were brought into another order.
@@ -153,9 +154,14 @@ impl Weights {
         self.state().elements
     }
 
-    /// Bytes that the loaded tensors take in memory.
+    /// Bytes that the loaded tensors take in memory or, in place, in their file.
     pub fn bytes(&self) -> u64 {
         self.state().bytes
+    }
+
+    /// Bytes of those that are used where their file is mapped, and not copied.
+    pub fn in_place_bytes(&self) -> u64 {
+        self.state().in_place
     }
 
     /// Bytes that the loaded tensors take on file.
@@ -467,12 +473,14 @@ impl Weights {
             (_, stored) => stored,
         };
         let bytes = target.map_or(entry.bytes(), |target| target.size_in_bytes() * entry.elements());
+        let is_left = target.is_some() && target == stored && self.is_left_in_place(rows, is_trained);
+        if is_left && !self.state().asked.contains(&name) {
+            self.state().in_place += bytes as u64;
+        }
         let matrix = match target {
             _ if store.shapes_only() => Matrix::Dense(self.shape_only(target.unwrap_or(DType::F32), shape)?),
             None => rows.apply_to_matrix(pricket_weights::read_matrix(store, &name)?)?.packed(),
-            Some(target) if self.is_left_in_place(rows, is_trained) && stored == Some(target) => {
-                pricket_weights::read_matrix_in_place(store, &name)?
-            }
+            Some(_) if is_left => pricket_weights::read_matrix_in_place(store, &name)?,
             Some(target) => {
                 let tensor = rows.apply(&pricket_weights::read_tensor(store, &name, &Device::Cpu)?)?;
                 let tensor = tensor.to_dtype(target)?.to_device(device)?;

@@ -92,8 +92,12 @@ fn entries(panels: &[Curves]) -> Vec<(usize, &str, bool)> {
 
 /// Rows of a legend below panels of this width.
 fn rows_below(panels: &[Curves], width: u32) -> u32 {
-    let across = ((width - 2 * GAP) / legend_width(panels)).max(1);
-    (entries(panels).len() as u32).div_ceil(across)
+    (entries(panels).len() as u32).div_ceil(across(panels, width))
+}
+
+/// Names beside each other in a legend below panels of this width.
+fn across(panels: &[Curves], width: u32) -> u32 {
+    (width.saturating_sub(2 * GAP + LABELS) / legend_width(panels)).max(1)
 }
 
 fn legend_width(panels: &[Curves]) -> u32 {
@@ -133,8 +137,11 @@ const MOST_PIXELS: u64 = 64 << 20;
 pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<u8>> {
     ready();
     // Letters are placed at whole pixels: they are drawn larger, so that the spaces between them come out even.
-    let pixels_at = |times: &u32| u64::from(width * DENSITY * times) * u64::from(height * DENSITY * times);
-    let times = [4, 2, 1].into_iter().find(|times| pixels_at(times) <= MOST_PIXELS).unwrap_or(1);
+    let pixels_at = |times: &u32| u64::from(width) * u64::from(height) * u64::from(DENSITY * times).pow(2);
+    let Some(times) = [4, 2, 1].into_iter().find(|times| pixels_at(times) <= MOST_PIXELS) else {
+        let found = pixels_at(&1) as usize;
+        return Err(Error::Count { what: "pixels".into(), found, most: MOST_PIXELS as usize });
+    };
     let unit = DENSITY * times;
     let mut drawn = vec![0u8; 3 * pixels_at(&times) as usize];
     let size = (unit * width, unit * height);
@@ -228,7 +235,7 @@ fn draw_curves<B: DrawingBackend>(panels: &[Curves], layout: &Layout, area: &Are
         draw_panel(panel, &area, unit, &number)?;
     }
     let x = |at: u32| (unit * at) as i32;
-    let across = below.as_ref().map_or(1, |_| ((width / unit - 2 * GAP) / legend_width(panels)).max(1));
+    let across = below.as_ref().map_or(1, |_| across(panels, width / unit));
     if let Some(legend) = right.or(below.clone()) {
         for (i, (number, label, published)) in entries(panels).into_iter().enumerate() {
             let (column, row) = (i as u32 % across, i as u32 / across);

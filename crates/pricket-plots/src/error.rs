@@ -28,6 +28,16 @@ pub enum Error {
         /// Columns of the table.
         columns: usize,
     },
+    /// A map with more or fewer values than names.
+    #[error("{found} {what} for {names} names")]
+    Map {
+        /// What is counted.
+        what: &'static str,
+        /// How many there are.
+        found: usize,
+        /// Names of rows or columns.
+        names: usize,
+    },
     /// A panel that is too small or too large.
     #[error("a panel of {width} by {height}; expected 200 by 150 to 4000 by 4000")]
     Size {

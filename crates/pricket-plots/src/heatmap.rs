@@ -30,7 +30,7 @@ pub(super) fn size(map: &Heatmap) -> (u32, u32) {
     let (rows, column, head) = measures(map);
     let unit = width_of(&map.unit, LETTERS - 1).max(SCALE.1);
     let width = rows + column * map.x.1.len() as u32 + 2 * GAP + SCALE.0 + unit + GAP;
-    let title = 2 * GAP + width_of(&map.title, LETTERS + 2);
+    let title = rows + width_of(&map.title, LETTERS + 2) + GAP;
     (width.max(title), head + LINE + ROW * map.y.1.len().max(3) as u32 + 2 * LINE + GAP)
 }
 

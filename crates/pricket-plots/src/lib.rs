@@ -132,7 +132,8 @@ impl Curves {
 
 /// A value for each pair of a row and a column, as a color.
 ///
-/// Values of one sign go from white to blue; where there are both signs, zero is white and negative values are orange.
+/// Where there are both signs, zero is white, positive values are blue and negative ones orange. Values of one sign go from white, for the
+/// smallest or for zero where none is positive, to blue or orange.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Heatmap {
     /// Above the map.
@@ -243,7 +244,7 @@ impl Picture {
     /// A map of colors.
     ///
     /// # Errors
-    /// [`Error::Count`] if it has no rows or columns, or too many; [`Error::Row`] if a row is not as long as there are columns;
+    /// [`Error::Count`] if it has no rows or columns, or too many; [`Error::Map`] if there are not as many values as names;
     /// [`Error::Nothing`] if no value is finite.
     pub fn of_heatmap(map: Heatmap) -> Result<Self> {
         let columns = map.x.1.len();
@@ -253,10 +254,10 @@ impl Picture {
             }
         }
         if map.values.len() != map.y.1.len() {
-            return Err(Error::Row { found: map.values.len(), columns: map.y.1.len() });
+            return Err(Error::Map { what: "rows of values", found: map.values.len(), names: map.y.1.len() });
         }
         if let Some(row) = map.values.iter().find(|row| row.len() != columns) {
-            return Err(Error::Row { found: row.len(), columns });
+            return Err(Error::Map { what: "values of a row", found: row.len(), names: columns });
         }
         if !map.values.iter().flatten().any(|value| value.is_finite()) {
             return Err(Error::Nothing { axis: map.unit });

@@ -14,6 +14,7 @@ pub(crate) fn pdf(svg: &str) -> Result<Vec<u8>> {
     fonts.set_sans_serif_family("DejaVu Sans");
     let options = Options { fontdb: Arc::new(fonts), ..Options::default() };
     let tree = Tree::from_str(svg, &options).map_err(|e| Error::Draw(e.to_string()))?;
-    let page = svg2pdf::PageOptions::default();
+    // A unit is a CSS pixel.
+    let page = svg2pdf::PageOptions { dpi: 96.0 };
     svg2pdf::to_pdf(&tree, svg2pdf::ConversionOptions::default(), page).map_err(|e| Error::Draw(e.to_string()))
 }

@@ -255,6 +255,7 @@ impl From<pricket_hub::Error> for Error {
     fn from(e: pricket_hub::Error) -> Self {
         use pricket_hub::Error as H;
         match e {
+            H::Input(what) => Error::Source(what),
             H::Io { path, source } => Error::Io { path, error: source },
             H::Cancelled => Error::Cancelled,
             H::Offline { .. } => Error::Offline(e.to_string()),

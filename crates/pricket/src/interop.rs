@@ -8,7 +8,7 @@
 //!
 //! let opened = interop::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))?;
 //! let weights = opened.var_builder(DType::F32, &Device::Cpu); // names and order of rows as on the Hub, whatever the format
-//! let embedding = weights.get((512, 128), "gpt_neox.embed_in.weight")?;
+//! let embedding = weights.get((2048, 128), "gpt_neox.embed_in.weight")?;
 //! assert_eq!(embedding.dtype(), DType::F32);
 //!
 //! // And back: a model of ours over what a VarBuilder gives.
@@ -18,7 +18,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use candle_nn::VarBuilder;
@@ -55,7 +55,8 @@ impl std::fmt::Debug for Opened {
 /// Opens a checkpoint of any format: a directory, a file, or a repository of the Hub, which is fetched into the cache that Python shares.
 ///
 /// # Errors
-/// As [`Loader::load`], but for memory: nothing is read yet.
+/// As [`Loader::load`]. No tensor is read yet, except where a GGUF file does not say the order of its QKV rows: then the model is loaded
+/// once to find out.
 pub fn open(source: impl Into<Source>) -> Result<Opened> {
     Opened::from_loader(&Loader::new(source))
 }
@@ -64,8 +65,13 @@ impl Opened {
     /// Opens what a loader names, with what it changes about it: the configuration, the tokenizer, the order of QKV rows.
     ///
     /// # Errors
-    /// As [`open`].
+    /// As [`open`]; [`Error::Options`] for a loader with adapters, which are not merged here.
     pub fn from_loader(loader: &Loader) -> Result<Self> {
+        if loader.has_adapters() {
+            return Err(Error::Options(
+                "adapters are not merged into these tensors; convert the model with them first".into(),
+            ));
+        }
         let mut opened = loader.opened()?;
         let wrong = |e| at(&opened.config_path, e);
         let family = checked_family(&opened.config).map_err(wrong)?;
@@ -104,7 +110,7 @@ pub fn var_builder(store: Arc<dyn Store>, dtype: DType, device: &Device) -> VarB
 /// What a `VarBuilder` gives as a store of ours, for [`Loader::from_store`]. A `VarBuilder` cannot list its names, so no unused tensor
 /// is reported, and an error for a missing tensor names no other.
 pub fn store(tensors: VarBuilder<'static>) -> Arc<dyn Store> {
-    Arc::new(Built(tensors))
+    Arc::new(Built { tensors, shapes: Mutex::default() })
 }
 
 /// A tokenizer of the `tokenizers` crate as ours.
@@ -145,11 +151,14 @@ pub fn source(repo: &hf_hub::Repo) -> Result<Source> {
 /// A source as a model repository of the `hf_hub` crate.
 ///
 /// # Errors
-/// [`Error::Source`] for what is on this machine.
+/// [`Error::Source`] for what is on this machine, and for one file of a repository.
 pub fn repo(source: impl Into<Source>) -> Result<hf_hub::Repo> {
     let source = source.into();
     match source.locate()? {
-        crate::loading::source::Place::Hub(id, _) => {
+        crate::loading::source::Place::Hub(id, Some(file)) => {
+            Err(Error::Source(format!("{id} is the file {file} of its repository, which a Repo cannot name")))
+        }
+        crate::loading::source::Place::Hub(id, None) => {
             Ok(hf_hub::Repo::with_revision(id.repo.to_string(), hf_hub::RepoType::Model, id.revision.clone()))
         }
         crate::loading::source::Place::Local(path) => {
@@ -261,12 +270,26 @@ impl Backend {
     }
 }
 
-/// What a `VarBuilder` gives.
-struct Built(VarBuilder<'static>);
+/// What a `VarBuilder` gives, and the shapes that were asked for.
+struct Built {
+    tensors: VarBuilder<'static>,
+    shapes: Mutex<BTreeMap<String, Vec<usize>>>,
+}
 
 impl Built {
-    fn tensor(&self, name: &str) -> Option<Tensor> {
-        self.0.contains_tensor(name).then(|| self.0.get_unchecked(name).ok()).flatten()
+    fn shapes(&self) -> MutexGuard<'_, BTreeMap<String, Vec<usize>>> {
+        self.shapes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn of_shape(&self, shape: Vec<usize>) -> Entry {
+        let dtype = match self.tensors.dtype() {
+            DType::BF16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
+            DType::F32 => Dtype::F32,
+            DType::F64 => Dtype::F64,
+            other => Dtype::Other(other.as_str()),
+        };
+        Entry { shape, dtype }
     }
 }
 
@@ -276,26 +299,32 @@ impl Store for Built {
     }
 
     fn entry(&self, name: &str) -> Option<Entry> {
-        let tensor = self.tensor(name)?;
-        let dtype = match tensor.dtype() {
-            DType::U8 => Dtype::U8,
-            DType::I64 => Dtype::I64,
-            DType::BF16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-            DType::F32 => Dtype::F32,
-            DType::F64 => Dtype::F64,
-            other => Dtype::Other(other.as_str()),
-        };
-        Some(Entry { shape: tensor.dims().to_vec(), dtype })
+        if let Some(shape) = self.shapes().get(name) {
+            return Some(self.of_shape(shape.clone()));
+        }
+        let known = self.tensors.contains_tensor(name).then(|| self.tensors.get_unchecked(name).ok()).flatten()?;
+        self.shapes().insert(name.into(), known.dims().to_vec());
+        Some(self.of_shape(known.dims().to_vec()))
+    }
+
+    /// A `VarBuilder` is asked for a name and a shape: variables and zeros are made in it, files compare it.
+    fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
+        let found = self.entry(name);
+        if found.is_some() || !self.tensors.contains_tensor(name) {
+            return found;
+        }
+        self.shapes().insert(name.into(), shape.to_vec());
+        Some(self.of_shape(shape.to_vec()))
+    }
+
+    fn claims(&self, name: &str) -> bool {
+        self.tensors.contains_tensor(name)
     }
 
     fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
-        let tensor = self.tensor(name).ok_or_else(|| self.missing(name))?;
-        bytes_of(&tensor).map_err(|source| pricket_weights::Error::Candle {
-            origin: self.origin(name),
-            name: name.into(),
-            source,
-        })
+        let shape = self.entry(name).ok_or_else(|| self.missing(name))?.shape;
+        let read = self.tensors.get(shape, name).and_then(|tensor| bytes_of(&tensor));
+        read.map_err(|source| pricket_weights::Error::Candle { origin: self.origin(name), name: name.into(), source })
     }
 
     fn origin(&self, _: &str) -> String {

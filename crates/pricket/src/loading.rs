@@ -2,9 +2,8 @@
 //!
 //! ```
 //! let inspection = pricket::inspect(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny@step64"))?;
-//! assert_eq!(inspection.family, "gpt_neox");
-//! let model = pricket::Loader::new().threads(1).tiny()?;
-//! assert_eq!(model.info().parameters, inspection.parameters);
+//! let model = pricket::Loader::tiny().threads(1).load()?;
+//! assert_eq!(inspection.info.map(|info| info.parameters), Some(model.info().parameters));
 //! # Ok::<(), pricket::Error>(())
 //! ```
 

@@ -2,7 +2,7 @@
 //!
 //! ```
 //! let card = pricket::suites::card("EleutherAI/pythia-70m").expect("a card");
-//! assert_eq!(card.steps.len(), 154);
+//! assert_eq!(card.checkpoints.as_ref().map_or(0, |pattern| pattern.steps().len()), 154);
 //! ```
 
 pub(crate) mod audit;

@@ -46,10 +46,16 @@ impl SelfAttentionOp {
         let (v, v_dims) = View::new("values", of[2].0, of[2].1)?;
         let kv_heads = k_dims[1];
         let fits = kv_heads > 0 && heads % kv_heads == 0 && k_dims == [batch, kv_heads, time, dim] && v_dims == k_dims;
-        let inside = |&(row, from, len): &(usize, usize, usize)| row < batch && len > 0 && from + len <= time;
-        let covered: usize = self.spans.iter().map(|span| span.2).sum();
+        // Every position is in one span, so that no two tasks write the same gradients.
+        let mut sorted = self.spans.clone();
+        sorted.sort_unstable();
+        let end = sorted.iter().try_fold(0usize, |end, &(row, from, len)| {
+            let begins =
+                row.checked_mul(time)?.checked_add(from)? == end && from < time && len > 0 && len <= time - from;
+            begins.then_some(end + len)
+        });
         let is_f32 = [&q, &k, &v].iter().all(|view| view.rows.kind() == Kind::F32);
-        if !fits || !is_f32 || covered != batch * time || !self.spans.iter().all(inside) {
+        if !fits || !is_f32 || end != Some(batch * time) {
             bail!(
                 "attention: q {:?}, keys {k_dims:?}, values {v_dims:?} and {} rows do not fit",
                 of[0].1.dims(),
@@ -258,5 +264,34 @@ unsafe fn multiply(
         };
         // SAFETY: these places are this thread's, as the caller promises.
         unsafe { product.run(path) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    /// Rows that overlap would be written by two tasks at once.
+    #[test]
+    fn spans_that_overlap_or_leave_gaps_are_refused() {
+        let x = Tensor::zeros((1, 2, 4, 8), DType::F32, &Device::Cpu).unwrap();
+        let attend = |spans: &[(usize, usize, usize)]| {
+            let op = SelfAttentionOp { scale: 1.0, slopes: Vec::new(), spans: spans.to_vec() };
+            x.apply_op3_no_bwd(&x, &x, &op)
+        };
+        assert!(attend(&[(0, 2, 2), (0, 0, 2)]).is_ok());
+        let far = usize::MAX;
+        for bad in [
+            &[(0, 0, 2), (0, 0, 2)][..],
+            &[(0, 0, 3)],
+            &[(0, 0, 2), (0, 3, 1)],
+            &[(1, 0, 4)],
+            &[(0, far, 4)],
+            &[(far, 2, 4)],
+        ] {
+            assert!(attend(bad).is_err(), "{bad:?}");
+        }
     }
 }

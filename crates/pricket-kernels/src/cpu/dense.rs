@@ -51,7 +51,7 @@ pub fn linear(
     Gemm::new(x, weight, bias, (in_features, out_features), y).run();
 }
 
-/// `y = f(x Wᵀ + b)` over operands whose sizes fit each other: there is no other way to the products below.
+/// `y = f(x Wᵀ + b)` over operands whose sizes fit each other.
 pub(crate) struct Gemm<'a> {
     /// `[rows, k]`.
     x: &'a [f32],
@@ -95,6 +95,9 @@ impl<'a> Gemm<'a> {
     /// Computes it in f32.
     pub(crate) fn run(self) {
         let Self { x, weight, bias, then, rows, k, n, y } = self;
+        if rows == 0 {
+            return;
+        }
         if rows > FEW_ROWS {
             let begin = bias.map_or(Begin::Zero, Begin::Bias);
             return blocked(Left { at: x, row: k, column: 1 }, rows, Right::Rows(weight), (k, n), begin, then, y);
@@ -365,4 +368,16 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_rows_have_no_result() {
+        let weight = vec![1f32; 40 * 24];
+        linear(&[], Stored::F32(&weight), None, 24, 40, &mut []);
+        linear_transposed(&[], Stored::F32(&weight), 24, 40, &mut []);
+    }
 }

@@ -6,15 +6,31 @@
 
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{OnceLock, PoisonError};
+
+use sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use sync::thread::{self, JoinHandle};
+use sync::{Arc, Condvar, Mutex};
+
+/// What threads agree by: the standard library's, or shuttle's, which tries one interleaving after the other (`tools/memory-check shuttle`).
+mod sync {
+    #[cfg(shuttle)]
+    pub(super) use shuttle::{
+        sync::{Arc, Condvar, Mutex, atomic},
+        thread,
+    };
+    #[cfg(not(shuttle))]
+    pub(super) use std::{
+        sync::{Arc, Condvar, Mutex, atomic},
+        thread,
+    };
+}
 
 /// Looks at the counter before a worker sleeps: about a tenth of a millisecond.
-const LOOKS: usize = 2_000;
+const LOOKS: usize = if cfg!(shuttle) { 1 } else { 2_000 };
 
 /// Looks at a counter before a waiting caller lets another program have the processor.
-const IMPATIENCE: usize = 20_000;
+const IMPATIENCE: usize = if cfg!(shuttle) { 0 } else { 20_000 };
 
 thread_local! {
     static CURRENT: RefCell<Option<Pool>> = const { RefCell::new(None) };
@@ -97,7 +113,7 @@ impl Pool {
         let mut workers = Workers { shared: Arc::clone(&shared), handles: Vec::new() };
         for i in 1..threads {
             let shared = Arc::clone(&shared);
-            let worker = std::thread::Builder::new().name(format!("pricket-{i}"));
+            let worker = thread::Builder::new().name(format!("pricket-{i}"));
             workers.handles.push(worker.spawn(move || shared.serve())?);
         }
         Ok(Self { shared, _workers: Arc::new(workers) })
@@ -160,7 +176,7 @@ impl Shared {
         let mut looks = 0usize;
         while self.active.load(Ordering::SeqCst) > 0 {
             looks += 1;
-            if looks < IMPATIENCE { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if looks < IMPATIENCE { std::hint::spin_loop() } else { thread::yield_now() }
         }
         let theirs = self.panicked.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.busy.store(false, Ordering::Release);
@@ -310,7 +326,7 @@ pub(crate) fn scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
     result
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use std::sync::atomic::AtomicU64;
 
@@ -370,5 +386,40 @@ mod tests {
                 assert_eq!(count.load(Ordering::Relaxed), 4);
             }
         });
+    }
+}
+
+/// Interleavings of callers and workers. Thread-local values are std's, which shuttle's threads share: jobs are run directly.
+#[cfg(all(test, shuttle))]
+mod interleavings {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_and_the_job_is_over_when_its_caller_returns() {
+        let round = || {
+            let pool = Pool::new(3).unwrap();
+            let callers: Vec<_> = (0..2)
+                .map(|_| {
+                    let shared = Arc::clone(&pool.shared);
+                    thread::spawn(move || {
+                        for tasks in [2usize, 3] {
+                            if shared.busy.swap(true, Ordering::SeqCst) {
+                                continue;
+                            }
+                            let seen: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                            shared.run(tasks, &|i| {
+                                seen[i].fetch_add(1, Ordering::SeqCst);
+                            });
+                            // No worker is left that could touch `seen` when it goes.
+                            assert!(seen.iter().all(|count| count.load(Ordering::SeqCst) == 1));
+                        }
+                    })
+                })
+                .collect();
+            callers.into_iter().for_each(|caller| caller.join().unwrap());
+            drop(pool);
+        };
+        shuttle::check_random(round, 5_000);
+        shuttle::check_pct(round, 5_000, 3);
     }
 }

@@ -107,11 +107,13 @@ impl std::str::FromStr for Precision {
 /// How to load a model. Every setting has a default.
 ///
 /// ```no_run
-/// use pricket::{Loader, Precision};
+/// use pricket::Loader;
+/// use pricket::loading::Precision;
 /// let pricket = Loader::new("models/pythia-410m").precision(Precision::F32).threads(4).load()?;
 /// # Ok::<(), pricket::Error>(())
 /// ```
 #[derive(Clone)]
+#[allow(clippy::struct_excessive_bools, reason = "each is set by a method of its own")]
 pub struct Loader {
     origin: Origin,
     device: Device,
@@ -412,9 +414,11 @@ impl Loader {
         let headers = Weights::new(store, family.names(), options.clone());
         let dry = family.load(&opened.config, &headers).map_err(refused)?;
         self.check_unused(&headers, &*opened.store)?;
-        // The system reads pages in place again when it needs their memory.
-        if self.device.is_cpu() && !self.any_memory && !self.in_place {
-            memory::check(&self.origin.name(), &Estimate::new(dry.info().clone(), 512))?;
+        if self.device.is_cpu() && !self.any_memory {
+            let mut estimate = Estimate::new(dry.info().clone(), 512);
+            // The system drops pages of a file when it needs their memory.
+            estimate.weights = estimate.weights.saturating_sub(headers.in_place_bytes());
+            memory::check(&self.origin.name(), &estimate)?;
         }
         if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
             return Err(Error::Options("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
@@ -504,6 +508,13 @@ impl Loader {
 
     pub(crate) fn allows_unused(&self) -> bool {
         self.allow_unused
+    }
+
+    pub(crate) fn has_adapters(&self) -> bool {
+        #[cfg(feature = "train")]
+        return !self.adapters.is_empty();
+        #[cfg(not(feature = "train"))]
+        false
     }
 
     /// Whether the rows of the fused matrices are in the model's order on file, which a file may not say: then the model is loaded to

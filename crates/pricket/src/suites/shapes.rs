@@ -40,7 +40,7 @@ pub fn published_shapes() -> impl Iterator<Item = &'static str> {
 ///
 /// ```
 /// let config = pricket::suites::published_config("12b").unwrap();
-/// let estimate = pricket::loading::estimate(&config, pricket::Dtype::F16, 2048)?;
+/// let estimate = pricket::loading::estimate(&config, pricket::loading::Dtype::F16, 2048)?;
 /// assert_eq!(estimate.info.parameters, 11_846_072_320);
 /// # Ok::<(), pricket::Error>(())
 /// ```

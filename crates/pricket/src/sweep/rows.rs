@@ -98,7 +98,7 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
 /// number, is empty. `wanted` names the metrics; all of them if it names none.
 ///
 /// ```
-/// use pricket::plots::{csv, read_rows};
+/// use pricket::sweep::{csv, read_rows};
 ///
 /// let file = tempfile::NamedTempFile::new()?;
 /// let row = r#"{"model": "a", "revision": "step8", "step": 8, "metric": "text/loss", "value": 2.5, "part": [1, 1]}"#;
@@ -198,8 +198,8 @@ fn with_unit(metric: &str) -> String {
 /// [`table`].
 ///
 /// # Errors
-/// [`Error::Results`] if a metric that is named is not there or has nothing to draw, if nothing has, and if rows of a curve were measured
-/// in different ways.
+/// [`Error::Results`] if a metric that is named is not there, if nothing has a finite value, and if rows of a curve were measured in different
+/// ways; [`Error::Picture`] if a metric that is named has nothing to draw.
 pub fn curves(rows: &[Row], wanted: &[String], options: &CurveOptions) -> Result<Picture> {
     let metrics = metrics(rows, wanted)?;
     metrics.iter().try_for_each(|metric| same_settings(rows, metric))?;
@@ -211,7 +211,7 @@ pub fn curves(rows: &[Row], wanted: &[String], options: &CurveOptions) -> Result
     // Title of a panel, name of its metric, and the metrics in full.
     let mut panels: Vec<(String, String, Vec<String>)> = Vec::new();
     for metric in metrics {
-        let (title, name) = metric.split_once('/').unwrap_or(("", &metric));
+        let (title, name) = metric.rsplit_once('/').unwrap_or(("", &metric));
         let (title, name) = (title.to_owned(), name.to_owned());
         match panels.iter_mut().find(|panel| options.together && panel.1 == name) {
             Some(panel) => panel.2.push(metric),
@@ -222,6 +222,9 @@ pub fn curves(rows: &[Row], wanted: &[String], options: &CurveOptions) -> Result
     if wanted.is_empty() {
         panels.retain(Curves::is_drawable);
     }
+    if panels.is_empty() {
+        return Err(Error::Results("no metric has a finite value at a training step".into()));
+    }
     Ok(Picture::of_curves_in(panels, &options.layout)?)
 }
 
@@ -229,7 +232,7 @@ fn panel_of(rows: &[Row], (title, name, metrics): (String, String, Vec<String>),
     let models = models(rows);
     let mut curves: Vec<Curve> = Vec::new();
     for metric in &metrics {
-        let slice = metric.split_once('/').map_or("", |(slice, _)| slice);
+        let slice = metric.rsplit_once('/').map_or("", |(slice, _)| slice);
         // A curve is named after what tells it apart from the others of its panel.
         let named = |label: String| match (metrics.len() > 1, models.len() > 1) {
             (false, _) => label,
