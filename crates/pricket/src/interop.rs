@@ -67,10 +67,10 @@ impl Opened {
     /// # Errors
     /// As [`open`]; [`Error::Options`] for a loader with adapters, which are not merged here.
     pub fn from_loader(loader: &Loader) -> Result<Self> {
+        #[cfg(feature = "train")]
         if loader.has_adapters() {
-            return Err(Error::Options(
-                "adapters are not merged into these tensors; convert the model with them first".into(),
-            ));
+            let what = "adapters are not merged into these tensors; convert the model with them first";
+            return Err(Error::Options(what.into()));
         }
         let mut opened = loader.opened()?;
         let wrong = |e| at(&opened.config_path, e);

@@ -510,11 +510,9 @@ impl Loader {
         self.allow_unused
     }
 
+    #[cfg(feature = "train")]
     pub(crate) fn has_adapters(&self) -> bool {
-        #[cfg(feature = "train")]
-        return !self.adapters.is_empty();
-        #[cfg(not(feature = "train"))]
-        false
+        !self.adapters.is_empty()
     }
 
     /// Whether the rows of the fused matrices are in the model's order on file, which a file may not say: then the model is loaded to
