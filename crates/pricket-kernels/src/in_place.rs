@@ -31,8 +31,8 @@ pub struct InPlace {
 }
 
 impl InPlace {
-    /// Returns the matrix `[rows, columns]`; `None` if its bytes are another number or not aligned, or if `dtype` is no type that
-    /// products read.
+    /// Creates a matrix `[rows, columns]`. Returns `None` if the number of bytes does not match, if they are not aligned for `dtype`, or if
+    /// products do not read `dtype`.
     pub fn new(kept: Arc<dyn Kept>, dtype: DType, rows: usize, columns: usize) -> Option<Self> {
         let size = dtype.size_in_bytes();
         let bytes = rows.checked_mul(columns)?.checked_mul(size)?;

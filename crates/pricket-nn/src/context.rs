@@ -226,8 +226,8 @@ impl Context {
         self.gradients_only.clone().unwrap_or_default().backward(y, grad)
     }
 
-    /// Returns zeros in the place of `part(x)` if the block in hand is computed for its gradients only and its value `is_needed` by
-    /// nothing: [`Context::backward`] computes it. `part` returns a tensor of the shape of `x`.
+    /// Postpones `part(x)` to [`Context::backward`] and returns zeros instead, if the block is computed for its gradients only and the value
+    /// is not needed. `part` returns a tensor of the shape of `x`.
     pub(crate) fn defer<F>(&mut self, is_needed: bool, x: &Tensor, part: impl FnOnce() -> F) -> Result<Option<Tensor>>
     where
         F: Fn(&Tensor, &mut Context) -> Result<Tensor> + Send + Sync + 'static,

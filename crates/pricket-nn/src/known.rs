@@ -10,8 +10,8 @@ use crate::Error;
 /// The gradients of two arguments.
 pub(crate) type Pair = (Option<Tensor>, Option<Tensor>);
 
-/// Returns `value`, or zeros in the shape of `a` if there is none, as a function of `a` and `b`: `back` computes their gradients from
-/// `a` and the gradient of the value. candle panics if a tracked argument gets no gradient.
+/// Returns a tensor that holds `value` (zeros in the shape of `a` if it is `None`) and whose backward pass calls `back`: it gets `a` and the
+/// gradient of the value, and returns the gradients of `a` and `b`. candle panics if a tracked argument gets no gradient.
 ///
 /// # Errors
 /// If `value` is on another device than `a`.

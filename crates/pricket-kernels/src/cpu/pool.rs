@@ -12,7 +12,7 @@ use sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use sync::thread::{self, JoinHandle};
 use sync::{Arc, Condvar, Mutex};
 
-/// What threads agree by: the standard library's, or shuttle's, which tries one interleaving after the other (`tools/memory-check shuttle`).
+/// Synchronization: the standard library's, or shuttle's in the model check of `tools/memory-check shuttle`.
 mod sync {
     #[cfg(shuttle)]
     pub(super) use shuttle::{

@@ -56,7 +56,7 @@ unsafe fn unpack_units<L: Lanes, const BITS: usize, const SCALES: u8>(
 }
 
 /// # Safety
-/// It has no condition; it is unsafe because [`unpack_units`], in whose place it stands, is.
+/// None. The function is unsafe only because it replaces [`unpack_units`], which is.
 unsafe fn plain_units(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) {
     let (n, columns) = weight.shape();
     let mut wide = vec![0f32; columns];
