@@ -80,6 +80,7 @@ impl Attention {
             }
         };
         let out = self.out.forward_or_zeros(&mixed, ctx.needs().attention)?;
+        ctx.release_later(&out);
         ctx.tap(Site::AttentionOut, out)
     }
 

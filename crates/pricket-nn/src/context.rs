@@ -234,7 +234,17 @@ impl Context {
     {
         let Some(deferred) = self.gradients_only.as_ref().filter(|_| !is_needed) else { return Ok(None) };
         let needs = Needs { attention: false, mlp: false };
-        Ok(Some(deferred.defer(x, Context { needs, ..self.replay()? }, part())?))
+        // Only in a sequential block is the value of attention needed, and there the MLP alone reads `x`.
+        let is_last_reader = self.needs.attention;
+        Ok(Some(deferred.defer(x, is_last_reader, Context { needs, ..self.replay()? }, part())?))
+    }
+
+    /// Frees `x` when [`Context::backward`] begins, if the block is computed for its gradients only. `x` is added to the residual stream and
+    /// read by nothing else.
+    pub(crate) fn release_later(&self, x: &Tensor) {
+        if let Some(deferred) = &self.gradients_only {
+            deferred.release_later(x);
+        }
     }
 
     /// Sets what the block that is entered has to compute; everything unless [`Context::for_gradients`] was called.

@@ -378,6 +378,9 @@ impl<B: Block> CausalLm for Decoder<B> {
         ctx.set_needs(Needs { attention: residual != Some(Residual::Parallel), mlp: residual.is_none() });
         let x = ctx.tap(Site::ResidPre, x.clone())?;
         let x = self.blocks[i].forward(&x, ctx)?;
+        if residual.is_some() {
+            ctx.release_later(&x);
+        }
         ctx.tap(Site::ResidPost, x)
     }
 

@@ -1,9 +1,10 @@
-//! Operations whose value is known beforehand, and which only have a backward pass.
+//! Values that the backward pass does not read: operations that have no forward pass, and memory that is freed early.
 
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, MetalStorage, Result, Shape, Storage, Tensor};
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, InplaceOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor};
 
 use crate::Error;
 
@@ -65,5 +66,55 @@ impl<F: Fn(&Tensor, &Tensor) -> crate::Result<Pair> + Send + Sync> CustomOp2 for
             Error::Candle(e) => e,
             e => candle_core::Error::Msg(e.to_string()),
         })
+    }
+}
+
+/// Moves the values of `x` into a new tensor. `x` keeps its place in the graph; reading its values afterwards is an error or a panic.
+///
+/// # Errors
+/// If a single zero cannot be allocated.
+pub(crate) fn moved(x: &Tensor) -> crate::Result<Tensor> {
+    // A variable is read by more than one block or step; a view shares its storage.
+    let is_whole = x.layout().contiguous_offsets() == Some((0, x.elem_count()));
+    if x.is_variable() || !is_whole {
+        return Ok(x.detach());
+    }
+    let moving = Move { taken: Mutex::new(None) };
+    x.inplace_op1(&moving)?;
+    let taken = moving.taken.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let storage = taken.ok_or_else(|| Error::Input("a tensor on a device without storage".into()))?;
+    Ok(Tensor::from_storage(storage, x.shape(), BackpropOp::none(), false))
+}
+
+struct Move {
+    taken: Mutex<Option<Storage>>,
+}
+
+impl Move {
+    fn run<S: BackendStorage>(&self, storage: &mut S, of: impl Fn(S) -> Storage) -> Result<()>
+    where
+        S::Device: BackendDevice<Storage = S>,
+    {
+        let zero = storage.device().zeros_impl(&Shape::from(1), storage.dtype())?;
+        *self.taken.lock().unwrap_or_else(PoisonError::into_inner) = Some(of(std::mem::replace(storage, zero)));
+        Ok(())
+    }
+}
+
+impl InplaceOp1 for Move {
+    fn name(&self) -> &'static str {
+        "move"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        self.run(storage, Storage::Cpu)
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        self.run(storage, Storage::Cuda)
+    }
+
+    fn metal_fwd(&self, storage: &mut MetalStorage, _: &Layout) -> Result<()> {
+        self.run(storage, Storage::Metal)
     }
 }
