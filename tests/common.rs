@@ -1,8 +1,10 @@
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use pricket::candle::Tensor;
+use pricket::convert::{ConvertOptions, Target};
 use pricket::weights::Dtype;
 use pricket::weights::Random;
 use pricket::{Loader, Pricket};
@@ -11,6 +13,41 @@ use serde_json::{Value, json};
 /// The root of the repository.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The training steps of models/tiny as directories in Hub layout, `stepN` each; the repository holds them as GGUF. They are made once
+/// and kept in the target directory, under a name that follows from their content.
+pub(crate) fn tiny_steps() -> &'static Path {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let tiny = root().join("models/tiny");
+        let mut files: Vec<PathBuf> =
+            std::fs::read_dir(tiny.join("revisions")).unwrap().map(|step| step.unwrap().path()).collect();
+        files.sort();
+        let mut hasher = std::hash::DefaultHasher::new();
+        files.iter().for_each(|step| std::fs::read(step.join("model.gguf")).unwrap().hash(&mut hasher));
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let made = folder.join(format!("tiny-steps-{:016x}", hasher.finish()));
+        if made.is_dir() {
+            return made;
+        }
+        std::fs::create_dir_all(folder).unwrap();
+        let making = tempfile::tempdir_in(folder).unwrap();
+        for step in &files {
+            let out = making.path().join(step.file_name().unwrap());
+            let options = ConvertOptions { target: Target::F16, ..ConvertOptions::default() };
+            Loader::new(step).convert(&out, &options).unwrap();
+            for file in ["config.json", "generation_config.json", "tokenizer.json"] {
+                std::fs::copy(tiny.join(file), out.join(file)).unwrap();
+            }
+        }
+        // Another process may have been faster.
+        if std::fs::rename(making.path(), &made).is_ok() {
+            let _ = making.keep();
+        }
+        assert!(made.is_dir());
+        made
+    })
 }
 
 /// A built example; `cargo test` builds all of them, `cargo test --test tests` none.

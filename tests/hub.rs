@@ -11,7 +11,7 @@ use pricket::{Error, GenerateOptions, Hub, Loader};
 use pricket_testhub::{Content, Fault, Repo};
 use serde_json::{Value, json};
 
-use crate::common::{example, root};
+use crate::common::{example, root, tiny_steps};
 use crate::world::{SUITE, World, blob, only, snapshots, suite_repo, tiny_repo};
 
 #[test]
@@ -19,7 +19,7 @@ fn a_model_is_loaded_by_its_id() {
     let content = tiny_repo(&["step64"]);
     let commit = content.resolve("step64").unwrap().to_owned();
     let world = World::new([("owner/tiny", content)]);
-    let here = Loader::new(root().join("models/tiny@step64")).threads(2).load().unwrap();
+    let here = Loader::new(tiny_steps().join("step64")).threads(2).load().unwrap();
     let words = "The people of the United";
     let expected = here.generate(words, &GenerateOptions::default()).unwrap();
     for id in ["owner/tiny@step64", &format!("owner/tiny@{commit}")] {
@@ -29,10 +29,7 @@ fn a_model_is_loaded_by_its_id() {
         let from = loaded.provenance();
         assert_eq!((from.repo.as_deref(), from.commit.as_deref()), (Some("owner/tiny"), Some(commit.as_str())));
         let weights = from.files.iter().find(|file| file.path == "model.safetensors").unwrap();
-        assert_eq!(
-            weights.digest.as_ref().unwrap().hex(),
-            sha256(&root().join("models/tiny/revisions/step64/model.safetensors"))
-        );
+        assert_eq!(weights.digest.as_ref().unwrap().hex(), sha256(&tiny_steps().join("step64/model.safetensors")));
         // A directory of the cache is known for what it is, and says the same.
         let again = Loader::new(from.directory.as_ref().unwrap()).threads(2).load().unwrap();
         assert_eq!(
@@ -310,11 +307,11 @@ fn steps_are_listed_in_one_request() {
     assert!(error.to_string().contains("4, 8") || error.to_string().contains("4, 8, 2"), "{error}");
     assert!(found.select(&steps("7..7")).is_err());
     found.ask_sizes(&steps("0,1000"), &Silent).unwrap();
-    let size = std::fs::metadata(root().join("models/tiny/revisions/step0/model.safetensors")).unwrap().len();
+    let size = std::fs::metadata(tiny_steps().join("step0/model.safetensors")).unwrap().len();
     assert_eq!((found.steps[0].bytes, found.select(&steps("512")).unwrap()[0].bytes), (Some(size), None));
     // A directory speaks the same language.
     let local = pricket::checkpoints(root().join("models/tiny").to_str().unwrap()).unwrap();
-    assert_eq!(local.select(&steps("log")).unwrap().len(), 12);
+    assert_eq!(local.select(&steps("log")).unwrap().len(), 8);
     assert_eq!(local.select(&steps("final")).unwrap()[0].revision, "step4000");
 }
 
@@ -418,7 +415,7 @@ fn the_example_lists_fetches_audits_and_cleans_up() {
     let world = World::new([(SUITE, suite_repo())]);
     let run = |arguments: &[&str]| checkpoints(&world, arguments, &[]);
     let (code, out, _) = run(&[]);
-    assert!(code == Some(0) && out.contains("12 of 12 steps"), "{out}");
+    assert!(code == Some(0) && out.contains("8 of 8 steps"), "{out}");
     let (code, out, err) = run(&["list", SUITE, "--sizes", "--json"]);
     let json: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
     assert_eq!((code, json["checkpoints"].as_array().unwrap().len()), (Some(0), 7));

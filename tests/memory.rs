@@ -266,8 +266,14 @@ fn checkpointing_keeps_the_inputs_of_blocks_only() {
         let adapters = (16 * (4 + 2 + 5 + 5) * d * layers * 4) as f64;
         let inputs = ((layers + 1) * d * t * 4) as f64;
         let blocks = (found - inputs - adapters) / block;
-        println!("{residual}: {blocks:.3} times the activations of a block, which are {:.1} inputs", block / (d * t * 4) as f64);
-        assert!(blocks <= 1.3, "{residual}: added {found}: block {block}, inputs {inputs}, adapters {adapters}: {blocks}");
+        println!(
+            "{residual}: {blocks:.3} times the activations of a block, which are {:.1} inputs",
+            block / (d * t * 4) as f64
+        );
+        assert!(
+            blocks <= 1.3,
+            "{residual}: added {found}: block {block}, inputs {inputs}, adapters {adapters}: {blocks}"
+        );
         // One block more adds its input and its adapters, and nothing else.
         let more = (found - added(layers / 2, true)) / (layers - layers / 2) as f64;
         assert!(more < 1.3 * (inputs + adapters) / layers as f64, "{residual}: a block more adds {more}");

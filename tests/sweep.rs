@@ -10,7 +10,7 @@ use pricket::lm::Task;
 use pricket::sweep::{Measure, Shard};
 use serde_json::{Value, json};
 
-use crate::common::{example, root};
+use crate::common::{example, root, tiny_steps};
 use crate::world::{World, tiny_repo};
 
 /// The rows of a file, without what differs from run to run, sorted.
@@ -40,20 +40,20 @@ fn shares_add_up_and_nothing_is_measured_twice() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole.jsonl");
     let swept = tiny(&whole).run(|_| ()).unwrap();
-    assert_eq!((swept.checkpoints, swept.rows, swept.kept, swept.recomputed), (12, 24, 0, 0));
+    assert_eq!((swept.checkpoints, swept.rows, swept.kept, swept.recomputed), (8, 16, 0, 0));
     assert!(swept.failed.is_empty());
     let mut parts = String::new();
-    for i in 0..3 {
+    for i in 0..4 {
         let part = dir.path().join(format!("{i}.jsonl"));
-        let share = Sweep { shard: format!("{i}/3").parse().unwrap(), prefetch: i == 1, ..tiny(&part) };
-        assert_eq!(share.run(|_| ()).unwrap().checkpoints, 4);
+        let share = Sweep { shard: format!("{i}/4").parse().unwrap(), prefetch: i == 1, ..tiny(&part) };
+        assert_eq!(share.run(|_| ()).unwrap().checkpoints, 2);
         parts += &std::fs::read_to_string(part).unwrap();
     }
     let joined = dir.path().join("joined.jsonl");
     std::fs::write(&joined, parts).unwrap();
     assert_eq!(rows(&joined), rows(&whole));
     let again = tiny(&joined).run(|_| panic!("it is all there")).unwrap();
-    assert_eq!((again.rows, again.kept), (0, 24));
+    assert_eq!((again.rows, again.kept), (0, 16));
     // Another measure is added beside it; the same one of another text is not taken for it.
     let other = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met!".into() };
     let added = Sweep { measures: vec![other], steps: "final".parse().unwrap(), ..tiny(&joined) };
@@ -168,7 +168,7 @@ fn the_curve_of_a_suite_is_the_harnesss() {
 /// A directory with two steps of the embedded model.
 fn two_steps(model: &Path) {
     for step in ["step0", "step64"] {
-        let (from, to) = (root().join("models/tiny/revisions").join(step), model.join("revisions").join(step));
+        let (from, to) = (tiny_steps().join(step), model.join("revisions").join(step));
         std::fs::create_dir_all(&to).unwrap();
         for file in ["config.json", "tokenizer.json"] {
             std::fs::copy(root().join("models/tiny").join(file), to.join(file)).unwrap();
@@ -243,7 +243,7 @@ fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
     // Other weights under the same name, of the same length and with the old time of modification.
     let (loss, file) = (value("a/loss"), model.join("revisions/step64/model.safetensors"));
     let modified = std::fs::metadata(&file).unwrap().modified().unwrap();
-    let weights = std::fs::read(root().join("models/tiny/revisions/step256/model.safetensors")).unwrap();
+    let weights = std::fs::read(tiny_steps().join("step256/model.safetensors")).unwrap();
     assert_eq!(weights.len() as u64, std::fs::metadata(&file).unwrap().len());
     std::fs::write(&file, &weights).unwrap();
     std::fs::File::options().append(true).open(&file).unwrap().set_modified(modified).unwrap();
@@ -307,7 +307,7 @@ fn a_branch_that_moved_is_measured_again() {
     assert_eq!((run(), run()), ((4, 0), (0, 4)));
     let before = newest(&out, "step64", "text/loss").unwrap();
     let mut moved = tiny_repo(&["step0"]);
-    let commit = moved.commit_directory(&root().join("models/tiny/revisions/step256")).unwrap();
+    let commit = moved.commit_directory(&tiny_steps().join("step256")).unwrap();
     moved.branch("step64", &commit);
     world.server.add("test/tiny", moved);
     assert_eq!((run(), run()), ((2, 2), (0, 4)));
@@ -318,7 +318,7 @@ fn a_branch_that_moved_is_measured_again() {
 #[test]
 fn a_disk_budget_is_kept_while_checkpoints_are_fetched() {
     let steps = ["step0", "step1", "step64", "step256"];
-    let size = std::fs::metadata(root().join("models/tiny/revisions/step64/model.safetensors")).unwrap().len();
+    let size = std::fs::metadata(tiny_steps().join("step64/model.safetensors")).unwrap().len();
     for (prefetch, checkpoints) in [(true, 1), (true, 2), (false, 1), (false, 3)] {
         let world = World::new([("test/tiny", tiny_repo(&steps))]);
         let dir = tempfile::tempdir().unwrap();
@@ -428,7 +428,7 @@ fn a_task_that_cannot_be_asked_is_tried_once_a_model() {
     };
     assert_eq!(run("0", true, false).rows, 2);
     for prefetch in [true, false] {
-        let swept = run("0,1,2", prefetch, true);
+        let swept = run("0,1,16", prefetch, true);
         let expected = if prefetch { (4, 2, 2) } else { (0, 6, 0) };
         assert_eq!((swept.rows, swept.kept, swept.checkpoints), expected, "{swept:?}");
         assert_eq!(swept.failed.len(), 1, "{swept:?}");
@@ -514,13 +514,13 @@ fn a_text_file_has_one_perplexity() {
 fn what_fails_is_written_down() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
-    for step in ["step0", "step1", "step2"] {
+    for step in ["step0", "step1", "step16"] {
         let to = model.join("revisions").join(step);
         std::fs::create_dir_all(&to).unwrap();
         for file in ["config.json", "tokenizer.json"] {
             std::fs::copy(root().join("models/tiny").join(file), to.join(file)).unwrap();
         }
-        let from = root().join("models/tiny/revisions").join(step).join("model.safetensors");
+        let from = tiny_steps().join(step).join("model.safetensors");
         let mut weights = std::fs::read(from).unwrap();
         if step == "step1" {
             weights.truncate(1000);
@@ -538,7 +538,7 @@ fn what_fails_is_written_down() {
     let failed: Vec<Value> =
         std::fs::read_to_string(&out).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(failed.iter().any(|row| row["revision"] == "step1" && row["error"].is_string()));
-    let weights = std::fs::read(root().join("models/tiny/revisions/step1/model.safetensors")).unwrap();
+    let weights = std::fs::read(tiny_steps().join("step1/model.safetensors")).unwrap();
     std::fs::write(model.join("revisions/step1/model.safetensors"), weights).unwrap();
     let (code, said) = run();
     assert_eq!(code, Some(0), "{said}");
@@ -563,7 +563,7 @@ fn shares_are_read_and_refused() {
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap()["revision"].as_str().unwrap().to_owned())
         .collect();
-    assert_eq!(json!(found), json!(["step1", "step256"]));
+    assert_eq!(json!(found), json!(["step1", "step4000"]));
     let refused = slurm("9");
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("share 8 of 6"));
 

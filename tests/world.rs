@@ -11,7 +11,7 @@ use pricket::{Hub, Loader};
 use pricket_testhub::{Content, Repo, TestHub};
 use serde_json::Value;
 
-use crate::common::root;
+use crate::common::{root, tiny_steps};
 
 pub(crate) const SUITE: &str = "test/tiny-neox";
 
@@ -144,7 +144,7 @@ pub(crate) fn tiny_repo(steps: &[&str]) -> Repo {
     let commit = repo.commit_directory(&root().join("models/tiny")).unwrap();
     repo.branch("main", &commit);
     for step in steps {
-        let commit = repo.commit_directory(&root().join("models/tiny/revisions").join(step)).unwrap();
+        let commit = repo.commit_directory(&tiny_steps().join(step)).unwrap();
         repo.branch(step, &commit);
     }
     repo

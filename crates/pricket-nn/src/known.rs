@@ -4,7 +4,9 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, InplaceOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, InplaceOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor,
+};
 
 use crate::Error;
 

@@ -1,5 +1,6 @@
 //! Files that hold configuration, vocabulary and weights in one: GGUF, and the containers before it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -87,6 +88,45 @@ pub(crate) fn in_hub_order(store: Arc<dyn Store>, config: &Value) -> pricket_nn:
         if is_hubs { RowOrder::AsStored } else { paired_order(&paired, &names.canonical(name)) }
     };
     Ok(Arc::new(Reordered::new(store, order)?))
+}
+
+/// The tensors of such a file under the names and in the order of the Hub.
+pub(crate) fn under_hub_names(store: Arc<dyn Store>, config: &Value) -> pricket_nn::Result<Arc<dyn Store>> {
+    let names = checked_family(config)?.names();
+    let store = in_hub_order(store, config)?;
+    let stored = store.names().into_iter().map(|name| (names.canonical(&name), name)).collect();
+    Ok(Arc::new(Renamed { store, stored }))
+}
+
+/// A store whose tensors have other names.
+struct Renamed {
+    store: Arc<dyn Store>,
+    /// New name to the name in the store.
+    stored: BTreeMap<String, String>,
+}
+
+impl Renamed {
+    fn stored<'a>(&'a self, name: &'a str) -> &'a str {
+        self.stored.get(name).map_or(name, String::as_str)
+    }
+}
+
+impl Store for Renamed {
+    fn names(&self) -> Vec<String> {
+        self.stored.keys().cloned().collect()
+    }
+
+    fn entry(&self, name: &str) -> Option<pricket_weights::Entry> {
+        self.store.entry(self.stored(name))
+    }
+
+    fn bytes(&self, name: &str) -> pricket_weights::Result<pricket_weights::Bytes<'_>> {
+        self.store.bytes(self.stored(name))
+    }
+
+    fn origin(&self, name: &str) -> String {
+        self.store.origin(self.stored(name))
+    }
 }
 
 /// How files of llama.cpp have the rows of a tensor, given what a family says of them.

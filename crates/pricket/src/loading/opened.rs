@@ -67,7 +67,8 @@ impl Opened {
                 None => name(&path),
             }
         };
-        match (&provenance.repo, file) {
+        let is_step = provenance.directory.as_deref().and_then(Path::parent).is_some_and(|p| p.ends_with("revisions"));
+        match (&provenance.repo, file.filter(|_| !is_step)) {
             (Some(_), _) => provenance.name(),
             (None, Some(file)) => file.to_string_lossy().into_owned(),
             (None, None) => directory().unwrap_or_else(|| provenance.name()),

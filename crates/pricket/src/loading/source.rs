@@ -247,10 +247,12 @@ pub(crate) fn step_in(name: &str) -> Option<u64> {
     pricket_hub::step_of(name).or_else(|| name[name.len() - digits..].parse().ok())
 }
 
-fn holds_model(directory: &Path) -> bool {
-    // Weights in a file of its author's own say their sizes themselves.
+pub(crate) fn holds_model(directory: &Path) -> bool {
+    // GGUF and GGML files contain the configuration, and native `.pth` files follow from their shapes.
     let is_whole = |weights: PathBuf| {
-        directory.join("config.json").is_file() || weights.extension().is_some_and(|end| end == "pth")
+        let name = weights.file_name().unwrap_or_default().to_string_lossy();
+        let is_complete = name.ends_with(".pth") || name.ends_with(".gguf") || name.contains("ggml");
+        is_complete || directory.join("config.json").is_file()
     };
     pricket_weights::find_weights(directory).is_ok_and(is_whole)
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::loading::forms::{forms, is_weight_file};
 use crate::loading::repository::{Fetched, Telling, explained, fetch_commit};
-use crate::loading::source::{Place, Source, revision_path, revisions_in, step_in};
+use crate::loading::source::{Place, Source, holds_model, revision_path, revisions_in, step_in};
 use crate::suites::cards::{Card, KnownKind, card};
 use crate::suites::remote::Tensors;
 use crate::task::Task;
@@ -98,7 +98,8 @@ impl Checkpoints {
         let steps = revisions_in(path)
             .into_iter()
             .filter_map(|name| Some(Checkpoint { step: Some(step_in(&name)?), ..Checkpoint::new(name, None, true) }));
-        let main = path.join("config.json").is_file().then(|| Checkpoint::new("main".into(), None, true));
+        let has_main = path.join("config.json").is_file() || holds_model(path);
+        let main = has_main.then(|| Checkpoint::new("main".into(), None, true));
         Ok(Self {
             model: path.display().to_string(),
             card: None,

@@ -10,6 +10,7 @@ use pricket_weights::{
     Bytes, Entry, Format, ReadAt, Store, open_one, open_remote, parts_of, read_tensor, shard_map, sniff, sniff_remote,
 };
 
+use crate::loading::containers;
 use crate::loading::forms::forms;
 use crate::loading::provenance::Provenance;
 use crate::loading::repository::{Chosen, Revision};
@@ -43,7 +44,7 @@ enum File {
     Remote(Arc<RemoteFile>),
 }
 
-/// The tensors of `model`, which is named as in [`crate::load`].
+/// The tensors of `model`, which is named as in [`crate::load`]. Those of a GGUF or GGML file on disk have the names of the Hub.
 ///
 /// # Errors
 /// As [`crate::load`] for what can be told without the weights.
@@ -60,9 +61,18 @@ impl Tensors {
         let name = weights.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let folder = weights.parent().unwrap_or(Path::new("")).to_owned();
         let read = |index: &str| read_index(&folder.join(index));
-        Self::new(Provenance::of_directory(&folder, std::slice::from_ref(&weights)), &name, read, |file| {
-            Ok(File::Local(folder.join(file)))
-        })
+        let provenance = Provenance::of_directory(&folder, std::slice::from_ref(&weights));
+        // A file of a family that pricket does not know keeps its own names.
+        if let Ok(Some(container)) = containers::open(&weights, None) {
+            let store = containers::under_hub_names(container.tensors, &container.config)?;
+            return Ok(Self {
+                provenance,
+                files: BTreeMap::from([(name.clone(), File::Local(weights))]),
+                map: store.names().into_iter().map(|tensor| (tensor, name.clone())).collect(),
+                opened: Mutex::new(BTreeMap::from([(name, store)])),
+            });
+        }
+        Self::new(provenance, &name, read, |file| Ok(File::Local(folder.join(file))))
     }
 
     /// As [`tensors`], of a Hub of your own.
