@@ -233,7 +233,7 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
         // It may go when the next one needs its place, and not before.
         drop(fetched);
         if let Some(budget) = budget {
-            Hub::from_env()?.cache().evict(budget, &pricket::hub::Quiet)?;
+            Hub::from_env()?.cache().evict(budget, &pricket::hub::NoProgress)?;
         }
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -322,7 +322,7 @@ fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
 
 fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
     let cache = Hub::from_env()?.cache();
-    let quiet = pricket::hub::Quiet;
+    let quiet = pricket::hub::NoProgress;
     match what {
         CacheCommand::List => {
             let repos = cache.repos()?;
@@ -443,14 +443,14 @@ fn card(model: &str, out: &Out) -> anyhow::Result<ExitCode> {
         ("odd", KnownKind::Odd),
     ];
     let mut json = json!({
-        "id": card.id, "suite": card.suite, "licence": card.licence, "note": card.note, "gone": card.gone,
+        "id": card.id, "suite": card.suite, "license": card.license, "note": card.note, "gone": card.gone,
         "revision": card.checkpoints.as_ref().map(|pattern| pattern.revision.clone()), "good": good, "source": card.source,
     });
     for (name, kind) in kinds {
         json[name] = json!(rows(kind));
     }
     out.put(&json, |out| {
-        writeln!(out, "{}: {}, licence {}", card.id, card.suite, card.licence)?;
+        writeln!(out, "{}: {}, license {}", card.id, card.suite, card.license)?;
         for text in card.note.iter().chain(card.gone.iter()) {
             writeln!(out, "{text}")?;
         }
@@ -492,7 +492,7 @@ fn cards(out: &Out) -> anyhow::Result<ExitCode> {
         .iter()
         .map(|card| {
             json!({
-                "id": card.id, "suite": card.suite, "family": card.family, "size": card.size, "licence": card.licence,
+                "id": card.id, "suite": card.suite, "family": card.family, "size": card.size, "license": card.license,
                 "parameters": card.parameters, "prompt": card.prompt, "aliases": card.aliases, "gone": card.gone,
                 "mirrors": card.mirrors, "note": card.note, "non_commercial": card.non_commercial,
                 "checkpoints": card.checkpoints.as_ref().map(|steps| steps.steps().len()),
@@ -503,7 +503,7 @@ fn cards(out: &Out) -> anyhow::Result<ExitCode> {
         for card in cards {
             let steps = card.checkpoints.as_ref().map_or(String::new(), |steps| counted(steps.steps().len(), "step"));
             let gone = card.gone.as_ref().map_or(String::new(), |month| format!("gone since {month}"));
-            let line = format!("{:50} {:>14} {:16} {steps:10} {gone}", card.id, card.parameters, card.licence);
+            let line = format!("{:50} {:>14} {:16} {steps:10} {gone}", card.id, card.parameters, card.license);
             writeln!(out, "{}", line.trim_end())?;
         }
         writeln!(out, "{}", counted(cards.len(), "model"))

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use pricket::Hub;
-use pricket::hub::{Quiet, Settings};
-use pricket::nn::ops::{self, CpuPath};
+use pricket::hub::{NoProgress, Settings};
+use pricket::nn::ops::{self, Isa};
 use pricket::weights::Dtype;
 use serde_json::json;
 
@@ -96,16 +96,16 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 fn instructions() -> Finding {
     const PART: &str = "instructions";
-    let (chosen, kernels) = match (ops::cpu_path(), ops::kernels_are_on()) {
+    let (chosen, kernels) = match (ops::cpu_isa(), ops::kernels_are_on()) {
         (Ok(chosen), Ok(kernels)) => (chosen, kernels),
         (Err(e), _) | (_, Err(e)) => return Finding::broken(PART, e),
     };
-    let names: Vec<&str> = CpuPath::available().map(CpuPath::name).collect();
+    let names: Vec<&str> = Isa::available().map(Isa::name).collect();
     let found = Finding::new(PART, format!("{} of {}", chosen.name(), names.join(", ")));
     if !kernels {
         found.advise("PRICKET_KERNELS=off: every operation is candle's own, which is slow")
-    } else if chosen < CpuPath::best() {
-        found.advise(format!("PRICKET_CPU is {}: without it {} is used", chosen.name(), CpuPath::best().name()))
+    } else if chosen < Isa::best() {
+        found.advise(format!("PRICKET_CPU is {}: without it {} is used", chosen.name(), Isa::best().name()))
     } else {
         found
     }
@@ -223,7 +223,7 @@ fn network(is_offline: bool) -> Finding {
     (settings.patience.connect, settings.patience.answer) = (Duration::from_secs(5), Duration::from_secs(10));
     settings.patience.tries = 1;
     let start = Instant::now();
-    let asked = "EleutherAI/pythia-14m".parse().and_then(|repo| Hub::new(settings).refs(&repo, &Quiet));
+    let asked = "EleutherAI/pythia-14m".parse().and_then(|repo| Hub::new(settings).refs(&repo, &NoProgress));
     let taken = start.elapsed().as_secs_f64();
     match asked {
         Ok(_) => Finding::new(PART, format!("{endpoint} answers in {taken:.1} s")),

@@ -58,7 +58,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     // What cannot be read is told before the conversion.
     let text = args.text.as_ref().map(pricket::lm::read_utf8).transpose()?;
-    let quantization = args.model.compute.quantisation()?;
+    let quantization = args.model.compute.quantization()?;
     if let Some(out) = &args.out {
         let is_gguf = out.extension().is_some_and(|end| end == "gguf");
         ensure!(
@@ -106,8 +106,8 @@ struct Compared {
 }
 
 fn convert(args: &Args, source: &common::ModelArgs, out: &Path) -> anyhow::Result<Converted> {
-    let target = match (args.model.compute.quantisation()?, args.model.compute.dtype) {
-        (Some(quantization), Precision::Auto) => Target::Quantised(quantization),
+    let target = match (args.model.compute.quantization()?, args.model.compute.dtype) {
+        (Some(quantization), Precision::Auto) => Target::Quantized(quantization),
         (Some(_), _) => anyhow::bail!("--quantize and --dtype both set the type of the matrices; give one of them"),
         (None, Precision::F32) => Target::F32,
         (None, Precision::F16) => Target::F16,

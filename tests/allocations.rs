@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use pricket::nn::{BlockType, Quantisation};
+use pricket::nn::{BlockType, Quantization};
 use pricket::weights::Dtype;
 use pricket::weights::Random;
 use pricket::{GenerateOptions, Loader};
@@ -96,7 +96,7 @@ fn child_decodes() {
     for kind in [None, Some(BlockType::Q4_0), Some(BlockType::Q8_0)] {
         let mut loader = Loader::from_store(config.clone(), Arc::new(Random::new(Dtype::F16, 0))).threads(2);
         if let Some(kind) = kind {
-            loader = loader.quantise(Quantisation { weights: kind, tables: Some(kind) });
+            loader = loader.quantize(Quantization { weights: kind, embeddings_and_head: Some(kind) });
         }
         let model = loader.load().unwrap();
         let options = GenerateOptions { max_tokens: 48, stop_at_eos: false, ..Default::default() };

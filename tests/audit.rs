@@ -2,8 +2,7 @@ use std::collections::BTreeSet;
 
 use pricket::Hub;
 use pricket::hub::Steps;
-use pricket::hub::{Quiet, Settings};
-use pricket::nn::Silent;
+use pricket::hub::{NoProgress, Settings};
 use pricket::suites::{Audit, AuditOptions, Checkpoints, FindingKind};
 use pricket_testhub::{Content, Repo};
 
@@ -50,7 +49,10 @@ fn the_planted_branch_is_found() {
     settings.offline = true;
     let hub = Hub::new(settings);
     assert_golden(
-        &Checkpoints::on(&hub, SUITE, &Silent).unwrap().audit(&Steps::all(), AuditOptions::default(), &Silent).unwrap(),
+        &Checkpoints::on(&hub, SUITE, &NoProgress)
+            .unwrap()
+            .audit(&Steps::all(), AuditOptions::default(), &NoProgress)
+            .unwrap(),
     );
     // And from plain directories.
     let plain = tempfile::tempdir().unwrap();
@@ -61,7 +63,7 @@ fn the_planted_branch_is_found() {
             std::fs::copy(blob(&entry.path()), to.join(entry.file_name())).unwrap();
         }
     }
-    assert_golden(&pricket::suites::audit(plain.path().to_str().unwrap(), &Steps::all(), &Silent).unwrap());
+    assert_golden(&pricket::suites::audit(plain.path().to_str().unwrap(), &Steps::all(), &NoProgress).unwrap());
 }
 
 /// A repository of made-up weights: branch to files, each file a letter for its content.
@@ -98,7 +100,7 @@ fn an_audit_needs_hashes_alone() {
         ]),
     )]);
     let audit = world.checkpoints("EleutherAI/pythia-2.8b");
-    let audit = audit.audit(&"0..512,143000".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    let audit = audit.audit(&"0..512,143000".parse().unwrap(), AuditOptions::default(), &NoProgress).unwrap();
     assert_eq!(world.large_bytes(), 0);
     let ends = said(&audit, FindingKind::EqualsFinal);
     assert!(ends.len() == 1 && ends[0].0 == ["step0", "step1"] && ends[0].2.contains("step143000"), "{ends:?}");
@@ -165,11 +167,11 @@ fn nobody_is_accused_without_reason() {
         ("owner/three", letters(&[("step0", &a), ("step1", &a), ("step2", &a), ("step9", &b), ("main", &b)])),
     ]);
     let found = world.checkpoints("owner/middle");
-    let audit = found.audit(&"1,2".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    let audit = found.audit(&"1,2".parse().unwrap(), AuditOptions::default(), &NoProgress).unwrap();
     let ends = said(&audit, FindingKind::EqualsFinal);
     assert!(ends.len() == 1, "without the last step main stands for it: {ends:?}");
     let found = world.checkpoints("EleutherAI/pythia-160m");
-    let audit = found.audit(&"1000,2000,143000".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    let audit = found.audit(&"1000,2000,143000".parse().unwrap(), AuditOptions::default(), &NoProgress).unwrap();
     assert!(
         said(&audit, FindingKind::MainDiffers).is_empty() && said(&audit, FindingKind::EqualsFinal).is_empty(),
         "{:?}",
@@ -187,7 +189,7 @@ fn nobody_is_accused_without_reason() {
 fn what_was_never_published_is_not_missed() {
     let world = World::new([("EleutherAI/pythia-70m-v0", tiny_repo(&["step1000"]))]);
     let found = world.checkpoints("EleutherAI/pythia-70m-v0");
-    let audit = found.audit(&"0..1000".parse().unwrap(), AuditOptions::default(), &Silent).unwrap();
+    let audit = found.audit(&"0..1000".parse().unwrap(), AuditOptions::default(), &NoProgress).unwrap();
     let missing = said(&audit, FindingKind::Missing);
     assert!(missing.len() == 1 && !missing[0].1 && missing[0].2.contains("never published"), "{missing:?}");
     assert!(!audit.is_alarming(), "{:?}", audit.findings);
@@ -225,7 +227,7 @@ fn the_planted_branch_is_found_whatever_it_looks_like() {
     assert_eq!(said(&audit, FindingKind::EqualsFinal)[0].0, ["step512"]);
     // Damaged, and a finding rather than the end of the audit: it is only looked into where that is worth it.
     let deep =
-        world.checkpoints("owner/odd").audit(&Steps::all(), AuditOptions::default().deep(true), &Silent).unwrap();
+        world.checkpoints("owner/odd").audit(&Steps::all(), AuditOptions::default().deep(true), &NoProgress).unwrap();
     assert_eq!(said(&deep, FindingKind::EqualsFinal)[0].0, ["step128", "step512"]);
     let unreadable = said(&deep, FindingKind::Unreadable);
     assert!(unreadable.len() == 1 && unreadable[0].0 == ["step256"] && unreadable[0].1, "{unreadable:?}");
@@ -245,17 +247,17 @@ fn an_audit_of_a_cache_judges_what_it_has() {
     let world = World::new([(SUITE, suite_repo())]);
     let found = world.checkpoints(SUITE);
     for step in &found.steps[..3] {
-        found.fetch(step, &Silent).unwrap();
+        found.fetch(step, &NoProgress).unwrap();
     }
     // Of main the configuration alone, as Python leaves it.
     let (hub, id): (Hub, pricket::hub::ModelId) = (world.hub(), SUITE.parse().unwrap());
-    let commit = hub.resolve(&id, &Quiet).unwrap();
-    let listing = hub.files(&id.repo, &commit, &Quiet).unwrap().files;
+    let commit = hub.resolve(&id, &NoProgress).unwrap();
+    let listing = hub.files(&id.repo, &commit, &NoProgress).unwrap().files;
     let config: Vec<_> = listing.iter().filter(|file| file.path == "config.json").cloned().collect();
-    hub.fetch_part(&id.repo, &commit, &config, &Quiet).unwrap();
+    hub.fetch_part(&id.repo, &commit, &config, &NoProgress).unwrap();
     std::fs::write(world.cache.path().join("models--test--tiny-neox/refs/main"), &commit).unwrap();
-    let audit = Checkpoints::on(&world.offline(), SUITE, &Silent).unwrap();
-    let audit = audit.audit(&Steps::all(), AuditOptions::default(), &Silent).unwrap();
+    let audit = Checkpoints::on(&world.offline(), SUITE, &NoProgress).unwrap();
+    let audit = audit.audit(&Steps::all(), AuditOptions::default(), &NoProgress).unwrap();
     assert!(!audit.is_alarming(), "{:?}", audit.findings);
     assert_eq!(said(&audit, FindingKind::NotCached)[0].0, ["main"]);
 }

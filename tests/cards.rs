@@ -30,7 +30,7 @@ fn the_suites_expand_to_what_was_published() {
             assert_eq!(pricket::suites::card(alias).unwrap().id, card.id, "{alias}");
         }
         assert_eq!(pricket::suites::card(&card.id.to_uppercase()).unwrap().id, card.id);
-        assert!(card.id.parse::<pricket::hub::RepoId>().is_ok() && !card.licence.is_empty());
+        assert!(card.id.parse::<pricket::hub::RepoId>().is_ok() && !card.license.is_empty());
         assert!(card.mirrors.iter().all(|mirror| mirror.parse::<pricket::hub::RepoId>().is_ok()));
     }
 }
@@ -97,13 +97,13 @@ fn table() -> String {
         let mut seen = BTreeSet::new();
         items.into_iter().filter(|item| seen.insert(*item)).collect::<Vec<_>>().join(", ")
     };
-    let mut out = String::from("| suite | models | sizes | training steps | licence |\n|---|---|---|---|---|\n");
+    let mut out = String::from("| suite | models | sizes | training steps | license |\n|---|---|---|---|---|\n");
     for (suite, cards) in suites {
         let steps =
             cards[0].checkpoints.as_ref().map_or(String::new(), |pattern| format!("{} each", pattern.steps().len()));
         let sizes = join(cards.iter().map(|card| card.size.as_str()).collect());
-        let licences = join(cards.iter().map(|card| card.licence.as_str()).collect());
-        writeln!(out, "| {suite} | {} | {sizes} | {steps} | {licences} |", cards.len()).unwrap();
+        let licenses = join(cards.iter().map(|card| card.license.as_str()).collect());
+        writeln!(out, "| {suite} | {} | {sizes} | {steps} | {licenses} |", cards.len()).unwrap();
     }
     out
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use pricket::lm::Documents;
-use pricket::nn::Silent;
+use pricket::nn::NoProgress;
 use pricket::text::fetch_documents;
 use pricket::{Error, Task};
 use pricket_testhub::{Content, Repo};
@@ -91,8 +91,9 @@ fn documents_are_fetched_from_the_hub() {
     let plain =
         only([("validation.jsonl", Content::text(std::fs::read(lines("hellaswag.validation.jsonl")).unwrap()))]);
     let world = World::new([("datasets/baber/piqa", converted()), ("datasets/Rowan/hellaswag", plain)]);
-    let fetch =
-        |hub: &pricket::Hub, task: &str, split: &str| fetch_documents(&Task::named(task).unwrap(), split, hub, &Silent);
+    let fetch = |hub: &pricket::Hub, task: &str, split: &str| {
+        fetch_documents(&Task::named(task).unwrap(), split, hub, &NoProgress)
+    };
     // Both parts of a split, in their order, and nothing else.
     let files = fetch(&world.hub(), "piqa", "validation").unwrap();
     assert_eq!(files.len(), 2);

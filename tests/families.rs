@@ -6,7 +6,7 @@ use pricket::convert::{ConvertOptions, Target};
 use pricket::lm::Tokenizer;
 use pricket::loading::Inspection;
 use pricket::nn::RowOrder;
-use pricket::nn::{BlockType, Quantisation, State};
+use pricket::nn::{BlockType, Quantization, State};
 use pricket::{CausalLm, Context, GenerateOptions, Loader, Pricket, Site, Source, Taps};
 use pricket_testhub::{Content, Repo};
 use serde_json::{Value, json};
@@ -36,7 +36,7 @@ fn refused(path: &Path) -> String {
 }
 
 /// A file of rwkv.cpp, written by its documented layout from a native checkpoint.
-fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quantise: Option<BlockType>) -> Vec<u8> {
+fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quantize: Option<BlockType>) -> Vec<u8> {
     let shape = |name: &str| store.entry(name).unwrap().shape;
     let layers = store.names().iter().filter(|name| name.ends_with(".ln1.weight")).count();
     let (vocab, d) = (shape("emb.weight")[0], shape("emb.weight")[1]);
@@ -50,9 +50,9 @@ fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quanti
         let tensor = if name.ends_with("time_decay") { tensor.exp().unwrap().neg().unwrap() } else { tensor };
         let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
         let is_table = name.starts_with("emb.") || name.starts_with("head.");
-        let (own, bytes) = match (tensor.rank(), quantise) {
+        let (own, bytes) = match (tensor.rank(), quantize) {
             (2, Some(block)) if !is_table => {
-                (kind, pricket::nn::ops::quantise(block, &values, tensor.dims()[1]).unwrap())
+                (kind, pricket::nn::ops::quantize(block, &values, tensor.dims()[1]).unwrap())
             }
             (2, _) if kind == 1 => (1, values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()),
             _ => (0, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
@@ -115,8 +115,11 @@ fn rwkv_cpp_files_are_read() {
     for (block, kind) in [(BlockType::Q4_0, 2), (BlockType::Q5_1, 8), (BlockType::Q8_0, 9)] {
         let path = dir.path().join(format!("{block}.bin"));
         std::fs::write(&path, rwkv_cpp(&native, 101, kind, Some(block))).unwrap();
-        let quantized =
-            Loader::new(&hub).quantise(Quantisation { weights: block, tables: None }).threads(2).load().unwrap();
+        let quantized = Loader::new(&hub)
+            .quantize(Quantization { weights: block, embeddings_and_head: None })
+            .threads(2)
+            .load()
+            .unwrap();
         let expected = logits(&*quantized.model(), &ids, &mut Context::new());
         let found = logits(&*load(&path).model(), &ids, &mut Context::new());
         assert!(worst(&found, &expected) < 2e-5, "{block}: {}", worst(&found, &expected));
@@ -284,8 +287,8 @@ fn a_sentencepiece_tokenizer_survives_conversion() {
         Loader::untrained(config, 1).unwrap().convert(&folder, &ConvertOptions::default()).unwrap();
         std::fs::copy(&file, folder.join("tokenizer.model")).unwrap();
         let gguf = dir.path().join(format!("{case}.gguf"));
-        let wanted = Quantisation { weights: BlockType::Q8_0, tables: None };
-        let options = ConvertOptions { target: Target::Quantised(wanted), ..ConvertOptions::default() };
+        let wanted = Quantization { weights: BlockType::Q8_0, embeddings_and_head: None };
+        let options = ConvertOptions { target: Target::Quantized(wanted), ..ConvertOptions::default() };
         Loader::new(&folder).convert(&gguf, &options).unwrap();
         let back = dir.path().join(format!("{case}-back"));
         Loader::new(&gguf)

@@ -4,7 +4,7 @@ use pricket::candle::{DType, Device, Tensor};
 use pricket::convert::{ConvertOptions, Target};
 use pricket::lm::Tokenizer;
 use pricket::loading::Precision;
-use pricket::nn::{BlockType, Quantisation};
+use pricket::nn::{BlockType, Quantization};
 use pricket::weights::Dtype;
 use pricket::{Context, Loader, Pricket};
 
@@ -105,7 +105,7 @@ fn conversions_keep_every_value() {
 }
 
 #[test]
-fn old_blocks_whose_scales_are_halves_stay_quantised() {
+fn old_blocks_whose_scales_are_halves_stay_quantized() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     let source = golden("files/neox-ggml-20230515-q4_0/model.bin");
@@ -116,25 +116,25 @@ fn old_blocks_whose_scales_are_halves_stay_quantised() {
     assert_eq!(worst(&logits(&load(&file)), &logits(&load(&source))), 0.0);
 }
 
-/// Quantising while loading and quantising to a file make the same model.
+/// Quantizing while loading and quantizing to a file make the same model.
 #[test]
-fn a_file_and_a_flag_quantise_alike() {
+fn a_file_and_a_flag_quantize_alike() {
     let dir = tempfile::tempdir().unwrap();
     let exact = logits(&pricket::tiny().unwrap());
     let mut last = f32::INFINITY;
     for kind in [BlockType::Q4_0, BlockType::Q5_1, BlockType::Q8_0] {
-        let wanted = Quantisation { weights: kind, tables: Some(BlockType::Q8_0) };
-        let loaded = Loader::tiny().quantise(wanted).threads(2).load().unwrap();
+        let wanted = Quantization { weights: kind, embeddings_and_head: Some(BlockType::Q8_0) };
+        let loaded = Loader::tiny().quantize(wanted).threads(2).load().unwrap();
         assert_eq!(loaded.info().dtype, Dtype::Block(kind));
         let file = dir.path().join(format!("{kind}.gguf"));
-        let done = Loader::tiny().convert(&file, &options(Target::Quantised(wanted))).unwrap();
+        let done = Loader::tiny().convert(&file, &options(Target::Quantized(wanted))).unwrap();
         let (a, b) = (logits(&loaded), logits(&load(&file)));
         assert_eq!(worst(&a, &b), 0.0, "{kind}");
         let off = worst(&a, &exact);
         assert!(off > 0.0 && off < last, "{kind}: {off} after {last}");
         last = off;
         assert!(done.bits_per_weight() < 9.2 && loaded.info().weight_bytes < 1_600_000, "{}", done.bits_per_weight());
-        // The handle of a quantised model does what any other does.
+        // The handle of a quantized model does what any other does.
         let text = loaded.generate("The people of the United", &pricket::GenerateOptions::default()).unwrap().text;
         assert!(text.starts_with(" States"), "{kind}: {text}");
     }
@@ -154,8 +154,8 @@ fn a_file_and_a_flag_quantise_alike() {
 fn a_width_that_is_no_whole_block_takes_the_next_type() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
-    let wanted = Quantisation { weights: BlockType::Q6K, tables: None };
-    let done = Loader::tiny().convert(&file, &options(Target::Quantised(wanted))).unwrap();
+    let wanted = Quantization { weights: BlockType::Q6K, embeddings_and_head: None };
+    let done = Loader::tiny().convert(&file, &options(Target::Quantized(wanted))).unwrap();
     assert!(done.notes.iter().any(|note| note.contains("q6k are q8_0")), "{:?}", done.notes);
     let store = pricket::loading::open_weights(&file).unwrap();
     assert_eq!(store.entry("token_embd.weight").unwrap().dtype, Dtype::F16);
@@ -265,15 +265,20 @@ fn the_order_of_rows_is_found_by_what_the_model_knows() {
 fn keys_can_be_changed_and_the_activation_too() {
     let tiny = |change: fn(Loader) -> Loader| change(Loader::tiny()).load();
     let own = logits(&tiny(|loader| loader).unwrap());
-    let tanh = logits(&tiny(|loader| loader.activation("gelu_tanh")).unwrap());
+    let tanh = logits(&tiny(|loader| loader.activation_function("gelu_tanh")).unwrap());
     let off = worst(&own, &tanh);
     assert!(off > 1e-5 && off < 0.05, "{off}");
     assert!(worst(&own, &logits(&tiny(|loader| loader.set("use_parallel_residual", false)).unwrap())) > 0.1);
     let error = tiny(|loader| loader.set("hidden_act", "swish")).unwrap_err().to_string();
     assert!(error.contains("hidden_act"), "{error}");
     assert!(tiny(|loader| loader.set("hidden_act.name", 1)).is_err());
-    assert!(tiny(|loader| loader.activation("relu")).unwrap_err().to_string().contains("there are gelu and gelu_tanh"));
-    let rounded = logits(&tiny(|loader| loader.activations(pricket::nn::ops::Activations::Q8)).unwrap());
+    assert!(
+        tiny(|loader| loader.activation_function("relu"))
+            .unwrap_err()
+            .to_string()
+            .contains("there are gelu and gelu_tanh")
+    );
+    let rounded = logits(&tiny(|loader| loader.activations(pricket::nn::ops::ActivationPrecision::Q8)).unwrap());
     let off = worst(&own, &rounded);
     assert!(off > 0.0 && off < 0.05, "{off}");
     assert_eq!(rounded.dtype(), DType::F32);
@@ -477,8 +482,8 @@ fn a_header_that_is_wrong_about_its_blocks_is_told() {
     for (case, file_type, words) in [
         ("neox-ggml-20230520-q4_0-qnt2", 2u32, None),
         ("mpt-ggml-20230524-storywriter-q8_0", 7, None),
-        ("mpt-ggml-20230524-storywriter-q8_0", 1007, Some("the header says version 1 of the quantised blocks")),
-        ("neox-ggml-20230515-q4_0", 2002, Some("the header says version 2 of the quantised blocks")),
+        ("mpt-ggml-20230524-storywriter-q8_0", 1007, Some("the header says version 1 of the quantized blocks")),
+        ("neox-ggml-20230515-q4_0", 2002, Some("the header says version 2 of the quantized blocks")),
     ] {
         let source = golden("files").join(case).join("model.bin");
         let mut bytes = std::fs::read(&source).unwrap();

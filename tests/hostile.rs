@@ -194,7 +194,7 @@ fn more_bad_checkpoints() -> Vec<tempfile::TempDir> {
     let overflow = safetensors_bytes(&format!("{{{}}}", eighths.join(",")), 16);
     let unknown = r#"{"gpt_neox.embed_in.weight":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}"#;
     let metadata = safetensors_bytes(&format!(r#"{{"__metadata__":{{"x":"{}"}}}}"#, "y".repeat(8 << 20)), 0);
-    // A memoised tuple named again and again, and a name of 16 MB.
+    // A memoized tuple named again and again, and a name of 16 MB.
     let repeated =
         [&b"\x80\x02ctorch\nSize\nq\x00(K\x01K\x02t\x85q\x01("[..], &b"h\x00h\x01R".repeat(3 << 20)].concat();
     let name = [&b"\x80\x02c"[..], &vec![1; 16 << 20], b"\nsystem\n."].concat();

@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use pricket::candle::Device;
 use pricket::hub::Steps;
-use pricket::hub::{Cache, Quiet, Settings};
-use pricket::nn::Silent;
+use pricket::hub::{Cache, NoProgress, Settings};
 use pricket::suites::Checkpoints;
 use pricket::{Error, GenerateOptions, Hub, Loader};
 use pricket_testhub::{Content, Fault, Repo};
@@ -56,7 +55,7 @@ fn a_model_is_loaded_by_its_id() {
 }
 
 fn sha256(path: &Path) -> String {
-    pricket::hub::Digest::sha256_of(path, &Quiet).unwrap().hex().to_owned()
+    pricket::hub::Digest::sha256_of(path, &NoProgress).unwrap().hex().to_owned()
 }
 
 #[test]
@@ -122,7 +121,7 @@ fn a_name_of_the_cards_is_enough() {
     for name in ["pythia-70m", "EleutherAI/pythia-19m", "eleutherai/Pythia-70M"] {
         let loaded = world.loader(name).load().unwrap();
         assert_eq!(loaded.provenance().repo.as_deref(), Some("EleutherAI/pythia-70m"));
-        assert_eq!(loaded.provenance().licence.as_deref(), Some("apache-2.0"));
+        assert_eq!(loaded.provenance().license.as_deref(), Some("apache-2.0"));
         // It is not the published one, and its card shows it.
         assert!(loaded.warnings().iter().any(|warning| warning.contains("70426624")), "{:?}", loaded.warnings());
     }
@@ -184,7 +183,7 @@ fn one_of_several_files_is_loaded_by_its_name() {
     let world = World::new([("owner/many-GGUF", repo), ("owner/one-GGUF", one)]);
     let loaded = world.loader("owner/many-GGUF").file("a.q8_0.gguf").load().unwrap();
     assert_eq!(loaded.info().dtype.to_string(), "q8_0");
-    assert_eq!(loaded.provenance().licence.as_deref(), Some("mit"));
+    assert_eq!(loaded.provenance().license.as_deref(), Some("mit"));
     assert_eq!(loaded.provenance().repo.as_deref(), Some("owner/many-GGUF"));
     assert!(world.large_bytes() < 80_000, "the others are not fetched");
     let legacy = world.loader("owner/many-GGUF").file("a-ggml-q5_1.bin").load().unwrap();
@@ -215,7 +214,7 @@ fn prompts_are_those_of_the_card_or_of_what_it_is_a_copy_of() {
 }
 
 #[test]
-fn a_licence_that_forbids_commerce_is_told() {
+fn a_license_that_forbids_commerce_is_told() {
     let chat = mute_mpt();
     let world = World::new([("mosaicml/mpt-7b-chat", chat)]);
     let loaded = world.loader("mpt-7b-chat").load().unwrap();
@@ -228,7 +227,7 @@ fn a_licence_that_forbids_commerce_is_told() {
     assert!(pricket::load(dir.path()).unwrap().warnings().is_empty());
     std::fs::write(dir.path().join("README.md"), "---\nlicense: cc-by-nc-sa-4.0\n---\n# MPT-7B-Chat\n").unwrap();
     let warnings = pricket::load(dir.path()).unwrap().warnings().join(" ");
-    assert!(warnings.contains("licence cc-by-nc-sa-4.0, no commercial use"), "{warnings}");
+    assert!(warnings.contains("license cc-by-nc-sa-4.0, no commercial use"), "{warnings}");
 }
 
 #[test]
@@ -255,7 +254,7 @@ fn a_revision_known_to_be_wrong_warns_with_its_source() {
 }
 
 #[test]
-fn the_licence_of_a_stranger_is_read_from_its_readme() {
+fn the_license_of_a_stranger_is_read_from_its_readme() {
     let mut files: Vec<(String, Content)> = ["config.json", "tokenizer.json", "model.safetensors"]
         .into_iter()
         .map(|name| (name.to_owned(), Content::file(&root().join("models/tiny").join(name)).unwrap()))
@@ -264,7 +263,7 @@ fn the_licence_of_a_stranger_is_read_from_its_readme() {
     let world =
         World::new([("owner/tiny", only(files.iter().map(|(name, content)| (name.as_str(), content.clone()))))]);
     let loaded = world.loader("owner/tiny").load().unwrap();
-    assert_eq!(loaded.provenance().licence.as_deref(), Some("mit"));
+    assert_eq!(loaded.provenance().license.as_deref(), Some("mit"));
     let json = loaded.provenance().to_json();
     assert_eq!((&json["repo"], &json["revision"]), (&json!("owner/tiny"), &json!("main")));
     // Of a plain directory the hashes are taken when somebody asks.
@@ -280,11 +279,11 @@ fn a_model_in_use_is_not_evicted() {
     let world = World::new([("owner/tiny", tiny_repo(&["step0"]))]);
     let main = world.loader("owner/tiny").load().unwrap();
     drop(world.loader("owner/tiny@step0").load().unwrap());
-    let evicted = Cache::new(world.cache.path()).evict(0, &Quiet).unwrap();
+    let evicted = Cache::new(world.cache.path()).evict(0, &NoProgress).unwrap();
     assert_eq!((evicted.revisions.len(), evicted.in_use.len()), (1, 1));
     assert!(main.provenance().directory.as_ref().unwrap().join("model.safetensors").exists());
     drop(main);
-    assert_eq!(Cache::new(world.cache.path()).evict(0, &Quiet).unwrap().revisions.len(), 1);
+    assert_eq!(Cache::new(world.cache.path()).evict(0, &NoProgress).unwrap().revisions.len(), 1);
 }
 
 #[test]
@@ -306,7 +305,7 @@ fn steps_are_listed_in_one_request() {
     let error = found.select(&steps("7")).unwrap_err();
     assert!(error.to_string().contains("4, 8") || error.to_string().contains("4, 8, 2"), "{error}");
     assert!(found.select(&steps("7..7")).is_err());
-    found.ask_sizes(&steps("0,1000"), &Silent).unwrap();
+    found.ask_sizes(&steps("0,1000"), &NoProgress).unwrap();
     let size = std::fs::metadata(tiny_steps().join("step0/model.safetensors")).unwrap().len();
     assert_eq!((found.steps[0].bytes, found.select(&steps("512")).unwrap()[0].bytes), (Some(size), None));
     // A directory speaks the same language.
@@ -353,7 +352,7 @@ fn one_tensor_comes_without_its_file() {
     }
     // Nothing was left in the cache, and once the file is there it is read there.
     assert!(Cache::new(world.cache.path()).repos().unwrap().is_empty());
-    pricket::loading::fetch(format!("{SUITE}@step64"), &world.hub(), &Silent).unwrap();
+    pricket::loading::fetch(format!("{SUITE}@step64"), &world.hub(), &NoProgress).unwrap();
     world.server.take_log();
     let tensors = pricket::suites::Tensors::on(&world.hub(), format!("{SUITE}@step64")).unwrap();
     assert!(tensors.is_local() && tensors.read(name).is_ok());
@@ -479,7 +478,7 @@ fn the_real_hub_answers() {
     let mut settings = Settings::from_env().unwrap();
     settings.cache = cache.path().into();
     let hub = Hub::new(settings);
-    let found = Checkpoints::on(&hub, "EleutherAI/pythia-14m", &Silent).unwrap();
+    let found = Checkpoints::on(&hub, "EleutherAI/pythia-14m", &NoProgress).unwrap();
     assert!(found.steps.iter().filter(|checkpoint| checkpoint.present).count() >= 150);
     let loaded = Loader::new("EleutherAI/pythia-14m@step143000").hub(hub).load().unwrap();
     assert_eq!(loaded.info().parameters, 14_067_712);

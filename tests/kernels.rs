@@ -3,8 +3,8 @@ use std::collections::BTreeSet;
 #[cfg(target_os = "linux")]
 use std::process::Stdio;
 
-use pricket::nn::ops::Activations;
-use pricket::nn::{BlockType, CacheType, Quantisation};
+use pricket::nn::ops::ActivationPrecision;
+use pricket::nn::{BlockType, CacheType, Quantization};
 use pricket::{GenerateOptions, Loader};
 
 use crate::common::{directories_with, example, root};
@@ -103,17 +103,17 @@ fn what_is_rounded_stays_close() {
         // A number of bfloat16 has eight bits.
         ("bf16 cache", tiny().cache(CacheType::BF16), 1e-3),
         ("q8_0 cache", tiny().cache(CacheType::Q8_0), 1e-3),
-        ("bf16", tiny().activations(Activations::BF16), 1e-3),
-        ("q8", tiny().activations(Activations::Q8), 1e-4),
+        ("bf16", tiny().activations(ActivationPrecision::BF16), 1e-3),
+        ("q8", tiny().activations(ActivationPrecision::Q8), 1e-4),
     ] {
         let found = divergence(&exact, &probabilities(loader));
         println!("{what}: {found:.2e}");
         assert!(found.abs() < allowed, "{what}: {found}");
     }
     for kind in [BlockType::Q4_0, BlockType::Q5_1, BlockType::Q8_0] {
-        let quantised = || tiny().quantise(Quantisation { weights: kind, tables: Some(kind) });
-        let exact = probabilities(quantised());
-        let found = divergence(&exact, &probabilities(quantised().activations(Activations::Q8)));
+        let quantized = || tiny().quantize(Quantization { weights: kind, embeddings_and_head: Some(kind) });
+        let exact = probabilities(quantized());
+        let found = divergence(&exact, &probabilities(quantized().activations(ActivationPrecision::Q8)));
         println!("q8 beside {kind}: {found:.2e}");
         assert!(found.abs() < 1e-3, "{kind}: {found}");
     }

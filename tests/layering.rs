@@ -4,16 +4,17 @@ use std::process::Command;
 use crate::common::{files, root};
 
 /// Which crate may use which; the same table stands in crates/README.md.
-const ALLOWED: [(&str, &[&str]); 15] = [
+const ALLOWED: [(&str, &[&str]); 16] = [
     ("pricket-plots", &[]),
+    ("pricket-progress", &[]),
     ("pricket-llama", &["pricket-nn"]),
     ("pricket-rwkv4", &["pricket-nn"]),
-    ("pricket-hub", &[]),
+    ("pricket-hub", &["pricket-progress"]),
     ("pricket-testhub", &[]),
     ("pricket-toys", &["pricket-nn"]),
     ("pricket-weights", &["pricket-kernels"]),
     ("pricket-kernels", &[]),
-    ("pricket-nn", &["pricket-weights", "pricket-kernels"]),
+    ("pricket-nn", &["pricket-weights", "pricket-kernels", "pricket-progress"]),
     ("pricket-gpt-neox", &["pricket-nn"]),
     ("pricket-mpt", &["pricket-nn"]),
     ("pricket-redpajama-incite", &["pricket-gpt-neox", "pricket-nn"]),
@@ -33,6 +34,7 @@ const ALLOWED: [(&str, &[&str]); 15] = [
             "pricket-lm",
             "pricket-train",
             "pricket-plots",
+            "pricket-progress",
         ],
     ),
 ];

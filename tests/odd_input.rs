@@ -796,7 +796,7 @@ fn what_stands_in_for_a_model_is_named_with_advice() {
     }
     let found = pricket::checkpoints(dir.path().to_str().unwrap()).unwrap();
     let audit = found
-        .audit(&pricket::hub::Steps::all(), pricket::suites::AuditOptions::default(), &pricket::nn::Silent)
+        .audit(&pricket::hub::Steps::all(), pricket::suites::AuditOptions::default(), &pricket::nn::NoProgress)
         .unwrap();
     assert!(audit.identical.is_empty() && audit.is_alarming());
     assert!(audit.findings.iter().all(|finding| finding.words.contains("git lfs pull")), "{:?}", audit.findings);

@@ -52,11 +52,11 @@ fn curves_have_their_points_bands_and_what_others_published() {
         .svg()
         .unwrap();
     assert!(!alone.contains("published") && count(&alone, "<polyline") < count(&svg, "<polyline"));
-    // Every colour of a curve is in the PNG, which is twice the size of the SVG.
+    // Every color of a curve is in the PNG, which is twice the size of the SVG.
     let (width, height, pixels) = pixels(&picture.png().unwrap());
     assert!(svg.contains(&format!("width=\"{}\" height=\"{}\"", width / 2, height / 2)));
-    for colour in [[0, 114, 178], [213, 94, 0]] {
-        assert!(pixels.as_chunks::<3>().0.iter().filter(|&&pixel| pixel == colour).count() > 500, "{colour:?}");
+    for color in [[0, 114, 178], [213, 94, 0]] {
+        assert!(pixels.as_chunks::<3>().0.iter().filter(|&&pixel| pixel == color).count() > 500, "{color:?}");
     }
     let picture = sweep::table(&rows, &["piqa/acc".into()]).unwrap().svg().unwrap();
     assert!(picture.contains("0.6500 ± 0.0100") && picture.contains("step143000"), "{picture}");

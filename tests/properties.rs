@@ -473,7 +473,7 @@ fn arguments_that_do_not_fit_are_errors() {
     let error = pricket::lm::Generation::new(model.clone(), vec![request]).unwrap_err().to_string();
     assert!(error.contains("61"), "{error}");
     assert!(cached().select_rows(&[0]).is_err());
-    let error = model.hidden(&random_ids(1, 4, 0), &mut Context::new().with_activations(DType::BF16)).unwrap_err();
+    let error = model.hidden(&random_ids(1, 4, 0), &mut Context::new().with_compute_dtype(DType::BF16)).unwrap_err();
     assert!(error.to_string().contains("bf16"), "{error}");
     let mut ctx = cached();
     logits(&*model, &random_ids(1, 4, 0), &mut ctx);

@@ -11,7 +11,7 @@ use pricket::nn::ops::{self, Matrix};
 use pricket::nn::{
     Adapter, Admission, Attention, Linear, Mlp, ModelPlan, Norm, PlainDecoder, Qkv, Residual, RowStep, StepDecoder,
 };
-use pricket::nn::{BlockType, Quantisation, State};
+use pricket::nn::{BlockType, Quantization, State};
 use pricket::weights::Dtype;
 use pricket::{CausalLm, Context, Loader, SamplingParams};
 use proptest::prelude::*;
@@ -478,9 +478,9 @@ fn a_decoder_can_take_back_what_was_tried() {
 fn the_loss_has_a_gradient_beside_quantized_weights() {
     let store = || Arc::new(pricket::weights::Random::new(Dtype::F32, 4));
     for changes in [json!({"hidden_size": 64, "num_attention_heads": 4}), mpt_scaled()] {
-        let wanted = Quantisation { weights: BlockType::Q8_0, tables: Some(BlockType::Q8_0) };
+        let wanted = Quantization { weights: BlockType::Q8_0, embeddings_and_head: Some(BlockType::Q8_0) };
         let loader = Loader::from_store(small_config(&changes), store()).threads(2);
-        let model = loader.quantise(wanted).load().unwrap().model();
+        let model = loader.quantize(wanted).load().unwrap().model();
         let d = model.info().d_model;
         let hidden = Var::randn(0f32, 1.0, (70, d), &Device::Cpu).unwrap();
         let targets = row(70, 1);
@@ -538,7 +538,8 @@ fn weights_are_trained_by_name_and_never_in_blocks() {
     let weights = Weights::new(store, pricket_gpt_neox::NAMES, misspelled);
     pricket_gpt_neox::FAMILY.load(&config, &weights).unwrap();
     assert!(weights.check_trainable().unwrap_err().to_string().contains("attention.dens.weight"));
-    let blocks = Storage::Quantize(Quantisation { weights: BlockType::Q8_0, tables: Some(BlockType::Q8_0) });
+    let blocks =
+        Storage::Quantize(Quantization { weights: BlockType::Q8_0, embeddings_and_head: Some(BlockType::Q8_0) });
     let config = small_config(&json!({"hidden_size": 64, "num_attention_heads": 4}));
     let store = Arc::new(pricket::weights::Random::new(Dtype::F32, 4));
     let options = LoadOptions { storage: blocks, trainable: Trainable::All, ..LoadOptions::default() };

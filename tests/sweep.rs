@@ -133,7 +133,7 @@ fn the_curve_of_a_suite_is_the_harnesss() {
     let mut settings = hub::Settings::new("http://localhost", suite.join("cache"));
     settings.offline = true;
     let hub = pricket::Hub::new(settings);
-    let model = pricket::suites::Checkpoints::on(&hub, "test/tiny-neox", &pricket::nn::Silent).unwrap();
+    let model = pricket::suites::Checkpoints::on(&hub, "test/tiny-neox", &pricket::nn::NoProgress).unwrap();
     let measure = |name: &str| {
         let task = Task::named(name).unwrap();
         let documents = suite.join("data").join(format!("{name}.{}.jsonl", task.split()));
@@ -363,7 +363,8 @@ fn runs_of_ones_own_are_training_steps() {
         let text = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met.".into() };
         let swept = Sweep::new(vec![found.clone()], Steps::all(), vec![text], &out).run(|_| ()).unwrap();
         assert_eq!((swept.checkpoints, swept.failed.len()), (2, 0));
-        let audit = found.audit(&Steps::all(), pricket::suites::AuditOptions::default(), &pricket::nn::Silent).unwrap();
+        let audit =
+            found.audit(&Steps::all(), pricket::suites::AuditOptions::default(), &pricket::nn::NoProgress).unwrap();
         assert_eq!(audit.revisions.len(), 2);
         assert!(
             pricket::load(run.join(names[1])).is_ok()

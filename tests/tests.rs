@@ -11,7 +11,7 @@ mod interop;
 /// What the original implementations answered.
 mod golden;
 
-/// Conversions between forms, quantising, what GGUF and GGML files leave open.
+/// Conversions between forms, quantizing, what GGUF and GGML files leave open.
 mod formats;
 
 /// Damaged and malicious files.

@@ -227,7 +227,7 @@ proptest! {
         let mut streamed: String = ids.iter().map(|&id| decoder.push(id)).collect();
         streamed.push_str(&decoder.finish());
         prop_assert_eq!(&streamed, &decoded);
-        // The tokenizer normalises to NFC; a second round changes nothing.
+        // The tokenizer normalizes to NFC; a second round changes nothing.
         prop_assert_eq!(tokenizer.decode(&tokenizer.encode(&decoded).unwrap()), decoded);
     }
 

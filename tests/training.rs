@@ -278,7 +278,10 @@ fn conversion_merges_adapters() {
     // And quantized.
     let quantized = Loader::new(&tiny).adapter(&adapter);
     let options = ConvertOptions {
-        target: Target::Quantised(pricket::nn::Quantisation { weights: pricket::nn::BlockType::Q8_0, tables: None }),
+        target: Target::Quantized(pricket::nn::Quantization {
+            weights: pricket::nn::BlockType::Q8_0,
+            embeddings_and_head: None,
+        }),
         ..ConvertOptions::default()
     };
     let out = dir.path().join("q8.gguf");

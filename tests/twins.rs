@@ -102,7 +102,7 @@ proptest! {
         let pairs = [
             (ops::layer_norm(&x, &w, &b, 1e-5).unwrap(), ops::plain_layer_norm(&x, &w, &b, 1e-5).unwrap()),
             (ops::rms_norm(&x, &w, 1e-5).unwrap(), ops::plain_rms_norm(&x, &w, 1e-5).unwrap()),
-            (ops::linear(&x, &matrix, None, ops::Activations::F32).unwrap(), ops::plain_linear(&x, &matrix, None).unwrap()),
+            (ops::linear(&x, &matrix, None, ops::ActivationPrecision::F32).unwrap(), ops::plain_linear(&x, &matrix, None).unwrap()),
             (
                 ops::activate(&x, pricket::nn::Activation::GeluErf).unwrap(),
                 pricket::nn::Activation::GeluErf.forward(&x).unwrap(),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use pricket::hub::Steps;
 use pricket::hub::{Settings, Token};
-use pricket::nn::Silent;
+use pricket::nn::NoProgress;
 use pricket::suites::{Audit, AuditOptions, Checkpoints};
 use pricket::{Hub, Loader};
 use pricket_testhub::{Content, Repo, TestHub};
@@ -118,11 +118,11 @@ impl World {
     }
 
     pub(crate) fn checkpoints(&self, id: &str) -> Checkpoints {
-        Checkpoints::on(&self.hub(), id, &Silent).unwrap()
+        Checkpoints::on(&self.hub(), id, &NoProgress).unwrap()
     }
 
     pub(crate) fn audit(&self, id: &str) -> Audit {
-        self.checkpoints(id).audit(&Steps::all(), AuditOptions::default(), &Silent).unwrap()
+        self.checkpoints(id).audit(&Steps::all(), AuditOptions::default(), &NoProgress).unwrap()
     }
 
     /// Bytes of large files sent so far.

@@ -13,7 +13,7 @@ ANIMALS = {
     "horse": ("fast", "grass", "in a stable"), "dog": ("loyal", "meat", "in a house"),
     "cat": ("quiet", "mice", "in a house"), "sheep": ("white", "grass", "in a field"),
     "bear": ("brown", "berries", "in the forest"), "owl": ("wise", "mice", "in a tree"),
-    "deer": ("shy", "leaves", "in the forest"), "shark": ("grey", "fish", "in the sea"),
+    "deer": ("shy", "leaves", "in the forest"), "shark": ("gray", "fish", "in the sea"),
     "cow": ("calm", "grass", "in a field"), "fox": ("red", "hens", "in the forest"),
 }
 OPPOSITES = [("large", "small"), ("high", "low"), ("hot", "cold"), ("old", "new"), ("good", "bad"), ("long", "short"),

@@ -67,7 +67,7 @@ def train_tokenizer(texts):
     return tokenizer
 
 
-def initialise(model, layers, d, into_residual):
+def initialize(model, layers, d, into_residual):
     """Small init, and Wang init for what is added to the residual stream, as GPT-NeoX has them."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -116,7 +116,7 @@ class GptNeoX(torch.nn.Module):
         self.gpt_neox.layers = torch.nn.ModuleList(Block(c) for _ in range(c["num_hidden_layers"]))
         self.gpt_neox.final_layer_norm = torch.nn.LayerNorm(d, eps=c["layer_norm_eps"])
         self.embed_out = torch.nn.Linear(d, c["vocab_size"], bias=False)
-        initialise(self, c["num_hidden_layers"], d, ("dense.weight", "4h_to_h.weight"))
+        initialize(self, c["num_hidden_layers"], d, ("dense.weight", "4h_to_h.weight"))
         r = int(d // c["num_attention_heads"] * c["rotary_pct"])
         freq = torch.outer(torch.arange(n).float(), c["rotary_emb_base"] ** (-torch.arange(0, r, 2).float() / r))
         self.register_buffer("cos", freq.cos(), persistent=False)
@@ -156,7 +156,7 @@ class Mpt(torch.nn.Module):
         self.transformer.wte = torch.nn.Embedding(c["vocab_size"], d)
         self.transformer.blocks = torch.nn.ModuleList(MptBlock(c) for _ in range(c["n_layers"]))
         self.transformer.norm_f = torch.nn.LayerNorm(d, bias=False)
-        initialise(self, c["n_layers"], d, ("out_proj.weight", "down_proj.weight"))
+        initialize(self, c["n_layers"], d, ("out_proj.weight", "down_proj.weight"))
         slopes = 2.0 ** (-torch.arange(1, heads + 1) * c["attn_config"]["alibi_bias_max"] / heads)
         past = torch.arange(n)[None, :] - torch.arange(n)[:, None]
         self.register_buffer("bias", (slopes[:, None, None] * past).masked_fill(past > 0, float("-inf")), persistent=False)

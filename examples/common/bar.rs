@@ -83,18 +83,3 @@ impl Progress for Bar {
         }
     }
 }
-
-/// Hashes being taken.
-impl pricket::hub::Events for Bar {
-    fn progress(&self, done: u64, total: u64) {
-        let begun = self.bar().is_some();
-        if !begun {
-            self.begin("checking hashes", total, "bytes");
-        }
-        self.update(done);
-    }
-
-    fn cancelled(&self) -> bool {
-        INTERRUPTED.load(Ordering::Relaxed)
-    }
-}

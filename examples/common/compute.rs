@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use pricket::Loader;
 use pricket::loading::Precision;
-use pricket::nn::ops::Activations;
-use pricket::nn::{BlockType, CacheType, Quantisation};
+use pricket::nn::ops::ActivationPrecision;
+use pricket::nn::{BlockType, CacheType, Quantization};
 
 /// How to compute.
 #[derive(clap::Args, Clone, Debug)]
@@ -16,13 +16,13 @@ pub(crate) struct ComputeArgs {
     /// Type of the weights: auto (as stored on the CPU, bf16 on a GPU), f32, bf16 or f16
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: Precision,
-    /// Quantises the matrices while they are loaded: q4_0, q4_1, q5_0, q5_1, q8_0, or q2k to q6k
+    /// Quantizes the matrices while they are loaded: q4_0, q4_1, q5_0, q5_1, q8_0, or q2k to q6k
     #[arg(long, value_name = "TYPE")]
     pub(crate) quantize: Option<BlockType>,
     /// The type of embedding and head under --quantize, or none to leave them as they are
-    #[arg(long, value_name = "TYPE", default_value = "q8_0")]
-    pub(crate) quantize_tables: String,
-    /// Precision of activations on the CPU: f32; bf16 as torch has it; q8 as ggml has it (8 bits beside quantised weights)
+    #[arg(long, alias = "quantize-tables", value_name = "TYPE", default_value = "q8_0")]
+    pub(crate) quantize_embeddings_and_head: String,
+    /// Precision of activations on the CPU: f32; bf16 as torch has it; q8 as ggml has it (8 bits beside quantized weights)
     #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "bf16", "q8"])]
     pub(crate) activations: String,
     /// Type of cached keys and values: f32, f16, bf16 or q8_0; by default f32, f16 under --activations q8, bf16 under bf16
@@ -54,20 +54,20 @@ impl ComputeArgs {
         }
     }
 
-    /// What --quantize and --quantize-tables say.
-    pub(crate) fn quantisation(&self) -> pricket::Result<Option<Quantisation>> {
-        let tables = match self.quantize_tables.as_str() {
+    /// What --quantize and --quantize-embeddings-and-head say.
+    pub(crate) fn quantization(&self) -> pricket::Result<Option<Quantization>> {
+        let embeddings_and_head = match self.quantize_embeddings_and_head.as_str() {
             "none" => None,
             name => Some(name.parse().map_err(pricket::Error::Options)?),
         };
-        Ok(self.quantize.map(|weights| Quantisation { weights, tables }))
+        Ok(self.quantize.map(|weights| Quantization { weights, embeddings_and_head }))
     }
 
     /// What these flags say that changes figures, where it is not the default.
     #[allow(dead_code, reason = "only a sweep writes it down")]
     pub(crate) fn setup(&self) -> BTreeMap<String, String> {
         let device = self.device.split(':').next().unwrap_or_default();
-        let quantise = self.quantize.map(|kind| format!("{kind}, tables {}", self.quantize_tables));
+        let quantize = self.quantize.map(|kind| format!("{kind}, tables {}", self.quantize_embeddings_and_head));
         let cache = self.cache_type.map(|kind| kind.to_string());
         #[cfg(feature = "train")]
         let adapter = self.adapters();
@@ -76,7 +76,7 @@ impl ComputeArgs {
         let flags = [
             ("device", Some(device.to_owned()).filter(|device| device != "cpu")),
             ("dtype", Some(self.dtype.to_string()).filter(|dtype| dtype != "auto")),
-            ("quantize", quantise),
+            ("quantize", quantize),
             ("activations", Some(self.activations.clone()).filter(|activations| activations != "f32")),
             ("cache_type", cache),
             ("adapter", adapter),
@@ -104,12 +104,12 @@ impl ComputeArgs {
         if let Some(threads) = self.threads {
             loader = loader.threads(threads);
         }
-        if let Some(wanted) = self.quantisation()? {
-            loader = loader.quantise(wanted);
+        if let Some(wanted) = self.quantization()? {
+            loader = loader.quantize(wanted);
         }
         loader = match self.activations.as_str() {
-            "q8" => loader.activations(Activations::Q8),
-            "bf16" => loader.activations(Activations::BF16),
+            "q8" => loader.activations(ActivationPrecision::Q8),
+            "bf16" => loader.activations(ActivationPrecision::BF16),
             _ => loader,
         };
         if let Some(kind) = self.cache_type {

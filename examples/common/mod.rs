@@ -36,7 +36,7 @@ pub(crate) struct ModelArgs {
     pub(crate) tokenizer: Option<PathBuf>,
     /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
     #[arg(long, value_name = "NAME")]
-    pub(crate) activation: Option<String>,
+    pub(crate) activation_function: Option<String>,
     /// Order of the QKV rows in a GGUF file that does not say it: split, interleaved, or auto to find out by the loss of a text
     #[arg(long, alias = "neox-qkv", value_name = "ORDER", default_value = "auto")]
     pub(crate) qkv_order: pricket::loading::QkvOrder,
@@ -99,8 +99,8 @@ impl ModelArgs {
         if let Some(name) = &self.file {
             loader = loader.file(name);
         }
-        if let Some(name) = &self.activation {
-            loader = loader.activation(name);
+        if let Some(name) = &self.activation_function {
+            loader = loader.activation_function(name);
         }
         for change in &self.set {
             let (key, value) = change.split_once('=').unwrap_or((change, ""));

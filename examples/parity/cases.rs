@@ -397,7 +397,7 @@ fn container(file: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
         return Ok(());
     }
     if let Some(expected) = expected.get("__logits_tanh_gelu_last__") {
-        let pricket = setup.of(Loader::new(file)).activation("gelu_tanh").load()?;
+        let pricket = setup.of(Loader::new(file)).activation_function("gelu_tanh").load()?;
         let last = file_logits(&pricket, &input, &setup.device, input.len())?.narrow(0, input.len() - 1, 1)?;
         let found = difference(&last.unsqueeze(0)?, &expected.reshape((1, 1, ()))?, &[0])?;
         check.within("tanh_logits", found, tolerance(case, "logits_tanh_abs").unwrap_or(logits_abs));

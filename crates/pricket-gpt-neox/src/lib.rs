@@ -138,7 +138,8 @@ impl GptNeoXBlock {
 pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("gpt_neox");
-    let tables = weights.embedding_and_head("gpt_neox.embed_in", "embed_out", vocab, d, config.tie_word_embeddings)?;
+    let embedding_and_head =
+        weights.embedding_and_head("gpt_neox.embed_in", "embed_out", vocab, d, config.tie_word_embeddings)?;
     let layers = trunk.pp("layers");
     let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| GptNeoXBlock::load(config, &layers.pp(i))).collect();
     let blocks = blocks?;
@@ -148,5 +149,5 @@ pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
     let context = Some(trained_length);
     let (family, head_dim) = ("gpt_neox", d / heads);
     let sizes = Sizes { family, d_model: d, heads, kv_heads: heads, head_dim, vocab, trained_length, context };
-    Ok(Decoder::new(sizes, tables, blocks, norm, weights))
+    Ok(Decoder::new(sizes, embedding_and_head, blocks, norm, weights))
 }

@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use pricket_hub::{Events, Hub, ModelId};
+use pricket_hub::{Hub, ModelId, Progress};
 
 /// Says what a user may want to know.
 struct Notices;
 
-impl Events for Notices {
+impl Progress for Notices {
     fn notice(&self, message: &str) {
         eprintln!("{message}");
     }

@@ -3,9 +3,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::layout::{GOING, Layout, TEMPORARY};
+use crate::ledger::Ledger;
 use crate::lock::Lock;
 use crate::part::SUFFIX;
-use crate::{Digest, Error, Events, Listed, RepoId, Result, platform};
+use crate::{Digest, Error, Listed, Progress, RepoId, Result, platform};
 
 /// A cache in the standard layout, shared with Python and whoever else.
 ///
@@ -169,7 +170,7 @@ impl Cache {
     ///
     /// # Errors
     /// [`Error::Cancelled`]; a file that cannot be read, and a link whose file is gone, is in the list as one that is not good.
-    pub fn verify(&self, repos: &[CachedRepo], events: &dyn Events) -> Result<Vec<Verified>> {
+    pub fn verify(&self, repos: &[CachedRepo], progress: &dyn Progress) -> Result<Vec<Verified>> {
         let mut seen = BTreeMap::new();
         for repo in repos {
             for file in repo.revisions.iter().flat_map(|revision| &revision.files) {
@@ -179,10 +180,11 @@ impl Cache {
         let total = seen.values().map(|(_, file)| file.bytes).sum();
         let mut done = 0;
         let mut out = Vec::new();
+        let ledger = Ledger::new(progress, "checking hashes", total);
         for (location, (repo, file)) in seen {
-            events.progress(done, total);
+            ledger.update(done);
             let hashed = match &file.digest {
-                Some(expected) => expected.of_file(location, events).map(Some),
+                Some(expected) => expected.of_file(location, progress).map(Some),
                 None => Ok(None),
             };
             if let Err(Error::Cancelled) = hashed {
@@ -197,7 +199,7 @@ impl Cache {
                 found: hashed.unwrap_or(None),
             });
         }
-        events.progress(total, total);
+        ledger.update(total);
         out.extend(repos.iter().flat_map(|repo| self.dangling(repo)));
         Ok(out)
     }
@@ -227,7 +229,7 @@ impl Cache {
     ///
     /// # Errors
     /// [`Error::Io`] if something cannot be deleted.
-    pub fn evict(&self, budget: u64, events: &dyn Events) -> Result<Evicted> {
+    pub fn evict(&self, budget: u64, progress: &dyn Progress) -> Result<Evicted> {
         let mut out = Evicted::default();
         let mut repos = self.repos()?;
         repos.retain(|repo| !repo.repo.is_dataset());
@@ -245,7 +247,7 @@ impl Cache {
         out.left += ours.values().sum::<u64>();
         candidates.sort_by(|a, b| (a.0, &a.2.commit).cmp(&(b.0, &b.2.commit)));
         for repo in &repos {
-            out.freed += self.sweep(&repo.repo, &Layout::new(&self.root, &repo.repo), events)?;
+            out.freed += self.sweep(&repo.repo, &Layout::new(&self.root, &repo.repo), progress)?;
         }
         for repo in repos.iter().filter(|repo| repo.partial_bytes > 0) {
             if out.left > budget {
@@ -258,12 +260,12 @@ impl Cache {
             if out.left <= budget {
                 break;
             }
-            if events.cancelled() {
+            if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
             let layout = Layout::new(&self.root, &repo.repo);
             let name = (repo.repo.clone(), revision.commit.clone());
-            match self.drop_revision(&layout, &repo.repo, revision, events)? {
+            match self.drop_revision(&layout, &repo.repo, revision, progress)? {
                 Some(freed) => {
                     out.freed += freed;
                     out.left -= freed.min(out.left);
@@ -295,11 +297,11 @@ impl Cache {
         layout: &Layout,
         repo: &RepoId,
         revision: &CachedRevision,
-        events: &dyn Events,
+        progress: &dyn Progress,
     ) -> Result<Option<u64>> {
         let in_use = layout.in_use(&revision.commit);
         let Some(_lock) = Lock::try_new(&in_use)? else { return Ok(None) };
-        let _mutex = Lock::wait(&layout.mutex(), "another process that changes this repository", events, &|| false)?;
+        let _mutex = Lock::wait(&layout.mutex(), "another process that changes this repository", progress, &|| false)?;
         // Looked at again, now that nothing moves.
         let now = self.repo(repo.clone());
         let kept: BTreeSet<&PathBuf> = now
@@ -329,14 +331,14 @@ impl Cache {
     }
 
     /// Finishes what an eviction that was killed had begun, and deletes what was on its way to another name for hours.
-    fn sweep(&self, repo: &RepoId, layout: &Layout, events: &dyn Events) -> Result<u64> {
+    fn sweep(&self, repo: &RepoId, layout: &Layout, progress: &dyn Progress) -> Result<u64> {
         let directory = layout.root().join(".pricket");
         let mut freed = 0;
         for name in names_in(&directory)? {
             let path = directory.join(&name);
             if name.starts_with(GOING) {
                 let _mutex =
-                    Lock::wait(&layout.mutex(), "another process that changes this repository", events, &|| false)?;
+                    Lock::wait(&layout.mutex(), "another process that changes this repository", progress, &|| false)?;
                 if !path.exists() {
                     // The eviction that it belongs to was not killed, and is done meanwhile.
                     continue;

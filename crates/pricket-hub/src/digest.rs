@@ -4,7 +4,7 @@ use std::path::Path;
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
 
-use crate::{Error, Events, Result};
+use crate::{Error, Progress, Result};
 
 /// The hash under which the Hub knows a file, and which names its blob in the cache.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,17 +44,17 @@ impl Digest {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Cancelled`].
-    pub fn sha256_of(path: &Path, events: &dyn Events) -> Result<Self> {
-        Digest::Sha256(String::new()).of_file(path, events)
+    pub fn sha256_of(path: &Path, progress: &dyn Progress) -> Result<Self> {
+        Digest::Sha256(String::new()).of_file(path, progress)
     }
 
     /// The digest of a file, of the same kind as `self`.
-    pub(crate) fn of_file(&self, path: &Path, events: &dyn Events) -> Result<Self> {
+    pub(crate) fn of_file(&self, path: &Path, progress: &dyn Progress) -> Result<Self> {
         let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
         let mut hasher = self.hasher(file.metadata().map_err(Error::io(path))?.len());
         let mut buffer = vec![0; 1 << 20];
         loop {
-            if events.cancelled() {
+            if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
             match file.read(&mut buffer).map_err(Error::io(path))? {

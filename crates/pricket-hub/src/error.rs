@@ -103,7 +103,7 @@ pub enum Error {
         /// What it said.
         source: std::io::Error,
     },
-    /// [`crate::Events::cancelled`] said so.
+    /// [`crate::Progress::cancelled`] said so.
     #[error("cancelled")]
     Cancelled,
 }

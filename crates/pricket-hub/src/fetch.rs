@@ -13,7 +13,7 @@ use crate::layout::Layout;
 use crate::ledger::{AtEnd, Ledger, MUTEX};
 use crate::lock::Lock;
 use crate::part::Part;
-use crate::{Digest, Error, Events, Hub, Listed, ModelId, RepoId, Result};
+use crate::{Digest, Error, Hub, Listed, ModelId, Progress, RepoId, Result};
 
 /// Files of one commit on disk.
 #[derive(Debug)]
@@ -67,15 +67,15 @@ impl Hub {
         commit: &str,
         wanted: &[Listed],
         listing: &[Listed],
-        events: &dyn Events,
+        progress: &dyn Progress,
     ) -> Result<Snapshot> {
         let ModelId { repo, revision } = id;
-        let snapshot = self.fetch_part(repo, commit, wanted, events)?;
+        let snapshot = self.fetch_part(repo, commit, wanted, progress)?;
         let layout = self.layout(repo);
         // Last, so that a branch never leads to half a snapshot where it led to a whole one, and that no listing is kept
         // that has not proved right.
         let keep = || {
-            let _mutex = Lock::wait(&layout.mutex(), MUTEX, events, &|| false)?;
+            let _mutex = Lock::wait(&layout.mutex(), MUTEX, progress, &|| false)?;
             if layout.in_use(commit).is_file() {
                 self.record(repo, commit, listing)?;
             }
@@ -87,7 +87,7 @@ impl Hub {
         if !is_known || is_unlisted {
             // The files are there, whatever else cannot be written, as in a cache that somebody else owns.
             if let Err(e) = keep() {
-                events.notice(&format!("{id}: not remembered: {e}"));
+                progress.notice(&format!("{id}: not remembered: {e}"));
             }
         }
         Ok(snapshot)
@@ -97,7 +97,13 @@ impl Hub {
     ///
     /// # Errors
     /// As [`Hub::fetch`].
-    pub fn fetch_part(&self, repo: &RepoId, commit: &str, wanted: &[Listed], events: &dyn Events) -> Result<Snapshot> {
+    pub fn fetch_part(
+        &self,
+        repo: &RepoId,
+        commit: &str,
+        wanted: &[Listed],
+        progress: &dyn Progress,
+    ) -> Result<Snapshot> {
         check_names(commit, wanted)?;
         let layout = self.layout(repo);
         let total = wanted.iter().map(|file| file.size).sum();
@@ -126,10 +132,10 @@ impl Hub {
         // The large ones first: the small ones fit beside them.
         missing.sort_by_key(|file| std::cmp::Reverse(file.size));
         let waiting: u64 = missing.iter().map(|file| file.size).sum();
-        let ledger = Ledger::new(events, total);
+        let ledger = Ledger::new(progress, "fetching", total);
         ledger.found(total - waiting);
         let report = self.fetch_all(repo, commit, &layout, &missing, &ledger)?;
-        events.progress(total, total);
+        ledger.update(total);
         Ok(snapshot(in_use, report))
     }
 
@@ -189,7 +195,7 @@ impl Hub {
             }
             // Whoever cancels does not wait for a silent server.
             while over.load(Ordering::Acquire) < threads {
-                if stop.load(Ordering::Relaxed) || ledger.events.cancelled() {
+                if stop.load(Ordering::Relaxed) || ledger.progress.cancelled() {
                     stop.store(true, Ordering::Relaxed);
                     http.shutdown();
                     break;
@@ -198,7 +204,7 @@ impl Hub {
             }
         });
         if let Some(e) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(if ledger.events.cancelled() { Error::Cancelled } else { e });
+            return Err(if ledger.progress.cancelled() { Error::Cancelled } else { e });
         }
         let (on_disk, received) = (on_disk.into_inner(), ledger.received.load(Ordering::Relaxed));
         let repeated = (on_disk + received).saturating_sub(ledger.total);
@@ -266,7 +272,7 @@ impl Hub {
         commit: &str,
         file: &Listed,
         range: std::ops::Range<u64>,
-        events: &dyn Events,
+        progress: &dyn Progress,
     ) -> Result<Vec<u8>> {
         check_names(commit, std::slice::from_ref(file))?;
         let std::ops::Range { start, end } = range;
@@ -284,7 +290,7 @@ impl Hub {
             return Err(Error::Offline { what: format!("{repo}@{commit}: {} would be read from the Hub", file.path) });
         }
         let (layout, stop) = (self.layout(repo), AtomicBool::new(false));
-        let ledger = Ledger::new(events, end - start);
+        let ledger = Ledger::new(progress, "fetching", end - start);
         let http = self.http();
         let digest = known(file)?;
         let one = One {
@@ -300,10 +306,10 @@ impl Hub {
             moved: Mutex::default(),
         };
         let url = one.url();
-        let mut tries = Tries::new(http.patience(), events);
+        let mut tries = Tries::new(http.patience(), progress);
         let mut out = Vec::new();
         while out.len() < wanted {
-            if events.cancelled() {
+            if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
             let (before, at) = (out.len(), start + out.len() as u64);
@@ -316,7 +322,7 @@ impl Hub {
                     }
                     _ => check_range(&url, &answer, at, end, file.size)?,
                 };
-                one.receive(&url, answer, upto - at, &|| events.cancelled(), |bytes| {
+                one.receive(&url, answer, upto - at, &|| progress.cancelled(), |bytes| {
                     out.extend_from_slice(bytes);
                     Ok(())
                 })

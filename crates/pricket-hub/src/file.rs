@@ -49,7 +49,7 @@ impl One<'_> {
         let blobs = layout.root().join("blobs");
         std::fs::create_dir_all(&blobs).map_err(Error::io(&blobs))?;
         let for_what = format!("another process that fetches {}", file.path);
-        let lock = Lock::wait(&layout.blob_lock(expected.hex()), &for_what, ledger.events, &|| self.stopped())?;
+        let lock = Lock::wait(&layout.blob_lock(expected.hex()), &for_what, ledger.progress, &|| self.stopped())?;
         if layout.present(self.commit, file).is_some() {
             ledger.found(file.size);
             return Ok(file.size);
@@ -97,7 +97,7 @@ impl One<'_> {
                 return Err(mismatch);
             }
             let what = format!("{}: expected {expected}, received {digest}; fetching it again", file.path);
-            ledger.events.notice(&what);
+            ledger.progress.notice(&what);
         }
         self.phase(Phase::Rename);
         part.complete()?;
@@ -108,7 +108,7 @@ impl One<'_> {
     /// Links the snapshot to the blob that `name` gives its name.
     fn link(&self, is_new: bool, name: impl FnOnce() -> Result<()>) -> Result<()> {
         let layout = self.layout;
-        let _mutex = Lock::wait(&layout.mutex(), MUTEX, self.ledger.events, &|| self.stopped())?;
+        let _mutex = Lock::wait(&layout.mutex(), MUTEX, self.ledger.progress, &|| self.stopped())?;
         name()?;
         layout.link(self.commit, &self.file.path, self.digest, self.hub.settings.symlinks, is_new)
     }
@@ -130,11 +130,11 @@ impl One<'_> {
     }
 
     fn phase(&self, phase: Phase) {
-        self.ledger.events.phase(&self.file.path, phase);
+        self.ledger.progress.phase(&self.file.path, phase);
     }
 
     fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.ledger.events.cancelled()
+        self.stop.load(Ordering::Relaxed) || self.ledger.progress.cancelled()
     }
 
     /// Fills what is missing, several ranges at a time, and hashes on this thread behind the first gap.
@@ -202,7 +202,7 @@ impl One<'_> {
 
     /// Fills range `i`, trying again for as long as patience lasts.
     fn fill(&self, part: &Part, i: usize, halted: &dyn Fn() -> bool) -> Result<(), Unfilled> {
-        let mut tries = Tries::new(self.http.patience(), self.ledger.events);
+        let mut tries = Tries::new(self.http.patience(), self.ledger.progress);
         while part.done(i) < part.range_len(i) {
             if halted() {
                 return Err(Unfilled::Failed(Error::Cancelled));
@@ -298,7 +298,7 @@ impl One<'_> {
     fn whole(&self, part: &mut Part) -> Result<Digest> {
         self.phase(Phase::Body);
         let halted = || self.stopped();
-        let mut tries = Tries::new(self.http.patience(), self.ledger.events);
+        let mut tries = Tries::new(self.http.patience(), self.ledger.progress);
         let mut restart = true;
         loop {
             if halted() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::origin;
 use crate::settings::{Patience, Settings};
-use crate::{Error, Events, Result};
+use crate::{Error, Progress, Result};
 
 const MAX_REDIRECTS: usize = 10;
 /// Read at once. Four connections hold eight of these, half of what an interruption may cost.
@@ -413,20 +413,20 @@ pub(crate) fn reason(e: &std::io::Error) -> String {
 /// Failures in a row, and what they lead to.
 pub(crate) struct Tries<'a> {
     patience: &'a Patience,
-    events: &'a dyn Events,
+    progress: &'a dyn Progress,
     failures: u32,
     /// Tries of a server that cannot be reached at all.
     unreached: u32,
 }
 
 impl<'a> Tries<'a> {
-    pub(crate) fn new(patience: &'a Patience, events: &'a dyn Events) -> Self {
-        Self { patience, events, failures: 0, unreached: patience.tries }
+    pub(crate) fn new(patience: &'a Patience, progress: &'a dyn Progress) -> Self {
+        Self { patience, progress, failures: 0, unreached: patience.tries }
     }
 
     /// For the first question to a Hub: if there is no network now, that is soon said.
-    pub(crate) fn of_a_question(patience: &'a Patience, events: &'a dyn Events) -> Self {
-        Self { unreached: patience.tries.min(2), ..Self::new(patience, events) }
+    pub(crate) fn of_a_question(patience: &'a Patience, progress: &'a dyn Progress) -> Self {
+        Self { unreached: patience.tries.min(2), ..Self::new(patience, progress) }
     }
 
     /// Waits before another try, or gives the error that there is no point in one. `gained` is what the failed try
@@ -439,7 +439,7 @@ impl<'a> Tries<'a> {
             }
             Failure::Again { url, what, after, reached } => (url, what, after, reached),
         };
-        if self.events.cancelled() || stop() {
+        if self.progress.cancelled() || stop() {
             return Err(Error::Cancelled);
         }
         self.failures = if gained >= WORTHWHILE { 1 } else { self.failures + 1 };
@@ -457,10 +457,10 @@ impl<'a> Tries<'a> {
             Some(asked) => asked.max(own),
             None => own,
         };
-        self.events.notice(&format!("{url}: {what}; trying again in {:.1} s", pause.as_secs_f64()));
+        self.progress.notice(&format!("{url}: {what}; trying again in {:.1} s", pause.as_secs_f64()));
         let end = Instant::now() + pause;
         loop {
-            if self.events.cancelled() || stop() {
+            if self.progress.cancelled() || stop() {
                 return Err(Error::Cancelled);
             }
             let left = end.saturating_duration_since(Instant::now());

@@ -6,7 +6,7 @@ use crate::http::{Failure, Http, Tries, join};
 use crate::id::{is_relative_path, is_revision};
 use crate::layout::Layout;
 use crate::records::{Entry, MAX_FILE, MAX_LISTING, read_record};
-use crate::{Digest, Error, Events, Listed, ModelId, Phase, RepoId, Result, Settings, is_commit};
+use crate::{Digest, Error, Listed, ModelId, Phase, Progress, RepoId, Result, Settings, is_commit};
 
 /// Files of a commit at most.
 const MAX_FILES: usize = 100_000;
@@ -139,25 +139,25 @@ impl Hub {
     ///
     /// # Errors
     /// [`Error::Repository`] if the Hub does not show the repository, [`Error::Network`] if it cannot be reached.
-    pub fn refs(&self, repo: &RepoId, events: &dyn Events) -> Result<Refs> {
+    pub fn refs(&self, repo: &RepoId, progress: &dyn Progress) -> Result<Refs> {
         if self.settings.offline {
             return self.cached_refs(repo);
         }
         let url = format!("{}/api/{}/refs", self.settings.endpoint, repo.api());
         let parse = |refs: wire::Refs| Some(Refs { branches: commits(refs.branches)?, tags: commits(refs.tags)? });
-        Ok(self.json(repo, "main", &url, events, parse)?.0)
+        Ok(self.json(repo, "main", &url, progress, parse)?.0)
     }
 
     /// As [`Hub::refs`]; of a server that does not list branches, those that the cache has seen and `main`, with a notice.
     ///
     /// # Errors
     /// As [`Hub::refs`], if `main` cannot be had either.
-    pub fn refs_or_main(&self, repo: &RepoId, events: &dyn Events) -> Result<Refs> {
-        match self.refs(repo, events) {
+    pub fn refs_or_main(&self, repo: &RepoId, progress: &dyn Progress) -> Result<Refs> {
+        match self.refs(repo, progress) {
             Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
                 let main = ModelId::new(repo.clone(), "main")?;
-                let Ok(commit) = self.ask_revision(&main, events) else { return Err(e) };
-                events.notice(&format!(
+                let Ok(commit) = self.ask_revision(&main, progress) else { return Err(e) };
+                progress.notice(&format!(
                     "{repo}: the server does not list branches ({e}); those of the cache and main are shown"
                 ));
                 let mut refs = self.cached_refs(repo).unwrap_or_default();
@@ -201,7 +201,7 @@ impl Hub {
     ///
     /// # Errors
     /// [`Error::Revision`] with those that exist, [`Error::Repository`], [`Error::Offline`], [`Error::Network`].
-    pub fn resolve(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
+    pub fn resolve(&self, id: &ModelId, progress: &dyn Progress) -> Result<String> {
         let ModelId { repo, revision } = id;
         if is_commit(revision) {
             return Ok(revision.clone());
@@ -217,23 +217,23 @@ impl Hub {
                 Error::Offline { what }
             });
         }
-        match self.ask_commit(id, events) {
+        match self.ask_commit(id, progress) {
             // A repository that has left the Hub is still what it was.
             Err(e) if (e.is_network() || matches!(e, Error::Repository { .. })) && cached.is_some() => {
-                events.fallback(&format!("{e}; going on with what the cache has of {id}"));
+                progress.fallback(&format!("{e}; going on with what the cache has of {id}"));
                 Ok(cached.unwrap_or_default())
             }
             answer => answer,
         }
     }
 
-    fn ask_commit(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
+    fn ask_commit(&self, id: &ModelId, progress: &dyn Progress) -> Result<String> {
         let ModelId { repo, revision } = id;
-        let refs = match self.refs(repo, events) {
+        let refs = match self.refs(repo, progress) {
             Ok(refs) => refs,
             // Not every mirror lists branches, and proxies refuse what they do not know.
             Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
-                return self.ask_revision(id, events).map_err(|second| match second {
+                return self.ask_revision(id, progress).map_err(|second| match second {
                     second @ (Error::Network { .. } | Error::Protocol { .. } | Error::Revision { .. }) => second,
                     _ => e,
                 });
@@ -244,17 +244,17 @@ impl Hub {
             return Ok(commit.into());
         }
         // A pull request or a shortened commit is in no list.
-        match self.ask_revision(id, events) {
+        match self.ask_revision(id, progress) {
             Err(Error::Revision { repo, revision, .. }) => Err(Error::Revision { repo, revision, known: refs.names() }),
             answer => answer,
         }
     }
 
-    fn ask_revision(&self, id: &ModelId, events: &dyn Events) -> Result<String> {
+    fn ask_revision(&self, id: &ModelId, progress: &dyn Progress) -> Result<String> {
         let ModelId { repo, revision } = id;
         let url = format!("{}/api/{}/revision/{}", self.settings.endpoint, repo.api(), encode(revision, ""));
         let parse = |info: wire::Info| is_commit(&info.sha).then_some(info.sha);
-        Ok(self.json(repo, revision, &url, events, parse)?.0)
+        Ok(self.json(repo, revision, &url, progress, parse)?.0)
     }
 
     /// The files of a commit. It never changes, so once it was fetched from it is not asked for again; offline, what the
@@ -262,7 +262,7 @@ impl Hub {
     ///
     /// # Errors
     /// As [`Hub::refs`]; [`Error::Protocol`] for a listing that leaves the repository.
-    pub fn files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Listing> {
+    pub fn files(&self, repo: &RepoId, commit: &str, progress: &dyn Progress) -> Result<Listing> {
         if !is_commit(commit) {
             return Err(Error::Input(format!("{commit:?} is no commit")));
         }
@@ -276,10 +276,10 @@ impl Hub {
                 what: format!("{repo}@{commit} is not in the cache ({})", self.settings.cache.display()),
             });
         }
-        let listed = match self.ask_files(repo, commit, events) {
+        let listed = match self.ask_files(repo, commit, progress) {
             // The revision names its files too, without sizes and hashes, which each file's own answer has.
             Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
-                self.ask_siblings(repo, commit, events).map_err(|second| match second {
+                self.ask_siblings(repo, commit, progress).map_err(|second| match second {
                     Error::Repository { .. } | Error::Refused { .. } => e,
                     second => second,
                 })
@@ -288,12 +288,12 @@ impl Hub {
         };
         match listed.map(|files| Listing { files, is_complete: true }) {
             Err(Error::Revision { repo: name, revision, .. }) => {
-                let known = self.refs(repo, events).map(|refs| refs.names()).unwrap_or_default();
+                let known = self.refs(repo, progress).map(|refs| refs.names()).unwrap_or_default();
                 Err(Error::Revision { repo: name, revision, known })
             }
             Err(e) if e.is_network() || matches!(e, Error::Repository { .. }) => match cached() {
                 Some(files) => {
-                    events.fallback(&format!("{e}; going on with what the cache has of {repo}@{commit}"));
+                    progress.fallback(&format!("{e}; going on with what the cache has of {repo}@{commit}"));
                     Ok(files)
                 }
                 None => Err(e),
@@ -303,9 +303,9 @@ impl Hub {
     }
 
     /// The files of a commit by the `siblings` of the revision and a HEAD for each, for servers that do not list trees.
-    fn ask_siblings(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
+    fn ask_siblings(&self, repo: &RepoId, commit: &str, progress: &dyn Progress) -> Result<Vec<Listed>> {
         let url = format!("{}/api/{}/revision/{commit}", self.settings.endpoint, repo.api());
-        let (names, _) = self.json(repo, commit, &url, events, |info: wire::Info| Some(info.siblings))?;
+        let (names, _) = self.json(repo, commit, &url, progress, |info: wire::Info| Some(info.siblings))?;
         let names: Vec<String> = names.into_iter().map(|file| file.rfilename).collect();
         if let Some(name) = names.iter().find(|name| leaves(name)) {
             let what = format!("the listing names {name:?}, which no repository can hold");
@@ -317,16 +317,16 @@ impl Hub {
         names
             .into_iter()
             .filter(|name| is_relative_path(name))
-            .map(|name| self.describe(repo, commit, name, events))
+            .map(|name| self.describe(repo, commit, name, progress))
             .collect()
     }
 
     /// Size and hash of a file, by what a HEAD of it says.
-    fn describe(&self, repo: &RepoId, commit: &str, path: String, events: &dyn Events) -> Result<Listed> {
+    fn describe(&self, repo: &RepoId, commit: &str, path: String, progress: &dyn Progress) -> Result<Listed> {
         let url = self.file_url(repo, commit, &path);
-        let mut tries = Tries::of_a_question(self.http.patience(), events);
+        let mut tries = Tries::of_a_question(self.http.patience(), progress);
         loop {
-            if events.cancelled() {
+            if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
             match self.http.head(&url) {
@@ -349,7 +349,7 @@ impl Hub {
         }
     }
 
-    fn ask_files(&self, repo: &RepoId, commit: &str, events: &dyn Events) -> Result<Vec<Listed>> {
+    fn ask_files(&self, repo: &RepoId, commit: &str, progress: &dyn Progress) -> Result<Vec<Listed>> {
         let mut url = format!("{}/api/{}/tree/{commit}?recursive=true", self.settings.endpoint, repo.api());
         let mut out = Vec::new();
         for _ in 0..MAX_PAGES {
@@ -358,7 +358,7 @@ impl Hub {
                 let files = page.into_iter().filter(|file| file.kind != "directory" && file.kind != "unknown");
                 files.map(listed).collect::<Option<Vec<Listed>>>()
             };
-            let (page, next) = self.json(repo, commit, &url, events, parse)?;
+            let (page, next) = self.json(repo, commit, &url, progress, parse)?;
             if let Some(file) = page.iter().find(|file| leaves(&file.path)) {
                 let what = format!("the listing names {:?}, which no repository can hold", file.path);
                 return Err(Error::Protocol { url, what });
@@ -401,13 +401,13 @@ impl Hub {
         repo: &RepoId,
         revision: &str,
         url: &str,
-        events: &dyn Events,
+        progress: &dyn Progress,
         parse: impl Fn(W) -> Option<T>,
     ) -> Result<(T, Option<String>)> {
-        events.phase(repo.as_str(), Phase::Metadata);
-        let mut tries = Tries::of_a_question(self.http.patience(), events);
+        progress.phase(repo.as_str(), Phase::Metadata);
+        let mut tries = Tries::of_a_question(self.http.patience(), progress);
         loop {
-            if events.cancelled() {
+            if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
             let answer = self.http.text(url, MAX_LISTING).and_then(|(link, body)| {

@@ -3,7 +3,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::{Error, Events, Result, platform};
+use crate::{Error, Progress, Result, platform};
 
 /// An advisory lock on a file (`flock`, as Python's filelock takes it). It is let go with the value, or the process.
 #[derive(Debug)]
@@ -40,19 +40,19 @@ fn has_no_locks(e: &std::io::Error) -> bool {
 
 impl Lock {
     /// Waits for whoever holds it, however long that takes, and says so once; gives up when `stop` says so.
-    pub(crate) fn wait(path: &Path, for_what: &str, events: &dyn Events, stop: &dyn Fn() -> bool) -> Result<Self> {
+    pub(crate) fn wait(path: &Path, for_what: &str, progress: &dyn Progress, stop: &dyn Fn() -> bool) -> Result<Self> {
         let began = Instant::now();
         let mut told = false;
         loop {
             if let Some(lock) = Self::try_new(path)? {
                 return Ok(lock);
             }
-            if stop() || events.cancelled() {
+            if stop() || progress.cancelled() {
                 return Err(Error::Cancelled);
             }
             if !told && began.elapsed() > Duration::from_secs(2) {
                 told = true;
-                events.notice(&format!("waiting for {for_what}"));
+                progress.notice(&format!("waiting for {for_what}"));
             }
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -2,7 +2,7 @@
 
 use candle_core::quantized::GgmlDType;
 
-/// A block-quantised type. Names are ggml's; a suffix `_v1` marks the blocks of before 2023-05-20, whose scales are f32.
+/// A block-quantized type. Names are ggml's; a suffix `_v1` marks the blocks of before 2023-05-20, whose scales are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(non_camel_case_types, reason = "the field's own spelling")]
 #[non_exhaustive]
@@ -37,9 +37,9 @@ pub enum BlockType {
     Q4_1V1,
     /// 32 in 36: as `Q8_0`, its scale in f32.
     Q8_0V1,
-    /// 16 in 10: `d (q - 8)`, neighbours in a byte. April and May 2023 only.
+    /// 16 in 10: `d (q - 8)`, neighbors in a byte. April and May 2023 only.
     Q4_2,
-    /// 16 in 12: `d q + m`, neighbours in a byte. April 2023 only.
+    /// 16 in 12: `d q + m`, neighbors in a byte. April 2023 only.
     Q4_3,
 }
 
@@ -120,7 +120,7 @@ impl BlockType {
 }
 
 impl BlockType {
-    /// Those that [`quantise`](crate::quantise) makes, by the names that flags give them.
+    /// Those that [`quantize`](crate::quantize) makes, by the names that flags give them.
     pub const MADE: [Self; 10] = [
         Self::Q4_0,
         Self::Q4_1,
@@ -156,7 +156,7 @@ impl BlockType {
     }
 
     /// The type of the same blocks with scales in f16, for those that have them in f32.
-    pub const fn narrow(self) -> Option<Self> {
+    pub const fn with_f16_scales(self) -> Option<Self> {
         match self {
             Self::Q4_0V1 => Some(Self::Q4_0),
             Self::Q4_1V1 => Some(Self::Q4_1),
@@ -185,7 +185,7 @@ impl std::str::FromStr for BlockType {
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         let same = |kind: &&Self| kind.name() == name.to_lowercase().replace("_k", "k");
         let names = || Self::MADE.map(Self::name).join(", ");
-        Self::MADE.iter().find(same).copied().ok_or_else(|| format!("{name:?} is no quantised type; use {}", names()))
+        Self::MADE.iter().find(same).copied().ok_or_else(|| format!("{name:?} is no quantized type; use {}", names()))
     }
 }
 

@@ -1,8 +1,8 @@
-//! Quantised blocks, as ggml lays them out on file, and what their values are.
+//! Quantized blocks, as ggml lays them out on file, and what their values are.
 //!
 //! Every type is a run of small blocks: a scale or two, then packed integers. The value of an element is a product of a
 //! scale with an integer and perhaps a sum with another, each rounded to f32 as ggml's own C code rounds it, so that a
-//! dequantised tensor is equal to ggml's bit by bit.
+//! dequantized tensor is equal to ggml's bit by bit.
 
 #![allow(clippy::inline_always, reason = "the loops must become part of the functions that have the instructions")]
 
@@ -14,12 +14,12 @@ use half::f16;
 
 use crate::block_type::BlockType;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::path::InstructionSet;
+use crate::cpu::isa::InstructionSet;
 use crate::cpu::pool::{parallel, parallel_chunks};
 
-/// A matrix of quantised rows. Cheap to clone.
+/// A matrix of quantized rows. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Blocks {
     kind: BlockType,
@@ -77,7 +77,7 @@ impl Blocks {
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.columns];
         let width = self.columns.max(1);
-        parallel_chunks(&mut out, width, |row, out| dequantise(self.kind, self.row(row), out));
+        parallel_chunks(&mut out, width, |row, out| dequantize(self.kind, self.row(row), out));
         out
     }
 }
@@ -86,18 +86,18 @@ impl Blocks {
 ///
 /// # Panics
 /// If `out` is not as long as the blocks have elements.
-pub fn dequantise(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
+pub fn dequantize(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     assert!(
         out.len().is_multiple_of(kind.elements()) && bytes.len() == kind.bytes(out.len()),
         "no whole {kind} blocks"
     );
     #[cfg(target_arch = "x86_64")]
     {
-        if path() >= InstructionSet::Avx512 {
+        if isa() >= InstructionSet::Avx512 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { x86::avx512(kind, bytes, out) };
         }
-        if path() >= InstructionSet::Avx2 {
+        if isa() >= InstructionSet::Avx2 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { x86::avx2(kind, bytes, out) };
         }
@@ -121,17 +121,17 @@ mod x86 {
     }
 }
 
-/// Quantises rows of `columns` values, as ggml's reference code does it.
+/// Quantizes rows of `columns` values, as ggml's reference code does it.
 ///
 /// # Errors
 /// For values that are not finite, rows that are no whole blocks, and types that are not in [`BlockType::MADE`].
-pub fn quantise(kind: BlockType, values: &[f32], columns: usize) -> Result<Vec<u8>> {
+pub fn quantize(kind: BlockType, values: &[f32], columns: usize) -> Result<Vec<u8>> {
     let Some(theirs) = kind.to_candle() else { bail!("{kind} is read and not written") };
     if columns == 0 || !columns.is_multiple_of(kind.elements()) || !values.len().is_multiple_of(columns) {
         bail!("rows of {columns} are no whole {kind} blocks of {}", kind.elements());
     }
     if let Some(at) = values.iter().position(|x| !x.is_finite()) {
-        bail!("{} in row {} cannot be quantised", values[at], at / columns);
+        bail!("{} in row {} cannot be quantized", values[at], at / columns);
     }
     let parts: Vec<_> = values.chunks(columns * 16).collect();
     let done: Vec<OnceLock<Result<Vec<u8>>>> = parts.iter().map(|_| OnceLock::new()).collect();
@@ -279,7 +279,7 @@ fn bytewise(d: f32, qs: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Neighbours in a byte.
+/// Neighbors in a byte.
 #[inline(always)]
 fn pairs(qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
     for (q, out) in qs.iter().zip(out.as_chunks_mut::<2>().0) {
@@ -327,9 +327,9 @@ fn q6k(b: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
-/// Old blocks with their scales in f16, as blocks of [`BlockType::narrow`]; `None` if a scale is no such number.
-pub fn narrowed(kind: BlockType, bytes: &[u8]) -> Option<Vec<u8>> {
-    let narrow = kind.narrow()?;
+/// Old blocks with their scales in f16, as blocks of [`BlockType::with_f16_scales`]; `None` if a scale is no such number.
+pub fn with_f16_scales(kind: BlockType, bytes: &[u8]) -> Option<Vec<u8>> {
+    let narrow = kind.with_f16_scales()?;
     let scales = if kind == BlockType::Q4_1V1 { 2 } else { 1 };
     let mut out = Vec::with_capacity(bytes.len() / kind.layout().1 * narrow.layout().1);
     for block in bytes.chunks_exact(kind.layout().1) {
@@ -345,7 +345,7 @@ pub fn narrowed(kind: BlockType, bytes: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// The 4-bit integers of 32-element blocks of before 2023-05-14, neighbours in a byte, brought into today's order: the
+/// The 4-bit integers of 32-element blocks of before 2023-05-14, neighbors in a byte, brought into today's order: the
 /// first sixteen in the low halves. `kind` tells where in a block they are. Nothing is lost.
 pub fn halves_from_pairs(kind: BlockType, bytes: &mut [u8]) {
     let (elements, width) = kind.layout();
@@ -377,12 +377,12 @@ mod tests {
     fn values_are_those_of_another_reader() {
         let source = Tensor::randn(0f32, 1.0, (6, 512), &Device::Cpu).unwrap();
         for kind in BlockType::MADE {
-            let quantised = QTensor::quantize(&source, kind.to_candle().unwrap()).unwrap();
-            let bytes = quantised.data().unwrap().into_owned();
+            let quantized = QTensor::quantize(&source, kind.to_candle().unwrap()).unwrap();
+            let bytes = quantized.data().unwrap().into_owned();
             let expected: Vec<f32> =
-                quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                quantized.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
             let values: Vec<f32> = source.flatten_all().unwrap().to_vec1().unwrap();
-            assert_eq!(quantise(kind, &values, 512).unwrap(), bytes, "{kind}");
+            assert_eq!(quantize(kind, &values, 512).unwrap(), bytes, "{kind}");
             let blocks = Blocks::new(kind, 6, 512, bytes);
             assert_eq!(blocks.to_f32(), expected, "{kind}");
             // Whatever the processor: the plain loop gives the same bits.
@@ -393,12 +393,12 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_quantised_is_refused() {
-        assert!(quantise(BlockType::Q4_0, &[1.0; 33], 33).unwrap_err().to_string().contains("no whole q4_0 blocks"));
+    fn what_cannot_be_quantized_is_refused() {
+        assert!(quantize(BlockType::Q4_0, &[1.0; 33], 33).unwrap_err().to_string().contains("no whole q4_0 blocks"));
         let mut values = [1.0; 64];
         values[40] = f32::NAN;
-        assert!(quantise(BlockType::Q8_0, &values, 32).unwrap_err().to_string().contains("NaN in row 1"));
-        assert!(quantise(BlockType::Q4_2, &values[..32], 32).is_err());
+        assert!(quantize(BlockType::Q8_0, &values, 32).unwrap_err().to_string().contains("NaN in row 1"));
+        assert!(quantize(BlockType::Q4_2, &values[..32], 32).is_err());
         assert_eq!(
             (BlockType::Q4K.fitting(512), BlockType::Q4K.fitting(96)),
             (Some(BlockType::Q4K), Some(BlockType::Q5_0))
@@ -413,12 +413,12 @@ mod tests {
         let value = |i: usize| (i % 16) as f32 * 2.5 - 20.0;
         halves_from_pairs(BlockType::Q4_0V1, &mut pairs);
         let mut out = [0.0; 32];
-        dequantise(BlockType::Q4_0V1, &pairs, &mut out);
+        dequantize(BlockType::Q4_0V1, &pairs, &mut out);
         assert!(out.iter().enumerate().all(|(i, &x)| x == value(i)), "{out:?}");
         let mut small = half::f16::from_f32(0.5).to_le_bytes().to_vec();
         small.extend([0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe]);
         let mut out = [0.0; 16];
-        dequantise(BlockType::Q4_2, &small, &mut out);
+        dequantize(BlockType::Q4_2, &small, &mut out);
         assert!(out.iter().enumerate().all(|(i, &x)| x == (i as f32 - 8.0) * 0.5), "{out:?}");
     }
 
@@ -426,12 +426,12 @@ mod tests {
     fn scales_that_are_f16_lose_nothing() {
         let block = |scale: f32| [&scale.to_le_bytes()[..], &[0x5a; 16]].concat();
         let whole = [block(0.5), block(-3.0)].concat();
-        let small = narrowed(BlockType::Q4_0V1, &whole).unwrap();
+        let small = with_f16_scales(BlockType::Q4_0V1, &whole).unwrap();
         let (mut a, mut b) = ([0.0; 64], [0.0; 64]);
-        dequantise(BlockType::Q4_0V1, &whole, &mut a);
-        dequantise(BlockType::Q4_0, &small, &mut b);
+        dequantize(BlockType::Q4_0V1, &whole, &mut a);
+        dequantize(BlockType::Q4_0, &small, &mut b);
         assert_eq!((a, small.len()), (b, 36));
-        assert!(narrowed(BlockType::Q4_0V1, &[block(0.5), block(0.1)].concat()).is_none());
+        assert!(with_f16_scales(BlockType::Q4_0V1, &[block(0.5), block(0.1)].concat()).is_none());
     }
 
     #[test]
@@ -439,7 +439,7 @@ mod tests {
         for kind in BlockType::ALL {
             let (elements, bytes) = kind.layout();
             let mut out = vec![f32::NAN; elements * 3];
-            dequantise(kind, &vec![0; bytes * 3], &mut out);
+            dequantize(kind, &vec![0; bytes * 3], &mut out);
             assert!(out.iter().all(|x| *x == 0.0), "{kind}");
         }
     }

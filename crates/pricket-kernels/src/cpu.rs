@@ -3,17 +3,16 @@
 //! - Products: [`linear`] and [`lora`] are the candle operations; [`dense`], [`integer`], [`tiles`] and [`brain`] compute them over
 //!   [`operands`], in the loops of [`product`] and [`rows`].
 //! - Everything else that a block computes: [`attention`], [`norm`], [`gelu`], [`gate`], [`rotary`], [`wkv`], [`reduce`].
-//! - Below them: the threads ([`pool`]), vectors ([`lanes`]) and the instruction sets ([`path`], [`detect`]).
+//! - Below them: the threads ([`pool`]), vectors ([`lanes`]) and the instruction sets ([`isa`], [`detect`]).
 
 pub(crate) mod attention;
 pub(crate) mod attention_backward;
-pub(crate) mod brain;
+pub(crate) mod bf16;
 pub(crate) mod dense;
 pub(crate) mod detect;
 pub(crate) mod gate;
 pub(crate) mod gelu;
-pub(crate) mod integer;
-pub(crate) mod integers;
+pub(crate) mod isa;
 pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod lora;
@@ -21,10 +20,11 @@ pub(crate) mod memory;
 pub(crate) mod norm;
 pub(crate) mod operands;
 pub(crate) mod packed;
-pub(crate) mod path;
 pub(crate) mod peak;
 pub(crate) mod pool;
 pub(crate) mod product;
+pub(crate) mod quantized_activations;
+pub(crate) mod quantized_gemm;
 pub(crate) mod reduce;
 pub(crate) mod rotary;
 pub(crate) mod rows;

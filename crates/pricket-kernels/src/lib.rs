@@ -2,10 +2,10 @@
 //!
 //! Tensors only: nothing here knows a layer, a cache or a model. Every operation has a twin in plain candle ops in
 //! `pricket-nn`, and tests that compare the two over shapes and types. Activations are f32; weights stay as they are
-//! stored (f32, f16, bf16, quantised [`Packed`] rows) and are widened a panel at a time, if at all, so that memory is the
+//! stored (f32, f16, bf16, quantized [`Packed`] rows) and are widened a panel at a time, if at all, so that memory is the
 //! file's size and accumulation is f32.
 //!
-//! What the processor can do is found at run time: [`Path`] lists the forms, and the environment variable `PRICKET_CPU` forces
+//! What the processor can do is found at run time: [`Isa`] lists the forms, and the environment variable `PRICKET_CPU` forces
 //! one. Work is split over the threads of the [`Pool`] that the caller installs.
 //!
 //! ```
@@ -27,20 +27,20 @@ mod in_place;
 mod matrix;
 
 pub use block_type::BlockType;
-pub use blocks::{Blocks, dequantise, halves_from_pairs, narrowed, quantise};
+pub use blocks::{Blocks, dequantize, halves_from_pairs, quantize, with_f16_scales};
 pub use cpu::attention::{AttentionOp, AttentionRow};
 pub use cpu::attention_backward::SelfAttentionOp;
 pub use cpu::dense::{linear, linear_transposed};
 pub use cpu::detect::chosen;
 pub use cpu::gate::{Gate, GatedOp, MixOp};
 pub use cpu::gelu::{Gelu, GeluOp};
-pub use cpu::linear::{Activations, LinearOp, TrainedLinearOp};
+pub use cpu::isa::{InstructionSet, Isa};
+pub use cpu::linear::{ActivationPrecision, LinearOp, TrainedLinearOp};
 pub use cpu::lora::{BackwardOnlyOp, LoraOp};
 pub use cpu::memory::keep_freed_memory;
 pub use cpu::norm::{LayerNormOp, RmsNormOp};
 pub use cpu::operands::Stored;
 pub use cpu::packed::Packed;
-pub use cpu::path::{InstructionSet, Path};
 pub use cpu::peak::multiply_add_rate;
 pub use cpu::pool::{Pool, collect, parallel, threads};
 pub use cpu::reduce::{RowSummary, SoftmaxOp, SumOp, argmax, row_summaries, row_summary};

@@ -2,7 +2,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::{Blocks, InPlace, Packed};
 
-/// A weight matrix as it is stored: numbers, or quantised blocks. Cheap to clone.
+/// A weight matrix as it is stored: numbers, or quantized blocks. Cheap to clone.
 #[derive(Clone, Debug)]
 pub enum Matrix {
     /// A contiguous tensor of `[rows, columns]`.
@@ -77,7 +77,7 @@ impl Matrix {
         match self {
             Matrix::Dense(tensor) => tensor.index_select(ids, 0)?.to_dtype(dtype),
             Matrix::Blocks(blocks) => {
-                let row = |row: usize, out: &mut [f32]| crate::dequantise(blocks.kind(), blocks.row(row), out);
+                let row = |row: usize, out: &mut [f32]| crate::dequantize(blocks.kind(), blocks.row(row), out);
                 gather(ids, blocks.shape(), dtype, row)
             }
             Matrix::InPlace(matrix) => {

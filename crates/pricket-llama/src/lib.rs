@@ -123,7 +123,8 @@ impl LlamaBlock {
 pub fn load(config: &Config, weights: &Weights) -> Result<Llama> {
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("model");
-    let tables = weights.embedding_and_head("model.embed_tokens", "lm_head", vocab, d, config.tie_word_embeddings)?;
+    let embedding_and_head =
+        weights.embedding_and_head("model.embed_tokens", "lm_head", vocab, d, config.tie_word_embeddings)?;
     let layers = trunk.pp("layers");
     let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| LlamaBlock::load(config, &layers.pp(i))).collect();
     let (blocks, norm) = (blocks?, trunk.rms_norm("norm", d, config.rms_norm_eps)?);
@@ -131,5 +132,5 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Llama> {
     let (head_dim, trained_length) = (config.head_dim(), config.trained_length()?);
     let context = Some(trained_length);
     let sizes = Sizes { family, d_model: d, heads, kv_heads, head_dim, vocab, trained_length, context };
-    Ok(Decoder::new(sizes, tables, blocks, norm, weights))
+    Ok(Decoder::new(sizes, embedding_and_head, blocks, norm, weights))
 }

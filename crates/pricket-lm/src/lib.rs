@@ -65,5 +65,5 @@ pub use sentencepiece_text::Pieces;
 pub use slices::{SliceLoss, slice_losses};
 pub use tasks::{EvalOptions, Figure, Limit, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};
 pub use text::TextStream;
-pub use tokenizer::{Decoder, Tokenizer};
+pub use tokenizer::{TextDecoder, Tokenizer};
 pub use vocabulary::Vocabulary;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use pricket_nn::{CausalLm, Context, Error as NnError, Progress, Silent, State};
+use pricket_nn::{CausalLm, Context, Error as NnError, NoProgress, Progress, State};
 
 use crate::diagnose::diagnose;
 use crate::head::logprobs;
@@ -101,7 +101,7 @@ pub struct ScoreOptions {
 
 impl Default for ScoreOptions {
     fn default() -> Self {
-        let progress = Arc::new(Silent);
+        let progress = Arc::new(NoProgress);
         Self { max_length: None, stride: None, beyond_trained_length: false, batch_tokens: None, progress }
     }
 }

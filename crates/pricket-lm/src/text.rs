@@ -1,4 +1,4 @@
-use crate::{Decoder, Tokenizer};
+use crate::{TextDecoder, Tokenizer};
 
 /// Turns a row's ids into text and watches for stop strings, also where they cross token borders.
 ///
@@ -7,7 +7,7 @@ use crate::{Decoder, Tokenizer};
 /// The caller stops when [`TextStream::stopped`] says so; the stop string itself is never emitted.
 #[derive(Clone, Debug)]
 pub struct TextStream {
-    decoder: Decoder,
+    decoder: TextDecoder,
     stop: Vec<String>,
     held: String,
     stopped: bool,

@@ -188,7 +188,7 @@ impl Tokenizer {
     }
 
     /// A byte-level BPE tokenizer from the lists that GGUF files carry: words, their kinds (3 is special, 4 is added, 5 is
-    /// padding; an empty list where there are none) and merges. Text is normalised as NFC, as GPT-NeoX's tokenizer does.
+    /// padding; an empty list where there are none) and merges. Text is normalized as NFC, as GPT-NeoX's tokenizer does.
     ///
     /// # Errors
     /// [`Error::Tokenizer`], naming `origin`.
@@ -359,17 +359,17 @@ impl Tokenizer {
     }
 
     /// Decodes a text from its beginning, token by token.
-    pub fn decoder(&self) -> Decoder {
+    pub fn decoder(&self) -> TextDecoder {
         let at_start = match &self.shared.inner {
             Inner::Library(_) => false,
             Inner::SentencePiece(text) => text.has_dummy_prefix() || text.merges_spaces(),
         };
-        Decoder { at_start, ..self.decoder_of_part() }
+        TextDecoder { at_start, ..self.decoder_of_part() }
     }
 
     /// Decodes a text from its middle, token by token.
-    pub fn decoder_of_part(&self) -> Decoder {
-        Decoder { tokenizer: self.clone(), pending: Vec::new(), at_start: false }
+    pub fn decoder_of_part(&self) -> TextDecoder {
+        TextDecoder { tokenizer: self.clone(), pending: Vec::new(), at_start: false }
     }
 
     fn merges_spaces(&self) -> bool {
@@ -381,7 +381,7 @@ impl Tokenizer {
     }
 }
 
-fn decoded(ids: &[u32], mut decoder: Decoder) -> String {
+fn decoded(ids: &[u32], mut decoder: TextDecoder) -> String {
     let bytes: Vec<u8> = ids.iter().flat_map(|&id| decoder.take(id).to_vec()).collect();
     String::from_utf8_lossy(&bytes).into_owned()
 }
@@ -407,14 +407,14 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 
 /// Turns ids into text as they come, holding back the bytes of an unfinished character.
 #[derive(Clone, Debug)]
-pub struct Decoder {
+pub struct TextDecoder {
     tokenizer: Tokenizer,
     pending: Vec<u8>,
     /// Whether the space before the text is still to come.
     at_start: bool,
 }
 
-impl Decoder {
+impl TextDecoder {
     pub(crate) fn is_special(&self, id: u32) -> bool {
         self.tokenizer.is_special(id)
     }

@@ -123,7 +123,8 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     // A native configuration may say nothing: then learned positions are what the checkpoint has, or has not.
     let alibi = config.attn_config.alibi.unwrap_or_else(|| !trunk.holds("wpe.weight"));
     let learned = !alibi && config.learned_pos_emb;
-    let tables = weights.embedding_and_head("transformer.wte", "lm_head", vocab, d, config.tie_word_embeddings)?;
+    let embedding_and_head =
+        weights.embedding_and_head("transformer.wte", "lm_head", vocab, d, config.tie_word_embeddings)?;
     let positions = learned.then(|| trunk.embedding("wpe", config.max_seq_len, d)).transpose()?;
     let layers = trunk.pp("blocks");
     let blocks: Result<_> = (0..config.n_layers).map(|i| MptBlock::load(config, alibi, &layers.pp(i))).collect();
@@ -135,6 +136,6 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let (heads, kv_heads) = (config.n_heads, config.kv_heads()?);
     let head_dim = d / heads;
     let sizes = Sizes { family: "mpt", d_model: d, heads, kv_heads, head_dim, vocab, trained_length, context };
-    let model = Decoder::new(sizes, tables, blocks, norm, weights);
+    let model = Decoder::new(sizes, embedding_and_head, blocks, norm, weights);
     Ok(model.with_positions(positions).with_logit_scale(config.logit_scale()?))
 }

@@ -95,7 +95,7 @@ impl Context {
 
     /// Computes activations in `dtype` rather than the model's default. On the CPU they are f32 and nothing else.
     #[must_use]
-    pub fn with_activations(mut self, dtype: DType) -> Self {
+    pub fn with_compute_dtype(mut self, dtype: DType) -> Self {
         self.activations = Some(dtype);
         self
     }

@@ -10,7 +10,7 @@ use crate::loss::cross_entropy;
 use crate::ops::Matrix;
 use crate::plan::{BlockPlan, ModelPlan, Residual};
 use crate::step::StepDecoder;
-use crate::{CacheType, Context, Embedding, Error, Layer, Linear, Norm, Result, Site, Tables, Weights, ops};
+use crate::{CacheType, Context, Embedding, EmbeddingAndHead, Error, Layer, Linear, Norm, Result, Site, Weights, ops};
 
 /// What a model is, in numbers.
 #[derive(Clone, Debug)]
@@ -233,7 +233,13 @@ pub struct Decoder<B> {
 
 impl<B: Block> Decoder<B> {
     /// Puts the parts together; `weights` is the cursor they were loaded from.
-    pub fn new(sizes: Sizes, tables: Tables, blocks: Vec<B>, norm: Norm, weights: &Weights) -> Self {
+    pub fn new(
+        sizes: Sizes,
+        embedding_and_head: EmbeddingAndHead,
+        blocks: Vec<B>,
+        norm: Norm,
+        weights: &Weights,
+    ) -> Self {
         let Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length, context } = sizes;
         let info = ModelInfo {
             family,
@@ -253,7 +259,7 @@ impl<B: Block> Decoder<B> {
             dtype: weights.largest(),
             device: weights.device().clone(),
         };
-        let Tables { embed, head, is_tied } = tables;
+        let EmbeddingAndHead { embed, head, is_tied } = embedding_and_head;
         Self { info, embed, embed_norm: None, blocks, norm, head, is_tied, positions: None, logit_scale: 1.0 }
     }
 

@@ -67,7 +67,7 @@ impl Init {
 pub struct Initialization {
     rule: Rule,
     /// Of token vectors, where it is another.
-    tables: Option<Init>,
+    embeddings: Option<Init>,
     /// Ends of the names of matrices whose output is added to the residual stream, and what their values are divided by.
     residual: (&'static [&'static str], f64),
 }
@@ -98,17 +98,17 @@ impl std::fmt::Debug for Rule {
 }
 
 /// Ends of the names of tables of tokens and positions.
-const TABLES: [&str; 4] = ["embed_in.weight", "wte.weight", "wpe.weight", "embed.weight"];
+const EMBEDDINGS: [&str; 4] = ["embed_in.weight", "wte.weight", "wpe.weight", "embed.weight"];
 
 impl Initialization {
     /// Matrices and tables are normal with one standard deviation.
     pub fn normal(deviation: f64) -> Self {
-        Self { rule: Rule::Fixed(Init::Normal { deviation }), tables: None, residual: (&[], 1.0) }
+        Self { rule: Rule::Fixed(Init::Normal { deviation }), embeddings: None, residual: (&[], 1.0) }
     }
 
     /// Tensors are filled as `rule` says of their canonical name and shape; norms with 1 and biases with 0 where it says nothing.
     pub fn named(rule: impl Fn(&str, &[usize]) -> Option<Init> + Send + Sync + 'static) -> Self {
-        Self { rule: Rule::Named(Arc::new(rule)), tables: None, residual: (&[], 1.0) }
+        Self { rule: Rule::Named(Arc::new(rule)), embeddings: None, residual: (&[], 1.0) }
     }
 
     /// `sqrt(2 / 5d)` (Nguyen and Salazar 2019, arXiv:1910.05895), and `2 / (layers · sqrt(d))` for what is added to the residual
@@ -117,7 +117,7 @@ impl Initialization {
         let (d, layers) = (d as f64, layers as f64);
         let deviation = (2.0 / (5.0 * d)).sqrt();
         let rule = Rule::Fixed(Init::Normal { deviation });
-        Self { rule, tables: None, residual: (residual, deviation * layers * d.sqrt() / 2.0) }
+        Self { rule, embeddings: None, residual: (residual, deviation * layers * d.sqrt() / 2.0) }
     }
 
     /// The scheme of an llm-foundry `init_config`: `kaiming_normal_`, `kaiming_uniform_`, `baseline_` or `small_init_`.
@@ -162,7 +162,7 @@ impl Initialization {
             })?,
         };
         let limits = &config["emb_init_uniform_lim"];
-        let tables = match (number("emb_init_std"), limits) {
+        let embeddings = match (number("emb_init_std"), limits) {
             (Some(deviation), _) => Some(Init::Normal { deviation }),
             (None, Value::Null) => None,
             (None, limits) => {
@@ -174,7 +174,7 @@ impl Initialization {
                 }
             }
         };
-        Ok(Self { rule, tables, residual: (residual, by) })
+        Ok(Self { rule, embeddings, residual: (residual, by) })
     }
 
     /// How the tensor `name`, by its canonical name, is filled.
@@ -187,8 +187,8 @@ impl Initialization {
         let &[_, inputs] = shape else {
             return Init::Constant(if name.ends_with(".weight") { 1.0 } else { 0.0 });
         };
-        if let Some(tables) = self.tables.filter(|_| TABLES.iter().any(|end| name.ends_with(end))) {
-            return tables;
+        if let Some(embeddings) = self.embeddings.filter(|_| EMBEDDINGS.iter().any(|end| name.ends_with(end))) {
+            return embeddings;
         }
         let spread = |deviation: f64, is_uniform: bool| {
             let limit = deviation * 3f64.sqrt();

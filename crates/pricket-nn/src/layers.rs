@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::ops::{self, Activations, Matrix};
+use crate::ops::{self, ActivationPrecision, Matrix};
 use crate::{Error, Result};
 
 /// A norm over the last dimension.
@@ -91,7 +91,7 @@ pub struct Embedding {
     pub(crate) name: Arc<str>,
     pub(crate) weight: Matrix,
     /// For a head that is tied to it.
-    pub(crate) precision: Activations,
+    pub(crate) precision: ActivationPrecision,
 }
 
 impl Embedding {

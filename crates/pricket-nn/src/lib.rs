@@ -48,7 +48,6 @@ mod options;
 mod pass;
 mod plain_decoder;
 mod plan;
-mod progress;
 mod reordered;
 mod rotary;
 mod sampling;
@@ -67,20 +66,20 @@ pub use family::{Family, FusedRows, KnownTokenizer, ShapeOf};
 pub use init::{Init, Initialization};
 pub use layer::Layer;
 pub use layers::{Embedding, Norm};
-pub use linear::{Adapter, Dropout, Linear, RowOrder, Tables};
+pub use linear::{Adapter, Dropout, EmbeddingAndHead, Linear, RowOrder};
 pub use mlp::Mlp;
 pub use names::Names;
 pub use ops::BlockType;
-pub use options::{LoadOptions, Quantisation, Storage, Trainable};
+pub use options::{LoadOptions, Quantization, Storage, Trainable};
 pub use pass::Span;
 pub use plain_decoder::PlainDecoder;
 pub use plan::{BlockPlan, ModelPlan, Residual};
+pub use pricket_progress::{NoProgress, Progress};
 /// For the crates above, which see weights through this one.
 pub use pricket_weights::{
     Bytes, Dtype, Entry, Error as StoreError, GgmlBody, GgmlLayout, GgmlType, Result as StoreResult, Store, clip,
     parse_json, stand_in,
 };
-pub use progress::{Progress, Silent};
 pub use reordered::Reordered;
 pub use rotary::Rotary;
 pub use sampling::SamplingParams;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Tensor};
 
-use crate::ops::{self, Activations, Matrix};
+use crate::ops::{self, ActivationPrecision, Matrix};
 use crate::{Activation, Embedding, Error, Result};
 
 /// How the rows of a weight on file relate to the rows that the model multiplies with.
@@ -203,7 +203,7 @@ pub struct Linear {
     pub(crate) name: Arc<str>,
     pub(crate) weight: Matrix,
     pub(crate) bias: Option<Tensor>,
-    pub(crate) precision: Activations,
+    pub(crate) precision: ActivationPrecision,
     pub(crate) rows: RowOrder,
     pub(crate) adapters: Vec<Adapter>,
     /// Of the rows of the weight, squared, where an adapter has a magnitude.
@@ -218,14 +218,14 @@ impl Linear {
 
     /// A layer over a weight `[outputs, inputs]`, without a bias, that computes in f32.
     pub fn over(name: &str, weight: Matrix) -> Self {
-        Self::new(name, weight, None, Activations::F32, RowOrder::AsStored)
+        Self::new(name, weight, None, ActivationPrecision::F32, RowOrder::AsStored)
     }
 
     pub(crate) fn new(
         name: &str,
         weight: Matrix,
         bias: Option<Tensor>,
-        precision: Activations,
+        precision: ActivationPrecision,
         rows: RowOrder,
     ) -> Self {
         Self { name: name.into(), weight, bias, precision, rows, adapters: Vec::new(), lengths: None }
@@ -390,7 +390,8 @@ impl Linear {
     /// What an adapter adds to `base`, `x Wᵀ`.
     fn change(&self, adapter: &Adapter, x: &Tensor, base: &Tensor) -> Result<Tensor> {
         let Adapter { a, b, scale, magnitude, dropout } = adapter;
-        let product = |x: &Tensor, w: &Tensor| ops::linear(x, &Matrix::Dense(w.clone()), None, Activations::F32);
+        let product =
+            |x: &Tensor, w: &Tensor| ops::linear(x, &Matrix::Dense(w.clone()), None, ActivationPrecision::F32);
         let dropped = dropout.as_ref().map(|dropout| dropout.apply(x)).transpose()?;
         let is_dropped = dropped.as_ref().is_some_and(|dropped| dropped.id() != x.id());
         let x = dropped.as_ref().unwrap_or(x);
@@ -398,7 +399,7 @@ impl Linear {
         let (Some(magnitude), Some(lengths)) = (magnitude, &self.lengths) else { return Ok(change) };
         // |w + s b a|² of each row, without the product of b and a.
         let (a, b) = (a.detach(), b.detach());
-        let across = (ops::linear(&a, &self.weight.detached(), None, Activations::F32)?.t()? * &b)?.sum(1)?;
+        let across = (ops::linear(&a, &self.weight.detached(), None, ActivationPrecision::F32)?.t()? * &b)?.sum(1)?;
         let own = (b.matmul(&a.matmul(&a.t()?)?)? * &b)?.sum(1)?;
         let squared = ((lengths + (across * (2.0 * *scale))?)? + (own * (*scale * *scale))?)?;
         let factor = (magnitude / squared.sqrt()?.detach())?.to_dtype(base.dtype())?;
@@ -455,7 +456,7 @@ fn squared_lengths(weight: &Matrix) -> Result<Tensor> {
 
 /// The embedding and the head of a model; see [`Weights::embedding_and_head`](crate::Weights::embedding_and_head).
 #[derive(Clone, Debug)]
-pub struct Tables {
+pub struct EmbeddingAndHead {
     /// Token vectors.
     pub embed: Embedding,
     /// To logits.

@@ -19,9 +19,9 @@ pub use elementwise::*;
 pub use linear::*;
 pub use norm::*;
 pub use pricket_kernels::{
-    Activations, AttentionRow, BlockType, Blocks, Gate, Gelu, Matrix, Path as CpuPath, Pool, RowSummary, argmax,
-    chosen as cpu_path, keep_freed_memory, multiply_add_rate, narrowed, q8_row_bytes, quantise, row_summaries,
-    row_summary,
+    ActivationPrecision, AttentionRow, BlockType, Blocks, Gate, Gelu, Isa, Matrix, Pool, RowSummary, argmax,
+    chosen as cpu_isa, keep_freed_memory, multiply_add_rate, q8_row_bytes, quantize, row_summaries, row_summary,
+    with_f16_scales,
 };
 pub use recurrence::*;
 pub use softmax::*;

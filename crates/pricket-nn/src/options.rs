@@ -4,22 +4,22 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 
-use crate::ops::{Activations, BlockType};
-use crate::{CacheType, Progress, Silent};
+use crate::ops::{ActivationPrecision, BlockType};
+use crate::{CacheType, NoProgress, Progress};
 
 /// Which matrices become which blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quantisation {
+pub struct Quantization {
     /// The type of the blocks' matrices, where their rows are whole blocks of it.
     pub weights: BlockType,
     /// That of the embedding and the head; `None` leaves them as stored.
-    pub tables: Option<BlockType>,
+    pub embeddings_and_head: Option<BlockType>,
 }
 
-impl Quantisation {
+impl Quantization {
     /// The type of a matrix with rows of `columns`, whether it is an embedding or a head or not; `None` if it stays as it is.
     pub fn of(self, is_table: bool, columns: usize) -> Option<BlockType> {
-        let kind = if is_table { self.tables } else { Some(self.weights) };
+        let kind = if is_table { self.embeddings_and_head } else { Some(self.weights) };
         kind?.fitting(columns)
     }
 }
@@ -33,7 +33,7 @@ pub enum Storage {
     /// This type.
     Cast(DType),
     /// Quantized blocks.
-    Quantize(Quantisation),
+    Quantize(Quantization),
 }
 
 /// Which weights become f32 variables that collect gradients; see [`Weights::parameters`](crate::Weights::parameters).
@@ -76,7 +76,7 @@ pub struct LoadOptions {
     /// Which of them are trained; none by default. What is trained is f32, and cannot be stored in quantized blocks.
     pub trainable: Trainable,
     /// How precise activations are when they meet a matrix, on the CPU; f32 by default.
-    pub precision: Activations,
+    pub precision: ActivationPrecision,
     /// The type in which keys and values are kept; by default as precise as the activations.
     pub cache: Option<CacheType>,
     /// Whether fused matrices are in the model's order already, as some converters write them: then no [`RowOrder`](crate::RowOrder) is applied.
@@ -97,12 +97,12 @@ impl Default for LoadOptions {
             device: Device::Cpu,
             storage: Storage::AsStored,
             trainable: Trainable::None,
-            precision: Activations::F32,
+            precision: ActivationPrecision::F32,
             cache: None,
             in_model_order: false,
             allow_unused: false,
             in_place: false,
-            progress: Arc::new(Silent),
+            progress: Arc::new(NoProgress),
         }
     }
 }

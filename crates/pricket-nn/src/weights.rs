@@ -8,9 +8,10 @@ use candle_core::{DType, Device, Tensor, Var};
 use pricket_weights::{Dtype, Entry, Store};
 
 use crate::names::without_numbers;
-use crate::ops::{self, Activations, BlockType, Blocks, Matrix};
+use crate::ops::{self, ActivationPrecision, BlockType, Blocks, Matrix};
 use crate::{
-    CacheType, Embedding, Error, Linear, LoadOptions, Names, Norm, Result, RowOrder, Storage, Tables, Trainable,
+    CacheType, Embedding, EmbeddingAndHead, Error, Linear, LoadOptions, Names, Norm, Result, RowOrder, Storage,
+    Trainable,
 };
 
 /// A trainable parameter: a variable, and how it relates to the tensor on file.
@@ -88,11 +89,11 @@ impl Weights {
 
     /// The type in which keys and values are cached: as asked for, else as precise as the activations.
     pub fn cache(&self) -> CacheType {
-        let precision = if self.device().is_cpu() { self.options().precision } else { Activations::F32 };
+        let precision = if self.device().is_cpu() { self.options().precision } else { ActivationPrecision::F32 };
         self.options().cache.unwrap_or(match precision {
-            Activations::F32 => CacheType::of(self.activations()),
-            Activations::BF16 => CacheType::BF16,
-            Activations::Q8 => CacheType::F16,
+            ActivationPrecision::F32 => CacheType::of(self.activations()),
+            ActivationPrecision::BF16 => CacheType::BF16,
+            ActivationPrecision::Q8 => CacheType::F16,
         })
     }
 
@@ -231,7 +232,7 @@ impl Weights {
     }
 
     /// The head `name` of a model, `[outputs, inputs]` without a bias: as [`Weights::linear`], stored as
-    /// [`Quantisation::tables`](crate::Quantisation::tables) says.
+    /// [`Quantization::embeddings_and_head`](crate::Quantization::embeddings_and_head) says.
     ///
     /// # Errors
     /// As [`Weights::linear`].
@@ -315,10 +316,10 @@ impl Weights {
         rows: usize,
         dim: usize,
         tied: bool,
-    ) -> Result<Tables> {
+    ) -> Result<EmbeddingAndHead> {
         if !tied {
             let (embed, head) = (self.embedding(embedding, rows, dim)?, self.head(head, dim, rows)?);
-            return Ok(Tables { embed, head, is_tied: false });
+            return Ok(EmbeddingAndHead { embed, head, is_tied: false });
         }
         let [own, other] = [embedding, head].map(|name| self.stored(&self.pp(name).name("weight")));
         let by_head = own.is_none() && other.is_some();
@@ -337,7 +338,7 @@ impl Weights {
             self.check_tied(&own, &other)?;
         }
         let head = Linear::tied(&embed, &self.name(head));
-        Ok(Tables { embed, head, is_tied: true })
+        Ok(EmbeddingAndHead { embed, head, is_tied: true })
     }
 
     /// Passes over a head that is there beside the embedding that it is tied to, if they are the same.
@@ -462,7 +463,7 @@ impl Weights {
             return Err(pricket_weights::Error::Unsupported { path: store.origin(&name).into(), what }.into());
         }
         if let Some(kind) = quantized {
-            return self.quantised(name, &entry, rows, kind);
+            return self.quantized(name, &entry, rows, kind);
         }
         let target = match (self.options().storage, stored) {
             _ if is_trained => Some(DType::F32),
@@ -497,7 +498,7 @@ impl Weights {
     }
 
     /// A matrix in blocks of `kind`, row after row, so that of a large one only a part is widened at a time.
-    fn quantised(&self, name: String, entry: &Entry, rows: RowOrder, kind: BlockType) -> Result<Matrix> {
+    fn quantized(&self, name: String, entry: &Entry, rows: RowOrder, kind: BlockType) -> Result<Matrix> {
         let store = &*self.shared.store;
         let (count, columns) = (entry.shape[0], entry.shape[1]);
         let bytes = kind.bytes(entry.elements());
@@ -511,9 +512,9 @@ impl Weights {
             for start in (0..count).step_by(512) {
                 let part = tensor.narrow(0, start, 512.min(count - start))?.to_dtype(DType::F32)?;
                 let part = part.flatten_all()?.to_vec1::<f32>()?;
-                let quantised = ops::quantise(kind, &part, columns);
+                let quantized = ops::quantize(kind, &part, columns);
                 out.extend(
-                    quantised.map_err(|e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(&name))))?,
+                    quantized.map_err(|e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(&name))))?,
                 );
             }
             Matrix::Blocks(Blocks::new(kind, count, columns, out)).packed()

@@ -299,7 +299,7 @@ fn draw_panel<B: DrawingBackend>(
             let upper = points.iter().map(|point| (point.step, band(point, panel.log).1));
             let lower = points.iter().rev().map(|point| (point.step, band(point, panel.log).0));
             let outline: Vec<(f64, f64)> = upper.chain(lower).collect();
-            chart.draw_series([Polygon::new(outline, colour(number(curve)).mix(0.16).filled())])?;
+            chart.draw_series([Polygon::new(outline, color(number(curve)).mix(0.16).filled())])?;
         }
     }
     // Lines and markers in pixels: dashes and shapes keep their size on every scale.
@@ -322,7 +322,7 @@ fn draw_panel<B: DrawingBackend>(
     Ok(())
 }
 
-fn colour(number: usize) -> RGBColor {
+fn color(number: usize) -> RGBColor {
     COLORS[number % COLORS.len()]
 }
 
@@ -333,7 +333,7 @@ fn draw_line<B: DrawingBackend>(
     published: bool,
     unit: u32,
 ) -> Drawn<B> {
-    let style = ShapeStyle { color: colour(number).to_rgba(), filled: false, stroke_width: 2 * unit };
+    let style = ShapeStyle { color: color(number).to_rgba(), filled: false, stroke_width: 2 * unit };
     if published {
         let (dash, gap) = (5 * unit, 4 * unit);
         return area.draw(&DashedPathElement::new(places.iter().copied(), dash, gap, style));
@@ -357,17 +357,17 @@ fn draw_marker<B: DrawingBackend>(
         let (x, y) = at;
         vec![(x, y - half), (x + half, y), (x, y + half), (x - half, y)]
     };
-    let fill = colour(number).filled();
+    let fill = color(number).filled();
     if published {
         area.draw(&Circle::new(at, size, WHITE.filled()))?;
-        return area.draw(&Circle::new(at, size, colour(number).stroke_width(unit)));
+        return area.draw(&Circle::new(at, size, color(number).stroke_width(unit)));
     }
     match number % 5 {
         0 => area.draw(&Circle::new(at, size, fill)),
         1 => area.draw(&Polygon::new(square(size - unit as i32 / 2), fill)),
         2 => area.draw(&TriangleMarker::new(at, size + unit as i32, fill)),
         3 => area.draw(&Polygon::new(diamond(size + unit as i32), fill)),
-        _ => area.draw(&Cross::new(at, size, colour(number).stroke_width(2 * unit))),
+        _ => area.draw(&Cross::new(at, size, color(number).stroke_width(2 * unit))),
     }
 }
 

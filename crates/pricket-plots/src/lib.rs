@@ -1,6 +1,6 @@
 //! Pictures as SVG, PNG or PDF: curves over training with error bands and published figures, tables, maps of colors, shaded tokens.
 //!
-//! Colours are those of Okabe and Ito, which stay apart for every kind of colour vision; shapes of markers and dashes say the
+//! Colors are those of Okabe and Ito, which stay apart for every kind of color vision; shapes of markers and dashes say the
 //! same again.
 //!
 //! ```
@@ -49,7 +49,7 @@ impl Point {
 /// The values of one model.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curve {
-    /// Its name in the legend. Curves of one name have one colour.
+    /// Its name in the legend. Curves of one name have one color.
     pub label: String,
     /// In any order; those that are not finite are left out.
     pub points: Vec<Point>,

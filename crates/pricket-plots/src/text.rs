@@ -47,16 +47,16 @@ pub(super) fn draw_tokens<B: DrawingBackend>(tokens: &[(String, f64)], area: &Ar
             let (from, to) = (f64::from(at(&WHITE)), f64::from(at(&COLORS[0])));
             (from + (to - from) * share).round() as u8
         };
-        let colour = RGBColor(mixed(|c| c.0), mixed(|c| c.1), mixed(|c| c.2));
+        let color = RGBColor(mixed(|c| c.0), mixed(|c| c.1), mixed(|c| c.2));
         let corners = [(px(x), px(y)), (px(x + width), px(y + LINE))];
-        area.draw(&Rectangle::new(corners, colour.filled()))?;
+        area.draw(&Rectangle::new(corners, color.filled()))?;
         area.draw(&Rectangle::new(corners, RGBColor(200, 200, 200).stroke_width(unit)))?;
-        let centre = Pos::new(HPos::Center, VPos::Center);
-        let style = letters(LETTERS, unit).pos(centre);
+        let center = Pos::new(HPos::Center, VPos::Center);
+        let style = letters(LETTERS, unit).pos(center);
         let style = if share > 0.6 { style.color(&WHITE) } else { style };
         area.draw_text(text, &style, (px(x + width / 2), px(y + LINE / 2)))?;
         let percent = if share >= 0.01 { format!("{:.0}%", 100.0 * share) } else { "<1%".into() };
-        area.draw_text(&percent, &letters(LETTERS - 3, unit).pos(centre), (px(x + width / 2), px(y + LINE + 9)))?;
+        area.draw_text(&percent, &letters(LETTERS - 3, unit).pos(center), (px(x + width / 2), px(y + LINE + 9)))?;
     }
     Ok(())
 }

@@ -180,7 +180,8 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Rwkv4> {
     refuse(names::FOREIGN_TRUNK, weights)?;
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("rwkv");
-    let tables = weights.embedding_and_head("rwkv.embeddings", "head", vocab, d, config.tie_word_embeddings)?;
+    let embedding_and_head =
+        weights.embedding_and_head("rwkv.embeddings", "head", vocab, d, config.tie_word_embeddings)?;
     let layers = trunk.pp("blocks");
     let first = layers.pp(0).layer_norm("pre_ln", d, config.layer_norm_epsilon, true)?;
     let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| Rwkv4Block::load(config, &layers.pp(i))).collect();
@@ -191,5 +192,7 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Rwkv4> {
     let sizes = Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length, context: None };
     // Of each layer the last position of both inputs, and a numerator, a denominator and an exponent for each channel.
     let state = config.num_hidden_layers * (2 * d + 3 * head_dim);
-    Ok(Decoder::new(sizes, tables, blocks, norm, weights).with_embed_norm(first).with_recurrent_state(state))
+    Ok(Decoder::new(sizes, embedding_and_head, blocks, norm, weights)
+        .with_embed_norm(first)
+        .with_recurrent_state(state))
 }

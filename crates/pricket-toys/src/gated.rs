@@ -99,14 +99,14 @@ impl Family for Gated {
 
     fn load(&self, config: &Value, weights: &Weights) -> Result<Arc<dyn CausalLm>> {
         let config @ Config { vocab, width: d_model, layers, heads, kv_heads } = &config::parse(config)?;
-        let tables = weights.embedding_and_head("toy.embed", "head", *vocab, *d_model, false)?;
+        let embedding_and_head = weights.embedding_and_head("toy.embed", "head", *vocab, *d_model, false)?;
         let trunk = weights.pp("toy");
         let blocks: Result<_> = (0..*layers).map(|i| GatedBlock::load(config, &trunk.pp(i))).collect();
         let (blocks, norm) = (blocks?, trunk.rms_norm("norm", *d_model, 1e-6)?);
         let (family, head_dim, trained_length, context) = ("toy_gated", 10, 96, Some(96));
         let (d_model, heads, kv_heads, vocab) = (*d_model, *heads, *kv_heads, *vocab);
         let sizes = Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length, context };
-        Ok(Arc::new(Decoder::new(sizes, tables, blocks, norm, weights)))
+        Ok(Arc::new(Decoder::new(sizes, embedding_and_head, blocks, norm, weights)))
     }
 
     fn names(&self) -> Names {

@@ -87,14 +87,14 @@ impl Family for Recurrent {
 
     fn load(&self, config: &Value, weights: &Weights) -> Result<Arc<dyn CausalLm>> {
         let Config { vocab, width: d_model, layers } = config::parse(config)?;
-        let tables = weights.embedding_and_head("toy.embed", "head", vocab, d_model, false)?;
+        let embedding_and_head = weights.embedding_and_head("toy.embed", "head", vocab, d_model, false)?;
         let trunk = weights.pp("toy");
         let embed_norm = trunk.layer_norm("embed_norm", d_model, 1e-5, true)?;
         let blocks: Result<_> = (0..layers).map(|i| RecurrentBlock::load(d_model, &trunk.pp(i))).collect();
         let (blocks, norm) = (blocks?, trunk.layer_norm("norm", d_model, 1e-5, true)?);
         let (family, heads, kv_heads, head_dim) = ("toy_recurrent", 1, 0, d_model);
         let sizes = Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length: 96, context: None };
-        Ok(Arc::new(Decoder::new(sizes, tables, blocks, norm, weights).with_embed_norm(embed_norm)))
+        Ok(Arc::new(Decoder::new(sizes, embedding_and_head, blocks, norm, weights).with_embed_norm(embed_norm)))
     }
 
     fn names(&self) -> Names {

@@ -25,7 +25,7 @@ pub enum Dtype {
     U8,
     /// One byte, 0 or 1.
     Bool,
-    /// Quantised.
+    /// Quantized.
     Block(BlockType),
     /// A type by name that no reader here makes anything of.
     Other(&'static str),

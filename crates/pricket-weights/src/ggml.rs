@@ -18,7 +18,7 @@ pub struct GgmlLayout {
     pub name: &'static str,
     /// The fields; those that are marked are floats.
     pub fields: &'static [(&'static str, bool)],
-    /// The block version of quantised files whose `ftype` says none.
+    /// The block version of quantized files whose `ftype` says none.
     pub plain_version: u32,
     /// A tensor that every file with this header has: where several headers fit, it tells which is meant.
     pub embedding: &'static str,
@@ -55,7 +55,7 @@ pub enum GgmlType {
 /// A file in one of the containers before GGUF: ggml, ggmf or ggjt.
 ///
 /// Nothing in them says for sure what they hold: three containers, a header for each program that wrote them, three
-/// versions of the quantised blocks, and in April 2023 two numberings of the types. What reads the records exactly to
+/// versions of the quantized blocks, and in April 2023 two numberings of the types. What reads the records exactly to
 /// the end of the file is what it is.
 #[derive(Debug)]
 pub struct GgmlFile {
@@ -216,7 +216,7 @@ impl GgmlFile {
         // A plain file type says nothing.
         if sized && claimed > 0 && version != claimed {
             warnings.push(format!(
-                "the header says version {said} of the quantised blocks, and they are of version {version} by their sizes"
+                "the header says version {said} of the quantized blocks, and they are of version {version} by their sizes"
             ));
         }
         let Walk { header, vocabulary, tensors, .. } = walk;
@@ -408,7 +408,7 @@ impl Store for GgmlFile {
         let record = self.tensors.get(name).ok_or_else(missing)?;
         let bytes = self.source.bytes(record.start, record.len)?;
         match record.dtype {
-            // Neighbours shared a byte; nothing is lost by putting them where they are today.
+            // Neighbors shared a byte; nothing is lost by putting them where they are today.
             Dtype::Block(kind) if self.version == 0 && kind.elements() == 32 => {
                 let mut bytes = bytes.into_vec();
                 halves_from_pairs(kind, &mut bytes);

@@ -13,7 +13,7 @@ use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
 /// Names of keys and tensors are a few dozen bytes long.
 const MAX_NAME: usize = 256;
-/// Texts beside the vocabulary: licences, templates.
+/// Texts beside the vocabulary: licenses, templates.
 const MAX_TEXT: usize = 1 << 20;
 const MAX_DIMS: u32 = 4;
 

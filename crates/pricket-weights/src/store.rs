@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
-use pricket_kernels::{Blocks, InPlace, Matrix, collect, dequantise};
+use pricket_kernels::{Blocks, InPlace, Matrix, collect, dequantize};
 
 use crate::mapped::{Mapped, Region};
 use crate::{Dtype, Error, Result, clip};
@@ -143,7 +143,7 @@ impl Deref for Bytes<'_> {
 /// Bytes copied before their pages are let go.
 const PIECE: usize = 4 << 20;
 
-/// Reads `name` whole into a tensor of its stored type on `device`; quantised values become f32.
+/// Reads `name` whole into a tensor of its stored type on `device`; quantized values become f32.
 ///
 /// # Errors
 /// [`Error::Missing`], [`Error::Unsupported`] for a type candle lacks, or what the store says of the bytes.
@@ -164,7 +164,7 @@ pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Ten
             let mut values = vec![0f32; entry.elements()];
             let (out, from) = (PIECE / 4, kind.bytes(PIECE / 4));
             for (i, (out, piece)) in values.chunks_mut(out).zip(bytes.chunks(from)).enumerate() {
-                dequantise(kind, piece, out);
+                dequantize(kind, piece, out);
                 bytes.release(i * from, piece.len());
             }
             Tensor::from_vec(values, shape, device)

@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use pricket_lm::Vocabulary;
-use pricket_nn::ops::{BlockType, Blocks, Matrix, narrowed, quantise};
-use pricket_nn::{Family, LoadOptions, Names, Quantisation, RowOrder, Weights};
+use pricket_nn::ops::{BlockType, Blocks, Matrix, quantize, with_f16_scales};
+use pricket_nn::{Family, LoadOptions, Names, Quantization, RowOrder, Weights};
 use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, to_python_json};
 use serde_json::Value;
 
@@ -43,8 +43,8 @@ pub enum Target {
     F16,
     /// bfloat16.
     BF16,
-    /// Quantised blocks.
-    Quantised(Quantisation),
+    /// Quantized blocks.
+    Quantized(Quantization),
 }
 
 /// How to convert a checkpoint.
@@ -259,7 +259,7 @@ impl Plan<'_> {
             Target::F32 => Dtype::F32,
             Target::F16 => Dtype::F16,
             Target::BF16 => Dtype::BF16,
-            Target::Quantised(wanted) if self.gguf && shape.len() == 2 => {
+            Target::Quantized(wanted) if self.gguf && shape.len() == 2 => {
                 match wanted.of(is_table(self.family, canonical), shape[1]) {
                     Some(kind) => Dtype::Block(kind),
                     None => match stored {
@@ -268,12 +268,12 @@ impl Plan<'_> {
                     },
                 }
             }
-            Target::Stored | Target::Quantised(_) => match stored {
+            Target::Stored | Target::Quantized(_) => match stored {
                 Dtype::Block(_) if !self.gguf => Dtype::F32,
-                Dtype::Block(kind) => match kind.narrow() {
+                Dtype::Block(kind) => match kind.with_f16_scales() {
                     None if kind.is_current() => stored,
                     // Whether its scales are all numbers that today's blocks can hold.
-                    Some(narrow) if narrowed(kind, &store.bytes(from)?).is_some() => Dtype::Block(narrow),
+                    Some(narrow) if with_f16_scales(kind, &store.bytes(from)?).is_some() => Dtype::Block(narrow),
                     _ => Dtype::F16,
                 },
                 other => other,
@@ -286,7 +286,7 @@ impl Plan<'_> {
         for item in items {
             let stored = store.entry(&item.from).map_or(Dtype::F32, |entry| entry.dtype);
             let wanted = match self.options.target {
-                Target::Quantised(wanted) if item.outline.shape.len() == 2 => Dtype::Block(wanted.weights),
+                Target::Quantized(wanted) if item.outline.shape.len() == 2 => Dtype::Block(wanted.weights),
                 Target::Stored => stored,
                 _ => continue,
             };
@@ -335,14 +335,14 @@ impl Item {
             Change::Undo(order) => order.undo(tensor),
         };
         if let (Some(Dtype::Block(stored)), Dtype::Block(wanted)) = (entry, dtype)
-            && (stored == wanted || stored.narrow() == Some(wanted))
+            && (stored == wanted || stored.with_f16_scales() == Some(wanted))
             && merge.is_none()
             && let Matrix::Blocks(blocks) = pricket_weights::read_matrix(store, from)?
         {
-            let narrowed = (stored != wanted).then(|| narrowed(stored, blocks.bytes())).flatten();
-            if stored == wanted || narrowed.is_some() {
+            let rounded = (stored != wanted).then(|| with_f16_scales(stored, blocks.bytes())).flatten();
+            if stored == wanted || rounded.is_some() {
                 let (count, columns) = blocks.shape();
-                let blocks = narrowed.map_or(blocks, |bytes| Blocks::new(wanted, count, columns, bytes));
+                let blocks = rounded.map_or(blocks, |bytes| Blocks::new(wanted, count, columns, bytes));
                 let blocks = Matrix::Blocks(blocks);
                 let moved = match self.rows {
                     Change::Apply(order) => order.apply_to_matrix(blocks)?,
@@ -391,7 +391,7 @@ fn encode(part: &Tensor, dtype: Dtype, columns: usize) -> candle_core::Result<Ve
             let values = values.to_dtype(DType::BF16)?.to_vec1::<half::bf16>()?;
             values.iter().flat_map(|x| x.to_le_bytes()).collect()
         }
-        Dtype::Block(kind) => quantise(kind, &wide(&values)?, columns)?,
+        Dtype::Block(kind) => quantize(kind, &wide(&values)?, columns)?,
         _ => wide(&values)?.iter().flat_map(|x| x.to_le_bytes()).collect(),
     })
 }
@@ -402,13 +402,13 @@ fn file_type(options: &ConvertOptions, stored: Dtype) -> u32 {
         Target::F32 => Dtype::F32,
         Target::F16 => Dtype::F16,
         Target::BF16 => Dtype::BF16,
-        Target::Quantised(wanted) => Dtype::Block(wanted.weights),
+        Target::Quantized(wanted) => Dtype::Block(wanted.weights),
         Target::Stored => stored,
     };
     match dtype {
         Dtype::F16 => 1,
         Dtype::BF16 => 32,
-        Dtype::Block(kind) => match kind.narrow().unwrap_or(kind) {
+        Dtype::Block(kind) => match kind.with_f16_scales().unwrap_or(kind) {
             BlockType::Q4_0 => 2,
             BlockType::Q4_1 => 3,
             BlockType::Q8_0 => 7,
@@ -450,8 +450,8 @@ fn metadata(
     add("general.name", GgufValue::Text(opened.base_name()));
     add("general.quantization_version", GgufValue::U32(2));
     add("general.file_type", GgufValue::U32(file_type(options, stored.map_or(Dtype::F32, |entry| entry.dtype))));
-    if let Some(licence) = &opened.provenance.licence {
-        add("general.license", GgufValue::Text(licence.clone()));
+    if let Some(license) = &opened.provenance.license {
+        add("general.license", GgufValue::Text(license.clone()));
     }
     add("pricket.version", GgufValue::Text(env!("CARGO_PKG_VERSION").into()));
     add("pricket.qkv_order", GgufValue::Text("split".into()));
@@ -564,10 +564,10 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     Ok(files.into_iter().map(|(name, bytes)| Beside { name, bytes }).collect())
 }
 
-/// A card that says where the weights came from and under which licence they are.
+/// A card that says where the weights came from and under which license they are.
 fn readme(opened: &Opened) -> String {
-    let Provenance { repo, commit, licence, .. } = &opened.provenance;
-    let mut front: Vec<String> = licence.iter().map(|licence| format!("license: {licence}")).collect();
+    let Provenance { repo, commit, license, .. } = &opened.provenance;
+    let mut front: Vec<String> = license.iter().map(|license| format!("license: {license}")).collect();
     front.extend(repo.iter().map(|repo| format!("base_model: {repo}")));
     let front = if front.is_empty() { String::new() } else { format!("---\n{}\n---\n\n", front.join("\n")) };
     let commit = commit.as_ref().map_or(String::new(), |commit| format!(", commit {commit}"));

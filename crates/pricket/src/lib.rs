@@ -82,7 +82,7 @@ pub mod prelude {
     pub use crate::convert::{ConvertOptions, Target};
     pub use crate::hub::Steps;
     pub use crate::loading::{
-        Activations, BlockType, CacheType, Dtype, Inspection, Precision, Progress, Quantisation, Silent,
+        ActivationPrecision, BlockType, CacheType, Dtype, Inspection, NoProgress, Precision, Progress, Quantization,
     };
     pub use crate::nn::State;
     #[cfg(feature = "plots")]

@@ -39,6 +39,6 @@ pub use qkv::QkvOrder;
 pub use repository::{Fetched, fetch};
 pub use source::Source;
 
-pub use pricket_nn::ops::{Activations, BlockType};
-pub use pricket_nn::{CacheType, Progress, Quantisation, Silent};
+pub use pricket_nn::ops::{ActivationPrecision, BlockType};
+pub use pricket_nn::{CacheType, NoProgress, Progress, Quantization};
 pub use pricket_weights::Dtype;

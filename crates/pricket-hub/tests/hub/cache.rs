@@ -1,7 +1,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use pricket_hub::{Cache, CachedRepo, Error, Hub, Quiet};
+use pricket_hub::{Cache, CachedRepo, Error, Hub, NoProgress};
 use pricket_testhub::{Content, Repo, TestHub};
 
 use crate::{ID, assert_clean, assert_same, fetch_all, noise, serve, settings};
@@ -24,7 +24,7 @@ fn fetched(dir: &Path) -> (TestHub, Repo, Hub) {
     let server = serve(content.clone());
     let hub = Hub::new(settings(&server, dir));
     for (i, step) in ["step0", "step1", "step2"].iter().enumerate() {
-        let snapshot = fetch_all(&hub, &format!("{ID}@{step}"), &Quiet).unwrap();
+        let snapshot = fetch_all(&hub, &format!("{ID}@{step}"), &NoProgress).unwrap();
         age(dir, &snapshot.commit, 100 - i as u64);
     }
     (server, content, hub)
@@ -57,7 +57,7 @@ fn a_changed_byte_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let (_server, content, hub) = fetched(dir.path());
     let cache = Cache::new(dir.path());
-    let verify = || cache.verify(&cache.repos().unwrap(), &Quiet).unwrap();
+    let verify = || cache.verify(&cache.repos().unwrap(), &NoProgress).unwrap();
     assert_eq!(verify().iter().filter(|file| file.is_good() == Some(true)).count(), 4);
     let blob =
         dir.path().join("models--owner--tiny/blobs").join(content.files("step1").unwrap()["pytorch_model.bin"].etag());
@@ -73,7 +73,7 @@ fn a_changed_byte_is_found() {
         assert!(missing.iter().all(pricket_hub::Verified::is_dangling) && !missing.is_empty(), "{missing:?}");
         assert!(missing.iter().all(|file| file.path == "pytorch_model.bin"), "{missing:?}");
     }
-    let snapshot = fetch_all(&hub, "owner/tiny@step1", &Quiet).unwrap();
+    let snapshot = fetch_all(&hub, "owner/tiny@step1", &NoProgress).unwrap();
     assert_eq!(snapshot.report.received, 50_000);
     assert_same(&snapshot.directory, &content, "step1");
 }
@@ -83,11 +83,11 @@ fn the_least_recently_used_go_first() {
     let dir = tempfile::tempdir().unwrap();
     let (_server, content, hub) = fetched(dir.path());
     let cache = Cache::new(dir.path());
-    assert!(cache.evict(160_000, &Quiet).unwrap().revisions.is_empty());
+    assert!(cache.evict(160_000, &NoProgress).unwrap().revisions.is_empty());
     // Using step0 makes step1 the oldest.
-    let used = fetch_all(&hub, "owner/tiny@step0", &Quiet).unwrap();
+    let used = fetch_all(&hub, "owner/tiny@step0", &NoProgress).unwrap();
     drop(used);
-    let evicted = cache.evict(110_000, &Quiet).unwrap();
+    let evicted = cache.evict(110_000, &NoProgress).unwrap();
     assert_eq!(
         evicted.revisions.iter().map(|(_, c)| c.as_str()).collect::<Vec<_>>(),
         [content.resolve("step1").unwrap()]
@@ -101,10 +101,10 @@ fn the_least_recently_used_go_first() {
     let mut offline = hub.settings().clone();
     offline.offline = true;
     let offline = Hub::new(offline);
-    assert!(matches!(fetch_all(&offline, "owner/tiny@step1", &Quiet), Err(Error::Offline { .. })));
-    assert_same(&fetch_all(&offline, "owner/tiny@step2", &Quiet).unwrap().directory, &content, "step2");
+    assert!(matches!(fetch_all(&offline, "owner/tiny@step1", &NoProgress), Err(Error::Offline { .. })));
+    assert_same(&fetch_all(&offline, "owner/tiny@step2", &NoProgress).unwrap().directory, &content, "step2");
     // And it can come back.
-    assert_same(&fetch_all(&hub, "owner/tiny@step1", &Quiet).unwrap().directory, &content, "step1");
+    assert_same(&fetch_all(&hub, "owner/tiny@step1", &NoProgress).unwrap().directory, &content, "step1");
 }
 
 #[cfg(unix)] // It makes a link by hand.
@@ -123,15 +123,15 @@ fn what_is_used_or_foreign_stays() {
         std::fs::create_dir_all(&snapshot).unwrap();
         std::fs::write(snapshot.join("model.safetensors"), noise(5, 1000)).unwrap();
     }
-    let in_use = fetch_all(&hub, "owner/tiny@step2", &Quiet).unwrap();
-    let evicted = cache.evict(0, &Quiet).unwrap();
+    let in_use = fetch_all(&hub, "owner/tiny@step2", &NoProgress).unwrap();
+    let evicted = cache.evict(0, &NoProgress).unwrap();
     assert_eq!((evicted.revisions.len(), evicted.in_use.len(), evicted.freed), (2, 1, 50_000));
     assert_same(&in_use.directory, &content, "step2");
     assert!(theirs.join("pytorch_model.bin").exists());
     assert!(dir.path().join("models--their--llama/snapshots").join("b".repeat(40)).join("model.safetensors").exists());
     assert_clean(dir.path());
     drop(in_use);
-    assert_eq!(cache.evict(0, &Quiet).unwrap().revisions.len(), 1);
+    assert_eq!(cache.evict(0, &NoProgress).unwrap().revisions.len(), 1);
     assert!(theirs.join("pytorch_model.bin").exists());
     // Theirs are listed too, the dataset beside the models.
     assert_eq!(cache.repos().unwrap().len(), 3);
@@ -146,17 +146,17 @@ fn without_links_the_files_are_there_themselves() {
     settings.symlinks = false;
     let hub = Hub::new(settings.clone());
     for step in ["step0", "step1", "step0"] {
-        let snapshot = fetch_all(&hub, &format!("{ID}@{step}"), &Quiet).unwrap();
+        let snapshot = fetch_all(&hub, &format!("{ID}@{step}"), &NoProgress).unwrap();
         assert_same(&snapshot.directory, &content, step);
         assert!(snapshot.directory.join("tokenizer.json").symlink_metadata().unwrap().is_file());
     }
     settings.offline = true;
-    let snapshot = fetch_all(&Hub::new(settings), "owner/tiny@step1", &Quiet).unwrap();
+    let snapshot = fetch_all(&Hub::new(settings), "owner/tiny@step1", &NoProgress).unwrap();
     assert_same(&snapshot.directory, &content, "step1");
     let cache = Cache::new(dir.path());
-    let verified = cache.verify(&cache.repos().unwrap(), &Quiet).unwrap();
+    let verified = cache.verify(&cache.repos().unwrap(), &NoProgress).unwrap();
     assert!(verified.len() == 4 && verified.iter().all(|file| file.is_good() == Some(true)));
-    let evicted = cache.evict(60_000, &Quiet).unwrap();
+    let evicted = cache.evict(60_000, &NoProgress).unwrap();
     assert_eq!((evicted.revisions.len(), evicted.freed, evicted.left), (1, 60_000, 60_000));
 }
 
@@ -169,11 +169,11 @@ fn turning_links_off_breaks_no_link() {
         .unwrap();
     let mut settings = hub.settings().clone();
     settings.symlinks = false;
-    let snapshot = fetch_all(&Hub::new(settings), "owner/tiny@step1", &Quiet).unwrap();
+    let snapshot = fetch_all(&Hub::new(settings), "owner/tiny@step1", &NoProgress).unwrap();
     assert_same(&snapshot.directory, &content, "step1");
     assert!(snapshot.directory.join("tokenizer.json").symlink_metadata().unwrap().is_file());
     assert_clean(dir.path());
-    assert_same(&fetch_all(&hub, "owner/tiny@step0", &Quiet).unwrap().directory, &content, "step0");
+    assert_same(&fetch_all(&hub, "owner/tiny@step0", &NoProgress).unwrap().directory, &content, "step0");
 }
 
 /// A commit that Python brought stays Python's, also when we add a file to it.
@@ -184,8 +184,8 @@ fn a_file_added_does_not_make_a_commit_ours() {
     std::fs::remove_dir_all(dir.path().join("models--owner--tiny/.pricket")).unwrap();
     let commit = content.resolve("step1").unwrap();
     std::fs::remove_file(dir.path().join("models--owner--tiny/snapshots").join(commit).join("tokenizer.json")).unwrap();
-    assert_same(&fetch_all(&hub, "owner/tiny@step1", &Quiet).unwrap().directory, &content, "step1");
-    let evicted = Cache::new(dir.path()).evict(0, &Quiet).unwrap();
+    assert_same(&fetch_all(&hub, "owner/tiny@step1", &NoProgress).unwrap().directory, &content, "step1");
+    let evicted = Cache::new(dir.path()).evict(0, &NoProgress).unwrap();
     assert!(evicted.revisions.is_empty(), "{evicted:?}");
 }
 
@@ -199,10 +199,10 @@ fn an_eviction_that_was_killed_is_finished() {
     std::fs::rename(folder.join("snapshots").join(commit), folder.join(".pricket").join(format!("going-{commit}")))
         .unwrap();
     let cache = Cache::new(dir.path());
-    let evicted = cache.evict(1 << 30, &Quiet).unwrap();
+    let evicted = cache.evict(1 << 30, &NoProgress).unwrap();
     assert_eq!((evicted.freed, evicted.revisions.len()), (50_000, 0));
     assert_eq!(only(&cache).bytes, 110_000);
-    assert_same(&fetch_all(&hub, "owner/tiny@step0", &Quiet).unwrap().directory, &content, "step0");
+    assert_same(&fetch_all(&hub, "owner/tiny@step0", &NoProgress).unwrap().directory, &content, "step0");
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn unfinished_files_go_first_of_all() {
     let cache = Cache::new(dir.path());
     let repo = only(&cache);
     assert!(repo.partial_bytes >= 100_000, "{repo:?}");
-    let evicted = cache.evict(160_000, &Quiet).unwrap();
+    let evicted = cache.evict(160_000, &NoProgress).unwrap();
     assert!(evicted.revisions.is_empty() && evicted.freed >= 100_000, "{evicted:?}");
     assert_eq!(only(&cache).partial_bytes, 0);
 }
@@ -235,6 +235,6 @@ fn a_cache_that_cannot_be_written_is_read() {
     let mut offline = hub.settings().clone();
     offline.offline = true;
     for hub in [hub, Hub::new(offline)] {
-        assert_same(&fetch_all(&hub, "owner/tiny@step2", &Quiet).unwrap().directory, &content, "step2");
+        assert_same(&fetch_all(&hub, "owner/tiny@step2", &NoProgress).unwrap().directory, &content, "step2");
     }
 }

@@ -2,7 +2,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pricket_hub::{Error, Hub, ModelId, Phase, Quiet, Settings};
+use pricket_hub::{Error, Hub, ModelId, NoProgress, Phase, Settings};
 use pricket_testhub::{Content, Fault, Repo, Request, TestHub};
 
 use crate::{
@@ -42,14 +42,14 @@ fn a_revision_comes_whole_and_is_not_asked_for_twice() {
     assert!(target.starts_with("../../../blobs"), "{}", target.display());
     assert_eq!(std::fs::read_to_string(dir.path().join("models--owner--tiny/refs/step1000")).unwrap(), snapshot.commit);
     // By branch: one question. By commit: none at all.
-    assert_eq!(fetch_all(&hub, "owner/tiny@step1000", &Quiet).unwrap().report.received, 0);
+    assert_eq!(fetch_all(&hub, "owner/tiny@step1000", &NoProgress).unwrap().report.received, 0);
     assert_eq!(server.take_log().len(), 1);
-    fetch_all(&hub, &format!("{ID}@{}", snapshot.commit), &Quiet).unwrap();
+    fetch_all(&hub, &format!("{ID}@{}", snapshot.commit), &NoProgress).unwrap();
     assert!(server.take_log().is_empty());
     // What another revision shares is linked, not fetched.
-    let main = fetch_all(&hub, ID, &Quiet).unwrap();
+    let main = fetch_all(&hub, ID, &NoProgress).unwrap();
     assert_eq!((main.report.on_disk, main.report.received), (main.report.total, 0));
-    let step0 = fetch_all(&hub, "owner/tiny@step0", &Quiet).unwrap();
+    let step0 = fetch_all(&hub, "owner/tiny@step0", &NoProgress).unwrap();
     assert_eq!(step0.report.received, 300_000 + 11);
 }
 
@@ -58,7 +58,7 @@ fn listings_come_in_pages() {
     let (dir, content) = (tempfile::tempdir().unwrap(), repo(1000));
     let server = serve(content.clone());
     server.page(2);
-    let snapshot = fetch_all(&hub(&server, dir.path()), "owner/tiny@v1.0", &Quiet).unwrap();
+    let snapshot = fetch_all(&hub(&server, dir.path()), "owner/tiny@v1.0", &NoProgress).unwrap();
     assert_same(&snapshot.directory, &content, "main");
     assert_eq!(snapshot.files.len(), 5);
 }
@@ -67,7 +67,7 @@ fn listings_come_in_pages() {
 fn every_branch_in_one_request() {
     let (dir, content) = (tempfile::tempdir().unwrap(), repo(10));
     let server = serve(content.clone());
-    let refs = hub(&server, dir.path()).refs(&ID.parse().unwrap(), &Quiet).unwrap();
+    let refs = hub(&server, dir.path()).refs(&ID.parse().unwrap(), &NoProgress).unwrap();
     assert_eq!(server.take_log().len(), 1);
     assert_eq!(refs.branches.keys().collect::<Vec<_>>(), ["main", "step0", "step1", "step1000"]);
     assert_eq!(refs.commit("v1.0"), content.resolve("main"));
@@ -79,23 +79,23 @@ fn errors_say_what_there_is() {
     content.private(TOKEN);
     let server = serve(content);
     let hub = hub(&server, dir.path());
-    let error = fetch_all(&hub, "owner/tiny@step7", &Quiet).unwrap_err();
+    let error = fetch_all(&hub, "owner/tiny@step7", &NoProgress).unwrap_err();
     assert!(matches!(&error, Error::Revision { known, .. } if known.len() == 5), "{error}");
     assert!(error.to_string().contains("step1000"), "{error}");
-    let error = fetch_all(&hub, "mosaicml/mpt-7b", &Quiet).unwrap_err();
+    let error = fetch_all(&hub, "mosaicml/mpt-7b", &NoProgress).unwrap_err();
     assert!(matches!(error, Error::Repository { status: 401, .. }), "{error}");
     let mut others = settings(&server, dir.path());
     others.token = None;
-    let error = fetch_all(&Hub::new(others.clone()), ID, &Quiet).unwrap_err();
+    let error = fetch_all(&Hub::new(others.clone()), ID, &NoProgress).unwrap_err();
     assert!(error.to_string().contains("HF_TOKEN"), "{error}");
     others.offline = true;
-    let error = fetch_all(&Hub::new(others), ID, &Quiet).unwrap_err();
+    let error = fetch_all(&Hub::new(others), ID, &NoProgress).unwrap_err();
     assert!(matches!(error, Error::Offline { .. }), "{error}");
     // Nobody listens there any more.
     let (gone, cache) = (TestHub::start().url(), dir.path().join("other"));
     let mut nowhere = Settings::new(&gone, cache);
     nowhere.patience = settings(&server, dir.path()).patience;
-    let error = fetch_all(&Hub::new(nowhere), ID, &Quiet).unwrap_err();
+    let error = fetch_all(&Hub::new(nowhere), ID, &NoProgress).unwrap_err();
     assert!(error.is_network(), "{error}");
 }
 
@@ -106,7 +106,7 @@ fn a_listing_that_leaves_the_repository_is_refused() {
         let mut content = Repo::default();
         let commit = content.commit([(path, Content::text("x"))]);
         content.branch("main", &commit);
-        let error = fetch_all(&hub(&serve(content), dir.path()), ID, &Quiet).unwrap_err();
+        let error = fetch_all(&hub(&serve(content), dir.path()), ID, &NoProgress).unwrap_err();
         assert!(matches!(error, Error::Protocol { .. }), "{path}: {error}");
         assert_discreet(&error.to_string());
     }
@@ -118,7 +118,7 @@ fn the_hubs_own_way_to_say_wait() {
     let server = serve(content);
     server.misbehave(|r| (r.number == 0).then(|| Fault::RateLimit("\"api\";r=0;t=1".into())));
     let start = Instant::now();
-    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
     assert!(start.elapsed() >= Duration::from_secs(1));
 }
 
@@ -129,7 +129,7 @@ fn a_next_page_that_is_elsewhere_is_not_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let server = serve(repo(1000));
         server.misbehave(move |r| r.target.contains("/tree/").then(|| Fault::NextPage(url.into())));
-        let error = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap_err();
+        let error = fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap_err();
         assert!(error.to_string().contains("next page"), "{url}: {error}");
     }
 }
@@ -140,14 +140,14 @@ fn one_redirect_serves_all_ranges() {
     let server = serve(content);
     let mut settings = settings(&server, dir.path());
     settings.ranges = 1;
-    fetch_all(&Hub::new(settings), ID, &Quiet).unwrap();
+    fetch_all(&Hub::new(settings), ID, &NoProgress).unwrap();
     let log = server.take_log();
     let asked = log.iter().filter(|r| r.target.contains("/resolve/") && r.target.contains("pytorch_model")).count();
     assert_eq!((asked, log.iter().filter(|r| r.cdn).count()), (1, 16));
     // And when its signature runs out, another is asked for.
     let dir = tempfile::tempdir().unwrap();
     server.misbehave(|r| (r.cdn && r.number % 3 == 0).then_some(Fault::Status(403)));
-    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
 }
 
 /// The repositories of MPT: gone from the Hub, and in many a cache.
@@ -155,7 +155,7 @@ fn one_redirect_serves_all_ranges() {
 fn what_has_left_the_hub_is_still_in_the_cache() {
     let (dir, content) = (tempfile::tempdir().unwrap(), repo(1000));
     let server = serve(content.clone());
-    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
     server.misbehave(|r| (!r.cdn).then_some(Fault::Status(401)));
     let watch = Watch::default();
     assert_same(&fetch_all(&hub(&server, dir.path()), ID, &watch).unwrap().directory, &content, "main");
@@ -166,7 +166,7 @@ fn what_has_left_the_hub_is_still_in_the_cache() {
 #[test]
 fn cancelled_between_files_is_cancelled() {
     struct After(std::sync::atomic::AtomicBool);
-    impl pricket_hub::Events for After {
+    impl pricket_hub::Progress for After {
         fn phase(&self, _: &str, phase: Phase) {
             if phase == Phase::Rename {
                 self.0.store(true, Ordering::Relaxed);
@@ -191,8 +191,8 @@ fn cancelled_between_files_is_cancelled() {
 #[test]
 fn a_panic_in_a_listener_is_passed_on() {
     struct Panics(u64);
-    impl pricket_hub::Events for Panics {
-        fn progress(&self, done: u64, _: u64) {
+    impl pricket_hub::Progress for Panics {
+        fn update(&self, done: u64) {
             assert!(done < self.0, "a bug of the listener");
         }
     }
@@ -203,7 +203,7 @@ fn a_panic_in_a_listener_is_passed_on() {
         let attempt = std::panic::AssertUnwindSafe(|| drop(fetch_all(&hub, ID, &Panics(at))));
         let outcome = std::panic::catch_unwind(attempt);
         assert!(outcome.is_err());
-        assert_same(&fetch_all(&hub, ID, &Quiet).unwrap().directory, &content, "main");
+        assert_same(&fetch_all(&hub, ID, &NoProgress).unwrap().directory, &content, "main");
     }
 }
 
@@ -216,12 +216,12 @@ fn nothing_is_written_outside_the_cache() {
     let file = |path: &str| pricket_hub::Listed::new(path, 1, digest.clone());
     let commit = "a".repeat(40);
     for (commit, file) in [("../../x", file("a")), (&commit, file("../../.bashrc")), (&commit, file("/etc/passwd"))] {
-        let error = hub.fetch(&id, commit, std::slice::from_ref(&file), &[], &Quiet).unwrap_err();
+        let error = hub.fetch(&id, commit, std::slice::from_ref(&file), &[], &NoProgress).unwrap_err();
         assert!(matches!(error, Error::Input(_)), "{error}");
         assert!(hub.cached(&id.repo, commit, &file).is_none());
     }
     let bad = pricket_hub::Listed::new("a", 1, Some(pricket_hub::Digest::Sha256("../../x".into())));
-    assert!(matches!(hub.fetch(&id, &commit, &[bad], &[], &Quiet).unwrap_err(), Error::Input(_)));
+    assert!(matches!(hub.fetch(&id, &commit, &[bad], &[], &NoProgress).unwrap_err(), Error::Input(_)));
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn names_that_no_file_system_has_are_left_out() {
         content.commit([("c:d", Content::text("x")), ("new\nline", Content::text("y")), ("fine", Content::text("z"))]);
     content.branch("main", &commit);
     content.branch("odd@name", &commit);
-    let snapshot = fetch_all(&hub(&serve(content), dir.path()), ID, &Quiet).unwrap();
+    let snapshot = fetch_all(&hub(&serve(content), dir.path()), ID, &NoProgress).unwrap();
     assert_eq!(snapshot.files.iter().map(|file| file.path.as_str()).collect::<Vec<_>>(), ["fine"]);
 }
 
@@ -242,7 +242,7 @@ fn an_interrupted_update_leaves_the_branch_where_it_was() {
     let (dir, mut content) = (tempfile::tempdir().unwrap(), repo(300_000));
     let server = serve(content.clone());
     let hub = hub(&server, dir.path());
-    let before = fetch_all(&hub, ID, &Quiet).unwrap();
+    let before = fetch_all(&hub, ID, &NoProgress).unwrap();
     let commit =
         content.commit([("config.json", Content::text("{}")), ("pytorch_model.bin", Content::lfs(noise(50, 300_000)))]);
     content.branch("main", &commit);
@@ -251,9 +251,9 @@ fn an_interrupted_update_leaves_the_branch_where_it_was() {
     assert!(fetch_all(&hub, ID, &watch).is_err());
     let mut offline = hub.settings().clone();
     offline.offline = true;
-    let after = fetch_all(&Hub::new(offline), ID, &Quiet).unwrap();
+    let after = fetch_all(&Hub::new(offline), ID, &NoProgress).unwrap();
     assert_eq!(after.commit, before.commit);
-    assert_eq!(fetch_all(&hub, ID, &Quiet).unwrap().commit, commit);
+    assert_eq!(fetch_all(&hub, ID, &NoProgress).unwrap().commit, commit);
 }
 
 #[test]
@@ -283,7 +283,7 @@ fn an_interrupted_download_goes_on_where_it_was() {
         let again = serve(content.clone());
         let mut settings = crate::settings(&again, dir.path());
         settings.range_bytes = hub.settings().range_bytes;
-        let snapshot = fetch_all(&Hub::new(settings), ID, &Quiet).unwrap();
+        let snapshot = fetch_all(&Hub::new(settings), ID, &NoProgress).unwrap();
         assert_same(&snapshot.directory, &content, "main");
         let report = snapshot.report;
         assert!(report.on_disk >= reached, "{report:?} after {reached}");
@@ -302,7 +302,7 @@ fn a_dropped_connection_costs_nothing() {
         let server = serve(content.clone());
         let planned = fault.clone();
         server.misbehave(move |r| (r.is_body() && r.number % 2 == 0).then(|| planned.clone()));
-        let snapshot = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+        let snapshot = fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
         assert_same(&snapshot.directory, &content, "main");
         assert_eq!((snapshot.report.received, snapshot.report.repeated), (snapshot.report.total, 0), "{fault:?}");
     }
@@ -313,7 +313,7 @@ fn a_server_without_ranges_is_taken_as_it_is() {
     let (dir, content) = (tempfile::tempdir().unwrap(), repo(300_000));
     let server = serve(content.clone());
     server.misbehave(|r| r.is_body().then_some(Fault::IgnoreRange));
-    let snapshot = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    let snapshot = fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
     assert_same(&snapshot.directory, &content, "main");
     assert_clean(dir.path());
 }
@@ -325,7 +325,7 @@ fn wrong_bytes_never_get_the_name() {
         let server = serve(content.clone());
         let planned = fault.clone();
         server.misbehave(move |r| r.is_body().then(|| planned.clone()));
-        let error = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap_err();
+        let error = fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap_err();
         assert!(matches!(error, Error::Mismatch { .. } | Error::Network { .. }), "{fault:?}: {error}");
         assert_discreet(&error.to_string());
         assert_clean(dir.path());
@@ -351,14 +351,14 @@ fn the_server_says_when_to_come_back() {
     let planned = std::sync::atomic::AtomicBool::new(true);
     server.misbehave(move |_| planned.swap(false, Ordering::Relaxed).then(|| Fault::TooMany("0.4".into())));
     let start = Instant::now();
-    fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
     assert!(start.elapsed() >= Duration::from_millis(400));
     // Longer than anybody wants to wait.
     server.misbehave(|_| Some(Fault::TooMany("3600".into())));
-    let error = fetch_all(&hub(&server, dir.path()), ID, &Quiet).err();
+    let error = fetch_all(&hub(&server, dir.path()), ID, &NoProgress).err();
     // The cache knows the branch, so the answer comes from there; without it the wait is named.
     assert!(error.is_none());
-    let error = fetch_all(&hub(&server, &dir.path().join("empty")), ID, &Quiet).unwrap_err();
+    let error = fetch_all(&hub(&server, &dir.path().join("empty")), ID, &NoProgress).unwrap_err();
     assert!(error.to_string().contains("3600 s"), "{error}");
 }
 
@@ -382,7 +382,7 @@ fn the_branch_that_moves_does_not_mix_files() {
     let server = serve(content.clone());
     let elsewhere = content.resolve("step0").unwrap().to_owned();
     server.misbehave(move |r| (r.number == 2).then(|| Fault::MoveMain(elsewhere.clone())));
-    let snapshot = fetch_all(&hub(&server, dir.path()), ID, &Quiet).unwrap();
+    let snapshot = fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
     assert_eq!(Some(&*snapshot.commit), content.resolve("main"));
     assert_same(&snapshot.directory, &content, "main");
 }
@@ -393,12 +393,12 @@ fn a_full_disk_is_noticed_before_anything_is_fetched() {
     let server = serve(repo(10));
     let hub = hub(&server, dir.path());
     let id: ModelId = ID.parse().unwrap();
-    let commit = hub.resolve(&id, &Quiet).unwrap();
-    let listing = hub.files(&id.repo, &commit, &Quiet).unwrap().files;
+    let commit = hub.resolve(&id, &NoProgress).unwrap();
+    let listing = hub.files(&id.repo, &commit, &NoProgress).unwrap().files;
     let mut huge = listing.clone();
     huge[3].size = 1 << 60;
     server.take_log();
-    let error = hub.fetch(&id, &commit, &huge, &listing, &Quiet).unwrap_err();
+    let error = hub.fetch(&id, &commit, &huge, &listing, &NoProgress).unwrap_err();
     assert!(matches!(error, Error::NoSpace { needed, available, .. } if needed > available), "{error}");
     assert!(server.take_log().is_empty());
 }
@@ -409,22 +409,22 @@ fn a_part_of_a_file_without_the_file() {
     let server = serve(content.clone());
     let hub = hub(&server, dir.path());
     let id: ModelId = ID.parse().unwrap();
-    let commit = hub.resolve(&id, &Quiet).unwrap();
-    let file = by_path(&hub.files(&id.repo, &commit, &Quiet).unwrap().files, "pytorch_model.bin");
+    let commit = hub.resolve(&id, &NoProgress).unwrap();
+    let file = by_path(&hub.files(&id.repo, &commit, &NoProgress).unwrap().files, "pytorch_model.bin");
     let bytes = noise(1, 300_000);
     server.take_log();
     for range in [0..10, 299_990..300_000, 1234..200_000, 5..5, 0..300_000] {
-        let found = hub.read(&id.repo, &commit, &file, range.clone(), &Quiet).unwrap();
+        let found = hub.read(&id.repo, &commit, &file, range.clone(), &NoProgress).unwrap();
         assert!(found == bytes[range.start as usize..range.end as usize], "{range:?}");
     }
     let sent: u64 = server.take_log().iter().filter(|r| r.cdn).map(Request::sent).sum();
     assert_eq!(sent, 10 + 10 + 200_000 - 1234 + 300_000);
-    assert!(hub.read(&id.repo, &commit, &file, 0..300_001, &Quiet).is_err());
+    assert!(hub.read(&id.repo, &commit, &file, 0..300_001, &NoProgress).is_err());
     server.misbehave(|r| r.cdn.then_some(Fault::IgnoreRange));
-    let error = hub.read(&id.repo, &commit, &file, 5..10, &Quiet).unwrap_err();
+    let error = hub.read(&id.repo, &commit, &file, 5..10, &NoProgress).unwrap_err();
     assert!(error.to_string().contains("no ranges"), "{error}");
     server.misbehave(|r| (r.cdn && r.number % 2 == 0).then_some(Fault::Truncate(3)));
-    assert_eq!(hub.read(&id.repo, &commit, &file, 5..10, &Quiet).unwrap(), &bytes[5..10]);
+    assert_eq!(hub.read(&id.repo, &commit, &file, 5..10, &NoProgress).unwrap(), &bytes[5..10]);
     assert!(!dir.path().join("models--owner--tiny/blobs").exists());
 }
 
@@ -441,11 +441,11 @@ fn a_server_that_lists_nothing_is_read_all_the_same() {
             });
             let hub = Hub::new(settings(&server, dir.path()));
             let start = std::time::Instant::now();
-            let snapshot = fetch_all(&hub, ID, &Quiet).unwrap_or_else(|e| panic!("{status} {refused:?}: {e}"));
+            let snapshot = fetch_all(&hub, ID, &NoProgress).unwrap_or_else(|e| panic!("{status} {refused:?}: {e}"));
             assert_same(&snapshot.directory, &content, &snapshot.commit);
             assert!(start.elapsed().as_secs() < 5, "{status} is not tried again");
             let id = ID.parse::<pricket_hub::ModelId>().unwrap();
-            let refs = hub.refs_or_main(&id.repo, &Quiet).unwrap();
+            let refs = hub.refs_or_main(&id.repo, &NoProgress).unwrap();
             assert_eq!(refs.branches.get("main"), Some(&snapshot.commit), "{status} {refused:?}");
         }
         // A revision that is not there is still that, and a repository too.
@@ -453,8 +453,8 @@ fn a_server_that_lists_nothing_is_read_all_the_same() {
         let server = serve(repo(1000));
         server.misbehave(move |request| request.target.contains("/refs").then_some(Fault::Status(status)));
         let hub = Hub::new(settings(&server, dir.path()));
-        let missing = hub.resolve(&format!("{ID}@nowhere").parse().unwrap(), &Quiet).unwrap_err();
+        let missing = hub.resolve(&format!("{ID}@nowhere").parse().unwrap(), &NoProgress).unwrap_err();
         assert!(matches!(missing, Error::Revision { .. }), "{missing}");
-        assert!(hub.resolve(&"nobody/nothing".parse().unwrap(), &Quiet).is_err());
+        assert!(hub.resolve(&"nobody/nothing".parse().unwrap(), &NoProgress).is_err());
     }
 }

@@ -2,7 +2,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use pricket_hub::{Hub, Quiet};
+use pricket_hub::{Hub, NoProgress};
 use pricket_testhub::{Fault, Request};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -86,7 +86,7 @@ fn run(seed: u64) -> Ran {
     // Afterwards the sun shines: whatever is on disk is gone on with, and is right.
     server.behave();
     server.take_log();
-    let snapshot = fetch_all(&hub, ID, &Quiet).unwrap();
+    let snapshot = fetch_all(&hub, ID, &NoProgress).unwrap();
     assert_same(&snapshot.directory, &content, &snapshot.commit);
     assert_clean(dir.path());
     ran

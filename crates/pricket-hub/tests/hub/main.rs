@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use pricket_hub::{Digest, Error, Events, Hub, Listed, ModelId, Phase, Result, Settings, Snapshot, Token};
+use pricket_hub::{Digest, Error, Hub, Listed, ModelId, Phase, Progress, Result, Settings, Snapshot, Token};
 use pricket_testhub::{Content, Repo, TestHub};
 
 /// What the cache is good for: listing, verifying, evicting, reading offline.
@@ -78,11 +78,11 @@ pub(crate) fn settings(server: &TestHub, cache: &Path) -> Settings {
 }
 
 /// Everything of a revision into the cache.
-pub(crate) fn fetch_all(hub: &Hub, id: &str, events: &dyn Events) -> Result<Snapshot> {
+pub(crate) fn fetch_all(hub: &Hub, id: &str, progress: &dyn Progress) -> Result<Snapshot> {
     let id: ModelId = id.parse()?;
-    let commit = hub.resolve(&id, events)?;
-    let listing = hub.files(&id.repo, &commit, events)?.files;
-    hub.fetch(&id, &commit, &listing, &listing, events)
+    let commit = hub.resolve(&id, progress)?;
+    let listing = hub.files(&id.repo, &commit, progress)?.files;
+    hub.fetch(&id, &commit, &listing, &listing, progress)
 }
 
 /// Asserts that a snapshot holds what the repository holds.
@@ -127,13 +127,19 @@ pub(crate) fn walk(dir: &Path) -> Vec<std::path::PathBuf> {
 #[derive(Default)]
 pub(crate) struct Watch {
     pub(crate) done: AtomicU64,
+    pub(crate) total: AtomicU64,
     pub(crate) notices: Mutex<Vec<String>>,
     pub(crate) phases: Mutex<Vec<(String, Phase)>>,
     pub(crate) cancel_at: Option<u64>,
 }
 
-impl Events for Watch {
-    fn progress(&self, done: u64, total: u64) {
+impl Progress for Watch {
+    fn begin(&self, _: &str, total: u64, _: &str) {
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    fn update(&self, done: u64) {
+        let total = self.total.load(Ordering::Relaxed);
         assert!(done <= total, "{done} of {total}");
         self.done.store(done, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pricket_hub::{Cache, Events, Hub, Phase, Quiet};
+use pricket_hub::{Cache, Hub, NoProgress, Phase, Progress};
 use pricket_testhub::{Repo, Request, TestHub};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -17,8 +17,8 @@ const SIZE: usize = 2 << 20;
 /// Writes the phase it is in as a letter, in time for whoever kills it, and dwells where things are quick.
 struct Narrate(Duration);
 
-impl Events for Narrate {
-    fn progress(&self, done: u64, _: u64) {
+impl Progress for Narrate {
+    fn update(&self, done: u64) {
         let mut out = std::io::stdout().lock();
         let _ = write!(out, "{done};");
         let _ = out.flush();
@@ -95,7 +95,7 @@ fn kill_after(server: &TestHub, cache: &Path, moment: Duration) -> (char, u64) {
 
 /// Fetches the rest; what the one that was killed had is not fetched again.
 fn whole(content: &Repo, hub: &Hub, had: u64) {
-    let snapshot = fetch_all(hub, ID, &Quiet).unwrap();
+    let snapshot = fetch_all(hub, ID, &NoProgress).unwrap();
     assert_same(&snapshot.directory, content, "main");
     assert_eq!(snapshot.report.received + snapshot.report.on_disk, snapshot.report.total);
     assert!(snapshot.report.on_disk >= had, "{had} were there: {:?}", snapshot.report);
@@ -130,7 +130,7 @@ fn killed_at_a_hundred_moments() {
         let hub = Hub::new(settings(&server, dir.path()));
         whole(&content, &hub, had);
         let cache = Cache::new(dir.path());
-        let verified = cache.verify(&cache.repos().unwrap(), &Quiet).unwrap();
+        let verified = cache.verify(&cache.repos().unwrap(), &NoProgress).unwrap();
         assert!(verified.len() == 5 && verified.iter().all(|file| file.is_good() == Some(true)), "{verified:?}");
         kills += 1;
     }

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pricket_hub::{Cache, Digest, Hub, Quiet};
+use pricket_hub::{Cache, Digest, Hub, NoProgress};
 use pricket_testhub::{Fault, Repo, TestHub};
 use serde_json::Value;
 
@@ -84,7 +84,7 @@ fn the_server_is_what_python_takes_for_the_hub() {
     let log = server.take_log();
     assert!(log.iter().filter(|r| r.cdn).count() == 1 && log.iter().any(|r| r.target.contains("/resolve-cache/")));
     let refs = client(&server, dir.path(), "refs", "", &[]).unwrap();
-    let ours = Hub::new(settings(&server, dir.path())).refs(&ID.parse().unwrap(), &Quiet).unwrap();
+    let ours = Hub::new(settings(&server, dir.path())).refs(&ID.parse().unwrap(), &NoProgress).unwrap();
     assert_eq!(serde_json::from_value::<BTreeMap<String, String>>(refs["branches"].clone()).unwrap(), ours.branches);
     assert_eq!(serde_json::from_value::<BTreeMap<String, String>>(refs["tags"].clone()).unwrap(), ours.tags);
     // Offline, from the cache it wrote; the server hears nothing.
@@ -112,7 +112,7 @@ fn python_reads_what_we_write() {
         settings.symlinks = symlinks;
         let hub = Hub::new(settings);
         for revision in ["step0", "step1000", "main"] {
-            fetch_all(&hub, &format!("{ID}@{revision}"), &Quiet).unwrap();
+            fetch_all(&hub, &format!("{ID}@{revision}"), &NoProgress).unwrap();
         }
         server.take_log();
         for revision in ["step0", "step1000", "main", content.resolve("step0").unwrap()] {
@@ -131,7 +131,7 @@ fn python_reads_what_we_write() {
         assert_eq!(scan["revisions"].as_object().unwrap().len(), 3);
         // And is content with what is left after an eviction.
         let cache = Cache::new(dir.path());
-        assert_eq!(cache.evict(250_000, &Quiet).unwrap().revisions.len(), 1 + usize::from(!symlinks));
+        assert_eq!(cache.evict(250_000, &NoProgress).unwrap().revisions.len(), 1 + usize::from(!symlinks));
         let scan = client(&server, dir.path(), "scan", "", &[]).unwrap();
         assert_eq!(scan["warnings"], serde_json::json!([]));
     }
@@ -150,17 +150,17 @@ fn we_read_what_python_writes() {
         server.take_log();
         let mut settings = settings(&server, dir.path());
         // Online it is one question, by commit none; nothing is fetched again.
-        let snapshot = fetch_all(&Hub::new(settings.clone()), "owner/tiny@step0", &Quiet).unwrap();
+        let snapshot = fetch_all(&Hub::new(settings.clone()), "owner/tiny@step0", &NoProgress).unwrap();
         assert_eq!((snapshot.report.received, snapshot.report.on_disk), (0, snapshot.report.total));
         assert!(server.take_log().iter().all(|r| !r.is_body()));
         settings.offline = true;
         let hub = Hub::new(settings);
         for revision in ["step0", content.resolve("step0").unwrap()] {
-            let snapshot = fetch_all(&hub, &format!("{ID}@{revision}"), &Quiet).unwrap();
+            let snapshot = fetch_all(&hub, &format!("{ID}@{revision}"), &NoProgress).unwrap();
             assert_same(&snapshot.directory, &content, "step0");
         }
         // It is not ours to evict.
-        let evicted = Cache::new(dir.path()).evict(0, &Quiet).unwrap();
+        let evicted = Cache::new(dir.path()).evict(0, &NoProgress).unwrap();
         assert!(evicted.revisions.is_empty() && evicted.freed == 0);
         assert_clean(dir.path());
         assert!(server.take_log().is_empty());
@@ -181,7 +181,7 @@ fn python_and_we_share_the_locks() {
         while !dir.path().join(".locks").exists() {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        let ours = fetch_all(&Hub::new(settings(&server, dir.path())), ID, &Quiet).unwrap();
+        let ours = fetch_all(&Hub::new(settings(&server, dir.path())), ID, &NoProgress).unwrap();
         assert_same(&ours.directory, &content, "main");
         assert_eq!(files(&theirs.join().unwrap()), expected(&content, "main"));
     });

@@ -4,9 +4,9 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
+use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::{Path, by_path};
 use crate::cpu::pool::{parallel, scratch, zeros};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Kind, Rows, q8_row};
@@ -84,7 +84,7 @@ pub(crate) struct Row<'a> {
 
 /// Attends row by row, a task for each head and block of queries. `out` is `[batch, time, heads, dim]`, of which each
 /// row fills its own positions.
-pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &[f32], path: Path, out: &mut [f32]) {
+pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &[f32], isa: Isa, out: &mut [f32]) {
     let blocks = |row: usize| (0..rows[row].queries).step_by(BLOCK).map(move |from| (row, from));
     let mut blocks: Vec<(usize, usize)> = (0..rows.len()).flat_map(blocks).collect();
     // Blocks with most keys go first, so that no thread is left with one at the end.
@@ -103,7 +103,7 @@ pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &
             before: row.keys - row.queries + from,
             slope: slopes.get(h).copied().unwrap_or(0.0),
             scale,
-            path,
+            isa,
         };
         let (batch, at) = (row.at.0, row.at.1 + from);
         let (k, v) = (row.k.from(row.batch.0, h / s.group, row.first), row.v.from(row.batch.1, h / s.group, row.first));
@@ -121,7 +121,7 @@ pub(crate) struct Head {
     pub(crate) before: usize,
     pub(crate) slope: f32,
     pub(crate) scale: f32,
-    pub(crate) path: Path,
+    pub(crate) isa: Isa,
 }
 
 impl Head {
@@ -155,7 +155,7 @@ impl Head {
                 let to = (last + 1).saturating_sub(start).min(keys);
                 let back = (last + 1).saturating_sub(start) as f32 - 1.0;
                 let bias = Bias { scale: self.scale, slope: self.slope, back };
-                let shrink = soften(self.path, &mut scores[row * stride..][..keys], to, bias, running);
+                let shrink = online_softmax(self.isa, &mut scores[row * stride..][..keys], to, bias, running);
                 if shrink != 1.0 {
                     for x in own(row) {
                         *x *= shrink;
@@ -184,15 +184,15 @@ impl Head {
         scores: &mut [f32],
         stride: usize,
     ) {
-        let (dim, path, scores) = (self.s.dim, self.path, Shared::new(scores));
+        let (dim, isa, scores) = (self.s.dim, self.isa, Shared::new(scores));
         if self.rows <= FEW_ROWS {
             let (q, out) = ((q.floats(), q.stride(), self.rows), (scores, stride));
             // SAFETY: the scores are borrowed by this function.
-            return unsafe { rows::inner_products(path, k, (keys, dim), q, Start::Zero, out) };
+            return unsafe { rows::inner_products(isa, k, (keys, dim), q, Start::Zero, out) };
         }
         for from in (0..keys).step_by(PANEL) {
             let columns = PANEL.min(keys - from);
-            rows::pack(path, k.skip(from, 0), (columns, dim), packed, PANEL);
+            rows::pack(isa, k.skip(from, 0), (columns, dim), packed, PANEL);
             let product = Product {
                 a: q.floats(),
                 a_stride: q.stride(),
@@ -206,7 +206,7 @@ impl Head {
                 start: Start::Zero,
             };
             // SAFETY: the scores are borrowed by this function.
-            unsafe { product.run(path) };
+            unsafe { product.run(isa) };
         }
     }
 
@@ -223,12 +223,12 @@ impl Head {
         packed: &mut [f32],
         out: Shared<'_, f32>,
     ) {
-        let (dim, path, out_stride) = (self.s.dim, self.path, self.s.heads * self.s.dim);
+        let (dim, isa, out_stride) = (self.s.dim, self.isa, self.s.heads * self.s.dim);
         if self.rows <= FEW_ROWS {
             for row in 0..self.rows {
                 // SAFETY: the row is this thread's, as the caller promises.
                 let out = unsafe { out.slice(row * out_stride, dim) };
-                rows::weighted_sum(path, v, &weights[row * stride..][..keys], out);
+                rows::weighted_sum(isa, v, &weights[row * stride..][..keys], out);
             }
             return;
         }
@@ -236,7 +236,7 @@ impl Head {
             let columns = PANEL.min(dim - from);
             let in_place = v.kind() == Kind::F32 && columns == PANEL;
             if !in_place {
-                rows::widen_to(path, v.skip(0, from), (keys, columns), packed, PANEL);
+                rows::widen_to(isa, v.skip(0, from), (keys, columns), packed, PANEL);
             }
             let product = Product {
                 a: weights,
@@ -251,7 +251,7 @@ impl Head {
                 start: Start::Output,
             };
             // SAFETY: these rows are this thread's, as the caller promises.
-            unsafe { product.run(path) };
+            unsafe { product.run(isa) };
         }
     }
 }
@@ -265,10 +265,10 @@ pub(crate) struct Bias {
     pub(crate) back: f32,
 }
 
-by_path! {
+by_isa! {
     /// Turns the first `to` scores of a row into weights over the running maximum, and the others into zeros. Returns the factor for
     /// what was summed before.
-    pub(crate) fn soften(scores: &mut [f32], to: usize, bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
+    pub(crate) fn online_softmax(scores: &mut [f32], to: usize, bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
 }
 
 const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
@@ -436,7 +436,7 @@ impl CustomOp1 for AttentionOp {
         }
         let mut out = zeros(batch * time * heads * dim);
         if !out.is_empty() {
-            run(q, &rows, Sizes { time, heads, group, dim }, self.scale, &self.slopes, path(), &mut out);
+            run(q, &rows, Sizes { time, heads, group, dim }, self.scale, &self.slopes, isa(), &mut out);
         }
         Ok((CpuStorage::F32(out), (batch, time, heads * dim).into()))
     }

@@ -2,10 +2,10 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::cpu::attention::{BLOCK, Bias, Head, Row, Sizes, View, run, soften};
-use crate::cpu::detect::path;
+use crate::cpu::attention::{BLOCK, Bias, Head, Row, Sizes, View, online_softmax, run};
+use crate::cpu::detect::isa;
+use crate::cpu::isa::Isa;
 use crate::cpu::lanes::LANES;
-use crate::cpu::path::Path;
 use crate::cpu::pool::{parallel, scratch, zeros};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Kind, Rows};
@@ -100,7 +100,7 @@ impl CustomOp3 for SelfAttentionOp {
         let rows: Vec<Row> = self.spans.iter().map(row).collect();
         let mut out = zeros(batch * sizes.time * sizes.heads * sizes.dim);
         if !out.is_empty() {
-            run(q, &rows, sizes, self.scale, &self.slopes, path(), &mut out);
+            run(q, &rows, sizes, self.scale, &self.slopes, isa(), &mut out);
         }
         Ok((CpuStorage::F32(out), (batch, sizes.time, sizes.heads * sizes.dim).into()))
     }
@@ -141,13 +141,13 @@ impl SelfAttentionOp {
     fn backward(&self, inputs: &Inputs<'_>, grad: &[f32], out: [&mut [f32]; 3]) {
         let &Inputs { q, k, v, sizes, kv_heads, .. } = inputs;
         let Sizes { time, heads, group, dim } = sizes;
-        let (path, [of_q, of_k, of_v]) = (path(), out.map(Shared::new));
+        let (isa, [of_q, of_k, of_v]) = (isa(), out.map(Shared::new));
         parallel(self.spans.len() * kv_heads, |task| {
             let ((row, from, len), kv) = (self.spans[task / kv_heads], task % kv_heads);
             for h in kv * group..(kv + 1) * group {
                 for start in (0..len).step_by(BLOCK) {
                     let rows = BLOCK.min(len - start);
-                    let head = Head { s: sizes, rows, before: start, slope: self.slope(h), scale: self.scale, path };
+                    let head = Head { s: sizes, rows, before: start, slope: self.slope(h), scale: self.scale, isa };
                     let at = from + start;
                     let element = |heads: usize, head: usize, at: usize| ((row * heads + head) * time + at) * dim;
                     let block = Block {
@@ -184,7 +184,7 @@ impl Block<'_> {
     /// # Safety
     /// While it runs nothing else touches them.
     unsafe fn backward(&self, head: &Head, buffer: &mut Vec<f32>) {
-        let (dim, rows, path) = (head.s.dim, head.rows, head.path);
+        let (dim, rows, isa) = (head.s.dim, head.rows, head.isa);
         let visible = head.before + rows;
         let stride = visible.next_multiple_of(PANEL) + LANES;
         let panel = PANEL * dim.max(visible).max(BLOCK);
@@ -197,14 +197,14 @@ impl Block<'_> {
         for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
             let (seen, mut running) = (head.before + row + 1, (f32::NEG_INFINITY, 0f32));
             let bias = Bias { scale: head.scale, slope: head.slope, back: seen as f32 - 1.0 };
-            soften(path, &mut weights[..visible], seen, bias, &mut running);
+            online_softmax(isa, &mut weights[..visible], seen, bias, &mut running);
             let norm = 1.0 / running.1;
             weights[..seen].iter_mut().for_each(|x| *x *= norm);
         }
         // Values: the probabilities' transpose times the gradient.
         turn(weights, stride, rows, visible, turned);
         // SAFETY: all three gradients are this thread's, as the caller promises.
-        unsafe { multiply(path, (turned, rows, visible), (self.grad, rows), dim, packed, self.of_v) };
+        unsafe { multiply(isa, (turned, rows, visible), (self.grad, rows), dim, packed, self.of_v) };
         // Scores: p (dp - Σ p dp), times the scale.
         head.score(self.grad, self.v, visible, packed, changes, stride);
         for (weights, changes) in weights.chunks_exact(stride).zip(changes.chunks_exact_mut(stride)) {
@@ -215,10 +215,10 @@ impl Block<'_> {
             }
         }
         // SAFETY: this thread's, as the caller promises.
-        unsafe { multiply(path, (changes, stride, rows), (self.k, visible), dim, packed, self.of_q) };
+        unsafe { multiply(isa, (changes, stride, rows), (self.k, visible), dim, packed, self.of_q) };
         turn(changes, stride, rows, visible, turned);
         // SAFETY: this thread's, as the caller promises.
-        unsafe { multiply(path, (turned, rows, visible), (self.q, rows), dim, packed, self.of_k) };
+        unsafe { multiply(isa, (turned, rows, visible), (self.q, rows), dim, packed, self.of_k) };
     }
 }
 
@@ -237,7 +237,7 @@ fn turn(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32]
 /// # Safety
 /// While it runs nothing else touches these places of `out`.
 unsafe fn multiply(
-    path: Path,
+    isa: Isa,
     (a, a_stride, rows): (&[f32], usize, usize),
     (b, k): (Rows<'_>, usize),
     dim: usize,
@@ -248,7 +248,7 @@ unsafe fn multiply(
         let columns = PANEL.min(dim - from);
         let in_place = columns == PANEL;
         if !in_place {
-            rows::widen_to(path, b.skip(0, from), (k, columns), packed, PANEL);
+            rows::widen_to(isa, b.skip(0, from), (k, columns), packed, PANEL);
         }
         let product = Product {
             a,
@@ -263,7 +263,7 @@ unsafe fn multiply(
             start: Start::Output,
         };
         // SAFETY: these places are this thread's, as the caller promises.
-        unsafe { product.run(path) };
+        unsafe { product.run(isa) };
     }
 }
 

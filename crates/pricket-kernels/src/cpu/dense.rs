@@ -4,14 +4,14 @@
 use half::bf16;
 
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::brain::{self, BrainProducts, Tiles};
-use crate::cpu::detect::path;
+use crate::cpu::bf16::{Bf16Products, STEP, Tiles};
+use crate::cpu::detect::isa;
 use crate::cpu::gelu::GeluOp;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::isa::InstructionSet;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::lanes::LANES;
 use crate::cpu::operands::{Begin, Left, Right, Stored, finish};
-#[cfg(target_arch = "x86_64")]
-use crate::cpu::path::InstructionSet;
 use crate::cpu::pool::{parallel, parallel_chunks, scratch, threads};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Rows};
@@ -102,7 +102,7 @@ impl<'a> Gemm<'a> {
             let begin = bias.map_or(Begin::Zero, Begin::Bias);
             return blocked(Left { at: x, row: k, column: 1 }, rows, Right::Rows(weight), (k, n), begin, then, y);
         }
-        let (path, out) = (path(), Shared::new(y));
+        let (isa, out) = (isa(), Shared::new(y));
         let step = n.div_ceil(8 * threads()).clamp(8, 256);
         parallel(n.div_ceil(step), |task| {
             scratch(|buffer| {
@@ -110,16 +110,23 @@ impl<'a> Gemm<'a> {
                 let w = weight.rows(from, to, k, buffer);
                 // Several rows of activations are taken a part at a time, which stays in the first-level cache.
                 let part = if rows < 4 { k.max(1) } else { (8 << 10) / rows / 16 * 16 };
-                for deep in (0..k).step_by(part) {
+                for k_block in (0..k).step_by(part) {
                     let start = match bias {
-                        _ if deep > 0 => Start::Output,
+                        _ if k_block > 0 => Start::Output,
                         Some(bias) => Start::Row(&bias[from..]),
                         None => Start::Zero,
                     };
-                    let (depth, x) = (part.min(k - deep), (&x[deep..], k, rows));
+                    let (depth, x) = (part.min(k - k_block), (&x[k_block..], k, rows));
                     // SAFETY: columns [from, to) of `y` belong to this task alone.
                     unsafe {
-                        rows::inner_products(path, w.skip(0, deep), (to - from, depth), x, start, (out.from(from), n));
+                        rows::inner_products(
+                            isa,
+                            w.skip(0, k_block),
+                            (to - from, depth),
+                            x,
+                            start,
+                            (out.from(from), n),
+                        );
                     }
                 }
                 // SAFETY: the same columns.
@@ -131,13 +138,13 @@ impl<'a> Gemm<'a> {
     /// Computes it with both factors rounded to bfloat16, where that is faster; gives the product back where it is not.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn run_bf16(self) -> Option<Self> {
-        let path = path();
+        let isa = isa();
         let fits = match self.weight {
-            Stored::Packed(w) => path == InstructionSet::Amx && w.shape().1.is_multiple_of(DEEP),
+            Stored::Packed(w) => isa == InstructionSet::Amx && w.shape().1.is_multiple_of(K_BLOCK),
             Stored::Blocks(_) => false,
             Stored::F32(_) | Stored::F16(_) | Stored::BF16(_) => true,
         };
-        let products = if fits { BrainProducts::new(path) } else { None };
+        let products = if fits { Bf16Products::new(isa) } else { None };
         match (self.weight, products) {
             (_, Some(products)) if self.rows > FEW_ROWS => many_rows_bf16(self, products),
             // For a single row the memory is what counts.
@@ -160,10 +167,10 @@ pub(crate) fn blocked(
 ) {
     assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
     #[cfg(target_arch = "x86_64")]
-    if tiles::pay(path(), rows, (k, n)) {
+    if tiles::pay(isa(), rows, (k, n)) {
         return tiles::blocked(left, rows, right, (k, n), begin, then, y);
     }
-    let (path, out) = (path(), Shared::new(y));
+    let (isa, out) = (isa(), Shared::new(y));
     let panels = n.div_ceil(PANEL).div_ceil(4 * threads()).clamp(1, PANELS);
     let step = panels * PANEL;
     let across = n.div_ceil(step);
@@ -175,14 +182,14 @@ pub(crate) fn blocked(
         let own = (task / across * share).min(rows)..((task / across + 1) * share).min(rows);
         let run = |w: Rows<'_>, packed: &mut Vec<f32>| {
             packed.resize((panels * PANEL * DEPTH).max(packed.len()), 0.0);
-            for deep in (0..k).step_by(DEPTH) {
-                let depth = DEPTH.min(k - deep);
-                right.pack(path, w, (deep, depth), (from, to), depth, packed);
+            for k_block in (0..k).step_by(DEPTH) {
+                let depth = DEPTH.min(k - k_block);
+                right.pack(isa, w, (k_block, depth), (from, to), depth, packed);
                 // Rows that stay in the first-level cache while every panel meets them.
                 for row in own.clone().step_by(BLOCK) {
                     for (i, first) in (from..to).step_by(PANEL).enumerate() {
                         let product = Product {
-                            a: &left.at[row * left.row + deep..],
+                            a: &left.at[row * left.row + k_block..],
                             a_stride: left.row,
                             rows: BLOCK.min(own.end - row),
                             b: &packed[i * PANEL * depth..],
@@ -191,10 +198,10 @@ pub(crate) fn blocked(
                             c: out.from(row * n + first),
                             c_stride: n,
                             columns: PANEL.min(to - first),
-                            start: begin.at(deep, first),
+                            start: begin.at(k_block, first),
                         };
                         // SAFETY: columns [from, to) of its own rows of `y` belong to this task alone.
-                        unsafe { product.run(path) };
+                        unsafe { product.run(isa) };
                     }
                 }
             }
@@ -208,7 +215,7 @@ pub(crate) fn blocked(
 
 /// As [`DEPTH`], for products of bfloat16, whose sums are slower to come by: a multiple of every block's columns.
 #[cfg(target_arch = "x86_64")]
-const DEEP: usize = 256;
+const K_BLOCK: usize = 256;
 
 /// As [`PANELS`]: products are so fast that rows must not be fetched again for every few columns.
 #[cfg(target_arch = "x86_64")]
@@ -216,17 +223,17 @@ const DEEP_PANELS: usize = 8;
 
 /// [`Gemm::run_bf16`] of many rows.
 #[cfg(target_arch = "x86_64")]
-fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
+fn many_rows_bf16(product: Gemm<'_>, products: Bf16Products) {
     let Gemm { x, weight, bias, then, rows, k, n, y } = product;
-    let (path, block) = (products.path(), products.block());
+    let (isa, block) = (products.isa(), products.block());
     let out = Shared::new(y);
-    let depth = (8 * DEEP).min(k.next_multiple_of(brain::STEP));
+    let depth = (8 * K_BLOCK).min(k.next_multiple_of(STEP));
     // Rounded once for every task; rows fill up whole blocks, and columns whole steps, with zeros.
-    let stride = k.next_multiple_of(brain::STEP) + brain::STEP;
-    let mut short = vec![0u16; rows.next_multiple_of(block) * stride];
-    parallel_chunks(&mut short, stride * 8, |i, short| {
-        for (x, short) in x[(i * 8 * k).min(x.len())..].chunks_exact(k).zip(short.chunks_exact_mut(stride)) {
-            products.to_rows(x, short);
+    let stride = k.next_multiple_of(STEP) + STEP;
+    let mut packed = vec![0u16; rows.next_multiple_of(block) * stride];
+    parallel_chunks(&mut packed, stride * 8, |i, packed| {
+        for (x, packed) in x[(i * 8 * k).min(x.len())..].chunks_exact(k).zip(packed.chunks_exact_mut(stride)) {
+            products.to_rows(x, packed);
         }
     });
     let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, DEEP_PANELS);
@@ -234,10 +241,10 @@ fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
     parallel(n.div_ceil(step), |task| {
         let (from, to) = (task * step, ((task + 1) * step).min(n));
         let mut pairs = vec![0u32; panels * PANEL * depth / 2];
-        let tiles = Tiles::new(path);
-        for deep in (0..k).step_by(depth) {
-            let whole = depth.min(k - deep);
-            let filled = whole.next_multiple_of(brain::STEP);
+        let tiles = Tiles::new(isa);
+        for k_block in (0..k).step_by(depth) {
+            let whole = depth.min(k - k_block);
+            let filled = whole.next_multiple_of(STEP);
             scratch(|panel| {
                 panel.resize(PANEL * depth, 0.0);
                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
@@ -247,9 +254,9 @@ fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
                     {
                         pairs[PANEL * whole / 2..].fill(0);
                         // Two columns are a word, as which they are moved.
-                        let w = Rows::in_words(w, k).skip(first, deep / 2);
+                        let w = Rows::in_words(w, k).skip(first, k_block / 2);
                         let pairs = bytemuck::cast_slice_mut(pairs);
-                        rows::pack(path, w, (PANEL.min(to - first), whole / 2), pairs, PANEL);
+                        rows::pack(isa, w, (PANEL.min(to - first), whole / 2), pairs, PANEL);
                         continue;
                     }
                     panel[PANEL * whole..PANEL * filled].fill(0.0);
@@ -257,13 +264,13 @@ fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
                         Stored::Packed(w) => {
                             for half in 0..PANEL.min(to - first).div_ceil(LANES) {
                                 let tile = first / LANES + half;
-                                unpack(w, tile, deep, whole, &mut panel[half * LANES..], path);
+                                unpack(w, tile, k_block, whole, &mut panel[half * LANES..], isa);
                             }
                         }
                         weight => {
                             let mut buffer = Vec::new();
                             let w = weight.rows(first, (first + PANEL).min(to), k, &mut buffer);
-                            rows::pack(path, w.skip(0, deep), (PANEL.min(to - first), whole), panel, PANEL);
+                            rows::pack(isa, w.skip(0, k_block), (PANEL.min(to - first), whole), panel, PANEL);
                         }
                     }
                     products.to_pairs(&panel[..PANEL * filled], pairs);
@@ -272,7 +279,7 @@ fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
             for row in (0..rows).step_by(block) {
                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
                     let product = Product {
-                        a: &short[row * stride + deep..],
+                        a: &packed[row * stride + k_block..],
                         a_stride: stride,
                         rows: block.min(rows - row),
                         b: &pairs[i * PANEL * depth / 2..],
@@ -282,7 +289,7 @@ fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
                         c_stride: n,
                         columns: PANEL.min(to - first),
                         start: match bias {
-                            _ if deep > 0 => Start::Output,
+                            _ if k_block > 0 => Start::Output,
                             Some(bias) => Start::Row(&bias[first..]),
                             None => Start::Zero,
                         },
@@ -300,19 +307,19 @@ fn many_rows_bf16(product: Gemm<'_>, products: BrainProducts) {
 
 /// [`Gemm::run_bf16`] of a few rows, whose weight is `weight`: every number of it is read once.
 #[cfg(target_arch = "x86_64")]
-fn few_rows_bf16(product: Gemm<'_>, weight: &[bf16], products: BrainProducts) {
+fn few_rows_bf16(product: Gemm<'_>, weight: &[bf16], products: Bf16Products) {
     let Gemm { x, bias, then, rows, k, n, y, .. } = product;
-    let stride = k.next_multiple_of(brain::STEP);
+    let stride = k.next_multiple_of(STEP);
     let out = Shared::new(y);
-    let mut short = vec![0u16; rows * stride];
-    for (x, short) in x.chunks_exact(k).zip(short.chunks_exact_mut(stride)) {
-        products.to_rows(x, short);
+    let mut packed = vec![0u16; rows * stride];
+    for (x, packed) in x.chunks_exact(k).zip(packed.chunks_exact_mut(stride)) {
+        products.to_rows(x, packed);
     }
     let step = n.div_ceil(8 * threads()).clamp(8, 256);
     parallel(n.div_ceil(step), |task| {
         let (from, to) = (task * step, ((task + 1) * step).min(n));
         let start = bias.map_or(Start::Zero, |bias| Start::Row(&bias[from..]));
-        let (w, x) = (&weight[from * k..to * k], (&short[..], stride, rows));
+        let (w, x) = (&weight[from * k..to * k], (&packed[..], stride, rows));
         // SAFETY: columns [from, to) of `y` belong to this task alone.
         unsafe { products.inner_products(w, (to - from, k), x, start, (out.from(from), n)) };
         // SAFETY: the same columns.
@@ -334,7 +341,7 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
         return blocked(Left { at: y, row: n, column: 1 }, rows, Right::Columns(weight), (n, k), Begin::Zero, None, x);
     }
     // Blocks are widened by whole rows.
-    let path = path();
+    let isa = isa();
     // Weights of a step, widened, stay in the second-level cache.
     let step = ((512 << 10) / 4 / k.max(1)).clamp(8, 256);
     // Each task owns some rows of `x` and walks the weight: no two tasks add to one element.
@@ -349,7 +356,7 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
             // Rows end in a whole panel, whatever `k` is.
             let width = k.next_multiple_of(PANEL);
             wide.resize((to - from) * width, 0f32);
-            rows::widen_to(path, w, (to - from, k), &mut wide, width);
+            rows::widen_to(isa, w, (to - from, k), &mut wide, width);
             for column in (0..k).step_by(PANEL) {
                 let product = Product {
                     a: &y[from..],
@@ -364,7 +371,7 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
                     start: if from == 0 { Start::Zero } else { Start::Output },
                 };
                 // SAFETY: this task alone has its part of `x`.
-                unsafe { product.run(path) };
+                unsafe { product.run(isa) };
             }
         }
     });

@@ -2,9 +2,9 @@
 
 use std::sync::OnceLock;
 
-use crate::cpu::path::{InstructionSet, Path};
+use crate::cpu::isa::{InstructionSet, Isa};
 
-impl Path {
+impl Isa {
     /// Returns the path of an instruction set, if this processor has it.
     pub fn new(set: InstructionSet) -> Option<Self> {
         // SAFETY: just found.
@@ -13,7 +13,7 @@ impl Path {
 
     /// Returns the best path of this processor.
     pub fn best() -> Self {
-        static BEST: OnceLock<Path> = OnceLock::new();
+        static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().last().expect("every processor has scalar instructions"))
     }
 
@@ -39,7 +39,7 @@ fn is_there(set: InstructionSet) -> bool {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vnni")
         }
-        InstructionSet::Amx => is_there(InstructionSet::Avx512) && crate::cpu::brain::has_tiles(),
+        InstructionSet::Amx => is_there(InstructionSet::Avx512) && crate::cpu::bf16::has_tiles(),
     }
 }
 
@@ -58,26 +58,26 @@ fn is_there(set: InstructionSet) -> bool {
 }
 
 /// The path that kernels take: the best, or the one that the environment variable `PRICKET_CPU` names.
-pub(crate) fn path() -> Path {
-    chosen().unwrap_or_else(|_| Path::best())
+pub(crate) fn isa() -> Isa {
+    chosen().unwrap_or_else(|_| Isa::best())
 }
 
 /// As the kernels choose: the best path, or the one that the environment variable `PRICKET_CPU` names.
 ///
 /// # Errors
 /// A sentence, if the variable names no instruction set, or one that this processor does not have.
-pub fn chosen() -> Result<Path, String> {
-    static CHOSEN: OnceLock<Result<Path, String>> = OnceLock::new();
+pub fn chosen() -> Result<Isa, String> {
+    static CHOSEN: OnceLock<Result<Isa, String>> = OnceLock::new();
     let choose = || {
-        let Ok(name) = std::env::var("PRICKET_CPU") else { return Ok(Path::best()) };
+        let Ok(name) = std::env::var("PRICKET_CPU") else { return Ok(Isa::best()) };
         let names = |names: Vec<&str>| names.join(", ");
         match InstructionSet::ALL.into_iter().find(|set| set.name() == name) {
             None => {
                 let known = names(InstructionSet::ALL.into_iter().map(InstructionSet::name).collect());
                 Err(format!("PRICKET_CPU is {name:?}; it can be {known}"))
             }
-            Some(set) => Path::new(set).ok_or_else(|| {
-                let own = names(Path::available().map(Path::name).collect());
+            Some(set) => Isa::new(set).ok_or_else(|| {
+                let own = names(Isa::available().map(Isa::name).collect());
                 format!("PRICKET_CPU is {name}, this processor has {own}")
             }),
         }

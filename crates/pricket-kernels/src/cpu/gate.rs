@@ -5,9 +5,9 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
+use crate::cpu::isa::by_isa;
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::by_path;
 use crate::cpu::pool::{parallel, parallel_chunks, zeros};
 use crate::cpu::shared::{Shared, f32_slice};
 
@@ -109,11 +109,11 @@ unsafe fn backward<L: Floats>(
     }
 }
 
-by_path! {
+by_isa! {
     fn dispatch(kind: Gate, g: &[f32], x: &[f32], out: &mut [f32]) = forward
 }
 
-by_path! {
+by_isa! {
     fn dispatch_back(kind: Gate, g: &[f32], x: &[f32], grad: &[f32], out: (&mut [f32], &mut [f32])) = backward
 }
 
@@ -130,7 +130,7 @@ impl CustomOp2 for GatedOp {
         let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK, |i, out| {
             let at = i * TASK..i * TASK + out.len();
-            dispatch(path(), self.gate, &g[at.clone()], &x[at], out);
+            dispatch(isa(), self.gate, &g[at.clone()], &x[at], out);
         });
         Ok((CpuStorage::F32(out), x_at.dims().into()))
     }
@@ -176,7 +176,7 @@ impl CustomOp3 for GatedBackwardOp {
             // SAFETY: each task has a part of its own of both halves.
             unsafe {
                 let out = (shared.slice(at, len), shared.slice(n + at, len));
-                dispatch_back(path(), self.gate, &g[part.clone()], &x[part.clone()], &grad[part], out);
+                dispatch_back(isa(), self.gate, &g[part.clone()], &x[part.clone()], &grad[part], out);
             }
         });
         let shape: Vec<usize> = [2].iter().chain(x_at.dims()).copied().collect();
@@ -242,17 +242,17 @@ impl CustomOp3 for MixOp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::path::Path;
+    use crate::cpu::isa::Isa;
 
     #[test]
     fn gates_and_their_slopes_are_close_to_f64_on_every_path() {
         let x: Vec<f32> = (-4000i32..=4000).map(|i| i as f32 * 0.025).chain([f32::NAN]).collect();
         let (ones, n) = (vec![1f32; x.len()], x.len() - 1);
-        for (kind, path) in Path::available().flat_map(|path| [(Gate::Silu, path), (Gate::Sigmoid, path)]) {
+        for (kind, isa) in Isa::available().flat_map(|isa| [(Gate::Silu, isa), (Gate::Sigmoid, isa)]) {
             let mut y = vec![0f32; x.len()];
             let (mut slope, mut value) = (y.clone(), y.clone());
-            dispatch(path, kind, &x, &ones, &mut y);
-            dispatch_back(path, kind, &x, &ones, &ones, (&mut slope, &mut value));
+            dispatch(isa, kind, &x, &ones, &mut y);
+            dispatch_back(isa, kind, &x, &ones, &ones, (&mut slope, &mut value));
             for i in 0..n {
                 let x = f64::from(x[i]);
                 let s = 1.0 / (1.0 + (-x).exp());
@@ -261,9 +261,9 @@ mod tests {
                     Gate::Sigmoid => (s, s * (1.0 / (1.0 + x.exp()))),
                 };
                 let near = |found: f32, exact: f64| (f64::from(found) - exact).abs() < 1e-6 * exact.abs().max(0.1);
-                assert!(near(y[i], f) && near(value[i], f) && near(slope[i], d), "{kind:?} {path:?} at {x}");
+                assert!(near(y[i], f) && near(value[i], f) && near(slope[i], d), "{kind:?} {isa:?} at {x}");
             }
-            assert!(y[n].is_nan() && slope[n].is_nan(), "{kind:?} {path:?}");
+            assert!(y[n].is_nan() && slope[n].is_nan(), "{kind:?} {isa:?}");
         }
     }
 }

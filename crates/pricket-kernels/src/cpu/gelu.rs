@@ -4,9 +4,9 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
+use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::{Path, by_path};
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 
@@ -112,8 +112,8 @@ unsafe fn slope<L: Floats>(form: Gelu, x: L::Float) -> L::Float {
             Gelu::Erf => {
                 // Where the exponential is next to nothing its argument is held.
                 let square = L::min(L::mul(x, x), L::splat(160.0));
-                let bell = L::mul(L::splat(0.797_884_56), L::exp(L::mul(square, L::splat(-0.5))));
-                (x, erf::<L>(L::mul(x, L::splat(std::f32::consts::FRAC_1_SQRT_2))), bell)
+                let condvar = L::mul(L::splat(0.797_884_56), L::exp(L::mul(square, L::splat(-0.5))));
+                (x, erf::<L>(L::mul(x, L::splat(std::f32::consts::FRAC_1_SQRT_2))), condvar)
             }
             Gelu::Tanh => {
                 // Beyond, the slope is 0 or 1, and the square of nothing must not be multiplied up.
@@ -150,7 +150,7 @@ unsafe fn back_in_place<L: Floats>(form: Gelu, x: &[f32], grad: &mut [f32]) {
     }
 }
 
-by_path! {
+by_isa! {
     fn dispatch_back(form: Gelu, x: &[f32], grad: &mut [f32]) = back_in_place
 }
 
@@ -172,14 +172,14 @@ unsafe fn in_place<L: Floats>(op: GeluOp, x: &mut [f32]) {
     }
 }
 
-by_path! {
+by_isa! {
     fn dispatch(op: GeluOp, x: &mut [f32]) = in_place
 }
 
 impl GeluOp {
     /// The function of every element, in its place.
-    pub(crate) fn apply(self, path: Path, x: &mut [f32]) {
-        dispatch(path, self, x);
+    pub(crate) fn apply(self, isa: Isa, x: &mut [f32]) {
+        dispatch(isa, self, x);
     }
 
     /// The function of every element, over the installed threads.
@@ -187,7 +187,7 @@ impl GeluOp {
         let mut y = zeros(x.len());
         parallel_chunks(&mut y, TASK, |i, y| {
             y.copy_from_slice(&x[i * TASK..][..y.len()]);
-            self.apply(path(), y);
+            self.apply(isa(), y);
         });
         y
     }
@@ -196,7 +196,7 @@ impl GeluOp {
     pub(crate) fn back(self, x: &[f32], grad: &mut [f32]) {
         assert_eq!(x.len(), grad.len(), "a gradient of another size");
         parallel_chunks(grad, TASK, |i, grad| {
-            dispatch_back(path(), self.form, &x[i * TASK..][..grad.len()], grad);
+            dispatch_back(isa(), self.form, &x[i * TASK..][..grad.len()], grad);
         });
     }
 }
@@ -248,7 +248,7 @@ mod tests {
     use candle_core::{DType, Device, Tensor};
 
     use super::*;
-    use crate::cpu::path::InstructionSet;
+    use crate::cpu::isa::InstructionSet;
 
     #[test]
     fn both_forms_are_close_to_f64_on_every_path() {
@@ -256,14 +256,14 @@ mod tests {
         let exact = Tensor::new(x.as_slice(), &Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
         for (form, exact) in [(Gelu::Erf, exact.gelu_erf()), (Gelu::Tanh, exact.gelu())] {
             let exact = exact.unwrap().to_vec1::<f64>().unwrap();
-            for path in Path::available() {
+            for isa in Isa::available() {
                 let mut y = x.clone();
-                GeluOp { form, as_ggml: false }.apply(path, &mut y);
+                GeluOp { form, as_ggml: false }.apply(isa, &mut y);
                 let worst = y.iter().zip(&exact).map(|(&y, e)| (f64::from(y) - e).abs()).fold(0.0, f64::max);
-                let bound = if path == InstructionSet::Scalar { 1.2e-6 } else { 1e-6 };
-                assert!(worst < bound, "{form:?} {path:?}: {worst}");
-                GeluOp { form, as_ggml: true }.apply(path, &mut y);
-                assert!(y.iter().all(|&y| half::f16::from_f32(y).to_f32() == y), "{form:?} {path:?}");
+                let bound = if isa == InstructionSet::Scalar { 1.2e-6 } else { 1e-6 };
+                assert!(worst < bound, "{form:?} {isa:?}: {worst}");
+                GeluOp { form, as_ggml: true }.apply(isa, &mut y);
+                assert!(y.iter().all(|&y| half::f16::from_f32(y).to_f32() == y), "{form:?} {isa:?}");
             }
         }
     }
@@ -277,21 +277,21 @@ mod tests {
             let of =
                 |x: Tensor| if form == Gelu::Erf { x.gelu_erf() } else { x.gelu() }.unwrap().to_vec1::<f64>().unwrap();
             let exact: Vec<f64> = of(at(1e-5)).iter().zip(of(at(-1e-5))).map(|(a, b)| (a - b) / 2e-5).collect();
-            for path in Path::available() {
+            for isa in Isa::available() {
                 let mut grad = vec![2f32; x.len()];
-                dispatch_back(path, form, &narrow, &mut grad);
+                dispatch_back(isa, form, &narrow, &mut grad);
                 let worst = grad.iter().zip(&exact).map(|(&y, e)| (f64::from(y) / 2.0 - e).abs()).fold(0.0, f64::max);
-                assert!(worst < 2e-6, "{form:?} {path:?}: {worst}");
+                assert!(worst < 2e-6, "{form:?} {isa:?}: {worst}");
             }
         }
     }
 
     #[test]
     fn what_is_not_a_number_stays_so() {
-        for (form, path) in Path::available().flat_map(|path| [(Gelu::Erf, path), (Gelu::Tanh, path)]) {
+        for (form, isa) in Isa::available().flat_map(|isa| [(Gelu::Erf, isa), (Gelu::Tanh, isa)]) {
             let mut y = [f32::NAN, f32::INFINITY, 0.0];
-            GeluOp { form, as_ggml: false }.apply(path, &mut y);
-            assert!(y[0].is_nan() && y[1] == f32::INFINITY && y[2] == 0.0, "{path:?} {y:?}");
+            GeluOp { form, as_ggml: false }.apply(isa, &mut y);
+            assert!(y[0].is_nan() && y[1] == f32::INFINITY && y[2] == 0.0, "{isa:?} {y:?}");
         }
     }
 }

@@ -40,7 +40,7 @@ pub(crate) trait Floats: Copy {
     unsafe fn scale(x: Self::Float, n: Self::Float) -> Self::Float;
     unsafe fn floats(p: *const f32) -> Self::Float;
     unsafe fn halves(p: *const f16) -> Self::Float;
-    unsafe fn brains(p: *const bf16) -> Self::Float;
+    unsafe fn bf16s(p: *const bf16) -> Self::Float;
     /// One half in every lane.
     unsafe fn half(p: *const f16) -> Self::Float;
     /// Signed bytes.
@@ -85,7 +85,7 @@ pub(crate) trait Lanes: Floats {
     type Int: Copy;
 
     unsafe fn bytes(p: *const u8) -> Self::Bytes;
-    /// `(x >> SHIFT) & mask`, byte by byte; the mask leaves no bit of the neighbour.
+    /// `(x >> SHIFT) & mask`, byte by byte; the mask leaves no bit of the neighbor.
     unsafe fn bits<const SHIFT: u32>(x: Self::Bytes, mask: u8) -> Self::Bytes;
     /// `a | b << SHIFT`; no bit of `b` leaves its byte.
     unsafe fn with_high<const SHIFT: u32>(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
@@ -163,7 +163,7 @@ impl Floats for Scalar {
         unsafe { p.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
-    unsafe fn brains(p: *const bf16) -> [f32; LANES] {
+    unsafe fn bf16s(p: *const bf16) -> [f32; LANES] {
         // SAFETY: sixteen elements can be read, at any alignment.
         unsafe { p.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
     }

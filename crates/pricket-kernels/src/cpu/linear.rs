@@ -5,23 +5,23 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::cpu::dense::{Gemm, blocked, linear_transposed};
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
 use crate::cpu::gelu::GeluOp;
-use crate::cpu::integer;
-use crate::cpu::integers::Integers;
 use crate::cpu::operands::{Begin, Left, Right, Stored};
 use crate::cpu::pool::zeros;
+use crate::cpu::quantized_activations::QuantizedActivations;
+use crate::cpu::quantized_gemm;
 use crate::cpu::shared::f32_slice;
 use crate::matrix::Matrix;
 
 /// How precise activations are when they meet a frozen weight, on the CPU. Sums are in f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Activations {
+pub enum ActivationPrecision {
     /// As they are: the logits are those of f32 weights.
     #[default]
     F32,
     /// Both factors rounded to bfloat16, as torch computes in it, where the processor has such products: for many rows at once
-    /// (AVX-512 BF16 for float weights, AMX for quantised ones too), and for a few beside weights of bfloat16; as `F32` elsewhere.
+    /// (AVX-512 BF16 for float weights, AMX for quantized ones too), and for a few beside weights of bfloat16; as `F32` elsewhere.
     BF16,
     /// As ggml rounds them: integers of 8 bits with a scale for every 32 (256 beside types of 256) for packed weights; to
     /// the type of the weight for f16 and bf16.
@@ -39,7 +39,7 @@ pub struct LinearOp {
     /// The bias, `[out_features]`, f32.
     pub bias: Option<Tensor>,
     /// How precise they are when they meet the weight.
-    pub activations: Activations,
+    pub activations: ActivationPrecision,
     /// Multiply with the weight instead of its transpose: the backward pass.
     pub transposed: bool,
     /// What becomes of the result; there is no backward pass through it.
@@ -89,8 +89,9 @@ impl CustomOp1 for LinearOp {
         }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = outer;
-        let rounded =
-            (self.activations == Activations::Q8 && !self.transposed).then(|| rounded(x, &self.weight)).flatten();
+        let rounded = (self.activations == ActivationPrecision::Q8 && !self.transposed)
+            .then(|| rounded(x, &self.weight))
+            .flatten();
         let x = rounded.as_deref().unwrap_or(x);
         let mut y = zeros(x.len() / inner.max(1) * outer);
         self.with_weight(|w| -> Result<()> {
@@ -107,7 +108,7 @@ impl CustomOp1 for LinearOp {
                 }
             };
             #[cfg(target_arch = "x86_64")]
-            if self.activations == Activations::BF16 {
+            if self.activations == ActivationPrecision::BF16 {
                 let product = Gemm::new(x, w, bias, (k, n), &mut y).then(self.then);
                 if product.run_bf16().is_none() {
                     return Ok(());
@@ -115,8 +116,15 @@ impl CustomOp1 for LinearOp {
             }
             match w {
                 Stored::Packed(w) => {
-                    let x = Integers::new(x, k, w.kind(), w.form(), self.activations == Activations::Q8, path());
-                    integer::multiply(&x, w, bias, self.then, &mut y, path());
+                    let x = QuantizedActivations::new(
+                        x,
+                        k,
+                        w.kind(),
+                        w.form(),
+                        self.activations == ActivationPrecision::Q8,
+                        isa(),
+                    );
+                    quantized_gemm::multiply(&x, w, bias, self.then, &mut y, isa());
                 }
                 w => Gemm::new(x, w, bias, (k, n), &mut y).then(self.then).run(),
             }
@@ -132,7 +140,7 @@ impl CustomOp1 for LinearOp {
         let op = LinearOp {
             weight: self.weight.clone(),
             bias: None,
-            activations: Activations::F32,
+            activations: ActivationPrecision::F32,
             transposed: !self.transposed,
             then: None,
         };
@@ -177,7 +185,7 @@ impl CustomOp2 for TrainedLinearOp {
         let op = LinearOp {
             weight: Matrix::Dense(weight),
             bias: None,
-            activations: Activations::F32,
+            activations: ActivationPrecision::F32,
             transposed: true,
             then: None,
         };
@@ -253,7 +261,7 @@ mod tests {
             let w = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
             let b = bias.then(|| Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap());
             let x = Var::from_tensor(&x).unwrap();
-            let y = x.apply_op1(LinearOp { weight: Matrix::Dense(w.clone()), bias: b.clone(), activations: Activations::F32, transposed: false, then: None }).unwrap();
+            let y = x.apply_op1(LinearOp { weight: Matrix::Dense(w.clone()), bias: b.clone(), activations: ActivationPrecision::F32, transposed: false, then: None }).unwrap();
             let reference = twin(&x, &w, b.as_ref());
             proptest::prop_assert!(worst(&y, &reference) < 2e-4);
 
@@ -269,7 +277,9 @@ mod tests {
     #[test]
     fn a_bias_of_another_length_is_refused() {
         let weight = Tensor::zeros((40, 32), DType::F32, &Device::Cpu).unwrap();
-        for (rows, activations) in [1, 4, 64].into_iter().zip([Activations::F32, Activations::BF16, Activations::Q8]) {
+        for (rows, activations) in
+            [1, 4, 64].into_iter().zip([ActivationPrecision::F32, ActivationPrecision::BF16, ActivationPrecision::Q8])
+        {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let bias = Tensor::zeros(39, DType::F32, &Device::Cpu).unwrap();
                 let weight = Matrix::Dense(weight.to_dtype(dtype).unwrap());
@@ -282,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn quantised_weights_are_multiplied_as_their_values() {
+    fn quantized_weights_are_multiplied_as_their_values() {
         use candle_core::quantized::{GgmlDType, QTensor};
 
         use crate::{BlockType, Blocks};
@@ -298,7 +308,7 @@ mod tests {
                     .apply_op1(LinearOp {
                         weight: blocks.clone(),
                         bias: None,
-                        activations: Activations::F32,
+                        activations: ActivationPrecision::F32,
                         transposed: false,
                         then: None,
                     })
@@ -319,7 +329,7 @@ mod tests {
             .apply_op1(LinearOp {
                 weight: Matrix::Dense(w.as_tensor().clone()),
                 bias: None,
-                activations: Activations::F32,
+                activations: ActivationPrecision::F32,
                 transposed: false,
                 then: None,
             })

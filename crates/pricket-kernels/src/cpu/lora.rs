@@ -169,7 +169,7 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
-    use crate::{Activations, Gelu, Matrix};
+    use crate::{ActivationPrecision, Gelu, Matrix};
 
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig::with_cases(32))]
@@ -180,7 +180,7 @@ mod tests {
             let bias = bias.then(|| random((1, n)).squeeze(0).unwrap());
             let [x, a, b] = [(rows, k), (rank, k), (n, rank)].map(|shape| Var::from_tensor(&random(shape)).unwrap());
             let base = LinearOp {
-                weight: Matrix::Dense(w.clone()), bias: bias.clone(), activations: Activations::F32, transposed: false, then: None,
+                weight: Matrix::Dense(w.clone()), bias: bias.clone(), activations: ActivationPrecision::F32, transposed: false, then: None,
             };
             let of = gelu.then_some(GeluOp { form: Gelu::Tanh, as_ggml: false });
             let op = |has_value| LoraOp { base: base.clone(), of, scale: 0.5, has_value };
@@ -213,7 +213,7 @@ mod tests {
         let base = LinearOp {
             weight: Matrix::Dense(zeros((3, 4))),
             bias: None,
-            activations: Activations::F32,
+            activations: ActivationPrecision::F32,
             transposed: false,
             then: None,
         };

@@ -3,15 +3,15 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::path::InstructionSet;
+use crate::cpu::isa::InstructionSet;
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 
 /// Layer norm over the last dimension of `x`, with weight and bias: f32, its statistics in f64.
 ///
-/// The variance is taken of centred values in a second pass: the mean of squares less the square of the mean loses all
+/// The variance is taken of centered values in a second pass: the mean of squares less the square of the mean loses all
 /// digits where the mean is large, and a residual stream has such rows.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNormOp {
@@ -38,8 +38,8 @@ fn row(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
     lanes = [0f64; 16];
     for part in parts {
         for i in 0..16 {
-            let centred = f64::from(part[i]) - mean;
-            lanes[i] += centred * centred;
+            let centered = f64::from(part[i]) - mean;
+            lanes[i] += centered * centered;
         }
     }
     let mut sum: f64 = lanes.iter().sum();
@@ -80,11 +80,11 @@ fn dispatch_rms(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         fn avx2(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
             rms_row(x, weight, eps, out);
         }
-        if path() >= InstructionSet::Avx512 {
+        if isa() >= InstructionSet::Avx512 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx512(x, weight, eps, out) };
         }
-        if path() >= InstructionSet::Avx2 {
+        if isa() >= InstructionSet::Avx2 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx2(x, weight, eps, out) };
         }
@@ -103,11 +103,11 @@ fn dispatch(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) 
         fn avx2(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
             row(x, weight, bias, eps, out);
         }
-        if path() >= InstructionSet::Avx512 {
+        if isa() >= InstructionSet::Avx512 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx512(x, weight, bias, eps, out) };
         }
-        if path() >= InstructionSet::Avx2 {
+        if isa() >= InstructionSet::Avx2 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx2(x, weight, bias, eps, out) };
         }

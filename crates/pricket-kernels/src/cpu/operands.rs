@@ -2,12 +2,12 @@
 
 use half::{bf16, f16};
 
-use crate::blocks::{Blocks, dequantise};
-use crate::cpu::detect::path;
+use crate::blocks::{Blocks, dequantize};
+use crate::cpu::detect::isa;
 use crate::cpu::gelu::GeluOp;
+use crate::cpu::isa::Isa;
 use crate::cpu::lanes::LANES;
 use crate::cpu::packed::Packed;
-use crate::cpu::path::Path;
 use crate::cpu::pool::{parallel_chunks, scratch};
 use crate::cpu::product::{PANEL, Start};
 #[cfg(target_arch = "x86_64")]
@@ -28,9 +28,9 @@ pub enum Stored<'a> {
     F16(&'a [f16]),
     /// bfloat16.
     BF16(&'a [bf16]),
-    /// Quantised.
+    /// Quantized.
     Blocks(&'a Blocks),
-    /// Quantised, in the kernels' own order.
+    /// Quantized, in the kernels' own order.
     Packed(&'a Packed),
 }
 
@@ -58,7 +58,7 @@ impl<'s> Stored<'s> {
             Stored::Blocks(w) => {
                 buffer.resize((to - from) * k, 0.0);
                 let (kind, bytes) = (w.kind(), w.bytes());
-                dequantise(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
+                dequantize(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
                 Rows::new(buffer, k)
             }
             Stored::Packed(w) => {
@@ -83,9 +83,9 @@ pub(crate) enum Begin<'a> {
 
 impl<'a> Begin<'a> {
     /// The start of the sums of a depth, for a panel that begins at `column`.
-    pub(crate) fn at(self, deep: usize, column: usize) -> Start<'a> {
+    pub(crate) fn at(self, k_block: usize, column: usize) -> Start<'a> {
         match self {
-            _ if deep > 0 => Start::Output,
+            _ if k_block > 0 => Start::Output,
             Begin::Zero => Start::Zero,
             Begin::Bias(bias) => Start::Row(&bias[column..]),
             Begin::Output => Start::Output,
@@ -134,7 +134,7 @@ impl Left<'_> {
             let lines = PANEL.min(depth - j);
             let line = &self.at[j * self.column + from * self.row..];
             assert!(self.row == 1, "neighbors are neither rows nor columns");
-            rows::pack(path(), Rows::new(line, self.column), (lines, rows), &mut copy[j..], apart);
+            rows::pack(isa(), Rows::new(line, self.column), (lines, rows), &mut copy[j..], apart);
         }
     }
 }
@@ -170,13 +170,13 @@ impl Right<'_> {
         });
     }
 
-    /// Lays columns `[from, to)` of rows `deep` and on side by side, `depth` of them, in panels of 32 columns with room for
+    /// Lays columns `[from, to)` of rows `k_block` and on side by side, `depth` of them, in panels of 32 columns with room for
     /// `room` rows. `w` is where they lie: of [`Right::Rows`] from the first column on.
     pub(crate) fn pack(
         self,
-        path: Path,
+        isa: Isa,
         w: Rows<'_>,
-        (deep, depth): (usize, usize),
+        (k_block, depth): (usize, usize),
         (from, to): (usize, usize),
         room: usize,
         packed: &mut [f32],
@@ -185,14 +185,14 @@ impl Right<'_> {
         let panels = panels.map(|(i, first)| (i * PANEL * room, first, PANEL.min(to - first)));
         match self {
             Right::Rows(_) => panels.for_each(|(at, first, columns)| {
-                rows::pack(path, w.skip(first - from, deep), (columns, depth), &mut packed[at..], PANEL);
+                rows::pack(isa, w.skip(first - from, k_block), (columns, depth), &mut packed[at..], PANEL);
             }),
             Right::Columns(_) => {
                 for row in (0..depth).step_by(PACKED_ROWS) {
                     let count = PACKED_ROWS.min(depth - row);
                     for (at, first, columns) in panels.clone() {
                         let to = &mut packed[at + row * PANEL..];
-                        rows::widen_to(path, w.skip(deep + row, first), (count, columns), to, PANEL);
+                        rows::widen_to(isa, w.skip(k_block + row, first), (count, columns), to, PANEL);
                     }
                 }
             }
@@ -215,6 +215,6 @@ pub(crate) unsafe fn finish(
     let Some(gelu) = then else { return };
     for row in rows {
         // SAFETY: nobody else touches this part of the row, as the caller promises.
-        gelu.apply(path(), unsafe { out.slice(row * n + from, to - from) });
+        gelu.apply(isa(), unsafe { out.slice(row * n + from, to - from) });
     }
 }

@@ -1,4 +1,4 @@
-//! Quantised rows as the kernels read them: sixteen rows side by side, so that a vector holds the same four columns of
+//! Quantized rows as the kernels read them: sixteen rows side by side, so that a vector holds the same four columns of
 //! each, and no sum is ever taken across lanes.
 //!
 //! A tile of sixteen rows is a run of units (a block of each row): the scales of the sixteen blocks, then for every 32
@@ -68,7 +68,7 @@ impl Scales {
     }
 }
 
-/// A quantised type as it is packed.
+/// A quantized type as it is packed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Form {
     /// Bits of an integer.
@@ -248,7 +248,7 @@ fn weave_block(form: Form, block: &[u8], row: usize, unit: &mut [u8]) {
     }
 }
 
-/// A matrix of quantised rows in tiles of sixteen. Cheap to clone.
+/// A matrix of quantized rows in tiles of sixteen. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Packed {
     kind: BlockType,
@@ -407,7 +407,7 @@ fn pack_step(bits: usize, q: &[[u8; 256]; LANES], from: usize, body: &mut [u8]) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dequantise;
+    use crate::dequantize;
 
     #[test]
     fn packing_changes_no_value() {
@@ -423,7 +423,7 @@ mod tests {
                 bytes.chunks_exact_mut(4).step_by(kind.layout().1 / 4).for_each(|x| x[3] = 0x3f);
             }
             let mut expected = vec![0f32; rows * columns];
-            dequantise(kind, &bytes, &mut expected);
+            dequantize(kind, &bytes, &mut expected);
             match Packed::new(Blocks::new(kind, rows, columns, bytes)) {
                 Ok(packed) => {
                     // A product with a minimum that is not a number is none either way; which one is no matter.

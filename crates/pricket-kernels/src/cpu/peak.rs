@@ -5,9 +5,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
+use crate::cpu::isa::by_isa;
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::by_path;
 use crate::cpu::pool::{parallel, threads};
 
 /// Sums that are independent of each other: as many as it takes to keep every unit busy.
@@ -21,14 +21,14 @@ pub fn multiply_add_rate() -> f64 {
     let seconds = (0..3).map(|_| {
         let start = Instant::now();
         parallel(tasks, |task| {
-            black_box(multiply_adds(path(), ROUNDS, task as f32));
+            black_box(multiply_adds(isa(), ROUNDS, task as f32));
         });
         start.elapsed().as_secs_f64()
     });
     (2 * tasks * ROUNDS * SUMS * LANES) as f64 / seconds.fold(f64::INFINITY, f64::min)
 }
 
-by_path! {
+by_isa! {
     /// The sums of `rounds` multiply-adds each.
     fn multiply_adds(rounds: usize, start: f32) -> [f32; LANES] = multiply_adds_body
 }
@@ -56,14 +56,14 @@ unsafe fn multiply_adds_body<L: Floats>(rounds: usize, start: f32) -> [f32; LANE
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::path::Path;
+    use crate::cpu::isa::Isa;
 
     #[test]
     fn every_path_does_the_same_arithmetic() {
-        for path in Path::available() {
-            let sums = multiply_adds(path, 3, 1.0);
+        for isa in Isa::available() {
+            let sums = multiply_adds(isa, 3, 1.0);
             let exact = (0..3).fold(1f64, |sum, _| sum * 0.999 + 0.999) * SUMS as f64;
-            assert!(sums.iter().all(|&sum| (f64::from(sum) - exact).abs() < 1e-4), "{path:?}: {sums:?} {exact}");
+            assert!(sums.iter().all(|&sum| (f64::from(sum) - exact).abs() < 1e-4), "{isa:?}: {sums:?} {exact}");
         }
     }
 }

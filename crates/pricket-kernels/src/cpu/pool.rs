@@ -58,8 +58,8 @@ struct Shared {
     job: UnsafeCell<Option<Job>>,
     panicked: Mutex<Option<Box<dyn std::any::Any + Send>>>,
     sleepers: AtomicUsize,
-    bed: Mutex<()>,
-    bell: Condvar,
+    mutex: Mutex<()>,
+    condvar: Condvar,
     closed: AtomicBool,
 }
 
@@ -106,8 +106,8 @@ impl Pool {
             job: UnsafeCell::new(None),
             panicked: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
-            bed: Mutex::new(()),
-            bell: Condvar::new(),
+            mutex: Mutex::new(()),
+            condvar: Condvar::new(),
             closed: AtomicBool::new(false),
         });
         let mut workers = Workers { shared: Arc::clone(&shared), handles: Vec::new() };
@@ -156,8 +156,8 @@ impl std::fmt::Debug for Pool {
 
 impl Shared {
     fn ring(&self) {
-        let _bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
-        self.bell.notify_all();
+        let _guard = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
+        self.condvar.notify_all();
     }
 
     fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
@@ -233,10 +233,10 @@ impl Shared {
                 }
                 std::hint::spin_loop();
             }
-            let bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+            let guard = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
             self.sleepers.fetch_add(1, Ordering::SeqCst);
             let asleep = |(): &mut ()| open().is_none() && !self.closed.load(Ordering::SeqCst);
-            drop(self.bell.wait_while(bed, asleep).unwrap_or_else(PoisonError::into_inner));
+            drop(self.condvar.wait_while(guard, asleep).unwrap_or_else(PoisonError::into_inner));
             self.sleepers.fetch_sub(1, Ordering::SeqCst);
             if self.closed.load(Ordering::SeqCst) {
                 return None;

@@ -2,8 +2,8 @@
 
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
+use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::{Path, by_path};
 use crate::cpu::shared::{Shared, holds};
 
 /// Columns of a panel: two vectors.
@@ -76,16 +76,16 @@ impl Product<'_> {
     ///
     /// # Safety
     /// While it runs no other thread touches the columns wanted of these rows of `c`.
-    pub(crate) unsafe fn run(&self, path: Path) {
+    pub(crate) unsafe fn run(&self, isa: Isa) {
         let (a, b) =
             (holds(self.a.len(), self.rows, self.a_stride, self.k), holds(self.b.len(), self.k, self.b_stride, PANEL));
         assert!(a && b && self.has_room(), "a product beyond its operands");
         // SAFETY: the operands were just measured, and the output is this thread's, as the caller promises.
-        unsafe { run(path, self) }
+        unsafe { run(isa, self) }
     }
 }
 
-by_path! {
+by_isa! {
     /// # Safety
     /// The operands hold what [`Product::run`] asks of them, and no other thread touches the output.
     unsafe fn run(p: &Product) = blocks
@@ -204,19 +204,19 @@ mod tests {
         fn every_path_and_kind_is_the_sum_in_f64(rows in 1usize..30, n in 1usize..40, k in 1usize..150) {
             let (x, w, bias) = (random(rows * k), random(n * k), random(n));
             let half: Vec<f16> = w.iter().map(|&x| f16::from_f32(x)).collect();
-            let brain: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
+            let in_bf16: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
             let mut blocks = vec![0; n * q8_row(k)];
             for (to, from) in blocks.chunks_exact_mut(q8_row(k)).zip(w.chunks_exact(k)) {
                 to_q8(to, from);
             }
             let mut rounded = vec![0f32; n * k];
             q8_values(&blocks, k, &mut rounded);
-            for path in Path::available() {
+            for isa in Isa::available() {
                 for kind in [Kind::F32, Kind::F16, Kind::BF16, Kind::Q8] {
                     let (w, wide): (Rows<'_>, Vec<f32>) = match kind {
                         Kind::F32 => (Rows::new(&w, k), w.clone()),
                         Kind::F16 => (Rows::new(&half, k), half.iter().map(|x| x.to_f32()).collect()),
-                        Kind::BF16 => (Rows::new(&brain, k), brain.iter().map(|x| x.to_f32()).collect()),
+                        Kind::BF16 => (Rows::new(&in_bf16, k), in_bf16.iter().map(|x| x.to_f32()).collect()),
                         Kind::Q8 => (Rows::new(&blocks, q8_row(k)), rounded.clone()),
                     };
                     let exact = |i: usize, j: usize| {
@@ -226,20 +226,20 @@ mod tests {
                     let check = |y: &[f32], what: &str| {
                         for (i, y) in y.iter().enumerate() {
                             let exact = exact(i / n, i % n);
-                            assert!((exact - f64::from(*y)).abs() < 5e-5, "{what} {path:?} {kind:?}: {exact} {y}");
+                            assert!((exact - f64::from(*y)).abs() < 5e-5, "{what} {isa:?} {kind:?}: {exact} {y}");
                         }
                     };
                     let mut y = vec![f32::NAN; rows * n];
                     // SAFETY: nobody else has `y`.
                     unsafe {
-                        inner_products(path, w, (n, k), (&x, k, rows), Start::Row(&bias), (Shared::new(&mut y), n));
+                        inner_products(isa, w, (n, k), (&x, k, rows), Start::Row(&bias), (Shared::new(&mut y), n));
                     }
                     check(&y, "inner products");
                     y.fill(f32::NAN);
                     let mut panel = vec![f32::NAN; k * PANEL];
                     for from in (0..n).step_by(PANEL) {
                         let columns = PANEL.min(n - from);
-                        pack(path, w.skip(from, 0), (columns, k), &mut panel, PANEL);
+                        pack(isa, w.skip(from, 0), (columns, k), &mut panel, PANEL);
                         let product = Product {
                             a: &x,
                             a_stride: k,
@@ -261,8 +261,8 @@ mod tests {
                         };
                         // SAFETY: nobody else has `y`. Half of the sums, then the rest on top.
                         unsafe {
-                            product.run(path);
-                            rest.run(path);
+                            product.run(isa);
+                            rest.run(isa);
                         }
                     }
                     check(&y, "product");

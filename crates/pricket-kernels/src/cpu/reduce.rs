@@ -4,9 +4,9 @@ use std::mem::MaybeUninit;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
+use crate::cpu::isa::by_isa;
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::by_path;
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 
@@ -23,13 +23,13 @@ pub struct RowSummary {
     pub finite: bool,
 }
 
-/// Summarises a row in two passes. Of a row with no element, or with one that is no number, neither maximum nor sum is one.
+/// Summarizes a row in two passes. Of a row with no element, or with one that is no number, neither maximum nor sum is one.
 pub fn row_summary(row: &[f32]) -> RowSummary {
-    let (max, finite) = largest(path(), row);
+    let (max, finite) = largest(isa(), row);
     if row.is_empty() || max.is_nan() {
         return RowSummary { max: f32::NAN, argmax: 0, log_sum: f64::NAN, finite: false };
     }
-    let sum = sum_of_exponentials(path(), row, max);
+    let sum = sum_of_exponentials(isa(), row, max);
     RowSummary { max, argmax: row.iter().position(|&x| x == max).unwrap_or(0), log_sum: sum.ln(), finite }
 }
 
@@ -42,11 +42,11 @@ pub fn row_summaries(rows: &[&[f32]]) -> Vec<RowSummary> {
 
 /// The first of the largest elements of a row; 0 for a row of none.
 pub fn argmax(row: &[f32]) -> usize {
-    let (max, _) = largest(path(), row);
+    let (max, _) = largest(isa(), row);
     row.iter().position(|&x| x == max).unwrap_or(0)
 }
 
-by_path! {
+by_isa! {
     /// The largest, not a number if one is not; and whether all are finite.
     fn largest(row: &[f32]) -> (f32, bool) = largest_body
 }
@@ -73,7 +73,7 @@ unsafe fn largest_body<L: Floats>(row: &[f32]) -> (f32, bool) {
     (if broken { f32::NAN } else { max }, !zero.is_nan())
 }
 
-by_path! {
+by_isa! {
     /// `Σ exp(x - max)`, in f64 from one part of the row to the next.
     fn sum_of_exponentials(row: &[f32], max: f32) -> f64 = sum_of_exponentials_body
 }
@@ -99,7 +99,7 @@ unsafe fn sum_of_exponentials_body<L: Floats>(row: &[f32], max: f32) -> f64 {
     total
 }
 
-by_path! {
+by_isa! {
     /// Writes `scale exp(x - max)` of each element of a row to `out`, which is as long.
     fn exponentials(row: &[f32], max: f32, scale: f32, out: &mut [MaybeUninit<f32>]) = exponentials_body
 }
@@ -141,7 +141,7 @@ impl CustomOp1 for SoftmaxOp {
         parallel_chunks(&mut out.spare_capacity_mut()[..x.len()], width, |i, out| {
             let row = &x[i * width..][..width];
             let RowSummary { max, log_sum, .. } = row_summary(row);
-            exponentials(path(), row, max, (-log_sum).exp() as f32, out);
+            exponentials(isa(), row, max, (-log_sum).exp() as f32, out);
         });
         // SAFETY: every row was written, or a task has panicked and with it this.
         unsafe { out.set_len(x.len()) };
@@ -227,7 +227,7 @@ impl CustomOp3 for SumOp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::path::Path;
+    use crate::cpu::isa::Isa;
 
     #[test]
     fn summaries_are_those_of_f64_on_every_path() {
@@ -235,11 +235,11 @@ mod tests {
             let row: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1009) as f32 * 0.02 - 9.0).collect();
             let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let exact: f64 = row.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).sum();
-            for path in Path::available() {
-                let (found, finite) = largest(path, &row);
-                assert!(found == max && finite, "{path:?}");
-                let sum = sum_of_exponentials(path, &row, max);
-                assert!((sum / exact - 1.0).abs() < 1e-6, "{path:?} {sum} {exact}");
+            for isa in Isa::available() {
+                let (found, finite) = largest(isa, &row);
+                assert!(found == max && finite, "{isa:?}");
+                let sum = sum_of_exponentials(isa, &row, max);
+                assert!((sum / exact - 1.0).abs() < 1e-6, "{isa:?} {sum} {exact}");
             }
             let summary = row_summary(&row);
             assert_eq!(summary.argmax, row.iter().position(|&x| x == max).unwrap());

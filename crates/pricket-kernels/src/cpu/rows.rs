@@ -7,8 +7,8 @@
 use bytemuck::Pod;
 use half::{bf16, f16};
 
+use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::{Path, by_path};
 use crate::cpu::product::Start;
 use crate::cpu::shared::{Shared, holds};
 
@@ -148,7 +148,7 @@ unsafe fn load<L: Floats, const KIND: u8>(row: *const u8, column: usize) -> L::F
         match KIND {
             0 => L::floats(row.add(4 * column).cast()),
             1 => L::halves(row.add(2 * column).cast()),
-            2 => L::brains(row.add(2 * column).cast()),
+            2 => L::bf16s(row.add(2 * column).cast()),
             _ => {
                 let block = row.add(column / Q8_BLOCK.0 * Q8_BLOCK.1);
                 L::mul(L::half(block.cast()), L::signed(block.add(2 + column % Q8_BLOCK.0)))
@@ -178,13 +178,13 @@ unsafe fn single<const KIND: u8>(row: *const u8, column: usize) -> f32 {
     }
 }
 
-/// Makes a function that runs `$body::<L, ..>` with the best instructions up to `path`, for each kind of number.
+/// Makes a function that runs `$body::<L, ..>` with the best instructions up to `isa`, for each kind of number.
 macro_rules! by_path_and_kind {
     ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
-        unsafe fn $name(path: Path, kind: Kind, $($arg: $type),*) {
-            by_path! {
+        unsafe fn $name(isa: Isa, kind: Kind, $($arg: $type),*) {
+            by_isa! {
                 /// # Safety
                 /// As its caller.
                 #[allow(clippy::too_many_arguments, reason = "as its caller")]
@@ -193,10 +193,10 @@ macro_rules! by_path_and_kind {
             // SAFETY: each kind goes to the function of its number, with what the caller promises.
             unsafe {
                 match kind {
-                    Kind::F32 => of_kind::<0>(path, $($arg),*),
-                    Kind::F16 => of_kind::<1>(path, $($arg),*),
-                    Kind::BF16 => of_kind::<2>(path, $($arg),*),
-                    Kind::Q8 => of_kind::<3>(path, $($arg),*),
+                    Kind::F32 => of_kind::<0>(isa, $($arg),*),
+                    Kind::F16 => of_kind::<1>(isa, $($arg),*),
+                    Kind::BF16 => of_kind::<2>(isa, $($arg),*),
+                    Kind::Q8 => of_kind::<3>(isa, $($arg),*),
                 }
             }
         }
@@ -212,7 +212,7 @@ macro_rules! by_path_and_kind {
 /// # Safety
 /// While it runs no other thread touches these places of `out`.
 pub(crate) unsafe fn inner_products(
-    path: Path,
+    isa: Isa,
     w: Rows<'_>,
     (rows, k): (usize, usize),
     (x, x_stride, count): (&[f32], usize, usize),
@@ -223,7 +223,7 @@ pub(crate) unsafe fn inner_products(
     assert!(w.has(rows, k) && holds(x.len(), count, x_stride, k) && has_room, "inner products beyond their operands");
     let (kind, x, out) = (w.kind, x.as_ptr(), out.as_mut_ptr());
     // SAFETY: all of them were just measured, and the output is this thread's, as the caller promises.
-    unsafe { inner_products_of_kind(path, kind, w, rows, k, x, x_stride, count, start, out, out_stride) };
+    unsafe { inner_products_of_kind(isa, kind, w, rows, k, x, x_stride, count, start, out, out_stride) };
 }
 
 by_path_and_kind! {
@@ -350,11 +350,11 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
 ///
 /// # Panics
 /// If rows or output are too short for the sizes.
-pub(crate) fn pack(path: Path, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
+pub(crate) fn pack(isa: Isa, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
     let has_room = holds(out.len(), k, stride, 2 * LANES);
     assert!(rows <= 2 * LANES && w.has(rows, k) && has_room, "a panel beyond its operands");
     // SAFETY: rows and output were just measured, and the output is borrowed.
-    unsafe { pack_of_kind(path, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
+    unsafe { pack_of_kind(isa, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
 }
 
 by_path_and_kind! {
@@ -397,10 +397,10 @@ unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usiz
 ///
 /// # Panics
 /// If rows or output are too short for the sizes.
-pub(crate) fn widen_to(path: Path, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
+pub(crate) fn widen_to(isa: Isa, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
     assert!(w.has(rows, k) && holds(out.len(), rows, stride, k), "rows beyond their operands");
     // SAFETY: rows and output were just measured, and the output is borrowed.
-    unsafe { widen_of_kind(path, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
+    unsafe { widen_of_kind(isa, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
 }
 
 by_path_and_kind! {
@@ -433,11 +433,11 @@ unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usi
 ///
 /// # Panics
 /// If there are fewer rows than weights, or shorter ones than `out`.
-pub(crate) fn weighted_sum(path: Path, v: Rows<'_>, weights: &[f32], out: &mut [f32]) {
+pub(crate) fn weighted_sum(isa: Isa, v: Rows<'_>, weights: &[f32], out: &mut [f32]) {
     let (rows, k) = (weights.len(), out.len());
     assert!(v.has(rows, k), "a sum of rows that are not there");
     // SAFETY: the rows were just measured, and the output is borrowed.
-    unsafe { weighted_sum_of_kind(path, v.kind, v, rows, k, weights.as_ptr(), out.as_mut_ptr()) };
+    unsafe { weighted_sum_of_kind(isa, v.kind, v, rows, k, weights.as_ptr(), out.as_mut_ptr()) };
 }
 
 by_path_and_kind! {
@@ -527,13 +527,13 @@ mod tests {
         let mut y = vec![0f32; x.len().next_multiple_of(LANES)];
         let mut padded = x.clone();
         padded.resize(y.len(), 0.0);
-        for path in Path::available() {
+        for isa in Isa::available() {
             // SAFETY: whole vectors of both slices.
-            unsafe { exp(path, Kind::F32, padded.as_ptr(), y.as_mut_ptr(), y.len()) };
+            unsafe { exp(isa, Kind::F32, padded.as_ptr(), y.as_mut_ptr(), y.len()) };
             for (x, y) in x.iter().zip(&y) {
                 let exact = f64::from(*x).exp();
                 let error = (f64::from(*y) - exact).abs();
-                assert!(error <= exact * 2.4e-7 || (*x < -87.0 && error < 2e-38), "{path:?} {x}: {y} for {exact}");
+                assert!(error <= exact * 2.4e-7 || (*x < -87.0 && error < 2e-38), "{isa:?} {x}: {y} for {exact}");
             }
         }
     }

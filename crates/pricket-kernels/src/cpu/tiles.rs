@@ -16,12 +16,12 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use crate::cpu::brain::{STEP, Tiles, put};
-use crate::cpu::detect::path;
+use crate::cpu::bf16::{STEP, Tiles, put};
+use crate::cpu::detect::isa;
 use crate::cpu::gelu::GeluOp;
+use crate::cpu::isa::{InstructionSet, Isa};
 use crate::cpu::lanes::LANES;
 use crate::cpu::operands::{Begin, Left, Right, finish};
-use crate::cpu::path::{InstructionSet, Path};
 use crate::cpu::pool::{parallel, scratch, threads};
 use crate::cpu::product::{PANEL, Product};
 use crate::cpu::rows::{Kind, Rows};
@@ -48,8 +48,8 @@ const PANELS: usize = 8;
 
 /// Whether a product of `[rows, k]` with `[k, n]` should be one of tiles: taking numbers apart costs as much as multiplying them
 /// with a few dozen others.
-pub(crate) fn pay(path: Path, rows: usize, (k, n): (usize, usize)) -> bool {
-    path == InstructionSet::Amx && rows >= 48 && n >= 64 && k >= 64
+pub(crate) fn pay(isa: Isa, rows: usize, (k, n): (usize, usize)) -> bool {
+    isa == InstructionSet::Amx && rows >= 48 && n >= 64 && k >= 64
 }
 
 /// Calls `f` with `len` words of this thread that begin where a line of memory does.
@@ -104,15 +104,15 @@ pub(crate) fn blocked(
                 let (part, whole) = (panels * PANEL * CHUNK.min(depth), 2 * terms * TILE * (depth / STEP));
                 let run = |w: Rows<'_>, packed: &mut [f32]| {
                     aligned(panels * whole, |pairs| {
-                        let Some(tiles) = Tiles::new(path()) else { unreachable!("products of tiles without tiles") };
-                        for deep in (0..k).step_by(DEPTH) {
-                            let depth = DEPTH.min(k - deep);
-                            right.split(w, terms, (deep, depth), (from, to), whole, packed, pairs);
+                        let Some(tiles) = Tiles::new(isa()) else { unreachable!("products of tiles without tiles") };
+                        for k_block in (0..k).step_by(DEPTH) {
+                            let depth = DEPTH.min(k - k_block);
+                            right.split(w, terms, (k_block, depth), (from, to), whole, packed, pairs);
                             for block in own.clone() {
                                 let row = block * BLOCK;
                                 for (i, first) in (from..to).step_by(PANEL).enumerate() {
                                     let product = Product {
-                                        a: bytemuck::cast_slice(&split[(block * steps + deep / STEP) * LEFT..]),
+                                        a: bytemuck::cast_slice(&split[(block * steps + k_block / STEP) * LEFT..]),
                                         a_stride: 0,
                                         rows: BLOCK.min(rows - row),
                                         b: bytemuck::cast_slice(&pairs[i * whole..]),
@@ -121,7 +121,7 @@ pub(crate) fn blocked(
                                         c: out.from(row * n + first),
                                         c_stride: n,
                                         columns: PANEL.min(to - first),
-                                        start: begin.at(deep, first),
+                                        start: begin.at(k_block, first),
                                     };
                                     // SAFETY: columns [from, to) of its own rows of `y` belong to this task alone.
                                     unsafe { multiply(&product, terms, &tiles) };
@@ -140,14 +140,14 @@ pub(crate) fn blocked(
 }
 
 impl Right<'_> {
-    /// Lays `depth` rows from `deep` on of columns `[from, to)` out in `pairs`, the panels `whole` words apart; `packed` is for
+    /// Lays `depth` rows from `k_block` on of columns `[from, to)` out in `pairs`, the panels `whole` words apart; `packed` is for
     /// [`CHUNK`] rows of them as they are.
     #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
     fn split(
         self,
         w: Rows<'_>,
         terms: usize,
-        (deep, depth): (usize, usize),
+        (k_block, depth): (usize, usize),
         (from, to): (usize, usize),
         whole: usize,
         packed: &mut [f32],
@@ -156,7 +156,7 @@ impl Right<'_> {
         for at in (0..depth).step_by(CHUNK) {
             let count = CHUNK.min(depth - at);
             let filled = count.next_multiple_of(STEP);
-            self.pack(path(), w, (deep + at, count), (from, to), filled, packed);
+            self.pack(isa(), w, (k_block + at, count), (from, to), filled, packed);
             for i in 0..(to - from).div_ceil(PANEL) {
                 let panel = &mut packed[i * PANEL * filled..][..PANEL * filled];
                 panel[PANEL * count..].fill(0.0);
@@ -354,17 +354,17 @@ mod tests {
         fn the_six_products_are_as_exact_as_f32(
             rows in 1usize..80, k in 1usize..700, n in 1usize..300, kind in 0usize..3, columns: bool, across: bool, add: bool,
         ) {
-            if !Path::available().any(|path| path == InstructionSet::Amx) {
+            if !Isa::available().any(|isa| isa == InstructionSet::Amx) {
                 return Ok(());
             }
             let (x, w, bias) = (random(rows * k), random(n * k), random(n));
             let half: Vec<f16> = w.iter().map(|&x| f16::from_f32(x)).collect();
-            let brain: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
-            let stored = [Stored::F32(&w), Stored::F16(&half), Stored::BF16(&brain)][kind];
+            let in_bf16: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
+            let stored = [Stored::F32(&w), Stored::F16(&half), Stored::BF16(&in_bf16)][kind];
             let wide: Vec<f32> = match kind {
                 0 => w.clone(),
                 1 => half.iter().map(|x| x.to_f32()).collect(),
-                _ => brain.iter().map(|x| x.to_f32()).collect(),
+                _ => in_bf16.iter().map(|x| x.to_f32()).collect(),
             };
             let right = if columns { Right::Columns(stored) } else { Right::Rows(stored) };
             let turned: Vec<f32> = (0..rows * k).map(|i| x[i % rows * k + i / rows]).collect();

@@ -7,14 +7,14 @@
 #![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
 
 use crate::block_type::BlockType;
-use crate::cpu::integer::{groups, scales, scales_of};
+use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{LANES, Lanes};
 use crate::cpu::packed::{Form, Packed, STEP};
-use crate::cpu::path::{Path, by_path};
+use crate::cpu::quantized_gemm::{groups, scales, scales_of};
 
 /// Columns `[from, from + k)` of a tile as numbers, side by side: element `c` of row `j` goes to `out[32 c + j]`. Both are
 /// multiples of the columns of a unit.
-pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32], path: Path) {
+pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32], isa: Isa) {
     assert!(out.len() >= k.saturating_sub(1) * 32 + LANES, "no room for the panel");
     macro_rules! forms {
         ($($kind:ident),*) => {
@@ -22,7 +22,7 @@ pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &
                 $(BlockType::$kind => {
                     const FORM: Form = Form::of(BlockType::$kind).unwrap();
                     // SAFETY: the room was measured above.
-                    unsafe { units::<{ FORM.bits }, { FORM.scales as u8 }>(path, weight, tile, from, k, out) }
+                    unsafe { units::<{ FORM.bits }, { FORM.scales as u8 }>(isa, weight, tile, from, k, out) }
                 })*
                 kind => unreachable!("{kind} is not packed"),
             }
@@ -31,7 +31,7 @@ pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &
     forms!(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_0V1, Q4_1V1, Q8_0V1, Q2K, Q3K, Q4K, Q5K, Q6K);
 }
 
-by_path! {
+by_isa! {
     /// # Safety
     /// `out` has room for `k` columns: 32 numbers for each but the last, and 16 for that.
     unsafe fn units<const BITS: usize, const SCALES: u8>(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) =
@@ -106,17 +106,17 @@ mod tests {
         for kind in BlockType::MADE {
             let (n, columns, from, k) = (21, 768, 256, 512);
             let values: Vec<f32> = (0..n * columns).map(|i| ((i * 7919) % 1999) as f32 / 1000.0 - 1.0).collect();
-            let bytes = crate::quantise(kind, &values, columns).unwrap();
+            let bytes = crate::quantize(kind, &values, columns).unwrap();
             let packed = Packed::new(Blocks::new(kind, n, columns, bytes)).unwrap();
             let mut row = vec![0f32; columns];
-            for (path, tile) in Path::available().flat_map(|path| [(path, 0), (path, 1)]) {
+            for (isa, tile) in Isa::available().flat_map(|isa| [(isa, 0), (isa, 1)]) {
                 let mut out = vec![0f32; 32 * k];
-                unpack(&packed, tile, from, k, &mut out, path);
+                unpack(&packed, tile, from, k, &mut out, isa);
                 for j in (tile * LANES..n).take(LANES) {
                     packed.row(j, &mut row);
                     for c in 0..k {
                         let (found, exact) = (out[32 * c + j % LANES], row[from + c]);
-                        assert!((found - exact).abs() < 1e-5, "{kind} {path:?} row {j} column {c}: {found} {exact}");
+                        assert!((found - exact).abs() < 1e-5, "{kind} {isa:?} row {j} column {c}: {found} {exact}");
                     }
                 }
             }

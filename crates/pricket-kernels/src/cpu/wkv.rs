@@ -5,9 +5,9 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::detect::path;
+use crate::cpu::detect::isa;
+use crate::cpu::isa::by_isa;
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::path::by_path;
 use crate::cpu::pool::{parallel, zeros};
 use crate::cpu::shared::{Shared, f32_slice};
 
@@ -201,13 +201,13 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<'_, f3
     }
 }
 
-by_path! {
+by_isa! {
     /// # Safety
     /// No other thread touches the places of these channels.
     unsafe fn dispatch(at: Channels<'_>, out: Shared<'_, f32>, after: [usize; 3]) = forward
 }
 
-by_path! {
+by_isa! {
     /// # Safety
     /// No other thread touches the places of these channels.
     unsafe fn dispatch_back(at: Channels<'_>, grad: &[f32], out: Shared<'_, f32>, places: [usize; 4]) = backward
@@ -290,7 +290,7 @@ impl CustomOp3 for WkvOp {
         self.each((keys, k_at), (values, v_at), rates, |row, c, at| {
             let after = std::array::from_fn(|part| (n + 3 * row + part) * d + c);
             // SAFETY: each task has channels of a row to itself.
-            unsafe { dispatch(path(), at, shared, after) };
+            unsafe { dispatch(isa(), at, shared, after) };
         })?;
         Ok((CpuStorage::F32(out), (n + 3 * rows, d).into()))
     }
@@ -353,7 +353,7 @@ impl CustomOp3 for WkvBackwardOp {
         self.of.each((keys, k_at), (values, v_at), &self.rates, |row, c, at| {
             let places = [0, n * d, (2 * n + 2 * row) * d + c, (2 * n + 2 * row + 1) * d + c];
             // SAFETY: each task has channels of a row to itself.
-            unsafe { dispatch_back(path(), at, grad, shared, places) };
+            unsafe { dispatch_back(isa(), at, grad, shared, places) };
         })?;
         Ok((CpuStorage::F32(out), (2 * n + 2 * rows, d).into()))
     }

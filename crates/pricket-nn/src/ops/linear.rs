@@ -1,7 +1,7 @@
 //! Linear layers and activations.
 
 use candle_core::{D, DType, Tensor};
-use pricket_kernels::{Activations, BackwardOnlyOp, Gelu, GeluOp, LinearOp, LoraOp, Matrix, TrainedLinearOp};
+use pricket_kernels::{ActivationPrecision, BackwardOnlyOp, Gelu, GeluOp, LinearOp, LoraOp, Matrix, TrainedLinearOp};
 
 use super::dispatch::on_our_kernels;
 use crate::{Activation, Result};
@@ -11,7 +11,7 @@ use crate::{Activation, Result};
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: Activations) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: ActivationPrecision) -> Result<Tensor> {
     if let (Matrix::Dense(weight), true) = (weight, on_our_kernels(x) && weight.track_op())
         && on_our_kernels(weight)
     {
@@ -47,7 +47,7 @@ pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
         let op = LinearOp {
             weight: weight.clone(),
             bias: None,
-            activations: Activations::F32,
+            activations: ActivationPrecision::F32,
             transposed: true,
             then: None,
         };
@@ -73,12 +73,12 @@ fn widened_weight(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
 /// If the shapes do not fit.
 pub(crate) fn linear_backward_only(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     if !on_our_kernels(x) || weight.track_op() || bias.is_some_and(Tensor::track_op) {
-        return linear(x, weight, bias, Activations::F32);
+        return linear(x, weight, bias, ActivationPrecision::F32);
     }
     Ok(x.contiguous()?.apply_op1(BackwardOnlyOp(LinearOp {
         weight: weight.clone(),
         bias: None,
-        activations: Activations::F32,
+        activations: ActivationPrecision::F32,
         transposed: false,
         then: None,
     }))?)
@@ -94,7 +94,7 @@ pub(crate) fn lora(
     (weight, bias): (&Matrix, Option<&Tensor>),
     (a, b, scale): (&Tensor, &Tensor, f64),
     of: Option<Activation>,
-    activations: Activations,
+    activations: ActivationPrecision,
     has_value: bool,
 ) -> Result<Option<Tensor>> {
     let fits = |tensor: &Tensor| on_our_kernels(tensor) && tensor.is_contiguous();
@@ -144,14 +144,14 @@ pub fn linear_then(
     weight: &Matrix,
     bias: Option<&Tensor>,
     activation: Activation,
-    precision: Activations,
+    precision: ActivationPrecision,
 ) -> Result<Tensor> {
     let tracked = x.track_op() || weight.track_op() || bias.is_some_and(Tensor::track_op);
     if on_our_kernels(x)
         && !tracked
         && let Some(form) = fused(activation)
     {
-        let then = Some(GeluOp { form, as_ggml: precision == Activations::Q8 });
+        let then = Some(GeluOp { form, as_ggml: precision == ActivationPrecision::Q8 });
         let op =
             LinearOp { weight: weight.clone(), bias: bias.cloned(), activations: precision, transposed: false, then };
         return Ok(x.contiguous()?.apply_op1_no_bwd(&op)?);

@@ -30,11 +30,11 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;
-    // Centred twice: a mean summed in f32 is off where it is large, and what it is off by is the mean of the difference.
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let centred = centred.broadcast_sub(&centred.mean_keepdim(D::Minus1)?)?;
-    let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    let normed = centred.broadcast_div(&deviation)?.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
+    // Centered twice: a mean summed in f32 is off where it is large, and what it is off by is the mean of the difference.
+    let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let centered = centered.broadcast_sub(&centered.mean_keepdim(D::Minus1)?)?;
+    let deviation = (centered.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+    let normed = centered.broadcast_div(&deviation)?.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
     Ok(normed.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?)
 }
 

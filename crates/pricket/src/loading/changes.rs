@@ -11,7 +11,7 @@ pub(crate) struct Changes {
     /// Keys and their new values, `outer.inner` for a key inside an object.
     pub(crate) keys: Vec<(String, Value)>,
     /// Another activation function.
-    pub(crate) activation: Option<String>,
+    pub(crate) activation_function: Option<String>,
 }
 
 impl Changes {
@@ -23,7 +23,7 @@ impl Changes {
         if let Some((key, _)) = self.keys.iter().find(|(key, _)| !knows(config, key)) {
             return Err(no_key(key));
         }
-        match &self.activation {
+        match &self.activation_function {
             Some(name) => Ok(set_activation(config, name)?),
             None => Ok(()),
         }

@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pricket_hub::{Hub, ModelId};
-use pricket_nn::{Family, ModelInfo, Silent, Weights};
+use pricket_nn::{Family, ModelInfo, NoProgress, Weights};
 use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
 
@@ -153,8 +153,8 @@ fn local(path: &Path) -> Result<Inspection> {
 }
 
 fn on_hub(hub: &Hub, id: &ModelId, file: Option<&str>) -> Result<Inspection> {
-    let found = Revision::find(id, file, hub, &Silent)?;
-    let small = found.fetch_small(hub, &Silent)?;
+    let found = Revision::find(id, file, hub, &NoProgress)?;
+    let small = found.fetch_small(hub, &NoProgress)?;
     let open = || {
         let tensors = Tensors::of_revision(hub, id, &found)?;
         let provenance = tensors.provenance().clone();

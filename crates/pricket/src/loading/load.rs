@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{DType, Device};
 use pricket_hub::Hub;
 use pricket_lm::Tokenizer;
-use pricket_nn::ops::Activations;
+use pricket_nn::ops::ActivationPrecision;
 use pricket_nn::{
-    CacheType, CausalLm, FusedRows, LoadOptions, ModelInfo, Progress, Quantisation, Silent, Storage, Trainable, Weights,
+    CacheType, CausalLm, FusedRows, LoadOptions, ModelInfo, NoProgress, Progress, Quantization, Storage, Trainable,
+    Weights,
 };
 use pricket_weights::{Headers, Store};
 use serde_json::Value;
@@ -127,8 +128,8 @@ pub struct Loader {
     revision: Option<String>,
     file: Option<String>,
     qkv: QkvOrder,
-    quantisation: Option<Quantisation>,
-    activations: Activations,
+    quantization: Option<Quantization>,
+    activations: ActivationPrecision,
     cache: Option<CacheType>,
     changes: Changes,
     allow_unused: bool,
@@ -206,15 +207,15 @@ impl Loader {
             precision: Precision::Auto,
             threads: None,
             tokenizer: None,
-            progress: Arc::new(Silent),
+            progress: Arc::new(NoProgress),
             hub: None,
             train: false,
             any_memory: false,
             revision: None,
             file: None,
             qkv: QkvOrder::Auto,
-            quantisation: None,
-            activations: Activations::F32,
+            quantization: None,
+            activations: ActivationPrecision::F32,
             cache: None,
             changes: Changes::default(),
             allow_unused: false,
@@ -238,16 +239,16 @@ impl Loader {
         self
     }
 
-    /// Quantises the matrices while they are loaded, on the CPU.
+    /// Quantizes the matrices while they are loaded, on the CPU.
     #[must_use]
-    pub fn quantise(mut self, quantisation: Quantisation) -> Self {
-        self.quantisation = Some(quantisation);
+    pub fn quantize(mut self, quantization: Quantization) -> Self {
+        self.quantization = Some(quantization);
         self
     }
 
     /// How precise activations are when they meet a matrix, on the CPU: f32 unless this is called.
     #[must_use]
-    pub fn activations(mut self, precision: Activations) -> Self {
+    pub fn activations(mut self, precision: ActivationPrecision) -> Self {
         self.activations = precision;
         self
     }
@@ -331,8 +332,8 @@ impl Loader {
     /// Computes another GELU than the configuration says: `gelu` by the error function, or `gelu_tanh`, which llama.cpp takes
     /// for every model and GPT-NeoX was trained with.
     #[must_use]
-    pub fn activation(mut self, name: impl Into<String>) -> Self {
-        self.changes.activation = Some(name.into());
+    pub fn activation_function(mut self, name: impl Into<String>) -> Self {
+        self.changes.activation_function = Some(name.into());
         self
     }
 
@@ -390,12 +391,12 @@ impl Loader {
         let config_path = opened.config_path.clone();
         let refused = |e| at(&config_path, e);
         let family = checked_family(&opened.config).map_err(refused)?;
-        if self.quantisation.is_some() && (!self.device.is_cpu() || self.precision != Precision::Auto) {
-            let what = "quantising while loading is for the CPU, and leaves no other type to choose";
+        if self.quantization.is_some() && (!self.device.is_cpu() || self.precision != Precision::Auto) {
+            let what = "quantizing while loading is for the CPU, and leaves no other type to choose";
             return Err(Error::Options(what.into()));
         }
-        let storage = match (self.quantisation, self.precision, self.device.is_cpu()) {
-            (Some(quantisation), ..) => Storage::Quantize(quantisation),
+        let storage = match (self.quantization, self.precision, self.device.is_cpu()) {
+            (Some(quantization), ..) => Storage::Quantize(quantization),
             (None, Precision::Auto, true) => Storage::AsStored,
             (None, Precision::F32, _) => Storage::Cast(DType::F32),
             (None, Precision::F16, _) => Storage::Cast(DType::F16),
@@ -456,7 +457,7 @@ impl Loader {
             Ok(adapter.apply(&base)?)
         })?;
         let stranger = stranger_warning(&opened.provenance, model.info(), &opened.config);
-        let licence = licence_warning(&opened.provenance);
+        let license = license_warning(&opened.provenance);
         let (format, chosen) = prompts::choose(&opened);
         let generation_config = opened.generation_config.as_ref();
         let ends = eos_warning(&opened.config, generation_config);
@@ -473,7 +474,7 @@ impl Loader {
                 .chain(unused_warning(&weights))
                 .chain(ends)
                 .chain(stranger)
-                .chain(licence)
+                .chain(license)
                 .collect(),
             notes: opened.notes.into_iter().chain(chosen).chain(slow_note()).collect(),
             in_model_order,
@@ -613,10 +614,10 @@ fn slow_note() -> Option<String> {
 }
 
 /// Says so if the README of a copy forbids commercial use; for the published ones their cards have said it.
-fn licence_warning(provenance: &Provenance) -> Option<String> {
-    let licence = provenance.licence.as_deref().filter(|licence| licence.split('-').any(|part| part == "nc"))?;
+fn license_warning(provenance: &Provenance) -> Option<String> {
+    let license = provenance.license.as_deref().filter(|license| license.split('-').any(|part| part == "nc"))?;
     let known = provenance.repo.as_deref().and_then(crate::suites::cards::card).is_some();
-    (!known).then(|| format!("{}: licence {licence}, no commercial use", provenance.name()))
+    (!known).then(|| format!("{}: license {license}, no commercial use", provenance.name()))
 }
 
 /// Says so if the checkpoint holds tensors that the configuration has no use for.

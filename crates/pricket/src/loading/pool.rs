@@ -25,7 +25,7 @@ pub(crate) fn pool(threads: Option<usize>) -> Result<Pool> {
     if !(1..=MAX_THREADS).contains(&threads) {
         return Err(Error::Options(format!("{threads} threads; from 1 to {MAX_THREADS} are possible")));
     }
-    ops::cpu_path().map_err(Error::Options)?;
+    ops::cpu_isa().map_err(Error::Options)?;
     ops::kernels_are_on().map_err(Error::Options)?;
     Pool::new(threads).map_err(|e| Error::Options(format!("{threads} threads cannot be made: {e}")))
 }

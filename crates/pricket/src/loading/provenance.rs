@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use pricket_hub::{Digest, Listed, Quiet, RepoId, is_commit};
+use pricket_hub::{Digest, Listed, NoProgress, RepoId, is_commit};
 use serde_json::{Value, json};
 
 use crate::Result;
@@ -20,8 +20,8 @@ pub struct Provenance {
     pub directory: Option<PathBuf>,
     /// Its files, weights and configuration and tokenizer.
     pub files: Vec<SourceFile>,
-    /// Its licence, as the Hub spells it, where card or repository say.
-    pub licence: Option<String>,
+    /// Its license, as the Hub spells it, where card or repository say.
+    pub license: Option<String>,
 }
 
 /// A file that a model was loaded from.
@@ -57,7 +57,7 @@ impl Provenance {
         };
         let (repo, commit) = snapshot_of(directory).map_or((None, None), |(repo, commit)| (Some(repo), Some(commit)));
         Self {
-            licence: repo.as_deref().and_then(licence_of).or_else(|| licence_in(&directory.join("README.md"))),
+            license: repo.as_deref().and_then(license_of).or_else(|| license_in(&directory.join("README.md"))),
             repo,
             revision: commit.clone(),
             commit,
@@ -81,7 +81,7 @@ impl Provenance {
             commit: Some(commit.into()),
             directory: Some(directory.into()),
             files: files.iter().map(file).collect(),
-            licence: licence_of(repo.as_str()).or_else(|| licence_in(&directory.join("README.md"))),
+            license: license_of(repo.as_str()).or_else(|| license_in(&directory.join("README.md"))),
         }
     }
 
@@ -92,7 +92,7 @@ impl Provenance {
             bytes: bytes.len() as u64,
             digest: Some(Digest::Sha256(String::new()).of(bytes)),
         };
-        Self { files: files.iter().map(file).collect(), licence: Some("mit or apache-2.0".into()), ..Self::default() }
+        Self { files: files.iter().map(file).collect(), license: Some("mit or apache-2.0".into()), ..Self::default() }
     }
 
     /// Another file was used in place of those that have these names.
@@ -111,7 +111,7 @@ impl Provenance {
         // An absolute path stays what it is when it is joined.
         let directory = self.directory.clone().unwrap_or_default();
         for file in self.files.iter_mut().filter(|file| file.digest.is_none()) {
-            file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &Quiet)?);
+            file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &NoProgress)?);
         }
         Ok(self)
     }
@@ -142,7 +142,7 @@ impl Provenance {
             })
             .collect();
         json!({
-            "repo": self.repo, "revision": self.revision, "commit": self.commit, "licence": self.licence,
+            "repo": self.repo, "revision": self.revision, "commit": self.commit, "license": self.license,
             "directory": self.directory, "files": files,
         })
     }
@@ -158,16 +158,16 @@ fn snapshot_of(directory: &Path) -> Option<(String, String)> {
     (is_commit(&commit) && snapshots.ends_with("snapshots")).then(|| (repo.to_string(), commit))
 }
 
-fn licence_of(repo: &str) -> Option<String> {
-    card(repo).map(|card| card.licence.clone())
+fn license_of(repo: &str) -> Option<String> {
+    card(repo).map(|card| card.license.clone())
 }
 
 /// The `license:` of the front matter of a README.
-fn licence_in(readme: &Path) -> Option<String> {
+fn license_in(readme: &Path) -> Option<String> {
     let small = std::fs::metadata(readme).is_ok_and(|meta| meta.is_file() && meta.len() < 1 << 20);
     let text = small.then(|| std::fs::read_to_string(readme).ok()).flatten()?;
     let front = text.strip_prefix("---")?.split("\n---").next()?.to_owned();
-    let licence = front.lines().find_map(|line| line.strip_prefix("license:"))?.trim();
-    let licence = licence.trim_matches(['"', '\'']);
-    (!licence.is_empty() && licence.len() < 100).then(|| licence.to_owned())
+    let license = front.lines().find_map(|line| line.strip_prefix("license:"))?.trim();
+    let license = license.trim_matches(['"', '\'']);
+    (!license.is_empty() && license.len() < 100).then(|| license.to_owned())
 }

@@ -1,10 +1,9 @@
 //! Repositories of the Hub: which files of a revision a model needs, and how they are fetched.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use pricket_hub::{Events, Hub, InUse, Listed, ModelId, Refs, Report, Settings, Snapshot};
+use pricket_hub::{Hub, InUse, Listed, ModelId, Phase, Refs, Report, Settings, Snapshot};
 use pricket_nn::Progress;
 use pricket_weights::parts_of;
 
@@ -66,39 +65,35 @@ pub fn fetch(model: impl Into<Source>, hub: &Hub, progress: &dyn Progress) -> Re
     }
 }
 
-/// Passes on what a download tells, and keeps what is a warning.
+/// Reports a download under a name of its own, and keeps its warnings.
 pub(crate) struct Telling<'a> {
     progress: &'a dyn Progress,
     what: String,
-    begun: AtomicBool,
     fallbacks: Mutex<Vec<String>>,
 }
 
 impl<'a> Telling<'a> {
     pub(crate) fn new(progress: &'a dyn Progress, what: impl Into<String>) -> Self {
-        Self { progress, what: what.into(), begun: AtomicBool::new(false), fallbacks: Mutex::default() }
+        Self { progress, what: what.into(), fallbacks: Mutex::default() }
     }
 
-    /// Where the cache stood in for the network.
+    /// Messages about the cache being used instead of the network.
     fn fallbacks(&self) -> Vec<String> {
         self.fallbacks.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-impl Drop for Telling<'_> {
-    fn drop(&mut self) {
-        if *self.begun.get_mut() {
-            self.progress.end();
-        }
+impl Progress for Telling<'_> {
+    fn begin(&self, _: &str, total: u64, unit: &str) {
+        self.progress.begin(&self.what, total, unit);
     }
-}
 
-impl Events for Telling<'_> {
-    fn progress(&self, done: u64, total: u64) {
-        if !self.begun.swap(true, Ordering::Relaxed) {
-            self.progress.begin(&self.what, total, "bytes");
-        }
+    fn update(&self, done: u64) {
         self.progress.update(done);
+    }
+
+    fn phase(&self, file: &str, phase: Phase) {
+        self.progress.phase(file, phase);
     }
 
     fn fallback(&self, message: &str) {
@@ -107,6 +102,10 @@ impl Events for Telling<'_> {
 
     fn notice(&self, message: &str) {
         self.progress.notice(message);
+    }
+
+    fn end(&self) {
+        self.progress.end();
     }
 
     fn cancelled(&self) -> bool {
@@ -344,7 +343,7 @@ fn known_warnings(card: &Card, id: &ModelId, commit: &str, hub: &Hub) -> Vec<Str
         };
         let mut found = hub.cached_refs(&id.repo).map(|refs| here(&refs)).unwrap_or_default();
         if found.is_empty() && !hub.settings().offline {
-            found = hub.refs(&id.repo, &pricket_hub::Quiet).map(|refs| here(&refs)).unwrap_or_default();
+            found = hub.refs(&id.repo, &pricket_hub::NoProgress).map(|refs| here(&refs)).unwrap_or_default();
         }
         names.extend(found);
     }
@@ -353,7 +352,7 @@ fn known_warnings(card: &Card, id: &ModelId, commit: &str, hub: &Hub) -> Vec<Str
     let mut out: Vec<String> =
         alarming.map(|(name, known)| format!("{}@{name} {} ({})", card.id, known.what, known.source)).collect();
     if card.non_commercial {
-        out.push(format!("{}: licence {}, no commercial use", card.id, card.licence));
+        out.push(format!("{}: license {}, no commercial use", card.id, card.license));
     }
     out
 }

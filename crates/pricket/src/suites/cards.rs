@@ -18,7 +18,7 @@ const FILES: [(&str, &str); 7] = [
 
 /// A published checkpoint.
 ///
-/// A card says what its config.json cannot: licence, training steps, prompt, what is wrong with which revision. It never
+/// A card says what its config.json cannot: license, training steps, prompt, what is wrong with which revision. It never
 /// says how the model computes.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -31,8 +31,8 @@ pub struct Card {
     pub family: String,
     /// Its size, as "410m".
     pub size: String,
-    /// Its licence, as the Hub spells it.
-    pub licence: String,
+    /// Its license, as the Hub spells it.
+    pub license: String,
     /// Whether that forbids commercial use.
     pub non_commercial: bool,
     /// The prompt format that it was tuned for; "plain" for none.
@@ -138,7 +138,8 @@ struct Suite {
     #[serde(rename = "suite")]
     name: String,
     family: String,
-    licence: String,
+    #[serde(alias = "licence")]
+    license: String,
     prompt: String,
     source: String,
     checkpoints: Option<StepPattern>,
@@ -165,7 +166,8 @@ struct Rule {
     sizes: Vec<String>,
     #[serde(default)]
     seeds: Vec<u64>,
-    licence: Option<String>,
+    #[serde(alias = "licence")]
+    license: Option<String>,
     prompt: Option<String>,
     tokenizer: Option<String>,
     file: Option<String>,
@@ -225,7 +227,7 @@ impl Suite {
             suite: self.name.clone(),
             family: self.family.clone(),
             size: size.name.clone(),
-            licence: rule.licence.as_ref().unwrap_or(&self.licence).clone(),
+            license: rule.license.as_ref().unwrap_or(&self.license).clone(),
             non_commercial: rule.non_commercial,
             prompt: rule.prompt.as_ref().unwrap_or(&self.prompt).clone(),
             parameters: size.parameters,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use pricket_hub::{Digest, Hub, Listed, ModelId, RepoId, Steps, step_of};
-use pricket_nn::{Progress, Silent};
+use pricket_nn::{NoProgress, Progress};
 use serde_json::{Value, json};
 
 use crate::loading::forms::{forms, is_weight_file};
@@ -86,7 +86,7 @@ pub fn checkpoints(model: impl Into<Source>) -> Result<Checkpoints> {
     // A directory needs no Hub, nor an environment that makes sense of one.
     match model.into().locate()? {
         Place::Local(path) => Checkpoints::in_directory(&path),
-        Place::Hub(id, file) => Checkpoints::of_repository(&Hub::from_env()?, &id, file, &Silent),
+        Place::Hub(id, file) => Checkpoints::of_repository(&Hub::from_env()?, &id, file, &NoProgress),
     }
 }
 
@@ -212,7 +212,7 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::NotFound`] if it is not there; what the Hub says.
     pub fn tensors(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
-        let listing = self.home.listing(checkpoint, &Silent)?.ok_or_else(|| self.missing(checkpoint))?;
+        let listing = self.home.listing(checkpoint, &NoProgress)?.ok_or_else(|| self.missing(checkpoint))?;
         self.home.tensors(checkpoint, &listing.files)
     }
 
@@ -234,7 +234,7 @@ impl Checkpoints {
     /// Bytes that fetching a checkpoint brings into the cache; 0 if that is not known.
     pub(crate) fn bytes_to_fetch(&self, checkpoint: &Checkpoint) -> u64 {
         let (Home::Hub(repo, hub, _), Some(commit)) = (&self.home, &checkpoint.commit) else { return 0 };
-        let Ok(Some(listing)) = self.home.listing(checkpoint, &Silent) else { return 0 };
+        let Ok(Some(listing)) = self.home.listing(checkpoint, &NoProgress) else { return 0 };
         let weights = forms(&listing.files).into_values().next().unwrap_or_default();
         let missing = weights.iter().filter(|file| hub.cached(repo, commit, file).is_none());
         missing.map(|file| file.size).sum()
@@ -347,7 +347,7 @@ impl Home {
     /// Takes the hash of a file that lies in a directory; those of the Hub are listed with theirs.
     pub(crate) fn hash(&self, checkpoint: &Checkpoint, file: &mut Listed) -> Result<()> {
         if let (None, Some(directory)) = (&file.digest, self.directory(checkpoint)) {
-            file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &pricket_hub::Quiet)?);
+            file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &pricket_hub::NoProgress)?);
         }
         Ok(())
     }
@@ -385,7 +385,7 @@ impl Home {
         let path = match (self, &checkpoint.commit) {
             (Home::Hub(repo, hub, _), Some(commit)) => match hub.cached(repo, commit, listed) {
                 Some(path) => path,
-                None => return Ok(Some(hub.read(repo, commit, listed, 0..listed.size, &pricket_hub::Quiet)?)),
+                None => return Ok(Some(hub.read(repo, commit, listed, 0..listed.size, &pricket_hub::NoProgress)?)),
             },
             _ => self.directory(checkpoint).unwrap_or_default().join(name),
         };

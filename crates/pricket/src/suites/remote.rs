@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
-use pricket_hub::{Hub, Listed, ModelId, Quiet};
-use pricket_nn::Silent;
+use pricket_hub::{Hub, Listed, ModelId, NoProgress};
 use pricket_weights::{
     Bytes, Entry, Format, ReadAt, Store, open_one, open_remote, parts_of, read_tensor, shard_map, sniff, sniff_remote,
 };
@@ -87,7 +86,7 @@ impl Tensors {
     }
 
     fn in_repository(hub: &Hub, id: &ModelId, file: Option<&str>) -> Result<Self> {
-        Self::of_revision(hub, id, &Revision::find(id, file, hub, &Silent)?)
+        Self::of_revision(hub, id, &Revision::find(id, file, hub, &NoProgress)?)
     }
 
     /// The tensors of a revision that has been found.
@@ -296,7 +295,7 @@ impl ReadAt for RemoteFile {
     }
 
     fn read_at(&self, range: Range<u64>) -> pricket_weights::Result<Vec<u8>> {
-        let read = self.hub.read(&self.id.repo, &self.commit, &self.listed, range, &Quiet);
+        let read = self.hub.read(&self.id.repo, &self.commit, &self.listed, range, &NoProgress);
         read.map_err(|e| pricket_weights::Error::Io { path: self.name().into(), source: std::io::Error::other(e) })
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use pricket_hub::{Digest, Quiet};
+use pricket_hub::{Digest, NoProgress};
 use serde_json::{Value, json};
 
 use crate::Result;
@@ -20,7 +20,7 @@ impl Hashes {
             return Ok(known.clone());
         }
         // A pipe can be read once: it has no hash, and is never the same as before.
-        let hash = if path.is_file() { json!(Digest::sha256_of(path, &Quiet)?.hex()) } else { Value::Null };
+        let hash = if path.is_file() { json!(Digest::sha256_of(path, &NoProgress)?.hex()) } else { Value::Null };
         self.0.insert(path.to_owned(), hash.clone());
         Ok(hash)
     }

@@ -6,7 +6,7 @@ use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use pricket_hub::{Hub, Quiet, Steps};
+use pricket_hub::{Hub, NoProgress, Steps};
 use pricket_lm::{Documents, EvalOptions, slice_losses};
 use serde_json::{Value, json};
 
@@ -166,7 +166,7 @@ impl Sweep {
                 // Nobody listens at the end.
                 let _ = release.send(());
                 if let Some((hub, budget)) = &self.budget {
-                    hub.cache().evict(*budget, &Quiet)?;
+                    hub.cache().evict(*budget, &NoProgress)?;
                 }
             }
             Ok(hopeless.warnings(&jobs))
@@ -187,7 +187,7 @@ impl Sweep {
                 let id = job.model.id(job.checkpoint);
                 return Err(Error::Budget { id: id.clone(), needed, budget: *budget });
             }
-            let left = hub.cache().evict(budget - needed, &Quiet)?.left;
+            let left = hub.cache().evict(budget - needed, &NoProgress)?.left;
             let needed = job.model.bytes_to_fetch(job.checkpoint);
             if left.saturating_add(needed) <= *budget || !wait()? {
                 return Ok(());

@@ -95,7 +95,7 @@ impl Pricket {
         &self.parts.parameters
     }
 
-    /// Where it came from: repository, revision, commit, file hashes, licence.
+    /// Where it came from: repository, revision, commit, file hashes, license.
     pub fn provenance(&self) -> &Provenance {
         &self.parts.provenance
     }

@@ -105,7 +105,7 @@ impl Floats for Neon {
         }
     }
     #[inline(always)]
-    unsafe fn brains(p: *const bf16) -> Self::Float {
+    unsafe fn bf16s(p: *const bf16) -> Self::Float {
         unsafe {
             let p = p.cast::<u16>();
             from_fn(|i| vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.add(4 * i)))))

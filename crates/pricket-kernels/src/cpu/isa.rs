@@ -41,9 +41,9 @@ impl InstructionSet {
 
 /// An instruction set that this processor has. Only its detection makes one, so it is the proof that kernels ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Path(InstructionSet);
+pub struct Isa(InstructionSet);
 
-impl Path {
+impl Isa {
     /// # Safety
     /// The processor has the instruction set.
     pub(crate) unsafe fn assume(set: InstructionSet) -> Self {
@@ -56,13 +56,13 @@ impl Path {
     }
 }
 
-impl PartialEq<InstructionSet> for Path {
+impl PartialEq<InstructionSet> for Isa {
     fn eq(&self, set: &InstructionSet) -> bool {
         self.0 == *set
     }
 }
 
-impl PartialOrd<InstructionSet> for Path {
+impl PartialOrd<InstructionSet> for Isa {
     fn partial_cmp(&self, set: &InstructionSet) -> Option<Ordering> {
         self.0.partial_cmp(set)
     }
@@ -71,12 +71,12 @@ impl PartialOrd<InstructionSet> for Path {
 /// Makes a function that calls `$body::<L, ..>` with the best instructions up to its first argument; `$plain::<..>` where there
 /// are none, if it is named. `$body` is unsafe, because it is compiled for instructions that a processor may lack. A `fn` promises that it
 /// needs nothing else; an `unsafe fn` has other conditions, which it documents.
-macro_rules! by_path {
+macro_rules! by_isa {
     (
         $(#[$doc:meta])* $vis:vis unsafe fn $name:ident $(<$(const $n:ident: $kind:ty),+>)?
         ($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident $(or $plain:ident)?
     ) => {
-        crate::cpu::path::by_path! {
+        crate::cpu::isa::by_isa! {
             @function [$(#[$doc])* $vis unsafe] $name [$($(const $n: $kind),+)?] ($($arg: $type),*) [$($out)?] $body [$($plain)?]
         }
     };
@@ -84,7 +84,7 @@ macro_rules! by_path {
         $(#[$doc:meta])* $vis:vis fn $name:ident $(<$(const $n:ident: $kind:ty),+>)?
         ($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident $(or $plain:ident)?
     ) => {
-        crate::cpu::path::by_path! {
+        crate::cpu::isa::by_isa! {
             @function [$(#[$doc])* $vis] $name [$($(const $n: $kind),+)?] ($($arg: $type),*) [$($out)?] $body [$($plain)?]
         }
     };
@@ -92,7 +92,7 @@ macro_rules! by_path {
         @function [$($head:tt)*] $name:ident [$($(const $n:ident: $kind:ty),+)?] ($($arg:ident: $type:ty),*) [$($out:ty)?]
         $body:ident [$($plain:ident)?]
     ) => {
-        $($head)* fn $name $(<$(const $n: $kind),+>)? (path: crate::cpu::path::Path, $($arg: $type),*) $(-> $out)? {
+        $($head)* fn $name $(<$(const $n: $kind),+>)? (isa: crate::cpu::isa::Isa, $($arg: $type),*) $(-> $out)? {
             macro_rules! with_instructions {
                 ($features:literal, $least:ident, $lanes:ident) => {
                     #[target_feature(enable = $features)]
@@ -101,7 +101,7 @@ macro_rules! by_path {
                         // SAFETY: these are the instructions of the lanes; what else `$body` needs, the caller promises.
                         unsafe { $body::<crate::cpu::lanes::$lanes $(, $($n),+)?>($($arg),*) }
                     }
-                    if path >= crate::cpu::path::InstructionSet::$least {
+                    if isa >= crate::cpu::isa::InstructionSet::$least {
                         // SAFETY: a path proves that the processor has its instructions; what else `$body` needs, the caller promises.
                         return unsafe { with $(::<$($n),+>)? ($($arg),*) };
                     }
@@ -118,12 +118,12 @@ macro_rules! by_path {
             {
                 with_instructions!("neon,dotprod", Neon, Neon);
             }
-            let _ = path;
+            let _ = isa;
             // SAFETY: every processor has the instructions; what else `$body` needs, the caller promises.
-            unsafe { crate::cpu::path::by_path!(@scalar $body $($plain)? [$($($n),+)?] ($($arg),*)) }
+            unsafe { crate::cpu::isa::by_isa!(@scalar $body $($plain)? [$($($n),+)?] ($($arg),*)) }
         }
     };
     (@scalar $body:ident [$($n:ident),*] ($($arg:ident),*)) => { $body::<crate::cpu::lanes::Scalar $(, $n)*>($($arg),*) };
     (@scalar $body:ident $plain:ident [$($n:ident),*] ($($arg:ident),*)) => { $plain($($arg),*) };
 }
-pub(crate) use by_path;
+pub(crate) use by_isa;

@@ -1,4 +1,4 @@
-//! Products of packed integers with activations that are [`Integers`] too.
+//! Products of packed integers with activations that are [`QuantizedActivations`] too.
 //!
 //! Sums of products are exact integers in every instruction set, and three of them, which make f32, cost less than widening
 //! the weights would.
@@ -11,11 +11,11 @@
 
 use crate::block_type::BlockType;
 use crate::cpu::gelu::GeluOp;
-use crate::cpu::integers::{FINER, GROUP, Integers, SUMS, TERM, TERMS, words_of};
+use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{LANES, Lanes};
 use crate::cpu::packed::{Form, Packed, Scales};
-use crate::cpu::path::{Path, by_path};
 use crate::cpu::pool::{parallel, threads};
+use crate::cpu::quantized_activations::{FINER, GROUP, QuantizedActivations, SUMS, TERM, TERMS, words_of};
 use crate::cpu::shared::Shared;
 
 /// Rows of activations that are multiplied before the next tile: they stay in the second-level cache.
@@ -27,35 +27,35 @@ const AHEAD: usize = 6 << 10;
 /// One call: what is multiplied, what becomes of it, and where the results go.
 struct Job<'a> {
     then: Option<GeluOp>,
-    path: Path,
+    isa: Isa,
     weight: &'a Packed,
-    x: &'a Integers,
+    x: &'a QuantizedActivations,
     bias: Option<&'a [f32]>,
     y: Shared<'a, f32>,
 }
 
 /// `y = x Wᵀ + b`, or a function of it: `y` is `[rows, weight rows]`.
 pub(crate) fn multiply(
-    x: &Integers,
+    x: &QuantizedActivations,
     weight: &Packed,
     bias: Option<&[f32]>,
     then: Option<GeluOp>,
     y: &mut [f32],
-    path: Path,
+    isa: Isa,
 ) {
     let (n, _) = weight.shape();
     assert_eq!(y.len(), x.rows * n, "output is not [rows, out_features]");
-    let job = Job { then, path, weight, x, bias, y: Shared::new(y) };
+    let job = Job { then, isa, weight, x, bias, y: Shared::new(y) };
     let tiles = n.div_ceil(LANES);
     // Some tasks for each thread, and tiles for as long as rows of activations are worth being brought.
     let share = tiles.div_ceil(8 * threads()).clamp(1, 32);
     parallel(tiles.div_ceil(share), |task| {
         let (from, to) = (task * share, ((task + 1) * share).min(tiles));
-        dispatch(&job, from, to, path);
+        dispatch(&job, from, to, isa);
     });
 }
 
-fn dispatch(job: &Job<'_>, from: usize, to: usize, path: Path) {
+fn dispatch(job: &Job<'_>, from: usize, to: usize, isa: Isa) {
     macro_rules! forms {
         ($($kind:ident),*) => {
             match job.weight.kind() {
@@ -64,9 +64,9 @@ fn dispatch(job: &Job<'_>, from: usize, to: usize, path: Path) {
                     // SAFETY: every task has tiles of its own.
                     unsafe {
                         if job.x.terms == 1 {
-                            multiply_tiles::<{ FORM.bits }, { FORM.scales as u8 }, 1>(path, job, from, to);
+                            multiply_tiles::<{ FORM.bits }, { FORM.scales as u8 }, 1>(isa, job, from, to);
                         } else {
-                            multiply_tiles::<{ FORM.bits }, { FORM.scales as u8 }, 3>(path, job, from, to);
+                            multiply_tiles::<{ FORM.bits }, { FORM.scales as u8 }, 3>(isa, job, from, to);
                         }
                     }
                 })*
@@ -77,7 +77,7 @@ fn dispatch(job: &Job<'_>, from: usize, to: usize, path: Path) {
     forms!(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_0V1, Q4_1V1, Q8_0V1, Q2K, Q3K, Q4K, Q5K, Q6K);
 }
 
-by_path! {
+by_isa! {
     /// # Safety
     /// No other task has the tiles `[from, to)`.
     unsafe fn multiply_tiles<const BITS: usize, const SCALES: u8, const T: usize>(job: &Job<'_>, from: usize, to: usize) =
@@ -129,7 +129,7 @@ unsafe fn plain(job: &Job<'_>, from: usize, to: usize) {
                 let y = job.y.slice(i * n + row, 1);
                 y[0] = sum + b;
                 if let Some(gelu) = job.then {
-                    gelu.apply(job.path, y);
+                    gelu.apply(job.isa, y);
                 }
             }
         }
@@ -258,7 +258,7 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
                 None => y.copy_from_slice(&lanes[..count]),
             }
             if let Some(gelu) = job.then {
-                gelu.apply(job.path, y);
+                gelu.apply(job.isa, y);
             }
         }
     }
@@ -372,7 +372,7 @@ pub(crate) unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Blocks, dequantise};
+    use crate::{Blocks, dequantize};
 
     fn random(seed: u32, len: usize) -> Vec<f32> {
         let mut state = u64::from(seed) * 2 + 1;
@@ -390,25 +390,25 @@ mod tests {
         fn every_type_on_every_path_is_its_values_times_f32(rows in 1usize..20, n in 1usize..50, k in 1usize..4, seed: u32) {
             for kind in BlockType::MADE {
                 let k = k * 256;
-                let bytes = crate::quantise(kind, &random(seed, n * k), k).unwrap();
+                let bytes = crate::quantize(kind, &random(seed, n * k), k).unwrap();
                 let mut w = vec![0f32; n * k];
-                dequantise(kind, &bytes, &mut w);
+                dequantize(kind, &bytes, &mut w);
                 let packed = Packed::new(Blocks::new(kind, n, k, bytes)).unwrap();
                 let x = random(seed ^ 0x4d, rows * k);
                 let bias = random(seed ^ 0x3, n);
-                for path in Path::available() {
+                for isa in Isa::available() {
                     let mut y = vec![0f32; rows * n];
-                    multiply(&Integers::new(&x, k, kind, packed.form(), false, path), &packed, Some(&bias), None, &mut y, path);
+                    multiply(&QuantizedActivations::new(&x, k, kind, packed.form(), false, isa), &packed, Some(&bias), None, &mut y, isa);
                     let mut rough = vec![0f32; rows * n];
-                    multiply(&Integers::new(&x, k, kind, packed.form(), true, path), &packed, Some(&bias), None, &mut rough, path);
+                    multiply(&QuantizedActivations::new(&x, k, kind, packed.form(), true, isa), &packed, Some(&bias), None, &mut rough, isa);
                     for (i, (y, rough)) in y.iter().zip(&rough).enumerate() {
                         let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
                         let products = || x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));
                         let exact = products().sum::<f64>() + f64::from(bias[i % n]);
                         // Rounding grows with the sum of magnitudes: two units in the last place of it.
                         let bound = products().map(f64::abs).sum::<f64>() * f64::from(f32::EPSILON) * 2.0;
-                        proptest::prop_assert!((exact - f64::from(*y)).abs() < bound, "{kind} {path:?} {exact} {y} {bound}");
-                        proptest::prop_assert!((exact - f64::from(*rough)).abs() < 0.3, "{kind} {path:?} {exact} {rough}");
+                        proptest::prop_assert!((exact - f64::from(*y)).abs() < bound, "{kind} {isa:?} {exact} {y} {bound}");
+                        proptest::prop_assert!((exact - f64::from(*rough)).abs() < 0.3, "{kind} {isa:?} {exact} {rough}");
                     }
                 }
             }
@@ -419,14 +419,21 @@ mod tests {
     fn what_is_not_a_number_reaches_every_output() {
         let kind = BlockType::Q4_0;
         let packed =
-            Packed::new(Blocks::new(kind, 3, 64, crate::quantise(kind, &random(1, 192), 64).unwrap())).unwrap();
+            Packed::new(Blocks::new(kind, 3, 64, crate::quantize(kind, &random(1, 192), 64).unwrap())).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
             let mut x = random(2, 64);
             x[40] = bad;
-            for (path, as_ggml) in Path::available().flat_map(|path| [(path, true), (path, false)]) {
+            for (isa, as_ggml) in Isa::available().flat_map(|isa| [(isa, true), (isa, false)]) {
                 let mut y = vec![0f32; 3];
-                multiply(&Integers::new(&x, 64, kind, packed.form(), as_ggml, path), &packed, None, None, &mut y, path);
-                assert!(y.iter().all(|y| y.is_nan()), "{path:?}");
+                multiply(
+                    &QuantizedActivations::new(&x, 64, kind, packed.form(), as_ggml, isa),
+                    &packed,
+                    None,
+                    None,
+                    &mut y,
+                    isa,
+                );
+                assert!(y.iter().all(|y| y.is_nan()), "{isa:?}");
             }
         }
     }

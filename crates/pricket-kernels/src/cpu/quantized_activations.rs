@@ -8,10 +8,10 @@
 use half::f16;
 
 use crate::block_type::BlockType;
-use crate::cpu::packed::{Form, STEP, Scales};
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::path::InstructionSet;
-use crate::cpu::path::Path;
+use crate::cpu::isa::InstructionSet;
+use crate::cpu::isa::Isa;
+use crate::cpu::packed::{Form, STEP, Scales};
 use crate::cpu::pool::{parallel_chunks, threads};
 
 /// The ratio of one term's step to the next one's.
@@ -31,7 +31,7 @@ pub(crate) const GROUP: usize = 8;
 
 /// Rows of activations as integers, for weights of one form: in groups of [`GROUP`] rows, and in a group step by step, the
 /// words of a step's rows one after the other.
-pub(crate) struct Integers {
+pub(crate) struct QuantizedActivations {
     pub(crate) words: Vec<i32>,
     pub(crate) rows: usize,
     pub(crate) terms: usize,
@@ -43,10 +43,10 @@ pub(crate) const fn words_of(terms: usize) -> usize {
     if terms == 1 { 16 } else { 40 }
 }
 
-impl Integers {
+impl QuantizedActivations {
     /// `x` of rows of `columns`, a multiple of 32. With `as_ggml` in one term, rounded as ggml rounds them for `kind`; else
     /// in three.
-    pub(crate) fn new(x: &[f32], columns: usize, kind: BlockType, form: Form, as_ggml: bool, path: Path) -> Self {
+    pub(crate) fn new(x: &[f32], columns: usize, kind: BlockType, form: Form, as_ggml: bool, isa: Isa) -> Self {
         let terms = if as_ggml { 1 } else { 3 };
         let (steps, width) = (columns / STEP, words_of(terms));
         let rows = x.len() / columns;
@@ -60,7 +60,7 @@ impl Integers {
             let rows = if alone { rows } else { words.len() / (steps * width) };
             let len = words.len() / (rows * width) * STEP;
             for (j, x) in x[row * columns..].chunks_exact(columns).take(rows).enumerate() {
-                round(&x[step * STEP..][..len], &mut words[j * width..], rows * width, kind, form, terms, path);
+                round(&x[step * STEP..][..len], &mut words[j * width..], rows * width, kind, form, terms, isa);
             }
         });
         Self { words, rows, terms, steps }
@@ -68,7 +68,7 @@ impl Integers {
 }
 
 /// A row, its steps `stride` words apart.
-fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize, path: Path) {
+fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize, isa: Isa) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,f16c")]
@@ -79,16 +79,16 @@ fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: For
         fn avx2(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize) {
             round_body(x, words, stride, kind, form, terms);
         }
-        if path >= InstructionSet::Avx512 {
+        if isa >= InstructionSet::Avx512 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx512(x, words, stride, kind, form, terms) };
         }
-        if path >= InstructionSet::Avx2 {
+        if isa >= InstructionSet::Avx2 {
             // SAFETY: a path proves that the processor has its instructions, and these are among them.
             return unsafe { avx2(x, words, stride, kind, form, terms) };
         }
     }
-    let _ = path;
+    let _ = isa;
     round_body(x, words, stride, kind, form, terms);
 }
 

@@ -1,7 +1,7 @@
 //! Products of bfloat16 with bfloat16, summed in f32, where the processor has them: AVX-512 BF16, and AMX tiles.
 //!
 //! Both read the same operands: activations row after row, and panels of 32 weight rows in which a word holds two
-//! neighbouring columns of one.
+//! neighboring columns of one.
 
 #![cfg(target_arch = "x86_64")]
 #![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
@@ -13,8 +13,8 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
+use crate::cpu::isa::{InstructionSet, Isa};
 use crate::cpu::lanes::LANES;
-use crate::cpu::path::{InstructionSet, Path};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::shared::{Shared, holds};
 
@@ -23,17 +23,17 @@ pub(crate) const STEP: usize = 32;
 
 /// Proof that this processor has products of bfloat16 in vectors.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct BrainProducts(Path);
+pub(crate) struct Bf16Products(Isa);
 
 #[allow(clippy::unused_self, reason = "the proof is that there is one")]
-impl BrainProducts {
-    /// The proof, if `path` allows such products and the processor has them.
-    pub(crate) fn new(path: Path) -> Option<Self> {
-        (path >= InstructionSet::Avx512 && is_x86_feature_detected!("avx512bf16")).then_some(Self(path))
+impl Bf16Products {
+    /// The proof, if `isa` allows such products and the processor has them.
+    pub(crate) fn new(isa: Isa) -> Option<Self> {
+        (isa >= InstructionSet::Avx512 && is_x86_feature_detected!("avx512bf16")).then_some(Self(isa))
     }
 
     /// The path that they are on.
-    pub(crate) fn path(self) -> Path {
+    pub(crate) fn isa(self) -> Isa {
         self.0
     }
 
@@ -169,7 +169,7 @@ fn tiles_add_up() -> bool {
     c.iter().enumerate().all(|(i, &c)| c == exact(i))
 }
 
-/// See [`BrainProducts::to_rows`].
+/// See [`Bf16Products::to_rows`].
 ///
 /// # Safety
 /// `len` numbers can be read and written.
@@ -180,14 +180,14 @@ unsafe fn to_rows(x: *const f32, len: usize, out: *mut u16) {
         let mut at = 0;
         while at < len {
             let mask = if len - at >= LANES { 0xffff } else { (1u16 << (len - at)) - 1 };
-            let brains: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x.add(at))));
-            _mm256_mask_storeu_epi16(out.add(at).cast(), mask, brains);
+            let bf16s: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x.add(at))));
+            _mm256_mask_storeu_epi16(out.add(at).cast(), mask, bf16s);
             at += LANES;
         }
     }
 }
 
-/// See [`BrainProducts::to_pairs`]; `k` is the height.
+/// See [`Bf16Products::to_pairs`]; `k` is the height.
 ///
 /// # Safety
 /// The panel can be read, and `16 k` words can be written.
@@ -212,7 +212,7 @@ unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
 pub(crate) type Rounded<'a> = Product<'a, u16, u32>;
 
 impl Rounded<'_> {
-    /// Computes it: by tiles, if there are any, for more than 12 rows. Those read [`BrainProducts::block`] rows of `a`, of which `rows`
+    /// Computes it: by tiles, if there are any, for more than 12 rows. Those read [`Bf16Products::block`] rows of `a`, of which `rows`
     /// count.
     ///
     /// # Panics
@@ -220,7 +220,7 @@ impl Rounded<'_> {
     ///
     /// # Safety
     /// While it runs no other thread touches the columns wanted of these rows of `c`.
-    pub(crate) unsafe fn run(&self, _: BrainProducts, tiles: Option<&Tiles>) {
+    pub(crate) unsafe fn run(&self, _: Bf16Products, tiles: Option<&Tiles>) {
         let tiles = tiles.filter(|_| self.rows > 12);
         let rows = if tiles.is_some() { 2 * TILE_ROWS } else { self.rows };
         let has_a = holds(self.a.len(), rows, self.a_stride, self.k);
@@ -300,7 +300,7 @@ unsafe fn by_vectors<const M: usize>(p: &Rounded<'_>, row: usize) {
     }
 }
 
-/// See [`BrainProducts::inner_products`].
+/// See [`Bf16Products::inner_products`].
 ///
 /// # Safety
 /// The operands hold what that asks of them, and no other thread touches the output.
@@ -400,10 +400,10 @@ const TILE_ROWS: usize = 16;
 pub(crate) struct Tiles(PhantomData<*const ()>);
 
 impl Tiles {
-    /// Configures the tiles of this thread, where there are any on `path`.
-    pub(crate) fn new(path: Path) -> Option<Self> {
+    /// Configures the tiles of this thread, where there are any on `isa`.
+    pub(crate) fn new(isa: Isa) -> Option<Self> {
         // SAFETY: the path proves that the processor has tiles, and that the system has permitted them.
-        (path == InstructionSet::Amx).then(|| unsafe { Self::configured() })
+        (isa == InstructionSet::Amx).then(|| unsafe { Self::configured() })
     }
 
     /// # Safety
@@ -497,16 +497,16 @@ mod tests {
         let a: Vec<f32> = (0..rows * k).map(value).collect();
         let panel: Vec<f32> = (0..k * PANEL).map(|i| value(i + 11)).collect();
         let bias: Vec<f32> = (0..columns).map(value).collect();
-        let (mut short, mut pairs) = (vec![0u16; 64 * k], vec![0u32; k / 2 * PANEL]);
-        for products in Path::available().filter_map(BrainProducts::new) {
-            let (path, mut c) = (products.path(), vec![0f32; rows * columns]);
+        let (mut packed, mut pairs) = (vec![0u16; 64 * k], vec![0u32; k / 2 * PANEL]);
+        for products in Isa::available().filter_map(Bf16Products::new) {
+            let (isa, mut c) = (products.isa(), vec![0f32; rows * columns]);
             // Rows to spare for whole tiles.
-            products.to_rows(&a, &mut short);
+            products.to_rows(&a, &mut packed);
             products.to_pairs(&panel, &mut pairs);
-            let tiles = Tiles::new(path);
+            let tiles = Tiles::new(isa);
             for from in (0..rows).step_by(products.block()) {
                 let product = Rounded {
-                    a: &short[from * k..],
+                    a: &packed[from * k..],
                     a_stride: k,
                     rows: products.block().min(rows - from),
                     b: &pairs,
@@ -527,7 +527,7 @@ mod tests {
             let weights: Vec<bf16> = weights.map(bf16::from_f32).collect();
             for count in [1, 2, 7, 13] {
                 let mut y = vec![0f32; count * columns];
-                let mut cut = short.clone();
+                let mut cut = packed.clone();
                 cut.chunks_exact_mut(k + 5).for_each(|row| row[k..].fill(0));
                 let (x, out) = ((&cut[..], k + 5, count), (Shared::new(&mut y), columns));
                 // SAFETY: nobody else has `y`.
@@ -536,7 +536,7 @@ mod tests {
                     let (row, column) = (i / columns, i % columns);
                     let product = |j: usize| rounded(a[row * (k + 5) + j]) * rounded(panel[j * PANEL + column]);
                     let exact = (0..k).map(product).sum::<f64>() + f64::from(bias[column]);
-                    assert!((exact - f64::from(*y)).abs() < 1e-4, "{path:?} {exact} {y}");
+                    assert!((exact - f64::from(*y)).abs() < 1e-4, "{isa:?} {exact} {y}");
                 }
             }
             let k = k + 5;
@@ -544,7 +544,7 @@ mod tests {
                 let (row, column) = (i / columns, i % columns);
                 let sum: f64 = (0..k).map(|j| rounded(a[row * k + j]) * rounded(panel[j * PANEL + column])).sum();
                 let exact = sum + f64::from(bias[column]);
-                assert!((exact - f64::from(*c)).abs() < 1e-4, "{path:?} {exact} {c}");
+                assert!((exact - f64::from(*c)).abs() < 1e-4, "{isa:?} {exact} {c}");
             }
         }
     }
