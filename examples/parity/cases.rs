@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 
 #[path = "batch.rs"]
 mod batch;
+#[cfg(feature = "train")]
+#[path = "four_bit.rs"]
+mod four_bit;
 #[path = "scoring.rs"]
 mod scoring;
 #[cfg(feature = "train")]
@@ -83,6 +86,10 @@ fn compare(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result
     let is_model = (has("config.json") || case["model_file"].is_string()) && has("expected.safetensors");
     let of_logits = case["files"]["model"].is_string() || is_model;
     ensure!(of_logits || check.bound.is_none(), "only cases of logits are compared in another precision than f32");
+    #[cfg(feature = "train")]
+    if let Some(result) = four_bit::run(dir, case, setup, check) {
+        return result;
+    }
     #[cfg(feature = "train")]
     if let Some(result) = training::run(dir, case, setup, check) {
         return result;

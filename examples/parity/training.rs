@@ -43,7 +43,7 @@ fn number(value: &Value, key: &str) -> Result<f64> {
 }
 
 /// Largest absolute difference of two tensors, over elements that `ignore` does not have.
-fn distance(found: &Tensor, expected: &Tensor, ignore: Option<&Tensor>) -> Result<f64> {
+pub(super) fn distance(found: &Tensor, expected: &Tensor, ignore: Option<&Tensor>) -> Result<f64> {
     ensure!(found.dims() == expected.dims(), "shape {:?}, expected {:?}", found.dims(), expected.dims());
     let ignored = ignore.map(flat).transpose()?.unwrap_or_else(|| vec![0.0; found.elem_count()]);
     let pairs = flat(found)?.into_iter().zip(flat(expected)?).zip(ignored);
@@ -170,7 +170,7 @@ fn optimizer_run(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> 
 }
 
 /// The logits of the case's ids.
-fn logits(pricket: &Pricket, expected: &HashMap<String, Tensor>) -> Result<Tensor> {
+pub(super) fn logits(pricket: &Pricket, expected: &HashMap<String, Tensor>) -> Result<Tensor> {
     let model = pricket.model();
     let ids = get(expected, "input_ids")?.to_dtype(DType::U32)?.to_device(&model.info().device)?;
     Ok(model.head(&model.hidden(&ids, &mut Context::new())?)?)
@@ -227,7 +227,7 @@ fn lora_train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
 }
 
 /// Trains an adapter on the case's batch, each step beside what is expected of it; gives the adapter after the last.
-fn train_steps(
+pub(super) fn train_steps(
     initial: &Lora,
     pricket: &Pricket,
     expected: &HashMap<String, Tensor>,

@@ -23,6 +23,7 @@ mod block_type;
 mod blocks;
 mod cpu;
 mod cuda;
+mod four_bit;
 mod in_place;
 mod matrix;
 
@@ -47,5 +48,6 @@ pub use cpu::reduce::{RowSummary, SoftmaxOp, SumOp, argmax, row_summaries, row_s
 pub use cpu::rotary::RotaryOp;
 pub use cpu::store::{StoreOp, q8_row_bytes, q8_values};
 pub use cpu::wkv::WkvOp;
+pub use four_bit::{FOUR_BIT_BLOCK, FourBit, FourBitType, Scales};
 pub use in_place::{InPlace, Kept};
 pub use matrix::Matrix;

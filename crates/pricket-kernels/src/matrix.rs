@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::{Blocks, InPlace, Packed};
+use crate::{Blocks, FourBit, InPlace, Packed};
 
 /// A weight matrix as it is stored: numbers, or quantized blocks. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -11,6 +11,8 @@ pub enum Matrix {
     Blocks(Blocks),
     /// Blocks in the order of the kernels.
     Packed(Packed),
+    /// Elements of 4 bits, on the CPU.
+    FourBit(FourBit),
     /// Numbers in a mapped file, on the CPU.
     InPlace(InPlace),
 }
@@ -25,6 +27,7 @@ impl Matrix {
             Matrix::Dense(tensor) => tensor.dims2(),
             Matrix::Blocks(blocks) => Ok(blocks.shape()),
             Matrix::Packed(packed) => Ok(packed.shape()),
+            Matrix::FourBit(matrix) => Ok(matrix.shape()),
             Matrix::InPlace(matrix) => Ok(matrix.shape()),
         }
     }
@@ -34,7 +37,7 @@ impl Matrix {
         match self {
             Matrix::Dense(tensor) => Some(tensor.dtype()),
             Matrix::InPlace(matrix) => Some(matrix.dtype()),
-            Matrix::Blocks(_) | Matrix::Packed(_) => None,
+            Matrix::Blocks(_) | Matrix::Packed(_) | Matrix::FourBit(_) => None,
         }
     }
 
@@ -62,6 +65,9 @@ impl Matrix {
             Matrix::Blocks(blocks) => {
                 Tensor::from_vec(blocks.to_f32(), blocks.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
             }
+            Matrix::FourBit(matrix) => {
+                Tensor::from_vec(matrix.to_f32(), matrix.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+            }
             Matrix::InPlace(matrix) => matrix.to_tensor()?.to_dtype(dtype)?.to_device(device),
             Matrix::Packed(packed) => {
                 Tensor::from_vec(packed.to_f32(), packed.shape(), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
@@ -84,6 +90,7 @@ impl Matrix {
                 matrix.check()?;
                 gather(ids, matrix.shape(), dtype, |row, out| matrix.row(row, out))
             }
+            Matrix::FourBit(matrix) => gather(ids, matrix.shape(), dtype, |row, out| matrix.row(row, out)),
             Matrix::Packed(packed) => gather(ids, packed.shape(), dtype, |row, out| packed.row(row, out)),
         }
     }

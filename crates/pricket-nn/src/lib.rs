@@ -70,7 +70,7 @@ pub use linear::{Adapter, Dropout, EmbeddingAndHead, Linear, RowOrder};
 pub use mlp::Mlp;
 pub use names::Names;
 pub use ops::BlockType;
-pub use options::{LoadOptions, Quantization, Storage, Trainable};
+pub use options::{FourBitQuantization, LoadOptions, Quantization, Storage, Trainable};
 pub use pass::Span;
 pub use plain_decoder::PlainDecoder;
 pub use plan::{BlockPlan, ModelPlan, Residual};

@@ -90,6 +90,10 @@ impl RowOrder {
             Matrix::Dense(tensor) => Ok(Matrix::Dense(self.moved(&tensor, back)?)),
             matrix if self == RowOrder::AsStored => Ok(matrix),
             Matrix::InPlace(matrix) => Ok(Matrix::Dense(self.moved(&matrix.to_tensor()?, back)?)),
+            Matrix::FourBit(four_bit) => {
+                let from = self.sources(four_bit.shape().0, back)?;
+                Ok(Matrix::FourBit(four_bit.reordered(|row| from[row])))
+            }
             Matrix::Packed(_) => Err(Error::Input("packed rows are in the model's order already".into())),
             Matrix::Blocks(blocks) => {
                 let from = self.sources(blocks.shape().0, back)?;
@@ -444,7 +448,7 @@ fn squared_lengths(weight: &Matrix) -> Result<Tensor> {
     let (rows, _) = weight.shape()?;
     let device = match weight {
         Matrix::Dense(weight) => weight.device().clone(),
-        Matrix::Blocks(_) | Matrix::Packed(_) | Matrix::InPlace(_) => candle_core::Device::Cpu,
+        Matrix::Blocks(_) | Matrix::Packed(_) | Matrix::FourBit(_) | Matrix::InPlace(_) => candle_core::Device::Cpu,
     };
     let part = |from: usize| -> Result<Tensor> {
         let ids = Tensor::arange(from as u32, rows.min(from + 256) as u32, &device)?;

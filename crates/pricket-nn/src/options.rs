@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 
-use crate::ops::{ActivationPrecision, BlockType};
+use crate::ops::{ActivationPrecision, BlockType, FourBitType};
 use crate::{CacheType, NoProgress, Progress};
 
 /// Which matrices become which blocks.
@@ -24,6 +24,34 @@ impl Quantization {
     }
 }
 
+/// The 4-bit type of the matrices of the blocks. The embedding and the head stay as stored, as in transformers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FourBitQuantization {
+    /// NF4 or FP4.
+    pub kind: FourBitType,
+    /// Whether the scales are quantized too.
+    pub is_double: bool,
+}
+
+impl std::str::FromStr for FourBitQuantization {
+    type Err = String;
+
+    /// Parses `nf4` and `fp4`, whose scales are quantized, and `nf4_f32` and `fp4_f32`, whose scales are f32.
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        let lower = name.to_lowercase();
+        let (kind, is_double) = lower.strip_suffix("_f32").map_or((&lower[..], true), |kind| (kind, false));
+        let kind = [FourBitType::Nf4, FourBitType::Fp4].into_iter().find(|known| known.name() == kind);
+        let kind = kind.ok_or_else(|| format!("unknown 4-bit type {name:?}; use nf4, fp4, nf4_f32 or fp4_f32"))?;
+        Ok(Self { kind, is_double })
+    }
+}
+
+impl std::fmt::Display for FourBitQuantization {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.kind.name(), if self.is_double { "" } else { "_f32" })
+    }
+}
+
 /// The type that matrices are kept in.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Storage {
@@ -34,6 +62,8 @@ pub enum Storage {
     Cast(DType),
     /// Quantized blocks.
     Quantize(Quantization),
+    /// Elements of 4 bits.
+    FourBit(FourBitQuantization),
 }
 
 /// Which weights become f32 variables that collect gradients; see [`Weights::parameters`](crate::Weights::parameters).

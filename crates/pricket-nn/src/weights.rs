@@ -5,13 +5,14 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
+use pricket_kernels::{FOUR_BIT_BLOCK, FourBit};
 use pricket_weights::{Dtype, Entry, Store};
 
 use crate::names::without_numbers;
 use crate::ops::{self, ActivationPrecision, BlockType, Blocks, Matrix};
 use crate::{
-    CacheType, Embedding, EmbeddingAndHead, Error, Linear, LoadOptions, Names, Norm, Result, RowOrder, Storage,
-    Trainable,
+    CacheType, Embedding, EmbeddingAndHead, Error, FourBitQuantization, Linear, LoadOptions, Names, Norm, Result,
+    RowOrder, Storage, Trainable,
 };
 
 /// A trainable parameter: a variable, and how it relates to the tensor on file.
@@ -108,7 +109,8 @@ impl Weights {
                 Dtype::from_candle(self.activations())
             }
             Storage::Quantize(wanted) if self.device().is_cpu() => Dtype::Block(wanted.weights),
-            Storage::AsStored | Storage::Quantize(_) => stored,
+            Storage::FourBit(wanted) if self.device().is_cpu() => Dtype::FourBit(wanted.kind),
+            Storage::AsStored | Storage::Quantize(_) | Storage::FourBit(_) => stored,
         }
     }
 
@@ -453,9 +455,14 @@ impl Weights {
             Storage::Quantize(wanted) if device.is_cpu() => wanted.of(is_table, shape[1]),
             _ => None,
         };
+        let four_bit = match self.options().storage {
+            Storage::FourBit(wanted) if device.is_cpu() && !is_table => Some(wanted),
+            _ => None,
+        };
         let stored = entry.dtype.to_candle();
-        if is_trained && (quantized.is_some() || stored.is_none()) {
-            let kind = quantized.map_or(entry.dtype, Dtype::Block);
+        if is_trained && (quantized.is_some() || four_bit.is_some() || stored.is_none()) {
+            let kind = four_bit.map(|wanted| Dtype::FourBit(wanted.kind)).or(quantized.map(Dtype::Block));
+            let kind = kind.unwrap_or(entry.dtype);
             let what = format!(
                 "tensor {name} is to be trained, but is quantized ({}); train a checkpoint in f32, f16 or bf16",
                 kind.name()
@@ -465,9 +472,12 @@ impl Weights {
         if let Some(kind) = quantized {
             return self.quantized(name, &entry, rows, kind);
         }
+        if let Some(wanted) = four_bit {
+            return self.four_bit(name, &entry, rows, wanted);
+        }
         let target = match (self.options().storage, stored) {
             _ if is_trained => Some(DType::F32),
-            (Storage::AsStored | Storage::Quantize(_), Some(DType::F64)) => Some(DType::F32),
+            (Storage::AsStored | Storage::Quantize(_) | Storage::FourBit(_), Some(DType::F64)) => Some(DType::F32),
             (Storage::Cast(dtype), _) => Some(dtype),
             // Blocks are multiplied on the CPU; elsewhere they become what they stand for.
             (_, None) if !device.is_cpu() => Some(self.activations()),
@@ -520,6 +530,27 @@ impl Weights {
             Matrix::Blocks(Blocks::new(kind, count, columns, out)).packed()
         };
         self.loaded(name, entry, bytes);
+        Ok(matrix)
+    }
+
+    /// A matrix in elements of 4 bits. Blocks are those of the order on file, as bitsandbytes quantizes.
+    fn four_bit(&self, name: String, entry: &Entry, rows: RowOrder, wanted: FourBitQuantization) -> Result<Matrix> {
+        let store = &*self.shared.store;
+        let kind = Dtype::FourBit(wanted.kind);
+        let matrix = if store.shapes_only() {
+            Matrix::Dense(self.shape_only(DType::F32, &entry.shape)?)
+        } else if entry.dtype == kind {
+            rows.apply_to_matrix(pricket_weights::read_matrix(store, &name)?)?
+        } else {
+            let tensor = pricket_weights::read_tensor(store, &name, &Device::Cpu)?.flatten_all()?;
+            let read =
+                |from: usize, to: usize| tensor.narrow(0, from, to - from)?.to_dtype(DType::F32)?.to_vec1::<f32>();
+            let shape = (entry.shape[0], entry.shape[1]);
+            let matrix = FourBit::quantize_parts(wanted.kind, shape, FOUR_BIT_BLOCK, wanted.is_double, read);
+            let matrix = matrix.map_err(|e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(&name))))?;
+            rows.apply_to_matrix(Matrix::FourBit(matrix))?
+        };
+        self.loaded(name, entry, kind.bytes(entry.elements()));
         Ok(matrix)
     }
 

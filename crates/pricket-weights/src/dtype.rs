@@ -1,5 +1,5 @@
 use candle_core::DType;
-use pricket_kernels::BlockType;
+use pricket_kernels::{BlockType, FOUR_BIT_BLOCK, FourBitType};
 
 /// The element type of a stored tensor, spelled as safetensors spells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,6 +27,8 @@ pub enum Dtype {
     Bool,
     /// Quantized.
     Block(BlockType),
+    /// Elements of 4 bits with a scale for every 64, as bitsandbytes stores them.
+    FourBit(FourBitType),
     /// A type by name that no reader here makes anything of.
     Other(&'static str),
 }
@@ -40,13 +42,15 @@ impl Dtype {
             Dtype::F16 | Dtype::BF16 | Dtype::I16 => 2,
             Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
             Dtype::Block(kind) => return kind.bytes(elements),
+            // With double quantization a scale is a byte.
+            Dtype::FourBit(_) => return elements.div_ceil(2) + elements.div_ceil(FOUR_BIT_BLOCK),
             Dtype::Other(_) => 0,
         })
     }
 
     /// Whether a weight can be of this type.
     pub const fn is_float(self) -> bool {
-        matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::Block(_))
+        matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::Block(_) | Dtype::FourBit(_))
     }
 
     /// The type of candle's tensors that holds these bytes unchanged; `None` where there is none.
@@ -60,7 +64,7 @@ impl Dtype {
             Dtype::I32 => DType::I32,
             Dtype::I16 => DType::I16,
             Dtype::U8 | Dtype::Bool => DType::U8,
-            Dtype::I8 | Dtype::Block(_) | Dtype::Other(_) => return None,
+            Dtype::I8 | Dtype::Block(_) | Dtype::FourBit(_) | Dtype::Other(_) => return None,
         })
     }
 
@@ -89,6 +93,7 @@ impl Dtype {
             Dtype::U8 => "U8",
             Dtype::Bool => "BOOL",
             Dtype::Block(kind) => kind.name(),
+            Dtype::FourBit(kind) => kind.name(),
             Dtype::Other(name) => name,
         }
     }

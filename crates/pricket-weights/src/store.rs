@@ -1,9 +1,9 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use pricket_kernels::{Blocks, InPlace, Matrix, collect, dequantize};
+use pricket_kernels::{Blocks, FourBit, InPlace, Matrix, collect, dequantize};
 
 use crate::mapped::{Mapped, Region};
 use crate::{Dtype, Error, Result, clip};
@@ -64,6 +64,14 @@ pub trait Store: Send + Sync {
 
     /// The file that holds `name`, for messages; the store itself where that is not known.
     fn origin(&self, name: &str) -> String;
+
+    /// A matrix of 4-bit elements, and its type before quantization. Only stores that have entries of [`Dtype::FourBit`] have such matrices.
+    ///
+    /// # Errors
+    /// Returns [`Error::Missing`] if there is no such matrix, and [`Error::Corrupt`] if its parts do not fit each other.
+    fn four_bit(&self, name: &str) -> Result<(FourBit, Dtype)> {
+        Err(self.missing(name))
+    }
 
     /// Whether there are shapes but no bytes (see [`crate::ShapesOnly`]).
     fn shapes_only(&self) -> bool {
@@ -149,6 +157,13 @@ const PIECE: usize = 4 << 20;
 /// [`Error::Missing`], [`Error::Unsupported`] for a type candle lacks, or what the store says of the bytes.
 pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Tensor> {
     let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
+    if matches!(entry.dtype, Dtype::FourBit(_)) {
+        let (matrix, original) = store.four_bit(name)?;
+        // The values are those of the type before quantization.
+        let original = original.to_candle().unwrap_or(DType::F32);
+        let widened = || Tensor::from_vec(matrix.to_f32(), matrix.shape(), device)?.to_dtype(original);
+        return widened().map_err(|source| Error::Candle { origin: store.origin(name), name: name.into(), source });
+    }
     let bytes = store.bytes(name)?;
     let shape = &entry.shape[..];
     let tensor = match entry.dtype {
@@ -169,7 +184,7 @@ pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Ten
             }
             Tensor::from_vec(values, shape, device)
         }
-        Dtype::I8 | Dtype::Other(_) => {
+        Dtype::I8 | Dtype::FourBit(_) | Dtype::Other(_) => {
             let what = format!("tensor {name} is stored as {}, which candle cannot hold", entry.dtype);
             return Err(Error::Unsupported { path: store.origin(name).into(), what });
         }
@@ -183,6 +198,9 @@ pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Ten
 /// As [`read_tensor`].
 pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
     let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
+    if matches!(entry.dtype, Dtype::FourBit(_)) {
+        return Ok(Matrix::FourBit(store.four_bit(name)?.0));
+    }
     let (Dtype::Block(kind), [rows, columns]) = (entry.dtype, &entry.shape[..]) else {
         return Ok(Matrix::Dense(read_tensor(store, name, &Device::Cpu)?));
     };

@@ -141,7 +141,7 @@ impl<'a> Gemm<'a> {
         let isa = isa();
         let fits = match self.weight {
             Stored::Packed(w) => isa == InstructionSet::Amx && w.shape().1.is_multiple_of(K_BLOCK),
-            Stored::Blocks(_) => false,
+            Stored::Blocks(_) | Stored::FourBit(_) => false,
             Stored::F32(_) | Stored::F16(_) | Stored::BF16(_) => true,
         };
         let products = if fits { Bf16Products::new(isa) } else { None };
@@ -337,7 +337,7 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
     assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
     assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
     assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
-    if !matches!(weight, Stored::Blocks(_) | Stored::Packed(_)) {
+    if !matches!(weight, Stored::Blocks(_) | Stored::Packed(_) | Stored::FourBit(_)) {
         return blocked(Left { at: y, row: n, column: 1 }, rows, Right::Columns(weight), (n, k), Begin::Zero, None, x);
     }
     // Blocks are widened by whole rows.

@@ -51,6 +51,7 @@ impl LinearOp {
         let weight = match &self.weight {
             Matrix::Dense(weight) => weight,
             Matrix::Blocks(blocks) => return Ok(f(Stored::Blocks(blocks))),
+            Matrix::FourBit(matrix) => return Ok(f(Stored::FourBit(matrix))),
             Matrix::Packed(packed) => return Ok(f(Stored::Packed(packed))),
             Matrix::InPlace(matrix) => return matrix.with_stored(f),
         };

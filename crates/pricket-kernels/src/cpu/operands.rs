@@ -14,6 +14,7 @@ use crate::cpu::product::{PANEL, Start};
 use crate::cpu::rows::Kind;
 use crate::cpu::rows::{self, Rows};
 use crate::cpu::shared::Shared;
+use crate::four_bit::FourBit;
 
 /// Rows of a panel that are packed before those of the next one: rows of weights lie pages apart, and the next panel's part
 /// of a row follows that of this one.
@@ -32,6 +33,8 @@ pub enum Stored<'a> {
     Blocks(&'a Blocks),
     /// Quantized, in the kernels' own order.
     Packed(&'a Packed),
+    /// Elements of 4 bits.
+    FourBit(&'a FourBit),
 }
 
 impl<'s> Stored<'s> {
@@ -42,6 +45,7 @@ impl<'s> Stored<'s> {
             Stored::BF16(w) => w.len(),
             Stored::Blocks(w) => w.shape().0 * w.shape().1,
             Stored::Packed(w) => w.shape().0 * w.shape().1,
+            Stored::FourBit(w) => w.shape().0 * w.shape().1,
         }
     }
 
@@ -59,6 +63,11 @@ impl<'s> Stored<'s> {
                 buffer.resize((to - from) * k, 0.0);
                 let (kind, bytes) = (w.kind(), w.bytes());
                 dequantize(kind, &bytes[kind.bytes(from * k)..kind.bytes(to * k)], buffer);
+                Rows::new(buffer, k)
+            }
+            Stored::FourBit(w) => {
+                buffer.resize((to - from) * k, 0.0);
+                w.widen(from, to, buffer);
                 Rows::new(buffer, k)
             }
             Stored::Packed(w) => {
@@ -157,7 +166,7 @@ impl Right<'_> {
             Stored::F32(_) => Some(Kind::F32),
             Stored::F16(_) => Some(Kind::F16),
             Stored::BF16(_) => Some(Kind::BF16),
-            Stored::Blocks(_) | Stored::Packed(_) => None,
+            Stored::Blocks(_) | Stored::Packed(_) | Stored::FourBit(_) => None,
         }
     }
 

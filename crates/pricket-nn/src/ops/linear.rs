@@ -63,7 +63,9 @@ fn widened_weight(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     match weight {
         Matrix::Dense(weight) if weight.dtype() == DType::F32 || !x.device().is_cpu() => Ok(weight.clone()),
         Matrix::Dense(weight) => Ok(weight.to_dtype(x.dtype())?),
-        Matrix::Blocks(_) | Matrix::Packed(_) | Matrix::InPlace(_) => Ok(weight.to_dense(x.dtype(), x.device())?),
+        Matrix::Blocks(_) | Matrix::Packed(_) | Matrix::FourBit(_) | Matrix::InPlace(_) => {
+            Ok(weight.to_dense(x.dtype(), x.device())?)
+        }
     }
 }
 

@@ -65,6 +65,15 @@ pub(crate) fn checked_family(config: &Value) -> Result<&'static dyn Family> {
     Ok(family)
 }
 
+/// Removes `quantization_config` from the configuration of a checkpoint of bitsandbytes' 4-bit types, whose tensors say more.
+pub(crate) fn remove_four_bit(config: &mut Value) {
+    let quantized = &config["quantization_config"];
+    let is_four_bit = quantized["quant_method"] == "bitsandbytes" && quantized["load_in_4bit"] == true;
+    if let Some(config) = config.as_object_mut().filter(|_| is_four_bit) {
+        config.remove("quantization_config");
+    }
+}
+
 /// Refuses checkpoints that are no language model with weights of a known type, and says what they are.
 fn check_form(config: &Value) -> Result<()> {
     let architecture = config["architectures"][0].as_str().unwrap_or_default();

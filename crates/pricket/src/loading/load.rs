@@ -7,8 +7,8 @@ use pricket_hub::Hub;
 use pricket_lm::Tokenizer;
 use pricket_nn::ops::ActivationPrecision;
 use pricket_nn::{
-    CacheType, CausalLm, FusedRows, LoadOptions, ModelInfo, NoProgress, Progress, Quantization, Storage, Trainable,
-    Weights,
+    CacheType, CausalLm, FourBitQuantization, FusedRows, LoadOptions, ModelInfo, NoProgress, Progress, Quantization,
+    Storage, Trainable, Weights,
 };
 use pricket_weights::{Headers, Store};
 use serde_json::Value;
@@ -129,6 +129,7 @@ pub struct Loader {
     file: Option<String>,
     qkv: QkvOrder,
     quantization: Option<Quantization>,
+    four_bit: Option<FourBitQuantization>,
     activations: ActivationPrecision,
     cache: Option<CacheType>,
     changes: Changes,
@@ -215,6 +216,7 @@ impl Loader {
             file: None,
             qkv: QkvOrder::Auto,
             quantization: None,
+            four_bit: None,
             activations: ActivationPrecision::F32,
             cache: None,
             changes: Changes::default(),
@@ -243,6 +245,20 @@ impl Loader {
     #[must_use]
     pub fn quantize(mut self, quantization: Quantization) -> Self {
         self.quantization = Some(quantization);
+        self
+    }
+
+    /// Quantizes the matrices of the blocks to 4 bits while they are loaded, on the CPU, as bitsandbytes does.
+    ///
+    /// ```
+    /// use pricket::Loader;
+    /// let small = Loader::tiny().four_bit("nf4".parse().map_err(pricket::Error::Options)?).load()?;
+    /// assert!(small.info().weight_bytes < pricket::tiny()?.info().weight_bytes);
+    /// # Ok::<(), pricket::Error>(())
+    /// ```
+    #[must_use]
+    pub fn four_bit(mut self, quantization: FourBitQuantization) -> Self {
+        self.four_bit = Some(quantization);
         self
     }
 
@@ -391,7 +407,12 @@ impl Loader {
         let config_path = opened.config_path.clone();
         let refused = |e| at(&config_path, e);
         let family = checked_family(&opened.config).map_err(refused)?;
-        if self.quantization.is_some() && (!self.device.is_cpu() || self.precision != Precision::Auto) {
+        if self.quantization.is_some() && self.four_bit.is_some() {
+            return Err(Error::Options("weights are quantized to blocks or to 4 bits, not to both".into()));
+        }
+        if (self.quantization.is_some() || self.four_bit.is_some())
+            && (!self.device.is_cpu() || self.precision != Precision::Auto)
+        {
             let what = "quantizing while loading is for the CPU, and leaves no other type to choose";
             return Err(Error::Options(what.into()));
         }
@@ -402,6 +423,7 @@ impl Loader {
             (None, Precision::F16, _) => Storage::Cast(DType::F16),
             (None, Precision::BF16, _) | (None, Precision::Auto, false) => Storage::Cast(DType::BF16),
         };
+        let storage = self.four_bit.map_or(storage, Storage::FourBit);
         let options = LoadOptions {
             storage,
             trainable: if self.train { Trainable::All } else { Trainable::None },

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use pricket_hub::{Hub, ModelId};
 use pricket_lm::Tokenizer;
 use pricket_nn::Progress;
-use pricket_weights::Store;
+use pricket_weights::{FourBitTensors, Store};
 use serde_json::Value;
 
 use crate::loading::changes::Changes;
 use crate::loading::containers;
-use crate::loading::family::{checked_family, config_from_shapes, family_of};
+use crate::loading::family::{checked_family, config_from_shapes, family_of, remove_four_bit};
 use crate::loading::opened::Opened;
 use crate::loading::provenance::Provenance;
 use crate::loading::repository::{Fetched, fetch_tokenizer, snapshot_warnings};
@@ -127,6 +127,7 @@ pub(crate) fn open_files(
         });
     }
     let mut config = read_json(&config_path)?;
+    remove_four_bit(&mut config);
     changes.apply(&mut config)?;
     // The configuration first: its errors say more than those of files that belong to another model.
     checked_family(&config).map_err(|e| at(&config_path, e))?;
@@ -139,6 +140,7 @@ pub(crate) fn open_files(
     let weights = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
     let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&weights)?);
     let store = containers::in_hub_order(store, &config).map_err(|e| at(&config_path, e))?;
+    let store = FourBitTensors::over(store)?;
     if store.names().iter().any(|name| name.contains(".base_layer.")) {
         return Err(unmerged(&weights, &Value::Null));
     }

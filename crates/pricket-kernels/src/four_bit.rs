@@ -1,0 +1,618 @@
+//! The 4-bit types of bitsandbytes: NF4 (Dettmers et al. 2023, arXiv:2305.14314) and FP4.
+//!
+//! A matrix is one run of elements, row after row, in blocks of 64 (or another size) that may cross rows. An element is an index of
+//! 4 bits into a table of sixteen values between -1 and 1, times the scale of its block, which is the largest magnitude in it. Two
+//! elements share a byte, the first in its high half. With double quantization the scales are bytes too: indices into a table
+//! of 256 values, times a scale for every 256 blocks, plus an offset for the matrix.
+//!
+//! ```
+//! use pricket_kernels::{FourBit, FourBitType};
+//! let values = [0.0, 1.0, -2.0, 0.5];
+//! let matrix = FourBit::quantize(FourBitType::Nf4, &values, (2, 2), 64, false)?;
+//! let mut row = [0.0; 2];
+//! matrix.row(1, &mut row);
+//! assert_eq!(row[0], -2.0);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{Result, bail};
+
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::detect::isa;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::isa::InstructionSet;
+use crate::cpu::pool::parallel_chunks;
+
+/// Block size of bitsandbytes.
+pub const FOUR_BIT_BLOCK: usize = 64;
+
+/// Blocks that share a scale of scales.
+const NESTED_BLOCK: usize = 256;
+
+/// Elements that are quantized at once, a multiple of every block size.
+const PIECE: usize = 1 << 20;
+
+/// The largest block size of bitsandbytes.
+const LARGEST_BLOCK: usize = 4096;
+
+/// A 4-bit type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FourBitType {
+    /// Quantiles of a normal distribution, sorted.
+    Nf4,
+    /// Sign, two bits of exponent and one of mantissa.
+    Fp4,
+}
+
+impl FourBitType {
+    /// The name, as bitsandbytes spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nf4 => "nf4",
+            Self::Fp4 => "fp4",
+        }
+    }
+
+    /// The sixteen values.
+    pub const fn table(self) -> [f32; 16] {
+        match self {
+            Self::Nf4 => [
+                -1.0,
+                -0.696_192_8,
+                -0.525_073_05,
+                -0.394_917_5,
+                -0.284_441_38,
+                -0.184_773_43,
+                -0.091_050_036,
+                0.0,
+                0.079_580_3,
+                0.160_930_2,
+                0.246_112_3,
+                0.337_915_24,
+                0.440_709_83,
+                0.562_617,
+                0.722_956_84,
+                1.0,
+            ],
+            Self::Fp4 => [
+                0.0,
+                0.0625 / 12.0,
+                8.0 / 12.0,
+                1.0,
+                4.0 / 12.0,
+                6.0 / 12.0,
+                2.0 / 12.0,
+                3.0 / 12.0,
+                // bitsandbytes has 0 here too, not -0.
+                0.0,
+                -0.0625 / 12.0,
+                -8.0 / 12.0,
+                -1.0,
+                -4.0 / 12.0,
+                -6.0 / 12.0,
+                -2.0 / 12.0,
+                -3.0 / 12.0,
+            ],
+        }
+    }
+}
+
+/// The scales of the blocks of a matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scales {
+    /// One number for each block.
+    Plain(Vec<f32>),
+    /// Double quantization: the scale of block `i` is `table[codes[i]] · nested[i / nested_block] + offset`.
+    Double {
+        /// One index for each block.
+        codes: Vec<u8>,
+        /// The values of the indices, 256.
+        table: Vec<f32>,
+        /// One scale for every `nested_block` blocks.
+        nested: Vec<f32>,
+        /// Blocks that share a scale, 256.
+        nested_block: usize,
+        /// The mean of the scales.
+        offset: f32,
+    },
+}
+
+impl Scales {
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Plain(scales) => scales.len(),
+            Self::Double { codes, .. } => codes.len(),
+        }
+    }
+
+    /// Returns whether there are no blocks.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The scale of block `i`. The product and the sum are rounded one after the other, as bitsandbytes does.
+    fn of(&self, i: usize) -> f32 {
+        match self {
+            Self::Plain(scales) => scales[i],
+            Self::Double { codes, table, nested, nested_block, offset } => {
+                table[codes[i] as usize] * nested[i / nested_block] + offset
+            }
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Plain(scales) => 4 * scales.len(),
+            Self::Double { codes, table, nested, .. } => codes.len() + 4 * (table.len() + nested.len()) + 4,
+        }
+    }
+
+    /// Quantizes `scales` to 8 bits.
+    fn double(scales: &[f32]) -> Self {
+        let offset = mean(scales);
+        let table = dynamic_table();
+        let (mut codes, mut nested) = (Vec::with_capacity(scales.len()), Vec::new());
+        for block in scales.chunks(NESTED_BLOCK) {
+            let largest = block.iter().fold(0f32, |max, scale| max.max((scale - offset).abs()));
+            // A block whose scales are all the offset has the largest magnitude 0; the division gives NaN, and the index is 0.
+            let inverse = 1.0 / largest;
+            codes.extend(block.iter().map(|scale| nearest(table, on_grid((scale - offset) * inverse))));
+            nested.push(largest);
+        }
+        Self::Double { codes, table: table.to_vec(), nested, nested_block: NESTED_BLOCK, offset }
+    }
+}
+
+/// The mean as torch computes it on one thread of a processor with vectors of eight: the order of the additions decides its last bit, and the
+/// bytes of the scales follow from it (`cascade_sum` in ATen's SumKernel.cpp).
+fn mean(values: &[f32]) -> f32 {
+    const LANES: usize = 8;
+    const ROWS: usize = 4;
+    const LEVELS: usize = 4;
+    type Sums = [[f32; LANES]; ROWS];
+    let add = |to: &mut [f32; LANES], from: &[f32; LANES]| to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    let (vectors, rest) = values.as_chunks::<LANES>();
+    let (steps, left) = vectors.as_chunks::<ROWS>();
+    let power = (steps.len().next_power_of_two().ilog2() as usize / LEVELS).max(4);
+    let mut sums: [Sums; LEVELS] = Default::default();
+    for (i, step) in steps.iter().enumerate() {
+        sums[0].iter_mut().zip(step).for_each(|(sum, vector)| add(sum, vector));
+        // Whole groups of steps are added to the next level, so that rounding errors stay small.
+        let mut count = i + 1;
+        for level in 1..LEVELS {
+            if !count.is_multiple_of(1 << power) {
+                break;
+            }
+            count >>= power;
+            let lower = std::mem::take(&mut sums[level - 1]);
+            sums[level].iter_mut().zip(&lower).for_each(|(sum, vector)| add(sum, vector));
+        }
+    }
+    let [mut sum, higher @ ..] = sums;
+    higher.iter().for_each(|level| sum.iter_mut().zip(level).for_each(|(sum, vector)| add(sum, vector)));
+    let [mut lanes, rows @ ..] = sum;
+    left.iter().chain(&rows).for_each(|vector| add(&mut lanes, vector));
+    let total = rest.iter().chain(&lanes).fold(0f32, |sum, x| sum + x);
+    total / values.len().max(1) as f32
+}
+
+/// The signed dynamic map of 8 bits of bitsandbytes (`create_dynamic_map`): 256 values in ascending order.
+fn dynamic_table() -> &'static [f32] {
+    static TABLE: OnceLock<Vec<f32>> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        let mut table = vec![0.0, 1.0];
+        for i in 0..7 {
+            let steps = 1usize << i;
+            // The points of torch's linspace(0.1, 1, steps + 1), from both ends, each rounded once.
+            let step = (1.0f32 - 0.1) / steps as f32;
+            let point = |j: usize| {
+                if j < steps.div_ceil(2) {
+                    step.mul_add(j as f32, 0.1)
+                } else {
+                    (-step).mul_add((steps - j) as f32, 1.0)
+                }
+            };
+            for j in 0..steps {
+                let middle = (point(j) + point(j + 1)) / 2.0;
+                let value = (10f64.powi(i - 6) as f32) * middle;
+                table.extend([value, -value]);
+            }
+        }
+        table.sort_by(f32::total_cmp);
+        table
+    })
+}
+
+/// The nearest of 65,536 numbers from -1 to 1. bitsandbytes looks the index of a scale up by it on a CPU; near the middle of two values of the
+/// table it decides.
+fn on_grid(x: f32) -> f32 {
+    const LAST: f32 = 65535.0;
+    let index = ((x.clamp(-1.0, 1.0) + 1.0) * 0.5 * LAST + 0.5).trunc();
+    index / LAST * 2.0 - 1.0
+}
+
+/// The index of the nearest value of a sorted table. Of two at one distance it is the lower one.
+fn nearest(table: &[f32], x: f32) -> u8 {
+    let above = table.partition_point(|&value| value < x).min(table.len() - 1);
+    let below = above.saturating_sub(1);
+    // NaN is below nothing.
+    if (x - table[below]).abs() <= (table[above] - x).abs() { below as u8 } else { above as u8 }
+}
+
+/// A matrix of 4-bit elements. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct FourBit {
+    parts: Arc<Parts>,
+    rows: usize,
+    columns: usize,
+    /// For each row its place in the run of elements; `None` for the order of the rows.
+    order: Option<Arc<[u32]>>,
+}
+
+#[derive(Debug)]
+struct Parts {
+    kind: FourBitType,
+    table: [f32; 16],
+    block: usize,
+    bytes: Vec<u8>,
+    scales: Scales,
+}
+
+impl FourBit {
+    /// A matrix of `rows` and `columns` from its parts: `bytes` holds two elements each, and `table` their values.
+    ///
+    /// # Errors
+    /// If the parts do not have the sizes that the shape and the block size imply, or if the block size is odd or 0.
+    pub fn new(
+        kind: FourBitType,
+        table: [f32; 16],
+        (rows, columns): (usize, usize),
+        block: usize,
+        bytes: Vec<u8>,
+        scales: Scales,
+    ) -> Result<Self> {
+        let Some(elements) = rows.checked_mul(columns).filter(|_| u32::try_from(rows).is_ok()) else {
+            bail!("a 4-bit matrix of [{rows}, {columns}] is too large")
+        };
+        if block == 0 || !block.is_multiple_of(2) {
+            bail!("4-bit blocks of {block} elements; expected an even number")
+        }
+        if bytes.len() != elements.div_ceil(2) {
+            bail!("a 4-bit matrix of [{rows}, {columns}] takes {} bytes, found {}", elements.div_ceil(2), bytes.len())
+        }
+        if scales.len() != elements.div_ceil(block) {
+            bail!("{} blocks of {block} elements have {} scales", elements.div_ceil(block), scales.len())
+        }
+        if let Scales::Double { codes, table, nested, nested_block, .. } = &scales
+            && (*nested_block == 0 || table.len() != 256 || nested.len() != codes.len().div_ceil(*nested_block))
+        {
+            bail!(
+                "{} doubly quantized scales have a table of {} and {} scales for every {nested_block}",
+                codes.len(),
+                table.len(),
+                nested.len()
+            )
+        }
+        Ok(Self { parts: Arc::new(Parts { kind, table, block, bytes, scales }), rows, columns, order: None })
+    }
+
+    /// Quantizes `values`, row after row, as bitsandbytes does on a CPU.
+    ///
+    /// # Errors
+    /// If the number of values is not that of the shape, or if one is not finite.
+    pub fn quantize(
+        kind: FourBitType,
+        values: &[f32],
+        shape: (usize, usize),
+        block: usize,
+        is_double: bool,
+    ) -> Result<Self> {
+        if values.len() != shape.0 * shape.1 {
+            bail!("{} values for a matrix of [{}, {}]", values.len(), shape.0, shape.1)
+        }
+        Self::quantize_parts(kind, shape, block, is_double, |from, to| Ok(values[from..to].to_vec()))
+    }
+
+    /// [`FourBit::quantize`], of elements `[from, to)` that `read` returns, so that a large matrix is never widened as a whole.
+    ///
+    /// # Errors
+    /// As [`FourBit::quantize`], and what `read` returns.
+    pub fn quantize_parts(
+        kind: FourBitType,
+        (rows, columns): (usize, usize),
+        block: usize,
+        is_double: bool,
+        mut read: impl FnMut(usize, usize) -> Result<Vec<f32>>,
+    ) -> Result<Self> {
+        if !block.is_power_of_two() || !(2..=LARGEST_BLOCK).contains(&block) {
+            bail!("4-bit blocks of {block} elements; expected a power of two from 2 to {LARGEST_BLOCK}")
+        }
+        let elements = rows * columns;
+        let mut bytes = vec![0u8; elements.div_ceil(2)];
+        let mut scales = vec![0f32; elements.div_ceil(block)];
+        let index = Indices::new(kind);
+        for from in (0..elements).step_by(PIECE) {
+            let to = (from + PIECE).min(elements);
+            let values = read(from, to)?;
+            if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+                bail!("{} in row {} cannot be quantized", values[at], (from + at) / columns.max(1));
+            }
+            let scales = &mut scales[from / block..to.div_ceil(block)];
+            for (scale, values) in scales.iter_mut().zip(values.chunks(block)) {
+                *scale = values.iter().fold(0f32, |max, x| max.max(x.abs()));
+            }
+            let scales = &*scales;
+            parallel_chunks(&mut bytes[from / 2..to.div_ceil(2)], PIECE / 64, |i, bytes| {
+                let first = i * (PIECE / 64) * 2;
+                for (j, byte) in bytes.iter_mut().enumerate() {
+                    let at = first + 2 * j;
+                    let inverse = 1.0 / scales[at / block];
+                    // An odd end is filled up with 0.
+                    let of = |at: usize| index.of(values.get(at).map_or(0.0, |x| x * inverse));
+                    *byte = of(at) << 4 | of(at + 1);
+                }
+            });
+        }
+        let scales = if is_double { Scales::double(&scales) } else { Scales::Plain(scales) };
+        Self::new(kind, kind.table(), (rows, columns), block, bytes, scales)
+    }
+
+    /// The type.
+    pub fn kind(&self) -> FourBitType {
+        self.parts.kind
+    }
+
+    /// Rows, columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// Elements that share a scale.
+    pub fn block(&self) -> usize {
+        self.parts.block
+    }
+
+    /// The sixteen values.
+    pub fn table(&self) -> &[f32; 16] {
+        &self.parts.table
+    }
+
+    /// The elements as bitsandbytes stores them, in the order in which they were quantized.
+    pub fn bytes(&self) -> &[u8] {
+        &self.parts.bytes
+    }
+
+    /// The scales, in the same order.
+    pub fn scales(&self) -> &Scales {
+        &self.parts.scales
+    }
+
+    /// Bytes in memory.
+    pub fn size(&self) -> usize {
+        self.parts.bytes.len() + self.parts.scales.bytes()
+    }
+
+    /// The matrix with its rows in another order: row `i` of the result is row `order(i)`. Elements are not moved.
+    #[must_use]
+    pub fn reordered(&self, order: impl Fn(usize) -> usize) -> Self {
+        Self { order: Some((0..self.rows).map(|row| self.place(order(row)) as u32).collect()), ..self.clone() }
+    }
+
+    fn place(&self, row: usize) -> usize {
+        self.order.as_ref().map_or(row, |order| order[row] as usize)
+    }
+
+    /// Writes the values of a row.
+    ///
+    /// # Panics
+    /// If `out` is not as long as a row, or the row does not exist.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.columns, "a row of {}", out.len());
+        self.parts.widen(self.place(row) * self.columns, out);
+    }
+
+    /// Writes the values of rows `[from, to)`.
+    pub(crate) fn widen(&self, from: usize, to: usize, out: &mut [f32]) {
+        if self.order.is_none() {
+            return self.parts.widen(from * self.columns, &mut out[..(to - from) * self.columns]);
+        }
+        for (row, out) in (from..to).zip(out.chunks_exact_mut(self.columns.max(1))) {
+            self.row(row, out);
+        }
+    }
+
+    /// Every value, row after row.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.columns];
+        parallel_chunks(&mut out, self.columns.max(1), |row, out| self.row(row, out));
+        out
+    }
+}
+
+impl Parts {
+    /// Writes the values of the elements from `from` on.
+    fn widen(&self, from: usize, out: &mut [f32]) {
+        let mut at = 0;
+        while at < out.len() {
+            let block = (from + at) / self.block;
+            let end = ((block + 1) * self.block - from).min(out.len());
+            let scale = self.scales.of(block);
+            self.widen_block(from + at, scale, &mut out[at..end]);
+            at = end;
+        }
+    }
+
+    /// Writes the values of elements that share the scale `scale`.
+    fn widen_block(&self, from: usize, scale: f32, out: &mut [f32]) {
+        let bytes = &self.bytes[from / 2..];
+        // Whole vectors begin at the high half of a byte.
+        #[cfg(target_arch = "x86_64")]
+        if from.is_multiple_of(2) {
+            let whole = out.len() / 16 * 16;
+            if isa() >= InstructionSet::Avx512 {
+                // SAFETY: the processor has AVX-512. `bytes` holds two elements a byte of all that `out` takes.
+                unsafe { x86::avx512(&self.table, scale, &bytes[..whole / 2], &mut out[..whole]) };
+                return self.plain(from + whole, scale, &mut out[whole..]);
+            }
+            if isa() >= InstructionSet::Avx2 {
+                // SAFETY: the processor has AVX2, and `bytes` is as long as before.
+                unsafe { x86::avx2(&self.table, scale, &bytes[..whole / 2], &mut out[..whole]) };
+                return self.plain(from + whole, scale, &mut out[whole..]);
+            }
+        }
+        let _ = bytes;
+        self.plain(from, scale, out);
+    }
+
+    fn plain(&self, from: usize, scale: f32, out: &mut [f32]) {
+        for (i, out) in out.iter_mut().enumerate() {
+            let byte = self.bytes[(from + i) / 2];
+            let code = if (from + i).is_multiple_of(2) { byte >> 4 } else { byte & 15 };
+            *out = self.table[code as usize] * scale;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    /// The indices of sixteen elements, a byte each, from eight bytes.
+    #[target_feature(enable = "avx2")]
+    fn indices(bytes: &[u8; 8]) -> __m128i {
+        let pairs = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes));
+        let low = _mm_and_si128(pairs, _mm_set1_epi8(15));
+        let high = _mm_and_si128(_mm_srli_epi16::<4>(pairs), _mm_set1_epi8(15));
+        _mm_unpacklo_epi8(high, low)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
+    pub(super) fn avx512(table: &[f32; 16], scale: f32, bytes: &[u8], out: &mut [f32]) {
+        // SAFETY: the table has sixteen values.
+        let (table, scale) = (unsafe { _mm512_loadu_ps(table.as_ptr()) }, _mm512_set1_ps(scale));
+        for (bytes, out) in bytes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
+            let values = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices(bytes)), table);
+            // SAFETY: sixteen values are written to sixteen places.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(values, scale)) };
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn avx2(table: &[f32; 16], scale: f32, bytes: &[u8], out: &mut [f32]) {
+        // SAFETY: each half of the table has eight values.
+        let (low, high) = unsafe { (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8))) };
+        let scale = _mm256_set1_ps(scale);
+        for (bytes, out) in bytes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
+            let all = indices(bytes);
+            for (indices, out) in [all, _mm_srli_si128::<8>(all)].into_iter().zip(out.as_chunks_mut::<8>().0) {
+                let index = _mm256_cvtepu8_epi32(indices);
+                let is_high = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
+                let (a, b) = (_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index));
+                let values = _mm256_mul_ps(_mm256_blendv_ps(a, b, is_high), scale);
+                // SAFETY: eight values are written to eight places.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr(), values) };
+            }
+        }
+    }
+}
+
+/// Finds the index of the nearest value of a table.
+struct Indices {
+    /// The values in ascending order, with their indices.
+    sorted: Vec<(f32, u8)>,
+    /// The middle between each value and the next.
+    middles: Vec<f32>,
+    kind: FourBitType,
+}
+
+impl Indices {
+    fn new(kind: FourBitType) -> Self {
+        let mut sorted: Vec<(f32, u8)> = kind.table().into_iter().zip(0..).collect();
+        // Of two zeros one is kept: `of` chooses between them.
+        sorted.sort_by(|a, b| a.0.partial_cmp(&b.0).unwrap_or(std::cmp::Ordering::Equal).then(a.1.cmp(&b.1)));
+        sorted.dedup_by(|b, a| a.0 == b.0);
+        let middles = sorted.windows(2).map(|pair| (pair[0].0 + pair[1].0) / 2.0).collect();
+        Self { sorted, middles, kind }
+    }
+
+    /// The index of the value nearest to `x`; of two at one distance, the first in the table.
+    fn of(&self, x: f32) -> u8 {
+        if x.is_nan() {
+            // A block of zeros: its scale is 0, and so is every value.
+            return if self.kind == FourBitType::Nf4 { 7 } else { 0 };
+        }
+        let guess = self.middles.partition_point(|&middle| middle < x);
+        // Distances are compared as rounded numbers, which decide near a middle.
+        let near = guess.saturating_sub(1)..=(guess + 1).min(self.sorted.len() - 1);
+        let distance = |i: usize| (x - self.sorted[i].0).abs();
+        let best =
+            near.min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then(self.sorted[a].1.cmp(&self.sorted[b].1)));
+        match self.sorted[best.unwrap_or(guess)].1 {
+            // bitsandbytes searches its sorted table, in which the second 0 follows the first, so that small positive numbers
+            // get its index.
+            0 if self.kind == FourBitType::Fp4 && x > 0.0 => 8,
+            index => index,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed | 1;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next() * next()).collect()
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        /// Any path writes the values of the plain one, whatever the rows' ends and order.
+        #[test]
+        fn rows_are_those_of_the_plain_path(rows in 1usize..9, columns in 1usize..200, block in 1u32..9, is_double: bool, fp4: bool) {
+            let kind = if fp4 { FourBitType::Fp4 } else { FourBitType::Nf4 };
+            let values = values(rows * columns, block + columns as u32);
+            let matrix = FourBit::quantize(kind, &values, (rows, columns), 1 << block, is_double).unwrap();
+            let mut plain = vec![0.0; rows * columns];
+            for (i, out) in plain.iter_mut().enumerate() {
+                matrix.parts.plain(i, matrix.scales().of(i / matrix.block()), std::slice::from_mut(out));
+            }
+            proptest::prop_assert_eq!(&matrix.to_f32(), &plain);
+            let turned = matrix.reordered(|row| rows - 1 - row);
+            let expected: Vec<f32> = plain.chunks(columns).rev().flatten().copied().collect();
+            proptest::prop_assert_eq!(&turned.to_f32(), &expected);
+            let mut some = vec![0.0; (rows - 1) * columns];
+            turned.widen(1, rows, &mut some);
+            proptest::prop_assert_eq!(&some, &expected[columns..]);
+            // The nearest value is at most half the widest gap of the table away.
+            for (i, (x, y)) in values.iter().zip(&plain).enumerate() {
+                let scale = matrix.scales().of(i / matrix.block());
+                let bound = scale.abs() * 0.17 + if is_double { x.abs() * 0.3 + 0.05 } else { 1e-6 };
+                proptest::prop_assert!((x - y).abs() <= bound, "{} {} {}", x, y, scale);
+            }
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let table = FourBitType::Nf4.table();
+        let new = |shape, block, bytes: usize, scales: usize| {
+            FourBit::new(FourBitType::Nf4, table, shape, block, vec![0; bytes], Scales::Plain(vec![0.0; scales]))
+        };
+        assert!(new((3, 5), 64, 8, 1).is_ok());
+        for (shape, block, bytes, scales) in
+            [((3, 5), 64, 7, 1), ((3, 5), 64, 8, 2), ((3, 5), 0, 8, 1), ((3, 5), 3, 8, 5), ((usize::MAX, 2), 64, 8, 1)]
+        {
+            assert!(new(shape, block, bytes, scales).is_err(), "{shape:?} {block} {bytes} {scales}");
+        }
+        let refused = FourBit::quantize(FourBitType::Fp4, &[1.0, f32::NAN], (1, 2), 64, false);
+        assert!(refused.unwrap_err().to_string().contains("NaN in row 0"));
+    }
+}
