@@ -148,7 +148,7 @@ pub(crate) fn open_files(
     } else {
         let mut files = vec![config_path.clone(), generation, weights];
         files.extend(tokenizer.clone());
-        // `files_of` gives the shards, which the tensors name.
+        // `files_of` returns the shards, found through the tensors in them.
         files.extend(TOKENIZER_FILES.map(|name| directory.join(name)).into_iter().filter(|path| path.is_file()));
         files.extend(files_of(&*store));
         files.sort();
