@@ -21,7 +21,7 @@ use crate::{Error, Result};
 #[non_exhaustive]
 pub enum QkvOrder {
     /// Determined while loading: the order that gives a text the lower loss. If the losses do not decide, the norms of the
-    /// rows decide, then the version of the file.
+    /// rows decide, then the version and metadata of the file.
     #[default]
     Auto,
     /// Q, then K, then V.
