@@ -68,7 +68,7 @@ impl Tabular for [ScoredToken] {
                 String::new(),
             ]);
         }
-        table(&["token", "id", "log-probability", "probability", "likeliest"], rows)
+        table(&["token", "id", "log-probability", "probability", "top-1"], rows)
     }
 }
 
@@ -80,8 +80,8 @@ impl Tabular for Completion {
         pairs(vec![
             ("text", format!("{:?}", self.text)),
             ("end", self.finish.to_string()),
-            ("tokens of the prompt", self.prompt_ids.len().to_string()),
-            ("tokens written", self.ids.len().to_string()),
+            ("prompt tokens", self.prompt_ids.len().to_string()),
+            ("generated tokens", self.ids.len().to_string()),
             ("mean log-probability", mean),
         ])
     }
@@ -93,9 +93,9 @@ impl Tabular for Comparison {
             ("tokens", self.tokens.to_string()),
             ("perplexity of the reference", format!("{:.4}", self.reference_perplexity)),
             ("perplexity", format!("{:.4}", self.perplexity)),
-            ("KL divergence, nats a token", format!("{:.6}", self.kl_divergence)),
+            ("KL divergence (nats per token)", format!("{:.6}", self.kl_divergence)),
             ("largest KL divergence", format!("{:.4}", self.worst_kl_divergence)),
-            ("same likeliest token", format!("{:.2} %", 100.0 * self.top_1_agreement)),
+            ("top-1 agreement", format!("{:.2} %", 100.0 * self.top_1_agreement)),
         ])
     }
 }
@@ -247,11 +247,11 @@ mod tests {
         let options = GenerateOptions { max_tokens: 3, ..Default::default() };
         let text = tiny.generate("The people of the United", &options).unwrap().table().text();
         assert!(
-            text.contains("ended by the maximum number of tokens") && text.contains("tokens written        3"),
+            text.contains("ended by the maximum number of tokens") && text.contains("generated tokens      3"),
             "{text}"
         );
         let text = tiny.compare(&tiny, "The people", &crate::ScoreOptions::default()).unwrap().table().text();
-        assert!(text.contains("same likeliest token         100.00 %"), "{text}");
+        assert!(text.contains("top-1 agreement                 100.00 %"), "{text}");
         let curve = Curve::new("tiny", vec![Point::new(64.0, 4.5), Point::new(0.0, 7.5), Point::new(1.0, f64::NAN)]);
         let panel = Curves { y: "loss".into(), curves: vec![curve], ..Curves::default() };
         let picture = Picture::of_curves(vec![panel]).unwrap();
