@@ -196,7 +196,9 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
     }
     if model != Some("gpt2") || pre.is_some_and(|pre| !GPT2_LIKE.contains(&pre)) {
         let (model, pre) = (model.unwrap_or("none"), pre.unwrap_or("none"));
-        return Err(wrong(format!("tokenizer of kind {model} ({pre}) is not supported; expected GPT-2's byte-level BPE")));
+        return Err(wrong(format!(
+            "tokenizer of kind {model} ({pre}) is not supported; expected GPT-2's byte-level BPE"
+        )));
     }
     let Some(merges) = file.texts("tokenizer.ggml.merges")? else {
         return Err(wrong("the tokenizer has tokens but no merges".into()));
@@ -299,7 +301,9 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
             other += usize::from(tokenizer.token_bytes(id as u32) != word);
         }
         if 20 * other > all {
-            warnings.push(format!("the tokenizer does not match the vocabulary in the file: {other} of {all} words differ"));
+            warnings.push(format!(
+                "the tokenizer does not match the vocabulary in the file: {other} of {all} words differ"
+            ));
         }
     }
     let has = |&(id, text): &(usize, &str)| file.word(id).is_some_and(|word| word == text.as_bytes());

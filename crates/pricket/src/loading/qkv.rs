@@ -84,7 +84,8 @@ pub(crate) fn by_evidence(
         let (split, interleaved, chance) = told_by_rows(&*opened.store, headers)?;
         let (most, least) = (split.max(interleaved), split.min(interleaved));
         if most > (6.0 * chance).max(0.03) && most > 2.0 * least {
-            let told = format!("Q, K and V explain {most:.2} of the variance of row norms; in the other order {least:.2}");
+            let told =
+                format!("Q, K and V explain {most:.2} of the variance of row norms; in the other order {least:.2}");
             return Ok((split > interleaved, told));
         }
         Ok((likely, why.into()))

@@ -364,11 +364,7 @@ pub(crate) fn explained(e: pricket_hub::Error, id: &ModelId, card: Option<&Card>
     use pricket_hub::Error as H;
     let local = || {
         let owner = id.repo.as_str().split('/').next().unwrap_or_default();
-        if Path::new(owner).is_dir() {
-            format!(" (and the path {} does not exist)", id.repo)
-        } else {
-            String::new()
-        }
+        if Path::new(owner).is_dir() { format!(" (and the path {} does not exist)", id.repo) } else { String::new() }
     };
     match (e, card) {
         (H::Repository { what, .. }, Some(card)) if card.gone.is_some() => {

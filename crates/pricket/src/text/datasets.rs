@@ -54,10 +54,7 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
         wanted.sort_by(|a, b| a.path.cmp(&b.path));
         let folder = |file: &Listed| Path::new(&file.path).parent().map(Path::to_owned);
         if let Some(other) = wanted.iter().find(|file| folder(file) != folder(&wanted[0])) {
-            let what = format!(
-                "the split {split} is ambiguous: found at {} and at {}",
-                wanted[0].path, other.path
-            );
+            let what = format!("the split {split} is ambiguous: found at {} and at {}", wanted[0].path, other.path);
             return Err(Error::Documents(format!("{repo}: {what}")));
         }
         let whole = hub.fetch(&id, &commit, &wanted, &listing, &telling).map_err(|e| explained(e, &id, None))?;

@@ -196,8 +196,7 @@ impl Pricket {
     pub fn logprobs(&self, text: &str) -> Result<Vec<ScoredToken>> {
         let ids = self.encode(text)?;
         if ids.len() < 2 {
-            let what =
-                "the text has fewer than two tokens, and the first token has no log-probability";
+            let what = "the text has fewer than two tokens, and the first token has no log-probability";
             return Err(Error::Empty(what));
         }
         self.with_text(token_logprobs(&*self.parts.model, &ids)?)

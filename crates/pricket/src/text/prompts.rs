@@ -89,8 +89,7 @@ pub(crate) fn choose(opened: &Opened) -> (PromptFormat, Option<String>) {
         Some((known(&card.prompt)?, format!("config.json is derived from that of {}", card.id)))
     };
     let unknown = config["prompt_format"].as_str().filter(|name| known(name).is_none());
-    let unknown =
-        unknown.map(|name| format!("prompt format {}: named by config.json, but unknown", clip(name)));
+    let unknown = unknown.map(|name| format!("prompt format {}: named by config.json, but unknown", clip(name)));
     if let Some((format, why)) = by_card().or_else(by_key).or_else(by_tokens).or_else(by_origin) {
         let note = format!("prompt format {}: {why}", format.name);
         return (format.clone(), unknown.or(Some(note).filter(|_| format.name != "plain")));
