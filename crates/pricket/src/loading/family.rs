@@ -49,7 +49,9 @@ pub(crate) fn family_of(config: &Value) -> Result<&'static dyn Family> {
     };
     let known = list(families.iter().flat_map(|family| family.spellings().0).copied().collect(), "\"");
     Err(match (config["model_type"].as_str(), config["architectures"][0].as_str()) {
-        (Some(other), _) => Error::config("model_type", format!("{other:?} is not supported; expected one of {known}")),
+        (Some(other), _) => {
+            Error::config("model_type", format!("{other:?} is not a supported family; expected one of {known}"))
+        }
         (None, Some(other)) => {
             let classes = list(families.iter().flat_map(|family| family.spellings().1).copied().collect(), "");
             Error::config("architectures", format!("{other:?} is not supported; expected one of {classes}"))
@@ -119,7 +121,7 @@ pub(crate) fn family_of_gguf(metadata: &Value) -> Result<&'static dyn Family> {
         let known = families.iter().filter_map(|family| Some(format!("{:?}", family.gguf_architecture()?)));
         let known = known.collect::<Vec<_>>().join(" or ");
         let what = match named {
-            Some(other) => format!("{other:?} is not supported; expected {known}"),
+            Some(other) => format!("{other:?} is not a supported family; expected {known}"),
             None => format!("missing; expected {known}"),
         };
         Error::config("general.architecture", what)

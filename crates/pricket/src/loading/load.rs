@@ -552,7 +552,7 @@ impl Loader {
             (Origin::Named(source), _) => source.clone(),
             (Origin::Embedded(model), true) => Source::new(model.directory()),
             (Origin::Store { .. }, true) => {
-                let what = format!("{} comes from a store; a revision or file cannot be chosen", self.origin.name());
+                let what = format!("revision or file: {} has no revisions or files to choose from", self.origin.name());
                 return Err(Error::Source(what));
             }
             (origin, false) => return Ok(origin.clone()),

@@ -63,7 +63,7 @@ pub struct Fetched {
 pub fn fetch(model: impl Into<Source>, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
     match model.into().locate()? {
         Place::Hub(id, file) => fetch_id(&id, file.as_deref(), &Changes::default(), hub, progress),
-        Place::Local(path) => Err(Error::Source(format!("{} is a local path and needs no fetching", path.display()))),
+        Place::Local(path) => Err(Error::Source(format!("{} is already local", path.display()))),
     }
 }
 

@@ -182,7 +182,7 @@ struct Auditor<'a> {
 }
 
 impl Checkpoints {
-    /// Audits listed training steps; see [`audit`](crate::suites::audit()).
+    /// Audits listed training steps; see [`audit`].
     ///
     /// # Errors
     /// Returns the errors of [`Checkpoints::select`] and [`Error::Cancelled`].

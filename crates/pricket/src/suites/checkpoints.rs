@@ -230,9 +230,7 @@ impl Checkpoints {
                 fetch_commit(&id, commit, file.as_deref(), hub, progress)
             }
             (Home::Hub(..), None) => Err(self.missing(checkpoint)),
-            (Home::Local(_), _) => {
-                Err(Error::Source(format!("{} is local and needs no fetching", self.id(checkpoint))))
-            }
+            (Home::Local(_), _) => Err(Error::Source(format!("{} is already local", self.id(checkpoint)))),
         }
     }
 
