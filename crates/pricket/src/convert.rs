@@ -34,8 +34,8 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Target {
-    /// The stored type, if the output format supports it. Block types of old GGML files become their current equivalents
-    /// if that is lossless, otherwise f16.
+    /// The stored type, if the output format supports it. Block types of old GGML files become their current
+    /// equivalents if that is lossless, otherwise f16.
     #[default]
     Stored,
     /// 32-bit float.
@@ -103,11 +103,11 @@ enum Change {
 impl Loader {
     /// Converts the checkpoint and writes it to `out`.
     ///
-    /// If `out` ends in `.gguf`, writes one file with configuration and tokenizer, in the format of llama.cpp. Otherwise
-    /// writes a directory in Hub layout with one safetensors file.
+    /// If `out` ends in `.gguf`, writes one file with configuration and tokenizer, in the format of llama.cpp.
+    /// Otherwise writes a directory in Hub layout with one safetensors file.
     ///
-    /// At most one tensor is in memory at a time. Exception: if a GGUF file does not state the order of its QKV rows, the
-    /// model is loaded once to determine it. Files get their final names only after they are complete.
+    /// At most one tensor is in memory at a time. Exception: if a GGUF file does not state the order of its QKV rows,
+    /// the model is loaded once to determine it. Files get their final names only after they are complete.
     ///
     /// # Errors
     /// Returns the errors of [`Loader::load`], [`Error::Refused`] if the output format has no key for a value of the
@@ -253,7 +253,8 @@ impl Plan<'_> {
 
     /// Returns the type of a tensor in the output file.
     fn dtype(&self, canonical: &str, from: &str, shape: &[usize], stored: Dtype, store: &dyn Store) -> Result<Dtype> {
-        // llama.cpp requires vectors in f32. Position embeddings stay f32 because they are added to the residual stream.
+        // llama.cpp requires vectors in f32. Position embeddings stay f32 because they are added to the residual
+        // stream.
         let is_positions = || Names::spelled(canonical, self.family.gguf_names()) == "position_embd.weight";
         if self.gguf && (shape.len() == 1 || is_positions()) {
             return Ok(Dtype::F32);
@@ -527,8 +528,8 @@ impl Beside {
     }
 }
 
-/// Returns the configuration, tokenizer and license files to write next to the weights. With `overwrite`, tokenizer files
-/// and generation settings of a previous model are deleted. Licenses and notices are never deleted.
+/// Returns the configuration, tokenizer and license files to write next to the weights. With `overwrite`, tokenizer
+/// files and generation settings of a previous model are deleted. Licenses and notices are never deleted.
 ///
 /// # Errors
 /// Returns [`Error::Output`] if one of the files exists and `overwrite` is false.

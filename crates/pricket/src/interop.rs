@@ -57,8 +57,8 @@ impl std::fmt::Debug for Opened {
 /// Opens a checkpoint of any format: a directory, a file, or a repository of the Hub. Repositories are fetched into the
 /// cache that Python also uses.
 ///
-/// No tensor is read yet. Exception: if a GGUF file does not state the order of its QKV rows, the model is loaded once to
-/// determine it.
+/// No tensor is read yet. Exception: if a GGUF file does not state the order of its QKV rows, the model is loaded once
+/// to determine it.
 ///
 /// # Errors
 /// Returns the errors of [`Loader::load`].
@@ -94,8 +94,8 @@ impl Opened {
         Ok(Self { config: opened.config, tokenizer: opened.tokenizer, store })
     }
 
-    /// Returns the tensors with the names and row order of the Hub. Quantized tensors whose rows are reordered are read as
-    /// f32.
+    /// Returns the tensors with the names and row order of the Hub. Quantized tensors whose rows are reordered are read
+    /// as f32.
     pub fn store(&self) -> Arc<dyn Store> {
         Arc::clone(&self.store)
     }
@@ -106,8 +106,8 @@ impl Opened {
     }
 }
 
-/// Returns a `VarBuilder` over the tensors of any store, in `dtype` on `device`. Each tensor is read when a layer requests
-/// it; quantized tensors are dequantized.
+/// Returns a `VarBuilder` over the tensors of any store, in `dtype` on `device`. Each tensor is read when a layer
+/// requests it; quantized tensors are dequantized.
 pub fn var_builder(store: Arc<dyn Store>, dtype: DType, device: &Device) -> VarBuilder<'static> {
     VarBuilder::from_backend(Box::new(Backend(store)), dtype, device.clone())
 }

@@ -1,4 +1,5 @@
-//! A Candle-based model zoo for open decoder language models: GPT-NeoX and Pythia, MPT, LLaMA, RWKV-4, RedPajama-INCITE.
+//! A Candle-based model zoo for open decoder language models: GPT-NeoX and Pythia, MPT, LLaMA, RWKV-4,
+//! RedPajama-INCITE.
 //!
 //! | module | purpose |
 //! |---|---|

@@ -1,8 +1,8 @@
 //! Output for notebooks: pictures and tables as cell values, text streamed in whole lines, progress without a terminal.
 //!
-//! The evcxr kernel displays a value by calling its method `evcxr_display`. It displays one item of each content type per
-//! cell; [`Picture::of_pictures`] combines several pictures. If a cell's output ends in the middle of a line, evcxr waits
-//! forever, so all functions here print whole lines. See `docs/notebooks.md`.
+//! The evcxr kernel displays a value by calling its method `evcxr_display`. It displays one item of each content type
+//! per cell; [`Picture::of_pictures`] combines several pictures. If a cell's output ends in the middle of a line, evcxr
+//! waits forever, so all functions here print whole lines. See `docs/notebooks.md`.
 //!
 //! ```
 //! use pricket::notebook::{next_tokens, stream, tokens};
@@ -31,8 +31,8 @@ use pricket_plots::{Picture, Table};
 /// Maximum number of rows of a table. A final row gives the number of omitted rows.
 const ROWS: usize = 200;
 
-/// Values that a notebook displays as a table. If the trait is in scope (the prelude exports it), the last value of a cell
-/// is displayed.
+/// Values that a notebook displays as a table. If the trait is in scope (the prelude exports it), the last value of a
+/// cell is displayed.
 pub trait Tabular {
     /// Returns the table.
     fn table(&self) -> Table;
@@ -189,8 +189,8 @@ impl Lines {
     }
 }
 
-/// Progress printed as lines of text, one for every tenth of the work, with the estimated time left. evcxr cannot change a
-/// printed line, so there is no moving bar.
+/// Progress printed as lines of text, one for every tenth of the work, with the estimated time left. evcxr cannot
+/// change a printed line, so there is no moving bar.
 #[derive(Debug)]
 pub struct PrintedProgress {
     work: Mutex<(String, u64, String, Instant)>,

@@ -84,14 +84,14 @@ impl Pricket {
         Ok(base(self.model(), family.names(), self.names_on_file().to_vec()))
     }
 
-    /// Returns pairs of the canonical name and the name on file of each tensor. Empty for files that do not have the Hub's
-    /// layout, such as GGUF.
+    /// Returns pairs of the canonical name and the name on file of each tensor. Empty for files that do not have the
+    /// Hub's layout, such as GGUF.
     pub fn names_on_file(&self) -> &[(String, String)] {
         &self.parts().names_on_file
     }
 
-    /// Returns a copy of this model with an additional adapter. Both share the weights, so two adapters over one base need
-    /// little more memory than one.
+    /// Returns a copy of this model with an additional adapter. Both share the weights, so two adapters over one base
+    /// need little more memory than one.
     ///
     /// ```no_run
     /// use pricket::train::Lora;

@@ -54,8 +54,8 @@ pub(crate) fn open(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Cont
     }
 }
 
-/// Opens a weight file of any format: safetensors, PyTorch, an index of shards, GGUF or legacy GGML. Tensors have the names
-/// and types of the file.
+/// Opens a weight file of any format: safetensors, PyTorch, an index of shards, GGUF or legacy GGML. Tensors have the
+/// names and types of the file.
 ///
 /// # Errors
 /// Returns an error that names the file and what is wrong with it.
@@ -74,8 +74,8 @@ pub fn ggml_layouts() -> Vec<GgmlLayout> {
     all_ggml_layouts()
 }
 
-/// Returns the tensors with the row order of the Hub. Files with the names of llama.cpp or of the original program store
-/// rows that are rotated together side by side.
+/// Returns the tensors with the row order of the Hub. Files with the names of llama.cpp or of the original program
+/// store rows that are rotated together side by side.
 pub(crate) fn in_hub_order(store: Arc<dyn Store>, config: &Value) -> pricket_nn::Result<Arc<dyn Store>> {
     let family = checked_family(config)?;
     let (names, paired) = (family.names(), family.paired_rows(config)?);
@@ -234,8 +234,9 @@ fn sentencepiece_of(file: &GgufFile, metadata: &Value, words: Vec<Vec<u8>>, orig
     Ok(Tokenizer::from_pieces(&pieces, origin)?)
 }
 
-/// Reads the sentencepiece vocabulary of a legacy GGML file, if it has one. Such files store the displayed form of pieces:
-/// the unknown piece as ` ⁇ `, control pieces as empty strings, byte pieces as the byte, and others with spaces.
+/// Reads the sentencepiece vocabulary of a legacy GGML file, if it has one. Such files store the displayed form of
+/// pieces: the unknown piece as ` ⁇ `, control pieces as empty strings, byte pieces as the byte, and others with
+/// spaces.
 fn sentencepiece_of_words(file: &GgmlFile, origin: String) -> Option<Result<Tokenizer>> {
     let words: Vec<Vec<u8>> = (0..file.words()).map(|id| file.word(id)).collect::<Option<_>>()?;
     let scores: Vec<f32> = (0..file.words()).map(|id| file.score(id)).collect::<Option<_>>()?;

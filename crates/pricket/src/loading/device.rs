@@ -26,8 +26,8 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
-/// Returns the CUDA device of an ordinal. All threads share one device object with its own stream: candle's default stream
-/// differs by thread, so threads that share tensors would race.
+/// Returns the CUDA device of an ordinal. All threads share one device object with its own stream: candle's default
+/// stream differs by thread, so threads that share tensors would race.
 fn cuda(ordinal: usize) -> candle_core::Result<Device> {
     use std::collections::HashMap;
     use std::sync::{Mutex, OnceLock, PoisonError};

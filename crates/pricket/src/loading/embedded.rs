@@ -20,8 +20,8 @@ pub(crate) struct Embedded {
     weights: &'static [u8],
 }
 
-/// Embeds a checkpoint. Models with identical tokenizers name the same directory, so that the program contains the files
-/// once.
+/// Embeds a checkpoint. Models with identical tokenizers name the same directory, so that the program contains the
+/// files once.
 macro_rules! embedded {
     ($name:literal, $tokenizer:literal: $($file:literal),+) => {
         Embedded {

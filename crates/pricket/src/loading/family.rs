@@ -20,8 +20,8 @@ fn own() -> [&'static dyn Family; 5] {
 /// Families added by the program.
 static ADDED: RwLock<Vec<&'static dyn Family>> = RwLock::new(Vec::new());
 
-/// Adds a model family for the rest of the process. Its checkpoints can then be loaded, converted and inspected like those
-/// of other families.
+/// Adds a model family for the rest of the process. Its checkpoints can then be loaded, converted and inspected like
+/// those of other families.
 ///
 /// Families listed earlier take precedence if several claim a configuration. A family with the name of an added one is
 /// ignored. See docs/adding-a-family.md.

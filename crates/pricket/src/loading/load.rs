@@ -41,12 +41,12 @@ use crate::{Error, Result};
 /// - a repository of the Hub: `EleutherAI/pythia-410m`, `EleutherAI/pythia-410m@step3000`, or a name from
 ///   [`crate::suites::cards`] without its owner.
 ///
-/// The revision after `@` is a branch, tag or commit. For a directory it is a training step in it: `models/tiny@step64` is
-/// `models/tiny/revisions/step64`. An existing path wins; otherwise the name of an embedded model is tried
+/// The revision after `@` is a branch, tag or commit. For a directory it is a training step in it: `models/tiny@step64`
+/// is `models/tiny/revisions/step64`. An existing path wins; otherwise the name of an embedded model is tried
 /// ([`Loader::embedded`]).
 ///
-/// Files of a repository are fetched into the cache that Python also uses, and verified. Only the files needed for loading
-/// are fetched. `HF_HUB_OFFLINE`, `HF_TOKEN` and other variables have the same meaning as in Python (see
+/// Files of a repository are fetched into the cache that Python also uses, and verified. Only the files needed for
+/// loading are fetched. `HF_HUB_OFFLINE`, `HF_TOKEN` and other variables have the same meaning as in Python (see
 /// [`crate::hub::Settings`]).
 ///
 /// # Errors
@@ -55,8 +55,8 @@ pub fn load(model: impl Into<Source>) -> Result<Pricket> {
     Loader::new(model).load()
 }
 
-/// Loads the model that is compiled into pricket: a Pythia with 1.3 million weights, for examples and tests. Needs no files
-/// and no network.
+/// Loads the model that is compiled into pricket: a Pythia with 1.3 million weights, for examples and tests. Needs no
+/// files and no network.
 ///
 /// ```
 /// let pricket = pricket::tiny()?;
@@ -275,10 +275,10 @@ impl Loader {
 
     /// Sets the number of CPU threads; [`default_threads`](crate::loading::default_threads) by default.
     ///
-    /// Candle's own operations on large tensors use other threads, but models contain few such operations. The environment
-    /// variable `CANDLE_NUM_THREADS` sets the number of those threads; the default is the number of physical cores. They
-    /// spin while they wait. If `threads` is smaller than the number of cores, set the variable to `threads` before the
-    /// process starts. The examples do this themselves.
+    /// Candle's own operations on large tensors use other threads, but models contain few such operations. The
+    /// environment variable `CANDLE_NUM_THREADS` sets the number of those threads; the default is the number of
+    /// physical cores. They spin while they wait. If `threads` is smaller than the number of cores, set the variable to
+    /// `threads` before the process starts. The examples do this themselves.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
@@ -292,16 +292,16 @@ impl Loader {
         self
     }
 
-    /// Chooses a branch, tag or commit, such as `step3000`. For a directory, chooses one of the training steps in it. Same as
-    /// [`Source::revision`].
+    /// Chooses a branch, tag or commit, such as `step3000`. For a directory, chooses one of the training steps in it.
+    /// Same as [`Source::revision`].
     #[must_use]
     pub fn revision(mut self, revision: impl Into<String>) -> Self {
         self.revision = Some(revision.into());
         self
     }
 
-    /// Chooses a weight file of the repository or directory, instead of the preferred one: for example one of several GGUF
-    /// files, or `pytorch_model.bin` where `model.safetensors` also exists.
+    /// Chooses a weight file of the repository or directory, instead of the preferred one: for example one of several
+    /// GGUF files, or `pytorch_model.bin` where `model.safetensors` also exists.
     #[must_use]
     pub fn file(mut self, name: impl Into<String>) -> Self {
         self.file = Some(name.into());
@@ -336,8 +336,8 @@ impl Loader {
         self
     }
 
-    /// Sets the row order of fused query-key-value matrices for a GGUF file that does not state it. By default the order is
-    /// determined while loading; see [`QkvOrder`].
+    /// Sets the row order of fused query-key-value matrices for a GGUF file that does not state it. By default the
+    /// order is determined while loading; see [`QkvOrder`].
     #[must_use]
     pub fn qkv_order(mut self, order: QkvOrder) -> Self {
         self.qkv = order;
@@ -352,8 +352,9 @@ impl Loader {
         self
     }
 
-    /// Sets a key of the configuration, such as `use_parallel_residual` or `attn_config.clip_qkv`, before the configuration
-    /// is checked. Use it for files with wrong or missing values. A key that the family does not know is an error.
+    /// Sets a key of the configuration, such as `use_parallel_residual` or `attn_config.clip_qkv`, before the
+    /// configuration is checked. Use it for files with wrong or missing values. A key that the family does not know is
+    /// an error.
     #[must_use]
     pub fn set(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
         self.changes.keys.push((key.into(), value.into()));
@@ -361,12 +362,12 @@ impl Loader {
     }
 
     /// Uses f32, f16 and bf16 matrices directly in the memory-mapped file instead of copying them; see
-    /// [`LoadOptions::in_place`](pricket_nn::LoadOptions::in_place). Loading is almost free, weights that are never used are
-    /// never read, and processes share one copy.
+    /// [`LoadOptions::in_place`](pricket_nn::LoadOptions::in_place). Loading is almost free, weights that are never
+    /// used are never read, and processes share one copy.
     ///
-    /// Off by default, because the file must then not change. Overwriting it changes the model without an error. Truncating
-    /// it gives an error at the next matrix product, or ends the process if a product is running. Files in the Hub's cache
-    /// are never overwritten.
+    /// Off by default, because the file must then not change. Overwriting it changes the model without an error.
+    /// Truncating it gives an error at the next matrix product, or ends the process if a product is running. Files in
+    /// the Hub's cache are never overwritten.
     #[must_use]
     pub fn in_place(mut self) -> Self {
         self.in_place = true;
@@ -381,8 +382,8 @@ impl Loader {
         self
     }
 
-    /// Adds a LoRA adapter in PEFT's file format: a directory, or a repository of the Hub with an optional `@REVISION`. The
-    /// changes of several adapters add up. [`Loader::convert`] merges them into the weights.
+    /// Adds a LoRA adapter in PEFT's file format: a directory, or a repository of the Hub with an optional `@REVISION`.
+    /// The changes of several adapters add up. [`Loader::convert`] merges them into the weights.
     #[cfg(feature = "train")]
     #[must_use]
     pub fn adapter(mut self, adapter: impl AsRef<Path>) -> Self {
@@ -531,8 +532,8 @@ impl Loader {
         !self.adapters.is_empty()
     }
 
-    /// Returns whether the rows of fused matrices are in the model's order on file. If the file does not state it, loads the
-    /// model to determine it.
+    /// Returns whether the rows of fused matrices are in the model's order on file. If the file does not state it,
+    /// loads the model to determine it.
     pub(crate) fn in_model_order(&self, opened: &mut Opened) -> Result<bool> {
         if let Some(known) = qkv::decided(&opened.fused, self.qkv) {
             return Ok(known);

@@ -40,8 +40,8 @@ impl Estimate {
     }
 }
 
-/// Estimates the memory of a model without loading or downloading it. `config` is its config.json, `dtype` the type of its
-/// weights, and `context` the number of positions of one row.
+/// Estimates the memory of a model without loading or downloading it. `config` is its config.json, `dtype` the type of
+/// its weights, and `context` the number of positions of one row.
 ///
 /// The weights are counted by the loading code of the family, over a store that has shapes but no bytes.
 ///
@@ -55,8 +55,8 @@ pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate
     Ok(Estimate::new(model.info().clone(), context))
 }
 
-/// Returns the bytes of memory available without swapping, in the machine or in the container, whichever is less. `None`
-/// if the platform does not report it.
+/// Returns the bytes of memory available without swapping, in the machine or in the container, whichever is less.
+/// `None` if the platform does not report it.
 pub fn available_memory() -> Option<u64> {
     let mut system = sysinfo::System::new();
     system.refresh_memory();

@@ -89,8 +89,8 @@ fn token_id(value: &Value) -> Option<u32> {
     u32::try_from(value.as_u64().or_else(whole)?).ok()
 }
 
-/// Returns a warning if `eos_token_id` is not a token id, because text would then not end where it should. -1 is valid: it
-/// means no end token in Python.
+/// Returns a warning if `eos_token_id` is not a token id, because text would then not end where it should. -1 is valid:
+/// it means no end token in Python.
 pub(crate) fn eos_warning(config: &Value, generation_config: Option<&Value>) -> Option<String> {
     let values = end_tokens(config, generation_config);
     let odd =
@@ -101,8 +101,8 @@ pub(crate) fn eos_warning(config: &Value, generation_config: Option<&Value>) -> 
     ))
 }
 
-/// Returns the end tokens of config.json and generation_config.json together. Early MPT repositories name none; for them
-/// `<|endoftext|>` of the tokenizer is used, because text would otherwise never end.
+/// Returns the end tokens of config.json and generation_config.json together. Early MPT repositories name none; for
+/// them `<|endoftext|>` of the tokenizer is used, because text would otherwise never end.
 pub(crate) fn eos_ids(config: &Value, generation_config: Option<&Value>, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
     let mut ids: Vec<u32> = end_tokens(config, generation_config).iter().filter_map(token_id).collect();
     if ids.is_empty() {

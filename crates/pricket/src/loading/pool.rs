@@ -13,8 +13,8 @@ use crate::{Error, Result};
 /// Largest accepted number of threads. Each thread needs a stack and takes part in every operation.
 const MAX_THREADS: usize = 1024;
 
-/// Returns the default number of CPU threads of a [`Loader`](crate::Loader): the number of physical cores, or the number
-/// of cores available to the container if that is smaller.
+/// Returns the default number of CPU threads of a [`Loader`](crate::Loader): the number of physical cores, or the
+/// number of cores available to the container if that is smaller.
 #[must_use]
 pub fn default_threads() -> usize {
     num_cpus::get_physical().min(num_cpus::get())

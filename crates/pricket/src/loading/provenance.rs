@@ -37,7 +37,8 @@ pub struct SourceFile {
     /// Hash from the commit's listing or from the name of the cached blob, if known without reading the file;
     /// [`Provenance::hashed`] computes missing hashes.
     ///
-    /// Files that pricket fetched were compared with this hash. [`Cache::verify`] verifies files that other programs fetched.
+    /// Files that pricket fetched were compared with this hash. [`Cache::verify`] verifies files that other programs
+    /// fetched.
     ///
     /// [`Cache::verify`]: crate::hub::Cache::verify
     pub digest: Option<Digest>,

@@ -1,7 +1,7 @@
 //! Row order of fused query-key-value matrices in GGUF files, and how it is determined.
 //!
-//! If the file does not state the order, the model is loaded in both orders and scores a short English text. The order with
-//! the clearly lower loss wins. If the losses do not decide, the norms of the rows are compared.
+//! If the file does not state the order, the model is loaded in both orders and scores a short English text. The order
+//! with the clearly lower loss wins. If the losses do not decide, the norms of the rows are compared.
 
 use std::sync::Arc;
 
@@ -12,16 +12,16 @@ use pricket_weights::Store;
 use crate::loading::opened::Opened;
 use crate::{Error, Result};
 
-/// Row order of the fused query-key-value matrices in a GGUF file, for families such as GPT-NeoX that are trained with the
-/// rows grouped by head.
+/// Row order of the fused query-key-value matrices in a GGUF file, for families such as GPT-NeoX that are trained with
+/// the rows grouped by head.
 ///
 /// Until May 2024, converters kept the order of training: query, key and value rows of each head side by side. Later
 /// converters write all of Q, then K, then V. GGUF files do not state which order they use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QkvOrder {
-    /// Determined while loading: the order that gives a text the lower loss. If the losses do not decide, the norms of the
-    /// rows decide, then the version and metadata of the file.
+    /// Determined while loading: the order that gives a text the lower loss. If the losses do not decide, the norms of
+    /// the rows decide, then the version and metadata of the file.
     #[default]
     Auto,
     /// Q, then K, then V.
@@ -47,7 +47,8 @@ impl std::str::FromStr for QkvOrder {
     }
 }
 
-/// Returns whether the rows are in the model's order, from the file and the user's setting. `None` if neither states it.
+/// Returns whether the rows are in the model's order, from the file and the user's setting. `None` if neither states
+/// it.
 pub(crate) fn decided(rows: &FusedRows, order: QkvOrder) -> Option<bool> {
     match (rows, order) {
         (FusedRows::AsTrained, _) => Some(false),
@@ -69,9 +70,9 @@ const CLEAR: f64 = 0.25;
 /// A model and the cursor that it was loaded from.
 pub(crate) type Built = (Arc<dyn CausalLm>, Weights);
 
-/// Loads a model in both orders and keeps the one with the lower loss on a text. If the losses do not decide, the norms of
-/// the rows decide; if they do not decide either, `likely` does. Returns whether the rows are in the model's order, the
-/// model, and a note.
+/// Loads a model in both orders and keeps the one with the lower loss on a text. If the losses do not decide, the norms
+/// of the rows decide; if they do not decide either, `likely` does. Returns whether the rows are in the model's order,
+/// the model, and a note.
 pub(crate) fn by_evidence(
     build: impl Fn(bool) -> Result<Built>,
     likely: bool,

@@ -53,13 +53,13 @@ pub struct Fetched {
     pub in_use: InUse,
 }
 
-/// Fetches the files needed to load `model` without loading it: configuration, tokenizer, and the weights in the preferred
-/// form, including all shards.
+/// Fetches the files needed to load `model` without loading it: configuration, tokenizer, and the weights in the
+/// preferred form, including all shards.
 ///
 /// # Errors
-/// Returns [`Error::Repository`] or [`Error::Revision`] if the repository or revision does not exist, [`Error::Offline`] if
-/// files are missing in the cache and requests are disabled, and [`Error::Hub`] for other failures of the download.
-/// Returns [`Error::Source`] if `model` is a local path.
+/// Returns [`Error::Repository`] or [`Error::Revision`] if the repository or revision does not exist,
+/// [`Error::Offline`] if files are missing in the cache and requests are disabled, and [`Error::Hub`] for other
+/// failures of the download. Returns [`Error::Source`] if `model` is a local path.
 pub fn fetch(model: impl Into<Source>, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
     match model.into().locate()? {
         Place::Hub(id, file) => fetch_id(&id, file.as_deref(), &Changes::default(), hub, progress),

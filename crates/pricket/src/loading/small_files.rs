@@ -22,7 +22,8 @@ pub(crate) fn tokenizer_in(directory: &Path) -> Option<PathBuf> {
     TOKENIZERS.iter().map(|name| directory.join(name)).find(|path| path.is_file())
 }
 
-/// Returns a note that lists the configuration keys unknown to every version of its class. A misspelled key has no effect.
+/// Returns a note that lists the configuration keys unknown to every version of its class. A misspelled key has no
+/// effect.
 pub(crate) fn unknown_keys(path: &Path, config: &Value) -> Vec<String> {
     let unknown = family::unknown_keys(config);
     let shown: Vec<&str> = unknown.iter().take(8).map(String::as_str).collect();

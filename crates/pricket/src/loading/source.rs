@@ -11,8 +11,8 @@ use crate::{Error, Result};
 
 /// The name of a model: a path or repository, with an optional revision and an optional weight file.
 ///
-/// Every function that takes a model takes `impl Into<Source>`, so a path or an id can be passed directly. A revision can
-/// follow the id after an `@`. A directory that contains training steps takes `@REVISION` too.
+/// Every function that takes a model takes `impl Into<Source>`, so a path or an id can be passed directly. A revision
+/// can follow the id after an `@`. A directory that contains training steps takes `@REVISION` too.
 ///
 /// ```
 /// use pricket::Source;
@@ -44,8 +44,8 @@ impl std::fmt::Display for Source {
 }
 
 impl Source {
-    /// Names a model by its path or by the id of its repository, each optionally followed by `@REVISION`. An existing path
-    /// takes precedence.
+    /// Names a model by its path or by the id of its repository, each optionally followed by `@REVISION`. An existing
+    /// path takes precedence.
     pub fn new(model: impl AsRef<Path>) -> Self {
         let model = model.as_ref();
         match split(model) {
@@ -83,8 +83,8 @@ impl Source {
     /// model in the source tree of this program, and a repository.
     ///
     /// # Errors
-    /// Returns [`Error::NotFound`] if nothing has this name, and [`Error::Source`] if a revision or a file is chosen but the
-    /// path is a file.
+    /// Returns [`Error::NotFound`] if nothing has this name, and [`Error::Source`] if a revision or a file is chosen
+    /// but the path is a file.
     pub(crate) fn locate(&self) -> Result<Place> {
         match self.directory_or_file()? {
             Some(path) => match &self.file {
@@ -215,8 +215,8 @@ fn revision_in(directory: &Path, revision: &str) -> Result<PathBuf> {
     Err(Error::NotFound { path: format!("{}@{revision}", directory.display()).into(), what })
 }
 
-/// Returns the path of a revision in a directory: in `revisions/`, or directly in the directory, where training programs
-/// write checkpoints.
+/// Returns the path of a revision in a directory: in `revisions/`, or directly in the directory, where training
+/// programs write checkpoints.
 pub(crate) fn revision_path(directory: &Path, revision: &str) -> Option<PathBuf> {
     let is_name = !revision.contains(['/', '\\']) && !["", ".", ".."].contains(&revision);
     let below = directory.join("revisions").join(revision);
@@ -227,8 +227,8 @@ pub(crate) fn revision_path(directory: &Path, revision: &str) -> Option<PathBuf>
     Some(below).filter(|path| path.is_dir()).or_else(beside)
 }
 
-/// Returns the revisions in a directory, sorted by training step: all entries of `revisions/`, or if there are none, the
-/// subdirectories that contain a model and whose name ends in a number.
+/// Returns the revisions in a directory, sorted by training step: all entries of `revisions/`, or if there are none,
+/// the subdirectories that contain a model and whose name ends in a number.
 pub(crate) fn revisions_in(directory: &Path) -> Vec<String> {
     let names_in = |directory: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();

@@ -109,8 +109,8 @@ impl FindingKind {
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct AuditOptions {
-    /// Whether to compare the tensors of all revisions whose files differ, in case only their headers differ. Needs a few
-    /// requests per revision on the Hub. Local files are always compared this way. False by default.
+    /// Whether to compare the tensors of all revisions whose files differ, in case only their headers differ. Needs a
+    /// few requests per revision on the Hub. Local files are always compared this way. False by default.
     pub deep: bool,
 }
 
@@ -126,9 +126,9 @@ impl AuditOptions {
 /// Audits the training steps `steps` of a model, and `main`. Finds revisions that are identical, equal to `main`, or
 /// missing.
 ///
-/// Usually this needs no download, because every commit lists the hashes of its files. If hashes cannot be compared, for
-/// example between safetensors and pickle files, tensors are read one by one until one differs. A revision that cannot be
-/// read gives a finding, not an error.
+/// Usually this needs no download, because every commit lists the hashes of its files. If hashes cannot be compared,
+/// for example between safetensors and pickle files, tensors are read one by one until one differs. A revision that
+/// cannot be read gives a finding, not an error.
 ///
 /// # Errors
 /// Returns the errors of [`crate::checkpoints`].

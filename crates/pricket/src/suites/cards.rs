@@ -18,8 +18,8 @@ const FILES: [(&str, &str); 7] = [
 
 /// Model card of a published checkpoint.
 ///
-/// A card contains what config.json does not: license, training steps, prompt format, known problems of revisions. It never
-/// affects how the model computes.
+/// A card contains what config.json does not: license, training steps, prompt format, known problems of revisions. It
+/// never affects how the model computes.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Card {

@@ -164,8 +164,8 @@ impl Checkpoints {
         })
     }
 
-    /// Returns the selected training steps, ascending, including missing ones. For a model without training steps, returns
-    /// `main`, unless `steps` lists numbers.
+    /// Returns the selected training steps, ascending, including missing ones. For a model without training steps,
+    /// returns `main`, unless `steps` lists numbers.
     ///
     /// # Errors
     /// Returns [`Error::Source`] or [`Error::Hub`] if a number is not a training step of this model, or if nothing is
@@ -355,7 +355,8 @@ impl Home {
         Ok(())
     }
 
-    /// Returns a message if a local file is a Git LFS pointer or another placeholder for weights that were not downloaded.
+    /// Returns a message if a local file is a Git LFS pointer or another placeholder for weights that were not
+    /// downloaded.
     pub(crate) fn stand_in(&self, checkpoint: &Checkpoint, file: &Listed) -> Option<String> {
         let path = self.directory(checkpoint)?.join(&file.path);
         match pricket_weights::sniff(&path) {

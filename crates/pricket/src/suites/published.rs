@@ -14,15 +14,16 @@ pub struct Published {
     pub metric: &'static str,
     /// Value of the metric.
     pub value: f64,
-    /// Source of the score: `evals` and `evals-v0` for files of EleutherAI's pythia repository, `card` for the model card.
+    /// Source of the score: `evals` and `evals-v0` for files of EleutherAI's pythia repository, `card` for the model
+    /// card.
     pub source: &'static str,
 }
 
 /// Returns the published zero-shot scores of `model`, by training step. They cover Pythia over training and
 /// RedPajama-INCITE. Empty for other models.
 ///
-/// lm-evaluation-harness has changed since these scores were published. The prompts of these tasks are the same; some of
-/// the data differ.
+/// lm-evaluation-harness has changed since these scores were published. The prompts of these tasks are the same; some
+/// of the data differ.
 ///
 /// ```
 /// let figures = pricket::suites::published("EleutherAI/pythia-1b");

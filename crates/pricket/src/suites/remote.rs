@@ -20,8 +20,8 @@ use crate::{Error, Result};
 
 /// The tensors of a revision. Each tensor is read on request.
 ///
-/// For a repository on the Hub, only the headers and the requested tensors are fetched: one matrix of 154 training steps
-/// costs 154 times the matrix and some kilobytes. Files in the cache are read from there.
+/// For a repository on the Hub, only the headers and the requested tensors are fetched: one matrix of 154 training
+/// steps costs 154 times the matrix and some kilobytes. Files in the cache are read from there.
 ///
 /// ```
 /// let tensors = pricket::suites::tensors(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny@step64"))?;
@@ -45,8 +45,8 @@ enum File {
     Remote(Arc<RemoteFile>),
 }
 
-/// Opens the tensors of `model`, which is named as in [`crate::load`]. Tensors of a local GGUF or GGML file get the names of
-/// the Hub.
+/// Opens the tensors of `model`, which is named as in [`crate::load`]. Tensors of a local GGUF or GGML file get the
+/// names of the Hub.
 ///
 /// # Errors
 /// Returns the errors of [`crate::load`] that do not depend on the weights.
@@ -188,7 +188,8 @@ impl Tensors {
     /// Returns shape and type of a tensor.
     ///
     /// # Errors
-    /// Returns [`Error::Corrupt`] if the tensor does not exist, and other errors if its header cannot be fetched or read.
+    /// Returns [`Error::Corrupt`] if the tensor does not exist, and other errors if its header cannot be fetched or
+    /// read.
     pub fn entry(&self, name: &str) -> Result<Entry> {
         let store = self.holder(name)?;
         Ok(store.entry(name).ok_or_else(|| store.missing(name))?)

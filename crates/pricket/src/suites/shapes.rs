@@ -35,8 +35,8 @@ pub fn published_shapes() -> impl Iterator<Item = &'static str> {
     shapes().iter().map(|(name, _)| name.as_str())
 }
 
-/// Returns the config.json of a published model size, such as `1.4b` (Pythia), `neox-20b`, `incite-3b` or `mpt-7b`. Use it
-/// for memory estimates and for benchmarks with random weights.
+/// Returns the config.json of a published model size, such as `1.4b` (Pythia), `neox-20b`, `incite-3b` or `mpt-7b`. Use
+/// it for memory estimates and for benchmarks with random weights.
 ///
 /// ```
 /// let config = pricket::suites::published_config("12b").unwrap();

@@ -57,8 +57,8 @@ pub(crate) fn identity(provenance: &Provenance) -> Value {
     json!({"files": Digest::Sha256(String::new()).of(files.concat().as_bytes()).hex()})
 }
 
-/// Returns a stamp of the last change of each local file. If size and stamp of a file equal those in a row, the hash in the
-/// row is still valid.
+/// Returns a stamp of the last change of each local file. If size and stamp of a file equal those in a row, the hash in
+/// the row is still valid.
 pub(crate) fn stamps(provenance: &Provenance) -> Value {
     let directory = provenance.directory.clone().unwrap_or_default();
     let stamp = |path: &str| Some((path.to_owned(), json!(stamp(&directory.join(path))?)));
@@ -83,8 +83,8 @@ fn stamp(path: &Path) -> Option<String> {
     }
 }
 
-/// Returns the current identity of a local checkpoint with the files of `provenance`. For files unchanged since `row`, uses
-/// the hashes of `row`.
+/// Returns the current identity of a local checkpoint with the files of `provenance`. For files unchanged since `row`,
+/// uses the hashes of `row`.
 pub(crate) fn current(mut provenance: Provenance, row: &Value) -> Option<Value> {
     let known = row["provenance"]["files"].as_array()?;
     let directory = provenance.directory.clone()?;

@@ -23,8 +23,8 @@ pub enum Measure {
     /// The loss of every slice of a JSON lines file: `SLICE/loss` in nats per token, and `SLICE/bits_per_byte`.
     Slices(PathBuf),
     /// The loss of a plain text file: `NAME/loss` in nats per token, `NAME/perplexity` (`exp` of the loss), and
-    /// `NAME/bits_per_byte`. NAME is the file name without its extension. Every token is scored, in windows, and the first
-    /// one after `<|endoftext|>`.
+    /// `NAME/bits_per_byte`. NAME is the file name without its extension. Every token is scored, in windows, and the
+    /// first one after `<|endoftext|>`.
     TextFile(PathBuf),
     /// The loss of a text: `NAME/loss` in nats per token, and `NAME/bits_per_byte`.
     Text {

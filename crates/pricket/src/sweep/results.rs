@@ -22,8 +22,8 @@ pub(crate) struct Results {
     pub(crate) torn: usize,
 }
 
-/// Parses the bytes of a result file. If a run was killed while writing, the last line may be incomplete, or the last measure
-/// may lack rows.
+/// Parses the bytes of a result file. If a run was killed while writing, the last line may be incomplete, or the last
+/// measure may lack rows.
 pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Results> {
     let (mut results, mut at, mut pending) = (Results::default(), 0, Vec::new());
     for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
@@ -164,8 +164,8 @@ impl Rows {
         Ok(())
     }
 
-    /// Returns warnings about revisions of a model with identical weight files. step0 and step1 are exempt, because they are
-    /// equal in every published suite.
+    /// Returns warnings about revisions of a model with identical weight files. step0 and step1 are exempt, because
+    /// they are equal in every published suite.
     pub(crate) fn twins(&self) -> Vec<String> {
         let usual = |revisions: &BTreeSet<String>| revisions.iter().all(|r| r == "step0" || r == "step1");
         let mut by_weights: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();

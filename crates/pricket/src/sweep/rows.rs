@@ -32,8 +32,8 @@ pub struct Row {
     pub inputs: Value,
 }
 
-/// Reads and combines result files, which may be compressed. If a metric of a checkpoint was measured several times, the
-/// last row counts. Rows of failed checkpoints and of incomplete measures are skipped.
+/// Reads and combines result files, which may be compressed. If a metric of a checkpoint was measured several times,
+/// the last row counts. Rows of failed checkpoints and of incomplete measures are skipped.
 ///
 /// # Errors
 /// Returns [`Error::Io`] if a file cannot be read, and [`Error::Malformed`] if a line is not a row of a sweep.
@@ -146,8 +146,8 @@ fn metrics(rows: &[Row], wanted: &[String]) -> Result<Vec<String>> {
     Ok(if wanted.is_empty() { there } else { wanted.to_vec() })
 }
 
-/// Returns pairs of label and model, in order of appearance. Labels are the shortest distinct names: the last path component
-/// if it is unique.
+/// Returns pairs of label and model, in order of appearance. Labels are the shortest distinct names: the last path
+/// component if it is unique.
 fn models(rows: &[Row]) -> Vec<(String, String)> {
     let mut models: Vec<String> = Vec::new();
     for row in rows {
@@ -168,8 +168,8 @@ fn without_seed(label: &str) -> &str {
 /// Options of [`curves`].
 #[derive(Clone, Debug)]
 pub struct CurveOptions {
-    /// Whether runs that differ only in their seed are drawn as one curve: their mean, with a band of one standard deviation.
-    /// False by default.
+    /// Whether runs that differ only in their seed are drawn as one curve: their mean, with a band of one standard
+    /// deviation. False by default.
     pub mean_of_seeds: bool,
     /// Whether published scores of the models are drawn too; true by default.
     pub published: bool,
@@ -201,8 +201,8 @@ fn with_unit(metric: &str) -> String {
 /// [`table`].
 ///
 /// # Errors
-/// Returns [`Error::Results`] if a metric in `wanted` does not occur, if no value is finite, or if rows of one curve were
-/// measured with different settings. Returns [`Error::Picture`] if a metric in `wanted` has nothing to draw.
+/// Returns [`Error::Results`] if a metric in `wanted` does not occur, if no value is finite, or if rows of one curve
+/// were measured with different settings. Returns [`Error::Picture`] if a metric in `wanted` has nothing to draw.
 pub fn curves(rows: &[Row], wanted: &[String], options: &CurveOptions) -> Result<Picture> {
     let metrics = metrics(rows, wanted)?;
     metrics.iter().try_for_each(|metric| same_settings(rows, metric))?;
@@ -310,11 +310,12 @@ fn points(rows: &[&Row]) -> Vec<Point> {
     steps.into_iter().map(point).collect()
 }
 
-/// Draws a table of the last training step of each model: one row per model, one column per metric in `wanted` (all metrics
-/// if it is empty).
+/// Draws a table of the last training step of each model: one row per model, one column per metric in `wanted` (all
+/// metrics if it is empty).
 ///
 /// # Errors
-/// Returns [`Error::Results`] if a metric in `wanted` does not occur, and [`Error::Picture`] if the table cannot be drawn.
+/// Returns [`Error::Results`] if a metric in `wanted` does not occur, and [`Error::Picture`] if the table cannot be
+/// drawn.
 pub fn table(rows: &[Row], wanted: &[String]) -> Result<Picture> {
     let metrics = metrics(rows, wanted)?;
     let mut lines = Vec::new();

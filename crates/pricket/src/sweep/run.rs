@@ -24,11 +24,12 @@ type Configure = Arc<dyn Fn(Loader) -> Result<Loader> + Send + Sync>;
 /// A sweep: measures checkpoints and writes one JSON line per value.
 ///
 /// Rows are appended to the result file, one measure of one checkpoint at a time. An interrupted sweep resumes where it
-/// stopped, and the files of shards can be concatenated. While a checkpoint is measured, the next one is fetched and loaded.
+/// stopped, and the files of shards can be concatenated. While a checkpoint is measured, the next one is fetched and
+/// loaded.
 ///
 /// A row contains hashes of its inputs: the task's definition, documents, examples, and the weights (or the commit). An
-/// existing row is kept only if the hashes match. Otherwise the checkpoint is measured again. The old row stays in the file;
-/// readers use the newest row.
+/// existing row is kept only if the hashes match. Otherwise the checkpoint is measured again. The old row stays in the
+/// file; readers use the newest row.
 #[derive(Clone)]
 pub struct Sweep {
     /// Models with their training steps.
@@ -43,8 +44,8 @@ pub struct Sweep {
     pub shard: Shard,
     /// Path of the result file.
     pub out: PathBuf,
-    /// Whether to measure again if existing rows have no hashes of their inputs (rows of earlier versions). By default such
-    /// rows are kept, with a warning.
+    /// Whether to measure again if existing rows have no hashes of their inputs (rows of earlier versions). By default
+    /// such rows are kept, with a warning.
     pub remeasure: bool,
     /// Whether the next checkpoint is loaded while one is measured; true by default.
     pub prefetch: bool,
@@ -53,8 +54,8 @@ pub struct Sweep {
     pub budget: Option<(Hub, u64)>,
     /// Function that changes the loader of each checkpoint; by default checkpoints are loaded as by [`crate::load`].
     pub configure: Configure,
-    /// Description of the changes in `configure` that affect results, such as the type of the weights. It is part of every
-    /// row; if it changes, checkpoints are measured again.
+    /// Description of the changes in `configure` that affect results, such as the type of the weights. It is part of
+    /// every row; if it changes, checkpoints are measured again.
     pub setup: BTreeMap<String, String>,
 }
 
@@ -76,8 +77,8 @@ pub struct Swept {
     pub kept: usize,
     /// Number of rows measured again because an earlier run was interrupted while writing them.
     pub recomputed: usize,
-    /// Checkpoints that could not be measured, with the error messages. The result file records them, and the next run tries
-    /// them again.
+    /// Checkpoints that could not be measured, with the error messages. The result file records them, and the next run
+    /// tries them again.
     pub failed: Vec<(String, String)>,
     /// Warnings about checkpoints: identical weights, and known problems.
     pub warnings: Vec<String>,
@@ -112,8 +113,8 @@ impl Sweep {
     ///
     /// # Errors
     /// - [`Error::Cancelled`] if the work was canceled.
-    /// - [`Error::Io`], [`Error::Malformed`] or [`Error::Output`] if the result file cannot be used, for example because
-    ///   another sweep writes to it.
+    /// - [`Error::Io`], [`Error::Malformed`] or [`Error::Output`] if the result file cannot be used, for example
+    ///   because another sweep writes to it.
     /// - [`Error::Source`] or [`Error::Hub`] if a model does not have the requested training steps.
     ///
     /// A checkpoint or a task that fails does not end the sweep; see [`Swept::failed`].
@@ -180,8 +181,9 @@ impl Sweep {
         Ok(swept)
     }
 
-    /// Evicts models from the cache, so that the cache including this checkpoint stays within the disk budget. Models in use
-    /// are not evicted: `wait` blocks until one more checkpoint has been measured, and returns false if none is in use.
+    /// Evicts models from the cache, so that the cache including this checkpoint stays within the disk budget. Models
+    /// in use are not evicted: `wait` blocks until one more checkpoint has been measured, and returns false if none is
+    /// in use.
     fn make_room(&self, job: &Job<'_>, wait: &mut dyn FnMut() -> Result<bool>) -> Result<()> {
         let Some((hub, budget)) = &self.budget else { return Ok(()) };
         loop {

@@ -13,8 +13,8 @@ use pricket_lm::GenerateOptions;
 
 /// A conversation with a model, in the prompt format that the model was tuned for.
 ///
-/// The state of earlier turns is kept, so each turn computes only the tokens that it adds. When the context is full, the
-/// oldest turns are left out of the prompt; the system text stays.
+/// The state of earlier turns is kept, so each turn computes only the tokens that it adds. When the context is full,
+/// the oldest turns are left out of the prompt; the system text stays.
 ///
 /// ```
 /// let mut chat = pricket::Loader::embedded("tiny-chat")?.load()?.conversation();
@@ -44,8 +44,8 @@ struct Past {
     state: State,
 }
 
-/// JSON form of a conversation: `{"format": ..., "messages": [{"role": ..., "content": ...}, ...]}`. The system text, if
-/// any, is the first message.
+/// JSON form of a conversation: `{"format": ..., "messages": [{"role": ..., "content": ...}, ...]}`. The system text,
+/// if any, is the first message.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved {
@@ -124,7 +124,8 @@ impl Conversation {
         self.left_out
     }
 
-    /// Returns the number of prompt tokens that the model read for the last reply. Tokens kept in the state do not count.
+    /// Returns the number of prompt tokens that the model read for the last reply. Tokens kept in the state do not
+    /// count.
     pub fn read(&self) -> usize {
         self.read
     }
@@ -153,16 +154,16 @@ impl Conversation {
     /// Adds the user turn `text` and returns the reply.
     ///
     /// # Errors
-    /// Returns the errors of [`Pricket::generate`], and [`Error::ContextExceeded`] if `text` is longer than the context. The
-    /// turn is not added then.
+    /// Returns the errors of [`Pricket::generate`], and [`Error::ContextExceeded`] if `text` is longer than the
+    /// context. The turn is not added then.
     pub fn say(&mut self, text: &str, options: &GenerateOptions) -> Result<Completion> {
         let mut reply = self.stream(text, options)?;
         while reply.advance()?.is_some() {}
         Ok(reply.finish())
     }
 
-    /// Adds the user turn `text` and returns the reply as a stream of text. If the stream is dropped early, the text so far
-    /// is the reply.
+    /// Adds the user turn `text` and returns the reply as a stream of text. If the stream is dropped early, the text so
+    /// far is the reply.
     ///
     /// # Errors
     /// Returns the errors of [`Conversation::say`].
@@ -222,8 +223,8 @@ impl Conversation {
     }
 }
 
-/// A reply as it is generated: an iterator over pieces of text. White space around the reply is removed unless the prompt
-/// format is verbatim. Dropping it adds the reply to the conversation.
+/// A reply as it is generated: an iterator over pieces of text. White space around the reply is removed unless the
+/// prompt format is verbatim. Dropping it adds the reply to the conversation.
 #[derive(Debug)]
 pub struct Reply<'a> {
     conversation: &'a mut Conversation,
@@ -260,7 +261,8 @@ impl Reply<'_> {
         inner.into()
     }
 
-    /// Ends the reply and returns it as a completion. `text` is the turn; `ids` and `logprobs` cover all generated tokens.
+    /// Ends the reply and returns it as a completion. `text` is the turn; `ids` and `logprobs` cover all generated
+    /// tokens.
     pub fn finish(self) -> Completion {
         let mut done = Completion { text: self.text.clone(), ..self.stream.completion().clone() };
         if self.cut && done.finish == FinishReason::Length {

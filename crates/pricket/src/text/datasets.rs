@@ -13,12 +13,12 @@ use crate::{Error, Result};
 /// `CONFIGURATION/SPLIT/0000.parquet` there.
 const CONVERTED: &str = "refs/convert/parquet";
 
-/// Fetches the documents of a task's split (`test`, `validation`, `train`) from its dataset on the Hub. Returns the verified
-/// files in the cache, in order.
+/// Fetches the documents of a task's split (`test`, `validation`, `train`) from its dataset on the Hub. Returns the
+/// verified files in the cache, in order.
 ///
 /// The branch `refs/convert/parquet`, to which the Hub converts datasets, is tried first. Then `main` is searched for
-/// parquet or JSON lines files whose paths name the split and the configuration. Code from a repository is never executed,
-/// so a dataset that consists of a script has no files on `main`.
+/// parquet or JSON lines files whose paths name the split and the configuration. Code from a repository is never
+/// executed, so a dataset that consists of a script has no files on `main`.
 ///
 /// # Errors
 /// Returns [`Error::Documents`] if the task names no dataset or the split is ambiguous, [`Error::NotFound`] if no file
@@ -71,8 +71,8 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
     Err(Error::NotFound { path: repo.to_string().into(), what })
 }
 
-/// Returns whether a file is part of a split of a configuration. Datasets with a single configuration call it `default` or
-/// do not name it.
+/// Returns whether a file is part of a split of a configuration. Datasets with a single configuration call it `default`
+/// or do not name it.
 fn is_part(path: &str, config: Option<&str>, split: &str) -> bool {
     let path = Path::new(path);
     let readable = path.extension().is_some_and(|end| end == "parquet" || end == "jsonl");

@@ -107,8 +107,8 @@ impl Pricket {
         &self.parts.warnings
     }
 
-    /// Returns notes on choices made while loading that settings can change, such as the prompt format or the tokenizer of
-    /// another repository.
+    /// Returns notes on choices made while loading that settings can change, such as the prompt format or the tokenizer
+    /// of another repository.
     pub fn notes(&self) -> &[String] {
         &self.parts.notes
     }
@@ -123,8 +123,8 @@ impl Pricket {
         self.parts.in_model_order
     }
 
-    /// Returns the prompt format of conversations. It is chosen by the model card, the configuration, or the tokens of the
-    /// tokenizer; `plain` if none of them names a format.
+    /// Returns the prompt format of conversations. It is chosen by the model card, the configuration, or the tokens of
+    /// the tokenizer; `plain` if none of them names a format.
     pub fn prompt_format(&self) -> &PromptFormat {
         &self.parts.format
     }
@@ -162,8 +162,8 @@ impl Pricket {
     /// Continues `prompt`.
     ///
     /// # Errors
-    /// Returns [`Error::ContextExceeded`] if the prompt is longer than the model's context, and [`Error::NonFinite`] if the
-    /// model overflows.
+    /// Returns [`Error::ContextExceeded`] if the prompt is longer than the model's context, and [`Error::NonFinite`] if
+    /// the model overflows.
     pub fn generate(&self, prompt: &str, options: &GenerateOptions) -> Result<Completion> {
         let mut stream = self.stream(prompt, options)?;
         while stream.advance()?.is_some() {}
@@ -191,8 +191,8 @@ impl Pricket {
     /// Returns the log-probability of each token of `text` except the first, given the tokens before it.
     ///
     /// # Errors
-    /// Returns [`Error::Empty`] if the text has fewer than two tokens, and [`Error::ContextExceeded`] if it is longer than
-    /// the model's context.
+    /// Returns [`Error::Empty`] if the text has fewer than two tokens, and [`Error::ContextExceeded`] if it is longer
+    /// than the model's context.
     pub fn logprobs(&self, text: &str) -> Result<Vec<ScoredToken>> {
         let ids = self.encode(text)?;
         if ids.len() < 2 {
@@ -216,8 +216,8 @@ impl Pricket {
     /// [`Pricket::prefix_id`], the others after the tokens before them.
     ///
     /// A text longer than the model's context is scored in windows, each token once
-    /// ([`Continuation::windows`](pricket_lm::Continuation::windows)). `exp` of the negative mean is the perplexity of the
-    /// text, as tasks, slices and sweeps compute it.
+    /// ([`Continuation::windows`](pricket_lm::Continuation::windows)). `exp` of the negative mean is the perplexity of
+    /// the text, as tasks, slices and sweeps compute it.
     ///
     /// ```
     /// let tiny = pricket::tiny()?;
@@ -269,7 +269,8 @@ impl Pricket {
         Ok(loglikelihoods(&*self.parts.model, &requests, options)?)
     }
 
-    /// Evaluates the model on a task; see [`pricket_lm::evaluate`]. [`Pricket::prefix_id`] replaces the prefix of `options`.
+    /// Evaluates the model on a task; see [`pricket_lm::evaluate`]. [`Pricket::prefix_id`] replaces the prefix of
+    /// `options`.
     ///
     /// # Errors
     /// Returns the errors of [`pricket_lm::evaluate`].
@@ -353,7 +354,8 @@ impl Batch {
         Ok(Self { generation: pricket.generation(prompts, options)?, rows, is_reply: false })
     }
 
-    /// Generates one token per row. Returns pairs of row and new text; text that may belong to a stop string is held back.
+    /// Generates one token per row. Returns pairs of row and new text; text that may belong to a stop string is held
+    /// back.
     fn step(&mut self) -> Result<Option<Vec<(usize, String)>>> {
         let Some(tokens) = self.generation.step()? else { return Ok(None) };
         let mut out = Vec::with_capacity(tokens.len());
@@ -389,8 +391,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Omits the beginning of a stop string at the end of a text that the length limit cuts off. Use it for replies in a
-    /// prompt format. Other streams return every character.
+    /// Omits the beginning of a stop string at the end of a text that the length limit cuts off. Use it for replies in
+    /// a prompt format. Other streams return every character.
     #[must_use]
     pub fn as_reply(mut self) -> Self {
         self.batch.is_reply = true;

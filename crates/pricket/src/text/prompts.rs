@@ -41,8 +41,8 @@ pub fn prompt_formats() -> &'static [PromptFormat] {
 /// Returns the prompt format of a name, or the first format of a TOML file with the syntax of models/prompts.toml.
 ///
 /// # Errors
-/// Returns [`Error::Unknown`], which lists the names, if `name` is neither a format nor a file, and [`Error::Malformed`] if
-/// the file is invalid.
+/// Returns [`Error::Unknown`], which lists the names, if `name` is neither a format nor a file, and
+/// [`Error::Malformed`] if the file is invalid.
 pub fn prompt_format(name: &str) -> Result<PromptFormat> {
     if let Some(format) = prompt_formats().iter().find(|format| format.name == name) {
         return Ok(format.clone());
