@@ -1,4 +1,5 @@
-//! Tells the library whether it is compiled without optimization, which makes it some fifty times slower.
+//! Sets `cfg(pricket_unoptimized)` if the library is compiled without optimization, which makes it about fifty times
+//! slower. Loaded models then carry a note about it.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -375,15 +375,12 @@ fn the_format_is_known_by_tokens_or_configuration_and_told() {
     assert_eq!(told(&["### End", "### Instruction:", "### Response:\n"], none()).0, "dolly-blank");
     assert_eq!(told(&["<|im_start|>"], none()).0, "plain");
     let (name, note) = told(&[], json!({"_name_or_path": "togethercomputer/RedPajama-INCITE-Chat-3B-v1"}));
-    assert_eq!((name.as_str(), note.contains("config.json was made from that of")), ("incite-chat", true));
+    assert_eq!((name.as_str(), note.contains("config.json is derived from that of")), ("incite-chat", true));
     // A copy of a card's model is spelled as the model.
     assert_eq!(told(&[], json!({"_name_or_path": "gl198976/mpt-7b-instruct"})).0, "dolly");
     assert_eq!(told(&[], json!({"prompt_format": "mpt-instruct"})).0, "mpt-instruct");
     let (name, note) = told(&[], json!({"prompt_format": "incite_chat"}));
-    assert_eq!(
-        (name.as_str(), note.contains("incite_chat: config.json names it, and it is not known")),
-        ("plain", true)
-    );
+    assert_eq!((name.as_str(), note.contains("incite_chat: named by config.json, but unknown")), ("plain", true));
     assert_eq!(told(&[], json!({"_name_or_path": "somebody/else"})).0, "plain");
 }
 

@@ -408,7 +408,7 @@ fn wrappers_of_training_code_are_taken_off() {
         // Two models in one file are not one.
         let mut two = renamed(&weights, |name| format!("module.{name}"));
         two.extend(weights.clone());
-        assert!(error(directory(&config, &two)).contains("no use for"));
+        assert!(error(directory(&config, &two)).contains("does not use"));
         // What fits nothing is told with a name that is in the file.
         let odd = error(directory(&config, &renamed(&weights, |name| format!("student.{name}"))));
         assert!(odd.contains(embedding) && odd.contains(&format!("student.{embedding}")), "{odd}");
@@ -740,7 +740,7 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
         let norm = bare(&block.replace(".weight", ".x.bias"));
         rootless.insert(norm.clone(), (vec![3], vec![1.0; 3]));
         let found = error(directory(&config, &rootless).path());
-        assert!(found.contains(&norm) && found.contains("no use for"), "{found}");
+        assert!(found.contains(&norm) && found.contains("does not use"), "{found}");
         let config = untied;
         // Heads of other tasks and buffers are told or passed over.
         let mut other = weights.clone();
@@ -912,7 +912,7 @@ fn converting_loses_no_file() {
     for name in ["README.md", "tokenizer_config.json", "generation_config.json"] {
         std::fs::write(at(name), "mine").unwrap();
         let refused = convert(false).unwrap_err();
-        assert!(refused.contains(name) && refused.contains("is there already"), "{refused}");
+        assert!(refused.contains(name) && refused.contains("already exists"), "{refused}");
         assert_eq!(std::fs::read_to_string(at(name)).unwrap(), "mine");
         std::fs::remove_file(at(name)).unwrap();
     }

@@ -102,7 +102,7 @@ fn nothing_to_draw_is_an_error_that_says_so() {
     let rows = rows(&results(&["a/b"])).unwrap();
     let missing = error(sweep::curves(&rows, &["sciq/acc".into()], &sweep::CurveOptions::default()));
     assert!(missing.contains("sciq/acc") && missing.contains("piqa/acc"), "{missing}");
-    assert!(error(sweep::curves(&[], &[], &sweep::CurveOptions::default())).contains("no figures"));
+    assert!(error(sweep::curves(&[], &[], &sweep::CurveOptions::default())).contains("no values"));
     // Of a model without steps there is a table and no curve.
     let text = "{\"model\":\"mosaicml/mpt-7b\",\"revision\":\"main\",\"step\":null,\"metric\":\"piqa/acc\",\"value\":0.8,\"part\":[1,1]}\n";
     let main = self::rows(text).unwrap();
@@ -111,7 +111,7 @@ fn nothing_to_draw_is_an_error_that_says_so() {
     // A trial over a few documents is no point of the curve of all.
     let mut mixed = rows.clone();
     mixed[1].settings = serde_json::json!({"limit": 10});
-    assert!(error(sweep::curves(&mixed, &[], &sweep::CurveOptions::default())).contains("different ways"));
+    assert!(error(sweep::curves(&mixed, &[], &sweep::CurveOptions::default())).contains("different settings"));
     // What has no number is left out where others have one.
     let mut some = rows.clone();
     some.push(sweep::Row { metric: "b/acc".into(), value: f64::NAN, ..rows[0].clone() });

@@ -1,4 +1,4 @@
-//! Conversion of checkpoints: to safetensors and GGUF, to other types, with adapters merged.
+//! Conversion of checkpoints to safetensors or GGUF, to other element types, and with adapters merged.
 //!
 //! ```
 //! use pricket::convert::{ConvertOptions, Target};
@@ -30,16 +30,17 @@ use crate::loading::provenance::Provenance;
 use crate::loading::small_files::{TOKENIZER_FILES, TOKENIZERS, at, parent};
 use crate::{Error, Result};
 
-/// What a conversion makes of matrices. Vectors keep their values in any case.
+/// Element type of the converted matrices. The values of vectors never change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Target {
-    /// As they are stored, where the format has that type. Old blocks become today's if that loses nothing, else f16.
+    /// The stored type, if the output format supports it. Block types of old GGML files become their current
+    /// equivalents if that is lossless, otherwise f16.
     #[default]
     Stored,
     /// 32-bit float.
     F32,
-    /// IEEE half.
+    /// IEEE half precision.
     F16,
     /// bfloat16.
     BF16,
@@ -47,51 +48,51 @@ pub enum Target {
     Quantized(Quantization),
 }
 
-/// How to convert a checkpoint.
+/// Options of a conversion.
 #[derive(Clone, Debug, Default)]
 pub struct ConvertOptions {
-    /// The type of the matrices; as stored by default.
+    /// Element type of the matrices; the stored type by default.
     pub target: Target,
     /// Whether an existing file is replaced; false by default.
     pub overwrite: bool,
 }
 
-/// What a conversion made.
+/// Result of a conversion.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Converted {
-    /// The file.
+    /// The weight file that was written.
     pub path: PathBuf,
-    /// Its bytes.
+    /// Size of the file in bytes.
     pub bytes: u64,
     /// Number of weights.
     pub parameters: u64,
-    /// What was done otherwise than asked for, and why.
+    /// Deviations from the requested conversion, with reasons.
     pub notes: Vec<String>,
-    /// What a careful user should know of the source.
+    /// Warnings about the source checkpoint.
     pub warnings: Vec<String>,
 }
 
 impl Converted {
-    /// Bits of the file for each weight.
+    /// Returns the size of the file in bits per weight.
     pub fn bits_per_weight(&self) -> f64 {
         self.bytes as f64 * 8.0 / self.parameters.max(1) as f64
     }
 }
 
-/// A tensor of the model: where it comes from, and what becomes of it.
+/// A tensor to convert: its source and its outline in the output file.
 struct Item {
-    /// Name on file.
+    /// Name in the source file.
     from: String,
     canonical: String,
-    /// How the rows in the model's order relate to the Hub's.
+    /// Permutation from the Hub's row order to the model's.
     #[cfg_attr(not(feature = "train"), allow(dead_code, reason = "adapters read it"))]
     order: RowOrder,
     rows: Change,
     outline: Outline,
 }
 
-/// What happens to the order of the rows.
+/// Change of the row order.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Change {
     None,
@@ -100,14 +101,17 @@ enum Change {
 }
 
 impl Loader {
-    /// Writes the model in another form: to a path that ends in `.gguf` one file with configuration and tokenizer, as
-    /// llama.cpp reads it; to any other path a directory in Hub layout with one safetensors file.
+    /// Converts the checkpoint and writes it to `out`.
     ///
-    /// No more than a tensor is in memory at a time, but for a GGUF file whose order of QKV rows has to be found out by loading
-    /// it. A file has its name only when it is whole.
+    /// If `out` ends in `.gguf`, writes one file with configuration and tokenizer, in the format of llama.cpp.
+    /// Otherwise writes a directory in Hub layout with one safetensors file.
+    ///
+    /// At most one tensor is in memory at a time. Exception: if a GGUF file does not state the order of its QKV rows,
+    /// the model is loaded once to determine it. Files get their final names only after they are complete.
     ///
     /// # Errors
-    /// As loading; [`Error::Refused`] for what the format has no key for, [`Error::Output`] for a path that is there.
+    /// Returns the errors of [`Loader::load`], [`Error::Refused`] if the output format has no key for a value of the
+    /// configuration, and [`Error::Output`] if the output already exists.
     pub fn convert(self, out: impl AsRef<Path>, options: &ConvertOptions) -> Result<Converted> {
         let out = out.as_ref();
         let mut opened = self.opened()?;
@@ -141,7 +145,7 @@ impl Loader {
         let mut warnings = opened.warnings.clone();
         warnings.extend(crate::loading::load::unused_warning(&dry));
         if opened.tokenizer.is_none() {
-            warnings.push("there is no tokenizer, so none is written; give one with the source".into());
+            warnings.push("the checkpoint has no tokenizer, so none is written; pass one with --tokenizer".into());
         }
         let mut notes: Vec<String> = opened.notes.clone();
         notes.extend(plan.notes(&items, &*opened.store));
@@ -157,13 +161,13 @@ impl Loader {
             if let [others @ .., last] = &ends[..]
                 && !others.is_empty()
             {
-                notes.push(format!("GGUF has room for one end token: {last} is written, {others:?} are not"));
+                notes.push(format!("GGUF holds one end token: {last} is written, {others:?} are not"));
             }
         } else {
             notes.extend(left_out);
             std::fs::create_dir_all(out).map_err(|error| Error::Io { path: out.into(), error })?;
             if !options.overwrite && (pricket_weights::find_weights(out).is_ok() || out.join("config.json").exists()) {
-                let what = " holds a model already, and is not written over";
+                let what = " already contains a model; allow overwriting to replace it";
                 return Err(Error::Output { path: out.into(), what });
             }
         }
@@ -196,7 +200,7 @@ impl Loader {
             })?;
         }
         writer.finish().map_err(io)?;
-        // The weights last: without them nobody takes the directory for a model.
+        // The weights are completed last: a directory without weights cannot be loaded by mistake.
         for file in beside {
             file.write(out)?;
         }
@@ -247,9 +251,10 @@ impl Plan<'_> {
         Ok(out)
     }
 
-    /// The type of a tensor in the new file.
+    /// Returns the type of a tensor in the output file.
     fn dtype(&self, canonical: &str, from: &str, shape: &[usize], stored: Dtype, store: &dyn Store) -> Result<Dtype> {
-        // Vectors are small, and llama.cpp wants them so. Learned positions are added to the residual stream as they are.
+        // llama.cpp requires vectors in f32. Position embeddings stay f32 because they are added to the residual
+        // stream.
         let is_positions = || Names::spelled(canonical, self.family.gguf_names()) == "position_embd.weight";
         if self.gguf && (shape.len() == 1 || is_positions()) {
             return Ok(Dtype::F32);
@@ -272,7 +277,7 @@ impl Plan<'_> {
                 Dtype::Block(_) if !self.gguf => Dtype::F32,
                 Dtype::Block(kind) => match kind.with_f16_scales() {
                     None if kind.is_current() => stored,
-                    // Whether its scales are all numbers that today's blocks can hold.
+                    // Lossless only if all scales are exactly representable in f16.
                     Some(narrow) if with_f16_scales(kind, &store.bytes(from)?).is_some() => Dtype::Block(narrow),
                     _ => Dtype::F16,
                 },
@@ -296,17 +301,17 @@ impl Plan<'_> {
             }
         }
         let note = |((wanted, got), count): ((&str, &str), usize)| {
-            format!("{count} matrices that were to be {wanted} are {got}: the format or their width has no such blocks")
+            format!("{count} matrices are {got} instead of {wanted}, which the format or their width does not support")
         };
         changed.into_iter().map(note).collect()
     }
 }
 
-/// What merging makes of a tensor on file.
+/// A function that merges adapters into a tensor.
 type Merge<'a> = Box<dyn FnOnce(Tensor) -> Result<Tensor> + 'a>;
 
 impl Item {
-    /// How adapters change the tensor; `None` if they do not.
+    /// Returns the function that merges adapters into the tensor; `None` if no adapter changes it.
     #[cfg(feature = "train")]
     fn merge<'a>(
         &'a self,
@@ -320,7 +325,7 @@ impl Item {
         })
     }
 
-    /// Writes the bytes of a tensor.
+    /// Writes the converted bytes of the tensor.
     fn write(
         &self,
         store: &dyn Store,
@@ -352,7 +357,7 @@ impl Item {
                 let Matrix::Blocks(blocks) = moved else {
                     return Err(Error::Malformed {
                         origin: store.origin(from),
-                        what: format!("tensor {from} lost its blocks"),
+                        what: format!("tensor {from} is not quantized after its rows were reordered"),
                     });
                 };
                 return out(blocks.bytes());
@@ -375,7 +380,7 @@ impl Item {
     }
 }
 
-/// Rows in the bytes of a type.
+/// Encodes rows as the bytes of an element type.
 fn encode(part: &Tensor, dtype: Dtype, columns: usize) -> candle_core::Result<Vec<u8>> {
     let values = part.flatten_all()?;
     let wide = |values: &Tensor| values.to_dtype(DType::F32)?.to_vec1::<f32>();
@@ -383,7 +388,7 @@ fn encode(part: &Tensor, dtype: Dtype, columns: usize) -> candle_core::Result<Ve
         Dtype::F16 => {
             let halves = values.to_dtype(DType::F16)?.to_vec1::<half::f16>()?;
             if let Some(at) = halves.iter().position(|x| !x.is_finite()) {
-                candle_core::bail!("{} in it is too large for f16", wide(&values)?[at]);
+                candle_core::bail!("the value {} is too large for f16", wide(&values)?[at]);
             }
             halves.iter().flat_map(|x| x.to_le_bytes()).collect()
         }
@@ -396,7 +401,7 @@ fn encode(part: &Tensor, dtype: Dtype, columns: usize) -> candle_core::Result<Ve
     })
 }
 
-/// The number by which llama.cpp knows what a file is mostly made of.
+/// Returns llama.cpp's `general.file_type`, which encodes the type of most tensors.
 fn file_type(options: &ConvertOptions, stored: Dtype) -> u32 {
     let dtype = match options.target {
         Target::F32 => Dtype::F32,
@@ -425,6 +430,7 @@ fn file_type(options: &ConvertOptions, stored: Dtype) -> u32 {
     }
 }
 
+/// Returns the metadata of the GGUF file.
 fn metadata(
     opened: &Opened,
     family: &dyn Family,
@@ -437,7 +443,7 @@ fn metadata(
     let value = |value: &Value| match value {
         Value::Bool(flag) => GgufValue::Bool(*flag),
         Value::String(text) => GgufValue::Text(text.clone()),
-        // A number that was an integer stays one; llama.cpp refuses the other kind.
+        // Integers stay integers, because llama.cpp refuses a float where it expects an integer.
         number => number.as_u64().map_or_else(
             || GgufValue::F32(number.as_f64().unwrap_or(0.0) as f32),
             |n| GgufValue::U32(u32::try_from(n).unwrap_or(u32::MAX)),
@@ -465,12 +471,12 @@ fn metadata(
     };
     let vocabulary = tokenizer.to_vocabulary(vocab)?;
     let bytes = |texts: Vec<String>| GgufValue::Texts(texts.into_iter().map(String::into_bytes).collect());
-    // The names under which llama.cpp has the rules of a tokenizer; its own converter writes them for these families.
+    // llama.cpp's names of tokenizer rules, as its own converter writes them for these families.
     let is_sentencepiece = !vocabulary.scores.is_empty();
     let (model, pre) = if is_sentencepiece { ("llama", "default") } else { ("gpt2", "olmo") };
     add("tokenizer.ggml.model", GgufValue::Text(model.into()));
     add("tokenizer.ggml.pre", GgufValue::Text(pre.into()));
-    // Of sentencepiece the unknown token has a kind of its own.
+    // Sentencepiece marks the unknown token with kind 2.
     let unknown = vocabulary.kinds.iter().position(|kind| is_sentencepiece && *kind == 2).map(|id| id as u32);
     let Vocabulary { words, kinds, merges, scores, add_space_prefix, remove_extra_whitespaces, charsmap } = vocabulary;
     add("tokenizer.ggml.tokens", bytes(words));
@@ -478,7 +484,7 @@ fn metadata(
     if is_sentencepiece {
         add("tokenizer.ggml.scores", GgufValue::Floats(scores));
         add("tokenizer.ggml.add_space_prefix", GgufValue::Bool(add_space_prefix));
-        // llama.cpp reads neither for this kind; with them we do.
+        // llama.cpp ignores both keys for this kind of tokenizer; pricket reads them.
         add("tokenizer.ggml.remove_extra_whitespaces", GgufValue::Bool(remove_extra_whitespaces));
         if !charsmap.is_empty() {
             add("tokenizer.ggml.precompiled_charsmap", GgufValue::Bytes(charsmap));
@@ -498,13 +504,13 @@ fn metadata(
     Ok(out)
 }
 
-/// Licenses and what goes with them, by the names that repositories give them.
+/// Usual names of license and notice files in repositories.
 const LICENSES: [&str; 5] = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"];
 
-/// Bytes of a file that is copied beside the weights; no tokenizer that can be loaded is longer.
+/// Size limit in bytes of a file copied next to the weights. Larger tokenizer files cannot be loaded either.
 const MAX_BESIDE: u64 = 6 << 20;
 
-/// A file beside the weights, with its new content; `None` deletes it.
+/// A file next to the weights, with its new content; `None` deletes it.
 struct Beside {
     name: &'static str,
     bytes: Option<Vec<u8>>,
@@ -522,18 +528,18 @@ impl Beside {
     }
 }
 
-/// Configuration, tokenizer and license, beside the weights of a directory. With `overwrite` a tokenizer or generation settings of
-/// the model that was there are deleted; a license or notice never is.
+/// Returns the configuration, tokenizer and license files to write next to the weights. With `overwrite`, tokenizer
+/// files and generation settings of a previous model are deleted. Licenses and notices are never deleted.
 ///
 /// # Errors
-/// Without `overwrite`, [`Error::Output`] if one of the files is there.
+/// Returns [`Error::Output`] if one of the files exists and `overwrite` is false.
 fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) -> Result<Vec<Beside>> {
     let mut files: Vec<(&'static str, Option<Vec<u8>>)> = vec![
         ("config.json", Some(to_python_json(config).into_bytes())),
         ("generation_config.json", opened.generation_config.as_ref().map(|json| to_python_json(json).into_bytes())),
     ];
     let own = opened.tokenizer.as_ref().map(pricket_lm::Tokenizer::to_files).transpose()?.unwrap_or_default();
-    // A tokenizer of the other kind would be another model's.
+    // Deletes tokenizer files of the other kind, which belong to a previous model.
     files.extend(TOKENIZERS.map(|name| (name, None)));
     let copied = |folder: Option<PathBuf>, name: &str| {
         let path = folder.map(|folder| folder.join(name)).filter(|path| path.is_file());
@@ -545,7 +551,7 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     }
     for (name, bytes) in own {
         match files.iter_mut().find(|(known, _)| *known == name) {
-            // What was beside the source's own tokenizer says more.
+            // A file copied from the source is more complete than the generated one.
             Some((_, content)) => *content = content.take().or(Some(bytes)),
             None => files.push((name, Some(bytes))),
         }
@@ -558,13 +564,13 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
     let is_there = |name: &str| std::fs::symlink_metadata(directory.join(name)).is_ok();
     if let Some((name, _)) = files.iter().find(|(name, _)| !overwrite && is_there(name)) {
         let path = directory.join(name);
-        return Err(Error::Output { path: path.clone(), what: " is there already, and is not written over" });
+        return Err(Error::Output { path: path.clone(), what: " already exists; allow overwriting to replace it" });
     }
     files.retain(|(name, bytes)| bytes.is_some() || is_there(name));
     Ok(files.into_iter().map(|(name, bytes)| Beside { name, bytes }).collect())
 }
 
-/// A card that says where the weights came from and under which license they are.
+/// Returns a model card that names the source of the weights and their license.
 fn readme(opened: &Opened) -> String {
     let Provenance { repo, commit, license, .. } = &opened.provenance;
     let mut front: Vec<String> = license.iter().map(|license| format!("license: {license}")).collect();
@@ -574,21 +580,21 @@ fn readme(opened: &Opened) -> String {
     format!("{front}Converted from {}{commit} with pricket {}.\n", opened.base_name(), env!("CARGO_PKG_VERSION"))
 }
 
-/// The configuration of a checkpoint whose matrices are of `dtype`, for Python to load; and what was left out of it.
+/// Returns the configuration for transformers, with `dtype` as the type of the matrices, and notes on omitted keys.
 fn python_config(opened: &Opened, family: &dyn Family, dtype: Dtype) -> (Value, Vec<String>) {
     let mut config = opened.config.clone();
     let mut notes = Vec::new();
     let Some(object) = config.as_object_mut() else { return (config, notes) };
     object.retain(|_, value| !value.is_null());
-    // Both name files of Python code, which are not written.
+    // Both keys name Python files, which are not copied.
     for key in ["auto_map", "custom_pipelines"] {
         if object.remove(key).is_some() {
-            notes.push(format!("config.json: {key} is left out, since the code that it names is not copied"));
+            notes.push(format!("config.json: {key} is omitted, because the code that it names is not copied"));
         }
     }
     let architecture = family.class(&opened.config);
     object.insert("architectures".into(), serde_json::json!([architecture]));
-    // A local path, which means nothing elsewhere.
+    // A local path is meaningless on other machines.
     let is_path = |name: &str| name.starts_with(['/', '.', '~']) || name.contains(['\\', ':']);
     if object.get("_name_or_path").and_then(Value::as_str).is_some_and(is_path) {
         object.remove("_name_or_path");
@@ -599,7 +605,7 @@ fn python_config(opened: &Opened, family: &dyn Family, dtype: Dtype) -> (Value, 
         Dtype::BF16 => Some("bfloat16"),
         _ => None,
     };
-    // transformers 5 calls it `dtype`, and prefers that where both are there.
+    // transformers 5 calls the key `dtype`, and prefers it if both keys exist.
     let mut keys: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| object.contains_key(*key)).collect();
     if keys.is_empty() {
         keys.push("torch_dtype");
@@ -613,7 +619,7 @@ fn python_config(opened: &Opened, family: &dyn Family, dtype: Dtype) -> (Value, 
     (config, notes)
 }
 
-/// A file that gets its name when it is whole, and leaves nothing behind otherwise.
+/// A temporary file that is renamed when it is complete, and deleted otherwise.
 struct Part {
     file: File,
     at: PathBuf,
@@ -624,10 +630,10 @@ struct Part {
 impl Part {
     fn create(path: &Path, overwrite: bool) -> Result<Self> {
         if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
-            return Err(Error::Output { path: path.into(), what: " is not a regular file, and is not written over" });
+            return Err(Error::Output { path: path.into(), what: " is not a regular file, so it is not overwritten" });
         }
         if path.exists() && !overwrite {
-            return Err(Error::Output { path: path.into(), what: " is there already, and is not written over" });
+            return Err(Error::Output { path: path.into(), what: " already exists; allow overwriting to replace it" });
         }
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let at = crate::loading::small_files::parent(path).join(format!(".{name}.{}.part", std::process::id()));

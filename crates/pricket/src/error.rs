@@ -1,55 +1,58 @@
+//! The error type of the facade.
+
 use std::path::PathBuf;
 
-/// Everything that can go wrong, as a caller would tell it apart.
+/// Errors of this crate, by what a caller can do about them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Nothing is there: a path, a revision, a tokenizer.
+    /// A path, revision or tokenizer that does not exist.
     #[error("{}: {what}", path.display())]
     NotFound {
-        /// Where we looked.
+        /// The path that was searched.
         path: PathBuf,
-        /// What was looked for.
+        /// What is missing.
         what: String,
     },
-    /// A configuration that asks for something impossible or not implemented.
+    /// A configuration with a value that is invalid or not implemented.
     #[error("{}: {key}: {what}", path.display())]
     Refused {
         /// The config.json.
         path: PathBuf,
         /// The key.
         key: String,
-        /// What was found and what was expected.
+        /// The value found and the values expected.
         what: String,
     },
-    /// Weights or metadata that contradict themselves, or are not what the configuration implies.
+    /// Weights or metadata that are inconsistent, or that differ from what the configuration implies.
     #[error("{error}")]
     Corrupt {
-        /// The tensor, where it is one.
+        /// The tensor, if the error concerns one.
         tensor: Option<String>,
-        /// The file and what is wrong with it. Not a `source`: a chain of causes would say it twice.
+        /// The file and what is wrong with it. Not a `source`, because a chain of causes would print it twice.
         error: pricket_weights::Error,
     },
-    /// Weights of the family that the configuration has no use for. [`crate::Loader::allow_unused`] loads the rest.
-    #[error("{}: {} that this configuration has no use for ({first}{}); {}", path.display(), holds(*count),
+    /// A checkpoint with weights of the family that the configuration does not use. [`crate::Loader::allow_unused`]
+    /// ignores them.
+    #[error("{}: {} that this configuration does not use ({first}{}); {}", path.display(), holds(*count),
         if *count > 1 { ", ..." } else { "" }, unused_advice(first))]
     Unused {
         /// The file.
         path: PathBuf,
-        /// The first of them.
+        /// Name of the first unused tensor.
         first: String,
-        /// How many there are.
+        /// Number of unused tensors.
         count: usize,
     },
-    /// A file that asks for what is never done: running code, leaving its directory.
+    /// A file that requires an unsafe action, such as running code or leaving its directory.
     #[error("{}: refused: {what}", path.display())]
     Unsafe {
         /// The file.
         path: PathBuf,
-        /// What it asked for.
+        /// The action.
         what: String,
     },
-    /// A format or element type that is known and not read.
+    /// A known format or element type that is not supported.
     #[error("{}: {what}", path.display())]
     Unsupported {
         /// The file.
@@ -57,39 +60,39 @@ pub enum Error {
         /// The format or type.
         what: String,
     },
-    /// The system would not read a file.
+    /// A file operation that failed.
     #[error("{}: {error}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What it said.
+        /// The error of the operating system.
         error: std::io::Error,
     },
-    /// A repository that is there, and has no such revision.
+    /// A revision that does not exist in its repository.
     #[error("{what}")]
     Revision {
-        /// What was asked for.
+        /// The repository and revision.
         id: String,
-        /// Branches and tags that are there.
+        /// Branches and tags of the repository.
         known: Vec<String>,
-        /// The same in words.
+        /// The error message.
         what: String,
     },
-    /// A repository that the Hub does not show, with what is known of it.
+    /// A repository that does not exist on the Hub, or that the token gives no access to.
     #[error("{id}: {what}")]
     Repository {
-        /// What was asked for.
+        /// The repository and revision.
         id: String,
-        /// What the Hub said, and where else to look.
+        /// The answer of the Hub, and known copies.
         what: String,
     },
-    /// Something is not in the cache and the Hub may not be asked.
+    /// A file that is not in the cache, while requests to the Hub are disabled.
     #[error("{0}")]
     Offline(String),
-    /// Anything else between a repository and its files: the network, a wrong hash, a full disk.
+    /// Any other error while files are fetched, such as a network error, a wrong hash or a full disk.
     #[error("{0}")]
     Hub(pricket_hub::Error),
-    /// The tokenizer file, or a text that it cannot take.
+    /// An invalid tokenizer file, or a text that the tokenizer cannot encode.
     #[error("{origin}: {what}")]
     Tokenizer {
         /// The file.
@@ -97,67 +100,67 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
-    /// A device that is not there or was not built in.
+    /// A device that does not exist, or whose backend is not compiled in.
     #[error("{0}")]
     Device(String),
-    /// The model does not fit in the memory that is free.
+    /// A model that does not fit in free memory.
     #[error(
         "{what} needs about {} of memory, {} is free; load a smaller type, or allow it explicitly",
         gib(*needed),
         gib(*available)
     )]
     OutOfMemory {
-        /// What was to be loaded.
+        /// The model.
         what: String,
-        /// Bytes estimated.
+        /// Estimated memory in bytes.
         needed: u64,
-        /// Bytes free.
+        /// Free memory in bytes.
         available: u64,
     },
-    /// More positions than the model was trained for.
+    /// A sequence longer than the context length that the model was trained for.
     #[error("{asked} positions asked for, the model was trained for {limit}; allow it explicitly to go beyond")]
     ContextExceeded {
-        /// Positions that the call would reach.
+        /// Number of positions requested.
         asked: usize,
-        /// `max_position_embeddings`.
+        /// Trained context length (`max_position_embeddings`).
         limit: usize,
     },
-    /// The model's numbers overflowed.
+    /// Activations that overflowed to infinity or NaN.
     #[error("{message}")]
     NonFinite {
-        /// The first layer that did, if it was one.
+        /// Index of the first block that overflowed, if a block did.
         layer: Option<usize>,
-        /// The whole story.
+        /// The error message.
         message: String,
     },
-    /// A [`pricket_nn::Progress`] asked to stop.
+    /// Work that was canceled by [`pricket_nn::Progress::cancelled`].
     #[error("cancelled")]
     Cancelled,
-    /// A name that stands for nothing: a format, an activation, a metric, a key of a configuration.
-    #[error("{name:?} is no {what}; {known}")]
+    /// An unknown name of a prompt format, an activation, a precision or a configuration key.
+    #[error("unknown {what} {name:?}; {known}")]
     Unknown {
-        /// What was looked for.
+        /// Kind of the name, such as "precision".
         what: &'static str,
         /// The name.
         name: String,
-        /// What can be asked for.
+        /// The known names, or why the name is refused.
         known: String,
     },
-    /// A source that cannot be resolved: two revisions, a revision of a file, a model that is not fetched.
+    /// A source that cannot be resolved, such as one with two revisions or a file with a revision.
     #[error("{0}")]
     Source(String),
-    /// An option that is out of range, that has no effect, or that another one excludes.
+    /// An option that is out of range, has no effect, or conflicts with another option.
     #[error("{0}")]
     Options(String),
-    /// A file or text that is not what it should be: results of a sweep, a conversation, a prompt format.
+    /// A malformed file or text: results of a sweep, a conversation, a prompt format.
     #[error("{origin}: {what}")]
     Malformed {
-        /// The file, or what the text should be.
+        /// The file, or a description of the text.
         origin: String,
         /// What is wrong.
         what: String,
     },
-    /// An output that is in the way, or cannot be written.
+    /// An output path that already exists or cannot be written.
     #[error("{}{what}", path.display())]
     Output {
         /// The file or directory.
@@ -165,23 +168,23 @@ pub enum Error {
         /// What is wrong.
         what: &'static str,
     },
-    /// Rows of results that do not make the table or curves asked for.
+    /// Rows of results that do not contain what a table or curve needs.
     #[error("{0}")]
     Results(String),
-    /// A text without a token, or one of a single token where each is scored given those before it.
+    /// A text without tokens, or with a single token where at least two are needed.
     #[error("{0}")]
     Empty(&'static str),
-    /// A checkpoint that takes more bytes than the disk budget of a sweep.
+    /// A checkpoint that is larger than the disk budget of a sweep.
     #[error("{id} takes {needed} bytes, more than the disk budget of {budget}")]
     Budget {
         /// The checkpoint.
         id: String,
-        /// Its bytes.
+        /// Size of the checkpoint in bytes.
         needed: u64,
-        /// The budget in bytes.
+        /// Disk budget in bytes.
         budget: u64,
     },
-    /// Documents of a task that cannot be found or told apart.
+    /// Documents of a task that are missing or ambiguous.
     #[error("{0}")]
     Documents(String),
     /// An adapter that cannot be merged.
@@ -189,33 +192,33 @@ pub enum Error {
     Adapter {
         /// The tensor.
         name: String,
-        /// Why not.
+        /// Why it cannot be merged.
         what: &'static str,
     },
-    /// Anything else that concerns texts and tasks.
+    /// Any other error of texts and tasks.
     #[error("{0}")]
     Text(pricket_lm::Error),
-    /// Anything else that concerns a model: token ids, shapes, taps, states.
+    /// Any other error of a model, such as wrong token ids, shapes, taps or states.
     #[error("{0}")]
     Model(pricket_nn::Error),
-    /// Anything else that concerns adapters and training.
+    /// Any other error of adapters and training.
     #[cfg(feature = "train")]
     #[error("{0}")]
     Training(pricket_train::Error),
-    /// A picture that cannot be made.
+    /// A picture that cannot be drawn.
     #[cfg(feature = "plots")]
     #[error("{0}")]
     Picture(pricket_plots::Error),
-    /// An operation on tensors.
+    /// A tensor operation that failed.
     #[error(transparent)]
     Tensor(candle_core::Error),
 }
 
 fn holds(count: usize) -> String {
-    format!("it holds {}", pricket_weights::counted(count, "tensor"))
+    format!("holds {}", pricket_weights::counted(count, "tensor"))
 }
 
-/// A number of tensors, in words.
+/// A number of tensors with its verb: "1 tensor is", "3 tensors are".
 pub(crate) fn tensors(count: usize) -> String {
     format!("{} {}", pricket_weights::counted(count, "tensor"), if count == 1 { "is" } else { "are" })
 }
@@ -224,7 +227,7 @@ fn unused_advice(name: &str) -> &'static str {
     if name.contains(".lora_") {
         "merge the LoRA adapter into the weights first"
     } else {
-        "the configuration is probably not theirs; allow unused weights to leave them out"
+        "the configuration probably belongs to another model; allow unused weights to ignore them"
     }
 }
 

@@ -1,17 +1,19 @@
-//! Candle programs and pricket, side by side: weights of any format for candle's own models, and candle's weights for ours.
+//! Exchange with candle programs: weights of any format for candle's models, and candle's weights for pricket's models.
 //!
-//! Types of other crates are those of the versions that are exported here: [`tokenizers`], [`hf_hub`] and [`crate::candle_nn`].
+//! Types of other crates have the versions that this module and the crate root export: [`tokenizers`], [`hf_hub`] and
+//! [`crate::candle_nn`].
 //!
 //! ```
 //! use pricket::candle::{DType, Device};
 //! use pricket::interop;
 //!
 //! let opened = interop::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))?;
-//! let weights = opened.var_builder(DType::F32, &Device::Cpu); // names and order of rows as on the Hub, whatever the format
+//! // Names and row order are those of the Hub, for every file format.
+//! let weights = opened.var_builder(DType::F32, &Device::Cpu);
 //! let embedding = weights.get((2048, 128), "gpt_neox.embed_in.weight")?;
 //! assert_eq!(embedding.dtype(), DType::F32);
 //!
-//! // And back: a model of ours over what a VarBuilder gives.
+//! // The other direction: loads a pricket model from a VarBuilder.
 //! let again = pricket::Loader::from_store(opened.config.clone(), interop::store(weights)).threads(1).load()?;
 //! assert_eq!(again.info().layers, 4);
 //! # Ok::<(), pricket::Error>(())
@@ -36,10 +38,10 @@ use crate::loading::small_files::at;
 use crate::loading::source::Source;
 use crate::{Error, Result};
 
-/// A checkpoint that is open: its configuration, its tokenizer, and its tensors as the Hub has them.
+/// An open checkpoint: its configuration, its tokenizer, and its tensors in the layout of the Hub.
 #[non_exhaustive]
 pub struct Opened {
-    /// config.json, or what a file without one says.
+    /// Contents of config.json, or the equivalent configuration of a GGUF or GGML file.
     pub config: Value,
     /// The tokenizer, if the checkpoint has one.
     pub tokenizer: Option<Tokenizer>,
@@ -52,20 +54,23 @@ impl std::fmt::Debug for Opened {
     }
 }
 
-/// Opens a checkpoint of any format: a directory, a file, or a repository of the Hub, which is fetched into the cache that Python shares.
+/// Opens a checkpoint of any format: a directory, a file, or a repository of the Hub. Repositories are fetched into the
+/// cache that Python also uses.
+///
+/// No tensor is read yet. Exception: if a GGUF file does not state the order of its QKV rows, the model is loaded once
+/// to determine it.
 ///
 /// # Errors
-/// As [`Loader::load`]. No tensor is read yet, except where a GGUF file does not say the order of its QKV rows: then the model is loaded
-/// once to find out.
+/// Returns the errors of [`Loader::load`].
 pub fn open(source: impl Into<Source>) -> Result<Opened> {
     Opened::from_loader(&Loader::new(source))
 }
 
 impl Opened {
-    /// Opens what a loader names, with what it changes about it: the configuration, the tokenizer, the order of QKV rows.
+    /// Opens the checkpoint of a loader, with the loader's changes to configuration, tokenizer and order of QKV rows.
     ///
     /// # Errors
-    /// As [`open`]; [`Error::Options`] for a loader with adapters, which are not merged here.
+    /// Returns the errors of [`open`], and [`Error::Options`] if the loader has adapters, which are not merged here.
     pub fn from_loader(loader: &Loader) -> Result<Self> {
         #[cfg(feature = "train")]
         if loader.has_adapters() {
@@ -89,34 +94,37 @@ impl Opened {
         Ok(Self { config: opened.config, tokenizer: opened.tokenizer, store })
     }
 
-    /// The tensors under the names and with the order of rows that they have on the Hub. Quantized ones whose rows are reordered are
-    /// read as f32.
+    /// Returns the tensors with the names and row order of the Hub. Quantized tensors whose rows are reordered are read
+    /// as f32.
     pub fn store(&self) -> Arc<dyn Store> {
         Arc::clone(&self.store)
     }
 
-    /// The tensors as the layers of candle ask for them, in `dtype` on `device`. One is read when it is asked for.
+    /// Returns a `VarBuilder` over the tensors, in `dtype` on `device`. Each tensor is read when a layer requests it.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
         var_builder(self.store(), dtype, device)
     }
 }
 
-/// The tensors of any store as the layers of candle ask for them, in `dtype` on `device`. One is read when it is asked for; quantized
-/// ones are widened.
+/// Returns a `VarBuilder` over the tensors of any store, in `dtype` on `device`. Each tensor is read when a layer
+/// requests it; quantized tensors are dequantized.
 pub fn var_builder(store: Arc<dyn Store>, dtype: DType, device: &Device) -> VarBuilder<'static> {
     VarBuilder::from_backend(Box::new(Backend(store)), dtype, device.clone())
 }
 
-/// What a `VarBuilder` gives as a store of ours, for [`Loader::from_store`]. A `VarBuilder` cannot list its names, so no unused tensor
-/// is reported, and an error for a missing tensor names no other.
+/// Wraps a `VarBuilder` as a [`Store`], for [`Loader::from_store`].
+///
+/// A `VarBuilder` cannot list its names. Unused tensors are therefore not reported, and an error about a missing tensor
+/// does not suggest a similar name.
 pub fn store(tensors: VarBuilder<'static>) -> Arc<dyn Store> {
     Arc::new(Built { tensors, shapes: Mutex::default() })
 }
 
-/// A tokenizer of the `tokenizers` crate as ours.
+/// Converts a tokenizer of the `tokenizers` crate.
 ///
 /// # Errors
-/// [`Error::Tokenizer`] for one that cannot be written as a tokenizer.json, or that has parts that are not read here.
+/// Returns [`Error::Tokenizer`] if the tokenizer cannot be written as a tokenizer.json, or has components that are not
+/// supported.
 pub fn tokenizer(tokenizer: &tokenizers::Tokenizer) -> Result<Tokenizer> {
     let origin = "the tokenizer given";
     let json =
@@ -124,51 +132,52 @@ pub fn tokenizer(tokenizer: &tokenizers::Tokenizer) -> Result<Tokenizer> {
     Ok(Tokenizer::from_bytes(json.as_bytes(), origin)?)
 }
 
-/// Our tokenizer as one of the `tokenizers` crate.
+/// Converts a tokenizer to one of the `tokenizers` crate.
 ///
 /// # Errors
-/// [`Error::Tokenizer`] for one that was made of a sentencepiece model, which is no tokenizer.json.
+/// Returns [`Error::Tokenizer`] if the tokenizer was read from a sentencepiece model, which has no tokenizer.json.
 pub fn to_tokenizers(tokenizer: &Tokenizer) -> Result<tokenizers::Tokenizer> {
     let json = tokenizer.to_json()?;
     let wrong = |e: tokenizers::Error| Error::Tokenizer { origin: "tokenizer.json".into(), what: e.to_string() };
     tokenizers::Tokenizer::from_bytes(json.as_bytes()).map_err(wrong)
 }
 
-/// A model repository of the `hf_hub` crate as a source.
+/// Converts a model repository of the `hf_hub` crate to a source.
 ///
 /// # Errors
-/// [`Error::Source`] for a dataset or a space.
+/// Returns [`Error::Source`] if the repository is a dataset or a space.
 pub fn source(repo: &hf_hub::Repo) -> Result<Source> {
-    // The one thing that says id and kind without hf-hub's HTTP.
+    // Without hf-hub's HTTP features, only the folder name gives the id and the kind.
     let folder = repo.folder_name();
     let Some(id) = folder.strip_prefix("models--") else {
-        return Err(Error::Source(format!("{folder} is no model")));
+        return Err(Error::Source(format!("{folder} is not a model repository")));
     };
     let id = id.split_once("--").map_or_else(|| id.to_owned(), |(owner, name)| format!("{owner}/{name}"));
     Ok(Source::new(id).revision(repo.revision()))
 }
 
-/// A source as a model repository of the `hf_hub` crate.
+/// Converts a source to a model repository of the `hf_hub` crate.
 ///
 /// # Errors
-/// [`Error::Source`] for what is on this machine, and for one file of a repository.
+/// Returns [`Error::Source`] if the source is a local path or one file of a repository.
 pub fn repo(source: impl Into<Source>) -> Result<hf_hub::Repo> {
     let source = source.into();
     match source.locate()? {
         crate::loading::source::Place::Hub(id, Some(file)) => {
-            Err(Error::Source(format!("{id} is the file {file} of its repository, which a Repo cannot name")))
+            Err(Error::Source(format!("{id} names the file {file} of its repository; a Repo cannot name a file")))
         }
         crate::loading::source::Place::Hub(id, None) => {
             Ok(hf_hub::Repo::with_revision(id.repo.to_string(), hf_hub::RepoType::Model, id.revision.clone()))
         }
         crate::loading::source::Place::Local(path) => {
-            Err(Error::Source(format!("{} is on this machine, not a repository", path.display())))
+            Err(Error::Source(format!("{} is a local path, not a repository", path.display())))
         }
     }
 }
 
-/// Tensors under their names on the Hub: the name on file, and the order in which its rows are there.
+/// A store that renames and reorders tensors to the layout of the Hub.
 struct HubLayout {
+    /// Maps a name on the Hub to the name on file and the row order on file.
     tensors: BTreeMap<String, (String, RowOrder)>,
     store: Arc<dyn Store>,
 }
@@ -211,25 +220,25 @@ impl HubLayout {
     }
 }
 
-/// The numbers of a tensor, little-endian.
+/// Returns the elements of a tensor as little-endian bytes.
 fn bytes_of(tensor: &Tensor) -> candle_core::Result<Bytes<'static>> {
     let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
-        candle_core::bail!("a tensor that is not on the CPU")
+        candle_core::bail!("the tensor is not on the CPU")
     };
     macro_rules! numbers {
         ($($kind:ident),*) => {
             match storage {
                 $(CpuStorage::$kind(data) => data[from..to].iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>(),)*
-                _ => candle_core::bail!("a tensor of {}", tensor.dtype().as_str()),
+                _ => candle_core::bail!("the element type {} is not supported", tensor.dtype().as_str()),
             }
         };
     }
     Ok(Bytes::from(numbers!(U8, U32, I64, BF16, F16, F32, F64)))
 }
 
-/// What the layers of candle ask.
+/// The backend of a `VarBuilder` over a store.
 struct Backend(Arc<dyn Store>);
 
 impl SimpleBackend for Backend {
@@ -270,7 +279,7 @@ impl Backend {
     }
 }
 
-/// What a `VarBuilder` gives, and the shapes that were asked for.
+/// A store over a `VarBuilder`, with the shapes requested so far.
 struct Built {
     tensors: VarBuilder<'static>,
     shapes: Mutex<BTreeMap<String, Vec<usize>>>,
@@ -307,7 +316,8 @@ impl Store for Built {
         Some(self.of_shape(known.dims().to_vec()))
     }
 
-    /// A `VarBuilder` is asked for a name and a shape: variables and zeros are made in it, files compare it.
+    /// Records the shape that the model expects. A `VarBuilder` needs it: builders of variables and zeros create the
+    /// tensor in that shape, and builders over files compare it.
     fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
         let found = self.entry(name);
         if found.is_some() || !self.tensors.contains_tensor(name) {

@@ -1,17 +1,19 @@
-//! pricket: a Candle-based model zoo for the open decoder families that research still stands on.
+//! A Candle-based model zoo for open decoder language models: GPT-NeoX and Pythia, MPT, LLaMA, RWKV-4,
+//! RedPajama-INCITE.
 //!
-//! | module | what it is for |
+//! | module | purpose |
 //! |---|---|
-//! | [`loading`] | from a name or a path to a model |
+//! | [`loading`] | resolves a name or path and loads the model |
 //! | [`text`] | generation, conversations, scores |
-//! | [`suites`] | known models, their training steps, audits |
+//! | [`suites`] | published models, their training steps, audits |
 //! | [`sweep`] | measurements over training |
-//! | [`convert`] | other formats and types |
+//! | [`convert`] | conversion to other formats and types |
 //! | [`interop`] | candle programs, `VarBuilder`, `tokenizers`, `hf_hub` |
-//! | [`hub`], [`weights`], [`nn`], [`lm`], `train`, `plots` | the crates below |
+//! | [`hub`], [`weights`], [`nn`], [`lm`], `train`, `plots` | the underlying crates |
 //!
-//! [`load`] gives a [`Pricket`]: an owned handle with text in and text out, cheap to clone. What lies below it is public
-//! too: [`Pricket::model`] is a [`CausalLm`], a residual stream that can be scored, probed and patched step by step.
+//! [`load`] returns a [`Pricket`]: an owned handle that takes text and returns text, and is cheap to clone. The layers
+//! below it are public: [`Pricket::model`] returns a [`CausalLm`], whose residual stream can be scored, probed and
+//! patched block by block.
 //!
 //! ```
 //! use pricket::{GenerateOptions, SamplingParams};
@@ -31,8 +33,8 @@
 //! # Ok::<(), pricket::Error>(())
 //! ```
 //!
-//! No code of a repository is ever executed, nothing is guessed from a file's name, and a bad file gives an
-//! [`Error`] that names it.
+//! Code from a repository is never executed. The model family is read from the configuration, not from file names.
+//! An invalid file gives an [`Error`] that names it.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -66,7 +68,7 @@ pub use pricket_plots as plots;
 pub use pricket_train as train;
 pub use pricket_weights as weights;
 
-/// The programs of these pages are compiled, and run where they need no network.
+/// Compiles the programs in these pages as doctests, and runs those that need no network.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../../../README.md")]
@@ -77,7 +79,7 @@ mod pages {
     struct Interop;
 }
 
-/// What a program or a notebook mostly needs.
+/// Common imports for programs and notebooks.
 pub mod prelude {
     pub use crate::convert::{ConvertOptions, Target};
     pub use crate::hub::Steps;

@@ -1,4 +1,4 @@
-//! From a name or a path to a model: [`Source`], [`Loader`], and what is known of a checkpoint before it is loaded.
+//! Finding and loading models: [`Source`] names a model, [`Loader`] loads it, and [`inspect()`] reads its headers only.
 //!
 //! ```
 //! let inspection = pricket::inspect(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny@step64"))?;

@@ -1,8 +1,8 @@
-//! What a notebook shows: pictures as the value of a cell, text that streams by whole lines, progress without a terminal.
+//! Output for notebooks: pictures and tables as cell values, text streamed in whole lines, progress without a terminal.
 //!
-//! The kernel evcxr shows a value by its method `evcxr_display`, and of each kind of content one thing a cell: put several
-//! pictures together with [`Picture::of_pictures`]. It waits for ever for a cell that ends in the middle of a line, so nothing
-//! here prints part of one. See `docs/notebooks.md`.
+//! The evcxr kernel displays a value by calling its method `evcxr_display`. It displays one item of each content type
+//! per cell; [`Picture::of_pictures`] combines several pictures. If a cell's output ends in the middle of a line, evcxr
+//! waits forever, so all functions here print whole lines. See `docs/notebooks.md`.
 //!
 //! ```
 //! use pricket::notebook::{next_tokens, stream, tokens};
@@ -12,7 +12,7 @@
 //! stream(&pricket, "The President of the", &GenerateOptions { max_tokens: 12, ..Default::default() })?;
 //! let picture = tokens(&pricket.logprobs("The people of the United States")?)?;
 //! assert!(picture.svg()?.contains("United"));
-//! next_tokens(&pricket, "The United", 5)?; // as the last value of a cell it is shown
+//! next_tokens(&pricket, "The United", 5)?; // displayed if it is the last value of a cell
 //! # Ok::<(), pricket::Error>(())
 //! ```
 
@@ -28,10 +28,11 @@ use pricket_lm::Comparison;
 use pricket_lm::{GenerateOptions, ScoredToken};
 use pricket_plots::{Picture, Table};
 
-/// Rows of a table at most; the last one says how many are left out.
+/// Maximum number of rows of a table. A final row gives the number of omitted rows.
 const ROWS: usize = 200;
 
-/// Values that a notebook shows as a table: with this trait in scope, as the prelude has it, they are the last value of a cell.
+/// Values that a notebook displays as a table. If the trait is in scope (the prelude exports it), the last value of a
+/// cell is displayed.
 pub trait Tabular {
     /// Returns the table.
     fn table(&self) -> Table;
@@ -67,7 +68,7 @@ impl Tabular for [ScoredToken] {
                 String::new(),
             ]);
         }
-        table(&["token", "id", "log-probability", "probability", "likeliest"], rows)
+        table(&["token", "id", "log-probability", "probability", "top-1"], rows)
     }
 }
 
@@ -79,8 +80,8 @@ impl Tabular for Completion {
         pairs(vec![
             ("text", format!("{:?}", self.text)),
             ("end", self.finish.to_string()),
-            ("tokens of the prompt", self.prompt_ids.len().to_string()),
-            ("tokens written", self.ids.len().to_string()),
+            ("prompt tokens", self.prompt_ids.len().to_string()),
+            ("generated tokens", self.ids.len().to_string()),
             ("mean log-probability", mean),
         ])
     }
@@ -92,15 +93,15 @@ impl Tabular for Comparison {
             ("tokens", self.tokens.to_string()),
             ("perplexity of the reference", format!("{:.4}", self.reference_perplexity)),
             ("perplexity", format!("{:.4}", self.perplexity)),
-            ("KL divergence, nats a token", format!("{:.6}", self.kl_divergence)),
+            ("KL divergence (nats per token)", format!("{:.6}", self.kl_divergence)),
             ("largest KL divergence", format!("{:.4}", self.worst_kl_divergence)),
-            ("same likeliest token", format!("{:.2} %", 100.0 * self.top_1_agreement)),
+            ("top-1 agreement", format!("{:.2} %", 100.0 * self.top_1_agreement)),
         ])
     }
 }
 
 impl Pricket {
-    /// Says in a line what it is, as the value of a notebook's cell.
+    /// Prints a one-line description of the model as the value of a notebook cell.
     pub fn evcxr_display(&self) {
         let info = self.info();
         println!(
@@ -110,19 +111,19 @@ impl Pricket {
     }
 }
 
-/// The tokens of a text, each shaded by how probable the model thought it: of [`Pricket::logprobs`].
+/// Draws the tokens of a text, shaded by their probability. `scored` is the result of [`Pricket::logprobs`].
 ///
 /// # Errors
-/// [`Error::Picture`] if there are none.
+/// Returns [`Error::Picture`] if there are no tokens.
 pub fn tokens(scored: &[ScoredToken]) -> Result<Picture> {
     let tokens = scored.iter().map(|token| (token.text.clone(), f64::from(token.logprob).exp()));
     Ok(Picture::of_tokens(tokens.collect())?)
 }
 
-/// The `count` likeliest tokens after a prompt, as bars.
+/// Draws the `count` most probable tokens after a prompt as bars.
 ///
 /// # Errors
-/// As [`Pricket::generate`].
+/// Returns the errors of [`Pricket::generate`].
 pub fn next_tokens(pricket: &Pricket, prompt: &str, count: usize) -> Result<Picture> {
     let ids = pricket.prompt_ids(prompt)?;
     let mut generation = pricket.generation(vec![ids], &GenerateOptions { max_tokens: 1, ..Default::default() })?;
@@ -137,21 +138,21 @@ pub fn next_tokens(pricket: &Pricket, prompt: &str, count: usize) -> Result<Pict
     Ok(Picture::of_bars(order.iter().take(count).map(bar).collect::<Result<Vec<_>>>()?)?)
 }
 
-/// Continues a prompt and prints prompt and continuation as they come, by whole lines of about 80 characters.
+/// Continues a prompt and prints prompt and continuation as they are generated, in whole lines of about 80 characters.
 ///
 /// # Errors
-/// As [`Pricket::stream`].
+/// Returns the errors of [`Pricket::stream`].
 pub fn stream(pricket: &Pricket, prompt: &str, options: &GenerateOptions) -> Result<Completion> {
     let mut lines = Lines::default();
     lines.push(prompt);
     let mut stream = pricket.stream(prompt, options)?;
     let outcome = stream.try_for_each(|piece| piece.map(|piece| lines.push(&piece)));
-    // Also after an error: what was written by then is there to be read.
+    // Also after an error, so that the text so far is visible.
     lines.end();
     outcome.map(|()| stream.into_completion())
 }
 
-/// Text on its way to whole lines.
+/// A buffer that prints text in whole lines.
 #[derive(Default)]
 struct Lines(String);
 
@@ -166,7 +167,7 @@ impl Lines {
         }
     }
 
-    /// A line that is full, and what comes after it.
+    /// Returns the first full line and the text after it.
     fn split(&self) -> Option<(String, String)> {
         let width = self.0.char_indices().nth(Self::WIDTH).map_or(self.0.len(), |(at, _)| at);
         let parted = |at: usize| Some((self.0[..at].into(), self.0[at + 1..].into()));
@@ -188,8 +189,8 @@ impl Lines {
     }
 }
 
-/// A progress of long work in lines of text, one for every tenth of it, with the time left. The kernel passes on whole lines and cannot
-/// change one that was printed, so there is no bar that moves.
+/// Progress printed as lines of text, one for every tenth of the work, with the estimated time left. evcxr cannot
+/// change a printed line, so there is no moving bar.
 #[derive(Debug)]
 pub struct PrintedProgress {
     work: Mutex<(String, u64, String, Instant)>,
@@ -233,7 +234,7 @@ mod tests {
     use super::{GenerateOptions, Lines, Tabular};
     use crate::plots::{Curve, Curves, Picture, Point};
 
-    /// Every value has a text beside its picture or table.
+    /// Every value has a text form in addition to its picture or table.
     #[test]
     fn values_are_shown_as_tables_and_as_text() {
         let tiny = crate::loading::load::tiny().unwrap();
@@ -246,11 +247,11 @@ mod tests {
         let options = GenerateOptions { max_tokens: 3, ..Default::default() };
         let text = tiny.generate("The people of the United", &options).unwrap().table().text();
         assert!(
-            text.contains("ended by the maximum number of tokens") && text.contains("tokens written        3"),
+            text.contains("ended by the maximum number of tokens") && text.contains("generated tokens      3"),
             "{text}"
         );
         let text = tiny.compare(&tiny, "The people", &crate::ScoreOptions::default()).unwrap().table().text();
-        assert!(text.contains("same likeliest token         100.00 %"), "{text}");
+        assert!(text.contains("top-1 agreement                 100.00 %"), "{text}");
         let curve = Curve::new("tiny", vec![Point::new(64.0, 4.5), Point::new(0.0, 7.5), Point::new(1.0, f64::NAN)]);
         let panel = Curves { y: "loss".into(), curves: vec![curve], ..Curves::default() };
         let picture = Picture::of_curves(vec![panel]).unwrap();
@@ -265,12 +266,12 @@ mod tests {
         assert!(lines.0.len() <= 80 && lines.split().is_none(), "{:?}", lines.0);
         lines.push("\nanother\nand");
         assert_eq!(lines.0, "and");
-        // A word without an end is no reason to break it; what comes after it is broken again.
+        // A word longer than a line is not broken; the text after it is.
         lines.push(&"x".repeat(200));
         assert_eq!(lines.0.len(), 203);
         lines.push(" and more");
         assert_eq!(lines.0, "and more");
-        // A line that is too long is broken before its end is looked for.
+        // A long line is broken even if it ends with a newline.
         let long = "word ".repeat(40) + "\n";
         let (line, _) = Lines(long).split().unwrap();
         assert!(line.len() <= 80, "{line}");

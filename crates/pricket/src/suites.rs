@@ -1,4 +1,4 @@
-//! The models that pricket knows and their training steps: cards, published figures, and audits of repositories.
+//! Published models and their training steps: model cards, published scores, and audits of repositories.
 //!
 //! ```
 //! let card = pricket::suites::card("EleutherAI/pythia-70m").expect("a card");

@@ -1,4 +1,4 @@
-//! Measurements over the training steps of models: sweeps, their files of results, and curves of them.
+//! Measurements over the training steps of models: [`Sweep`], result files, and curves drawn from them.
 
 pub(crate) mod inputs;
 pub(crate) mod measure;

@@ -1,6 +1,8 @@
+//! Progress reporting that ends when its scope ends.
+
 use pricket_nn::Progress;
 
-/// A piece of work that a [`Progress`] is told of; it ends with the value, also when an error ends it.
+/// A unit of work reported to a [`Progress`]. Dropping it reports the end of the work, also after an error.
 pub(crate) struct Task<'a>(&'a dyn Progress);
 
 impl<'a> Task<'a> {

@@ -1,4 +1,4 @@
-//! Text in and text out: generation, conversations and scores.
+//! Text generation, conversations and scores.
 
 pub(crate) mod conversation;
 pub(crate) mod datasets;

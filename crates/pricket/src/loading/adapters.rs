@@ -1,4 +1,4 @@
-//! Adapters: found on disk or on the Hub, put on a model, merged into a file.
+//! Adapters: finding them on disk or on the Hub, applying them to a model, merging them into tensors.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,11 +30,11 @@ impl From<pricket_train::Error> for Error {
     }
 }
 
-/// The adapter at a path, or of a repository of the Hub.
+/// Reads the adapter at a path or in a repository of the Hub.
 pub(crate) fn find(adapter: &Path, hub: Option<&Hub>, progress: &dyn Progress) -> Result<Lora> {
     let directory = match Source::new(adapter).locate()? {
         Place::Local(path) if path.is_dir() => path,
-        // One of its files was named.
+        // The path names a file of the adapter.
         Place::Local(path) => path.parent().map(Path::to_owned).unwrap_or_default(),
         Place::Hub(id, _) => {
             let hub = hub.cloned().map_or_else(Hub::from_env, Ok)?;
@@ -49,49 +49,49 @@ pub(crate) fn find(adapter: &Path, hub: Option<&Hub>, progress: &dyn Progress) -
     })
 }
 
-/// What the Hub calls the modules of a model: pairs of canonical names and names on file, where the file is in the Hub's layout and
-/// spells modules otherwise.
+/// Keeps the pairs of canonical name and name on file that belong to the Hub's layout.
 fn spelled(names: &Names, asked: Vec<(String, String)>) -> Vec<(String, String)> {
     let root = format!("{}.", names.root);
     asked.into_iter().filter(|(_, file)| file.starts_with(&root) && names.unwrapped(file) == *file).collect()
 }
 
-/// A model as the base of adapters.
+/// Wraps a model as the base of adapters.
 pub(crate) fn base(model: Arc<dyn CausalLm>, names: Names, asked: Vec<(String, String)>) -> Base {
     Base::new(model, names).with_names_on_file(&spelled(&names, asked))
 }
 
-/// What a user should know of an adapter on this model.
+/// Returns notes about an adapter: its rank, its modules, and whether it was made for another model.
 pub(crate) fn notes(adapter: &Lora, provenance: &Provenance) -> Vec<String> {
     let modules = pricket_weights::counted(adapter.modules().count(), "module");
-    let mut notes = vec![format!("an adapter of rank {} on {modules}", adapter.config().rank)];
+    let mut notes = vec![format!("adapter of rank {} on {modules}", adapter.config().rank)];
     if let (Some(made_for), Some(repo)) = (&adapter.config().base, &provenance.repo)
         && made_for.contains('/')
         && !Path::new(made_for).exists()
         && made_for.split('@').next() != Some(repo)
     {
-        notes.push(format!("the adapter was made for {}, and this is {repo}", pricket_weights::clip(made_for)));
+        notes.push(format!("the adapter was made for {}, but the model is {repo}", pricket_weights::clip(made_for)));
     }
     notes
 }
 
 impl Pricket {
-    /// The model as the base of an adapter, for [`crate::train`].
+    /// Returns the model as the base of an adapter, for [`crate::train`].
     ///
     /// # Errors
-    /// [`Error::Refused`] for a configuration of no known family, which a loaded model does not have.
+    /// Returns [`Error::Refused`] if no family supports the configuration. This cannot happen for a loaded model.
     pub fn base(&self) -> Result<Base> {
         let family = checked_family(self.config())?;
         Ok(base(self.model(), family.names(), self.names_on_file().to_vec()))
     }
 
-    /// Canonical names of its tensors, and their names on file; none for a file in another layout than the Hub's, such as GGUF.
+    /// Returns pairs of the canonical name and the name on file of each tensor. Empty for files that do not have the
+    /// Hub's layout, such as GGUF.
     pub fn names_on_file(&self) -> &[(String, String)] {
         &self.parts().names_on_file
     }
 
-    /// This model with an adapter added to those that it has. Weights are shared: two adapters over one base take hardly more memory
-    /// than one.
+    /// Returns a copy of this model with an additional adapter. Both share the weights, so two adapters over one base
+    /// need little more memory than one.
     ///
     /// ```no_run
     /// use pricket::train::Lora;
@@ -101,27 +101,28 @@ impl Pricket {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Training`] naming a module that the model does not have, or that has other sizes.
+    /// Returns [`Error::Training`] if the adapter has a module that the model lacks, or whose shape differs.
     pub fn with_adapter(&self, adapter: &Lora) -> Result<Self> {
         let model = adapter.apply(&self.base()?)?;
         Ok(self.with_model(model, self.parameters().to_vec()))
     }
 
-    /// This model computing with `model` instead: one that an adapter is trained on.
+    /// Returns a copy of this handle that computes with `model`, for example a model whose adapter is being trained.
+    /// `parameters` are its trainable variables.
     #[must_use]
     pub fn with_model(&self, model: Arc<dyn CausalLm>, parameters: Vec<Parameter>) -> Self {
         Self::new(Parts { model, parameters, ..self.parts().clone() })
     }
 }
 
-/// Checks, over a model that is loaded from headers, that adapters fit it and can be merged into the tensors of a file.
+/// Checks that adapters fit a model and can be merged into the tensors of a file. `base` is loaded from headers only.
 pub(crate) fn check_mergeable(adapters: &[Lora], base: &Base, names: &Names) -> Result<()> {
     for adapter in adapters {
         adapter.check(base)?;
         let Some(plan) = base.model.plan().filter(|plan| plan.is_tied) else { continue };
         for name in [plan.embed.name(), plan.head.name()] {
             if adapter.changes(names, &format!("{name}.weight")) {
-                let what = "the adapter changes it, and this model ties embedding and head: it cannot be merged";
+                let what = "the adapter changes it and cannot be merged, because this model ties embedding and head";
                 return Err(Error::Adapter { name: name.into(), what });
             }
         }
@@ -129,7 +130,7 @@ pub(crate) fn check_mergeable(adapters: &[Lora], base: &Base, names: &Names) -> 
     Ok(())
 }
 
-/// A tensor on file with adapters merged into it, in f32. `rows` is the order of its rows relative to the Hub's.
+/// Returns a tensor on file with adapters merged into it, in f32. `rows` is its row order relative to the Hub's.
 pub(crate) fn merged(adapters: &[Lora], names: &Names, name: &str, tensor: &Tensor, rows: RowOrder) -> Result<Tensor> {
     adapters.iter().try_fold(tensor.to_dtype(DType::F32)?, |tensor, adapter| {
         Ok(adapter.merged_weight(names, name, &tensor, rows)?.unwrap_or(tensor))

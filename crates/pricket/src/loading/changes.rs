@@ -1,21 +1,21 @@
-//! What a user changes about a configuration.
+//! Changes to the configuration that the user requests.
 
 use serde_json::Value;
 
 use crate::loading::family::{knows, set_activation};
 use crate::{Error, Result};
 
-/// What a user changes about a configuration, before anything looks at it.
+/// Changes to the configuration, applied before it is checked.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Changes {
-    /// Keys and their new values, `outer.inner` for a key inside an object.
+    /// Keys and their new values; `outer.inner` names a key inside an object.
     pub(crate) keys: Vec<(String, Value)>,
-    /// Another activation function.
+    /// Name of the activation function to use instead of the configured one.
     pub(crate) activation_function: Option<String>,
 }
 
 impl Changes {
-    /// Changes `config`, and refuses keys that its family does not know: they would have no effect.
+    /// Applies the changes to `config`. Refuses keys that the family does not know, because they would have no effect.
     pub(crate) fn apply(&self, config: &mut Value) -> Result<()> {
         for (key, value) in &self.keys {
             set(config, key, value.clone())?;
@@ -31,11 +31,11 @@ impl Changes {
 }
 
 fn no_key(key: &str) -> Error {
-    let known = "a change of it would have no effect".into();
-    Error::Unknown { what: "key of this family's configuration", name: key.into(), known }
+    let known = "setting it would have no effect for this model family".into();
+    Error::Unknown { what: "configuration key", name: key.into(), known }
 }
 
-/// Sets a key, `outer.inner` for one inside another.
+/// Sets a key; `outer.inner` names a key inside an object.
 fn set(config: &mut Value, key: &str, value: Value) -> Result<()> {
     let mut at = config;
     for part in key.split('.') {

@@ -1,4 +1,4 @@
-//! Files that hold configuration, vocabulary and weights in one: GGUF, and the containers before it.
+//! Container files, which hold configuration, vocabulary and weights: GGUF and its legacy GGML predecessors.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,26 +14,26 @@ use crate::loading::family::{
 };
 use crate::{Error, Result};
 
-/// What such a file holds.
+/// Contents of a container file.
 pub(crate) struct Container {
     pub(crate) config: Value,
     pub(crate) tokenizer: Option<Tokenizer>,
-    /// Its tensors as they are stored.
+    /// Tensors as stored.
     pub(crate) store: Arc<dyn Store>,
-    /// The same with values and shapes as the Hub has them.
+    /// Tensors with the values and shapes of the Hub.
     pub(crate) tensors: Arc<dyn Store>,
     pub(crate) fused: FusedRows,
-    /// What it is, in a line.
+    /// Description of the format in one line.
     pub(crate) describe: String,
-    /// What it says of itself.
+    /// Metadata or header of the file.
     pub(crate) metadata: Value,
     pub(crate) warnings: Vec<String>,
     pub(crate) notes: Vec<String>,
-    /// The repository of the tokenizer that its words are those of, where it has none of its own.
+    /// For a file without a usable tokenizer, the repository with a tokenizer of the same vocabulary.
     pub(crate) known_tokenizer: Option<String>,
 }
 
-/// The file at `path` that may be such a file: itself, or the weights of a directory.
+/// Returns the file at `path` that may be a container file: `path` itself, or the weight file of a directory.
 pub(crate) fn candidate(path: &Path) -> Result<Option<PathBuf>> {
     if !path.is_dir() {
         return Ok(path.is_file().then(|| path.to_owned()));
@@ -45,7 +45,7 @@ pub(crate) fn candidate(path: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// Opens `path` if it is such a file; `given` is the tokenizer that the user names, which comes before the file's.
+/// Opens `path` if it is a container file. `given` is the user's tokenizer, which takes precedence over the file's.
 pub(crate) fn open(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Container>> {
     match pricket_weights::sniff(path)? {
         Format::Gguf => gguf(path, given).map(Some),
@@ -54,11 +54,11 @@ pub(crate) fn open(path: &Path, given: Option<&Tokenizer>) -> Result<Option<Cont
     }
 }
 
-/// The tensors of a weight file of any format, as they are named and stored there: a safetensors or PyTorch file, an index
-/// of shards, GGUF, or legacy GGML.
+/// Opens a weight file of any format: safetensors, PyTorch, an index of shards, GGUF or legacy GGML. Tensors have the
+/// names and types of the file.
 ///
 /// # Errors
-/// One that names the file and what is wrong with it.
+/// Returns an error that names the file and what is wrong with it.
 pub fn open_weights(path: impl AsRef<Path>) -> Result<Arc<dyn Store>> {
     let path = path.as_ref();
     if path.is_file()
@@ -69,13 +69,13 @@ pub fn open_weights(path: impl AsRef<Path>) -> Result<Arc<dyn Store>> {
     Ok(Arc::from(pricket_weights::open(path)?))
 }
 
-/// The headers of legacy GGML files that are known, for [`GgmlFile`].
+/// Returns the known headers of legacy GGML files, for [`GgmlFile`].
 pub fn ggml_layouts() -> Vec<GgmlLayout> {
     all_ggml_layouts()
 }
 
-/// Tensors with their rows as the Hub has them. Under the names of llama.cpp or of the original program, rows that are rotated together
-/// are side by side.
+/// Returns the tensors with the row order of the Hub. Files with the names of llama.cpp or of the original program
+/// store rows that are rotated together side by side.
 pub(crate) fn in_hub_order(store: Arc<dyn Store>, config: &Value) -> pricket_nn::Result<Arc<dyn Store>> {
     let family = checked_family(config)?;
     let (names, paired) = (family.names(), family.paired_rows(config)?);
@@ -83,14 +83,14 @@ pub(crate) fn in_hub_order(store: Arc<dyn Store>, config: &Value) -> pricket_nn:
         return Ok(store);
     }
     let order = |name: &str| {
-        // Under the Hub's own name a tensor is as the Hub has it.
+        // A tensor with the name of the Hub also has the row order of the Hub.
         let is_hubs = paired.iter().any(|(part, _)| name.contains(part));
         if is_hubs { RowOrder::AsStored } else { paired_order(&paired, &names.canonical(name)) }
     };
     Ok(Arc::new(Reordered::new(store, order)?))
 }
 
-/// The tensors of such a file under the names and in the order of the Hub.
+/// Returns the tensors of a container file with the names and row order of the Hub.
 pub(crate) fn under_hub_names(store: Arc<dyn Store>, config: &Value) -> pricket_nn::Result<Arc<dyn Store>> {
     let names = checked_family(config)?.names();
     let store = in_hub_order(store, config)?;
@@ -98,10 +98,10 @@ pub(crate) fn under_hub_names(store: Arc<dyn Store>, config: &Value) -> pricket_
     Ok(Arc::new(Renamed { store, stored }))
 }
 
-/// A store whose tensors have other names.
+/// A store whose tensors are renamed.
 struct Renamed {
     store: Arc<dyn Store>,
-    /// New name to the name in the store.
+    /// Maps the new name to the name in the store.
     stored: BTreeMap<String, String>,
 }
 
@@ -129,7 +129,7 @@ impl Store for Renamed {
     }
 }
 
-/// How files of llama.cpp have the rows of a tensor, given what a family says of them.
+/// Returns the row order of a tensor in files of llama.cpp. `paired` is the family's list of modules and their heads.
 pub(crate) fn paired_order(paired: &[(&str, usize)], canonical: &str) -> RowOrder {
     let module = canonical.strip_suffix(".weight").or_else(|| canonical.strip_suffix(".bias"));
     let found = paired.iter().find(|(part, _)| module.is_some_and(|module| module.ends_with(part)));
@@ -148,7 +148,7 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
             Ok(Some(tokenizer)) => Some(tokenizer),
             own => {
                 if let Err(e) = own {
-                    warnings.push(format!("its tokenizer is not used: {e}"));
+                    warnings.push(format!("the tokenizer in the file is not used: {e}"));
                 }
                 tokenizer_beside(path)?
             }
@@ -179,12 +179,13 @@ fn gguf(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
     })
 }
 
-/// The pre-tokenizers that are GPT-2's under other names.
+/// Names of pre-tokenizers that are equivalent to GPT-2's.
 const GPT2_LIKE: [&str; 6] = ["default", "gpt-2", "gpt-neox", "mpt", "olmo", "stablelm"];
 
-/// Tokens and merges of the tokenizer that these families share, without its added runs of spaces.
+/// Numbers of tokens and merges of the tokenizer that these families share, without its added runs of spaces.
 const WITHOUT_RUNS: (usize, usize) = (50254, 50009);
 
+/// Reads the tokenizer in a GGUF file; returns `None` if there is none.
 fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Option<Tokenizer>> {
     let Some(mut words) = file.texts("tokenizer.ggml.tokens")? else { return Ok(None) };
     let origin = path.display().to_string();
@@ -195,20 +196,22 @@ fn gguf_tokenizer(file: &GgufFile, metadata: &Value, path: &Path) -> Result<Opti
     }
     if model != Some("gpt2") || pre.is_some_and(|pre| !GPT2_LIKE.contains(&pre)) {
         let (model, pre) = (model.unwrap_or("none"), pre.unwrap_or("none"));
-        return Err(wrong(format!("a tokenizer of kind {model} ({pre}); byte-level BPE as GPT-2's is read")));
+        return Err(wrong(format!(
+            "tokenizer of kind {model} ({pre}) is not supported; expected GPT-2's byte-level BPE"
+        )));
     }
     let Some(merges) = file.texts("tokenizer.ggml.merges")? else {
-        return Err(wrong("it has tokens and no merges".into()));
+        return Err(wrong("the tokenizer has tokens but no merges".into()));
     };
     let kinds = file.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
     if (words.len(), merges.len()) == WITHOUT_RUNS {
-        // The first converters left out the runs of spaces, longest first, which the model was trained with.
+        // The first converters omitted the runs of spaces. The model's ids have them, longest first.
         words.extend((2..=24).rev().map(|n| vec![b' '; n]));
     }
     Ok(Some(Tokenizer::from_vocabulary(&words, &kinds, &merges, origin)?))
 }
 
-/// A sentencepiece vocabulary, which llama.cpp calls by the name of the first model that had one.
+/// Reads a sentencepiece vocabulary, which llama.cpp calls "llama" after its first model with one.
 fn sentencepiece_of(file: &GgufFile, metadata: &Value, words: Vec<Vec<u8>>, origin: String) -> Result<Tokenizer> {
     let flag = |key: &str, default: bool| metadata[format!("tokenizer.ggml.{key}")].as_bool().unwrap_or(default);
     let id = |name: &str| {
@@ -231,8 +234,9 @@ fn sentencepiece_of(file: &GgufFile, metadata: &Value, words: Vec<Vec<u8>>, orig
     Ok(Tokenizer::from_pieces(&pieces, origin)?)
 }
 
-/// The sentencepiece vocabulary of a legacy GGML file, where it has one: the unknown piece is written as it is shown, control pieces are
-/// empty, bytes are the byte itself, and others have spaces.
+/// Reads the sentencepiece vocabulary of a legacy GGML file, if it has one. Such files store the displayed form of
+/// pieces: the unknown piece as ` ⁇ `, control pieces as empty strings, byte pieces as the byte, and others with
+/// spaces.
 fn sentencepiece_of_words(file: &GgmlFile, origin: String) -> Option<Result<Tokenizer>> {
     let words: Vec<Vec<u8>> = (0..file.words()).map(|id| file.word(id)).collect::<Option<_>>()?;
     let scores: Vec<f32> = (0..file.words()).map(|id| file.score(id)).collect::<Option<_>>()?;
@@ -240,7 +244,7 @@ fn sentencepiece_of_words(file: &GgmlFile, origin: String) -> Option<Result<Toke
     if words.first().map(Vec::as_slice) != Some(unknown) {
         return None;
     }
-    // All bytes follow each other.
+    // The 256 byte pieces are consecutive.
     let bytes = words.windows(256).position(|run| run.iter().zip(0..=255u8).all(|(word, byte)| word[..] == [byte]));
     let (mut pieces, mut kinds) = (Vec::with_capacity(words.len()), Vec::with_capacity(words.len()));
     for (id, word) in words.iter().enumerate() {
@@ -270,7 +274,7 @@ fn sentencepiece_of_words(file: &GgmlFile, origin: String) -> Option<Result<Toke
     Some(Tokenizer::from_pieces(&pieces, origin).map_err(Into::into))
 }
 
-/// The tokenizer in the directory of a file.
+/// Reads the tokenizer in the directory of a file.
 fn tokenizer_beside(path: &Path) -> Result<Option<Tokenizer>> {
     let found = crate::loading::small_files::tokenizer_in(&crate::loading::small_files::parent(path));
     Ok(found.map(Tokenizer::from_file).transpose()?)
@@ -288,7 +292,7 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         tokenizer = sentencepiece_of_words(&file, path.display().to_string()).transpose()?;
     } else if let Some(tokenizer) = &tokenizer {
         let known = (0..file.words()).filter_map(|id| Some((id, file.word(id)?)));
-        // Bytes of parts of characters became U+FFFD, and added tokens are spelled in other ways.
+        // Only ASCII words are compared: partial characters became U+FFFD, and the spelling of added tokens differs.
         let known = known.filter(|(id, word)| {
             !word.is_empty() && word.is_ascii() && !word.contains(&b'[') && !tokenizer.is_special(*id as u32)
         });
@@ -298,7 +302,9 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
             other += usize::from(tokenizer.token_bytes(id as u32) != word);
         }
         if 20 * other > all {
-            warnings.push(format!("the tokenizer is not the file's: {other} of {all} words differ"));
+            warnings.push(format!(
+                "the tokenizer does not match the vocabulary in the file: {other} of {all} words differ"
+            ));
         }
     }
     let has = |&(id, text): &(usize, &str)| file.word(id).is_some_and(|word| word == text.as_bytes());
@@ -315,7 +321,7 @@ fn ggml(path: &Path, given: Option<&Tokenizer>) -> Result<Container> {
         describe,
         metadata,
         warnings,
-        notes: family.ggml_assumes().map(|what| format!("not in the file and assumed: {what}")).into_iter().collect(),
+        notes: family.ggml_assumes().map(|what| format!("not in the file, assumed: {what}")).into_iter().collect(),
         tensors: family.ggml_tensors(Arc::clone(&store)),
         store,
     })

@@ -1,14 +1,16 @@
+//! Selection of the compute device by name.
+
 use candle_core::Device;
 
 use crate::{Error, Result};
 
-/// The device that `name` means: `cpu`, `cuda`, `cuda:N` or `metal`.
+/// Returns the device named `cpu`, `cuda`, `cuda:N` or `metal`.
 ///
 /// # Errors
-/// [`Error::Device`] if the name is none of these, the backend was not built in, or no such device is there.
+/// Returns [`Error::Device`] if the name is unknown, the backend is not compiled in, or the device does not exist.
 pub fn device(name: &str) -> Result<Device> {
     let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
-    let unknown = || Error::Device(format!("{name:?} is no device; use cpu, cuda, cuda:N or metal"));
+    let unknown = || Error::Device(format!("unknown device {name:?}; expected cpu, cuda, cuda:N or metal"));
     let ordinal: usize = ordinal.parse().map_err(|_| unknown())?;
     let missing = |feature: &str| {
         Error::Device(format!("this build has no {feature} backend; build with `--features {feature}`"))
@@ -24,8 +26,8 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
-/// One device an ordinal, on a stream of its own, shared by everybody: candle's default stream is one a thread, and
-/// threads that share tensors would race.
+/// Returns the CUDA device of an ordinal. All threads share one device object with its own stream: candle's default
+/// stream differs by thread, so threads that share tensors would race.
 fn cuda(ordinal: usize) -> candle_core::Result<Device> {
     use std::collections::HashMap;
     use std::sync::{Mutex, OnceLock, PoisonError};

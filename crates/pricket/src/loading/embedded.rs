@@ -1,4 +1,4 @@
-//! The checkpoints that are compiled into the program.
+//! Checkpoints that are compiled into the program.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,12 +15,13 @@ use crate::loading::small_files::parse_json;
 pub(crate) struct Embedded {
     pub(crate) name: &'static str,
     config: &'static [u8],
-    /// The tokenizer's files by name, the one that holds it first.
+    /// Names and contents of the tokenizer's files, the main file first.
     tokenizer: &'static [(&'static str, &'static [u8])],
     weights: &'static [u8],
 }
 
-/// Of some the tokenizer is that of another, byte for byte, so that the program has it once.
+/// Embeds a checkpoint. Models with identical tokenizers name the same directory, so that the program contains the
+/// files once.
 macro_rules! embedded {
     ($name:literal, $tokenizer:literal: $($file:literal),+) => {
         Embedded {
@@ -32,7 +33,7 @@ macro_rules! embedded {
     };
 }
 
-/// The first is the one that is meant where none is named.
+/// All embedded models. The first one is the default.
 pub(crate) static EMBEDDED: [Embedded; 5] = [
     embedded!("tiny", "tiny": "tokenizer.json"),
     embedded!("tiny-mpt", "tiny": "tokenizer.json"),
@@ -46,7 +47,7 @@ impl Embedded {
         EMBEDDED.iter().find(|model| model.name == name)
     }
 
-    /// Its files, where this program was built.
+    /// Returns the directory of its files in the source tree of this program.
     pub(crate) fn directory(&self) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(self.name)
     }

@@ -1,4 +1,5 @@
-//! The forms that a revision's weights come in. Some revisions have several, which do not always hold the same.
+//! Forms of a revision's weights: safetensors or PyTorch, one file or shards. Some revisions have several forms, whose
+//! weights can differ.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,7 +7,7 @@ use std::path::Path;
 use pricket_hub::Listed;
 use pricket_weights::{choose_weights, parts_of};
 
-/// In the order in which a loader looks for them; as [`pricket_weights::choose_weights`] chooses.
+/// A form of weights, in the order in which a loader prefers them ([`pricket_weights::choose_weights`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Form {
     Safetensors,
@@ -20,12 +21,12 @@ const SHARDED: [(&str, &str, &str, Form); 2] = [
     ("pytorch_model.bin.index.json", "pytorch_model-", ".bin", Form::TorchShards),
 ];
 
-/// Whether a file holds weights, by its name.
+/// Returns whether a file holds weights, judged by its name.
 pub(crate) fn is_weight_file(path: &str) -> bool {
     [".safetensors", ".bin", ".pth", ".gguf"].iter().any(|end| path.ends_with(end))
 }
 
-/// The weight files of each form that is there, sorted. The first form is what a loader takes.
+/// Returns the weight files of each form in the listing, sorted. A loader takes the first form.
 pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
     let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
     let mut out = BTreeMap::new();
@@ -45,7 +46,7 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
             out.insert(form, shards);
         }
     }
-    // A name of its own, or numbered parts without an index.
+    // Otherwise: a file with an unusual name, or numbered parts without an index.
     let plain: Vec<&str> = listing.iter().map(|file| file.path.as_str()).filter(|path| !path.contains('/')).collect();
     if out.is_empty()
         && let Ok(chosen) = choose_weights(&plain, Path::new(""))
@@ -60,7 +61,7 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
             (Some("safetensors"), true) => Some(Form::SafetensorsShards),
             (Some("bin"), true) => Some(Form::TorchShards),
             (Some("pth"), false) => Some(Form::Torch),
-            // GGUF and GGML files are no form of a revision.
+            // GGUF and GGML files do not count as forms.
             _ => None,
         };
         out.extend(form.zip(files));
@@ -68,7 +69,7 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
     out
 }
 
-/// The listing without the weights of other forms, so that a loader takes this one.
+/// Returns the listing without the weights of other forms, so that a loader takes this form.
 pub(crate) fn only(form: Form, listing: &[Listed]) -> Vec<Listed> {
     let taken = &forms(listing)[&form];
     let index = SHARDED.iter().find(|(.., of)| *of == form).map(|(index, ..)| *index);
@@ -103,7 +104,7 @@ mod tests {
         ];
         for names in sets {
             let listing: Vec<Listed> = names.iter().map(|name| Listed::new(*name, 1, None)).collect();
-            // As `Chosen` asks: of folders nothing is taken.
+            // `Chosen` does not take files in folders either.
             let plain: Vec<&str> = names.iter().copied().filter(|name| !name.contains('/')).collect();
             let chosen = pricket_weights::choose_weights(&plain, std::path::Path::new("x")).ok();
             let found = forms(&listing).into_iter().next();

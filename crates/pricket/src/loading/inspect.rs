@@ -1,3 +1,5 @@
+//! Inspection of checkpoints by their headers.
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,29 +17,29 @@ use crate::loading::source::{Place, Source};
 use crate::suites::remote::Tensors;
 use crate::{Error, Result};
 
-/// What is in a checkpoint, by its headers: no weight is read.
+/// Contents of a checkpoint, read from its headers. No weights are read.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Inspection {
-    /// The weight file or index.
+    /// The weight file, or the index of its shards.
     pub file: PathBuf,
-    /// Its format; of the first shard, for an index.
+    /// Format of the weight file, or of the first shard.
     pub format: Format,
-    /// The format in a line, with its version where there are several.
+    /// Description of the format in one line, including its version if the format has versions.
     pub describe: String,
-    /// The config.json, where there is one; of a GGUF or GGML file the one that it stands for.
+    /// Contents of config.json, or the equivalent configuration of a GGUF or GGML file.
     pub config: Option<Value>,
-    /// What a GGUF or GGML file says of itself; of arrays their lengths.
+    /// Metadata of a GGUF or GGML file. Arrays are represented by their lengths.
     pub metadata: Option<Value>,
-    /// The model that configuration and weights make up, where there is a configuration.
+    /// Description of the model, if the checkpoint has a configuration.
     pub info: Option<ModelInfo>,
-    /// Whether there is a tokenizer: a tokenizer.json or tokenizer.model, or one that a GGUF file holds.
+    /// Whether the checkpoint has a tokenizer: tokenizer.json, tokenizer.model, or one inside a GGUF file.
     pub has_tokenizer: bool,
-    /// Every tensor, by name.
+    /// All tensors, sorted by name.
     pub tensors: Vec<TensorInfo>,
-    /// What a careful user should know.
+    /// Warnings about the checkpoint.
     pub warnings: Vec<String>,
-    /// Where it came from.
+    /// Origin of the checkpoint.
     pub provenance: Provenance,
 }
 
@@ -45,19 +47,19 @@ pub struct Inspection {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct TensorInfo {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Its element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// Its dimensions.
+    /// Dimensions.
     pub shape: Vec<usize>,
-    /// The file it is in.
+    /// The file that contains the tensor.
     pub file: String,
-    /// Whether it is a mask or table that the model does not read.
+    /// Whether the tensor is a buffer, such as a mask, that the model does not read.
     pub is_buffer: bool,
 }
 
-/// All tensors of one element type.
+/// Summary of all tensors of one element type.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct TypeSummary {
@@ -65,21 +67,21 @@ pub struct TypeSummary {
     pub dtype: Dtype,
     /// Number of tensors.
     pub tensors: usize,
-    /// Number of elements of all of them.
+    /// Total number of elements.
     pub elements: u64,
-    /// Bytes on file of all of them.
+    /// Total size on file in bytes.
     pub bytes: u64,
 }
 
 impl TypeSummary {
-    /// Bits on file of an element: of a block type the scales of its blocks are in it.
+    /// Returns the average bits per element on file. For quantized types this includes the scales of the blocks.
     pub fn bits(&self) -> f64 {
         8.0 * self.bytes as f64 / self.elements.max(1) as f64
     }
 }
 
 impl Inspection {
-    /// Sums up the tensors that the model reads by their element types, the largest sum first.
+    /// Summarizes the tensors that the model reads by element type, largest total size first.
     pub fn types(&self) -> Vec<TypeSummary> {
         let mut types: Vec<TypeSummary> = Vec::new();
         for tensor in self.tensors.iter().filter(|tensor| !tensor.is_buffer) {
@@ -97,23 +99,24 @@ impl Inspection {
 }
 
 impl TensorInfo {
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|&n| n as u64).product()
     }
 
-    /// Bytes on file.
+    /// Returns the size on file in bytes.
     pub fn bytes(&self) -> u64 {
         self.dtype.bytes(self.elements() as usize) as u64
     }
 }
 
-/// Looks at `model` (as [`crate::load`] reads it) without reading a weight: every name, type and shape is checked against the
-/// configuration. A weight file without a config.json is only listed; of a repository on the Hub only configuration,
-/// tokenizer and headers are fetched.
+/// Inspects `model` without reading any weights. Every name, type and shape is checked against the configuration.
+///
+/// `model` is named as in [`crate::load`]. For a weight file without a config.json, the tensors are only listed. For a
+/// repository on the Hub, only configuration, tokenizer and headers are fetched.
 ///
 /// # Errors
-/// The one that loading would give.
+/// Returns the error that loading would return.
 pub fn inspect(model: impl Into<Source>) -> Result<Inspection> {
     match model.into().locate()? {
         Place::Local(path) => local(&path),
@@ -122,10 +125,10 @@ pub fn inspect(model: impl Into<Source>) -> Result<Inspection> {
 }
 
 impl Inspection {
-    /// As [`inspect`], of a Hub of your own.
+    /// Inspects `model` as [`inspect`] does, with repositories from `hub`.
     ///
     /// # Errors
-    /// As [`inspect`].
+    /// Returns the errors of [`inspect`].
     pub fn on(hub: &Hub, model: impl Into<Source>) -> Result<Self> {
         match model.into().locate()? {
             Place::Local(path) => local(&path),
@@ -163,7 +166,7 @@ fn on_hub(hub: &Hub, id: &ModelId, file: Option<&str>) -> Result<Inspection> {
     look(&small.directory, found.warnings.clone(), open)
 }
 
-/// Looks at configuration and tokenizer, then at the weights that `open` opens.
+/// Inspects configuration and tokenizer in `path`, then the weights that `open` opens.
 fn look(
     path: &Path,
     mut warnings: Vec<String>,
@@ -174,7 +177,7 @@ fn look(
     let mut config = config_path.is_file().then(|| read_json(&config_path)).transpose()?;
     let mut opened = None;
     if config.is_none() {
-        // Some files tell the configuration by the shapes of their tensors.
+        // For some files, the configuration follows from the shapes of the tensors.
         let missing = || Error::NotFound {
             path: config_path.clone(),
             what: "no such file; a checkpoint needs its config.json".into(),
@@ -183,7 +186,7 @@ fn look(
         let files = open().map_err(|e| if is_absent(&e) { missing() } else { e })?;
         config = config_from_shapes(&|name| files.2.entry(name).map(|entry| entry.shape));
         if config.is_some() {
-            warnings.push("there is no config.json; sizes are those of the tensors".into());
+            warnings.push("no config.json; the configuration follows from the tensor shapes".into());
         } else if path.is_dir() {
             return Err(missing());
         }
@@ -209,7 +212,7 @@ fn look(
         warnings.extend(crate::loading::load::unused_warning(&weights));
     }
     if config.is_some() && !has_tokenizer {
-        warnings.push("no tokenizer.json and no tokenizer.model: give one to read or write text".into());
+        warnings.push("no tokenizer.json and no tokenizer.model; text requires a tokenizer".into());
     }
     Ok(Inspection {
         file,
@@ -225,7 +228,7 @@ fn look(
     })
 }
 
-/// Every tensor; warns of those that are not read.
+/// Lists all tensors. Adds a warning for each tensor of an unsupported type.
 fn list(store: &dyn Store, family: Option<&dyn Family>, warnings: &mut Vec<String>) -> Vec<TensorInfo> {
     let is_buffer = |name: &str| family.is_some_and(|family| family.names().is_buffer(name));
     let mut tensors = Vec::new();
@@ -233,14 +236,14 @@ fn list(store: &dyn Store, family: Option<&dyn Family>, warnings: &mut Vec<Strin
         let Some(entry) = store.entry(&name) else { continue };
         let (file, is_buffer) = (store.origin(&name), is_buffer(&name));
         if let (Dtype::Other(kind), false) = (entry.dtype, is_buffer) {
-            warnings.push(format!("{name} is stored as {kind}, which is not read"));
+            warnings.push(format!("{name} is stored as {kind}, which is not supported"));
         }
         tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, file, is_buffer });
     }
     tensors
 }
 
-/// Looks at a file that holds everything.
+/// Inspects a container file (GGUF or legacy GGML).
 fn contained(file: PathBuf, container: Container) -> Result<Inspection> {
     let Container { config, tokenizer, store, tensors, describe, metadata, mut warnings, notes, .. } = container;
     warnings.extend(notes);
@@ -250,7 +253,7 @@ fn contained(file: PathBuf, container: Container) -> Result<Inspection> {
     let info = family.load(&config, &weights).map_err(|e| at(&file, e))?.info().clone();
     warnings.extend(crate::loading::load::unused_warning(&weights));
     if tokenizer.is_none() {
-        warnings.push("no tokenizer: give one to read or write text".into());
+        warnings.push("no tokenizer; text requires a tokenizer".into());
     }
     Ok(Inspection {
         format: pricket_weights::sniff(&file)?,

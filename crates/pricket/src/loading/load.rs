@@ -1,3 +1,5 @@
+//! [`Loader`]: settings for loading a model, and the loading itself.
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,23 +32,31 @@ use crate::text::handle::Pricket;
 use crate::text::prompts;
 use crate::{Error, Result};
 
-/// Loads a model with the default settings: weights as stored, on the CPU, a thread for each physical core.
+/// Loads a model with the default settings: weights as stored, on the CPU, with one thread per physical core.
 ///
-/// `model` is a directory in Hub layout, a weight file with its config.json beside it, or a repository of the Hub:
-/// `EleutherAI/pythia-410m`, `EleutherAI/pythia-410m@step3000`, a name of [`crate::suites::cards`] without its owner. After `@` stands a
-/// branch, tag or commit; of a directory it is `revisions/REVISION` in it, as `models/tiny@step64`. What is there as a path is
-/// taken as one; what is not, and is called as an embedded model ([`Loader::embedded`]), is that.
+/// `model` is one of:
 ///
-/// From the Hub comes what loading needs, verified, into the cache that Python uses too; `HF_HUB_OFFLINE`, `HF_TOKEN` and
-/// the others mean what they mean there (see [`crate::hub::Settings`]).
+/// - a directory in Hub layout;
+/// - a weight file with its config.json in the same directory;
+/// - a repository of the Hub: `EleutherAI/pythia-410m`, `EleutherAI/pythia-410m@step3000`, or a name from
+///   [`crate::suites::cards`] without its owner.
+///
+/// The revision after `@` is a branch, tag or commit. For a directory it is a training step in it: `models/tiny@step64`
+/// is `models/tiny/revisions/step64`. An existing path wins; otherwise the name of an embedded model is tried
+/// ([`Loader::embedded`]).
+///
+/// Files of a repository are fetched into the cache that Python also uses, and verified. Only the files needed for
+/// loading are fetched. `HF_HUB_OFFLINE`, `HF_TOKEN` and other variables have the same meaning as in Python (see
+/// [`crate::hub::Settings`]).
 ///
 /// # Errors
-/// One that names the file and what is wrong with it; see [`Error`].
+/// Returns an error that names the file and what is wrong with it; see [`Error`].
 pub fn load(model: impl Into<Source>) -> Result<Pricket> {
     Loader::new(model).load()
 }
 
-/// The model that comes with pricket: 1.3 million weights that write English of a kind. Needs no file and no network.
+/// Loads the model that is compiled into pricket: a Pythia with 1.3 million weights, for examples and tests. Needs no
+/// files and no network.
 ///
 /// ```
 /// let pricket = pricket::tiny()?;
@@ -56,12 +66,12 @@ pub fn load(model: impl Into<Source>) -> Result<Pricket> {
 /// ```
 ///
 /// # Errors
-/// Only if the machine cannot make threads.
+/// Returns [`Error::Options`] if threads cannot be started.
 pub fn tiny() -> Result<Pricket> {
     Loader::tiny().load()
 }
 
-/// Types that the weights can be loaded as.
+/// Element type of the loaded weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Precision {
@@ -72,7 +82,7 @@ pub enum Precision {
     F32,
     /// bfloat16.
     BF16,
-    /// IEEE half. Pythia-70m and RedPajama-INCITE overflow in it on a GPU.
+    /// IEEE half precision. Pythia-70m and RedPajama-INCITE overflow in it on a GPU.
     F16,
 }
 
@@ -99,13 +109,13 @@ impl std::str::FromStr for Precision {
             _ => Err(Error::Unknown {
                 what: "precision",
                 name: name.into(),
-                known: "there are auto, f32, bf16 and f16".into(),
+                known: "expected auto, f32, bf16 or f16".into(),
             }),
         }
     }
 }
 
-/// How to load a model. Every setting has a default.
+/// Settings for loading a model. Every setting has a default.
 ///
 /// ```no_run
 /// use pricket::Loader;
@@ -163,37 +173,39 @@ impl Origin {
 }
 
 impl Loader {
-    /// Loads `model`, as [`load`] reads it.
+    /// Creates a loader for `model`, which is named as in [`load`].
     pub fn new(model: impl Into<Source>) -> Self {
         Self::from_origin(Origin::Named(model.into()))
     }
 
-    /// Loads the embedded model that [`tiny`] loads.
+    /// Creates a loader for the embedded model of [`tiny`].
     pub fn tiny() -> Self {
         Self::from_origin(Origin::Embedded(&EMBEDDED[0]))
     }
 
-    /// Loads one of the embedded models: `tiny`, a Pythia; `tiny-mpt`, an MPT; `tiny-chat`, a RedPajama-INCITE-Chat; `tiny-llama`, an
-    /// OpenLLaMA; `tiny-rwkv`, an RWKV-4.
+    /// Creates a loader for one of the embedded models: `tiny` (Pythia), `tiny-mpt` (MPT), `tiny-chat`
+    /// (RedPajama-INCITE-Chat), `tiny-llama` (OpenLLaMA) or `tiny-rwkv` (RWKV-4).
     ///
     /// # Errors
-    /// [`Error::Unknown`] for another name.
+    /// Returns [`Error::Unknown`] if no embedded model has this name.
     pub fn embedded(name: &str) -> Result<Self> {
         let names = || EMBEDDED.iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
-        let known = || format!("there are {}", names());
+        let known = || format!("expected one of {}", names());
         let missing = || Error::Unknown { what: "embedded model", name: name.into(), known: known() };
         Embedded::find(name).map(|model| Self::from_origin(Origin::Embedded(model))).ok_or_else(missing)
     }
 
-    /// Loads the model that `config` describes from any store, without a tokenizer: random weights, say.
+    /// Creates a loader for the model that `config` describes, with weights from any store (for example random weights)
+    /// and without a tokenizer.
     pub fn from_store(config: Value, store: Arc<dyn Store>) -> Self {
         Self::from_origin(Origin::Store { config, store })
     }
 
-    /// Loads the model that `config` describes with the random weights that its family begins training with.
+    /// Creates a loader for the model that `config` describes, with the random initial weights of its family.
     ///
     /// # Errors
-    /// [`Error::Refused`] for a configuration of no known family, or a scheme that is not implemented.
+    /// Returns [`Error::Refused`] if no family supports the configuration, or if its initialization scheme is not
+    /// implemented.
     #[cfg(feature = "train")]
     pub fn untrained(config: Value, seed: u64) -> Result<Self> {
         let family = checked_family(&config)?;
@@ -227,21 +239,21 @@ impl Loader {
         }
     }
 
-    /// Where to compute; see [`crate::loading::device`].
+    /// Sets the compute device, the CPU by default; see [`crate::loading::device`].
     #[must_use]
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
     }
 
-    /// The type of the weights.
+    /// Sets the element type of the weights; [`Precision::Auto`] by default.
     #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
         self
     }
 
-    /// Quantizes the matrices while they are loaded, on the CPU.
+    /// Quantizes the matrices while loading. CPU only.
     #[must_use]
     pub fn quantize(mut self, quantization: Quantization) -> Self {
         self.quantization = Some(quantization);
@@ -262,62 +274,64 @@ impl Loader {
         self
     }
 
-    /// How precise activations are when they meet a matrix, on the CPU: f32 unless this is called.
+    /// Sets the precision of activations in matrix products, f32 by default. CPU only.
     #[must_use]
     pub fn activations(mut self, precision: ActivationPrecision) -> Self {
         self.activations = precision;
         self
     }
 
-    /// The type of cached keys and values. By default f32 beside activations of f32, f16 beside those of 8 bits, bf16 beside
-    /// bf16.
+    /// Sets the type of cached keys and values. The default depends on the activations: f32 for f32, f16 for 8-bit, and
+    /// bf16 for bf16 activations.
     #[must_use]
     pub fn cache(mut self, kind: CacheType) -> Self {
         self.cache = Some(kind);
         self
     }
 
-    /// The number of CPU threads; by default [`default_threads`](crate::loading::default_threads). Candle's own operations on large
-    /// tensors, of which a model has few, use as many threads as the environment variable `CANDLE_NUM_THREADS` says, or else
-    /// as there are physical cores. Those threads spin, so set it to the same number before the process starts where that is
-    /// less than the cores. The examples set it themselves.
+    /// Sets the number of CPU threads; [`default_threads`](crate::loading::default_threads) by default.
+    ///
+    /// Candle's own operations on large tensors use other threads, but models contain few such operations. The
+    /// environment variable `CANDLE_NUM_THREADS` sets the number of those threads; the default is the number of
+    /// physical cores. They spin while they wait. If `threads` is smaller than the number of cores, set the variable to
+    /// `threads` before the process starts. The examples do this themselves.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self
     }
 
-    /// A tokenizer.json, or a sentencepiece tokenizer.model, to use instead of the repository's.
+    /// Uses this tokenizer file (tokenizer.json or a sentencepiece tokenizer.model) instead of the checkpoint's.
     #[must_use]
     pub fn tokenizer(mut self, path: impl AsRef<Path>) -> Self {
         self.tokenizer = Some(path.as_ref().to_owned());
         self
     }
 
-    /// The branch, tag or commit to load, such as `step3000`; of a directory, a training step that it keeps. It is the same as
-    /// [`Source::revision`].
+    /// Chooses a branch, tag or commit, such as `step3000`. For a directory, chooses one of the training steps in it.
+    /// Same as [`Source::revision`].
     #[must_use]
     pub fn revision(mut self, revision: impl Into<String>) -> Self {
         self.revision = Some(revision.into());
         self
     }
 
-    /// The weight file of the repository or directory to load, instead of the one that is best read: one of several GGUF
-    /// files, or `pytorch_model.bin` beside a `model.safetensors`.
+    /// Chooses a weight file of the repository or directory, instead of the preferred one: for example one of several
+    /// GGUF files, or `pytorch_model.bin` where `model.safetensors` also exists.
     #[must_use]
     pub fn file(mut self, name: impl Into<String>) -> Self {
         self.file = Some(name.into());
         self
     }
 
-    /// Where repositories come from, instead of the Hub that the environment names.
+    /// Fetches repositories from this Hub instead of the one that the environment variables configure.
     #[must_use]
     pub fn hub(mut self, hub: Hub) -> Self {
         self.hub = Some(hub);
         self
     }
 
-    /// Reports bytes fetched and loaded, and can cancel.
+    /// Sets the receiver of progress reports, in bytes fetched and bytes loaded. It can cancel the work.
     #[must_use]
     pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
         self.progress = progress;
@@ -331,59 +345,61 @@ impl Loader {
         self
     }
 
-    /// Does not look at free memory before loading.
+    /// Skips the check of free memory before loading.
     #[must_use]
     pub fn allow_any_memory(mut self) -> Self {
         self.any_memory = true;
         self
     }
 
-    /// The order of the rows in the fused query-key-value matrices of a GGUF file that does not say it, instead of finding out.
+    /// Sets the row order of fused query-key-value matrices for a GGUF file that does not state it. By default the
+    /// order is determined while loading; see [`QkvOrder`].
     #[must_use]
     pub fn qkv_order(mut self, order: QkvOrder) -> Self {
         self.qkv = order;
         self
     }
 
-    /// Computes another GELU than the configuration says: `gelu` by the error function, or `gelu_tanh`, which llama.cpp takes
-    /// for every model and GPT-NeoX was trained with.
+    /// Overrides the GELU variant of the configuration: `gelu` (error function) or `gelu_tanh` (tanh approximation).
+    /// llama.cpp uses `gelu_tanh` for every model, and GPT-NeoX was trained with it.
     #[must_use]
     pub fn activation_function(mut self, name: impl Into<String>) -> Self {
         self.changes.activation_function = Some(name.into());
         self
     }
 
-    /// Changes a key of the configuration, `use_parallel_residual` or `attn_config.clip_qkv`, before anything checks it: for
-    /// files that say something wrong, or nothing. A key that the family does not know is an error.
+    /// Sets a key of the configuration, such as `use_parallel_residual` or `attn_config.clip_qkv`, before the
+    /// configuration is checked. Use it for files with wrong or missing values. A key that the family does not know is
+    /// an error.
     #[must_use]
     pub fn set(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
         self.changes.keys.push((key.into(), value.into()));
         self
     }
 
-    /// Uses matrices of f32, f16 and bf16 where their file is mapped rather than copying them: see
-    /// [`LoadOptions::in_place`](pricket_nn::LoadOptions::in_place). Loading is almost free, weights that are never used are never
-    /// read, and processes share one copy.
+    /// Uses f32, f16 and bf16 matrices directly in the memory-mapped file instead of copying them; see
+    /// [`LoadOptions::in_place`](pricket_nn::LoadOptions::in_place). Loading is almost free, weights that are never
+    /// used are never read, and processes share one copy.
     ///
-    /// It is not the default, because the file must then stay as it is: one that is written over changes the model without a word, one that
-    /// becomes shorter gives an error at the next product, and ends the process if it does so during one. Files of the Hub's cache are
-    /// never written over.
+    /// Off by default, because the file must then not change. Overwriting it changes the model without an error.
+    /// Truncating it gives an error at the next matrix product, or ends the process if a product is running. Files in
+    /// the Hub's cache are never overwritten.
     #[must_use]
     pub fn in_place(mut self) -> Self {
         self.in_place = true;
         self
     }
 
-    /// Loads a checkpoint whose configuration has no use for some of its weights, which is an error otherwise: mostly the
-    /// configuration is another model's, and the output would be wrong.
+    /// Allows weights that the configuration does not use, and ignores them. By default they are an error: usually the
+    /// configuration belongs to another model, and the output would be wrong.
     #[must_use]
     pub fn allow_unused(mut self) -> Self {
         self.allow_unused = true;
         self
     }
 
-    /// Adds a LoRA adapter in PEFT's files: a directory, or a repository of the Hub with `@revision`. Several add up. Converting merges
-    /// them into the weights.
+    /// Adds a LoRA adapter in PEFT's file format: a directory, or a repository of the Hub with an optional `@REVISION`.
+    /// The changes of several adapters add up. [`Loader::convert`] merges them into the weights.
     #[cfg(feature = "train")]
     #[must_use]
     pub fn adapter(mut self, adapter: impl AsRef<Path>) -> Self {
@@ -391,17 +407,17 @@ impl Loader {
         self
     }
 
-    /// The adapters, fetched and read.
+    /// Fetches and reads the adapters.
     #[cfg(feature = "train")]
     pub(crate) fn read_adapters(&self) -> Result<Vec<pricket_train::Lora>> {
         let find = |path: &PathBuf| crate::loading::adapters::find(path, self.hub.as_ref(), &*self.progress);
         self.adapters.iter().map(find).collect()
     }
 
-    /// Loads it. Headers, names, shapes and memory are checked before a weight is read.
+    /// Loads the model. Headers, names, shapes and memory are checked before any weight is read.
     ///
     /// # Errors
-    /// One that names the file and what is wrong with it; see [`Error`].
+    /// Returns an error that names the file and what is wrong with it; see [`Error`].
     pub fn load(self) -> Result<Pricket> {
         let mut opened = self.opened()?;
         let config_path = opened.config_path.clone();
@@ -413,7 +429,7 @@ impl Loader {
         if (self.quantization.is_some() || self.four_bit.is_some())
             && (!self.device.is_cpu() || self.precision != Precision::Auto)
         {
-            let what = "quantizing while loading is for the CPU, and leaves no other type to choose";
+            let what = "quantizing while loading requires the CPU and the precision auto";
             return Err(Error::Options(what.into()));
         }
         let storage = match (self.quantization, self.precision, self.device.is_cpu()) {
@@ -439,12 +455,12 @@ impl Loader {
         self.check_unused(&headers, &*opened.store)?;
         if self.device.is_cpu() && !self.any_memory {
             let mut estimate = Estimate::new(dry.info().clone(), 512);
-            // The system drops pages of a file when it needs their memory.
+            // The system reclaims pages of a mapped file when it needs memory.
             estimate.weights = estimate.weights.saturating_sub(headers.in_place_bytes());
             memory::check(&self.origin.name(), &estimate)?;
         }
         if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
-            return Err(Error::Options("a cache of q8_0 is the CPU's; on a GPU it is f32, f16 or bf16".into()));
+            return Err(Error::Options("a q8_0 cache requires the CPU; on a GPU use f32, f16 or bf16".into()));
         }
         #[cfg(feature = "train")]
         let adapters = self.read_adapters()?;
@@ -507,11 +523,11 @@ impl Loader {
         }))
     }
 
-    /// The checkpoint with everything that these settings change about it.
+    /// Opens the checkpoint and applies the changes that these settings request.
     pub(crate) fn opened(&self) -> Result<Opened> {
         let mut opened = self.open()?;
         if self.qkv != QkvOrder::Auto && opened.fused == FusedRows::AsTrained {
-            let what = "qkv_order is for GGUF files that do not say it; the order of this checkpoint's rows is known";
+            let what = "qkv_order is set, but this checkpoint is not a GGUF file with an unknown order of QKV rows";
             return Err(Error::Options(what.into()));
         }
         if let Some(path) = &self.tokenizer {
@@ -521,7 +537,7 @@ impl Loader {
         Ok(opened)
     }
 
-    /// Refuses a checkpoint with weights that its configuration has no use for, unless that is allowed.
+    /// Returns an error if the configuration does not use all weights, unless that is allowed.
     pub(crate) fn check_unused(&self, weights: &Weights, store: &dyn Store) -> Result<()> {
         let unused = if self.allow_unused { Vec::new() } else { weights.unused_weights() };
         let Some(first) = unused.first() else { return Ok(()) };
@@ -538,8 +554,8 @@ impl Loader {
         !self.adapters.is_empty()
     }
 
-    /// Whether the rows of the fused matrices are in the model's order on file, which a file may not say: then the model is loaded to
-    /// find out.
+    /// Returns whether the rows of fused matrices are in the model's order on file. If the file does not state it,
+    /// loads the model to determine it.
     pub(crate) fn in_model_order(&self, opened: &mut Opened) -> Result<bool> {
         if let Some(known) = qkv::decided(&opened.fused, self.qkv) {
             return Ok(known);
@@ -553,13 +569,13 @@ impl Loader {
         &*self.progress
     }
 
-    /// The origin with the revision and the file that were chosen.
+    /// Returns the origin with the chosen revision and file.
     fn origin(&self) -> Result<Origin> {
         let mut source = match (&self.origin, self.revision.is_some() || self.file.is_some()) {
             (Origin::Named(source), _) => source.clone(),
             (Origin::Embedded(model), true) => Source::new(model.directory()),
             (Origin::Store { .. }, true) => {
-                let what = format!("revision or file: {} has none to choose from", self.origin.name());
+                let what = format!("revision or file: {} has no revisions or files to choose from", self.origin.name());
                 return Err(Error::Source(what));
             }
             (origin, false) => return Ok(origin.clone()),
@@ -607,11 +623,11 @@ impl Loader {
     }
 }
 
-/// Says so if what a repository holds is not what its card says.
+/// Returns a warning if the model differs from the model card of its repository.
 fn stranger_warning(provenance: &Provenance, info: &ModelInfo, config: &Value) -> Option<String> {
     let card = crate::suites::cards::card(provenance.repo.as_deref()?)?;
     if let Some(what) = unlike(config, &card.family) {
-        return Some(format!("{}: config.json is not one of {}: {what}", card.id, card.suite));
+        return Some(format!("{}: config.json does not describe a model of {}: {what}", card.id, card.suite));
     }
     let found = (info.parameters, [info.vocab, info.d_model]);
     // A repository may hold several models.
@@ -620,36 +636,37 @@ fn stranger_warning(provenance: &Provenance, info: &ModelInfo, config: &Value) -
         .any(|other| other.id == card.id && found == (other.parameters, other.embedding));
     (!is_known).then(|| {
         format!(
-            "{}: {} weights and an embedding of {:?}, where the published model has {} and {:?}",
+            "{}: the model has {} weights and an embedding of shape {:?}; the published model has {} and {:?}",
             card.id, found.0, found.1, card.parameters, card.embedding
         )
     })
 }
 
-/// Says once in a program that it is slow, if it was compiled without optimization.
+/// Returns a note, once per process, if the program was compiled without optimization.
 fn slow_note() -> Option<String> {
     static TOLD: AtomicBool = AtomicBool::new(false);
     let slow = cfg!(pricket_unoptimized) && !TOLD.swap(true, Ordering::Relaxed);
-    let note = "this program is compiled without optimization and some fifty times slower than with it: use `--release`, or add \
+    let note = "this program is compiled without optimization and about fifty times slower: use `--release`, or add \
                 `[profile.dev.package.\"*\"]` with `opt-level = 3` to Cargo.toml";
     slow.then(|| note.to_owned())
 }
 
-/// Says so if the README of a copy forbids commercial use; for the published ones their cards have said it.
+/// Returns a warning if the README of an unlisted model forbids commercial use. For published models, the warning comes
+/// from the model card.
 fn license_warning(provenance: &Provenance) -> Option<String> {
     let license = provenance.license.as_deref().filter(|license| license.split('-').any(|part| part == "nc"))?;
     let known = provenance.repo.as_deref().and_then(crate::suites::cards::card).is_some();
     (!known).then(|| format!("{}: license {license}, no commercial use", provenance.name()))
 }
 
-/// Says so if the checkpoint holds tensors that the configuration has no use for.
+/// Returns a warning if the checkpoint contains tensors that the configuration does not use.
 pub(crate) fn unused_warning(weights: &Weights) -> Option<String> {
     let unused = weights.unused();
     let first = pricket_weights::clip(unused.first()?);
     let what = if weights.unused_weights().is_empty() {
         ""
     } else {
-        "; some look like weights of this family, so loading refuses them"
+        "; some are named like weights of this family, so loading refuses them"
     };
     Some(format!("{} not used by this configuration ({first}, ...){what}", crate::error::tensors(unused.len())))
 }

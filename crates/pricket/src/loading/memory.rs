@@ -1,3 +1,5 @@
+//! Memory estimates, and the check before loading.
+
 use std::sync::Arc;
 
 use pricket_nn::{ModelInfo, Weights};
@@ -7,27 +9,27 @@ use serde_json::Value;
 use crate::loading::family::checked_family;
 use crate::{Error, Result};
 
-/// What a model will take in memory, in bytes.
+/// Memory requirements of a model, in bytes.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Estimate {
-    /// The weights.
+    /// Weights.
     pub weights: u64,
-    /// The state of one row: keys and values of the context asked for, or a recurrent state.
+    /// State of one row: keys and values of the requested context, or the recurrent state.
     pub cache: u64,
-    /// What a pass over a prompt takes beside them, by rule of thumb.
+    /// Temporary memory of a pass over a prompt (approximate).
     pub workspace: u64,
-    /// What the model is.
+    /// Description of the model.
     pub info: ModelInfo,
 }
 
 impl Estimate {
-    /// All of it.
+    /// Returns the sum of weights, state and temporary memory.
     pub fn total(&self) -> u64 {
         self.weights.saturating_add(self.cache).saturating_add(self.workspace)
     }
 
-    /// The memory of a model, for `context` positions of one row.
+    /// Estimates the memory of a model for `context` positions of one row.
     pub fn new(info: ModelInfo, context: usize) -> Self {
         Self {
             weights: info.weight_bytes,
@@ -38,13 +40,13 @@ impl Estimate {
     }
 }
 
-/// Memory for a model that has not been loaded, nor even downloaded: `config` is its config.json, `dtype` the type of
-/// its weights, `context` the positions of one row.
+/// Estimates the memory of a model without loading or downloading it. `config` is its config.json, `dtype` the type of
+/// its weights, and `context` the number of positions of one row.
 ///
-/// The weights are counted by the code that loads them, over a store that has shapes and no bytes.
+/// The weights are counted by the loading code of the family, over a store that has shapes but no bytes.
 ///
 /// # Errors
-/// [`Error::Refused`] for a configuration that cannot be loaded either.
+/// Returns [`Error::Refused`] if the configuration is not supported.
 pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate> {
     let family = checked_family(config)?;
     let store = Arc::new(ShapesOnly::new(dtype));
@@ -53,18 +55,18 @@ pub fn estimate(config: &Value, dtype: Dtype, context: usize) -> Result<Estimate
     Ok(Estimate::new(model.info().clone(), context))
 }
 
-/// The bytes of memory that can be had without swapping: of the machine, or of the container if that is less. `None` where
-/// the platform cannot tell.
+/// Returns the bytes of memory available without swapping, in the machine or in the container, whichever is less.
+/// `None` if the platform does not report it.
 pub fn available_memory() -> Option<u64> {
     let mut system = sysinfo::System::new();
     system.refresh_memory();
     let machine = system.available_memory();
-    // The page cache of a container counts as used and yet gives way: only what is resident is taken.
+    // A container counts its page cache as used, but the cache is reclaimable. Only resident memory counts here.
     let container = system.cgroup_limits().map_or(machine, |limits| limits.total_memory.saturating_sub(limits.rss));
     Some(machine.min(container)).filter(|&bytes| bytes > 0)
 }
 
-/// Refuses politely what the system would kill.
+/// Returns an error if the estimate exceeds the available memory, before the system would kill the process.
 pub(crate) fn check(what: &str, estimate: &Estimate) -> Result<()> {
     let needed = estimate.total();
     match available_memory() {

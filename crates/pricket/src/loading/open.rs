@@ -1,4 +1,4 @@
-//! Opens a file or directory: configuration, tokenizer, weights and where they came from.
+//! Opens a file or directory: configuration, tokenizer, weights and provenance.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::suites::cards::card_of;
 use crate::{Error, Result};
 
 impl Opened {
-    /// Where a repository has no tokenizer, takes that of the one that its card or configuration names.
+    /// If the repository has no tokenizer, takes the one of the repository that its card or configuration names.
     pub(crate) fn borrow_tokenizer(&mut self, id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<()> {
         let named = card_of(id.repo.as_str()).and_then(|card| card.tokenizer.as_deref());
         let from = named.or(self.config["tokenizer_name"].as_str()).map(str::to_owned);
@@ -30,10 +30,11 @@ impl Opened {
         }
     }
 
-    /// For a file whose tokenizer is known: a legacy GGML file, whose words have lost bytes, or weights without anything beside them.
+    /// Takes the tokenizer of a known repository. Used for legacy GGML files, whose vocabulary has lost bytes, and for
+    /// weights without a tokenizer file next to them.
     pub(crate) fn take_known_tokenizer(&mut self, whose: &str, hub: &Hub, progress: &dyn Progress) -> Result<()> {
         let why = if self.is_container {
-            "no tokenizer can be made of the words in the file, which have lost bytes"
+            "the vocabulary in the file has lost bytes and gives no tokenizer"
         } else {
             "it has no tokenizer"
         };
@@ -50,16 +51,16 @@ impl Opened {
                 self.tokenizer = Some(tokenizer);
                 self.provenance.replace(&TOKENIZERS, &path);
                 self.tokenizer_path = Some(path);
-                self.notes.push(format!("{whose}: {why}, so that of {from} is used"));
+                self.notes.push(format!("{whose}: {why}; the tokenizer of {from} is used"));
             }
             Err(Error::Cancelled) => return Err(Error::Cancelled),
-            Err(e) => self.warnings.push(format!("{whose}: {why}, and that of {from} cannot be had: {e}")),
+            Err(e) => self.warnings.push(format!("{whose}: {why}; the tokenizer of {from} cannot be loaded: {e}")),
         }
         Ok(())
     }
 }
 
-/// Opens a file that holds everything, if it is one.
+/// Opens a container file (GGUF or legacy GGML); returns `None` for other formats.
 fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> Result<Option<Opened>> {
     let Some(container) = containers::open(path, given)? else { return Ok(None) };
     let directory = parent(path);
@@ -83,13 +84,13 @@ fn open_container(path: &Path, given: Option<&Tokenizer>, changes: &Changes) -> 
     }))
 }
 
-/// The files that a store reads, sorted.
+/// Returns the files that a store reads, sorted.
 fn files_of(store: &dyn Store) -> Vec<PathBuf> {
     let files: std::collections::BTreeSet<String> = store.names().iter().map(|name| store.origin(name)).collect();
     files.into_iter().map(PathBuf::from).collect()
 }
 
-/// Opens a directory or a weight file with its configuration beside it.
+/// Opens a directory, a container file, or a weight file with its config.json in the same directory.
 pub(crate) fn open_files(
     path: &Path,
     fetched: Option<Fetched>,
@@ -117,7 +118,7 @@ pub(crate) fn open_files(
         if adapter.is_file() {
             return Err(unmerged(&adapter, &read_json(&adapter)?));
         }
-        // What is no weight file at all needs no configuration.
+        // If the file is not a weight file, reports that instead of the missing configuration.
         if path.is_file() && !path.to_string_lossy().ends_with(".json") {
             pricket_weights::open_file(path)?;
         }
@@ -129,7 +130,7 @@ pub(crate) fn open_files(
     let mut config = read_json(&config_path)?;
     remove_four_bit(&mut config);
     changes.apply(&mut config)?;
-    // The configuration first: its errors say more than those of files that belong to another model.
+    // The configuration is checked first, because its errors are the most specific ones.
     checked_family(&config).map_err(|e| at(&config_path, e))?;
     let notes = unknown_keys(&config_path, &config);
     let generation = directory.join("generation_config.json");
@@ -149,7 +150,7 @@ pub(crate) fn open_files(
     } else {
         let mut files = vec![config_path.clone(), generation, weights];
         files.extend(tokenizer.clone());
-        // Shards are known by the tensors that they hold.
+        // `files_of` returns the shards, found through the tensors in them.
         files.extend(TOKENIZER_FILES.map(|name| directory.join(name)).into_iter().filter(|path| path.is_file()));
         files.extend(files_of(&*store));
         files.sort();
@@ -176,7 +177,7 @@ pub(crate) fn open_files(
     })
 }
 
-/// The tokenizer of a directory. Where its first file is of a kind that is not read, as models with two files have, the other one is.
+/// Reads the tokenizer of a directory. If the preferred file is of an unsupported kind, reads the other file.
 fn own_tokenizer(directory: &Path) -> Result<Option<Tokenizer>> {
     let mut files = TOKENIZERS.iter().map(|name| directory.join(name)).filter(|path| path.is_file());
     let Some(first) = files.next() else { return Ok(None) };
@@ -186,7 +187,7 @@ fn own_tokenizer(directory: &Path) -> Result<Option<Tokenizer>> {
     }
 }
 
-/// Takes an end token out of a generation_config.json that the family knows for a mistake, and says so.
+/// Removes an end token from generation_config.json if the family lists it as a mistake; returns a note.
 fn leave_out_mistaken_end(config: &Value, generation: &mut Value) -> Option<String> {
     let id = family_of(config).ok()?.mistaken_end_token(config)?;
     let is_it = |value: &Value| value.as_u64() == Some(id.into());
@@ -198,10 +199,10 @@ fn leave_out_mistaken_end(config: &Value, generation: &mut Value) -> Option<Stri
         own if is_it(own) => *own = config["eos_token_id"].clone(),
         _ => return None,
     }
-    Some(format!("generation_config.json: eos_token_id {id} is a mistake of the published file, and is not used"))
+    Some(format!("generation_config.json: eos_token_id {id} is a mistake of the published file and is ignored"))
 }
 
-/// Opens weights that have no config.json, if the shapes of their tensors tell the configuration.
+/// Opens weights that have no config.json, if the configuration follows from the shapes of their tensors.
 fn open_without_config(
     path: &Path,
     fetched: Option<&Fetched>,
@@ -239,7 +240,7 @@ fn open_without_config(
         generation_config: generation.is_file().then(|| read_json(&generation)).transpose()?,
         chat_template: chat_template(&directory),
         known_tokenizer: config["tokenizer_name"].as_str().map(str::to_owned),
-        notes: vec![format!("{name}: there is no config.json; sizes are those of its tensors")],
+        notes: vec![format!("{name}: no config.json; the configuration follows from the tensor shapes")],
         warnings: fetched.map(|fetched| fetched.warnings.clone()).unwrap_or_default(),
         config,
         config_path: weights,
@@ -248,25 +249,25 @@ fn open_without_config(
     }))
 }
 
-/// The place of the chat template of a directory, if it has one.
+/// Returns the location of the chat template of a directory, if it has one.
 fn chat_template(directory: &Path) -> Option<String> {
     let file = directory.join("chat_template.jinja");
     if file.is_file() {
         return Some(file.display().to_string());
     }
     let file = directory.join("tokenizer_config.json");
-    // What is wrong with this file is said where its tokens are read.
+    // Errors in this file are reported when its tokens are read.
     let config = file.is_file().then(|| read_json(&file).ok()).flatten()?;
     (!config["chat_template"].is_null()).then(|| format!("chat_template of {}", file.display()))
 }
 
-/// An adapter that is taken for a model, or a model whose adapter was not merged before it was saved.
+/// Returns the error for an adapter in place of a model, or for a model saved without merging its adapter.
 fn unmerged(path: &Path, config: &Value) -> Error {
     let base = config["base_model_name_or_path"].as_str();
     let base = base.map_or(String::new(), |base| format!(" of {}", pricket_weights::clip(base)));
     let kind = config["peft_type"].as_str().map_or(String::new(), |kind| format!(" ({})", pricket_weights::clip(kind)));
     let what = format!(
-        "a PEFT adapter{kind}{base} that is not merged: merge it into its base model first, with `merge_and_unload` of PEFT"
+        "a PEFT adapter{kind}{base} that is not merged; merge it into its base model with PEFT's `merge_and_unload`"
     );
     Error::Unsupported { path: path.into(), what }
 }

@@ -1,4 +1,4 @@
-//! A model's files, opened and not yet read.
+//! A checkpoint that is open but whose weights are not read yet.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,15 +11,15 @@ use serde_json::Value;
 
 use crate::loading::provenance::Provenance;
 
-/// What lies at a path, opened and not yet read.
+/// An open checkpoint. No weights are read yet.
 pub(crate) struct Opened {
     pub(crate) config: Value,
     pub(crate) config_path: PathBuf,
     pub(crate) generation_config: Option<Value>,
     pub(crate) tokenizer: Option<Tokenizer>,
-    /// The file that it was read from, if it was.
+    /// The file of the tokenizer, if it was read from one.
     pub(crate) tokenizer_path: Option<PathBuf>,
-    /// Whether configuration, tokenizer and weights are in one file.
+    /// Whether configuration, tokenizer and weights are in one file (GGUF or GGML).
     pub(crate) is_container: bool,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) provenance: Provenance,
@@ -27,9 +27,9 @@ pub(crate) struct Opened {
     pub(crate) notes: Vec<String>,
     pub(crate) in_use: Option<InUse>,
     pub(crate) fused: FusedRows,
-    /// The repository of the tokenizer that its words are those of, where it has none of its own.
+    /// For a checkpoint without a tokenizer, the repository with a tokenizer of the same vocabulary.
     pub(crate) known_tokenizer: Option<String>,
-    /// The place of a chat template, which is not evaluated.
+    /// Location of the chat template, which is not evaluated.
     pub(crate) chat_template: Option<String>,
 }
 
@@ -53,15 +53,15 @@ impl Opened {
         }
     }
 
-    /// What the checkpoint is called where others read it: its repository, or the name of its file or directory without the
-    /// path of this machine.
+    /// Returns a name for use in written files: the repository, or the name of the file or directory without its local
+    /// path.
     pub(crate) fn base_name(&self) -> String {
         let provenance = &self.provenance;
         let file = self.config_path.file_stem().filter(|_| self.is_container);
         let directory = || {
             let path = std::path::absolute(provenance.directory.as_deref()?).ok()?;
             let name = |path: &Path| Some(path.file_name()?.to_string_lossy().into_owned());
-            // A training step is kept below its model.
+            // A training step is a directory below the directory of its model.
             match path.parent().filter(|parent| parent.ends_with("revisions")).and_then(Path::parent).and_then(name) {
                 Some(model) => Some(format!("{model}@{}", name(&path)?)),
                 None => name(&path),
@@ -76,32 +76,33 @@ impl Opened {
     }
 }
 
-/// The values of `eos_token_id`, each a number or a list.
+/// Returns all values of `eos_token_id`, which is a number or a list in each file.
 fn end_tokens(config: &Value, generation_config: Option<&Value>) -> Vec<Value> {
     let sources = [Some(config), generation_config].into_iter().flatten();
     let values = sources.map(|source| &source["eos_token_id"]);
     values.flat_map(|value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()])).collect()
 }
 
-/// A token's number, which old files write as a float too.
+/// Returns a token id. Some old files write it as a float.
 fn token_id(value: &Value) -> Option<u32> {
     let whole = || value.as_f64().filter(|id| id.fract() == 0.0 && *id >= 0.0).map(|id| id as u64);
     u32::try_from(value.as_u64().or_else(whole)?).ok()
 }
 
-/// Says so if `eos_token_id` is something that no token is called by: text would not end where it should. -1 is none in Python.
+/// Returns a warning if `eos_token_id` is not a token id, because text would then not end where it should. -1 is valid:
+/// it means no end token in Python.
 pub(crate) fn eos_warning(config: &Value, generation_config: Option<&Value>) -> Option<String> {
     let values = end_tokens(config, generation_config);
     let odd =
         values.iter().find(|value| !value.is_null() && value.as_i64() != Some(-1) && token_id(value).is_none())?;
     Some(format!(
-        "eos_token_id: {} is not a token's number, so it ends no text",
+        "eos_token_id: {} is not a token id and is ignored, so text may not end where it should",
         pricket_weights::clip(&odd.to_string())
     ))
 }
 
-/// End tokens: those of generation_config.json and config.json together, each a number or a list. Early MPT repositories name
-/// none and would never end: theirs is the tokenizer's end of text.
+/// Returns the end tokens of config.json and generation_config.json together. Early MPT repositories name none; for
+/// them `<|endoftext|>` of the tokenizer is used, because text would otherwise never end.
 pub(crate) fn eos_ids(config: &Value, generation_config: Option<&Value>, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
     let mut ids: Vec<u32> = end_tokens(config, generation_config).iter().filter_map(token_id).collect();
     if ids.is_empty() {

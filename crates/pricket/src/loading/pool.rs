@@ -1,4 +1,4 @@
-//! Threads: a pool for each handle, on which all of its model's work runs.
+//! Thread pools. Each loaded model has its own pool, on which all of its work runs.
 
 use std::sync::Arc;
 
@@ -10,11 +10,11 @@ use pricket_nn::{
 
 use crate::{Error, Result};
 
-/// More than any machine has cores. Each takes a stack, and waits for the others.
+/// Largest accepted number of threads. Each thread needs a stack and takes part in every operation.
 const MAX_THREADS: usize = 1024;
 
-/// The number of CPU threads that a [`Loader`](crate::Loader) takes by default: the physical cores, or the cores that the
-/// container grants if those are fewer.
+/// Returns the default number of CPU threads of a [`Loader`](crate::Loader): the number of physical cores, or the
+/// number of cores available to the container if that is smaller.
 #[must_use]
 pub fn default_threads() -> usize {
     num_cpus::get_physical().min(num_cpus::get())
@@ -23,14 +23,14 @@ pub fn default_threads() -> usize {
 pub(crate) fn pool(threads: Option<usize>) -> Result<Pool> {
     let threads = threads.unwrap_or_else(default_threads);
     if !(1..=MAX_THREADS).contains(&threads) {
-        return Err(Error::Options(format!("{threads} threads; from 1 to {MAX_THREADS} are possible")));
+        return Err(Error::Options(format!("{threads} threads are not possible; expected 1 to {MAX_THREADS}")));
     }
     ops::cpu_isa().map_err(Error::Options)?;
     ops::kernels_are_on().map_err(Error::Options)?;
-    Pool::new(threads).map_err(|e| Error::Options(format!("{threads} threads cannot be made: {e}")))
+    Pool::new(threads).map_err(|e| Error::Options(format!("{threads} threads cannot be started: {e}")))
 }
 
-/// A model whose work runs on a pool of its own size.
+/// A model whose work runs on its own thread pool.
 pub(crate) struct Pooled {
     pub(crate) model: Arc<dyn CausalLm>,
     pub(crate) pool: Pool,
@@ -57,7 +57,7 @@ impl CausalLm for Pooled {
         self.pool.install(|| self.model.head(hidden))
     }
 
-    // Entering the pool once for all layers rather than once for each.
+    // Enters the pool once for all blocks instead of once per block.
     fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> pricket_nn::Result<Tensor> {
         self.pool.install(|| self.model.hidden(ids, ctx))
     }
@@ -87,7 +87,7 @@ impl CausalLm for Pooled {
     }
 }
 
-/// A decoder whose work runs on the pool of its model.
+/// A decoder whose work runs on the thread pool of its model.
 struct PooledDecoder {
     decoder: Box<dyn StepDecoder>,
     pool: Pool,

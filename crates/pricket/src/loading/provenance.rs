@@ -1,3 +1,5 @@
+//! Provenance of a model: repository, commit, files with their hashes, license.
+
 use std::path::{Path, PathBuf};
 
 use pricket_hub::{Digest, Listed, NoProgress, RepoId, is_commit};
@@ -6,21 +8,21 @@ use serde_json::{Value, json};
 use crate::Result;
 use crate::suites::cards::card;
 
-/// Where a model came from. Everything that pricket writes about a model carries it.
+/// Origin of a model. Result files contain it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Provenance {
-    /// The repository, `owner/name`, where it came from one.
+    /// The repository as `owner/name`, if the model came from one.
     pub repo: Option<String>,
-    /// The branch, tag or commit that was asked for.
+    /// The requested branch, tag or commit.
     pub revision: Option<String>,
-    /// The commit that this was.
+    /// The commit that the revision resolved to.
     pub commit: Option<String>,
-    /// The directory that its files are in.
+    /// The directory that contains the files.
     pub directory: Option<PathBuf>,
-    /// Its files, weights and configuration and tokenizer.
+    /// Files of weights, configuration and tokenizer.
     pub files: Vec<SourceFile>,
-    /// Its license, as the Hub spells it, where card or repository say.
+    /// License in the Hub's spelling, if the model card or the repository names it.
     pub license: Option<String>,
 }
 
@@ -28,22 +30,25 @@ pub struct Provenance {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SourceFile {
-    /// Its path in the repository or directory.
+    /// Path in the repository or directory.
     pub path: String,
-    /// Its length.
+    /// Size in bytes.
     pub bytes: u64,
-    /// Its hash, as the commit lists it or its blob is named, where that is known without reading it; see
-    /// [`Provenance::hashed`]. What pricket fetched was compared with it, what others did is verified by [`Cache::verify`].
+    /// Hash from the commit's listing or from the name of the cached blob, if known without reading the file;
+    /// [`Provenance::hashed`] computes missing hashes.
+    ///
+    /// Files that pricket fetched were compared with this hash. [`Cache::verify`] verifies files that other programs
+    /// fetched.
     ///
     /// [`Cache::verify`]: crate::hub::Cache::verify
     pub digest: Option<Digest>,
 }
 
 impl Provenance {
-    /// Of files in a directory. A snapshot in a Hub cache is known for what it is.
+    /// Returns the provenance of files in a directory. Snapshots in a Hub cache are recognized.
     pub(crate) fn of_directory(directory: &Path, files: &[PathBuf]) -> Self {
         let file = |path: &PathBuf| {
-            // A file of a Hub cache links to a blob that is named by its hash. Names of other targets are no proof of their content.
+            // A file in a Hub cache links to a blob whose name is its hash. Names of other link targets are not hashes.
             let target = std::fs::read_link(path).ok();
             let is_blob =
                 |target: &&Path| target.parent().and_then(Path::file_name).is_some_and(|name| name == "blobs");
@@ -66,6 +71,7 @@ impl Provenance {
         }
     }
 
+    /// Returns the provenance of files of a commit.
     pub(crate) fn of_repository(
         repo: &RepoId,
         revision: &str,
@@ -85,7 +91,7 @@ impl Provenance {
         }
     }
 
-    /// Of files that are compiled into the program.
+    /// Returns the provenance of files that are compiled into the program.
     pub(crate) fn of_embedded(files: &[(&str, &[u8])]) -> Self {
         let file = |(path, bytes): &(&str, &[u8])| SourceFile {
             path: (*path).to_owned(),
@@ -95,7 +101,7 @@ impl Provenance {
         Self { files: files.iter().map(file).collect(), license: Some("mit or apache-2.0".into()), ..Self::default() }
     }
 
-    /// Another file was used in place of those that have these names.
+    /// Records that the file `by` is used instead of the files with these names.
     pub(crate) fn replace(&mut self, names: &[&str], by: &Path) {
         self.files.retain(|file| !names.contains(&file.path.as_str()));
         let bytes = std::fs::metadata(by).map_or(0, |meta| meta.len());
@@ -103,12 +109,12 @@ impl Provenance {
         self.files.push(SourceFile { path, bytes, digest: None });
     }
 
-    /// The same with every hash, for which files are read whose hash was not known.
+    /// Returns the provenance with the hash of every file. Reads the files whose hash is not known.
     ///
     /// # Errors
-    /// [`crate::Error::Io`] if a file cannot be read any more.
+    /// Returns [`crate::Error::Io`] if a file can no longer be read.
     pub fn hashed(mut self) -> Result<Self> {
-        // An absolute path stays what it is when it is joined.
+        // Joining keeps absolute paths unchanged.
         let directory = self.directory.clone().unwrap_or_default();
         for file in self.files.iter_mut().filter(|file| file.digest.is_none()) {
             file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &NoProgress)?);
@@ -116,7 +122,7 @@ impl Provenance {
         Ok(self)
     }
 
-    /// `owner/name@revision`, or the directory.
+    /// Returns `owner/name@revision`, or the directory for local models.
     pub fn name(&self) -> String {
         match (&self.repo, &self.revision) {
             (Some(repo), Some(revision)) => format!("{repo}@{revision}"),
@@ -127,7 +133,7 @@ impl Provenance {
         }
     }
 
-    /// As JSON, for whatever is written.
+    /// Returns the provenance as JSON, the form used in result files.
     pub fn to_json(&self) -> Value {
         let files: Vec<Value> = self
             .files
@@ -148,7 +154,7 @@ impl Provenance {
     }
 }
 
-/// Repository and commit of a `.../models--owner--name/snapshots/COMMIT`.
+/// Returns repository and commit of a directory `.../models--owner--name/snapshots/COMMIT`.
 fn snapshot_of(directory: &Path) -> Option<(String, String)> {
     let absolute = std::path::absolute(directory).ok()?;
     let commit = absolute.file_name()?.to_str()?.to_owned();
@@ -162,7 +168,7 @@ fn license_of(repo: &str) -> Option<String> {
     card(repo).map(|card| card.license.clone())
 }
 
-/// The `license:` of the front matter of a README.
+/// Returns the value of `license:` in the front matter of a README.
 fn license_in(readme: &Path) -> Option<String> {
     let small = std::fs::metadata(readme).is_ok_and(|meta| meta.is_file() && meta.len() < 1 << 20);
     let text = small.then(|| std::fs::read_to_string(readme).ok()).flatten()?;

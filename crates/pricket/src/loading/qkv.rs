@@ -1,4 +1,7 @@
-//! The order of the rows in a GGUF file's fused query-key-value matrices, and how it is found out.
+//! Row order of fused query-key-value matrices in GGUF files, and how it is determined.
+//!
+//! If the file does not state the order, the model is loaded in both orders and scores a short English text. The order
+//! with the clearly lower loss wins. If the losses do not decide, the norms of the rows are compared.
 
 use std::sync::Arc;
 
@@ -9,19 +12,21 @@ use pricket_weights::Store;
 use crate::loading::opened::Opened;
 use crate::{Error, Result};
 
-/// How a GGUF file has the rows of fused query-key-value matrices that a family trains head by head, as GPT-NeoX does.
+/// Row order of the fused query-key-value matrices in a GGUF file, for families such as GPT-NeoX that are trained with
+/// the rows grouped by head.
 ///
-/// Until May 2024 converters kept the order of training: each head's query, key and value rows side by side. Later ones write all
-/// of Q, then K, then V. Nothing in a file says which.
+/// Until May 2024, converters kept the order of training: query, key and value rows of each head side by side. Later
+/// converters write all of Q, then K, then V. GGUF files do not state which order they use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QkvOrder {
-    /// What gives a text the lower loss; where that tells nothing, what the file's age suggests.
+    /// Determined while loading: the order that gives a text the lower loss. If the losses do not decide, the norms of
+    /// the rows decide, then the version and metadata of the file.
     #[default]
     Auto,
     /// Q, then K, then V.
     Split,
-    /// Head by head.
+    /// Q, K and V of each head side by side.
     Interleaved,
 }
 
@@ -36,13 +41,14 @@ impl std::str::FromStr for QkvOrder {
             _ => Err(Error::Unknown {
                 what: "order of QKV rows",
                 name: name.into(),
-                known: "there are auto, split and interleaved".into(),
+                known: "expected auto, split or interleaved".into(),
             }),
         }
     }
 }
 
-/// Whether the rows are in the model's order, given what the file tells and what the user says; `None` if it has to be found out.
+/// Returns whether the rows are in the model's order, from the file and the user's setting. `None` if neither states
+/// it.
 pub(crate) fn decided(rows: &FusedRows, order: QkvOrder) -> Option<bool> {
     match (rows, order) {
         (FusedRows::AsTrained, _) => Some(false),
@@ -52,20 +58,21 @@ pub(crate) fn decided(rows: &FusedRows, order: QkvOrder) -> Option<bool> {
     }
 }
 
-/// Sentences of the simplest kind, which every model that was trained on English finds likelier in its right mind.
+/// Simple English text. A model trained on English scores it higher when the rows are in the right order.
 const EVIDENCE: &str = "Tom had a red ball and a big dog. One day the dog took the ball and ran to the house. \
     Tom said that he would look for it. He looked in the box, but the ball was not in the box. \
     The man asked what the dog had done with the ball, and she said that it was in the water.";
 
-/// By how many nats a token one loss must be below the other, and below that of guessing: what was never trained, or on
-/// something else, tells nothing.
+/// Margin in nats per token by which one loss must be below the other, and below the loss of guessing. Models that are
+/// untrained or trained on other data do not reach it.
 const CLEAR: f64 = 0.25;
 
-/// A model, and the cursor that it was loaded from.
+/// A model and the cursor that it was loaded from.
 pub(crate) type Built = (Arc<dyn CausalLm>, Weights);
 
-/// Loads a model both ways and keeps the one that finds a text likelier; where that tells nothing, the one that its weights
-/// speak for; else the likely one.
+/// Loads a model in both orders and keeps the one with the lower loss on a text. If the losses do not decide, the norms
+/// of the rows decide; if they do not decide either, `likely` does. Returns whether the rows are in the model's order,
+/// the model, and a note.
 pub(crate) fn by_evidence(
     build: impl Fn(bool) -> Result<Built>,
     likely: bool,
@@ -78,7 +85,8 @@ pub(crate) fn by_evidence(
         let (split, interleaved, chance) = told_by_rows(&*opened.store, headers)?;
         let (most, least) = (split.max(interleaved), split.min(interleaved));
         if most > (6.0 * chance).max(0.03) && most > 2.0 * least {
-            let told = format!("Q, K and V explain {most:.2} of the spread of row norms, and {least:.2} the other way");
+            let told =
+                format!("Q, K and V explain {most:.2} of the variance of row norms; in the other order {least:.2}");
             return Ok((split > interleaved, told));
         }
         Ok((likely, why.into()))
@@ -88,7 +96,7 @@ pub(crate) fn by_evidence(
         return Ok((
             order,
             build(order)?,
-            format!("QKV rows are {}: {why}; without a tokenizer no text can tell", name(order)),
+            format!("QKV rows are {}: {why}; no text was scored, because there is no tokenizer", name(order)),
         ));
     };
     let ids = tokenizer.encode(EVIDENCE)?;
@@ -97,8 +105,8 @@ pub(crate) fn by_evidence(
         let scored = pricket_lm::token_logprobs(&**model, &ids[..room])?;
         Ok(-scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len().max(1) as f64)
     };
-    // The unlikely one first, so that the one that is kept is mostly the one in memory.
-    // A wrong order may overflow: that is no error of the file.
+    // The unlikely order is loaded first, so that usually the model to keep is the last one loaded.
+    // A wrong order may overflow, so an error here is not reported.
     let other = build(!likely).and_then(|built| loss(&built.0)).unwrap_or(f64::INFINITY);
     let built = build(likely)?;
     let found = loss(&built.0).unwrap_or(f64::INFINITY);
@@ -106,23 +114,24 @@ pub(crate) fn by_evidence(
     let clear = |this: f64, that: f64| this + CLEAR < that.min(guessing);
     let (order, why) = if clear(other, found) || clear(found, other) {
         let (this, that) = (found.min(other), found.max(other));
-        (likely == (found < other), format!("loss of a text {this:.2} nats a token, and {that:.2} the other way"))
+        (likely == (found < other), format!("loss of a text {this:.2} nats per token; in the other order {that:.2}"))
     } else {
         let (order, why) = by_rows()?;
-        (order, format!("{why}; the loss of a text tells nothing ({found:.2} and {other:.2} nats a token)"))
+        (order, format!("{why}; the loss of a text does not decide ({found:.2} and {other:.2} nats per token)"))
     };
     let note = format!("QKV rows are {}: {why}", name(order));
     if order == likely {
         return Ok((order, built, note));
     }
-    // Not two at once.
+    // Frees the first model before the second is loaded.
     drop(built);
     Ok((order, build(order)?, note))
 }
 
-/// How much of the spread of the rows' norms it explains to call them Q, K and V in one order or the other: split,
-/// interleaved; and how much chance explains. Training makes values other than queries and keys; rows that are called wrong
-/// are all alike.
+/// Returns the share of the variance of log row norms that the labels Q, K and V explain, for the split order, for the
+/// interleaved order, and by chance.
+///
+/// Training gives query, key and value rows different norms. With wrong labels, the three groups have the same mean.
 fn told_by_rows(store: &dyn Store, headers: &Weights) -> Result<(f64, f64, f64)> {
     let (mut total, mut explained, mut chance) = (0.0, [0.0; 2], 1.0f64);
     let (fused, asked) = (headers.fused(), headers.asked());
@@ -131,12 +140,12 @@ fn told_by_rows(store: &dyn Store, headers: &Weights) -> Result<(f64, f64, f64)>
         let (_, name) = asked.iter().find(|(asked, _)| asked == canonical && canonical.ends_with(".weight"))?;
         Some((name, heads))
     });
-    // A few layers tell as well as all.
+    // A few layers suffice.
     for (name, heads) in fused.take(8) {
         let weight = pricket_weights::read_tensor(store, name, &Device::Cpu)?.to_dtype(DType::F32)?;
         let norms: Vec<f32> = weight.sqr()?.sum(1)?.to_vec1()?;
         let logs: Vec<f64> = norms.iter().map(|norm| f64::from(norm.max(1e-20)).ln()).collect();
-        // Three means of rows that are all of a kind explain this much of their spread.
+        // Expected share explained by the means of three random groups.
         chance = 2.0 / logs.len().saturating_sub(1).max(1) as f64;
         let width = logs.len() / 3;
         let dim = (width / heads.max(1)).max(1);

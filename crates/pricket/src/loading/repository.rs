@@ -1,4 +1,4 @@
-//! Repositories of the Hub: which files of a revision a model needs, and how they are fetched.
+//! Repositories of the Hub: choosing and fetching the files of a revision that a model needs.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -15,7 +15,7 @@ use crate::loading::source::{Place, Source};
 use crate::suites::cards::{Card, KnownKind, card};
 use crate::{Error, Result};
 
-/// Files that are fetched beside the weights, if they are there.
+/// Files that are fetched in addition to the weights, if they exist.
 const SMALL: [&str; 14] = [
     "config.json",
     "generation_config.json",
@@ -32,40 +32,42 @@ const SMALL: [&str; 14] = [
     "NOTICE",
     "NOTICE.txt",
 ];
-/// None of these is larger, nor is an index of shards.
+/// Size limit in bytes of these files and of an index of shards.
 const SMALL_BYTES: u64 = 6 << 20;
 
-/// Files of a revision, in the cache.
+/// Files of a revision in the cache.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Fetched {
-    /// The directory that holds them.
+    /// The directory that contains the files.
     pub directory: PathBuf,
     /// The weight file, or the index of its shards.
     pub weights: PathBuf,
-    /// Where they came from.
+    /// Origin of the files.
     pub provenance: Provenance,
-    /// What it took.
+    /// Statistics of the download.
     pub report: Report,
-    /// What a careful user should know.
+    /// Warnings about the revision.
     pub warnings: Vec<String>,
-    /// Keeps the files from being evicted.
+    /// Guard that protects the files from eviction.
     pub in_use: InUse,
 }
 
-/// Fetches what loading `model` needs, and does not load it: configuration, tokenizer, and its weights in the form that is
-/// best read, shards as their index names them.
+/// Fetches the files needed to load `model` without loading it: configuration, tokenizer, and the weights in the
+/// preferred form, including all shards.
 ///
 /// # Errors
-/// [`Error::Repository`] with what is known of mirrors, [`Error::Hub`], [`Error::Offline`].
+/// Returns [`Error::Repository`] or [`Error::Revision`] if the repository or revision does not exist,
+/// [`Error::Offline`] if files are missing in the cache and requests are disabled, and [`Error::Hub`] for other
+/// failures of the download. Returns [`Error::Source`] if `model` is a local path.
 pub fn fetch(model: impl Into<Source>, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
     match model.into().locate()? {
         Place::Hub(id, file) => fetch_id(&id, file.as_deref(), &Changes::default(), hub, progress),
-        Place::Local(path) => Err(Error::Source(format!("{} is here already", path.display()))),
+        Place::Local(path) => Err(Error::Source(format!("{} is already local", path.display()))),
     }
 }
 
-/// Reports a download under a name of its own, and keeps its warnings.
+/// A progress that renames a download and keeps its fallback messages.
 pub(crate) struct Telling<'a> {
     progress: &'a dyn Progress,
     what: String,
@@ -77,7 +79,7 @@ impl<'a> Telling<'a> {
         Self { progress, what: what.into(), fallbacks: Mutex::default() }
     }
 
-    /// Messages about the cache being used instead of the network.
+    /// Returns the messages about using the cache instead of the network.
     fn fallbacks(&self) -> Vec<String> {
         self.fallbacks.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -113,7 +115,7 @@ impl Progress for Telling<'_> {
     }
 }
 
-/// Fetches a revision, with the weight file that is named rather than the one that is best read.
+/// Fetches a revision. `file` overrides the preferred weight file.
 pub(crate) fn fetch_id(
     id: &ModelId,
     file: Option<&str>,
@@ -125,7 +127,7 @@ pub(crate) fn fetch_id(
     found.fetch(changes, hub, progress)
 }
 
-/// The same of a revision whose commit is known, so that a branch that moves meanwhile does not matter.
+/// Fetches a revision at a known commit, so that a branch that moves in the meantime has no effect.
 pub(crate) fn fetch_commit(
     id: &ModelId,
     commit: &str,
@@ -137,14 +139,14 @@ pub(crate) fn fetch_commit(
     found.fetch(&Changes::default(), hub, progress)
 }
 
-/// The tokenizer of a repository, where another one has none.
+/// Fetches the tokenizer of a repository for a model that has none.
 pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) -> Result<PathBuf> {
     let id: ModelId = repo.parse()?;
     let telling = Telling::new(progress, format!("fetching the tokenizer of {id}"));
     let commit = hub.resolve(&id, &telling)?;
     let listing = hub.files(&id.repo, &commit, &telling)?.files;
     let find = |name: &str| listing.iter().find(|file| file.path == name && file.size <= SMALL_BYTES).cloned();
-    let missing = || Error::NotFound { path: "tokenizer.json".into(), what: format!("{id} has none") };
+    let missing = || Error::NotFound { path: "tokenizer.json".into(), what: format!("not in the repository {id}") };
     let found = TOKENIZERS.iter().find_map(|name| find(name)).ok_or_else(missing)?;
     let mut wanted = vec![found.clone()];
     wanted.extend(TOKENIZER_FILES.iter().filter_map(|name| find(name)));
@@ -152,7 +154,7 @@ pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) ->
     Ok(snapshot.directory.join(found.path))
 }
 
-/// The directory of an adapter's files in the cache.
+/// Fetches the files of an adapter and returns their directory in the cache.
 #[cfg(feature = "train")]
 pub(crate) fn fetch_adapter(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<PathBuf> {
     let telling = Telling::new(progress, format!("fetching the adapter {id}"));
@@ -167,7 +169,7 @@ pub(crate) fn fetch_adapter(id: &ModelId, hub: &Hub, progress: &dyn Progress) ->
     Ok(hub.fetch(id, &commit, &[config, weights], &listing, &telling)?.directory)
 }
 
-/// A revision that has been found, and of which nothing has been fetched.
+/// A revision whose commit and files are known, before anything is fetched.
 pub(crate) struct Revision {
     id: ModelId,
     pub(crate) commit: String,
@@ -191,7 +193,7 @@ impl Revision {
         Ok(Self { chosen: Chosen::among(&listing, file, id)?, id: id.clone(), commit, listing, warnings })
     }
 
-    /// The weight file that is read, or the index of its shards.
+    /// Returns the path of the weight file, or of the index of its shards.
     pub(crate) fn weights(&self) -> &str {
         &self.chosen.weights.path
     }
@@ -200,7 +202,7 @@ impl Revision {
         explained(e, &self.id, card(self.id.repo.as_str()))
     }
 
-    /// Configuration, tokenizer, and the index of shards if there is one.
+    /// Fetches configuration, tokenizer, and the index of shards if there is one.
     pub(crate) fn fetch_small(&self, hub: &Hub, progress: &dyn Progress) -> Result<Snapshot> {
         let telling = Telling::new(progress, format!("fetching {}", self.id));
         let first = self.chosen.fetch_first();
@@ -209,10 +211,10 @@ impl Revision {
 
     fn fetch(self, changes: &Changes, hub: &Hub, progress: &dyn Progress) -> Result<Fetched> {
         let small = self.fetch_small(hub, progress)?;
-        // Before gigabytes of weights that nothing here can load. Some files tell the configuration themselves.
+        // The configuration is checked before gigabytes of weights are fetched. Some weight files need no config.json.
         let config = small.directory.join("config.json");
         if !config.is_file() && !self.chosen.by_name && !self.chosen.may_stand_alone() {
-            let what = format!("{} has none; a checkpoint needs its config.json", self.id);
+            let what = format!("not in the repository {}; a checkpoint needs its config.json", self.id);
             return Err(Error::NotFound { path: "config.json".into(), what });
         }
         if config.is_file() {
@@ -250,11 +252,11 @@ fn is_index(path: &str) -> bool {
     path.ends_with(".index.json")
 }
 
-/// Which files of a revision are its weights.
+/// The files of a revision that are chosen for loading.
 pub(crate) struct Chosen {
-    /// The file, or the index.
+    /// The weight file, or the index of its shards.
     pub(crate) weights: Listed,
-    /// Whether the user named it.
+    /// Whether the user named the weight file.
     by_name: bool,
     small: Vec<Listed>,
 }
@@ -266,7 +268,7 @@ impl Chosen {
         let place = PathBuf::from(id.to_string());
         let named = |file| {
             let others: Vec<&str> = names.iter().copied().filter(|name| !SMALL.contains(name)).collect();
-            let what = format!("no file {file:?}; there are {}", others.join(", "));
+            let what = format!("no file {file:?}; the files are {}", others.join(", "));
             names.iter().copied().find(|name| *name == file).ok_or(Error::NotFound { path: place.clone(), what })
         };
         let name = match file {
@@ -278,7 +280,7 @@ impl Chosen {
         let tokenizer = TOKENIZERS.into_iter().find(|name| find(name).is_some());
         let small = ["config.json"].into_iter().chain(tokenizer).chain(is_index(name).then_some(name));
         if let Some(large) = small.filter_map(find).find(|file| file.size > SMALL_BYTES) {
-            let what = format!("{} bytes; a file of this kind has at most {SMALL_BYTES}", large.size);
+            let what = format!("the file has {} bytes; the limit for its kind is {SMALL_BYTES}", large.size);
             let error = pricket_weights::Error::Corrupt { path: place.join(large.path), what };
             return Err(Error::Corrupt { tensor: None, error });
         }
@@ -290,36 +292,36 @@ impl Chosen {
         is_index(&self.weights.path)
     }
 
-    /// Whether the configuration may be told by the file of the weights.
+    /// Returns whether the configuration may follow from the weight file itself.
     fn may_stand_alone(&self) -> bool {
         let path = Path::new(&self.weights.path);
         let is_ggml = self.weights.path.contains("ggml");
         path.extension().is_some_and(|end| end == "gguf" || end == "pth" || (end == "bin" && is_ggml))
     }
 
-    /// The small files, an index among them.
+    /// Returns the small files, including the index of shards.
     pub(crate) fn fetch_first(&self) -> Vec<Listed> {
         let index = self.is_index().then(|| self.weights.clone());
         self.small.iter().cloned().chain(index).collect()
     }
 }
 
-/// The shards that the index at `path` names, as listed.
+/// Returns the shards that the index at `path` names.
 fn shards(listing: &[Listed], path: &Path) -> Result<Vec<Listed>> {
     let bytes = std::fs::read(path).map_err(|error| Error::Io { path: path.into(), error })?;
     let names: std::collections::BTreeSet<String> = pricket_weights::shard_map(&bytes, path)?.into_values().collect();
     names.iter().map(|name| listed(listing, path, name)).collect()
 }
 
-/// A file of a revision that `path` needs.
+/// Returns the listing of a file that `path` needs.
 fn listed(listing: &[Listed], path: &Path, name: &str) -> Result<Listed> {
     listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
         path: path.into(),
-        what: format!("it needs {name}, which the revision does not have"),
+        what: format!("the shard {name} is missing in the revision"),
     })
 }
 
-/// The same of a snapshot that was given as a directory, as far as the cache that it is in knows its branches.
+/// Returns the card's warnings for a snapshot directory, using the branches that its cache knows.
 pub(crate) fn snapshot_warnings(provenance: &Provenance) -> Vec<String> {
     let snapshot = || {
         let (repo, commit) = (provenance.repo.as_deref()?, provenance.commit.as_deref()?);
@@ -332,11 +334,11 @@ pub(crate) fn snapshot_warnings(provenance: &Provenance) -> Vec<String> {
     snapshot().unwrap_or_default()
 }
 
-/// What the card knows of a revision that a careful user should know.
+/// Returns the card's warnings for a revision.
 fn known_warnings(card: &Card, id: &ModelId, commit: &str, hub: &Hub) -> Vec<String> {
     let mut names = vec![id.revision.clone()];
     if card.step_of(&id.revision).is_none() && id.revision != "main" && !card.known.is_empty() {
-        // A commit, a tag, a pull request: it is what the branches at its commit are.
+        // The revision is a commit, tag or pull request: warnings for branches at the same commit apply.
         let here = |refs: &Refs| {
             let at = refs.branches.iter().filter(|(_, at)| *at == commit);
             at.map(|(name, _)| name.clone()).collect::<Vec<_>>()
@@ -357,25 +359,21 @@ fn known_warnings(card: &Card, id: &ModelId, commit: &str, hub: &Hub) -> Vec<Str
     out
 }
 
-/// An error of the Hub with what the card has to say.
+/// Adds the information of the model card to an error of the Hub.
 pub(crate) fn explained(e: pricket_hub::Error, id: &ModelId, card: Option<&Card>) -> Error {
     use pricket_hub::Error as H;
     let local = || {
         let owner = id.repo.as_str().split('/').next().unwrap_or_default();
-        if Path::new(owner).is_dir() {
-            format!(" (nor is there a file or directory {})", id.repo)
-        } else {
-            String::new()
-        }
+        if Path::new(owner).is_dir() { format!(" (and the path {} does not exist)", id.repo) } else { String::new() }
     };
     match (e, card) {
         (H::Repository { what, .. }, Some(card)) if card.gone.is_some() => {
             let gone = card.gone.as_deref().unwrap_or_default();
             let instead = match &card.mirrors[..] {
-                [] => "no mirror is known; give a directory that has it".into(),
-                mirrors => format!("copies by others, not compared with the original: {}", mirrors.join(", ")),
+                [] => "no mirror is known; use a local directory with the model".into(),
+                mirrors => format!("copies by others, not verified against the original: {}", mirrors.join(", ")),
             };
-            Error::Repository { id: id.to_string(), what: format!("{what}; it left the Hub in {gone}; {instead}") }
+            Error::Repository { id: id.to_string(), what: format!("{what}; removed from the Hub in {gone}; {instead}") }
         }
         (H::Repository { what, .. }, _) => Error::Repository { id: id.to_string(), what: format!("{what}{}", local()) },
         (H::Revision { repo, revision, known }, card) => {

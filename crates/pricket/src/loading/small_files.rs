@@ -1,4 +1,4 @@
-//! Small files of a checkpoint: configurations, and what stands beside a tokenizer.
+//! Small files of a checkpoint: configurations and tokenizer files.
 
 use std::path::{Path, PathBuf};
 
@@ -7,22 +7,23 @@ use serde_json::Value;
 use crate::loading::family;
 use crate::{Error, Result};
 
-/// Bytes of a configuration at most. One has about a kilobyte.
+/// Size limit in bytes of a configuration. Usual sizes are about one kilobyte.
 const MAX_JSON: u64 = 1 << 20;
 
-/// Files that hold a tokenizer, the one to take first.
+/// Tokenizer files, in order of preference.
 pub(crate) const TOKENIZERS: [&str; 2] = ["tokenizer.model", "tokenizer.json"];
 
-/// Files beside a tokenizer that name more tokens.
+/// Files next to a tokenizer that define additional tokens.
 pub(crate) const TOKENIZER_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
 
-/// The tokenizer of a directory. A sentencepiece model comes before a tokenizer.json that was converted from it, which often cuts
-/// texts otherwise.
+/// Returns the tokenizer file of a directory. A sentencepiece model is preferred to a tokenizer.json converted from it,
+/// which often splits text differently.
 pub(crate) fn tokenizer_in(directory: &Path) -> Option<PathBuf> {
     TOKENIZERS.iter().map(|name| directory.join(name)).find(|path| path.is_file())
 }
 
-/// Says which keys of a configuration no version of its class has: a key that is misspelled has no effect.
+/// Returns a note that lists the configuration keys unknown to every version of its class. A misspelled key has no
+/// effect.
 pub(crate) fn unknown_keys(path: &Path, config: &Value) -> Vec<String> {
     let unknown = family::unknown_keys(config);
     let shown: Vec<&str> = unknown.iter().take(8).map(String::as_str).collect();
@@ -31,7 +32,7 @@ pub(crate) fn unknown_keys(path: &Path, config: &Value) -> Vec<String> {
     if unknown.is_empty() { Vec::new() } else { vec![note()] }
 }
 
-/// An error of configuration, with the file that it is in.
+/// Adds the path of the configuration to an error.
 pub(crate) fn at(config_path: &Path, e: pricket_nn::Error) -> Error {
     match e {
         pricket_nn::Error::Config { key, what } => Error::Refused { path: config_path.into(), key, what },
@@ -50,7 +51,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Value> {
     parse_json(path, &read_small(path)?)
 }
 
-/// A file of settings.
+/// Reads a small settings file.
 pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
     read_at_most(path, MAX_JSON)
 }
@@ -59,13 +60,13 @@ pub(crate) fn read_at_most(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let io = |error: std::io::Error| Error::Io { path: path.into(), error };
     let size = std::fs::metadata(path).map_err(io)?.len();
     if size > limit {
-        return Err(corrupt(path, format!("{size} bytes; a file of this kind has at most {limit}")));
+        return Err(corrupt(path, format!("the file has {size} bytes; the limit for its kind is {limit}")));
     }
     std::fs::read(path).map_err(io)
 }
 
 pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
-    // The error of a server is JSON too.
+    // The error response of a server can be valid JSON.
     if let Some(what) = pricket_weights::stand_in(bytes) {
         return Err(corrupt(path, what.into()));
     }

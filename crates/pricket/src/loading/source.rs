@@ -1,4 +1,4 @@
-//! The name of a model, from a path or an id to the files or the repository that it stands for.
+//! Names of models, and how a path or id is resolved to files or a repository.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -9,10 +9,10 @@ use crate::loading::embedded::Embedded;
 use crate::suites::cards::{card, cards};
 use crate::{Error, Result};
 
-/// The name of a model: a path or a repository, and optionally a revision and a weight file of it.
+/// The name of a model: a path or repository, with an optional revision and an optional weight file.
 ///
-/// Every function that takes a model takes `impl Into<Source>`, so that a path or an id is enough. An id may have its revision
-/// behind an `@`, and so may a directory that keeps its training steps.
+/// Every function that takes a model takes `impl Into<Source>`, so a path or an id can be passed directly. A revision
+/// can follow the id after an `@`. A directory that contains training steps takes `@REVISION` too.
 ///
 /// ```
 /// use pricket::Source;
@@ -23,7 +23,7 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
-    /// As given, without the revision where [`split`] finds one.
+    /// The path or id as given, without the revision that [`split`] found.
     model: PathBuf,
     revision: Option<String>,
     file: Option<String>,
@@ -44,7 +44,8 @@ impl std::fmt::Display for Source {
 }
 
 impl Source {
-    /// Names a model by what there is at a path, or else by the id of a repository, with `@revision` behind either.
+    /// Names a model by its path or by the id of its repository, each optionally followed by `@REVISION`. An existing
+    /// path takes precedence.
     pub fn new(model: impl AsRef<Path>) -> Self {
         let model = model.as_ref();
         match split(model) {
@@ -53,10 +54,10 @@ impl Source {
         }
     }
 
-    /// Chooses a branch, tag or commit, such as `step3000`; of a directory, a training step that it keeps.
+    /// Chooses a branch, tag or commit, such as `step3000`. For a directory, chooses one of the training steps in it.
     #[must_use]
     pub fn revision(mut self, revision: impl Into<String>) -> Self {
-        // An `@` in the name is then a part of it, or names a second revision, which is refused when the model is looked for.
+        // An `@` in the name is then part of a path, or a second revision, which `locate` refuses.
         if let Some(before) = self.revision.take() {
             let name: OsString = [self.model.as_os_str(), "@".as_ref(), before.as_ref()].into_iter().collect();
             self.model = name.into();
@@ -65,29 +66,30 @@ impl Source {
         self
     }
 
-    /// Chooses a weight file of the repository or directory, instead of the one that is best read.
+    /// Chooses a weight file of the repository or directory, instead of the preferred one.
     #[must_use]
     pub fn file(mut self, name: impl Into<String>) -> Self {
         self.file = Some(name.into());
         self
     }
 
-    /// The embedded model that this names, if it names one and nothing else.
+    /// Returns the embedded model of this name, unless a revision or file is chosen or a path of this name exists.
     pub(crate) fn embedded(&self) -> Option<&'static Embedded> {
         let is_plain = self.revision.is_none() && self.file.is_none() && !self.model.exists();
         self.model.to_str().filter(|_| is_plain).and_then(Embedded::find)
     }
 
-    /// Finds what the name stands for: what there is at the path, a training step of that, the directory of an embedded
-    /// model where this program was built, or else a repository.
+    /// Resolves the name. Tried in this order: an existing path or a training step in it, the directory of an embedded
+    /// model in the source tree of this program, and a repository.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is nothing of that name; [`Error::Source`] for a revision of a file and for a file of a file.
+    /// Returns [`Error::NotFound`] if nothing has this name, and [`Error::Source`] if a revision or a file is chosen
+    /// but the path is a file.
     pub(crate) fn locate(&self) -> Result<Place> {
         match self.directory_or_file()? {
             Some(path) => match &self.file {
                 Some(file) if path.is_file() => {
-                    Err(Error::Source(format!("file {file:?}: {} is a file itself, not a directory", path.display())))
+                    Err(Error::Source(format!("file {file:?}: {} is a file, not a directory", path.display())))
                 }
                 Some(file) => Ok(Place::Local(path.join(file))),
                 None => Ok(Place::Local(path)),
@@ -101,18 +103,18 @@ impl Source {
         let there = Some(self.model.clone()).filter(|path| path.exists()).or_else(embedded);
         match (there, &self.revision) {
             (Some(path), Some(revision)) if path.is_file() => {
-                Err(Error::Source(format!("{} is a file, so it has no revision {revision:?}", path.display())))
+                Err(Error::Source(format!("{} is a file, so revision {revision:?} does not exist", path.display())))
             }
             (Some(path), Some(revision)) => revision_in(&path, revision).map(Some),
             (there, _) => Ok(there),
         }
     }
 
-    /// A revision of `owner/name`, or of the repository that a card names so.
+    /// Resolves the name as a revision of a repository: `owner/name`, or a name that a model card lists.
     fn repository(&self) -> Result<Place> {
         let not_found = || Error::NotFound {
             path: self.to_string().into(),
-            what: "no such file or directory, and no repository of that name is known".into(),
+            what: "no such file or directory, and no known repository of this name".into(),
         };
         let text = self.model.to_string_lossy();
         let pasted = pasted(&text);
@@ -134,7 +136,7 @@ impl Source {
         };
         let repo = repo.ok_or_else(not_found)?;
         let revision = pasted_revision.unwrap_or(self.revision_name()).trim_end_matches('/');
-        // One of several models in a repository has a name of its own, which says which file it is.
+        // If a repository holds several models, the name of one of them implies its weight file.
         let is_whole =
             |id: &str| cards().iter().filter(|other| other.id == id).count() > 1 && names_repository(id, name);
         let file = known.filter(|card| !is_whole(&card.id)).and_then(|card| card.file.clone());
@@ -146,7 +148,7 @@ impl Source {
     }
 }
 
-/// A name and the revision behind its `@`. A path that exists is a path, whatever is in it; an address keeps its own.
+/// Splits a name at the `@` before its revision. Existing paths are not split, and URLs are not split either.
 fn split(model: &Path) -> Option<(&str, &str)> {
     if model.exists() {
         return None;
@@ -160,22 +162,22 @@ fn split(model: &Path) -> Option<(&str, &str)> {
     }
 }
 
-/// Whether `name` is the id of a repository, with its owner or without.
+/// Returns whether `name` is the id of a repository, with or without its owner.
 fn names_repository(id: &str, name: &str) -> bool {
     let bare = id.split_once('/').map_or(id, |(_, bare)| bare);
     [id, bare].iter().any(|known| known.eq_ignore_ascii_case(name))
 }
 
-/// Where a model is.
+/// Location of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// A file or directory that exists.
     Local(PathBuf),
-    /// A revision of a repository, and the weight file of it that was asked for.
+    /// A revision of a repository, and the requested weight file.
     Hub(ModelId, Option<String>),
 }
 
-/// The id in an address of the Hub that was pasted from a browser: `https://huggingface.co/owner/name/tree/step3000`.
+/// Returns the id in a URL of the Hub, such as `https://huggingface.co/owner/name/tree/step3000`.
 fn pasted(text: &str) -> Option<String> {
     let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"))?;
     let (host, path) = rest.split_once('/')?;
@@ -188,7 +190,7 @@ fn pasted(text: &str) -> Option<String> {
     let mut parts = path.split('/').filter(|part| !part.is_empty());
     let (owner, name) = (parts.next()?, parts.next()?);
     match (parts.next(), parts.next()) {
-        // Below them stands a revision, then a file.
+        // These path components are followed by a revision, then by a file.
         (Some("tree" | "blob" | "resolve" | "commit" | "commits"), Some(revision)) => {
             Some(format!("{owner}/{name}@{revision}"))
         }
@@ -196,7 +198,7 @@ fn pasted(text: &str) -> Option<String> {
     }
 }
 
-/// `revisions/REVISION` in a directory.
+/// Returns the path of a revision in a directory, or an error that lists the revisions.
 fn revision_in(directory: &Path, revision: &str) -> Result<PathBuf> {
     if revision == "main" {
         return Ok(directory.into());
@@ -208,12 +210,13 @@ fn revision_in(directory: &Path, revision: &str) -> Result<PathBuf> {
     let what = if known.is_empty() {
         format!("{} has no revisions", directory.display())
     } else {
-        format!("no revision {revision:?}; there are main, {}", known.join(", "))
+        format!("no revision {revision:?}; the revisions are main, {}", known.join(", "))
     };
     Err(Error::NotFound { path: format!("{}@{revision}", directory.display()).into(), what })
 }
 
-/// Where a directory keeps a revision: below `revisions/`, or beside its own files as training programs do.
+/// Returns the path of a revision in a directory: in `revisions/`, or directly in the directory, where training
+/// programs write checkpoints.
 pub(crate) fn revision_path(directory: &Path, revision: &str) -> Option<PathBuf> {
     let is_name = !revision.contains(['/', '\\']) && !["", ".", ".."].contains(&revision);
     let below = directory.join("revisions").join(revision);
@@ -224,8 +227,8 @@ pub(crate) fn revision_path(directory: &Path, revision: &str) -> Option<PathBuf>
     Some(below).filter(|path| path.is_dir()).or_else(beside)
 }
 
-/// The revisions that a directory keeps, steps by number: all of `revisions/`, else directories with a model in them whose name
-/// ends in a number.
+/// Returns the revisions in a directory, sorted by training step: all entries of `revisions/`, or if there are none,
+/// the subdirectories that contain a model and whose name ends in a number.
 pub(crate) fn revisions_in(directory: &Path) -> Vec<String> {
     let names_in = |directory: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
@@ -240,15 +243,16 @@ pub(crate) fn revisions_in(directory: &Path) -> Vec<String> {
     names
 }
 
-/// The training step that a directory is named after: `step3000`, `checkpoint-500` of transformers' Trainer, `global_step500` of
-/// DeepSpeed, `iter_0001000` of Megatron, or any other name that ends in a number.
+/// Returns the training step in the name of a directory: `step3000`, `checkpoint-500` (transformers' Trainer),
+/// `global_step500` (DeepSpeed), `iter_0001000` (Megatron), or any other name that ends in a number.
 pub(crate) fn step_in(name: &str) -> Option<u64> {
     let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
     pricket_hub::step_of(name).or_else(|| name[name.len() - digits..].parse().ok())
 }
 
+/// Returns whether a directory contains weights with a configuration.
 pub(crate) fn holds_model(directory: &Path) -> bool {
-    // GGUF and GGML files contain the configuration, and native `.pth` files follow from their shapes.
+    // GGUF and GGML files contain the configuration. That of native `.pth` files follows from the shapes.
     let is_whole = |weights: PathBuf| {
         let name = weights.file_name().unwrap_or_default().to_string_lossy();
         let is_complete = name.ends_with(".pth") || name.ends_with(".gguf") || name.contains("ggml");

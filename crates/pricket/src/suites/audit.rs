@@ -1,3 +1,5 @@
+//! Audits of training steps: which revisions hold identical weights, are missing, or do not match their names.
+
 mod compare;
 mod judge;
 
@@ -14,45 +16,45 @@ use crate::suites::checkpoints::{Checkpoint, Checkpoints};
 use crate::task::Task;
 use crate::{Error, Result};
 
-/// What the revisions of a model really hold.
+/// Result of an audit.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Audit {
     /// The model.
     pub model: String,
-    /// Every revision that was looked at, steps ascending, `main` last.
+    /// All audited revisions: training steps ascending, then `main`.
     pub revisions: Vec<Audited>,
     /// Sets of two or more revisions that hold the same weights.
     pub identical: Vec<Vec<String>>,
-    /// What there is to say, what is alarming first.
+    /// Findings, alarming ones first.
     pub findings: Vec<Finding>,
 }
 
-/// A revision that was looked at.
+/// An audited revision.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Audited {
-    /// The revision.
+    /// Name of the revision.
     pub revision: String,
-    /// Its commit.
+    /// Commit of the revision.
     pub commit: Option<String>,
-    /// The weight files that a loader takes, with their hashes.
+    /// Weight files that a loader takes, with their hashes.
     pub weights: Vec<(String, Option<Digest>)>,
 }
 
-/// Something that the audit found.
+/// A finding of an audit.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Finding {
-    /// What kind of thing.
+    /// Kind of the finding.
     pub kind: FindingKind,
-    /// The revisions that it is about; those that are wrong, where it is known which are.
+    /// The revisions concerned; only the wrong ones, if it is known which are wrong.
     pub revisions: Vec<String>,
-    /// The same in words.
+    /// Description of the finding.
     pub words: String,
-    /// Whether somebody should act on it.
+    /// Whether the finding needs attention.
     pub alarming: bool,
-    /// Where it was reported before.
+    /// Earlier reports of the problem.
     pub sources: Vec<String>,
 }
 
@@ -60,32 +62,32 @@ pub struct Finding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum FindingKind {
-    /// Revisions hold the weights of the last step, or of `main`.
+    /// Revisions hold the weights of the last training step or of `main`.
     EqualsFinal,
-    /// Revisions hold the same weights, and nobody can say whose.
+    /// Revisions hold the same weights, and it is unknown to which of them the weights belong.
     Identical,
-    /// Revisions that differ have a shard in common.
+    /// Revisions with different weights share a shard.
     SharedShard,
-    /// `main` is not the last step.
+    /// The weights of `main` differ from those of the last training step.
     MainDiffers,
-    /// The forms of one revision hold different weights.
+    /// The forms (safetensors, PyTorch) of one revision hold different weights.
     FormsDiffer,
-    /// A step that was published is not there.
+    /// A published training step does not exist.
     Missing,
-    /// A revision is there and holds no weights.
+    /// A revision exists but has no weights.
     NoWeights,
-    /// A revision could not be looked into.
+    /// A revision could not be read.
     Unreadable,
-    /// The cache, which was all there was to ask, has no weights of it.
+    /// The audit used the cache only, and the cache has no weights of the revision.
     NotCached,
-    /// Something that others have reported and that hashes do not show.
+    /// A problem that others reported and that the audit did not find.
     Known,
-    /// Revisions are the same, and should be.
+    /// Revisions hold the same weights, as expected.
     Expected,
 }
 
 impl FindingKind {
-    /// In a word or two, for tables and JSON.
+    /// Returns the name of the kind in tables and JSON.
     pub fn name(self) -> &'static str {
         match self {
             FindingKind::EqualsFinal => "equals-final",
@@ -103,12 +105,12 @@ impl FindingKind {
     }
 }
 
-/// How closely to look.
+/// Options of an audit.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct AuditOptions {
-    /// Compares the tensors of all revisions whose files differ, in case only headers do. Costs some requests for each
-    /// revision on the Hub; of files on disk it is always done.
+    /// Whether to compare the tensors of all revisions whose files differ, in case only their headers differ. Needs a
+    /// few requests per revision on the Hub. Local files are always compared this way. False by default.
     pub deep: bool,
 }
 
@@ -121,25 +123,25 @@ impl AuditOptions {
     }
 }
 
-/// Says which revisions of a model hold what: which are identical, which equal `main`, which are missing. `steps` are looked
-/// at, and `main` with them.
+/// Audits the training steps `steps` of a model, and `main`. Finds revisions that are identical, equal to `main`, or
+/// missing.
 ///
-/// Hashes tell it without a download: every commit lists those of its files. Where they cannot, because one revision is
-/// safetensors and another a pickle, tensors are compared, read one by one until one differs. A revision that cannot be read
-/// is a finding like others.
+/// Usually this needs no download, because every commit lists the hashes of its files. If hashes cannot be compared,
+/// for example between safetensors and pickle files, tensors are read one by one until one differs. A revision that
+/// cannot be read gives a finding, not an error.
 ///
 /// # Errors
-/// As [`crate::checkpoints`].
+/// Returns the errors of [`crate::checkpoints`].
 pub fn audit(model: impl Into<Source>, steps: &Steps, progress: &dyn Progress) -> Result<Audit> {
     crate::suites::checkpoints::checkpoints(model)?.audit(steps, AuditOptions::default(), progress)
 }
 
-/// A revision and its files.
+/// A revision under audit, with its files.
 struct Looked {
     checkpoint: Checkpoint,
     listing: Vec<Listed>,
     forms: BTreeMap<Form, Vec<Listed>>,
-    /// Forms that are known to hold what the form that is taken holds.
+    /// Forms whose weights are known to equal those of the loaded form.
     agreeing: BTreeSet<Form>,
 }
 
@@ -149,11 +151,11 @@ impl Looked {
     }
 
     fn form(&self) -> Form {
-        // A revision without weights is not looked at.
+        // Revisions without weights are never in this list, so the default is not used.
         *self.forms.keys().next().unwrap_or(&Form::Safetensors)
     }
 
-    /// What a loader takes.
+    /// Returns the weight files that a loader takes.
     fn taken(&self) -> &[Listed] {
         self.forms.get(&self.form()).map_or(&[], Vec::as_slice)
     }
@@ -162,28 +164,28 @@ impl Looked {
         self.forms.get(&form)?.iter().map(|file| file.digest.as_ref()).collect()
     }
 
-    /// Whether the files are the same by their hashes; `None` if those cannot tell.
+    /// Returns whether the files have the same hashes; `None` if hashes cannot be compared.
     fn same_files(&self, other: &Self) -> Option<bool> {
         let form = self.agreeing.iter().find(|form| other.agreeing.contains(form))?;
         Some(self.digests(*form)? == other.digests(*form)?)
     }
 }
 
-/// The work of one audit.
+/// State of one audit.
 struct Auditor<'a> {
     of: &'a Checkpoints,
     looked: Vec<Looked>,
     classes: Classes,
-    /// For revisions joined by their tensors, how many of how many were compared.
+    /// For revisions found equal by tensors: numbers of compared tensors and of all tensors.
     compared: BTreeMap<usize, (usize, usize)>,
     findings: Vec<Finding>,
 }
 
 impl Checkpoints {
-    /// As [`audit`], for steps that have been listed.
+    /// Audits listed training steps; see [`audit`].
     ///
     /// # Errors
-    /// As [`audit`].
+    /// Returns the errors of [`Checkpoints::select`] and [`Error::Cancelled`].
     pub fn audit(&self, steps: &Steps, options: AuditOptions, progress: &dyn Progress) -> Result<Audit> {
         let mut chosen: Vec<Checkpoint> = self.select(steps)?.into_iter().cloned().collect();
         chosen.extend(self.main.clone().filter(|main| chosen.iter().all(|other| other.revision != main.revision)));
@@ -215,10 +217,10 @@ impl Auditor<'_> {
         self.findings.push(Finding { kind, revisions, words, alarming, sources: sources.into_iter().collect() });
     }
 
-    /// Lists every revision.
+    /// Lists the files of every revision.
     fn look(&mut self, chosen: Vec<Checkpoint>, progress: &dyn Progress) -> Result<()> {
         let listings = self.of.home.listings(&chosen, progress)?;
-        let hashing = Task::begin(progress, "taking hashes", chosen.len(), "revisions");
+        let hashing = Task::begin(progress, "computing hashes", chosen.len(), "revisions");
         let mut failed = Vec::new();
         for (done, (checkpoint, listing)) in chosen.into_iter().zip(listings).enumerate() {
             hashing.update(done);
@@ -244,7 +246,7 @@ impl Auditor<'_> {
                 stand_in = stand_in.or(self.of.home.stand_in(&checkpoint, file));
                 self.of.home.hash(&checkpoint, file)?;
             }
-            // Pointers to files that are not here may be equal, or differ, for any reason.
+            // Placeholders of files that were not downloaded say nothing about the weights.
             if let Some(what) = stand_in {
                 self.say(FindingKind::Unreadable, vec![revision.clone()], format!("{revision}: {what}"), true);
                 continue;
@@ -255,7 +257,7 @@ impl Auditor<'_> {
                     self.say(
                         FindingKind::NoWeights,
                         vec![revision.clone()],
-                        format!("{revision} is there and holds no weights"),
+                        format!("{revision} exists but has no weights"),
                         true,
                     );
                 } else {
@@ -270,7 +272,7 @@ impl Auditor<'_> {
             };
             self.looked.push(Looked { checkpoint, forms, listing: listing.files, agreeing: BTreeSet::from([form]) });
         }
-        // If nothing could be listed, that is no audit.
+        // If no revision could be listed, the audit fails.
         if self.looked.is_empty() && !failed.is_empty() {
             return Err(failed.swap_remove(0).1);
         }
@@ -285,7 +287,7 @@ impl Auditor<'_> {
     fn missing(&mut self, revision: &str) {
         let known = self.of.card.map(|card| card.known_of(revision)).unwrap_or_default();
         let known = known.into_iter().find(|known| known.kind == KnownKind::Missing);
-        let words = known.map_or("was published and is not there", |known| &known.what);
+        let words = known.map_or("was published but does not exist", |known| &known.what);
         self.say(FindingKind::Missing, vec![revision.to_owned()], format!("{revision} {words}"), known.is_none());
     }
 
@@ -304,7 +306,7 @@ impl Auditor<'_> {
     }
 }
 
-/// Sets of things that are the same.
+/// Sets of equal revisions (union-find).
 struct Classes(Vec<usize>);
 
 impl Classes {
@@ -339,12 +341,12 @@ impl Classes {
 }
 
 impl Audit {
-    /// Whether somebody should act on something.
+    /// Returns whether a finding needs attention.
     pub fn is_alarming(&self) -> bool {
         self.findings.iter().any(|finding| finding.alarming)
     }
 
-    /// As JSON.
+    /// Returns the audit as JSON.
     pub fn to_json(&self) -> Value {
         let revision = |audited: &Audited| {
             let files: Vec<Value> = audited

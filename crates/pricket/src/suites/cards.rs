@@ -1,4 +1,4 @@
-//! What is known of every published checkpoint and is not in its own files: models/*.toml, expanded.
+//! Model cards of published checkpoints (models/*.toml): facts that are not in the checkpoints' own files.
 
 use std::sync::OnceLock;
 
@@ -16,106 +16,106 @@ const FILES: [(&str, &str); 7] = [
     ("rwkv4.toml", include_str!("../../../../models/rwkv4.toml")),
 ];
 
-/// A published checkpoint.
+/// Model card of a published checkpoint.
 ///
-/// A card says what its config.json cannot: license, training steps, prompt, what is wrong with which revision. It never
-/// says how the model computes.
+/// A card contains what config.json does not: license, training steps, prompt format, known problems of revisions. It
+/// never affects how the model computes.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Card {
-    /// Its repository on the Hub.
+    /// Repository on the Hub.
     pub id: String,
-    /// The suite it belongs to, as "Pythia".
+    /// Model suite, such as "Pythia".
     pub suite: String,
-    /// The crate that runs it, without `pricket-`: `gpt-neox`, `mpt`.
+    /// Model family: the name of its crate without `pricket-`, such as `gpt-neox` or `mpt`.
     pub family: String,
-    /// Its size, as "410m".
+    /// Size in the model's name, such as "410m".
     pub size: String,
-    /// Its license, as the Hub spells it.
+    /// License, in the Hub's spelling.
     pub license: String,
-    /// Whether that forbids commercial use.
+    /// Whether the license forbids commercial use.
     pub non_commercial: bool,
-    /// The prompt format that it was tuned for; "plain" for none.
+    /// Prompt format that the model was tuned for; "plain" if it was not tuned.
     pub prompt: String,
     /// Number of weights.
     pub parameters: u64,
-    /// Shape of the token embedding: vocabulary, width.
+    /// Shape of the token embedding: vocabulary size, width.
     pub embedding: [usize; 2],
-    /// Other ids that it has or had; of one of several models in a repository, a name for it alone.
+    /// Other current or former ids. If a repository holds several models, a name for this one.
     pub aliases: Vec<String>,
-    /// The training steps that were published.
+    /// Published training steps.
     pub checkpoints: Option<StepPattern>,
-    /// Revisions that are wrong, missing or surprising.
+    /// Revisions that are wrong, missing or unusual.
     pub known: Vec<Known>,
-    /// The month in which the repository left the Hub.
+    /// Month in which the repository was removed from the Hub.
     pub gone: Option<String>,
-    /// Copies by others, not compared with the original.
+    /// Copies by others, not verified against the original.
     pub mirrors: Vec<String>,
-    /// The repository whose tokenizer it takes where it has none.
+    /// Repository that provides the tokenizer, if this one has none.
     pub tokenizer: Option<String>,
-    /// Its weight file, in a repository that holds several models.
+    /// Weight file, if the repository holds several models.
     pub file: Option<String>,
-    /// A sentence that a user should read.
+    /// Note for users, in one sentence.
     pub note: Option<String>,
-    /// Where these facts come from.
+    /// Source of these facts.
     pub source: String,
 }
 
-/// How training steps are named, and which there are.
+/// Names and numbers of the published training steps.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct StepPattern {
-    /// The branch of a step, with `{step}` for its number.
+    /// Branch name of a training step, with `{step}` in place of its number.
     pub revision: String,
     steps: String,
-    /// Tokens that the model has seen at step 1.
+    /// Number of training tokens per step.
     pub tokens_per_step: u64,
 }
 
 impl StepPattern {
-    /// The steps, ascending.
+    /// Returns the training steps, ascending.
     pub fn steps(&self) -> Vec<u64> {
         expand(&self.steps)
     }
 
-    /// The branch of a step.
+    /// Returns the branch of a training step.
     pub fn branch(&self, step: u64) -> String {
         self.revision.replace("{step}", &step.to_string())
     }
 }
 
-/// Something that is known of some revisions.
+/// A known fact about some revisions.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Known {
-    /// The steps.
+    /// Training steps of the revisions.
     pub steps: Vec<u64>,
-    /// How bad it is.
+    /// Severity.
     pub kind: KnownKind,
-    /// What it is; completes "owner/name@step0 ...".
+    /// Description, which continues the sentence "owner/name@step0 ...".
     pub what: String,
-    /// Where it was reported.
+    /// Source of the report.
     pub source: String,
 }
 
-/// How bad something is that is known of a revision.
+/// Severity of a known fact about a revision, worst first.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum KnownKind {
-    /// It holds other weights than its name says.
+    /// The revision holds the weights of another training step.
     Wrong,
-    /// It may.
+    /// The revision may hold the weights of another training step.
     Suspect,
-    /// It is not there.
+    /// The revision does not exist.
     Missing,
-    /// It is right, and surprising.
+    /// The revision is correct but unusual.
     Odd,
 }
 
 impl Card {
-    /// What is known of a revision, the worst first.
+    /// Returns the known facts about a revision, worst first.
     pub fn known_of(&self, revision: &str) -> Vec<&Known> {
         let Some(step) = self.step_of(revision) else { return Vec::new() };
         let mut found: Vec<&Known> = self.known.iter().filter(|known| known.steps.contains(&step)).collect();
@@ -123,7 +123,7 @@ impl Card {
         found
     }
 
-    /// The training step that a revision is named after.
+    /// Returns the training step in the name of a revision.
     pub fn step_of(&self, revision: &str) -> Option<u64> {
         let (before, after) = self.checkpoints.as_ref()?.revision.split_once("{step}")?;
         let digits = revision.strip_prefix(before)?.strip_suffix(after)?;
@@ -197,10 +197,10 @@ struct KnownRule {
     source: String,
 }
 
-/// The steps of a selection that names them all.
+/// Expands a list of training steps in a card.
 fn expand(text: &str) -> Vec<u64> {
     let steps = text.parse::<Steps>().ok().and_then(|steps| steps.expand());
-    steps.unwrap_or_else(|| panic!("models/: {text:?} names no steps"))
+    steps.unwrap_or_else(|| panic!("models/: {text:?} is not a list of training steps"))
 }
 
 impl Suite {
@@ -253,7 +253,7 @@ impl Suite {
     }
 }
 
-/// Every published checkpoint that this zoo is for.
+/// Returns the model cards of all supported published checkpoints.
 ///
 /// ```
 /// let pythia = pricket::suites::cards().iter().filter(|card| card.suite == "Pythia").count();
@@ -263,14 +263,14 @@ pub fn cards() -> &'static [Card] {
     static CARDS: OnceLock<Vec<Card>> = OnceLock::new();
     CARDS.get_or_init(|| {
         let suites = FILES.iter().map(|(name, text)| {
-            // The files are compiled in, and a test reads them all.
+            // The files are compiled in, and a test checks them.
             toml::from_str::<Suite>(text).unwrap_or_else(|e| panic!("models/{name}: {e}"))
         });
         suites.collect::<Vec<_>>().iter().flat_map(|suite| suite.cards().collect::<Vec<_>>()).collect()
     })
 }
 
-/// The card of a repository: by its id, one that it had before, or without its owner, in any case.
+/// Returns the card of a repository. `id` is a current or former id, with or without the owner, in upper or lower case.
 ///
 /// ```
 /// let card = pricket::suites::card("pythia-410m").unwrap();
@@ -286,7 +286,7 @@ pub fn card(id: &str) -> Option<&'static Card> {
     cards().iter().find(named).or_else(|| if id.contains('/') { None } else { cards().iter().find(nameless) })
 }
 
-/// The card of a repository, or of the one that it is a copy of.
+/// Returns the card of a repository or, for a known copy, the card of the original.
 pub(crate) fn card_of(repo: &str) -> Option<&'static Card> {
     let mirrored = || cards().iter().find(|card| card.mirrors.iter().any(|mirror| mirror.eq_ignore_ascii_case(repo)));
     card(repo).or_else(mirrored)

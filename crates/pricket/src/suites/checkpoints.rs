@@ -1,3 +1,5 @@
+//! Training steps of a model: listing, selecting and fetching them.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,21 +17,21 @@ use crate::suites::remote::Tensors;
 use crate::task::Task;
 use crate::{Error, Result};
 
-/// Listings asked for at once.
+/// Number of listings requested at the same time.
 const AT_ONCE: usize = 8;
 
-/// The files of a checkpoint, and whether they are all that it has.
+/// The listed files of a checkpoint, and whether the list is complete.
 pub(crate) struct Files {
     pub(crate) files: Vec<Listed>,
     pub(crate) is_complete: bool,
 }
 
-/// Where the revisions of a model are.
+/// Location of the revisions of a model.
 #[derive(Clone, Debug)]
 pub(crate) enum Home {
-    /// A directory with `revisions/`.
+    /// A directory that contains training steps.
     Local(PathBuf),
-    /// A repository, and the weight file of it that was asked for.
+    /// A repository, and the requested weight file.
     Hub(RepoId, Hub, Option<String>),
 }
 
@@ -44,46 +46,46 @@ pub(crate) enum Home {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Checkpoints {
-    /// The model: a repository or a directory.
+    /// The repository or directory of the model.
     pub model: String,
-    /// Its card, if it has one.
+    /// Model card, if there is one.
     pub card: Option<&'static Card>,
-    /// The steps, ascending: those that are there, and those that should be.
+    /// Training steps, ascending: those that exist, and missing ones that the card lists.
     pub steps: Vec<Checkpoint>,
-    /// What `main` is.
+    /// The revision `main`.
     pub main: Option<Checkpoint>,
     pub(crate) home: Home,
 }
 
-/// A training step.
+/// A checkpoint: one training step of a model, or `main`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Checkpoint {
-    /// Its branch, or its directory below `revisions/`.
+    /// Branch, or name of the directory.
     pub revision: String,
-    /// Its number; `main` has none.
+    /// Training step; `None` for `main`.
     pub step: Option<u64>,
-    /// Tokens that the model had seen, where its card says how many a step has.
+    /// Number of training tokens seen, if the model card gives the tokens per step.
     pub tokens: Option<u64>,
-    /// Its commit, on the Hub.
+    /// Commit on the Hub.
     pub commit: Option<String>,
-    /// Whether it is there.
+    /// Whether the checkpoint exists.
     pub present: bool,
-    /// Bytes of its weights, once asked for: [`Checkpoints::ask_sizes`].
+    /// Size of the weights in bytes, after [`Checkpoints::ask_sizes`].
     pub bytes: Option<u64>,
-    /// What is known of it that is wrong, missing or surprising, with the source.
+    /// Known facts about the checkpoint (wrong, missing or unusual), each with its source.
     pub known: Vec<String>,
-    /// Whether what is known of it is worse than surprising.
+    /// Whether a known fact is worse than unusual.
     pub known_bad: bool,
 }
 
-/// The training steps of `model`: a repository, of which one request tells every branch and its commit, or a directory that
-/// keeps them under `revisions/`.
+/// Lists the training steps of `model`. One request lists all branches of a repository with their commits. A directory
+/// contains training steps in `revisions/`, or as subdirectories whose name ends in a number.
 ///
 /// # Errors
-/// As [`crate::load`] for a repository that is not there.
+/// Returns the errors of [`crate::load`] for a missing repository or path.
 pub fn checkpoints(model: impl Into<Source>) -> Result<Checkpoints> {
-    // A directory needs no Hub, nor an environment that makes sense of one.
+    // A local directory must work even if the environment variables of the Hub are invalid.
     match model.into().locate()? {
         Place::Local(path) => Checkpoints::in_directory(&path),
         Place::Hub(id, file) => Checkpoints::of_repository(&Hub::from_env()?, &id, file, &NoProgress),
@@ -109,10 +111,10 @@ impl Checkpoints {
         })
     }
 
-    /// As [`checkpoints`], of a Hub of your own.
+    /// Lists training steps as [`checkpoints`] does, with repositories from `hub`.
     ///
     /// # Errors
-    /// As [`checkpoints`].
+    /// Returns the errors of [`checkpoints`].
     pub fn on(hub: &Hub, model: impl Into<Source>, progress: &dyn Progress) -> Result<Self> {
         match model.into().locate()? {
             Place::Local(path) => Self::in_directory(&path),
@@ -122,7 +124,7 @@ impl Checkpoints {
 
     fn of_repository(hub: &Hub, id: &ModelId, file: Option<String>, progress: &dyn Progress) -> Result<Self> {
         if id.revision != "main" {
-            return Err(Error::Source(format!("{id} is one revision; its repository {} has training steps", id.repo)));
+            return Err(Error::Source(format!("{id} is a single revision; use {} for its training steps", id.repo)));
         }
         let repo = &id.repo;
         let card = card(repo.as_str());
@@ -130,7 +132,7 @@ impl Checkpoints {
         let number = |name: &str| card.map_or_else(|| step_of(name), |card| card.step_of(name));
         let pattern = card.and_then(|card| card.checkpoints.as_ref());
         let mut steps: BTreeMap<u64, Checkpoint> = BTreeMap::new();
-        // A cache alone cannot say what is missing from the Hub.
+        // Offline, missing steps are not added: the cache does not know which steps exist on the Hub.
         if let Some(pattern) = pattern.filter(|_| !hub.settings().offline) {
             steps.extend(
                 pattern.steps().into_iter().map(|step| (step, Checkpoint::new(pattern.branch(step), None, false))),
@@ -162,18 +164,19 @@ impl Checkpoints {
         })
     }
 
-    /// The chosen steps, ascending, missing ones among them; of a model without steps `main`, unless a step is asked for by its
-    /// number.
+    /// Returns the selected training steps, ascending, including missing ones. For a model without training steps,
+    /// returns `main`, unless `steps` lists numbers.
     ///
     /// # Errors
-    /// [`Error::Source`] or [`Error::Hub`] for a number that is no step of this model, or if nothing is chosen.
+    /// Returns [`Error::Source`] or [`Error::Hub`] if a number is not a training step of this model, or if nothing is
+    /// selected.
     pub fn select(&self, steps: &Steps) -> Result<Vec<&Checkpoint>> {
         if self.steps.is_empty() {
-            // A model without steps is one checkpoint, unless steps are asked for by number.
+            // A model without training steps is a single checkpoint, unless steps are requested by number.
             return match &self.main {
                 Some(main) if steps.expand().is_none() => Ok(vec![main]),
                 _ => Err(Error::Source(format!(
-                    "{} has no training steps; of a directory these are revisions/stepN, or directories with a model in them whose \
+                    "{} has no training steps; expected directories revisions/stepN, or directories with a model whose \
                      name ends in a number, such as checkpoint-500 or global_step500",
                     self.model
                 ))),
@@ -197,29 +200,29 @@ impl Checkpoints {
         source.revision(&checkpoint.revision)
     }
 
-    /// A checkpoint's name in messages and tables.
+    /// Returns the name of a checkpoint in messages and tables.
     pub fn id(&self, checkpoint: &Checkpoint) -> String {
         format!("{}@{}", self.model, checkpoint.revision)
     }
 
     fn missing(&self, checkpoint: &Checkpoint) -> Error {
         let why = checkpoint.known.first().map_or(String::new(), |known| format!(": {known}"));
-        Error::NotFound { path: self.id(checkpoint).into(), what: format!("it is not there{why}") }
+        Error::NotFound { path: self.id(checkpoint).into(), what: format!("the checkpoint does not exist{why}") }
     }
 
-    /// The tensors of a checkpoint, without fetching it: see [`Tensors`].
+    /// Opens the tensors of a checkpoint without fetching it; see [`Tensors`].
     ///
     /// # Errors
-    /// [`Error::NotFound`] if it is not there; what the Hub says.
+    /// Returns [`Error::NotFound`] if the checkpoint does not exist, and [`Error::Hub`] if a request fails.
     pub fn tensors(&self, checkpoint: &Checkpoint) -> Result<Tensors> {
         let listing = self.home.listing(checkpoint, &NoProgress)?.ok_or_else(|| self.missing(checkpoint))?;
         self.home.tensors(checkpoint, &listing.files)
     }
 
-    /// Fetches a checkpoint into the cache, as [`crate::loading::fetch`], at the commit that it was listed with.
+    /// Fetches a checkpoint into the cache, like [`crate::loading::fetch`], at the commit of the listing.
     ///
     /// # Errors
-    /// As [`crate::loading::fetch`]; [`Error::Source`] if it is a directory here.
+    /// Returns the errors of [`crate::loading::fetch`], and [`Error::Source`] if the checkpoint is a local directory.
     pub fn fetch(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Fetched> {
         match (&self.home, &checkpoint.commit) {
             (Home::Hub(repo, hub, file), Some(commit)) => {
@@ -227,11 +230,11 @@ impl Checkpoints {
                 fetch_commit(&id, commit, file.as_deref(), hub, progress)
             }
             (Home::Hub(..), None) => Err(self.missing(checkpoint)),
-            (Home::Local(_), _) => Err(Error::Source(format!("{} is here already", self.id(checkpoint)))),
+            (Home::Local(_), _) => Err(Error::Source(format!("{} is already local", self.id(checkpoint)))),
         }
     }
 
-    /// Bytes that fetching a checkpoint brings into the cache; 0 if that is not known.
+    /// Returns the number of bytes that fetching a checkpoint adds to the cache; 0 if unknown.
     pub(crate) fn bytes_to_fetch(&self, checkpoint: &Checkpoint) -> u64 {
         let (Home::Hub(repo, hub, _), Some(commit)) = (&self.home, &checkpoint.commit) else { return 0 };
         let Ok(Some(listing)) = self.home.listing(checkpoint, &NoProgress) else { return 0 };
@@ -240,15 +243,15 @@ impl Checkpoints {
         missing.map(|file| file.size).sum()
     }
 
-    /// Whether the model is a directory rather than a repository.
+    /// Returns whether the model is a local directory.
     pub fn is_local(&self) -> bool {
         self.home.is_local()
     }
 
-    /// Fills in the sizes of the chosen steps, for which each is asked for its files.
+    /// Fills in [`Checkpoint::bytes`] of the selected steps. Requests the file list of each step.
     ///
     /// # Errors
-    /// As [`Checkpoints::select`]; [`Error::Hub`] if the network fails.
+    /// Returns the errors of [`Checkpoints::select`], and [`Error::Hub`] if a request fails.
     pub fn ask_sizes(&mut self, steps: &Steps, progress: &dyn Progress) -> Result<()> {
         let chosen: Vec<Checkpoint> = self.select(steps)?.into_iter().cloned().collect();
         let listings = self.home.listings(&chosen, progress)?;
@@ -262,7 +265,7 @@ impl Checkpoints {
     }
 }
 
-/// Bytes of the weights that a loader would take.
+/// Returns the size in bytes of the weights that a loader would take.
 fn weight_bytes(listing: &[Listed]) -> Option<u64> {
     let (_, taken) = forms(listing).into_iter().next()?;
     Some(taken.iter().map(|file| file.size).sum())
@@ -274,7 +277,7 @@ impl Checkpoint {
         Self { revision, step, tokens, commit, present, bytes, known: Vec::new(), known_bad: false }
     }
 
-    /// As JSON.
+    /// Returns the checkpoint as JSON.
     pub fn to_json(&self) -> Value {
         json!({
             "revision": self.revision, "step": self.step, "tokens": self.tokens, "commit": self.commit,
@@ -284,7 +287,7 @@ impl Checkpoint {
 }
 
 impl Home {
-    /// The files of a checkpoint; `None` if it is not there.
+    /// Lists the files of a checkpoint; `None` if the checkpoint does not exist.
     pub(crate) fn listing(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Option<Files>> {
         match (self, &checkpoint.commit) {
             (Home::Local(_), _) => {
@@ -304,7 +307,7 @@ impl Home {
         }
     }
 
-    /// Whether this is a cache that may have a part of what there is.
+    /// Returns whether only the cache is available, which may lack revisions and files.
     pub(crate) fn is_partial(&self) -> bool {
         matches!(self, Home::Hub(_, hub, _) if hub.settings().offline)
     }
@@ -313,7 +316,7 @@ impl Home {
         matches!(self, Home::Local(_))
     }
 
-    /// The files of many, several at once.
+    /// Lists the files of several checkpoints, with parallel requests.
     pub(crate) fn listings(
         &self,
         chosen: &[Checkpoint],
@@ -321,7 +324,7 @@ impl Home {
     ) -> Result<Vec<Result<Option<Files>>>> {
         let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let out = Mutex::new(chosen.iter().map(|_| Ok(None)).collect::<Vec<_>>());
-        let task = Task::begin(progress, "asking for the files of each step", chosen.len(), "steps");
+        let task = Task::begin(progress, "listing the files of each step", chosen.len(), "steps");
         std::thread::scope(|scope| {
             for _ in 0..AT_ONCE.min(chosen.len()) {
                 scope.spawn(|| {
@@ -344,7 +347,7 @@ impl Home {
         Ok(out.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes the hash of a file that lies in a directory; those of the Hub are listed with theirs.
+    /// Computes the hash of a local file. Files on the Hub are listed with their hashes.
     pub(crate) fn hash(&self, checkpoint: &Checkpoint, file: &mut Listed) -> Result<()> {
         if let (None, Some(directory)) = (&file.digest, self.directory(checkpoint)) {
             file.digest = Some(Digest::sha256_of(&directory.join(&file.path), &pricket_hub::NoProgress)?);
@@ -352,7 +355,8 @@ impl Home {
         Ok(())
     }
 
-    /// Says so if a file of a directory is a Git LFS pointer or another stand-in for weights that were not downloaded.
+    /// Returns a message if a local file is a Git LFS pointer or another placeholder for weights that were not
+    /// downloaded.
     pub(crate) fn stand_in(&self, checkpoint: &Checkpoint, file: &Listed) -> Option<String> {
         let path = self.directory(checkpoint)?.join(&file.path);
         match pricket_weights::sniff(&path) {
@@ -361,7 +365,7 @@ impl Home {
         }
     }
 
-    /// The tensors of a checkpoint.
+    /// Opens the tensors of a checkpoint.
     pub(crate) fn tensors(&self, checkpoint: &Checkpoint, listing: &[Listed]) -> Result<Tensors> {
         match (self, &checkpoint.commit) {
             (Home::Hub(repo, hub, _), Some(commit)) => {
@@ -372,7 +376,7 @@ impl Home {
         }
     }
 
-    /// The bytes of a small file of a checkpoint, if it has it.
+    /// Reads a small file of a checkpoint, below 1 MiB. `None` if the checkpoint does not have it.
     pub(crate) fn small_file(
         &self,
         checkpoint: &Checkpoint,
@@ -402,7 +406,7 @@ impl Home {
     }
 }
 
-/// The files of a directory.
+/// Lists the files of a directory.
 fn list(directory: &Path) -> Result<Vec<Listed>> {
     let io = |error| Error::Io { path: directory.into(), error };
     let mut out = Vec::new();

@@ -1,25 +1,29 @@
+//! Published scores of models (models/published.tsv).
+
 use std::sync::LazyLock;
 
-/// A figure that others have published.
+/// A published score.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Published {
-    /// The model, as the Hub calls it.
+    /// Name of the model on the Hub.
     pub model: &'static str,
-    /// Its training step; `None` for the final weights of a model without steps.
+    /// Training step; `None` for the final weights of a model without published steps.
     pub step: Option<u64>,
-    /// As a sweep calls it: `TASK/METRIC`, without examples.
+    /// Name of the metric in a sweep: `TASK/METRIC`, without few-shot examples.
     pub metric: &'static str,
-    /// The figure.
+    /// Value of the metric.
     pub value: f64,
-    /// `evals` and `evals-v0` for the files of EleutherAI's pythia repository, `card` for the model's card.
+    /// Source of the score: `evals` and `evals-v0` for files of EleutherAI's pythia repository, `card` for the model
+    /// card.
     pub source: &'static str,
 }
 
-/// What others have published of `model`: zero-shot figures of Pythia over training and of RedPajama-INCITE, in the order of
-/// steps. Nothing for a model that nobody has.
+/// Returns the published zero-shot scores of `model`, by training step. They cover Pythia over training and
+/// RedPajama-INCITE. Empty for other models.
 ///
-/// The harness has changed since: its prompts for these tasks have not, its data in part.
+/// lm-evaluation-harness has changed since these scores were published. The prompts of these tasks are the same; some
+/// of the data differ.
 ///
 /// ```
 /// let figures = pricket::suites::published("EleutherAI/pythia-1b");
@@ -40,9 +44,9 @@ pub fn published(model: &str) -> Vec<Published> {
 fn row(line: &'static str) -> Published {
     let parts: Vec<&str> = line.split('\t').collect();
     let [model, step, metric, value, source] = parts[..] else {
-        panic!("published.tsv: {line:?} has not five columns")
+        panic!("published.tsv: {line:?} does not have five columns")
     };
-    let value = value.parse().unwrap_or_else(|_| panic!("published.tsv: {value:?} is no number"));
+    let value = value.parse().unwrap_or_else(|_| panic!("published.tsv: {value:?} is not a number"));
     Published { model, step: step.parse().ok(), metric, value, source }
 }
 
@@ -63,7 +67,7 @@ mod tests {
             let accuracy = figure.metric.contains("acc");
             assert!(figure.value >= 0.0 && (figure.value <= 1.0) == accuracy, "{figure:?}");
         }
-        // Small models get worse late in training; that is what was published, and no slip.
+        // Small models get worse late in training. The published values show this too.
         let perplexity = |step| published("EleutherAI/pythia-70m").into_iter().find(|f| f.step == step).unwrap().value;
         assert!(perplexity(Some(143_000)) > perplexity(Some(63_000)));
     }

@@ -1,3 +1,5 @@
+//! Tensors of single revisions, read without downloading whole files.
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -16,10 +18,10 @@ use crate::loading::repository::{Chosen, Revision};
 use crate::loading::source::{Place, Source};
 use crate::{Error, Result};
 
-/// The tensors of a revision, each read when it is asked for.
+/// The tensors of a revision. Each tensor is read on request.
 ///
-/// Of a repository on the Hub only headers are fetched, and then the bytes of the tensors asked for: one matrix over 154
-/// steps costs the matrix and some kilobytes 154 times. What is in the cache is read there.
+/// For a repository on the Hub, only the headers and the requested tensors are fetched: one matrix of 154 training
+/// steps costs 154 times the matrix and some kilobytes. Files in the cache are read from there.
 ///
 /// ```
 /// let tensors = pricket::suites::tensors(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny@step64"))?;
@@ -29,24 +31,25 @@ use crate::{Error, Result};
 /// ```
 pub struct Tensors {
     provenance: Provenance,
-    /// File to what opens it.
+    /// Maps the name of a weight file to its location.
     files: BTreeMap<String, File>,
-    /// Tensor to file.
+    /// Maps the name of a tensor to its file.
     map: BTreeMap<String, String>,
     opened: Mutex<BTreeMap<String, Arc<dyn Store>>>,
 }
 
-/// Where the bytes of a weight file are.
+/// Location of a weight file.
 #[derive(Clone)]
 enum File {
     Local(PathBuf),
     Remote(Arc<RemoteFile>),
 }
 
-/// The tensors of `model`, which is named as in [`crate::load`]. Those of a GGUF or GGML file on disk have the names of the Hub.
+/// Opens the tensors of `model`, which is named as in [`crate::load`]. Tensors of a local GGUF or GGML file get the
+/// names of the Hub.
 ///
 /// # Errors
-/// As [`crate::load`] for what can be told without the weights.
+/// Returns the errors of [`crate::load`] that do not depend on the weights.
 pub fn tensors(model: impl Into<Source>) -> Result<Tensors> {
     match model.into().locate()? {
         Place::Local(path) => Tensors::local(&path),
@@ -61,7 +64,7 @@ impl Tensors {
         let folder = weights.parent().unwrap_or(Path::new("")).to_owned();
         let read = |index: &str| read_index(&folder.join(index));
         let provenance = Provenance::of_directory(&folder, std::slice::from_ref(&weights));
-        // A file of a family that pricket does not know keeps its own names.
+        // A file of an unknown family keeps its own names.
         if let Ok(Some(container)) = containers::open(&weights, None) {
             let store = containers::under_hub_names(container.tensors, &container.config)?;
             return Ok(Self {
@@ -74,10 +77,10 @@ impl Tensors {
         Self::new(provenance, &name, read, |file| Ok(File::Local(folder.join(file))))
     }
 
-    /// As [`tensors`], of a Hub of your own.
+    /// Opens tensors as [`tensors`] does, with repositories from `hub`.
     ///
     /// # Errors
-    /// As [`tensors`].
+    /// Returns the errors of [`tensors`].
     pub fn on(hub: &Hub, model: impl Into<Source>) -> Result<Self> {
         match model.into().locate()? {
             Place::Local(path) => Self::local(&path),
@@ -89,12 +92,12 @@ impl Tensors {
         Self::of_revision(hub, id, &Revision::find(id, file, hub, &NoProgress)?)
     }
 
-    /// The tensors of a revision that has been found.
+    /// Opens the tensors of a resolved revision.
     pub(crate) fn of_revision(hub: &Hub, id: &ModelId, found: &Revision) -> Result<Self> {
         Self::of_file(hub, id, &found.commit, &found.listing, found.weights())
     }
 
-    /// The tensors of the weights that a loader takes of these files.
+    /// Opens the tensors of the weight files that a loader would choose from a listing.
     pub(crate) fn of_listing(hub: &Hub, id: &ModelId, commit: &str, listing: &[Listed]) -> Result<Self> {
         Self::of_file(hub, id, commit, listing, &Chosen::among(listing, None, id)?.weights.path)
     }
@@ -103,7 +106,7 @@ impl Tensors {
         let find = |name: &str| {
             let listed = listing.iter().find(|file| file.path == name).cloned().ok_or_else(|| Error::NotFound {
                 path: id.to_string().into(),
-                what: format!("{weights} needs {name}, which the revision does not have"),
+                what: format!("{weights} needs {name}, which is missing in the revision"),
             })?;
             let here = hub.cached(&id.repo, commit, &listed);
             Ok(here.map_or_else(
@@ -116,7 +119,7 @@ impl Tensors {
         };
         let read = |index: &str| match find(index)? {
             File::Local(path) => read_index(&path),
-            // Its size was looked at when it was chosen.
+            // The size was checked when the file was chosen.
             File::Remote(file) => Ok(file.read_at(0..file.size())?),
         };
         let layout = hub.cache().root().join(id.repo.folder()).join("snapshots").join(commit);
@@ -139,7 +142,7 @@ impl Tensors {
                 }
             }
         } else {
-            // Of numbered parts without an index each header says what is in it.
+            // Numbered parts without an index: the header of each part lists its tensors.
             for file in parts_of(weights).unwrap_or_else(|| vec![weights.to_owned()]) {
                 out.files.insert(file.clone(), find(&file)?);
                 let names = out.open(&file)?.names();
@@ -154,7 +157,7 @@ impl Tensors {
         if let Some(store) = lock().get(file) {
             return Ok(Arc::clone(store));
         }
-        // Nobody waits for our requests. At worst a header is read twice.
+        // The lock is not held during requests. At worst, two threads read the same header.
         let store: Arc<dyn Store> = Arc::from(match &self.files[file] {
             File::Local(path) => open_one(path)?,
             File::Remote(remote) => open_remote(Arc::clone(remote) as Arc<dyn ReadAt>)?,
@@ -163,7 +166,7 @@ impl Tensors {
         Ok(store)
     }
 
-    /// The store that holds a tensor.
+    /// Returns the store that contains a tensor.
     pub(crate) fn holder(&self, name: &str) -> Result<Arc<dyn Store>> {
         let missing = || {
             let nearest = self.map.keys().next().map(|name| pricket_weights::clip(name));
@@ -172,37 +175,38 @@ impl Tensors {
         self.open(self.map.get(name).ok_or_else(missing)?)
     }
 
-    /// Where they come from: repository, revision, commit, and the weight files with their hashes as listed.
+    /// Returns the origin: repository, revision, commit, and the weight files with their listed hashes.
     pub fn provenance(&self) -> &Provenance {
         &self.provenance
     }
 
-    /// Every name, sorted. Of shards those that the index names, so no shard is opened.
+    /// Returns all tensor names, sorted. For shards the names come from the index, so no shard is opened.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.map.keys().map(String::as_str)
     }
 
-    /// Shape and type of a tensor.
+    /// Returns shape and type of a tensor.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] if there is no such tensor; what fetching a header says.
+    /// Returns [`Error::Corrupt`] if the tensor does not exist, and other errors if its header cannot be fetched or
+    /// read.
     pub fn entry(&self, name: &str) -> Result<Entry> {
         let store = self.holder(name)?;
         Ok(store.entry(name).ok_or_else(|| store.missing(name))?)
     }
 
-    /// A tensor, as stored.
+    /// Reads a tensor in its stored type.
     ///
     /// # Errors
-    /// As [`Tensors::entry`], and what fetching its bytes says.
+    /// Returns the errors of [`Tensors::entry`], and other errors if its bytes cannot be fetched or read.
     pub fn read(&self, name: &str) -> Result<Tensor> {
         Ok(read_tensor(&*self.holder(name)?, name, &Device::Cpu)?)
     }
 
-    /// All of them as one store; every header is read now, so that nothing can fail when it is asked for.
+    /// Returns all tensors as one store. Reads every header first, so that later requests for entries cannot fail.
     ///
     /// # Errors
-    /// What fetching a header says.
+    /// Returns an error if a header cannot be fetched or read.
     pub(crate) fn into_store(self) -> Result<Arc<dyn Store>> {
         for file in self.files.keys() {
             self.open(file)?;
@@ -210,7 +214,7 @@ impl Tensors {
         Ok(Arc::new(self))
     }
 
-    /// The format of the first file.
+    /// Returns the format of the first file.
     pub(crate) fn format(&self) -> Result<Format> {
         Ok(match self.files.values().next() {
             Some(File::Local(path)) => sniff(path)?,
@@ -219,7 +223,7 @@ impl Tensors {
         })
     }
 
-    /// Whether all of it is on disk, so that reading costs nothing.
+    /// Returns whether all files are on disk, so that reading needs no requests.
     pub fn is_local(&self) -> bool {
         self.files.values().all(|file| matches!(file, File::Local(_)))
     }
@@ -266,7 +270,7 @@ impl std::fmt::Debug for Tensors {
     }
 }
 
-/// An index on disk, which is never large.
+/// Reads an index of shards from disk, up to 6 MiB.
 fn read_index(path: &Path) -> Result<Vec<u8>> {
     let io = |error| Error::Io { path: path.into(), error };
     let meta = std::fs::metadata(path).map_err(io)?;
@@ -277,7 +281,7 @@ fn read_index(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(io)
 }
 
-/// A file of a commit, read in ranges.
+/// A file of a commit on the Hub, read in ranges.
 struct RemoteFile {
     hub: Hub,
     id: ModelId,

@@ -1,21 +1,21 @@
-//! The shapes of published checkpoints: models/shapes.toml.
+//! Configurations of published model sizes (models/shapes.toml).
 
 use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
 
-/// Names and configurations, in the order of the file.
+/// Returns all names and configurations, in the order of the file.
 fn shapes() -> &'static [(String, Value)] {
     static SHAPES: OnceLock<Vec<(String, Value)>> = OnceLock::new();
     SHAPES.get_or_init(|| {
-        // The file is compiled in, and a test reads it.
+        // The file is compiled in, and a test checks it.
         let text = include_str!("../../../../models/shapes.toml");
         let file: Value = toml::from_str(text).unwrap_or_else(|e| panic!("models/shapes.toml: {e}"));
         file["suite"].as_array().into_iter().flatten().flat_map(suite).collect()
     })
 }
 
-/// The shapes of a suite: its own keys, then theirs.
+/// Returns the configurations of a suite: its common keys, overridden by the keys of each shape.
 fn suite(suite: &Value) -> Vec<(String, Value)> {
     let mut common: Map<String, Value> = suite.as_object().cloned().unwrap_or_default();
     let shapes = common.remove("shapes");
@@ -30,13 +30,13 @@ fn suite(suite: &Value) -> Vec<(String, Value)> {
     shapes.filter_map(shape).collect()
 }
 
-/// The names that [`published_config`] knows.
+/// Returns the names that [`published_config`] knows.
 pub fn published_shapes() -> impl Iterator<Item = &'static str> {
     shapes().iter().map(|(name, _)| name.as_str())
 }
 
-/// The config.json of a published shape, such as `1.4b` (Pythia), `neox-20b`, `incite-3b` or `mpt-7b`, for estimates and
-/// for measuring with random weights.
+/// Returns the config.json of a published model size, such as `1.4b` (Pythia), `neox-20b`, `incite-3b` or `mpt-7b`. Use
+/// it for memory estimates and for benchmarks with random weights.
 ///
 /// ```
 /// let config = pricket::suites::published_config("12b").unwrap();

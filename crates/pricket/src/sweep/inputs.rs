@@ -1,4 +1,4 @@
-//! What a sweep's figures were computed from, by hashes: a row is taken for another's only where these agree.
+//! Hashes of the inputs of a sweep: tasks, documents and weights. A row is kept only if its hashes match.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::Result;
 use crate::loading::provenance::Provenance;
 use crate::sweep::measure::Measure;
 
-/// Hashes of the files of documents, each computed once.
+/// Hashes of document files. Each is computed once.
 #[derive(Default)]
 pub(crate) struct Hashes(BTreeMap<PathBuf, Value>);
 
@@ -19,7 +19,7 @@ impl Hashes {
         if let Some(known) = self.0.get(path) {
             return Ok(known.clone());
         }
-        // A pipe can be read once: it has no hash, and is never the same as before.
+        // A pipe can be read only once, so it has no hash and never matches an earlier row.
         let hash = if path.is_file() { json!(Digest::sha256_of(path, &NoProgress)?.hex()) } else { Value::Null };
         self.0.insert(path.to_owned(), hash.clone());
         Ok(hash)
@@ -29,7 +29,7 @@ impl Hashes {
         paths.iter().map(|path| self.of(path)).collect()
     }
 
-    /// What a measure is computed from besides the model: hashes of its definition and of its documents.
+    /// Returns the hashes of a measure's definition, documents and examples as JSON.
     pub(crate) fn measure(&mut self, measure: &Measure, shots: Option<usize>) -> Result<Value> {
         let hash = |text: &str| Digest::Sha256(String::new()).of(text.as_bytes()).hex().to_owned();
         Ok(match measure {
@@ -43,7 +43,7 @@ impl Hashes {
     }
 }
 
-/// Identity of a checkpoint: the commit of a repository, or one hash over all files that are read from a directory.
+/// Returns the identity of a checkpoint: the commit in a repository, or one hash over all files of a local model.
 pub(crate) fn identity(provenance: &Provenance) -> Value {
     if let Some(commit) = &provenance.commit {
         return json!({ "commit": commit });
@@ -57,7 +57,8 @@ pub(crate) fn identity(provenance: &Provenance) -> Value {
     json!({"files": Digest::Sha256(String::new()).of(files.concat().as_bytes()).hex()})
 }
 
-/// When each file of a directory was written last. A file whose size and stamp are those of a row has that row's hash.
+/// Returns a stamp of the last change of each local file. If size and stamp of a file equal those in a row, the hash in
+/// the row is still valid.
 pub(crate) fn stamps(provenance: &Provenance) -> Value {
     let directory = provenance.directory.clone().unwrap_or_default();
     let stamp = |path: &str| Some((path.to_owned(), json!(stamp(&directory.join(path))?)));
@@ -72,7 +73,7 @@ fn stamp(path: &Path) -> Option<String> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        // The time of change cannot be set back, unlike that of modification.
+        // Uses the change time, which programs cannot set, instead of the modification time.
         Some(format!("{}.{:09} {}", meta.ctime(), meta.ctime_nsec(), meta.ino()))
     }
     #[cfg(not(unix))]
@@ -82,8 +83,8 @@ fn stamp(path: &Path) -> Option<String> {
     }
 }
 
-/// The identity that a checkpoint of a directory has now, whose files are those of `provenance`; of files that have not been
-/// written since `row` its hashes are taken.
+/// Returns the current identity of a local checkpoint with the files of `provenance`. For files unchanged since `row`,
+/// uses the hashes of `row`.
 pub(crate) fn current(mut provenance: Provenance, row: &Value) -> Option<Value> {
     let known = row["provenance"]["files"].as_array()?;
     let directory = provenance.directory.clone()?;

@@ -1,4 +1,4 @@
-//! What is measured of each checkpoint.
+//! Measures: the quantities that a sweep computes for each checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,40 +7,41 @@ use pricket_hub::Digest;
 use pricket_lm::{EvalOptions, Task, TaskKind};
 use serde_json::{Value, json};
 
-/// What is measured of each checkpoint.
+/// A measure that a sweep computes for each checkpoint.
 #[derive(Clone, Debug)]
 #[allow(clippy::large_enum_variant, reason = "a sweep has a few")]
 pub enum Measure {
-    /// A task over local documents; its metrics are called `TASK/METRIC`.
+    /// A task over local documents. Its metrics are named `TASK/METRIC`.
     Task {
         /// The task.
         task: Task,
         /// Files of its documents, JSON lines or parquet.
         documents: Vec<PathBuf>,
-        /// Those that examples are drawn from, where there are to be any.
+        /// Files from which few-shot examples are drawn, if any.
         examples: Vec<PathBuf>,
     },
-    /// The loss of every slice of a file of JSON lines: `SLICE/loss` in nats a token and `SLICE/bits_per_byte`.
+    /// The loss of every slice of a JSON lines file: `SLICE/loss` in nats per token, and `SLICE/bits_per_byte`.
     Slices(PathBuf),
-    /// The loss of a file of plain text: `NAME/loss` in nats a token, `NAME/perplexity`, its `exp`, and `NAME/bits_per_byte`, where NAME
-    /// is the file's without its extension. Every token is scored, the first after `<|endoftext|>`, in windows.
+    /// The loss of a plain text file: `NAME/loss` in nats per token, `NAME/perplexity` (`exp` of the loss), and
+    /// `NAME/bits_per_byte`. NAME is the file name without its extension. Every token is scored, in windows, and the
+    /// first one after `<|endoftext|>`.
     TextFile(PathBuf),
-    /// The loss of a text: `NAME/loss` and `NAME/bits_per_byte`.
+    /// The loss of a text: `NAME/loss` in nats per token, and `NAME/bits_per_byte`.
     Text {
-        /// What it is called.
+        /// Name of the text.
         name: String,
         /// The text.
         text: String,
     },
 }
 
-/// The metrics of a slice.
+/// Metrics of a slice.
 pub(crate) const SLICE_METRICS: [&str; 2] = ["loss", "bits_per_byte"];
 
-/// Those of a file of plain text.
+/// Metrics of a plain text file.
 pub(crate) const TEXT_METRICS: [&str; 3] = ["loss", "perplexity", "bits_per_byte"];
 
-/// The name of a file without its extension, nor that of its compression.
+/// Returns the name of a file without its extension and the extension of its compression.
 pub(crate) fn stem(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
@@ -48,7 +49,7 @@ pub(crate) fn stem(path: &Path) -> String {
 }
 
 impl Measure {
-    /// The metrics that it gives, where that is known before.
+    /// Returns the names of the metrics; `None` if they depend on the documents.
     pub(crate) fn metrics(&self) -> Option<Vec<String>> {
         match self {
             Measure::Task { task, .. } => {
@@ -62,7 +63,7 @@ impl Measure {
         }
     }
 
-    /// Whether it scores whole texts, in windows.
+    /// Returns whether the measure scores whole texts in windows.
     pub(crate) fn has_windows(&self) -> bool {
         match self {
             Measure::Task { task, .. } => task.kind() == TaskKind::Perplexity,
@@ -70,7 +71,7 @@ impl Measure {
         }
     }
 
-    /// What it is called in the rows that belong to it.
+    /// Returns the name of the measure in its rows.
     pub(crate) fn name(&self) -> String {
         match self {
             Measure::Task { task, .. } => format!("task {}", task.name()),
@@ -80,7 +81,7 @@ impl Measure {
         }
     }
 
-    /// The settings of its rows: with other settings a checkpoint is measured again.
+    /// Returns the settings key of its rows. If it changes, the checkpoint is measured again.
     pub(crate) fn settings(&self, options: &EvalOptions, setup: &BTreeMap<String, String>) -> Value {
         let bytes = |path: &Path| std::fs::metadata(path).map(|meta| meta.len()).ok();
         let mut settings = match self {

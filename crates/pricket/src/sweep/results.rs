@@ -1,4 +1,4 @@
-//! Files of a sweep's results: lines of JSON, of which those of a measure belong together.
+//! Result files of sweeps: JSON lines. The rows of a measure are written and read as a unit.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -11,19 +11,19 @@ use crate::loading::forms::is_weight_file;
 use crate::suites::checkpoints::{Checkpoint, Checkpoints};
 use crate::{Error, Result};
 
-/// What a file holds.
+/// Contents of a result file.
 #[derive(Default)]
 pub(crate) struct Results {
-    /// Rows of measures that were written to their end.
+    /// Rows of complete measures.
     pub(crate) rows: Vec<Value>,
-    /// Bytes up to the end of the last of them.
+    /// Number of bytes up to the end of the last complete measure.
     pub(crate) whole: usize,
-    /// Rows of a measure that was broken off.
+    /// Number of rows of an incomplete measure.
     pub(crate) torn: usize,
 }
 
-/// The rows of a file whose bytes are `text`. A run that was killed while it wrote leaves a line without an end, or a measure without
-/// its last row.
+/// Parses the bytes of a result file. If a run was killed while writing, the last line may be incomplete, or the last
+/// measure may lack rows.
 pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Results> {
     let (mut results, mut at, mut pending) = (Results::default(), 0, Vec::new());
     for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
@@ -55,36 +55,36 @@ pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Results> {
     Ok(results)
 }
 
-/// Rows of a measure that are there.
+/// Number of existing rows of a measure.
 pub(crate) struct There {
     pub(crate) rows: usize,
-    /// Those of them that have no hashes.
+    /// Number of rows without hashes of their inputs.
     pub(crate) unproven: usize,
 }
 
-/// What the rows of a measure have to be to be kept.
+/// Conditions under which existing rows of a measure are kept.
 pub(crate) struct Wanted {
-    /// Its metrics; none where documents name them.
+    /// Metrics; `None` if they depend on the documents.
     pub(crate) metrics: Option<Vec<String>>,
     pub(crate) settings: Value,
-    /// Whether they need hashes of their inputs.
+    /// Whether the rows must have hashes of their inputs.
     pub(crate) needs_hashes: bool,
 }
 
-/// A file of results.
+/// An open result file.
 pub(crate) struct Rows {
     path: PathBuf,
     file: File,
-    /// Of each model and revision, the newest row of each metric and settings.
+    /// Maps model and revision to the newest row of each pair of metric and settings.
     found: BTreeMap<(String, String), BTreeMap<(String, String), Value>>,
-    /// Rows of a measure that was broken off.
+    /// Number of rows of an incomplete measure, which were removed.
     pub(crate) torn: usize,
 }
 
 impl Rows {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let io = |error: std::io::Error| Error::Io { path: path.into(), error };
-        // A device or a pipe has no end to read to.
+        // A device or a pipe cannot be read to its end.
         if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
             return Err(Error::Output { path: path.into(), what: ": not a regular file, so it cannot hold results" });
         }
@@ -119,7 +119,7 @@ impl Rows {
         self.found.get(&(model.model.clone(), at.revision.clone()))
     }
 
-    /// The rows of a measure, if all are there and were computed from the same.
+    /// Counts the rows of a measure, if all exist and were computed from the same inputs.
     pub(crate) fn there(
         &self,
         model: &Checkpoints,
@@ -150,7 +150,7 @@ impl Rows {
         (!rows.is_empty()).then_some(There { rows: rows.len(), unproven })
     }
 
-    /// All rows of a measure in one write, on the disk before the next begins.
+    /// Appends all rows of a measure in one write, and syncs the file.
     pub(crate) fn append(&mut self, mut rows: Vec<Value>, tell: &mut impl FnMut(&Value)) -> Result<()> {
         let count = rows.len();
         rows.iter_mut().enumerate().for_each(|(i, row)| row["part"] = json!([i + 1, count]));
@@ -164,12 +164,13 @@ impl Rows {
         Ok(())
     }
 
-    /// Revisions of a model whose files of weights are the same. Of the first two steps that is so in every published suite.
+    /// Returns warnings about revisions of a model with identical weight files. step0 and step1 are exempt, because
+    /// they are equal in every published suite.
     pub(crate) fn twins(&self) -> Vec<String> {
         let usual = |revisions: &BTreeSet<String>| revisions.iter().all(|r| r == "step0" || r == "step1");
         let mut by_weights: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
         for ((model, revision), rows) in &self.found {
-            // Rows of one revision may be of several ages.
+            // Rows of one revision may come from several runs.
             for weights in rows.values().filter_map(weights_of) {
                 by_weights.entry((model.clone(), weights)).or_default().insert(revision.clone());
             }
@@ -177,13 +178,13 @@ impl Rows {
         let twins = by_weights.iter().filter(|(_, revisions)| revisions.len() > 1 && !usual(revisions));
         let told = |((model, _), revisions): (&(String, String), &BTreeSet<String>)| {
             let names: Vec<&str> = revisions.iter().map(String::as_str).collect();
-            format!("{model}: {} hold the same weights: not all of them are what their names say", names.join(" and "))
+            format!("{model}: {} hold the same weights, so not all of the names are correct", names.join(" and "))
         };
         twins.map(told).collect()
     }
 }
 
-/// Settings as a key: the same whatever the order in which a file has them.
+/// Formats settings as a key that does not depend on their order.
 fn key(settings: &Value) -> String {
     let Some(entries) = settings.as_object() else { return settings.to_string() };
     let mut entries: Vec<String> = entries.iter().map(|(name, value)| format!("{name:?}: {}", key(value))).collect();
@@ -191,7 +192,7 @@ fn key(settings: &Value) -> String {
     entries.join(", ")
 }
 
-/// The hashes of a row's files of weights.
+/// Returns the hashes of the weight files in a row.
 fn weights_of(row: &Value) -> Option<String> {
     let files = row["provenance"]["files"].as_array()?;
     let is_weights = |file: &&Value| file["path"].as_str().is_some_and(is_weight_file);

@@ -1,4 +1,4 @@
-//! From a sweep's file to pictures.
+//! Rows of result files, and the tables and curves drawn from them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -11,36 +11,36 @@ use crate::sweep::results;
 use crate::{Error, Result};
 use pricket_plots::{Curve, Curves, Layout, Picture, Point, Table};
 
-/// A figure of a checkpoint, as [`crate::Sweep`] writes it.
+/// A value of a checkpoint, as written by [`crate::Sweep`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
-    /// The model.
+    /// Repository or directory of the model.
     pub model: String,
-    /// Its revision.
+    /// Revision of the checkpoint.
     pub revision: String,
-    /// Its training step.
+    /// Training step.
     pub step: Option<u64>,
-    /// What was measured, `TASK/METRIC`.
+    /// Name of the metric, `TASK/METRIC`.
     pub metric: String,
-    /// The figure; `NaN` for one that is no number.
+    /// Value of the metric; `NaN` if it is not a finite number.
     pub value: f64,
-    /// Its standard error.
+    /// Standard error of the value.
     pub stderr: Option<f64>,
-    /// How it was measured.
+    /// Settings of the measurement.
     pub settings: Value,
-    /// Hashes of what it was computed from; `null` in rows of earlier versions.
+    /// Hashes of the inputs; `null` in rows of earlier versions.
     pub inputs: Value,
 }
 
-/// Reads files of results, compressed or not, put together. Of a checkpoint and metric that was measured twice the last row counts; rows of
-/// checkpoints that failed, and a measure that was broken off, are passed over.
+/// Reads and combines result files, which may be compressed. If a metric of a checkpoint was measured several times,
+/// the last row counts. Rows of failed checkpoints and of incomplete measures are skipped.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Malformed`] for what is no row of a sweep.
+/// Returns [`Error::Io`] if a file cannot be read, and [`Error::Malformed`] if a line is not a row of a sweep.
 pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
     let mut rows: Vec<Row> = Vec::new();
     let mut places: BTreeMap<(String, String, String), usize> = BTreeMap::new();
-    // Of each measure of a checkpoint the last time that it was measured: a slice that has gone since is not in it.
+    // The last batch of rows of each measure of a checkpoint. Slices that only an earlier batch has are dropped.
     let (mut batch, mut batches) = (0, BTreeMap::new());
     let mut from = Vec::new();
     for path in paths {
@@ -61,7 +61,7 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
             let text = |key: &str| {
                 let missing = || Error::Malformed {
                     origin: path.display().to_string(),
-                    what: format!("a row without {key:?}: not of a sweep"),
+                    what: format!("not a row of a sweep: {key:?} is missing"),
                 };
                 row[key].as_str().map(str::to_owned).ok_or_else(missing)
             };
@@ -70,7 +70,7 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
                 revision: text("revision")?,
                 step: row["step"].as_u64(),
                 metric: text("metric")?,
-                // JSON has no NaN: what is no number is null.
+                // JSON has no NaN; such values are written as null.
                 value: row["value"].as_f64().unwrap_or(f64::NAN),
                 stderr: row["stderr"].as_f64(),
                 settings: row["settings"].clone(),
@@ -94,8 +94,8 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// `rows` as a table for other programs: a line for each figure, under `model,revision,step,metric,value,stderr`. What is not known, or no
-/// number, is empty. `wanted` names the metrics; all of them if it names none.
+/// Returns `rows` as CSV with the columns `model,revision,step,metric,value,stderr`. Unknown and non-finite values are
+/// empty. `wanted` names the metrics to include; if it is empty, all are included.
 ///
 /// ```
 /// use pricket::sweep::{csv, read_rows};
@@ -108,10 +108,10 @@ pub fn read_rows(paths: &[impl AsRef<Path>]) -> Result<Vec<Row>> {
 /// ```
 ///
 /// # Errors
-/// [`Error::Results`] if there is no row, or none of a metric of `wanted`.
+/// Returns [`Error::Results`] if there are no rows, or none with a metric in `wanted`.
 pub fn csv(rows: &[Row], wanted: &[String]) -> Result<String> {
     let metrics = metrics(rows, wanted)?;
-    // RFC 4180.
+    // Quoting according to RFC 4180.
     let field = |text: &str| {
         if text.contains([',', '"', '\n', '\r']) {
             format!("\"{}\"", text.replace('"', "\"\""))
@@ -129,7 +129,7 @@ pub fn csv(rows: &[Row], wanted: &[String]) -> Result<String> {
     Ok(out)
 }
 
-/// The metrics of `rows` that `wanted` names, in its order; all of them if it names none.
+/// Returns the metrics in `wanted`, in its order; if it is empty, all metrics of `rows`.
 fn metrics(rows: &[Row], wanted: &[String]) -> Result<Vec<String>> {
     let mut there: Vec<String> = Vec::new();
     for row in rows {
@@ -138,15 +138,16 @@ fn metrics(rows: &[Row], wanted: &[String]) -> Result<Vec<String>> {
         }
     }
     if there.is_empty() {
-        return Err(Error::Results("there are no figures to draw".into()));
+        return Err(Error::Results("the results contain no values".into()));
     }
     if let Some(missing) = wanted.iter().find(|wanted| !there.contains(wanted)) {
-        return Err(Error::Results(format!("no row has the metric {missing:?}; there are {}", there.join(", "))));
+        return Err(Error::Results(format!("no row has the metric {missing:?}; the metrics are {}", there.join(", "))));
     }
     Ok(if wanted.is_empty() { there } else { wanted.to_vec() })
 }
 
-/// The models of `rows` in the order in which they come, with the names that tell them apart.
+/// Returns pairs of label and model, in order of appearance. Labels are the shortest distinct names: the last path
+/// component if it is unique.
 fn models(rows: &[Row]) -> Vec<(String, String)> {
     let mut models: Vec<String> = Vec::new();
     for row in rows {
@@ -159,21 +160,22 @@ fn models(rows: &[Row]) -> Vec<(String, String)> {
     models.into_iter().map(|model| (if alone { last(&model) } else { model.clone() }, model)).collect()
 }
 
-/// The name of a run without its seed: `pythia-160m` of `pythia-160m-seed3`.
+/// Removes the seed from the name of a run: `pythia-160m-seed3` becomes `pythia-160m`.
 fn without_seed(label: &str) -> &str {
     label.rsplit_once("-seed").filter(|(_, seed)| seed.parse::<u64>().is_ok()).map_or(label, |(suite, _)| suite)
 }
 
-/// What [`curves`] draws.
+/// Options of [`curves`].
 #[derive(Clone, Debug)]
 pub struct CurveOptions {
-    /// Whether runs that differ in their seed are one curve: their mean, in a band of their standard deviation. False by default.
+    /// Whether runs that differ only in their seed are drawn as one curve: their mean, with a band of one standard
+    /// deviation. False by default.
     pub mean_of_seeds: bool,
-    /// Whether what others have published of these models is drawn beside; true by default.
+    /// Whether published scores of the models are drawn too; true by default.
     pub published: bool,
-    /// Whether the slices or tasks that have one metric are curves of one panel, rather than a panel each. False by default.
+    /// Whether slices or tasks with the same metric share a panel. False by default: one panel each.
     pub together: bool,
-    /// How the panels are laid out.
+    /// Layout of the panels.
     pub layout: Layout,
 }
 
@@ -183,7 +185,7 @@ impl Default for CurveOptions {
     }
 }
 
-/// The name of a metric with its unit.
+/// Returns the name of a metric with its unit.
 fn with_unit(metric: &str) -> String {
     match metric {
         "loss" => "loss (nats per token)".into(),
@@ -192,23 +194,22 @@ fn with_unit(metric: &str) -> String {
     }
 }
 
-/// Curves over training, a panel for each of `metrics` (all of them if there are none). Bands are a standard error up and down.
+/// Draws curves over training, with one panel for each metric in `wanted` (all metrics if it is empty). Bands show one
+/// standard error in each direction.
 ///
-/// Metrics without a finite value at any step are left out, unless they are named. Models without training steps have no curve: see
+/// If `wanted` is empty, metrics without a finite value are left out. Models without training steps have no curve; see
 /// [`table`].
 ///
 /// # Errors
-/// [`Error::Results`] if a metric that is named is not there, if nothing has a finite value, and if rows of a curve were measured in different
-/// ways; [`Error::Picture`] if a metric that is named has nothing to draw.
+/// Returns [`Error::Results`] if a metric in `wanted` does not occur, if no value is finite, or if rows of one curve
+/// were measured with different settings. Returns [`Error::Picture`] if a metric in `wanted` has nothing to draw.
 pub fn curves(rows: &[Row], wanted: &[String], options: &CurveOptions) -> Result<Picture> {
     let metrics = metrics(rows, wanted)?;
     metrics.iter().try_for_each(|metric| same_settings(rows, metric))?;
     if rows.iter().all(|row| row.step.is_none()) {
-        return Err(Error::Results(
-            "no row has a training step, and curves are drawn over steps; a table needs none".into(),
-        ));
+        return Err(Error::Results("no row has a training step, which curves require; draw a table instead".into()));
     }
-    // Title of a panel, name of its metric, and the metrics in full.
+    // Title of a panel, short name of its metric, and full names of its metrics.
     let mut panels: Vec<(String, String, Vec<String>)> = Vec::new();
     for metric in metrics {
         let (title, name) = metric.rsplit_once('/').unwrap_or(("", &metric));
@@ -233,7 +234,7 @@ fn panel_of(rows: &[Row], (title, name, metrics): (String, String, Vec<String>),
     let mut curves: Vec<Curve> = Vec::new();
     for metric in &metrics {
         let slice = metric.rsplit_once('/').map_or("", |(slice, _)| slice);
-        // A curve is named after what tells it apart from the others of its panel.
+        // The label contains only what distinguishes the curve from others of its panel.
         let named = |label: String| match (metrics.len() > 1, models.len() > 1) {
             (false, _) => label,
             (true, false) => slice.to_owned(),
@@ -261,12 +262,13 @@ fn panel_of(rows: &[Row], (title, name, metrics): (String, String, Vec<String>),
     }
     let values = curves.iter().flat_map(|curve| &curve.points).map(|point| point.value);
     let (low, high) = values.fold((f64::INFINITY, 0f64), |(low, high), v| (low.min(v), high.max(v)));
-    // A perplexity falls from millions to a few.
+    // Perplexity falls from millions to a few, so its axis is logarithmic.
     let log = name.ends_with("perplexity") && low > 0.0 && high > 10.0 * low;
     Curves { title, y: with_unit(&name), log, curves, ..Curves::default() }
 }
 
-/// Figures over fewer documents, with more examples or of another type of weights are not points of one curve.
+/// Returns an error if the values of a curve have different settings, such as the number of documents, the number of
+/// examples or the type of the weights.
 fn same_settings(rows: &[Row], metric: &str) -> Result<()> {
     let mut of_model: BTreeMap<&str, &Row> = BTreeMap::new();
     for row in rows.iter().filter(|row| row.metric == metric) {
@@ -276,13 +278,13 @@ fn same_settings(rows: &[Row], metric: &str) -> Result<()> {
             both && ["definition", "documents", "examples"].iter().any(|key| first.inputs[key] != row.inputs[key]);
         if others && first.settings == row.settings {
             return Err(Error::Results(format!(
-                "{metric} of {} was measured on other documents at {} than at {}; measure again, or draw from a file for each",
+                "{metric} of {} was measured on different documents at {} and {}; measure again, or draw each from its own file",
                 row.model, first.revision, row.revision
             )));
         }
         if first.settings != row.settings {
             return Err(Error::Results(format!(
-                "{metric} of {} was measured in different ways: {} at {}, {} at {}; draw from a file for each",
+                "{metric} of {} was measured with different settings: {} at {}, {} at {}; draw each from its own file",
                 row.model, first.settings, first.revision, row.settings, row.revision
             )));
         }
@@ -290,7 +292,7 @@ fn same_settings(rows: &[Row], metric: &str) -> Result<()> {
     Ok(())
 }
 
-/// A value for each step: the one there is, or the mean of several.
+/// Returns one point per training step: the value, or the mean of several values.
 fn points(rows: &[&Row]) -> Vec<Point> {
     let mut steps: BTreeMap<u64, Vec<&Row>> = BTreeMap::new();
     for row in rows {
@@ -308,16 +310,18 @@ fn points(rows: &[&Row]) -> Vec<Point> {
     steps.into_iter().map(point).collect()
 }
 
-/// A table of the last step of each model: a row for each, a column for each of `metrics` (all of them if there are none).
+/// Draws a table of the last training step of each model: one row per model, one column per metric in `wanted` (all
+/// metrics if it is empty).
 ///
 /// # Errors
-/// As [`curves`].
+/// Returns [`Error::Results`] if a metric in `wanted` does not occur, and [`Error::Picture`] if the table cannot be
+/// drawn.
 pub fn table(rows: &[Row], wanted: &[String]) -> Result<Picture> {
     let metrics = metrics(rows, wanted)?;
     let mut lines = Vec::new();
     for (label, model) in models(rows) {
         let of_model = || rows.iter().filter(|row| row.model == model);
-        // A final revision without a number comes after all that have one.
+        // A revision without a number, such as main, sorts last.
         let order = |row: &&Row| row.step.unwrap_or(u64::MAX);
         let Some(last) = of_model().max_by_key(order) else { continue };
         let figure = |metric: &String| {
@@ -333,7 +337,7 @@ pub fn table(rows: &[Row], wanted: &[String]) -> Result<Picture> {
     Ok(Picture::of_table(Table { title: String::new(), columns, rows: lines })?)
 }
 
-/// Four digits, and the standard error where there is one.
+/// Formats a value with 2 or 4 decimals, and its standard error if known.
 fn figure(value: f64, stderr: Option<f64>) -> String {
     let decimals = if value.abs() < 10.0 { 4 } else { 2 };
     match stderr {

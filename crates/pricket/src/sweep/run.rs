@@ -1,4 +1,4 @@
-//! Figures over checkpoints: one after the other, resumably, in shares that add up.
+//! Runs sweeps: measures checkpoints one by one and appends rows to a result file. Sweeps can be resumed and sharded.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -21,40 +21,41 @@ use crate::{Error, Result};
 
 type Configure = Arc<dyn Fn(Loader) -> Result<Loader> + Send + Sync>;
 
-/// Measures checkpoints and writes a line for each figure.
+/// A sweep: measures checkpoints and writes one JSON line per value.
 ///
-/// A file of results is only ever appended to, a measure of a checkpoint at a time: a sweep that was killed goes on where
-/// it was, and files of shares are put together by `cat`. While a checkpoint is measured, the next is fetched and loaded.
+/// Rows are appended to the result file, one measure of one checkpoint at a time. An interrupted sweep resumes where it
+/// stopped, and the files of shards can be concatenated. While a checkpoint is measured, the next one is fetched and
+/// loaded.
 ///
-/// A row that is there is kept only if it was computed from the same: hashes of the task's definition, of documents and examples,
-/// and of the weights (or the commit) are in it. Otherwise the checkpoint is measured again, and the new row supersedes the old
-/// one, which stays in the file: readers take the newest.
+/// A row contains hashes of its inputs: the task's definition, documents, examples, and the weights (or the commit). An
+/// existing row is kept only if the hashes match. Otherwise the checkpoint is measured again. The old row stays in the
+/// file; readers use the newest row.
 #[derive(Clone)]
 pub struct Sweep {
-    /// The models and their steps.
+    /// Models with their training steps.
     pub models: Vec<Checkpoints>,
-    /// The steps of each model.
+    /// Training steps to measure of each model.
     pub steps: Steps,
-    /// What is measured.
+    /// Measures to compute.
     pub measures: Vec<Measure>,
-    /// How tasks are put, and how continuations are scored; [`EvalOptions::default`] by default.
+    /// Options for tasks and scoring; [`EvalOptions::default`] by default.
     pub options: EvalOptions,
-    /// The share of the checkpoints that is measured; all by default.
+    /// Shard of the checkpoints to measure; all checkpoints by default.
     pub shard: Shard,
-    /// The file of results.
+    /// Path of the result file.
     pub out: PathBuf,
-    /// Whether checkpoints are measured again whose rows have no hashes of what they were computed from, as rows of earlier
-    /// versions have none. By default they are kept, with a warning.
+    /// Whether to measure again if existing rows have no hashes of their inputs (rows of earlier versions). By default
+    /// such rows are kept, with a warning.
     pub remeasure: bool,
     /// Whether the next checkpoint is loaded while one is measured; true by default.
     pub prefetch: bool,
-    /// The Hub, and the bytes that the models pricket fetched may take in its cache; those used longest ago are deleted. Datasets
-    /// stay. None by default.
+    /// Disk budget: the Hub, and the maximum size in bytes of the models that pricket fetched into its cache. The least
+    /// recently used models are deleted; datasets are not. No limit by default.
     pub budget: Option<(Hub, u64)>,
-    /// Changes how checkpoints are loaded; by default as [`crate::load`] loads them.
+    /// Function that changes the loader of each checkpoint; by default checkpoints are loaded as by [`crate::load`].
     pub configure: Configure,
-    /// What `configure` says that changes figures, such as the type of the weights: part of every row, so that a sweep that
-    /// goes on in another way measures anew.
+    /// Description of the changes in `configure` that affect results, such as the type of the weights. It is part of
+    /// every row; if it changes, checkpoints are measured again.
     pub setup: BTreeMap<String, String>,
 }
 
@@ -64,33 +65,34 @@ impl std::fmt::Debug for Sweep {
     }
 }
 
-/// What a sweep did.
+/// Summary of a sweep.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Swept {
-    /// Checkpoints that were measured.
+    /// Number of measured checkpoints.
     pub checkpoints: usize,
-    /// Rows that were written.
+    /// Number of rows written.
     pub rows: usize,
-    /// Rows that were there.
+    /// Number of existing rows kept.
     pub kept: usize,
-    /// Rows that were measured again, because an earlier run was broken off while it wrote them.
+    /// Number of rows measured again because an earlier run was interrupted while writing them.
     pub recomputed: usize,
-    /// Checkpoints that could not be measured, and why. They are in the file, and are tried again by the next run.
+    /// Checkpoints that could not be measured, with the error messages. The result file records them, and the next run
+    /// tries them again.
     pub failed: Vec<(String, String)>,
-    /// What is odd about the checkpoints: those with the same weights, and those that are known to be wrong.
+    /// Warnings about checkpoints: identical weights, and known problems.
     pub warnings: Vec<String>,
 }
 
 struct Job<'a> {
     model: &'a Checkpoints,
     checkpoint: &'a Checkpoint,
-    /// Measures, and hashes of what they are computed from.
+    /// Measures with the hashes of their inputs.
     measures: Vec<(&'a Measure, Value)>,
 }
 
 impl Sweep {
-    /// A sweep of `models` at `steps` into the file `out`.
+    /// Creates a sweep of `models` at `steps` that writes to the file `out`.
     pub fn new(models: Vec<Checkpoints>, steps: Steps, measures: Vec<Measure>, out: impl Into<PathBuf>) -> Self {
         Self {
             models,
@@ -107,19 +109,22 @@ impl Sweep {
         }
     }
 
-    /// Runs it. `tell` is given every row that is written.
+    /// Runs the sweep. `tell` is called with every row that is written.
     ///
     /// # Errors
-    /// [`Error::Cancelled`]; [`Error::Io`], [`Error::Malformed`] and [`Error::Output`] for the file of results, which another sweep may be writing; for
-    /// steps that a model does not have. A checkpoint that fails, or a task whose documents cannot be asked, is no error: see
-    /// [`Swept::failed`].
+    /// - [`Error::Cancelled`] if the work was canceled.
+    /// - [`Error::Io`], [`Error::Malformed`] or [`Error::Output`] if the result file cannot be used, for example
+    ///   because another sweep writes to it.
+    /// - [`Error::Source`] or [`Error::Hub`] if a model does not have the requested training steps.
+    ///
+    /// A checkpoint or a task that fails does not end the sweep; see [`Swept::failed`].
     pub fn run(&self, mut tell: impl FnMut(&Value)) -> Result<Swept> {
         self.check()?;
         let mut rows = Rows::open(&self.out)?;
         let mut swept = Swept { recomputed: rows.torn, ..Swept::default() };
         let jobs = self.jobs(&rows, &mut swept)?;
         let outcome = std::thread::scope(|scope| -> Result<Vec<String>> {
-            // No room in between: at most one checkpoint is loaded beside the one that is measured.
+            // A channel without capacity: at most one checkpoint is loaded in addition to the one being measured.
             let (send, receive) = sync_channel(0);
             let (release, released) = channel();
             let load = |job: &Job<'_>, wait: &mut dyn FnMut() -> Result<bool>| {
@@ -144,7 +149,7 @@ impl Sweep {
                             if held == 0 {
                                 return Ok(false);
                             }
-                            // The sweep has ended: fetches nothing more.
+                            // If the sweep has ended, stops fetching.
                             released.recv().map_err(|_| Error::Cancelled)?;
                             held -= 1;
                             Ok(true)
@@ -163,7 +168,7 @@ impl Sweep {
                 // A skipped checkpoint was not loaded, so nothing is released.
                 let Some(loaded) = loaded else { continue };
                 self.measure(job, loaded, &hopeless, &mut rows, &mut swept, &mut tell)?;
-                // Nobody listens at the end.
+                // At the end of the sweep there is no receiver.
                 let _ = release.send(());
                 if let Some((hub, budget)) = &self.budget {
                     hub.cache().evict(*budget, &NoProgress)?;
@@ -176,12 +181,13 @@ impl Sweep {
         Ok(swept)
     }
 
-    /// Makes room for a checkpoint that is to be fetched, so that with it no more than the budget is taken. What is in use stays:
-    /// `wait` waits until one more checkpoint has been measured, and gives whether one was.
+    /// Evicts models from the cache, so that the cache including this checkpoint stays within the disk budget. Models
+    /// in use are not evicted: `wait` blocks until one more checkpoint has been measured, and returns false if none is
+    /// in use.
     fn make_room(&self, job: &Job<'_>, wait: &mut dyn FnMut() -> Result<bool>) -> Result<()> {
         let Some((hub, budget)) = &self.budget else { return Ok(()) };
         loop {
-            // Computed again after each eviction, which may have deleted files of this checkpoint.
+            // Computed again in each round, because an eviction may have deleted files of this checkpoint.
             let needed = job.model.bytes_to_fetch(job.checkpoint);
             if needed > *budget {
                 let id = job.model.id(job.checkpoint);
@@ -195,22 +201,19 @@ impl Sweep {
         }
     }
 
-    /// Refuses measures whose rows could not be told apart, and a stride that no measure has.
+    /// Refuses measures with the same metric, and a stride that no measure uses.
     fn check(&self) -> Result<()> {
         let metrics: Vec<String> = self.measures.iter().filter_map(Measure::metrics).flatten().collect();
         if let Some(i) = (1..metrics.len()).find(|&i| metrics[..i].contains(&metrics[i])) {
-            return Err(Error::Options(format!(
-                "two measures have the metric {}; give them different names",
-                metrics[i]
-            )));
+            return Err(Error::Options(format!("two measures have the metric {}; use different names", metrics[i])));
         }
         if self.options.score.stride.is_some() && !self.measures.iter().any(Measure::has_windows) {
-            return Err(Error::Options("stride has an effect on whole texts, and no measure scores any".into()));
+            return Err(Error::Options("stride only affects whole texts, but no measure scores whole texts".into()));
         }
         Ok(())
     }
 
-    /// What is in a checkpoint now, if there are rows of it that say what was in it then.
+    /// Returns the current identity of a checkpoint, if existing rows have hashes to compare with.
     fn identity(&self, rows: &Rows, model: &Checkpoints, at: &Checkpoint) -> Option<Value> {
         let row = rows.newest(model, at)?.values().find(|row| row["inputs"].is_object())?;
         if let Some(commit) = &at.commit {
@@ -220,7 +223,7 @@ impl Sweep {
         inputs::current(loader.opened().ok()?.provenance, row)
     }
 
-    /// The checkpoints of this share of which something is not measured yet.
+    /// Returns the checkpoints of this shard that still have something to measure.
     fn jobs<'a>(&'a self, rows: &Rows, swept: &mut Swept) -> Result<Vec<Job<'a>>> {
         let (mut jobs, mut number, mut unproven) = (Vec::new(), 0, 0);
         let mut hashes = Hashes::default();
@@ -254,7 +257,7 @@ impl Sweep {
         }
         if unproven > 0 {
             swept.warnings.push(format!(
-                "{}: {} kept without hashes of their inputs: their documents or weights may have changed; remeasure to be sure",
+                "{}: {} kept without hashes of their inputs; documents or weights may have changed; use remeasure to compute them again",
                 self.out.display(),
                 pricket_weights::counted(unproven, "row")
             ));
@@ -262,7 +265,7 @@ impl Sweep {
         Ok(jobs)
     }
 
-    /// Takes the measures of a checkpoint.
+    /// Computes the measures of a checkpoint and writes their rows, or a row with the error.
     fn measure(
         &self,
         job: &Job<'_>,
@@ -288,7 +291,7 @@ impl Sweep {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments, reason = "what the checkpoint is, and what the sweep writes to")]
+    #[allow(clippy::too_many_arguments, reason = "the checkpoint and the outputs of the sweep")]
     fn measure_all(
         &self,
         job: &Job<'_>,
@@ -302,7 +305,7 @@ impl Sweep {
         let ((model, stamps), mut measured) = (loaded.map_err(Failure::of)?, 0);
         let provenance = model.provenance().clone().hashed().map_err(Failure::Here)?;
         if inputs::stamps(&provenance) != stamps {
-            let what = format!("{}: its files were written after it was loaded", job.model.id(job.checkpoint));
+            let what = format!("{}: the files were changed after loading", job.model.id(job.checkpoint));
             return Err(Failure::Here(Error::Source(what)));
         }
         about["provenance"] = provenance.to_json();
@@ -312,7 +315,7 @@ impl Sweep {
             let start = Instant::now();
             let figures = match self.figures(&model, measure) {
                 Ok(figures) => figures,
-                // What is wrong with one task's documents does not end the others.
+                // Invalid documents of one task do not end the other measures.
                 Err(e @ (Error::Text(_) | Error::Documents(_) | Error::Malformed { .. } | Error::Empty(_))) => {
                     let what = e.to_string();
                     let mut row = about.clone();
@@ -347,12 +350,13 @@ impl Sweep {
         Ok(measured)
     }
 
-    /// What the rows of a measure have to be.
+    /// Returns the conditions under which existing rows of a measure are kept.
     fn wanted(&self, measure: &Measure) -> Wanted {
         let settings = measure.settings(&self.options, &self.setup);
         Wanted { metrics: measure.metrics(), settings, needs_hashes: self.remeasure }
     }
 
+    /// Computes the values of a measure.
     fn figures(&self, model: &Pricket, measure: &Measure) -> Result<Vec<Measured>> {
         let slices = |documents: &mut dyn Iterator<Item = pricket_lm::Result<Value>>, metrics: &[&str]| -> Result<_> {
             let score = &self.options.score;
@@ -395,7 +399,7 @@ impl Sweep {
     }
 }
 
-/// Pairs of a model and a measure that failed because of the measure's documents.
+/// Pairs of model and measure that failed because of the measure's documents.
 #[derive(Clone, Default)]
 struct Hopeless(Arc<Mutex<BTreeSet<(String, String)>>>);
 
@@ -412,7 +416,7 @@ impl Hopeless {
         self.known().contains(&(job.model.model.clone(), measure.name()))
     }
 
-    /// Whether every measure of this checkpoint is known to fail.
+    /// Returns whether every measure of this checkpoint is known to fail.
     fn all(&self, job: &Job<'_>) -> bool {
         job.measures.iter().all(|(measure, _)| self.has(job, measure))
     }
@@ -424,7 +428,7 @@ impl Hopeless {
             let others = jobs.iter().filter(tried).count().saturating_sub(1);
             (others > 0).then(|| {
                 format!(
-                    "{model}: {measure}: failed because of its documents, so {others} other checkpoints were not tried"
+                    "{model}: {measure}: failed because of its documents, so {others} other checkpoints were skipped"
                 )
             })
         };
@@ -435,11 +439,11 @@ impl Hopeless {
 /// Metric, value, standard error, documents.
 type Measured = (String, f64, Option<f64>, usize);
 
-/// Why a checkpoint was not measured.
+/// The error of a checkpoint.
 enum Failure {
-    /// Because of itself.
+    /// An error of this checkpoint only.
     Here(Error),
-    /// Because of what all of them share.
+    /// An error that ends the sweep.
     Everywhere(Error),
 }
 

@@ -1,8 +1,8 @@
-//! Shares of a sweep among machines.
+//! Shards: parts of a sweep for different machines.
 
 use crate::{Error, Result};
 
-/// A share of the work: the checkpoints whose number leaves `index` when divided by `count`.
+/// Shard of a sweep: the checkpoints whose number modulo `count` equals `index`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
     index: usize,
@@ -16,30 +16,31 @@ impl Default for Shard {
 }
 
 impl Shard {
-    /// Whether the checkpoint of a number, from 0 on, is in this share.
+    /// Returns whether the checkpoint with this number, counted from 0, belongs to the shard.
     pub(crate) fn holds(&self, number: usize) -> bool {
         number % self.count == self.index
     }
 
-    /// Share `index` of `count`, from 0 on.
+    /// Creates shard `index` of `count`; `index` counts from 0.
     ///
     /// # Errors
-    /// [`Error::Options`] if there is no such share.
+    /// Returns [`Error::Options`] if `index` is not less than `count`.
     pub fn new(index: usize, count: usize) -> Result<Self> {
         if index >= count {
-            return Err(Error::Options(format!("share {index} of {count}: they are counted from 0")));
+            return Err(Error::Options(format!("shard {index} of {count} does not exist; shards count from 0")));
         }
         Ok(Self { index, count })
     }
 
-    /// The share of a task of a Slurm array (`SLURM_ARRAY_TASK_ID`, `_MIN`, `_COUNT`), if this process is one.
+    /// Returns the shard of this process if it is a task of a Slurm array. Reads the environment variables
+    /// `SLURM_ARRAY_TASK_ID`, `SLURM_ARRAY_TASK_MIN` and `SLURM_ARRAY_TASK_COUNT`.
     ///
     /// # Errors
-    /// [`Error::Options`] if the variables are no numbers, or do not fit each other.
+    /// Returns [`Error::Options`] if a variable is not a number, or if the numbers are inconsistent.
     pub fn from_slurm() -> Result<Option<Self>> {
         let number = |name: &str| -> Result<Option<usize>> {
             let Ok(text) = std::env::var(name) else { return Ok(None) };
-            text.parse().map(Some).map_err(|_| Error::Options(format!("{name} is {text:?}, no number")))
+            text.parse().map(Some).map_err(|_| Error::Options(format!("{name} is {text:?}, not a number")))
         };
         let (Some(id), Some(count)) = (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_COUNT")?) else {
             return Ok(None);
@@ -55,9 +56,9 @@ impl std::str::FromStr for Shard {
     fn from_str(text: &str) -> Result<Self> {
         let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
         let (index, count) = parts.ok_or_else(|| Error::Unknown {
-            what: "share",
+            what: "shard",
             name: text.into(),
-            known: "0/4 is the first of 4".into(),
+            known: "expected INDEX/COUNT, such as 0/4 for the first of 4".into(),
         })?;
         Self::new(index, count)
     }

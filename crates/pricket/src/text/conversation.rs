@@ -1,3 +1,5 @@
+//! Conversations: turns in a prompt format, over a state that is reused from turn to turn.
+
 use pricket_lm::{PromptFormat, Role, Turn};
 use pricket_nn::State;
 use serde::{Deserialize, Serialize};
@@ -9,10 +11,10 @@ use crate::{Error, Result};
 use pricket_lm::FinishReason;
 use pricket_lm::GenerateOptions;
 
-/// A conversation with a model: turns in the spelling that it was tuned on, with the past read once.
+/// A conversation with a model, in the prompt format that the model was tuned for.
 ///
-/// What a turn adds to the prompt is all that is computed for it: keys and values of everything before are kept. When the
-/// context is full the oldest questions and answers are left out, the system text stays.
+/// The state of earlier turns is kept, so each turn computes only the tokens that it adds. When the context is full,
+/// the oldest turns are left out of the prompt; the system text stays.
 ///
 /// ```
 /// let mut chat = pricket::Loader::embedded("tiny-chat")?.load()?.conversation();
@@ -27,7 +29,7 @@ pub struct Conversation {
     format: PromptFormat,
     system: Option<String>,
     turns: Vec<Turn>,
-    /// How many of the oldest turns the last prompt left out.
+    /// Number of oldest turns that the last prompt left out.
     left_out: usize,
     limit: Option<usize>,
     reuse: bool,
@@ -35,14 +37,15 @@ pub struct Conversation {
     read: usize,
 }
 
-/// What the model has read, and what it made of it.
+/// The tokens that the model has read, and the state after them.
 #[derive(Clone, Debug, Default)]
 struct Past {
     ids: Vec<u32>,
     state: State,
 }
 
-/// A conversation on file: `{"format": ..., "messages": [{"role": ..., "content": ...}, ...]}`, a system text first.
+/// JSON form of a conversation: `{"format": ..., "messages": [{"role": ..., "content": ...}, ...]}`. The system text,
+/// if any, is the first message.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved {
@@ -52,7 +55,7 @@ struct Saved {
 }
 
 impl Pricket {
-    /// A conversation in the model's prompt format.
+    /// Starts a conversation in the model's prompt format.
     pub fn conversation(&self) -> Conversation {
         Conversation {
             pricket: self.clone(),
@@ -69,98 +72,101 @@ impl Pricket {
 }
 
 impl Conversation {
-    /// Spells it in another format; see [`crate::text::prompt_format`].
+    /// Sets the prompt format; see [`crate::text::prompt_format`].
     #[must_use]
     pub fn with_format(mut self, format: PromptFormat) -> Self {
         self.format = format;
         self
     }
 
-    /// Prompt and reply together take `tokens` at most, instead of as many as the model was trained for. More than that
-    /// is for models without a limit, or with [`GenerateOptions::beyond_trained_length`].
+    /// Limits prompt and reply together to `tokens`. The default is the length that the model was trained for. A larger
+    /// limit requires a model without a context limit, or [`GenerateOptions::beyond_trained_length`].
     #[must_use]
     pub fn with_context(mut self, tokens: usize) -> Self {
         self.limit = Some(tokens);
         self
     }
 
-    /// Reads the whole prompt anew for every reply. For comparisons: it gives the same text and takes longer.
+    /// Reads the whole prompt again for every reply, for comparisons. The text is the same and takes longer.
     #[must_use]
     pub fn without_reuse(mut self) -> Self {
         self.reuse = false;
         self
     }
 
-    /// How it is spelled.
+    /// Returns the prompt format.
     pub fn format(&self) -> &PromptFormat {
         &self.format
     }
 
-    /// The system text: the one that was set, else the format's own.
+    /// Returns the system text, or the default of the prompt format if none is set.
     pub fn system(&self) -> Option<&str> {
         self.system.as_deref().or(self.format.default_system.as_deref()).filter(|text| !text.is_empty())
     }
 
-    /// Sets the system text; an empty one for none, `None` for the format's own.
+    /// Sets the system text. An empty string means none; `None` means the default of the prompt format.
     ///
     /// # Errors
-    /// [`Error::Text`] if the format has no place for one.
+    /// Returns [`Error::Text`] if the prompt format has no place for a system text.
     pub fn set_system(&mut self, text: Option<String>) -> Result<()> {
         self.format.prompt(text.as_deref(), &[])?;
         self.system = text;
         Ok(())
     }
 
-    /// Everything that was said, also what the prompt leaves out by now.
+    /// Returns all turns, including those that the prompt leaves out.
     pub fn turns(&self) -> &[Turn] {
         &self.turns
     }
 
-    /// How many of the oldest turns the last prompt left out, for want of room.
+    /// Returns the number of oldest turns that the last prompt left out because the context was full.
     pub fn left_out(&self) -> usize {
         self.left_out
     }
 
-    /// How many tokens the last reply made the model read: those of its prompt that it had not read before.
+    /// Returns the number of prompt tokens that the model read for the last reply. Tokens kept in the state do not
+    /// count.
     pub fn read(&self) -> usize {
         self.read
     }
 
-    /// Forgets what was said; format and system text stay.
+    /// Removes all turns. Prompt format and system text stay.
     pub fn reset(&mut self) {
         self.turns.clear();
         self.left_out = 0;
     }
 
-    /// Takes back the last question and its answer; gives the question.
+    /// Removes the last user turn and everything after it. Returns its text.
     pub fn undo(&mut self) -> Option<String> {
         let last = self.turns.iter().rposition(|turn| turn.role == Role::User)?;
         self.turns.drain(last..).next().map(|asked| asked.content)
     }
 
-    /// The text that the model would continue if `text` were said now, before anything is left out for want of room.
+    /// Returns the prompt for the user turn `text`, before turns are left out to fit the context.
     ///
     /// # Errors
-    /// As [`PromptFormat::prompt`].
+    /// Returns the errors of [`PromptFormat::prompt`].
     pub fn prompt(&self, text: &str) -> Result<String> {
         let turns = [&self.turns[..], &[Turn::user(text)]].concat();
         Ok(self.format.prompt(self.system.as_deref(), &turns)?)
     }
 
-    /// Says `text` and gives the reply.
+    /// Adds the user turn `text` and returns the reply.
     ///
     /// # Errors
-    /// As [`Pricket::generate`], and [`Error::ContextExceeded`] if `text` is longer than the context. The turn is not taken then.
+    /// Returns the errors of [`Pricket::generate`], and [`Error::ContextExceeded`] if `text` is longer than the
+    /// context. The turn is not added then.
     pub fn say(&mut self, text: &str, options: &GenerateOptions) -> Result<Completion> {
         let mut reply = self.stream(text, options)?;
         while reply.advance()?.is_some() {}
         Ok(reply.finish())
     }
 
-    /// Says `text` and gives the reply as it is written. A reply that is dropped before its end is what was said.
+    /// Adds the user turn `text` and returns the reply as a stream of text. If the stream is dropped early, the text so
+    /// far is the reply.
     ///
     /// # Errors
-    /// As [`Conversation::say`].
+    /// Returns the errors of [`Conversation::say`].
     pub fn stream(&mut self, text: &str, options: &GenerateOptions) -> Result<Reply<'_>> {
         let info = self.pricket.info();
         let hard = info.context.filter(|_| !options.beyond_trained_length).unwrap_or(usize::MAX);
@@ -170,7 +176,7 @@ impl Conversation {
         let tokenizer = self.pricket.tokenizer()?;
         let (ids, left_out) = self.format.fit(tokenizer, self.system.as_deref(), &turns, limit, options.max_tokens)?;
         if ids.is_empty() {
-            return Err(Error::Empty("nothing was said: the prompt is empty"));
+            return Err(Error::Empty("the prompt is empty"));
         }
         let mut options = options.clone();
         options.stop.extend(self.format.stop.iter().cloned());
@@ -178,7 +184,7 @@ impl Conversation {
         let cut = options.max_tokens > left;
         options.max_tokens = options.max_tokens.min(left);
         let mut past = if self.reuse { std::mem::take(&mut self.past) } else { Past::default() };
-        // The last token is always read: its logits are what comes next.
+        // The last token is always read again, because its logits predict the first new token.
         let same = past.ids.iter().zip(&ids[..ids.len() - 1]).take_while(|(a, b)| a == b).count();
         // Positions that the state cannot keep are read again.
         let kept = past.state.rewind(0, same);
@@ -189,7 +195,7 @@ impl Conversation {
         Ok(Reply { conversation: self, stream, text: String::new(), space: String::new(), cut, failed: false })
     }
 
-    /// The conversation as JSON, in the form that everybody's message files have.
+    /// Returns the conversation as JSON, with the usual list of `role` and `content`.
     pub fn to_json(&self) -> String {
         let system = self.system.iter().map(|text| Turn { role: Role::System, content: text.clone() });
         let messages = system.chain(self.turns.iter().cloned()).collect();
@@ -197,11 +203,11 @@ impl Conversation {
         serde_json::to_string_pretty(&saved).expect("strings are JSON")
     }
 
-    /// Takes over what [`Conversation::to_json`] wrote, or an array of messages, in place of what was said. It stays spelled
-    /// as it is; what the file calls the format that it was spelled in is given back.
+    /// Replaces system text and turns by those of a JSON text: the output of [`Conversation::to_json`], or an array of
+    /// messages. The prompt format does not change. Returns the name of the prompt format in the JSON text, if any.
     ///
     /// # Errors
-    /// [`Error::Malformed`] saying what is wrong with it; nothing is changed then.
+    /// Returns [`Error::Malformed`] if the text is not a conversation. The conversation is then unchanged.
     pub fn load_json(&mut self, json: &str) -> Result<Option<String>> {
         let wrong =
             |e: serde_json::Error| Error::Malformed { origin: "not a conversation".into(), what: e.to_string() };
@@ -217,16 +223,16 @@ impl Conversation {
     }
 }
 
-/// A reply as it is written: an iterator over pieces of text, without the white space around it unless the format is
-/// verbatim. Once it is dropped it is a turn of its conversation.
+/// A reply as it is generated: an iterator over pieces of text. White space around the reply is removed unless the
+/// prompt format is verbatim. Dropping it adds the reply to the conversation.
 #[derive(Debug)]
 pub struct Reply<'a> {
     conversation: &'a mut Conversation,
     stream: Stream,
     text: String,
-    /// White space that may be the end.
+    /// White space that is held back because it may be at the end of the reply.
     space: String,
-    /// Whether it is the context that limits its length.
+    /// Whether the context limits the length of the reply.
     cut: bool,
     failed: bool,
 }
@@ -246,7 +252,7 @@ impl Reply<'_> {
         Ok(Some(piece))
     }
 
-    /// What of a new piece is certainly not white space around the reply.
+    /// Returns the part of a new piece that is certainly not white space around the reply.
     fn trimmed(&mut self, piece: &str) -> String {
         let piece = if self.text.is_empty() { piece.trim_start() } else { piece };
         let whole = std::mem::take(&mut self.space) + piece;
@@ -255,7 +261,8 @@ impl Reply<'_> {
         inner.into()
     }
 
-    /// The reply so far, as a completion: its text is the turn, its ids and log-probabilities are all that was written.
+    /// Ends the reply and returns it as a completion. `text` is the turn; `ids` and `logprobs` cover all generated
+    /// tokens.
     pub fn finish(self) -> Completion {
         let mut done = Completion { text: self.text.clone(), ..self.stream.completion().clone() };
         if self.cut && done.finish == FinishReason::Length {

@@ -1,3 +1,5 @@
+//! Fetching the documents of tasks from datasets on the Hub.
+
 use std::path::{Path, PathBuf};
 
 use pricket_hub::{Hub, Listed, ModelId, RepoId};
@@ -7,20 +9,23 @@ use pricket_nn::Progress;
 use crate::loading::repository::{Telling, explained};
 use crate::{Error, Result};
 
-/// Where the Hub keeps every dataset as parquet, one layout for all: `CONFIGURATION/SPLIT/0000.parquet`.
+/// The branch with the Hub's conversion of a dataset to parquet. All datasets have the layout
+/// `CONFIGURATION/SPLIT/0000.parquet` there.
 const CONVERTED: &str = "refs/convert/parquet";
 
-/// Fetches the documents of a task's split (`test`, `validation`, `train`) from the Hub's repository of its dataset into the
-/// cache, verified, and gives the files in their order.
+/// Fetches the documents of a task's split (`test`, `validation`, `train`) from its dataset on the Hub. Returns the
+/// verified files in the cache, in order.
 ///
-/// The branch that the Hub converts datasets to is asked first, then the files of `main`: parquet or JSON lines whose names say
-/// split and configuration. No code of a repository is executed, so a dataset that is a script has nothing on `main`.
+/// The branch `refs/convert/parquet`, to which the Hub converts datasets, is tried first. Then `main` is searched for
+/// parquet or JSON lines files whose paths name the split and the configuration. Code from a repository is never
+/// executed, so a dataset that consists of a script has no files on `main`.
 ///
 /// # Errors
-/// [`Error::Documents`] if the task names no dataset; [`Error::NotFound`] if no file is of that split; else as [`crate::loading::fetch`].
+/// Returns [`Error::Documents`] if the task names no dataset or the split is ambiguous, [`Error::NotFound`] if no file
+/// belongs to the split, and otherwise the errors of [`crate::loading::fetch`].
 pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progress) -> Result<Vec<PathBuf>> {
     let Some((repo, config)) = task.dataset() else {
-        return Err(Error::Documents(format!("task {} names no dataset of the Hub; give its documents", task.name())));
+        return Err(Error::Documents(format!("task {} names no dataset of the Hub; pass its documents", task.name())));
     };
     let repo: RepoId = format!("datasets/{repo}").parse()?;
     let mut seen = Vec::new();
@@ -28,7 +33,7 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
         let id = ModelId::new(repo.clone(), revision)?;
         let telling = Telling::new(progress, format!("fetching {split} of {}", task.name()));
         let commit = match hub.resolve(&id, &telling) {
-            // Not every dataset is converted.
+            // The Hub does not convert every dataset.
             Err(pricket_hub::Error::Revision { .. } | pricket_hub::Error::Offline { .. }) if revision == CONVERTED => {
                 continue;
             }
@@ -41,7 +46,7 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
             seen.extend(listing.into_iter().map(|file| file.path));
             continue;
         }
-        // The same documents may lie there as lines too.
+        // The same documents may also exist as JSON lines.
         let is_parquet = |file: &Listed| file.path.ends_with(".parquet");
         if wanted.iter().any(is_parquet) {
             wanted.retain(is_parquet);
@@ -49,10 +54,7 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
         wanted.sort_by(|a, b| a.path.cmp(&b.path));
         let folder = |file: &Listed| Path::new(&file.path).parent().map(Path::to_owned);
         if let Some(other) = wanted.iter().find(|file| folder(file) != folder(&wanted[0])) {
-            let what = format!(
-                "the split {split} lies at {} and at {}: which of them is not clear",
-                wanted[0].path, other.path
-            );
+            let what = format!("the split {split} is ambiguous: found at {} and at {}", wanted[0].path, other.path);
             return Err(Error::Documents(format!("{repo}: {what}")));
         }
         let whole = hub.fetch(&id, &commit, &wanted, &listing, &telling).map_err(|e| explained(e, &id, None))?;
@@ -60,16 +62,17 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
     }
     let names: Vec<&str> = seen.iter().take(12).map(String::as_str).collect();
     let what = match (&names[..], config) {
-        ([], _) => "no files are listed".to_owned(),
+        ([], _) => "the repository lists no files".to_owned(),
         (names, Some(config)) => {
-            format!("no file is of the split {split} of configuration {config}; there are {}", names.join(", "))
+            format!("no file for split {split} of configuration {config}; the files are {}", names.join(", "))
         }
-        (names, None) => format!("no file is of the split {split}; there are {}", names.join(", ")),
+        (names, None) => format!("no file for split {split}; the files are {}", names.join(", ")),
     };
     Err(Error::NotFound { path: repo.to_string().into(), what })
 }
 
-/// Whether a file holds some of a split of a configuration, `default` or without a name where there is but one.
+/// Returns whether a file is part of a split of a configuration. Datasets with a single configuration call it `default`
+/// or do not name it.
 fn is_part(path: &str, config: Option<&str>, split: &str) -> bool {
     let path = Path::new(path);
     let readable = path.extension().is_some_and(|end| end == "parquet" || end == "jsonl");

@@ -1,3 +1,5 @@
+//! [`Pricket`], the handle of a loaded model: generation and scoring of text.
+
 use std::sync::Arc;
 
 use pricket_hub::InUse;
@@ -12,7 +14,7 @@ use serde_json::Value;
 use crate::loading::provenance::Provenance;
 use crate::{Error, Result};
 
-/// A loaded model: text in, text out. Cheap to clone, owned, and safe to share between threads.
+/// A loaded model that generates and scores text. Owned, cheap to clone, and safe to share between threads.
 #[derive(Clone)]
 pub struct Pricket {
     parts: Arc<Parts>,
@@ -31,9 +33,9 @@ pub(crate) struct Parts {
     pub(crate) in_model_order: bool,
     pub(crate) format: PromptFormat,
     pub(crate) provenance: Provenance,
-    /// Files in the cache stay there while somebody has them loaded.
+    /// Guard that protects cached files from eviction while the model is loaded.
     pub(crate) _in_use: Option<Arc<InUse>>,
-    /// Canonical names of its tensors, and names on file where that is in the Hub's layout.
+    /// Canonical names of the tensors and their names on file, for files in the Hub's layout.
     #[cfg_attr(not(feature = "train"), allow(dead_code, reason = "adapters read it"))]
     pub(crate) names_on_file: Vec<(String, String)>,
 }
@@ -45,18 +47,18 @@ impl std::fmt::Debug for Pricket {
     }
 }
 
-/// A continued prompt.
+/// Continuation of a prompt.
 #[derive(Clone, Debug)]
 pub struct Completion {
-    /// The continuation, without prompt, stop string and special tokens.
+    /// Generated text, without prompt, stop string and special tokens.
     pub text: String,
-    /// Its tokens, end token included.
+    /// Generated tokens, including the end token.
     pub ids: Vec<u32>,
-    /// The log-probability of each under the model.
+    /// Log-probability of each generated token, in nats.
     pub logprobs: Vec<f32>,
-    /// The prompt's tokens.
+    /// Tokens of the prompt.
     pub prompt_ids: Vec<u32>,
-    /// Why it ended.
+    /// Reason for the end of the text.
     pub finish: FinishReason,
 }
 
@@ -65,47 +67,48 @@ impl Pricket {
         Self { parts: Arc::new(parts) }
     }
 
-    /// What the model is.
+    /// Returns the description of the model.
     pub fn info(&self) -> &ModelInfo {
         self.parts.model.info()
     }
 
-    /// The model itself, for everything that is not text.
+    /// Returns the underlying model, which works on token ids and tensors.
     pub fn model(&self) -> Arc<dyn CausalLm> {
         Arc::clone(&self.parts.model)
     }
 
-    /// The config.json it was loaded by.
+    /// Returns the configuration (config.json) of the model.
     pub fn config(&self) -> &Value {
         &self.parts.config
     }
 
-    /// CPU threads that it computes with.
+    /// Returns the number of CPU threads.
     pub fn threads(&self) -> usize {
         self.parts.threads
     }
 
-    /// The model's end tokens.
+    /// Returns the ids of the end tokens.
     pub fn eos_ids(&self) -> &[u32] {
         &self.parts.eos
     }
 
-    /// The variables, if it was loaded with [`crate::Loader::train`].
+    /// Returns the trainable variables, if the model was loaded with [`crate::Loader::train`].
     pub fn parameters(&self) -> &[Parameter] {
         &self.parts.parameters
     }
 
-    /// Where it came from: repository, revision, commit, file hashes, license.
+    /// Returns the origin of the model: repository, revision, commit, file hashes, license.
     pub fn provenance(&self) -> &Provenance {
         &self.parts.provenance
     }
 
-    /// What a careful user should know about this checkpoint.
+    /// Returns warnings about the checkpoint.
     pub fn warnings(&self) -> &[String] {
         &self.parts.warnings
     }
 
-    /// What was decided while loading and may be decided otherwise: the prompt format, a tokenizer from elsewhere.
+    /// Returns notes on choices made while loading that settings can change, such as the prompt format or the tokenizer
+    /// of another repository.
     pub fn notes(&self) -> &[String] {
         &self.parts.notes
     }
@@ -115,43 +118,43 @@ impl Pricket {
         &self.parts
     }
 
-    /// Whether its fused matrices were in the model's order on file.
+    /// Returns whether the rows of fused matrices were in the model's order on file.
     pub(crate) fn in_model_order(&self) -> bool {
         self.parts.in_model_order
     }
 
-    /// How conversations are spelled for this model: as its card says, else as its configuration or its tokenizer's tokens
-    /// tell; `plain` if nothing does.
+    /// Returns the prompt format of conversations. It is chosen by the model card, the configuration, or the tokens of
+    /// the tokenizer; `plain` if none of them names a format.
     pub fn prompt_format(&self) -> &PromptFormat {
         &self.parts.format
     }
 
-    /// The tokenizer.
+    /// Returns the tokenizer.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the checkpoint came without one.
+    /// Returns [`Error::Tokenizer`] if the checkpoint has no tokenizer.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         let missing = || {
             let named = self.parts.config["tokenizer_name"].as_str();
-            let of = named.map_or(String::new(), |name| format!(", that of {}", pricket_weights::clip(name)));
-            let what = format!("the checkpoint has none; give one{of} to read or write text");
+            let of = named.map_or(String::new(), |name| format!(" of {}", pricket_weights::clip(name)));
+            let what = format!("the checkpoint has no tokenizer; text requires the tokenizer{of} (--tokenizer)");
             Error::Tokenizer { origin: "tokenizer.json".into(), what }
         };
         self.parts.tokenizer.as_ref().ok_or_else(missing)
     }
 
-    /// Text to ids, after the token that the tokenizer's configuration puts before a text, if it names one.
+    /// Encodes text as token ids. If the tokenizer's configuration names a begin token, it comes first.
     ///
     /// # Errors
-    /// As [`Pricket::tokenizer`].
+    /// Returns [`Error::Tokenizer`] if there is no tokenizer or it cannot encode the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.tokenizer()?.encode_from_start(text)?)
     }
 
-    /// Ids to text, special tokens included.
+    /// Decodes token ids as text, including special tokens.
     ///
     /// # Errors
-    /// As [`Pricket::tokenizer`].
+    /// Returns the errors of [`Pricket::tokenizer`].
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         Ok(self.tokenizer()?.decode(ids))
     }
@@ -159,60 +162,62 @@ impl Pricket {
     /// Continues `prompt`.
     ///
     /// # Errors
-    /// [`Error::ContextExceeded`] for a prompt longer than the model can read, [`Error::NonFinite`] if it overflows.
+    /// Returns [`Error::ContextExceeded`] if the prompt is longer than the model's context, and [`Error::NonFinite`] if
+    /// the model overflows.
     pub fn generate(&self, prompt: &str, options: &GenerateOptions) -> Result<Completion> {
         let mut stream = self.stream(prompt, options)?;
         while stream.advance()?.is_some() {}
         Ok(stream.into_completion())
     }
 
-    /// Continues several prompts at once; each gives the text that it gives alone.
+    /// Continues several prompts at once. Each prompt gives the same text as alone.
     ///
     /// # Errors
-    /// As [`Pricket::generate`].
+    /// Returns the errors of [`Pricket::generate`].
     pub fn generate_batch(&self, prompts: &[&str], options: &GenerateOptions) -> Result<Vec<Completion>> {
         let mut batch = Batch::new(self, prompts, options)?;
         while batch.step()?.is_some() {}
         Ok(batch.rows.into_iter().map(|row| row.completion).collect())
     }
 
-    /// Continues `prompt`, giving text as it is written. Nothing is computed before the first `next`.
+    /// Continues `prompt` and streams the text as it is generated. Nothing is computed before the first call of `next`.
     ///
     /// # Errors
-    /// As [`Pricket::generate`].
+    /// Returns the errors of [`Pricket::generate`].
     pub fn stream(&self, prompt: &str, options: &GenerateOptions) -> Result<Stream> {
         Ok(Stream { batch: Batch::new(self, &[prompt], options)? })
     }
 
-    /// The log-probability of each token of `text` but the first, given those before it.
+    /// Returns the log-probability of each token of `text` except the first, given the tokens before it.
     ///
     /// # Errors
-    /// [`Error::Empty`] for a text of fewer than two tokens, [`Error::ContextExceeded`] for one that is longer than the model can
-    /// read.
+    /// Returns [`Error::Empty`] if the text has fewer than two tokens, and [`Error::ContextExceeded`] if it is longer
+    /// than the model's context.
     pub fn logprobs(&self, text: &str) -> Result<Vec<ScoredToken>> {
         let ids = self.encode(text)?;
         if ids.len() < 2 {
-            let what =
-                "a text of fewer than two tokens has no log-probabilities: each token is scored given those before it";
+            let what = "the text has fewer than two tokens, and the first token has no log-probability";
             return Err(Error::Empty(what));
         }
         self.with_text(token_logprobs(&*self.parts.model, &ids)?)
     }
 
-    /// Compares another model with this one over a text: perplexities, Kullback-Leibler divergence, agreement. Both have one
-    /// tokenizer; mostly the other one is quantized from this one.
+    /// Compares `other` with this model over a text: perplexities, Kullback-Leibler divergence, agreement of the most
+    /// probable tokens. Both models must share a tokenizer. Usually `other` is a quantized copy of this model.
     ///
     /// # Errors
-    /// As [`compare`](pricket_lm::compare).
+    /// Returns the errors of [`compare`](pricket_lm::compare).
     pub fn compare(&self, other: &Self, text: &str, options: &ScoreOptions) -> Result<Comparison> {
         let ids = self.tokenizer()?.encode(text)?;
         Ok(pricket_lm::compare(&*self.model(), &*other.model(), &ids, self.prefix_id(), options)?)
     }
 
-    /// The log-probability of every token of a text of any length: the first given [`Pricket::prefix_id`], the others given what comes
-    /// before them. A text that is longer than the model reads at once is scored in windows, every token once
-    /// ([`Continuation::windows`](pricket_lm::Continuation::windows)). `exp` of the negative mean is the perplexity that tasks, slices
-    /// and sweeps have of the same text.
+    /// Returns the log-probability of every token of a text of any length. The first token is scored after
+    /// [`Pricket::prefix_id`], the others after the tokens before them.
+    ///
+    /// A text longer than the model's context is scored in windows, each token once
+    /// ([`Continuation::windows`](pricket_lm::Continuation::windows)). `exp` of the negative mean is the perplexity of
+    /// the text, as tasks, slices and sweeps compute it.
     ///
     /// ```
     /// let tiny = pricket::tiny()?;
@@ -224,11 +229,12 @@ impl Pricket {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Empty`] for a text without a token; [`Error::Cancelled`]; what the model says.
+    /// Returns [`Error::Empty`] if the text has no tokens, [`Error::Cancelled`] if the progress cancels the work, and
+    /// [`Error::NonFinite`] if the model overflows.
     pub fn score(&self, text: &str, options: &ScoreOptions) -> Result<Vec<ScoredToken>> {
         let ids = self.tokenizer()?.encode(text)?;
         if ids.is_empty() {
-            return Err(Error::Empty("a text without a token has no log-probabilities"));
+            return Err(Error::Empty("the text has no tokens, so it has no log-probabilities"));
         }
         self.with_text(pricket_lm::text_logprobs(&*self.parts.model, &ids, self.prefix_id(), options)?)
     }
@@ -241,8 +247,8 @@ impl Pricket {
         Ok(scored)
     }
 
-    /// The token that texts begin with where nothing else is given: what the tokenizer puts before a text, else `<|endoftext|>`, else
-    /// `bos_token_id`.
+    /// Returns the token that is put before a text without context: the begin token of the tokenizer, or else
+    /// `<|endoftext|>`, or else `bos_token_id`.
     pub fn prefix_id(&self) -> u32 {
         let begin = self.parts.tokenizer.as_ref().and_then(Tokenizer::begin);
         let named = self.parts.tokenizer.as_ref().and_then(|tokenizer| tokenizer.token_to_id("<|endoftext|>"));
@@ -250,11 +256,11 @@ impl Pricket {
         begin.or(named).or_else(configured).or(self.parts.eos.first().copied()).unwrap_or(0)
     }
 
-    /// How likely each continuation is after its context: pairs of both, as lm-evaluation-harness takes them. A context that
-    /// several share is read once.
+    /// Returns the log-likelihood of each continuation after its context, for pairs of context and continuation as in
+    /// lm-evaluation-harness. A context shared by several pairs is read once.
     ///
     /// # Errors
-    /// As [`pricket_lm::loglikelihoods`].
+    /// Returns the errors of [`pricket_lm::loglikelihoods`].
     pub fn loglikelihoods(&self, pairs: &[(&str, &str)], options: &ScoreOptions) -> Result<Vec<Loglikelihood>> {
         let (tokenizer, prefix) = (self.tokenizer()?, self.prefix_id());
         let encode =
@@ -263,10 +269,11 @@ impl Pricket {
         Ok(loglikelihoods(&*self.parts.model, &requests, options)?)
     }
 
-    /// Puts a task to the model: see [`pricket_lm::evaluate`]. The prefix of `options` is the model's own.
+    /// Evaluates the model on a task; see [`pricket_lm::evaluate`]. [`Pricket::prefix_id`] replaces the prefix of
+    /// `options`.
     ///
     /// # Errors
-    /// As [`pricket_lm::evaluate`].
+    /// Returns the errors of [`pricket_lm::evaluate`].
     pub fn evaluate(
         &self,
         task: &Task,
@@ -278,7 +285,7 @@ impl Pricket {
         Ok(evaluate(&*self.parts.model, self.tokenizer()?, task, documents, examples, &options)?)
     }
 
-    /// The tokens of a prompt; an empty one is the beginning of a document.
+    /// Returns the tokens of a prompt. An empty prompt becomes the begin token of a document.
     pub(crate) fn prompt_ids(&self, prompt: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(prompt)?;
         if ids.is_empty() {
@@ -288,7 +295,7 @@ impl Pricket {
         Ok(ids)
     }
 
-    /// The request that continues `ids`, row `row` of a batch, under `options`, stop strings left to the caller.
+    /// Returns the request for row `row` of a batch. The caller handles stop strings.
     fn request(&self, row: usize, ids: Vec<u32>, options: &GenerateOptions) -> Request {
         let seed = options.row_seeds.get(row).copied().unwrap_or(options.seed);
         Request {
@@ -299,17 +306,17 @@ impl Pricket {
         }
     }
 
-    /// Continues prompts of ids, for models without a tokenizer.
+    /// Continues prompts of token ids. No tokenizer is needed.
     ///
     /// # Errors
-    /// As [`Pricket::generate`].
+    /// Returns the errors of [`Pricket::generate`].
     pub fn generation(&self, prompts: Vec<Vec<u32>>, options: &GenerateOptions) -> Result<Generation> {
         let requests = prompts.into_iter().enumerate().map(|(row, ids)| self.request(row, ids, options)).collect();
         Ok(Generation::new(self.model(), requests)?)
     }
 }
 
-/// A batch of texts being written.
+/// A batch of texts being generated.
 #[derive(Debug)]
 struct Batch {
     generation: Generation,
@@ -339,7 +346,7 @@ impl Batch {
                 ids: Vec::new(),
                 logprobs: Vec::new(),
                 prompt_ids: prompt_ids.clone(),
-                // Where no token is asked for, none is missing.
+                // With a limit of 0 tokens, the text has already reached its length.
                 finish: if options.max_tokens == 0 { FinishReason::Length } else { FinishReason::Unfinished },
             },
         };
@@ -347,7 +354,8 @@ impl Batch {
         Ok(Self { generation: pricket.generation(prompts, options)?, rows, is_reply: false })
     }
 
-    /// One token a row; gives the text that became certain, by row.
+    /// Generates one token per row. Returns pairs of row and new text; text that may belong to a stop string is held
+    /// back.
     fn step(&mut self) -> Result<Option<Vec<(usize, String)>>> {
         let Some(tokens) = self.generation.step()? else { return Ok(None) };
         let mut out = Vec::with_capacity(tokens.len());
@@ -375,15 +383,16 @@ impl Batch {
     }
 }
 
-/// Text as it is written: an iterator over pieces, never half a character, none of them a part of a stop string.
+/// Text as it is generated: an iterator over pieces. A piece never ends within a character and never contains part of a
+/// stop string.
 #[derive(Debug)]
 pub struct Stream {
     batch: Batch,
 }
 
 impl Stream {
-    /// Leaves out the beginning of a stop string at the end of a text that the length limit cuts off. Use it for replies in a prompt
-    /// format. Other streams return every character.
+    /// Omits the beginning of a stop string at the end of a text that the length limit cuts off. Use it for replies in
+    /// a prompt format. Other streams return every character.
     #[must_use]
     pub fn as_reply(mut self) -> Self {
         self.batch.is_reply = true;
@@ -394,7 +403,7 @@ impl Stream {
         Ok(self.batch.step()?.map(|mut pieces| pieces.pop().map_or_else(String::new, |(_, text)| text)))
     }
 
-    /// The reply to ids, of which `past` holds the first.
+    /// Creates the stream of a reply to `ids`. `past` is the state after the first of them.
     pub(crate) fn of_ids(pricket: &Pricket, ids: Vec<u32>, past: State, options: &GenerateOptions) -> Result<Self> {
         let mut batch = Batch::of_ids(pricket, vec![ids], options)?;
         if past.len(0) > 0 {
@@ -403,7 +412,7 @@ impl Stream {
         Ok(Self { batch }.as_reply())
     }
 
-    /// Every id that was read, and the state after them. It ends the reply.
+    /// Returns all token ids that the model has read and the state after them. Ends the generation.
     pub(crate) fn take_past(&mut self) -> (Vec<u32>, State) {
         let state = self.batch.generation.take_state().unwrap_or_default();
         let Completion { prompt_ids, ids, .. } = self.completion();
@@ -412,12 +421,12 @@ impl Stream {
         (ids, state)
     }
 
-    /// What has been written so far.
+    /// Returns the completion so far.
     pub fn completion(&self) -> &Completion {
         &self.batch.rows[0].completion
     }
 
-    /// What was written.
+    /// Ends the generation and returns the completion.
     pub fn into_completion(mut self) -> Completion {
         self.batch.rows.swap_remove(0).completion
     }

@@ -1,4 +1,4 @@
-//! Tensors of revisions beside each other, for where the hashes of files cannot tell.
+//! Comparison of revisions tensor by tensor, for revisions whose file hashes cannot be compared.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,16 +15,16 @@ use crate::suites::remote::Tensors;
 use crate::task::Task;
 use crate::{Error, Result};
 
-/// Tensors of a revision, each known by the hash of its values.
+/// Tensors of a revision, with a hash of the values of each.
 struct Fingerprints {
     tensors: Tensors,
-    /// Canonical name to name on file, buffers left out.
+    /// Maps canonical names to names on file, without buffers.
     names: BTreeMap<String, String>,
     known: BTreeMap<String, [u8; 32]>,
 }
 
 impl Fingerprints {
-    /// Of shape and values, whatever type they are stored as. Zero has one sign.
+    /// Returns the hash of shape and values of a tensor. It does not depend on the stored type or the sign of zeros.
     fn of(&mut self, canonical: &str) -> Result<[u8; 32]> {
         if let Some(known) = self.known.get(canonical) {
             return Ok(*known);
@@ -46,27 +46,27 @@ impl Fingerprints {
     }
 }
 
-/// How two revisions compare, tensor by tensor.
+/// Result of comparing two revisions tensor by tensor.
 enum Compared {
-    /// All that were compared are equal: so many of so many.
+    /// All compared tensors are equal. Fields: number of compared tensors, number of tensors.
     Equal(usize, usize),
     Different,
-    /// Their tensors have too few names in common.
+    /// The names of the tensors differ.
     Unlike,
 }
 
-/// Bytes of tensors that two revisions on the Hub must agree in before they count as the same.
+/// Bytes of equal tensors after which two revisions on the Hub count as equal.
 const ENOUGH: usize = 64 << 20;
 
 /// Compares two revisions until a tensor differs.
 fn compare(a: &mut Fingerprints, b: &mut Fingerprints) -> Result<Compared> {
     let mut names: Vec<String> = a.names.keys().filter(|name| b.names.contains_key(*name)).cloned().collect();
-    // A tied head is a tensor in one form and none in another; more than that is another model.
+    // A tied head may be stored in one form only, so one name may differ. More differences mean another model.
     let apart = a.names.len().max(b.names.len()) - names.len();
     if names.is_empty() || apart > 1 {
         return Ok(Compared::Unlike);
     }
-    // Norms and biases are small and move with every step: whatever differs mostly differs there.
+    // Biases and norms come first: they are small, and they change with every training step.
     let is_bias = |name: &str| name.rsplit('.').next() == Some("bias");
     names.sort_by_key(|name| (!is_bias(name), !name.contains("norm"), std::cmp::Reverse(name.clone())));
     let is_local = a.tensors.is_local() && b.tensors.is_local();
@@ -82,11 +82,11 @@ fn compare(a: &mut Fingerprints, b: &mut Fingerprints) -> Result<Compared> {
     }
     Ok(Compared::Equal(names.len(), names.len()))
 }
-/// What has been read of each form of each revision; nothing of what cannot be.
+/// Fingerprints by revision and form; `None` for those that cannot be read.
 type Prints = BTreeMap<(usize, Form), Option<Fingerprints>>;
 
 impl Auditor<'_> {
-    /// Joins what hashes cannot tell apart or together and has the same values.
+    /// Joins revisions whose tensors are equal, where the hashes of files do not decide.
     pub(super) fn join_by_tensors(&mut self, options: AuditOptions, progress: &dyn Progress) -> Result<()> {
         let mut prints: Prints = BTreeMap::new();
         self.compare_mains_forms(&mut prints)?;
@@ -104,7 +104,8 @@ impl Auditor<'_> {
                 let told = members[&a]
                     .iter()
                     .any(|&a| members[&b].iter().any(|&b| self.looked[a].same_files(&self.looked[b]).is_some()));
-                // Another header around the same tensors is another hash: between main and the last step it is worth a look.
+                // A different header changes the hash of equal tensors. main and the last step are therefore always
+                // compared.
                 let ends = last
                     .as_deref()
                     .is_some_and(|last| (has(a, "main") && has(b, last)) || (has(a, last) && has(b, "main")));
@@ -135,8 +136,8 @@ impl Auditor<'_> {
         Ok(())
     }
 
-    /// Whether the forms of main hold the same, if the steps come in another form than a loader takes of main: then that
-    /// other form of main can be compared with theirs by hash.
+    /// Compares the forms of `main` with each other, if the training steps have a form that a loader does not take from
+    /// `main`. If the forms agree, that form of `main` can be compared with the steps by hash.
     fn compare_mains_forms(&mut self, prints: &mut Prints) -> Result<()> {
         let Some(main) = self.position("main") else { return Ok(()) };
         let taken = self.looked[main].form();
@@ -157,7 +158,7 @@ impl Auditor<'_> {
         Ok(())
     }
 
-    /// `None` if one of them cannot be read, which is a finding.
+    /// Compares two forms. Returns `None` and adds a finding if one of them cannot be read.
     fn compare(&mut self, prints: &mut Prints, a: (usize, Form), b: (usize, Form)) -> Result<Option<Compared>> {
         for which in [a, b] {
             if let Entry::Vacant(entry) = prints.entry(which) {
@@ -165,7 +166,7 @@ impl Auditor<'_> {
                 entry.insert(self.readable(which.0, opened)?);
             }
         }
-        // Taken out to be read from, two at a time; what could not be opened stays known as that.
+        // Both entries are taken out of the map to borrow them mutably. Unreadable ones are put back as `None`.
         let (left, right) = (prints.remove(&a).flatten(), prints.remove(&b).flatten());
         let (mut left, mut right) = match (left, right) {
             (Some(left), Some(right)) => (left, right),
@@ -181,7 +182,7 @@ impl Auditor<'_> {
         match compared {
             Ok(compared) => Ok(Some(compared)),
             Err(e) => {
-                // A step, rather than main, which is compared with all of them.
+                // Marks the training step as unreadable rather than main, which is compared with every step.
                 let which = if self.looked[a.0].name() == "main" { b } else { a };
                 prints.insert(which, None);
                 self.readable(which.0, Err::<(), _>(e)).map(|_| None)
@@ -189,7 +190,7 @@ impl Auditor<'_> {
         }
     }
 
-    /// What was read, or a finding that it could not be.
+    /// Returns the value that was read, or adds a finding and returns `None`.
     fn readable<T>(&mut self, i: usize, read: Result<T>) -> Result<Option<T>> {
         match read {
             Ok(read) => Ok(Some(read)),

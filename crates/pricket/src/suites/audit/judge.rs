@@ -1,4 +1,4 @@
-//! What it means that revisions are the same, in words.
+//! Conclusions from equal revisions, and the wording of findings.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use super::{Audit, Audited, Auditor, Finding, FindingKind, Looked};
 use crate::suites::cards::KnownKind;
 
 impl Auditor<'_> {
-    /// The last step of the suite, where there can be no doubt which that is.
+    /// Returns the last training step, if it is known for certain.
     fn last(&mut self) -> Option<String> {
         let of = self.of;
         if let Some(pattern) = of.card.and_then(|card| card.checkpoints.as_ref()) {
@@ -17,13 +17,14 @@ impl Auditor<'_> {
         }
         let last = of.steps.iter().rfind(|checkpoint| checkpoint.present)?.revision.clone();
         if of.home.is_partial() {
-            // The last that the cache has seen is the last if main agrees.
+            // The cache may lack later steps. Its last step is the last one only if it equals main.
             let (main, end) = (self.position("main")?, self.position(&last)?);
             return (self.classes.head(main) == self.classes.head(end)).then_some(last);
         }
         Some(last)
     }
 
+    /// Turns the sets of equal revisions into findings.
     pub(super) fn conclude(mut self) -> Audit {
         let last = self.last();
         let groups: Vec<Vec<usize>> = self.classes.groups().into_iter().filter(|group| group.len() > 1).collect();
@@ -55,7 +56,7 @@ impl Auditor<'_> {
         }
     }
 
-    /// What it means that these are the same.
+    /// Adds the finding for a set of equal revisions.
     fn judge(&mut self, group: &[usize], last: Option<&str>) {
         let names: Vec<String> = group.iter().map(|&i| self.looked[i].name().to_owned()).collect();
         let how = match group.iter().find_map(|i| self.compared.get(i)) {
@@ -74,7 +75,7 @@ impl Auditor<'_> {
         let is_end = |name: &String| name == "main" || Some(name.as_str()) == last;
         let (ends, others): (Vec<String>, Vec<String>) = names.iter().cloned().partition(is_end);
         if others.is_empty() {
-            let words = format!("{} hold the same weights{how}, as they should: main is the last step", listed(&ends));
+            let words = format!("{} hold the same weights{how}, as expected: main is the last step", listed(&ends));
             return self.say(FindingKind::Expected, names, words, false);
         }
         let steps: Vec<Option<u64>> = group.iter().map(|&i| self.looked[i].checkpoint.step).collect();
@@ -86,46 +87,43 @@ impl Auditor<'_> {
         }
         let rescue = self.rescue(group);
         let first_two = steps.contains(&Some(0)) && steps.contains(&Some(1));
-        let most = if first_two { "at most one, step0 and step1 counted as one," } else { "at most one" };
+        let most = if first_two { "at most one name (step0 and step1 count as one)" } else { "at most one name" };
         if ends == ["main"] && main_is_elsewhere {
             let words = format!(
-                "{} hold the same weights{how}, and main is not the last step: {most} is what its name says{rescue}",
+                "{} hold the same weights{how}, and main is not the last step: {most} is correct{rescue}",
                 listed(&names)
             );
             return self.say(FindingKind::Identical, names, words, true);
         }
         if ends.is_empty() {
-            let words = format!("{} hold the same weights{how}: {most} is what its name says{rescue}", listed(&others));
+            let words = format!("{} hold the same weights{how}: {most} is correct{rescue}", listed(&others));
             return self.say(FindingKind::Identical, others, words, true);
         }
-        let (holds, are) = if others.len() == 1 {
-            ("holds", "it is not what its name says")
-        } else {
-            ("hold", "they are not what their names say")
-        };
+        let (holds, are) =
+            if others.len() == 1 { ("holds", "its name is wrong") } else { ("hold", "their names are wrong") };
         let of = match &ends[..] {
             [one] if one == "main" => "main".to_owned(),
             [one] => format!("{one}, the last step"),
-            _ => format!("{}, the last step, which main has too", last.unwrap_or_default()),
+            _ => format!("{}, the last step, and of main", last.unwrap_or_default()),
         };
         let words = format!("{} {holds} the weights of {of}{how}: {are}{rescue}", listed(&others));
         self.say(FindingKind::EqualsFinal, others, words, true);
     }
 
-    /// Another form of the same revisions may be right though the one that is loaded is not.
+    /// Returns a hint if another form of these revisions has different weights in each of them, and so may be correct.
     fn rescue(&self, group: &[usize]) -> String {
         let first = &self.looked[group[0]];
         for form in first.forms.keys().skip(1) {
             let digests = group.iter().map(|&i| self.looked[i].digests(*form));
             let distinct: BTreeSet<Option<Vec<&Digest>>> = digests.collect();
             if !distinct.contains(&None) && distinct.len() == group.len() {
-                return format!("; their {} all differ, so those may be right", first.forms[form][0].path);
+                return format!("; their files {} all differ and may be correct", first.forms[form][0].path);
             }
         }
         String::new()
     }
 
-    /// Shards that revisions share which are otherwise different.
+    /// Adds findings for shards shared by revisions whose other files differ.
     fn judge_shards(&mut self, last: Option<&str>) {
         let mut holders: BTreeMap<(String, Digest), Vec<usize>> = BTreeMap::new();
         for (i, one) in self.looked.iter().enumerate() {
@@ -135,7 +133,7 @@ impl Auditor<'_> {
                 }
             }
         }
-        // One finding for a set of revisions, however many shards it shares.
+        // One finding per set of revisions, with all shards that they share.
         let mut shared: BTreeMap<Vec<usize>, Vec<String>> = BTreeMap::new();
         for ((path, _), who) in holders {
             let distinct: BTreeSet<usize> = who.iter().map(|&i| self.classes.head(i)).collect();
@@ -149,7 +147,7 @@ impl Auditor<'_> {
             let (ends, others): (Vec<String>, Vec<String>) = names.iter().cloned().partition(is_end);
             let paths = paths.join(", ");
             if ends.is_empty() || others.is_empty() {
-                let words = format!("{} have {paths} in common, though they differ otherwise", listed(&names));
+                let words = format!("{} share {paths}, but their other files differ", listed(&names));
                 self.say(FindingKind::SharedShard, names, words, true);
             } else {
                 let has = if others.len() == 1 { "has" } else { "have" };
@@ -160,7 +158,7 @@ impl Auditor<'_> {
         }
     }
 
-    /// What the card knows and the findings so far do not show.
+    /// Adds findings for facts of the model card that no other finding covers.
     fn judge_known(&mut self) {
         let Some(card) = self.of.card else { return };
         let told: BTreeSet<(String, String)> = self
@@ -188,9 +186,9 @@ impl Auditor<'_> {
         }
         for ((what, source, mended), (kind, revisions)) in by_fact {
             let words = if mended {
-                format!("it was reported of {}: {what}; the files are their own now", listed(&revisions))
+                format!("was reported for {}: {what}; the files now differ from all others", listed(&revisions))
             } else {
-                format!("it is reported of {}: {what}", listed(&revisions))
+                format!("is reported for {}: {what}", listed(&revisions))
             };
             let alarming = !mended && matches!(kind, KnownKind::Wrong | KnownKind::Suspect);
             self.findings.push(Finding { kind: FindingKind::Known, revisions, words, alarming, sources: vec![source] });
@@ -198,7 +196,7 @@ impl Auditor<'_> {
     }
 }
 
-/// One finding for many revisions of which the same is to be said in the same words.
+/// Merges findings of the same kind and wording into one finding for all their revisions.
 fn merge(findings: &mut Vec<Finding>) {
     let mut out: Vec<Finding> = Vec::new();
     for finding in findings.drain(..) {
@@ -223,7 +221,7 @@ fn merge(findings: &mut Vec<Finding>) {
     }
     *findings = out;
 }
-/// Names in a sentence; of many the first, the last and their number.
+/// Formats names as a list in a sentence. A long list is shortened to its first and last names and their number.
 fn listed(names: &[String]) -> String {
     match names {
         [] => "nothing".into(),
