@@ -161,7 +161,9 @@ impl Context {
                 Ok(hidden.squeeze(0)?.index_select(&last, 0)?)
             }
             Some(_) => Ok(hidden.narrow(1, t - 1, 1)?.squeeze(1)?),
-            None => Err(Error::Input(format!("hidden states of shape [{b}, {t}, ..]: the last pass had another shape"))),
+            None => {
+                Err(Error::Input(format!("hidden states of shape [{b}, {t}, ..]: the last pass had another shape")))
+            }
         }
     }
 
@@ -201,7 +203,10 @@ impl Context {
     /// # Errors
     /// Returns [`Error::Input`] if no pass was started, or if the pass was committed to the state.
     pub fn replay(&self) -> Result<Self> {
-        let pass = self.pass.as_ref().ok_or_else(|| Error::Input("there is no pass to replay; start one with embed".into()))?;
+        let pass = self
+            .pass
+            .as_ref()
+            .ok_or_else(|| Error::Input("there is no pass to replay; start one with embed".into()))?;
         if pass.is_committed && self.state.is_some() {
             return Err(Error::Input("the pass was committed to the state and cannot be replayed".into()));
         }

@@ -69,7 +69,9 @@ impl Deferred {
             let of_x = found.remove(&x);
             all.found.lock().unwrap_or_else(PoisonError::into_inner).push(found);
             if is_tracked && of_x.is_none() {
-                return Err(Error::Input("the output of a deferred part of a block does not depend on its input".into()));
+                return Err(Error::Input(
+                    "the output of a deferred part of a block does not depend on its input".into(),
+                ));
             }
             Ok((of_x, nothing))
         })?;

@@ -44,7 +44,9 @@ impl<F> Known<F> {
             return Ok((a.device().zeros_impl(at.shape(), a.dtype())?, at.shape().clone()));
         };
         let (storage, layout) = value.storage_and_layout();
-        let Some(storage) = of(&storage) else { candle_core::bail!("the known value is on another device than the input") };
+        let Some(storage) = of(&storage) else {
+            candle_core::bail!("the known value is on another device than the input")
+        };
         Ok((storage.try_clone(layout)?, value.shape().clone()))
     }
 }

@@ -78,7 +78,10 @@ impl Norm {
         let fits = weight.dims() == expected && bias.as_ref().is_none_or(|bias| bias.dims() == expected);
         if !fits || bias.is_some() != self.bias().is_some() {
             let found = (weight.dims(), bias.as_ref().map(Tensor::dims));
-            return Err(Error::Input(format!("{}: weight and bias of shapes {found:?}; expected {expected:?}", self.name())));
+            return Err(Error::Input(format!(
+                "{}: weight and bias of shapes {found:?}; expected {expected:?}",
+                self.name()
+            )));
         }
         Ok(match self.clone() {
             Norm::Layer { name, bias: zeros, eps, has_bias, .. } => {

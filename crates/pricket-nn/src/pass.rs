@@ -88,7 +88,9 @@ impl Pass {
         if let Some((row, _)) =
             packed.into_iter().flatten().find(|(row, _)| *row >= rows + packed.map_or(0, <[_]>::len))
         {
-            return Err(Error::Input(format!("row {row} does not follow the {rows} rows of the state; add rows from {rows} on")));
+            return Err(Error::Input(format!(
+                "row {row} does not follow the {rows} rows of the state; add rows from {rows} on"
+            )));
         }
         // A state without positions may take a batch of another size.
         if packed.is_none() && rows != batch && state.is_some_and(|state| !state.is_empty()) {

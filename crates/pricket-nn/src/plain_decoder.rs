@@ -74,7 +74,10 @@ impl PlainDecoder {
 impl StepDecoder for PlainDecoder {
     fn admit(&mut self, row: Admission) -> Result<RowId> {
         if row.state.rows() != 1 {
-            return Err(Error::Input(format!("the state of an admitted row must have one row, found {}", row.state.rows())));
+            return Err(Error::Input(format!(
+                "the state of an admitted row must have one row, found {}",
+                row.state.rows()
+            )));
         }
         self.next += 1;
         let Admission { state, ids, prompt_len, sampling, vocab } = row;

@@ -350,7 +350,8 @@ impl RowState {
             Some((_, h, capacity, w)) if (h, w) == (heads, width) => capacity,
             _ if past == 0 => 0,
             Some((_, h, _, w)) => {
-                let what = format!("the state holds {h} heads of width {w}, but the input has {heads} heads of width {width}");
+                let what =
+                    format!("the state holds {h} heads of width {w}, but the input has {heads} heads of width {width}");
                 return Err(Error::Input(what));
             }
             None => {
