@@ -161,9 +161,7 @@ impl Context {
                 Ok(hidden.squeeze(0)?.index_select(&last, 0)?)
             }
             Some(_) => Ok(hidden.narrow(1, t - 1, 1)?.squeeze(1)?),
-            None => {
-                Err(Error::Input(format!("hidden states of shape [{b}, {t}, ..]: the last pass had another shape")))
-            }
+            None => Err(Error::Input(format!("hidden states [{b}, {t}, ..]: the last pass had another shape"))),
         }
     }
 

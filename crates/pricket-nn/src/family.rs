@@ -132,7 +132,7 @@ pub trait Family: Sync {
 
     /// Returns how a configuration differs from all configurations of the family, or `None` if it does not.
     fn unlike(&self, config: &Value) -> Option<String> {
-        (!self.claims(config)).then(|| format!("it is not of the family {}", self.name()))
+        (!self.claims(config)).then(|| format!("it does not belong to the family {}", self.name()))
     }
 
     /// Returns `general.architecture` of GGUF files, or `None` if the family has no GGUF files.

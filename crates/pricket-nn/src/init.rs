@@ -175,12 +175,7 @@ impl Initialization {
                 match (limits.as_f64(), pair) {
                     (Some(limit), _) => Some(Init::Uniform { low: -limit, high: limit }),
                     (None, (Some(low), Some(high))) => Some(Init::Uniform { low, high }),
-                    _ => {
-                        return Err(Error::config(
-                            "init_config.emb_init_uniform_lim",
-                            "expected one number or two numbers",
-                        ));
-                    }
+                    _ => return Err(Error::config("init_config.emb_init_uniform_lim", "expected 1 or 2 numbers")),
                 }
             }
         };

@@ -95,9 +95,7 @@ impl RowOrder {
             Matrix::Dense(tensor) => Ok(Matrix::Dense(self.moved(&tensor, back)?)),
             matrix if self == RowOrder::AsStored => Ok(matrix),
             Matrix::InPlace(matrix) => Ok(Matrix::Dense(self.moved(&matrix.to_tensor()?, back)?)),
-            Matrix::Packed(_) => {
-                Err(Error::Input("a packed matrix cannot be reordered; its rows are in the model's order".into()))
-            }
+            Matrix::Packed(_) => Err(Error::Input("the rows of a packed matrix cannot be reordered".into())),
             Matrix::Blocks(blocks) => {
                 let from = self.sources(blocks.shape().0, back)?;
                 Ok(Matrix::Blocks(blocks.reordered(|row| from[row])))
