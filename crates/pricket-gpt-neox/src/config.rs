@@ -47,7 +47,7 @@ pub struct Config {
     /// Base of the rotary frequencies; 10,000 if absent.
     #[serde(default)]
     pub rotary_emb_base: Option<f64>,
-    /// Rotary parameters of transformers 5, which replace the two keys above.
+    /// Rotary parameters of transformers 5, whose keys have priority over the two above.
     #[serde(default)]
     pub rope_parameters: Option<RopeParameters>,
     /// Scaling of rotary positions; replaces `rope_parameters` if it is set.

@@ -67,9 +67,11 @@ impl Block for GptNeoXBlock {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let attention = self.attention.forward(&self.input_layernorm, x, ctx)?;
         if self.use_parallel_residual {
+            // x + mlp(LN2(x)) + attention(LN1(x))
             let mlp = self.mlp.forward(&self.post_attention_layernorm, x, ctx)?;
             return residual(x, &[&mlp, &attention]);
         }
+        // h = x + attention(LN1(x)), then h + mlp(LN2(h))
         let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
         let mlp = self.mlp.forward(&self.post_attention_layernorm, &x, ctx)?;
         residual(&x, &[&mlp])

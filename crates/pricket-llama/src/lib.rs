@@ -61,6 +61,7 @@ pub struct LlamaBlock {
 
 impl Block for LlamaBlock {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        // h = x + attention(norm(x)), then h + mlp(norm(h))
         let attention = self.self_attn.forward(&self.input_layernorm, x, ctx)?;
         let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
         let mlp = self.mlp.forward(&self.post_attention_layernorm, &x, ctx)?;

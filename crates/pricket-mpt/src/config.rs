@@ -211,7 +211,7 @@ impl Config {
         }
     }
 
-    /// Returns whether the ALiBi slopes equal those of MPT, which is the only rule that other programs implement.
+    /// Returns whether the ALiBi slopes follow the usual rule, [`Alibi::new`].
     pub(crate) fn alibi_as_others_do(&self) -> bool {
         self.alibi() == Alibi::new(self.n_heads, self.attn_config.alibi_bias_max.unwrap_or(8.0))
     }

@@ -6,8 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{GGUF_KEYS, NAMES};
 
-/// Header layout of legacy GGML files. Their quantized blocks never have the layout from before its first change,
-/// whatever `ftype` is.
+/// Header layout of legacy GGML files. Quantized files have at least block version 1, even if `ftype` gives no version.
 pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     name: "mpt header",
     fields: &[

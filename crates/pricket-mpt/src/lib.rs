@@ -62,6 +62,7 @@ pub struct MptBlock {
 
 impl Block for MptBlock {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        // h = x + attn(norm_1(x)), then h + ffn(norm_2(h))
         let attention = self.attn.forward(&self.norm_1, x, ctx)?;
         let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
         let ffn = self.ffn.forward(&self.norm_2, &x, ctx)?;

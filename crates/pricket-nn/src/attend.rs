@@ -180,8 +180,8 @@ impl Context {
     /// WKV recurrence of RWKV-4; see [`ops::wkv4`] for the formula.
     ///
     /// `k` and `v` are `[b, t, d]`; `decay` and `first` are the parameters `time_decay` and `time_first`, `[d]`. The
-    /// recurrence continues from the tensor that the state holds under `name`, and saves its result there. Returns `[b,
-    /// t, d]`.
+    /// recurrence continues from the tensor that the state holds under `name`, and saves its result there. Returns
+    /// `[b, t, d]`.
     ///
     /// # Errors
     /// Returns an error if the shapes do not match each other or the pass.

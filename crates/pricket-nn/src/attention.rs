@@ -11,8 +11,8 @@ use crate::{Alibi, Context, Layer, Linear, Norm, Result, Site};
 pub enum Qkv {
     /// One matrix, `[(heads + 2 kv_heads) · head_dim, d]`: Q, then K, then V.
     Fused(Linear),
-    /// Three matrices, which may be stored in different types: Q of `[heads · head_dim, d]`, K and V of `[kv_heads ·
-    /// head_dim, d]`.
+    /// Three matrices, which may be stored in different types: Q of `[heads · head_dim, d]`, K and V of
+    /// `[kv_heads · head_dim, d]`.
     Split(Box<[Linear; 3]>),
 }
 

@@ -103,8 +103,8 @@ pub trait CausalLm: Send + Sync {
     /// Returns [`Error::Input`] if the width does not match, or an error if a tensor operation fails.
     fn head(&self, hidden: &Tensor) -> Result<Tensor>;
 
-    /// Runs all steps except the head on token ids, `[b, t]`, and ends the pass. Returns the hidden states, `[b, t,
-    /// d]`.
+    /// Runs all steps except the head on token ids, `[b, t]`, and ends the pass. Returns the hidden states,
+    /// `[b, t, d]`.
     ///
     /// # Errors
     /// Returns the errors of [`CausalLm::embed`], [`CausalLm::block`] and [`CausalLm::finish`].

@@ -114,9 +114,9 @@ impl Initialization {
 
     /// Returns the scheme of GPT-NeoX.
     ///
-    /// The standard deviation is `sqrt(2 / 5d)` (Nguyen and Salazar 2019, arXiv:1910.05895). It is `2 / (layers ·
-    /// sqrt(d))` for the matrices in `residual`, whose output is added to the residual stream (Wang and Komatsuzaki
-    /// 2021).
+    /// The standard deviation is `sqrt(2 / 5d)` (Nguyen and Salazar 2019, arXiv:1910.05895). It is
+    /// `2 / (layers · sqrt(d))` for the matrices in `residual`, whose output is added to the residual stream (Wang and
+    /// Komatsuzaki 2021).
     pub fn small(d: usize, layers: usize, residual: &'static [&'static str]) -> Self {
         let (d, layers) = (d as f64, layers as f64);
         let deviation = (2.0 / (5.0 * d)).sqrt();

@@ -16,8 +16,9 @@ pub(crate) type Pair = (Option<Tensor>, Option<Tensor>);
 
 /// Returns a tensor with the given value and a custom backward pass.
 ///
-/// If `value` is `None`, the tensor holds zeros in the shape of `a`. The backward pass calls `back(a, gradient of the
-/// value)`, which returns the gradients of `a` and `b`. candle panics if a tracked argument gets no gradient.
+/// If `value` is `None`, the tensor holds zeros in the shape of `a`. The backward pass calls
+/// `back(a, gradient of the value)`, which returns the gradients of `a` and `b`. candle panics if a tracked argument
+/// gets no gradient.
 ///
 /// # Errors
 /// Returns an error if `value` is on another device than `a`.

@@ -19,14 +19,15 @@ pub enum RowOrder {
     /// The same order in the file and in the model.
     #[default]
     AsStored,
-    /// `[heads, 3, head_dim]` in the file: q, k and v of a head side by side, as GPT-NeoX trains them. `[3, heads,
-    /// head_dim]` in the model: Q, then K, then V.
+    /// `[heads, 3, head_dim]` in the file: q, k and v of a head side by side, as GPT-NeoX trains them.
+    /// `[3, heads, head_dim]` in the model: Q, then K, then V.
     PerHead {
         /// Number of heads.
         heads: usize,
     },
     /// `[heads, head_dim / 2, 2]` in the file: the two rows of a rotary pair side by side, as llama.cpp's files store
-    /// queries and keys. `[heads, 2, head_dim / 2]` in the model: the first rows of all pairs, then the second rows.
+    /// queries and keys. `[heads, 2, head_dim / 2]` in the model: for each head the first rows of all pairs, then the
+    /// second rows.
     Pairs {
         /// Number of heads.
         heads: usize,

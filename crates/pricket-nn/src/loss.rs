@@ -1,5 +1,5 @@
-//! Cross-entropy fused with the head: `nll[i] = logsumexp(logits[i]) - logits[i][target[i]]`, where `logits =
-//! logit_scale · head(hidden)`.
+//! Cross-entropy fused with the head: `nll[i] = logsumexp(logits[i]) - logits[i][target[i]]`, where
+//! `logits = logit_scale · head(hidden)`.
 //!
 //! Logits are computed for a block of positions at a time. With a frozen head the gradient is computed together with
 //! the loss, so logits are computed once. With a trained head they are computed a second time in the backward pass.

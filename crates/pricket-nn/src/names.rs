@@ -27,8 +27,8 @@ pub struct Names {
     pub head: &'static str,
     /// Pairs of a canonical name and another name of the same tensor.
     pub aliases: &'static [(&'static str, &'static str)],
-    /// Other spellings. Each is a table that replaces parts of canonical names between dots, such as `("norm_1",
-    /// "ln_1")`.
+    /// Other spellings. Each is a table that replaces parts of canonical names between dots, such as
+    /// `("norm_1", "ln_1")`.
     pub spellings: &'static [&'static [(&'static str, &'static str)]],
     /// Name suffixes of tensors that are not weights, such as masks and tables that old code saved.
     pub buffers: &'static [&'static str],

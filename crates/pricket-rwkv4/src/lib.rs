@@ -134,6 +134,7 @@ impl ChannelMixing {
 
 impl Block for Rwkv4Block {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        // h = x + time_mixing(LN1(x)), then h + channel_mixing(LN2(h))
         let time = self.attention.forward(&self.ln1, x, ctx)?;
         let x = ctx.tap(Site::ResidMid, residual(x, &[&time])?)?;
         let channels = self.feed_forward.forward(&self.ln2, &x, ctx)?;

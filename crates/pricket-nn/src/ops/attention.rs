@@ -15,8 +15,8 @@ use crate::{Error, Result};
 
 /// Rotates pairs of dimensions: `(a, b)` becomes `(a cos - b sin, b cos + a sin)`.
 ///
-/// `x` is `[b, t, h, head_dim]`; `cos` and `sin` are `[b or 1, t, pairs]`. Dimension `i` is paired with dimension `i +
-/// pairs`; dimensions from `2 · pairs` on are copied. Returns `[b, h, t, head_dim]`, contiguous.
+/// `x` is `[b, t, h, head_dim]`; `cos` and `sin` are `[b or 1, t, pairs]`. Dimension `i` is paired with dimension
+/// `i + pairs`; dimensions from `2 · pairs` on are copied. Returns `[b, h, t, head_dim]`, contiguous.
 ///
 /// # Errors
 /// Returns an error if the shapes do not match.
