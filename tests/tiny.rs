@@ -202,7 +202,7 @@ fn taps_and_arguments_that_fit_no_model_are_refused() {
     let narrow = wide.narrow(2, 0, 3).unwrap();
     for result in [model.block(0, &narrow, &mut Context::new()), model.finish(&narrow), model.head(&narrow)] {
         let error = result.unwrap_err().to_string();
-        assert!(error.contains("expected a last dimension of 128, found the shape [1, 3, 3]"), "{error}");
+        assert!(error.contains("expected a last dimension of 128, found shape [1, 3, 3]"), "{error}");
     }
     assert!(parallel.logprobs("").unwrap_err().to_string().contains("fewer than two tokens"));
 }

@@ -1,16 +1,18 @@
+//! The configuration of GPT-NeoX and Pythia.
+
 use pricket_nn::config::{GENERIC, Keys, RopeParameters, divides, epsilon, only, parse, plausible};
 use pricket_nn::{Activation, Error, Result, Rotary};
 use serde::Deserialize;
 
 use crate::keys::KEYS;
 
-/// The keys of a GPT-NeoX config.json that change the maths, with transformers' defaults.
+/// Keys of a GPT-NeoX config.json that affect the forward pass, with the defaults of transformers.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
-    /// `gpt_neox`.
+    /// Model type, `gpt_neox`.
     #[serde(default)]
     pub model_type: Option<String>,
-    /// Rows of the embedding and the head, padding included.
+    /// Number of rows of the embedding and the head, padding included.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -20,40 +22,41 @@ pub struct Config {
     pub num_attention_heads: usize,
     /// Width of the MLP.
     pub intermediate_size: usize,
-    /// `gelu` is the error function, `gelu_fast` and its relatives the tanh form.
+    /// Activation of the MLP: `gelu` uses the error function; `gelu_fast`, `gelu_new` and `gelu_pytorch_tanh` use the
+    /// tanh approximation.
     #[serde(default = "gelu")]
     pub hidden_act: String,
-    /// Positions trained for.
+    /// Number of positions for which the model was trained.
     #[serde(default = "max_positions")]
     pub max_position_embeddings: usize,
-    /// Added to the variance in every norm.
+    /// Epsilon, added to the variance in every norm.
     #[serde(default = "eps")]
     pub layer_norm_eps: f64,
-    /// Whether attention and MLP read the same residual stream.
+    /// Whether the residual is parallel: attention and MLP both read the input of the block.
     #[serde(default = "yes")]
     pub use_parallel_residual: bool,
     /// Whether the attention projections have biases.
     #[serde(default = "yes")]
     pub attention_bias: bool,
-    /// Whether the head is the embedding.
+    /// Whether the head shares the table of the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// Share of each head's dimensions that are rotated.
+    /// Share of the rotated dimensions of a head, from 0 to 1; 0.25 if absent.
     #[serde(default)]
     pub rotary_pct: Option<f64>,
-    /// Base of the rotary frequencies.
+    /// Base of the rotary frequencies; 10,000 if absent.
     #[serde(default)]
     pub rotary_emb_base: Option<f64>,
-    /// transformers 5's spelling of both.
+    /// Rotary parameters of transformers 5, whose keys have priority over the two above.
     #[serde(default)]
     pub rope_parameters: Option<RopeParameters>,
-    /// Replaces `rope_parameters` where it is set.
+    /// Scaling of rotary positions; replaces `rope_parameters` if it is set.
     #[serde(default)]
     pub rope_scaling: Option<RopeParameters>,
-    /// Key and value heads; as many as query heads.
+    /// Number of key and value heads; must equal `num_attention_heads`.
     #[serde(default)]
     pub num_key_value_heads: Option<usize>,
-    /// Width of a head; `hidden_size / num_attention_heads`.
+    /// Width of a head; must equal `hidden_size / num_attention_heads`.
     #[serde(default)]
     pub head_dim: Option<usize>,
 }
@@ -75,10 +78,10 @@ fn yes() -> bool {
 }
 
 impl Config {
-    /// Reads a config.json and checks that the sizes fit each other.
+    /// Reads and checks a config.json.
     ///
     /// # Errors
-    /// [`Error::Config`], naming the key.
+    /// Returns [`Error::Config`] naming the key if a value is missing, invalid or not implemented.
     pub fn from_json(json: &serde_json::Value) -> Result<Self> {
         let config: Self = parse(json)?;
         plausible("vocab_size", config.vocab_size, 1 << 24)?;
@@ -98,10 +101,10 @@ impl Config {
         Ok(config)
     }
 
-    /// Keys of a config.json that no version of the class has.
+    /// Returns the keys of a config.json that no version of the class has.
     ///
     /// # Errors
-    /// As [`Config::from_json`].
+    /// Returns [`Error::Config`] naming the first key whose effect is not implemented.
     pub fn unknown_keys(json: &serde_json::Value) -> Result<Vec<String>> {
         Keys::check(&[KEYS, GENERIC], json)
     }
@@ -112,22 +115,23 @@ impl Config {
             .ok_or_else(|| Error::config("hidden_act", format!("{:?} is not implemented", self.hidden_act)))
     }
 
-    /// Rotary positions; `None` if no dimension is rotated.
+    /// Returns the rotary positions, or `None` if no dimension is rotated.
     ///
-    /// `rope_scaling`, if set, replaces `rope_parameters`, whose keys come before `rotary_pct` and `rotary_emb_base`;
-    /// flat `rope_theta` and `partial_rotary_factor` are ignored, as transformers ignores them in this family.
+    /// `rope_scaling`, if it is set, replaces `rope_parameters`. The keys of that object have priority over
+    /// `rotary_pct` and `rotary_emb_base`. The flat keys `rope_theta` and `partial_rotary_factor` are ignored, as in
+    /// transformers.
     pub(crate) fn rotary(&self) -> Result<Option<Rotary>> {
         let chosen = RopeParameters::chosen(self.rope_scaling.as_ref(), self.rope_parameters.as_ref());
         let (key, rope) = chosen.unwrap_or(("rotary_pct", RopeParameters::default()));
         let base = rope.base(key, self.rotary_emb_base)?;
         let share = rope.partial_rotary_factor.or(self.rotary_pct).unwrap_or(0.25);
         if !(0.0..=1.0).contains(&share) {
-            return Err(Error::config(key, format!("share {share} of rotated dimensions is not between 0 and 1")));
+            return Err(Error::config(key, format!("share {share} of rotated dimensions; expected 0 to 1")));
         }
         let factor = rope.divisor(key)?;
         let dims = ((self.hidden_size / self.num_attention_heads) as f64 * share) as usize;
         if !dims.is_multiple_of(2) {
-            return Err(Error::config(key, format!("{dims} rotated dimensions cannot be paired")));
+            return Err(Error::config(key, format!("{dims} rotated dimensions; expected an even number")));
         }
         Ok((dims > 0).then_some(Rotary { dims, base, factor }))
     }

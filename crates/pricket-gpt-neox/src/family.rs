@@ -1,3 +1,5 @@
+//! The implementation of [`Family`] for GPT-NeoX.
+
 use std::sync::Arc;
 
 use pricket_nn::config::{GENERIC, Keys};
@@ -12,7 +14,7 @@ use crate::keys::{GGUF_KEYS, KEYS};
 use crate::names::{GGUF, NAMES};
 use crate::{Config, load};
 
-/// GPT-NeoX, as the rest of pricket sees it.
+/// The GPT-NeoX family.
 pub static FAMILY: &dyn Family = &GptNeoXFamily;
 
 struct GptNeoXFamily;
@@ -46,7 +48,7 @@ impl Family for GptNeoXFamily {
         config["hidden_act"] = match activation {
             Activation::GeluErf => "gelu".into(),
             Activation::GeluTanh => "gelu_pytorch_tanh".into(),
-            other => return Err(Error::Input(format!("{other:?}: GPT-NeoX has a GELU"))),
+            other => return Err(Error::Input(format!("activation {other:?}: GPT-NeoX supports GELU only"))),
         };
         Ok(())
     }
@@ -76,7 +78,8 @@ impl Family for GptNeoXFamily {
         gguf_metadata(config)
     }
 
-    /// Converters left each head's three side by side until May 2024; later ones write all of Q, then K, then V.
+    /// Until May 2024, llama.cpp's converter kept q, k and v of each head side by side. Later versions write all of Q,
+    /// then K, then V.
     fn gguf_rows(&self, metadata: &Value, version: u32) -> FusedRows {
         if metadata["pricket.qkv_order"] == "split" {
             return FusedRows::Stated;

@@ -1,4 +1,4 @@
-//! The names that GGUF and legacy GGML files give to the keys of config.json.
+//! Conversion between config.json and the metadata of GGUF and legacy GGML files.
 
 use pricket_nn::config::{Keys, gguf_rope_scaling, rows};
 use pricket_nn::{Error, GgmlBody, GgmlLayout, Result};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::keys::GGUF_KEYS;
 
-/// The headers of legacy GGML files: with the residual's kind since 2023-05-13, without it before.
+/// Header layouts of legacy GGML files. Since 2023-05-13 the header has the field `par_res`, for a parallel residual.
 pub(crate) const GGML: [GgmlLayout; 2] =
     [layout("gpt-neox header of 8", &fields::<8>(Some("par_res"))), layout("gpt-neox header of 7", &fields::<7>(None))];
 
@@ -28,7 +28,7 @@ const fn fields<const N: usize>(residual: Option<&'static str>) -> [(&'static st
     out
 }
 
-/// The rotated share that makes `rotated` of `head_dim` after rounding down, as transformers rounds.
+/// Returns the share whose product with `head_dim`, rounded down as in transformers, is `rotated`.
 fn share(rotated: u64, head_dim: u64) -> f64 {
     let mut share = rotated as f64 / head_dim.max(1) as f64;
     while ((head_dim as f64 * share) as u64) < rotated && share < 1.0 {
@@ -37,15 +37,16 @@ fn share(rotated: u64, head_dim: u64) -> f64 {
     share
 }
 
-/// The config.json that the header of a legacy GGML file stands for; `shape` tells the shape of a tensor of the file.
+/// Converts the header of a legacy GGML file to a config.json. `shape` returns the shape of a tensor in the file.
 ///
 /// # Errors
-/// [`Error::Config`] naming a field that is missing.
+/// Returns [`Error::Config`] naming a field that is missing.
 pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
     let (width, heads, rotated) = (field("n_embd")?, field("n_head")?, field("n_rot")?);
     let head_dim = width / heads.max(1);
-    // Files of before the field exist for both kinds; those of RedPajama-INCITE rotate every dimension.
+    // Files without the field have either residual. Those of RedPajama-INCITE, which is sequential, rotate all
+    // dimensions.
     let parallel = header["par_res"].as_u64().map_or(rotated != head_dim, |flag| flag != 0);
     Ok(json!({
         "model_type": "gpt_neox", "hidden_act": "gelu", "vocab_size": field("n_vocab")?, "hidden_size": width,
@@ -56,10 +57,10 @@ pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Ve
     }))
 }
 
-/// The config.json that GGUF metadata stand for; `shape` tells the shape of a tensor of the file.
+/// Converts GGUF metadata to a config.json. `shape` returns the shape of a tensor in the file.
 ///
 /// # Errors
-/// [`Error::Config`] naming a key that is missing or not implemented.
+/// Returns [`Error::Config`] naming a key that is missing or not implemented.
 pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let at = |key: &str| &metadata[format!("gptneox.{key}")];
     let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("gptneox.{key}"), "missing"));
@@ -71,7 +72,7 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
         return Err(Error::config("gptneox.attention.head_count_kv", format!("{kv} is not implemented")));
     }
     Ok(json!({
-        // Other programs' files say nothing of the activation: it is the one of the published checkpoints.
+        // Files of other programs do not record the activation, so that of the published checkpoints is assumed.
         "model_type": "gpt_neox", "hidden_act": metadata["pricket.hidden_act"].as_str().unwrap_or("gelu"), "vocab_size": rows(shape, "token_embd.weight")?,
         "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": number("block_count")?,
         "max_position_embeddings": number("context_length")?, "intermediate_size": number("feed_forward_length")?,
@@ -85,10 +86,10 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
     }))
 }
 
-/// The GGUF metadata that a config.json stands for: the reverse of [`config_from_gguf`].
+/// Converts a config.json to GGUF metadata, the inverse of [`config_from_gguf`].
 ///
 /// # Errors
-/// As [`crate::Config::from_json`].
+/// Returns the errors of [`crate::Config::from_json`].
 pub(crate) fn gguf_metadata(config: &Value) -> Result<Value> {
     let read = crate::Config::from_json(config)?;
     let rotary = read.rotary()?;

@@ -1,8 +1,9 @@
-//! The keys of transformers' `GPTNeoXConfig`, and of llama.cpp's metadata for its files.
+//! The keys of transformers' `GPTNeoXConfig` and of llama.cpp's GGUF metadata.
 
 use pricket_nn::config::Keys;
 
-/// `GPTNeoXConfig` of transformers 4.19 to 5.24. Flat `rope_theta` and `partial_rotary_factor` are saved and never read there.
+/// Keys of `GPTNeoXConfig` in transformers 4.19 to 5.24, which saves the flat keys `rope_theta` and
+/// `partial_rotary_factor` but never reads them.
 pub const KEYS: Keys = Keys {
     read: &[
         "vocab_size",
@@ -77,7 +78,7 @@ pub const KEYS: Keys = Keys {
     ],
 };
 
-/// llama.cpp's keys, behind `gptneox.`.
+/// Keys of llama.cpp's GGUF metadata, without the prefix `gptneox.`.
 pub const GGUF_KEYS: Keys = Keys {
     read: &[
         "context_length",

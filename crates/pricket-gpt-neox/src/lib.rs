@@ -1,5 +1,8 @@
 //! GPT-NeoX: Pythia (Biderman et al. 2023, arXiv:2304.01373), GPT-NeoX-20B (Black et al. 2022, arXiv:2204.06745) and
-//! every other checkpoint of `GPTNeoXForCausalLM`.
+//! all other checkpoints of `GPTNeoXForCausalLM`.
+//!
+//! A decoder with layer norms, rotary positions on a share of the dimensions of each head, fused query-key-value
+//! projections and a GELU MLP:
 //!
 //! ```text
 //!  use_parallel_residual: true (Pythia)          false (RedPajama-INCITE)
@@ -9,7 +12,7 @@
 //!           └───────────────────┘
 //! ```
 //!
-//! Everything that decides the maths is read from config.json; nothing is guessed from shapes or names.
+//! All settings that affect the forward pass come from config.json. None are guessed from shapes or names.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -50,7 +53,7 @@ use pricket_nn::{
 /// A GPT-NeoX model.
 pub type GptNeoX = Decoder<GptNeoXBlock>;
 
-/// One block: two norms, attention, MLP, and the two ways of adding them up.
+/// One block: two norms, attention and MLP, with a parallel or a sequential residual.
 #[derive(Clone, Debug)]
 pub struct GptNeoXBlock {
     input_layernorm: Norm,
@@ -64,9 +67,11 @@ impl Block for GptNeoXBlock {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let attention = self.attention.forward(&self.input_layernorm, x, ctx)?;
         if self.use_parallel_residual {
+            // x + mlp(LN2(x)) + attention(LN1(x))
             let mlp = self.mlp.forward(&self.post_attention_layernorm, x, ctx)?;
             return residual(x, &[&mlp, &attention]);
         }
+        // h = x + attention(LN1(x)), then h + mlp(LN2(h))
         let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
         let mlp = self.mlp.forward(&self.post_attention_layernorm, &x, ctx)?;
         residual(&x, &[&mlp])
@@ -134,7 +139,7 @@ impl GptNeoXBlock {
 /// Loads the model that `config` describes.
 ///
 /// # Errors
-/// If a tensor is missing or has another shape than the configuration implies.
+/// Returns an error if a tensor is missing or its shape does not match the configuration.
 pub fn load(config: &Config, weights: &Weights) -> Result<GptNeoX> {
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("gpt_neox");

@@ -1,13 +1,15 @@
+//! The tensor names of GPT-NeoX on the Hub and in llama.cpp's files.
+
 use pricket_nn::Names;
 
-/// The names of `GPTNeoXForCausalLM`, as transformers spells them on the Hub.
+/// Tensor names of `GPTNeoXForCausalLM`, as transformers spells them on the Hub.
 pub const NAMES: Names = Names {
     root: "gpt_neox",
     head: "embed_out",
-    // transformers 5 calls the head by its other name.
+    // transformers 5 uses the other name of the head.
     aliases: &[("embed_out.weight", "lm_head.weight")],
     spellings: &[GGUF],
-    // The causal mask, its fill value and rounded frequencies, which transformers once saved in every layer.
+    // Old versions of transformers saved the causal mask, its fill value and the rotary tables in every layer.
     buffers: &[
         ".attention.bias",
         ".attention.masked_bias",
@@ -18,7 +20,7 @@ pub const NAMES: Names = Names {
     ],
 };
 
-/// llama.cpp's names.
+/// Parts of canonical names, and their names in llama.cpp's files.
 pub(crate) const GGUF: &[(&str, &str)] = &[
     ("gpt_neox.embed_in", "token_embd"),
     ("gpt_neox.layers", "blk"),

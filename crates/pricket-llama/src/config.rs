@@ -1,13 +1,15 @@
+//! The configuration of LLaMA and OpenLLaMA.
+
 use pricket_nn::config::{GENERIC, Keys, RopeParameters, divides, epsilon, parse, plausible};
 use pricket_nn::{Activation, Error, Result, Rotary};
 use serde::Deserialize;
 
 use crate::keys::KEYS;
 
-/// The keys of a LLaMA config.json that change the maths, with transformers' defaults.
+/// Keys of a LLaMA config.json that affect the forward pass, with the defaults of transformers.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
-    /// Rows of the embedding and the head, padding included.
+    /// Number of rows of the embedding and the head, padding included.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -15,7 +17,7 @@ pub struct Config {
     pub num_hidden_layers: usize,
     /// Number of query heads.
     pub num_attention_heads: usize,
-    /// Number of key and value heads; as many as query heads if absent. Divides `num_attention_heads`.
+    /// Number of key and value heads; divides `num_attention_heads`, which is the default.
     #[serde(default)]
     pub num_key_value_heads: Option<usize>,
     /// Width of a head; `hidden_size / num_attention_heads` if absent.
@@ -23,13 +25,13 @@ pub struct Config {
     pub head_dim: Option<usize>,
     /// Width of the MLP.
     pub intermediate_size: usize,
-    /// `silu`; others are refused.
+    /// Activation of the MLP; only `silu` is supported.
     #[serde(default = "silu")]
     pub hidden_act: String,
-    /// Positions trained for, before linear scaling.
+    /// Number of positions for which the model was trained, before linear scaling.
     #[serde(default = "max_positions")]
     pub max_position_embeddings: usize,
-    /// Added to the mean of squares in every norm.
+    /// Epsilon, added to the mean of squares in every norm.
     #[serde(default = "eps")]
     pub rms_norm_eps: f64,
     /// Whether the four attention projections have biases.
@@ -38,16 +40,16 @@ pub struct Config {
     /// Whether the three projections of the MLP have biases.
     #[serde(default)]
     pub mlp_bias: bool,
-    /// Whether the head is the embedding.
+    /// Whether the head shares the table of the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// Base of the rotary frequencies, where `rope_scaling` and `rope_parameters` have none.
+    /// Base of the rotary frequencies, if `rope_scaling` and `rope_parameters` have none; 10,000 if absent.
     #[serde(default)]
     pub rope_theta: Option<f64>,
-    /// transformers 5's place of base and scaling.
+    /// Rotary base and scaling, in transformers 5.
     #[serde(default)]
     pub rope_parameters: Option<RopeParameters>,
-    /// Replaces `rope_parameters` where it is set.
+    /// Scaling of rotary positions; replaces `rope_parameters` if it is set.
     #[serde(default)]
     pub rope_scaling: Option<RopeParameters>,
 }
@@ -65,10 +67,10 @@ fn eps() -> f64 {
 }
 
 impl Config {
-    /// Reads a config.json and checks that the sizes fit each other.
+    /// Reads and checks a config.json.
     ///
     /// # Errors
-    /// [`Error::Config`], naming the key.
+    /// Returns [`Error::Config`] naming the key if a value is missing, invalid or not implemented.
     pub fn from_json(json: &serde_json::Value) -> Result<Self> {
         let config: Self = parse(json)?;
         plausible("vocab_size", config.vocab_size, 1 << 24)?;
@@ -82,7 +84,7 @@ impl Config {
         plausible("head_dim", config.head_dim(), 1 << 12)?;
         epsilon("rms_norm_eps", Some(config.rms_norm_eps))?;
         if Activation::from_name(&config.hidden_act) != Some(Activation::Silu) {
-            let what = format!("{:?} is not implemented for llama; silu is", config.hidden_act);
+            let what = format!("{:?} is not implemented for llama; only silu is", config.hidden_act);
             return Err(Error::config("hidden_act", what));
         }
         config.rotary()?;
@@ -91,31 +93,33 @@ impl Config {
         Ok(config)
     }
 
-    /// Number of key and value heads.
+    /// Returns the number of key and value heads.
     pub fn kv_heads(&self) -> usize {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)
     }
 
-    /// Width of a head.
+    /// Returns the width of a head.
     pub fn head_dim(&self) -> usize {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
-    /// Rotary positions over all of a head. A base in `rope_scaling` or `rope_parameters` comes before the flat one.
+    /// Returns the rotary positions, which rotate all dimensions of a head. A base in `rope_scaling` or
+    /// `rope_parameters` has priority over the flat key `rope_theta`.
     pub(crate) fn rotary(&self) -> Result<Rotary> {
         let chosen = RopeParameters::chosen(self.rope_scaling.as_ref(), self.rope_parameters.as_ref());
         let (key, rope) = chosen.unwrap_or(("rope_theta", RopeParameters::default()));
         if rope.partial_rotary_factor.is_some_and(|share| share != 1.0) {
-            return Err(Error::config(key, "partial_rotary_factor is not implemented; only 1 is"));
+            return Err(Error::config(key, "only the value 1 of partial_rotary_factor is implemented"));
         }
         let dims = self.head_dim();
         if !dims.is_multiple_of(2) {
-            return Err(Error::config("head_dim", format!("{dims} dimensions cannot be paired")));
+            return Err(Error::config("head_dim", format!("{dims} dimensions; expected an even number")));
         }
         Ok(Rotary { dims, base: rope.base(key, self.rope_theta)?, factor: rope.divisor(key)? })
     }
 
-    /// Positions that the model reads: linear scaling stretches those that it was trained for.
+    /// Returns the number of positions that the model supports: `max_position_embeddings` times the factor of linear
+    /// scaling.
     pub(crate) fn trained_length(&self) -> Result<usize> {
         let length = (self.max_position_embeddings as f64 * self.rotary()?.factor) as usize;
         plausible("max_position_embeddings", length, 1 << 32).map(|()| length)

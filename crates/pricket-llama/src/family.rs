@@ -1,3 +1,5 @@
+//! The implementation of [`Family`] for LLaMA.
+
 use std::sync::Arc;
 
 use pricket_nn::config::{GENERIC, Keys};
@@ -9,7 +11,7 @@ use crate::keys::{GGUF_KEYS, KEYS};
 use crate::names::{GGUF, NAMES, PAIRED};
 use crate::{Config, load};
 
-/// LLaMA, as the rest of pricket sees it.
+/// The LLaMA family.
 pub static FAMILY: &dyn Family = &LlamaFamily;
 
 struct LlamaFamily;
@@ -39,7 +41,7 @@ impl Family for LlamaFamily {
         vec![KEYS, GENERIC]
     }
 
-    /// As transformers begins: normal with `initializer_range` everywhere.
+    /// The scheme of transformers: normal with the standard deviation `initializer_range`.
     fn initialization(&self, config: &Value) -> Result<Initialization> {
         Ok(Initialization::normal(config["initializer_range"].as_f64().unwrap_or(0.02)))
     }
@@ -74,7 +76,7 @@ impl Family for LlamaFamily {
     }
 
     fn ggml_assumes(&self) -> Option<&'static str> {
-        Some("rms_norm_eps 1e-6, rotary base 10000 and 2048 positions, which --set changes")
+        Some("rms_norm_eps 1e-6, rotary base 10000 and 2048 positions; change them with --set")
     }
 
     fn config_from_ggml(&self, header: &Value, shape: ShapeOf<'_>) -> Result<Value> {

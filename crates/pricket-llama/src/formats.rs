@@ -1,4 +1,4 @@
-//! The names that GGUF and legacy GGML files give to the keys of config.json.
+//! Conversion between config.json and the metadata of GGUF and legacy GGML files.
 
 use pricket_nn::config::{Keys, gguf_rope_scaling, rows};
 use pricket_nn::{Error, GgmlBody, GgmlLayout, Result};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::keys::GGUF_KEYS;
 
-/// The header of legacy GGML files.
+/// Header layout of legacy GGML files.
 pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     name: "llama header",
     fields: &[
@@ -23,11 +23,13 @@ pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     body: GgmlBody::Vocabulary,
 }];
 
-/// The config.json that the header of a legacy GGML file stands for. Epsilon, base and length are in no header: they are those of
-/// the program that read these files.
+/// Converts the header of a legacy GGML file to a config.json. `shape` returns the shape of a tensor in the file.
+///
+/// The header has no fields for epsilon, rotary base and length, so the values of the program that read these files are
+/// used.
 ///
 /// # Errors
-/// [`Error::Config`] naming a field that is missing.
+/// Returns [`Error::Config`] naming a field that is missing.
 pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
     let (width, heads) = (field("n_embd")?, field("n_head")?);
@@ -44,15 +46,15 @@ pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Ve
     }))
 }
 
-/// The config.json that GGUF metadata stand for; `shape` tells the shape of a tensor of the file.
+/// Converts GGUF metadata to a config.json. `shape` returns the shape of a tensor in the file.
 ///
 /// # Errors
-/// [`Error::Config`] naming a key that is missing or not implemented.
+/// Returns [`Error::Config`] naming a key that is missing or not implemented.
 pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let at = |key: &str| &metadata[format!("llama.{key}")];
     let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("llama.{key}"), "missing"));
     let (width, heads) = (number("embedding_length")?, number("attention.head_count")?);
-    // The width of a head is a key of its own, so it is not held against those of the others.
+    // Head widths are checked here and left out of `check_gguf`, because LLaMA supports any width.
     let (key, value) = (at("attention.key_length").as_u64(), at("attention.value_length").as_u64());
     let head_dim = key.or(at("rope.dimension_count").as_u64()).unwrap_or(width / heads.max(1));
     for (key, found) in
@@ -68,7 +70,7 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
     }
     Keys::check_gguf(GGUF_KEYS, "llama.", &others)?;
     if shape("rope_freqs.weight").is_some() {
-        return Err(Error::config("rope_freqs.weight", "factors for each frequency are not implemented"));
+        return Err(Error::config("rope_freqs.weight", "separate factors of rotary frequencies are not implemented"));
     }
     let holds = |name: &str| shape(name).is_some();
     let missing = || Error::config("llama.attention.layer_norm_rms_epsilon", "missing");
@@ -87,10 +89,10 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
     }))
 }
 
-/// The GGUF metadata that a config.json stands for: the reverse of [`config_from_gguf`].
+/// Converts a config.json to GGUF metadata, the inverse of [`config_from_gguf`].
 ///
 /// # Errors
-/// As [`crate::Config::from_json`].
+/// Returns the errors of [`crate::Config::from_json`].
 pub(crate) fn gguf_metadata(config: &Value) -> Result<Value> {
     let read = crate::Config::from_json(config)?;
     let rotary = read.rotary()?;

@@ -1,8 +1,8 @@
-//! The keys of transformers' `LlamaConfig`, and of llama.cpp's metadata for its files.
+//! The keys of transformers' `LlamaConfig` and of llama.cpp's GGUF metadata.
 
 use pricket_nn::config::Keys;
 
-/// `LlamaConfig` of transformers 4.28 to 5.24, and keys by which other models depart from it.
+/// Keys of `LlamaConfig` in transformers 4.28 to 5.24, and keys of derived models that compute something else.
 pub const KEYS: Keys = Keys {
     read: &[
         "vocab_size",
@@ -85,7 +85,7 @@ pub const KEYS: Keys = Keys {
     ],
 };
 
-/// llama.cpp's keys, behind `llama.`.
+/// Keys of llama.cpp's GGUF metadata, without the prefix `llama.`.
 pub const GGUF_KEYS: Keys = Keys {
     read: &[
         "context_length",

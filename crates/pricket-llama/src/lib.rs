@@ -1,13 +1,15 @@
-//! LLaMA (Touvron et al. 2023, arXiv:2302.13971) and OpenLLaMA (Geng and Liu 2023, openlm-research/open_llama): the checkpoints of
-//! `LlamaForCausalLM`.
+//! LLaMA (Touvron et al. 2023, arXiv:2302.13971) and OpenLLaMA (Geng and Liu 2023, openlm-research/open_llama): the
+//! checkpoints of `LlamaForCausalLM`.
+//!
+//! A decoder with RMS norms, rotary positions, optional grouped-query attention and a SiLU-gated MLP:
 //!
 //! ```text
 //!  x ─┬─ RMS norm ─ attention ─(+)─┬─ RMS norm ─ gated MLP ─(+)─ x'
 //!     └────────────────────────┘   └────────────────────────┘
 //! ```
 //!
-//! Everything that decides the maths is read from config.json. Keys of later models that call themselves LLaMA and compute something
-//! else are refused by name.
+//! All settings that affect the forward pass come from config.json. Later models also use the name LLaMA; keys of
+//! theirs that are not implemented give an error that names the key.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -48,7 +50,7 @@ use pricket_nn::{
 /// A LLaMA model.
 pub type Llama = Decoder<LlamaBlock>;
 
-/// One block: attention, then a gated MLP, each after a norm of its own.
+/// One block: attention, then a gated MLP, each after an RMS norm and added to the residual stream.
 #[derive(Clone, Debug)]
 pub struct LlamaBlock {
     input_layernorm: Norm,
@@ -59,6 +61,7 @@ pub struct LlamaBlock {
 
 impl Block for LlamaBlock {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        // h = x + attention(norm(x)), then h + mlp(norm(h))
         let attention = self.self_attn.forward(&self.input_layernorm, x, ctx)?;
         let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
         let mlp = self.mlp.forward(&self.post_attention_layernorm, &x, ctx)?;
@@ -119,7 +122,7 @@ impl LlamaBlock {
 /// Loads the model that `config` describes.
 ///
 /// # Errors
-/// If a tensor is missing or has another shape than the configuration implies.
+/// Returns an error if a tensor is missing or its shape does not match the configuration.
 pub fn load(config: &Config, weights: &Weights) -> Result<Llama> {
     let (vocab, d) = (config.vocab_size, config.hidden_size);
     let trunk = weights.pp("model");

@@ -1,16 +1,18 @@
+//! The tensor names of LLaMA: transformers' on the Hub, the original program's and llama.cpp's.
+
 use pricket_nn::Names;
 
-/// The names of `LlamaForCausalLM`, as transformers spells them on the Hub.
+/// Tensor names of `LlamaForCausalLM`, as transformers spells them on the Hub.
 pub const NAMES: Names = Names {
     root: "model",
     head: "lm_head",
     aliases: &[],
     spellings: &[GGUF, ORIGINAL],
-    // Rounded frequencies and tables that transformers once saved, and those of the original program.
+    // Rotary frequencies and tables that old versions of transformers and the original program saved.
     buffers: &["rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "rope.freqs"],
 };
 
-/// llama.cpp's names.
+/// Parts of canonical names, and their names in llama.cpp's files.
 pub(crate) const GGUF: &[(&str, &str)] = &[
     ("model.embed_tokens", "token_embd"),
     ("model.layers", "blk"),
@@ -27,7 +29,7 @@ pub(crate) const GGUF: &[(&str, &str)] = &[
     ("lm_head", "output"),
 ];
 
-/// The names of the original program, which legacy GGML files have, without a root.
+/// Parts of canonical names without the root, and their names in the original program, which legacy GGML files use.
 const ORIGINAL: &[(&str, &str)] = &[
     ("embed_tokens", "tok_embeddings"),
     ("input_layernorm", "attention_norm"),
@@ -42,5 +44,5 @@ const ORIGINAL: &[(&str, &str)] = &[
     ("lm_head", "output"),
 ];
 
-/// The matrices whose rows llama.cpp's files have in pairs.
+/// Matrices whose rows are in pairs in llama.cpp's files; see [`pricket_nn::RowOrder::Pairs`].
 pub(crate) const PAIRED: [&str; 2] = ["self_attn.q_proj", "self_attn.k_proj"];

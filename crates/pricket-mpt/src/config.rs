@@ -1,3 +1,5 @@
+//! The configuration of MPT and MosaicGPT.
+
 use pricket_nn::config::{Keys, divides, epsilon, limit, null_as_default, only, parse, plausible, positive, whole};
 use pricket_nn::{Activation, Alibi, Error, Result};
 use serde::Deserialize;
@@ -5,9 +7,9 @@ use serde_json::Value;
 
 use crate::keys::{Spelling, from_mosaic_gpt, tables};
 
-/// The keys of an MPT config.json that change the maths, with llm-foundry's defaults.
+/// Keys of an MPT config.json that affect the forward pass, with the defaults of llm-foundry.
 ///
-/// MosaicGPT's keys, which are the same without `attn_config`, are brought into this form when they are read.
+/// Reading a MosaicGPT configuration, which has no `attn_config`, converts it to this form.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
     /// Width of the residual stream.
@@ -16,70 +18,71 @@ pub struct Config {
     pub n_heads: usize,
     /// Number of blocks.
     pub n_layers: usize,
-    /// Rows of the embedding, padding included.
+    /// Number of rows of the embedding, padding included.
     pub vocab_size: usize,
-    /// Positions trained for; a limit only where positions are learned.
+    /// Number of positions for which the model was trained; a limit only without ALiBi.
     #[serde(default = "max_seq_len", deserialize_with = "whole")]
     pub max_seq_len: usize,
-    /// Width of the MLP, in `d_model`.
+    /// Width of the MLP divided by `d_model`.
     #[serde(default = "four")]
     pub expansion_ratio: f64,
-    /// Whether no linear layer and no norm has a bias.
+    /// Whether all linear layers and norms have no bias.
     #[serde(default)]
     pub no_bias: Option<bool>,
-    /// Whether positions are learned, where ALiBi is off.
+    /// Whether the model has learned positions; ignored with ALiBi.
     #[serde(default = "yes")]
     pub learned_pos_emb: bool,
-    /// Whether the fused projection has a bias, where that differs from what `no_bias` says of all.
+    /// Whether the fused query-key-value projection has a bias; overrides `no_bias` for this layer.
     #[serde(default)]
     pub attention_bias: Option<bool>,
-    /// Added to the variance in every norm but those of queries and keys: llm-foundry's key.
+    /// Epsilon, added to the variance in every norm except those of queries and keys. Key of llm-foundry.
     #[serde(default)]
     pub norm_eps: Option<f64>,
-    /// The same: transformers' key.
+    /// Epsilon of the same norms. Key of transformers.
     #[serde(default)]
     pub layer_norm_epsilon: Option<f64>,
-    /// Width of a head; `d_model / n_heads`.
+    /// Width of a head; must equal `d_model / n_heads`.
     #[serde(default)]
     pub head_dim: Option<usize>,
-    /// Multiplies the logits: a number, or `inv_sqrt_d_model`.
+    /// Factor of the logits: a number, or `inv_sqrt_d_model`.
     #[serde(default)]
     pub logit_scale: Option<Value>,
-    /// Whether the embedding is the head too.
+    /// Whether the head shares the table of the embedding.
     #[serde(default = "yes")]
     pub tie_word_embeddings: bool,
-    /// Of attention.
+    /// Settings of attention.
     #[serde(default, deserialize_with = "null_as_default")]
     pub attn_config: AttentionConfig,
-    /// Of the MLP, in later versions: `ffn_type`, `ffn_act_fn`.
+    /// Settings of the MLP in later versions: `ffn_hidden_size`, `ffn_act_fn` and others.
     #[serde(default)]
     pub ffn_config: Value,
     #[serde(skip)]
     spelling: Spelling,
 }
 
-/// `attn_config`.
+/// Settings of attention, the object `attn_config`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct AttentionConfig {
-    /// `multihead_attention`, `multiquery_attention` or `grouped_query_attention`.
+    /// Type of attention: `multihead_attention`, `multiquery_attention` or `grouped_query_attention`.
     pub attn_type: Option<String>,
-    /// Key and value heads of grouped queries.
+    /// Number of key and value heads of grouped-query attention.
     pub kv_n_heads: Option<usize>,
-    /// Whether queries and keys are normed over all heads together.
+    /// Whether queries and keys are normalized, over all heads together.
     pub qk_ln: bool,
-    /// Added to the variance in the norms of queries and keys.
+    /// Epsilon, added to the variance in the norms of queries and keys.
     pub norm_eps: Option<f64>,
-    /// As [`Config::head_dim`].
+    /// Width of a head; see [`Config::head_dim`].
     pub head_dim: Option<usize>,
-    /// Limit of the absolute value of queries, keys and values. 0, `false` and infinity mean no limit.
+    /// Limit of the absolute values of queries, keys and values. 0, `false` and infinity mean no limit.
     #[serde(deserialize_with = "limit")]
     pub clip_qkv: Option<f64>,
-    /// Multiplies the scores; `1 / sqrt(head_dim)` by default.
+    /// Factor of the scores; `1 / sqrt(head_dim)` by default.
     pub softmax_scale: Option<f64>,
-    /// Whether positions enter as ALiBi. The two implementations' defaults disagree; the checkpoint decides.
+    /// Whether attention uses ALiBi. The defaults of llm-foundry and transformers differ, so if the key is absent, the
+    /// checkpoint decides: it has either learned positions or ALiBi.
     pub alibi: Option<bool>,
-    /// The largest exponent of the slopes.
+    /// Largest exponent of the ALiBi slopes; 8 by default.
     pub alibi_bias_max: Option<f64>,
 }
 
@@ -91,7 +94,7 @@ fn four() -> f64 {
     4.0
 }
 
-/// The epsilon of every norm, unless a key says otherwise.
+/// Default epsilon of norms.
 const EPS: f64 = 1e-5;
 
 fn yes() -> bool {
@@ -99,10 +102,10 @@ fn yes() -> bool {
 }
 
 impl Config {
-    /// Reads a config.json of any of the three spellings and checks that the sizes fit each other.
+    /// Reads and checks a config.json of any of the three classes.
     ///
     /// # Errors
-    /// [`Error::Config`], naming the key.
+    /// Returns [`Error::Config`] naming the key if a value is missing, invalid or not implemented.
     pub fn from_json(json: &Value) -> Result<Self> {
         let (original, spelling) = (json, Spelling::of(json));
         let json = if spelling == Spelling::MosaicGpt { &from_mosaic_gpt(json) } else { json };
@@ -120,10 +123,10 @@ impl Config {
         Ok(config)
     }
 
-    /// Keys of a config.json that no version of its class has.
+    /// Returns the keys of a config.json that no version of its class has.
     ///
     /// # Errors
-    /// As [`Config::from_json`].
+    /// Returns [`Error::Config`] naming the first key whose effect is not implemented.
     pub fn unknown_keys(json: &Value) -> Result<Vec<String>> {
         Keys::check(tables(json), json)
     }
@@ -136,9 +139,9 @@ impl Config {
         let hidden = self.expansion_ratio * d as f64;
         if let Some(hidden) = self.ffn_config["ffn_hidden_size"].as_u64() {
             plausible("ffn_config.ffn_hidden_size", hidden as usize, 1 << 20)?;
-        // A ratio that was made of two widths is not always the float that gives them back.
+        // The product may differ from a whole number by rounding, because the ratio was computed from two widths.
         } else if !(hidden >= 1.0 && hidden <= f64::from(1 << 20) && (hidden - hidden.round()).abs() < 1e-6) {
-            let what = format!("{} times d_model {d} is not the width of an MLP", self.expansion_ratio);
+            let what = format!("{} times d_model {d} is not a valid MLP width", self.expansion_ratio);
             return Err(Error::config("expansion_ratio", what));
         }
         divides("attn_config.kv_n_heads", self.kv_heads()?, "n_heads", heads)?;
@@ -150,7 +153,8 @@ impl Config {
         epsilon("attn_config.norm_eps", attention.norm_eps)
     }
 
-    /// The epsilon of the norms, but those of queries and keys. Each implementation knows one of the two keys.
+    /// Returns the epsilon of the norms except those of queries and keys. Each implementation has its own key, which
+    /// has priority.
     pub(crate) fn eps(&self) -> f64 {
         let (own, other) = match self.spelling {
             Spelling::Native => (self.layer_norm_epsilon, self.norm_eps),
@@ -159,30 +163,32 @@ impl Config {
         own.or(other).unwrap_or(EPS)
     }
 
-    /// The epsilon of the norms of queries and keys, which llm-foundry does not hand `norm_eps` to.
+    /// Returns the epsilon of the norms of queries and keys. llm-foundry does not pass the top-level `norm_eps` to
+    /// them.
     pub(crate) fn qk_eps(&self) -> f64 {
         self.attn_config.norm_eps.unwrap_or(EPS)
     }
 
-    /// Key and value heads.
+    /// Returns the number of key and value heads.
     pub(crate) fn kv_heads(&self) -> Result<usize> {
         let key = "attn_config.kv_n_heads";
         match self.attn_config.attn_type.as_deref() {
             None | Some("multihead_attention") => Ok(self.n_heads),
             Some("multiquery_attention") => Ok(1),
             Some("grouped_query_attention") => {
-                self.attn_config.kv_n_heads.ok_or_else(|| Error::config(key, "missing; grouped queries need it"))
+                self.attn_config.kv_n_heads.ok_or_else(|| Error::config(key, "missing; attn_type requires it"))
             }
             Some(other) => Err(Error::config("attn_config.attn_type", format!("{other:?} is not implemented"))),
         }
     }
 
+    /// Returns the width of the MLP.
     pub(crate) fn hidden(&self) -> usize {
         let given = self.ffn_config["ffn_hidden_size"].as_u64();
         given.map_or((self.expansion_ratio * self.d_model as f64).round() as usize, |hidden| hidden as usize)
     }
 
-    /// Whether the fused projection of attention has a bias.
+    /// Returns whether the fused query-key-value projection has a bias.
     pub(crate) fn has_attention_bias(&self) -> bool {
         match self.spelling {
             Spelling::Native => false,
@@ -205,7 +211,7 @@ impl Config {
         }
     }
 
-    /// Whether slopes are those of everybody else's rule too.
+    /// Returns whether the ALiBi slopes follow the usual rule, [`Alibi::new`].
     pub(crate) fn alibi_as_others_do(&self) -> bool {
         self.alibi() == Alibi::new(self.n_heads, self.attn_config.alibi_bias_max.unwrap_or(8.0))
     }
@@ -310,7 +316,7 @@ mod tests {
             ("norm_type", json!("rmsnorm")),
             ("norm_eps", json!("NaN")),
         ] {
-            // `outer.inner` is a key of an object.
+            // `outer.inner` is the key `inner` in the object `outer`.
             let (key, value) = match key.split_once('.') {
                 Some((key, inner)) => (key, json!({inner: value})),
                 None => (key, value),

@@ -1,3 +1,5 @@
+//! The implementation of [`Family`] for MPT and MosaicGPT.
+
 use std::sync::Arc;
 
 use pricket_nn::config::Keys;
@@ -11,7 +13,7 @@ use crate::keys::{GGUF_KEYS, Spelling, tables};
 use crate::names::{GGUF, NAMES};
 use crate::{Config, load};
 
-/// MPT and `MosaicGPT`, as the rest of pricket sees them.
+/// The MPT family, including MosaicGPT.
 pub static FAMILY: &dyn Family = &MptFamily;
 
 struct MptFamily;
@@ -54,7 +56,7 @@ impl Family for MptFamily {
         let approximate = match activation {
             Activation::GeluErf => "none",
             Activation::GeluTanh => "tanh",
-            other => return Err(Error::Input(format!("{other:?}: MPT has a GELU"))),
+            other => return Err(Error::Input(format!("activation {other:?}: MPT supports GELU only"))),
         };
         if !config["ffn_config"].is_object() {
             config["ffn_config"] = json!({});
@@ -101,7 +103,7 @@ impl Family for MptFamily {
         config_from_ggml(header, shape)
     }
 
-    /// MPT took the tokenizer of GPT-NeoX-20B.
+    /// MPT uses the tokenizer of GPT-NeoX-20B.
     fn ggml_tokenizer(&self) -> Option<KnownTokenizer> {
         let words = &[(0, "<|endoftext|>"), (2422, "Al"), (547, "ice")];
         Some(KnownTokenizer { repository: "EleutherAI/gpt-neox-20b", words, count: 50254 })

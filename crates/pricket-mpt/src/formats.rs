@@ -1,4 +1,4 @@
-//! The names that GGUF and legacy GGML files give to the keys of config.json.
+//! Conversion between config.json and the metadata of GGUF and legacy GGML files.
 
 use pricket_nn::config::{Keys, rows};
 use pricket_nn::{Error, GgmlBody, GgmlLayout, Result};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{GGUF_KEYS, NAMES};
 
-/// The header of legacy GGML files. Their blocks were never those of before the first reordering, whatever `ftype` says.
+/// Header layout of legacy GGML files. Quantized files have at least block version 1, even if `ftype` gives no version.
 pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     name: "mpt header",
     fields: &[
@@ -24,19 +24,19 @@ pub(crate) const GGML: [GgmlLayout; 1] = [GgmlLayout {
     body: GgmlBody::Vocabulary,
 }];
 
-/// The config.json that the header of a legacy GGML file stands for; `shape` tells the shape of a tensor of the file.
+/// Converts the header of a legacy GGML file to a config.json. `shape` returns the shape of a tensor in the file.
 ///
 /// # Errors
-/// [`Error::Config`] naming a field that is missing.
+/// Returns [`Error::Config`] naming a field that is missing.
 pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let field = |key: &str| header[key].as_u64().ok_or_else(|| Error::config(key, "missing in the header"));
     let float = |key: &str| header[key].as_f64().filter(|x| *x > 0.0);
-    // Converters kept the names of the checkpoint: MPT's or MosaicGPT's.
+    // Converters kept the tensor names of the checkpoint, MPT's or MosaicGPT's.
     let named = |name: &str| NAMES.shape(name, shape);
     let in_block = |part: &str| named(&format!("transformer.blocks.0.{part}"));
     let d = field("d_model")?;
     let ratio = rows(&named, "transformer.blocks.0.ffn.up_proj.weight")? as f64 / d.max(1) as f64;
-    // The header has no field for them.
+    // The header has no field for norms of queries and keys.
     let qk_ln = in_block("attn.q_ln.weight").is_some();
     let (alibi, bias_max, clip) = (float("alibi_bias_max").is_some(), float("alibi_bias_max"), float("clip_qkv"));
     let mut config = json!({
@@ -62,16 +62,16 @@ pub(crate) fn config_from_ggml(header: &Value, shape: &dyn Fn(&str) -> Option<Ve
     Ok(config)
 }
 
-/// Whether the first block has a bias somewhere but in its fused projection, which may differ.
+/// Returns whether the first block has a bias outside its fused projection, whose bias is independent.
 fn has_bias(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> bool {
     let parts = ["norm_1", "attn.out_proj", "norm_2", "ffn.up_proj", "ffn.down_proj"];
     parts.iter().any(|part| NAMES.shape(&format!("transformer.blocks.0.{part}.bias"), shape).is_some())
 }
 
-/// The config.json that GGUF metadata stand for; `shape` tells the shape of a tensor of the file.
+/// Converts GGUF metadata to a config.json. `shape` returns the shape of a tensor in the file.
 ///
 /// # Errors
-/// [`Error::Config`] naming a key that is missing or not implemented.
+/// Returns [`Error::Config`] naming a key that is missing or not implemented.
 pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let at = |key: &str| &metadata[format!("mpt.{key}")];
     let number = |key: &str| at(key).as_u64().ok_or_else(|| Error::config(format!("mpt.{key}"), "missing"));
@@ -96,25 +96,25 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
             "alibi": at("attention.max_alibi_bias").as_f64().map_or(!holds("position_embd.weight"), |bias| bias > 0.0),
             "alibi_bias_max": float("attention.max_alibi_bias"),
             "clip_qkv": float("attention.clamp_kqv"), "qk_ln": holds("blk.0.attn_q_norm.weight"),
-            // One epsilon for all norms.
+            // GGUF has one epsilon for all norms.
             "norm_eps": epsilon,
         },
-        // Files of 2023 hold the head a second time, in more bits.
+        // Files of 2023 store a tied head as a separate tensor with more bits.
         "tie_word_embeddings": !holds("output.weight"),
         "ffn_config": {"ffn_act_fn": serde_json::from_str(metadata["pricket.ffn_act_fn"].as_str().unwrap_or("null")).unwrap_or(Value::Null)},
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"], "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
     }))
 }
 
-/// The GGUF metadata that a config.json stands for, of a checkpoint with learned positions or without: the reverse of
-/// [`config_from_gguf`].
+/// Converts a config.json to GGUF metadata, the inverse of [`config_from_gguf`]. `learned_positions` is true if the
+/// checkpoint has a table of positions.
 ///
 /// # Errors
-/// As [`crate::Config::from_json`], and for what GGUF has no key for.
+/// Returns the errors of [`crate::Config::from_json`], or [`Error::Config`] naming a setting for which GGUF has no key.
 pub(crate) fn gguf_metadata(config: &Value, learned_positions: bool) -> Result<Value> {
     let read = crate::Config::from_json(config)?;
     let attention = &read.attn_config;
-    // As loading decides where the configuration is silent.
+    // The same rule as in loading, for configurations without the key.
     let alibi = attention.alibi.unwrap_or(!learned_positions);
     let lost = [
         ("attn_config.softmax_scale", attention.softmax_scale.is_some()),

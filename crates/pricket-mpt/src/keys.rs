@@ -1,17 +1,17 @@
-//! The keys of the three configuration classes of MPT, and of llama.cpp's metadata for its files.
+//! The keys of the three configuration classes of MPT and of llama.cpp's GGUF metadata.
 
 use pricket_nn::config::{GENERIC, Keys};
 use serde_json::{Value, json};
 
-/// Whose code wrote the configuration: they differ in what they do, not only in what they call it.
+/// Configuration class. The three differ in behavior, not only in the names of their keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Spelling {
-    /// llm-foundry, `MPTForCausalLM`.
+    /// llm-foundry's `MPTForCausalLM`.
     #[default]
     Foundry,
-    /// transformers, `MptForCausalLM`: never a bias.
+    /// transformers' `MptForCausalLM`, which never has biases.
     Native,
-    /// mosaicml/examples, `MosaicGPT`: another rule for slopes.
+    /// `MosaicGPT` of mosaicml/examples, which computes the ALiBi slopes differently.
     MosaicGpt,
 }
 
@@ -25,12 +25,12 @@ impl Spelling {
     }
 }
 
-/// The keys of the class that a config.json is of.
+/// Returns the keys of the class of a config.json.
 pub(crate) fn tables(json: &Value) -> &'static [Keys] {
     if Spelling::of(json) == Spelling::MosaicGpt { &[MOSAIC_GPT_KEYS, GENERIC] } else { &[KEYS, GENERIC] }
 }
 
-/// MosaicGPT's keys in MPT's places.
+/// Converts a MosaicGPT configuration to the keys of MPT.
 pub(crate) fn from_mosaic_gpt(json: &Value) -> Value {
     let mut out = json.clone();
     out["expansion_ratio"] = json.get("mlp_ratio").cloned().unwrap_or(json!(4));
@@ -45,7 +45,8 @@ pub(crate) fn from_mosaic_gpt(json: &Value) -> Value {
     out
 }
 
-/// `MPTConfig` of llm-foundry 0.1 to 0.22 and of the Hub's copies of it, and `MptConfig` of transformers 4.32 to 5.24.
+/// Keys of `MPTConfig` in llm-foundry 0.1 to 0.22 and its copies on the Hub, and of `MptConfig` in transformers 4.32 to
+/// 5.24.
 pub const KEYS: Keys = Keys {
     read: &[
         "d_model",
@@ -148,7 +149,7 @@ pub const KEYS: Keys = Keys {
     ],
 };
 
-/// `MosaicGPTConfig` of mosaicml/examples, to 0.0.4.
+/// Keys of `MosaicGPTConfig` in mosaicml/examples up to 0.0.4.
 pub const MOSAIC_GPT_KEYS: Keys = Keys {
     read: &[
         "d_model",
@@ -201,7 +202,7 @@ pub const MOSAIC_GPT_KEYS: Keys = Keys {
     ],
 };
 
-/// llama.cpp's keys, behind `mpt.`.
+/// Keys of llama.cpp's GGUF metadata, without the prefix `mpt.`.
 pub const GGUF_KEYS: Keys = Keys {
     read: &[
         "context_length",

@@ -1,14 +1,14 @@
-//! MPT: decoders with attention biased by distance (ALiBi), no biases elsewhere, and the embedding for a head.
+//! MPT: decoders with ALiBi attention, layers without biases, a GELU MLP, and a head tied to the embedding.
 //!
 //! ```text
 //!  x ──┬── norm_1 ── attn ──+──┬── norm_2 ── ffn ──+── x'
 //!      └────────────────────┘  └───────────────────┘
 //! ```
 //!
-//! Three spellings of one model are read: llm-foundry's `MPTForCausalLM` (the published 7b, 7b-8k, storywriter and 30b),
-//! transformers' native `MptForCausalLM`, and `MosaicGPT`, the forerunner (mpt-1b). They differ in keys and names, and in
-//! little more: MosaicGPT takes other slopes where the heads are no power of two; the native code ignores
-//! `alibi_bias_max` and knows no length beyond its table, neither of which is copied here.
+//! Three classes are supported: llm-foundry's `MPTForCausalLM` (the published 7b, 7b-8k, storywriter and 30b),
+//! transformers' native `MptForCausalLM`, and their predecessor `MosaicGPT` (mpt-1b). They differ in configuration keys
+//! and tensor names. MosaicGPT also computes other ALiBi slopes if the number of heads is not a power of two. The
+//! native code ignores `alibi_bias_max` and has a maximum length; this crate does neither.
 //!
 //! Sources: llm-foundry v0.1 to v0.3 (`models/mpt`), mosaicml/examples v0.0.4, Press et al. 2022 (arXiv:2108.12409).
 //!
@@ -51,7 +51,7 @@ pub use names::NAMES;
 /// An MPT model.
 pub type Mpt = Decoder<MptBlock>;
 
-/// One block.
+/// One block: attention, then an MLP, each after a layer norm and added to the residual stream.
 #[derive(Clone, Debug)]
 pub struct MptBlock {
     norm_1: Norm,
@@ -62,6 +62,7 @@ pub struct MptBlock {
 
 impl Block for MptBlock {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        // h = x + attn(norm_1(x)), then h + ffn(norm_2(h))
         let attention = self.attn.forward(&self.norm_1, x, ctx)?;
         let x = ctx.tap(Site::ResidMid, residual(x, &[&attention])?)?;
         let ffn = self.ffn.forward(&self.norm_2, &x, ctx)?;
@@ -116,11 +117,11 @@ impl MptBlock {
 /// Loads the model that `config` describes.
 ///
 /// # Errors
-/// If a tensor is missing or has another shape than the configuration implies.
+/// Returns an error if a tensor is missing or its shape does not match the configuration.
 pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let (vocab, d) = (config.vocab_size, config.d_model);
     let trunk = weights.pp("transformer");
-    // A native configuration may say nothing: then learned positions are what the checkpoint has, or has not.
+    // If the configuration does not set ALiBi, it is used unless the checkpoint has learned positions.
     let alibi = config.attn_config.alibi.unwrap_or_else(|| !trunk.holds("wpe.weight"));
     let learned = !alibi && config.learned_pos_emb;
     let embedding_and_head =
@@ -130,7 +131,7 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let blocks: Result<_> = (0..config.n_layers).map(|i| MptBlock::load(config, alibi, &layers.pp(i))).collect();
     let blocks = blocks?;
     let norm = trunk.layer_norm("norm_f", d, config.eps(), config.has_bias())?;
-    // Biases by distance have no end; learned positions do.
+    // ALiBi has no maximum length; learned positions do.
     let trained_length = config.max_seq_len;
     let context = (!alibi).then_some(trained_length);
     let (heads, kv_heads) = (config.n_heads, config.kv_heads()?);

@@ -1,16 +1,18 @@
+//! The tensor names of MPT: llm-foundry's on the Hub, MosaicGPT's and llama.cpp's.
+
 use pricket_nn::Names;
 
-/// The names of llm-foundry's `MPTForCausalLM`, as the Hub has them.
+/// Tensor names of llm-foundry's `MPTForCausalLM`, as on the Hub.
 pub const NAMES: Names = Names {
     root: "transformer",
     head: "lm_head",
     aliases: &[],
     spellings: &[MOSAIC_GPT, GGUF],
-    // Old code saved its bias tables.
+    // Old code saved its tables of attention biases.
     buffers: &["attn_bias"],
 };
 
-/// MosaicGPT, the forerunner, called the same tensors so.
+/// Parts of canonical names, and their names in MosaicGPT checkpoints.
 const MOSAIC_GPT: &[(&str, &str)] = &[
     ("norm_1", "ln_1"),
     ("norm_2", "ln_2"),
@@ -19,7 +21,7 @@ const MOSAIC_GPT: &[(&str, &str)] = &[
     ("ffn.down_proj", "mlp.mlp_down"),
 ];
 
-/// llama.cpp's names.
+/// Parts of canonical names, and their names in llama.cpp's files.
 pub(crate) const GGUF: &[(&str, &str)] = &[
     ("transformer.wte", "token_embd"),
     ("transformer.wpe", "position_embd"),

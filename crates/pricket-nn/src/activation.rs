@@ -1,28 +1,28 @@
-//! Activation functions.
+//! Activation functions of an MLP.
 
 use candle_core::Tensor;
 
 use crate::Result;
 
-/// The nonlinearity of an MLP.
+/// Activation function of an MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
-    /// GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), `x Φ(x)`, by the error function.
+    /// GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), `x Φ(x)`, computed with the error function.
     GeluErf,
-    /// Its tanh approximation.
+    /// The tanh approximation of GELU.
     GeluTanh,
-    /// `x sigmoid(x)`.
+    /// SiLU or Swish, `x sigmoid(x)`.
     Silu,
-    /// `max(x, 0)²`.
+    /// Squared ReLU, `max(x, 0)²`.
     SquaredRelu,
 }
 
 impl Activation {
-    /// The function that transformers means by `name`; `None` for one that no model here uses.
+    /// Returns the function that transformers calls `name`, or `None` if no supported model uses it.
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
             "gelu" | "gelu_python" => Some(Activation::GeluErf),
-            // Three spellings of one formula: their constants agree to f32 precision.
+            // All three compute the tanh approximation; their constants agree to f32 precision.
             "gelu_fast" | "gelu_new" | "gelu_pytorch_tanh" => Some(Activation::GeluTanh),
             "silu" | "swish" => Some(Activation::Silu),
             "relu2" => Some(Activation::SquaredRelu),
@@ -30,10 +30,10 @@ impl Activation {
         }
     }
 
-    /// Applies it to each element.
+    /// Applies the function to each element.
     ///
     /// # Errors
-    /// What candle says.
+    /// Returns an error if a tensor operation fails.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Activation::GeluErf => x.gelu_erf()?,

@@ -1,13 +1,21 @@
-/// Attention with linear biases (Press et al. 2022, arXiv:2108.12409): a key `n` positions back loses `n` times the slope of
-/// its head. Slopes are all there is of it, so no length is built in.
+//! ALiBi: attention with linear biases.
+//!
+//! The score of a query at position `i` and a key at position `j` gets the bias `-slope · (i - j)`, with one slope for
+//! each head.
+
+/// Attention with linear biases (Press et al. 2022, arXiv:2108.12409): the score of a key `n` positions back is lowered
+/// by `n` times the slope of its head. Only the slopes are stored, so there is no maximum length.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Alibi {
     pub(crate) slopes: Vec<f32>,
 }
 
 impl Alibi {
-    /// Slopes `2^(-i · bias_max / n)` for `n` the next power of two: its even-numbered ones, where there are fewer heads than
-    /// that, then the odd-numbered, as in the paper's code and llm-foundry (`gen_slopes`).
+    /// Returns ALiBi with the slopes of the paper's code and of llm-foundry (`gen_slopes`).
+    ///
+    /// The slopes are `2^(-i · bias_max / n)` for `i` from 1 to `n`, where `n` is `heads` rounded up to a power of two.
+    /// If `heads` is not a power of two, the slopes with even `i` come first, then those with odd `i`, and the first
+    /// `heads` of them are used.
     pub fn new(heads: usize, bias_max: f64) -> Self {
         let n = heads.next_power_of_two();
         let all = Self::geometric(n, bias_max).slopes;
@@ -18,13 +26,14 @@ impl Alibi {
         Self { slopes: odd.chain(even).copied().take(heads).collect() }
     }
 
-    /// Slopes `2^(-i · bias_max / heads)`, whatever the number of heads: MosaicGPT's.
+    /// Returns ALiBi with the slopes of MosaicGPT: `2^(-i · bias_max / heads)` for `i` from 1 to `heads`, for any
+    /// number of heads.
     pub fn geometric(heads: usize, bias_max: f64) -> Self {
         let slope = |i: usize| (-(i as f64) * bias_max / heads as f64).exp2() as f32;
         Self { slopes: (1..=heads).map(slope).collect() }
     }
 
-    /// One for each head.
+    /// Returns the slopes, one for each head.
     pub fn slopes(&self) -> &[f32] {
         &self.slopes
     }
@@ -34,8 +43,8 @@ impl Alibi {
 mod tests {
     use super::*;
 
-    /// The formula of the paper's appendix, written another way: the closest lower power of two, then every other slope of
-    /// the one above.
+    /// The formula of the paper's appendix, written differently: the slopes of the next lower power of two, then every
+    /// other slope of the next higher one.
     fn published(heads: usize, bias_max: f64) -> Vec<f32> {
         let lower = 1 << heads.ilog2();
         let slope = |i: usize, n: usize| (2f64.powf(-bias_max / n as f64)).powi(i as i32) as f32;

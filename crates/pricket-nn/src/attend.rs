@@ -1,4 +1,5 @@
-//! Attention and recurrences over the rows of a pass, each with its own past.
+//! Attention, the token shift and the WKV recurrence over the rows of a pass. Each row continues from its own past in
+//! the state.
 
 use candle_core::{D, Tensor};
 
@@ -6,7 +7,7 @@ use crate::ops::{self, AttentionRow, NewKeys, Scores};
 use crate::rotary::Rotary;
 use crate::{Context, Norm, Result, Site};
 
-/// What a piece of the queries attends to.
+/// Queries, and the keys and values that they attend to.
 struct Piece {
     q: Tensor,
     k: Tensor,
@@ -15,12 +16,13 @@ struct Piece {
 }
 
 impl Context {
-    /// Causal attention of each row's new positions to all of its positions: `q` of `[b, h, t, head_dim]`, `k` and `v` of
-    /// `[b, kv_heads, t, head_dim]`, new positions only. Keeps keys and values in the state, if there is one. Returns
-    /// `[b, t, h · head_dim]`.
+    /// Causal attention of the new positions of each row to all positions of the row.
+    ///
+    /// `q` is `[b, h, t, head_dim]`; `k` and `v` are `[b, kv_heads, t, head_dim]`. All three hold new positions only.
+    /// If the context has a state, the new keys and values are stored in it. Returns `[b, t, h · head_dim]`.
     ///
     /// # Errors
-    /// If the shapes do not fit each other or the state.
+    /// Returns an error if the shapes do not match each other or the state.
     pub fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores<'_>) -> Result<Tensor> {
         let wants_pattern = self.wants(Site::Pattern);
         let (pass, mut state) = self.parts()?;
@@ -61,12 +63,14 @@ impl Context {
         ops::attention(q, rows.filter(|row| row.queries > 0).collect(), scores)
     }
 
-    /// [`Context::attend`] of rows to themselves, where gradients are collected: `qkv` of `[b, t, heads + 2 kv_heads, head_dim]` has the
-    /// queries, keys and values of each position, and queries and keys are still to be rotated. `None` where nothing computes all of that at
-    /// once, or where a tap sees what is in between.
+    /// Rotates and attends in one operation that has a gradient.
+    ///
+    /// `qkv` is `[b, t, heads + 2 kv_heads, head_dim]` and holds queries, keys and values before rotation. Returns
+    /// `None` if no gradient is tracked, if the context has a state, if a tap needs an intermediate tensor, or if there
+    /// is no kernel.
     ///
     /// # Errors
-    /// If the shapes do not fit each other.
+    /// Returns an error if the shapes do not match.
     pub(crate) fn attend_fused(
         &mut self,
         qkv: &Tensor,
@@ -83,8 +87,8 @@ impl Context {
         ops::fused_self_attention(qkv, heads, angles, spans, scores)
     }
 
-    /// [`Context::attend`] by plain operations, with the taps that see the pattern: in one piece where all rows are alike and
-    /// are the tensors in hand, else row by row.
+    /// [`Context::attend`] by plain operations, with taps on the pattern. Computes all rows at once if there is no past
+    /// and the pass is not packed; otherwise row by row.
     fn attend_plainly(&mut self, new: [&Tensor; 3], kept: &[Tensor], scores: Scores<'_>) -> Result<Tensor> {
         let wants_pattern = self.wants(Site::Pattern);
         let pass = self.pass_mut()?;
@@ -101,7 +105,8 @@ impl Context {
                     let Some(kept) = kept.get(i).map(|kept| kept.narrow(0, part, 1)).transpose()? else {
                         return Ok(own(new)?);
                     };
-                    // What is kept has no gradient: new positions that have one follow the past as they are.
+                    // Stored keys and values have no gradient, so tracked new positions are appended to the past
+                    // instead.
                     let end = if is_tracked { span.past } else { span.past + span.len };
                     if end == 0 {
                         return Ok(own(new)?);
@@ -113,7 +118,7 @@ impl Context {
             }
         }
         if wants_pattern && is_aligned && pieces.len() > 1 {
-            // One pattern for the batch.
+            // Aligned rows are joined, so that the batch has one pattern.
             let joined = |part: fn(&Piece) -> &Tensor| Tensor::cat(&pieces.iter().map(part).collect::<Vec<_>>(), 0);
             pieces = vec![Piece {
                 q: q.clone(),
@@ -135,11 +140,13 @@ impl Context {
         }
     }
 
-    /// Of `norm(x)`, `[b, t, d]`: the rows themselves, and for each the row at the position before it. RWKV's token shift. The first
-    /// position of a row gets what the state kept under `name`, or zeros.
+    /// Token shift of RWKV. Returns `norm(x)` and the same tensor shifted by one position, both `[b, t, d]`.
+    ///
+    /// The first position of a row gets the vector that the state holds under `name`, or zeros if there is none. The
+    /// last position of each row is saved under `name`.
     ///
     /// # Errors
-    /// If `x` is not of the shape of the pass.
+    /// Returns an error if the shape of `x` is not that of the pass.
     pub fn token_shift(&mut self, norm: &Norm, x: &Tensor, name: &'static str) -> Result<(Tensor, Tensor)> {
         let (b, t, d) = x.dims3()?;
         let x = norm.forward(x)?;
@@ -155,13 +162,13 @@ impl Context {
         }
         if state.is_some() {
             for (span, last) in pass.spans().clone().iter().zip(pass.last()) {
-                // A copy: a view would keep all of the pass in memory.
+                // Copied, because a view would keep the tensor of the whole pass in memory.
                 let last = flat.narrow(0, last as usize, 1)?.detach().copy()?;
                 pass.recurrent.insert((pass.layer, span.row, name), last);
             }
         }
         if pass.spans().iter().all(|span| span.len == 1) {
-            // One position each: what the state kept.
+            // With one position in each row, the previous positions are exactly the saved ones.
             return Ok((x, Tensor::cat(&before, 0)?.reshape((b, t, d))?));
         }
         before.push(flat);
@@ -170,10 +177,14 @@ impl Context {
         Ok((x, before))
     }
 
-    /// RWKV-4's recurrence over keys and values of `[b, t, d]`, with `time_decay` and `time_first` of `[d]`: see [`ops::wkv4`]. The state keeps it under `name`.
+    /// WKV recurrence of RWKV-4; see [`ops::wkv4`] for the formula.
+    ///
+    /// `k` and `v` are `[b, t, d]`; `decay` and `first` are the parameters `time_decay` and `time_first`, `[d]`. The
+    /// recurrence continues from the tensor that the state holds under `name`, and saves its result there. Returns
+    /// `[b, t, d]`.
     ///
     /// # Errors
-    /// If the shapes do not fit each other or the pass.
+    /// Returns an error if the shapes do not match each other or the pass.
     pub fn wkv4(
         &mut self,
         k: &Tensor,

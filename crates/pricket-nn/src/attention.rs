@@ -1,4 +1,4 @@
-//! Multi-head attention.
+//! Multi-head attention: `softmax(q kᵀ · scale + bias) v` for each head, causal, followed by the output projection.
 
 use candle_core::Tensor;
 
@@ -6,47 +6,48 @@ use crate::ops::{self, Scores};
 use crate::rotary::Rotary;
 use crate::{Alibi, Context, Layer, Linear, Norm, Result, Site};
 
-/// How queries, keys and values are projected.
+/// Projections to queries, keys and values.
 #[derive(Clone, Debug)]
 pub enum Qkv {
-    /// By one matrix, `[(heads + 2 kv_heads) · head_dim, d]`: Q, then K, then V.
+    /// One matrix, `[(heads + 2 kv_heads) · head_dim, d]`: Q, then K, then V.
     Fused(Linear),
-    /// By three, Q, K and V, which may be stored in different types: `[heads · head_dim, d]` and twice
+    /// Three matrices, which may be stored in different types: Q of `[heads · head_dim, d]`, K and V of
     /// `[kv_heads · head_dim, d]`.
     Split(Box<[Linear; 3]>),
 }
 
-/// Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762), causal; with fewer key heads than query heads it is grouped
-/// (Ainslie et al. 2023, arXiv:2305.13245).
+/// Causal multi-head attention (Vaswani et al. 2017, arXiv:1706.03762). With fewer key heads than query heads it is
+/// grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 #[derive(Clone, Debug)]
 pub struct Attention {
-    /// Projects to queries, keys and values.
+    /// Projections to queries, keys and values.
     pub qkv: Qkv,
-    /// `[d, heads · head_dim]`.
+    /// Output projection, `[d, heads · head_dim]`.
     pub out: Linear,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads; divides `heads`.
+    /// Number of key and value heads; divides `heads`.
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Multiplies the scores.
+    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f64,
-    /// Rotates queries and keys; `None` for models whose positions enter elsewhere.
+    /// Rotary positions of queries and keys; `None` for a model with other position information.
     pub rotary: Option<Rotary>,
-    /// Biases the scores by distance.
+    /// Biases of the scores by distance.
     pub alibi: Option<Alibi>,
-    /// Queries, keys and values are clamped to plus and minus this.
+    /// Limit of the absolute values of queries, keys and values.
     pub clip: Option<f64>,
-    /// Norms of queries and of keys, over all heads together.
+    /// Norms of the queries and the keys, each over all heads together.
     pub qk_norm: Option<(Norm, Norm)>,
 }
 
 impl Attention {
-    /// What attention over `norm(x)` adds to the residual stream. `x` and the result are `[b, t, d]`.
+    /// Returns the output of attention for `norm(x)`, which the block adds to the residual stream. `x` and the result
+    /// are `[b, t, d]`.
     ///
     /// # Errors
-    /// What an operation or a tap says.
+    /// Returns an error if a tensor operation or the edit of a tap fails.
     pub fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let later = || {
             let (attention, norm) = (self.clone(), norm.clone());
@@ -84,7 +85,7 @@ impl Attention {
         ctx.tap(Site::AttentionOut, out)
     }
 
-    /// Queries, keys or values, `[b, t, heads, head_dim]`.
+    /// Projects `x` to queries, keys or values, `[b, t, heads, head_dim]`.
     fn project(&self, linear: &Linear, x: &Tensor, heads: usize) -> Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let y = linear.forward(x)?;
@@ -92,8 +93,8 @@ impl Attention {
         Ok(y.reshape((b, t, heads, self.head_dim))?)
     }
 
-    /// Attention of queries to keys and values, `[b, t, heads, head_dim]` each: norms, rotates and mixes. Returns
-    /// `[b, t, heads · head_dim]`.
+    /// Normalizes and rotates queries and keys, then attends. `q`, `k` and `v` are `[b, t, heads, head_dim]`; the
+    /// result is `[b, t, heads · head_dim]`.
     fn attend(&self, [mut q, mut k, v]: [Tensor; 3], scores: Scores<'_>, ctx: &mut Context) -> Result<Tensor> {
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             let normed = |x: &Tensor, norm: &Norm| -> Result<Tensor> {
@@ -115,7 +116,8 @@ impl Attention {
         ctx.attend(&q, &k, &v, scores)
     }
 
-    /// Its layers.
+    /// Returns the layers: the projections to queries, keys and values, the norms of queries and keys, and the output
+    /// projection.
     pub fn layers(&mut self) -> Vec<Layer<'_>> {
         let mut out: Vec<Layer<'_>> = match &mut self.qkv {
             Qkv::Fused(qkv) => vec![qkv.into()],

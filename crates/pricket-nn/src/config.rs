@@ -1,4 +1,4 @@
-//! What every family needs when it reads a config.json.
+//! Helpers for reading and checking a config.json.
 
 mod rope;
 
@@ -11,10 +11,10 @@ pub use rope::{RopeParameters, gguf_rope_scaling};
 
 use crate::{Error, Result};
 
-/// Reads the keys of a family's configuration; unknown keys are left alone.
+/// Deserializes the configuration of a family. Ignores unknown keys.
 ///
 /// # Errors
-/// [`Error::Config`], naming the key.
+/// Returns [`Error::Config`] naming the key if a value is missing or has the wrong type.
 pub fn parse<C: DeserializeOwned>(json: &Value) -> Result<C> {
     serde_path_to_error::deserialize(json).map_err(|e| {
         let (path, what) = (e.path().to_string(), e.inner().to_string());
@@ -22,19 +22,19 @@ pub fn parse<C: DeserializeOwned>(json: &Value) -> Result<C> {
     })
 }
 
-/// The number of rows of a tensor of a file, from which a size is read that its header does not have.
+/// Returns the number of rows of a tensor, to get a size that the header of a file does not have.
 ///
 /// # Errors
-/// [`Error::Config`], naming the tensor, if it is not there.
+/// Returns [`Error::Config`] naming the tensor if it does not exist.
 pub fn rows(shape: &dyn Fn(&str) -> Option<Vec<usize>>, name: &str) -> Result<usize> {
     let found = shape(name).and_then(|shape| shape.first().copied());
     found.ok_or_else(|| Error::config(name, "the file has no such tensor"))
 }
 
-/// Refuses sizes that no checkpoint has, before anything is multiplied or allocated.
+/// Checks that a size is between 1 and `limit`, before it is used in a product or an allocation.
 ///
 /// # Errors
-/// [`Error::Config`], naming the key.
+/// Returns [`Error::Config`] naming the key if it is not.
 pub fn plausible(key: &str, value: usize, limit: usize) -> Result<()> {
     if (1..=limit).contains(&value) {
         return Ok(());
@@ -42,10 +42,10 @@ pub fn plausible(key: &str, value: usize, limit: usize) -> Result<()> {
     Err(Error::config(key, format!("{value} is not between 1 and {limit}")))
 }
 
-/// Refuses a number of heads that does not divide a width, or key and value heads that do not divide the heads.
+/// Checks that `divisor` divides `number`, such as a number of heads and a width. `of` is the key of `number`.
 ///
 /// # Errors
-/// [`Error::Config`], naming the key of the divisor.
+/// Returns [`Error::Config`] naming the key of the divisor if it does not.
 pub fn divides(key: &str, divisor: usize, of: &str, number: usize) -> Result<()> {
     if divisor > 0 && number.is_multiple_of(divisor) {
         return Ok(());
@@ -53,10 +53,10 @@ pub fn divides(key: &str, divisor: usize, of: &str, number: usize) -> Result<()>
     Err(Error::config(key, format!("{divisor} does not divide {of} {number}")))
 }
 
-/// Refuses a size that follows from others and is given as something else.
+/// Checks that a size, if it is given, has the value that follows from other sizes.
 ///
 /// # Errors
-/// [`Error::Config`], naming the key.
+/// Returns [`Error::Config`] naming the key if it does not.
 pub fn only(key: &str, value: Option<usize>, expected: usize) -> Result<()> {
     match value.filter(|value| *value != expected) {
         Some(value) => Err(Error::config(key, format!("{value} is not implemented; only {expected} is"))),
@@ -64,10 +64,10 @@ pub fn only(key: &str, value: Option<usize>, expected: usize) -> Result<()> {
     }
 }
 
-/// Refuses an epsilon, if it is given, that is not between 0 and 1.
+/// Checks that an epsilon, if it is given, is between 0 and 1.
 ///
 /// # Errors
-/// [`Error::Config`], naming the key.
+/// Returns [`Error::Config`] naming the key if it is not.
 pub fn epsilon(key: &str, value: Option<f64>) -> Result<()> {
     match value.filter(|eps| !(*eps > 0.0 && *eps < 1.0)) {
         Some(value) => Err(Error::config(key, format!("{value} is not between 0 and 1"))),
@@ -75,10 +75,10 @@ pub fn epsilon(key: &str, value: Option<f64>) -> Result<()> {
     }
 }
 
-/// Refuses a number, if it is given, that is not positive and finite.
+/// Checks that a number, if it is given, is positive and finite.
 ///
 /// # Errors
-/// [`Error::Config`], naming the key.
+/// Returns [`Error::Config`] naming the key if it is not.
 pub fn positive(key: &str, value: Option<f64>) -> Result<()> {
     match value.filter(|value| !(value.is_finite() && *value > 0.0)) {
         Some(value) => Err(Error::config(key, format!("{value} is not a positive number"))),
@@ -86,18 +86,18 @@ pub fn positive(key: &str, value: Option<f64>) -> Result<()> {
     }
 }
 
-/// Reads `null` as what a key has that is absent, for `#[serde(deserialize_with)]`.
+/// Deserializes `null` as the default value. For `#[serde(deserialize_with)]`.
 ///
 /// # Errors
-/// What the type says.
+/// Returns the error of deserializing the type.
 pub fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
-/// Reads a whole number, which may be written as a float.
+/// Deserializes a whole number, which may be written as a float. For `#[serde(deserialize_with)]`.
 ///
 /// # Errors
-/// If it is something else.
+/// Returns an error if the value is not a whole number.
 pub fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
     let value = Value::deserialize(from)?;
     let float = || value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..9e15).contains(x)).map(|x| x as u64);
@@ -105,10 +105,11 @@ pub fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
     whole.ok_or_else(|| D::Error::custom(format!("{value} is not a whole number")))
 }
 
-/// Reads a number that Python code tests for truth before it uses it: 0, `false`, `null` and infinity are no limit.
+/// Deserializes a limit. 0, `false`, `null` and infinity mean no limit, as in Python code that tests the value for
+/// truth. For `#[serde(deserialize_with)]`.
 ///
 /// # Errors
-/// If it is something else.
+/// Returns an error if the value is not a number.
 pub fn limit<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
     match Value::deserialize(from)? {
         Value::Null | Value::Bool(false) => Ok(None),
@@ -120,20 +121,20 @@ pub fn limit<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error
     }
 }
 
-/// The keys of a configuration class, in every released version of it. A key inside an object is called `outer.inner`.
+/// Keys of a configuration class in all its released versions. A key inside an object is written `outer.inner`.
 #[derive(Clone, Copy, Debug)]
 pub struct Keys {
     /// Keys that the family reads.
     pub read: &'static [&'static str],
-    /// Keys that change nothing in a forward pass. Neither do the keys inside them.
+    /// Keys that do not affect a forward pass, including all keys inside them.
     pub neutral: &'static [&'static str],
-    /// Keys that change the maths in a way that is not implemented, and the values at which they do not, as JSON. `null` is
-    /// always one of them; of a list every element is looked at.
+    /// Keys whose effect is not implemented, and the values, as JSON, at which they have no effect. `null` never has an
+    /// effect. Every element of a list is checked.
     pub only: &'static [(&'static str, &'static [&'static str])],
 }
 
 impl Keys {
-    /// Whether one of the tables has `key`, or keys inside it.
+    /// Returns whether one of the tables has `key` or keys inside it.
     pub fn knows(tables: &[Self], key: &str) -> bool {
         let inside = format!("{key}.");
         let outside = |known: &str| key.strip_prefix(known).is_some_and(|rest| rest.starts_with('.'));
@@ -147,21 +148,21 @@ impl Keys {
         self.read.iter().chain(self.neutral).copied().chain(self.only.iter().map(|(key, _)| *key))
     }
 
-    /// Checks every key of a configuration and returns those that are in no table.
+    /// Checks every key of a configuration. Returns the keys that are in no table.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the first key that changes the maths in a way that is not implemented.
+    /// Returns [`Error::Config`] naming the first key whose effect is not implemented.
     pub fn check(tables: &[Self], json: &Value) -> Result<Vec<String>> {
         let mut unknown = Vec::new();
         Self::check_object(tables, "", json, &mut unknown)?;
         Ok(unknown)
     }
 
-    /// Checks the metadata of a GGUF file whose keys begin with `prefix`, and returns those that are not in `table`. Heads are
-    /// as wide as the embedding has room for.
+    /// Checks the GGUF metadata whose keys start with `prefix`. Returns the keys that are not in `table`. The width of
+    /// a head must be `embedding_length` divided by `attention.head_count`.
     ///
     /// # Errors
-    /// As [`Keys::check`].
+    /// Returns [`Error::Config`] naming the first key whose effect is not implemented.
     pub fn check_gguf(table: Self, prefix: &str, metadata: &Value) -> Result<Vec<String>> {
         let number = |key: &str| metadata[format!("{prefix}{key}")].as_u64();
         let width = number("embedding_length").zip(number("attention.head_count")).map(|(d, heads)| d / heads.max(1));
@@ -169,7 +170,8 @@ impl Keys {
             if let (Some(found), Some(width)) = (number(key), width)
                 && found != width
             {
-                let what = format!("{found} is not implemented; only {width} is, embedding_length by head_count");
+                let what =
+                    format!("{found} is not implemented; only {width} is, which is embedding_length / head_count");
                 return Err(Error::config(format!("{prefix}{key}"), what));
             }
         }
@@ -186,7 +188,7 @@ impl Keys {
         for (name, value) in json.as_object().into_iter().flatten() {
             let key = format!("{prefix}{name}");
             let is_listed = |list: &[&str]| list.contains(&key.as_str());
-            // A part of a configuration may be a configuration of its own, with the keys that all have.
+            // An object inside a configuration may itself be a configuration with the generic keys.
             let inside = format!("{key}.");
             let has_inner = tables.iter().any(|keys| keys.all().any(|known| known.starts_with(&inside)));
             let only = tables.iter().flat_map(|keys| keys.only).find(|(known, _)| *known == key || known == name);
@@ -213,7 +215,7 @@ impl Keys {
     }
 }
 
-/// Whether a value is the one that `text` spells; `1` and `1.0` are the same.
+/// Returns whether a value equals the JSON `text`; `1` and `1.0` are equal.
 fn is_same(text: &str, value: &Value) -> bool {
     let Ok(expected) = serde_json::from_str::<Value>(text) else { return false };
     match (expected.as_f64(), value.as_f64()) {
@@ -222,7 +224,7 @@ fn is_same(text: &str, value: &Value) -> bool {
     }
 }
 
-/// The keys of transformers' `PretrainedConfig`, 4.19 to 5.24: every configuration may have them.
+/// Keys of transformers' `PretrainedConfig`, versions 4.19 to 5.24. Every configuration may have them.
 pub const GENERIC: Keys = Keys {
     read: &["tie_word_embeddings"],
     neutral: &[

@@ -1,4 +1,4 @@
-//! What changes from pass to pass: the state of the rows, the spans that are read, taps, and precision.
+//! The context of a forward pass: the state of the rows, the spans to read, the taps and the precision.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ use crate::pass::Pass;
 use crate::rotary::Rotary;
 use crate::{Error, Recording, Result, Site, Span, State, Taps};
 
-/// See [`Context::needs`].
+/// Outputs that the current block has to compute. An output that is not needed may be zeros; see
+/// [`Context::for_gradients`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Needs {
     pub(crate) attention: bool,
@@ -23,17 +24,17 @@ impl Default for Needs {
     }
 }
 
-/// Everything about a forward pass that is not the model. Owned by the caller, one for each batch of rows; the model itself
-/// is `&self`.
+/// State and settings of a forward pass. The caller owns one context for each batch of rows; the model itself is
+/// immutable.
 ///
-/// Ids of `[batch, time]` are one row each. Rows of different lengths are packed behind each other: [`Context::pack`] says how
-/// long each is, and the ids are `[1, sum of the lengths]`.
+/// Token ids of shape `[batch, time]` hold one row in each batch element. Rows of different lengths are packed one
+/// after the other: [`Context::pack`] sets their lengths, and the ids have the shape `[1, sum of the lengths]`.
 ///
 /// ```
 /// use pricket_nn::{Context, State};
-/// let scoring = Context::new();                        // every pass begins at position 0
-/// let mut chat = Context::new().with_state(State::new());  // every pass continues the last
-/// chat.pack(&[3, 5]);                                  // the next reads 3 tokens of row 0 and 5 of row 1
+/// let scoring = Context::new(); // every pass starts at position 0
+/// let mut chat = Context::new().with_state(State::new()); // every pass continues the one before
+/// chat.pack(&[3, 5]); // the next pass reads 3 tokens of row 0 and 5 tokens of row 1
 /// assert_eq!(chat.position(1), 0);
 /// # drop(scoring);
 /// ```
@@ -43,87 +44,86 @@ pub struct Context {
     taps: Option<Taps>,
     activations: Option<DType>,
     beyond: bool,
-    /// See [`Context::for_gradients`].
+    /// Deferred parts of blocks; `Some` after [`Context::for_gradients`].
     gradients_only: Option<Deferred>,
-    /// Whether the block in hand needs the values of what attention and its MLP add to the residual stream.
+    /// Outputs that the current block has to compute.
     needs: Needs,
-    /// Rows and lengths of the next pass.
+    /// Rows and lengths of the next pass, if it is packed.
     packed: Option<Vec<(usize, usize)>>,
     pass: Option<Pass>,
 }
 
 impl Context {
-    /// No state, no taps, the model's own precision.
+    /// Returns a context without state and taps, with the default precision of the model.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Continues from `state`, and keeps in it what is read.
+    /// Continues from `state` and adds the positions of each pass to it.
     #[must_use]
     pub fn with_state(mut self, state: State) -> Self {
         self.state = Some(state);
         self
     }
 
-    /// The next pass reads rows of these lengths, packed: its ids are `[1, sum of the lengths]`, and row `i` of the state reads
-    /// `lens[i]` of them.
+    /// Packs the next pass: its ids are `[1, sum of the lengths]`, and row `i` of the state reads `lens[i]` of them.
     pub fn pack(&mut self, lens: &[usize]) {
         self.abandon();
         self.packed = Some(lens.iter().copied().enumerate().collect());
     }
 
-    /// As [`Context::pack`], of some rows only: pairs of a row of the state and a length. Rows that the state does not have
-    /// yet are added to it.
+    /// Packs the next pass with some rows only. Each pair is a row of the state and a length. Missing rows are added to
+    /// the state.
     pub fn pack_rows(&mut self, rows: &[(usize, usize)]) {
         self.abandon();
         self.packed = Some(rows.to_vec());
     }
 
-    /// As [`Context::pack`].
+    /// Packs the next pass, like [`Context::pack`].
     #[must_use]
     pub fn with_packed(mut self, lens: &[usize]) -> Self {
         self.pack(lens);
         self
     }
 
-    /// Records or edits at `taps`.
+    /// Records and edits tensors with `taps`.
     #[must_use]
     pub fn with_taps(mut self, taps: Taps) -> Self {
         self.taps = Some(taps);
         self
     }
 
-    /// Computes activations in `dtype` rather than the model's default. On the CPU they are f32 and nothing else.
+    /// Computes activations in `dtype` instead of the default of the model. The CPU supports f32 only.
     #[must_use]
     pub fn with_compute_dtype(mut self, dtype: DType) -> Self {
         self.activations = Some(dtype);
         self
     }
 
-    /// Allows positions beyond the length that the model was trained for.
+    /// Allows positions beyond the length for which the model was trained.
     #[must_use]
     pub fn beyond_trained_length(mut self) -> Self {
         self.beyond = true;
         self
     }
 
-    /// Positions that were read of `row`; 0 without a state.
+    /// Returns the number of positions of `row` read so far; 0 without a state.
     pub fn position(&self, row: usize) -> usize {
         self.state.as_ref().map_or(0, |state| state.len(row))
     }
 
-    /// The state, if there is one.
+    /// Returns the state, if there is one.
     pub fn state(&self) -> Option<&State> {
         self.state.as_ref()
     }
 
-    /// The state, to select, join or rewind rows. It ends a pass that was not committed: what that has read is not past.
+    /// Returns the state, to select, join or rewind rows. Discards a pass that was not committed.
     pub fn state_mut(&mut self) -> Option<&mut State> {
         self.abandon();
         self.state.as_mut()
     }
 
-    /// A context with the same past and precision, and no taps.
+    /// Returns a context with the same past and precision, and without taps.
     #[must_use]
     pub fn fork(&self) -> Self {
         Self {
@@ -134,24 +134,25 @@ impl Context {
         }
     }
 
-    /// Keeps the rows `rows` of the state, in that order.
+    /// Keeps the given rows of the state, in that order.
     ///
     /// # Errors
-    /// [`Error::Input`] for a row that is not there.
+    /// Returns [`Error::Input`] if a row does not exist.
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
         self.abandon();
         self.state.as_mut().map_or(Ok(()), |state| state.select_rows(rows))
     }
 
-    /// What the last pass reads, or has read: the spans of its rows, in the order of its tensors.
+    /// Returns the spans of the current or last pass, in the order of its tensors.
     pub fn spans(&self) -> &[Span] {
         self.pass.as_ref().map_or(&[], |pass| &pass.spans()[..])
     }
 
-    /// Of the hidden states of the last pass, `[batch, time, d]`, those of the last position of each row: `[rows, d]`.
+    /// Selects the last position of each row from the hidden states of the last pass, `[batch, time, d]`. Returns
+    /// `[rows, d]`.
     ///
     /// # Errors
-    /// [`Error::Input`] if they are not those of the last pass.
+    /// Returns [`Error::Input`] if the last pass had another shape.
     pub fn last_positions(&self, hidden: &Tensor) -> Result<Tensor> {
         let (b, t, _) = hidden.dims3()?;
         match self.pass.as_ref().filter(|pass| pass.shape() == (b, t) && t > 0) {
@@ -160,34 +161,34 @@ impl Context {
                 Ok(hidden.squeeze(0)?.index_select(&last, 0)?)
             }
             Some(_) => Ok(hidden.narrow(1, t - 1, 1)?.squeeze(1)?),
-            None => Err(Error::Input(format!("hidden states of [{b}, {t}, ..]: the last pass had another shape"))),
+            None => Err(Error::Input(format!("hidden states [{b}, {t}, ..]: the last pass had another shape"))),
         }
     }
 
-    /// The taps, leaving none.
+    /// Removes the taps and returns them.
     pub fn take_taps(&mut self) -> Option<Taps> {
         self.taps.take()
     }
 
-    /// Records or edits at `taps` from the next pass on, or at none.
+    /// Replaces the taps, from the next pass on.
     pub fn set_taps(&mut self, taps: Option<Taps>) {
         self.taps = taps;
     }
 
-    /// What the taps have recorded, leaving them in place and empty.
+    /// Returns the tensors that the taps recorded, and clears them. The taps stay in place.
     pub fn take_recording(&mut self) -> Recording {
         let spans = self.pass.as_ref().map_or_else(|| Arc::from([]), |pass| Arc::clone(pass.spans()));
         self.taps.as_mut().map(|taps| taps.take(spans)).unwrap_or_default()
     }
 
-    /// A context that computes blocks of the pass in hand a second time: at the same positions, after the same past, without
-    /// firing taps and without writing the state. Gradient checkpointing repeats a block so.
+    /// Returns a context that computes blocks of the current pass again, for gradient checkpointing. Positions and past
+    /// are the same; taps do not run and the state is not written.
     ///
     /// ```
     /// use candle_core::Tensor;
     /// use pricket_nn::{CausalLm, Context, Result};
     ///
-    /// /// The first block of a model, computed twice: both results have the same bits.
+    /// /// Computes the first block of a model twice. Both results have the same bits.
     /// fn twice(model: &dyn CausalLm, ids: &Tensor) -> Result<(Tensor, Tensor)> {
     ///     let mut ctx = Context::new();
     ///     let x = model.embed(ids, &mut ctx)?;
@@ -198,67 +199,74 @@ impl Context {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Input`] if no pass was begun, or if its positions have become past.
+    /// Returns [`Error::Input`] if no pass was started, or if the pass was committed to the state.
     pub fn replay(&self) -> Result<Self> {
-        let pass = self.pass.as_ref().ok_or_else(|| Error::Input("no pass was begun that could be replayed".into()))?;
+        let pass = self
+            .pass
+            .as_ref()
+            .ok_or_else(|| Error::Input("there is no pass to replay; start one with embed".into()))?;
         if pass.is_committed && self.state.is_some() {
-            return Err(Error::Input("the pass is over: its positions have become past".into()));
+            return Err(Error::Input("the pass was committed to the state and cannot be replayed".into()));
         }
         let mut replay = self.fork();
         replay.pass = Some(pass.replayed());
         Ok(replay)
     }
 
-    /// Computes blocks for their gradients only. The result of a block may be wrong: attention and MLP read as zeros where nothing else
-    /// in the block depends on them, and are computed in [`Context::backward`], one after the other, so that what both hold is
-    /// not held at once. Gradients keep their bits.
+    /// Computes blocks for their gradients only, which needs less memory.
+    ///
+    /// The output of a block may be wrong: if nothing else in the block depends on the output of attention or the MLP,
+    /// that output is zeros. [`Context::backward`] computes the omitted parts one after the other, so that their
+    /// intermediate tensors are not in memory at the same time. The gradients have the same bits.
     #[must_use]
     pub fn for_gradients(mut self) -> Self {
         self.gradients_only = Some(Deferred::default());
         self
     }
 
-    /// The gradients of all variables that the result `y` of a block depends on, where that of `y` is `grad`.
+    /// Returns the gradients of all variables on which `y`, the output of a block, depends. `grad` is the gradient of
+    /// `y`.
     ///
     /// # Errors
-    /// What an operation says.
+    /// Returns an error if a tensor operation fails.
     pub fn backward(&mut self, y: &Tensor, grad: Tensor) -> Result<GradStore> {
         self.gradients_only.clone().unwrap_or_default().backward(y, grad)
     }
 
-    /// Postpones `part(x)` to [`Context::backward`] and returns zeros instead, if the block is computed for its gradients only and the value
-    /// is not needed. `part` returns a tensor of the shape of `x`.
+    /// Defers `part(x)` to [`Context::backward`] and returns zeros, if only gradients are computed and the value is not
+    /// needed. Otherwise returns `None`. The function that `part` creates returns a tensor of the shape of `x`.
     pub(crate) fn defer<F>(&mut self, is_needed: bool, x: &Tensor, part: impl FnOnce() -> F) -> Result<Option<Tensor>>
     where
         F: Fn(&Tensor, &mut Context) -> Result<Tensor> + Send + Sync + 'static,
     {
         let Some(deferred) = self.gradients_only.as_ref().filter(|_| !is_needed) else { return Ok(None) };
         let needs = Needs { attention: false, mlp: false };
-        // Only in a sequential block is the value of attention needed, and there the MLP alone reads `x`.
+        // The value of attention is needed only in a sequential block. There only the MLP reads `x`.
         let is_last_reader = self.needs.attention;
         Ok(Some(deferred.defer(x, is_last_reader, Context { needs, ..self.replay()? }, part())?))
     }
 
-    /// Frees `x` when [`Context::backward`] begins, if the block is computed for its gradients only. `x` is added to the residual stream and
-    /// read by nothing else.
+    /// Frees the memory of `x` when [`Context::backward`] starts, if only gradients are computed. Nothing but the
+    /// addition to the residual stream may read `x`.
     pub(crate) fn release_later(&self, x: &Tensor) {
         if let Some(deferred) = &self.gradients_only {
             deferred.release_later(x);
         }
     }
 
-    /// Sets what the block that is entered has to compute; everything unless [`Context::for_gradients`] was called.
+    /// Sets the outputs that the next block has to compute. Without [`Context::for_gradients`], it has to compute all
+    /// of them.
     pub(crate) fn set_needs(&mut self, needs: Needs) {
         self.needs = if self.gradients_only.is_some() { needs } else { Needs::default() };
     }
 
-    /// The values that the block in hand has to compute.
+    /// Returns the outputs that the current block has to compute.
     pub(crate) fn needs(&self) -> Needs {
         self.needs
     }
 
-    /// Ends a pass whose steps a caller takes one by one: its positions become past. [`CausalLm::hidden`](crate::CausalLm::hidden)
-    /// does it itself.
+    /// Ends the current pass and adds its positions to the state. Needed by callers that run the steps one by one;
+    /// [`CausalLm::hidden`](crate::CausalLm::hidden) calls it.
     pub fn commit(&mut self) {
         let Some(pass) = self.pass.as_mut().filter(|pass| !pass.is_committed) else { return };
         pass.end();
@@ -271,7 +279,7 @@ impl Context {
         }
     }
 
-    /// Forgets a pass that was not committed, and the rows that it has added to the state.
+    /// Discards a pass that was not committed, and the rows that it added to the state.
     fn abandon(&mut self) {
         if let Some(pass) = self.pass.take_if(|pass| !pass.is_committed)
             && let Some(state) = &mut self.state
@@ -280,27 +288,27 @@ impl Context {
         }
     }
 
-    /// Forgets how the next pass was to be packed: it did not begin.
+    /// Discards the packing of a pass that failed to start.
     pub(crate) fn unpack(&mut self) {
         self.packed = None;
     }
 
-    /// The activation type for a model whose default is `default`.
+    /// Returns the type of activations for a model with the default type `default`.
     pub(crate) fn activations(&self, default: DType) -> DType {
         self.activations.unwrap_or(default)
     }
 
-    /// Refuses taps that cannot fire: see [`Taps::check`].
+    /// Returns an error if a tap cannot run in this model; see [`Taps::check`].
     pub(crate) fn check_taps(&self, layers: usize, has: &dyn Fn(Site) -> bool) -> Result<()> {
         self.taps.as_ref().map_or(Ok(()), |taps| taps.check(layers, has))
     }
 
-    /// Whether a pass over ids of this shape was begun and is not over.
+    /// Returns whether a pass over ids of this shape was started and not committed.
     pub(crate) fn has_begun(&self, batch: usize, time: usize) -> bool {
         self.pass.as_ref().is_some_and(|pass| pass.shape() == (batch, time) && !pass.is_committed)
     }
 
-    /// Begins a pass over ids of `[batch, time]`.
+    /// Starts a pass over ids of shape `[batch, time]`. `limit` is the maximum number of positions of a row.
     pub(crate) fn begin(&mut self, batch: usize, time: usize, limit: Option<usize>) -> Result<()> {
         self.abandon();
         let mut pass = Pass::new((batch, time), self.packed.take().as_deref(), self.state.as_ref())?;
@@ -312,7 +320,7 @@ impl Context {
             pass.rows_before = state.rows();
             let rows = pass.spans().iter().map(|span| span.row + 1).max().unwrap_or(0);
             if !pass.is_packed() && state.rows() != rows {
-                // Nothing was read of other rows: `Pass::new` has looked.
+                // `Pass::new` has checked that the state is empty.
                 state.reset(rows);
             }
             state.add_rows(rows.saturating_sub(state.rows()));
@@ -321,7 +329,7 @@ impl Context {
         Ok(())
     }
 
-    /// Enters a layer; a pass that starts in the middle of the model begins here.
+    /// Enters a layer. Starts a pass if there is none, which happens if a caller starts in the middle of the model.
     pub(crate) fn enter(&mut self, layer: usize, batch: usize, time: usize, limit: Option<usize>) -> Result<()> {
         if !self.has_begun(batch, time) {
             self.begin(batch, time, limit)?;
@@ -330,11 +338,11 @@ impl Context {
         Ok(())
     }
 
-    /// The pass, and the state.
+    /// Returns the current pass and the state.
     pub(crate) fn parts(&mut self) -> Result<(&mut Pass, Option<&mut State>)> {
         match &mut self.pass {
             Some(pass) => Ok((pass, self.state.as_mut())),
-            None => Err(Error::Input("no pass was begun".into())),
+            None => Err(Error::Input("no pass was started".into())),
         }
     }
 
@@ -342,30 +350,30 @@ impl Context {
         Ok(self.parts()?.0)
     }
 
-    /// Cosines and sines for the positions of this pass, computed once for all layers.
+    /// Returns the cosines and sines for the positions of this pass, computed once for all layers.
     pub(crate) fn angles(&mut self, rotary: &Rotary, dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
         self.pass_mut()?.angles(rotary, dtype, device)
     }
 
-    /// The layer that the pass is in.
+    /// Returns the index of the current layer.
     pub(crate) fn layer(&self) -> usize {
         self.pass.as_ref().map_or(0, |pass| pass.layer)
     }
 
-    /// Whether a tap is at `site` of the current layer.
+    /// Returns whether a tap records or edits `site` of the current layer.
     pub(crate) fn wants(&self, site: Site) -> bool {
         self.taps.as_ref().is_some_and(|taps| taps.wants(site, self.layer()))
     }
 
-    /// Passes a tensor through the taps at `site` of the current layer.
+    /// Passes a tensor through the taps at `site` of the current layer and returns the result.
     ///
     /// # Errors
-    /// What an edit returns.
+    /// Returns the error of an edit.
     pub fn tap(&mut self, site: Site, tensor: Tensor) -> Result<Tensor> {
         self.tap_part(site, 0, tensor)
     }
 
-    /// As [`Context::tap`], of a tensor that is one of several: `part` counts them.
+    /// [`Context::tap`] for a site with several tensors in a pass; `part` is the index of this one.
     pub(crate) fn tap_part(&mut self, site: Site, part: usize, tensor: Tensor) -> Result<Tensor> {
         let layer = if site.is_per_layer() { self.layer() } else { 0 };
         match &mut self.taps {

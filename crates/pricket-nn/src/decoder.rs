@@ -1,4 +1,4 @@
-//! The contract between families and everything that uses a model, and the decoder that families fill with blocks.
+//! The interface of a model, [`CausalLm`], and its implementation by a sequence of blocks, [`Decoder`].
 
 use std::sync::Arc;
 
@@ -12,97 +12,102 @@ use crate::plan::{BlockPlan, ModelPlan, Residual};
 use crate::step::StepDecoder;
 use crate::{CacheType, Context, Embedding, EmbeddingAndHead, Error, Layer, Linear, Norm, Result, Site, Weights, ops};
 
-/// What a model is, in numbers.
+/// Sizes and properties of a model.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ModelInfo {
-    /// The family, as config.json's `model_type` spells it.
+    /// Family, as `model_type` in config.json spells it.
     pub family: &'static str,
     /// Number of blocks.
     pub layers: usize,
     /// Width of the residual stream.
     pub d_model: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads.
+    /// Number of key and value heads.
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Rows of the head, padding included.
+    /// Number of rows of the head, padding included.
     pub vocab: usize,
-    /// Positions the model was trained for.
+    /// Number of positions for which the model was trained.
     pub trained_length: usize,
-    /// The same, where going beyond them is refused unless asked for.
+    /// Number of positions beyond which a pass fails, unless [`Context::beyond_trained_length`] is set; `None` for no
+    /// limit.
     pub context: Option<usize>,
-    /// Number of weights, each once.
+    /// Number of parameters; tied weights are counted once.
     pub parameters: u64,
-    /// Bytes the weights take in memory.
+    /// Bytes of the weights in memory.
     pub weight_bytes: u64,
-    /// Type of activations unless a [`Context`] says otherwise.
+    /// Type of activations, unless a [`Context`] sets another.
     pub activations: DType,
-    /// Type of cached keys and values unless a [`State`](crate::State) says otherwise.
+    /// Type of cached keys and values, unless a [`State`](crate::State) sets another.
     pub cache: CacheType,
-    /// Bytes of a row's recurrent state, which does not grow with its length; 0 for a model with attention.
+    /// Bytes of the recurrent state of a row, which does not grow with its length; 0 for a model with attention.
     pub state_bytes: u64,
     /// Type of the largest matrix.
     pub dtype: Dtype,
-    /// Where the weights are.
+    /// Device of the weights.
     pub device: Device,
 }
 
 impl ModelInfo {
-    /// Multiplications and additions for one token, attention over the past left out.
+    /// Returns the number of multiplications and additions for one token, without attention over the past.
     pub fn flops_per_token(&self) -> u64 {
         2 * (self.parameters - (self.vocab * self.d_model) as u64)
     }
 
-    /// Bytes that the cache takes for each position of each row.
+    /// Returns the bytes of the KV cache for each position of each row.
     pub fn cache_bytes_per_token(&self) -> u64 {
         (2 * self.layers * self.kv_heads * self.cache.bytes(self.head_dim)) as u64
     }
 
-    /// Bytes that a pass over `positions` needs beside weights and cache, by rule of thumb.
+    /// Returns an estimate of the bytes that a pass over `positions` needs besides weights and KV cache.
     pub fn workspace_bytes(&self, positions: usize) -> u64 {
         (positions * (16 * self.d_model) * 4 + self.vocab * 4 * 3) as u64
     }
 }
 
-/// A causal language model as a residual stream: embed, blocks, norm, head.
+/// Causal language model, as the steps of a residual stream: embedding, blocks, final norm, head.
 ///
-/// Decoding (head of the last position), scoring (head of a few positions at a time), probing, patching and gradient
-/// checkpointing are all written against these steps, outside the families.
+/// Decoding, scoring, probing, patching and gradient checkpointing use these steps and need no code of a family.
+/// Decoding applies the head to the last position only; scoring applies it to a few positions at a time.
 pub trait CausalLm: Send + Sync {
-    /// What the model is.
+    /// Returns the sizes and properties of the model.
     fn info(&self) -> &ModelInfo;
 
-    /// Token ids `[b, t]` to `[b, t, d]`; begins a pass.
+    /// Embeds token ids, `[b, t]`, and starts a pass. Returns `[b, t, d]`.
     ///
     /// # Errors
-    /// [`crate::Error::ContextExceeded`], or candle's for an id outside the vocabulary.
+    /// Returns [`crate::Error::ContextExceeded`] if the pass is too long, or [`Error::Input`] if the ids have a wrong
+    /// shape or type, if an id is outside the vocabulary, or if a tap does not match the model.
     fn embed(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor>;
 
-    /// Block `i`: `[b, t, d]` to `[b, t, d]`. A caller who takes the steps one by one ends the pass with [`Context::commit`].
+    /// Applies block `i` to `x`, `[b, t, d]`. Returns `[b, t, d]`.
+    ///
+    /// A caller that runs the steps one by one ends the pass with [`Context::commit`].
     ///
     /// # Errors
-    /// What an operation or a tap says.
+    /// Returns an error if a shape does not match, or if a tensor operation or the edit of a tap fails.
     fn block(&self, i: usize, x: &Tensor, ctx: &mut Context) -> Result<Tensor>;
 
-    /// The final norm, `[b, t, d]` to `[b, t, d]`.
+    /// Applies the final norm to `x`, `[b, t, d]`. Returns `[b, t, d]`.
     ///
     /// # Errors
-    /// [`Error::Input`] for another width, and what candle says.
+    /// Returns [`Error::Input`] if the width does not match, or an error if a tensor operation fails.
     fn finish(&self, x: &Tensor) -> Result<Tensor>;
 
-    /// Hidden states `[.., d]` to logits `[.., vocab]` in f32.
+    /// Applies the head to hidden states, `[.., d]`. Returns the logits, `[.., vocab]` in f32.
     ///
     /// # Errors
-    /// [`Error::Input`] for another width, and what candle says.
+    /// Returns [`Error::Input`] if the width does not match, or an error if a tensor operation fails.
     fn head(&self, hidden: &Tensor) -> Result<Tensor>;
 
-    /// All of it but the head: ids `[b, t]` to `[b, t, d]`.
+    /// Runs all steps except the head on token ids, `[b, t]`, and ends the pass. Returns the hidden states,
+    /// `[b, t, d]`.
     ///
     /// # Errors
-    /// As the steps.
+    /// Returns the errors of [`CausalLm::embed`], [`CausalLm::block`] and [`CausalLm::finish`].
     fn hidden(&self, ids: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let mut x = self.embed(ids, ctx)?;
         for i in 0..self.info().layers {
@@ -114,33 +119,39 @@ pub trait CausalLm: Send + Sync {
         Ok(x)
     }
 
-    /// Cross-entropy of `targets` under hidden states `[n, d]`, in nats: `[n]` in f32, with a gradient. Logits are made a block of
-    /// positions at a time, `[n, vocab]` never, and once more for the gradient.
+    /// Returns the negative log-likelihood of `targets` given hidden states, `[n, d]`: `[n]` in nats, in f32, with a
+    /// gradient.
+    ///
+    /// Logits are computed for a few positions at a time, so the full `[n, vocab]` matrix is never in memory.
     ///
     /// # Errors
-    /// [`Error::Input`] for another number of targets or one outside the vocabulary, and what candle says.
+    /// Returns [`Error::Input`] if the number of targets differs from `n` or a target is outside the vocabulary, or an
+    /// error if a tensor operation fails.
     fn nll(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor>;
 
-    /// The layers of the model, for those who compute with them in another way; `None` if a block has another form.
+    /// Returns references to the layers, for code that computes the model in another way. Returns `None` if a block is
+    /// not attention and an MLP.
     fn plan(&self) -> Option<ModelPlan<'_>> {
         None
     }
 
-    /// A decoder of this model's own, if there is one that is faster than the steps above.
+    /// Returns a decoder specialized for this model, if there is one that is faster than the steps above.
     fn step_decoder(&self) -> Option<Box<dyn StepDecoder>> {
         None
     }
 
-    /// The same model over the same weights, with each layer as `f` leaves it, so that two adapters can share a base.
+    /// Returns a copy of the model in which `f` may replace each layer. Unchanged weights are shared, so that several
+    /// adapters can use one base model.
     ///
     /// # Errors
-    /// The error that `f` returns.
+    /// Returns the error of `f`.
     fn map_layers(&self, f: &mut dyn FnMut(Layer<'_>) -> Result<()>) -> Result<Arc<dyn CausalLm>>;
 
-    /// As [`CausalLm::map_layers`], of linear layers only: each is replaced by what `f` makes of it.
+    /// Returns a copy of the model in which each linear layer is replaced by the result of `f`. See
+    /// [`CausalLm::map_layers`].
     ///
     /// # Errors
-    /// The error that `f` returns.
+    /// Returns the error of `f`.
     fn map_linears(&self, f: &mut dyn FnMut(&Linear) -> Result<Linear>) -> Result<Arc<dyn CausalLm>> {
         self.map_layers(&mut |layer| {
             if let Layer::Linear(linear) = layer {
@@ -150,39 +161,40 @@ pub trait CausalLm: Send + Sync {
         })
     }
 
-    /// Does `work` where operations run on the threads that the model's own run on.
+    /// Runs `work` on the thread pool of the model.
     fn on_threads(&self, work: &mut dyn FnMut()) {
         work();
     }
 }
 
-/// One block of a family: the residual wiring, which is what a reader comes to see.
+/// One block of a family. Its code shows the residual connections.
 pub trait Block: Clone + Send + Sync + 'static {
-    /// `[b, t, d]` to `[b, t, d]`.
+    /// Applies the block to `x`, `[b, t, d]`. Returns `[b, t, d]`.
     ///
     /// # Errors
-    /// What an operation or a tap says.
+    /// Returns an error if a tensor operation or the edit of a tap fails.
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor>;
 
-    /// Whether the block passes `site`: one with a parallel residual has nothing between attention and MLP.
+    /// Returns whether the block has `site`. For example, a block with a parallel residual does not have
+    /// [`Site::ResidMid`].
     fn has(&self, site: Site) -> bool {
         let _ = site;
         true
     }
 
-    /// Its layers, in the order in which they compute.
+    /// Returns all layers of the block.
     fn layers(&mut self) -> Vec<Layer<'_>>;
 
-    /// Its layers, if it is attention and an MLP, each added to the residual stream.
+    /// Returns the layers by role, if the block is attention and an MLP, each added to the residual stream.
     fn plan(&self) -> Option<BlockPlan<'_>> {
         None
     }
 }
 
-/// Adds to the residual stream: `x + (parts[0] + parts[1] + ..)`, in that order.
+/// Adds `parts` to the residual stream. Returns `(parts[0] + parts[1] + ..) + x`, added in that order.
 ///
 /// # Errors
-/// If the shapes differ.
+/// Returns an error if the shapes differ.
 pub fn residual(x: &Tensor, parts: &[&Tensor]) -> Result<Tensor> {
     match parts {
         [] => Ok(x.clone()),
@@ -196,28 +208,28 @@ pub fn residual(x: &Tensor, parts: &[&Tensor]) -> Result<Tensor> {
     }
 }
 
-/// The sizes that a family reads from its configuration.
+/// Sizes that a family reads from its configuration.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// As [`ModelInfo::family`].
+    /// Family; see [`ModelInfo::family`].
     pub family: &'static str,
     /// Width of the residual stream.
     pub d_model: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: usize,
-    /// Key and value heads.
+    /// Number of key and value heads.
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Rows of the head.
+    /// Number of rows of the head.
     pub vocab: usize,
-    /// As [`ModelInfo::trained_length`].
+    /// Number of positions for which the model was trained; see [`ModelInfo::trained_length`].
     pub trained_length: usize,
-    /// As [`ModelInfo::context`].
+    /// Maximum number of positions; see [`ModelInfo::context`].
     pub context: Option<usize>,
 }
 
-/// A [`CausalLm`] made of a family's blocks.
+/// [`CausalLm`] made of the blocks of a family.
 #[derive(Clone, Debug)]
 pub struct Decoder<B> {
     info: ModelInfo,
@@ -232,7 +244,7 @@ pub struct Decoder<B> {
 }
 
 impl<B: Block> Decoder<B> {
-    /// Puts the parts together; `weights` is the cursor they were loaded from.
+    /// Returns a model of the given parts. `weights` is the cursor that loaded them.
     pub fn new(
         sizes: Sizes,
         embedding_and_head: EmbeddingAndHead,
@@ -263,52 +275,54 @@ impl<B: Block> Decoder<B> {
         Self { info, embed, embed_norm: None, blocks, norm, head, is_tied, positions: None, logit_scale: 1.0 }
     }
 
-    /// Norms the token vectors before the first block.
+    /// Applies a norm to the token vectors before the first block.
     #[must_use]
     pub fn with_embed_norm(mut self, norm: Norm) -> Self {
         self.embed_norm = Some(norm);
         self
     }
 
-    /// Adds learned positions, if there are any, to the token vectors; there are none beyond their table.
+    /// Adds learned position vectors to the token vectors, if `positions` is given. The table limits the number of
+    /// positions.
     #[must_use]
     pub fn with_positions(mut self, positions: Option<Embedding>) -> Self {
         self.positions = positions;
         self
     }
 
-    /// Says that each row keeps `values` f32 numbers, whatever its length.
+    /// Sets the size of the recurrent state of a row: `values` f32 numbers.
     #[must_use]
     pub fn with_recurrent_state(mut self, values: usize) -> Self {
         self.info.state_bytes = 4 * values as u64;
         self
     }
 
-    /// Multiplies the logits.
+    /// Multiplies the logits by `scale`.
     #[must_use]
     pub fn with_logit_scale(mut self, scale: f64) -> Self {
         self.logit_scale = scale;
         self
     }
 
-    /// Refuses taps at sites or layers that this model does not have.
+    /// Returns an error if a tap names a site or layer that this model does not have.
     fn check_taps(&self, ctx: &Context) -> Result<()> {
         let in_blocks = |site: Site| self.blocks.iter().any(|block| block.has(site));
         ctx.check_taps(self.blocks.len(), &|site: Site| !site.is_per_layer() || in_blocks(site))
     }
 
-    /// Refuses hidden states of another width.
+    /// Returns an error if the last dimension of `x` is not the width of the model.
     fn check_width(&self, x: &Tensor) -> Result<()> {
         match x.dims() {
             [.., d] if *d == self.info.d_model => Ok(()),
             found => {
                 let d = self.info.d_model;
-                Err(Error::Input(format!("hidden states: expected a last dimension of {d}, found the shape {found:?}")))
+                Err(Error::Input(format!("hidden states: expected a last dimension of {d}, found shape {found:?}")))
             }
         }
     }
 
-    /// Refuses ids of another shape or type, or outside the vocabulary. On a GPU looking at them would cost a wait.
+    /// Checks the shape and the type of ids, and on the CPU their values. On a GPU reading the values would stall the
+    /// device.
     fn check_ids(&self, ids: &Tensor) -> Result<(usize, usize)> {
         let &[b, t] = ids.dims() else {
             return Err(Error::Input(format!("token ids of shape {:?}; expected [batch, length]", ids.dims())));
@@ -325,7 +339,7 @@ impl<B: Block> Decoder<B> {
         Ok((b, t))
     }
 
-    /// The learned vectors of this pass's positions, `[1 or b, t, d]`.
+    /// Returns the learned vectors of the positions of this pass, `[1 or b, t, d]`.
     fn position_vectors(&self, table: &Embedding, dtype: DType, ctx: &mut Context) -> Result<Tensor> {
         let ((positions, shape), limit) = (ctx.pass_mut()?.positions(), table.weight.shape()?.0);
         if let Some(&last) = positions.iter().max().filter(|&&last| last >= limit) {
@@ -348,7 +362,7 @@ impl<B: Block> CausalLm for Decoder<B> {
         let activations = ctx.activations(self.info.activations);
         if self.info.device.is_cpu() && activations != DType::F32 {
             return Err(Error::Input(format!(
-                "activations are f32 on the CPU, {} is not computed there",
+                "activations of type {} are not supported on the CPU; use f32",
                 activations.as_str()
             )));
         }
@@ -429,7 +443,7 @@ impl<B: Block> CausalLm for Decoder<B> {
         for layer in first.chain(blocks.iter_mut().flat_map(Block::layers)).chain([norm.into(), head.into()]) {
             f(layer)?;
         }
-        // Another table for one of the two unties them.
+        // Replacing the embedding or the head unties them.
         let is_same = |now: &Matrix, before: &Matrix| match (now, before) {
             (Matrix::Dense(now), Matrix::Dense(before)) => now.id() == before.id(),
             (Matrix::InPlace(now), Matrix::InPlace(before)) => now.is_same(before),

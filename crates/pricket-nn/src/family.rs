@@ -1,4 +1,4 @@
-//! What a family of models says of itself, so that nothing else has to name it.
+//! The trait that a family of models implements. The rest of pricket uses only this trait and names no family.
 
 use std::sync::Arc;
 
@@ -8,80 +8,87 @@ use serde_json::Value;
 use crate::config::{GENERIC, Keys};
 use crate::{Activation, CausalLm, Error, GgmlLayout, Initialization, Names, Result, Weights};
 
-/// The shape of a tensor of a file, by the name that it has there.
+/// Function that returns the shape of a tensor by its name in the file, or `None` if there is no such tensor.
 pub type ShapeOf<'a> = &'a dyn Fn(&str) -> Option<Vec<usize>>;
 
-/// How a file has the rows of fused query-key-value matrices.
+/// Row order of fused query-key-value matrices in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FusedRows {
-    /// As the Hub has them.
+    /// The order of checkpoints on the Hub.
     AsTrained,
-    /// As the model multiplies with them.
+    /// The model's order.
     InModelOrder,
-    /// As the model multiplies with them: the file says so.
+    /// The model's order, recorded in the metadata of the file.
     Stated,
-    /// One of the two, and the file does not say which.
+    /// One of the two orders; the file does not record which.
     Unknown {
         /// Whether the model's order is the more likely one.
         model_order_is_likely: bool,
-        /// Why.
+        /// Reason for the guess.
         why: &'static str,
     },
 }
 
-/// A tokenizer that a family's files of old containers were made with, and how its vocabulary is recognized.
+/// Tokenizer that the legacy files of a family were made with, and how to recognize its vocabulary.
 #[derive(Clone, Copy, Debug)]
 pub struct KnownTokenizer {
-    /// Its repository on the Hub.
+    /// Repository on the Hub.
     pub repository: &'static str,
-    /// Words that it has at these ids.
+    /// Some ids and the words at them.
     pub words: &'static [(usize, &'static str)],
-    /// Words that it has at least.
+    /// Minimum number of words.
     pub count: usize,
 }
 
-/// A family of models. Each family's crate has one `pub static FAMILY: &dyn Family`; `pricket` has a list of them. Configurations
-/// are config.json as it is.
+/// A family of models.
 ///
-/// A family that no GGUF or legacy GGML file was made of needs the first five methods only.
+/// The crate of each family has one `pub static FAMILY: &dyn Family`, and `pricket` has a list of all families. A
+/// configuration is the unchanged content of a config.json. A family without GGUF and legacy GGML files has to
+/// implement only the first five methods.
 pub trait Family: Sync {
-    /// Its name, as a model card spells it: that of its crate without `pricket-`.
+    /// Returns the name of the family, as model cards spell it. It is the name of the crate without `pricket-`.
     fn name(&self) -> &'static str;
 
-    /// What it calls itself in a configuration: values of `model_type`, and Python classes in `architectures`, that of newly
-    /// written files first. Empty for a family whose configurations are another's.
+    /// Returns the values of `model_type` and the Python classes in `architectures` that select this family.
+    ///
+    /// The first class is used for newly written files. Both lists are empty for a family that uses the configurations
+    /// of another family.
     fn spellings(&self) -> (&'static [&'static str], &'static [&'static str]);
 
-    /// Checks a configuration: every key that changes the maths is implemented.
+    /// Checks that the values of a configuration are valid and that every key that affects the forward pass is
+    /// implemented.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the key.
+    /// Returns [`Error::Config`] naming the key if one is not.
     fn check(&self, config: &Value) -> Result<()>;
 
     /// Loads the model that `config` describes.
     ///
     /// # Errors
-    /// As [`Family::check`], and if a tensor is missing or misshapen.
+    /// Returns the errors of [`Family::check`], or an error if a tensor is missing or has another shape.
     fn load(&self, config: &Value, weights: &Weights) -> Result<Arc<dyn CausalLm>>;
 
-    /// What its tensors are called on file.
+    /// Returns the tensor names of the family.
     fn names(&self) -> Names;
 
-    /// The configuration of a checkpoint that has no config.json, as the shapes of its tensors tell it; `None` for a family whose
-    /// checkpoints have one, and for tensors that are not the family's.
+    /// Returns the configuration of a checkpoint without a config.json, derived from the shapes of its tensors.
+    ///
+    /// Returns `None` if the tensors are not those of the family, or if checkpoints of the family always have a
+    /// config.json.
     fn config_from_shapes(&self, shape: ShapeOf<'_>) -> Option<Value> {
         let _ = shape;
         None
     }
 
-    /// An end token that published generation_config.json files of the family name by mistake: text would end at an ordinary word.
+    /// Returns an end token that published generation_config.json files of the family set by mistake. It is an ordinary
+    /// word, at which generation would stop.
     fn mistaken_end_token(&self, config: &Value) -> Option<u32> {
         let _ = config;
         None
     }
 
-    /// Whether a configuration is one of this family: by `model_type`, or by `architectures` where there is none. Never by the
-    /// shape of a model or the name of a repository.
+    /// Returns whether a configuration belongs to this family, by `model_type`, or by `architectures` if `model_type`
+    /// is missing. Shapes and repository names do not matter.
     fn claims(&self, config: &Value) -> bool {
         let (model_types, classes) = self.spellings();
         match (config["model_type"].as_str(), config["architectures"][0].as_str()) {
@@ -91,121 +98,126 @@ pub trait Family: Sync {
         }
     }
 
-    /// The keys that a configuration may have.
+    /// Returns the keys that a configuration may have.
     fn keys(&self, config: &Value) -> Vec<Keys> {
         let _ = config;
         vec![GENERIC]
     }
 
-    /// The Python class that a configuration is for: the one that it names, if it is one of this family's.
+    /// Returns the Python class of a configuration: the class that it names, if it is one of this family, otherwise the
+    /// first class.
     fn class(&self, config: &Value) -> &'static str {
         let classes = self.spellings().1;
         let named = config["architectures"][0].as_str();
         classes.iter().find(|class| Some(**class) == named).or(classes.first()).copied().unwrap_or_default()
     }
 
-    /// Writes another activation function into a configuration.
+    /// Sets the activation function in a configuration.
     ///
     /// # Errors
-    /// [`Error::Input`] for one that the family cannot have.
+    /// Returns [`Error::Input`] if the family does not support the function.
     fn set_activation(&self, config: &mut Value, activation: Activation) -> Result<()> {
         let _ = config;
-        Err(Error::Input(format!("{activation:?}: the activation of {} models cannot be chosen", self.name())))
+        Err(Error::Input(format!("{activation:?}: the activation function of {} models is fixed", self.name())))
     }
 
-    /// How a model begins training.
+    /// Returns the initialization scheme for training from scratch.
     ///
     /// # Errors
-    /// [`Error::Config`] naming a key that is not implemented.
+    /// Returns [`Error::Config`] naming a key that is not implemented, or [`Error::Input`] if the family has no scheme.
     fn initialization(&self, config: &Value) -> Result<Initialization> {
         let _ = config;
-        Err(Error::Input(format!("{} models are not trained from random weights", self.name())))
+        Err(Error::Input(format!("{} models cannot be trained from random weights", self.name())))
     }
 
-    /// What sets a configuration apart from those of the family; `None` if nothing does.
+    /// Returns how a configuration differs from all configurations of the family, or `None` if it does not.
     fn unlike(&self, config: &Value) -> Option<String> {
-        (!self.claims(config)).then(|| format!("it is not of the family {}", self.name()))
+        (!self.claims(config)).then(|| format!("it does not belong to the family {}", self.name()))
     }
 
-    /// `general.architecture` of its GGUF files; `None` if there are none.
+    /// Returns `general.architecture` of GGUF files, or `None` if the family has no GGUF files.
     fn gguf_architecture(&self) -> Option<&'static str> {
         None
     }
 
-    /// Canonical parts of names, and what GGUF calls them.
+    /// Returns pairs of a part of canonical names and its name in GGUF files.
     fn gguf_names(&self) -> &'static [(&'static str, &'static str)] {
         &[]
     }
 
-    /// The keys that GGUF metadata may have behind the name of the architecture.
+    /// Returns the keys that GGUF metadata may have after the prefix of the architecture.
     fn gguf_keys(&self) -> Keys {
         Keys { read: &[], neutral: &[], only: &[] }
     }
 
-    /// The configuration that GGUF metadata stand for.
+    /// Converts GGUF metadata to a configuration.
     ///
     /// # Errors
-    /// [`Error::Config`] naming a key that is missing or not implemented.
+    /// Returns [`Error::Config`] naming a key that is missing or not implemented.
     fn config_from_gguf(&self, metadata: &Value, shape: ShapeOf<'_>) -> Result<Value> {
         let _ = (metadata, shape);
-        Err(Error::config("general.architecture", format!("there are no GGUF files of {} models", self.name())))
+        Err(Error::config("general.architecture", format!("{} models in GGUF files are not supported", self.name())))
     }
 
-    /// The GGUF metadata that a configuration stands for. `holds` tells whether the file has a tensor, by its GGUF name.
+    /// Converts a configuration to GGUF metadata. `holds` returns whether the file has a tensor, by its GGUF name.
     ///
     /// # Errors
-    /// As [`Family::check`], and for what GGUF has no key for.
+    /// Returns the errors of [`Family::check`], or an error if GGUF has no key for a value.
     fn gguf_metadata(&self, config: &Value, holds: &dyn Fn(&str) -> bool) -> Result<Value> {
         let _ = (config, holds);
-        Err(Error::Input(format!("GGUF has no form for {} models", self.name())))
+        Err(Error::Input(format!("{} models cannot be written as GGUF", self.name())))
     }
 
-    /// How a GGUF file of this version has the rows of fused matrices.
+    /// Returns the row order of fused matrices in a GGUF file. `version` is the version of the file format.
     fn gguf_rows(&self, metadata: &Value, version: u32) -> FusedRows {
         let _ = (metadata, version);
         FusedRows::InModelOrder
     }
 
-    /// The matrices whose rows files of llama.cpp have in the order [`RowOrder::Pairs`](crate::RowOrder::Pairs), GGUF and legacy GGML
-    /// alike, by a part of their canonical names; and their numbers of heads.
+    /// Returns the matrices whose rows have the order [`RowOrder::Pairs`](crate::RowOrder::Pairs) in GGUF and legacy
+    /// GGML files.
+    ///
+    /// Each element is a part of the canonical name and the number of heads.
     ///
     /// # Errors
-    /// As [`Family::check`].
+    /// Returns the errors of [`Family::check`].
     fn paired_rows(&self, config: &Value) -> Result<Vec<(&'static str, usize)>> {
         let _ = config;
         Ok(Vec::new())
     }
 
-    /// Whether llama.cpp wants a head of its own where the checkpoint ties it to the embedding.
+    /// Returns whether llama.cpp needs a separate head tensor even if the checkpoint ties the head to the embedding.
     fn gguf_repeats_tied_head(&self) -> bool {
         false
     }
 
-    /// The headers of its legacy GGML files.
+    /// Returns the header layouts of legacy GGML files.
     fn ggml_layouts(&self) -> &'static [GgmlLayout] {
         &[]
     }
 
-    /// The configuration that the header of a legacy GGML file stands for.
+    /// Converts the header of a legacy GGML file to a configuration.
     ///
     /// # Errors
-    /// [`Error::Config`] naming a field that is missing.
+    /// Returns [`Error::Config`] naming a field that is missing.
     fn config_from_ggml(&self, header: &Value, shape: ShapeOf<'_>) -> Result<Value> {
         let _ = (header, shape);
-        Err(Error::Input(format!("there are no legacy GGML files of {} models", self.name())))
+        Err(Error::Input(format!("{} models in legacy GGML files are not supported", self.name())))
     }
 
-    /// What is assumed of a legacy GGML file because its header has no field for it; completes "not in the file and assumed: ".
+    /// Returns the values assumed for a legacy GGML file because its header has no fields for them, as a list for a
+    /// note to the user.
     fn ggml_assumes(&self) -> Option<&'static str> {
         None
     }
 
-    /// The tensors of a legacy GGML file as the Hub has them, where a program wrote other values or shapes.
+    /// Converts the tensors of a legacy GGML file to the values and shapes of checkpoints on the Hub.
     fn ggml_tensors(&self, store: Arc<dyn Store>) -> Arc<dyn Store> {
         store
     }
 
-    /// The tokenizer that its legacy GGML files were made with: their words have lost bytes.
+    /// Returns the tokenizer that legacy GGML files were made with. The words in these files have lost bytes, so the
+    /// original is needed.
     fn ggml_tokenizer(&self) -> Option<KnownTokenizer> {
         None
     }

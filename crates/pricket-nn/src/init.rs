@@ -1,4 +1,4 @@
-//! The values that a model begins training with.
+//! Initial values of the weights of a model that is trained from scratch.
 
 use std::sync::Arc;
 
@@ -6,45 +6,45 @@ use serde_json::Value;
 
 use crate::{Error, Result};
 
-/// How a tensor is filled.
+/// Distribution or formula of the initial values of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
-    /// With one number.
+    /// A constant.
     Constant(f64),
-    /// With normal numbers around 0.
+    /// Normal random numbers with mean 0.
     Normal {
-        /// Their standard deviation.
+        /// Standard deviation.
         deviation: f64,
     },
-    /// With uniform numbers.
+    /// Uniform random numbers.
     Uniform {
-        /// The smallest.
+        /// Lower bound.
         low: f64,
-        /// The largest.
+        /// Upper bound.
         high: f64,
     },
-    /// With `offset + scale · (i / span)^power` for the element `i` of the last dimension.
+    /// `offset + scale · (i / span)^power` for element `i` of the last dimension.
     Power {
-        /// Added.
+        /// Value at element 0.
         offset: f64,
-        /// Multiplies the power.
+        /// Factor of the power.
         scale: f64,
-        /// The exponent.
+        /// Exponent.
         power: f64,
-        /// Divides the index.
+        /// Divisor of the index.
         span: f64,
     },
-    /// With `offset`, `offset + scale`, `offset - scale`, and again, along the last dimension.
+    /// `offset`, `offset + scale`, `offset - scale`, repeated along the last dimension.
     Zigzag {
-        /// The first number.
+        /// First value.
         offset: f64,
-        /// The step.
+        /// Difference of the second and the third value from the first.
         scale: f64,
     },
 }
 
 impl Init {
-    /// The same, each number divided by `by`.
+    /// Divides the values by `by`.
     fn divided(self, by: f64) -> Self {
         match self {
             Init::Constant(number) => Init::Constant(number / by),
@@ -55,7 +55,7 @@ impl Init {
     }
 }
 
-/// How the tensors of a model are filled before training: norms with 1, biases with 0, matrices and tables by a rule.
+/// Initialization scheme of a model: weights of norms are 1, biases are 0, and matrices follow a rule.
 ///
 /// ```
 /// use pricket_nn::{Init, Initialization};
@@ -66,21 +66,21 @@ impl Init {
 #[derive(Clone, Debug)]
 pub struct Initialization {
     rule: Rule,
-    /// Of token vectors, where it is another.
+    /// Initial values of embeddings, if they differ from the rule.
     embeddings: Option<Init>,
-    /// Ends of the names of matrices whose output is added to the residual stream, and what their values are divided by.
+    /// Name suffixes of the matrices whose output is added to the residual stream, and the divisor of their values.
     residual: (&'static [&'static str], f64),
 }
 
-/// How a tensor of a name and a shape is filled, if a rule says it.
+/// Rule by name and shape; `None` selects the default.
 type ByName = dyn Fn(&str, &[usize]) -> Option<Init> + Send + Sync;
 
 #[derive(Clone)]
 enum Rule {
     Fixed(Init),
-    /// By name and shape.
+    /// A rule by name and shape.
     Named(Arc<ByName>),
-    /// Normal, or uniform, with a deviation of `gain / sqrt(inputs)` (He et al. 2015, arXiv:1502.01852).
+    /// Normal or uniform with the standard deviation `gain / sqrt(inputs)` (He et al. 2015, arXiv:1502.01852).
     Kaiming {
         gain: f64,
         is_uniform: bool,
@@ -97,22 +97,26 @@ impl std::fmt::Debug for Rule {
     }
 }
 
-/// Ends of the names of tables of tokens and positions.
+/// Name suffixes of the tables of tokens and positions.
 const EMBEDDINGS: [&str; 4] = ["embed_in.weight", "wte.weight", "wpe.weight", "embed.weight"];
 
 impl Initialization {
-    /// Matrices and tables are normal with one standard deviation.
+    /// Returns a scheme with normal matrices and tables of one standard deviation.
     pub fn normal(deviation: f64) -> Self {
         Self { rule: Rule::Fixed(Init::Normal { deviation }), embeddings: None, residual: (&[], 1.0) }
     }
 
-    /// Tensors are filled as `rule` says of their canonical name and shape; norms with 1 and biases with 0 where it says nothing.
+    /// Returns a scheme with a rule by canonical name and shape. If the rule returns `None`, weights of norms are 1,
+    /// and biases and matrices are 0.
     pub fn named(rule: impl Fn(&str, &[usize]) -> Option<Init> + Send + Sync + 'static) -> Self {
         Self { rule: Rule::Named(Arc::new(rule)), embeddings: None, residual: (&[], 1.0) }
     }
 
-    /// `sqrt(2 / 5d)` (Nguyen and Salazar 2019, arXiv:1910.05895), and `2 / (layers · sqrt(d))` for what is added to the residual
-    /// stream (Wang and Komatsuzaki 2021): as GPT-NeoX trains.
+    /// Returns the scheme of GPT-NeoX.
+    ///
+    /// The standard deviation is `sqrt(2 / 5d)` (Nguyen and Salazar 2019, arXiv:1910.05895). It is
+    /// `2 / (layers · sqrt(d))` for the matrices in `residual`, whose output is added to the residual stream (Wang and
+    /// Komatsuzaki 2021).
     pub fn small(d: usize, layers: usize, residual: &'static [&'static str]) -> Self {
         let (d, layers) = (d as f64, layers as f64);
         let deviation = (2.0 / (5.0 * d)).sqrt();
@@ -120,10 +124,11 @@ impl Initialization {
         Self { rule, embeddings: None, residual: (residual, deviation * layers * d.sqrt() / 2.0) }
     }
 
-    /// The scheme of an llm-foundry `init_config`: `kaiming_normal_`, `kaiming_uniform_`, `baseline_` or `small_init_`.
+    /// Returns the scheme of an llm-foundry `init_config`: `kaiming_normal_`, `kaiming_uniform_`, `baseline_` or
+    /// `small_init_`.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the key.
+    /// Returns [`Error::Config`] naming the key if a value is missing or not implemented.
     pub fn from_init_config(
         config: &Value,
         d: usize,
@@ -170,14 +175,14 @@ impl Initialization {
                 match (limits.as_f64(), pair) {
                     (Some(limit), _) => Some(Init::Uniform { low: -limit, high: limit }),
                     (None, (Some(low), Some(high))) => Some(Init::Uniform { low, high }),
-                    _ => return Err(Error::config("init_config.emb_init_uniform_lim", "expected a number or two")),
+                    _ => return Err(Error::config("init_config.emb_init_uniform_lim", "expected 1 or 2 numbers")),
                 }
             }
         };
         Ok(Self { rule, embeddings, residual: (residual, by) })
     }
 
-    /// How the tensor `name`, by its canonical name, is filled.
+    /// Returns the initial values of the tensor with the canonical name `name`.
     pub fn of(&self, name: &str, shape: &[usize]) -> Init {
         if let Rule::Named(rule) = &self.rule
             && let Some(init) = rule(name, shape)

@@ -1,4 +1,5 @@
-//! Values that the backward pass does not read: operations that have no forward pass, and memory that is freed early.
+//! Operations with a value computed beforehand and a custom backward pass, and early freeing of tensors that the
+//! backward pass does not read.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -10,14 +11,17 @@ use candle_core::{
 
 use crate::Error;
 
-/// The gradients of two arguments.
+/// Gradients of two arguments.
 pub(crate) type Pair = (Option<Tensor>, Option<Tensor>);
 
-/// Returns a tensor that holds `value` (zeros in the shape of `a` if it is `None`) and whose backward pass calls `back`: it gets `a` and the
-/// gradient of the value, and returns the gradients of `a` and `b`. candle panics if a tracked argument gets no gradient.
+/// Returns a tensor with the given value and a custom backward pass.
+///
+/// If `value` is `None`, the tensor holds zeros in the shape of `a`. The backward pass calls
+/// `back(a, gradient of the value)`, which returns the gradients of `a` and `b`. candle panics if a tracked argument
+/// gets no gradient.
 ///
 /// # Errors
-/// If `value` is on another device than `a`.
+/// Returns an error if `value` is on another device than `a`.
 pub(crate) fn known<F>(a: &Tensor, b: &Tensor, value: Option<Tensor>, back: F) -> crate::Result<Tensor>
 where
     F: Fn(&Tensor, &Tensor) -> crate::Result<Pair> + Send + Sync + 'static,
@@ -26,13 +30,13 @@ where
 }
 
 struct Known<F> {
-    /// Until the result has a copy of it.
+    /// Value, until the forward pass has copied it.
     value: Mutex<Option<Tensor>>,
     back: F,
 }
 
 impl<F> Known<F> {
-    /// The value as storage, given the first argument's.
+    /// Returns the value as storage and shape. `a` is the storage of the first argument.
     fn on<S: BackendStorage>(&self, a: &S, at: &Layout, of: impl Fn(&Storage) -> Option<&S>) -> Result<(S, Shape)>
     where
         S::Device: BackendDevice<Storage = S>,
@@ -41,7 +45,9 @@ impl<F> Known<F> {
             return Ok((a.device().zeros_impl(at.shape(), a.dtype())?, at.shape().clone()));
         };
         let (storage, layout) = value.storage_and_layout();
-        let Some(storage) = of(&storage) else { candle_core::bail!("a value that is known is on another device") };
+        let Some(storage) = of(&storage) else {
+            candle_core::bail!("the known value is on another device than the input")
+        };
         Ok((storage.try_clone(layout)?, value.shape().clone()))
     }
 }
@@ -71,12 +77,15 @@ impl<F: Fn(&Tensor, &Tensor) -> crate::Result<Pair> + Send + Sync> CustomOp2 for
     }
 }
 
-/// Moves the values of `x` into a new tensor. `x` keeps its place in the graph; reading its values afterwards is an error or a panic.
+/// Moves the values of `x` into a new tensor, so that freeing the new tensor frees the memory. `x` stays in the graph;
+/// reading its values afterwards is an error or a panic.
+///
+/// A variable, or a view of a part of a tensor, is not moved: the result shares its values.
 ///
 /// # Errors
-/// If a single zero cannot be allocated.
+/// Returns an error if the placeholder, a single zero, cannot be allocated.
 pub(crate) fn moved(x: &Tensor) -> crate::Result<Tensor> {
-    // A variable is read by more than one block or step; a view shares its storage.
+    // A variable is read by other blocks and later steps, and a view shares its storage with other tensors.
     let is_whole = x.layout().contiguous_offsets() == Some((0, x.elem_count()));
     if x.is_variable() || !is_whole {
         return Ok(x.detach());
@@ -84,7 +93,7 @@ pub(crate) fn moved(x: &Tensor) -> crate::Result<Tensor> {
     let moving = Move { taken: Mutex::new(None) };
     x.inplace_op1(&moving)?;
     let taken = moving.taken.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let storage = taken.ok_or_else(|| Error::Input("a tensor on a device without storage".into()))?;
+    let storage = taken.ok_or_else(|| Error::Input("the tensor has no storage to move".into()))?;
     Ok(Tensor::from_storage(storage, x.shape(), BackpropOp::none(), false))
 }
 

@@ -1,21 +1,22 @@
-//! A layer of a model, whichever it is.
+//! One type for every kind of layer, for code that visits all layers of a model.
 
 use crate::{Embedding, Linear, Norm};
 
-/// A layer in a copy of a model, which may be replaced there: see [`CausalLm::map_layers`](crate::CausalLm::map_layers).
+/// A mutable reference to a layer in a copy of a model. [`CausalLm::map_layers`](crate::CausalLm::map_layers) passes it
+/// to a function that may replace the layer.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Layer<'a> {
-    /// A matrix product; the head of the model too.
+    /// A linear layer, or the head of the model.
     Linear(&'a mut Linear),
     /// A norm.
     Norm(&'a mut Norm),
-    /// The table of token vectors, or of learned positions.
+    /// The table of token vectors or of learned positions.
     Embedding(&'a mut Embedding),
 }
 
 impl Layer<'_> {
-    /// Its canonical name, without `.weight`: that of the Python module.
+    /// Returns the canonical name without `.weight`, which is the name of the Python module.
     pub fn name(&self) -> &str {
         match self {
             Layer::Linear(linear) => linear.name(),

@@ -1,4 +1,7 @@
-//! The small layers: norm and embedding.
+//! Norms and embeddings.
+//!
+//! Layer norm: `(x - mean) / sqrt(var + eps) · weight + bias`. RMS norm: `x / sqrt(mean(x²) + eps) · weight`. Both
+//! normalize over the last dimension.
 
 use std::sync::Arc;
 
@@ -12,11 +15,11 @@ use crate::{Error, Result};
 pub enum Norm {
     /// Layer norm (Ba et al. 2016, arXiv:1607.06450): `(x - mean) / sqrt(var + eps) · weight + bias`.
     Layer {
-        /// The canonical name, without `.weight`.
+        /// Canonical name without `.weight`.
         name: Arc<str>,
-        /// `[d]`.
+        /// Weight, `[d]`.
         weight: Tensor,
-        /// `[d]`; zeros for a norm without a bias.
+        /// Bias, `[d]`; zeros for a norm without a bias.
         bias: Tensor,
         /// Whether the checkpoint has a bias.
         has_bias: bool,
@@ -25,9 +28,9 @@ pub enum Norm {
     },
     /// Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467): `x / sqrt(mean(x²) + eps) · weight`.
     Rms {
-        /// The canonical name, without `.weight`.
+        /// Canonical name without `.weight`.
         name: Arc<str>,
-        /// `[d]`.
+        /// Weight, `[d]`.
         weight: Tensor,
         /// Added to the mean of squares.
         eps: f64,
@@ -35,7 +38,7 @@ pub enum Norm {
 }
 
 impl Norm {
-    /// Families hand a norm to the layer that reads it, which applies it there.
+    /// Applies the norm. Families do not call this: they pass the norm to attention or the MLP, which applies it.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Norm::Layer { weight, bias, eps, .. } => ops::layer_norm(x, weight, bias, *eps),
@@ -43,21 +46,21 @@ impl Norm {
         }
     }
 
-    /// The canonical name, without `.weight`.
+    /// Returns the canonical name without `.weight`.
     pub fn name(&self) -> &str {
         match self {
             Norm::Layer { name, .. } | Norm::Rms { name, .. } => name,
         }
     }
 
-    /// The weight, `[d]`.
+    /// Returns the weight, `[d]`.
     pub fn weight(&self) -> &Tensor {
         match self {
             Norm::Layer { weight, .. } | Norm::Rms { weight, .. } => weight,
         }
     }
 
-    /// The bias, `[d]`, if the checkpoint has one.
+    /// Returns the bias, `[d]`, if the checkpoint has one.
     pub fn bias(&self) -> Option<&Tensor> {
         match self {
             Norm::Layer { bias, has_bias: true, .. } => Some(bias),
@@ -65,16 +68,20 @@ impl Norm {
         }
     }
 
-    /// The same norm with another weight and, where there is one, another bias.
+    /// Returns a copy of the norm with another weight and another bias. `bias` is required if the norm has a bias.
     ///
     /// # Errors
-    /// [`Error::Input`] for a tensor of another size, or a bias for a norm without one.
+    /// Returns [`Error::Input`] if a tensor has another shape, if the bias is missing, or if the norm has no bias and
+    /// one is given.
     pub fn with(&self, weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let expected = self.weight().dims();
         let fits = weight.dims() == expected && bias.as_ref().is_none_or(|bias| bias.dims() == expected);
         if !fits || bias.is_some() != self.bias().is_some() {
             let found = (weight.dims(), bias.as_ref().map(Tensor::dims));
-            return Err(Error::Input(format!("{}: a norm of {found:?}, expected {expected:?}", self.name())));
+            return Err(Error::Input(format!(
+                "{}: weight and bias of shapes {found:?}; expected {expected:?}",
+                self.name()
+            )));
         }
         Ok(match self.clone() {
             Norm::Layer { name, bias: zeros, eps, has_bias, .. } => {
@@ -85,41 +92,41 @@ impl Norm {
     }
 }
 
-/// A table of token vectors, `[vocab, d]`, kept as stored.
+/// Table of token vectors or of learned positions, `[rows, d]`, kept as stored.
 #[derive(Clone, Debug)]
 pub struct Embedding {
     pub(crate) name: Arc<str>,
     pub(crate) weight: Matrix,
-    /// For a head that is tied to it.
+    /// Activation precision of a head that is tied to this table.
     pub(crate) precision: ActivationPrecision,
 }
 
 impl Embedding {
-    /// `ids` of `[b, t]` to `[b, t, d]` in `dtype`.
+    /// Looks up `ids`, `[b, t]`. Returns `[b, t, d]` in `dtype`.
     pub(crate) fn forward(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
         let (b, t) = ids.dims2()?;
         let rows = self.weight.gather(&ids.flatten_all()?, dtype)?;
         Ok(rows.reshape((b, t, self.weight.shape()?.1))?)
     }
 
-    /// The canonical name, without `.weight`.
+    /// Returns the canonical name without `.weight`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The table, `[vocab, d]`.
+    /// Returns the table, `[rows, d]`.
     pub fn weight(&self) -> &Matrix {
         &self.weight
     }
 
-    /// The same embedding with another table.
+    /// Returns a copy of the embedding with another table.
     ///
     /// # Errors
-    /// [`Error::Input`] for a table of another size.
+    /// Returns [`Error::Input`] if the table has another shape.
     pub fn with_weight(&self, weight: Matrix) -> Result<Self> {
         let (expected, found) = (self.weight.shape()?, weight.shape()?);
         if expected != found {
-            return Err(Error::Input(format!("{}: a table of {found:?}, expected {expected:?}", self.name)));
+            return Err(Error::Input(format!("{}: table of shape {found:?}; expected {expected:?}", self.name)));
         }
         Ok(Self { weight, ..self.clone() })
     }

@@ -1,11 +1,13 @@
-//! What decoder families share, over candle: weights under names, linear layers that keep their weights as stored, norms, rotary
-//! positions, attention and recurrences over a state, and taps into the residual stream.
+//! Building blocks that decoder families share, on candle: weights loaded by name, linear layers that keep their
+//! weights as stored, norms, rotary positions, attention and recurrences with a state, and taps on the residual stream.
 //!
-//! The nouns and how they meet: a family reads its configuration, takes layers from a [`Weights`] cursor over any
-//! [`pricket_weights::Store`], and wires them in its [`Block`]. A [`Decoder`] of blocks is a [`CausalLm`], which is all
-//! that the rest of pricket knows. What changes from call to call comes in by a [`Context`]: the [`State`] of the rows, the
-//! [`Span`]s that are read, precision and [`Taps`]. No family mentions a device, a type or a state; [`ops`] alone decides what
-//! runs fused.
+//! A family reads its configuration, loads layers through a [`Weights`] cursor over any [`pricket_weights::Store`], and
+//! connects them in its [`Block`]. A [`Decoder`] of such blocks implements [`CausalLm`], the only interface that the
+//! rest of pricket uses.
+//!
+//! A [`Context`] holds everything that changes from call to call: the [`State`] of the rows, the [`Span`]s to read, the
+//! precision and the [`Taps`]. Family code mentions no device, no data type and no state. The module [`ops`] alone
+//! chooses between fused and plain operations.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -13,7 +15,7 @@
 //! use pricket_nn::{Names, Weights};
 //! use pricket_weights::{Dtype, Random};
 //!
-//! // A layer of random f16 weights, used with f32 activations.
+//! // A layer with random f16 weights, applied to f32 activations.
 //! let store = Arc::new(Random::new(Dtype::F16, 0));
 //! let weights = Weights::as_stored(store, Names::default());
 //! let dense = weights.pp("attention").linear("dense", 8, 4, true)?;
@@ -75,7 +77,7 @@ pub use pass::Span;
 pub use plain_decoder::PlainDecoder;
 pub use plan::{BlockPlan, ModelPlan, Residual};
 pub use pricket_progress::{NoProgress, Progress};
-/// For the crates above, which see weights through this one.
+/// Re-exported for the crates that use weights through this one.
 pub use pricket_weights::{
     Bytes, Dtype, Entry, Error as StoreError, GgmlBody, GgmlLayout, GgmlType, Result as StoreResult, Store, clip,
     parse_json, stand_in,

@@ -1,4 +1,6 @@
-//! Linear layers, the order of their rows, and what adapts them.
+//! Linear layers, the order of their rows, and low-rank adapters.
+//!
+//! A linear layer computes `y = x Wᵀ + b`. Each adapter adds `scale · (x Aᵀ) Bᵀ`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,23 +10,24 @@ use candle_core::{DType, Tensor};
 use crate::ops::{self, ActivationPrecision, Matrix};
 use crate::{Activation, Embedding, Error, Result};
 
-/// How the rows of a weight on file relate to the rows that the model multiplies with.
+/// Order of the rows of a weight in a file, relative to their order in the model.
 ///
-/// A fused query-key-value matrix is re-laid once, at load, so that there is one attention path. This type is the only
-/// place that applies the order or undoes it, for gradients, adapters, merging and export.
+/// Loading reorders the rows of a fused query-key-value matrix once, so that attention needs only one code path. Only
+/// this type applies and undoes the order, for gradients, adapters, merging and export.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RowOrder {
-    /// As on file.
+    /// The same order in the file and in the model.
     #[default]
     AsStored,
-    /// On file `[heads, 3, head_dim]`: each head's q, k and v side by side, as GPT-NeoX trains them. In memory
-    /// `[3, heads, head_dim]`: Q, then K, then V.
+    /// `[heads, 3, head_dim]` in the file: q, k and v of a head side by side, as GPT-NeoX trains them.
+    /// `[3, heads, head_dim]` in the model: Q, then K, then V.
     PerHead {
         /// Number of heads.
         heads: usize,
     },
-    /// On file `[heads, head_dim / 2, 2]`: the two rows that rotary positions turn together side by side, as llama.cpp's files have
-    /// queries and keys. In memory `[heads, 2, head_dim / 2]`: the first halves, then the second.
+    /// `[heads, head_dim / 2, 2]` in the file: the two rows of a rotary pair side by side, as llama.cpp's files store
+    /// queries and keys. `[heads, 2, head_dim / 2]` in the model: for each head the first rows of all pairs, then the
+    /// second rows.
     Pairs {
         /// Number of heads.
         heads: usize,
@@ -32,39 +35,42 @@ pub enum RowOrder {
 }
 
 impl RowOrder {
-    /// From the order on file to the order in memory; `tensor` is `[rows, ..]`.
+    /// Reorders `tensor`, `[rows, ..]`, from the order in the file to the order in the model.
     ///
     /// # Errors
-    /// If the rows do not divide into heads.
+    /// Returns [`Error::Input`] if the number of rows is not a multiple of the number of heads and parts.
     pub fn apply(self, tensor: &Tensor) -> Result<Tensor> {
         self.moved(tensor, false)
     }
 
-    /// As [`RowOrder::apply`], of a matrix in any form.
+    /// Reorders a matrix in any storage from the order in the file to the order in the model.
     ///
     /// # Errors
-    /// If the rows do not divide into heads.
+    /// Returns [`Error::Input`] if the number of rows is not a multiple of the number of heads and parts, or if the
+    /// matrix is packed.
     pub fn apply_to_matrix(self, matrix: Matrix) -> Result<Matrix> {
         self.move_matrix(matrix, false)
     }
 
-    /// From the order in memory back to the order on file.
+    /// Reorders `tensor`, `[rows, ..]`, from the order in the model back to the order in the file.
     ///
     /// # Errors
-    /// If the rows do not divide into heads.
+    /// Returns [`Error::Input`] if the number of rows is not a multiple of the number of heads and parts.
     pub fn undo(self, tensor: &Tensor) -> Result<Tensor> {
         self.moved(tensor, true)
     }
 
-    /// As [`RowOrder::undo`], of a matrix in any form.
+    /// Reorders a matrix in any storage from the order in the model back to the order in the file.
     ///
     /// # Errors
-    /// If the rows do not divide into heads.
+    /// Returns [`Error::Input`] if the number of rows is not a multiple of the number of heads and parts, or if the
+    /// matrix is packed.
     pub fn undo_to_matrix(self, matrix: Matrix) -> Result<Matrix> {
         self.move_matrix(matrix, true)
     }
 
-    /// The rows as `[outer, a, b, inner]` on file, which are `[outer, b, a, inner]` in memory; `None` if they stay as they are.
+    /// Returns `[outer, a, b]`: the rows are `[outer, a, b, inner]` in the file and `[outer, b, a, inner]` in the
+    /// model. Returns `None` if the order is the same.
     fn parts(self, rows: usize) -> Result<Option<[usize; 3]>> {
         let (parts, count) = match self {
             RowOrder::AsStored => return Ok(None),
@@ -74,7 +80,7 @@ impl RowOrder {
         if count > 0 && rows.is_multiple_of(count) {
             return Ok(Some(parts));
         }
-        Err(Error::Input(format!("{rows} rows do not divide into {count} equal parts, as their order says")))
+        Err(Error::Input(format!("{rows} rows cannot be reordered; expected a multiple of {count}")))
     }
 
     fn moved(self, tensor: &Tensor, back: bool) -> Result<Tensor> {
@@ -94,7 +100,7 @@ impl RowOrder {
                 let from = self.sources(four_bit.shape().0, back)?;
                 Ok(Matrix::FourBit(four_bit.reordered(|row| from[row])))
             }
-            Matrix::Packed(_) => Err(Error::Input("packed rows are in the model's order already".into())),
+            Matrix::Packed(_) => Err(Error::Input("the rows of a packed matrix cannot be reordered".into())),
             Matrix::Blocks(blocks) => {
                 let from = self.sources(blocks.shape().0, back)?;
                 Ok(Matrix::Blocks(blocks.reordered(|row| from[row])))
@@ -102,10 +108,11 @@ impl RowOrder {
         }
     }
 
-    /// For each row in memory its row on file, or with `back` the reverse.
+    /// Returns, for each row in the model, its index in the file. With `back`, returns the index in the model for each
+    /// row in the file.
     ///
     /// # Errors
-    /// If the rows do not divide into heads.
+    /// Returns [`Error::Input`] if the number of rows is not a multiple of the number of heads and parts.
     pub(crate) fn sources(self, rows: usize, back: bool) -> Result<Vec<usize>> {
         let Some([outer, a, b]) = self.parts(rows)? else { return Ok((0..rows).collect()) };
         let (a, b) = if back { (b, a) } else { (a, b) };
@@ -120,32 +127,33 @@ impl RowOrder {
     }
 }
 
-/// A low-rank change to a linear layer (Hu et al. 2021, arXiv:2106.09685): `y += scale · (x Aᵀ) Bᵀ`.
+/// Low-rank adapter of a linear layer (LoRA, Hu et al. 2021, arXiv:2106.09685): `y += scale · (x Aᵀ) Bᵀ`.
 ///
-/// With a magnitude it is DoRA's (Liu et al. 2024, arXiv:2402.09353): each row of `W + scale · B A` is given that length. The length
-/// that it has otherwise is held constant in the gradient.
+/// With a magnitude it is a DoRA adapter (Liu et al. 2024, arXiv:2402.09353): each row of `W + scale · B A` is scaled
+/// to the length that `magnitude` gives. The gradient treats the length before scaling as a constant.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Adapter {
-    /// `[rank, inputs]`.
+    /// The matrix A, `[rank, inputs]`.
     pub a: Tensor,
-    /// `[outputs, rank]`, in the order of rows in which the model multiplies: [`RowOrder::apply`] brings one from a file there.
+    /// The matrix B, `[outputs, rank]`, in the model's row order. [`RowOrder::apply`] converts one from the order in a
+    /// file.
     pub b: Tensor,
-    /// Multiplies the product; `alpha / rank` in PEFT's terms.
+    /// Factor of the product; `alpha / rank` in PEFT.
     pub scale: f64,
-    /// `[outputs]`, in the same order.
+    /// Magnitude of DoRA, `[outputs]`, in the model's row order.
     pub magnitude: Option<Tensor>,
-    /// Of the input of the product.
+    /// Dropout of the input of the adapter.
     pub dropout: Option<Dropout>,
 }
 
 impl Adapter {
-    /// An adapter without magnitude and dropout.
+    /// Returns an adapter without magnitude and dropout.
     pub fn new(a: Tensor, b: Tensor, scale: f64) -> Self {
         Self { a, b, scale, magnitude: None, dropout: None }
     }
 
-    /// Whether a gradient is collected for a part of it.
+    /// Returns whether a gradient is tracked for `a`, `b` or the magnitude.
     pub fn track_op(&self) -> bool {
         self.a.track_op() || self.b.track_op() || self.magnitude.as_ref().is_some_and(Tensor::track_op)
     }
@@ -156,36 +164,38 @@ impl Adapter {
     }
 }
 
-/// Sets a share of elements to zero and scales the others up, by numbers that depend on seed, step and place only: a pass that is
-/// repeated drops the same ones.
+/// Dropout: sets a share of the elements to zero and divides the others by `1 - rate`.
+///
+/// The random numbers depend only on the seed, the training step, the site and the index of the element. A repeated
+/// pass therefore drops the same elements.
 #[derive(Clone, Debug)]
 pub struct Dropout {
-    /// The share, from 0 to below 1.
+    /// Share of the elements that are dropped, at least 0 and below 1.
     pub rate: f64,
-    /// Of the run.
+    /// Random seed of the training run.
     pub seed: u64,
-    /// Tells layers apart.
+    /// Number that differs between layers, so that they drop different elements.
     pub site: u64,
-    /// The step, counted from 1 and shared by all layers of a model; at 0 nothing is dropped.
+    /// Training step, counted from 1 and shared by all layers of a model. At 0 nothing is dropped.
     pub step: Arc<AtomicU64>,
 }
 
 impl Dropout {
-    /// Whether anything is dropped.
+    /// Returns whether elements are dropped at the current training step.
     pub(crate) fn is_active(&self) -> bool {
         self.rate > 0.0 && self.step.load(Ordering::Relaxed) > 0
     }
 
-    /// `x` with some elements zero.
+    /// Returns `x` with the dropped elements set to zero and the others scaled.
     ///
     /// # Errors
-    /// What candle says.
+    /// Returns an error if a tensor operation fails.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         if !self.is_active() {
             return Ok(x.clone());
         }
         let step = self.step.load(Ordering::Relaxed);
-        // SplitMix64 (Steele et al. 2014) of a counter: a stream for each seed, step and site.
+        // SplitMix64 (Steele et al. 2014) of a counter, with one random stream for each seed, training step and site.
         let mix = |mut z: u64| {
             z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -201,7 +211,9 @@ impl Dropout {
     }
 }
 
-/// `y = x Wᵀ + b`, and what adapters add. A frozen weight stays as it is stored and is never widened whole.
+/// Linear layer with optional adapters: `y = x Wᵀ + b`, plus the output of each adapter.
+///
+/// A frozen weight keeps its stored type. On the CPU a product converts it in parts, never as a whole.
 #[derive(Clone, Debug)]
 pub struct Linear {
     pub(crate) name: Arc<str>,
@@ -210,17 +222,17 @@ pub struct Linear {
     pub(crate) precision: ActivationPrecision,
     pub(crate) rows: RowOrder,
     pub(crate) adapters: Vec<Adapter>,
-    /// Of the rows of the weight, squared, where an adapter has a magnitude.
+    /// Squared lengths of the rows of the weight, if an adapter has a magnitude.
     pub(crate) lengths: Option<Tensor>,
 }
 
 impl Linear {
-    /// The head `name` that multiplies with the table of an embedding: a tied head, from one copy.
+    /// Returns the head `name` tied to `embedding`. Both share one copy of the table.
     pub fn tied(embedding: &Embedding, name: &str) -> Self {
         Self::new(name, embedding.weight.clone(), None, embedding.precision, RowOrder::AsStored)
     }
 
-    /// A layer over a weight `[outputs, inputs]`, without a bias, that computes in f32.
+    /// Returns a layer with the weight `[outputs, inputs]`, without a bias, and with f32 activations.
     pub fn over(name: &str, weight: Matrix) -> Self {
         Self::new(name, weight, None, ActivationPrecision::F32, RowOrder::AsStored)
     }
@@ -235,36 +247,36 @@ impl Linear {
         Self { name: name.into(), weight, bias, precision, rows, adapters: Vec::new(), lengths: None }
     }
 
-    /// Its canonical name, without `.weight`.
+    /// Returns the canonical name without `.weight`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The weight, `[outputs, inputs]`, in the model's order of rows.
+    /// Returns the weight, `[outputs, inputs]`, in the model's row order.
     pub fn weight(&self) -> &Matrix {
         &self.weight
     }
 
-    /// The bias, `[outputs]`, in the model's order of rows.
+    /// Returns the bias, `[outputs]`, in the model's row order.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
 
-    /// How its rows relate to those on the Hub, which adapters and gradients are written in. A file may have them in the model's
-    /// order already.
+    /// Returns the row order of the layer in checkpoints on the Hub. Adapters and gradients are saved in that order.
+    /// The file that was loaded may already use the model's order.
     pub fn rows(&self) -> RowOrder {
         self.rows
     }
 
-    /// The adapters.
+    /// Returns the adapters.
     pub fn adapters(&self) -> &[Adapter] {
         &self.adapters
     }
 
-    /// The same layer over the same weight with other adapters. What they add is summed.
+    /// Returns a layer that shares this weight and has other adapters. The outputs of all adapters are added.
     ///
     /// # Errors
-    /// [`Error::Input`] for an adapter of other sizes.
+    /// Returns [`Error::Input`] if the shapes of an adapter do not match the weight.
     pub fn with_adapters(&self, adapters: Vec<Adapter>) -> Result<Self> {
         let (outputs, inputs) = self.weight.shape()?;
         for Adapter { a, b, magnitude, .. } in &adapters {
@@ -272,7 +284,7 @@ impl Linear {
             let fits = a.dims() == [rank, inputs] && b.dims() == [outputs, rank];
             if !fits || magnitude.as_ref().is_some_and(|magnitude| magnitude.dims() != [outputs]) {
                 return Err(Error::Input(format!(
-                    "{}: an adapter of {:?} and {:?}; expected [rank, {inputs}] and [{outputs}, rank]",
+                    "{}: adapter of shapes {:?} and {:?}; expected [rank, {inputs}] and [{outputs}, rank]",
                     self.name,
                     a.dims(),
                     b.dims()
@@ -284,31 +296,32 @@ impl Linear {
         Ok(Self { adapters, lengths, ..self.clone() })
     }
 
-    /// The same layer with another weight, in the model's order of rows, and no adapters.
+    /// Returns a copy of the layer with another weight, in the model's row order, and without adapters.
     ///
     /// # Errors
-    /// [`Error::Input`] for a weight of other sizes.
+    /// Returns [`Error::Input`] if the weight has another shape.
     pub fn with_weight(&self, weight: Matrix) -> Result<Self> {
         let (expected, found) = (self.weight.shape()?, weight.shape()?);
         if expected != found {
-            return Err(Error::Input(format!("{}: a weight of {found:?}, expected {expected:?}", self.name)));
+            return Err(Error::Input(format!("{}: weight of shape {found:?}; expected {expected:?}", self.name)));
         }
         Ok(Self { weight, adapters: Vec::new(), lengths: None, ..self.clone() })
     }
 
-    /// The same layer with another bias, in the model's order of rows.
+    /// Returns a copy of the layer with another bias, in the model's row order, or without one.
     ///
     /// # Errors
-    /// [`Error::Input`] for a bias of another size.
+    /// Returns [`Error::Input`] if the bias has another shape.
     pub fn with_bias(&self, bias: Option<Tensor>) -> Result<Self> {
         let (outputs, _) = self.weight.shape()?;
         if let Some(bias) = bias.as_ref().filter(|bias| bias.dims() != [outputs]) {
-            return Err(Error::Input(format!("{}: a bias of {:?}, expected [{outputs}]", self.name, bias.dims())));
+            return Err(Error::Input(format!("{}: bias of shape {:?}; expected [{outputs}]", self.name, bias.dims())));
         }
         Ok(Self { bias, ..self.clone() })
     }
 
-    /// The same layer over the same numbers, for which no gradient is collected. Variables that change change it too.
+    /// Returns a copy of the layer for which no gradient is tracked. It shares the values: updating a variable also
+    /// changes the copy.
     #[must_use]
     pub fn detached(&self) -> Self {
         let adapters = self.adapters.iter().map(Adapter::detached).collect();
@@ -316,10 +329,11 @@ impl Linear {
         Self { weight: self.weight.detached(), bias, adapters, ..self.clone() }
     }
 
-    /// The weight with its adapters merged into it, in f32: `W + Σ scale · B A`, its rows of the adapters' lengths.
+    /// Returns the weight with the adapters merged into it, in f32: `W + Σ scale · B A`. The rows of DoRA adapters are
+    /// scaled to their magnitudes.
     ///
     /// # Errors
-    /// What candle says.
+    /// Returns an error if a tensor operation fails.
     pub fn merged(&self) -> Result<Tensor> {
         let device = self.adapters.first().map_or(candle_core::Device::Cpu, |adapter| adapter.a.device().clone());
         let weight = self.weight.to_dense(DType::F32, &device)?;
@@ -341,15 +355,16 @@ impl Linear {
         Ok(merged)
     }
 
-    /// `[.., inputs]` to `[.., outputs]`.
+    /// Applies the layer to `x`, `[.., inputs]`. Returns `[.., outputs]`.
     ///
     /// # Errors
-    /// If the last dimension of `x` is not this layer's input.
+    /// Returns an error if the last dimension of `x` is not `inputs`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_or_zeros(x, true)
     }
 
-    /// As [`Linear::forward`]; without `has_value` for a caller who only goes back through it, and gets zeros where that saves work.
+    /// [`Linear::forward`] for a caller that may need only gradients. If `has_value` is false, the result may be zeros,
+    /// which saves the product.
     pub(crate) fn forward_or_zeros(&self, x: &Tensor, has_value: bool) -> Result<Tensor> {
         match &self.adapters[..] {
             [] if has_value => return ops::linear(x, &self.weight, self.bias.as_ref(), self.precision),
@@ -370,7 +385,8 @@ impl Linear {
         }
     }
 
-    /// [`Linear::forward_or_zeros`] of `activation(x)`, which is not kept for the backward pass where there is an operation for it.
+    /// [`Linear::forward_or_zeros`] of `activation(x)`. The fused operation does not keep `activation(x)` for the
+    /// backward pass.
     pub(crate) fn forward_of(&self, x: &Tensor, activation: Activation, has_value: bool) -> Result<Tensor> {
         match self.low_rank(x, Some(activation), has_value)? {
             Some(y) => Ok(y),
@@ -378,7 +394,7 @@ impl Linear {
         }
     }
 
-    /// The layer with its adapter in one operation, if there is one for it.
+    /// Computes the layer and its adapter in one fused operation. Returns `None` if no fused operation supports them.
     fn low_rank(&self, x: &Tensor, of: Option<Activation>, has_value: bool) -> Result<Option<Tensor>> {
         match &self.adapters[..] {
             [Adapter { a, b, scale, magnitude: None, dropout }]
@@ -391,7 +407,7 @@ impl Linear {
         }
     }
 
-    /// What an adapter adds to `base`, `x Wᵀ`.
+    /// Returns the output of an adapter, which is added to `base = x Wᵀ`.
     fn change(&self, adapter: &Adapter, x: &Tensor, base: &Tensor) -> Result<Tensor> {
         let Adapter { a, b, scale, magnitude, dropout } = adapter;
         let product =
@@ -401,19 +417,20 @@ impl Linear {
         let x = dropped.as_ref().unwrap_or(x);
         let change = (product(&product(x, a)?, b)? * *scale)?;
         let (Some(magnitude), Some(lengths)) = (magnitude, &self.lengths) else { return Ok(change) };
-        // |w + s b a|² of each row, without the product of b and a.
+        // |w + s b a|² of each row, computed without the full product of b and a.
         let (a, b) = (a.detach(), b.detach());
         let across = (ops::linear(&a, &self.weight.detached(), None, ActivationPrecision::F32)?.t()? * &b)?.sum(1)?;
         let own = (b.matmul(&a.matmul(&a.t()?)?)? * &b)?.sum(1)?;
         let squared = ((lengths + (across * (2.0 * *scale))?)? + (own * (*scale * *scale))?)?;
         let factor = (magnitude / squared.sqrt()?.detach())?.to_dtype(base.dtype())?;
-        // As PEFT: dropout is of all that is scaled.
+        // Like PEFT, the magnitude scales the base product of the dropped input.
         let base = if is_dropped { ops::linear(x, &self.weight, None, self.precision)? } else { base.clone() };
         let more = base.broadcast_mul(&(&factor - 1.0)?)?;
         Ok((more + change.broadcast_mul(&factor)?)?)
     }
 
-    /// The gradient of the input, given that of the output, where no adapter has a magnitude. In `dtype`, which is the input's.
+    /// Returns the gradient of the input, in `dtype`, given the gradient of the output. Supports adapters without a
+    /// magnitude only.
     pub(crate) fn backward(&self, grad: &Tensor, dtype: DType) -> Result<Tensor> {
         let mut back = ops::linear_transposed(grad, &self.weight)?;
         for Adapter { a, b, scale, .. } in &self.adapters {
@@ -423,7 +440,7 @@ impl Linear {
         Ok(back.to_dtype(dtype)?)
     }
 
-    /// Rows of the weight as it is multiplied with, adapters included, in f32; where no adapter has a magnitude.
+    /// Returns rows of the weight with adapters merged, in f32. Supports adapters without a magnitude only.
     pub(crate) fn rows_of(&self, rows: &[u32], device: &candle_core::Device) -> Result<Tensor> {
         let rows = Tensor::new(rows, device)?;
         let mut out = self.weight.gather(&rows, DType::F32)?;
@@ -434,7 +451,7 @@ impl Linear {
         Ok(out)
     }
 
-    /// [`Linear::forward`], then an activation.
+    /// Applies the layer, then an activation.
     pub(crate) fn forward_then(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         if !self.adapters.is_empty() {
             return ops::activate(&self.forward(x)?, activation);
@@ -443,7 +460,7 @@ impl Linear {
     }
 }
 
-/// The squared length of each row, in f32, a part of the rows at a time.
+/// Returns the squared length of each row in f32. Converts 256 rows at a time.
 fn squared_lengths(weight: &Matrix) -> Result<Tensor> {
     let (rows, _) = weight.shape()?;
     let device = match weight {
@@ -458,13 +475,13 @@ fn squared_lengths(weight: &Matrix) -> Result<Tensor> {
     Ok(Tensor::cat(&parts, 0)?.detach())
 }
 
-/// The embedding and the head of a model; see [`Weights::embedding_and_head`](crate::Weights::embedding_and_head).
+/// Embedding and head of a model, loaded by [`Weights::embedding_and_head`](crate::Weights::embedding_and_head).
 #[derive(Clone, Debug)]
 pub struct EmbeddingAndHead {
-    /// Token vectors.
+    /// Table of token vectors.
     pub embed: Embedding,
-    /// To logits.
+    /// Projection to logits.
     pub head: Linear,
-    /// Whether the head is the table of `embed`.
+    /// Whether the head shares the table of `embed`.
     pub is_tied: bool,
 }

@@ -1,5 +1,8 @@
-//! Cross-entropy with the head fused: logits are made a block of positions at a time. Beside a frozen head the gradient is computed
-//! along with the loss, so that they are made once; beside a trained one they are made once more in the backward pass.
+//! Cross-entropy fused with the head: `nll[i] = logsumexp(logits[i]) - logits[i][target[i]]`, where
+//! `logits = logit_scale · head(hidden)`.
+//!
+//! Logits are computed for a block of positions at a time. With a frozen head the gradient is computed together with
+//! the loss, so logits are computed once. With a trained head they are computed a second time in the backward pass.
 
 use candle_core::Tensor;
 
@@ -7,21 +10,23 @@ use crate::known::known;
 use crate::ops::{self, Matrix};
 use crate::{Error, Linear, Result};
 
-/// Positions whose logits are held at once.
+/// Number of positions whose logits are in memory at the same time.
 const BLOCK: usize = 64;
 
-/// The same where the gradient is computed along: the head is read twice for each block.
+/// Block size if the gradient is computed together with the loss, which reads the head twice for each block.
 const GRADIENT_BLOCK: usize = 128;
 
-/// The same where the head's weight has a gradient, which is added up block by block, as large as the weight.
+/// Block size if the head is trained. Each block adds to a gradient as large as the weight.
 const TRAINED_BLOCK: usize = 256;
 
-/// Cross-entropy of `targets` under `logit_scale · head(hidden)`, in nats: `[n]` in f32 for hidden states `[n, d]`. Gradients reach
-/// the hidden states and a head that is trained. Those of an adapter or a bias of the head too, but through logits that are
-/// kept.
+/// Returns the negative log-likelihood of `targets` under `logit_scale · head(hidden)`: `[n]` in nats, in f32. `hidden`
+/// is `[n, d]`.
+///
+/// Gradients flow to the hidden states and to a trained head. A trained bias or adapter of the head gets a gradient
+/// too, but then all logits stay in memory for the backward pass.
 ///
 /// # Errors
-/// [`Error::Input`] for another number of targets.
+/// Returns [`Error::Input`] if the number of targets differs from `n`.
 pub(crate) fn cross_entropy(hidden: &Tensor, head: &Linear, logit_scale: f64, targets: &[u32]) -> Result<Tensor> {
     let (n, _) = hidden.dims2()?;
     if n != targets.len() {
@@ -50,7 +55,7 @@ pub(crate) fn cross_entropy(hidden: &Tensor, head: &Linear, logit_scale: f64, ta
     })
 }
 
-/// What the loss is computed from, besides the hidden states.
+/// Inputs of the loss, except the hidden states.
 struct CrossEntropy {
     head: Linear,
     logit_scale: f64,
@@ -62,7 +67,7 @@ impl CrossEntropy {
         self.targets.chunks(size).enumerate().map(move |(i, targets)| (i * size, targets))
     }
 
-    /// The same over the same weight, nothing of which is tracked.
+    /// Returns a copy that shares the weight and for which no gradient is tracked.
     fn frozen(&self) -> Self {
         Self { head: self.head.detached(), logit_scale: self.logit_scale, targets: self.targets.clone() }
     }
@@ -72,7 +77,7 @@ impl CrossEntropy {
         if self.logit_scale == 1.0 { Ok(logits) } else { Ok((logits * self.logit_scale)?) }
     }
 
-    /// The loss by plain operations, block by block.
+    /// Computes the loss by plain operations, block by block.
     fn of(&self, hidden: &Tensor) -> Result<Tensor> {
         let mut out = Vec::with_capacity(self.targets.len().div_ceil(BLOCK));
         for (at, targets) in self.blocks(BLOCK) {
@@ -84,7 +89,7 @@ impl CrossEntropy {
         }
     }
 
-    /// The loss, and the gradient of each position's loss: `[n]` and `[n, d]`.
+    /// Returns the loss, `[n]`, and the gradient of the loss of each position, `[n, d]`.
     fn with_gradient(&self, hidden: &Tensor) -> Result<(Tensor, Tensor)> {
         let frozen = self.frozen();
         let (mut nll, mut of_hidden) = (Vec::new(), Vec::new());
@@ -92,7 +97,7 @@ impl CrossEntropy {
             let logits = frozen.logits(hidden, at, targets.len())?;
             nll.push(nll_of(&logits, targets)?);
             let back = frozen.head.backward(&ops::probabilities(&logits)?, candle_core::DType::F32)?;
-            // One less for the target: its row of the head, as it is multiplied with.
+            // d nll / d hidden = Σ p[j] · W[j] - W[target], so the target's row of the head is subtracted.
             let hits = frozen.head.rows_of(targets, hidden.device())?;
             of_hidden.push(((back - hits)? * self.logit_scale)?.to_dtype(hidden.dtype())?);
         }
@@ -102,7 +107,7 @@ impl CrossEntropy {
         Ok((Tensor::cat(&nll, 0)?, Tensor::cat(&of_hidden, 0)?))
     }
 
-    /// Gradients of the hidden states and, if it is trained, of the head's weight.
+    /// Returns the gradient of the hidden states and, if the head is trained, of its weight.
     fn backward(&self, hidden: &Tensor, grad: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let (hidden, grad) = (hidden.detach(), grad.detach());
         let (frozen, is_trained) = (self.frozen(), self.head.weight.track_op());
@@ -136,7 +141,7 @@ impl CrossEntropy {
     }
 }
 
-/// The negated log-probabilities of targets.
+/// Returns the negated log-probabilities of `targets`.
 fn nll_of(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     if ops::has_kernels(logits.device()) && !logits.track_op() {
         let nll: Vec<f32> = ops::logprobs(logits, targets)?.iter().map(|(_, logprob)| -*logprob as f32).collect();

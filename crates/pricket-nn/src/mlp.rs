@@ -1,28 +1,30 @@
-//! The feed-forward part of a block.
+//! The feed-forward part of a block: `down(activation(up(x)))`, or `down(activation(gate(x)) · up(x))` with a gate.
 
 use candle_core::Tensor;
 
 use crate::ops::{self, Gate};
 use crate::{Activation, Adapter, Context, Layer, Linear, Norm, Result, Site};
 
-/// `down(activation(up(x)))`, or with a gate (Shazeer 2020, arXiv:2002.05202) `down(activation(gate(x)) · up(x))`.
+/// Multilayer perceptron: `down(activation(up(x)))`, or `down(activation(gate(x)) · up(x))` with a gate (Shazeer 2020,
+/// arXiv:2002.05202).
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// `[hidden, d]`, if there is one.
+    /// Gate projection, `[hidden, d]`; `None` for an MLP without a gate.
     pub gate: Option<Linear>,
-    /// `[hidden, d]`.
+    /// Up projection, `[hidden, d]`.
     pub up: Linear,
-    /// `[d, hidden]`.
+    /// Down projection, `[d, hidden]`.
     pub down: Linear,
-    /// Of the gate, or of `up` where there is no gate.
+    /// Activation function of the gate, or of `up` if there is no gate.
     pub activation: Activation,
 }
 
 impl Mlp {
-    /// What the MLP of `norm(x)` adds to the residual stream. `x` and the result are `[b, t, d]`.
+    /// Returns the output of the MLP for `norm(x)`, which the block adds to the residual stream. `x` and the result are
+    /// `[b, t, d]`.
     ///
     /// # Errors
-    /// What an operation or a tap says.
+    /// Returns an error if a tensor operation or the edit of a tap fails.
     pub fn forward(&self, norm: &Norm, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
         let later = || {
             let (mlp, norm) = (self.clone(), norm.clone());
@@ -48,7 +50,7 @@ impl Mlp {
         ctx.tap(Site::MlpOut, out)
     }
 
-    /// Its layers.
+    /// Returns the layers: `gate`, `up` and `down`.
     pub fn layers(&mut self) -> Vec<Layer<'_>> {
         self.gate.iter_mut().chain([&mut self.up, &mut self.down]).map(Layer::from).collect()
     }

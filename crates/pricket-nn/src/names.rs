@@ -1,11 +1,12 @@
-//! How the tensors of a family are called on file.
+//! Names of the tensors of a family: canonical names, other spellings in files, and wrapper modules.
 
 use std::collections::BTreeSet;
 
-/// Modules that wrap others anywhere in a model: `torch.compile`, FSDP in two versions, activation checkpointing.
+/// Modules that wrap other modules at any level: `torch.compile`, two versions of FSDP, and activation checkpointing.
 const INNER_WRAPPERS: [&str; 4] = ["_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"];
 
-/// Modules that wrap a whole model: DistributedDataParallel, Lightning and Composer, PEFT, TRL, DeepSpeed, reward models.
+/// Modules that wrap a whole model: DistributedDataParallel, Lightning and Composer, PEFT, TRL, DeepSpeed, and reward
+/// models.
 const WRAPPERS: [&str; 8] = [
     "module",
     "model",
@@ -17,55 +18,56 @@ const WRAPPERS: [&str; 8] = [
     "rwtranrsformer",
 ];
 
-/// A family's names: how tensors may be spelled on file besides the canonical spelling, and what to leave there.
+/// Tensor names of a family: spellings in files besides the canonical one, and buffers to ignore.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Names {
-    /// The first part of the names of all weights but the head's: `gpt_neox`. Wrappers are recognized by what stands before it.
+    /// First part of the names of all weights except the head, such as `gpt_neox`. The parts before it are wrappers.
     pub root: &'static str,
-    /// The name of the head, without `.weight`.
+    /// Name of the head without `.weight`.
     pub head: &'static str,
-    /// Canonical name to an old or new spelling of the same tensor.
+    /// Pairs of a canonical name and another name of the same tensor.
     pub aliases: &'static [(&'static str, &'static str)],
-    /// Other ways of spelling, each a table of parts of names, from dot to dot: `("norm_1", "ln_1")`.
+    /// Other spellings. Each is a table that replaces parts of canonical names between dots, such as
+    /// `("norm_1", "ln_1")`.
     pub spellings: &'static [&'static [(&'static str, &'static str)]],
-    /// Endings of tensors that are no weights: masks and tables that old code saved.
+    /// Name suffixes of tensors that are not weights, such as masks and tables that old code saved.
     pub buffers: &'static [&'static str],
 }
 
 impl Names {
-    /// Spellings of `name`, canonical first.
+    /// Returns all spellings of the canonical name `name`, the canonical one first.
     pub(crate) fn spellings(&self, name: &str) -> Vec<String> {
         let mut out = vec![name.to_owned()];
         out.extend(
             self.aliases.iter().filter(|(canonical, _)| *canonical == name).map(|(_, other)| (*other).to_owned()),
         );
         out.extend(self.spellings.iter().map(|table| Self::spelled(name, table)).filter(|other| other != name));
-        // A model without its head is saved without the root.
+        // A model saved without its head has names without the root.
         let root = format!("{}.", self.root);
         let bare: Vec<String> = out.iter().filter_map(|name| Some(name.strip_prefix(&root)?.to_owned())).collect();
         out.extend(bare);
         out
     }
 
-    /// `name` without the names of modules that training wraps around a model, as often and in whatever order they come.
+    /// Returns `name` without the wrapper modules of training, in any number and order.
     pub fn unwrapped(&self, name: &str) -> String {
         let mut parts: Vec<&str> = name.split('.').filter(|part| !INNER_WRAPPERS.contains(part)).collect();
         let is_wrapper = |part: &&str| WRAPPERS.contains(part);
-        // A family's root may be called as a wrapper is: what counts is the last of them.
+        // The root of a family may have the name of a wrapper, so the last occurrence is the root.
         let root = parts.iter().rposition(|part| *part == self.root).filter(|&at| parts[..at].iter().all(is_wrapper));
-        // The head stands beside the root, so that what is before it are wrappers.
+        // The head is next to the root, so the parts before it are wrappers too.
         let head = parts.iter().position(|part| *part == self.head).filter(|&at| parts[..at].iter().all(is_wrapper));
         let outer = head.or(root).unwrap_or_else(|| parts.iter().take_while(|part| is_wrapper(part)).count());
         parts.drain(..outer.min(parts.len().saturating_sub(2)));
         parts.join(".")
     }
 
-    /// Whether a tensor that nothing asked for looks like a weight of this family: by its name, or because `asked` has one
-    /// that is called alike, of another block.
+    /// Returns whether an unused tensor looks like a weight of this family: by its name, or because `asked` has the
+    /// tensor of the same name in another block. The numbers in the names in `asked` are replaced by `#`.
     pub(crate) fn is_weight(&self, name: &str, asked: &BTreeSet<String>) -> bool {
         let canonical = self.canonical(name);
         let first = canonical.split('.').next();
-        // A file without the root has `layers` or `blocks` as the first part of its names.
+        // Without the root, names start with a part such as `layers` or `blocks`.
         let is_bare = || {
             let firsts = asked.iter().map(|name| self.unwrapped(name));
             firsts.map(|name| name.split('.').next().map(str::to_owned)).any(|known| known.as_deref() == first)
@@ -75,8 +77,8 @@ impl Names {
         (is_ours && ends) || asked.contains(&without_numbers(name))
     }
 
-    /// The canonical name of a tensor that a file calls `name`, for comparing files that spell differently. A root that
-    /// is missing is not made up.
+    /// Returns the canonical name of the tensor with the name `name` in a file, to compare files with different
+    /// spellings. Does not add a missing root.
     pub fn canonical(&self, name: &str) -> String {
         let bare = self.unwrapped(name);
         if let Some((canonical, _)) = self.aliases.iter().find(|(_, other)| *other == bare) {
@@ -91,33 +93,34 @@ impl Names {
         bare
     }
 
-    /// The shape of the tensor that is called `canonical` here, under whatever spelling a file has it.
+    /// Returns the shape of the tensor with the canonical name `canonical`, in any spelling. `shape` returns a shape by
+    /// the name in the file.
     pub fn shape(&self, canonical: &str, shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Option<Vec<usize>> {
         self.spellings(canonical).iter().find_map(|spelling| shape(spelling))
     }
 
-    /// `name` as a table spells it.
+    /// Returns `name` in the spelling of `table`.
     pub fn spelled(name: &str, table: &[(&str, &str)]) -> String {
         table.iter().fold(name.to_owned(), |name, (part, other)| respelled(&name, part, other))
     }
 
-    /// Whether `name` is a buffer rather than a weight.
+    /// Returns whether `name` is a buffer and not a weight.
     pub fn is_buffer(&self, name: &str) -> bool {
         self.buffers.iter().any(|ending| {
             let before = name.strip_suffix(ending);
-            // A whole name, or the end of one from a dot on.
+            // The suffix has to be the whole name or to start at a dot.
             before.is_some_and(|before| before.is_empty() || before.ends_with('.') || ending.starts_with('.'))
         })
     }
 }
 
-/// `name` with the part `from`, which stands between dots or at an end, spelled `to`.
+/// Replaces the part `from` of `name`, between dots or at an end, by `to`.
 fn respelled(name: &str, from: &str, to: &str) -> String {
     let padded = format!(".{name}.").replace(&format!(".{from}."), &format!(".{to}."));
     padded[1..padded.len() - 1].to_owned()
 }
 
-/// `name` with every number in it as `#`.
+/// Replaces every number between dots in `name` by `#`.
 pub(crate) fn without_numbers(name: &str) -> String {
     let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
     name.split('.').map(|part| if is_number(part) { "#" } else { part }).collect::<Vec<_>>().join(".")
@@ -170,7 +173,7 @@ mod tests {
         let inside =
             "_fsdp_wrapped_module.gpt_neox.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.x.weight";
         assert_eq!(NEOX.unwrapped(inside), "gpt_neox.layers.0.mlp.x.weight");
-        // Nothing is left of a name that is all wrappers.
+        // A name that consists only of wrappers stays as it is.
         assert_eq!(NEOX.unwrapped("model.weight"), "model.weight");
         assert_eq!(NEOX.unwrapped("student.gpt_neox.embed_in.weight"), "student.gpt_neox.embed_in.weight");
     }

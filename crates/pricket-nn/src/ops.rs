@@ -1,9 +1,9 @@
-//! The only module that calls fused operations, candle's or ours.
+//! Tensor operations that choose between fused and plain forms. No other module calls fused operations.
 //!
-//! There is no training mode to forget. Each function asks its inputs whether a gradient is tracked: if none is, it
-//! takes the fused form; if any is, an operation with a backward pass or the plain twin, because candle's fused
-//! softmax, norm and rotary drop gradients without a word. On the CPU, in f32, both give the same bits. The twins are public,
-//! and tests compare them.
+//! There is no training mode. Each function checks whether a gradient is tracked for one of its inputs. If none is, it
+//! uses the fused form. Otherwise it uses an operation with a backward pass, or plain candle operations, because
+//! candle's fused softmax, norm and rotary embedding silently drop gradients. On the CPU in f32, tracked and untracked
+//! passes give the same bits. The plain forms (`plain_*`) are public; tests compare them with the fused forms.
 
 mod attention;
 mod dispatch;

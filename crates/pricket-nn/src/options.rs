@@ -1,4 +1,4 @@
-//! How weights are loaded.
+//! Options for loading weights.
 
 use std::sync::Arc;
 
@@ -7,17 +7,19 @@ use candle_core::{DType, Device};
 use crate::ops::{ActivationPrecision, BlockType, FourBitType};
 use crate::{CacheType, NoProgress, Progress};
 
-/// Which matrices become which blocks.
+/// Quantization of the matrices of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quantization {
-    /// The type of the blocks' matrices, where their rows are whole blocks of it.
+    /// Type of the matrices in the blocks of the model. A matrix whose rows do not fit this type gets a related type or
+    /// stays as stored.
     pub weights: BlockType,
-    /// That of the embedding and the head; `None` leaves them as stored.
+    /// Type of the embedding and the head; `None` leaves them as stored.
     pub embeddings_and_head: Option<BlockType>,
 }
 
 impl Quantization {
-    /// The type of a matrix with rows of `columns`, whether it is an embedding or a head or not; `None` if it stays as it is.
+    /// Returns the quantized type of a matrix with `columns` columns, or `None` if it stays as stored. `is_table` is
+    /// true for an embedding or a head.
     pub fn of(self, is_table: bool, columns: usize) -> Option<BlockType> {
         let kind = if is_table { self.embeddings_and_head } else { Some(self.weights) };
         kind?.fitting(columns)
@@ -52,13 +54,13 @@ impl std::fmt::Display for FourBitQuantization {
     }
 }
 
-/// The type that matrices are kept in.
+/// Storage type of matrices.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Storage {
-    /// As stored (f64 becomes f32).
+    /// The type in the file; f64 becomes f32.
     #[default]
     AsStored,
-    /// This type.
+    /// The given type.
     Cast(DType),
     /// Quantized blocks.
     Quantize(Quantization),
@@ -66,15 +68,16 @@ pub enum Storage {
     FourBit(FourBitQuantization),
 }
 
-/// Which weights become f32 variables that collect gradients; see [`Weights::parameters`](crate::Weights::parameters).
+/// Weights to train. They become f32 variables with gradients; see [`Weights::parameters`](crate::Weights::parameters).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Trainable {
-    /// None: the model is frozen.
+    /// No weights; the model is frozen.
     #[default]
     None,
-    /// All of them.
+    /// All weights.
     All,
-    /// Those with one of these canonical names, or whose name ends in one after a dot: `attention.dense.weight`.
+    /// The weights whose canonical name is one of these, or ends with a dot and one of these, such as
+    /// `attention.dense.weight`.
     Names(Vec<String>),
 }
 
@@ -90,7 +93,7 @@ impl Trainable {
     }
 }
 
-/// How weights are loaded. Vectors take the type of the activations under every option.
+/// Options for loading weights. Vectors always get the type of the activations.
 ///
 /// ```
 /// use pricket_nn::{LoadOptions, Trainable};
@@ -99,25 +102,29 @@ impl Trainable {
 /// ```
 #[derive(Clone)]
 pub struct LoadOptions {
-    /// Where they go; the CPU by default.
+    /// Device of the weights; the CPU by default.
     pub device: Device,
-    /// The type of matrices; as stored by default.
+    /// Storage type of matrices; as stored by default.
     pub storage: Storage,
-    /// Which of them are trained; none by default. What is trained is f32, and cannot be stored in quantized blocks.
+    /// Weights to train; none by default. Trained weights are f32 and cannot be quantized.
     pub trainable: Trainable,
-    /// How precise activations are when they meet a matrix, on the CPU; f32 by default.
+    /// Precision of activations in matrix products on the CPU; f32 by default.
     pub precision: ActivationPrecision,
-    /// The type in which keys and values are kept; by default as precise as the activations.
+    /// Storage type of keys and values. `None`, the default, chooses a type as precise as the activations.
     pub cache: Option<CacheType>,
-    /// Whether fused matrices are in the model's order already, as some converters write them: then no [`RowOrder`](crate::RowOrder) is applied.
+    /// Whether the rows of fused matrices in the file are in the model's order, as some converters write them. Then no
+    /// [`RowOrder`](crate::RowOrder) is applied. False by default.
     pub in_model_order: bool,
-    /// Whether weights that the configuration has no use for are left in the file; an error by default.
+    /// Whether weights in the file that the model does not use are ignored. False by default, which makes them an
+    /// error.
     pub allow_unused: bool,
-    /// Whether matrices of f32, f16 and bf16 are used where their file is mapped rather than copied, on the CPU; false by default. Only
-    /// what is used is read then, processes share it, and a file that is written over meanwhile changes the model. Matrices whose rows
-    /// are reordered, and those that lie unaligned in their file, are copied.
+    /// Whether f32, f16 and bf16 matrices are used directly in the memory-mapped file, on the CPU. False by default,
+    /// which copies them.
+    ///
+    /// In place, only the pages that are used are read, and processes share them. Overwriting the file changes the
+    /// model. Matrices with reordered rows and matrices that are not aligned in the file are copied.
     pub in_place: bool,
-    /// Is told of bytes read, and may cancel.
+    /// Gets the number of bytes read, and may cancel loading.
     pub progress: Arc<dyn Progress>,
 }
 

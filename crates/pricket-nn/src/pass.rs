@@ -1,8 +1,9 @@
-//! One forward pass: which tokens it reads, and the tensors that follow from that.
+//! One forward pass: the spans that it reads, and tensors that depend only on them.
 //!
-//! A pass reads some new positions of some rows. Either every row has the same number, and tensors are `[batch, time, ..]`; or
-//! the rows are packed behind each other, and tensors are `[1, sum of lengths, ..]`. A [`Span`] says which positions those are.
-//! Learned positions, rotary angles, attention and recurrences read spans; everything else sees a matrix of rows.
+//! A pass reads new positions of some rows. If every row has the same number of them, tensors are `[batch, time, ..]`.
+//! Otherwise the rows are packed one after the other, and tensors are `[1, sum of lengths, ..]`. A [`Span`] gives the
+//! positions of a row. Learned positions, rotary angles, attention and recurrences use the spans; all other operations
+//! treat positions independently.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,47 +12,47 @@ use candle_core::{DType, Device, DeviceLocation, Tensor};
 
 use crate::{Error, Result, Rotary, State, ops};
 
-/// New positions of a row: `past` to `past + len`.
+/// New positions of a row: `past` up to, but not including, `past + len`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// The row of the state.
+    /// Index of the row in the state.
     pub row: usize,
-    /// Positions of the row that were read before.
+    /// Number of positions of the row read so far.
     pub past: usize,
-    /// New positions.
+    /// Number of new positions.
     pub len: usize,
 }
 
 impl Span {
-    /// The positions.
+    /// Returns the range of the new positions.
     pub fn positions(self) -> std::ops::Range<usize> {
         self.past..self.past + self.len
     }
 }
 
-/// Where a span is in the tensors of a pass: element of the batch, first position along time.
+/// Place of a span in the tensors of a pass: index in the batch and first index along time.
 pub(crate) type Place = (usize, usize);
 
-/// A pass that was begun. Its spans do not change.
+/// A started pass. Its spans do not change.
 #[derive(Clone, Debug)]
 pub(crate) struct Pass {
     spans: Arc<[Span]>,
-    /// Of the ids: `[batch, time]`.
+    /// Shape of the ids, `[batch, time]`.
     shape: (usize, usize),
     is_packed: bool,
     pub(crate) layer: usize,
-    /// Whether its positions have become past.
+    /// Whether the positions were added to the state.
     pub(crate) is_committed: bool,
-    /// Rows of the state before it has added any.
+    /// Number of rows of the state before this pass added any.
     pub(crate) rows_before: usize,
-    /// What the recurrences of layers and rows become when the pass is committed.
+    /// New recurrent tensors by layer, row and name. Committing the pass moves them to the state.
     pub(crate) recurrent: BTreeMap<(usize, usize, &'static str), Tensor>,
     angles: Vec<Angles>,
     biases: Vec<Bias>,
     shifts: Option<(DeviceLocation, Tensor)>,
 }
 
-/// Cosines and sines of all positions.
+/// Cached cosines and sines of all positions.
 #[derive(Clone, Debug)]
 struct Angles {
     of: (Rotary, DType, DeviceLocation),
@@ -59,7 +60,7 @@ struct Angles {
     sin: Tensor,
 }
 
-/// What is added to the scores of a span.
+/// Cached bias of the attention scores of a span.
 #[derive(Clone, Debug)]
 struct Bias {
     of: (Vec<f32>, usize, usize, DeviceLocation),
@@ -67,7 +68,8 @@ struct Bias {
 }
 
 impl Pass {
-    /// A pass over ids of `shape`: of the rows and lengths `packed`, or of every row of the state.
+    /// Returns a pass over ids of `shape`: with the rows and lengths in `packed`, or with one row for each batch
+    /// element.
     pub(crate) fn new(shape: (usize, usize), packed: Option<&[(usize, usize)]>, state: Option<&State>) -> Result<Self> {
         let (batch, time) = shape;
         if let Some(rows) = packed {
@@ -77,8 +79,8 @@ impl Pass {
             distinct.dedup();
             if (batch, time) != (1, total) || distinct.len() != rows.len() || rows.iter().any(|(_, len)| *len == 0) {
                 return Err(Error::Input(format!(
-                    "a packed pass over rows and lengths {rows:?}: expected distinct rows of at least one token and ids of shape \
-                     [1, {total}], found [{batch}, {time}]"
+                    "packed rows and lengths {rows:?}: expected distinct rows of at least one token and ids of shape \
+                    [1, {total}], found shape [{batch}, {time}]"
                 )));
             }
         }
@@ -86,11 +88,13 @@ impl Pass {
         if let Some((row, _)) =
             packed.into_iter().flatten().find(|(row, _)| *row >= rows + packed.map_or(0, <[_]>::len))
         {
-            return Err(Error::Input(format!("row {row} of a state of {rows} rows: a pass adds rows from {rows} on")));
+            return Err(Error::Input(format!(
+                "row {row} does not follow the {rows} rows of the state; add rows from {rows} on"
+            )));
         }
-        // As long as nothing was read, another batch may begin.
+        // A state without positions may take a batch of another size.
         if packed.is_none() && rows != batch && state.is_some_and(|state| !state.is_empty()) {
-            return Err(Error::Input(format!("the state holds {rows} rows, the input has {batch}")));
+            return Err(Error::Input(format!("the state holds {rows} rows, but the input has {batch}")));
         }
         let past = |row: usize| state.map_or(0, |state| state.len(row));
         let span = |(row, len): (usize, usize)| Span { row, past: past(row), len };
@@ -112,12 +116,12 @@ impl Pass {
         })
     }
 
-    /// The same pass, from its beginning.
+    /// Returns a copy of the pass at its start.
     pub(crate) fn replayed(&self) -> Self {
         Self { recurrent: BTreeMap::new(), is_committed: false, ..self.clone() }
     }
 
-    /// Its positions have become past: what was made for its layers is let go.
+    /// Marks the pass as committed and frees the tensors shared by its layers.
     pub(crate) fn end(&mut self) {
         self.is_committed = true;
         self.angles.clear();
@@ -137,12 +141,12 @@ impl Pass {
         self.is_packed
     }
 
-    /// Whether all rows have the same positions.
+    /// Returns whether all rows have the same positions.
     pub(crate) fn is_aligned(&self) -> bool {
         !self.is_packed && self.spans.iter().all(|span| span.past == self.spans[0].past)
     }
 
-    /// Every span and where it is.
+    /// Returns each span and its place in the tensors.
     pub(crate) fn places(&self) -> impl Iterator<Item = (Span, Place)> + '_ {
         let mut from = 0;
         self.spans.iter().enumerate().map(move |(i, &span)| {
@@ -152,7 +156,8 @@ impl Pass {
         })
     }
 
-    /// The positions, row after row; one row stands for all where they are the same. Shape: `[rows, time]`.
+    /// Returns the positions, row after row, and their shape `[rows, time]`. If all rows have the same positions,
+    /// returns one row.
     pub(crate) fn positions(&self) -> (Vec<usize>, (usize, usize)) {
         let (batch, time) = self.shape;
         let rows = if self.is_aligned() { 1.min(batch) } else { batch };
@@ -160,7 +165,7 @@ impl Pass {
         (spans.iter().flat_map(|span| span.positions()).collect(), (rows, time))
     }
 
-    /// Cosines and sines of the positions, made once for all layers.
+    /// Returns the cosines and sines of the positions, computed once for all layers.
     pub(crate) fn angles(&mut self, rotary: &Rotary, dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
         let is_same = |known: &&Angles| known.of.0 == *rotary && known.of.1 == dtype && known.of.2 == device.location();
         if let Some(known) = self.angles.iter().find(is_same) {
@@ -173,7 +178,7 @@ impl Pass {
         Ok((cos, sin))
     }
 
-    /// What is added to the scores of `len` positions after `past`, made once for all layers and rows.
+    /// Returns the bias of the attention scores of `len` positions after `past`, computed once for all layers and rows.
     pub(crate) fn bias(&mut self, slopes: &[f32], past: usize, len: usize, device: &Device) -> Result<Option<Tensor>> {
         let is_same = |known: &&Bias| known.of.0 == slopes && (known.of.1, known.of.2) == (past, len);
         if let Some(known) = self.biases.iter().find(|known| is_same(known) && known.of.3 == device.location()) {
@@ -184,7 +189,8 @@ impl Pass {
         Ok(bias)
     }
 
-    /// For each position the row, among one for each span and then one for each position, that holds the position before.
+    /// Returns, for each position, the index of the vector of the previous position. The indices refer to a matrix with
+    /// one saved vector for each span, followed by one vector for each position of the pass.
     pub(crate) fn shifts(&mut self, device: &Device) -> Result<Tensor> {
         if let Some((_, shifts)) = self.shifts.as_ref().filter(|(at, _)| *at == device.location()) {
             return Ok(shifts.clone());
@@ -202,13 +208,14 @@ impl Pass {
         Ok(shifts)
     }
 
-    /// The rows without their pasts: element of the batch, first position in it, and number of positions; those that read nothing are left out.
+    /// Returns the new positions of each row as index in the batch, first index along time and number of positions.
+    /// Omits empty spans.
     pub(crate) fn own_spans(&self) -> Vec<(usize, usize, usize)> {
         let spans = self.places().filter(|(span, _)| span.len > 0);
         spans.map(|(span, (row, from))| (row, from, span.len)).collect()
     }
 
-    /// The last position of each span, among all positions of the pass.
+    /// Returns the index of the last position of each span among all positions of the pass.
     pub(crate) fn last(&self) -> Vec<u32> {
         let ends = self.spans.iter().scan(0, |end, span| {
             *end += span.len;

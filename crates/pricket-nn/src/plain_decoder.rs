@@ -1,4 +1,4 @@
-//! A decoder for any model: one pass through its blocks, and its head.
+//! A step decoder for any model, on top of the steps of [`CausalLm`].
 
 use std::sync::Arc;
 
@@ -7,14 +7,14 @@ use candle_core::{IndexOp, Tensor};
 use crate::step::{Admission, Choice, MAX_STEP, RowId, RowStep, StepDecoder};
 use crate::{CausalLm, Context, Error, Recording, Result, SamplingParams, State, Taps, ops};
 
-/// A [`StepDecoder`] over the steps of a model: one pass through its blocks, and its head.
+/// [`StepDecoder`] for any model. Each step is one forward pass over the rows that read tokens, packed.
 pub struct PlainDecoder {
     model: Arc<dyn CausalLm>,
     ctx: Context,
-    /// In the order of the state's rows.
+    /// In the order of the rows of the state.
     rows: Vec<Row>,
     next: u64,
-    /// Of the last step: `[choices][vocab]`.
+    /// Logits of the last step, `[choices][vocab]`.
     logits: Vec<Vec<f32>>,
 }
 
@@ -33,30 +33,30 @@ impl std::fmt::Debug for PlainDecoder {
 }
 
 impl PlainDecoder {
-    /// A decoder of `model` without rows.
+    /// Returns a decoder of `model` without rows.
     pub fn new(model: Arc<dyn CausalLm>) -> Self {
         let ctx = Context::new().with_state(State::with_type(model.info().cache)).beyond_trained_length();
         Self { model, ctx, rows: Vec::new(), next: 0, logits: Vec::new() }
     }
 
-    /// Records or edits at `taps` from the next step on, or at none; returns the ones before.
+    /// Replaces the taps, from the next step on. Returns the previous taps.
     pub fn replace_taps(&mut self, taps: Option<Taps>) -> Option<Taps> {
         let before = self.ctx.take_taps();
         self.ctx.set_taps(taps);
         before
     }
 
-    /// What the taps have recorded in the last step.
+    /// Returns the tensors that the taps recorded in the last step, and clears them.
     pub fn take_recording(&mut self) -> Recording {
         self.ctx.take_recording()
     }
 
-    /// The logits that the last step chose from, in the order of its choices: `[choices][vocab]`.
+    /// Returns the logits of the last step, in the order of its choices: `[choices][vocab]`.
     pub fn logits(&self) -> &[Vec<f32>] {
         &self.logits
     }
 
-    /// Bytes of what was read of all rows.
+    /// Returns the bytes of the state of all rows.
     pub fn state_bytes(&self) -> usize {
         self.ctx.state().map_or(0, State::bytes)
     }
@@ -74,7 +74,10 @@ impl PlainDecoder {
 impl StepDecoder for PlainDecoder {
     fn admit(&mut self, row: Admission) -> Result<RowId> {
         if row.state.rows() != 1 {
-            return Err(Error::Input(format!("a row is admitted with a state of one row, found {}", row.state.rows())));
+            return Err(Error::Input(format!(
+                "the state of an admitted row must have one row, found {}",
+                row.state.rows()
+            )));
         }
         self.next += 1;
         let Admission { state, ids, prompt_len, sampling, vocab } = row;
@@ -90,7 +93,7 @@ impl StepDecoder for PlainDecoder {
             let (len, draws) = (step.tokens.len(), step.draws.len());
             if !(1..=MAX_STEP).contains(&len) || draws != len {
                 return Err(Error::Input(format!(
-                    "a step of {len} tokens and {draws} draws: expected 1 to {MAX_STEP} of each"
+                    "a step has {len} tokens and {draws} draws; expected 1 to {MAX_STEP} of each, in equal number"
                 )));
             }
             packed.push((self.index(step.row)?, len));
@@ -111,7 +114,7 @@ impl StepDecoder for PlainDecoder {
         let mut out = Vec::with_capacity(rows.len());
         for ((step, &(row, len)), before) in rows.iter().zip(&packed).zip(before) {
             let row = &self.rows[row];
-            // The most likely token does not depend on what came before.
+            // Greedy decoding without penalties does not need the previous tokens.
             let is_free = row.sampling.is_argmax();
             let mut read = if is_free { Vec::new() } else { row.ids[..before.min(row.ids.len())].to_vec() };
             let choices = (0..len).map(|i| {

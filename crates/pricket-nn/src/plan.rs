@@ -1,45 +1,45 @@
-//! The layers of a model as a list, for those who compute with them in another way than its family does: a decoder with kernels
-//! of its own, or a split over devices. References to the layers themselves, not a second description.
+//! The layers of a model by role, for code that computes the model in another way than its family does, such as a
+//! decoder with its own kernels or a split over devices. A plan refers to the layers of the model and copies nothing.
 
 use crate::{Attention, Embedding, Linear, Mlp, Norm};
 
-/// The layers of a model whose blocks are attention and an MLP.
+/// Layers of a model whose blocks are attention and an MLP.
 #[derive(Clone, Debug)]
 pub struct ModelPlan<'a> {
-    /// Token vectors.
+    /// Table of token vectors.
     pub embed: &'a Embedding,
-    /// Vectors of positions, added to those of tokens.
+    /// Table of learned position vectors, added to the token vectors.
     pub learned_positions: Option<&'a Embedding>,
-    /// Applied to the sum.
+    /// Norm of the sum of token and position vectors.
     pub embed_norm: Option<&'a Norm>,
-    /// The blocks, first to last.
+    /// Blocks, first to last.
     pub blocks: Vec<BlockPlan<'a>>,
-    /// Applied after the last block.
+    /// Norm after the last block.
     pub final_norm: &'a Norm,
-    /// To logits.
+    /// Projection to logits.
     pub head: &'a Linear,
-    /// Whether the head is the table of `embed`.
+    /// Whether the head shares the table of `embed`.
     pub is_tied: bool,
-    /// Multiplies the logits.
+    /// Factor of the logits.
     pub logit_scale: f64,
 }
 
-/// The layers of a block.
+/// Layers of a block.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockPlan<'a> {
-    /// Read by attention.
+    /// Norm before attention.
     pub norm_1: &'a Norm,
-    /// Read by the MLP.
+    /// Norm before the MLP.
     pub norm_2: &'a Norm,
-    /// Over `norm_1`.
+    /// Attention, applied to the output of `norm_1`.
     pub attention: &'a Attention,
-    /// Over `norm_2`.
+    /// MLP, applied to the output of `norm_2`.
     pub mlp: &'a Mlp,
-    /// What the MLP reads, and what is added up.
+    /// Residual connections.
     pub residual: Residual,
 }
 
-/// How attention and MLP are added to the residual stream.
+/// Residual connections of attention and MLP in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Residual {
     /// `x + mlp(norm_2(x)) + attention(norm_1(x))`.

@@ -1,4 +1,4 @@
-//! A store whose files have the rows of some tensors in another order.
+//! A store that reorders the rows of some tensors.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use pricket_weights::{Bytes, Entry, Store};
 
 use crate::{Error, Result, RowOrder};
 
-/// The tensors of another store, with the rows of some of them as the Hub has them.
+/// Store that wraps another store and gives some tensors with their rows reordered, in the order of checkpoints on the
+/// Hub.
 pub struct Reordered {
     store: Arc<dyn Store>,
     orders: BTreeMap<String, RowOrder>,
@@ -20,10 +21,10 @@ impl std::fmt::Debug for Reordered {
 }
 
 impl Reordered {
-    /// The tensors of `store`, of which `order` says how it has the rows, by their names there.
+    /// Wraps `store`. `order` returns the row order of a tensor by its name in `store`.
     ///
     /// # Errors
-    /// [`Error::Input`] for rows that do not divide as their order says.
+    /// Returns [`Error::Input`] if the rows of a tensor cannot be reordered.
     pub fn new(store: Arc<dyn Store>, order: impl Fn(&str) -> RowOrder) -> Result<Self> {
         let orders = store.names().into_iter().map(|name| (order(&name), name));
         let orders: BTreeMap<_, _> =
@@ -61,7 +62,7 @@ impl Store for Reordered {
     fn bytes(&self, name: &str) -> pricket_weights::Result<Bytes<'_>> {
         let bytes = self.store.bytes(name)?;
         let rows = self.entry(name).and_then(|entry| entry.shape.first().copied()).unwrap_or(0);
-        // A row of any type is a whole number of bytes.
+        // A row is a whole number of bytes in every type.
         match self.orders.get(name).and_then(|order| order.sources(rows, false).ok()) {
             Some(sources) if rows > 0 => {
                 let row = bytes.len() / rows;

@@ -1,21 +1,27 @@
+//! Rotary position embedding.
+//!
+//! At position `p`, pair `i` of the rotated dimensions of a head turns by the angle `p · base^(-2i / dims) / factor`:
+//! `(a, b)` becomes `(a cos - b sin, b cos + a sin)`.
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 
-/// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of the first `dims` of each head's dimensions, in the
-/// "rotate half" form of GPT-NeoX: dimension `i` is paired with `i + dims / 2`.
+/// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of the first `dims` dimensions of each head. It uses
+/// the "rotate half" form of GPT-NeoX: dimension `i` is paired with dimension `i + dims / 2`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rotary {
-    /// Rotated dimensions of a head, even; the rest pass through.
+    /// Number of rotated dimensions of a head; even. The other dimensions stay unchanged.
     pub dims: usize,
-    /// Base of the geometric series of frequencies.
+    /// Base of the rotary frequencies.
     pub base: f64,
-    /// Positions are divided by this (linear scaling; 1 for none).
+    /// Divisor of the positions (linear scaling); 1 for no scaling.
     pub factor: f64,
 }
 
 impl Rotary {
-    /// Cosines and sines of `[rows, len, dims / 2]` for `positions` of `rows` rows of `len`.
+    /// Returns the cosines and the sines of the angles at `positions`, `[rows, len, dims / 2]` each. `positions` holds
+    /// `len` positions for each row, row after row.
     pub(crate) fn angles(
         &self,
         positions: &[usize],
@@ -24,7 +30,7 @@ impl Rotary {
         device: &Device,
     ) -> Result<(Tensor, Tensor)> {
         let pairs = self.dims / 2;
-        // In f32 step by step, as the reference computes them: at position 2000 the rounding shows.
+        // Every step is rounded to f32, as in the reference code: at position 2000 the rounding changes the result.
         let frequency = |i: usize| (self.base.powf(-((2 * i) as f64) / self.dims as f64) as f32) / self.factor as f32;
         let frequencies: Vec<f32> = (0..pairs).map(frequency).collect();
         let angles: Vec<f32> = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f32 * f)).collect();

@@ -1,10 +1,13 @@
-//! How a token is chosen from logits.
+//! Sampling: choosing a token from logits.
+//!
+//! Token `i` is drawn with the probability `softmax(scores / temperature)[i]`, where penalties change the scores first
+//! and the filters top-k, top-p, min-p and typical-p set some of them to negative infinity.
 
 use std::cmp::Ordering;
 
 use crate::{Error, Result, ops};
 
-/// How the next token is chosen from logits, in transformers' terms and order: penalties, temperature, top-k, top-p,
+/// Sampling settings, with the names of transformers and applied in its order: penalties, temperature, top-k, top-p,
 /// min-p, typical-p.
 ///
 /// ```
@@ -17,30 +20,31 @@ use crate::{Error, Result, ops};
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// Divides the logits; 0, the default, always takes the most likely token.
+    /// Divisor of the logits; 0, the default, always chooses the most likely token.
     pub temperature: f32,
-    /// Keeps the k most likely tokens, ties included; 0, the default, keeps all.
+    /// Keeps the `top_k` most likely tokens, ties included; 0, the default, keeps all.
     pub top_k: usize,
-    /// Keeps the most likely tokens that together have this probability; 1, the default, keeps all.
+    /// Keeps the most likely tokens whose probabilities add up to this; 1, the default, keeps all.
     pub top_p: f32,
-    /// Keeps tokens with at least this share of the most likely one's probability; 0, the default, keeps all.
+    /// Keeps tokens with at least this share of the probability of the most likely token; 0, the default, keeps all.
     pub min_p: f32,
-    /// Keeps the most typical tokens (Meister et al. 2022, arXiv:2202.00666) that together have this probability; 1, the
+    /// Keeps the most typical tokens (Meister et al. 2022, arXiv:2202.00666) whose probabilities add up to this; 1, the
     /// default, keeps all.
     pub typical_p: f32,
-    /// Divides positive and multiplies negative logits of tokens that occur in prompt or continuation (Keskar et al.
-    /// 2019, arXiv:1909.05858); 1, the default, for none.
+    /// Penalty of tokens that occur in the prompt or the continuation (Keskar et al. 2019, arXiv:1909.05858). Positive
+    /// logits are divided by it, negative ones multiplied; 1, the default, changes nothing.
     pub repetition_penalty: f32,
-    /// Subtracted once from the logit of each token that occurs in the continuation; 0, the default, for none.
+    /// Subtracted once from the logit of each token that occurs in the continuation; 0, the default, changes nothing.
     pub presence_penalty: f32,
-    /// Subtracted for each time that a token occurs in the continuation; 0, the default, for none.
+    /// Subtracted from the logit of a token for each time that it occurs in the continuation; 0, the default, changes
+    /// nothing.
     pub frequency_penalty: f32,
-    /// No run of this many tokens occurs twice; 0, the default, for no such rule.
+    /// Length of token sequences that may not occur twice; 0, the default, allows all.
     pub no_repeat_ngram_size: usize,
 }
 
 impl Default for SamplingParams {
-    /// Greedy decoding.
+    /// Returns the settings of greedy decoding.
     fn default() -> Self {
         Self {
             temperature: 0.0,
@@ -63,7 +67,7 @@ impl From<&candle_transformers::generation::Sampling> for SamplingParams {
         let at = |temperature: f64| Self { temperature: temperature as f32, ..Self::default() };
         match *sampling {
             Sampling::ArgMax => Self::greedy(),
-            // Adding Gumbel noise and taking the maximum is another way to draw from the same distribution.
+            // Adding Gumbel noise and taking the maximum draws from the same distribution.
             Sampling::All { temperature } | Sampling::GumbelSoftmax { temperature } => at(temperature),
             Sampling::TopK { k, temperature } => Self { top_k: k, ..at(temperature) },
             Sampling::TopP { p, temperature } => Self { top_p: p as f32, ..at(temperature) },
@@ -73,20 +77,20 @@ impl From<&candle_transformers::generation::Sampling> for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Always the most likely token: the default.
+    /// Returns the settings of greedy decoding, which always chooses the most likely token. This is the default.
     pub fn greedy() -> Self {
         Self::default()
     }
 
-    /// The model's own distribution, unchanged: a temperature of 1.
+    /// Returns the settings that sample from the unchanged distribution of the model: temperature 1.
     pub fn unchanged() -> Self {
         Self { temperature: 1.0, ..Self::default() }
     }
 
-    /// Says what is wrong with a setting, if anything is.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the setting.
+    /// Returns [`Error::Input`] naming the setting if it is out of range or has no effect.
     pub fn check(&self) -> Result<()> {
         let rules = [
             ("temperature", self.temperature, self.temperature >= 0.0, "at least 0"),
@@ -108,22 +112,23 @@ impl SamplingParams {
         ];
         match chooses.iter().find(|(_, is_set)| *is_set && self.temperature == 0.0) {
             Some((name, _)) => Err(Error::Input(format!(
-                "{name} has no effect at temperature 0, which always takes the most likely token; set a temperature"
+                "{name} has no effect at temperature 0, which always chooses the most likely token; set a temperature"
             ))),
             None => Ok(()),
         }
     }
 
-    /// Whether it takes the most likely token, whatever came before.
+    /// Returns whether the most likely token is always chosen, independent of the previous tokens.
     pub fn is_argmax(&self) -> bool {
         let unpenalized =
             self.repetition_penalty == 1.0 && self.presence_penalty == 0.0 && self.frequency_penalty == 0.0;
         self.temperature == 0.0 && unpenalized && self.no_repeat_ngram_size == 0
     }
 
-    /// Chooses a token: the most likely one at temperature 0, else the one at which the sum of the probabilities, in the order of
-    /// ids, passes `draw`, a number from 0 to 1. `logits` become scores on the way. Arguments as
-    /// [`SamplingParams::process`].
+    /// Chooses a token and replaces `logits` by their scores; see [`SamplingParams::process`].
+    ///
+    /// At temperature 0 it returns the most likely token. Otherwise it adds up the probabilities in the order of ids
+    /// and returns the token at which the sum exceeds `draw`, a random number from 0 to 1.
     pub fn choose(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize, draw: f64) -> u32 {
         self.process(logits, ids, prompt_len);
         if self.temperature == 0.0 {
@@ -137,12 +142,13 @@ impl SamplingParams {
                 return i as u32;
             }
         }
-        // Rounding left a sliver at the end.
+        // Rounding errors may leave the sum of all probabilities below `draw`.
         ops::argmax(logits) as u32
     }
 
-    /// Logits to scores: what is dropped becomes negative infinity. `ids` is prompt and continuation, which begins at
-    /// `prompt_len`.
+    /// Replaces logits by scores: applies penalties and temperature, and sets dropped tokens to negative infinity.
+    ///
+    /// `ids` holds the prompt, which has `prompt_len` tokens, and the continuation.
     pub fn process(&self, logits: &mut [f32], ids: &[u32], prompt_len: usize) {
         self.penalize(logits, ids, prompt_len);
         if self.temperature == 0.0 {
@@ -151,11 +157,11 @@ impl SamplingParams {
         if self.temperature != 1.0 {
             let largest =
                 logits.iter().copied().filter(|x| x.is_finite()).fold(0.0, |largest: f32, x| largest.max(x.abs()));
-            // Probabilities do not change with what all logits have in common. Where the quotients would be infinite, the
-            // largest logit becomes 0.
+            // Subtracting a constant from all logits does not change the probabilities. The maximum is subtracted if
+            // the quotients would overflow.
             let shift = if (largest / self.temperature).is_finite() { 0.0 } else { max(logits) };
             for x in logits.iter_mut() {
-                // Equal infinities have no difference.
+                // The difference of equal infinities is NaN.
                 *x = if *x == shift { 0.0 } else { (*x - shift) / self.temperature };
             }
         }
@@ -209,8 +215,8 @@ fn max(scores: &[f32]) -> f32 {
     scores.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// Softmax in f64; the sum over a large vocabulary would lose digits otherwise. Scores that a penalty made infinite share the
-/// probability.
+/// Returns the softmax in f64, because an f32 sum over a large vocabulary loses digits. Scores that a penalty made
+/// infinite share the probability.
 fn softmax(scores: &[f32]) -> Vec<f64> {
     let max = max(scores);
     let weight = |&x: &f32| if x == max { 1.0 } else { f64::from(x - max).exp() };
@@ -233,8 +239,9 @@ fn top_k(scores: &mut [f32], k: usize) {
     drop_where(scores, |_, x| x < kth);
 }
 
-/// How many elements of `order`, taken in the order of `by`, have a mass whose sum `fits`; they come to its front, and what
-/// is next comes behind them. Selects rather than sorts: of a vocabulary hardly more than the border is ever compared twice.
+/// Returns how many elements of `order`, sorted by `by`, can be taken from the front while the sum of their `mass`
+/// satisfies `fits`. Moves them to the front, and the next element behind them. Uses selection instead of sorting,
+/// which takes linear time.
 fn fitting(
     order: &mut [usize],
     by: impl Fn(&usize, &usize) -> Ordering,
@@ -255,11 +262,12 @@ fn fitting(
     from
 }
 
-/// From the least likely up, drops while the sum stays within `1 - p`; the most likely stays.
+/// Drops the least likely tokens while their probabilities add up to at most `1 - p`. Keeps at least the most likely
+/// token.
 fn top_p(scores: &mut [f32], p: f32) {
     let probabilities = softmax(scores);
     let mut order: Vec<usize> = (0..scores.len()).filter(|&i| scores[i] > f32::NEG_INFINITY).collect();
-    // Of tied tokens the one with the smaller id counts as the more likely, as for greedy decoding.
+    // Of tied tokens, the one with the smaller id counts as more likely, as in greedy decoding.
     let by = |&a: &usize, &b: &usize| scores[a].total_cmp(&scores[b]).then(b.cmp(&a));
     let dropped = fitting(&mut order, by, &probabilities, |sum| sum <= 1.0 - f64::from(p));
     for &i in &order[..dropped.min(order.len().saturating_sub(1))] {
@@ -280,7 +288,7 @@ fn typical_p(scores: &mut [f32], p: f32) {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     let by = |&a: &usize, &b: &usize| surprise[a].total_cmp(&surprise[b]);
     let before = fitting(&mut order, by, &probabilities, |sum| sum < f64::from(p));
-    // The one that reaches `p` stays too.
+    // The token at which the sum reaches `p` is kept too.
     let limit = surprise[order[before.min(order.len() - 1)]];
     drop_where(scores, |i, _| surprise[i] > limit);
 }
@@ -294,7 +302,7 @@ mod tests {
     proptest! {
         #[test]
         fn selecting_finds_what_sorting_finds(weights in prop::collection::vec(0u32..50, 1..90), share in 0f64..=1.0) {
-            // Whole numbers have one sum, whatever the order.
+            // Sums of whole numbers do not depend on the order.
             let mass: Vec<f64> = weights.iter().map(|&w| f64::from(w)).collect();
             let limit = share * mass.iter().sum::<f64>();
             let by = |&a: &usize, &b: &usize| weights[a].cmp(&weights[b]).then(b.cmp(&a));

@@ -1,7 +1,7 @@
-//! The state of a model over the tokens that it has read: one `RowState` for each row of a batch.
+//! The state of a model, the KV cache or recurrent state: one `RowState` for each row of a batch.
 //!
-//! A row holds a slot for each layer: keys and values of its positions, or the tensors of a recurrence. Slots are shared by
-//! reference, so selecting, joining and forking rows copies nothing; who writes to a shared slot copies it first.
+//! A row holds one slot for each layer: the keys and values of its positions, or the tensors of a recurrence. Slots are
+//! reference counted, so selecting, joining and forking rows copies no data. Writing to a shared slot copies it first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,31 +11,31 @@ use candle_core::{DType, Tensor};
 use crate::ops::{self, NewKeys};
 use crate::{Error, Result};
 
-/// Positions are reserved in multiples of this.
+/// The capacity of a slot is a multiple of this number of positions.
 const CHUNK: usize = 64;
 
-/// Marks that a row keeps.
+/// Maximum number of marks of a row.
 const MARKS: usize = 8;
 
-/// The type in which keys and values are kept.
+/// Storage type of keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(non_camel_case_types, reason = "the field's own spelling")]
+#[allow(non_camel_case_types, reason = "spelled as in ggml")]
 pub enum CacheType {
     /// 32-bit float.
     F32,
-    /// IEEE half.
+    /// 16-bit float (IEEE half precision).
     F16,
     /// bfloat16.
     BF16,
-    /// ggml's `q8_0`: 8 bits and a scale in f16 for every 32 of a head. On the CPU only.
+    /// ggml's `q8_0`: 8-bit integers with an f16 scale for every 32 values of a head. CPU only.
     Q8_0,
 }
 
 impl CacheType {
-    /// Every one of them.
+    /// All cache types.
     pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::BF16, Self::Q8_0];
 
-    /// The one that keeps `dtype` as it is; f32 for what no cache holds.
+    /// Returns the cache type for `dtype`: f16 and bf16 for themselves, f32 for all others.
     pub fn of(dtype: DType) -> Self {
         match dtype {
             DType::F16 => Self::F16,
@@ -44,7 +44,7 @@ impl CacheType {
         }
     }
 
-    /// Its name, as flags spell it.
+    /// Returns the name, as flags spell it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -54,7 +54,7 @@ impl CacheType {
         }
     }
 
-    /// Bytes that a key or a value of `head_dim` takes.
+    /// Returns the bytes of one key or value of width `head_dim`.
     pub const fn bytes(self, head_dim: usize) -> usize {
         match self {
             Self::F32 => 4 * head_dim,
@@ -63,10 +63,11 @@ impl CacheType {
         }
     }
 
-    /// A row's keys and values, `[b, kv_heads, t, head_dim]` each, as a state of this type keeps them: `[2, kv_heads, t, width]`.
+    /// Converts the keys and values of batch element `row`, `[b, kv_heads, t, head_dim]` each, to this type. Returns
+    /// `[2, kv_heads, t, width]`, the layout of the state.
     ///
     /// # Errors
-    /// If the shapes do not fit, or for `q8_0` elsewhere than on the CPU.
+    /// Returns an error if the shapes do not match, or if the type is `q8_0` and the tensors are not f32 on the CPU.
     pub fn stored(self, k: &Tensor, v: &Tensor, row: usize) -> Result<Tensor> {
         let (_, heads, len, dim) = k.dims4()?;
         let dtype = self.storage();
@@ -75,7 +76,7 @@ impl CacheType {
         Ok(kept)
     }
 
-    /// The type of the storage.
+    /// Returns the type of the tensor that stores the values; u8 for the bytes of `q8_0`.
     fn storage(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -92,7 +93,7 @@ impl std::str::FromStr for CacheType {
     fn from_str(name: &str) -> Result<Self> {
         let names = Self::ALL.map(Self::name).join(", ");
         let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
-        found.ok_or_else(|| Error::Input(format!("{name:?} is not a cache type; use {names}")))
+        found.ok_or_else(|| Error::Input(format!("unknown cache type {name:?}; expected one of {names}")))
     }
 }
 
@@ -102,8 +103,10 @@ impl std::fmt::Display for CacheType {
     }
 }
 
-/// The state of a model over the tokens that it has read: keys and values, or the tensors of a recurrence, for each row. It starts
-/// empty and grows in steps of 64 positions; its size does not depend on the model's limit.
+/// State of a model for a batch of rows: the KV cache, or the tensors of a recurrence.
+///
+/// It starts empty. The capacity of a row grows in multiples of 64 positions and does not depend on the context length
+/// of the model.
 ///
 /// ```
 /// use pricket_nn::State;
@@ -121,7 +124,7 @@ pub struct State {
     kind: Option<CacheType>,
 }
 
-/// The state of one row.
+/// State of one row.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RowState {
     len: usize,
@@ -129,16 +132,16 @@ pub(crate) struct RowState {
     marks: Vec<Mark>,
 }
 
-/// The state of one layer of a row.
+/// State of one layer of a row.
 #[derive(Debug)]
 enum Slot {
     /// Keys and values, `[2, kv_heads, capacity, width]`.
     KeyValue(Tensor),
-    /// The tensors of a recurrence, by name.
+    /// Tensors of a recurrence, by name.
     Recurrent(BTreeMap<&'static str, Tensor>),
 }
 
-/// The recurrent slots of a row as they were at a length.
+/// Copy of the recurrent slots of a row after `len` positions.
 #[derive(Clone, Debug)]
 struct Mark {
     len: usize,
@@ -146,82 +149,85 @@ struct Mark {
 }
 
 impl State {
-    /// A state without rows that keeps keys and values in the type in which it is given them. The first pass adds its rows.
+    /// Returns a state without rows, which stores keys and values in their own type. The first pass adds the rows.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A state without rows that keeps keys and values as `kind`.
+    /// Returns a state without rows, which stores keys and values as `kind`.
     pub fn with_type(kind: CacheType) -> Self {
         Self { rows: Vec::new(), kind: Some(kind) }
     }
 
-    /// Number of rows.
+    /// Returns the number of rows.
     pub fn rows(&self) -> usize {
         self.rows.len()
     }
 
-    /// Positions that were read of `row`; 0 for a row that is not there.
+    /// Returns the number of positions of `row` read so far; 0 for a row that does not exist.
     pub fn len(&self, row: usize) -> usize {
         self.rows.get(row).map_or(0, |row| row.len)
     }
 
-    /// Whether no position was read of any row.
+    /// Returns whether no position of any row was read.
     pub fn is_empty(&self) -> bool {
         self.rows.iter().all(|row| row.len == 0)
     }
 
-    /// Adds `count` rows of which nothing was read.
+    /// Adds `count` empty rows.
     pub fn add_rows(&mut self, count: usize) {
         self.rows.resize(self.rows.len() + count, RowState::default());
     }
 
-    /// A second state with the same past. It costs nothing until one of the two is written.
+    /// Returns a second state with the same past. Data is copied only when one of the two is written.
     #[must_use]
     pub fn fork(&self) -> Self {
         self.clone()
     }
 
-    /// Keeps the rows `rows`, in that order. A row may repeat.
+    /// Keeps the given rows, in that order. A row may repeat.
     ///
     /// # Errors
-    /// [`Error::Input`] for a row that is not there.
+    /// Returns [`Error::Input`] if a row does not exist.
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
         let count = self.rows.len();
-        let missing = || Error::Input(format!("rows {rows:?} of a state of {count} rows"));
+        let missing = || Error::Input(format!("rows {rows:?} are not all in the state, which has {count} rows"));
         let selected = rows.iter().map(|&row| self.rows.get(row).cloned());
         self.rows = selected.collect::<Option<_>>().ok_or_else(missing)?;
         Ok(())
     }
 
-    /// Adds the rows of `other` behind these.
+    /// Appends the rows of `other`.
     pub fn extend(&mut self, other: Self) {
         self.rows.extend(other.rows);
     }
 
-    /// Takes `row` out: a state of one row. Rows behind it move up. A row that is not there is an empty one.
+    /// Removes `row` and returns it as a state of one row. The rows after it move up by one. A row that does not exist
+    /// gives an empty one.
     #[must_use]
     pub fn take_row(&mut self, row: usize) -> Self {
         let taken = if row < self.rows.len() { self.rows.remove(row) } else { RowState::default() };
         Self { rows: vec![taken], kind: self.kind }
     }
 
-    /// Forgets what was read of `row` from position `len` on. Returns the number of positions that are kept: `len`, or all
-    /// if there are fewer; for a recurrent model the last position that [`State::mark`] has saved up to there. The caller
-    /// reads the rest again.
+    /// Discards the positions of `row` from `len` on. Returns the number of positions kept.
+    ///
+    /// With a KV cache, `len` positions are kept, or all if there are fewer. A recurrent state returns to the last mark
+    /// of [`State::mark`] at or before `len`; without one it returns to 0. The caller then has to read the positions up
+    /// to `len` again.
     pub fn rewind(&mut self, row: usize, len: usize) -> usize {
         self.rows.get_mut(row).map_or(0, |row| row.rewind(len))
     }
 
-    /// Saves `row` as it is now, for [`State::rewind`] to return to; the last eight marks are kept. Keys and values need no mark,
-    /// and cost none.
+    /// Saves the recurrent tensors of `row`, so that [`State::rewind`] can return to this position. The last eight
+    /// marks are kept. A KV cache needs no marks, and calling this does nothing.
     pub fn mark(&mut self, row: usize) {
         if let Some(row) = self.rows.get_mut(row) {
             row.mark();
         }
     }
 
-    /// Bytes that keys, values and recurrent tensors take; what rows share counts once.
+    /// Returns the bytes of keys, values and recurrent tensors. Data that rows share is counted once.
     pub fn bytes(&self) -> usize {
         let mut seen = BTreeSet::new();
         let slots = self.rows.iter().flat_map(|row| row.layers.iter().flatten());
@@ -235,19 +241,19 @@ impl State {
         self.rows.truncate(count);
     }
 
-    /// Starts anew with `count` rows.
+    /// Replaces all rows by `count` empty ones.
     pub(crate) fn reset(&mut self, count: usize) {
         self.rows.clear();
         self.add_rows(count);
     }
 
-    /// The tensor that holds a row's keys and values, with room for new ones, which [`ops::store`] writes.
+    /// Returns the tensor with the keys and values of a row, with room for `new`. [`ops::store`] writes the new ones.
     pub(crate) fn slot_for(&mut self, row: usize, layer: usize, new: &NewKeys<'_>) -> Result<Tensor> {
         self.rows[row].slot_for(layer, new, self.kind)
     }
 
-    /// A tensor of a layer's recurrence, by the name that its block gives it; `None` if nothing was read of `row`, and for keys and
-    /// values.
+    /// Returns a tensor of the recurrence of a layer, by the name that the block gives it. Returns `None` if nothing of
+    /// `row` was read or the layer has a KV cache.
     pub fn recurrent(&self, row: usize, layer: usize, name: &'static str) -> Option<&Tensor> {
         match self.rows.get(row)?.layers.get(layer)?.as_deref()? {
             Slot::Recurrent(tensors) => tensors.get(name),
@@ -255,12 +261,12 @@ impl State {
         }
     }
 
-    /// The positions of a pass were read.
+    /// Sets the number of positions of `row` read so far.
     pub(crate) fn commit(&mut self, row: usize, len: usize) {
         self.rows[row].len = len;
     }
 
-    /// Replaces a tensor of a layer's recurrence.
+    /// Sets a tensor of the recurrence of a layer.
     pub(crate) fn set_recurrent(&mut self, row: usize, layer: usize, name: &'static str, tensor: Tensor) {
         let slot = self.rows[row].slot(layer);
         let mut tensors = match slot.as_deref() {
@@ -297,7 +303,7 @@ impl RowState {
         self.marks.retain(|mark| mark.len < self.len);
         if self.is_recurrent() {
             let recurrent = |slot: &Option<Arc<Slot>>| slot.clone().filter(|slot| matches!(**slot, Slot::Recurrent(_)));
-            // The oldest goes where there is no more room.
+            // The oldest mark is dropped first.
             if self.marks.len() >= MARKS {
                 self.marks.remove(0);
             }
@@ -332,7 +338,7 @@ impl RowState {
             Some(Slot::KeyValue(held)) => Some((held.dims4()?, held.dtype())),
             _ => None,
         };
-        // What was kept in one type goes on in it, whatever state the row is in.
+        // A row with a past keeps its type, even after it moved to a state with another type.
         let stored = match (held, kind) {
             (Some((_, dtype)), _) if past > 0 => dtype,
             (_, Some(kind)) => kind.storage(),
@@ -344,16 +350,18 @@ impl RowState {
             Some((_, h, capacity, w)) if (h, w) == (heads, width) => capacity,
             _ if past == 0 => 0,
             Some((_, h, _, w)) => {
-                let what = format!("the state holds {h} heads of {w}, the input has {heads} heads of {width}");
+                let what =
+                    format!("the state holds {h} heads of width {w}, but the input has {heads} heads of width {width}");
                 return Err(Error::Input(what));
             }
             None => {
-                let what = format!("layer {layer} has no past, and the input starts at position {past}");
+                let what = format!("layer {layer} has no past, but the input starts at position {past}");
                 return Err(Error::Input(what));
             }
         };
         if capacity < end || slot.as_mut().and_then(Arc::get_mut).is_none() {
-            // Grown by half, or shared with another row: the past is copied to a slot of this row's own.
+            // The slot is too small or shared with another row: copies the past to a new slot, by half larger if it has
+            // to grow.
             let room =
                 if capacity >= end { capacity } else { end.max(capacity + capacity / 2).next_multiple_of(CHUNK) };
             let grown = Tensor::zeros((2, heads, room, width), stored, new.k.device())?;
@@ -365,7 +373,7 @@ impl RowState {
             *slot = Some(Arc::new(Slot::KeyValue(grown)));
         }
         let Some(Slot::KeyValue(kept)) = slot.as_deref() else {
-            return Err(Error::Input(format!("layer {layer} keeps no keys and values")));
+            return Err(Error::Input(format!("layer {layer} has no keys and values in the state")));
         };
         Ok(kept.clone())
     }

@@ -1,53 +1,56 @@
-//! Decoding as one call a step: a batch of rows that join and leave, each of which reads a few tokens and is given the next.
+//! Batched decoding. Rows join and leave the batch at any time. In each step a row reads a few tokens and gets the next
+//! ones.
 
 use crate::ops::RowSummary;
 use crate::{Result, SamplingParams, State};
 
-/// New tokens that a row reads in a step, at most.
+/// Maximum number of tokens that a row reads in a step.
 pub const MAX_STEP: usize = 8;
 
-/// A row of a [`StepDecoder`], until it is released.
+/// Identifier of a row of a [`StepDecoder`]; valid until the row is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RowId(pub u64);
 
-/// A row that joins a [`StepDecoder`].
+/// Row that joins a [`StepDecoder`].
 #[derive(Debug)]
 pub struct Admission {
-    /// Its state, of one row.
+    /// State with one row.
     pub state: State,
-    /// Its tokens, those that were read and those that were not.
+    /// All tokens of the row, including those not read yet.
     pub ids: Vec<u32>,
-    /// How many of them are the prompt.
+    /// Number of tokens at the start that are the prompt.
     pub prompt_len: usize,
-    /// How its next tokens are chosen.
+    /// Sampling settings of the row.
     pub sampling: SamplingParams,
-    /// Ids from here on are never chosen; `None` for no limit.
+    /// Only ids below this are chosen; `None` for no limit.
     pub vocab: Option<usize>,
 }
 
-/// The tokens that a row reads in a step.
+/// Tokens that a row reads in a step.
 #[derive(Clone, Debug)]
 pub struct RowStep<'a> {
     /// The row.
     pub row: RowId,
-    /// The tokens that it reads, 1 to [`MAX_STEP`]: those of the row that it has not read, or some that are tried.
+    /// Tokens to read, 1 to [`MAX_STEP`]: unread tokens of the row, or draft tokens.
     pub tokens: &'a [u32],
-    /// For each of them a number from 0 to 1 from which the token after it is drawn. Not looked at where tokens are not drawn.
+    /// Random numbers from 0 to 1, one for each token, which choose the tokens that follow. Ignored by greedy decoding.
     pub draws: &'a [f64],
 }
 
-/// A token that was chosen.
+/// Chosen token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
-    /// The token.
+    /// Token id.
     pub id: u32,
-    /// Its log-probability under the model, before penalties and filters; not a number if the logits overflowed.
+    /// Log-probability of the token under the model, before penalties and filters; NaN if the logits overflowed.
     pub logprob: f32,
 }
 
 impl Choice {
-    /// Chooses among `logits`, which `summary` sums up, after `ids`: a prompt of `prompt_len` tokens and what follows it. Ids from
-    /// `vocab` on are never chosen; `draw` as in [`SamplingParams::choose`].
+    /// Chooses the next token from `logits`; `summary` is the summary of this row of logits.
+    ///
+    /// `ids` holds the previous tokens, the first `prompt_len` of which are the prompt. Only ids below `vocab` are
+    /// chosen. `draw` is a random number from 0 to 1; see [`SamplingParams::choose`].
     pub fn of(
         (logits, summary): (&[f32], &RowSummary),
         sampling: &SamplingParams,
@@ -66,37 +69,40 @@ impl Choice {
     }
 }
 
-/// Chooses the next tokens of a batch of rows. A model may have one of its own, with kernels that do a whole step; any model has
-/// [`PlainDecoder`](crate::PlainDecoder).
+/// Decoder that chooses the next tokens of a batch of rows.
+///
+/// A model may implement its own, for example with a kernel for a whole step. [`PlainDecoder`](crate::PlainDecoder)
+/// works with any model.
 pub trait StepDecoder: Send {
-    /// Adds a row.
+    /// Adds a row to the batch.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) for a state that has not one row.
+    /// Returns [`Error::Input`](crate::Error::Input) if the state does not have exactly one row.
     fn admit(&mut self, row: Admission) -> Result<RowId>;
 
-    /// Reads the new tokens of some rows. Returns, for each row and each of its tokens, the token that is chosen after it.
+    /// Reads new tokens of some rows. Returns, for each row and each of its tokens, the token chosen to follow it.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) for a row that is not there, or more tokens than a step takes; what the model says.
+    /// Returns [`Error::Input`](crate::Error::Input) if a row does not exist or the number of tokens is not 1 to
+    /// [`MAX_STEP`], or the error of the model.
     fn step(&mut self, rows: &[RowStep<'_>]) -> Result<Vec<Vec<Choice>>>;
 
-    /// Takes back what was read of a row from position `len` on: tokens that were tried and rejected. Returns the number of
-    /// positions that are kept, as [`State::rewind`].
+    /// Discards the positions of a row from `len` on, for example rejected draft tokens. Returns the number of
+    /// positions kept; see [`State::rewind`].
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) for a row that is not there.
+    /// Returns [`Error::Input`](crate::Error::Input) if the row does not exist.
     fn rewind(&mut self, row: RowId, len: usize) -> Result<usize>;
 
-    /// Adds a token to a row: what was chosen and accepted. It is read by a later step.
+    /// Appends an accepted token to a row. A later step reads it.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) for a row that is not there.
+    /// Returns [`Error::Input`](crate::Error::Input) if the row does not exist.
     fn push(&mut self, row: RowId, token: u32) -> Result<()>;
 
-    /// Removes a row, and returns its state.
+    /// Removes a row and returns its state.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) for a row that is not there.
+    /// Returns [`Error::Input`](crate::Error::Input) if the row does not exist.
     fn release(&mut self, row: RowId) -> Result<State>;
 }

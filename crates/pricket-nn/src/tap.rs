@@ -1,4 +1,4 @@
-//! Places in a forward pass where a tensor can be looked at or changed.
+//! Taps: recording and editing tensors at named sites of a forward pass.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,9 +7,11 @@ use candle_core::Tensor;
 
 use crate::{Error, Result, Span};
 
-/// A place in a forward pass where a tensor can be looked at or changed. `b` is the batch, `t` the new positions,
-/// `s` the positions seen so far, `d` the width, `h` the heads. In a packed pass `b` is 1, `t` counts the positions of all
-/// rows, and [`Recording::spans`] says whose they are.
+/// Place in a forward pass where a tensor can be recorded or edited.
+///
+/// In the shapes, `b` is the batch size, `t` the number of new positions, `s` the number of positions read so far
+/// including the new ones, `d` the width and `h` the number of heads. In a packed pass `b` is 1 and `t` counts the
+/// positions of all rows; [`Recording::spans`] gives the row of each position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Site {
@@ -17,7 +19,7 @@ pub enum Site {
     Embed,
     /// Residual stream before a block, `[b, t, d]`.
     ResidPre,
-    /// Residual stream between attention and MLP, `[b, t, d]`; parallel blocks have none.
+    /// Residual stream between attention and MLP, `[b, t, d]`. Blocks with a parallel residual do not have this site.
     ResidMid,
     /// Residual stream after a block, `[b, t, d]`.
     ResidPost,
@@ -27,25 +29,25 @@ pub enum Site {
     Key,
     /// Values, `[b, h, t, head_dim]`.
     Value,
-    /// Attention probabilities, `[b, h, t, s]`; where rows differ in their positions one tensor for each row, `[1, h, t, s]`.
-    /// Asking for them selects the unfused attention.
+    /// Attention probabilities, `[b, h, t, s]`. If the positions of the rows differ, there is one tensor for each row,
+    /// `[1, h, t, s]`. Tapping this site disables fused attention.
     Pattern,
-    /// What attention adds to the residual stream, `[b, t, d]`.
+    /// Output of attention, which is added to the residual stream, `[b, t, d]`.
     AttentionOut,
-    /// What the MLP adds to the residual stream, `[b, t, d]`.
+    /// Output of the MLP, which is added to the residual stream, `[b, t, d]`.
     MlpOut,
     /// After the final norm, `[b, t, d]`.
     FinalNorm,
 }
 
 impl Site {
-    /// Whether there is one per layer.
+    /// Returns whether every layer has this site.
     pub fn is_per_layer(self) -> bool {
         !matches!(self, Site::Embed | Site::FinalNorm)
     }
 }
 
-/// Every site, in the order of a forward pass.
+/// All sites, in the order of a forward pass.
 const SITES: [Site; 11] = [
     Site::Embed,
     Site::ResidPre,
@@ -62,15 +64,16 @@ const SITES: [Site; 11] = [
 
 type Edit = Box<dyn FnMut(usize, &Tensor) -> Result<Tensor> + Send>;
 
-/// What to record and what to change during forward passes. Without taps, nothing is spent on them. A tap that cannot fire, at a
-/// site or layer that the model does not have, is an error when a pass begins.
+/// Tensors to record and to edit during forward passes.
+///
+/// Starting a pass fails if a tap names a site or a layer that the model does not have.
 ///
 /// ```
 /// use pricket_nn::{Site, Taps};
 /// let taps = Taps::new()
-///     .record(Site::ResidPost)                       // of every layer
-///     .record_at(Site::Pattern, 3)                   // of layer 3 alone
-///     .edit(Site::ResidPre, |_, x| Ok((x * 0.5)?))     // of every layer
+///     .record(Site::ResidPost) // in every layer
+///     .record_at(Site::Pattern, 3) // in layer 3 only
+///     .edit(Site::ResidPre, |_, x| Ok((x * 0.5)?)) // in every layer
 ///     .edit_at(Site::AttentionOut, 5, |x| Ok(x.zeros_like()?));
 /// # drop(taps);
 /// ```
@@ -88,34 +91,34 @@ impl std::fmt::Debug for Taps {
 }
 
 impl Taps {
-    /// Taps that do nothing yet.
+    /// Returns taps that record and edit nothing.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Records `site`, of every layer where it is per layer.
+    /// Records `site` in every layer.
     #[must_use]
     pub fn record(mut self, site: Site) -> Self {
         self.record.push((site, None));
         self
     }
 
-    /// Records `site` of one layer.
+    /// Records `site` in one layer.
     #[must_use]
     pub fn record_at(mut self, site: Site, layer: usize) -> Self {
         self.record.push((site, Some(layer)));
         self
     }
 
-    /// Replaces the tensor at `site` by what `edit(layer, tensor)` returns, before it is recorded. The layer of a
-    /// site that is not per layer is 0.
+    /// Replaces the tensor at `site` by the result of `edit(layer, tensor)`, in every layer. Edits run before
+    /// recording. For a site that exists once in the model, `layer` is 0.
     #[must_use]
     pub fn edit(mut self, site: Site, edit: impl FnMut(usize, &Tensor) -> Result<Tensor> + Send + 'static) -> Self {
         self.edits.push((site, None, Box::new(edit)));
         self
     }
 
-    /// As [`Taps::edit`], of one layer.
+    /// Replaces the tensor at `site` by the result of `edit(tensor)`, in one layer.
     #[must_use]
     pub fn edit_at(
         mut self,
@@ -127,10 +130,10 @@ impl Taps {
         self
     }
 
-    /// Refuses taps that cannot fire in a model of `layers` blocks, which have the sites that `has` says.
+    /// Checks that a model with `layers` blocks has every tapped site and layer. `has` returns whether it has a site.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the tap and what there is.
+    /// Returns [`Error::Input`] if a site or layer is missing. The message lists those that exist.
     pub(crate) fn check(&self, layers: usize, has: &dyn Fn(Site) -> bool) -> Result<()> {
         let of_edits = self.edits.iter().map(|(site, layer, _)| (*site, *layer));
         for (site, layer) in self.record.iter().copied().chain(of_edits) {
@@ -141,9 +144,9 @@ impl Taps {
             }
             if let Some(layer) = layer.filter(|&layer| layer >= if site.is_per_layer() { layers } else { 1 }) {
                 let what = if site.is_per_layer() {
-                    format!("{site:?} of layer {layer}: the layers are 0 to {}", layers.saturating_sub(1))
+                    format!("site {site:?} of layer {layer}: the layers are 0 to {}", layers.saturating_sub(1))
                 } else {
-                    format!("{site:?} of layer {layer}: there is one for all layers, at layer 0")
+                    format!("site {site:?} of layer {layer}: this site exists once for all layers; use layer 0")
                 };
                 return Err(Error::Input(what));
             }
@@ -151,7 +154,7 @@ impl Taps {
         Ok(())
     }
 
-    /// Whether anything here looks at `site` of `layer`.
+    /// Returns whether `site` of `layer` is recorded or edited.
     pub(crate) fn wants(&self, site: Site, layer: usize) -> bool {
         self.records(site, layer)
             || self.edits.iter().any(|(at, only, _)| *at == site && only.is_none_or(|only| only == layer))
@@ -161,7 +164,7 @@ impl Taps {
         self.record.iter().any(|&(at, only)| at == site && only.is_none_or(|only| only == layer))
     }
 
-    /// Edits and records a tensor, the one with number `part` of those that the site has in this pass.
+    /// Edits and records a tensor. `part` is its index among the tensors that the site has in this pass.
     pub(crate) fn visit(&mut self, site: Site, layer: usize, part: usize, tensor: Tensor) -> Result<Tensor> {
         let mut tensor = tensor;
         for (at, only, edit) in &mut self.edits {
@@ -182,7 +185,7 @@ impl Taps {
     }
 }
 
-/// The tensors that [`Taps`] kept, owned.
+/// Tensors that [`Taps`] recorded.
 #[derive(Debug)]
 pub struct Recording {
     tensors: BTreeMap<(Site, usize), Vec<Tensor>>,
@@ -196,8 +199,10 @@ impl Default for Recording {
 }
 
 impl Recording {
-    /// The tensor of `site` at `layer` (0 for sites that are not per layer), from the last forward pass. `None` if nothing was
-    /// recorded there, or several tensors: see [`Recording::parts`].
+    /// Returns the tensor at `site` of `layer` from the last forward pass. For a site that exists once in the model,
+    /// `layer` is 0.
+    ///
+    /// Returns `None` if nothing was recorded, or if there are several tensors; see [`Recording::parts`].
     pub fn get(&self, site: Site, layer: usize) -> Option<&Tensor> {
         match self.parts(site, layer) {
             [tensor] => Some(tensor),
@@ -205,17 +210,18 @@ impl Recording {
         }
     }
 
-    /// The tensors of `site` at `layer`: one for the pass, or one for each row, in the order of [`Recording::spans`].
+    /// Returns the tensors at `site` of `layer`: one for the whole pass, or one for each row in the order of
+    /// [`Recording::spans`].
     pub fn parts(&self, site: Site, layer: usize) -> &[Tensor] {
         self.tensors.get(&(site, layer)).map_or(&[], Vec::as_slice)
     }
 
-    /// The rows and positions of the last forward pass, in the order of its tensors.
+    /// Returns the rows and positions of the last forward pass, in the order of its tensors.
     pub fn spans(&self) -> &[Span] {
         &self.spans
     }
 
-    /// Everything recorded, in the order of sites, layers and rows.
+    /// Returns an iterator over all recorded tensors with their site and layer, in the order of sites, layers and rows.
     pub fn iter(&self) -> impl Iterator<Item = (Site, usize, &Tensor)> {
         self.tensors.iter().flat_map(|(&(site, layer), parts)| parts.iter().map(move |tensor| (site, layer, tensor)))
     }

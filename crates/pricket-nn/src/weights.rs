@@ -1,4 +1,4 @@
-//! Loads layers by name from a store of tensors.
+//! Loading layers by name from a store of tensors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -15,21 +15,21 @@ use crate::{
     RowOrder, Storage, Trainable,
 };
 
-/// A trainable parameter: a variable, and how it relates to the tensor on file.
+/// Trainable parameter: a variable, and the name and row order of its tensor in the file.
 #[derive(Clone, Debug)]
 pub struct Parameter {
-    /// The name on file.
+    /// Name in the file.
     pub name: String,
-    /// The variable the model computes with.
+    /// Variable that the model uses.
     pub var: Var,
-    /// How its rows are ordered; [`RowOrder::undo`] brings a gradient into the order on file.
+    /// Row order; [`RowOrder::undo`] converts a gradient to the order in the file.
     pub rows: RowOrder,
 }
 
-/// A cursor over named weights that knows what to make of them.
+/// Cursor over named weights that creates layers from them.
 ///
-/// Moves like `cd`: `weights.pp("attention").pp("dense")`. It carries the store and the [`LoadOptions`], so that a family says
-/// names and sizes and nothing else.
+/// [`Weights::pp`] moves one level down, like `cd`: `weights.pp("attention").pp("dense")`. The cursor holds the store
+/// and the [`LoadOptions`], so that family code gives only names and sizes.
 #[derive(Clone)]
 pub struct Weights {
     shared: Arc<Shared>,
@@ -40,28 +40,30 @@ struct Shared {
     store: Arc<dyn Store>,
     names: Names,
     options: LoadOptions,
-    /// Names without wrappers, and the names on file, of tensors that have any.
+    /// Names without wrappers and the names in the file, for tensors with wrappers in their names.
     wrapped: OnceLock<BTreeMap<String, String>>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
+    /// Names in the file of the tensors loaded so far.
     asked: BTreeSet<String>,
-    /// Canonical names, and names on file.
+    /// Canonical names and names in the file, in the order of loading.
     canonical: Vec<(String, String)>,
     parameters: Vec<Parameter>,
     elements: u64,
-    /// In memory.
+    /// Bytes in memory.
     bytes: u64,
+    /// Bytes of matrices used in place.
     in_place: u64,
-    /// On file.
+    /// Bytes read from the file.
     read: u64,
-    /// By canonical name, those that were brought into another order.
+    /// Canonical names and row orders of reordered tensors.
     fused: Vec<(String, RowOrder)>,
-    /// Type and size of the largest matrix on file.
+    /// Type in the file and bytes of the largest matrix.
     largest: (Option<Dtype>, usize),
-    /// Names on file of an embedding and of the head that it is tied to, where both are there.
+    /// Names in the file of a tied embedding and head, if the file has both.
     tied: Option<(String, String)>,
 }
 
@@ -72,23 +74,24 @@ impl std::fmt::Debug for Weights {
 }
 
 impl Weights {
-    /// The root of `store` for the CPU, everything as stored.
+    /// Returns a cursor at the root of `store`, with the default options: the CPU, and all weights as stored.
     pub fn as_stored(store: Arc<dyn Store>, names: Names) -> Self {
         Self::new(store, names, LoadOptions::default())
     }
 
-    /// The root of `store`, to be read as `names` says.
+    /// Returns a cursor at the root of `store`. `names` gives the spellings of tensor names in the file.
     pub fn new(store: Arc<dyn Store>, names: Names, options: LoadOptions) -> Self {
         let shared = Shared { store, names, options, wrapped: OnceLock::new(), state: Mutex::default() };
         Self { shared: Arc::new(shared), path: String::new() }
     }
 
-    /// How weights are loaded.
+    /// Returns the options for loading.
     pub fn options(&self) -> &LoadOptions {
         &self.shared.options
     }
 
-    /// The type in which keys and values are cached: as asked for, else as precise as the activations.
+    /// Returns the storage type of keys and values: the type in the options, otherwise one as precise as the
+    /// activations.
     pub fn cache(&self) -> CacheType {
         let precision = if self.device().is_cpu() { self.options().precision } else { ActivationPrecision::F32 };
         self.options().cache.unwrap_or(match precision {
@@ -98,7 +101,7 @@ impl Weights {
         })
     }
 
-    /// The type of the largest matrix, as the model keeps it.
+    /// Returns the type that the model uses for the largest matrix.
     pub fn largest(&self) -> Dtype {
         let stored = self.state().largest.0.unwrap_or(Dtype::F32);
         match self.options().storage {
@@ -114,17 +117,17 @@ impl Weights {
         }
     }
 
-    /// What was loaded, in that order: canonical names, and names on file.
+    /// Returns the canonical names and the names in the file of all tensors loaded so far, in the order of loading.
     pub fn asked(&self) -> Vec<(String, String)> {
         self.state().canonical.clone()
     }
 
-    /// The tensors whose rows are in another order in the model than on file, by their canonical names.
+    /// Returns the canonical names and row orders of the tensors whose rows were reordered.
     pub fn fused(&self) -> Vec<(String, RowOrder)> {
         self.state().fused.clone()
     }
 
-    /// The cursor one level down.
+    /// Returns a cursor one level down, at `name`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
         Self { shared: Arc::clone(&self.shared), path: self.name(name) }
@@ -138,7 +141,7 @@ impl Weights {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The type in which activations are best computed with these weights.
+    /// Returns the default type of activations for these weights.
     pub fn activations(&self) -> DType {
         match self.options().storage {
             _ if self.options().trainable == Trainable::All => DType::F32,
@@ -147,40 +150,40 @@ impl Weights {
         }
     }
 
-    /// The device the weights go to.
+    /// Returns the device of the weights.
     pub fn device(&self) -> &Device {
         &self.options().device
     }
 
-    /// Elements loaded so far, each tensor once.
+    /// Returns the number of elements loaded so far. Each tensor is counted once.
     pub fn elements(&self) -> u64 {
         self.state().elements
     }
 
-    /// Bytes that the loaded tensors take in memory or, in place, in their file.
+    /// Returns the bytes of the loaded tensors in memory, including those used in place in their file.
     pub fn bytes(&self) -> u64 {
         self.state().bytes
     }
 
-    /// Bytes of those that are used where their file is mapped, and not copied.
+    /// Returns the bytes of matrices that are used in place in their mapped file.
     pub fn in_place_bytes(&self) -> u64 {
         self.state().in_place
     }
 
-    /// Bytes that the loaded tensors take on file.
+    /// Returns the bytes of the loaded tensors in the file.
     pub fn bytes_read(&self) -> u64 {
         self.state().read
     }
 
-    /// The variables that [`LoadOptions::trainable`] asks for, in the order of loading.
+    /// Returns the trainable parameters that [`LoadOptions::trainable`] selects, in the order of loading.
     pub fn parameters(&self) -> Vec<Parameter> {
         self.state().parameters.clone()
     }
 
-    /// Checks that every name of [`Trainable::Names`] is one of the model's, once it is loaded.
+    /// Checks, after loading, that every name in [`Trainable::Names`] matches a weight of the model.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the first that is not.
+    /// Returns [`Error::Input`] naming the first name without a match.
     pub fn check_trainable(&self) -> Result<()> {
         let Trainable::Names(names) = &self.options().trainable else { return Ok(()) };
         let state = self.state();
@@ -194,15 +197,15 @@ impl Weights {
         }
     }
 
-    /// Tensors of the store that nothing asked for and that are no known buffers.
+    /// Returns the tensors of the store that were not loaded and are not known buffers.
     pub fn unused(&self) -> Vec<String> {
         let state = self.state();
         let names = self.shared.store.names().into_iter();
         names.filter(|name| !state.asked.contains(name) && !self.shared.names.is_buffer(name)).collect()
     }
 
-    /// Those of [`Weights::unused`] that look like weights of the family: a configuration that has no use for them is mostly
-    /// not theirs.
+    /// Returns the tensors of [`Weights::unused`] that look like weights of the family. If there are any, the
+    /// configuration probably belongs to another checkpoint.
     pub fn unused_weights(&self) -> Vec<String> {
         let asked = self.state().asked.iter().map(|name| without_numbers(name)).collect();
         let mut unused = self.unused();
@@ -210,18 +213,18 @@ impl Weights {
         unused
     }
 
-    /// A linear layer `name`: `weight` of `[outputs, inputs]` and, if `bias`, `bias` of `[outputs]`.
+    /// Loads the linear layer `name`: `weight`, `[outputs, inputs]`, and, if `bias` is true, `bias`, `[outputs]`.
     ///
     /// # Errors
-    /// If a tensor is missing, misshapen, or no floating-point type.
+    /// Returns an error if a tensor is missing, has another shape or does not have a floating-point or quantized type.
     pub fn linear(&self, name: &str, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
         self.linear_in_order(name, inputs, outputs, bias, RowOrder::AsStored)
     }
 
-    /// As [`Weights::linear`], its rows brought into the model's order.
+    /// Loads a linear layer and converts its rows from the order `rows` to the model's order. See [`Weights::linear`].
     ///
     /// # Errors
-    /// As [`Weights::linear`].
+    /// Returns the errors of [`Weights::linear`], or an error if the rows cannot be reordered.
     pub fn linear_in_order(
         &self,
         name: &str,
@@ -233,11 +236,11 @@ impl Weights {
         self.linear_of(name, [outputs, inputs], bias, rows, false)
     }
 
-    /// The head `name` of a model, `[outputs, inputs]` without a bias: as [`Weights::linear`], stored as
-    /// [`Quantization::embeddings_and_head`](crate::Quantization::embeddings_and_head) says.
+    /// Loads the head `name` of a model, `[outputs, inputs]`, without a bias. When quantizing, its type is
+    /// [`Quantization::embeddings_and_head`](crate::Quantization::embeddings_and_head).
     ///
     /// # Errors
-    /// As [`Weights::linear`].
+    /// Returns the errors of [`Weights::linear`].
     pub fn head(&self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
         self.linear_of(name, [outputs, inputs], false, RowOrder::AsStored, true)
     }
@@ -255,49 +258,49 @@ impl Weights {
         Ok(Linear::new(&at.path, weight, bias, self.options().precision, hub))
     }
 
-    /// A layer norm `name` over `dim`, with a bias if `bias`.
+    /// Loads the layer norm `name` over `dim` elements, with a bias if `bias` is true.
     ///
     /// # Errors
-    /// As [`Weights::linear`].
+    /// Returns the errors of [`Weights::linear`].
     pub fn layer_norm(&self, name: &str, dim: usize, eps: f64, bias: bool) -> Result<Norm> {
         let at = self.pp(name);
         let weight = at.tensor("weight", &[dim], RowOrder::AsStored)?;
-        // A norm without a bias gets a zero one: candle's fused form needs it.
+        // A norm without a bias gets a bias of zeros, which candle's fused form needs.
         let has_bias = bias;
         let zeros_or_bias =
             if bias { at.tensor("bias", &[dim], RowOrder::AsStored)? } else { weight.detach().zeros_like()? };
         Ok(Norm::Layer { name: at.path.as_str().into(), weight, bias: zeros_or_bias, has_bias, eps })
     }
 
-    /// A root-mean-square norm `name` over `dim`.
+    /// Loads the root-mean-square norm `name` over `dim` elements.
     ///
     /// # Errors
-    /// As [`Weights::linear`].
+    /// Returns the errors of [`Weights::linear`].
     pub fn rms_norm(&self, name: &str, dim: usize, eps: f64) -> Result<Norm> {
         let weight = self.vector(&format!("{name}.weight"), dim)?;
         Ok(Norm::Rms { name: self.name(name).into(), weight, eps })
     }
 
-    /// A vector `name` of `dim`: a decay.
+    /// Loads the vector `name` of `dim` elements, such as the decay of a recurrence.
     ///
     /// # Errors
-    /// As [`Weights::linear`].
+    /// Returns the errors of [`Weights::linear`].
     pub fn vector(&self, name: &str, dim: usize) -> Result<Tensor> {
         self.array(name, &[dim])
     }
 
-    /// A tensor `name` of any shape that is no matrix, in the type of the activations: mixing factors of `[1, 1, d]`.
+    /// Loads the tensor `name` of any shape in the type of the activations, such as mixing factors of `[1, 1, d]`.
     ///
     /// # Errors
-    /// As [`Weights::linear`].
+    /// Returns the errors of [`Weights::linear`].
     pub fn array(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.tensor(name, shape, RowOrder::AsStored)
     }
 
-    /// A table `name` of `[rows, dim]`.
+    /// Loads the embedding `name`, `[rows, dim]`.
     ///
     /// # Errors
-    /// As [`Weights::linear`].
+    /// Returns the errors of [`Weights::linear`].
     pub fn embedding(&self, name: &str, rows: usize, dim: usize) -> Result<Embedding> {
         Ok(Embedding {
             name: self.name(name).into(),
@@ -306,11 +309,12 @@ impl Weights {
         })
     }
 
-    /// Embedding and head of a model: tables of `[rows, dim]` under two names. Where they are tied, one of the names is enough.
+    /// Loads the embedding and the head of a model, both `[rows, dim]`. If they are tied, the file needs only one of
+    /// the two tensors.
     ///
     /// # Errors
-    /// As [`Weights::linear`], and if a tied head is there as well and holds other values than the embedding: the file
-    /// does not say which of the two to use.
+    /// Returns the errors of [`Weights::linear`]. If they are tied, returns an error if the file has both tensors and
+    /// their values differ, unless unused weights are allowed.
     pub fn embedding_and_head(
         &self,
         embedding: &str,
@@ -327,7 +331,7 @@ impl Weights {
         let by_head = own.is_none() && other.is_some();
         let embed = self.embedding(if by_head { head } else { embedding }, rows, dim)?;
         if by_head {
-            // Callers look the matrix up under the embedding's name.
+            // Callers look up the matrix by the name of the embedding.
             let [own, other] = [embedding, head].map(|name| self.pp(name).name("weight"));
             let mut state = self.state();
             for (canonical, _) in state.canonical.iter_mut().filter(|(canonical, _)| *canonical == other) {
@@ -343,20 +347,21 @@ impl Weights {
         Ok(EmbeddingAndHead { embed, head, is_tied: true })
     }
 
-    /// Passes over a head that is there beside the embedding that it is tied to, if they are the same.
+    /// Marks a tied head in the file as used, if it equals the embedding.
     fn check_tied(&self, own: &str, other: &str) -> Result<()> {
         let mut state = self.state();
         state.asked.insert(other.to_owned());
         state.tied = Some((own.to_owned(), other.to_owned()));
         drop(state);
-        // Headers alone can tell another shape; bytes are compared where weights are loaded.
+        // Headers are enough to compare shapes. Values are compared when weights are loaded.
         self.compare_tied(!self.shared.store.shapes_only())
     }
 
-    /// Compares the values of a tied head that is there with those of its embedding, which loading over headers does not.
+    /// Compares the values of a tied head and its embedding, if the file has both. Loading from headers only skips this
+    /// comparison.
     ///
     /// # Errors
-    /// If they differ, unless that is allowed.
+    /// Returns an error if the values differ, unless unused weights are allowed.
     pub fn verify_tied(&self) -> Result<()> {
         self.compare_tied(true)
     }
@@ -371,25 +376,25 @@ impl Weights {
         }
         let what = format!(
             "tie_word_embeddings is true, but tensor {other} differs from the embedding {own}: to use it, load with tie_word_embeddings=false; to \
-             leave it out, allow unused weights"
+             ignore it, allow unused weights"
         );
         Err(pricket_weights::Error::Corrupt { path: store.origin(&other).into(), what }.into())
     }
 
-    /// Whether the checkpoint holds a tensor `name`, or says that it does. A store without a file holds what was asked for by
-    /// shape so far.
+    /// Returns whether the checkpoint has a tensor `name`, or lists one. A store without a file has the tensors that
+    /// were requested so far.
     pub fn holds(&self, name: &str) -> bool {
         let (store, name) = (&*self.shared.store, self.name(name));
         self.stored(&name).is_some() || self.shared.names.spellings(&name).iter().any(|spelling| store.claims(spelling))
     }
 
-    /// The name under which the store has the tensor that is called `canonical` here.
+    /// Returns the name in the store of the tensor with the canonical name `canonical`.
     fn stored(&self, canonical: &str) -> Option<String> {
         let Shared { store, names, wrapped, .. } = &*self.shared;
         let spellings = names.spellings(canonical);
         let there = |name: &str| store.entry(name).is_some();
         let plain = spellings.iter().map(|spelling| store.resolve(spelling)).find(|name| there(name));
-        // What is not called so may be wrapped.
+        // The name may contain wrapper modules.
         plain.map(str::to_owned).or_else(|| {
             let wrapped = wrapped.get_or_init(|| {
                 let mut wrapped = BTreeMap::new();
@@ -426,7 +431,7 @@ impl Weights {
         Ok((spelling, entry))
     }
 
-    /// A vector, in the type of the activations.
+    /// Loads a tensor in the type of the activations.
     fn tensor(&self, name: &str, shape: &[usize], rows: RowOrder) -> Result<Tensor> {
         let (store, device) = (&*self.shared.store, self.device());
         let is_trained = self.is_trained(name);
@@ -446,7 +451,7 @@ impl Weights {
         self.options().trainable.includes(&self.name(name))
     }
 
-    /// A matrix, as the options say.
+    /// Loads a matrix with the storage, device and training options.
     fn matrix(&self, name: &str, shape: &[usize], rows: RowOrder, is_table: bool) -> Result<Matrix> {
         let (store, device) = (&*self.shared.store, self.device());
         let is_trained = self.is_trained(name);
@@ -464,7 +469,7 @@ impl Weights {
             let kind = four_bit.map(|wanted| Dtype::FourBit(wanted.kind)).or(quantized.map(Dtype::Block));
             let kind = kind.unwrap_or(entry.dtype);
             let what = format!(
-                "tensor {name} is to be trained, but is quantized ({}); train a checkpoint in f32, f16 or bf16",
+                "tensor {name} cannot be trained, because it is quantized ({}); train a checkpoint in f32, f16 or bf16",
                 kind.name()
             );
             return Err(pricket_weights::Error::Unsupported { path: store.origin(&name).into(), what }.into());
@@ -479,7 +484,7 @@ impl Weights {
             _ if is_trained => Some(DType::F32),
             (Storage::AsStored | Storage::Quantize(_) | Storage::FourBit(_), Some(DType::F64)) => Some(DType::F32),
             (Storage::Cast(dtype), _) => Some(dtype),
-            // Blocks are multiplied on the CPU; elsewhere they become what they stand for.
+            // Only the CPU multiplies quantized blocks. On other devices they are dequantized.
             (_, None) if !device.is_cpu() => Some(self.activations()),
             (_, stored) => stored,
         };
@@ -502,12 +507,12 @@ impl Weights {
         Ok(matrix)
     }
 
-    /// Whether a matrix can be used where the file is mapped.
+    /// Returns whether a matrix is used in place in the mapped file.
     fn is_left_in_place(&self, rows: RowOrder, is_trained: bool) -> bool {
         self.options().in_place && self.device().is_cpu() && rows == RowOrder::AsStored && !is_trained
     }
 
-    /// A matrix in blocks of `kind`, row after row, so that of a large one only a part is widened at a time.
+    /// Loads a matrix and quantizes it to `kind`. Converts 512 rows at a time to f32, to limit the memory needed.
     fn quantized(&self, name: String, entry: &Entry, rows: RowOrder, kind: BlockType) -> Result<Matrix> {
         let store = &*self.shared.store;
         let (count, columns) = (entry.shape[0], entry.shape[1]);
@@ -554,7 +559,7 @@ impl Weights {
         Ok(matrix)
     }
 
-    /// One element seen through zero strides: the shape of the real thing and none of its memory.
+    /// Returns a tensor of the given shape that holds a single element, through zero strides.
     fn shape_only(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
         Ok(Tensor::zeros((), dtype, self.device())?.broadcast_as(shape)?)
     }
@@ -573,7 +578,7 @@ impl Weights {
         Ok((name, entry))
     }
 
-    /// The variable that a trained weight is.
+    /// Turns a trained weight into a variable and registers it. Returns other weights unchanged.
     fn variable(&self, name: &str, tensor: Tensor, rows: RowOrder, is_trained: bool) -> Result<Tensor> {
         if !is_trained {
             return Ok(tensor);

@@ -1,18 +1,22 @@
-//! RedPajama-INCITE: 3B and 7B decoders in the GPT-NeoX architecture, base, instruct and chat, by Together and others in 2023.
+//! RedPajama-INCITE: 3B and 7B decoders with the GPT-NeoX architecture, in base, instruct and chat versions, by
+//! Together and others (2023).
 //!
-//! They are `GPTNeoXForCausalLM` and are loaded as that: the configuration says what is different from Pythia.
+//! The checkpoints are `GPTNeoXForCausalLM` and are loaded by `pricket-gpt-neox`. Their configuration differs from
+//! Pythia's:
 //!
 //! | | Pythia | RedPajama-INCITE |
 //! |---|---|---|
-//! | residual | parallel: `x + mlp(norm(x)) + attention(norm(x))` | sequential: `h = x + attention(norm(x))`, `h + mlp(norm(h))` |
-//! | rotary | a quarter of each head's dimensions | all of them |
+//! | residual | parallel: `x + mlp(norm(x)) + attention(norm(x))` | sequential: `h = x + attention(norm(x))`, then `h + mlp(norm(h))` |
+//! | rotary | a quarter of the dimensions of each head | all dimensions |
 //! | vocabulary | padded to 50,304 to 50,688 | padded to 50,432 |
 //!
-//! INCITE-3B and Pythia-2.8b have the same layers, width and heads. A configuration of the one over the weights of the other
-//! loads, and writes fluent nonsense; a converter that drops a key makes just that. [`FAMILY`] says so.
+//! INCITE-3B and Pythia-2.8b have the same number of layers, width and heads. The weights of one therefore load with
+//! the configuration of the other, but the model generates nonsense. A converter that drops a key causes this.
+//! [`FAMILY`] reports it in [`Family::unlike`].
 //!
-//! The chat models were tuned on `<human>: ...` and `<bot>: ...`, neither of which is a token, so a reply ends where the
-//! text `<human>` begins. The 7B models came out twice, as a preview (v0.1) and later, under other names, with other weights.
+//! The chat models were tuned on turns that start with `<human>:` and `<bot>:`. Neither is a single token, so a reply
+//! ends at the text `<human>`. The 7B models were released twice, first as a preview (v0.1) and later under other names
+//! with other weights.
 //!
 //! ```
 //! use pricket_redpajama_incite::FAMILY;
@@ -32,8 +36,8 @@ pub use pricket_gpt_neox::{Config, GptNeoX, NAMES, load};
 use pricket_nn::{CausalLm, Family, Names, Result, Weights};
 use serde_json::Value;
 
-/// RedPajama-INCITE, as the rest of pricket sees it. It claims no configuration: all of them are GPT-NeoX's. It knows which of
-/// those can be its own.
+/// The RedPajama-INCITE family. It claims no configuration, because GPT-NeoX claims them all. [`Family::unlike`] checks
+/// whether one can belong to a RedPajama-INCITE model.
 pub static FAMILY: &dyn Family = &InciteFamily;
 
 struct InciteFamily;
@@ -61,16 +65,19 @@ impl Family for InciteFamily {
 
     fn unlike(&self, config: &Value) -> Option<String> {
         let read = Config::from_json(config).ok().filter(|_| pricket_gpt_neox::FAMILY.claims(config));
-        read.map_or_else(|| Some(format!("it is not of the family {}", self.name())), |config| unlike(&config))
+        read.map_or_else(|| Some(format!("it does not belong to the family {}", self.name())), |config| unlike(&config))
     }
 }
 
-/// What a configuration says that no RedPajama-INCITE model has; `None` if it can be one.
+/// Returns a setting that no RedPajama-INCITE model has, or `None` if the configuration can belong to one.
 fn unlike(config: &Config) -> Option<String> {
     let rope = config.rope_parameters.as_ref().and_then(|rope| rope.partial_rotary_factor);
     let share = rope.or(config.rotary_pct).unwrap_or(0.25);
     if config.use_parallel_residual {
-        return Some("use_parallel_residual is true, or absent, which is the same; RedPajama-INCITE's is false".into());
+        return Some(
+            "use_parallel_residual is true (the default if absent); RedPajama-INCITE models have false".into(),
+        );
     }
-    (share != 1.0).then(|| format!("a share of {share} of each head is rotated; in RedPajama-INCITE all of it is"))
+    (share != 1.0)
+        .then(|| format!("the rotated share of a head is {share}; RedPajama-INCITE models rotate all dimensions"))
 }

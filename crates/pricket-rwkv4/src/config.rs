@@ -1,8 +1,11 @@
+//! The configuration of RWKV-4.
+
 use pricket_nn::Result;
 use pricket_nn::config::{GENERIC, Keys, epsilon, parse, plausible};
 use serde::Deserialize;
 
-/// `RwkvConfig` of transformers 4.29 to 5.24. `rescale_every` halves the stream against overflow in f16, which f32 does not need.
+/// Keys of `RwkvConfig` in transformers 4.29 to 5.24. `rescale_every` halves the residual stream to avoid overflow in
+/// f16; f32 does not need it.
 pub const KEYS: Keys = Keys {
     read: &[
         "vocab_size",
@@ -18,10 +21,10 @@ pub const KEYS: Keys = Keys {
     only: &[("num_attention_heads", &[]), ("head_size", &[]), ("head_size_divisor", &[])],
 };
 
-/// The keys of an RWKV-4 config.json that change the maths, with transformers' defaults.
+/// Keys of an RWKV-4 config.json that affect the forward pass, with the defaults of transformers.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
-    /// Rows of the embedding and the head.
+    /// Number of rows of the embedding and the head.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -33,13 +36,13 @@ pub struct Config {
     /// Width of channel mixing; `4 · hidden_size` if absent.
     #[serde(default)]
     pub intermediate_size: Option<usize>,
-    /// Added to the variance in every norm but the last.
+    /// Epsilon, added to the variance in every norm except the final one.
     #[serde(default = "eps")]
     pub layer_norm_epsilon: f64,
-    /// Positions trained for; longer texts are read too.
+    /// Number of positions for which the model was trained; not a limit.
     #[serde(default = "context_length")]
     pub context_length: usize,
-    /// Whether the head is the embedding.
+    /// Whether the head shares the table of the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
 }
@@ -53,10 +56,10 @@ fn context_length() -> usize {
 }
 
 impl Config {
-    /// Reads a config.json and checks its sizes.
+    /// Reads and checks a config.json.
     ///
     /// # Errors
-    /// [`pricket_nn::Error::Config`], naming the key.
+    /// Returns [`pricket_nn::Error::Config`] naming the key if a value is missing, invalid or not implemented.
     pub fn from_json(json: &serde_json::Value) -> Result<Self> {
         let config: Self = parse(json)?;
         plausible("vocab_size", config.vocab_size, 1 << 24)?;
@@ -70,12 +73,12 @@ impl Config {
         Ok(config)
     }
 
-    /// Width of time mixing.
+    /// Returns the width of time mixing.
     pub fn attention_width(&self) -> usize {
         self.attention_hidden_size.unwrap_or(self.hidden_size)
     }
 
-    /// Width of channel mixing.
+    /// Returns the width of channel mixing.
     pub fn mlp_width(&self) -> usize {
         self.intermediate_size.unwrap_or(4 * self.hidden_size)
     }

@@ -1,3 +1,5 @@
+//! The implementation of [`Family`] for RWKV-4.
+
 use std::sync::Arc;
 
 use pricket_nn::config::{GENERIC, Keys};
@@ -8,7 +10,7 @@ use crate::config::KEYS;
 use crate::names::NAMES;
 use crate::{Config, formats, load};
 
-/// RWKV-4, as the rest of pricket sees it.
+/// The RWKV-4 family.
 pub static FAMILY: &dyn Family = &Rwkv4Family;
 
 struct Rwkv4Family;
@@ -47,7 +49,7 @@ impl Family for Rwkv4Family {
     }
 
     fn config_from_ggml(&self, _: &Value, shape: ShapeOf<'_>) -> Result<Value> {
-        let missing = || Error::config("emb.weight", "the file has no tensors of an RWKV");
+        let missing = || Error::config("emb.weight", "the file has no RWKV tensors");
         formats::config_from_shapes(shape).ok_or_else(missing)
     }
 
@@ -55,7 +57,7 @@ impl Family for Rwkv4Family {
         Arc::new(formats::FromRwkvCpp(store))
     }
 
-    /// "!" in the tokenizer of these models; the published config.json files say 0.
+    /// Token 2 is "!" in the tokenizer of these models. The published config.json files have the end token 0.
     fn mistaken_end_token(&self, config: &Value) -> Option<u32> {
         (config["vocab_size"] == formats::TOKENIZER.count).then_some(2)
     }
@@ -67,7 +69,8 @@ impl Family for Rwkv4Family {
     }
 }
 
-/// As BlinkDL/RWKV-LM (v4neo) begins; what is orthogonal there is normal with the same deviation here.
+/// Initialization of BlinkDL/RWKV-LM (v4neo), with normal matrices of the same standard deviation instead of orthogonal
+/// ones.
 fn initial(name: &str, shape: &[usize], layers: usize, d: usize, width: usize) -> Option<Init> {
     let layer = name.split('.').skip_while(|part| *part != "blocks").nth(1).and_then(|n| n.parse::<usize>().ok());
     let layer = layer.unwrap_or(0) as f64;
@@ -87,7 +90,8 @@ fn initial(name: &str, shape: &[usize], layers: usize, d: usize, width: usize) -
         "embeddings" => Init::Uniform { low: -1e-4, high: 1e-4 },
         _ if zero.iter().any(|end| name.ends_with(&format!("{end}.weight"))) => Init::Constant(0.0),
         _ => {
-            // The deviation that both of its orthogonal matrices have, wide ones and, times the root of their ratio, tall ones.
+            // Standard deviation of the orthogonal matrices there: wide ones, and tall ones, which are scaled by the
+            // square root of the ratio of rows to columns.
             let &[_, columns] = shape else { return None };
             Init::Normal { deviation: if part == "head" { 0.5 } else { 1.0 } / (columns as f64).sqrt() }
         }

@@ -1,4 +1,4 @@
-//! The configuration of files that have none, and the files of saharNooby/rwkv.cpp.
+//! Configurations of files without a config.json, and the files of saharNooby/rwkv.cpp.
 
 use std::sync::Arc;
 
@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use crate::NAMES;
 
-/// The tokenizer of the Pile and PilePlus checkpoints; other vocabularies have another.
+/// Tokenizer of the Pile and PilePlus checkpoints. Checkpoints with another vocabulary size use another tokenizer.
 pub(crate) const TOKENIZER: KnownTokenizer =
     KnownTokenizer { repository: "EleutherAI/gpt-neox-20b", words: &[], count: 50277 };
 
-/// The config.json that the shapes of a native file stand for; `None` for tensors that are not an RWKV's.
+/// Derives a config.json from the shapes of the tensors. Returns `None` if they are not those of an RWKV-4 model.
 pub(crate) fn config_from_shapes(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> Option<Value> {
     let size = |name: &str, at: usize| NAMES.shape(name, shape)?.get(at).copied();
     let in_block = |part: &str| size(&format!("rwkv.blocks.0.{part}"), 0);
@@ -33,8 +33,10 @@ pub(crate) fn config_from_shapes(shape: &dyn Fn(&str) -> Option<Vec<usize>>) -> 
     Some(config)
 }
 
-/// The types of rwkv.cpp: those of version 100 that are no blocks, whose form changed, and those of version 101.
+/// Tensor types of rwkv.cpp in version 100. Its quantized types are omitted, because their block layouts changed in
+/// version 101.
 const PLAIN: &[(u32, GgmlType)] = &[(0, GgmlType::F32), (1, GgmlType::F16)];
+/// Tensor types of rwkv.cpp in version 101.
 const BLOCKS: &[(u32, GgmlType)] = &[
     (0, GgmlType::F32),
     (1, GgmlType::F16),
@@ -45,7 +47,7 @@ const BLOCKS: &[(u32, GgmlType)] = &[
     (9, GgmlType::Block(BlockType::Q8_0)),
 ];
 
-/// The headers of rwkv.cpp, which no vocabulary follows.
+/// Header layouts of rwkv.cpp. Its files have no vocabulary.
 pub(crate) const GGML: [GgmlLayout; 2] = [layout("rwkv.cpp, 100", 100, PLAIN), layout("rwkv.cpp, 101", 101, BLOCKS)];
 
 const fn layout(name: &'static str, version: u32, types: &'static [(u32, GgmlType)]) -> GgmlLayout {
@@ -53,8 +55,10 @@ const fn layout(name: &'static str, version: u32, types: &'static [(u32, GgmlTyp
     GgmlLayout { name, fields, plain_version: 2, embedding: "emb.weight", body: GgmlBody::Own { version, types } }
 }
 
-/// The tensors of an rwkv.cpp file as the Hub has them: mixing factors of `[1, 1, d]` rather than `[d]`, and decays before the
-/// exponential, `ln(-w)`, which gives `w` back to the last place.
+/// Store that converts the tensors of an rwkv.cpp file to the form of checkpoints on the Hub.
+///
+/// Mixing factors become `[1, 1, d]` instead of `[d]`. The file stores the decay `w = -exp(time_decay)`; it becomes
+/// `ln(-w)`, from which the model computes the same `w` up to rounding.
 pub(crate) struct FromRwkvCpp(pub(crate) Arc<dyn Store>);
 
 impl Store for FromRwkvCpp {

@@ -1,16 +1,21 @@
-//! RWKV-4 (Peng et al. 2023, arXiv:2305.13048): the Pile and PilePlus checkpoints, as `RwkvForCausalLM` and as BlinkDL/RWKV-LM saves
-//! them.
+//! RWKV-4 (Peng et al. 2023, arXiv:2305.13048): the Pile and PilePlus checkpoints, saved as `RwkvForCausalLM` or by
+//! BlinkDL/RWKV-LM.
+//!
+//! A decoder without attention. Each block mixes information over time by a recurrence, then over channels by a gated
+//! MLP:
 //!
 //! ```text
 //!  x ─┬─ LN1 ─ time mixing ─(+)─┬─ LN2 ─ channel mixing ─(+)─ x'        x of block 0: LN0 of the embedding
 //!     └─────────────────────┘   └─────────────────────────┘
 //!
-//!  time mixing:    output(σ(r) · wkv(k, v)),  k, v, r: products of this position mixed with the one before it
-//!  channel mixing: σ(r) · value(relu(k)²),    k, r: likewise
+//!  token shift:    x' = x[t] · mix + x[t-1] · (1 - mix), with a mix for each of k, v and r
+//!  time mixing:    output(σ(r) · wkv(k, v)),  k = key(x'), v = value(x'), r = receptance(x')
+//!  channel mixing: σ(r) · value(relu(k)²),    k = key(x'), r = receptance(x')
 //! ```
 //!
-//! There is no attention: a layer keeps its last position and the three sums of `wkv`, so memory does not grow with the text.
-//! Values are those of the equations; halving the stream every six layers, against overflow in f16, is not needed in f32.
+//! The state of a layer is the last position of both inputs and the three vectors of the `wkv` recurrence (see
+//! [`pricket_nn::ops::wkv4`]), so memory does not grow with the length of the text. RWKV-LM halves the residual stream
+//! every six layers to avoid overflow in f16. In f32 this is not needed, and this crate does not do it.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -46,7 +51,7 @@ use pricket_nn::{
 /// An RWKV-4 model.
 pub type Rwkv4 = Decoder<Rwkv4Block>;
 
-/// One block: time mixing, then channel mixing, each after a norm of its own.
+/// One block: time mixing, then channel mixing, each after a layer norm and added to the residual stream.
 #[derive(Clone, Debug)]
 pub struct Rwkv4Block {
     ln1: Norm,
@@ -55,10 +60,10 @@ pub struct Rwkv4Block {
     feed_forward: ChannelMixing,
 }
 
-/// What a position takes from all before it.
+/// Time mixing: a recurrence over all previous positions.
 #[derive(Clone, Debug)]
 struct TimeMixing {
-    /// For keys, values and receptance, `[1, 1, d]`.
+    /// Mixing factors of the token shift for keys, values and receptance, `[1, 1, d]` each.
     mixes: [Tensor; 3],
     key: Linear,
     value: Linear,
@@ -68,10 +73,10 @@ struct TimeMixing {
     output: Linear,
 }
 
-/// A gated MLP of a position and the one before it.
+/// Channel mixing: a gated MLP of a position and the one before it.
 #[derive(Clone, Debug)]
 struct ChannelMixing {
-    /// For keys and receptance, `[1, 1, d]`.
+    /// Mixing factors of the token shift for keys and receptance, `[1, 1, d]` each.
     mixes: [Tensor; 2],
     key: Linear,
     receptance: Linear,
@@ -129,6 +134,7 @@ impl ChannelMixing {
 
 impl Block for Rwkv4Block {
     fn forward(&self, x: &Tensor, ctx: &mut Context) -> Result<Tensor> {
+        // h = x + time_mixing(LN1(x)), then h + channel_mixing(LN2(h))
         let time = self.attention.forward(&self.ln1, x, ctx)?;
         let x = ctx.tap(Site::ResidMid, residual(x, &[&time])?)?;
         let channels = self.feed_forward.forward(&self.ln2, &x, ctx)?;
@@ -162,11 +168,11 @@ impl Rwkv4Block {
     }
 }
 
-/// Refuses a checkpoint of another model of the same name.
+/// Returns an error if the checkpoint has a weight of another RWKV version.
 fn refuse(foreign: &[(&str, &str)], weights: &Weights) -> Result<()> {
     match foreign.iter().find(|(name, _)| weights.holds(name)) {
         Some((name, what)) => {
-            Err(Error::config(*name, format!("a weight of {what}, which is not implemented; RWKV-4 is")))
+            Err(Error::config(*name, format!("a weight of {what}, which is not implemented; only RWKV-4 is")))
         }
         None => Ok(()),
     }
@@ -175,7 +181,8 @@ fn refuse(foreign: &[(&str, &str)], weights: &Weights) -> Result<()> {
 /// Loads the model that `config` describes.
 ///
 /// # Errors
-/// If a tensor is missing or has another shape than the configuration implies, or is one of another RWKV.
+/// Returns an error if a tensor is missing, if its shape does not match the configuration, or if the checkpoint is of
+/// another RWKV version.
 pub fn load(config: &Config, weights: &Weights) -> Result<Rwkv4> {
     refuse(names::FOREIGN_TRUNK, weights)?;
     let (vocab, d) = (config.vocab_size, config.hidden_size);
@@ -185,12 +192,13 @@ pub fn load(config: &Config, weights: &Weights) -> Result<Rwkv4> {
     let layers = trunk.pp("blocks");
     let first = layers.pp(0).layer_norm("pre_ln", d, config.layer_norm_epsilon, true)?;
     let blocks: Result<_> = (0..config.num_hidden_layers).map(|i| Rwkv4Block::load(config, &layers.pp(i))).collect();
-    // Its epsilon is PyTorch's default, whatever the configuration says of the others.
+    // The final norm always has PyTorch's default epsilon, unlike the other norms.
     let (blocks, norm) = (blocks?, trunk.layer_norm("ln_out", d, 1e-5, true)?);
     let (family, trained_length) = ("rwkv", config.context_length);
     let (d_model, heads, kv_heads, head_dim) = (d, 1, 0, config.attention_width());
     let sizes = Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length, context: None };
-    // Of each layer the last position of both inputs, and a numerator, a denominator and an exponent for each channel.
+    // Each layer stores the last position of both inputs, and for each channel a numerator, a denominator and an
+    // exponent.
     let state = config.num_hidden_layers * (2 * d + 3 * head_dim);
     Ok(Decoder::new(sizes, embedding_and_head, blocks, norm, weights)
         .with_embed_norm(first)

@@ -1,9 +1,11 @@
+//! The tensor names of RWKV-4: transformers' on the Hub and those of BlinkDL/RWKV-LM.
+
 use pricket_nn::Names;
 
-/// The names of `RwkvForCausalLM`, as transformers spells them on the Hub.
+/// Tensor names of `RwkvForCausalLM`, as transformers spells them on the Hub.
 pub const NAMES: Names = Names { root: "rwkv", head: "head", aliases: &[], spellings: &[NATIVE], buffers: &[] };
 
-/// The names of BlinkDL/RWKV-LM, which have no root.
+/// Parts of canonical names without the root, and their names in BlinkDL/RWKV-LM.
 const NATIVE: &[(&str, &str)] = &[
     ("embeddings", "emb"),
     ("pre_ln", "ln0"),
@@ -14,7 +16,7 @@ const NATIVE: &[(&str, &str)] = &[
     ("time_mix_receptance", "time_mix_r"),
 ];
 
-/// Weights of a model by which others of the same name are known, and what those are.
+/// Weights outside the blocks that exist only in other RWKV models, and the names of those models.
 pub(crate) const FOREIGN_TRUNK: &[(&str, &str)] = &[
     ("head_q.weight", "an RWKV-4 with a copying head"),
     ("head_k.weight", "an RWKV-4 with a copying head"),
@@ -22,7 +24,7 @@ pub(crate) const FOREIGN_TRUNK: &[(&str, &str)] = &[
     ("pos_emb_y", "an RWKV-4 with learned positions"),
 ];
 
-/// The same of a block.
+/// Weights of a block that exist only in other RWKV models, and the names of those models.
 pub(crate) const FOREIGN: &[(&str, &str)] = &[
     ("tiny_ln.weight", "RWKV-4a"),
     ("attention.time_mix_qq", "RWKV-4b"),

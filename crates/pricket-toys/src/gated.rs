@@ -1,4 +1,5 @@
-//! RMS norms, a gated MLP, split projections, grouped heads of a width of their own, no biases.
+//! A family similar to LLaMA: RMS norms, rotary positions, separate query, key and value projections, grouped-query
+//! attention with heads of width 10, a gated MLP and no biases.
 
 use std::sync::Arc;
 

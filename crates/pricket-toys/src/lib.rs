@@ -1,4 +1,5 @@
-//! Two families of no published model: what a family takes, and that nothing else has to know it.
+//! Two small model families for tests. They show the code that a family needs, and test that the rest of pricket works
+//! with families that it does not know. No published model belongs to them.
 //!
 //! ```
 //! use std::sync::Arc;

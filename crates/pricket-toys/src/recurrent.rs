@@ -1,4 +1,4 @@
-//! No attention: a token shift, RWKV-4's recurrence and a squared ReLU.
+//! A family similar to RWKV-4, without attention: a token shift, the WKV recurrence and an MLP with a squared ReLU.
 
 use std::sync::Arc;
 

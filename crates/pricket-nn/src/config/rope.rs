@@ -1,39 +1,39 @@
-//! The keys of rotary positions, which several families spell alike.
+//! Configuration keys of rotary positions that several families share.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{Error, Result};
 
-/// `rope_parameters` or `rope_scaling` of a config.json, in the old and the new spelling.
+/// The object `rope_parameters` or `rope_scaling` of a config.json, with old and new key names.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 pub struct RopeParameters {
-    /// `default` or `linear`; [`RopeParameters::divisor`] refuses others.
+    /// `default` or `linear`; [`RopeParameters::divisor`] returns an error for others.
     pub rope_type: Option<String>,
-    /// The older spelling of `rope_type`; some files hold both.
+    /// Older name of `rope_type`; some files have both.
     #[serde(rename = "type")]
     pub old_type: Option<String>,
-    /// Base of the frequencies.
+    /// Base of the rotary frequencies.
     pub rope_theta: Option<f64>,
-    /// Share of the dimensions.
+    /// Share of the rotated dimensions of a head, from 0 to 1.
     pub partial_rotary_factor: Option<f64>,
-    /// Of linear scaling.
+    /// Factor of linear scaling.
     pub factor: Option<f64>,
 }
 
 impl RopeParameters {
-    /// The one of two objects that counts, and its key: `rope_scaling`, if it is set, replaces `rope_parameters` whole. An empty
-    /// object counts as none, as it does in Python.
+    /// Returns the object that applies, and its key. `rope_scaling` replaces `rope_parameters` as a whole. An empty
+    /// object counts as missing, as in Python.
     pub fn chosen(scaling: Option<&Self>, parameters: Option<&Self>) -> Option<(&'static str, Self)> {
         let given = |rope: Option<&Self>| rope.filter(|rope| **rope != Self::default()).cloned();
         let scaling = given(scaling).map(|rope| ("rope_scaling", rope));
         scaling.or_else(|| given(parameters).map(|rope| ("rope_parameters", rope)))
     }
 
-    /// The base of the frequencies: its own, else `flat`, else 10,000.
+    /// Returns the base of the frequencies: `rope_theta` of the object, otherwise `flat`, otherwise 10,000.
     ///
     /// # Errors
-    /// [`Error::Config`], naming `key`.
+    /// Returns [`Error::Config`] naming `key` if the base is not a positive number.
     pub fn base(&self, key: &str, flat: Option<f64>) -> Result<f64> {
         let base = self.rope_theta.or(flat).unwrap_or(10_000.0);
         if base.is_finite() && base > 0.0 {
@@ -42,13 +42,13 @@ impl RopeParameters {
         Err(Error::config(key, format!("base {base} is not a positive number")))
     }
 
-    /// What positions are divided by: the factor of linear scaling, or 1.
+    /// Returns the divisor of the positions: the factor of linear scaling, or 1.
     ///
     /// # Errors
-    /// [`Error::Config`], naming `key`, for another kind of scaling.
+    /// Returns [`Error::Config`] naming `key` if the type of scaling is not implemented or the factor is invalid.
     pub fn divisor(&self, key: &str) -> Result<f64> {
         match self.rope_type.as_deref().or(self.old_type.as_deref()) {
-            None if self.factor.is_some() => Err(Error::config(key, "a factor without a type")),
+            None if self.factor.is_some() => Err(Error::config(key, "factor is set, but rope_type is missing")),
             None | Some("default") => Ok(1.0),
             Some("linear") => match self.factor {
                 Some(factor) if factor.is_finite() && factor >= 1.0 => Ok(factor),
@@ -62,8 +62,11 @@ impl RopeParameters {
     }
 }
 
-/// The `rope_scaling` that GGUF metadata stand for, under keys that begin with `prefix`, as llama.cpp reads them: a factor is linear
-/// unless a type says otherwise, the older key comes second, and 0 is none.
+/// Converts the rotary scaling in GGUF metadata to a `rope_scaling` object, following llama.cpp. `prefix` is the prefix
+/// of the keys.
+///
+/// The type is linear if none is given. `rope.scaling.factor` has priority over the older `rope.scale_linear`. A factor
+/// of 0 means no scaling.
 pub fn gguf_rope_scaling(prefix: &str, metadata: &Value) -> Value {
     let at = |key: &str| &metadata[format!("{prefix}{key}")];
     let factor = [at("rope.scaling.factor"), at("rope.scale_linear")].into_iter().find_map(Value::as_f64);

@@ -1,4 +1,7 @@
-//! Rotation, the cache of keys and values, and attention.
+//! Rotary embedding, the KV cache and attention.
+//!
+//! Attention is `softmax(scale · q kᵀ + bias) v` for each head. The bias is negative infinity for later keys. With
+//! ALiBi, the bias of an earlier key is `-slope · distance`.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -10,11 +13,13 @@ use super::softmax::softmax;
 use crate::known::known;
 use crate::{Error, Result};
 
-/// Splits heads and rotates: `x` of `[b, t, h, head_dim]`, `cos` and `sin` of `[b or 1, t, pairs]` give
-/// `[b, h, t, head_dim]`, contiguous.
+/// Rotates pairs of dimensions: `(a, b)` becomes `(a cos - b sin, b cos + a sin)`.
+///
+/// `x` is `[b, t, h, head_dim]`; `cos` and `sin` are `[b or 1, t, pairs]`. Dimension `i` is paired with dimension
+/// `i + pairs`; dimensions from `2 · pairs` on are copied. Returns `[b, h, t, head_dim]`, contiguous.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if on_our_kernels(x) && x.stride().last() == Some(&1) {
         return Ok(x.apply_op3(cos, sin, RotaryOp)?);
@@ -32,16 +37,16 @@ pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     plain_rotary(x, cos, sin)
 }
 
-/// Angles as candle wants them: without a batch where one row stands for all.
+/// Removes the batch dimension of angles that all rows share, as candle's `rope` expects them.
 fn one_row(angles: &Tensor) -> Result<Tensor> {
     let angles = if angles.dim(0)? == 1 { angles.squeeze(0)? } else { angles.clone() };
     Ok(angles.contiguous()?)
 }
 
-/// The plain twin of [`rotary`].
+/// Plain form of [`rotary`].
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let x = x.transpose(1, 2)?;
     let (pairs, dim) = (cos.dim(D::Minus1)?, x.dim(D::Minus1)?);
@@ -54,8 +59,8 @@ pub fn plain_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&parts, D::Minus1)?.contiguous()?)
 }
 
-/// New keys and values of a row: those of `[batch, kv_heads, time, head_dim]` that are its own, `len` from `from` on, which are at
-/// the positions from `at` on.
+/// New keys and values of a row: `len` positions of `k` and `v`, `[batch, kv_heads, time, head_dim]`, in batch element
+/// `row` from index `from` on. Their first position in the row is `at`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NewKeys<'a> {
     pub(crate) k: &'a Tensor,
@@ -66,13 +71,15 @@ pub(crate) struct NewKeys<'a> {
     pub(crate) at: usize,
 }
 
-/// Writes the new keys and values of some rows, each into its tensor of `kept`: `[2, kv_heads, capacity, head_dim]` in its own type
-/// or bytes of `q8_0` blocks. On the CPU rows are written at once by several threads. No gradient goes through it.
+/// Writes new keys and values into the tensors of the KV cache, one tensor of `kept` for each element of `new`.
+///
+/// A cache tensor is `[2, kv_heads, capacity, head_dim]` in a type of its own, or holds the bytes of `q8_0` blocks. On
+/// the CPU several threads write rows in parallel. No gradient is tracked.
 ///
 /// # Errors
-/// If the shapes do not fit, or for blocks that are not on the CPU.
+/// Returns an error if the shapes do not match, or [`Error::Input`] for `q8_0` on another device than the CPU.
 pub(crate) fn store(kept: &[Tensor], new: &[NewKeys<'_>]) -> Result<()> {
-    // On a GPU the order of its stream is that of one thread.
+    // On a GPU one thread is enough: its stream runs operations in order.
     if !new.iter().all(|new| on_our_kernels(new.k) && on_our_kernels(new.v)) {
         return kept.iter().zip(new).try_for_each(|(kept, new)| store_row(kept, new));
     }
@@ -91,17 +98,17 @@ fn store_row(kept: &Tensor, &NewKeys { k, v, row, from, len, at }: &NewKeys<'_>)
         return Ok(kept.inplace_op3(&rows(k)?, &rows(v)?, &StoreOp { row, from, len, at })?);
     }
     if kept.dtype() == DType::U8 {
-        return Err(Error::Input("keys and values are kept as q8_0 on the CPU only, in f32".into()));
+        return Err(Error::Input("the q8_0 cache needs f32 keys and values on the CPU".into()));
     }
     let own = |x: &Tensor| x.detach().narrow(0, row, 1)?.narrow(2, from, len);
     let new = Tensor::cat(&[own(k)?, own(v)?], 0)?.to_dtype(kept.dtype())?;
     Ok(kept.slice_set(&new.contiguous()?, 2, at)?)
 }
 
-/// Keys or values of `[b, h, s, head_dim]` as `dtype`, from whatever a state has made of them.
+/// Converts stored keys or values of any cache type to `dtype`. Returns `[b, h, s, head_dim]`.
 ///
 /// # Errors
-/// What candle says.
+/// Returns an error if a tensor operation fails.
 pub fn widened(stored: &Tensor, head_dim: usize, dtype: DType) -> Result<Tensor> {
     if stored.dtype() != DType::U8 {
         return Ok(stored.to_dtype(dtype)?);
@@ -112,42 +119,46 @@ pub fn widened(stored: &Tensor, head_dim: usize, dtype: DType) -> Result<Tensor>
     Ok(Tensor::from_vec(values, (b, h, s, head_dim), stored.device())?.to_dtype(dtype)?)
 }
 
-/// What becomes of the scores of queries and keys before the softmax.
+/// Scaling and biases of attention scores before the softmax.
 #[derive(Clone, Copy, Debug)]
 pub struct Scores<'a> {
-    /// Multiplies them.
+    /// Factor of the products of queries and keys.
     pub scale: f64,
-    /// ALiBi: a key `n` positions back loses `n` times the slope of its head; empty for none.
+    /// ALiBi slopes, one for each head; empty for no biases. The score of a key `n` positions back is lowered by `n`
+    /// times the slope.
     pub slopes: &'a [f32],
 }
 
-/// Whether [`attention`] has a kernel for these queries, keys and values.
+/// Returns whether [`attention`] has a kernel for these queries, keys and values.
 pub fn attention_is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
     let untracked = |x: &Tensor| on_our_kernels(x) && !x.track_op();
     [q, k, v].into_iter().all(untracked) && [k, v].iter().all(|x| x.stride().last() == Some(&1))
 }
 
-/// Causal attention of queries `[b, h, t, head_dim]` by row: each of `rows` takes the next queries and attends to its own keys.
-/// Gives `[b, t, h · head_dim]`. For f32 on the CPU, without a gradient; [`attention_pattern`] and [`attention_output`] are
-/// its plain twin.
+/// Causal attention with separate keys for each row, for f32 on the CPU without a gradient.
+///
+/// `q` is `[b, h, t, head_dim]`. Each element of `rows` takes the next queries and attends to its own keys. Returns
+/// `[b, t, h · head_dim]`. [`attention_pattern`] followed by [`attention_output`] is the plain form.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn attention(q: &Tensor, rows: Vec<AttentionRow>, scores: Scores<'_>) -> Result<Tensor> {
     let op = AttentionOp { scale: scores.scale as f32, slopes: scores.slopes.to_vec(), rows };
     Ok(q.contiguous()?.apply_op1_no_bwd(&op)?)
 }
 
-/// Whether [`self_attention`] has a kernel for these queries, keys and values.
+/// Returns whether [`self_attention`] has a kernel for these queries, keys and values.
 pub fn self_attention_is_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
     [q, k, v].into_iter().all(|x| on_our_kernels(x) && x.stride().last() == Some(&1))
 }
 
-/// [`attention`] of rows to themselves, without a past, with a gradient: `q` of `[b, h, t, head_dim]`, `k` and `v` of
-/// `[b, kv_heads, t, head_dim]`; the rows are spans of these, each an element of the batch, a first position and a length.
+/// Causal attention of rows without a past, with a gradient.
+///
+/// `q` is `[b, h, t, head_dim]`; `k` and `v` are `[b, kv_heads, t, head_dim]`. Each element of `spans` describes a row
+/// by the index in the batch, the first position and the length. Returns `[b, t, h · head_dim]`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn self_attention(
     q: &Tensor,
     k: &Tensor,
@@ -159,12 +170,13 @@ pub fn self_attention(
     Ok(q.apply_op3(k, v, op)?)
 }
 
-/// [`self_attention`] of queries, keys and values that lie behind each other: `qkv` of `[b, t, heads + 2 kv_heads, head_dim]`. With
-/// `angles`, cosines and sines as of [`rotary`], queries and keys are rotated. Only `qkv` is kept for the backward pass. `None` where
-/// there is no kernel for it.
+/// [`self_attention`] of a fused tensor `qkv`, `[b, t, heads + 2 kv_heads, head_dim]`: queries, then keys, then values.
+///
+/// With `angles`, the cosines and sines that [`rotary`] takes, queries and keys are rotated first. Only `qkv` is kept
+/// for the backward pass. Returns `None` if there is no kernel for `qkv`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub(crate) fn fused_self_attention(
     qkv: &Tensor,
     (heads, kv_heads): (usize, usize),
@@ -205,11 +217,12 @@ pub(crate) fn fused_self_attention(
     Ok(Some(mixed))
 }
 
-/// The probabilities of attention: `q` of `[b, h, t, head_dim]` and `k` of `[b, kv_heads, s, head_dim]` give `[b, h, t, s]`.
-/// `bias` is added to the scores: see [`attention_bias`].
+/// Returns the attention probabilities `softmax(scale · q kᵀ + bias)`, `[b, h, t, s]`.
+///
+/// `q` is `[b, h, t, head_dim]` and `k` is `[b, kv_heads, s, head_dim]`. See [`attention_bias`] for `bias`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn attention_pattern(q: &Tensor, k: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
     let heads = q.dim(1)?;
     let k = repeat_heads(&k.to_dtype(q.dtype())?, heads)?;
@@ -221,11 +234,13 @@ pub fn attention_pattern(q: &Tensor, k: &Tensor, scale: f64, bias: Option<&Tenso
     Ok(softmax(&products)?.to_dtype(q.dtype())?)
 }
 
-/// What is added to the scores of `len` queries that follow `past` positions: distances times slopes, and negative infinity for
-/// keys to come; of `[1, h or 1, len, past + len]`, or nothing where nothing is to be added.
+/// Returns the bias of the attention scores of `len` queries after `past` positions, `[1, h or 1, len, past + len]`.
+///
+/// The bias is negative infinity for later keys. For earlier keys it is `-slope · distance`, or 0 if `slopes` is empty.
+/// Returns `None` for a single query without slopes, which needs no bias.
 ///
 /// # Errors
-/// What candle says.
+/// Returns an error if a tensor operation fails.
 pub fn attention_bias(slopes: &[f32], past: usize, len: usize, device: &Device) -> Result<Option<Tensor>> {
     if len == 1 && slopes.is_empty() {
         return Ok(None);
@@ -242,10 +257,10 @@ pub fn attention_bias(slopes: &[f32], past: usize, len: usize, device: &Device) 
     Ok(Some(slopes.broadcast_mul(&distance)?.unsqueeze(0)?.broadcast_add(&mask)?))
 }
 
-/// Mixes values by a pattern of `[b, h, t, s]` and merges heads: `[b, t, h · head_dim]`.
+/// Returns the sum of the values weighted by `pattern`, `[b, h, t, s]`, with the heads merged: `[b, t, h · head_dim]`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn attention_output(pattern: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (b, h, t, _) = pattern.dims4()?;
     let v = repeat_heads(&v.to_dtype(pattern.dtype())?, h)?.contiguous()?;
@@ -253,7 +268,7 @@ pub fn attention_output(pattern: &Tensor, v: &Tensor) -> Result<Tensor> {
     Ok(mixed.transpose(1, 2)?.reshape((b, t, h * v.dim(3)?))?)
 }
 
-/// Each key head as often as query heads share it.
+/// Repeats each key or value head for the query heads that share it. Returns `[b, heads, s, d]`.
 fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, kv, s, d) = x.dims4()?;
     if kv == heads {

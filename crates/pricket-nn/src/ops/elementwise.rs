@@ -1,4 +1,4 @@
-//! Sums, gates and mixtures, element by element.
+//! Elementwise operations: sums, gates and interpolation.
 
 use candle_core::Tensor;
 use pricket_kernels::{Gate, GatedOp, MixOp, SumOp};
@@ -6,10 +6,10 @@ use pricket_kernels::{Gate, GatedOp, MixOp, SumOp};
 use super::dispatch::on_our_kernels;
 use crate::Result;
 
-/// The sum of two or three tensors of one shape, from left to right.
+/// Returns the sum of two or three tensors of the same shape, added from left to right.
 ///
 /// # Errors
-/// If the shapes differ.
+/// Returns an error if the shapes differ.
 pub fn sum(a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> Result<Tensor> {
     let ours = |x: &Tensor| on_our_kernels(x) && x.is_contiguous();
     if ours(a) && ours(b) && c.is_none_or(ours) {
@@ -25,10 +25,10 @@ pub fn sum(a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> Result<Tensor> {
     })
 }
 
-/// `f(gate) · x`, elementwise, with a gradient.
+/// Returns `f(gate) · x` for each element, with a gradient.
 ///
 /// # Errors
-/// If the shapes differ.
+/// Returns an error if the shapes differ.
 pub fn gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
     if on_our_kernels(gate) && on_our_kernels(x) {
         return Ok(gate.contiguous()?.apply_op2(&x.contiguous()?, GatedOp { gate: f })?);
@@ -36,10 +36,10 @@ pub fn gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
     plain_gated(gate, x, f)
 }
 
-/// The plain twin of [`gated`].
+/// Plain form of [`gated`].
 ///
 /// # Errors
-/// If the shapes differ.
+/// Returns an error if the shapes differ.
 pub fn plain_gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
     let gate = match f {
         Gate::Silu => gate.silu()?,
@@ -48,10 +48,10 @@ pub fn plain_gated(gate: &Tensor, x: &Tensor, f: Gate) -> Result<Tensor> {
     Ok((gate * x)?)
 }
 
-/// `x · mix + before · (1 - mix)`, with a gradient: `x` and `before` of `[.., d]`, `mix` of `[d]`.
+/// Returns `x · mix + before · (1 - mix)`, with a gradient. `x` and `before` are `[.., d]`; `mix` is `[d]`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn mix(x: &Tensor, before: &Tensor, mix: &Tensor) -> Result<Tensor> {
     if [x, before, mix].into_iter().all(on_our_kernels) {
         return Ok(x.contiguous()?.apply_op3(&before.contiguous()?, &mix.contiguous()?, MixOp)?);
@@ -59,10 +59,10 @@ pub fn mix(x: &Tensor, before: &Tensor, mix: &Tensor) -> Result<Tensor> {
     plain_mix(x, before, mix)
 }
 
-/// The plain twin of [`mix`].
+/// Plain form of [`mix`].
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn plain_mix(x: &Tensor, before: &Tensor, mix: &Tensor) -> Result<Tensor> {
     let mix = mix.to_dtype(x.dtype())?;
     Ok((x.broadcast_mul(&mix)? + before.broadcast_mul(&(1.0 - &mix)?)?)?)

@@ -1,4 +1,4 @@
-//! Linear layers and activations.
+//! Linear layers, `x Wᵀ + b`, their low-rank adapters, `s (x Aᵀ) Bᵀ`, and activations.
 
 use candle_core::{D, DType, Tensor};
 use pricket_kernels::{ActivationPrecision, BackwardOnlyOp, Gelu, GeluOp, LinearOp, LoraOp, Matrix, TrainedLinearOp};
@@ -6,11 +6,13 @@ use pricket_kernels::{ActivationPrecision, BackwardOnlyOp, Gelu, GeluOp, LinearO
 use super::dispatch::on_our_kernels;
 use crate::{Activation, Result};
 
-/// `x Wᵀ + b` for `x` of `[.., in]` and `weight` of `[out, in]` as stored; gives `[.., out]` in the type of `x`. On
-/// the CPU activations are as precise as `activations` says.
+/// Returns `x Wᵀ + b`, `[.., out]` in the type of `x`. `x` is `[.., in]`; `weight` is `[out, in]` and keeps its stored
+/// type.
+///
+/// `activations` sets the precision of `x` in products on the CPU.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: ActivationPrecision) -> Result<Tensor> {
     if let (Matrix::Dense(weight), true) = (weight, on_our_kernels(x) && weight.track_op())
         && on_our_kernels(weight)
@@ -38,10 +40,11 @@ pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>, activations: A
     plain_linear(x, weight, bias)
 }
 
-/// `x W` for `x` of `[rows, out]` and `weight` of `[out, in]`: the gradient of the input of [`linear`]. No gradient goes through it.
+/// Returns `x W`, which is the gradient of the input of [`linear`]. `x` is `[rows, out]`; `weight` is `[out, in]`. No
+/// gradient is tracked.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     if on_our_kernels(x) && !weight.track_op() {
         let op = LinearOp {
@@ -57,8 +60,9 @@ pub fn linear_transposed(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     Ok(x.detach().to_dtype(weight.dtype())?.matmul(&weight)?.to_dtype(x.dtype())?)
 }
 
-/// Returns the weight that the plain twins multiply. On the CPU weights stay as stored beside f32 activations, so a 16-bit weight is
-/// widened rather than the activations rounded. On a GPU loading has cast weights to the type that is computed in.
+/// Returns the weight that plain operations multiply with. On the CPU a weight in another type than f32 is converted to
+/// the type of `x`, so that the activations are not rounded. On a GPU loading has already cast dense weights to the
+/// compute type.
 fn widened_weight(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     match weight {
         Matrix::Dense(weight) if weight.dtype() == DType::F32 || !x.device().is_cpu() => Ok(weight.clone()),
@@ -69,10 +73,11 @@ fn widened_weight(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     }
 }
 
-/// As [`linear`] of a frozen weight, for a caller who only goes back through it: zeros where that saves the product.
+/// [`linear`] for a caller that needs only the gradient of `x`. Returns zeros if that saves the product, which requires
+/// a frozen weight.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub(crate) fn linear_backward_only(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     if !on_our_kernels(x) || weight.track_op() || bias.is_some_and(Tensor::track_op) {
         return linear(x, weight, bias, ActivationPrecision::F32);
@@ -86,11 +91,14 @@ pub(crate) fn linear_backward_only(x: &Tensor, weight: &Matrix, bias: Option<&Te
     }))?)
 }
 
-/// `x Wᵀ + b + s (x Aᵀ) Bᵀ` in one operation, where there is one: on the CPU, beside a frozen weight. With an activation `of`, of
-/// `of(x)` in the place of `x`, which is not kept for the backward pass.
+/// Returns `x Wᵀ + b + s (x Aᵀ) Bᵀ`, computed in one operation. Supported on the CPU with a frozen weight; otherwise
+/// returns `None`.
+///
+/// With an activation `of`, `of(x)` replaces `x` and is not kept for the backward pass. If `has_value` is false, the
+/// result may be zeros, and only its gradients are computed.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub(crate) fn lora(
     x: &Tensor,
     (weight, bias): (&Matrix, Option<&Tensor>),
@@ -117,10 +125,10 @@ pub(crate) fn lora(
     }))
 }
 
-/// The plain twin of [`linear`].
+/// Plain form of [`linear`].
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn plain_linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     let dtype = x.dtype();
     let weight = &widened_weight(x, weight)?;
@@ -136,11 +144,13 @@ pub fn plain_linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Resul
     Ok(y.reshape(shape)?)
 }
 
-/// [`linear`], then an activation, which is elementwise. With 8-bit precision the argument and the value of a GELU are rounded to
-/// f16, on the CPU: ggml looks it up in a table of halves.
+/// [`linear`] followed by an activation.
+///
+/// On the CPU with 8-bit activations, the argument and the value of GELU are rounded to f16, because ggml uses a lookup
+/// table in f16.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn linear_then(
     x: &Tensor,
     weight: &Matrix,
@@ -161,10 +171,10 @@ pub fn linear_then(
     activate(&linear(x, weight, bias, precision)?, activation)
 }
 
-/// An activation of each element, with a gradient. [`Activation::forward`] is its plain twin.
+/// Applies an activation to each element, with a gradient. [`Activation::forward`] is the plain form.
 ///
 /// # Errors
-/// What candle says.
+/// Returns an error if a tensor operation fails.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     match fused(activation).filter(|_| on_our_kernels(x)) {
         Some(form) => Ok(x.contiguous()?.apply_op1(GeluOp { form, as_ggml: false })?),
@@ -172,7 +182,7 @@ pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     }
 }
 
-/// The activation that the kernel of a linear layer computes with it, if it does.
+/// Returns the form of GELU that the kernel of a linear layer can fuse, or `None` for other activations.
 fn fused(activation: Activation) -> Option<Gelu> {
     match activation {
         Activation::GeluErf => Some(Gelu::Erf),

@@ -1,4 +1,4 @@
-//! Norms.
+//! Layer norm, `(x - mean) / sqrt(var + eps) · weight + bias`, and RMS norm, `x / sqrt(mean(x²) + eps) · weight`.
 
 use candle_core::{D, DType, Tensor};
 use pricket_kernels::{LayerNormOp, RmsNormOp};
@@ -6,10 +6,11 @@ use pricket_kernels::{LayerNormOp, RmsNormOp};
 use super::dispatch::on_our_kernels;
 use crate::Result;
 
-/// Layer norm over the last dimension: `(x - mean) / sqrt(var + eps) · weight + bias`, statistics in f64 on the CPU.
+/// Layer norm over the last dimension: `(x - mean) / sqrt(var + eps) · weight + bias`. On the CPU mean and variance are
+/// f64.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let tracked = x.track_op() || weight.track_op() || bias.track_op();
     if [x, weight, bias].into_iter().all(on_our_kernels) {
@@ -23,14 +24,14 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     Ok(candle_nn::ops::layer_norm(&x, weight, bias, eps as f32)?)
 }
 
-/// The plain twin of [`layer_norm`].
+/// Plain form of [`layer_norm`].
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;
-    // Centered twice: a mean summed in f32 is off where it is large, and what it is off by is the mean of the difference.
+    // Centered twice: a large mean has a rounding error in f32, and the mean of the centered values is that error.
     let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let centered = centered.broadcast_sub(&centered.mean_keepdim(D::Minus1)?)?;
     let deviation = (centered.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
@@ -38,10 +39,11 @@ pub fn plain_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) ->
     Ok(normed.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(dtype)?)
 }
 
-/// Root-mean-square norm over the last dimension: `x / sqrt(mean(x²) + eps) · weight`, its statistics in f64 on the CPU.
+/// Root-mean-square norm over the last dimension: `x / sqrt(mean(x²) + eps) · weight`. On the CPU the mean of squares
+/// is f64.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let tracked = x.track_op() || weight.track_op();
     if on_our_kernels(x) && on_our_kernels(weight) {
@@ -55,10 +57,11 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     Ok(candle_nn::ops::rms_norm(&x, weight, eps as f32)?)
 }
 
-/// The plain twin of [`rms_norm`]. The quotient is rounded to the type of `x` before it meets the weight, as transformers has it.
+/// Plain form of [`rms_norm`]. The quotient is rounded to the type of `x` before it is multiplied by the weight, as in
+/// transformers.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn plain_rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let wide = x.to_dtype(DType::F32)?;
     let deviation = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;

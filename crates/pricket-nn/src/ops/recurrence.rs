@@ -1,4 +1,14 @@
-//! The recurrence of RWKV-4.
+//! The WKV recurrence of RWKV-4.
+//!
+//! With `w = e^decay`, `u = first` and sums that start at 0, each position `t` computes
+//!
+//! ```text
+//! out[t] = (num + e^(u + k[t]) · v[t]) / (den + e^(u + k[t]))
+//! num    = e^(-w) · num + e^(k[t]) · v[t]
+//! den    = e^(-w) · den + e^(k[t])
+//! ```
+//!
+//! The state stores `num`, `den` and a running maximum of the exponents, which keeps the sums from overflowing.
 
 use candle_core::{DType, Device, Tensor};
 use pricket_kernels::WkvOp;
@@ -6,22 +16,26 @@ use pricket_kernels::WkvOp;
 use super::dispatch::on_our_kernels;
 use crate::Result;
 
-/// The state from which [`wkv4`] begins, `[3, d]`: no numerator, no denominator, and a maximum below every key.
+/// Returns the initial state of [`wkv4`], `[3, d]`: numerator 0, denominator 0 and the maximum exponent -1e38, which is
+/// below every key.
 ///
 /// # Errors
-/// What candle says.
+/// Returns an error if a tensor operation fails.
 pub fn wkv4_start(channels: usize, device: &Device) -> Result<Tensor> {
     let sums = Tensor::zeros((2, channels), DType::F32, device)?;
     Ok(Tensor::cat(&[&sums, &Tensor::full(-1e38f32, (1, channels), device)?], 0)?)
 }
 
-/// RWKV-4's recurrence (Peng et al. 2023, arXiv:2305.13048, equation 16) over `k` and `v` of `[positions, d]`, whose rows have
-/// `lens` positions each and begin from `before`, `[3, d]` each. `decay` and `first` are `time_decay` and `time_first`, `[d]`: what is past fades by
-/// `e^(-e^decay)` at each position.
-/// Returns what each position gives, `[positions, d]`, and the states after the last position of each row.
+/// WKV recurrence of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, equation 16).
+///
+/// `k` and `v` are `[positions, d]` and hold the rows one after the other; row `i` has `lens[i]` positions and starts
+/// from the state `before[i]`, `[3, d]`. `decay` and `first` are the parameters `time_decay` and `time_first`, `[d]`.
+/// At each position the past decays by the factor `e^(-e^decay)`.
+///
+/// Returns the outputs, `[positions, d]`, and the state after the last position of each row.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn wkv4(
     k: &Tensor,
     v: &Tensor,
@@ -41,10 +55,10 @@ pub fn wkv4(
     Ok((out.narrow(0, 0, n)?, after))
 }
 
-/// The plain twin of [`wkv4`], position by position.
+/// Plain form of [`wkv4`], computed position by position.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// Returns an error if the shapes do not match.
 pub fn plain_wkv4(
     k: &Tensor,
     v: &Tensor,

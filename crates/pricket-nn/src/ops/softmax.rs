@@ -1,4 +1,6 @@
-//! Softmax, and log-probabilities of tokens.
+//! Softmax, log-softmax and log-probabilities of tokens.
+//!
+//! `softmax(x)[i] = exp(x[i] - max) / Σ exp(x[j] - max)`, over the last dimension.
 
 use candle_core::{CpuStorage, D, DType, Storage, Tensor};
 use pricket_kernels::{RowSummary, SoftmaxOp, row_summaries};
@@ -6,10 +8,10 @@ use pricket_kernels::{RowSummary, SoftmaxOp, row_summaries};
 use super::dispatch::{has_kernels, on_our_kernels};
 use crate::{Error, Result};
 
-/// Softmax over the last dimension, with a gradient where one is tracked.
+/// Softmax over the last dimension, with a gradient if one is tracked.
 ///
 /// # Errors
-/// What candle says.
+/// Returns an error if a tensor operation fails.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     if !has_kernels(x.device()) && !x.track_op() {
         return Ok(candle_nn::ops::softmax_last_dim(&x.contiguous()?)?);
@@ -18,10 +20,11 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     Ok(shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?)
 }
 
-/// [`softmax`] of logits, over the installed threads on the CPU. There a probability below 1e-38 may be that instead.
+/// [`softmax`] of logits. On the CPU it runs on the current thread pool, and a probability below 1e-38 may become
+/// 1e-38.
 ///
 /// # Errors
-/// What candle says.
+/// Returns an error if a tensor operation fails.
 pub fn probabilities(logits: &Tensor) -> Result<Tensor> {
     if on_our_kernels(logits) && !logits.track_op() {
         return Ok(logits.contiguous()?.apply_op1_no_bwd(&SoftmaxOp)?);
@@ -32,18 +35,21 @@ pub fn probabilities(logits: &Tensor) -> Result<Tensor> {
 /// Log-softmax over the last dimension in f32, with a gradient.
 ///
 /// # Errors
-/// What candle says.
+/// Returns an error if a tensor operation fails.
 pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
     let x = x.to_dtype(DType::F32)?;
     let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?;
     Ok(shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?)
 }
 
-/// Of each row of `logits`, `[n, vocab]` in f32: what it amounts to, and the log-probability of the token that `ids` names for
-/// it, summed in f64. Over the installed threads.
+/// Returns, for each row of `logits`, `[n, vocab]`, the summary of the row and the log-probability of the token in
+/// `ids`.
+///
+/// Sums are computed in f64, on the current thread pool.
 ///
 /// # Errors
-/// If there are not as many ids as rows, or one is outside the vocabulary.
+/// Returns [`Error::Input`] if the number of ids differs from the number of rows, or if an id is outside the
+/// vocabulary.
 pub fn logprobs(logits: &Tensor, ids: &[u32]) -> Result<Vec<(RowSummary, f64)>> {
     let (n, vocab) = logits.dims2()?;
     if n != ids.len() {
@@ -60,7 +66,7 @@ pub fn logprobs(logits: &Tensor, ids: &[u32]) -> Result<Vec<(RowSummary, f64)>> 
         rows.iter().zip(row_summaries(&rows)).zip(ids).map(logprob).collect()
     };
     let (storage, layout) = logits.storage_and_layout();
-    // In place where they are on the CPU: a copy of them takes as long as all of the rest.
+    // Logits on the CPU are read in place: copying them would take as long as the rest of the function.
     if let (Storage::Cpu(CpuStorage::F32(data)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
         return Ok(of_rows(&data[start..end]));
     }
