@@ -20,15 +20,16 @@ use pricket::nn::ops::multiply_add_rate;
 use pricket::{GenerateOptions, Pricket};
 use serde_json::json;
 
-/// Measure the speed of prefill, decoding and training. Decoding is measured as `generate` runs it: greedy sampling of new tokens after
-/// a prompt, with their text if the model has a tokenizer.
+/// Measure the speed of prefill, decoding and training. Decoding is measured as `generate` runs it: greedy sampling of
+/// new tokens after a prompt, with their text if the model has a tokenizer.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// Measure random weights in a published shape instead of a model: 14m to 12b, neox-20b, incite-3b, mpt-1b, mpt-7b, open-llama-3b,
-    /// rwkv4-430m, and others of models/shapes.toml. They are stored as --dtype, or as f16 if that is auto
+    /// Measure random weights in a published shape instead of a model: 14m to 12b, neox-20b, incite-3b, mpt-1b, mpt-7b,
+    /// open-llama-3b, rwkv4-430m, and others of models/shapes.toml. They are stored as --dtype, or as f16 if that is
+    /// auto
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,
     /// Prompt lengths for which prefill is measured, in tokens
@@ -40,7 +41,8 @@ struct Args {
     /// Batch sizes for which decoding is measured in addition to 1. The tokens of all rows are added up
     #[arg(long, value_delimiter = ',')]
     streams: Vec<usize>,
-    /// Measure training steps of LoRA (rank 16, all linear layers, AdamW, f32 adapters) on batches of this shape, such as 4x256
+    /// Measure training steps of LoRA (rank 16, all linear layers, AdamW, f32 adapters) on batches of this shape, such
+    /// as 4x256
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ROWSxTOKENS")]
     train: Vec<train::Shape>,
@@ -97,8 +99,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         rows.push(Row { what: "train", prompt: shape.tokens, streams: shape.rows, rate });
     }
     let threads = pricket.threads();
-    // Each token reads every weight once, except an embedding that is not also the head: of it, each token reads one row.
-    // MPT always uses its embedding as the head, whatever its configuration says.
+    // Each token reads every weight once, except an embedding that is not also the head: of it, each token reads one
+    // row. MPT always uses its embedding as the head, whatever its configuration says.
     let tied = info.family == "mpt" || pricket.config()["tie_word_embeddings"] == true;
     let unread = if tied { 0 } else { info.dtype.bytes(info.vocab * info.d_model) as u64 };
     let read = info.weight_bytes - unread;
@@ -181,7 +183,8 @@ impl Row {
     }
 }
 
-/// Generates after prompts of `len` tokens. Returns the seconds until the first new tokens, and the seconds for the rest.
+/// Generates after prompts of `len` tokens. Returns the seconds until the first new tokens, and the seconds for the
+/// rest.
 fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) -> anyhow::Result<(f64, f64)> {
     let vocab = pricket.info().vocab as u32;
     let prompt: Vec<u32> = (0..len as u32).map(|i| i * 7919 % vocab).collect();

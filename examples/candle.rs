@@ -1,4 +1,5 @@
-//! Runs the Llama of candle-transformers with weights and tokenizer loaded by pricket, and a generation loop in plain candle.
+//! Runs the Llama of candle-transformers with weights and tokenizer loaded by pricket, and a generation loop in plain
+//! candle.
 //!
 //! `cargo run --example candle --features candle-transformers -- --model models/tiny-llama`
 
@@ -16,8 +17,8 @@ use clap::Parser;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::interop;
 
-/// Continue a prompt with the Llama of candle-transformers. pricket fetches and reads the files and tokenizes; candle-transformers
-/// computes the model and samples.
+/// Continue a prompt with the Llama of candle-transformers. pricket fetches and reads the files and tokenizes;
+/// candle-transformers computes the model and samples.
 #[derive(Parser)]
 #[command(version)]
 struct Args {

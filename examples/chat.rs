@@ -39,7 +39,8 @@ struct Args {
     model: common::ModelArgs,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// Prompt format: a name listed by --formats, a file such as models/prompts.toml, or auto for the model's own format
+    /// Prompt format: a name listed by --formats, a file such as models/prompts.toml, or auto for the model's own
+    /// format
     #[arg(long, value_name = "NAME", default_value = "auto")]
     prompt_format: String,
     /// List the prompt formats and exit
@@ -48,8 +49,8 @@ struct Args {
     /// System text to use instead of the prompt format's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Maximum number of tokens of prompt and reply together. The oldest turns are dropped to fit [default: the length the model was
-    /// trained for]
+    /// Maximum number of tokens of prompt and reply together. The oldest turns are dropped to fit [default: the length
+    /// the model was trained for]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
     /// Continue a conversation saved with /save

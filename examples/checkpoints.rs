@@ -24,7 +24,8 @@ use pricket::suites::{Audit, AuditOptions, Checkpoints, KnownKind};
 use pricket::weights::counted;
 use serde_json::{Value, json};
 
-/// List, fetch and audit the training steps of a model, and manage the cache. Without a command, lists the steps of the embedded model.
+/// List, fetch and audit the training steps of a model, and manage the cache. Without a command, lists the steps of the
+/// embedded model.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -60,7 +61,8 @@ enum Command {
     Fetch {
         #[command(flatten)]
         which: Which,
-        /// After each step, delete the least recently used commits until pricket's files take at most this size, such as 50GB
+        /// After each step, delete the least recently used commits until pricket's files take at most this size, such
+        /// as 50GB
         #[arg(long, value_name = "SIZE", value_parser = size::parse)]
         budget: Option<u64>,
     },

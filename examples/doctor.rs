@@ -1,4 +1,5 @@
-//! Checks the machine: instruction set, threads, speed, memory, devices, cache, token and network. Prints one line for each, with advice.
+//! Checks the machine: instruction set, threads, speed, memory, devices, cache, token and network. Prints one line for
+//! each, with advice.
 //!
 //! `cargo run --example doctor`
 
@@ -18,8 +19,8 @@ use pricket::nn::ops::{self, Isa};
 use pricket::weights::Dtype;
 use serde_json::json;
 
-/// Check the machine: instruction set, threads, speed, memory, devices, cache, token and network. The exit code is 1 if a problem keeps
-/// pricket from working.
+/// Check the machine: instruction set, threads, speed, memory, devices, cache, token and network. The exit code is 1 if
+/// a problem keeps pricket from working.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -137,8 +138,8 @@ fn speed(threads: usize) -> Finding {
     Finding::new(
         PART,
         format!(
-            "memory bandwidth {read:.0} GB/s, {computed:.0} GFLOP/s in f32; a model of a billion parameters decodes at most {q4:.0} \
-             tokens/s in q4_0, {f16:.0} in f16"
+            "memory bandwidth {read:.0} GB/s, {computed:.0} GFLOP/s in f32; a model of a billion parameters decodes at most \
+             {q4:.0} tokens/s in q4_0, {f16:.0} in f16"
         ),
     )
 }

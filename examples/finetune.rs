@@ -22,8 +22,9 @@ use pricket::weights::counted;
 use pricket::{Loader, Pricket};
 use serde_json::json;
 
-/// Fine-tune a model with LoRA, or all of its weights with --full. The examples are JSON lines with the keys {"text"}, {"prompt",
-/// "completion"}, {"instruction", "context", "response"}, {"messages"} or {"input_ids", "labels"}. Prompts are not counted in the loss.
+/// Fine-tune a model with LoRA, or all of its weights with --full. The examples are JSON lines with the keys {"text"},
+/// {"prompt", "completion"}, {"instruction", "context", "response"}, {"messages"} or {"input_ids", "labels"}. Prompts
+/// are not counted in the loss.
 #[derive(Parser)]
 #[command(version)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
@@ -39,10 +40,12 @@ struct Args {
     /// Continue the run in --out from its last checkpoint
     #[arg(long)]
     resume: bool,
-    /// Prompt format of instructions and messages: a name listed by `chat --formats`, a file, or auto for the model's own format
+    /// Prompt format of instructions and messages: a name listed by `chat --formats`, a file, or auto for the model's
+    /// own format
     #[arg(long, value_name = "NAME", default_value = "auto")]
     prompt_format: String,
-    /// Maximum number of tokens per example, at least 2. Longer examples are truncated [default: the model's context, at most 2048]
+    /// Maximum number of tokens per example, at least 2. Longer examples are truncated [default: the model's context,
+    /// at most 2048]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
     /// Do not add an end token after each response
@@ -142,7 +145,8 @@ struct RunArgs {
     /// Optimizer: adamw, decoupled_adamw, lion, or decoupled_lionw
     #[arg(long, value_name = "NAME", default_value = "adamw")]
     optimizer: Rule,
-    /// Decay rates of the optimizer's two moments [default: 0.9,0.999 for adamw; 0.9,0.95 for decoupled_adamw; 0.9,0.99 for LION]
+    /// Decay rates of the optimizer's two moments [default: 0.9,0.999 for adamw; 0.9,0.95 for decoupled_adamw; 0.9,0.99
+    /// for LION]
     #[arg(long, value_name = "B1,B2", value_delimiter = ',')]
     betas: Vec<f64>,
     /// Weight decay of matrices
@@ -154,7 +158,8 @@ struct RunArgs {
     /// Learning rate of the B matrices, as a multiple of --lr (LoRA+)
     #[arg(long, value_name = "RATIO")]
     lora_plus: Option<f64>,
-    /// Learning-rate schedule, by its name in transformers or composer, such as constant, linear, cosine or warmup_stable_decay
+    /// Learning-rate schedule, by its name in transformers or composer, such as constant, linear, cosine or
+    /// warmup_stable_decay
     #[arg(long, value_name = "NAME", default_value = "linear")]
     schedule: String,
     /// Final learning rate as a fraction of --lr, from 0 to 1, for schedules that have one

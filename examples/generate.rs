@@ -26,8 +26,8 @@ struct Args {
     prompt: String,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// Prompt format in which the prompt is asked as a question: a name listed by `chat --formats`, a file, auto for the model's own
-    /// format, or plain to continue the prompt as it is
+    /// Prompt format in which the prompt is asked as a question: a name listed by `chat --formats`, a file, auto for
+    /// the model's own format, or plain to continue the prompt as it is
     #[arg(long, value_name = "NAME", default_value = "plain")]
     prompt_format: String,
     /// System text to use instead of the prompt format's own

@@ -22,8 +22,8 @@ use serde_json::json;
 /// The default text of --report. It shows the effect of quantization, but is too short for a perplexity to publish.
 const TEXT: &str = include_str!("../README.md");
 
-/// Convert a model to a GGUF file (if --out ends in .gguf) or to a directory in Hub layout (any other --out). With --report and without
-/// --out, quantize in memory and write nothing.
+/// Convert a model to a GGUF file (if --out ends in .gguf) or to a directory in Hub layout (any other --out). With
+/// --report and without --out, quantize in memory and write nothing.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -38,7 +38,8 @@ struct Args {
     /// Replace an existing output
     #[arg(long, requires = "out")]
     overwrite: bool,
-    /// Compare the new model with the original: size, perplexity, Kullback-Leibler divergence, and agreement of the most likely token
+    /// Compare the new model with the original: size, perplexity, Kullback-Leibler divergence, and agreement of the
+    /// most likely token
     #[arg(long)]
     report: bool,
     /// Plain text file for --report [default: pricket's README]

@@ -27,25 +27,26 @@ use serde_json::{Value, json};
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// Text to score, or - to read it from standard input. Prints the log-probability of every token [default: a built-in sentence]
+    /// Text to score, or - to read it from standard input. Prints the log-probability of every token [default: a
+    /// built-in sentence]
     #[arg(long, short, conflicts_with_all = ["text", "tasks", "slices"])]
     prompt: Option<String>,
     /// Plain text file of any length to score. Prints loss, perplexity and bits per byte
     #[arg(long, value_name = "FILE", conflicts_with_all = ["tasks", "slices"])]
     text: Option<PathBuf>,
-    /// Tasks to evaluate: names (lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext) or files (.yaml of
-    /// lm-evaluation-harness, or .toml)
+    /// Tasks to evaluate: names (lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext)
+    /// or files (.yaml of lm-evaluation-harness, or .toml)
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
-    /// Directory with the documents of the tasks, as .jsonl or .parquet: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl
-    /// for few-shot examples [default: fetched from the Hub]
+    /// Directory with the documents of the tasks, as .jsonl or .parquet: TASK.validation.jsonl or TASK.test.jsonl, and
+    /// TASK.train.jsonl for few-shot examples [default: fetched from the Hub]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// JSON lines file of texts with the name of their slice. Prints the loss of each slice
     #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
     slices: Option<PathBuf>,
-    /// Number of few-shot examples before each question. Several numbers, such as 0,5, are evaluated in turn [default: the task's own
-    /// number, 0 for built-in tasks]
+    /// Number of few-shot examples before each question. Several numbers, such as 0,5, are evaluated in turn [default:
+    /// the task's own number, 0 for built-in tasks]
     #[arg(long, value_delimiter = ',', value_name = "N")]
     num_fewshot: Vec<usize>,
     /// Random seed for the choice of few-shot examples [default: 1234]
@@ -63,15 +64,15 @@ struct Args {
     /// Allow a --max-length above the length the model was trained for
     #[arg(long, requires = "max_length")]
     beyond_trained_length: bool,
-    /// Number of tokens scored per window of a long text, from 1 to --max-length. A smaller number gives each token more context and
-    /// takes longer [default: --max-length]
+    /// Number of tokens scored per window of a long text, from 1 to --max-length. A smaller number gives each token
+    /// more context and takes longer [default: --max-length]
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
     /// Number of tokens per batch [default: 1024 on the CPU, 16384 on a GPU]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<usize>,
-    /// Write the results to a JSON file in the format of lm-evaluation-harness. Several values of --num-fewshot give one file each, such
-    /// as results.5shot.json
+    /// Write the results to a JSON file in the format of lm-evaluation-harness. Several values of --num-fewshot give
+    /// one file each, such as results.5shot.json
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Also write the requests and answers of every document, to samples_TASK.jsonl next to --output
@@ -131,7 +132,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let name = task.name();
             ensure!(
                 counts.len() == 1,
-                "--num-fewshot: task {name} takes no examples; leave the task out if --num-fewshot gives several numbers"
+                "--num-fewshot: task {name} takes no examples; leave it out if --num-fewshot gives several numbers"
             );
             common::tell(format_args!("note: task {name} takes no examples, so --num-fewshot has no effect on it"));
         }

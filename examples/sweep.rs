@@ -1,4 +1,5 @@
-//! Measures the checkpoints of models over training, one JSON line per metric, and draws the results. Interrupted sweeps resume.
+//! Measures the checkpoints of models over training, one JSON line per metric, and draws the results. Interrupted
+//! sweeps resume.
 //!
 //! `cargo run --example sweep`
 
@@ -33,8 +34,8 @@ use serde_json::{Value, json};
 const TEXT: &str = "My fellow citizens, the people of the United States have a great country. In the year of our Lord the \
     Congress met, and the President of the United States spoke of the army and of the peace that we all wish for.";
 
-/// Measure the checkpoints of models, and draw the results. A sweep that is started again with the same --out resumes. The exit code is
-/// 2 if a checkpoint failed.
+/// Measure the checkpoints of models, and draw the results. A sweep that is started again with the same --out resumes.
+/// The exit code is 2 if a checkpoint failed.
 #[derive(Parser)]
 #[command(version)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
@@ -63,7 +64,8 @@ struct Args {
     /// Maximum number of documents per task, or a fraction of them such as 0.5 [default: all]
     #[arg(long, value_name = "N", requires = "tasks")]
     limit: Option<Limit>,
-    /// Number of tokens scored per window of a long text, from 1 to the model's context [default: the context, without overlap]
+    /// Number of tokens scored per window of a long text, from 1 to the model's context [default: the context, without
+    /// overlap]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     stride: Option<u32>,
     /// Number of bootstrap samples for the standard error of perplexities; 0 for no standard error
@@ -72,10 +74,12 @@ struct Args {
     /// JSON lines file to which the results are appended
     #[arg(long, default_value = "sweep.jsonl")]
     out: PathBuf,
-    /// Shard of the checkpoints to measure, as INDEX/COUNT such as 0/4 [default: the task of a Slurm array job, otherwise all checkpoints]
+    /// Shard of the checkpoints to measure, as INDEX/COUNT such as 0/4 [default: the task of a Slurm array job,
+    /// otherwise all checkpoints]
     #[arg(long, value_name = "I/N")]
     shard: Option<Shard>,
-    /// Maximum size of the fetched checkpoints in the cache, such as 50GB. The least recently used are deleted before another is fetched
+    /// Maximum size of the fetched checkpoints in the cache, such as 50GB. The least recently used are deleted before
+    /// another is fetched
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     disk_budget: Option<u64>,
     /// Measure again the rows of earlier versions, which have no hashes of documents and weights [default: keep them]
@@ -84,7 +88,8 @@ struct Args {
     /// Do not load the next checkpoint during a measurement. Halves the memory
     #[arg(long)]
     no_prefetch: bool,
-    /// Draw curves over training, with a panel for each metric, to an .svg or .png file (.pdf with the feature pdf). Can be repeated
+    /// Draw curves over training, with a panel for each metric, to an .svg or .png file (.pdf with the feature pdf).
+    /// Can be repeated
     #[arg(long, value_name = "FILE")]
     plot: Vec<PathBuf>,
     /// Draw a table of each model's last step to an .svg or .png file (.pdf with the feature pdf)

@@ -16,8 +16,8 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Handles Ctrl-C and requests to terminate: the first one cancels the work, so that no incomplete file is left.
 ///
-/// A second one ends the program at once. Within the first second it is ignored, because some programs signal both a process and its
-/// process group.
+/// A second one ends the program at once. Within the first second it is ignored, because some programs signal both a
+/// process and its process group.
 #[allow(dead_code, reason = "not every example runs for long")]
 pub(crate) fn interruptible() -> anyhow::Result<()> {
     static FIRST: OnceLock<Instant> = OnceLock::new();

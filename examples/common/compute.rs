@@ -25,14 +25,16 @@ pub(crate) struct ComputeArgs {
     /// Precision of activations on the CPU: f32, bf16 (as in torch), or q8 (8 bits with quantized weights, as in ggml)
     #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "bf16", "q8"])]
     pub(crate) activations: String,
-    /// Type of cached keys and values: f32, f16, bf16 or q8_0 [default: f32; f16 with --activations q8; bf16 with --activations bf16]
+    /// Type of cached keys and values: f32, f16, bf16 or q8_0 [default: f32; f16 with --activations q8; bf16 with
+    /// --activations bf16]
     #[arg(long, value_name = "TYPE")]
     pub(crate) cache_type: Option<CacheType>,
-    /// Use f32, f16 and bf16 weights from the memory-mapped file instead of copying them (CPU only). Loading is immediate, and processes
-    /// share the memory. The file must not change meanwhile
+    /// Use f32, f16 and bf16 weights from the memory-mapped file instead of copying them (CPU only). Loading is
+    /// immediate, and processes share the memory. The file must not change meanwhile
     #[arg(long)]
     pub(crate) in_place: bool,
-    /// LoRA adapter in PEFT's format: a directory or a repository of the Hub. Repeat the flag to add up several adapters
+    /// LoRA adapter in PEFT's format: a directory or a repository of the Hub. Repeat the flag to add up several
+    /// adapters
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ADAPTER")]
     pub(crate) adapter: Vec<std::path::PathBuf>,
@@ -42,7 +44,8 @@ pub(crate) struct ComputeArgs {
 }
 
 impl ComputeArgs {
-    /// Limits the threads of candle's own operations to `--threads`. By default candle starts one busy-waiting thread per core.
+    /// Limits the threads of candle's own operations to `--threads`. By default candle starts one busy-waiting thread
+    /// per core.
     ///
     /// Call this at the start of a program, before it has a second thread.
     #[allow(unsafe_code, reason = "candle reads the number of its threads from the environment only")]

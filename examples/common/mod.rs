@@ -21,8 +21,8 @@ pub(crate) use random::random;
 /// The model to load and how to load it.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
-    /// Model to load: a repository of the Hub (EleutherAI/pythia-410m or pythia-410m), a directory in Hub layout, or a weight file (GGUF,
-    /// legacy GGML, or another format with a config.json next to it) [default: the embedded model]
+    /// Model to load: a repository of the Hub (EleutherAI/pythia-410m or pythia-410m), a directory in Hub layout, or a
+    /// weight file (GGUF, legacy GGML, or another format with a config.json next to it) [default: the embedded model]
     #[arg(long, short)]
     pub(crate) model: Option<PathBuf>,
     /// Branch, tag or commit of a repository, such as step3000, or a training step in a directory's revisions/
@@ -37,10 +37,12 @@ pub(crate) struct ModelArgs {
     /// Override the activation function of config.json: gelu or gelu_tanh (llama.cpp uses gelu_tanh for every model)
     #[arg(long, value_name = "NAME")]
     pub(crate) activation_function: Option<String>,
-    /// Order of the QKV rows in a GGUF file that does not name it: split, interleaved, or auto (the order with the lower loss on a text)
+    /// Order of the QKV rows in a GGUF file that does not name it: split, interleaved, or auto (the order with the
+    /// lower loss on a text)
     #[arg(long, alias = "neox-qkv", value_name = "ORDER", default_value = "auto")]
     pub(crate) qkv_order: pricket::loading::QkvOrder,
-    /// Override a key of the configuration, such as use_parallel_residual=false or attn_config.clip_qkv=6. Can be repeated
+    /// Override a key of the configuration, such as use_parallel_residual=false or attn_config.clip_qkv=6. Can be
+    /// repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
     /// Load a checkpoint even if it has weights that its configuration does not use

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use pricket::candle::{DType, Device, Tensor};
 
-/// Measures a device: bytes per second of a copy within its memory, and operations per second of a large matrix product in bf16.
+/// Measures a device: bytes per second of a copy within its memory, and operations per second of a large matrix product
+/// in bf16.
 ///
 /// Bytes read and bytes written are added up, as are multiplications and additions. Returns the best of four runs.
 pub(crate) fn device_rates(device: &Device) -> anyhow::Result<(f64, f64)> {
@@ -29,7 +30,8 @@ pub(crate) fn device_rates(device: &Device) -> anyhow::Result<(f64, f64)> {
     Ok(((8 * ELEMENTS) as f64 / moved, 2.0 * (SIDE as f64).powi(3) / multiplied))
 }
 
-/// Measures the bytes per second that `threads` read from a buffer of this size, at most 4 GiB. Returns the best of three runs.
+/// Measures the bytes per second that `threads` read from a buffer of this size, at most 4 GiB. Returns the best of
+/// three runs.
 pub(crate) fn read_rate(bytes: usize, threads: usize) -> f64 {
     let words = bytes.clamp(1 << 20, 4 << 30) / 8;
     let buffer: Vec<u64> = (0..words as u64).collect();

@@ -15,7 +15,8 @@ pub(crate) struct SamplingArgs {
     /// Sample from the K most likely tokens; 0 or -1 for all tokens
     #[arg(long, default_value = "0", value_name = "K", value_parser = count, allow_negative_numbers = true)]
     top_k: usize,
-    /// Sample from the most likely tokens whose probabilities add up to P, from 0 to 1 [default: 0.95, or 1 at temperature 0]
+    /// Sample from the most likely tokens whose probabilities add up to P, from 0 to 1 [default: 0.95, or 1 at
+    /// temperature 0]
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
     /// Sample from tokens with at least P times the probability of the most likely token, P from 0 to 1

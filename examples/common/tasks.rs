@@ -18,7 +18,8 @@ pub(crate) fn documents(data: Option<&Path>, task: &Task) -> anyhow::Result<Vec<
     files(data, task, task.split())
 }
 
-/// Returns the files from which `shots` examples are drawn. There are none without examples, or if the task defines its own examples.
+/// Returns the files from which `shots` examples are drawn. There are none without examples, or if the task defines its
+/// own examples.
 pub(crate) fn examples(data: Option<&Path>, task: &Task, shots: Option<usize>) -> anyhow::Result<Vec<PathBuf>> {
     if task.shots(shots) == 0 || task.has_samples() {
         return Ok(Vec::new());

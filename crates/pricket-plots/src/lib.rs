@@ -1,7 +1,8 @@
 //! Pictures as SVG, PNG or PDF: curves over training steps, tables, heatmaps and token probabilities.
 //!
-//! Curves can have error bands, and can be marked as published results, which are dashed. The colors are those of Okabe and Ito, which
-//! people with any type of color vision can distinguish. Markers of different shapes distinguish the curves as well.
+//! Curves can have error bands, and can be marked as published results, which are dashed. The colors are those of Okabe
+//! and Ito, which people with any type of color vision can distinguish. Markers of different shapes distinguish the
+//! curves as well.
 //!
 //! ```
 //! use pricket_plots::{Curve, Curves, Picture, Point};
@@ -132,8 +133,9 @@ impl Curves {
 
 /// A heatmap: a matrix of values drawn as colors.
 ///
-/// With values of both signs, zero is white, positive values are blue, and negative values are orange. Without negative values, the
-/// scale goes from white for the smallest to blue for the largest. Without positive values, it goes from white for zero to orange.
+/// With values of both signs, zero is white, positive values are blue, and negative values are orange. Without negative
+/// values, the scale goes from white for the smallest to blue for the largest. Without positive values, it goes from
+/// white for zero to orange.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Heatmap {
     /// Title above the map.
@@ -210,8 +212,8 @@ impl Picture {
     /// Creates a picture of panels with curves and one legend, in this layout.
     ///
     /// # Errors
-    /// Returns [`Error::Count`] if there are no panels or too many, [`Error::Nothing`] if a panel has no point to draw, and
-    /// [`Error::Size`] if the panel size is out of range.
+    /// Returns [`Error::Count`] if there are no panels or too many, [`Error::Nothing`] if a panel has no point to draw,
+    /// and [`Error::Size`] if the panel size is out of range.
     pub fn of_curves_in(panels: Vec<Curves>, layout: &Layout) -> Result<Self> {
         let (width, height) = layout.panel;
         if !(200..=4000).contains(&width) || !(150..=4000).contains(&height) {
@@ -230,8 +232,8 @@ impl Picture {
     /// Creates a picture of a table.
     ///
     /// # Errors
-    /// Returns [`Error::Count`] if it has no rows or columns, or too many. Returns [`Error::Row`] if a row does not have one cell for
-    /// each column.
+    /// Returns [`Error::Count`] if it has no rows or columns, or too many. Returns [`Error::Row`] if a row does not
+    /// have one cell for each column.
     pub fn of_table(table: Table) -> Result<Self> {
         let (rows, columns) = (table.rows.len(), table.columns.len());
         for (what, found) in [("rows of a table", rows), ("columns of a table", columns)] {
@@ -249,8 +251,8 @@ impl Picture {
     /// Creates a picture of a heatmap.
     ///
     /// # Errors
-    /// Returns [`Error::Count`] if it has no rows or columns, or too many. Returns [`Error::Map`] if the number of values differs from
-    /// the number of names. Returns [`Error::Nothing`] if no value is finite.
+    /// Returns [`Error::Count`] if it has no rows or columns, or too many. Returns [`Error::Map`] if the number of
+    /// values differs from the number of names. Returns [`Error::Nothing`] if no value is finite.
     pub fn of_heatmap(map: Heatmap) -> Result<Self> {
         let columns = map.x.1.len();
         for (what, found) in [("rows of a heatmap", map.y.1.len()), ("columns of a heatmap", columns)] {

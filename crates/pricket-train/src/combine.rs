@@ -29,10 +29,11 @@ impl Lora {
         })
     }
 
-    /// Returns an adapter whose `A` and `B` are the sums of the parts' `A` and `B`, each multiplied by the square root of its weight.
+    /// Returns an adapter whose `A` and `B` are the sums of the parts' `A` and `B`, each multiplied by the square root
+    /// of its weight.
     ///
-    /// This differs from the weighted sum of the changes. All parts must have the same ranks. The sign of a negative weight is
-    /// applied to `A`. Equals PEFT's `add_weighted_adapter(combination_type="linear")`.
+    /// This differs from the weighted sum of the changes. All parts must have the same ranks. The sign of a negative
+    /// weight is applied to `A`. Equals PEFT's `add_weighted_adapter(combination_type="linear")`.
     ///
     /// # Errors
     /// Returns the errors of [`Lora::cat`], and [`Error::Input`] if the ranks differ.

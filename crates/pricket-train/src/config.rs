@@ -65,7 +65,8 @@ pub struct LoraConfig {
     pub layers_pattern: Vec<String>,
     /// `rank_pattern`: ranks of single modules, by name, end of a name, or regular expression. The first match is used.
     pub rank_pattern: Vec<(String, usize)>,
-    /// `alpha_pattern`: `lora_alpha` of single modules, by name, end of a name, or regular expression. The first match is used.
+    /// `alpha_pattern`: `lora_alpha` of single modules, by name, end of a name, or regular expression. The first match
+    /// is used.
     pub alpha_pattern: Vec<(String, f64)>,
     /// `use_rslora`: the change is multiplied by `alpha / sqrt(rank)` (Kalajdzievski 2023, arXiv:2312.03732).
     pub rslora: bool,
@@ -122,7 +123,8 @@ const NEUTRAL: [&str; 9] = [
     "loftq_config",
 ];
 
-/// Initializations that change only the adapter. Others (`pissa`, `olora`, `loftq`, `corda`) also change the base weights.
+/// Initializations that change only the adapter. Others (`pissa`, `olora`, `loftq`, `corda`) also change the base
+/// weights.
 const HARMLESS_INITIAL: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 impl LoraConfig {
@@ -175,8 +177,8 @@ impl LoraConfig {
 
     /// Returns the settings as the JSON of an adapter_config.json.
     ///
-    /// Keys of newer PEFT releases are written only if they are used. PEFT 0.6 and later read the file. DoRA needs PEFT 0.9, and
-    /// `exclude_modules` needs 0.14.
+    /// Keys of newer PEFT releases are written only if they are used. PEFT 0.6 and later read the file. DoRA needs PEFT
+    /// 0.9, and `exclude_modules` needs 0.14.
     pub fn to_json(&self) -> Value {
         let select = |select: &Select| match select {
             Select::Names(names) => json!(names),
@@ -227,7 +229,7 @@ impl LoraConfig {
             return Err(Error::config("r", format!("{rank}; expected a rank from 1 to 65,536")));
         }
         if self.layers.is_some() && matches!(self.targets, Select::Pattern(_)) {
-            let what = "cannot be combined with a regular expression in target_modules; give target_modules as a list of names";
+            let what = "cannot be combined with a regular expression in target_modules; give a list of names";
             return Err(Error::config("layers_to_transform", what));
         }
         let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
@@ -328,7 +330,7 @@ impl<'a> Keys<'a> {
             (Some(value), _) => Err(Error::config(
                 "init_lora_weights",
                 format!(
-                    "{value} changes the base weights, which is not implemented; in PEFT, convert the adapter to plain LoRA and save it"
+                    "{value} changes the base weights, which is not implemented; convert the adapter to LoRA with PEFT"
                 ),
             )),
         }

@@ -1,7 +1,7 @@
 //! Training data: reading records from JSON lines, and converting a record to token ids.
 //!
-//! The keys of a record decide its form: `input_ids`, `messages`, `instruction` with `response`, `prompt` with `completion`, or
-//! `text`. See [`Record`].
+//! The keys of a record decide its form: `input_ids`, `messages`, `instruction` with `response`, `prompt` with
+//! `completion`, or `text`. See [`Record`].
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -26,7 +26,8 @@ const MAX_LINE: usize = 64 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Record {
-    /// `input_ids`: token ids. Ids whose entry in `labels` is -100 are not counted in the loss. Without `labels`, all are counted.
+    /// `input_ids`: token ids. Ids whose entry in `labels` is -100 are not counted in the loss. Without `labels`, all
+    /// are counted.
     Ids(Sample),
     /// `text`: all of it is counted in the loss.
     Text(String),
@@ -48,7 +49,8 @@ pub enum Record {
         /// The answer.
         response: String,
     },
-    /// `messages` with `role` and `content`, written in a prompt format. Only the assistant's messages are counted in the loss.
+    /// `messages` with `role` and `content`, written in a prompt format. Only the assistant's messages are counted in
+    /// the loss.
     Chat {
         /// The system text, if there is one.
         system: Option<String>,
@@ -151,12 +153,12 @@ impl Record {
 
     /// Converts the record to token ids, with `end` after the response.
     ///
-    /// Prompt and response are tokenized separately, as in llm-foundry. With a sentencepiece tokenizer they are tokenized together,
-    /// because a separate response would begin with an extra space.
+    /// Prompt and response are tokenized separately, as in llm-foundry. With a sentencepiece tokenizer they are
+    /// tokenized together, because a separate response would begin with an extra space.
     ///
     /// # Errors
-    /// Returns the errors of [`PromptFormat::prompt`]. Returns [`Error::Input`] if no id is counted in the loss, or if the record is
-    /// text and `tokenizer` is `None`.
+    /// Returns the errors of [`PromptFormat::prompt`]. Returns [`Error::Input`] if no id is counted in the loss, or if
+    /// the record is text and `tokenizer` is `None`.
     pub fn sample(&self, tokenizer: Option<&Tokenizer>, format: &PromptFormat, end: &[u32]) -> Result<Sample> {
         if let Record::Ids(sample) = self {
             return Ok(sample.clone());
@@ -209,7 +211,8 @@ impl Record {
                 for (i, turn) in turns.iter().enumerate().filter(|(_, turn)| turn.role == Role::Assistant) {
                     let prompt = format.prompt(system.as_deref(), &turns[..i])?;
                     let Some(more) = prompt.strip_prefix(&done) else {
-                        let what = "earlier turns change as a conversation grows, so conversations of several turns cannot be trained on";
+                        let what =
+                            "later prompts do not repeat earlier turns unchanged; train on conversations of one turn";
                         return Err(Error::Input(format!("prompt format {}: {what}", format.name)));
                     };
                     // The end of the turn is counted too, so that the model learns to stop.
@@ -225,8 +228,8 @@ impl Record {
     }
 }
 
-/// Returns the text between the start of the model's turn and its answer, and the text after the answer up to the end of the first
-/// stop string.
+/// Returns the text between the start of the model's turn and its answer, and the text after the answer up to the end
+/// of the first stop string.
 fn around(format: &PromptFormat) -> (&str, &str) {
     let (before, after) = format.assistant.split_once("{text}").unwrap_or_default();
     let before = before.strip_prefix(&format.reply).unwrap_or_default();
@@ -237,8 +240,8 @@ fn around(format: &PromptFormat) -> (&str, &str) {
 /// Reads the records of a file of JSON lines. Empty lines are skipped.
 ///
 /// # Errors
-/// Returns [`Error::Data`] with the line number if a line is invalid, [`Error::Io`] if the file cannot be read, and [`Error::Input`]
-/// if it has no records.
+/// Returns [`Error::Data`] with the line number if a line is invalid, [`Error::Io`] if the file cannot be read, and
+/// [`Error::Input`] if it has no records.
 pub fn read_records(path: impl AsRef<Path>) -> Result<Vec<Record>> {
     let path = path.as_ref();
     let file = std::fs::File::open(path).map_err(Error::io(path))?;

@@ -29,7 +29,8 @@ impl Gradients {
         Self { of }
     }
 
-    /// Returns the gradient of each parameter, in the model's order of rows. `None` if the loss does not depend on a parameter.
+    /// Returns the gradient of each parameter, in the model's order of rows. `None` if the loss does not depend on a
+    /// parameter.
     pub fn of(&self) -> &[Option<Tensor>] {
         &self.of
     }
@@ -103,8 +104,8 @@ pub enum Checkpointing {
 
 /// Adds the gradients of `weight · Σ nll` to `sum`, and returns `Σ nll`.
 ///
-/// `Σ nll` is the cross-entropy in nats, summed over the counted token ids of all `samples`. Positions begin at 0 in each sample, and
-/// samples do not attend to each other.
+/// `Σ nll` is the cross-entropy in nats, summed over the counted token ids of all `samples`. Positions begin at 0 in
+/// each sample, and samples do not attend to each other.
 ///
 /// # Errors
 /// Returns [`Error::Input`] if a sample does not fit the model, and an error if a tensor operation fails.
@@ -209,7 +210,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Returns the loss of final hidden states: its unweighted value, and the weighted tensor that the backward pass starts from.
+    /// Returns the loss of final hidden states: its unweighted value, and the weighted tensor that the backward pass
+    /// starts from.
     fn loss(&self, hidden: &Tensor) -> Result<(f64, Tensor)> {
         let nll = self.model.nll(&self.batch.select(hidden)?, &self.batch.targets)?;
         let value = nll.to_vec1::<f32>()?.into_iter().map(f64::from).sum();

@@ -1,7 +1,9 @@
 //! Fine-tunes and trains causal language models on one machine.
 //!
-//! - [`Lora`] is a LoRA adapter. It is read from PEFT's files or created for a [`Base`], trained, and written in PEFT's format.
-//! - [`add_gradients`] computes gradients. With [`Checkpointing::PerBlock`], its memory hardly grows with the number of blocks.
+//! - [`Lora`] is a LoRA adapter. It is read from PEFT's files or created for a [`Base`], trained, and written in PEFT's
+//!   format.
+//! - [`add_gradients`] computes gradients. With [`Checkpointing::PerBlock`], its memory hardly grows with the number of
+//!   blocks.
 //! - [`Optimizer`] and [`Schedule`] compute the same values as torch, transformers, composer and llm-foundry.
 //! - [`Trainer`] is the training loop. An interrupted run resumes from its last checkpoint with the same results.
 //!

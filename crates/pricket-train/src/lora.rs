@@ -1,7 +1,8 @@
-//! LoRA adapters (Hu et al. 2021, arXiv:2106.09685): reading and writing PEFT's files, attaching adapters to a model, merging.
+//! LoRA adapters (Hu et al. 2021, arXiv:2106.09685): reading and writing PEFT's files, attaching adapters to a model,
+//! merging.
 //!
-//! An adapter changes a linear layer to `y = x (W + s · B A)ᵀ + b`, with `A [rank, inputs]`, `B [outputs, rank]` and the scale
-//! `s = alpha / rank`. Rows of `B` are stored in the order of the checkpoint on the Hub.
+//! An adapter changes a linear layer to `y = x (W + s · B A)ᵀ + b`, with `A [rank, inputs]`, `B [outputs, rank]` and
+//! the scale `s = alpha / rank`. Rows of `B` are stored in the order of the checkpoint on the Hub.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -174,8 +175,8 @@ impl Lora {
     /// `directory` holds adapter_config.json and adapter_model.safetensors or adapter_model.bin.
     ///
     /// # Errors
-    /// Returns [`Error::Config`] if a setting is invalid or not implemented. Returns [`Error::Adapter`] with the tensor if one is
-    /// missing, has a wrong shape, or belongs to an adapter type that is not implemented.
+    /// Returns [`Error::Config`] if a setting is invalid or not implemented. Returns [`Error::Adapter`] with the tensor
+    /// if one is missing, has a wrong shape, or belongs to an adapter type that is not implemented.
     pub fn read(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
         let path = directory.join("adapter_config.json");
@@ -301,7 +302,8 @@ impl Lora {
         Ok(self.attach(base, None)?.model)
     }
 
-    /// Returns the base with this adapter, whose tensors are variables that collect gradients. `seed` is the seed of the dropout.
+    /// Returns the base with this adapter, whose tensors are variables that collect gradients. `seed` is the seed of
+    /// the dropout.
     ///
     /// # Errors
     /// Returns the errors of [`Lora::apply`].
@@ -362,7 +364,8 @@ impl Lora {
         Ok(())
     }
 
-    /// Attaches the adapter to a copy of the base. With a seed in `training`, its tensors are variables and have dropout.
+    /// Attaches the adapter to a copy of the base. With a seed in `training`, its tensors are variables and have
+    /// dropout.
     fn attach(&self, base: &Base, training: Option<u64>) -> Result<Tuned> {
         let targets = Targets::new(&self.config)?;
         let twice = |name: &str| {
@@ -467,7 +470,8 @@ impl Lora {
     /// [`Lora::merged_weight`] merges one tensor at a time, with less memory.
     ///
     /// # Errors
-    /// Returns the errors of [`Lora::apply`], and [`Error::Input`] if the adapter changes a head that is tied to the embedding.
+    /// Returns the errors of [`Lora::apply`], and [`Error::Input`] if the adapter changes a head that is tied to the
+    /// embedding.
     pub fn merge(&self, base: &Base) -> Result<Arc<dyn CausalLm>> {
         let adapted = self.apply(base)?;
         if let Some(plan) = adapted.plan().filter(|plan| plan.is_tied && !plan.head.adapters().is_empty()) {
@@ -484,7 +488,8 @@ impl Lora {
 
     /// Returns tensor `name` of the base after merging, or `None` if the adapter does not change it.
     ///
-    /// `weight` is its value before merging, `[outputs, inputs]` in f32. `rows` is the order of its rows relative to the Hub's.
+    /// `weight` is its value before merging, `[outputs, inputs]` in f32. `rows` is the order of its rows relative to
+    /// the Hub's.
     ///
     /// # Errors
     /// Returns [`Error::Adapter`] if the shape of `weight` differs from the adapter's.

@@ -188,8 +188,8 @@ impl Optimizer {
     /// `multiplier` is the schedule's share of the learning rate at this step, [`Schedule::at`](crate::Schedule::at).
     ///
     /// # Errors
-    /// Returns [`Error::Input`] if the number of parameters or gradients differs from the optimizer's, and an error if a tensor
-    /// operation fails.
+    /// Returns [`Error::Input`] if the number of parameters or gradients differs from the optimizer's, and an error if
+    /// a tensor operation fails.
     pub fn step(&mut self, parameters: &[Parameter], gradients: &Gradients, multiplier: f64) -> Result<()> {
         if parameters.len() != self.slots.len() || gradients.of().len() != self.slots.len() {
             let (found, expected) = (parameters.len(), self.slots.len());

@@ -21,7 +21,8 @@ impl Sample {
         Self::masked(ids, counts)
     }
 
-    /// Creates a sample from a prompt and a response, of which the response is counted. `response` includes the end token.
+    /// Creates a sample from a prompt and a response, of which the response is counted. `response` includes the end
+    /// token.
     ///
     /// # Errors
     /// Returns [`Error::Input`] if both are empty.
@@ -30,7 +31,8 @@ impl Sample {
         Self::masked([prompt, response].concat(), counts)
     }
 
-    /// Creates a sample of which the ids with a `true` in `counts` are counted. The first id is not counted in any case.
+    /// Creates a sample of which the ids with a `true` in `counts` are counted. The first id is not counted in any
+    /// case.
     ///
     /// # Errors
     /// Returns [`Error::Input`] if the lists are empty or their lengths differ.

@@ -1,7 +1,7 @@
 //! Learning-rate schedules, as computed by transformers (`optimization.py`) and composer (`optim/scheduler.py`).
 //!
-//! The learning rate of a step is `lr · multiplier(step)`. The multiplier rises linearly from 0 to 1 during the warm-up, and
-//! then follows a [`Decay`].
+//! The learning rate of a step is `lr · multiplier(step)`. The multiplier rises linearly from 0 to 1 during the
+//! warm-up, and then follows a [`Decay`].
 
 use std::f64::consts::PI;
 
@@ -20,7 +20,8 @@ pub enum Decay {
     Constant,
     /// `1 - x`, at least 0.
     Linear,
-    /// `(1 - min) · (1 + cos(2π · cycles · x)) / 2 + min`. With 0.5 cycles it ends at `min`, and rises again after the last step.
+    /// `(1 - min) · (1 + cos(2π · cycles · x)) / 2 + min`. With 0.5 cycles it ends at `min`, and rises again after the
+    /// last step.
     Cosine {
         /// Periods of the cosine. transformers' default: 0.5.
         cycles: f64,
@@ -39,7 +40,8 @@ pub enum Decay {
         /// Multiplier at the last step.
         end: f64,
     },
-    /// `1 / sqrt((step - warmup + timescale) / timescale)`. The timescale is the warm-up, or 10,000 steps without a warm-up.
+    /// `1 / sqrt((step - warmup + timescale) / timescale)`. The timescale is the warm-up, or 10,000 steps without a
+    /// warm-up.
     InverseSqrt,
     /// 1, then a half cosine down to `min` over the last `decay_steps` steps (Hu et al. 2024, arXiv:2404.06395).
     ///
@@ -83,8 +85,8 @@ pub struct Schedule {
 impl Schedule {
     /// Returns the schedule that transformers' `get_scheduler` or composer calls `name`, with that library's defaults.
     ///
-    /// Where the library has no default, `cosine_with_min_lr` ends at a tenth of the learning rate, `polynomial` ends at 0, and the
-    /// decay of `warmup_stable_decay` takes the last fifth of the steps after the warm-up.
+    /// Where the library has no default, `cosine_with_min_lr` ends at a tenth of the learning rate, `polynomial` ends
+    /// at 0, and the decay of `warmup_stable_decay` takes the last fifth of the steps after the warm-up.
     ///
     /// # Errors
     /// Returns [`Error::Input`] with the known names if `name` is unknown.

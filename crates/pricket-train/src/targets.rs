@@ -32,7 +32,8 @@ enum Selector<'a> {
     AllLinear,
 }
 
-/// Compiles `whole`, the regular expression that PEFT builds from `pattern` for Python's `re.match`. Errors name `pattern`.
+/// Compiles `whole`, the regular expression that PEFT builds from `pattern` for Python's `re.match`. Errors name
+/// `pattern`.
 fn compile(key: &str, pattern: &str, whole: &str) -> Result<Regex> {
     // The cause is on the last line of a message of several lines.
     let wrong = |e: fancy_regex::Error| {

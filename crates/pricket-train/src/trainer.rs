@@ -1,7 +1,7 @@
 //! The training loop: shuffled batches, training steps, checkpoints and resumption.
 //!
-//! A training step computes the gradients of one batch in micro-batches, clips them, and updates the parameters. The order of the
-//! samples and the dropout depend only on the seed and the step, so a resumed run gives the same results.
+//! A training step computes the gradients of one batch in micro-batches, clips them, and updates the parameters. The
+//! order of the samples and the dropout depend only on the seed and the step, so a resumed run gives the same results.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -64,8 +64,8 @@ fn per_block() -> Checkpointing {
 }
 
 impl TrainOptions {
-    /// Creates settings: AdamW at `lr`, warm-up over 3 % of the steps, then linear decay to 0. Batches have 16 samples, micro-batches
-    /// 2048 token ids, and gradients are clipped at norm 1.
+    /// Creates settings: AdamW at `lr`, warm-up over 3 % of the steps, then linear decay to 0. Batches have 16 samples,
+    /// micro-batches 2048 token ids, and gradients are clipped at norm 1.
     pub fn new(steps: u64, lr: f64) -> Self {
         Self {
             steps,
@@ -190,12 +190,14 @@ const CHECKPOINT: &str = "checkpoint-";
 impl Trainer {
     /// Creates a run at step 0.
     ///
-    /// For an adapter, `tuned` is the result of [`Lora::train`]. For a whole model, its parameters are [`Weights::parameters`].
+    /// For an adapter, `tuned` is the result of [`Lora::train`]. For a whole model, its parameters are
+    /// [`Weights::parameters`].
     ///
     /// [`Weights::parameters`]: pricket_nn::Weights::parameters
     ///
     /// # Errors
-    /// Returns [`Error::Input`] if a setting is out of range, no token id is counted, or a sample does not fit the model.
+    /// Returns [`Error::Input`] if a setting is out of range, no token id is counted, or a sample does not fit the
+    /// model.
     pub fn new(product: Product, tuned: Tuned, samples: Vec<Sample>, options: TrainOptions) -> Result<Self> {
         let counted: usize = samples.iter().map(Sample::counted).sum();
         if counted == 0 {
@@ -291,8 +293,8 @@ impl Trainer {
     /// Takes a training step.
     ///
     /// # Errors
-    /// Returns [`Error::NonFinite`] with the place and the micro-batch if the loss or a gradient is NaN or infinite. The parameters
-    /// are then unchanged.
+    /// Returns [`Error::NonFinite`] with the place and the micro-batch if the loss or a gradient is NaN or infinite.
+    /// The parameters are then unchanged.
     pub fn advance(&mut self) -> Result<StepReport> {
         let before = self.micro_batches;
         let report = self.advance_inner();
@@ -348,15 +350,15 @@ impl Trainer {
         Ok(StepReport { step: self.step, loss, lr, grad_norm, tokens, counted })
     }
 
-    /// Writes a checkpoint into `directory/checkpoint-STEP`: the adapter or model, the optimizer's tensors, and the position in the
-    /// data.
+    /// Writes a checkpoint into `directory/checkpoint-STEP`: the adapter or model, the optimizer's tensors, and the
+    /// position in the data.
     ///
-    /// An interrupted write leaves no incomplete checkpoint under this name. The last `keep` checkpoints are kept, at least one; older
-    /// ones are deleted.
+    /// An interrupted write leaves no incomplete checkpoint under this name. The last `keep` checkpoints are kept, at
+    /// least one; older ones are deleted.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if it cannot be written. Existing checkpoints are then unchanged. Returns [`Error::Adapter`] if the
-    /// directory already holds this step of another run.
+    /// Returns [`Error::Io`] if it cannot be written. Existing checkpoints are then unchanged. Returns
+    /// [`Error::Adapter`] if the directory already holds this step of another run.
     pub fn save(&mut self, directory: &Path, keep: usize) -> Result<PathBuf> {
         let path = directory.join(format!("{CHECKPOINT}{}", self.step));
         if path.exists() {
@@ -403,7 +405,8 @@ impl Trainer {
     /// Deletes the temporary files of interrupted writes.
     ///
     /// # Errors
-    /// Returns [`Error::Adapter`] if the checkpoint belongs to another run: its samples, base, settings or parameters differ.
+    /// Returns [`Error::Adapter`] if the checkpoint belongs to another run: its samples, base, settings or parameters
+    /// differ.
     pub fn resume(&mut self, directory: &Path) -> Result<Option<PathBuf>> {
         if !directory.exists() {
             return Ok(None);

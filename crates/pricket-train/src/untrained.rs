@@ -7,7 +7,8 @@ use crate::random::{normal, number_of, uniform};
 
 /// A store of initial f32 weights, filled by a family's [`Initialization`].
 ///
-/// It holds every tensor that is requested, in the requested shape. The same seed gives the same weights on every machine.
+/// It holds every tensor that is requested, in the requested shape. The same seed gives the same weights on every
+/// machine.
 #[derive(Debug)]
 pub struct Untrained {
     shapes: ShapesOnly,
