@@ -124,7 +124,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             }
         }
     }
-    ensure!(failed == 0, "lines that failed: {failed}");
+    ensure!(failed == 0, "failed lines: {failed}");
     Ok(())
 }
 

@@ -190,7 +190,7 @@ fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
             writeln!(out, "{:12} {}", "main", &commit[..10])?;
         }
         let there = chosen.iter().filter(|checkpoint| checkpoint.present).count();
-        let known = if found.card.is_some() { "" } else { ", of a model without a card" };
+        let known = if found.card.is_some() { "" } else { "; the model has no card" };
         writeln!(out, "{there} of {} of {} are available{known}", counted(chosen.len(), "step"), found.model)
     })?;
     Ok(ExitCode::SUCCESS)

@@ -33,7 +33,7 @@ struct Args {
     /// System text to use instead of the prompt format's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Stop string at which generation ends. Can be repeated
+    /// Stop string at which generation ends. Can be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     /// Continue after the model's end token

@@ -89,7 +89,7 @@ struct Args {
     #[arg(long)]
     no_prefetch: bool,
     /// Draw curves over training, with a panel for each metric, to an .svg or .png file (.pdf with the feature pdf).
-    /// Can be repeated
+    /// Can be given several times
     #[arg(long, value_name = "FILE")]
     plot: Vec<PathBuf>,
     /// Draw a table of each model's last step to an .svg or .png file (.pdf with the feature pdf)

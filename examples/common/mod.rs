@@ -41,8 +41,8 @@ pub(crate) struct ModelArgs {
     /// lower loss on a text)
     #[arg(long, alias = "neox-qkv", value_name = "ORDER", default_value = "auto")]
     pub(crate) qkv_order: pricket::loading::QkvOrder,
-    /// Override a key of the configuration, such as use_parallel_residual=false or attn_config.clip_qkv=6. Can be
-    /// repeated
+    /// Override a key of the configuration, such as use_parallel_residual=false or attn_config.clip_qkv=6. Can be given
+    /// several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
     /// Load a checkpoint even if it has weights that its configuration does not use

@@ -25,7 +25,7 @@ pub(crate) struct SamplingArgs {
     /// Sample from the most typical tokens whose probabilities add up to P, from 0 to 1
     #[arg(long, default_value_t = 1.0, value_name = "P")]
     typical_p: f32,
-    /// Factor that makes tokens of the prompt and the reply less likely; 1 for no change
+    /// Factor by which tokens of the prompt and the reply become less likely, above 0; 1 for no change
     #[arg(long, default_value_t = 1.0, value_name = "X")]
     repetition_penalty: f32,
     /// Number subtracted from the logits of tokens that were generated before

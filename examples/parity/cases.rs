@@ -276,7 +276,7 @@ fn model(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
     check.equal("hidden layers", &hidden.dim(0)?, &(model.info().layers + 1));
     for layer in 0..hidden.dim(0)? {
         let found = if layer == 0 { recording.get(Site::Embed, 0) } else { recording.get(Site::ResidPost, layer - 1) };
-        let found = at_positions(&batch.recorded(found.context("nothing was recorded")?)?)?;
+        let found = at_positions(&batch.recorded(found.context("no hidden state was recorded")?)?)?;
         check.within("hidden", difference(&found, &hidden.i(layer)?, &kept(found.clone()))?, hidden_atol);
     }
 
@@ -563,7 +563,7 @@ fn processors(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
 /// Compares the loss of a batch and its gradients with respect to every parameter.
 fn train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let base = base(dir, case)?;
-    let folder = if base.is_dir() { &*base } else { base.parent().context("the model has no directory")? };
+    let folder = if base.is_dir() { &*base } else { base.parent().context("the model has no parent directory")? };
     let prefix = read_json(&folder.join("case.json"))?["name_prefix"].as_str().unwrap_or("").to_owned();
     let pricket = setup.of(Loader::new(&base)).train().load()?;
     let expected = read_tensors(&dir.join("grads.safetensors"))?;

@@ -46,7 +46,9 @@ pub(crate) fn suite(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) 
     settings.offline = true;
     let hub = Hub::new(settings);
     let repo = case["repo_id"].as_str().context("the case names no repository")?;
-    for (revision, expected) in read_json(&dir.join("curve.json"))?.as_object().context("curve.json: no object")? {
+    for (revision, expected) in
+        read_json(&dir.join("curve.json"))?.as_object().context("curve.json: expected an object")?
+    {
         let loader = Loader::new(format!("{repo}@{revision}")).hub(hub.clone());
         let model = setup.of(loader).load().with_context(|| revision.clone())?;
         figures(&model, dir, case, 0, expected, None, check).with_context(|| revision.clone())?;
@@ -99,7 +101,7 @@ fn figures(
                     vec![found.answers.iter().map(|answer| answer.sum).sum()]
                 };
                 for (expected, found) in expected.iter().zip(found) {
-                    let off = (expected.as_f64().context("log-likelihood: no number")? - found).abs();
+                    let off = (expected.as_f64().context("log-likelihood: expected a number")? - found).abs();
                     check.within(&format!("{name}: log-likelihood"), off, allowed(case, "loglikelihood_abs", 1e-3));
                 }
             }

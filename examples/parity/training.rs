@@ -106,7 +106,10 @@ fn samples(ids: &Tensor, labels: Option<&Tensor>) -> Result<Vec<Sample>> {
     let labels = labels.to_vec2::<i64>()?;
     let sample = |(ids, labels): (Vec<u32>, Vec<i64>)| {
         let counts = labels.iter().map(|&label| label >= 0).collect();
-        ensure!(labels.iter().zip(&ids).all(|(&label, &id)| label < 0 || label == i64::from(id)), "labels are ids");
+        ensure!(
+            labels.iter().zip(&ids).all(|(&label, &id)| label < 0 || label == i64::from(id)),
+            "labels: expected -100 or the id"
+        );
         Ok(Sample::masked(ids, counts)?)
     };
     rows.into_iter().zip(labels).map(sample).collect()
