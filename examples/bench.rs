@@ -1,4 +1,4 @@
-//! Measures reading and writing speed, memory, and the share of the machine's bandwidth that decoding reaches.
+//! Measures prefill and decoding speed, memory, and the share of the memory bandwidth that decoding reaches.
 //!
 //! `cargo run --release --example bench -- --shape 160m --dtype f16`
 
@@ -20,45 +20,47 @@ use pricket::nn::ops::multiply_add_rate;
 use pricket::{GenerateOptions, Pricket};
 use serde_json::json;
 
-/// Measures prefill and decode. Decoding is `generate` end to end: a prompt, then new tokens, greedily, and their text where
-/// the model has a tokenizer.
+/// Measure the speed of prefill, decoding and training. Decoding is measured as `generate` runs it: greedy sampling of
+/// new tokens after a prompt, with their text if the model has a tokenizer.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// Random weights of a published shape (14m to 12b, neox-20b, incite-3b, mpt-1b, mpt-7b, open-llama-3b, rwkv4-430m, and others of models/shapes.toml) instead of a model;
-    /// --dtype says how they are stored, f16 if it is auto
+    /// Measure random weights in a published shape instead of a model: 14m to 12b, neox-20b, incite-3b, mpt-1b, mpt-7b,
+    /// open-llama-3b, rwkv4-430m, and others of models/shapes.toml. They are stored as --dtype, or as f16 if that is
+    /// auto
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,
-    /// Prompt lengths whose reading is timed
+    /// Prompt lengths for which prefill is measured, in tokens
     #[arg(long, value_delimiter = ',', default_value = "128,512")]
     prefill: Vec<usize>,
-    /// Prompt lengths from which decoding is timed
+    /// Prompt lengths after which decoding is measured, in tokens
     #[arg(long, value_delimiter = ',', default_value = "128,1792")]
     decode: Vec<usize>,
-    /// Numbers of prompts that are decoded in one batch too; tokens are counted together
+    /// Batch sizes for which decoding is measured in addition to 1. The tokens of all rows are added up
     #[arg(long, value_delimiter = ',')]
     streams: Vec<usize>,
-    /// Times steps of LoRA training (rank 16, all linear layers, AdamW, f32 adapters) on so many rows of so many tokens, as 4x256
+    /// Measure training steps of LoRA (rank 16, all linear layers, AdamW, f32 adapters) on batches of this shape, such
+    /// as 4x256
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ROWSxTOKENS")]
     train: Vec<train::Shape>,
-    /// Share of the tokens that do not count in training, at the beginning of each row
+    /// Fraction of each training row, from its start, that is not counted in the loss; from 0 to below 1
     #[cfg(feature = "train")]
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     masked: f64,
-    /// Keeps all results for the backward pass of training
+    /// Turn off gradient checkpointing in training: keep all results for the backward pass
     #[cfg(feature = "train")]
     #[arg(long)]
     no_checkpointing: bool,
-    /// New tokens of a decoding run
+    /// Number of new tokens per decoding run, at least 2
     #[arg(long, default_value_t = 128)]
     new_tokens: usize,
-    /// Runs of each; the median is reported
+    /// Number of runs per measurement, of which the median is reported (for training the best)
     #[arg(long, default_value_t = 3)]
     runs: usize,
-    /// One JSON object instead of text
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
@@ -70,7 +72,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    ensure!(args.runs > 0 && args.new_tokens > 1, "at least one run of two tokens is needed");
+    ensure!(args.runs > 0 && args.new_tokens > 1, "expected --runs of at least 1 and --new-tokens of at least 2");
     let start = Instant::now();
     let pricket = load(args)?;
     let load_seconds = start.elapsed().as_secs_f64();
@@ -85,7 +87,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         for &streams in std::iter::once(&1).chain(&args.streams) {
             let rate = median(args.runs, || {
                 let (first, rest) = generate(&pricket, len, args.new_tokens, streams)?;
-                ensure!(first > 0.0, "the clock stands still");
+                ensure!(first > 0.0, "the system clock did not advance during a run");
                 Ok((streams * (args.new_tokens - 1)) as f64 / rest)
             })?;
             rows.push(Row { what: "decode", prompt: len, streams, rate });
@@ -97,12 +99,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
         rows.push(Row { what: "train", prompt: shape.tokens, streams: shape.rows, rate });
     }
     let threads = pricket.threads();
-    // Every weight passes through the processor for each token, but the rows of an embedding that is not the head too.
-    // MPT has no other head than its embedding, whatever its configuration says.
+    // Each token reads every weight once, except an embedding that is not also the head: of it, each token reads one
+    // row. MPT always uses its embedding as the head, whatever its configuration says.
     let tied = info.family == "mpt" || pricket.config()["tie_word_embeddings"] == true;
     let unread = if tied { 0 } else { info.dtype.bytes(info.vocab * info.d_model) as u64 };
     let read = info.weight_bytes - unread;
-    // Before the buffer whose reading is timed, which is as large as the model.
+    // Taken before the bandwidth is measured, since that allocates a buffer as large as the model.
     let peak = peak_rss();
     let device = pricket::loading::device(&args.model.compute.device)?;
     let (bandwidth, arithmetic) = if device.is_cpu() {
@@ -110,7 +112,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         pricket.model().on_threads(&mut || arithmetic = multiply_add_rate());
         (rates::read_rate(info.weight_bytes as usize, threads), arithmetic)
     } else {
-        // A device without room for it, or without the type, has measured what it was asked for all the same.
+        // A device without enough memory, or without bf16, still reports the measurements above.
         rates::device_rates(&device).unwrap_or((f64::NAN, f64::NAN))
     };
     let share = |rate: f64| read as f64 * rate / bandwidth;
@@ -150,7 +152,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let (bandwidth, arithmetic) = (bandwidth / 1e9, arithmetic / 1e9);
     let who = if device.is_cpu() { format!("{threads} threads read") } else { "the device moves".into() };
     let kind = if device.is_cpu() { "f32" } else { "bf16" };
-    writeln!(out, "{who} {bandwidth:.1} GB/s, and multiply and add {arithmetic:.0} GFLOP/s in {kind}")?;
+    writeln!(out, "{who} {bandwidth:.1} GB/s; multiplication and addition: {arithmetic:.0} GFLOP/s in {kind}")?;
     if let Some(peak) = peak {
         writeln!(out, "peak memory {:.0} MiB, weights {:.0} MiB", mib(peak), mib(info.weight_bytes))?;
     }
@@ -166,7 +168,7 @@ fn load(args: &Args) -> anyhow::Result<Pricket> {
     Ok(args.model.configure(common::random(shape, args.model.compute.dtype)?)?.load()?)
 }
 
-/// A figure.
+/// A measurement.
 struct Row {
     what: &'static str,
     prompt: usize,
@@ -175,13 +177,14 @@ struct Row {
 }
 
 impl Row {
-    /// Whether each of its tokens needed every weight once.
+    /// Returns whether each token of the measurement reads every weight once.
     fn is_one_stream(&self) -> bool {
         self.what == "decode" && self.streams == 1
     }
 }
 
-/// Seconds until the first tokens after prompts of `len`, and for the rest.
+/// Generates after prompts of `len` tokens. Returns the seconds until the first new tokens, and the seconds for the
+/// rest.
 fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) -> anyhow::Result<(f64, f64)> {
     let vocab = pricket.info().vocab as u32;
     let prompt: Vec<u32> = (0..len as u32).map(|i| i * 7919 % vocab).collect();
@@ -211,7 +214,7 @@ fn median(runs: usize, mut measure: impl FnMut() -> anyhow::Result<f64>) -> anyh
     Ok(values[runs / 2])
 }
 
-/// The most memory that this process ever held, where the system tells.
+/// Returns the peak memory of this process in bytes, if the system reports it.
 fn peak_rss() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

@@ -1,4 +1,5 @@
-//! Runs candle-transformers' own Llama over weights that pricket finds and reads, in a loop of its own.
+//! Runs the Llama of candle-transformers with weights and tokenizer loaded by pricket, and a generation loop in plain
+//! candle.
 //!
 //! `cargo run --example candle --features candle-transformers -- --model models/tiny-llama`
 
@@ -16,21 +17,21 @@ use clap::Parser;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::interop;
 
-/// Continues a prompt with candle-transformers' Llama. Repository, cache, formats of weights and tokenizer are pricket's; the model
-/// and the sampling are candle's.
+/// Continue a prompt with the Llama of candle-transformers. pricket fetches and reads the files and tokenizes;
+/// candle-transformers computes the model and samples.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// A repository of the Hub, a directory in its layout or a file of any format, of a Llama without biases
+    /// Llama model without biases: a repository of the Hub, a directory in Hub layout, or a weight file
     #[arg(long, short, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama"))]
     model: PathBuf,
-    /// The text to continue
+    /// Text to continue
     #[arg(long, short, default_value = "The whale")]
     prompt: String,
     /// Number of new tokens
     #[arg(long, short = 'n', default_value_t = 40)]
     max_tokens: usize,
-    /// Sampling temperature; 0 takes the likeliest token
+    /// Sampling temperature; 0 always takes the most likely token
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
     /// Random seed
@@ -43,12 +44,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    // A directory, a file of any format that pricket reads, or a repository.
+    // Opens a directory, a file in any format that pricket reads, or a repository.
     let opened = interop::open(&args.model)?;
     let kind = opened.config["model_type"].as_str().unwrap_or_default();
-    ensure!(kind == "llama", "{}: a model of type {kind:?}; this example runs llama", args.model.display());
+    ensure!(kind == "llama", "{}: the model type is {kind:?}; this example runs llama only", args.model.display());
     let config = serde_json::from_value::<LlamaConfig>(opened.config.clone())?.into_config(false);
-    let tokenizer = opened.tokenizer.as_ref().context("there is no tokenizer")?;
+    let tokenizer = opened.tokenizer.as_ref().context("the model has no tokenizer")?;
 
     let device = Device::Cpu;
     let model = Llama::load(opened.var_builder(DType::F32, &device), &config)?;

@@ -1,4 +1,4 @@
-//! A conversation with a model, in the prompt format that it was tuned on.
+//! A chat with a model, in the prompt format that it was tuned on.
 //!
 //! `cargo run --example chat`
 
@@ -21,17 +21,17 @@ use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 
 const HELP: &str = "\
-/system [TEXT]  show the system text, or set it and start anew; /system - for none
-/reset          forget what was said
-/undo           take back the last question and its answer
+/system [TEXT]  show the system text, or set it and start a new conversation; /system - removes it
+/reset          start a new conversation
+/undo           remove the last question and its answer
 /retry          ask the last question again
-/save FILE      write the conversation as JSON
-/load FILE      go on with one
-/prompt         show what the model reads
-/quit           leave; so does Ctrl-D
-A line that ends with \\ goes on in the next. Ctrl-C ends a reply.";
+/save FILE      save the conversation as JSON
+/load FILE      continue a saved conversation
+/prompt         show the prompt that the model reads
+/quit           quit, like Ctrl-D
+A line that ends with \\ continues on the next line. Ctrl-C stops a reply.";
 
-/// Talks with a model. Without a terminal each line of standard input is a turn.
+/// Chat with a model. If standard input is not a terminal, each line is a turn.
 #[derive(Parser)]
 #[command(version, after_help = HELP)]
 struct Args {
@@ -39,25 +39,27 @@ struct Args {
     model: common::ModelArgs,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// How the prompt is spelled: a name of --formats, a file like models/prompts.toml, or auto for the model's own
+    /// Prompt format: a name listed by --formats, a file such as models/prompts.toml, or auto for the model's own
+    /// format
     #[arg(long, value_name = "NAME", default_value = "auto")]
     prompt_format: String,
-    /// Lists the prompt formats
+    /// List the prompt formats and exit
     #[arg(long)]
     formats: bool,
-    /// What the model is told about the conversation, instead of the format's own text
+    /// System text to use instead of the prompt format's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Tokens of prompt and reply together; the oldest turns are left out beyond [default: what the model was trained for]
+    /// Maximum number of tokens of prompt and reply together. The oldest turns are dropped to fit [default: the length
+    /// the model was trained for]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
-    /// Goes on with a conversation that /save wrote
+    /// Continue a conversation saved with /save
     #[arg(long, value_name = "FILE")]
     load: Option<PathBuf>,
-    /// Tells after each reply what was read, written and how fast
+    /// Print the number of tokens read and written and the time after each reply
     #[arg(long)]
     stats: bool,
-    /// One JSON object for each reply instead of text
+    /// Print one JSON object per reply instead of text
     #[arg(long)]
     json: bool,
 }
@@ -78,11 +80,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let pricket = args.model.load("tiny-chat")?;
     let format = sampling::prompt_format(&args.prompt_format, &pricket)?;
     if format.name == "plain" {
-        common::tell(format_args!("note: no prompt format: what you write is continued as it is; see --formats"));
+        common::tell(format_args!(
+            "note: the model has no prompt format, so your text is continued as it is; see --formats"
+        ));
     }
     if format.single_turn {
         common::tell(format_args!(
-            "note: {} was tuned on single questions; /reset before a new one may help",
+            "note: {} was tuned on single questions; use /reset before a new question",
             format.name
         ));
     }
@@ -92,13 +96,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     if let Some(file) = &args.load {
         load(&mut conversation, file)?;
-        common::tell(format_args!("note: {} turns of {}", conversation.turns().len(), file.display()));
+        common::tell(format_args!("note: loaded {} turns from {}", conversation.turns().len(), file.display()));
     }
     if let Some(text) = &args.system {
         conversation.set_system(Some(text.clone()))?;
     }
     let mut options = args.sampling.options();
-    // Somebody who asks for more than the model was trained for has asked for it.
+    // An explicit --context may exceed the length that the model was trained for.
     options.beyond_trained_length = args.context.is_some();
     let mut chat = Chat { options, stats: args.stats, json: args.json, stop: interrupts()? };
     let mut lines = Lines::new()?;
@@ -113,19 +117,20 @@ fn run(args: &Args) -> anyhow::Result<()> {
             Ok(true) => break,
             Ok(false) => {}
             Err(e) if common::is_closed(&e) => return Err(e),
-            // One bad line does not end the conversation; the exit code of a script tells.
+            // A failed line does not end the conversation. In a script, it makes the exit code 1 at the end.
             Err(e) => {
                 common::tell(format_args!("error: {e:#}"));
                 failed += usize::from(!lines.interactive());
             }
         }
     }
-    ensure!(failed == 0, "lines that failed: {failed}");
+    ensure!(failed == 0, "failed lines: {failed}");
     Ok(())
 }
 
-/// Set by Ctrl-C or a request to terminate. Where it is set already, since no reply is being written or the last signal was for the same
-/// reply, the program ends.
+/// Returns a flag that Ctrl-C or a request to terminate sets, which stops the reply in progress.
+///
+/// If the flag is already set, the signal ends the program: no reply is in progress, or the reply was stopped before.
 fn interrupts() -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(true));
     let handler = Arc::clone(&stop);
@@ -137,6 +142,7 @@ fn interrupts() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
+/// The settings of a chat.
 struct Chat {
     options: GenerateOptions,
     stats: bool,
@@ -145,8 +151,9 @@ struct Chat {
 }
 
 impl Chat {
+    /// Asks a question and prints the reply.
     fn say(&mut self, conversation: &mut Conversation, text: &str) -> anyhow::Result<()> {
-        // Every reply has random numbers of its own, so that a retry is another reply.
+        // Every reply has its own seed, so that a retry gives another reply.
         self.options.seed = self.options.seed.wrapping_add(1);
         self.stop.store(false, Ordering::Relaxed);
         let (start, left_out) = (Instant::now(), conversation.left_out());
@@ -177,14 +184,14 @@ impl Chat {
         }
         if now_left_out > left_out {
             common::tell(format_args!(
-                "note: the context is full; left out from now on: the oldest {}",
+                "note: the context is full; the model no longer reads the oldest {}",
                 counted(now_left_out, "turn")
             ));
         }
         match done.finish {
             FinishReason::Length if !self.json => {
                 common::tell(format_args!(
-                    "note: cut off after {}; see --max-tokens",
+                    "note: the reply was cut off after {}; see --max-tokens",
                     counted(done.ids.len(), "token")
                 ));
             }
@@ -195,16 +202,19 @@ impl Chat {
         }
         if self.stats {
             let (read, whole, written) = (conversation.read(), done.prompt_ids.len(), done.ids.len());
-            common::tell(format_args!("{read} of {} read, {written} written, {seconds:.2} s", counted(whole, "token")));
+            common::tell(format_args!(
+                "prompt: {read} of {} read; reply: {written}; {seconds:.2} s",
+                counted(whole, "token")
+            ));
         }
         Ok(())
     }
 
-    /// Does what a line after `/` says; gives whether that was the end.
+    /// Runs a command, given without its `/`. Returns whether it ends the chat.
     fn command(&mut self, conversation: &mut Conversation, line: &str) -> anyhow::Result<bool> {
         let (name, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         let rest = rest.trim();
-        let file = || if rest.is_empty() { bail!("/{name} needs a file") } else { Ok(Path::new(rest)) };
+        let file = || if rest.is_empty() { bail!("/{name}: expected a file name") } else { Ok(Path::new(rest)) };
         match name {
             "quit" | "exit" | "q" => return Ok(true),
             "help" | "h" | "?" => writeln!(std::io::stdout(), "{HELP}")?,
@@ -217,12 +227,12 @@ impl Chat {
                 conversation.reset();
             }
             "undo" => match conversation.undo() {
-                Some(asked) => common::tell(format_args!("note: taken back: {asked}")),
-                None => bail!("nothing was said yet"),
+                Some(asked) => common::tell(format_args!("note: removed: {asked}")),
+                None => bail!("/undo: the conversation is empty"),
             },
             "retry" => {
                 let before = conversation.clone();
-                let asked = conversation.undo().context("nothing was said yet")?;
+                let asked = conversation.undo().context("/retry: the conversation is empty")?;
                 if let Err(e) = self.say(conversation, &asked) {
                     *conversation = before;
                     return Err(e);
@@ -232,43 +242,44 @@ impl Chat {
             "save" => save(conversation, file()?)?,
             "load" => {
                 load(conversation, file()?)?;
-                common::tell(format_args!("note: {} turns of {rest}", conversation.turns().len()));
+                common::tell(format_args!("note: loaded {} turns from {rest}", conversation.turns().len()));
             }
-            other => bail!("/{other} is no command; see /help"),
+            other => bail!("unknown command /{other}; see /help"),
         }
         Ok(false)
     }
 }
 
-/// Writes a conversation whole or not at all, and over nothing but a conversation.
+/// Saves a conversation. The file is written completely or not at all. Only a saved conversation is overwritten.
 fn save(conversation: &Conversation, path: &Path) -> anyhow::Result<()> {
     let name = path.display();
     if path.exists() {
         let mut probe = conversation.clone();
-        load(&mut probe, path).with_context(|| format!("{name} is there and is not overwritten"))?;
+        load(&mut probe, path).with_context(|| format!("{name} already exists and is not overwritten"))?;
     }
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(directory).with_context(|| format!("{name} cannot be written"))?;
     writeln!(file, "{}", conversation.to_json())?;
     file.persist(path).with_context(|| format!("{name} cannot be written"))?;
-    common::tell(format_args!("note: {} turns in {name}", conversation.turns().len()));
+    common::tell(format_args!("note: saved {} turns to {name}", conversation.turns().len()));
     Ok(())
 }
 
+/// Loads a saved conversation.
 fn load(conversation: &mut Conversation, path: &Path) -> anyhow::Result<()> {
     let name = path.display();
     let json = std::fs::read_to_string(path).with_context(|| format!("{name} cannot be read"))?;
     let was = conversation.load_json(&json).with_context(|| name.to_string())?;
     if let Some(was) = was.filter(|was| *was != conversation.format().name) {
         common::tell(format_args!(
-            "note: {name} was in the prompt format {was}, and goes on in {}",
+            "note: {name} was saved with prompt format {was}; it continues with {}",
             conversation.format().name
         ));
     }
     Ok(())
 }
 
-/// Lines of a terminal, with editing and history, or of a file.
+/// Input lines: from a terminal, with editing and history, or from a file or pipe.
 enum Lines {
     Terminal { editor: Box<rustyline::Editor<(), FileHistory>>, history: Option<PathBuf> },
     File(std::io::Lines<std::io::StdinLock<'static>>),
@@ -284,10 +295,10 @@ impl Lines {
         let mut editor = rustyline::Editor::with_history(config, past)?;
         let history = history_file();
         if let Some(file) = &history {
-            // The first time there is none.
+            // There is no history at the first start.
             let _ = editor.load_history(file);
         }
-        common::tell(format_args!("/help tells the commands"));
+        common::tell(format_args!("/help lists the commands"));
         Ok(Lines::Terminal { editor: Box::new(editor), history })
     }
 
@@ -295,7 +306,7 @@ impl Lines {
         matches!(self, Lines::Terminal { .. })
     }
 
-    /// The next line that says something; those that end with a backslash go on.
+    /// Returns the next line that is not empty, joined with the lines that continue it after a backslash.
     fn next(&mut self) -> anyhow::Result<Option<String>> {
         let mut whole = String::new();
         loop {
@@ -304,7 +315,7 @@ impl Lines {
                 Lines::Terminal { editor, .. } => {
                     match editor.readline(if whole.is_empty() { "> " } else { ". " }) {
                         Ok(line) => Some(line),
-                        // As in a shell, Ctrl-C throws the line away.
+                        // As in a shell, Ctrl-C discards the line.
                         Err(ReadlineError::Interrupted) => {
                             whole.clear();
                             continue;
@@ -337,7 +348,7 @@ impl Drop for Lines {
     }
 }
 
-/// Where the lines that were typed are kept: `$XDG_STATE_HOME/pricket/chat_history`.
+/// Returns the path of the history file, `$XDG_STATE_HOME/pricket/chat_history`.
 fn history_file() -> Option<PathBuf> {
     let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
     let directory = state.or_else(|| Some(std::env::home_dir()?.join(".local/state")))?.join("pricket");

@@ -1,4 +1,4 @@
-//! Training steps of a model: list them, fetch them, find out which are not what they say, and look after the cache.
+//! Lists, fetches and audits the training steps of a model, and manages the cache.
 //!
 //! `cargo run --example checkpoints -- list EleutherAI/pythia-160m`
 
@@ -24,68 +24,70 @@ use pricket::suites::{Audit, AuditOptions, Checkpoints, KnownKind};
 use pricket::weights::counted;
 use serde_json::{Value, json};
 
-/// Lists, fetches and audits the training steps of a model, and looks after the cache.
+/// List, fetch and audit the training steps of a model, and manage the cache. Without a command, lists the steps of the
+/// embedded model.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// JSON instead of text
+    /// Print JSON instead of text
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
     command: Option<Command>,
 }
 
-/// Which steps of which model.
+/// A model and a selection of its training steps.
 #[derive(clap::Args, Clone)]
 struct Which {
-    /// A repository, a name such as pythia-160m, or a directory with revisions/
+    /// A repository of the Hub, a name such as pythia-160m, or a directory with revisions/
     #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
     model: String,
-    /// all, final, log, numbers and ranges such as 0..143000:10000, with commas
+    /// Training steps: all, final, log, numbers, or ranges such as 0..143000:10000, separated by commas
     #[arg(long, short, default_value = "all")]
     steps: Steps,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// What there is: steps, commits, tokens seen, what is missing or known to be wrong
+    /// List the training steps: commits, tokens seen, and steps that are missing or known to be wrong
     List {
         #[command(flatten)]
         which: Which,
-        /// Ask for the size of each
+        /// Also fetch and show the size of each step
         #[arg(long)]
         sizes: bool,
     },
-    /// Fetches steps into the cache, verified; goes on where it was interrupted
+    /// Fetch steps into the cache and verify their hashes. Interrupted downloads resume
     Fetch {
         #[command(flatten)]
         which: Which,
-        /// Afterwards evict what was least recently used until pricket's files take at most this, such as 50GB
+        /// After each step, delete the least recently used commits until pricket's files take at most this size, such
+        /// as 50GB
         #[arg(long, value_name = "SIZE", value_parser = size::parse)]
         budget: Option<u64>,
     },
-    /// Tells which revisions hold the same weights, equal main, or are missing; exit code 3 if something is wrong
+    /// Find revisions that hold the same weights, equal main, or are missing. The exit code is 3 if there is a problem
     Audit {
         #[command(flatten)]
         which: Which,
-        /// Compare tensors wherever files differ, in case only their headers do
+        /// Compare the tensors of files that differ, in case only the headers differ
         #[arg(long)]
         deep: bool,
     },
-    /// The norm of one tensor at each step, without fetching the rest
+    /// Print the L2 norm of one tensor at each step. Fetches only that tensor
     Norm {
         #[command(flatten)]
         which: Which,
-        /// The tensor
+        /// Name of the tensor
         #[arg(long, short, default_value = "gpt_neox.final_layer_norm.weight")]
         tensor: String,
     },
-    /// What is in the cache
+    /// List, verify or shrink the cache
     Cache {
         #[command(subcommand)]
         what: Option<CacheCommand>,
     },
-    /// The models that are known by name; of one, which of its training steps are good, wrong, missing or surprising
+    /// List the known models, or the good, wrong, missing and unusual training steps of one model
     Cards {
         /// A model, such as pythia-2.8b
         model: Option<String>,
@@ -94,24 +96,25 @@ enum Command {
 
 #[derive(Subcommand)]
 enum CacheCommand {
-    /// Repositories and commits, with sizes and when they were last used
+    /// List repositories and commits with their sizes and times of last use
     List,
-    /// Takes the hash of every file again; exit code 3 if one is damaged
+    /// Check the hash of every file. The exit code is 3 if a file is damaged
     Verify {
-        /// Only of this repository
+        /// Repository to check [default: all]
         repo: Option<RepoId>,
     },
-    /// Deletes commits that pricket fetched, the least recently used first
+    /// Delete the least recently used commits that pricket fetched
     Evict {
-        /// Bytes that may stay, such as 50GB
+        /// Maximum size that pricket's files may take afterwards, such as 50GB
         #[arg(value_parser = size::parse)]
         budget: u64,
     },
 }
 
-/// The exit code of a program that ran well and found something wrong; 1 and 2 are errors and usage.
+/// Exit code if a check found a problem. Codes 1 and 2 stand for errors and wrong usage.
 const WRONG: u8 = 3;
 
+/// Formats a number of bytes, such as `1.25 GB`.
 fn bytes(n: u64) -> String {
     match n as f64 {
         n if n >= 1e9 => format!("{:.2} GB", n / 1e9),
@@ -120,10 +123,11 @@ fn bytes(n: u64) -> String {
     }
 }
 
-/// Prints one JSON value, or what `text` writes.
+/// Standard output, as JSON if the field is true and as text otherwise.
 struct Out(bool);
 
 impl Out {
+    /// Prints a JSON value, or the text written by `text`.
     fn put(&self, json: &Value, text: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
         if self.0 {
@@ -186,8 +190,8 @@ fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
             writeln!(out, "{:12} {}", "main", &commit[..10])?;
         }
         let there = chosen.iter().filter(|checkpoint| checkpoint.present).count();
-        let known = if found.card.is_some() { "" } else { ", of a model without a card" };
-        writeln!(out, "{there} of {} of {} are in the cache{known}", counted(chosen.len(), "step"), found.model)
+        let known = if found.card.is_some() { "" } else { "; the model has no card" };
+        writeln!(out, "{there} of {} of {} are available{known}", counted(chosen.len(), "step"), found.model)
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -205,7 +209,7 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
         let fetched = match found.fetch(checkpoint, &bar::Bar::default()) {
             Ok(fetched) => fetched,
             Err(pricket::Error::Cancelled) => return Err(pricket::Error::Cancelled.into()),
-            // One of twenty that is not there is no reason to go without the others.
+            // A missing step does not stop the others from being fetched.
             Err(e) => {
                 failed = true;
                 finish::tell(format_args!("error: {e}"));
@@ -225,12 +229,12 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
         });
         out.put(&json, |out| {
             let repeated =
-                if report.repeated > 0 { format!(", {} twice", bytes(report.repeated)) } else { String::new() };
+                if report.repeated > 0 { format!(", {} of it twice", bytes(report.repeated)) } else { String::new() };
             let (received, total, directory) =
                 (bytes(report.received), bytes(report.total), fetched.directory.display());
             writeln!(out, "{:12} {received} of {total} received{repeated}  {directory}", checkpoint.revision)
         })?;
-        // It may go when the next one needs its place, and not before.
+        // `fetched` protects its files from eviction, so it is dropped first.
         drop(fetched);
         if let Some(budget) = budget {
             Hub::from_env()?.cache().evict(budget, &pricket::hub::NoProgress)?;
@@ -239,6 +243,7 @@ fn fetch(which: &Which, budget: Option<u64>, out: &Out) -> anyhow::Result<ExitCo
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// Returns the known problems of a checkpoint, to be appended to a message.
 fn known(checkpoint: &pricket::suites::Checkpoint) -> String {
     if checkpoint.known.is_empty() { String::new() } else { format!(": {}", checkpoint.known.join("; ")) }
 }
@@ -287,7 +292,7 @@ fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
         for (done, checkpoint) in chosen.into_iter().enumerate() {
             bar.update(done as u64);
             if !checkpoint.present {
-                finish::tell(format_args!("error: {} is not there{}", checkpoint.revision, known(checkpoint)));
+                finish::tell(format_args!("error: {} is missing{}", checkpoint.revision, known(checkpoint)));
                 code = ExitCode::FAILURE;
                 continue;
             }
@@ -298,12 +303,16 @@ fn norm(which: &Which, tensor: &str, out: &Out) -> anyhow::Result<ExitCode> {
             if !tensors.names().any(|name| name == tensor) {
                 let names: Vec<&str> = tensors.names().collect();
                 let last = tensor.rsplit('.').next().unwrap_or_default();
-                // Those that end alike first: of a large model there are hundreds.
+                // A large model has hundreds of tensors, so those with the same last part are listed first.
                 let (alike, others): (Vec<&str>, Vec<&str>) = names.iter().partition(|name| name.ends_with(last));
                 let shown: Vec<&str> = alike.into_iter().chain(others).take(24).collect();
                 let more = names.len().saturating_sub(shown.len());
                 let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-                anyhow::bail!("{}: no tensor {tensor:?}; there are {}{more}", checkpoint.revision, shown.join(", "));
+                anyhow::bail!(
+                    "{}: no tensor {tensor:?}; expected one of {}{more}",
+                    checkpoint.revision,
+                    shown.join(", ")
+                );
             }
             let values = tensors.read(tensor)?;
             let norm = values.to_dtype(DType::F32)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
@@ -349,9 +358,9 @@ fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
                 for file in &bad {
                     let (repo, path, location) = (&file.repo, &file.path, file.location.display());
                     if file.is_dangling() {
-                        writeln!(out, "MISSING {repo} {path}: the file that {location} links to is gone; fetch again")?;
+                        writeln!(out, "MISSING {repo} {path}: {location} is a broken link; fetch the file again")?;
                     } else {
-                        writeln!(out, "DAMAGED {repo} {path}: {location}; delete it and fetch again")?;
+                        writeln!(out, "DAMAGED {repo} {path}: {location}; delete the file and fetch it again")?;
                     }
                 }
                 let good = verified.len() - bad.len() - unknown;
@@ -372,8 +381,8 @@ fn cache(what: CacheCommand, out: &Out) -> anyhow::Result<ExitCode> {
             let json = json!({ "evicted": gone, "freed": evicted.freed, "left": evicted.left, "in_use": in_use });
             out.put(&json, |out| {
                 gone.iter().try_for_each(|name| writeln!(out, "evicted {name}"))?;
-                in_use.iter().try_for_each(|name| writeln!(out, "in use, so it stays: {name}"))?;
-                writeln!(out, "{} freed; what pricket fetched takes {}", bytes(evicted.freed), bytes(evicted.left))
+                in_use.iter().try_for_each(|name| writeln!(out, "kept because it is in use: {name}"))?;
+                writeln!(out, "{} freed; pricket's files take {}", bytes(evicted.freed), bytes(evicted.left))
             })?;
         }
     }
@@ -416,14 +425,14 @@ fn list_cache(cache: &Cache, repos: &[CachedRepo], out: &mut dyn Write) -> std::
     writeln!(out, "{} in {}", bytes(repos.iter().map(|repo| repo.bytes).sum()), cache.root().display())
 }
 
-/// What is known of the steps of a published model. Needs no network.
+/// Prints the card of a published model: its good steps, and its known problems. Needs no network.
 fn card(model: &str, out: &Out) -> anyhow::Result<ExitCode> {
     let pasted =
         model.strip_prefix("https://huggingface.co/").map(|path| path.split('/').take(2).collect::<Vec<_>>().join("/"));
     let model = pasted.as_deref().unwrap_or(model).trim_end_matches('/');
     let known = || pricket::suites::cards().iter().map(|card| card.id.as_str()).collect::<Vec<_>>().join(", ");
     let card = pricket::suites::card(model)
-        .with_context(|| format!("{model:?} is not a published model; there are {}", known()))?;
+        .with_context(|| format!("unknown model {model:?}; expected one of {}", known()))?;
     let steps = card.checkpoints.as_ref().map(pricket::suites::StepPattern::steps).unwrap_or_default();
     let of_kind = |kind: KnownKind| card.known.iter().filter(move |known| known.kind == kind);
     let bad: Vec<u64> = card
@@ -469,7 +478,7 @@ fn card(model: &str, out: &Out) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Numbers, of which runs with one distance are abridged: `0, 1, 2, 4, 1000..143000:1000`.
+/// Formats numbers, with evenly spaced ones as ranges: `0, 1, 2, 4, 1000..143000:1000`.
 fn ranges(numbers: &[u64]) -> String {
     let (mut out, mut rest) = (Vec::new(), numbers);
     while let [first, tail @ ..] = rest {
@@ -486,6 +495,7 @@ fn ranges(numbers: &[u64]) -> String {
     out.join(", ")
 }
 
+/// Prints the cards of all known models.
 fn cards(out: &Out) -> anyhow::Result<ExitCode> {
     let cards = pricket::suites::cards();
     let json: Vec<Value> = cards

@@ -1,4 +1,5 @@
-//! Shows what this machine can do for pricket, a line for each part, with advice where something could be better.
+//! Checks the machine: instruction set, threads, speed, memory, devices, cache, token and network. Prints one line for
+//! each, with advice.
 //!
 //! `cargo run --example doctor`
 
@@ -18,18 +19,18 @@ use pricket::nn::ops::{self, Isa};
 use pricket::weights::Dtype;
 use serde_json::json;
 
-/// Shows what this machine can do: instruction set, threads, speed, memory, devices, cache, token and network. The exit code is 1
-/// if something has to be mended before pricket works.
+/// Check the machine: instruction set, threads, speed, memory, devices, cache, token and network. The exit code is 1 if
+/// a problem keeps pricket from working.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// Does not ask the Hub whether it is there
+    /// Do not connect to the Hub
     #[arg(long)]
     offline: bool,
-    /// CPU threads whose speed is measured [default: physical cores]
+    /// Number of CPU threads for the speed measurement, from 1 to 1024 [default: number of physical cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// One JSON object for each line instead of text
+    /// Print one JSON object per check instead of text
     #[arg(long)]
     json: bool,
 }
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// A part of the machine.
+/// The result of a check.
 struct Finding {
     part: &'static str,
     is_broken: bool,
@@ -66,7 +67,7 @@ impl Finding {
 
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let threads = args.threads.unwrap_or_else(pricket::loading::default_threads);
-    anyhow::ensure!((1..=1024).contains(&threads), "--threads: {threads}; from 1 to 1024 are possible");
+    anyhow::ensure!((1..=1024).contains(&threads), "--threads is {threads}; expected 1 to 1024");
     let checks: [&dyn Fn() -> Finding; 9] = [
         &instructions,
         &|| cores(threads),
@@ -103,9 +104,9 @@ fn instructions() -> Finding {
     let names: Vec<&str> = Isa::available().map(Isa::name).collect();
     let found = Finding::new(PART, format!("{} of {}", chosen.name(), names.join(", ")));
     if !kernels {
-        found.advise("PRICKET_KERNELS=off: every operation is candle's own, which is slow")
+        found.advise("PRICKET_KERNELS=off is set: every operation uses candle's slower kernels")
     } else if chosen < Isa::best() {
-        found.advise(format!("PRICKET_CPU is {}: without it {} is used", chosen.name(), Isa::best().name()))
+        found.advise(format!("PRICKET_CPU={} is set: unset it to use {}", chosen.name(), Isa::best().name()))
     } else {
         found
     }
@@ -113,11 +114,11 @@ fn instructions() -> Finding {
 
 fn cores(threads: usize) -> Finding {
     let there = std::thread::available_parallelism().map_or(1, usize::from);
-    let found = Finding::new("threads", format!("{threads} by default, {there} granted to this process"));
+    let found = Finding::new("threads", format!("{threads} by default; this process may use {there}"));
     let theirs = pricket::candle::utils::get_num_threads();
     if theirs > threads {
         return found.advise(format!(
-            "candle would start {theirs} of its own: set CANDLE_NUM_THREADS={threads} for programs of your own"
+            "candle's own operations use {theirs} threads: set CANDLE_NUM_THREADS={threads} for your programs"
         ));
     }
     found
@@ -128,17 +129,17 @@ fn speed(threads: usize) -> Finding {
     let bytes = pricket::loading::available_memory().map_or(256 << 20, |bytes| (bytes / 8).clamp(1 << 20, 512 << 20));
     let pool = match ops::Pool::new(threads) {
         Ok(pool) => pool,
-        Err(e) => return Finding::broken(PART, format!("{threads} threads cannot be started: {e}")),
+        Err(e) => return Finding::broken(PART, format!("cannot start {threads} threads: {e}")),
     };
     let (read, computed) =
         (rates::read_rate(bytes as usize, threads) / 1e9, pool.install(ops::multiply_add_rate) / 1e9);
-    // The weights of a model of a billion parameters are read once for each token.
+    // Each token reads every weight once: q4_0 has 0.5625 bytes per weight, f16 has 2.
     let (q4, f16) = (read / 0.5625, read / 2.0);
     Finding::new(
         PART,
         format!(
-            "reads {read:.0} GB/s, computes {computed:.0} GFLOP/s in f32: at most {q4:.0} tokens/s per billion parameters in q4_0, \
-             {f16:.0} in f16"
+            "memory bandwidth {read:.0} GB/s, {computed:.0} GFLOP/s in f32; a model of a billion parameters decodes at most \
+             {q4:.0} tokens/s in q4_0, {f16:.0} in f16"
         ),
     )
 }
@@ -146,11 +147,11 @@ fn speed(threads: usize) -> Finding {
 fn memory() -> Finding {
     const PART: &str = "memory";
     let Some(bytes) = pricket::loading::available_memory() else {
-        return Finding::new(PART, "the system does not tell how much is free");
+        return Finding::new(PART, "unknown: the system does not report free memory");
     };
     let largest = |dtype: Dtype| {
         let pythias = pricket::suites::cards().iter().filter(|card| card.suite == "Pythia");
-        // A tenth more for the cache of keys and values, and for activations.
+        // A tenth is added for the KV cache and activations.
         let fits = pythias.filter(|card| dtype.bytes(card.parameters as usize) as f64 * 1.1 < bytes as f64);
         let name = |card: &pricket::suites::Card| card.id.split('/').next_back().unwrap_or_default().to_owned();
         fits.rev().max_by_key(|card| card.parameters).map_or_else(|| "none".to_owned(), name)
@@ -169,11 +170,11 @@ fn device(name: &'static str) -> Finding {
         Ok(device) => match rates::device_rates(&device) {
             Ok((moved, computed)) => Finding::new(
                 name,
-                format!("is there, moves {:.0} GB/s, computes {:.0} TFLOP/s in bf16", moved / 1e9, computed / 1e12),
+                format!("available, memory bandwidth {:.0} GB/s, {:.0} TFLOP/s in bf16", moved / 1e9, computed / 1e12),
             ),
-            Err(e) => Finding::new(name, format!("is there, and its speed could not be measured: {e}")),
+            Err(e) => Finding::new(name, format!("available, but its speed could not be measured: {e}")),
         },
-        // Metal is for macOS, and so is not missed elsewhere.
+        // A missing device is not a problem: pricket also runs on the CPU.
         Err(e) => Finding::new(name, e.to_string()),
     }
 }
@@ -196,7 +197,7 @@ fn cache() -> Finding {
     let there = cache.root().ancestors().find(|path| path.is_dir());
     let is_readonly = there.and_then(|path| path.metadata().ok()).is_some_and(|meta| meta.permissions().readonly());
     if is_readonly {
-        return Finding::broken(PART, what).advise("it cannot be written: name another directory with HF_HOME");
+        return Finding::broken(PART, what).advise("the directory is read-only: set HF_HOME to another one");
     }
     Finding::new(PART, what)
 }
@@ -204,8 +205,8 @@ fn cache() -> Finding {
 fn token() -> Finding {
     const PART: &str = "token";
     match Settings::from_env() {
-        Ok(settings) if settings.token.is_some() => Finding::new(PART, "there is one"),
-        Ok(_) => Finding::new(PART, "none").advise("public models need none; for private ones set HF_TOKEN"),
+        Ok(settings) if settings.token.is_some() => Finding::new(PART, "set"),
+        Ok(_) => Finding::new(PART, "not set").advise("public models need no token; for private models set HF_TOKEN"),
         Err(e) => Finding::broken(PART, e.to_string()),
     }
 }
@@ -218,7 +219,7 @@ fn network(is_offline: bool) -> Finding {
     };
     let endpoint = settings.endpoint.clone();
     if settings.offline || is_offline {
-        return Finding::new(PART, format!("{endpoint} was not asked: offline"));
+        return Finding::new(PART, format!("not checked because of offline mode: {endpoint}"));
     }
     (settings.patience.connect, settings.patience.answer) = (Duration::from_secs(5), Duration::from_secs(10));
     settings.patience.tries = 1;
@@ -228,6 +229,6 @@ fn network(is_offline: bool) -> Finding {
     match asked {
         Ok(_) => Finding::new(PART, format!("{endpoint} answers in {taken:.1} s")),
         Err(e) => Finding::new(PART, format!("{endpoint}: {e}"))
-            .advise("models that are in the cache or in a directory work without it (HF_HUB_OFFLINE=1)"),
+            .advise("models in the cache or in a directory work without network; set HF_HUB_OFFLINE=1"),
     }
 }

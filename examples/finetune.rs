@@ -1,4 +1,4 @@
-//! Fine-tunes a model with LoRA on a file of examples, and writes an adapter that PEFT reads too.
+//! Fine-tunes a model with LoRA on a file of examples, and writes an adapter in PEFT's format.
 //!
 //! `cargo run --example finetune -- --model EleutherAI/pythia-410m --data examples.jsonl --out runs/first`
 
@@ -22,48 +22,51 @@ use pricket::weights::counted;
 use pricket::{Loader, Pricket};
 use serde_json::json;
 
-/// Fine-tunes a model with LoRA. The data are JSON lines: {"text"}, {"prompt", "completion"}, {"instruction", "context",
-/// "response"}, {"messages"} or {"input_ids", "labels"}; prompts are not counted in the loss.
+/// Fine-tune a model with LoRA, or all of its weights with --full. The examples are JSON lines with the keys {"text"},
+/// {"prompt", "completion"}, {"instruction", "context", "response"}, {"messages"} or {"input_ids", "labels"}. Prompts
+/// are not counted in the loss.
 #[derive(Parser)]
 #[command(version)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// The examples, one JSON object a line
+    /// JSON lines file with the examples
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// Directory for the adapter, its checkpoints and log.jsonl
+    /// Directory for the adapter, the checkpoints and log.jsonl
     #[arg(long, short, value_name = "DIR")]
     out: PathBuf,
-    /// Continues the run in --out from its last checkpoint
+    /// Continue the run in --out from its last checkpoint
     #[arg(long)]
     resume: bool,
-    /// How instructions and messages are spelled: a format's name, a file of one, or auto for the model's own
+    /// Prompt format of instructions and messages: a name listed by `chat --formats`, a file, or auto for the model's
+    /// own format
     #[arg(long, value_name = "NAME", default_value = "auto")]
     prompt_format: String,
-    /// Token ids that are kept of an example [default: what the model reads, at most 2048]
+    /// Maximum number of tokens per example, at least 2. Longer examples are truncated [default: the model's context,
+    /// at most 2048]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
-    /// Writes no end token after each response
+    /// Do not add an end token after each response
     #[arg(long)]
     no_end_token: bool,
     #[command(flatten)]
     lora: LoraArgs,
     #[command(flatten)]
     run: RunArgs,
-    /// Trains all weights and writes a whole model, instead of an adapter
+    /// Train all weights in f32 and write a whole model instead of an adapter
     #[arg(long, conflicts_with_all = LORA_ARGS)]
     full: bool,
-    /// Begins from random weights of this config.json, with --full and a --tokenizer
+    /// Start from random weights in the shape of this config.json. Requires --full and --tokenizer
     #[arg(long, value_name = "CONFIG", requires_all = ["full", "tokenizer"], conflicts_with = "model")]
     from_scratch: Option<PathBuf>,
-    /// One JSON object for each step on standard output instead of text
+    /// Print one JSON object per training step instead of text
     #[arg(long)]
     json: bool,
 }
 
-/// Flags that say something of an adapter.
+/// Flags that apply to adapters only.
 const LORA_ARGS: [&str; 13] = [
     "initial",
     "lora_plus",
@@ -80,60 +83,60 @@ const LORA_ARGS: [&str; 13] = [
     "from",
 ];
 
-/// The adapter.
+/// Settings of the adapter.
 #[derive(clap::Args)]
 struct LoraArgs {
-    /// Rank
+    /// Rank of the adapter, from 1 to 65536
     #[arg(long, default_value_t = 16)]
     rank: usize,
-    /// Scale of the change, divided by the rank [default: twice the rank]
+    /// LoRA alpha: the change is scaled by alpha / rank [default: twice the rank]
     #[arg(long)]
     alpha: Option<f64>,
-    /// Share of the inputs of an adapter that is dropped
+    /// Dropout rate of the adapter's input, from 0 to below 1
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
-    /// Layers to adapt: names or ends of names, all-linear, or a regular expression after "re:"
+    /// Layers to adapt: names or ends of names, all-linear, or "re:" and a regular expression
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
     targets: Vec<String>,
-    /// Layers not to adapt, likewise
+    /// Layers not to adapt: names or ends of names, or "re:" and a regular expression
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     exclude: Vec<String>,
-    /// Numbers of the blocks to adapt [default: all]
+    /// Numbers of the blocks to adapt, counted from 0 [default: all]
     #[arg(long, value_name = "NUMBERS", value_delimiter = ',')]
     layers: Vec<usize>,
-    /// Scales by alpha / sqrt(rank)
+    /// Scale the change by alpha / sqrt(rank) (rsLoRA)
     #[arg(long)]
     rslora: bool,
-    /// Learns the length of each row as well (DoRA)
+    /// Also train the magnitude of each row (DoRA)
     #[arg(long)]
     dora: bool,
-    /// Modules that are trained in full and stored with the adapter, such as embed_in,embed_out
+    /// Modules to train in full and store with the adapter, such as embed_in,embed_out
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     modules_to_save: Vec<String>,
-    /// Biases that are trained
+    /// Biases to train: none, all, or those of the adapted layers
     #[arg(long, value_enum, default_value_t = BiasArg::None)]
     bias: BiasArg,
-    /// First values of the adapter
+    /// Distribution of the initial values of the A matrices
     #[arg(long, value_enum, default_value_t = InitialArg::Kaiming)]
     initial: InitialArg,
-    /// Begins from this adapter, with its settings, instead of a new one
+    /// Continue training this adapter, with its settings, instead of a new one
     #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "exclude", "layers", "rslora", "dora", "modules_to_save", "bias", "initial"])]
     from: Option<PathBuf>,
 }
 
-/// The run.
+/// Settings of the run.
 #[derive(clap::Args)]
 struct RunArgs {
-    /// Optimizer steps [default: as --epochs says]
+    /// Number of training steps [default: computed from --epochs]
     #[arg(long, value_name = "N", conflicts_with = "epochs")]
     steps: Option<u64>,
-    /// Times that the data are read
+    /// Number of passes over the examples, such as 0.5
     #[arg(long, value_name = "N", default_value_t = 1.0)]
     epochs: f64,
-    /// Examples of a step
+    /// Number of examples per training step
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch: usize,
-    /// Token ids that are computed at once; larger steps are accumulated
+    /// Maximum number of tokens computed at once. Gradients of larger batches are accumulated
     #[arg(long, value_name = "N", default_value_t = 2048)]
     micro_batch_tokens: usize,
     /// Learning rate [default: 2e-4, or 2e-5 for LION]
@@ -142,43 +145,45 @@ struct RunArgs {
     /// Optimizer: adamw, decoupled_adamw, lion, or decoupled_lionw
     #[arg(long, value_name = "NAME", default_value = "adamw")]
     optimizer: Rule,
-    /// Decay rates of the optimizer's moments [default: those of the library that it comes from]
+    /// Decay rates of the optimizer's two moments [default: 0.9,0.999 for adamw; 0.9,0.95 for decoupled_adamw; 0.9,0.99
+    /// for LION]
     #[arg(long, value_name = "B1,B2", value_delimiter = ',')]
     betas: Vec<f64>,
-    /// Decay of matrices
+    /// Weight decay of matrices
     #[arg(long, default_value_t = 0.0)]
     weight_decay: f64,
-    /// Decays biases and norms as well
+    /// Apply weight decay to biases and norms as well
     #[arg(long)]
     decay_vectors: bool,
-    /// Learning rate of the B matrices as a multiple of --lr (LoRA+)
+    /// Learning rate of the B matrices, as a multiple of --lr (LoRA+)
     #[arg(long, value_name = "RATIO")]
     lora_plus: Option<f64>,
-    /// Learning rate over the run, by transformers' or composer's name: constant, linear, cosine, warmup_stable_decay, ..
+    /// Learning-rate schedule, by its name in transformers or composer, such as constant, linear, cosine or
+    /// warmup_stable_decay
     #[arg(long, value_name = "NAME", default_value = "linear")]
     schedule: String,
-    /// Share of the learning rate that is left at the end, for schedules that have one
+    /// Final learning rate as a fraction of --lr, from 0 to 1, for schedules that have one
     #[arg(long, value_name = "SHARE")]
     min_lr: Option<f64>,
-    /// Steps in which the rate rises from 0 [default: 3 % of the steps]
+    /// Number of warm-up steps, during which the learning rate rises from 0 [default: 3 % of the steps]
     #[arg(long, value_name = "N")]
     warmup: Option<u64>,
-    /// Largest length of the gradient; 0 does not clip
+    /// Maximum gradient norm; 0 for no clipping
     #[arg(long, default_value_t = 1.0)]
     clip: f64,
-    /// Divides the loss of a step by its tokens, or averages over micro-batches
+    /// Normalization of the loss: mean over all tokens of a step, or mean of the micro-batch means
     #[arg(long, value_enum, default_value_t = NormalizeArg::Tokens)]
     normalize: NormalizeArg,
-    /// Keeps all results for the backward pass: faster, and several times the memory
+    /// Turn off gradient checkpointing: faster, with several times the memory
     #[arg(long)]
     no_checkpointing: bool,
-    /// Decides the first values, the order of the data and dropout
+    /// Random seed of the initial values, the order of the examples, and the dropout
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Writes a checkpoint every so many steps; 0 writes none
+    /// Number of training steps between checkpoints; 0 for no checkpoints
     #[arg(long, value_name = "N", default_value_t = 100)]
     save_every: u64,
-    /// Checkpoints to keep
+    /// Number of checkpoints to keep, at least 1
     #[arg(long, value_name = "N", default_value_t = 2)]
     keep: usize,
 }
@@ -207,7 +212,7 @@ impl LoraArgs {
         let select = |names: &[String]| match names {
             [] => None,
             [name] if name == "all-linear" => Some(Select::AllLinear),
-            // A pattern may have commas.
+            // Clap splits the pattern at its commas.
             [first, ..] if first.starts_with("re:") => Some(Select::Pattern(names.join(",")[3..].to_owned())),
             names => Some(Select::Names(names.to_vec())),
         };
@@ -240,7 +245,7 @@ impl LoraArgs {
 
 impl RunArgs {
     fn options(&self, examples: usize) -> anyhow::Result<TrainOptions> {
-        ensure!(self.batch > 0, "--batch is 0; a step needs at least one example");
+        ensure!(self.batch > 0, "--batch is 0; expected at least 1");
         ensure!(self.epochs > 0.0 && self.epochs.is_finite(), "--epochs is {}; expected more than 0", self.epochs);
         let epochs = (self.epochs * examples as f64 / self.batch as f64).ceil() as u64;
         let steps = self.steps.unwrap_or(epochs.max(1));
@@ -251,7 +256,7 @@ impl RunArgs {
         let betas = match self.betas[..] {
             [] => defaults.betas,
             [first, second] => (first, second),
-            _ => bail!("--betas has {} numbers; expected two, as 0.9,0.95", self.betas.len()),
+            _ => bail!("--betas has {} numbers; expected two, such as 0.9,0.95", self.betas.len()),
         };
         let mut schedule = Schedule::named(&self.schedule, warmup, steps)?;
         if let Some(share) = self.min_lr {
@@ -293,17 +298,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let shown = args.out.display();
     match holds(&args.out) {
         Held::Checkpoints if !args.resume => {
-            bail!("{shown}: holds a run already; --resume continues it, or give another --out")
+            bail!("{shown} already holds a run; continue it with --resume, or change --out")
         }
-        Held::Result => bail!("{shown}: holds an adapter or a model, and no checkpoint of a run; give another --out"),
+        Held::Result => bail!("{shown} holds an adapter or a model, but no checkpoint to resume; change --out"),
         _ => {}
     }
     let compute = &args.model.compute;
     ensure!(
         compute.adapter.is_empty(),
-        "--adapter: a new adapter is trained on the model alone; --from trains one further"
+        "--adapter cannot be used in training; use --from to continue training an adapter"
     );
-    ensure!(!args.full || compute.dtype == Precision::Auto, "--dtype: --full trains all weights in f32");
+    ensure!(!args.full || compute.dtype == Precision::Auto, "--dtype cannot be used with --full, which trains in f32");
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let log = args.out.join("log.jsonl");
     common::check_output(&log, &[])?;
@@ -319,7 +324,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let limit = info.context.unwrap_or(usize::MAX);
     let length = args.max_length.unwrap_or(limit.min(2048));
     ensure!(length >= 2, "--max-length is {length}; expected 2 or more");
-    ensure!(length <= limit, "--max-length is {length}; the model reads {limit} at most");
+    ensure!(length <= limit, "--max-length is {length}; the model's context is {limit}");
     let end: Vec<u32> = pricket.eos_ids().first().copied().filter(|_| !args.no_end_token).into_iter().collect();
     let tokenizer = pricket.tokenizer().ok();
     let (mut samples, mut cut, mut empty) = (Vec::new(), 0, 0);
@@ -330,7 +335,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
         let sample = whole.truncated(length);
         if sample.counted() == 0 { empty += 1 } else { samples.push(sample) }
     }
-    ensure!(!samples.is_empty(), "{}: no response is within --max-length {length}", args.data.display());
+    ensure!(
+        !samples.is_empty(),
+        "{}: every response begins after --max-length {length}; expected at least one before",
+        args.data.display()
+    );
     describe(&samples, cut, empty, length, &format.name);
 
     let options = args.run.options(samples.len())?;
@@ -339,13 +348,14 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if args.resume {
         match trainer.resume(&args.out)? {
             Some(checkpoint) => common::tell(format_args!("continuing from {}", checkpoint.display())),
-            None => common::tell(format_args!("{}: has no checkpoint, beginning", args.out.display())),
+            None => common::tell(format_args!("{} has no checkpoint; starting a new run", args.out.display())),
         }
     }
     trim_log(&log, trainer.steps())?;
     train(args, &pricket, &mut trainer, &log)
 }
 
+/// Loads the model to train.
 fn load(args: &Args) -> anyhow::Result<Pricket> {
     if let Some(path) = &args.from_scratch {
         let config = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
@@ -357,21 +367,21 @@ fn load(args: &Args) -> anyhow::Result<Pricket> {
         let pricket = args.model.load_from(args.model.source("tiny")?.train())?;
         ensure!(
             !pricket.names_on_file().is_empty(),
-            "--full: train a checkpoint in the Hub's layout, not a GGUF or GGML file"
+            "--full requires a checkpoint in Hub layout; GGUF and GGML files cannot be trained in full"
         );
         return Ok(pricket);
     }
     Ok(args.model.load("tiny")?)
 }
 
-/// All weights, as they are trained.
+/// Returns the model and all its parameters, for training with `--full`.
 fn whole(pricket: &Pricket) -> (Product, Tuned) {
     let (model, parameters) = (pricket.model(), pricket.parameters().to_vec());
     let tuned = Tuned { model, parameters, passes: Arc::default() };
     (Product::Model { config: pricket.config().clone() }, tuned)
 }
 
-/// A new adapter, or one that is trained on.
+/// Returns a new adapter, or the adapter of `--from`, attached to the model.
 fn adapter(args: &Args, pricket: &Pricket) -> anyhow::Result<(Product, Tuned)> {
     let base = pricket.base()?;
     let lora = match &args.lora.from {
@@ -380,7 +390,7 @@ fn adapter(args: &Args, pricket: &Pricket) -> anyhow::Result<(Product, Tuned)> {
     };
     let tuned = lora.train(&base, args.run.seed)?;
     common::tell(format_args!(
-        "{} of rank {} on {}: {}",
+        "training {} of rank {} on {}: {}",
         if lora.config().dora { "DoRA" } else { "LoRA" },
         lora.config().rank,
         counted(lora.modules().count(), "layer"),
@@ -389,6 +399,7 @@ fn adapter(args: &Args, pricket: &Pricket) -> anyhow::Result<(Product, Tuned)> {
     Ok((Product::Adapter(Box::new(lora)), tuned))
 }
 
+/// Runs the training steps, and writes the log, the checkpoints and the result.
 fn train(args: &Args, pricket: &Pricket, trainer: &mut Trainer, log: &Path) -> anyhow::Result<()> {
     let total = trainer.options().steps;
     let mut log = std::fs::File::options().create(true).append(true).open(log)?;
@@ -397,7 +408,7 @@ fn train(args: &Args, pricket: &Pricket, trainer: &mut Trainer, log: &Path) -> a
     while !trainer.is_done() {
         if common::Hidden.cancelled() {
             let path = trainer.save(&args.out, args.run.keep)?;
-            common::tell(format_args!("stopped; {} is written, and --resume continues", path.display()));
+            common::tell(format_args!("stopped; wrote {}; continue with --resume", path.display()));
             return Ok(());
         }
         let report = trainer.advance()?;
@@ -436,38 +447,42 @@ fn train(args: &Args, pricket: &Pricket, trainer: &mut Trainer, log: &Path) -> a
         for (name, bytes) in files.into_iter().flatten() {
             common::write_whole(&args.out.join(name), &bytes)?;
         }
-        common::tell(format_args!("wrote {}; --model {0} uses it", args.out.display()));
+        common::tell(format_args!("wrote {}; load it with --model {0}", args.out.display()));
     } else {
-        common::tell(format_args!("wrote {}; --adapter {0} uses it", args.out.display()));
+        common::tell(format_args!("wrote {}; load it with --adapter {0}", args.out.display()));
     }
     Ok(())
 }
 
-/// Says what is trained on.
+/// Prints a summary of the examples.
 fn describe(samples: &[Sample], cut: usize, empty: usize, length: usize, format: &str) {
     let tokens: usize = samples.iter().map(|sample| sample.ids().len()).sum();
     let all: usize = samples.iter().map(Sample::counted).sum();
     let longest = samples.iter().map(|sample| sample.ids().len()).max().unwrap_or(0);
     common::tell(format_args!(
-        "{}, {} ({all} count), the longest {longest}; prompts in the format {format}",
+        "{}, {} ({all} counted in the loss), at most {longest} per example; prompt format {format}",
         counted(samples.len(), "example"),
         counted(tokens, "token")
     ));
     if cut > 0 {
-        common::tell(format_args!("warning: {} cut at {length} tokens", counted(cut, "example")));
+        common::tell(format_args!("warning: {} truncated to {length} tokens", counted(cut, "example")));
     }
     if empty > 0 {
-        common::tell(format_args!("warning: {} left out, their prompts alone are longer", counted(empty, "example")));
+        common::tell(format_args!(
+            "warning: {} skipped, because the prompt alone is longer",
+            counted(empty, "example")
+        ));
     }
 }
 
-/// What a directory has.
+/// The content of an output directory.
 enum Held {
     Checkpoints,
     Result,
     Nothing,
 }
 
+/// Returns the content of an output directory.
 fn holds(directory: &Path) -> Held {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
@@ -490,6 +505,7 @@ fn trim_log(path: &Path, steps: u64) -> anyhow::Result<()> {
     common::write_whole(path, &kept)
 }
 
+/// Formats a duration, such as `3 min 20 s`.
 fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {

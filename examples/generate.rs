@@ -1,4 +1,4 @@
-//! Continues a prompt, writing as it goes; tokens per second on stderr at the end.
+//! Continues a prompt and prints the text as it is generated. Prints tokens per second on stderr at the end.
 //!
 //! `cargo run --example generate -- --prompt "The whale"`
 
@@ -15,33 +15,34 @@ use pricket::GenerateOptions;
 use pricket::lm::Turn;
 use pricket::weights::counted;
 
-/// Continues a prompt.
+/// Continue a prompt.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// The text to continue; - reads it from standard input
+    /// Text to continue, or - to read it from standard input
     #[arg(long, short, default_value = "My fellow citizens, the people of the United States")]
     prompt: String,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// Spells the prompt as a question in a format (see `chat --formats`): its name, a file of one, or auto for the model's own
+    /// Prompt format in which the prompt is asked as a question: a name listed by `chat --formats`, a file, auto for
+    /// the model's own format, or plain to continue the prompt as it is
     #[arg(long, value_name = "NAME", default_value = "plain")]
     prompt_format: String,
-    /// A system text for the prompt format, instead of its own
+    /// System text to use instead of the prompt format's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Ends the text; can be given several times
+    /// Stop string at which generation ends. Can be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Goes on after the model's end token
+    /// Continue after the model's end token
     #[arg(long)]
     ignore_eos: bool,
-    /// Goes beyond the length that the model was trained for
+    /// Allow more tokens than the length the model was trained for
     #[arg(long)]
     beyond_trained_length: bool,
-    /// One JSON object instead of text
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
@@ -104,11 +105,11 @@ fn run(args: Args) -> anyhow::Result<()> {
         writeln!(out, "{json}")?;
     } else {
         writeln!(out)?;
-        // A blank line sets the figures apart where text and figures meet on a terminal.
+        // On a terminal, a blank line separates the text from the figures.
         let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
         let decode = decode.map_or("-".into(), |rate| format!("{rate:.1}"));
         common::tell(format_args!(
-            "{gap}{} read at {:.1} tokens/s, {written} written at {decode} tokens/s, {}, seed {}",
+            "{gap}prompt: {} at {:.1} tokens/s; generated: {written} at {decode} tokens/s; {}; seed {}",
             counted(read, "token"),
             read as f64 / prefill,
             completion.finish,

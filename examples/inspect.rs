@@ -1,4 +1,4 @@
-//! What is in a checkpoint: format, configuration, tensors, parameters, memory. Reads headers only.
+//! Shows the content of a checkpoint: format, configuration, tensors, parameters and memory. Reads headers only.
 //!
 //! `cargo run --example inspect -- models/tiny`
 
@@ -15,29 +15,29 @@ use pricket::loading::Inspection;
 use pricket::weights::counted;
 use serde_json::json;
 
-/// Shows what is in a checkpoint; exit code 1 and one line if it is damaged.
+/// Show the content of a checkpoint. The exit code is 1 if it is damaged.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// A repository of the Hub, of which headers are read, a directory in its layout, or a weight file
+    /// A repository of the Hub (only its headers are fetched), a directory in Hub layout, or a weight file
     #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
     path: PathBuf,
-    /// The same as --model of the other examples
+    /// Same as PATH, under the name that the other examples use
     #[arg(long, short, conflicts_with = "path")]
     model: Option<PathBuf>,
-    /// A branch, tag or commit, such as step3000
+    /// Branch, tag or commit of a repository, such as step3000
     #[arg(long)]
     revision: Option<String>,
-    /// The weight file to show, of a repository or directory that has several
+    /// Weight file to show, if a repository or directory has several
     #[arg(long, value_name = "NAME")]
     file: Option<String>,
-    /// Leave out the table of tensors
+    /// Omit metadata and the list of tensors
     #[arg(long, short)]
     brief: bool,
-    /// Positions for the estimate of memory [default: what the model was trained for]
+    /// Number of positions for the memory estimate [default: the model's context]
     #[arg(long)]
     context: Option<usize>,
-    /// One JSON object instead of text
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
@@ -64,7 +64,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Memory of the model as it would be loaded.
+/// Returns the number of positions and the estimated memory of the model when loaded.
 fn estimate(found: &Inspection, context: Option<usize>) -> Option<(usize, pricket::loading::Estimate)> {
     let info = found.info.as_ref()?;
     let context = context.or(info.context).unwrap_or(2048);
@@ -100,7 +100,7 @@ fn print_text(out: &mut impl Write, found: &Inspection, args: &Args) -> anyhow::
             info.layers, info.d_model, info.heads, info.head_dim, info.vocab
         )?;
     }
-    let whose = if found.metadata.is_some() { "its own" } else { "in a file beside it" };
+    let whose = if found.metadata.is_some() { "in the file" } else { "in a separate file" };
     writeln!(out, "tokenizer   {}", if found.has_tokenizer { whose } else { "none" })?;
     if let Some((context, estimate)) = estimate(found, args.context) {
         let (weights, cache) = (mib(estimate.weights), mib(estimate.cache));

@@ -1,4 +1,4 @@
-//! Writes a model in another form: quantized or not, as GGUF or in Hub layout, from any form that is read.
+//! Converts a model to GGUF or to Hub layout, with or without quantization, from any format that pricket reads.
 //!
 //! `cargo run --example quantize -- --model EleutherAI/pythia-160m --out pythia-160m-q4_0.gguf --quantize q4_0`
 
@@ -19,32 +19,33 @@ use pricket::weights::counted;
 use pricket::{Pricket, ScoreOptions};
 use serde_json::json;
 
-/// The text of --report where none is given: good enough to see what quantization costs, not to publish a perplexity.
+/// The default text of --report. It shows the effect of quantization, but is too short for a perplexity to publish.
 const TEXT: &str = include_str!("../README.md");
 
-/// Writes a model as GGUF (an --out that ends in .gguf) or as safetensors in Hub layout (any other --out); with --report alone,
-/// quantizes in memory and writes nothing.
+/// Convert a model to a GGUF file (if --out ends in .gguf) or to a directory in Hub layout (any other --out). With
+/// --report and without --out, quantize in memory and write nothing.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// Random weights of a published shape instead of a model, to measure with (see `bench --help`)
+    /// Convert random weights in a published shape instead of a model, for measurements (see `bench --help`)
     #[arg(long, conflicts_with_all = ["model", "report"])]
     shape: Option<String>,
-    /// A file that ends in .gguf, or a directory
+    /// Output: a file name that ends in .gguf, or a directory
     #[arg(long, short, required_unless_present = "report")]
     out: Option<PathBuf>,
-    /// Replaces an existing file
+    /// Replace an existing output
     #[arg(long, requires = "out")]
     overwrite: bool,
-    /// Compares the new model with the old one: size, perplexity, Kullback-Leibler divergence, agreement
+    /// Compare the new model with the original: size, perplexity, Kullback-Leibler divergence, and agreement of the
+    /// most likely token
     #[arg(long)]
     report: bool,
-    /// The text for --report [default: pricket's README]
+    /// Plain text file for --report [default: pricket's README]
     #[arg(long, value_name = "FILE", requires = "report")]
     text: Option<PathBuf>,
-    /// One JSON object instead of text
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
@@ -56,24 +57,18 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    // What cannot be read is told before the conversion.
+    // The text is read before the conversion, so that a wrong file name fails early.
     let text = args.text.as_ref().map(pricket::lm::read_utf8).transpose()?;
     let quantization = args.model.compute.quantization()?;
     if let Some(out) = &args.out {
         let is_gguf = out.extension().is_some_and(|end| end == "gguf");
-        ensure!(
-            is_gguf || quantization.is_none(),
-            "safetensors hold no quantized blocks: give --out a name that ends in .gguf"
-        );
+        ensure!(is_gguf || quantization.is_none(), "--quantize writes GGUF only; give --out a name that ends in .gguf");
     } else {
         let changes = quantization.is_some() || args.model.compute.dtype != Precision::Auto;
-        ensure!(
-            changes,
-            "--report without --out compares a model with what --quantize or --dtype makes of it; give one of them"
-        );
+        ensure!(changes, "--report without --out requires --quantize or --dtype");
     }
     common::interruptible()?;
-    // What the flags say of the new model is not done to the old one as well.
+    // --quantize and --dtype apply to the new model only.
     let mut source = args.model.clone();
     (source.compute.quantize, source.compute.dtype) = (None, Precision::Auto);
     let written = args.out.as_ref().map(|out| convert(args, &source, out)).transpose()?;
@@ -98,7 +93,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-/// A comparison, the model that was compared, and the token before the text's first one.
+/// A comparison, the new model, and the text of the token before the compared text.
 struct Compared {
     report: Comparison,
     prefix: String,
@@ -108,7 +103,7 @@ struct Compared {
 fn convert(args: &Args, source: &common::ModelArgs, out: &Path) -> anyhow::Result<Converted> {
     let target = match (args.model.compute.quantization()?, args.model.compute.dtype) {
         (Some(quantization), Precision::Auto) => Target::Quantized(quantization),
-        (Some(_), _) => anyhow::bail!("--quantize and --dtype both set the type of the matrices; give one of them"),
+        (Some(_), _) => anyhow::bail!("--quantize and --dtype both set the type of the matrices; give only one"),
         (None, Precision::F32) => Target::F32,
         (None, Precision::F16) => Target::F16,
         (None, Precision::BF16) => Target::BF16,
@@ -152,7 +147,7 @@ fn show_json(written: Option<&Converted>, compared: Option<&Compared>) -> anyhow
     Ok(())
 }
 
-/// Bits in memory for each weight.
+/// Returns the bits per weight in memory.
 fn in_memory(info: &pricket::nn::ModelInfo) -> f64 {
     8.0 * info.weight_bytes as f64 / info.parameters.max(1) as f64
 }
@@ -161,10 +156,10 @@ fn show(args: &Args, written: Option<&Converted>, compared: Option<&Compared>) -
     let mut out = std::io::stdout().lock();
     if let Some(done) = written {
         let (bytes, bits) = (counted(done.bytes as usize, "byte"), done.bits_per_weight());
-        writeln!(out, "{}: {bytes}, {bits:.2} bits per weight, all of the file counted:", done.path.display())?;
+        writeln!(out, "{}: {bytes}, {bits:.2} bits per weight including metadata:", done.path.display())?;
         for found in pricket::inspect(&done.path)?.types() {
             let share = 100.0 * found.elements as f64 / done.parameters.max(1) as f64;
-            let scales = if matches!(found.dtype, Dtype::Block(_)) { " with the scales of its blocks" } else { "" };
+            let scales = if matches!(found.dtype, Dtype::Block(_)) { " including block scales" } else { "" };
             writeln!(out, "  {share:.1} % of the weights as {}: {:.2} bits each{scales}", found.dtype, found.bits())?;
         }
     } else if let Some(Compared { made, .. }) = compared {
@@ -175,11 +170,11 @@ fn show(args: &Args, written: Option<&Converted>, compared: Option<&Compared>) -
     if let Some(Compared { report, prefix, .. }) = compared {
         let text = args.text.as_ref().map_or("pricket's README".into(), |path| path.display().to_string());
         let tokens = counted(report.tokens, "token");
-        writeln!(out, "over {tokens} of {text}, the first given {prefix}:")?;
-        writeln!(out, "perplexity         {:.4}, the source {:.4}", report.perplexity, report.reference_perplexity)?;
+        writeln!(out, "over {tokens} of {text}, scored after {prefix}:")?;
+        writeln!(out, "perplexity         {:.4}, original {:.4}", report.perplexity, report.reference_perplexity)?;
         let (mean, worst) = (report.kl_divergence, report.worst_kl_divergence);
-        writeln!(out, "KL divergence      {mean:.6} nats a token, at most {worst:.4}")?;
-        writeln!(out, "same likeliest     {:.2} %", 100.0 * report.top_1_agreement)?;
+        writeln!(out, "KL divergence      {mean:.6} nats per token, at most {worst:.4}")?;
+        writeln!(out, "top-1 agreement    {:.2} %", 100.0 * report.top_1_agreement)?;
     }
     Ok(())
 }

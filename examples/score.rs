@@ -1,4 +1,4 @@
-//! Log-probabilities and perplexity of a text; tasks with the numbers of lm-evaluation-harness; losses of named slices.
+//! Scores a text, evaluates tasks as lm-evaluation-harness does, or measures the loss of named slices of documents.
 //!
 //! `cargo run --example score -- --prompt "The whale is a large animal."`
 
@@ -21,60 +21,64 @@ use pricket::weights::counted;
 use pricket::{EvalOptions, Pricket, ScoreOptions, Task};
 use serde_json::{Value, json};
 
-/// Scores a text, tasks, or slices of documents.
+/// Score a text, evaluate tasks, or measure the loss of slices of documents.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// The text whose tokens are scored; - reads it from standard input
+    /// Text to score, or - to read it from standard input. Prints the log-probability of every token [default: a
+    /// built-in sentence]
     #[arg(long, short, conflicts_with_all = ["text", "tasks", "slices"])]
     prompt: Option<String>,
-    /// A file of plain text, of any length: its loss, perplexity and bits per byte
+    /// Plain text file of any length to score. Prints loss, perplexity and bits per byte
     #[arg(long, value_name = "FILE", conflicts_with_all = ["tasks", "slices"])]
     text: Option<PathBuf>,
-    /// Tasks, by name (lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext) or as files: .yaml of
-    /// lm-evaluation-harness, or .toml
+    /// Tasks to evaluate: names (lambada_openai, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, wikitext)
+    /// or files (.yaml of lm-evaluation-harness, or .toml)
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
-    /// The directory with the tasks' documents: TASK.validation.jsonl or TASK.test.jsonl, and TASK.train.jsonl for examples, or
-    /// parquet [default: fetched from the Hub's datasets]
+    /// Directory with the documents of the tasks, as .jsonl or .parquet: TASK.validation.jsonl or TASK.test.jsonl, and
+    /// TASK.train.jsonl for few-shot examples [default: fetched from the Hub]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// JSON lines with a text and the name of its slice: the loss of each slice is told
+    /// JSON lines file of texts with the name of their slice. Prints the loss of each slice
     #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
     slices: Option<PathBuf>,
-    /// Number of examples before each question; several numbers, as 0,5, measure each [default: the task's own, for built-in tasks 0]
+    /// Number of few-shot examples before each question. Several numbers, such as 0,5, are evaluated in turn [default:
+    /// the task's own number, 0 for built-in tasks]
     #[arg(long, value_delimiter = ',', value_name = "N")]
     num_fewshot: Vec<usize>,
-    /// Random seed of the choice of examples [default: 1234]
+    /// Random seed for the choice of few-shot examples [default: 1234]
     #[arg(long, value_name = "N")]
     fewshot_seed: Option<u32>,
-    /// Documents of each task at most: a number, or a share such as 0.5
+    /// Maximum number of documents per task, or a fraction of them such as 0.5 [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<Limit>,
-    /// Draws of the bootstrap for the standard error of perplexities; 0 for none [default: 100000]
+    /// Number of bootstrap samples for the standard error of perplexities; 0 for no standard error [default: 100000]
     #[arg(long, value_name = "N")]
     bootstrap_iters: Option<usize>,
-    /// Tokens that are read at once, at least 1 [default: the model's context]
+    /// Maximum number of tokens the model reads at once, at least 1 [default: the model's context]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
-    /// Allows a --max-length beyond the length that the model was trained for
+    /// Allow a --max-length above the length the model was trained for
     #[arg(long, requires = "max_length")]
     beyond_trained_length: bool,
-    /// Tokens that each window of a long text scores, from 1 to --max-length; fewer give each token more context [default: --max-length]
+    /// Number of tokens scored per window of a long text, from 1 to --max-length. A smaller number gives each token
+    /// more context and takes longer [default: --max-length]
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
-    /// Tokens of a batch [default: 1024 on the CPU, 16384 on a GPU]
+    /// Number of tokens per batch [default: 1024 on the CPU, 16384 on a GPU]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<usize>,
-    /// Writes the results as lm-evaluation-harness does; with several numbers of examples a file for each, as results.5shot.json
+    /// Write the results to a JSON file in the format of lm-evaluation-harness. Several values of --num-fewshot give
+    /// one file each, such as results.5shot.json
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Writes what was asked and answered of each document too: samples_TASK.jsonl beside the output
+    /// Also write the requests and answers of every document, to samples_TASK.jsonl next to --output
     #[arg(long, requires = "output")]
     log_samples: bool,
-    /// One JSON object instead of text
+    /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
@@ -94,12 +98,12 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         text.clear();
         std::io::stdin().read_to_string(&mut text)?;
     }
-    // What cannot be asked or written is said before a model is fetched.
+    // Flags and output files are checked before a model is fetched.
     if let Some(path) = &args.output {
-        ensure!(!args.tasks.is_empty() || args.slices.is_some(), "--output writes the results of --tasks or --slices");
+        ensure!(!args.tasks.is_empty() || args.slices.is_some(), "--output requires --tasks or --slices");
         common::check_output(path, &[])?;
     }
-    // clap does not ask for --tasks beside a --prompt, which excludes it.
+    // clap's `requires` is not checked if --prompt is given, because --prompt conflicts with --tasks.
     let of_tasks = [
         ("--data", args.data.is_some()),
         ("--num-fewshot", !args.num_fewshot.is_empty()),
@@ -109,27 +113,28 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ("--log-samples", args.log_samples),
     ];
     if let Some((flag, _)) = of_tasks.iter().find(|(_, is_set)| *is_set && args.tasks.is_empty()) {
-        bail!("{flag} has an effect with --tasks only");
+        bail!("{flag} requires --tasks");
     }
     let counts = &args.num_fewshot;
-    ensure!((1..counts.len()).all(|i| !counts[..i].contains(&counts[i])), "--num-fewshot names a number twice");
+    ensure!((1..counts.len()).all(|i| !counts[..i].contains(&counts[i])), "--num-fewshot gives a number twice");
     common::interruptible()?;
     let asked = args.tasks.iter().map(|name| tasks::task(name)).collect::<anyhow::Result<Vec<_>>>()?;
     if let Some(i) = (1..asked.len()).find(|&i| asked[..i].iter().any(|task| task.name() == asked[i].name())) {
-        bail!("--tasks has two tasks of the name {}, whose results would be one", asked[i].name());
+        bail!("--tasks has two tasks named {}; give each task once", asked[i].name());
     }
     let has_windows = asked.is_empty() || asked.iter().any(|task| task.kind() == TaskKind::Perplexity);
-    ensure!(args.stride.is_none() || has_windows, "--stride has an effect on whole texts, and no task scores any");
+    ensure!(
+        args.stride.is_none() || has_windows,
+        "--stride applies to whole texts only, and none of the tasks scores them"
+    );
     for task in &asked {
         if task.shots(counts.iter().copied().max()) == 0 && counts.iter().any(|&count| count > 0) {
             let name = task.name();
             ensure!(
                 counts.len() == 1,
-                "{name} is asked without examples, as its definition says: leave it out where --num-fewshot names several numbers"
+                "--num-fewshot: task {name} takes no examples; leave it out if --num-fewshot gives several numbers"
             );
-            common::tell(format_args!(
-                "note: {name}: no examples, as its definition says; --num-fewshot has no effect on it"
-            ));
+            common::tell(format_args!("note: task {name} takes no examples, so --num-fewshot has no effect on it"));
         }
     }
     let documents = asked.iter().map(|task| tasks::documents(args.data.as_deref(), task));
@@ -179,10 +184,10 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     run_text(args, &model, &text, &score).map(|()| ExitCode::SUCCESS)
 }
 
-/// A task, the files of its documents and those of its examples.
+/// A task, the files of its documents, and the files of its examples.
 type Asked = (Task, (Vec<PathBuf>, Vec<PathBuf>));
 
-/// The extension of a file of results for a number of examples: `5shot.json`.
+/// Returns the extension of the results file for a number of examples, such as `5shot.json`.
 fn of_shots(path: &Path, shots: usize) -> String {
     let extension = path.extension().map_or_else(String::new, |end| format!(".{}", end.to_string_lossy()));
     format!("{shots}shot{extension}")
@@ -220,11 +225,11 @@ fn run_tasks(
                 let of_documents = matches!(e.downcast_ref(), Some(pricket::Error::Text(_)))
                     || matches!(e.downcast_ref(), Some(pricket::lm::Error::Input(_)));
                 if !of_documents {
-                    // What was measured before is shown and written.
+                    // The results of the tasks before are still printed and written.
                     ended = Err(e);
                     break;
                 }
-                // What is wrong with one task's documents does not end the others.
+                // Invalid documents of one task do not stop the other tasks.
                 common::tell(format_args!("failed: {e:#}"));
                 code = ExitCode::from(2);
             }
@@ -244,7 +249,7 @@ fn run_tasks(
     results["date"] = json!(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
     results["total_evaluation_time_seconds"] = json!(start.elapsed().as_secs_f64().to_string());
     results["pricket"] = json!({"version": env!("CARGO_PKG_VERSION"), "provenance": provenance});
-    // Shown first: hours of work are not lost with a disk that is full.
+    // Printed before the file is written, so that a full disk does not lose hours of work.
     let mut out = std::io::stdout().lock();
     let shown = if args.json { writeln!(out, "{results}") } else { show_tasks(&mut out, &outcomes) };
     if let Some(path) = output {
@@ -262,7 +267,7 @@ fn run_tasks(
     ended.map(|()| code)
 }
 
-/// The table that the harness prints.
+/// Prints the table of results, as lm-evaluation-harness does.
 fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Result<()> {
     writeln!(out, "|task|version|n-shot|documents|metric|value|stderr|")?;
     writeln!(out, "|---|---:|---:|---:|---|---:|---:|")?;
@@ -276,7 +281,7 @@ fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Re
         }
         if outcome.cut > 0 {
             common::tell(format_args!(
-                "note: {}: {} cut off on the left to fit into the context",
+                "note: task {}: {} truncated on the left to fit the context",
                 task.name(),
                 counted(outcome.cut, "prompt")
             ));
@@ -286,7 +291,7 @@ fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Re
 }
 
 fn show_slices(args: &Args, model: &Pricket, slices: &BTreeMap<String, SliceLoss>) -> anyhow::Result<()> {
-    ensure!(!slices.is_empty(), "there is no document");
+    ensure!(!slices.is_empty(), "--slices: the file has no documents");
     let rows: serde_json::Map<String, Value> = slices.iter().map(|(name, slice)| (name.clone(), row(slice))).collect();
     let results = json!({"slices": rows, "provenance": model.provenance().to_json()});
     let mut out = std::io::stdout().lock();
@@ -305,7 +310,7 @@ fn row(slice: &SliceLoss) -> Value {
     })
 }
 
-/// What the first token of a text is scored given.
+/// Returns the text of the token before a text, after which its first token is scored.
 fn prefix(model: &Pricket) -> anyhow::Result<String> {
     let prefix = model.prefix_id();
     Ok(model.tokenizer()?.id_to_token(prefix).unwrap_or_else(|| prefix.to_string()))
@@ -323,7 +328,7 @@ fn show_text(args: &Args, model: &Pricket, text: &SliceLoss) -> anyhow::Result<(
         return Ok(());
     }
     let (tokens, loss, perplexity) = (counted(text.tokens as usize, "token"), text.loss(), text.perplexity());
-    writeln!(out, "{tokens}, the first given {prefix}: loss {loss:.4} nats a token, perplexity {perplexity:.3}")?;
+    writeln!(out, "{tokens}, scored after {prefix}: loss {loss:.4} nats per token, perplexity {perplexity:.3}")?;
     writeln!(out, "{}: {:.4} bits per byte", counted(text.bytes as usize, "byte"), text.bits_per_byte())?;
     Ok(())
 }
@@ -361,7 +366,7 @@ fn run_text(args: &Args, model: &Pricket, text: &str, score: &ScoreOptions) -> a
     }
     let gap = if std::io::stdout().is_terminal() { "\n" } else { "" };
     common::tell(format_args!(
-        "{gap}{}, the first given {prefix}: loss {:.4} nats a token, perplexity {:.3}; * marks the likeliest token",
+        "{gap}{}, scored after {prefix}: loss {:.4} nats per token, perplexity {:.3}; * marks the most likely token",
         counted(tokens.len(), "token"),
         nats / count,
         (nats / count).exp()

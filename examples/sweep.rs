@@ -1,4 +1,5 @@
-//! Figures over training: every chosen checkpoint of every model, a line of JSON for each, resumed where it was broken off.
+//! Measures the checkpoints of models over training, one JSON line per metric, and draws the results. Interrupted
+//! sweeps resume.
 //!
 //! `cargo run --example sweep`
 
@@ -29,96 +30,101 @@ use pricket::weights::counted;
 use pricket::{EvalOptions, Hub, Loader, Sweep};
 use serde_json::{Value, json};
 
-/// What is measured where nothing else is asked for.
+/// The text that is scored without `--tasks`, `--slices` or `--text`.
 const TEXT: &str = "My fellow citizens, the people of the United States have a great country. In the year of our Lord the \
     Congress met, and the President of the United States spoke of the army and of the peace that we all wish for.";
 
-/// Measures checkpoints. Started again with the same --out it goes on where it was; exit code 2 if a checkpoint failed.
+/// Measure the checkpoints of models, and draw the results. A sweep that is started again with the same --out resumes.
+/// The exit code is 2 if a checkpoint failed.
 #[derive(Parser)]
 #[command(version)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
 struct Args {
-    /// Repositories of the Hub, or directories with revisions/ [default: models/tiny]
+    /// Models to measure: repositories of the Hub, or directories with revisions/ [default: models/tiny]
     #[arg(long, short, value_delimiter = ',', value_name = "MODEL")]
     models: Vec<String>,
-    /// Which steps: all, log, final, numbers, ranges as 0..143000:10000
+    /// Training steps to measure: all, log, final, numbers, or ranges such as 0..143000:10000, separated by commas
     #[arg(long, default_value = "all")]
     steps: Steps,
-    /// Tasks, by name or as files (.yaml of lm-evaluation-harness, .toml): see `score --help`
+    /// Tasks to evaluate: names or files (.yaml of lm-evaluation-harness, or .toml); see `score --help`
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
-    /// The directory with the tasks' documents [default: fetched from the Hub]
+    /// Directory with the documents of the tasks; see `score --help` [default: fetched from the Hub]
     #[arg(long, value_name = "DIR", requires = "tasks")]
     data: Option<PathBuf>,
-    /// JSON lines with texts and the names of their slices, whose losses are measured
+    /// JSON lines file of texts with the name of their slice, to measure the loss of each slice
     #[arg(long, value_name = "FILE")]
     slices: Option<PathBuf>,
-    /// Files of plain text, of any length: loss, perplexity and bits per byte of each
+    /// Plain text files of any length, to measure loss, perplexity and bits per byte of each
     #[arg(long, value_delimiter = ',', value_name = "FILE")]
     text: Vec<PathBuf>,
-    /// Number of examples before each question [default: the task's own, for built-in tasks 0]
+    /// Number of few-shot examples before each question [default: the task's own number, 0 for built-in tasks]
     #[arg(long, value_name = "N", requires = "tasks")]
     num_fewshot: Option<usize>,
-    /// Documents of each task at most: a number, or a share such as 0.5
+    /// Maximum number of documents per task, or a fraction of them such as 0.5 [default: all]
     #[arg(long, value_name = "N", requires = "tasks")]
     limit: Option<Limit>,
-    /// Tokens that each window of a long text scores, from 1 to the model's context [default: the context, without overlap]
+    /// Number of tokens scored per window of a long text, from 1 to the model's context [default: the context, without
+    /// overlap]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     stride: Option<u32>,
-    /// Draws of the bootstrap for the standard error of perplexities; 0 for none
+    /// Number of bootstrap samples for the standard error of perplexities; 0 for no standard error
     #[arg(long, default_value_t = 1000, requires = "tasks")]
     bootstrap_iters: usize,
-    /// The file of results, which is appended to
+    /// JSON lines file to which the results are appended
     #[arg(long, default_value = "sweep.jsonl")]
     out: PathBuf,
-    /// A share of the checkpoints, as 0/4; by default that of a Slurm array, if this is a task of one
+    /// Shard of the checkpoints to measure, as INDEX/COUNT such as 0/4 [default: the task of a Slurm array job,
+    /// otherwise all checkpoints]
     #[arg(long, value_name = "I/N")]
     shard: Option<Shard>,
-    /// Space that fetched checkpoints may take in the cache, such as 50GB; those used longest ago are deleted before another is fetched
+    /// Maximum size of the fetched checkpoints in the cache, such as 50GB. The least recently used are deleted before
+    /// another is fetched
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     disk_budget: Option<u64>,
-    /// Measures again what rows of earlier versions hold, which have no hashes of documents and weights [default: keeps them]
+    /// Measure again the rows of earlier versions, which have no hashes of documents and weights [default: keep them]
     #[arg(long)]
     remeasure: bool,
-    /// Does not load the next checkpoint while one is measured: half the memory
+    /// Do not load the next checkpoint during a measurement. Halves the memory
     #[arg(long)]
     no_prefetch: bool,
-    /// Draws curves over training: a panel for each metric, as .svg or .png, and .pdf where that feature is built in; can be given several times
+    /// Draw curves over training, with a panel for each metric, to an .svg or .png file (.pdf with the feature pdf).
+    /// Can be given several times
     #[arg(long, value_name = "FILE")]
     plot: Vec<PathBuf>,
-    /// Draws a table of each model's last step, as .svg or .png
+    /// Draw a table of each model's last step to an .svg or .png file (.pdf with the feature pdf)
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
-    /// Writes the figures as a table for other programs: model, revision, step, metric, value and standard error
+    /// Write the results to a .csv file: model, revision, step, metric, value and standard error
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
-    /// The metrics that are drawn and written as a table, as piqa/acc [default: all]
+    /// Metrics to include in --plot, --table and --csv, such as piqa/acc [default: all]
     #[arg(long, value_delimiter = ',', value_name = "METRIC")]
     metrics: Vec<String>,
-    /// Draws runs that differ in their seed as one curve, their mean in a band of their standard deviation
+    /// Draw runs that differ only in their seed as one curve: their mean, with a band of one standard deviation
     #[arg(long)]
     mean_of_seeds: bool,
-    /// Leaves out of the pictures what others have published of the models
+    /// Omit published results of the models from the pictures
     #[arg(long)]
     no_published: bool,
-    /// Draws the slices and tasks that have one metric as curves of one panel
+    /// Draw slices and tasks with the same metric in one panel
     #[arg(long)]
     together: bool,
-    /// A title above the curves
+    /// Title above the curves
     #[arg(long, default_value = "", hide_default_value = true)]
     title: String,
-    /// Width and height of a panel of curves, in CSS pixels
+    /// Width and height of a panel in CSS pixels, from 200x150 to 4000x4000
     #[arg(long, value_name = "WxH", default_value = "440x330", value_parser = panel)]
     panel: (u32, u32),
-    /// Where the names of the curves stand
+    /// Position of the legend
     #[arg(long, value_enum, default_value_t = LegendPlace::Right)]
     legend: LegendPlace,
-    /// Measures nothing: draws what is in these files of results, put together
+    /// Measure nothing, and draw the results of these files instead
     #[arg(long, value_delimiter = ',', value_name = "FILE", conflicts_with_all = ["models", "tasks", "slices", "text"])]
     from: Vec<PathBuf>,
     #[command(flatten)]
     compute: compute::ComputeArgs,
-    /// Every row that is written, as JSON, and at the end what the sweep did
+    /// Print each written row as a JSON object, and a summary at the end
     #[arg(long)]
     json: bool,
 }
@@ -134,7 +140,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
     pricket::nn::ops::keep_freed_memory();
-    // A picture that cannot be written is told before the measuring.
+    // Output files are checked before the measurements.
     for path in args.plot.iter().chain(&args.table) {
         let forms = if cfg!(feature = "pdf") { &["svg", "png", "pdf"][..] } else { &["svg", "png"] };
         finish::check_output(path, forms)?;
@@ -146,7 +152,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !args.from.is_empty() {
         ensure!(
             !args.plot.is_empty() || args.table.is_some() || args.csv.is_some(),
-            "--from measures nothing: --plot, --table or --csv says what is to be made"
+            "--from draws existing results; give --plot, --table or --csv"
         );
         draw(args, &args.from)?;
         return Ok(ExitCode::SUCCESS);
@@ -170,7 +176,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     sweep.budget = args.disk_budget.map(|budget| Ok::<_, pricket::Error>((Hub::from_env()?, budget))).transpose()?;
     let compute = args.compute.clone();
-    // What is wrong with the flags is said before a checkpoint is fetched.
+    // Flags are checked before a checkpoint is fetched.
     compute.configure(Loader::embedded("tiny")?)?;
     sweep.setup = compute.setup();
     sweep.configure =
@@ -182,7 +188,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut broken = Ok(());
     let swept = sweep.run(|row| {
         let written = if args.json { writeln!(out, "{row}") } else { show(&mut out, row) };
-        // A reader that has seen enough does not end the sweep.
+        // A closed pipe on standard output does not end the sweep.
         broken = std::mem::replace(&mut broken, Ok(())).and(written);
     })?;
     if args.json {
@@ -200,7 +206,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         finish::tell(format_args!("failed: {id}: {why}"));
     }
     finish::tell(format_args!(
-        "{} measured, {} written to {}, {} were there, {} measured again",
+        "{} measured, {} written to {}, {} kept, {} measured again",
         counted(swept.checkpoints, "checkpoint"),
         counted(swept.rows, "row"),
         args.out.display(),
@@ -213,7 +219,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(if swept.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }
 
-/// Where the names of curves stand.
+/// Position of the legend.
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum LegendPlace {
     Right,
@@ -231,12 +237,13 @@ impl From<LegendPlace> for Legend {
     }
 }
 
+/// Parses the size of a panel.
 fn panel(text: &str) -> Result<(u32, u32), String> {
     let parts = text.split_once('x').and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)));
-    parts.ok_or_else(|| format!("{text:?} is no size; 440x330 is the default"))
+    parts.ok_or_else(|| format!("{text:?}: expected WIDTHxHEIGHT, such as 440x330"))
 }
 
-/// The pictures and tables that are asked for, of these files of results.
+/// Draws and writes the pictures and tables requested by flags, from these result files.
 fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
     if args.plot.is_empty() && args.table.is_none() && args.csv.is_none() {
         return Ok(());
@@ -261,6 +268,7 @@ fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Prints a row of the table on standard output.
 fn show(out: &mut impl Write, row: &Value) -> std::io::Result<()> {
     let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
     let number = |key: &str| row[key].as_f64().map_or(String::new(), |x| format!("{x:.4}"));
@@ -271,6 +279,7 @@ fn show(out: &mut impl Write, row: &Value) -> std::io::Result<()> {
     writeln!(out, "|{model}|{revision}|{metric}|{}|{}|", number("value"), number("stderr"))
 }
 
+/// Returns the measures requested by flags.
 fn measures(args: &Args) -> anyhow::Result<Vec<Measure>> {
     let mut measures = Vec::new();
     for name in &args.tasks {

@@ -540,7 +540,7 @@ fn what_fails_is_written_down() {
     std::fs::write(model.join("revisions/step1/model.safetensors"), weights).unwrap();
     let (code, said) = run();
     assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("1 checkpoint measured") && said.contains("4 were there"), "{said}");
+    assert!(said.contains("1 checkpoint measured") && said.contains("4 kept"), "{said}");
 }
 
 #[test]

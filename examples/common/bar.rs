@@ -1,4 +1,4 @@
-//! Progress as a terminal shows it.
+//! Progress bars, and stopping work on Ctrl-C.
 
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use pricket::nn::Progress;
 
-/// A progress bar on stderr; indicatif hides it where that is no terminal.
+/// A progress bar on stderr. indicatif hides it if stderr is not a terminal.
 #[derive(Default)]
 pub(crate) struct Bar(Mutex<Option<ProgressBar>>);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C, and a request to terminate, cancel the work, so that nothing half-written is left. A second one ends the program
-/// at once, unless it comes within a second: other programs signal a process and its group together.
-#[allow(dead_code, reason = "not every example works long")]
+/// Handles Ctrl-C and requests to terminate: the first one cancels the work, so that no incomplete file is left.
+///
+/// A second one ends the program at once. Within the first second it is ignored, because some programs signal both a
+/// process and its process group.
+#[allow(dead_code, reason = "not every example runs for long")]
 pub(crate) fn interruptible() -> anyhow::Result<()> {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     Ok(ctrlc::set_handler(|| {
@@ -27,12 +29,12 @@ pub(crate) fn interruptible() -> anyhow::Result<()> {
             return;
         }
         let _ = FIRST.set(Instant::now());
-        let _ = writeln!(std::io::stderr(), "stopping; once more ends the program at once");
+        let _ = writeln!(std::io::stderr(), "stopping; press Ctrl-C again to end at once");
     })?)
 }
 
-/// Shows nothing, and stops work that was interrupted: for what goes on beside the work that is shown.
-#[allow(dead_code, reason = "not every example does two things at once")]
+/// Progress without a bar that can still be canceled, for work in the background.
+#[allow(dead_code, reason = "not every example works in the background")]
 pub(crate) struct Hidden;
 
 impl Progress for Hidden {

@@ -1,4 +1,4 @@
-//! How to compute: flags that every example has which loads a model.
+//! Flags for device, precision, quantization and threads, shared by the examples that load a model.
 
 use std::collections::BTreeMap;
 
@@ -7,43 +7,47 @@ use pricket::loading::Precision;
 use pricket::nn::ops::ActivationPrecision;
 use pricket::nn::{BlockType, CacheType, Quantization};
 
-/// How to compute.
+/// Device, precision, quantization and threads.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct ComputeArgs {
-    /// Where to compute: cpu, cuda, cuda:N or metal
+    /// Device: cpu, cuda, cuda:N or metal
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
     /// Type of the weights: auto (as stored on the CPU, bf16 on a GPU), f32, bf16 or f16
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: Precision,
-    /// Quantizes the matrices while they are loaded: q4_0, q4_1, q5_0, q5_1, q8_0, or q2k to q6k
+    /// Quantize the weight matrices while loading: q4_0, q4_1, q5_0, q5_1, q8_0, q2k, q3k, q4k, q5k or q6k
     #[arg(long, value_name = "TYPE")]
     pub(crate) quantize: Option<BlockType>,
-    /// The type of embedding and head under --quantize, or none to leave them as they are
+    /// Type of the embedding and the head with --quantize, or none to leave them unquantized
     #[arg(long, alias = "quantize-tables", value_name = "TYPE", default_value = "q8_0")]
     pub(crate) quantize_embeddings_and_head: String,
-    /// Precision of activations on the CPU: f32; bf16 as torch has it; q8 as ggml has it (8 bits beside quantized weights)
+    /// Precision of activations on the CPU: f32, bf16 (as in torch), or q8 (8 bits with quantized weights, as in ggml)
     #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "bf16", "q8"])]
     pub(crate) activations: String,
-    /// Type of cached keys and values: f32, f16, bf16 or q8_0; by default f32, f16 under --activations q8, bf16 under bf16
+    /// Type of cached keys and values: f32, f16, bf16 or q8_0 [default: f32; f16 with --activations q8; bf16 with
+    /// --activations bf16]
     #[arg(long, value_name = "TYPE")]
     pub(crate) cache_type: Option<CacheType>,
-    /// Uses f32, f16 and bf16 weights where their file is mapped instead of copying them, on the CPU: loads at once, shares memory among
-    /// processes; the file must stay as it is
+    /// Use f32, f16 and bf16 weights from the memory-mapped file instead of copying them (CPU only). Loading is
+    /// immediate, and processes share the memory. The file must not change meanwhile
     #[arg(long)]
     pub(crate) in_place: bool,
-    /// A LoRA adapter in PEFT's files: a directory, or a repository of the Hub; can be given several times, and adds up
+    /// LoRA adapter in PEFT's format: a directory or a repository of the Hub. Repeat the flag to add up several
+    /// adapters
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ADAPTER")]
     pub(crate) adapter: Vec<std::path::PathBuf>,
-    /// CPU threads [default: physical cores]
+    /// Number of CPU threads [default: number of physical cores]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
 }
 
 impl ComputeArgs {
-    /// Limits the threads of candle's own operations to `--threads`: they spin, and candle counts the machine's cores. To be
-    /// called at the start of a program, before there is a second thread.
+    /// Limits the threads of candle's own operations to `--threads`. By default candle starts one busy-waiting thread
+    /// per core.
+    ///
+    /// Call this at the start of a program, before it has a second thread.
     #[allow(unsafe_code, reason = "candle reads the number of its threads from the environment only")]
     pub(crate) fn limit_candle_threads(&self) {
         const VARIABLE: &str = "CANDLE_NUM_THREADS";
@@ -54,7 +58,7 @@ impl ComputeArgs {
         }
     }
 
-    /// What --quantize and --quantize-embeddings-and-head say.
+    /// Returns the quantization set by `--quantize` and `--quantize-embeddings-and-head`.
     pub(crate) fn quantization(&self) -> pricket::Result<Option<Quantization>> {
         let embeddings_and_head = match self.quantize_embeddings_and_head.as_str() {
             "none" => None,
@@ -63,8 +67,8 @@ impl ComputeArgs {
         Ok(self.quantize.map(|weights| Quantization { weights, embeddings_and_head }))
     }
 
-    /// What these flags say that changes figures, where it is not the default.
-    #[allow(dead_code, reason = "only a sweep writes it down")]
+    /// Returns the flags that change results and differ from their defaults, for the settings of a sweep's rows.
+    #[allow(dead_code, reason = "only sweep records the flags")]
     pub(crate) fn setup(&self) -> BTreeMap<String, String> {
         let device = self.device.split(':').next().unwrap_or_default();
         let quantize = self.quantize.map(|kind| format!("{kind}, tables {}", self.quantize_embeddings_and_head));
@@ -84,8 +88,8 @@ impl ComputeArgs {
         flags.into_iter().filter_map(|(flag, value)| Some((flag.to_owned(), value?))).collect()
     }
 
-    /// The adapters, told apart by what is in their files.
-    #[allow(dead_code, reason = "only a sweep writes it down")]
+    /// Returns the adapters, identified by the hash of their files.
+    #[allow(dead_code, reason = "only sweep records the flags")]
     #[cfg(feature = "train")]
     fn adapters(&self) -> Option<String> {
         let name = |path: &std::path::PathBuf| {
@@ -98,7 +102,7 @@ impl ComputeArgs {
         (!names.is_empty()).then(|| names.join(" + "))
     }
 
-    /// Everything that these flags say but the type of the weights.
+    /// Applies these flags to a loader, except `--dtype`.
     pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
         let mut loader = loader.device(pricket::loading::device(&self.device)?);
         if let Some(threads) = self.threads {

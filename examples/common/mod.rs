@@ -1,4 +1,4 @@
-//! What the examples share: flags, a progress bar, and how they end.
+//! Code that the examples share: flags for loading a model, progress bars, exit codes.
 
 mod bar;
 mod compute;
@@ -10,40 +10,42 @@ use std::sync::Arc;
 
 use pricket::{Loader, Pricket};
 
-#[allow(unused_imports, reason = "not every example works long")]
+#[allow(unused_imports, reason = "not every example runs for long")]
 pub(crate) use bar::{Bar, Hidden, interruptible};
 pub(crate) use compute::ComputeArgs;
 #[allow(unused_imports, reason = "not every example writes a file")]
 pub(crate) use finish::{check_output, finish, is_closed, tell, write_whole};
-#[allow(unused_imports, reason = "not every example makes weights up")]
+#[allow(unused_imports, reason = "not every example uses random weights")]
 pub(crate) use random::random;
 
-/// Which model to load, and how.
+/// The model to load and how to load it.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
-    /// A repository of the Hub (EleutherAI/pythia-410m, or pythia-410m), a directory in its layout, or a weight file: GGUF,
-    /// legacy GGML, or another with its config.json beside it [default: the embedded model]
+    /// Model to load: a repository of the Hub (EleutherAI/pythia-410m or pythia-410m), a directory in Hub layout, or a
+    /// weight file (GGUF, legacy GGML, or another format with a config.json next to it) [default: the embedded model]
     #[arg(long, short)]
     pub(crate) model: Option<PathBuf>,
-    /// A branch, tag or commit, such as step3000; of a directory, a training step kept beside it
+    /// Branch, tag or commit of a repository, such as step3000, or a training step in a directory's revisions/
     #[arg(long)]
     pub(crate) revision: Option<String>,
-    /// The weight file to load of a repository or directory that has several, such as one of its GGUF files
+    /// Weight file to load from a repository or directory that has several, such as one of its GGUF files
     #[arg(long, value_name = "NAME")]
     pub(crate) file: Option<String>,
-    /// A tokenizer.json or tokenizer.model to use instead of the model's
+    /// Tokenizer file to use instead of the model's: a tokenizer.json or tokenizer.model
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-    /// Computes another GELU than the configuration says: gelu, or gelu_tanh as llama.cpp does for every model
+    /// Override the activation function of config.json: gelu or gelu_tanh (llama.cpp uses gelu_tanh for every model)
     #[arg(long, value_name = "NAME")]
     pub(crate) activation_function: Option<String>,
-    /// Order of the QKV rows in a GGUF file that does not say it: split, interleaved, or auto to find out by the loss of a text
+    /// Order of the QKV rows in a GGUF file that does not name it: split, interleaved, or auto (the order with the
+    /// lower loss on a text)
     #[arg(long, alias = "neox-qkv", value_name = "ORDER", default_value = "auto")]
     pub(crate) qkv_order: pricket::loading::QkvOrder,
-    /// Changes a key of the configuration, as use_parallel_residual=false or attn_config.clip_qkv=6; can be given several times
+    /// Override a key of the configuration, such as use_parallel_residual=false or attn_config.clip_qkv=6. Can be given
+    /// several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
-    /// Loads a checkpoint although its configuration has no use for some of its weights
+    /// Load a checkpoint even if it has weights that its configuration does not use
     #[arg(long)]
     pub(crate) allow_unused: bool,
     #[command(flatten)]
@@ -51,7 +53,7 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// The model, or an embedded one where none is named.
+    /// Returns a loader of the model, or of the embedded model `embedded` without `--model`.
     pub(crate) fn source(&self, embedded: &str) -> pricket::Result<Loader> {
         Ok(match &self.model {
             Some(model) => Loader::new(model),
@@ -59,22 +61,22 @@ impl ModelArgs {
         })
     }
 
-    /// The same without adapters: they are in the weights already.
+    /// Returns these flags without adapters, for a model into which they are merged.
     #[allow(dead_code, reason = "only conversion merges adapters")]
     pub(crate) fn without_adapters(&self) -> Self {
-        #[allow(unused_mut, reason = "there are none without the feature `train`")]
+        #[allow(unused_mut, reason = "there are no adapters without the feature `train`")]
         let mut args = self.clone();
         #[cfg(feature = "train")]
         args.compute.adapter.clear();
         args
     }
 
-    /// Loads it, or an embedded model where none is named, with a progress bar on a terminal; warnings go to stderr.
+    /// Loads the model, or the embedded model `embedded` without `--model`. Progress and warnings go to stderr.
     pub(crate) fn load(&self, embedded: &str) -> pricket::Result<Pricket> {
         self.load_from(self.source(embedded)?)
     }
 
-    /// Loads what `loader` has, likewise.
+    /// Loads the model of `loader` with these flags. Progress and warnings go to stderr.
     pub(crate) fn load_from(&self, loader: Loader) -> pricket::Result<Pricket> {
         let loaded = self.configure(loader)?.precision(self.compute.dtype).load()?;
         for warning in loaded.warnings() {
@@ -86,7 +88,7 @@ impl ModelArgs {
         Ok(loaded)
     }
 
-    /// Everything that these flags say but the model and its type.
+    /// Applies these flags to a loader, except `--model` and `--dtype`.
     pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
         pricket::nn::ops::keep_freed_memory();
         let mut loader = self.compute.configure(loader)?.progress(Arc::new(Bar::default()));

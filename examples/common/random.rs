@@ -1,3 +1,5 @@
+//! Models with random weights, for measurements.
+
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -6,12 +8,12 @@ use pricket::loading::Precision;
 use pricket::weights::Dtype;
 use pricket::weights::Random;
 
-/// Random weights of a published shape, stored as `dtype`, f16 if that is auto.
-#[allow(dead_code, reason = "not every example makes weights up")]
+/// Returns a loader of random weights in a published shape, stored as `dtype`, or as f16 if that is auto.
+#[allow(dead_code, reason = "not every example uses random weights")]
 pub(crate) fn random(shape: &str, dtype: Precision) -> anyhow::Result<Loader> {
     let known = || pricket::suites::published_shapes().collect::<Vec<_>>().join(", ");
     let config = pricket::suites::published_config(shape)
-        .with_context(|| format!("no shape {shape:?}; there are {}", known()))?;
+        .with_context(|| format!("--shape: unknown shape {shape:?}; expected one of {}", known()))?;
     let dtype = match dtype {
         Precision::F32 => Dtype::F32,
         Precision::BF16 => Dtype::BF16,

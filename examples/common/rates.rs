@@ -1,11 +1,13 @@
-//! How fast this machine reads its memory and computes.
+//! Measurements of memory bandwidth and arithmetic speed.
 
 use std::time::Instant;
 
 use pricket::candle::{DType, Device, Tensor};
 
-/// Bytes a second that a device moves within its memory, reading and writing, and operations a second of a large product in
-/// bf16, multiplications and additions counted apart: the best of four.
+/// Measures a device: bytes per second of a copy within its memory, and operations per second of a large matrix product
+/// in bf16.
+///
+/// Bytes read and bytes written are added up, as are multiplications and additions. Returns the best of four runs.
 pub(crate) fn device_rates(device: &Device) -> anyhow::Result<(f64, f64)> {
     const ELEMENTS: usize = 256 << 20;
     const SIDE: usize = 8192;
@@ -22,13 +24,14 @@ pub(crate) fn device_rates(device: &Device) -> anyhow::Result<(f64, f64)> {
     };
     let (long, copy) = (Tensor::zeros(ELEMENTS, DType::F32, device)?, Tensor::zeros(ELEMENTS, DType::F32, device)?);
     let square = Tensor::zeros((SIDE, SIDE), DType::BF16, device)?;
-    // Into memory that is there: asking for some takes longer than filling it.
+    // The copy reuses memory, since an allocation takes longer than the copy.
     let moved = timed(&|| copy.slice_set(&long, 0, 0).map(|()| copy.clone()))?;
     let multiplied = timed(&|| square.matmul(&square))?;
     Ok(((8 * ELEMENTS) as f64 / moved, 2.0 * (SIDE as f64).powi(3) / multiplied))
 }
 
-/// Bytes a second that `threads` read from a buffer of the model's own size, at most 4 GiB; the best of three.
+/// Measures the bytes per second that `threads` read from a buffer of this size, at most 4 GiB. Returns the best of
+/// three runs.
 pub(crate) fn read_rate(bytes: usize, threads: usize) -> f64 {
     let words = bytes.clamp(1 << 20, 4 << 30) / 8;
     let buffer: Vec<u64> = (0..words as u64).collect();

@@ -1,47 +1,48 @@
-//! How tokens are chosen, as flags.
+//! Flags for sampling.
 
 use pricket::lm::PromptFormat;
 use pricket::{GenerateOptions, Pricket, SamplingParams};
 
-/// How tokens are chosen.
+/// Sampling of tokens.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct SamplingArgs {
-    /// Maximum number of new tokens; -1 for no limit but the model's context
+    /// Maximum number of new tokens, or -1 to fill the model's context
     #[arg(long, short = 'n', default_value = "128", value_name = "N", value_parser = count, allow_negative_numbers = true)]
     pub(crate) max_tokens: usize,
-    /// Divides the logits; 0 always takes the most likely token
+    /// Sampling temperature, by which logits are divided; 0 always takes the most likely token
     #[arg(long, short, default_value_t = 0.8)]
     temperature: f32,
-    /// Choose among the K most likely tokens; 0 or -1 for all
+    /// Sample from the K most likely tokens; 0 or -1 for all tokens
     #[arg(long, default_value = "0", value_name = "K", value_parser = count, allow_negative_numbers = true)]
     top_k: usize,
-    /// Choose among the most likely tokens that together have probability P [default: 0.95]
+    /// Sample from the most likely tokens whose probabilities add up to P, from 0 to 1 [default: 0.95, or 1 at
+    /// temperature 0]
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
-    /// Choose among tokens with at least this share of the most likely one's probability
+    /// Sample from tokens with at least P times the probability of the most likely token, P from 0 to 1
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     min_p: f32,
-    /// Choose among the most typical tokens that together have probability P
+    /// Sample from the most typical tokens whose probabilities add up to P, from 0 to 1
     #[arg(long, default_value_t = 1.0, value_name = "P")]
     typical_p: f32,
-    /// Makes tokens that have occurred less likely; 1 for no change
+    /// Factor by which tokens of the prompt and the reply become less likely, above 0; 1 for no change
     #[arg(long, default_value_t = 1.0, value_name = "X")]
     repetition_penalty: f32,
-    /// Subtracted from the logits of tokens already written
+    /// Number subtracted from the logits of tokens that were generated before
     #[arg(long, default_value_t = 0.0, value_name = "X")]
     presence_penalty: f32,
-    /// Subtracted for each time a token has been written
+    /// Number subtracted from the logits of a token for each time it was generated before
     #[arg(long, default_value_t = 0.0, value_name = "X")]
     frequency_penalty: f32,
-    /// No run of N tokens occurs twice; 0 for no such rule
+    /// Never repeat a sequence of N tokens; 0 to allow repetition
     #[arg(long, default_value_t = 0, value_name = "N")]
     no_repeat_ngram_size: usize,
-    /// Random seed [default: the time]
+    /// Random seed [default: the current time]
     #[arg(long)]
     seed: Option<u64>,
 }
 
-/// A number; -1 is without a limit, as in other programs.
+/// Parses a count, or -1 for no limit.
 fn count(text: &str) -> Result<usize, String> {
     match text {
         "-1" => Ok(usize::MAX),
@@ -50,16 +51,16 @@ fn count(text: &str) -> Result<usize, String> {
 }
 
 impl SamplingArgs {
-    /// The options that these flags say.
+    /// Returns the generation options of these flags.
     pub(crate) fn options(&self) -> GenerateOptions {
         let clock = || std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_nanos() as u64);
         GenerateOptions {
             max_tokens: self.max_tokens,
             sampling: SamplingParams {
                 temperature: self.temperature,
-                // No limit is the same as none.
+                // 0 means no limit to the library.
                 top_k: if self.top_k == usize::MAX { 0 } else { self.top_k },
-                // At temperature 0 nothing is left to choose among; what is asked for in spite of it is refused.
+                // The library rejects --top-p at temperature 0, so it has no default there.
                 top_p: self.top_p.unwrap_or(if self.temperature == 0.0 { 1.0 } else { 0.95 }),
                 min_p: self.min_p,
                 typical_p: self.typical_p,
@@ -74,7 +75,7 @@ impl SamplingArgs {
     }
 }
 
-/// The format that a flag says: a name, a file, or `auto` for the model's own.
+/// Returns the prompt format of a flag: a name, a file, or `auto` for the model's own format.
 pub(crate) fn prompt_format(name: &str, pricket: &Pricket) -> pricket::Result<PromptFormat> {
     if name == "auto" { Ok(pricket.prompt_format().clone()) } else { pricket::text::prompt_format(name) }
 }

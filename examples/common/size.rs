@@ -1,6 +1,6 @@
-//! Numbers of bytes, as flags name them.
+//! Parsing of sizes in flags.
 
-/// Reads `50GB`, `200 MiB`, `1.5g` or a plain number of bytes.
+/// Parses a size in bytes, such as `50GB`, `200 MiB`, `1.5g` or `1000000`.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let (digits, unit) = text.split_at(text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).len());
@@ -17,5 +17,9 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
         _ => return Err("expected a number of bytes, such as 3GB, 500MiB or 1000000".into()),
     };
     let number: f64 = digits.trim().parse().map_err(|_| "expected a number of bytes, such as 3GB".to_string())?;
-    if number.is_finite() && number >= 0.0 { Ok((number * unit) as u64) } else { Err("expected a size".into()) }
+    if number.is_finite() && number >= 0.0 {
+        Ok((number * unit) as u64)
+    } else {
+        Err("expected a size of 0 or more".into())
+    }
 }

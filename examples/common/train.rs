@@ -1,4 +1,4 @@
-//! Times training steps.
+//! Measurement of training speed.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use pricket::Pricket;
 use pricket::train::{Checkpointing, Lora, LoraConfig, Product, Sample, TrainOptions, Trainer};
 
-/// Rows of a batch, and tokens of each.
+/// Number of rows of a batch, and number of tokens per row.
 #[derive(Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) rows: usize,
@@ -17,12 +17,12 @@ impl std::str::FromStr for Shape {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let (rows, tokens) = text.split_once('x').context("expected ROWSxTOKENS, as 4x256")?;
+        let (rows, tokens) = text.split_once('x').context("expected ROWSxTOKENS, such as 4x256")?;
         Ok(Self { rows: rows.parse()?, tokens: tokens.parse()? })
     }
 }
 
-/// Tokens a second of the best of some LoRA steps, after one that is not timed.
+/// Measures the tokens per second of LoRA training: the best of `runs` steps, after one step that is not timed.
 pub(crate) fn rate(
     pricket: &Pricket,
     shape: Shape,

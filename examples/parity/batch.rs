@@ -1,10 +1,10 @@
-//! A batch with padding, read as packed rows.
+//! A batch with left padding, computed as packed rows without padding.
 
 use anyhow::Result;
 use pricket::candle::{IndexOp, Tensor};
 use pricket::{CausalLm, Context};
 
-/// A batch as a case has it: ids `[batch, time]`, of which the first of each row are padding.
+/// The batch of a golden case: token ids `[batch, time]` with left padding.
 pub(crate) struct Batch {
     pub(crate) ids: Tensor,
     pub(crate) padding: Vec<usize>,
@@ -12,8 +12,9 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    /// Reads the positions from `from` to `to` of all rows; gives what the model makes of those that are no padding, a tensor for
-    /// each row. Rows that differ are packed.
+    /// Computes the hidden states of positions `from` to `to` of all rows, without padding.
+    ///
+    /// Returns a tensor for each row, or `None` for a row that has only padding there. Rows with padding are packed.
     pub(crate) fn read(
         &self,
         model: &dyn CausalLm,
@@ -41,7 +42,7 @@ impl Batch {
         Ok(out)
     }
 
-    /// The rows of a tensor of a packed pass, `[1, sum of the lengths, ..]`.
+    /// Splits a tensor of a packed pass, `[1, sum of the lengths, ..]`, into its rows.
     fn rows_of(x: &Tensor, rows: &[(usize, usize)]) -> Result<Vec<Tensor>> {
         let mut at = 0;
         let row = |&(_, len): &(usize, usize)| {
@@ -51,7 +52,7 @@ impl Batch {
         rows.iter().map(row).collect()
     }
 
-    /// A tensor that was recorded in a pass over all positions, laid out as the ids are, with zeros for padding.
+    /// Lays out a tensor recorded in a pass over all positions as `[batch, time, ..]`, with zeros at padding.
     pub(crate) fn recorded(&self, x: &Tensor) -> Result<Tensor> {
         if self.padding.iter().all(|&pad| pad == 0) {
             return Ok(x.clone());
@@ -60,7 +61,7 @@ impl Batch {
         self.laid_out(Self::rows_of(x, &rows)?.into_iter().map(|row| vec![row]).collect())
     }
 
-    /// The parts of each row, laid out as the ids are, with zeros for padding.
+    /// Concatenates the parts of each row and lays out the rows as `[batch, time, ..]`, with zeros at padding.
     pub(crate) fn laid_out(&self, rows: Vec<Vec<Tensor>>) -> Result<Tensor> {
         let laid = rows.into_iter().map(|parts| {
             let row = Tensor::cat(&parts, 0)?;
@@ -70,7 +71,7 @@ impl Batch {
         Ok(Tensor::stack(&laid.collect::<Result<Vec<_>, _>>()?, 0)?)
     }
 
-    /// The logits of all positions, read in parts of these lengths.
+    /// Returns the logits of all positions, computed in chunks of these lengths.
     pub(crate) fn logits(&self, model: &dyn CausalLm, split: &[usize], ctx: &mut Context) -> Result<Tensor> {
         let (mut rows, mut at) = (vec![Vec::new(); self.padding.len()], 0);
         for len in split {

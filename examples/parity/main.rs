@@ -1,5 +1,5 @@
-//! Compares pricket with what the original implementations answered: one JSON line for each case, exit code 1 if any
-//! fails. The numbers go through the path that `generate` takes with default settings.
+//! Compares pricket with stored outputs of the original implementations. Prints one JSON line for each case. The
+//! computation is the one that `generate` uses with default settings.
 //!
 //! `cargo run --example parity -- tests/golden/models/neox-*`
 
@@ -14,18 +14,19 @@ use std::process::ExitCode;
 use clap::Parser;
 use pricket::loading::Precision;
 
-/// Compares pricket with stored answers of the original implementations.
+/// Compare pricket with stored outputs of the original implementations. Prints one JSON line per case. The exit code is
+/// 1 if a case fails.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// Directories with a case.json
+    /// Directories of golden cases, each with a case.json
     #[arg(required = true, value_name = "CASE_DIR")]
     cases: Vec<PathBuf>,
-    /// Where to compute: cpu, cuda, cuda:N or metal
+    /// Device: cpu, cuda, cuda:N or metal
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Type of the weights: auto (as stored on the CPU, f32 on a GPU), f32, or bf16 or f16, which have bounds of their own for
-    /// logits
+    /// Type of the weights: auto (as stored on the CPU, f32 on a GPU), f32, bf16 or f16. bf16 and f16 compare logits
+    /// only, with wider tolerances
     #[arg(long, default_value = "auto")]
     dtype: Precision,
 }
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     let device = pricket::loading::device(&args.device)?;
     let precision = match args.dtype {
-        // What the references computed in.
+        // The references were computed in f32.
         Precision::Auto if !device.is_cpu() => Precision::F32,
         precision => precision,
     };

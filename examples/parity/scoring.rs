@@ -1,4 +1,5 @@
-//! Cases of lm-evaluation-harness: figures, answers and prompts of tasks over local documents, and over a suite's steps.
+//! Cases of lm-evaluation-harness: figures, answers and prompts of tasks over local documents, and over a suite's
+//! steps.
 
 use std::path::Path;
 
@@ -10,12 +11,12 @@ use serde_json::Value;
 
 use super::{Check, Setup, read_json, read_lines};
 
-/// What a case allows, by default what it says of figures.
+/// Returns a tolerance of a case, or `otherwise` if the case does not give it.
 fn allowed(case: &Value, key: &str, otherwise: f64) -> f64 {
     case["tolerance"][key].as_f64().unwrap_or(otherwise)
 }
 
-/// Figures of one model, with and without examples.
+/// Compares the results of one model on tasks, with and without few-shot examples.
 pub(crate) fn tasks(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let directory = dir.join("model");
     let loader = if directory.is_dir() {
@@ -30,22 +31,24 @@ pub(crate) fn tasks(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) 
         return figures(&model, dir, case, 0, &results["results"], Some(&results["loglikelihoods_per_doc"]), check);
     }
     let mut seen = 0;
-    for (name, expected) in results.as_object().context("results.json is no object")? {
+    for (name, expected) in results.as_object().context("results.json: expected an object")? {
         let Some(shots) = name.strip_suffix("-shot").and_then(|n| n.parse().ok()) else { continue };
         seen += 1;
         figures(&model, dir, case, shots, expected, None, check)?;
     }
-    ensure!(seen > 0, "results.json holds no results");
+    ensure!(seen > 0, "results.json has no results");
     Ok(())
 }
 
-/// Figures of every revision of a repository that lies in a cache.
+/// Compares the results of every revision of a repository in a local cache.
 pub(crate) fn suite(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let mut settings = Settings::new("http://localhost", dir.join("cache"));
     settings.offline = true;
     let hub = Hub::new(settings);
     let repo = case["repo_id"].as_str().context("the case names no repository")?;
-    for (revision, expected) in read_json(&dir.join("curve.json"))?.as_object().context("curve.json is no object")? {
+    for (revision, expected) in
+        read_json(&dir.join("curve.json"))?.as_object().context("curve.json: expected an object")?
+    {
         let loader = Loader::new(format!("{repo}@{revision}")).hub(hub.clone());
         let model = setup.of(loader).load().with_context(|| revision.clone())?;
         figures(&model, dir, case, 0, expected, None, check).with_context(|| revision.clone())?;
@@ -53,7 +56,8 @@ pub(crate) fn suite(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) 
     Ok(())
 }
 
-#[allow(clippy::too_many_arguments, reason = "what is compared with what")]
+/// Evaluates the tasks of `expected` and compares metrics, samples and log-likelihoods.
+#[allow(clippy::too_many_arguments, reason = "the model, the settings and the expected values")]
 fn figures(
     model: &Pricket,
     dir: &Path,
@@ -65,7 +69,7 @@ fn figures(
 ) -> Result<()> {
     let samples = dir.join(format!("samples_{shots}-shot.jsonl"));
     let samples = if samples.is_file() { read_lines(&samples)? } else { Vec::new() };
-    for (name, expected) in expected.as_object().context("results are no object")? {
+    for (name, expected) in expected.as_object().context("results: expected an object")? {
         let task = Task::named(name)?;
         let file = |split: &str| dir.join("data").join(format!("{name}.{split}.jsonl"));
         let documents = Documents::open(file(task.split()))?;
@@ -76,7 +80,7 @@ fn figures(
         let bootstrap = case["bootstrap_iters"].as_u64().unwrap_or(0) as usize;
         let mut options = EvalOptions { shots: Some(shots), bootstrap, samples: true, ..EvalOptions::default() };
         options.score.max_length = case["max_length"].as_u64().map(|n| n as usize);
-        // The harness reads as much at once as it is told to.
+        // lm-evaluation-harness does not limit max_length to the trained length.
         options.score.beyond_trained_length = true;
         let found = model.evaluate(&task, documents, &examples, &options)?;
         compare(case, name, expected, &found, check);
@@ -89,15 +93,15 @@ fn figures(
         }
         if let Some(sums) = sums.map(|sums| &sums[name]).and_then(Value::as_array) {
             for (expected, found) in sums.iter().zip(&found.samples) {
-                let expected = expected.as_array().context("sums are no list")?;
-                // Of a text that is read in windows, the sum of all.
+                let expected = expected.as_array().context("log-likelihoods: expected a list")?;
+                // A text that is read in windows has one expected sum for all of them.
                 let found: Vec<f64> = if expected.len() == found.answers.len() {
                     found.answers.iter().map(|answer| answer.sum).collect()
                 } else {
                     vec![found.answers.iter().map(|answer| answer.sum).sum()]
                 };
                 for (expected, found) in expected.iter().zip(found) {
-                    let off = (expected.as_f64().context("a sum is no number")? - found).abs();
+                    let off = (expected.as_f64().context("log-likelihood: expected a number")? - found).abs();
                     check.within(&format!("{name}: log-likelihood"), off, allowed(case, "loglikelihood_abs", 1e-3));
                 }
             }
@@ -106,6 +110,7 @@ fn figures(
     Ok(())
 }
 
+/// Compares the metrics and standard errors of a task.
 fn compare(case: &Value, name: &str, expected: &Value, found: &Outcome, check: &mut Check) {
     if let Some(count) = expected["sample_len"].as_u64() {
         check.equal(&format!("{name}: documents"), &found.documents, &(count as usize));
@@ -120,7 +125,8 @@ fn compare(case: &Value, name: &str, expected: &Value, found: &Outcome, check: &
             check.within(&what, (figure.value / value - 1.0).abs(), allowed(case, "perplexity_rel", 1e-4));
         }
         if let Some(stderr) = expected[format!("{metric}_stderr")].as_f64() {
-            // The bootstrap's tail hangs on the likelihoods of a few documents.
+            // The bootstrap of a perplexity depends on the likelihoods of a few documents, so its tolerance is
+            // relative.
             let (off, within) = if figure.metric == Metric::Perplexity {
                 ((figure.stderr.unwrap_or(f64::NAN) / stderr - 1.0).abs(), 1e-3)
             } else {
@@ -131,7 +137,7 @@ fn compare(case: &Value, name: &str, expected: &Value, found: &Outcome, check: &
     }
 }
 
-/// The prompts byte for byte, the answers, and what is made of them.
+/// Compares the prompts of a document byte for byte, the answers, and the scores.
 fn answers(case: &Value, expected: &Value, found: &pricket::lm::Sample, check: &mut Check) -> Result<()> {
     let task = expected["task"].as_str().unwrap_or_default();
     check.equal(&format!("{task}: target"), &found.target, &expected["target"]);

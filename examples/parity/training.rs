@@ -1,4 +1,4 @@
-//! Cases of training: optimizers, schedules, adapters, packing, and the loss of responses.
+//! Cases of training: optimizers, schedules, adapters, packed samples, and the loss of responses.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::{Check, Setup, flat, get, read_json, read_lines, read_tensors, tolerance};
 
-/// Runs a case of training; `None` if it is of another kind.
+/// Runs a case of training. Returns `None` if the case is of another kind.
 pub(super) fn run(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Option<Result<()>> {
     Some(match case["kind"].as_str()? {
         "optimizer-run" => optimizer_run(dir, case, setup, check),
@@ -42,7 +42,7 @@ fn number(value: &Value, key: &str) -> Result<f64> {
     value[key].as_f64().with_context(|| format!("case.json has no number {key}"))
 }
 
-/// Largest absolute difference of two tensors, over elements that `ignore` does not have.
+/// Returns the largest absolute difference of two tensors, over the elements at which `ignore` is 0.
 pub(super) fn distance(found: &Tensor, expected: &Tensor, ignore: Option<&Tensor>) -> Result<f64> {
     ensure!(found.dims() == expected.dims(), "shape {:?}, expected {:?}", found.dims(), expected.dims());
     let ignored = ignore.map(flat).transpose()?.unwrap_or_else(|| vec![0.0; found.elem_count()]);
@@ -53,6 +53,7 @@ pub(super) fn distance(found: &Tensor, expected: &Tensor, ignore: Option<&Tensor
     }))
 }
 
+/// Reads a schedule with the arguments of transformers or composer.
 fn schedule(json: &Value) -> Result<Schedule> {
     let steps = |key: &str| json[key].as_u64().unwrap_or(0);
     let name = json["name"].as_str().context("a schedule without a name")?;
@@ -89,7 +90,7 @@ fn schedules(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
         entry["lr"] = rate.into();
         let schedule = schedule(&entry)?;
         for (step, expected) in entry["lrs"].as_array().into_iter().flatten().enumerate() {
-            let expected = expected.as_f64().context("a rate is a number")?;
+            let expected = expected.as_f64().context("lrs: expected numbers")?;
             let found = schedule.at(step as u64) * rate;
             let allowed = rtol * expected.abs() + tolerance(case, "lrs_atol")?;
             check.within("lrs", (found - expected).abs() / allowed, 1.0);
@@ -98,19 +99,23 @@ fn schedules(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
     Ok(())
 }
 
-/// Samples from rows of ids, with their labels if there are any: -100 does not count.
+/// Creates samples from rows of ids and their labels, if there are any. Ids with label -100 are not counted.
 fn samples(ids: &Tensor, labels: Option<&Tensor>) -> Result<Vec<Sample>> {
     let rows = ids.to_dtype(DType::U32)?.to_vec2::<u32>()?;
     let Some(labels) = labels else { return Ok(rows.into_iter().map(Sample::new).collect::<Result<_, _>>()?) };
     let labels = labels.to_vec2::<i64>()?;
     let sample = |(ids, labels): (Vec<u32>, Vec<i64>)| {
         let counts = labels.iter().map(|&label| label >= 0).collect();
-        ensure!(labels.iter().zip(&ids).all(|(&label, &id)| label < 0 || label == i64::from(id)), "labels are ids");
+        ensure!(
+            labels.iter().zip(&ids).all(|(&label, &id)| label < 0 || label == i64::from(id)),
+            "labels: expected -100 or the id"
+        );
         Ok(Sample::masked(ids, counts)?)
     };
     rows.into_iter().zip(labels).map(sample).collect()
 }
 
+/// Compares the losses, gradient norms, learning rates and final weights of a training run of a whole model.
 fn optimizer_run(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = loader(dir, case, setup)?.train().load()?;
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
@@ -169,13 +174,14 @@ fn optimizer_run(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> 
     Ok(())
 }
 
-/// The logits of the case's ids.
+/// Returns the logits of the case's `input_ids`.
 pub(super) fn logits(pricket: &Pricket, expected: &HashMap<String, Tensor>) -> Result<Tensor> {
     let model = pricket.model();
     let ids = get(expected, "input_ids")?.to_dtype(DType::U32)?.to_device(&model.info().device)?;
     Ok(model.head(&model.hidden(&ids, &mut Context::new())?)?)
 }
 
+/// Compares the training of an adapter, and the logits of the trained and the merged model.
 fn lora_train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = loader(dir, case, setup)?.load()?;
     let (base, expected) = (pricket.base()?, read_tensors(&dir.join("expected.safetensors"))?);
@@ -195,7 +201,7 @@ fn lora_train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
         check.within("final", distance(&found, &tensor, None)?, atol("final_atol")?);
     }
 
-    // Every adapter of the case but the first ends the same: other spellings of `final`.
+    // Every adapter of the case except `init` is the final adapter in another form.
     let mut directories: Vec<_> = std::fs::read_dir(dir)?.flatten().map(|entry| entry.path()).collect();
     directories.retain(|path| path.join("adapter_config.json").exists() && !path.ends_with("init"));
     let copy =
@@ -226,7 +232,7 @@ fn lora_train(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
     Ok(())
 }
 
-/// Trains an adapter on the case's batch, each step beside what is expected of it; gives the adapter after the last.
+/// Trains an adapter on the case's batch and compares each step. Returns the trained adapter.
 pub(super) fn train_steps(
     initial: &Lora,
     pricket: &Pricket,
@@ -248,7 +254,7 @@ pub(super) fn train_steps(
     let weight = 1.0 / batch.iter().map(Sample::counted).sum::<usize>() as f64;
     let wanted = get(expected, "losses")?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     for (step, of_step) in wanted.iter().enumerate() {
-        // Both ways of computing gradients are asked.
+        // Steps alternate between the two ways of computing gradients.
         let way = if step % 2 == 0 { Checkpointing::PerBlock } else { Checkpointing::Off };
         let mut sum = Gradients::none(&tuned.parameters);
         let loss = add_gradients(&*tuned.model, &batch, weight, &tuned.parameters, way, &mut sum)? * weight;
@@ -269,7 +275,7 @@ pub(super) fn train_steps(
     Ok(initial.trained(&tuned.parameters)?)
 }
 
-/// An adapter over the model of another case: its logits and, if the case has them, five steps of training.
+/// Compares an adapter over the model of another case: its logits and, if the case has them, the steps of training.
 pub(super) fn adapter(dir: &Path, base: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = setup.of(Loader::new(base)).load()?;
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
@@ -303,6 +309,7 @@ pub(super) fn adapter(dir: &Path, base: &Path, case: &Value, setup: &Setup, chec
     Ok(())
 }
 
+/// Compares two adapters on one model: each alone, both together, and their combinations.
 fn lora_two(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = loader(dir, case, setup)?.load()?;
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
@@ -321,7 +328,7 @@ fn lora_two(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Resul
         ("logits_linear", with(&Lora::linear(&parts)?)?),
         ("logits_cat", with(&read("cat")?)?),
         ("logits_linear", with(&read("linear")?)?),
-        // The base has stayed as it was.
+        // The base must be unchanged.
         ("base_logits", pricket),
     ];
     for (name, model) in models {
@@ -331,6 +338,7 @@ fn lora_two(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Resul
     Ok(())
 }
 
+/// Compares the losses and gradients of packed samples.
 fn packing(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = loader(dir, case, setup)?.train().load()?;
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
@@ -366,6 +374,7 @@ fn packing(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result
     Ok(())
 }
 
+/// Compares the prompts, ids, losses and gradients of training records.
 fn responses(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let pricket = loader(dir, case, setup)?.train().load()?;
     let (model, parameters) = (pricket.model(), pricket.parameters());

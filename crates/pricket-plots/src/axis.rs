@@ -1,39 +1,40 @@
-//! Axes: linear, logarithmic, and that of training steps, on which 0 has a place left of 1.
+//! Axes: linear, logarithmic, and logarithmic with a place for 0 left of 1, which training steps use.
 
 use std::ops::Range;
 
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 
-/// Where step 0 stands, in decades.
+/// Place of step 0 on the logarithmic axis, in decades.
 const ZERO: f64 = -0.6;
 
-/// How values become places.
+/// The mapping from values to places on an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scale {
     Linear,
     Log,
-    /// Logarithmic, with a place for 0.
+    /// Logarithmic, with a place for 0 at [`ZERO`].
     Steps,
 }
 
-/// Part of a scale, and what is written beside it.
+/// A range of a scale, with its ticks.
 #[derive(Clone, Debug)]
 pub(super) struct Axis {
     scale: Scale,
-    /// Places, not values.
+    /// Range of places, not of values.
     range: Range<f64>,
+    /// Values of the ticks.
     ticks: Vec<f64>,
-    /// Texts in the place of the numbers 0, 1, ..
+    /// Labels of the ticks 0, 1, 2 and so on, if they are names.
     names: Vec<String>,
 }
 
 impl Axis {
-    /// One that shows all of `values`, which are finite, with some room.
+    /// Creates an axis that shows all of `values`, which are finite, with a margin.
     pub(super) fn over(scale: Scale, values: impl Iterator<Item = f64>) -> Self {
         let places: Vec<f64> = values.map(|value| place(scale, value)).collect();
         let low = places.iter().copied().fold(f64::INFINITY, f64::min);
         let high = places.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        // A single value has no extent of its own.
+        // The range of a single value is empty and needs a width.
         let extent = if high > low { high - low } else { (high.abs() * 0.2).max(0.5) };
         let range = low - 0.05 * extent..high + 0.05 * extent;
         let ticks = match scale {
@@ -43,26 +44,27 @@ impl Axis {
                 let zero = range.contains(&ZERO).then_some(0.0);
                 let powers = (0..=9).map(|n| 10f64.powi(n)).filter(|&x| range.contains(&x.log10()));
                 let ticks: Vec<f64> = zero.into_iter().chain(powers).collect();
-                // Between two powers of ten there is something to write too.
+                // A range between two powers of ten needs finer ticks.
                 if ticks.len() < 2 && zero.is_none() { log_ticks(&range) } else { ticks }
             }
         };
         Self { scale, range, ticks, names: Vec::new() }
     }
 
-    /// One with a text in the place of each of the numbers 0, 1, ..
+    /// Creates an axis with a name for each of the values 0, 1, 2 and so on.
     pub(super) fn of_names(names: &[String]) -> Self {
         let count = names.len() as f64;
         let ticks = (0..names.len()).map(|i| i as f64).collect();
         Self { scale: Scale::Linear, range: -0.5..count - 0.5, ticks, names: names.to_vec() }
     }
 
-    /// Decimals that all ticks are told exactly with: as many for each of a linear axis.
+    /// Returns the number of decimals that shows all ticks of a linear axis exactly.
     fn decimals(&self) -> usize {
         self.ticks.iter().map(|&tick| decimals(tick)).max().unwrap_or(0)
     }
 }
 
+/// Returns the place of a value on a scale.
 fn place(scale: Scale, value: f64) -> f64 {
     match scale {
         Scale::Linear => value,
@@ -71,7 +73,7 @@ fn place(scale: Scale, value: f64) -> f64 {
     }
 }
 
-/// About five round numbers.
+/// Returns about five round numbers in a range.
 fn linear_ticks(range: &Range<f64>) -> Vec<f64> {
     let rough = (range.end - range.start) / 5.0;
     let power = 10f64.powf(rough.log10().floor());
@@ -80,14 +82,14 @@ fn linear_ticks(range: &Range<f64>) -> Vec<f64> {
     (first..).map(|i| i as f64 * step).take_while(|&x| x <= range.end).take(20).collect()
 }
 
-/// Powers of ten, and where there are few of them what lies between.
+/// Returns powers of ten in a range of decades, and round numbers between them if the range is short.
 fn log_ticks(range: &Range<f64>) -> Vec<f64> {
     let between: &[f64] = if range.end - range.start > 3.0 {
         &[1.0]
     } else if range.end - range.start > 0.7 {
         &[1.0, 2.0, 5.0]
     } else {
-        // Less than a decade: the values are round as on a linear axis.
+        // Below a decade, the ticks are those of a linear axis.
         return linear_ticks(&(10f64.powf(range.start)..10f64.powf(range.end)));
     };
     let powers = range.start.floor() as i32..=range.end.ceil() as i32;
@@ -108,7 +110,7 @@ impl Ranged for Axis {
         self.ticks.clone()
     }
 
-    /// As values, which is what the library hands back to [`Ranged::map`].
+    /// Returns the range of values. plotters passes them to [`Ranged::map`].
     fn range(&self) -> Range<f64> {
         let value = |place: f64| if self.scale == Scale::Linear { place } else { 10f64.powf(place) };
         value(self.range.start)..value(self.range.end)
@@ -128,7 +130,7 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// A number in its unit: thousands, millions.
+/// Returns a number in its unit, and the unit: nothing, thousands or millions.
 fn scaled(value: f64) -> (f64, &'static str) {
     match value.abs() {
         size if size >= 1e6 => (value / 1e6, "M"),
@@ -137,7 +139,7 @@ fn scaled(value: f64) -> (f64, &'static str) {
     }
 }
 
-/// Decimals that a tick is told exactly with.
+/// Returns the number of decimals that shows a tick exactly.
 fn decimals(value: f64) -> usize {
     let (scaled, _) = scaled(value);
     let exact = |&decimals: &usize| {
@@ -147,10 +149,10 @@ fn decimals(value: f64) -> usize {
     (0..12).find(exact).unwrap_or(12)
 }
 
-/// A number as an axis shows it: `20k`, `1M`.
+/// Formats a number as the label of a tick, such as `20k` or `1M`.
 fn short(value: f64, decimals: usize) -> String {
     let (scaled, unit) = scaled(value);
-    // What is zero but for rounding has no sign.
+    // Rounding errors must not show as -0.
     let scaled = if scaled.abs() < 1e-15 { 0.0 } else { scaled };
     format!("{scaled:.decimals$}{unit}")
 }

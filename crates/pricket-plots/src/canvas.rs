@@ -1,4 +1,4 @@
-//! What all kinds of pictures are drawn with: colors, letters, measures.
+//! Colors, fonts and measures that all pictures share. Lengths are in CSS pixels.
 
 use std::sync::OnceLock;
 
@@ -7,7 +7,7 @@ use plotters::coord::Shift;
 use plotters::drawing::DrawingArea;
 use plotters::style::{FontStyle, IntoFont, RGBColor, TextStyle, register_font};
 
-/// Okabe and Ito 2008, without the yellow that white swallows.
+/// Colors of the curves: those of Okabe and Ito (2008), without the yellow, which is hard to see on white.
 pub(super) const COLORS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -18,40 +18,44 @@ pub(super) const COLORS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
 ];
 
+/// Color of the background.
 pub(super) const WHITE: RGBColor = RGBColor(255, 255, 255);
+/// Color of text and axes.
 pub(super) const TEXT: RGBColor = RGBColor(51, 51, 51);
+/// Name under which the font is registered.
 pub(super) const FONT: &str = "sans-serif";
-/// DejaVu Sans.
+/// The font file, DejaVu Sans.
 pub(super) const FONT_FILE: &[u8] = include_bytes!("DejaVuSans.ttf");
+/// Size of the font.
 pub(super) const LETTERS: u32 = 13;
-/// Room between things.
+/// Width of gaps and margins.
 pub(super) const GAP: u32 = 12;
-/// A line of text.
+/// Height of a line of text.
 pub(super) const LINE: u32 = 22;
 
-/// Where something is drawn.
+/// A drawing area in pixels.
 pub(super) type Area<'a, B> = DrawingArea<B, Shift>;
 
-/// The width of a text in letters of a size.
+/// Returns the width of a text at a font size.
 pub(super) fn width_of(text: &str, letters: u32) -> u32 {
     let font = (FONT, f64::from(letters)).into_font();
     font.box_size(text).map_or(text.chars().count() as u32 * letters * 6 / 10, |(width, _)| width)
 }
 
-/// The font of the pictures, which the machine need not have.
+/// Registers the embedded font, so that no installed font is needed.
 pub(super) fn ready() {
     static READY: OnceLock<()> = OnceLock::new();
     READY.get_or_init(|| {
-        // The only failure is a font that cannot be read, and this one is tested.
+        // Fails only if the font cannot be parsed, and the embedded one can.
         let _ = register_font(FONT, FontStyle::Normal, FONT_FILE);
     });
 }
 
-/// What comes of drawing.
+/// The result of a drawing operation.
 pub(super) type Drawn<B> =
     std::result::Result<(), plotters::drawing::DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
 
-/// The style of letters of a size.
+/// Returns the text style of a font size.
 pub(super) fn letters(size: u32, unit: u32) -> TextStyle<'static> {
     TextStyle::from((FONT, f64::from(size * unit)).into_font()).color(&TEXT)
 }

@@ -1,4 +1,6 @@
-//! How pictures are laid out and drawn.
+//! Layout and drawing of pictures, as SVG or PNG.
+//!
+//! Layout is computed in CSS pixels. `unit` is the number of pixels per CSS pixel: 1 for SVG, more for PNG.
 
 use plotters::backend::{BitMapBackend, DrawingBackend, SVGBackend};
 use plotters::chart::ChartBuilder;
@@ -13,16 +15,18 @@ use super::text::{draw_bars, draw_tokens};
 use super::{Content, Curve, Curves, Horizontal, Layout, Legend, Picture, Point, Table, heatmap};
 use crate::{Error, Result};
 
+/// Color of grid lines.
 const GRID: RGBColor = RGBColor(225, 225, 225);
+/// Background of every second row of a table.
 const STRIPE: RGBColor = RGBColor(244, 246, 248);
 
-/// Room left of the vertical axis, for its numbers and label.
+/// Width of the numbers and label of the vertical axis.
 const LABELS: u32 = 62;
 
-/// What the legend has left of its names.
+/// Width of the line samples in the legend.
 const SAMPLE: u32 = 40;
 
-/// What can be drawn of a curve, from left to right.
+/// Returns the points of a curve that can be drawn, from left to right.
 pub(super) fn visible(curve: &Curve, panel: &Curves) -> Vec<Point> {
     let mut points: Vec<Point> = curve.points.clone();
     let has_place = |x: f64| match &panel.x {
@@ -37,16 +41,16 @@ pub(super) fn visible(curve: &Curve, panel: &Curves) -> Vec<Point> {
     points
 }
 
-/// Where the band of a point ends below and above.
+/// Returns the lower and upper end of a point's error band.
 fn band(point: &Point, log: bool) -> (f64, f64) {
     let error = point.error.filter(|e| e.is_finite()).unwrap_or(0.0);
     let low = point.value - error;
-    // Where there is no place for it, a band ends a little below its value.
+    // A logarithmic axis has no place for values up to 0: the band ends at half the point's value.
     let low = if log && low <= 0.0 { point.value * 0.5 } else { low };
     (low, point.value + error)
 }
 
-/// The names of curves, and the number of each.
+/// Returns the distinct names of the curves. The index of a name is its number, which gives color and marker.
 fn labels(panels: &[Curves]) -> Vec<&str> {
     let mut labels: Vec<&str> = Vec::new();
     for curve in panels.iter().flat_map(|panel| &panel.curves) {
@@ -57,15 +61,17 @@ fn labels(panels: &[Curves]) -> Vec<&str> {
     labels
 }
 
+/// Returns whether any curve shows published values.
 fn any_published(panels: &[Curves]) -> bool {
     panels.iter().flat_map(|panel| &panel.curves).any(|curve| curve.published)
 }
 
-/// Panels beside each other.
+/// Returns the number of panels per row.
 fn columns(panels: usize) -> usize {
     panels.min(if panels > 4 { 3 } else { 2 })
 }
 
+/// Returns the width and height of a picture of curves.
 pub(super) fn size_of_curves(panels: &[Curves], layout: &Layout) -> (u32, u32) {
     let columns = columns(panels.len());
     let rows = panels.len().div_ceil(columns) as u32;
@@ -80,32 +86,35 @@ pub(super) fn size_of_curves(panels: &[Curves], layout: &Layout) -> (u32, u32) {
     }
 }
 
+/// Returns the height of a title, 0 if it is empty.
 fn title_height(title: &str) -> u32 {
     if title.is_empty() { 0 } else { LINE + GAP }
 }
 
-/// What the legend lists: number of the color, name, and whether it is what others have published.
+/// Returns the entries of the legend: number of the color, name, and whether the entry stands for published values.
 fn entries(panels: &[Curves]) -> Vec<(usize, &str, bool)> {
     let entries = labels(panels).into_iter().enumerate().map(|(i, label)| (i, label, false));
     entries.chain(any_published(panels).then_some((6, "published", true))).collect()
 }
 
-/// Rows of a legend below panels of this width.
+/// Returns the number of rows of a legend below panels of this total width.
 fn rows_below(panels: &[Curves], width: u32) -> u32 {
     (entries(panels).len() as u32).div_ceil(across(panels, width))
 }
 
-/// Names beside each other in a legend below panels of this width.
+/// Returns the number of names per row in a legend below panels of this total width.
 fn across(panels: &[Curves], width: u32) -> u32 {
     (width.saturating_sub(2 * GAP + LABELS) / legend_width(panels)).max(1)
 }
 
+/// Returns the width of a legend with one name per row.
 fn legend_width(panels: &[Curves]) -> u32 {
     ready();
     let widest = labels(panels).into_iter().chain(["published"]).map(|label| width_of(label, LETTERS)).max();
     SAMPLE + widest.unwrap_or(0) + 2 * GAP
 }
 
+/// Returns the widths of a table's columns.
 fn column_widths(table: &Table) -> Vec<u32> {
     ready();
     let width = |i: usize| {
@@ -115,12 +124,14 @@ fn column_widths(table: &Table) -> Vec<u32> {
     (0..table.columns.len()).map(width).collect()
 }
 
+/// Returns the width and height of a table.
 pub(super) fn size_of_table(table: &Table) -> (u32, u32) {
     let title = if table.title.is_empty() { 0 } else { LINE + GAP };
     let width = column_widths(table).iter().sum::<u32>().max(width_of(&table.title, LETTERS + 2));
     (width + 2 * GAP, title + (table.rows.len() as u32 + 1) * LINE + 2 * GAP)
 }
 
+/// Draws a picture as SVG.
 pub(super) fn svg(content: &Content, size: (u32, u32)) -> Result<String> {
     ready();
     let mut svg = String::new();
@@ -128,15 +139,16 @@ pub(super) fn svg(content: &Content, size: (u32, u32)) -> Result<String> {
     Ok(svg)
 }
 
-/// Pixels of a PNG for each unit of length.
+/// Pixels of a PNG per CSS pixel.
 const DENSITY: u32 = 2;
 
-/// Pixels that may be drawn at once.
+/// Maximum number of pixels of a drawing.
 const MOST_PIXELS: u64 = 64 << 20;
 
+/// Draws a picture as PNG.
 pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<u8>> {
     ready();
-    // Letters are placed at whole pixels: they are drawn larger, so that the spaces between them come out even.
+    // plotters places letters at whole pixels. Drawing larger and scaling down gives even spacing.
     let pixels_at = |times: &u32| u64::from(width) * u64::from(height) * u64::from(DENSITY * times).pow(2);
     let Some(times) = [4, 2, 1].into_iter().find(|times| pixels_at(times) <= MOST_PIXELS) else {
         let found = pixels_at(&1) as usize;
@@ -152,7 +164,7 @@ pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<
     let mut encoder = png::Encoder::new(&mut out, width, height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    // A unit is a CSS pixel, of which an inch has 96 and a meter 3780.
+    // An inch has 96 CSS pixels and a meter 3780.
     let per_meter = DENSITY * 3780;
     encoder.set_pixel_dims(Some(png::PixelDimensions { xppu: per_meter, yppu: per_meter, unit: png::Unit::Meter }));
     let written = encoder.write_header().and_then(|mut writer| writer.write_image_data(&pixels));
@@ -160,7 +172,7 @@ pub(super) fn png(content: &Content, (width, height): (u32, u32)) -> Result<Vec<
     Ok(out)
 }
 
-/// The mean of each square of `times` by `times` pixels, of three bytes each.
+/// Scales an RGB image down by `times`: each pixel is the mean of a square of `times` by `times` pixels.
 fn smaller(pixels: &[u8], width: usize, height: usize, times: usize) -> Vec<u8> {
     if times == 1 {
         return pixels.to_vec();
@@ -183,7 +195,7 @@ fn smaller(pixels: &[u8], width: usize, height: usize, times: usize) -> Vec<u8> 
     out
 }
 
-/// Draws with `unit` pixels for each unit of length.
+/// Draws a picture on a white background, with `unit` pixels per CSS pixel.
 fn draw<B: DrawingBackend>(content: &Content, area: &Area<'_, B>, unit: u32) -> Result<()> {
     let drawn = area.fill(&WHITE).and_then(|()| draw_content(content, area, unit)).and_then(|()| area.present());
     drawn.map_err(|e| Error::Draw(e.to_string()))
@@ -272,7 +284,7 @@ fn draw_panel<B: DrawingBackend>(
     let head = if panel.title.is_empty() { 0 } else { LINE };
     let (title, body) = area.split_vertically(unit * head);
     if !panel.title.is_empty() {
-        // In the middle of the axes, not of the panel.
+        // Centered over the axes, not over the panel.
         let (width, _) = title.dim_in_pixel();
         let center = (unit * (GAP + LABELS) + width - unit * GAP) / 2;
         let style = letters(LETTERS + 2, unit).pos(Pos::new(HPos::Center, VPos::Bottom));
@@ -302,7 +314,7 @@ fn draw_panel<B: DrawingBackend>(
             chart.draw_series([Polygon::new(outline, color(number(curve)).mix(0.16).filled())])?;
         }
     }
-    // Lines and markers in pixels: dashes and shapes keep their size on every scale.
+    // Lines and markers are drawn in pixels, so that dashes and shapes have the same size on every scale.
     let plane = chart.plotting_area();
     let base = plane.get_pixel_range();
     let inside = plane.strip_coord_spec();
@@ -313,7 +325,7 @@ fn draw_panel<B: DrawingBackend>(
         };
         let places: Vec<(i32, i32)> = points.iter().map(place).collect();
         draw_line(&inside, &places, number(curve), curve.published, unit)?;
-        // More markers than there is room for say nothing.
+        // At most about 40 markers per curve, so that they do not overlap.
         let every = places.len().div_ceil(40).max(1);
         for &place in places.iter().step_by(every) {
             draw_marker(&inside, place, number(curve), curve.published, unit)?;
@@ -322,6 +334,7 @@ fn draw_panel<B: DrawingBackend>(
     Ok(())
 }
 
+/// Returns the color of a curve.
 fn color(number: usize) -> RGBColor {
     COLORS[number % COLORS.len()]
 }
@@ -390,7 +403,7 @@ fn draw_table<B: DrawingBackend>(table: &Table, area: &Area<'_, B>, unit: u32) -
         }
         let mut x = GAP;
         for (column, (text, width)) in row.iter().zip(&widths).enumerate() {
-            // Names begin on the left, figures end on the right.
+            // Columns of names are aligned left, columns of numbers right.
             let names = table.rows.iter().any(|row| row[column].starts_with(char::is_alphabetic));
             let (at, side) = if names { (x + GAP, HPos::Left) } else { (x + width - GAP, HPos::Right) };
             let style = letters(LETTERS, unit).pos(Pos::new(side, VPos::Center));

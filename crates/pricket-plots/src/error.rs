@@ -1,53 +1,55 @@
+//! The errors of this crate.
+
 use std::path::PathBuf;
 
-/// The reasons for which a picture cannot be made.
+/// An error of creating, drawing or saving a picture.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Fewer than one or more than `most` of something.
+    /// The number of panels, rows, tokens or similar parts is 0 or above the maximum.
     #[error("a picture of {found} {what}; expected 1 to {most}")]
     Count {
-        /// Panels, rows, tokens.
+        /// Name of the parts, such as panels, rows or tokens.
         what: String,
-        /// How many there are.
+        /// Number found.
         found: usize,
-        /// How many there may be.
+        /// Maximum number.
         most: usize,
     },
-    /// A panel without a value that has a place on its axes.
+    /// A panel or heatmap has no value that can be drawn.
     #[error("there is no finite value of {axis:?} to draw")]
     Nothing {
-        /// The label of the vertical axis.
+        /// Label of the vertical axis, or of a heatmap's color scale.
         axis: String,
     },
-    /// A row of a table that is not as long as the others.
-    #[error("a row of {found} texts in a table of {columns} columns")]
+    /// A row of a table does not have one cell for each column.
+    #[error("a row of {found} cells in a table of {columns} columns")]
     Row {
-        /// Texts of the row.
+        /// Number of cells of the row.
         found: usize,
-        /// Columns of the table.
+        /// Number of columns of the table.
         columns: usize,
     },
-    /// A map with more or fewer values than names.
+    /// A heatmap has more or fewer values than names.
     #[error("{found} {what} for {names} names")]
     Map {
-        /// What is counted.
+        /// The values that are counted: rows of values, or values of a row.
         what: &'static str,
-        /// How many there are.
+        /// Number of values found.
         found: usize,
-        /// Names of rows or columns.
+        /// Number of names of rows or columns.
         names: usize,
     },
-    /// A panel that is too small or too large.
+    /// The panel size is out of range.
     #[error("a panel of {width} by {height}; expected 200 by 150 to 4000 by 4000")]
     Size {
-        /// Its width.
+        /// Width in CSS pixels.
         width: u32,
-        /// Its height.
+        /// Height in CSS pixels.
         height: u32,
     },
-    /// A file name that says no format.
-    #[error("{}: pictures are .svg or .png, and .pdf with the feature of that name", path.display())]
+    /// The extension of a file names no known format.
+    #[error("{}: unknown picture format; expected .svg or .png, or .pdf with the feature pdf", path.display())]
     Extension {
         /// The file.
         path: PathBuf,
@@ -60,10 +62,10 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         error: std::io::Error,
     },
 }
 
-/// `Result` with [`Error`].
+/// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

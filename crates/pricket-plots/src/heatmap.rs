@@ -1,4 +1,4 @@
-//! Maps of colors.
+//! Drawing of heatmaps.
 
 use plotters::backend::DrawingBackend;
 use plotters::element::Rectangle;
@@ -10,14 +10,14 @@ use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, WHITE, letters, rea
 
 /// Height of a row.
 const ROW: u32 = 24;
-/// The narrowest column.
+/// Minimum width of a column.
 const NARROWEST: u32 = 30;
-/// Width of the bar that shows the scale, and of its numbers.
+/// Width of the color scale, and of its numbers.
 const SCALE: (u32, u32) = (14, 70);
-/// What has no value.
+/// Color of values that are not finite.
 const GRAY: RGBColor = RGBColor(215, 215, 215);
 
-/// Widths of the names of rows and of a column, and the height above the map.
+/// Returns the width of the row names, the width of a column, and the height above the map.
 fn measures(map: &Heatmap) -> (u32, u32, u32) {
     ready();
     let widest = |names: &[String]| names.iter().map(|name| width_of(name, LETTERS - 1)).max().unwrap_or(0);
@@ -26,6 +26,7 @@ fn measures(map: &Heatmap) -> (u32, u32, u32) {
     (rows, (widest(&map.x.1) + GAP / 2).max(NARROWEST), head)
 }
 
+/// Returns the width and height of a heatmap.
 pub(super) fn size(map: &Heatmap) -> (u32, u32) {
     let (rows, column, head) = measures(map);
     let unit = width_of(&map.unit, LETTERS - 1).max(SCALE.1);
@@ -34,13 +35,13 @@ pub(super) fn size(map: &Heatmap) -> (u32, u32) {
     (width.max(title), head + LINE + ROW * map.y.1.len().max(3) as u32 + 2 * LINE + GAP)
 }
 
-/// The smallest and the largest value that is finite.
+/// Returns the smallest and the largest finite value.
 fn ends(map: &Heatmap) -> (f64, f64) {
     let finite = map.values.iter().flatten().copied().filter(|value| value.is_finite());
     finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)))
 }
 
-/// The color of a value between `low` and `high`.
+/// Returns the color of a value on a scale from `low` to `high`.
 fn color(value: f64, (low, high): (f64, f64)) -> RGBColor {
     if !value.is_finite() {
         return GRAY;
@@ -88,7 +89,7 @@ pub(super) fn draw<B: DrawingBackend>(map: &Heatmap, area: &Area<'_, B>, unit: u
     }
     let middle = u32::midpoint(rows, right);
     area.draw_text(&map.x.0, &text(LETTERS, HPos::Center), (px(middle), px(bottom + LINE + LINE / 2)))?;
-    // The scale, the largest value on top.
+    // The color scale, with the largest value at the top.
     let (left, steps, height) = (right + 2 * GAP, 60, ROW * map.y.1.len().max(3) as u32);
     for step in 0..steps {
         let value = ends.1 + (ends.0 - ends.1) * f64::from(step) / f64::from(steps - 1);
@@ -102,7 +103,7 @@ pub(super) fn draw<B: DrawingBackend>(map: &Heatmap, area: &Area<'_, B>, unit: u
     area.draw_text(&map.unit, &text(LETTERS - 1, HPos::Left), (px(left), px(top - LINE / 2)))
 }
 
-/// A number of at most four digits.
+/// Formats a number for the color scale, with about three significant digits.
 fn short(value: f64) -> String {
     match value.abs() {
         size if size != 0.0 && !(1e-3..1e5).contains(&size) => format!("{value:.2e}"),

@@ -1,7 +1,8 @@
-//! Pictures as SVG, PNG or PDF: curves over training with error bands and published figures, tables, maps of colors, shaded tokens.
+//! Pictures as SVG, PNG or PDF: curves over training steps, tables, heatmaps and token probabilities.
 //!
-//! Colors are those of Okabe and Ito, which stay apart for every kind of color vision; shapes of markers and dashes say the
-//! same again.
+//! Curves can have error bands, and can be marked as published results, which are dashed. The colors are those of Okabe
+//! and Ito, which people with any type of color vision can distinguish. Markers of different shapes distinguish the
+//! curves as well.
 //!
 //! ```
 //! use pricket_plots::{Curve, Curves, Picture, Point};
@@ -28,58 +29,58 @@ use std::path::Path;
 
 pub use error::{Error, Result};
 
-/// A measured value at a training step.
+/// A point of a curve.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Point {
-    /// The place on the horizontal axis: training steps, mostly.
+    /// Position on the horizontal axis, such as a training step.
     pub step: f64,
-    /// The value.
+    /// Position on the vertical axis.
     pub value: f64,
-    /// Half the height of the band around it, such as a standard error.
+    /// Half the height of the error band, such as a standard error.
     pub error: Option<f64>,
 }
 
 impl Point {
-    /// A value without a band.
+    /// Creates a point without an error band.
     pub fn new(step: f64, value: f64) -> Self {
         Self { step, value, error: None }
     }
 }
 
-/// The values of one model.
+/// A curve, such as the values of one model.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curve {
-    /// Its name in the legend. Curves of one name have one color.
+    /// Name in the legend. Curves with the same name have the same color.
     pub label: String,
-    /// In any order; those that are not finite are left out.
+    /// Points in any order. Points that are not finite are omitted.
     pub points: Vec<Point>,
-    /// Whether others have published it: dashes and hollow markers.
+    /// Whether the values are published results of others, drawn with dashes and hollow markers.
     pub published: bool,
 }
 
 impl Curve {
-    /// A curve of our own.
+    /// Creates a curve of measured values, drawn with a solid line.
     pub fn new(label: impl Into<String>, points: Vec<Point>) -> Self {
         Self { label: label.into(), points, published: false }
     }
 }
 
-/// What the horizontal axis of a panel shows.
+/// Scale and label of a panel's horizontal axis.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Horizontal {
-    /// Training steps, on a logarithmic axis on which 0 has a place.
+    /// Training steps on a logarithmic axis that also has a place for 0.
     #[default]
     Steps,
-    /// A quantity on a linear axis, with its label: `layer`, `tokens`.
+    /// A linear axis with this label, such as `layer` or `tokens`.
     Linear(String),
-    /// A quantity on a logarithmic axis, with its label; values that are not positive are left out.
+    /// A logarithmic axis with this label. Values that are not positive are omitted.
     Log(String),
-    /// Texts, one for each of the values 0, 1, ..
+    /// A categorical axis: the names of the values 0, 1, 2 and so on.
     Names(Vec<String>),
 }
 
-/// Where the names of the curves stand.
+/// Position of the legend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Legend {
     /// Right of the panels.
@@ -87,18 +88,18 @@ pub enum Legend {
     Right,
     /// Below the panels.
     Below,
-    /// Nowhere.
+    /// No legend.
     None,
 }
 
-/// How panels of curves are laid out.
+/// Layout of a picture of curves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Above all panels; none by default.
+    /// Title above all panels. Default: none.
     pub title: String,
-    /// Width and height of a panel, axes included, in CSS pixels; 440 by 330 by default, from 200 by 150 to 4000 by 4000.
+    /// Width and height of a panel with its axes, in CSS pixels, from 200 by 150 to 4000 by 4000. Default: 440 by 330.
     pub panel: (u32, u32),
-    /// Where the names of the curves stand; right of the panels by default.
+    /// Position of the legend. Default: right of the panels.
     pub legend: Legend,
 }
 
@@ -108,58 +109,59 @@ impl Default for Layout {
     }
 }
 
-/// A panel of curves, over training steps unless it says otherwise.
+/// A panel of curves with common axes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curves {
-    /// Above the panel.
+    /// Title above the panel.
     pub title: String,
-    /// What the horizontal axis shows.
+    /// Horizontal axis. Default: training steps.
     pub x: Horizontal,
-    /// What the vertical axis shows, with its unit: `loss (nats per token)`.
+    /// Label of the vertical axis with its unit, such as `loss (nats per token)`.
     pub y: String,
-    /// Whether that axis is logarithmic too; values that are not positive are left out then.
+    /// Whether the vertical axis is logarithmic. Values that are not positive are then omitted.
     pub log: bool,
-    /// What is drawn.
+    /// The curves.
     pub curves: Vec<Curve>,
 }
 
 impl Curves {
-    /// Whether there is a value that has a place on the axes.
+    /// Returns whether any point can be drawn: a finite one with a place on the axes.
     pub fn is_drawable(&self) -> bool {
         self.curves.iter().any(|curve| !draw::visible(curve, self).is_empty())
     }
 }
 
-/// A value for each pair of a row and a column, as a color.
+/// A heatmap: a matrix of values drawn as colors.
 ///
-/// Where there are both signs, zero is white, positive values are blue and negative ones orange. Values of one sign go from white, for the
-/// smallest or for zero where none is positive, to blue or orange.
+/// With values of both signs, zero is white, positive values are blue, and negative values are orange. Without negative
+/// values, the scale goes from white for the smallest to blue for the largest. Without positive values, it goes from
+/// white for zero to orange.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Heatmap {
-    /// Above the map.
+    /// Title above the map.
     pub title: String,
-    /// What the columns are, below them, and the name of each.
+    /// Label of the horizontal axis, and the name of each column.
     pub x: (String, Vec<String>),
-    /// What the rows are, left of them, and the name of each; the first is the topmost.
+    /// Label of the vertical axis, and the name of each row from top to bottom.
     pub y: (String, Vec<String>),
-    /// The values, row after row; those that are not finite stay gray.
+    /// Values of each row. Values that are not finite are gray.
     pub values: Vec<Vec<f64>>,
-    /// What the values are, with their unit.
+    /// Label of the color scale, with its unit.
     pub unit: String,
 }
 
-/// Rows and columns of figures.
+/// A table of texts.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
-    /// Above the table.
+    /// Title above the table.
     pub title: String,
-    /// Names of the columns; that of the rows' names first.
+    /// Names of all columns, including that of the row names.
     pub columns: Vec<String>,
-    /// Texts of each row, as many as there are columns.
+    /// Cells of each row, one for each column.
     pub rows: Vec<Vec<String>>,
 }
 
-/// Something that can be looked at.
+/// A picture that can be saved as SVG, PNG or PDF, or shown in a notebook.
 #[derive(Clone, PartialEq)]
 pub struct Picture {
     content: Content,
@@ -173,18 +175,21 @@ impl std::fmt::Debug for Picture {
     }
 }
 
+/// The content of a picture.
 #[derive(Clone, Debug, PartialEq)]
 enum Content {
     Curves(Vec<Curves>, Layout),
     Heatmap(Heatmap),
     Table(Table),
-    /// Texts and their probabilities.
+    /// Texts of tokens and their probabilities.
     Tokens(Vec<(String, f64)>),
+    /// Labels of bars and their probabilities.
     Bars(Vec<(String, f64)>),
+    /// Pictures from top to bottom.
     Stack(Vec<Picture>),
 }
 
-/// Texts that can be looked at.
+/// Checks the number of texts, and escapes their control characters.
 fn shown(what: &str, texts: Vec<(String, f64)>, most: usize) -> Result<Vec<(String, f64)>> {
     if texts.is_empty() || texts.len() > most {
         return Err(Error::Count { what: what.into(), found: texts.len(), most });
@@ -192,22 +197,23 @@ fn shown(what: &str, texts: Vec<(String, f64)>, most: usize) -> Result<Vec<(Stri
     Ok(texts.into_iter().map(|(text, p)| (text::visible_text(&text), p)).collect())
 }
 
-/// What a picture may have of panels, rows and columns.
+/// Maximum number of panels, rows, columns, bars or stacked pictures.
 const MOST: usize = 200;
 
 impl Picture {
-    /// Panels of curves with one legend.
+    /// Creates a picture of panels with curves and one legend, in the default layout.
     ///
     /// # Errors
-    /// As [`Picture::of_curves_in`].
+    /// Returns the errors of [`Picture::of_curves_in`].
     pub fn of_curves(panels: Vec<Curves>) -> Result<Self> {
         Self::of_curves_in(panels, &Layout::default())
     }
 
-    /// Panels of curves, laid out in another way.
+    /// Creates a picture of panels with curves and one legend, in this layout.
     ///
     /// # Errors
-    /// [`Error::Count`] or [`Error::Nothing`] if there is nothing to draw; [`Error::Size`] for a panel that is too small or too large.
+    /// Returns [`Error::Count`] if there are no panels or too many, [`Error::Nothing`] if a panel has no point to draw,
+    /// and [`Error::Size`] if the panel size is out of range.
     pub fn of_curves_in(panels: Vec<Curves>, layout: &Layout) -> Result<Self> {
         let (width, height) = layout.panel;
         if !(200..=4000).contains(&width) || !(150..=4000).contains(&height) {
@@ -223,10 +229,11 @@ impl Picture {
         Ok(Self { content: Content::Curves(panels, layout.clone()), size })
     }
 
-    /// A table.
+    /// Creates a picture of a table.
     ///
     /// # Errors
-    /// [`Error::Count`] if it has no rows, [`Error::Row`] if rows are not as long as there are columns.
+    /// Returns [`Error::Count`] if it has no rows or columns, or too many. Returns [`Error::Row`] if a row does not
+    /// have one cell for each column.
     pub fn of_table(table: Table) -> Result<Self> {
         let (rows, columns) = (table.rows.len(), table.columns.len());
         for (what, found) in [("rows of a table", rows), ("columns of a table", columns)] {
@@ -241,14 +248,14 @@ impl Picture {
         Ok(Self { content: Content::Table(table), size })
     }
 
-    /// A map of colors.
+    /// Creates a picture of a heatmap.
     ///
     /// # Errors
-    /// [`Error::Count`] if it has no rows or columns, or too many; [`Error::Map`] if there are not as many values as names;
-    /// [`Error::Nothing`] if no value is finite.
+    /// Returns [`Error::Count`] if it has no rows or columns, or too many. Returns [`Error::Map`] if the number of
+    /// values differs from the number of names. Returns [`Error::Nothing`] if no value is finite.
     pub fn of_heatmap(map: Heatmap) -> Result<Self> {
         let columns = map.x.1.len();
-        for (what, found) in [("rows of a map", map.y.1.len()), ("columns of a map", columns)] {
+        for (what, found) in [("rows of a heatmap", map.y.1.len()), ("columns of a heatmap", columns)] {
             if found == 0 || found > MOST {
                 return Err(Error::Count { what: what.into(), found, most: MOST });
             }
@@ -266,30 +273,30 @@ impl Picture {
         Ok(Self { content: Content::Heatmap(map), size })
     }
 
-    /// Texts of tokens in their order, each shaded by its probability.
+    /// Creates a picture of a text: its tokens in order, each shaded by its probability.
     ///
     /// # Errors
-    /// [`Error::Count`] if there are none, or too many to look at.
+    /// Returns [`Error::Count`] if there are no tokens or too many.
     pub fn of_tokens(tokens: Vec<(String, f64)>) -> Result<Self> {
         let tokens = shown("tokens", tokens, 20 * MOST)?;
         let size = text::size_of_tokens(&tokens);
         Ok(Self { content: Content::Tokens(tokens), size })
     }
 
-    /// A bar for each text, as long as its probability is beside the largest.
+    /// Creates a picture with a bar for each text. The length of a bar is its probability relative to the largest one.
     ///
     /// # Errors
-    /// [`Error::Count`] if there are none, or too many to look at.
+    /// Returns [`Error::Count`] if there are no bars or too many.
     pub fn of_bars(bars: Vec<(String, f64)>) -> Result<Self> {
         let bars = shown("bars", bars, MOST)?;
         let size = text::size_of_bars(&bars);
         Ok(Self { content: Content::Bars(bars), size })
     }
 
-    /// Several pictures, one below the other.
+    /// Creates a picture of several pictures, from top to bottom.
     ///
     /// # Errors
-    /// [`Error::Count`] if there are none, or too many to look at.
+    /// Returns [`Error::Count`] if there are no pictures or too many.
     pub fn of_pictures(pictures: &[Picture]) -> Result<Self> {
         if pictures.is_empty() || pictures.len() > MOST {
             return Err(Error::Count { what: "pictures".into(), found: pictures.len(), most: MOST });
@@ -299,36 +306,37 @@ impl Picture {
         Ok(Self { content: Content::Stack(pictures.to_vec()), size })
     }
 
-    /// As SVG.
+    /// Returns the picture as SVG.
     ///
     /// # Errors
-    /// [`Error::Draw`] with what the plotting library says.
+    /// Returns [`Error::Draw`] if the plotting library fails.
     pub fn svg(&self) -> Result<String> {
         draw::svg(&self.content, self.size)
     }
 
-    /// As PNG with two pixels for each unit of the SVG, 192 to the inch.
+    /// Returns the picture as PNG with two pixels for each unit of the SVG, at 192 pixels per inch.
     ///
     /// # Errors
-    /// As [`Picture::svg`].
+    /// Returns the errors of [`Picture::svg`], and [`Error::Count`] if the picture has too many pixels.
     pub fn png(&self) -> Result<Vec<u8>> {
         draw::png(&self.content, self.size)
     }
 
-    /// As PDF, its letters embedded.
+    /// Returns the picture as PDF with an embedded font.
     ///
     /// # Errors
-    /// As [`Picture::svg`].
+    /// Returns the errors of [`Picture::svg`].
     #[cfg(feature = "pdf")]
     pub fn pdf(&self) -> Result<Vec<u8>> {
         pdf::pdf(&self.svg()?)
     }
 
-    /// Writes it, as what the extension of `path` says: `.svg`, `.png` or, with the feature `pdf`, `.pdf`. A file that is there is replaced when the new one is
-    /// whole.
+    /// Writes the picture to a file. Its extension gives the format: `.svg`, `.png` or, with the feature `pdf`, `.pdf`.
+    ///
+    /// An existing file is replaced only after the new one is complete.
     ///
     /// # Errors
-    /// [`Error::Extension`] for another one, [`Error::Io`] if the file cannot be written.
+    /// Returns [`Error::Extension`] if the extension is another one, and [`Error::Io`] if the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let bytes = match path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase).as_deref() {

@@ -1,9 +1,9 @@
-//! Pictures and tables as text, for readers without pictures, and tables as HTML.
+//! Pictures and tables as plain text, and tables as HTML.
 
 use super::{Content, Curves, Horizontal, Picture, Table};
 
 impl Picture {
-    /// Returns what it shows as plain text: tables aligned, of each curve its first and last value.
+    /// Returns the picture as plain text: aligned tables, and the first and last value of each curve.
     pub fn text(&self) -> String {
         match &self.content {
             Content::Table(table) => table.text(),
@@ -26,7 +26,7 @@ impl Picture {
     }
 }
 
-/// A panel: a line for each curve.
+/// Returns a panel as text: its title, and a line for each curve.
 fn curves(panel: &Curves) -> String {
     let title = if panel.title.is_empty() { &panel.y } else { &panel.title };
     let mut lines = vec![title.clone()];
@@ -51,7 +51,7 @@ fn curves(panel: &Curves) -> String {
 }
 
 impl Table {
-    /// Returns it as plain text in aligned columns.
+    /// Returns the table as plain text in aligned columns.
     pub fn text(&self) -> String {
         let rows = || std::iter::once(&self.columns).chain(&self.rows);
         let width = |column: usize| rows().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
@@ -64,7 +64,7 @@ impl Table {
         title.into_iter().chain(rows().map(line)).collect::<Vec<_>>().join("\n")
     }
 
-    /// Returns it as an HTML table.
+    /// Returns the table as HTML.
     pub fn html(&self) -> String {
         let escaped = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
         let row = |cells: &[String], tag: &str| {

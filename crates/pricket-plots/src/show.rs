@@ -1,9 +1,9 @@
-//! What the notebook kernel evcxr shows: it calls a value's `evcxr_display`.
+//! Display in notebooks: the Jupyter kernel evcxr calls a value's `evcxr_display`.
 
 use crate::{Picture, Table};
 
 impl Picture {
-    /// Shows it as the value of a notebook's cell.
+    /// Shows the picture as the result of a notebook cell.
     pub fn evcxr_display(&self) {
         match self.svg() {
             Ok(svg) => send(&[("image/svg+xml", svg), ("text/plain", self.text())]),
@@ -13,13 +13,13 @@ impl Picture {
 }
 
 impl Table {
-    /// Shows it as the value of a notebook's cell.
+    /// Shows the table as the result of a notebook cell.
     pub fn evcxr_display(&self) {
         send(&[("text/html", self.html()), ("text/plain", self.text())]);
     }
 }
 
-/// Sends a value in several forms, of which the notebook shows the best that it can.
+/// Sends a value in several MIME types. The notebook shows the richest type that it supports.
 fn send(forms: &[(&str, String)]) {
     for (kind, content) in forms {
         println!("EVCXR_BEGIN_CONTENT {kind}\n{content}\nEVCXR_END_CONTENT");

@@ -1,4 +1,4 @@
-//! Pictures of tokens: texts shaded by probability, and the likeliest next tokens as bars.
+//! Pictures of tokens: tokens shaded by probability, and bars of probabilities.
 
 use plotters::backend::DrawingBackend;
 use plotters::element::Rectangle;
@@ -7,19 +7,19 @@ use plotters::style::{Color, RGBColor};
 
 use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, WHITE, letters, ready, width_of};
 
-/// Where a line of tokens is broken.
+/// Width of a picture of tokens, at which lines are broken.
 const WIDTH: u32 = 760;
-/// A token with its probability below.
+/// Height of a token with its probability below it.
 const TOKEN: u32 = 40;
-/// The longest bar.
+/// Length of the longest bar.
 const BAR: u32 = 360;
 
-/// A text as it can be seen: what has no shape of its own is spelled.
+/// Returns a text with its control characters escaped.
 pub(super) fn visible_text(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 
-/// Where each token stands, and the height of all.
+/// Returns the left edge, top edge and width of each token, and the height of all.
 fn places(tokens: &[(String, f64)]) -> (Vec<(u32, u32, u32)>, u32) {
     ready();
     let (mut x, mut y) = (GAP, GAP);
@@ -35,6 +35,7 @@ fn places(tokens: &[(String, f64)]) -> (Vec<(u32, u32, u32)>, u32) {
     (places, y + TOKEN + GAP)
 }
 
+/// Returns the width and height of a picture of tokens.
 pub(super) fn size_of_tokens(tokens: &[(String, f64)]) -> (u32, u32) {
     (WIDTH, places(tokens).1)
 }
@@ -61,11 +62,13 @@ pub(super) fn draw_tokens<B: DrawingBackend>(tokens: &[(String, f64)], area: &Ar
     Ok(())
 }
 
+/// Returns the width of the widest label of the bars.
 fn label_width(bars: &[(String, f64)]) -> u32 {
     ready();
     bars.iter().map(|(text, _)| width_of(text, LETTERS)).max().unwrap_or(0)
 }
 
+/// Returns the width and height of a picture of bars.
 pub(super) fn size_of_bars(bars: &[(String, f64)]) -> (u32, u32) {
     (label_width(bars) + BAR + 60 + 3 * GAP, bars.len() as u32 * LINE + 2 * GAP)
 }

@@ -1,4 +1,4 @@
-//! The model that an adapter is for.
+//! The base model of an adapter, and the names of its modules on the Hub.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,13 +7,15 @@ use pricket_nn::{CausalLm, Layer, Names};
 
 use crate::Result;
 
-/// A model to be adapted, and what the Hub calls its modules.
+/// A base model and the names of its modules on the Hub.
+///
+/// Adapters name modules as the Hub does. A [`Base`] maps these names to the canonical names of the model's family.
 #[derive(Clone)]
 pub struct Base {
     /// The model.
     pub model: Arc<dyn CausalLm>,
     names: Names,
-    /// Canonical names of modules, and names on the Hub where those are others.
+    /// Names on the Hub by canonical module name, for modules whose names differ.
     on_hub: BTreeMap<String, String>,
 }
 
@@ -24,13 +26,15 @@ impl std::fmt::Debug for Base {
 }
 
 impl Base {
-    /// A model whose modules have their family's canonical names on the Hub.
+    /// Creates a base whose modules have their family's canonical names on the Hub.
     pub fn new(model: Arc<dyn CausalLm>, names: Names) -> Self {
         Self { model, names, on_hub: BTreeMap::new() }
     }
 
-    /// The same for a checkpoint that spells tensors otherwise: pairs of the canonical name of a tensor and its name on file, as
-    /// [`Weights::asked`](pricket_nn::Weights::asked) gives them.
+    /// Sets the tensor names of a checkpoint whose names differ from the canonical ones.
+    ///
+    /// `tensors` holds pairs of a tensor's canonical name and its name on file, as returned by
+    /// [`Weights::asked`](pricket_nn::Weights::asked).
     #[must_use]
     pub fn with_names_on_file(mut self, tensors: &[(String, String)]) -> Self {
         let pairs = tensors.iter().filter_map(|(canonical, file)| Some((module_of(canonical)?, module_of(file)?)));
@@ -38,7 +42,9 @@ impl Base {
         self
     }
 
-    /// The names that a module may have on the Hub, that of this checkpoint first: transformers has renamed heads.
+    /// Returns the names that a module may have on the Hub, this checkpoint's name first.
+    ///
+    /// There can be several because transformers has renamed heads.
     pub(crate) fn spellings(&self, canonical: &str) -> Vec<String> {
         let mut names = vec![self.on_hub(canonical)];
         let others =
@@ -51,12 +57,12 @@ impl Base {
         self.on_hub.get(canonical).cloned().unwrap_or_else(|| canonical.to_owned())
     }
 
-    /// The names of its family.
+    /// Returns the tensor names of the model's family.
     pub fn names(&self) -> &Names {
         &self.names
     }
 
-    /// The canonical name of a module that an adapter calls `name`.
+    /// Returns the canonical name of the module that an adapter calls `name`.
     pub(crate) fn canonical(&self, name: &str) -> String {
         let known = self.on_hub.iter().find(|(_, on_hub)| *on_hub == name);
         let by_family = || {
@@ -66,13 +72,13 @@ impl Base {
         known.map_or_else(by_family, |(canonical, _)| canonical.clone())
     }
 
-    /// The canonical name of a tensor that an adapter calls `name`.
+    /// Returns the canonical name of the tensor that an adapter calls `name`.
     pub(crate) fn canonical_tensor(&self, name: &str) -> String {
         let module = module_of(name).unwrap_or(name);
         format!("{}{}", self.canonical(module), &name[module.len()..])
     }
 
-    /// Visits every layer of a copy of the model that is thrown away.
+    /// Calls `f` on every layer of a temporary copy of the model.
     pub(crate) fn visit(&self, f: &mut dyn FnMut(&Layer<'_>) -> Result<()>) -> Result<()> {
         let mut failed = None;
         self.model.map_layers(&mut |layer| {
@@ -85,7 +91,7 @@ impl Base {
     }
 }
 
-/// The name of the module that a tensor belongs to.
+/// Returns the name of the module that a tensor belongs to.
 pub(crate) fn module_of(tensor: &str) -> Option<&str> {
     tensor.strip_suffix(".weight").or_else(|| tensor.strip_suffix(".bias"))
 }

@@ -1,4 +1,9 @@
-//! One adapter from several, as PEFT's `add_weighted_adapter` makes it.
+//! Combining several adapters into one, as PEFT's `add_weighted_adapter` does.
+//!
+//! With weights `wᵢ` and scales `sᵢ`:
+//!
+//! - [`Lora::cat`]: `ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ`, by concatenating along the rank.
+//! - [`Lora::linear`]: `ΔW = (Σ √(wᵢ sᵢ) Bᵢ) (Σ √(wᵢ sᵢ) Aᵢ)`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,10 +15,12 @@ use crate::targets::Targets;
 use crate::{Error, Result};
 
 impl Lora {
-    /// The weighted sum of adapters, exactly: their ranks add up. PEFT's `add_weighted_adapter(combination_type="cat")`.
+    /// Returns the exact weighted sum of adapters, whose rank is the sum of their ranks.
+    ///
+    /// Equals PEFT's `add_weighted_adapter(combination_type="cat")`.
     ///
     /// # Errors
-    /// [`Error::Input`] for adapters that cannot be added: DoRA's, and those with weights in full.
+    /// Returns [`Error::Input`] if `parts` is empty, or if an adapter uses DoRA or stores modules in full.
     pub fn cat(parts: &[(&Lora, f64)]) -> Result<Self> {
         Self::combine(parts, |changes| {
             let a = changes.iter().map(|(low, weight)| &low.a * *weight).collect::<candle_core::Result<Vec<_>>>()?;
@@ -22,19 +29,21 @@ impl Lora {
         })
     }
 
-    /// PEFT's `add_weighted_adapter(combination_type="linear")`: `A` and `B` are added up separately, each multiplied by the square
-    /// root of the weight. It is not the weighted sum of the changes, and all must have the same ranks. The sign of a negative weight
-    /// goes to `A`.
+    /// Returns an adapter whose `A` and `B` are the sums of the parts' `A` and `B`, each multiplied by the square root
+    /// of its weight.
+    ///
+    /// This differs from the weighted sum of the changes. All parts must have the same ranks. The sign of a negative
+    /// weight is applied to `A`. Equals PEFT's `add_weighted_adapter(combination_type="linear")`.
     ///
     /// # Errors
-    /// As [`Lora::cat`], and for different ranks.
+    /// Returns the errors of [`Lora::cat`], and [`Error::Input`] if the ranks differ.
     pub fn linear(parts: &[(&Lora, f64)]) -> Result<Self> {
         Self::combine(parts, |changes| {
             let root = |weight: f64| weight.abs().sqrt();
             let ranks: BTreeSet<_> = changes.iter().filter_map(|(low, _)| low.a.dims().first().copied()).collect();
             if ranks.len() > 1 {
                 return Err(Error::Input(format!(
-                    "linear combines adapters of one rank, found {ranks:?}; cat takes all"
+                    "linear combines adapters of equal rank, found ranks {ranks:?}; cat combines different ranks"
                 )));
             }
             let sum = |parts: Vec<Tensor>| -> Result<Tensor> {
@@ -48,11 +57,11 @@ impl Lora {
         })
     }
 
-    /// One adapter from several. `join` gets the changes of a module, with weights into which their scales are folded.
+    /// Combines adapters. `join` receives the changes of one module and their weights, which include the scales.
     fn combine(parts: &[(&Lora, f64)], join: impl Fn(&[(&LowRank, f64)]) -> Result<(Tensor, Tensor)>) -> Result<Self> {
         let Some((first, _)) = parts.first() else { return Err(Error::Input("no adapters to combine".into())) };
         if let Some((lora, _)) = parts.iter().find(|(lora, _)| lora.config.dora || !lora.whole.is_empty()) {
-            let what = "adapters with magnitudes (DoRA) or with weights in full cannot be combined";
+            let what = "adapters with DoRA magnitudes or with modules stored in full cannot be combined";
             return Err(Error::Input(format!("{}: {what}", lora.origin)));
         }
         let targets = parts.iter().map(|(lora, _)| Targets::new(&lora.config)).collect::<Result<Vec<_>>>()?;
@@ -70,7 +79,7 @@ impl Lora {
         }
         let ranks: BTreeMap<&String, usize> =
             low.iter().filter_map(|(name, low)| Some((name, low.a.dim(0).ok()?))).collect();
-        // What most modules have stands in `r`; the scale is 1, as it is folded.
+        // `r` is the most common rank. `alpha` equals the rank, since the weights already include the scales.
         let mut counts = BTreeMap::<usize, usize>::new();
         for rank in ranks.values() {
             *counts.entry(*rank).or_default() += 1;
@@ -84,7 +93,7 @@ impl Lora {
             alpha: rank as f64,
             alpha_pattern: pattern.iter().map(|(name, rank)| (name.clone(), *rank as f64)).collect(),
             rank_pattern: pattern,
-            // Whole names: the parts may have been for other layers each.
+            // Full module names, because the parts may adapt different modules.
             targets: Select::Names(low.keys().cloned().collect()),
             base: first.config.base.clone(),
             revision: first.config.revision.clone(),

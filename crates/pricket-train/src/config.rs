@@ -1,46 +1,46 @@
-//! adapter_config.json, as PEFT writes it.
+//! The settings of an adapter: reading and writing PEFT's adapter_config.json.
 
 use serde_json::{Map, Value, json};
 
 use crate::{Error, Result};
 
-/// Modules of a model, by name.
+/// A selection of modules by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Select {
-    /// Modules with one of these names, or whose name ends in one after a dot.
+    /// Modules whose name equals one of these, or ends in a dot and one of these.
     Names(Vec<String>),
-    /// Modules whose whole name this regular expression of Python matches.
+    /// Modules whose full name matches this regular expression, in Python's syntax.
     Pattern(String),
-    /// All linear layers but the head.
+    /// All linear layers except the head.
     AllLinear,
 }
 
-/// Which biases are trained along with an adapter.
+/// Biases that are trained together with an adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Bias {
-    /// None.
+    /// No biases.
     #[default]
     None,
-    /// All of the model.
+    /// All biases of the model.
     All,
-    /// Those of the layers that are adapted.
+    /// The biases of the adapted layers.
     LoraOnly,
 }
 
-/// The values that a new adapter begins with.
+/// Initial values of a new adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Initial {
-    /// A uniform between `±1/sqrt(inputs)`, B zero: the model is unchanged.
+    /// A is uniform between `±1/sqrt(inputs)` and B is zero, so the model is unchanged at first.
     #[default]
     Kaiming,
-    /// A normal with deviation `1/rank`, B zero.
+    /// A is normal with standard deviation `1/rank` and B is zero.
     Gaussian,
-    /// A and B uniform, so that the model changes at once; for tests.
+    /// A and B are uniform, so the model changes at once. For tests.
     Random,
 }
 
-/// The settings of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685): PEFT's `LoraConfig`.
+/// Settings of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685), as in PEFT's `LoraConfig`.
 ///
 /// ```
 /// use pricket_train::LoraConfig;
@@ -49,39 +49,40 @@ pub enum Initial {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
-    /// `r`; 8 by default.
+    /// `r`: rank of the change. Default: 8.
     pub rank: usize,
-    /// `lora_alpha`; the change is scaled by `alpha / rank`. 16 by default.
+    /// `lora_alpha`: the change is multiplied by `alpha / rank`. Default: 16.
     pub alpha: f64,
-    /// `lora_dropout`; 0 by default.
+    /// `lora_dropout`: dropout rate of the adapter's input, from 0 to below 1. Default: 0.
     pub dropout: f64,
-    /// `target_modules`: the layers that are adapted; all linear layers but the head by default.
+    /// `target_modules`: layers that are adapted. Default: all linear layers except the head.
     pub targets: Select,
-    /// `exclude_modules`: layers that are not adapted although `targets` has them.
+    /// `exclude_modules`: layers that are not adapted even if `targets` selects them.
     pub exclude: Option<Select>,
-    /// `layers_to_transform`: numbers of the blocks that are adapted; all if `None`.
+    /// `layers_to_transform`: numbers of the blocks that are adapted, counted from 0. All blocks if `None`.
     pub layers: Option<Vec<usize>>,
-    /// `layers_pattern`: what stands before the number of a block in names, where it is found by name.
+    /// `layers_pattern`: name of the module list whose index is the block number, such as `layers`. Any name if empty.
     pub layers_pattern: Vec<String>,
-    /// `rank_pattern`: ranks of modules by name, path end or regular expression; the first that matches counts.
+    /// `rank_pattern`: ranks of single modules, by name, end of a name, or regular expression. The first match is used.
     pub rank_pattern: Vec<(String, usize)>,
-    /// `alpha_pattern`, likewise.
+    /// `alpha_pattern`: `lora_alpha` of single modules, by name, end of a name, or regular expression. The first match
+    /// is used.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// `use_rslora`: the scale is `alpha / sqrt(rank)` (Kalajdzievski 2023, arXiv:2312.03732).
+    /// `use_rslora`: the change is multiplied by `alpha / sqrt(rank)` (Kalajdzievski 2023, arXiv:2312.03732).
     pub rslora: bool,
-    /// `use_dora`: DoRA (Liu et al. 2024, arXiv:2402.09353).
+    /// `use_dora`: also trains the magnitude of each row, as DoRA does (Liu et al. 2024, arXiv:2402.09353).
     pub dora: bool,
     /// `modules_to_save`: modules that are trained in full and stored with the adapter.
     pub modules_to_save: Vec<String>,
-    /// `bias`.
+    /// `bias`: biases that are trained.
     pub bias: Bias,
-    /// `init_lora_weights`.
+    /// `init_lora_weights`: initial values.
     pub initial: Initial,
-    /// `base_model_name_or_path`.
+    /// `base_model_name_or_path`: repository or path of the base model.
     pub base: Option<String>,
-    /// `revision` of the base.
+    /// `revision`: revision of the base model.
     pub revision: Option<String>,
-    /// `task_type`, which is kept as it was.
+    /// `task_type`: not interpreted, written back unchanged.
     pub task_type: Option<String>,
 }
 
@@ -109,7 +110,7 @@ impl Default for LoraConfig {
     }
 }
 
-/// Keys that say nothing about the maths of an adapter that is there.
+/// Keys that do not affect what an existing adapter computes.
 const NEUTRAL: [&str; 9] = [
     "peft_type",
     "peft_version",
@@ -122,14 +123,15 @@ const NEUTRAL: [&str; 9] = [
     "loftq_config",
 ];
 
-/// Initializations that change only the adapter. Others (`pissa`, `olora`, `loftq`, `corda`) change the base as well.
+/// Initializations that change only the adapter. Others (`pissa`, `olora`, `loftq`, `corda`) also change the base
+/// weights.
 const HARMLESS_INITIAL: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 impl LoraConfig {
-    /// The settings in an adapter_config.json.
+    /// Reads the settings from the JSON of an adapter_config.json.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the key, for one that is not implemented too.
+    /// Returns [`Error::Config`] with the key if a value is invalid or a setting is not implemented.
     pub fn from_json(config: &Value) -> Result<Self> {
         let object = config.as_object().ok_or_else(|| Error::config("(all)", "expected an object"))?;
         let kind = object.get("peft_type").and_then(Value::as_str).unwrap_or("LORA");
@@ -173,8 +175,10 @@ impl LoraConfig {
         Ok(out)
     }
 
-    /// As PEFT writes it. Keys that only newer releases know are left out: PEFT of every release since 0.6 reads it, unless
-    /// DoRA (0.9) or `exclude_modules` (0.14) is used.
+    /// Returns the settings as the JSON of an adapter_config.json.
+    ///
+    /// Keys of newer PEFT releases are written only if they are used. PEFT 0.6 and later read the file. DoRA needs PEFT
+    /// 0.9, and `exclude_modules` needs 0.14.
     pub fn to_json(&self) -> Value {
         let select = |select: &Select| match select {
             Select::Names(names) => json!(names),
@@ -225,7 +229,7 @@ impl LoraConfig {
             return Err(Error::config("r", format!("{rank}; expected a rank from 1 to 65,536")));
         }
         if self.layers.is_some() && matches!(self.targets, Select::Pattern(_)) {
-            let what = "a regular expression in target_modules chooses the layers itself; give a list of modules";
+            let what = "cannot be combined with a regular expression in target_modules; give a list of names";
             return Err(Error::config("layers_to_transform", what));
         }
         let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
@@ -233,25 +237,28 @@ impl LoraConfig {
             return Err(Error::config("lora_alpha", format!("{alpha}; expected a number")));
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::config("lora_dropout", format!("{}; expected from 0 to below 1", self.dropout)));
+            return Err(Error::config(
+                "lora_dropout",
+                format!("{}; expected a number from 0 to below 1", self.dropout),
+            ));
         }
         Ok(())
     }
 }
 
-/// PEFT writes whole numbers without a point.
+/// Converts a number to JSON. PEFT writes whole numbers without a decimal point.
 fn whole(number: f64) -> Value {
     if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
 }
 
-/// Keys of an adapter_config.json, and which of them were read.
+/// The keys of an adapter_config.json, and the keys read so far.
 struct Keys<'a> {
     object: &'a Map<String, Value>,
     read: Vec<&'static str>,
 }
 
 impl<'a> Keys<'a> {
-    /// The value of `key`, unless it is null or missing.
+    /// Returns the value of `key`, or `None` if it is null or missing.
     fn get(&mut self, key: &'static str) -> Option<&'a Value> {
         self.read.push(key);
         self.object.get(key).filter(|value| !value.is_null())
@@ -271,10 +278,10 @@ impl<'a> Keys<'a> {
     fn text(&mut self, key: &'static str) -> Result<Option<String>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let text = value.as_str().map(str::to_owned);
-        text.map(Some).ok_or_else(|| Error::config(key, format!("{value}; expected a text")))
+        text.map(Some).ok_or_else(|| Error::config(key, format!("{value}; expected a string")))
     }
 
-    /// A list of names; a single one is a list of one.
+    /// Reads a list of names. A single string is read as a list of one name.
     fn names(&mut self, key: &'static str) -> Result<Vec<String>> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let wrong = || Error::config(key, format!("{value}; expected a list of names"));
@@ -296,7 +303,7 @@ impl<'a> Keys<'a> {
 
     fn layers(&mut self) -> Result<Option<Vec<usize>>> {
         let Some(value) = self.get("layers_to_transform") else { return Ok(None) };
-        let wrong = || Error::config("layers_to_transform", format!("{value}; expected numbers of blocks"));
+        let wrong = || Error::config("layers_to_transform", format!("{value}; expected a list of block numbers"));
         let number = |value: &Value| value.as_u64().map(|number| number as usize).ok_or_else(wrong);
         let layers = match value.as_array() {
             Some(list) => list.iter().map(number).collect::<Result<Vec<_>>>()?,
@@ -307,7 +314,7 @@ impl<'a> Keys<'a> {
 
     fn pattern(&mut self, key: &'static str) -> Result<Vec<(String, f64)>> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
-        let wrong = || Error::config(key, format!("{value}; expected names with numbers"));
+        let wrong = || Error::config(key, format!("{value}; expected an object of module names with numbers"));
         let entries = value.as_object().ok_or_else(wrong)?.iter();
         let number = |value: &Value| value.as_f64().filter(|number| key != "rank_pattern" || number.fract() == 0.0);
         entries.map(|(key, value)| Ok((key.clone(), number(value).ok_or_else(wrong)?))).collect()
@@ -323,13 +330,13 @@ impl<'a> Keys<'a> {
             (Some(value), _) => Err(Error::config(
                 "init_lora_weights",
                 format!(
-                    "{value} changes the weights of the base, which is not implemented; save the adapter converted to LoRA"
+                    "{value} changes the base weights, which is not implemented; convert the adapter to LoRA with PEFT"
                 ),
             )),
         }
     }
 
-    /// Refuses keys that are set and not implemented.
+    /// Returns an error if a key is set that is not implemented.
     fn refuse_others(&self) -> Result<()> {
         let is_unset = |value: &Value| match value {
             Value::Null | Value::Bool(false) => true,
@@ -337,7 +344,7 @@ impl<'a> Keys<'a> {
             Value::Object(object) => object.is_empty(),
             Value::Bool(true) | Value::Number(_) | Value::String(_) => false,
         };
-        // Settings that are read only when an adapter is made.
+        // PEFT reads these keys only when it creates an adapter.
         let is_of_initial = |key: &str| matches!(key, "eva_config" | "lora_ga_config");
         let is_known = |key: &str| self.read.contains(&key) || NEUTRAL.contains(&key) || is_of_initial(key);
         match self.object.iter().find(|(key, value)| !is_known(key) && !is_unset(value)) {

@@ -1,4 +1,7 @@
-//! Training data: JSON lines of several forms, and what becomes of a record.
+//! Training data: reading records from JSON lines, and converting a record to token ids.
+//!
+//! The keys of a record decide its form: `input_ids`, `messages`, `instruction` with `response`, `prompt` with
+//! `completion`, or `text`. See [`Record`].
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -9,10 +12,10 @@ use serde_json::Value;
 
 use crate::{Error, Result, Sample};
 
-/// Longest line that is read.
+/// Maximum length of a line in bytes.
 const MAX_LINE: usize = 64 << 20;
 
-/// A training example, as data files have it.
+/// A training example of a data file.
 ///
 /// ```
 /// use pricket_train::Record;
@@ -23,47 +26,51 @@ const MAX_LINE: usize = 64 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Record {
-    /// `input_ids`, tokenized before; those count whose place in `labels` is not -100, or all.
+    /// `input_ids`: token ids. Ids whose entry in `labels` is -100 are not counted in the loss. Without `labels`, all
+    /// are counted.
     Ids(Sample),
-    /// `text`: all of it counts.
+    /// `text`: all of it is counted in the loss.
     Text(String),
-    /// `prompt` with `completion` or `response`, verbatim; the second counts.
+    /// `prompt` with `completion` or `response`, used verbatim. Only the response is counted in the loss.
     Pair {
         /// Text before the response.
         prompt: String,
         /// Text that the model learns to write.
         response: String,
     },
-    /// `instruction`, `context` and `response`, as Dolly's 15,000; spelled by a prompt format.
+    /// `instruction`, `context` and `response`, as in the databricks-dolly-15k dataset, written in a prompt format.
+    ///
+    /// Only the response is counted in the loss.
     Instruction {
         /// The question.
         instruction: String,
-        /// A text that the question is about; may be empty.
+        /// Text that the question refers to. May be empty.
         context: String,
-        /// The answer, which counts.
+        /// The answer.
         response: String,
     },
-    /// `messages` with `role` and `content`; spelled by a prompt format. What the assistant says counts.
+    /// `messages` with `role` and `content`, written in a prompt format. Only the assistant's messages are counted in
+    /// the loss.
     Chat {
         /// The system text, if there is one.
         system: Option<String>,
-        /// The turns after it, which end with one of the assistant.
+        /// The turns after the system text. The last one is the assistant's.
         turns: Vec<Turn>,
     },
 }
 
 impl Record {
-    /// The keys decide the form; unknown keys are ignored.
+    /// Reads a record from a JSON object. The keys decide the form; unknown keys are ignored.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the keys, if they are those of no form or have other values than texts.
+    /// Returns [`Error::Input`] with the keys if they match no form, or if a value has the wrong type.
     pub fn from_json(json: &Value) -> Result<Self> {
         let Some(object) = json.as_object() else { return Err(Error::Input("expected an object".into())) };
         let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
         let text = |key: &str| match object.get(key) {
             Some(Value::String(text)) => Ok(text.clone()),
             None | Some(Value::Null) => Ok(String::new()),
-            Some(other) => Err(Error::Input(format!("{key} is {}; expected a text", clip(&other.to_string())))),
+            Some(other) => Err(Error::Input(format!("{key} is {}; expected a string", clip(&other.to_string())))),
         };
         if has("input_ids") {
             return Self::ids(json);
@@ -131,24 +138,27 @@ impl Record {
             turns.pop();
         }
         if turns.is_empty() {
-            return Err(Error::Input("messages: the assistant says nothing".into()));
+            return Err(Error::Input("messages: expected at least one message of the assistant".into()));
         }
         Ok(Record::Chat { system, turns })
     }
 
-    /// The text before the first id that counts.
+    /// Returns the text before the first text that is counted in the loss.
     ///
     /// # Errors
-    /// As [`PromptFormat::prompt`].
+    /// Returns the errors of [`PromptFormat::prompt`].
     pub fn prompt(&self, format: &PromptFormat) -> Result<String> {
         Ok(self.parts(format)?.into_iter().take_while(|(_, counts)| !counts).map(|(text, _)| text).collect())
     }
 
-    /// The record as token ids. Prompt and response are tokenized apart, as llm-foundry does, but for sentencepiece, which would put a space
-    /// between them; `end` follows the response.
+    /// Converts the record to token ids, with `end` after the response.
+    ///
+    /// Prompt and response are tokenized separately, as in llm-foundry. With a sentencepiece tokenizer they are
+    /// tokenized together, because a separate response would begin with an extra space.
     ///
     /// # Errors
-    /// As [`PromptFormat::prompt`]; [`Error::Input`] if nothing counts, or for text without a tokenizer.
+    /// Returns the errors of [`PromptFormat::prompt`]. Returns [`Error::Input`] if no id is counted in the loss, or if
+    /// the record is text and `tokenizer` is `None`.
     pub fn sample(&self, tokenizer: Option<&Tokenizer>, format: &PromptFormat, end: &[u32]) -> Result<Sample> {
         if let Record::Ids(sample) = self {
             return Ok(sample.clone());
@@ -160,7 +170,7 @@ impl Record {
         let mut whole = String::new();
         for (text, part_counts) in self.parts(format)? {
             let part = if tokenizer.has_text_start() {
-                // What the text so far has in common with the longer one stays; a token across the border is the part's.
+                // Keep the ids that both tokenizations share. A token across the border belongs to the new part.
                 whole.push_str(&text);
                 let all = tokenizer.encode_prompt(&whole)?;
                 let common = ids.iter().zip(&all).take_while(|(a, b)| a == b).count();
@@ -173,7 +183,7 @@ impl Record {
             counts.resize(counts.len() + part.len(), part_counts);
             ids.extend(part);
         }
-        // A format may have ended the turn with the end token already.
+        // A prompt format may already end the turn with the end token.
         if !ids.ends_with(end) {
             counts.resize(counts.len() + end.len(), true);
             ids.extend_from_slice(end);
@@ -185,7 +195,7 @@ impl Record {
         Ok(sample)
     }
 
-    /// Pieces of text, and whether they count.
+    /// Returns the pieces of text in order, each with whether it is counted in the loss.
     fn parts(&self, format: &PromptFormat) -> Result<Vec<(String, bool)>> {
         match self {
             Record::Ids(_) => Ok(Vec::new()),
@@ -202,10 +212,10 @@ impl Record {
                     let prompt = format.prompt(system.as_deref(), &turns[..i])?;
                     let Some(more) = prompt.strip_prefix(&done) else {
                         let what =
-                            "answers are not a part of the conversation that follows, so it cannot be trained on";
+                            "later prompts do not repeat earlier turns unchanged; train on conversations of one turn";
                         return Err(Error::Input(format!("prompt format {}: {what}", format.name)));
                     };
-                    // The model learns to write the end of its turn too.
+                    // The end of the turn is counted too, so that the model learns to stop.
                     let (before, end) = around(format);
                     let said = format!("{before}{}{end}", turn.content);
                     parts.push((more.to_owned(), false));
@@ -218,7 +228,8 @@ impl Record {
     }
 }
 
-/// Text between the beginning of the model's turn and its answer, and text that ends the turn, up to the first stop string.
+/// Returns the text between the start of the model's turn and its answer, and the text after the answer up to the end
+/// of the first stop string.
 fn around(format: &PromptFormat) -> (&str, &str) {
     let (before, after) = format.assistant.split_once("{text}").unwrap_or_default();
     let before = before.strip_prefix(&format.reply).unwrap_or_default();
@@ -226,10 +237,11 @@ fn around(format: &PromptFormat) -> (&str, &str) {
     (before, stops.min().map_or(after, |end| &after[..end]))
 }
 
-/// Reads a file of JSON lines; empty lines are passed over.
+/// Reads the records of a file of JSON lines. Empty lines are skipped.
 ///
 /// # Errors
-/// [`Error::Data`] with the line, [`Error::Io`] if the file cannot be read.
+/// Returns [`Error::Data`] with the line number if a line is invalid, [`Error::Io`] if the file cannot be read, and
+/// [`Error::Input`] if it has no records.
 pub fn read_records(path: impl AsRef<Path>) -> Result<Vec<Record>> {
     let path = path.as_ref();
     let file = std::fs::File::open(path).map_err(Error::io(path))?;

@@ -1,65 +1,67 @@
+//! The errors of this crate.
+
 use std::path::PathBuf;
 
 use pricket_weights::clip;
 
-/// What can go wrong in training.
+/// An error of training or of an adapter.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The model.
+    /// An error of the model.
     #[error(transparent)]
     Model(pricket_nn::Error),
-    /// An adapter file that cannot be read.
+    /// A weight file cannot be read.
     #[error(transparent)]
     Weights(#[from] pricket_weights::Error),
-    /// A file that cannot be read or written.
+    /// A file cannot be read or written.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: std::io::Error,
     },
-    /// A key of adapter_config.json that is missing, impossible or not implemented.
+    /// A key of adapter_config.json is missing, invalid or not implemented.
     #[error("adapter_config.json: {key}: {what}")]
     Config {
         /// The key.
         key: String,
-        /// What was found and what was expected.
+        /// The value found and the value expected.
         what: String,
     },
-    /// An adapter or a checkpoint that contradicts itself or the model.
+    /// An adapter or a checkpoint is inconsistent or does not fit the model.
     #[error("{origin}: {what}")]
     Adapter {
         /// The file or directory.
         origin: String,
-        /// What is wrong, naming the tensor where there is one.
+        /// Description of the problem, with the tensor if there is one.
         what: String,
     },
-    /// A loss or a gradient that is NaN or infinite.
-    #[error("step {step}, micro-batch {micro_batch}: {what}; the last checkpoint is as it was")]
+    /// A loss or a gradient is NaN or infinite.
+    #[error("step {step}, micro-batch {micro_batch}: {what}; the last checkpoint is unchanged")]
     NonFinite {
-        /// The step, from 1.
+        /// The training step, counted from 1.
         step: u64,
-        /// The micro-batch of the step, from 1.
+        /// The micro-batch within the step, counted from 1.
         micro_batch: usize,
-        /// Where it is first.
+        /// The first place with a value that is not finite.
         what: String,
     },
-    /// A line of a data file.
+    /// A line of a data file is invalid.
     #[error("{}, line {line}: {what}", path.display())]
     Data {
         /// The file.
         path: PathBuf,
-        /// The line, from 1.
+        /// The line number, counted from 1.
         line: usize,
-        /// What is wrong with it.
+        /// Description of the problem.
         what: String,
     },
-    /// A text that the tokenizer or the prompt format cannot take.
+    /// The tokenizer or the prompt format rejects a text.
     #[error(transparent)]
     Text(#[from] pricket_lm::Error),
-    /// An argument that does not fit the model or the other arguments.
+    /// An argument does not fit the model or the other arguments.
     #[error("{0}")]
     Input(String),
 }

@@ -1,4 +1,6 @@
-//! Files that have their name only when they are whole.
+//! Reading and writing of small text files and safetensors files.
+//!
+//! Files are written under a temporary name and then renamed, so that an interrupted write leaves no incomplete file.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,10 +12,10 @@ use pricket_weights::{Dtype, Outline, Writer};
 
 use crate::{Error, Result};
 
-/// Largest text file that is read.
+/// Maximum size of a text file in bytes.
 const MAX_TEXT: u64 = 16 << 20;
 
-/// A text file of reasonable size.
+/// Reads a text file of at most [`MAX_TEXT`] bytes.
 pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::io(path))?;
@@ -25,7 +27,7 @@ pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes a file beside `path`, brings it to the disk, and gives it its name.
+/// Writes a temporary file beside `path`, syncs it to disk, and renames it to `path`.
 fn write(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let part = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
@@ -40,18 +42,19 @@ fn write(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<()>) -> Re
     })
 }
 
+/// Writes a text file.
 pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
     write(path, |file| file.write_all(text.as_bytes()))
 }
 
-/// The tensors of a file that [`write_tensors`] has written.
+/// Reads all tensors of a file written by [`write_tensors`].
 pub(crate) fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let store = pricket_weights::open_file(path)?;
     let read = |name: String| Ok((name.clone(), pricket_weights::read_tensor(&*store, &name, &Device::Cpu)?));
     store.names().into_iter().map(read).collect()
 }
 
-/// Writes tensors as safetensors in f32, a tensor at a time, as PyTorch's libraries read them.
+/// Writes tensors as a safetensors file in f32, one tensor at a time, with the metadata that PyTorch libraries expect.
 pub(crate) fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let outline = |(name, tensor): (&String, &Tensor)| Outline {
         name: name.clone(),

@@ -1,4 +1,10 @@
 //! The loss of a batch and its gradients, with or without gradient checkpointing.
+//!
+//! The loss is the cross-entropy of the token ids that are counted:
+//!
+//! ```text
+//! L = weight · Σ -ln p(idᵢ | id₀ .. idᵢ₋₁)
+//! ```
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
@@ -6,29 +12,30 @@ use pricket_nn::{CausalLm, Context, Parameter};
 
 use crate::{Error, Result, Sample};
 
-/// Gradients of a list of parameters, added up over micro-batches.
+/// Gradients of a list of parameters, summed over micro-batches.
 #[derive(Clone, Debug)]
 pub struct Gradients {
     of: Vec<Option<Tensor>>,
 }
 
 impl Gradients {
-    /// No gradients of `parameters` yet.
+    /// Creates an empty sum of gradients for `parameters`.
     pub fn none(parameters: &[Parameter]) -> Self {
         Self { of: vec![None; parameters.len()] }
     }
 
-    /// Gradients that were computed elsewhere, in the order of the parameters.
+    /// Creates gradients from tensors, in the order of the parameters.
     pub fn from_tensors(of: Vec<Option<Tensor>>) -> Self {
         Self { of }
     }
 
-    /// The gradient of each parameter, in the model's order of rows; `None` where the loss does not depend on it.
+    /// Returns the gradient of each parameter, in the model's order of rows. `None` if the loss does not depend on a
+    /// parameter.
     pub fn of(&self) -> &[Option<Tensor>] {
         &self.of
     }
 
-    /// Takes what a backward pass has found.
+    /// Adds the gradients of a backward pass, removing them from `found`.
     fn take(&mut self, parameters: &[Parameter], found: &mut GradStore) -> Result<()> {
         for (parameter, sum) in parameters.iter().zip(&mut self.of) {
             if let Some(grad) = found.remove(parameter.var.as_tensor()) {
@@ -41,10 +48,10 @@ impl Gradients {
         Ok(())
     }
 
-    /// The length of all gradients together.
+    /// Returns the L2 norm of all gradients together.
     ///
     /// # Errors
-    /// What candle says.
+    /// Returns an error if a tensor operation fails.
     pub fn norm(&self) -> Result<f64> {
         let mut sum = 0.0;
         for grad in self.of.iter().flatten() {
@@ -53,10 +60,12 @@ impl Gradients {
         Ok(sum.sqrt())
     }
 
-    /// Scales them down to a length of at most `max_norm`, as torch's `clip_grad_norm_`; returns the length before.
+    /// Scales the gradients so that their L2 norm is at most `max_norm`, and returns the norm before scaling.
+    ///
+    /// Equals torch's `clip_grad_norm_`. With `None` nothing is scaled.
     ///
     /// # Errors
-    /// What candle says.
+    /// Returns an error if a tensor operation fails.
     pub fn clip(&mut self, max_norm: Option<f64>) -> Result<f64> {
         let norm = self.norm()?;
         let factor = max_norm.map_or(1.0, |max| max / (norm + 1e-6));
@@ -68,10 +77,10 @@ impl Gradients {
         Ok(norm)
     }
 
-    /// The first parameter whose gradient contains NaN or infinity.
+    /// Returns the name of the first parameter whose gradient contains NaN or infinity.
     ///
     /// # Errors
-    /// What candle says.
+    /// Returns an error if a tensor operation fails.
     pub(crate) fn not_finite<'a>(&self, parameters: &'a [Parameter]) -> Result<Option<&'a str>> {
         for (parameter, grad) in parameters.iter().zip(&self.of) {
             let Some(grad) = grad else { continue };
@@ -83,22 +92,23 @@ impl Gradients {
     }
 }
 
-/// How gradients are computed.
+/// Gradient checkpointing: the trade of memory for time in the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checkpointing {
-    /// The results of all operations are kept for the backward pass.
+    /// Keeps the results of all operations for the backward pass.
     Off,
-    /// Only the input of each block is kept, and each block is computed a second time in the backward pass (Chen et al. 2016,
-    /// arXiv:1604.06174). Gradients have the same bits.
+    /// Keeps only the input of each block, and computes each block again in the backward pass (Chen et al. 2016,
+    /// arXiv:1604.06174). The gradients are bitwise equal to those of [`Checkpointing::Off`].
     PerBlock,
 }
 
-/// Adds to `sum` the gradients of `weight · Σ nll`, the cross-entropy in nats of what counts in `samples`, and returns `Σ nll`.
+/// Adds the gradients of `weight · Σ nll` to `sum`, and returns `Σ nll`.
 ///
-/// Positions begin at 0 in each sample, and none attends to another.
+/// `Σ nll` is the cross-entropy in nats, summed over the counted token ids of all `samples`. Positions begin at 0 in
+/// each sample, and samples do not attend to each other.
 ///
 /// # Errors
-/// [`Error::Input`] for samples that do not fit the model, and what candle says.
+/// Returns [`Error::Input`] if a sample does not fit the model, and an error if a tensor operation fails.
 pub fn add_gradients(
     model: &dyn CausalLm,
     samples: &[Sample],
@@ -110,7 +120,7 @@ pub fn add_gradients(
     if samples.iter().all(|sample| sample.counted() == 0) {
         return Ok(0.0);
     }
-    let mut result = Err(Error::Input("the model has done no work".into()));
+    let mut result = Err(Error::Input("the model did not run the gradient computation on its threads".into()));
     model.on_threads(&mut || {
         let pass = Pass { model, batch: Batch::new(samples), weight, parameters };
         result = match checkpointing {
@@ -121,10 +131,12 @@ pub fn add_gradients(
     result
 }
 
-/// The cross-entropy of what counts in `samples`, in nats: of each sample alone, computed in one pass.
+/// Returns the loss of each sample: the cross-entropy in nats, summed over its counted token ids.
+///
+/// All samples are computed in one pass and do not attend to each other.
 ///
 /// # Errors
-/// As [`add_gradients`].
+/// Returns the errors of [`add_gradients`].
 pub fn losses(model: &dyn CausalLm, samples: &[Sample]) -> Result<Vec<f64>> {
     let batch = Batch::new(samples);
     let mut result = Ok(vec![0.0; samples.len()]);
@@ -142,12 +154,13 @@ pub fn losses(model: &dyn CausalLm, samples: &[Sample]) -> Result<Vec<f64>> {
     result
 }
 
-/// Samples behind each other.
+/// Concatenated samples.
 struct Batch {
     ids: Vec<u32>,
     lens: Vec<usize>,
-    /// Positions in the batch whose next id counts.
+    /// Positions in the batch whose next id is counted in the loss.
     positions: Vec<u32>,
+    /// The next id at each of `positions`.
     targets: Vec<u32>,
 }
 
@@ -164,7 +177,7 @@ impl Batch {
         Self { ids, lens: samples.iter().map(|sample| sample.ids().len()).collect(), positions, targets }
     }
 
-    /// Whether all samples have one length: then they are rows of a batch rather than packed.
+    /// Returns whether all samples have the same length. Then they are the rows of a batch; otherwise they are packed.
     fn is_uniform(&self) -> bool {
         self.lens.windows(2).all(|pair| pair[0] == pair[1])
     }
@@ -178,7 +191,7 @@ impl Batch {
         Ok(Tensor::new(&self.ids[..], &model.info().device)?.reshape((rows, ()))?)
     }
 
-    /// The rows of `[b, t, d]` that the loss reads, `[n, d]`.
+    /// Selects the positions of `[b, t, d]` that the loss reads, `[n, d]`.
     fn select(&self, hidden: &Tensor) -> Result<Tensor> {
         let rows = hidden.flatten(0, 1)?;
         if self.positions.len() == rows.dim(0)? {
@@ -188,6 +201,7 @@ impl Batch {
     }
 }
 
+/// A forward and backward pass over a batch.
 struct Pass<'a> {
     model: &'a dyn CausalLm,
     batch: Batch,
@@ -196,13 +210,15 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// The loss of final hidden states: its value, and the tensor to go back from.
+    /// Returns the loss of final hidden states: its unweighted value, and the weighted tensor that the backward pass
+    /// starts from.
     fn loss(&self, hidden: &Tensor) -> Result<(f64, Tensor)> {
         let nll = self.model.nll(&self.batch.select(hidden)?, &self.batch.targets)?;
         let value = nll.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
         Ok((value, (nll.sum_all()? * self.weight)?))
     }
 
+    /// Computes the gradients without checkpointing.
     fn whole(&self, sum: &mut Gradients) -> Result<f64> {
         let hidden = self.model.hidden(&self.batch.ids(self.model)?, &mut self.batch.context())?;
         let (value, loss) = self.loss(&hidden)?;
@@ -210,20 +226,21 @@ impl Pass<'_> {
         Ok(value)
     }
 
+    /// Computes the gradients with checkpointing: one block at a time, from the last to the first.
     fn by_block(&self, sum: &mut Gradients) -> Result<f64> {
         let model = self.model;
         let mut ctx = self.batch.context();
         let ids = self.batch.ids(model)?;
         let embedded = model.embed(&ids, &mut ctx)?;
         let mut x = embedded.detach();
-        // Inputs of the blocks that something below the loss is trained in or before.
+        // The input of each block that needs a backward pass.
         let mut inputs: Vec<Option<Tensor>> = Vec::new();
         let mut is_trained = embedded.track_op();
         let is_embedding_trained = is_trained;
         drop(embedded);
         for i in 0..model.info().layers {
             let y = model.block(i, &x, &mut ctx)?;
-            // A block that nothing is trained in or before needs no backward pass.
+            // A block needs a backward pass if a parameter in it or before it is trained.
             let needs_backward = is_trained || y.track_op();
             inputs.push(needs_backward.then(|| x.clone()));
             x = y.detach();

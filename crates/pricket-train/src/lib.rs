@@ -1,9 +1,11 @@
 //! Fine-tunes and trains causal language models on one machine.
 //!
-//! A [`Lora`] adapter is read from PEFT's files or made for a [`Base`], attached to it as variables, trained, and written back
-//! as PEFT writes it. Gradients come from [`add_gradients`], with [`Checkpointing::PerBlock`] in memory that hardly grows with
-//! depth; [`Optimizer`] and [`Schedule`] compute what torch, transformers, composer and llm-foundry compute. [`Trainer`] puts
-//! them together, and goes on after an interruption as if there had been none.
+//! - [`Lora`] is a LoRA adapter. It is read from PEFT's files or created for a [`Base`], trained, and written in PEFT's
+//!   format.
+//! - [`add_gradients`] computes gradients. With [`Checkpointing::PerBlock`], its memory hardly grows with the number of
+//!   blocks.
+//! - [`Optimizer`] and [`Schedule`] compute the same values as torch, transformers, composer and llm-foundry.
+//! - [`Trainer`] is the training loop. An interrupted run resumes from its last checkpoint with the same results.
 //!
 //! ```
 //! use std::sync::Arc;

@@ -1,4 +1,8 @@
-//! LoRA adapters: their tensors, PEFT's files, attaching them to a model and merging them.
+//! LoRA adapters (Hu et al. 2021, arXiv:2106.09685): reading and writing PEFT's files, attaching adapters to a model,
+//! merging.
+//!
+//! An adapter changes a linear layer to `y = x (W + s · B A)ᵀ + b`, with `A [rank, inputs]`, `B [outputs, rank]` and
+//! the scale `s = alpha / rank`. Rows of `B` are stored in the order of the checkpoint on the Hub.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -17,21 +21,21 @@ use crate::random::{normal, number_of, uniform};
 use crate::targets::{Named, Targets};
 use crate::{Error, Result};
 
-/// What PEFT puts before the names of the base's modules.
+/// Prefix of module names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
 
-/// A low-rank change to a module, its rows in the Hub's order.
+/// The low-rank change of one module, with rows in the Hub's order.
 #[derive(Clone, Debug)]
 pub(crate) struct LowRank {
     /// `[rank, inputs]`.
     pub(crate) a: Tensor,
     /// `[outputs, rank]`.
     pub(crate) b: Tensor,
-    /// `[outputs]`; DoRA's.
+    /// DoRA's magnitudes, `[outputs]`.
     pub(crate) magnitude: Option<Tensor>,
 }
 
-/// A LoRA adapter: settings and tensors, as PEFT's files have them.
+/// A LoRA adapter: settings and tensors, as stored in PEFT's files.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -57,22 +61,22 @@ pub(crate) struct LowRank {
 #[derive(Clone, Debug)]
 pub struct Lora {
     pub(crate) config: LoraConfig,
-    /// The file, for messages.
+    /// The file or a description, for messages.
     pub(crate) origin: String,
-    /// By the name of the module on the Hub.
+    /// Low-rank changes by module name on the Hub.
     pub(crate) low: BTreeMap<String, LowRank>,
-    /// Weights and biases that are stored in full, by the name of the tensor on the Hub.
+    /// Weights and biases that are stored in full, by tensor name on the Hub.
     pub(crate) whole: BTreeMap<String, Tensor>,
 }
 
-/// A model with adapters that are trained.
+/// A model and the parameters that are trained: those of an adapter, or all.
 #[derive(Clone)]
 pub struct Tuned {
-    /// The model, which computes with the variables below.
+    /// The model, which computes with the parameters below.
     pub model: Arc<dyn CausalLm>,
-    /// The variables, named as in adapter_model.safetensors.
+    /// The trained parameters. For an adapter they have the names of adapter_model.safetensors.
     pub parameters: Vec<Parameter>,
-    /// Counts passes, so that each has its own dropout; see [`Dropout::step`].
+    /// Number of the pass, shared with [`Dropout::step`], so that each pass has its own dropout.
     pub passes: Arc<AtomicU64>,
 }
 
@@ -83,10 +87,10 @@ impl std::fmt::Debug for Tuned {
 }
 
 impl Lora {
-    /// A new adapter for `base`. The same seed gives the same numbers on every machine.
+    /// Creates a new adapter for `base`. The same seed gives the same initial values on every machine.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the key, also if the targets match no module.
+    /// Returns [`Error::Config`] with the key if a setting is invalid or matches no module of the model.
     pub fn new(mut config: LoraConfig, base: &Base, seed: u64) -> Result<Self> {
         config.check()?;
         let (mut low, mut whole, mut known) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
@@ -139,39 +143,40 @@ impl Lora {
             let what = format!("no module matches; the model has {known}");
             return Err(Error::Config { key: "target_modules".into(), what });
         }
-        // As PEFT, which writes the list that it found.
+        // PEFT also replaces "all-linear" by the list of names it found.
         if config.targets == Select::AllLinear {
             config.targets = Select::Names(last_parts.into_iter().collect());
         }
         Ok(Self { config, origin: "the adapter".into(), low, whole })
     }
 
-    /// Its settings.
+    /// Returns the settings.
     pub fn config(&self) -> &LoraConfig {
         &self.config
     }
 
-    /// Notes which model it is for: a repository and a revision.
+    /// Sets the repository or path of the base model, and its revision, in the settings.
     pub fn set_base(&mut self, base: Option<String>, revision: Option<String>) {
         (self.config.base, self.config.revision) = (base, revision);
     }
 
-    /// Names on the Hub of the modules that it adapts.
+    /// Returns the names on the Hub of the modules that have a low-rank change.
     pub fn modules(&self) -> impl Iterator<Item = &str> {
         self.low.keys().map(String::as_str)
     }
 
-    /// Number of its weights.
+    /// Returns the number of elements of all tensors of the adapter.
     pub fn weights(&self) -> usize {
         self.tensors().values().map(Tensor::elem_count).sum()
     }
 
-    /// Reads an adapter that PEFT or [`Lora::write`] has written: a directory with adapter_config.json and adapter_model.safetensors
-    /// or adapter_model.bin.
+    /// Reads an adapter written by PEFT or by [`Lora::write`].
+    ///
+    /// `directory` holds adapter_config.json and adapter_model.safetensors or adapter_model.bin.
     ///
     /// # Errors
-    /// [`Error::Config`] for a setting that is not implemented, [`Error::Adapter`] naming a tensor that is missing, misshapen or of
-    /// no known kind.
+    /// Returns [`Error::Config`] if a setting is invalid or not implemented. Returns [`Error::Adapter`] with the tensor
+    /// if one is missing, has a wrong shape, or belongs to an adapter type that is not implemented.
     pub fn read(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
         let path = directory.join("adapter_config.json");
@@ -200,10 +205,10 @@ impl Lora {
         Self::from_tensors(config, tensors, &file.display().to_string())
     }
 
-    /// An adapter from the tensors of an adapter_model.safetensors; `origin` is named in messages.
+    /// Creates an adapter from the tensors of an adapter_model.safetensors. Error messages name `origin`.
     ///
     /// # Errors
-    /// As [`Lora::read`].
+    /// Returns the errors of [`Lora::read`].
     pub fn from_tensors(config: LoraConfig, tensors: BTreeMap<String, Tensor>, origin: &str) -> Result<Self> {
         config.check()?;
         let wrong = |what: String| Error::Adapter { origin: origin.into(), what: clip(&what) };
@@ -221,7 +226,9 @@ impl Lora {
                 continue;
             }
             if bare.contains(".lora_") || module_of(bare).is_none() {
-                let what = format!("tensor {name}: adapters of this kind are not implemented");
+                let what = format!(
+                    "tensor {name}: this type of adapter is not implemented; expected lora_A, lora_B or a full weight"
+                );
                 return Err(wrong(what));
             }
             whole.insert(bare.replace(".base_layer.", ".").replace(".modules_to_save.", "."), tensor);
@@ -246,12 +253,12 @@ impl Lora {
             low.insert(name, LowRank { a, b, magnitude });
         }
         if low.is_empty() && whole.is_empty() {
-            return Err(wrong("has no tensors of an adapter".into()));
+            return Err(wrong("expected tensors of a LoRA adapter, found none".into()));
         }
         Ok(Self { config, origin: origin.into(), low, whole })
     }
 
-    /// Its tensors, named and laid out as in adapter_model.safetensors.
+    /// Returns the tensors with the names and the row order of adapter_model.safetensors.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
         let mut out = BTreeMap::new();
         for (name, LowRank { a, b, magnitude }) in &self.low {
@@ -263,7 +270,7 @@ impl Lora {
         out
     }
 
-    /// What PEFT calls a tensor that is stored in full.
+    /// Returns PEFT's name of a tensor that is stored in full.
     fn whole_key(&self, name: &str) -> String {
         match name.strip_suffix(".bias").filter(|module| self.low.contains_key(*module)) {
             Some(module) => format!("{PREFIX}{module}.base_layer.bias"),
@@ -271,11 +278,12 @@ impl Lora {
         }
     }
 
-    /// Writes adapter_config.json and adapter_model.safetensors into a directory, as PEFT does. Each file has its name only when
-    /// it is whole.
+    /// Writes adapter_config.json and adapter_model.safetensors into a directory, in PEFT's format.
+    ///
+    /// An interrupted write leaves no incomplete file under these names.
     ///
     /// # Errors
-    /// [`Error::Io`] if they cannot be written.
+    /// Returns [`Error::Io`] if a file cannot be written.
     pub fn write(&self, directory: impl AsRef<Path>) -> Result<()> {
         let directory = directory.as_ref();
         std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
@@ -284,27 +292,29 @@ impl Lora {
         write_text(&directory.join("adapter_config.json"), &(json + "\n"))
     }
 
-    /// The base with this adapter added to those that it has. The base is shared and stays as it was: to take an adapter off, go on
-    /// with the base.
+    /// Returns a model that computes the base with this adapter, in addition to the adapters it already has.
+    ///
+    /// The base's weights are shared, and the base is unchanged. To remove the adapter, use the base again.
     ///
     /// # Errors
-    /// [`Error::Adapter`] naming a module that the model does not have, or that has other sizes.
+    /// Returns [`Error::Adapter`] with the module if the model does not have it or its shape differs.
     pub fn apply(&self, base: &Base) -> Result<Arc<dyn CausalLm>> {
         Ok(self.attach(base, None)?.model)
     }
 
-    /// The base with this adapter as variables that collect gradients.
+    /// Returns the base with this adapter, whose tensors are variables that collect gradients. `seed` is the seed of
+    /// the dropout.
     ///
     /// # Errors
-    /// As [`Lora::apply`].
+    /// Returns the errors of [`Lora::apply`].
     pub fn train(&self, base: &Base, seed: u64) -> Result<Tuned> {
         self.attach(base, Some(seed))
     }
 
-    /// Checks that every module is one of the base's and has its sizes, which works over a model without values too.
+    /// Checks that the base has every module of the adapter, with the same shapes. Reads no weights of the base.
     ///
     /// # Errors
-    /// As [`Lora::apply`].
+    /// Returns the errors of [`Lora::apply`].
     pub fn check(&self, base: &Base) -> Result<()> {
         let (mut shapes, mut dims) = (BTreeMap::new(), BTreeMap::new());
         base.visit(&mut |layer| {
@@ -333,7 +343,7 @@ impl Lora {
             let expected = dims.get(&base.canonical_tensor(name));
             if expected.map(Vec::as_slice) != Some(tensor.dims()) {
                 let what = format!(
-                    "{name} is {:?}; the model has {}",
+                    "{name} has shape {:?}; the model has {}",
                     tensor.dims(),
                     expected.map_or("none".into(), |dims| format!("{dims:?}"))
                 );
@@ -346,7 +356,7 @@ impl Lora {
             if expected != Some(&found) {
                 let what = match expected {
                     Some(expected) => format!("{name}: the adapter is for {found:?}, the model has {expected:?}"),
-                    None => format!("{name}: the model has no linear layer of that name"),
+                    None => format!("{name}: the model has no linear layer of this name"),
                 };
                 return Err(Error::Adapter { origin: self.origin.clone(), what: clip(&what) });
             }
@@ -354,10 +364,12 @@ impl Lora {
         Ok(())
     }
 
+    /// Attaches the adapter to a copy of the base. With a seed in `training`, its tensors are variables and have
+    /// dropout.
     fn attach(&self, base: &Base, training: Option<u64>) -> Result<Tuned> {
         let targets = Targets::new(&self.config)?;
         let twice = |name: &str| {
-            let what = format!("{name} appears under two names");
+            let what = format!("{name} and another tensor name belong to the same module");
             Error::Adapter { origin: self.origin.clone(), what: clip(&what) }
         };
         let (mut low, mut whole) = (BTreeMap::new(), BTreeMap::new());
@@ -433,35 +445,37 @@ impl Lora {
         let names = names.chain(whole.iter().map(|(canonical, (name, _))| (canonical, *name)));
         if let Some((_, name)) = names.into_iter().find(|(canonical, _)| !used.contains(*canonical)) {
             let family = base.model.info().family;
-            return Err(wrong(format!("is for a module {name}, which this {family} model does not have")));
+            return Err(wrong(format!("adapts module {name}, which this {family} model does not have")));
         }
         Ok(Tuned { model, parameters, passes })
     }
 
-    /// The adapter with the values that the variables of [`Lora::train`] have now.
+    /// Returns a copy of the adapter with the current values of `parameters`, the variables of [`Lora::train`].
     ///
     /// # Errors
-    /// [`Error::Input`] for variables of another adapter.
+    /// Returns [`Error::Input`] if `parameters` belong to another adapter.
     pub fn trained(&self, parameters: &[Parameter]) -> Result<Self> {
         let mut tensors = self.tensors();
         for Parameter { name, var, rows } in parameters {
             let value = rows.undo(&var.as_tensor().detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?)?;
             let place = tensors.get_mut(name).filter(|tensor| tensor.dims() == value.dims());
-            // A copy: the variable goes on changing.
+            // Copied, because training continues to change the variable.
             *place.ok_or_else(|| Error::Input(format!("the adapter has no tensor {name}")))? = value.copy()?;
         }
         Ok(Self { origin: self.origin.clone(), ..Self::from_tensors(self.config.clone(), tensors, &self.origin)? })
     }
 
-    /// The base with the adapter merged into its weights, in f32: a model without adapters. [`Lora::merged_weight`] merges one tensor
-    /// at a time.
+    /// Returns the base with the adapter merged into its weights, in f32: a model without adapters.
+    ///
+    /// [`Lora::merged_weight`] merges one tensor at a time, with less memory.
     ///
     /// # Errors
-    /// As [`Lora::apply`]; [`Error::Input`] if a head that is tied to the embedding is adapted.
+    /// Returns the errors of [`Lora::apply`], and [`Error::Input`] if the adapter changes a head that is tied to the
+    /// embedding.
     pub fn merge(&self, base: &Base) -> Result<Arc<dyn CausalLm>> {
         let adapted = self.apply(base)?;
         if let Some(plan) = adapted.plan().filter(|plan| plan.is_tied && !plan.head.adapters().is_empty()) {
-            let what = "the head is adapted, and this model ties it to the embedding: it cannot be merged";
+            let what = "an adapter of a head that is tied to the embedding cannot be merged";
             return Err(Error::Input(format!("{}: {what}", plan.head.name())));
         }
         Ok(adapted.map_linears(&mut |linear| {
@@ -472,17 +486,19 @@ impl Lora {
         })?)
     }
 
-    /// What the tensor `name` of the base becomes if the adapter is merged: `weight` of `[outputs, inputs]` is its value, in f32 and
-    /// with rows in the order `rows` relative to the Hub's. `None` if it stays.
+    /// Returns tensor `name` of the base after merging, or `None` if the adapter does not change it.
+    ///
+    /// `weight` is its value before merging, `[outputs, inputs]` in f32. `rows` is the order of its rows relative to
+    /// the Hub's.
     ///
     /// # Errors
-    /// [`Error::Adapter`] for a weight of other sizes.
+    /// Returns [`Error::Adapter`] if the shape of `weight` differs from the adapter's.
     pub fn merged_weight(&self, base: &Names, name: &str, weight: &Tensor, rows: RowOrder) -> Result<Option<Tensor>> {
         let canonical = base.canonical(name);
         let is_it = |other: &str| base.canonical(other) == canonical;
         if let Some((_, tensor)) = self.whole.iter().find(|(name, _)| is_it(name)) {
             if tensor.dims() != weight.dims() {
-                let what = format!("{name}: the adapter has {:?}, the model {:?}", tensor.dims(), weight.dims());
+                let what = format!("{name}: the adapter has shape {:?}, the model {:?}", tensor.dims(), weight.dims());
                 return Err(Error::Adapter { origin: self.origin.clone(), what });
             }
             return Ok(Some(rows.apply(tensor)?));
@@ -491,7 +507,8 @@ impl Lora {
         let Some((module, LowRank { a, b, magnitude })) = found else { return Ok(None) };
         let (outputs, inputs) = (b.dim(0)?, a.dim(1)?);
         if weight.dims() != [outputs, inputs] {
-            let what = format!("{module}: the adapter is for [{outputs}, {inputs}], the weight is {:?}", weight.dims());
+            let what =
+                format!("{module}: the adapter is for [{outputs}, {inputs}], the weight has shape {:?}", weight.dims());
             return Err(Error::Adapter { origin: self.origin.clone(), what });
         }
         let scale = Targets::new(&self.config)?.scale(module, b.dim(1)?)?;
@@ -501,7 +518,7 @@ impl Lora {
         Ok(Some(linear.merged()?))
     }
 
-    /// Whether merging changes the tensor `name` of the base.
+    /// Returns whether merging the adapter changes tensor `name` of the base.
     pub fn changes(&self, base: &Names, name: &str) -> bool {
         let canonical = base.canonical(name);
         let modules = self.low.keys().map(|module| format!("{module}.weight"));
@@ -509,12 +526,12 @@ impl Lora {
     }
 }
 
-/// How the rows of a layer were ordered on file.
+/// Returns the row order of a layer relative to the file.
 fn rows_of(layer: &Layer<'_>) -> RowOrder {
     if let Layer::Linear(linear) = layer { linear.rows() } else { RowOrder::AsStored }
 }
 
-/// Gives a layer another weight or bias.
+/// Replaces the weight or bias of a layer. `None` keeps it.
 fn replace(layer: &mut Layer<'_>, weight: Option<Tensor>, bias: Option<Tensor>) -> Result<()> {
     match layer {
         _ if weight.is_none() && bias.is_none() => {}
@@ -536,15 +553,15 @@ fn replace(layer: &mut Layer<'_>, weight: Option<Tensor>, bias: Option<Tensor>) 
                 **embedding = embedding.with_weight(Matrix::Dense(weight))?;
             }
             if bias.is_some() {
-                return Err(Error::Input(format!("{} has no bias", embedding.name())));
+                return Err(Error::Input(format!("{}: an embedding has no bias to replace", embedding.name())));
             }
         }
-        _ => return Err(Error::Input(format!("{} cannot be replaced", layer.name()))),
+        _ => return Err(Error::Input(format!("{}: this type of layer cannot be trained in full", layer.name()))),
     }
     Ok(())
 }
 
-/// Weight and bias of a layer in f32, rows in the Hub's order.
+/// Returns the weight and bias of a layer in f32, with rows in the Hub's order.
 fn parts_in_full(layer: &Layer<'_>) -> Result<Vec<(&'static str, Tensor)>> {
     let dense = |matrix: &Matrix| matrix.to_dense(DType::F32, &Device::Cpu);
     let (weight, bias) = match layer {
@@ -564,7 +581,7 @@ fn parts_in_full(layer: &Layer<'_>) -> Result<Vec<(&'static str, Tensor)>> {
         .collect()
 }
 
-/// The first values of a change.
+/// Creates the initial low-rank change of a linear layer.
 fn fresh(config: &LoraConfig, linear: &Linear, rank: usize, name: &str, seed: u64) -> Result<LowRank> {
     let (outputs, inputs) = linear.weight().shape()?;
     let seed_of = |part: &str| number_of(&format!("{name}.{part}"), seed);

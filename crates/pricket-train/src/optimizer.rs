@@ -1,4 +1,14 @@
-//! Optimizers, as torch, composer, llm-foundry and lion-pytorch compute them.
+//! Optimizers: AdamW and LION, as computed by torch, composer, llm-foundry and lion-pytorch.
+//!
+//! Weights shrink first, `p ← p (1 - decay)`. Then the rule is applied to the gradient `g` at step `t`:
+//!
+//! ```text
+//! AdamW:  m ← β₁ m + (1 - β₁) g
+//!         v ← β₂ v + (1 - β₂) g²
+//!         p ← p - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
+//! LION:   p ← p - lr · sign(β₁ m + (1 - β₁) g)
+//!         m ← β₂ m + (1 - β₂) g
+//! ```
 
 use std::collections::BTreeMap;
 
@@ -9,20 +19,19 @@ use serde::{Deserialize, Serialize};
 use crate::gradients::Gradients;
 use crate::{Error, Result};
 
-/// The rule by which parameters move. `g` is the gradient after clipping, `lr` the rate of the step, `lr₀` that of the run, `wd`
-/// the weight decay.
+/// An update rule. `lr` is the learning rate of the step, `lr₀` that before the schedule, and `wd` the weight decay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
-    /// torch's `AdamW` (Loshchilov and Hutter 2017, arXiv:1711.05101): weights shrink by `lr · wd`.
+    /// torch's `AdamW` (Loshchilov and Hutter 2017, arXiv:1711.05101). Weights shrink by `lr · wd`.
     #[serde(rename = "adamw")]
     AdamW,
-    /// composer's `DecoupledAdamW`: weights shrink by `wd · lr / lr₀`.
+    /// composer's `DecoupledAdamW`. Weights shrink by `wd · lr / lr₀`.
     #[serde(rename = "decoupled_adamw")]
     DecoupledAdamW,
-    /// LION (Chen et al. 2023, arXiv:2302.06675), as the paper and lion-pytorch have it: weights shrink by `lr · wd`.
+    /// LION of the paper (Chen et al. 2023, arXiv:2302.06675) and of lion-pytorch. Weights shrink by `lr · wd`.
     Lion,
-    /// llm-foundry's `DecoupledLionW`, which trained MPT: weights shrink by `wd · lr / lr₀`.
+    /// llm-foundry's `DecoupledLionW`, which trained MPT. Weights shrink by `wd · lr / lr₀`.
     #[serde(rename = "decoupled_lionw")]
     DecoupledLion,
 }
@@ -53,35 +62,36 @@ impl std::str::FromStr for Rule {
     }
 }
 
-/// The settings of an optimizer.
+/// Settings of an optimizer.
 ///
 /// ```
 /// use pricket_train::{OptimizerConfig, Rule};
-/// // As Pythia was trained.
+/// // The settings that trained Pythia.
 /// let config = OptimizerConfig { betas: (0.9, 0.95), weight_decay: 0.1, ..OptimizerConfig::new(Rule::AdamW, 1e-3) };
 /// assert_eq!(config.eps, 1e-8);
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OptimizerConfig {
-    /// The rule.
+    /// Update rule.
     pub rule: Rule,
-    /// The learning rate, before the schedule.
+    /// Learning rate before the schedule.
     pub lr: f64,
-    /// Decay rates of the two moments.
+    /// Decay rates of the two moments, each from 0 to below 1.
     pub betas: (f64, f64),
-    /// Added to the root of the second moment; LION has none.
+    /// Added to the square root of the second moment. Not used by LION.
     pub eps: f64,
-    /// Weight decay of matrices and tables.
+    /// Weight decay of matrices and embeddings.
     pub weight_decay: f64,
-    /// Whether biases and norms have it too, as in llm-foundry; they have none in transformers' Trainer, nor by default.
+    /// Whether biases and norms decay as well, as in llm-foundry. Default: false, as in transformers' Trainer.
     pub decay_vectors: bool,
-    /// Learning rates of parameters whose name ends so, as multiples of `lr`; the first that fits counts. LoRA+ (Hayou et al. 2024,
-    /// arXiv:2402.12354) is `("lora_B.weight", 16.0)`.
+    /// Learning rates of single parameters: an ending of their names and a multiple of `lr`. The first match is used.
+    ///
+    /// `("lora_B.weight", 16.0)` is LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
     pub lr_ratios: Vec<(String, f64)>,
 }
 
 impl OptimizerConfig {
-    /// The defaults of the library that a rule comes from, without weight decay.
+    /// Creates settings with the defaults of the library that defines the rule, without weight decay.
     pub fn new(rule: Rule, lr: f64) -> Self {
         let betas = match rule {
             Rule::AdamW => (0.9, 0.999),
@@ -103,7 +113,7 @@ impl OptimizerConfig {
                 format!("weight_decay is {}; expected 0 or more", self.weight_decay)
             }
             _ if self.rule.is_decoupled() && self.weight_decay >= 1.0 => {
-                format!("weight_decay is {}: the decoupled rules would set weights to zero", self.weight_decay)
+                format!("weight_decay is {}; expected less than 1 for a decoupled rule", self.weight_decay)
             }
             _ => match self.lr_ratios.iter().find(|(_, ratio)| !(ratio.is_finite() && *ratio > 0.0)) {
                 Some((end, ratio)) => {
@@ -120,7 +130,7 @@ impl OptimizerConfig {
     }
 }
 
-/// An optimizer over a list of parameters, with its moments in f32.
+/// An optimizer over a list of parameters. Moments are stored in f32.
 #[derive(Debug)]
 pub struct Optimizer {
     config: OptimizerConfig,
@@ -128,25 +138,27 @@ pub struct Optimizer {
     slots: Vec<Slot>,
 }
 
+/// The optimizer's tensors of one parameter.
 #[derive(Debug)]
 struct Slot {
+    /// First moment.
     first: Tensor,
-    /// LION has none.
+    /// Second moment. `None` for LION.
     second: Option<Tensor>,
-    /// The weight in f32, of a parameter in another type.
+    /// The weight in f32, for a parameter of another type.
     master: Option<Tensor>,
 }
 
 impl Optimizer {
-    /// An optimizer whose moments are zero.
+    /// Creates an optimizer whose moments are zero.
     ///
     /// # Errors
-    /// [`Error::Input`] for settings that make no sense.
+    /// Returns [`Error::Input`] if a setting is out of range, or if a learning rate of its own matches no parameter.
     pub fn new(config: OptimizerConfig, parameters: &[Parameter]) -> Result<Self> {
         config.check()?;
         let has = |end: &str| parameters.iter().any(|parameter| parameter.name.ends_with(end));
         if let Some((end, _)) = config.lr_ratios.iter().find(|(end, _)| !has(end)) {
-            return Err(Error::Input(format!("{end} has a learning rate of its own, and no parameter's name ends so")));
+            return Err(Error::Input(format!("lr_ratios: no parameter has a name that ends in {end}")));
         }
         let slot = |parameter: &Parameter| -> Result<Slot> {
             let tensor = parameter.var.as_tensor();
@@ -160,25 +172,28 @@ impl Optimizer {
         Ok(Self { config, step: 0, slots })
     }
 
-    /// Its settings.
+    /// Returns the settings.
     pub fn config(&self) -> &OptimizerConfig {
         &self.config
     }
 
-    /// Bytes of its state.
+    /// Returns the size of the optimizer's tensors in bytes.
     pub fn bytes(&self) -> usize {
         let tensors = self.slots.iter().flat_map(Slot::tensors);
         tensors.map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
     }
 
-    /// Moves the parameters by one step. `multiplier` is the schedule's for this step. A parameter without a gradient stays.
+    /// Updates the parameters by one step. Parameters without a gradient are unchanged.
+    ///
+    /// `multiplier` is the schedule's share of the learning rate at this step, [`Schedule::at`](crate::Schedule::at).
     ///
     /// # Errors
-    /// [`Error::Input`] for another list of parameters than the optimizer was made for, and what candle says.
+    /// Returns [`Error::Input`] if the number of parameters or gradients differs from the optimizer's, and an error if
+    /// a tensor operation fails.
     pub fn step(&mut self, parameters: &[Parameter], gradients: &Gradients, multiplier: f64) -> Result<()> {
         if parameters.len() != self.slots.len() || gradients.of().len() != self.slots.len() {
             let (found, expected) = (parameters.len(), self.slots.len());
-            return Err(Error::Input(format!("{found} parameters for an optimizer of {expected}")));
+            return Err(Error::Input(format!("found {found} parameters; the optimizer has {expected}")));
         }
         self.step += 1;
         let OptimizerConfig { rule, betas: (b1, b2), eps, .. } = self.config;
@@ -221,12 +236,12 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Steps taken.
+    /// Returns the number of steps taken.
     pub fn steps(&self) -> u64 {
         self.step
     }
 
-    /// Its state: tensors by the names of the parameters.
+    /// Returns the optimizer's tensors, named `first.`, `second.` or `master.` and the name of the parameter.
     pub(crate) fn state(&self, parameters: &[Parameter]) -> BTreeMap<String, Tensor> {
         let of = |(parameter, slot): (&Parameter, &Slot)| {
             let name = parameter.name.clone();
@@ -235,7 +250,7 @@ impl Optimizer {
         parameters.iter().zip(&self.slots).flat_map(of).collect()
     }
 
-    /// Continues from a state that was saved.
+    /// Restores the tensors returned by [`Optimizer::state`] and the number of steps.
     pub(crate) fn restore(
         &mut self,
         parameters: &[Parameter],
@@ -251,7 +266,7 @@ impl Optimizer {
             }
         }
         if let Some(name) = state.keys().next() {
-            return Err(Error::Input(format!("optimizer.safetensors: {name} is of no parameter of this run")));
+            return Err(Error::Input(format!("optimizer.safetensors: {name} matches no parameter of this run")));
         }
         self.step = step;
         Ok(())

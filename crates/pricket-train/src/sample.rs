@@ -1,10 +1,10 @@
-//! What a model is trained on: token ids, and which of them count.
+//! Training samples: token ids, and which of them are counted in the loss.
 
 use crate::{Error, Result};
 
-/// A text as token ids, with the ids that the loss counts.
+/// A text as token ids, with a mask of the ids that are counted in the loss.
 ///
-/// The first id is never predicted, so it never counts.
+/// The first id is never counted, because the model does not predict it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
     ids: Vec<u32>,
@@ -12,52 +12,58 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// A sample of which every id counts but the first.
+    /// Creates a sample of which all ids except the first are counted.
     ///
     /// # Errors
-    /// [`Error::Input`] for an empty list.
+    /// Returns [`Error::Input`] if `ids` is empty.
     pub fn new(ids: Vec<u32>) -> Result<Self> {
         let counts = vec![true; ids.len()];
         Self::masked(ids, counts)
     }
 
-    /// A prompt and the response to it, of which the response counts. The end token is a part of the response.
+    /// Creates a sample from a prompt and a response, of which the response is counted. `response` includes the end
+    /// token.
     ///
     /// # Errors
-    /// [`Error::Input`] if both are empty.
+    /// Returns [`Error::Input`] if both are empty.
     pub fn response(prompt: &[u32], response: &[u32]) -> Result<Self> {
         let counts = [vec![false; prompt.len()], vec![true; response.len()]].concat();
         Self::masked([prompt, response].concat(), counts)
     }
 
-    /// A sample and which of its ids count.
+    /// Creates a sample of which the ids with a `true` in `counts` are counted. The first id is not counted in any
+    /// case.
     ///
     /// # Errors
-    /// [`Error::Input`] for lists of different lengths, or empty ones.
+    /// Returns [`Error::Input`] if the lists are empty or their lengths differ.
     pub fn masked(ids: Vec<u32>, mut counts: Vec<bool>) -> Result<Self> {
         if ids.len() != counts.len() || ids.is_empty() {
-            return Err(Error::Input(format!("{} token ids with a mask of {}", ids.len(), counts.len())));
+            return Err(Error::Input(format!(
+                "{} token ids with a mask of {}; expected equal lengths of at least 1",
+                ids.len(),
+                counts.len()
+            )));
         }
         counts[0] = false;
         Ok(Self { ids, counts })
     }
 
-    /// The token ids.
+    /// Returns the token ids.
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
 
-    /// How many ids count.
+    /// Returns the number of ids that are counted in the loss.
     pub fn counted(&self) -> usize {
         self.counts.iter().filter(|&&counts| counts).count()
     }
 
-    /// Positions whose next id counts, and that id.
+    /// Returns the positions whose next id is counted, each with that id.
     pub(crate) fn targets(&self) -> impl Iterator<Item = (usize, u32)> {
         (1..self.ids.len()).filter(|&i| self.counts[i]).map(|i| (i - 1, self.ids[i]))
     }
 
-    /// The first `len` ids.
+    /// Truncates the sample to its first `len` ids, at least one.
     #[must_use]
     pub fn truncated(mut self, len: usize) -> Self {
         self.ids.truncate(len.max(1));
@@ -66,7 +72,9 @@ impl Sample {
     }
 }
 
-/// Divides samples into micro-batches of at most `tokens` ids each, in order; a longer sample has one of its own.
+/// Divides samples into micro-batches of at most `tokens` token ids each, in order.
+///
+/// A sample with more ids is a micro-batch of its own.
 pub fn micro_batches(samples: Vec<Sample>, tokens: usize) -> Vec<Vec<Sample>> {
     let mut batches: Vec<Vec<Sample>> = Vec::new();
     let mut left = 0;

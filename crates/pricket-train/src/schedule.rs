@@ -1,4 +1,7 @@
-//! Learning-rate schedules, as transformers (`optimization.py`) and composer (`optim/scheduler.py`) compute them.
+//! Learning-rate schedules, as computed by transformers (`optimization.py`) and composer (`optim/scheduler.py`).
+//!
+//! The learning rate of a step is `lr · multiplier(step)`. The multiplier rises linearly from 0 to 1 during the
+//! warm-up, and then follows a [`Decay`].
 
 use std::f64::consts::PI;
 
@@ -6,57 +9,62 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// How the learning rate falls after the warm-up. `x` is the share of the steps after the warm-up that has passed.
+/// The decay of the learning rate after the warm-up, as a multiplier of the full rate.
+///
+/// In the formulas, `x` goes from 0 at the end of the warm-up to 1 at the last step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Decay {
-    /// It stays.
+    /// 1.
     Constant,
-    /// `1 - x`, down to 0.
+    /// `1 - x`, at least 0.
     Linear,
-    /// `(1 + cos(2π · cycles · x)) / 2`; half a cycle ends at 0, and rises again beyond the last step.
+    /// `(1 - min) · (1 + cos(2π · cycles · x)) / 2 + min`. With 0.5 cycles it ends at `min`, and rises again after the
+    /// last step.
     Cosine {
-        /// Periods of the cosine; 0.5 by default.
+        /// Periods of the cosine. transformers' default: 0.5.
         cycles: f64,
-        /// The lowest rate, as a share of the full one.
+        /// Smallest multiplier.
         min: f64,
     },
-    /// A cosine from 1 to 0, `cycles` times.
+    /// A half cosine from 1 to 0, repeated `cycles` times.
     CosineRestarts {
-        /// How often; 1 by default.
+        /// Number of repetitions. transformers' default: 1.
         cycles: f64,
     },
     /// `(1 - end) · (1 - x)^power + end`.
     Polynomial {
-        /// The exponent; 1 by default.
+        /// Exponent. transformers' default: 1.
         power: f64,
-        /// The share of the rate that is left at the end.
+        /// Multiplier at the last step.
         end: f64,
     },
-    /// `1 / sqrt((step - warmup + timescale) / timescale)`; the timescale is the warm-up, or 10,000 steps without one.
+    /// `1 / sqrt((step - warmup + timescale) / timescale)`. The timescale is the warm-up, or 10,000 steps without a
+    /// warm-up.
     InverseSqrt,
-    /// The full rate, then a cosine over the last `decay_steps` steps down to `min`, where the warm-up begins too (Hu et al.
-    /// 2024, arXiv:2404.06395).
+    /// 1, then a half cosine down to `min` over the last `decay_steps` steps (Hu et al. 2024, arXiv:2404.06395).
+    ///
+    /// The warm-up begins at `min`, not at 0.
     WarmupStableDecay {
-        /// Steps of the fall.
+        /// Number of steps of the final decay.
         decay_steps: u64,
-        /// The share of the rate at both ends.
+        /// Multiplier at the first and the last step.
         min: f64,
     },
-    /// composer's cosine, which stays at `alpha_f` from the last step on.
+    /// composer's cosine, `alpha_f + (1 - alpha_f) · (1 + cos(πx)) / 2`, which stays at `alpha_f` after the last step.
     ComposerCosine {
-        /// The share of the rate that is left at the end.
+        /// Multiplier at the last step.
         alpha_f: f64,
     },
-    /// composer's line, which stays at `alpha_f` from the last step on.
+    /// composer's linear decay, `1 + x · (alpha_f - 1)`, which stays at `alpha_f` after the last step.
     ComposerLinear {
-        /// The share of the rate that is left at the end.
+        /// Multiplier at the last step.
         alpha_f: f64,
     },
 }
 
-/// A warm-up, and what follows it.
+/// A learning-rate schedule: a linear warm-up followed by a decay.
 ///
 /// ```
 /// use pricket_train::{Decay, Schedule};
@@ -66,21 +74,22 @@ pub enum Decay {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Schedule {
-    /// Steps in which the rate rises from 0.
+    /// Number of warm-up steps.
     pub warmup_steps: u64,
-    /// Steps of the run, those of the warm-up included. [`Decay::Constant`] and [`Decay::InverseSqrt`] do not read it.
+    /// Number of all steps, including the warm-up. Not used by [`Decay::Constant`] and [`Decay::InverseSqrt`].
     pub total_steps: u64,
-    /// What follows the warm-up.
+    /// Decay after the warm-up.
     pub decay: Decay,
 }
 
 impl Schedule {
-    /// A schedule by the name that transformers' `get_scheduler` or composer has for it, with that library's defaults. Where it has
-    /// none: `cosine_with_min_lr` ends at a tenth of the rate, `polynomial` at 0, and the last decay of `warmup_stable_decay` takes a
-    /// fifth of the steps after the warm-up.
+    /// Returns the schedule that transformers' `get_scheduler` or composer calls `name`, with that library's defaults.
+    ///
+    /// Where the library has no default, `cosine_with_min_lr` ends at a tenth of the learning rate, `polynomial` ends
+    /// at 0, and the decay of `warmup_stable_decay` takes the last fifth of the steps after the warm-up.
     ///
     /// # Errors
-    /// [`Error::Input`] for an unknown name, with the names that are known.
+    /// Returns [`Error::Input`] with the known names if `name` is unknown.
     pub fn named(name: &str, warmup_steps: u64, total_steps: u64) -> Result<Self> {
         let decay = match name {
             "constant" | "constant_with_warmup" => Decay::Constant,
@@ -102,15 +111,15 @@ impl Schedule {
                 return Err(Error::Input(format!("{name:?} is not a known schedule; use {known}")));
             }
         };
-        // transformers' `constant` has no warm-up.
+        // transformers' `constant` ignores the warm-up.
         let warmup_steps = if name == "constant" { 0 } else { warmup_steps };
         Ok(Self { warmup_steps, total_steps, decay })
     }
 
-    /// The same with this share of the rate left at the end.
+    /// Sets the lowest multiplier of the decay, `min`, `end` or `alpha_f`.
     ///
     /// # Errors
-    /// [`Error::Input`] for a decay that has no such share.
+    /// Returns [`Error::Input`] if the decay has no such setting.
     pub fn with_min(self, share: f64) -> Result<Self> {
         let decay = match self.decay {
             Decay::Cosine { cycles, .. } => Decay::Cosine { cycles, min: share },
@@ -119,13 +128,13 @@ impl Schedule {
             Decay::ComposerCosine { .. } => Decay::ComposerCosine { alpha_f: share },
             Decay::ComposerLinear { .. } => Decay::ComposerLinear { alpha_f: share },
             Decay::Constant | Decay::Linear | Decay::CosineRestarts { .. } | Decay::InverseSqrt => {
-                return Err(Error::Input(format!("the schedule {:?} has no lowest rate to set", self.decay)));
+                return Err(Error::Input(format!("the schedule {:?} has no minimum learning rate to set", self.decay)));
             }
         };
         Ok(Self { decay, ..self })
     }
 
-    /// The rate of `step`, counted from 0, as a share of the full rate.
+    /// Returns the multiplier of the learning rate at `step`, counted from 0.
     pub fn at(&self, step: u64) -> f64 {
         let (step, warmup, total) = (step as f64, self.warmup_steps as f64, self.total_steps as f64);
         let floor = match self.decay {

@@ -1,14 +1,14 @@
-//! Which modules an adapter is for, as PEFT decides it (`tuners_utils.py`).
+//! Selection of the modules that an adapter changes, with the rules of PEFT's `tuners_utils.py`.
 
 use fancy_regex::Regex;
 
 use crate::config::{LoraConfig, Select};
 use crate::{Error, Result};
 
-/// A module of the model, as far as names go.
+/// The properties of a module that decide whether it is adapted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Named<'a> {
-    /// Its name on the Hub.
+    /// Name on the Hub.
     pub(crate) name: &'a str,
     pub(crate) is_linear: bool,
     pub(crate) is_head: bool,
@@ -25,15 +25,17 @@ pub(crate) struct Targets<'a> {
     alphas: Vec<(Regex, f64)>,
 }
 
+/// A [`Select`] with its pattern compiled.
 enum Selector<'a> {
     Names(&'a [String]),
     Pattern(Regex),
     AllLinear,
 }
 
-/// Compiles what Python's `re.match` is given.
+/// Compiles `whole`, the regular expression that PEFT builds from `pattern` for Python's `re.match`. Errors name
+/// `pattern`.
 fn compile(key: &str, pattern: &str, whole: &str) -> Result<Regex> {
-    // Of a message of several lines the last says what is wrong.
+    // The cause is on the last line of a message of several lines.
     let wrong = |e: fancy_regex::Error| {
         let what = e.to_string();
         Error::config(
@@ -44,11 +46,12 @@ fn compile(key: &str, pattern: &str, whole: &str) -> Result<Regex> {
     Regex::new(whole).map_err(wrong)
 }
 
-/// Whether a pattern matches; one that takes too long is an error.
+/// Returns whether a pattern matches. A match that needs too many steps is an error.
 fn matches(key: &str, pattern: &Regex, name: &str) -> Result<bool> {
     pattern.is_match(name).map_err(|e| Error::config(key, format!("{:?} on {name}: {e}", pattern.as_str())))
 }
 
+/// Returns whether a name equals `end`, or ends in a dot and `end`.
 fn ends_in(name: &str, end: &str) -> bool {
     name.strip_suffix(end).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
@@ -96,7 +99,7 @@ impl<'a> Targets<'a> {
         })
     }
 
-    /// Whether a module is adapted.
+    /// Returns whether a module is adapted.
     pub(crate) fn has(&self, module: Named<'_>) -> Result<bool> {
         if let Some(exclude) = &self.exclude
             && exclude.has("exclude_modules", module)?
@@ -122,17 +125,17 @@ impl<'a> Targets<'a> {
         }
     }
 
-    /// Whether a module is trained in full.
+    /// Returns whether a module is trained in full.
     pub(crate) fn saves(&self, name: &str) -> bool {
         self.config.modules_to_save.iter().any(|end| name.ends_with(end.as_str()))
     }
 
-    /// Whether a list of targets has this name.
+    /// Returns whether the targets are a list of names that includes this module.
     pub(crate) fn names(&self, name: &str) -> bool {
         matches!(&self.chosen, Selector::Names(names) if names.iter().any(|end| ends_in(name, end)))
     }
 
-    /// The number of the block that a module is in.
+    /// Returns the number of the block that a module is in, or `None` outside the blocks.
     fn layer(&self, name: &str) -> Result<Option<usize>> {
         for pattern in &self.layer {
             let found = pattern.captures(name);
@@ -144,12 +147,12 @@ impl<'a> Targets<'a> {
         Ok(None)
     }
 
-    /// The rank of a module.
+    /// Returns the rank of a module.
     pub(crate) fn rank(&self, name: &str) -> Result<usize> {
         first("rank_pattern", &self.ranks, name, self.config.rank)
     }
 
-    /// What a module's change is multiplied by.
+    /// Returns the scale of a module's change.
     pub(crate) fn scale(&self, name: &str, rank: usize) -> Result<f64> {
         let alpha = first("alpha_pattern", &self.alphas, name, self.config.alpha)?;
         let rank = rank as f64;
@@ -157,7 +160,7 @@ impl<'a> Targets<'a> {
     }
 }
 
-/// The value of the first pattern that matches.
+/// Returns the value of the first pattern that matches, or `default`.
 fn first<T: Copy>(key: &str, patterns: &[(Regex, T)], name: &str, default: T) -> Result<T> {
     for (pattern, value) in patterns {
         if matches(key, pattern, name)? {

@@ -1,4 +1,7 @@
-//! The loop: batches in an order that the seed decides, steps, checkpoints, and going on after an interruption.
+//! The training loop: shuffled batches, training steps, checkpoints and resumption.
+//!
+//! A training step computes the gradients of one batch in micro-batches, clips them, and updates the parameters. The
+//! order of the samples and the dropout depend only on the seed and the step, so a resumed run gives the same results.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,47 +23,49 @@ use crate::sample::{Sample, micro_batches};
 use crate::schedule::{Decay, Schedule};
 use crate::{Error, Result};
 
-/// What the losses of a step are divided by.
+/// Normalization of the loss of a training step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Normalization {
-    /// The number of ids that count in all micro-batches, as transformers' Trainer does since 4.46.
+    /// Mean over the counted token ids of all micro-batches, as in transformers' Trainer since 4.46.
     #[default]
     Tokens,
-    /// The mean over micro-batches of each one's mean.
+    /// Mean over the micro-batches of the mean of each.
     MicroBatches,
 }
 
-/// How to train.
+/// Settings of a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainOptions {
-    /// Number of optimizer steps.
+    /// Number of training steps.
     pub steps: u64,
-    /// Samples of a step.
+    /// Number of samples per training step.
     pub batch: usize,
-    /// Token ids that are computed at once; a step of more is accumulated.
+    /// Maximum number of token ids computed at once. The gradients of a larger batch are accumulated.
     pub micro_batch_tokens: usize,
-    /// What the losses of a step are divided by.
+    /// Normalization of the loss.
     pub normalization: Normalization,
-    /// The optimizer.
+    /// Settings of the optimizer.
     pub optimizer: OptimizerConfig,
-    /// The learning rate over the run.
+    /// Learning-rate schedule.
     pub schedule: Schedule,
-    /// Largest length of the gradient; not clipped if `None`.
+    /// Maximum L2 norm of the gradient. No clipping if `None`.
     pub clip: Option<f64>,
-    /// Decides the order of the samples and the dropout.
+    /// Random seed of the order of the samples.
     pub seed: u64,
-    /// Whether the results of operations are kept, or computed again. Changes no result.
+    /// Gradient checkpointing. Does not change any result.
     #[serde(skip, default = "per_block")]
     pub checkpointing: Checkpointing,
 }
 
+/// Default of [`TrainOptions::checkpointing`], which is not saved.
 fn per_block() -> Checkpointing {
     Checkpointing::PerBlock
 }
 
 impl TrainOptions {
-    /// AdamW at `lr`, with a linear decay to 0 after a warm-up over 3 % of the steps, batches of 16 samples, gradients clipped at 1.
+    /// Creates settings: AdamW at `lr`, warm-up over 3 % of the steps, then linear decay to 0. Batches have 16 samples,
+    /// micro-batches 2048 token ids, and gradients are clipped at norm 1.
     pub fn new(steps: u64, lr: f64) -> Self {
         Self {
             steps,
@@ -76,38 +81,38 @@ impl TrainOptions {
     }
 }
 
-/// What a step did.
+/// Report of a training step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct StepReport {
-    /// Its number, from 1.
+    /// Number of the step, counted from 1.
     pub step: u64,
-    /// The loss before the step, in nats for each id that counts.
+    /// Loss before the update, in nats per counted token id.
     pub loss: f64,
-    /// The learning rate.
+    /// Learning rate.
     pub lr: f64,
-    /// Length of the gradient before clipping.
+    /// L2 norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// Token ids read.
+    /// Number of token ids read.
     pub tokens: usize,
-    /// Ids that counted.
+    /// Number of token ids counted in the loss.
     pub counted: usize,
 }
 
-/// The result of a run.
+/// The object that a run trains and writes.
 #[derive(Clone, Debug)]
 pub enum Product {
-    /// An adapter, in PEFT's files.
+    /// An adapter, in PEFT's format.
     Adapter(Box<Lora>),
-    /// A whole model in Hub layout: its config.json, and all parameters in model.safetensors.
+    /// A whole model in Hub layout: config.json, and all parameters in model.safetensors.
     Model {
-        /// The config.json.
+        /// Content of config.json.
         config: Value,
     },
 }
 
 impl Product {
-    /// Writes it with the values that its variables have now.
+    /// Writes the adapter or model with the current values of its parameters.
     fn write(&self, directory: &Path, parameters: &[Parameter]) -> Result<()> {
         match self {
             Product::Adapter(lora) => lora.trained(parameters)?.write(directory),
@@ -117,7 +122,7 @@ impl Product {
                 for Parameter { name, var, rows } in parameters {
                     tensors.insert(name.clone(), rows.undo(&var.as_tensor().detach().to_device(&Device::Cpu)?)?);
                 }
-                // The file is f32, whatever the configuration said of the one that was loaded.
+                // The file is written in f32, whatever type was loaded.
                 let mut config = config.clone();
                 for key in ["torch_dtype", "dtype"] {
                     if config[key].is_string() {
@@ -126,13 +131,13 @@ impl Product {
                 }
                 let json = serde_json::to_string_pretty(&config).unwrap_or_default();
                 write_text(&directory.join("config.json"), &(json + "\n"))?;
-                // The weights last: without them nobody takes the directory for a model.
+                // The weights are written last, so that an interrupted write leaves no directory that loads as a model.
                 write_tensors(&directory.join("model.safetensors"), &tensors)
             }
         }
     }
 
-    /// The settings that a run with the same checkpoints must share.
+    /// Returns the settings that must be equal to resume from a checkpoint.
     fn settings(&self) -> Value {
         match self {
             Product::Adapter(lora) => lora.config().to_json(),
@@ -140,7 +145,7 @@ impl Product {
         }
     }
 
-    /// The tensors that [`Product::write`] has written.
+    /// Reads the tensors written by [`Product::write`].
     fn read(&self, directory: &Path) -> Result<BTreeMap<String, Tensor>> {
         match self {
             Product::Adapter(_) => Ok(Lora::read(directory)?.tensors()),
@@ -149,7 +154,7 @@ impl Product {
     }
 }
 
-/// Trains an adapter, or a model, on samples.
+/// Trains an adapter or a model on samples.
 #[derive(Debug)]
 pub struct Trainer {
     product: Product,
@@ -158,16 +163,17 @@ pub struct Trainer {
     options: TrainOptions,
     optimizer: Optimizer,
     step: u64,
-    /// An epoch and the order of its samples.
+    /// Number of the current epoch, and the order of its samples.
     order: Option<(u64, Vec<usize>)>,
+    /// Number of micro-batches computed so far, which seeds the dropout.
     micro_batches: u64,
-    /// Vectors of the first sample's tokens in the base, which tell bases apart.
+    /// Fingerprint of the base model; see [`fingerprint`].
     base: String,
-    /// The step of the last checkpoint that this run has written or resumed from.
+    /// Step of the last checkpoint that this run wrote or resumed from.
     saved: Option<u64>,
 }
 
-/// trainer.json of a checkpoint.
+/// Content of a checkpoint's trainer.json.
 #[derive(Serialize, Deserialize)]
 struct Progress {
     step: u64,
@@ -178,26 +184,33 @@ struct Progress {
     options: TrainOptions,
 }
 
-/// What the folder of a checkpoint is called, before the step.
+/// Prefix of a checkpoint's directory name, before the step.
 const CHECKPOINT: &str = "checkpoint-";
 
 impl Trainer {
-    /// A run that begins. `tuned` is what [`Lora::train`] gave for an adapter; of a whole model it has [`Weights::parameters`].
+    /// Creates a run at step 0.
+    ///
+    /// For an adapter, `tuned` is the result of [`Lora::train`]. For a whole model, its parameters are
+    /// [`Weights::parameters`].
     ///
     /// [`Weights::parameters`]: pricket_nn::Weights::parameters
     ///
     /// # Errors
-    /// [`Error::Input`] for settings or samples that make no sense, before any work.
+    /// Returns [`Error::Input`] if a setting is out of range, no token id is counted, or a sample does not fit the
+    /// model.
     pub fn new(product: Product, tuned: Tuned, samples: Vec<Sample>, options: TrainOptions) -> Result<Self> {
         let counted: usize = samples.iter().map(Sample::counted).sum();
         if counted == 0 {
-            return Err(Error::Input(format!("{} samples, and none has an id that counts", samples.len())));
+            return Err(Error::Input(format!(
+                "none of {} samples has a token id that counts in the loss",
+                samples.len()
+            )));
         }
         if options.batch == 0 || options.micro_batch_tokens == 0 {
-            return Err(Error::Input("a step needs at least one sample, and a micro-batch one token".into()));
+            return Err(Error::Input("batch or micro_batch_tokens is 0; expected at least 1".into()));
         }
         if options.clip.is_some_and(|clip| !(clip > 0.0 && clip.is_finite())) {
-            return Err(Error::Input(format!("gradients clipped at {:?}; expected a positive number", options.clip)));
+            return Err(Error::Input(format!("clip is {:?}; expected a positive number", options.clip)));
         }
         let info = tuned.model.info();
         let longest = samples.iter().enumerate().max_by_key(|(_, sample)| sample.ids().len());
@@ -205,7 +218,8 @@ impl Trainer {
             && sample.ids().len() > limit
         {
             let (number, len) = (i + 1, sample.ids().len());
-            let what = format!("sample {number} has {len} token ids, and the model reads {limit}; truncate it");
+            let what =
+                format!("sample {number} has {len} token ids; the model's context is {limit}; truncate the sample");
             return Err(Error::Input(what));
         }
         let all = samples.iter().enumerate().flat_map(|(i, sample)| sample.ids().iter().map(move |id| (i, *id)));
@@ -215,7 +229,7 @@ impl Trainer {
         let optimizer = Optimizer::new(options.optimizer.clone(), &tuned.parameters)?;
         let base = match &product {
             Product::Adapter(_) => fingerprint(&*tuned.model, &samples[0])?,
-            // All of it is in the checkpoint.
+            // A checkpoint of a whole model holds all weights, so there is no base to compare.
             Product::Model { .. } => String::new(),
         };
         Ok(Self {
@@ -232,35 +246,35 @@ impl Trainer {
         })
     }
 
-    /// Steps taken.
+    /// Returns the number of training steps taken.
     pub fn steps(&self) -> u64 {
         self.step
     }
 
-    /// How it trains.
+    /// Returns the settings of the run.
     pub fn options(&self) -> &TrainOptions {
         &self.options
     }
 
-    /// The model as it is now; it changes with every step.
+    /// Returns the model in its current state. Every training step changes it.
     pub fn tuned(&self) -> &Tuned {
         &self.tuned
     }
 
-    /// Writes the result, as it is now, into a directory.
+    /// Writes the adapter or model in its current state into a directory.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be written.
+    /// Returns [`Error::Io`] if a file cannot be written.
     pub fn write(&self, directory: &Path) -> Result<()> {
         self.product.write(directory, &self.tuned.parameters)
     }
 
-    /// Whether all steps are done.
+    /// Returns whether all training steps are done.
     pub fn is_done(&self) -> bool {
         self.step >= self.options.steps
     }
 
-    /// The samples of step `step`, from 0: epoch after epoch, each in its own order.
+    /// Returns the samples of `step`, counted from 0. Every epoch has its own random order.
     fn batch(&mut self, step: u64) -> Vec<Sample> {
         let (n, from) = (self.samples.len() as u64, step * self.options.batch as u64);
         (from..from + self.options.batch as u64)
@@ -276,14 +290,15 @@ impl Trainer {
             .collect()
     }
 
-    /// Takes a step.
+    /// Takes a training step.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] naming the layer and the micro-batch where the loss is NaN or infinite: no parameter has changed then.
+    /// Returns [`Error::NonFinite`] with the place and the micro-batch if the loss or a gradient is NaN or infinite.
+    /// The parameters are then unchanged.
     pub fn advance(&mut self) -> Result<StepReport> {
         let before = self.micro_batches;
         let report = self.advance_inner();
-        // Outside of a step nothing is dropped, and a step that failed has not been.
+        // Pass 0 disables dropout outside of training steps. A failed step does not count.
         self.tuned.passes.store(0, Ordering::Relaxed);
         if report.is_err() {
             self.micro_batches = before;
@@ -335,18 +350,22 @@ impl Trainer {
         Ok(StepReport { step: self.step, loss, lr, grad_norm, tokens, counted })
     }
 
-    /// Writes `checkpoint-STEP` into `directory`: the adapter, the state of the optimizer and the place in the data. The folder has its
-    /// name only when it is whole. Of older ones the last `keep - 1` stay.
+    /// Writes a checkpoint into `directory/checkpoint-STEP`: the adapter or model, the optimizer's tensors, and the
+    /// position in the data.
+    ///
+    /// An interrupted write leaves no incomplete checkpoint under this name. The last `keep` checkpoints are kept, at
+    /// least one; older ones are deleted.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be written; the checkpoints that are there stay as they are.
+    /// Returns [`Error::Io`] if it cannot be written. Existing checkpoints are then unchanged. Returns
+    /// [`Error::Adapter`] if the directory already holds this step of another run.
     pub fn save(&mut self, directory: &Path, keep: usize) -> Result<PathBuf> {
         let path = directory.join(format!("{CHECKPOINT}{}", self.step));
         if path.exists() {
             if self.saved == Some(self.step) {
                 return Ok(path);
             }
-            let what = "is there already, and is not of this run".into();
+            let what = "the checkpoint exists and belongs to another run; give another directory".into();
             return Err(Error::Adapter { origin: path.display().to_string(), what });
         }
         let part = directory.join(format!(".{CHECKPOINT}{}.{}.part", self.step, std::process::id()));
@@ -381,11 +400,13 @@ impl Trainer {
         write_text(&directory.join("trainer.json"), &(json + "\n"))
     }
 
-    /// Goes on from the last checkpoint in `directory`; returns its folder, or `None` if there is none. What an interrupted
-    /// write left is removed.
+    /// Resumes from the last checkpoint in `directory`, and returns its path, or `None` if there is no checkpoint.
+    ///
+    /// Deletes the temporary files of interrupted writes.
     ///
     /// # Errors
-    /// [`Error::Adapter`] if it is of another run: other samples, settings or parameters.
+    /// Returns [`Error::Adapter`] if the checkpoint belongs to another run: its samples, base, settings or parameters
+    /// differ.
     pub fn resume(&mut self, directory: &Path) -> Result<Option<PathBuf>> {
         if !directory.exists() {
             return Ok(None);
@@ -393,7 +414,7 @@ impl Trainer {
         for entry in std::fs::read_dir(directory).map_err(Error::io(directory))? {
             let entry = entry.map_err(Error::io(directory))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            // Files and folders that are being written are called so.
+            // Temporary files and directories are named `.NAME.PROCESS.part`.
             let part = name.strip_prefix('.').and_then(|rest| rest.strip_suffix(".part")?.rsplit_once('.'));
             if part.is_some_and(|(_, process)| process.parse::<u32>().is_ok()) {
                 let path = entry.path();
@@ -407,21 +428,21 @@ impl Trainer {
             parse_json(&read_small(&path.join("trainer.json"))?).map_err(|e| wrong(format!("trainer.json: {e}")))?;
         let progress: Progress = serde_json::from_value(json).map_err(|e| wrong(format!("trainer.json: {e}")))?;
         if progress.samples != digest(&self.samples) {
-            return Err(wrong("was made with other samples; give the same data, or another folder".into()));
+            return Err(wrong("was made with other samples; give the same data or another directory".into()));
         }
         if progress.base != self.base {
-            return Err(wrong("was made over another base; give the same model, or another folder".into()));
+            return Err(wrong("was made with another base model; give the same model or another directory".into()));
         }
         let now = self.product.settings();
         if let Some((key, before)) =
             progress.product.as_object().into_iter().flatten().find(|(key, value)| now[*key] != **value)
         {
-            return Err(wrong(format!("was made with {key} {before}, now it is {}; give another folder", now[key])));
+            return Err(wrong(format!("was made with {key} {before}, now it is {}; give another directory", now[key])));
         }
         let settings = |options: &TrainOptions| serde_json::to_value(options).unwrap_or_default();
         let (then, now) = (settings(&progress.options), settings(&self.options));
         if let Some((key, before)) = then.as_object().into_iter().flatten().find(|(key, value)| now[*key] != **value) {
-            return Err(wrong(format!("was made with {key} {before}, now it is {}; give another folder", now[key])));
+            return Err(wrong(format!("was made with {key} {before}, now it is {}; give another directory", now[key])));
         }
         let tensors = self.product.read(&path)?;
         for parameter in &self.tuned.parameters {
@@ -439,13 +460,13 @@ impl Trainer {
     }
 }
 
-/// Whole checkpoints, by step.
+/// Returns the complete checkpoints in a directory, ordered by step.
 fn checkpoints(directory: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut out = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(Error::io(directory))? {
         let path = entry.map_err(Error::io(directory))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // Other trainers call theirs so too.
+        // Checkpoints of other training programs have the same directory names.
         let is_ours = || path.join("trainer.json").is_file() && path.join("optimizer.safetensors").is_file();
         if let Some(step) = name.strip_prefix(CHECKPOINT).and_then(|step| step.parse().ok()).filter(|_| is_ours()) {
             out.push((step, path));
@@ -455,7 +476,7 @@ fn checkpoints(directory: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(out)
 }
 
-/// Tells bases apart, by the vectors that a sample's tokens have in them.
+/// Returns a hash that identifies the base model: the SHA-256 of the embedding of a sample's token ids.
 fn fingerprint(model: &dyn CausalLm, sample: &Sample) -> Result<String> {
     let ids = Tensor::new(sample.ids(), &model.info().device)?.unsqueeze(0)?;
     let embedded = model.embed(&ids, &mut Context::new())?.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
@@ -464,11 +485,12 @@ fn fingerprint(model: &dyn CausalLm, sample: &Sample) -> Result<String> {
     Ok(hex(&hash.finalize()))
 }
 
+/// Formats bytes as lower-case hexadecimal digits.
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |out, byte| out + &format!("{byte:02x}"))
 }
 
-/// Tells lists of samples apart.
+/// Returns a hash that identifies a list of samples: the SHA-256 of their token ids and masks.
 fn digest(samples: &[Sample]) -> String {
     let mut hash = Sha256::new();
     for sample in samples {
@@ -479,7 +501,7 @@ fn digest(samples: &[Sample]) -> String {
     hex(&hash.finalize())
 }
 
-/// The first layer whose output contains NaN or infinity.
+/// Returns the name of the first place in the model whose output contains NaN or infinity.
 fn first_not_finite(model: &dyn CausalLm, samples: &[Sample]) -> Result<Option<String>> {
     let ids: Vec<u32> = samples.iter().flat_map(|sample| sample.ids().iter().copied()).collect();
     let lens: Vec<usize> = samples.iter().map(|sample| sample.ids().len()).collect();

@@ -1,12 +1,14 @@
-//! Weights to begin training with.
+//! Initial weights for training a model from scratch.
 
 use pricket_nn::{Init, Initialization, Names};
 use pricket_weights::{Bytes, Dtype, Entry, ShapesOnly, Store};
 
 use crate::random::{normal, number_of, uniform};
 
-/// A store of f32 weights that a family's [`Initialization`] fills, of whatever shape is asked for. The same seed gives the same weights
-/// on every machine.
+/// A store of initial f32 weights, filled by a family's [`Initialization`].
+///
+/// It holds every tensor that is requested, in the requested shape. The same seed gives the same weights on every
+/// machine.
 #[derive(Debug)]
 pub struct Untrained {
     shapes: ShapesOnly,
@@ -16,7 +18,7 @@ pub struct Untrained {
 }
 
 impl Untrained {
-    /// Weights as `scheme` says, for a family that has these names.
+    /// Creates a store with this initialization for a family with these tensor names.
     pub fn new(scheme: Initialization, names: Names, seed: u64) -> Self {
         Self { shapes: ShapesOnly::new(Dtype::F32), scheme, names, seed }
     }
@@ -55,7 +57,7 @@ impl Store for Untrained {
     }
 }
 
-/// Values that depend on the place along the last dimension.
+/// Fills a tensor with values that depend on the index in the last dimension.
 fn along(shape: &[usize], value: impl Fn(usize) -> f64) -> Vec<f32> {
     let (count, last) = (shape.iter().product::<usize>(), shape.last().copied().unwrap_or(1));
     (0..count).map(|i| value(i % last) as f32).collect()
