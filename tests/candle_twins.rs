@@ -8,7 +8,7 @@ use pricket::{Context, Loader, SamplingParams};
 
 use crate::common::{example, root, worst};
 
-/// candle-transformers' own Llama over the tensors that a conversion to Hub layout writes, from safetensors and from ggjt.
+/// candle-transformers' Llama reads the tensors that a conversion to Hub layout writes, from safetensors and from ggjt.
 #[test]
 fn candles_llama_computes_the_same() {
     let logits = |model: &dyn pricket::CausalLm, ids: &[u32], ctx: &mut Context| {
@@ -58,14 +58,14 @@ fn the_example_continues_a_prompt_with_candles_llama() {
     let output = run(&["--model", "models/tiny-llama", "--prompt", "The whale", "-n", "12"]);
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    // Greedily, as pricket itself continues it.
+    // Greedy decoding gives the text of pricket.
     let options = pricket::GenerateOptions { max_tokens: 12, stop_at_eos: false, ..Default::default() };
     let ours = Loader::embedded("tiny-llama").unwrap().load().unwrap().generate("The whale", &options).unwrap();
     assert_eq!(said.trim_end(), format!("The whale{}", ours.text).trim_end());
     assert_eq!(run(&["--model", "models/tiny"]).status.code(), Some(1));
 }
 
-/// How often each token is drawn.
+/// Counts how often each token is drawn.
 fn histogram(n: usize, mut draw: impl FnMut() -> u32) -> Vec<f64> {
     let mut counts = vec![0.0; n];
     for _ in 0..4000 {

@@ -22,9 +22,9 @@ fn the_suites_expand_to_what_was_published() {
     ];
     assert_eq!(counts.into_iter().collect::<Vec<_>>(), expected);
     let ids: BTreeSet<&str> = cards().iter().map(|card| card.id.as_str()).collect();
-    // Four models of RWKV-4 are in one repository.
+    // One repository holds four RWKV-4 models.
     assert_eq!(ids.len(), 126);
-    // No name leads to two models.
+    // Every alias leads to one model.
     for card in cards() {
         for alias in &card.aliases {
             assert_eq!(pricket::suites::card(alias).unwrap().id, card.id, "{alias}");
@@ -49,7 +49,7 @@ fn every_pythia_has_154_steps() {
     assert!(cards().iter().filter(|card| !card.suite.contains("Pythia")).all(|card| card.checkpoints.is_none()));
 }
 
-/// The counts that a card gives are those that the loading code counts over the same shape.
+/// The parameter counts of a card equal those that the loading code computes from the same shape.
 #[test]
 fn parameters_are_those_of_the_published_shapes() {
     for card in cards() {
@@ -108,7 +108,7 @@ fn table() -> String {
     out
 }
 
-/// `PRICKET_BLESS=1 cargo test readme` writes it anew.
+/// `PRICKET_BLESS=1 cargo test readme` rewrites the table.
 #[test]
 fn the_readme_table_is_made_from_the_cards() {
     let path = root().join("README.md");

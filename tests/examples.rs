@@ -65,7 +65,7 @@ fn bench_measures_random_weights() {
     assert!(json["rows"].as_array().unwrap().iter().all(|row| row["tokens_per_second"].as_f64().unwrap() > 0.0));
 }
 
-/// What the program writes when `lines` are its input.
+/// Runs `chat` with `lines` as its input.
 fn chat(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
     use std::io::Write;
     use std::process::Stdio;
@@ -73,7 +73,7 @@ fn chat(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
     let mut command = example("chat");
     command.args(args).current_dir(root()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    // A program that has ended does not read on.
+    // The write fails if the program has ended already.
     let _ = child.stdin.take().unwrap().write_all(lines.as_bytes());
     let output = child.wait_with_output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
@@ -100,7 +100,7 @@ fn chat_talks_and_obeys() {
     let (code, out, _) = chat(&["-t", "0", "--json", "--load", file.to_str().unwrap()], "What do I like?\n");
     let json: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((code, json["text"].as_str(), json["finish"].as_str()), (Some(0), Some("You like tea."), Some("stop")));
-    // Nothing else is written over, and a script learns of it.
+    // Other files are not overwritten, and the exit code reports it.
     let (code, _, err) = chat(&[], &format!("/save {}\n", other.display()));
     assert_eq!((code, std::fs::read_to_string(&other).unwrap().as_str()), (Some(1), "keep me"), "{err}");
     assert!(err.contains("notes.txt is there and is not overwritten"), "{err}");
@@ -146,12 +146,12 @@ fn quantize_writes_and_reports() {
     let (code, shown, _) = output("inspect", &[out, "--brief"]);
     assert!(code == Some(0) && shown.contains("GGUF, version 3") && shown.contains("its own"), "{shown}");
     assert!(shown.contains("  q4_0 ") && shown.contains("4.50 bits per element"), "{shown}");
-    // The perplexity is that of `score`, and the first token is one of those that count.
+    // The perplexity equals that of `score`, including the first token.
     let (_, scored, _) = output("score", &["--text", text, "--json"]);
     let scored: Value = serde_json::from_str(&scored).unwrap();
     let (ours, theirs) = (perplexity("reference_perplexity"), scored["perplexity"].as_f64().unwrap());
     assert!((ours / theirs - 1.0).abs() < 1e-5 && report["tokens"] == scored["tokens"], "{ours} {theirs}");
-    // Without a file the same blocks are made in memory.
+    // Without an output file the same blocks are made in memory.
     let (code, alone, err) = output("quantize", &["--quantize", "q4_0", "--report", "--text", text, "--json"]);
     let alone: Value = serde_json::from_str(&alone).unwrap_or_else(|_| panic!("{err}"));
     let off = alone["report"]["perplexity"].as_f64().unwrap() / perplexity("perplexity") - 1.0;
@@ -184,7 +184,7 @@ fn wrong_arguments_are_one_line() {
     }
 }
 
-/// Outputs and options are checked before the work, and nothing is written.
+/// Outputs and options are checked before the work starts, and nothing is written.
 #[test]
 fn what_cannot_be_written_is_told_first() {
     let dir = tempfile::tempdir().unwrap();
@@ -214,7 +214,7 @@ fn what_cannot_be_written_is_told_first() {
     }
 }
 
-/// What people are used to from other programs.
+/// Other programs use -1 for no limit.
 #[test]
 fn limits_of_minus_one_are_none() {
     let (code, _, err) = output("generate", &["--top-k", "-1", "-n", "-1", "--prompt", "The people", "--seed", "3"]);
@@ -230,7 +230,7 @@ fn the_card_of_a_model_is_known_offline() {
     }
 }
 
-/// A reader that has seen enough, and a disk that is full, are no panics.
+/// A closed pipe and a full disk cause no panic.
 #[cfg(target_os = "linux")]
 #[test]
 fn output_that_nobody_reads_is_no_panic() {
@@ -288,7 +288,7 @@ fn the_doctor_looks_at_every_part_and_says_what_is_broken() {
     }
 }
 
-/// Ctrl-C leaves nothing half-written behind.
+/// Ctrl-C leaves no partial files.
 #[cfg(unix)]
 #[test]
 fn a_conversion_that_is_interrupted_leaves_nothing() {
@@ -308,7 +308,7 @@ fn a_conversion_that_is_interrupted_leaves_nothing() {
     assert!(!begun(), "{:?}", std::fs::read_dir(dir.path()).unwrap().flatten().collect::<Vec<_>>());
 }
 
-/// A proxy that cannot be used is not passed by, nor is a file of certificates.
+/// A proxy or certificate file that cannot be used is an error. It is never ignored.
 #[test]
 fn what_the_environment_says_of_the_network_is_never_passed_by() {
     let home = tempfile::tempdir().unwrap();
@@ -327,13 +327,13 @@ fn what_the_environment_says_of_the_network_is_never_passed_by() {
     }
 }
 
-/// Types that the examples import, and those of the pages' programs, need one `use`.
+/// The types that the examples and the programs in the docs import need one `use`.
 #[test]
 fn the_prelude_has_what_the_examples_import() {
     let source = std::fs::read_to_string(root().join("crates/pricket/src/lib.rs")).unwrap();
     let prelude = source.split("pub mod prelude").nth(1).unwrap();
     let has = |name: &str| prelude.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
-    // What only one program of its kind needs: auditing, and sharing a sweep among machines.
+    // Types that only one kind of program needs, for auditing and for sharing a sweep among machines.
     let rare = ["Audit", "AuditOptions", "Checkpoints", "KnownKind", "Shard", "Converted", "Error"];
     let examples = std::fs::read_dir(root().join("examples")).unwrap().flatten().map(|entry| entry.path());
     let pages = ["README.md", "docs/recipes.md", "docs/interop.md"].map(|page| root().join(page));
@@ -353,7 +353,7 @@ fn the_prelude_has_what_the_examples_import() {
     assert!(seen > 20);
 }
 
-/// A count of one is one thing.
+/// Messages use the singular for a count of one.
 #[test]
 fn a_single_thing_is_counted_in_the_singular() {
     let (_, _, err) = output("score", &["--prompt", "the"]);
@@ -362,7 +362,7 @@ fn a_single_thing_is_counted_in_the_singular() {
     assert!(err.contains("1 token read at") && err.contains("ended by the maximum number of tokens"), "{err}");
 }
 
-/// Options that cannot be, or that have no effect, and texts that hold nothing.
+/// Options that are invalid or have no effect, and empty texts.
 #[test]
 fn what_makes_no_sense_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();

@@ -9,7 +9,7 @@ use crate::common::{directories_with, files, root};
 #[path = "../examples/parity/cases.rs"]
 mod cases;
 
-/// Everything here is computed on the CPU, with weights as they are stored.
+/// All cases run on the CPU, with weights as stored.
 const CPU: cases::Setup = cases::Setup { device: Device::Cpu, precision: Precision::Auto };
 
 fn golden() -> PathBuf {
@@ -67,14 +67,14 @@ fn a_configuration_silent_on_positions_means_those_on_file() {
     assert_eq!(said.warnings, meant.warnings);
 }
 
-/// Vectors of our own tokenizer, made by tools/tokenizer_vectors.py with the reference implementation.
+/// Vectors for the tokenizer of models/tiny, made with the reference implementation by tools/tokenizer_vectors.py.
 #[test]
 fn our_tokenizer_reads_and_writes_as_the_reference() {
     let outcome = cases::run(&root().join("tests/data/tokenizer-tiny"), &CPU);
     assert!(outcome.ok, "{}", outcome.to_json());
 }
 
-/// The file is not ours to commit: PRICKET_GOLDEN_TEXT names a directory with it and its vectors.
+/// The tokenizer file is not part of this repository. PRICKET_GOLDEN_TEXT names a directory with it and its vectors.
 #[test]
 fn the_20b_tokenizer_reads_and_writes_as_the_reference() {
     let beside = root().join("../shared/golden/text");
@@ -94,7 +94,7 @@ fn a_case_that_is_not_understood_fails() {
     assert!(!cases::run(dir.path(), &CPU).ok);
 }
 
-/// The comparison itself can fail: one answer is changed by a little more than the tolerance.
+/// The comparison can fail: one expected value is changed by slightly more than the tolerance.
 #[test]
 fn a_wrong_answer_is_noticed() {
     let case = golden().join("models/neox-tied");
