@@ -1,5 +1,5 @@
-//! The cells of the notebooks compile and run, and what is compiled here is what they hold. `tools/notebooks` runs them with the
-//! real kernel.
+//! Compiles and runs the code cells of the notebooks, and checks that the compiled code is that of the cells.
+//! `tools/notebooks` runs them with the Rust kernel.
 
 use crate::common::root;
 
@@ -28,7 +28,7 @@ fn what_is_compiled_is_what_the_notebooks_hold() {
             compiled.contains(&code),
             "tools/notebooks --extract writes tests/notebooks anew; not there:\n{source}"
         );
-        // Every cell was executed, in its order, without an error.
+        // Every cell was executed, in order and without an error.
         seen += 1;
         assert_eq!(cell["execution_count"], seen, "{source}");
         assert!(cell["outputs"].as_array().unwrap().iter().all(|output| output["output_type"] != "error"));

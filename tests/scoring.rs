@@ -17,7 +17,8 @@ fn golden(file: &str) -> std::path::PathBuf {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// In batches, with shared contexts, cut off where there is no room: what each gives alone, read from its beginning.
+    /// Batched requests with shared contexts, cut off where the context is full, give the results of single requests
+    /// read from the start.
     #[test]
     fn many_at_once_are_each_alone(
         contexts in prop::collection::vec(prop::collection::vec(0u32..61, 1..40), 1..5),
@@ -43,7 +44,8 @@ proptest! {
         }
     }
 
-    /// Every token is scored once, the first after the prefix, and from the second window on with all the context that there is room for.
+    /// Every token is scored once. The first is scored after the prefix. From the second window on, tokens get all the
+    /// context that fits.
     #[test]
     fn windows_cover_a_text(len in 0usize..70, room in 1usize..20, stride in 1usize..20) {
         let ids: Vec<u32> = (1..=len as u32).collect();
@@ -57,7 +59,7 @@ proptest! {
                 prop_assert!(i == 0 || window.ids.len() <= stride && read.len() == room + 1);
             }
         }
-        // No room is room for one.
+        // A window size of 0 counts as 1.
         prop_assert_eq!(Continuation::windows(&ids, 0, 0, 0), Continuation::windows(&ids, 0, 1, 1));
     }
 }
@@ -76,7 +78,7 @@ fn what_cannot_be_scored_is_refused() {
     assert!(score(&[1], &[2; 96]).is_ok());
 }
 
-/// Spaces move; borders of words are where the whole has them.
+/// Spaces at the end of the context move to the continuation. Token borders are those of the whole text.
 #[test]
 fn borders_are_the_harnesss() {
     let tokenizer = pricket::lm::Tokenizer::from_file(golden("model/tokenizer.json")).unwrap();
@@ -88,7 +90,7 @@ fn borders_are_the_harnesss() {
     assert!(encode("the dog", "").is_err());
 }
 
-/// The built-in piqa, written as a user writes a task.
+/// The built-in piqa, as a task file of a user.
 #[test]
 fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
     let dir = tempfile::tempdir().unwrap();
@@ -113,7 +115,7 @@ fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
         assert_eq!((&a.requests, &a.target, &a.answers), (&b.requests, &b.target, &b.answers));
     }
 
-    // Where the contexts differ, the harness calls the continuation the target; a file of samples holds texts only.
+    // Where the contexts differ, the harness calls the continuation the target. A file of samples holds texts only.
     let document = json!({"sentence": "Anna gave the ball to Mia and _ ran home.", "option1": "Anna", "option2": "Mia", "answer": "2"});
     let run = |name: &str, document: Value| {
         let outcome = model.evaluate(
@@ -200,7 +202,7 @@ fn documents_that_are_none_are_named() {
     assert!(error.contains("d.jsonl, line 3"), "{error}");
 }
 
-/// A slice's loss is that of its texts, however they are mixed with others.
+/// The loss of a slice is that of its texts, in any order among other slices.
 #[test]
 fn slices_add_up() {
     let model = Loader::embedded("tiny").unwrap().load().unwrap();
@@ -223,7 +225,7 @@ fn slices_add_up() {
     assert!((alone.bits_per_byte() - alone.nats / bytes as f64 / std::f64::consts::LN_2).abs() < 1e-12);
 }
 
-/// The command, from its flags to its files.
+/// The command, from its flags to its output files.
 #[test]
 fn the_command_writes_what_the_harness_writes() {
     let dir = tempfile::tempdir().unwrap();
