@@ -1,3 +1,5 @@
+//! Audits of the revisions of a repository.
+
 use std::collections::BTreeSet;
 
 use pricket::Hub;
@@ -85,7 +87,7 @@ fn said(audit: &Audit, kind: FindingKind) -> Vec<(Vec<&str>, bool, &str)> {
 
 /// The defects of pythia-2.8b in small. The audit compares hashes and reads no weights.
 #[test]
-fn an_audit_needs_hashes_alone() {
+fn an_audit_reads_hashes_only() {
     let world = World::new([(
         "EleutherAI/pythia-2.8b",
         letters(&[
@@ -120,7 +122,7 @@ fn an_audit_needs_hashes_alone() {
 }
 
 #[test]
-fn the_other_form_may_be_right() {
+fn an_audit_suggests_the_other_format() {
     let both = |st: &'static str, bin: &'static str| [("model.safetensors", st), ("pytorch_model.bin", bin)];
     let (zero, four, last, main) = (both("z", "a"), both("z", "b"), both("z", "y"), both("z", "x"));
     let world =
@@ -156,7 +158,7 @@ fn a_shard_of_another_step_is_found() {
 
 /// An audit blames a revision only where the evidence is clear.
 #[test]
-fn nobody_is_accused_without_reason() {
+fn ambiguous_evidence_blames_no_revision() {
     let st = |letter: &'static str| [("model.safetensors", letter)];
     let (a, b, c) = (st("a"), st("b"), st("c"));
     let world = World::new([
@@ -186,7 +188,7 @@ fn nobody_is_accused_without_reason() {
 
 /// A v0 model starts at step1000. Its card says so, and the audit raises no alarm.
 #[test]
-fn what_was_never_published_is_not_missed() {
+fn unpublished_steps_are_not_reported_as_missing() {
     let world = World::new([("EleutherAI/pythia-70m-v0", tiny_repo(&["step1000"]))]);
     let found = world.checkpoints("EleutherAI/pythia-70m-v0");
     let audit = found.audit(&"0..1000".parse().unwrap(), AuditOptions::default(), &NoProgress).unwrap();
@@ -197,7 +199,7 @@ fn what_was_never_published_is_not_missed() {
 
 /// The golden suite in other formats than that of the fixture.
 #[test]
-fn the_planted_branch_is_found_whatever_it_looks_like() {
+fn the_planted_branch_is_found_in_every_format() {
     let file = |branch: &str, name: &str| std::fs::read(blob(&snapshots()[branch].join(name))).unwrap();
     let config = || Content::text(file("step64", "config.json"));
     let bin = |branch: &str| ("pytorch_model.bin", Content::lfs(file(branch, "pytorch_model.bin")));
@@ -243,7 +245,7 @@ fn the_planted_branch_is_found_whatever_it_looks_like() {
 
 /// An offline audit covers only the revisions in the cache.
 #[test]
-fn an_audit_of_a_cache_judges_what_it_has() {
+fn an_offline_audit_covers_the_cached_revisions() {
     let world = World::new([(SUITE, suite_repo())]);
     let found = world.checkpoints(SUITE);
     for step in &found.steps[..3] {

@@ -1,3 +1,5 @@
+//! Comparison with models of candle-transformers.
+
 use candle_nn::VarBuilder;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::models::llama::{Cache, Config, Llama};
@@ -10,7 +12,7 @@ use crate::common::{example, root, worst};
 
 /// candle-transformers' Llama reads the tensors that a conversion to Hub layout writes, from safetensors and from ggjt.
 #[test]
-fn candles_llama_computes_the_same() {
+fn candles_llama_gives_the_same_logits() {
     let logits = |model: &dyn pricket::CausalLm, ids: &[u32], ctx: &mut Context| {
         let ids = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
         model.head(&model.hidden(&ids, ctx).unwrap()).unwrap()
@@ -75,7 +77,7 @@ fn histogram(n: usize, mut draw: impl FnMut() -> u32) -> Vec<f64> {
 }
 
 #[test]
-fn draws_as_candles_sampler_does() {
+fn sampling_matches_candles_sampler() {
     let logits = [1.0f32, -2.0, 0.5, 3.0, 2.0, -1.0];
     let tensor = Tensor::new(&logits, &Device::Cpu).unwrap();
     for sampling in [

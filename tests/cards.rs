@@ -1,3 +1,5 @@
+//! Cards of the published checkpoints.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
@@ -6,7 +8,7 @@ use pricket::suites::{KnownKind, cards};
 use crate::common::root;
 
 #[test]
-fn the_suites_expand_to_what_was_published() {
+fn suites_list_the_published_models() {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for card in cards() {
         *counts.entry(&card.suite).or_default() += 1;
@@ -51,7 +53,7 @@ fn every_pythia_has_154_steps() {
 
 /// The parameter counts of a card equal those that the loading code computes from the same shape.
 #[test]
-fn parameters_are_those_of_the_published_shapes() {
+fn parameter_counts_match_the_shapes() {
     for card in cards() {
         let name = match card.suite.as_str() {
             "RedPajama-INCITE" => format!("incite-{}", card.size),
@@ -68,7 +70,7 @@ fn parameters_are_those_of_the_published_shapes() {
 }
 
 #[test]
-fn what_is_known_to_be_wrong_has_a_source() {
+fn known_problems_cite_a_source() {
     let wrong = |id: &str| {
         let known = pricket::suites::card(id).unwrap().known.iter().filter(|known| known.kind == KnownKind::Wrong);
         known.flat_map(|known| known.steps.clone()).collect::<BTreeSet<u64>>()

@@ -1,3 +1,5 @@
+//! Prompt formats and conversations.
+
 use std::path::Path;
 
 use pricket::lm::{Role, Turn};
@@ -14,7 +16,7 @@ fn tiny_chat() -> Pricket {
 
 /// Every format, character for character, with the same three turns. `¶` is a line break.
 #[test]
-fn formats_are_spelled_as_the_models_saw_them() {
+fn prompt_formats_match_the_training_format() {
     let intro =
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.";
     let chatml =
@@ -141,7 +143,7 @@ const TALK: [&str; 6] = [
 ];
 
 #[test]
-fn it_remembers_what_was_said() {
+fn chat_recalls_earlier_turns() {
     let mut chat = tiny_chat().conversation();
     assert_eq!(chat.format().name, "incite-chat");
     let options = GenerateOptions::default();
@@ -161,7 +163,7 @@ fn it_remembers_what_was_said() {
 
 /// Every reply ends where the next question would begin.
 #[test]
-fn replies_end_at_the_next_question_which_is_not_shown() {
+fn replies_end_before_the_next_question() {
     let pricket = tiny_chat();
     let human = pricket.encode("<human>").unwrap();
     assert!(human.len() > 1, "the stop string is to be several tokens");
@@ -273,7 +275,7 @@ proptest! {
 
     /// The prompt fits, keeps the last turn, and leaves out whole question and answer pairs only.
     #[test]
-    fn fitting_keeps_what_it_promises(lengths in proptest::collection::vec(0..60usize, 1..20), limit in 1..400usize, reserve in 0..200usize) {
+    fn fitting_drops_the_fewest_whole_turns(lengths in proptest::collection::vec(0..60usize, 1..20), limit in 1..400usize, reserve in 0..200usize) {
         let tokenizer = pricket::lm::Tokenizer::from_file(root().join("models/tiny/tokenizer.json")).unwrap();
         let format = prompt_format("incite-chat").unwrap();
         let word = |n: usize| "sea ".repeat(n);
@@ -304,7 +306,7 @@ proptest! {
 }
 
 #[test]
-fn a_reply_that_is_broken_off_is_what_was_said() {
+fn an_interrupted_reply_keeps_its_text() {
     let mut chat = tiny_chat().conversation();
     let options = GenerateOptions::default();
     let begun: String = chat.stream("Count from 1 to 7.", &options).unwrap().take(4).map(Result::unwrap).collect();
@@ -316,7 +318,7 @@ fn a_reply_that_is_broken_off_is_what_was_said() {
 }
 
 #[test]
-fn conversations_are_saved_and_gone_on_with() {
+fn conversations_are_saved_and_resumed() {
     let pricket = tiny_chat();
     let options = GenerateOptions::default();
     let mut chat = pricket.conversation();
@@ -361,7 +363,7 @@ fn variant(dir: &Path, tokens: &[&str], config: &Value) -> Pricket {
 }
 
 #[test]
-fn the_format_is_known_by_tokens_or_configuration_and_told() {
+fn the_prompt_format_is_detected_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let told = |tokens: &[&str], config: Value| {
         let pricket = variant(dir.path(), tokens, &config);
@@ -447,7 +449,7 @@ fn a_reply_depends_on_the_turns_alone() {
 
 /// A chat template is not evaluated. A note names the format that is used instead.
 #[test]
-fn a_chat_template_is_mentioned_where_nothing_else_says_the_format() {
+fn an_unused_chat_template_is_mentioned() {
     let dir = tempfile::tempdir().unwrap();
     let tiny = root().join("models/tiny");
     for file in ["config.json", "tokenizer.json", "model.safetensors"] {
@@ -484,7 +486,7 @@ fn a_reply_that_is_dropped_before_its_first_token_loses_nothing() {
 
 /// A recurrence keeps only the marked positions. The rest is read again, and the text is the same.
 #[test]
-fn a_conversation_with_a_recurrent_model_is_the_same_with_and_without_its_past() {
+fn a_recurrent_conversation_is_the_same_with_and_without_its_state() {
     pricket::loading::add_family(pricket_toys::RECURRENT);
     let tiny = pricket::tiny().unwrap();
     let vocab = tiny.info().vocab;

@@ -1,3 +1,5 @@
+//! Helpers of the tests: paths, examples, small random models.
+
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;

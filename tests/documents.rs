@@ -26,7 +26,7 @@ fn all(paths: &[impl AsRef<Path>]) -> Vec<Value> {
 }
 
 #[test]
-fn parquet_has_the_documents_that_lines_have() {
+fn parquet_and_json_lines_hold_the_same_documents() {
     for name in ["hellaswag.validation", "piqa.validation", "piqa.train"] {
         let (a, b) = (all(&[parquet(&format!("{name}.parquet"))]), all(&[lines(&format!("{name}.jsonl"))]));
         assert!(a.len() > 5 && a == b, "{name}");
@@ -40,7 +40,7 @@ fn parquet_has_the_documents_that_lines_have() {
 }
 
 #[test]
-fn what_is_no_parquet_is_an_error_that_names_the_file() {
+fn an_invalid_parquet_file_is_named() {
     let whole = std::fs::read(parquet("piqa.train.parquet")).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("cut.parquet");

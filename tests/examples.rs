@@ -1,3 +1,5 @@
+//! The examples as a user runs them.
+
 use serde_json::Value;
 
 use crate::common::{example, root};
@@ -19,7 +21,7 @@ fn generate_writes_the_prompt_and_more() {
 }
 
 #[test]
-fn generate_speaks_json() {
+fn generate_writes_json() {
     let (code, out, _) =
         output("generate", &["--json", "--prompt", "The", "-n", "5", "-t", "0", "--revision", "step512"]);
     assert_eq!(code, Some(0));
@@ -42,7 +44,7 @@ fn inspect_shows_a_directory_and_a_file() {
 }
 
 #[test]
-fn parity_says_how_far_off_and_fails_when_something_is() {
+fn parity_reports_differences_and_fails_on_them() {
     let (code, out, _) = output("parity", &["tests/golden/models/neox-tied", "tests/golden/models/generate-neox"]);
     assert_eq!(code, Some(0), "{out}");
     for line in out.lines() {
@@ -81,7 +83,7 @@ fn chat(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
 }
 
 #[test]
-fn chat_talks_and_obeys() {
+fn chat_replies_and_runs_commands() {
     let (code, out, err) = chat(
         &["-t", "0"],
         "My name is Rose.\n\nWhat is \\\nmy name?\nWhat is my name?\n/undo\n/reset\nWhat is my name?\n/quit\nHello.\n",
@@ -112,7 +114,7 @@ fn chat_talks_and_obeys() {
 }
 
 #[test]
-fn generate_asks_in_a_prompt_format() {
+fn generate_applies_a_prompt_format() {
     let ask = |format: &str| {
         let prompt = ["--prompt", "What is the opposite of war?", "-t", "0", "--json", "--prompt-format", format];
         let (code, out, err) = output("generate", &[&["--model", "tiny-chat"], &prompt[..]].concat());
@@ -186,7 +188,7 @@ fn wrong_arguments_are_one_line() {
 
 /// Outputs and options are checked before the work starts, and nothing is written.
 #[test]
-fn what_cannot_be_written_is_told_first() {
+fn outputs_are_checked_before_the_work() {
     let dir = tempfile::tempdir().unwrap();
     let data = root().join("tests/golden/scoring/score-neox-4tasks/data");
     let data = data.to_str().unwrap();
@@ -216,7 +218,7 @@ fn what_cannot_be_written_is_told_first() {
 
 /// Other programs use -1 for no limit.
 #[test]
-fn limits_of_minus_one_are_none() {
+fn minus_one_means_no_limit() {
     let (code, _, err) = output("generate", &["--top-k", "-1", "-n", "-1", "--prompt", "The people", "--seed", "3"]);
     assert_eq!(code, Some(0), "{err}");
 }
@@ -233,7 +235,7 @@ fn the_card_of_a_model_is_known_offline() {
 /// A closed pipe and a full disk cause no panic.
 #[cfg(target_os = "linux")]
 #[test]
-fn output_that_nobody_reads_is_no_panic() {
+fn closed_or_full_output_does_not_panic() {
     use std::fs::File;
     use std::process::Stdio;
 
@@ -310,7 +312,7 @@ fn a_conversion_that_is_interrupted_leaves_nothing() {
 
 /// A proxy or certificate file that cannot be used is an error. It is never ignored.
 #[test]
-fn what_the_environment_says_of_the_network_is_never_passed_by() {
+fn network_environment_variables_are_never_ignored() {
     let home = tempfile::tempdir().unwrap();
     for (name, value, word) in [
         ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "socks5"),
@@ -355,7 +357,7 @@ fn the_prelude_has_what_the_examples_import() {
 
 /// Messages use the singular for a count of one.
 #[test]
-fn a_single_thing_is_counted_in_the_singular() {
+fn counts_of_one_use_the_singular() {
     let (_, _, err) = output("score", &["--prompt", "the"]);
     assert!(err.contains("1 token, the first given"), "{err}");
     let (_, _, err) = output("generate", &["--prompt", "the", "-n", "2", "--temperature", "0"]);
@@ -364,7 +366,7 @@ fn a_single_thing_is_counted_in_the_singular() {
 
 /// Options that are invalid or have no effect, and empty texts.
 #[test]
-fn what_makes_no_sense_is_refused_by_name() {
+fn invalid_options_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("empty.txt"), "").unwrap();
     std::fs::write(dir.path().join("short.txt"), "The people").unwrap();

@@ -1,3 +1,5 @@
+//! Features of single families: checkpoints without a configuration, rows in pairs, recurrences.
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -174,7 +176,7 @@ impl pricket::weights::Store for Renamed {
 }
 
 #[test]
-fn a_checkpoint_without_a_configuration_is_told_by_its_shapes_or_refused() {
+fn a_checkpoint_without_a_configuration_is_identified_by_its_shapes_or_refused() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
     let plain = native(&BTreeMap::new());
     let loaded = load(plain.path());
@@ -200,7 +202,7 @@ fn a_checkpoint_without_a_configuration_is_told_by_its_shapes_or_refused() {
 }
 
 #[test]
-fn the_end_token_that_was_published_by_mistake_ends_nothing() {
+fn a_wrongly_published_end_token_is_ignored() {
     let dir = tempfile::tempdir().unwrap();
     let config = |vocab: u32| {
         json!({
@@ -254,7 +256,7 @@ fn the_state_of_a_recurrent_model_does_not_grow() {
 }
 
 #[test]
-fn taps_of_a_recurrent_model_exist_where_they_mean_something() {
+fn a_recurrent_model_refuses_attention_taps() {
     let model = load(golden("models/rwkv4-hf-rescale")).model();
     let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu).unwrap();
     let run = |site| {
@@ -375,7 +377,7 @@ fn tokenizer_with(files: &[(&str, Value)]) -> pricket::lm::Result<Tokenizer> {
 }
 
 #[test]
-fn files_beside_a_sentencepiece_model_count_or_are_refused() {
+fn files_beside_a_sentencepiece_model_are_applied_or_refused() {
     let plain = tokenizer_with(&[]).unwrap();
     let count = plain.vocab_size() as u32;
     // Added tokens, without the empty one.
@@ -442,7 +444,7 @@ fn training_examples_have_the_ids_of_prompts() {
 
 /// In a tokenizer from a GGUF file, text stays text, and the special tokens of a prompt format are tokens.
 #[test]
-fn a_gguf_file_says_which_tokens_are_special() {
+fn a_gguf_file_marks_special_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let gguf = dir.path().join("m.gguf");
     Loader::embedded("tiny-llama").unwrap().set("bos_token_id", 7).convert(&gguf, &ConvertOptions::default()).unwrap();
@@ -460,7 +462,7 @@ fn a_gguf_file_says_which_tokens_are_special() {
 }
 
 #[test]
-fn a_pth_file_is_the_last_that_is_taken_for_weights() {
+fn a_pth_file_is_the_last_choice_for_weights() {
     use pricket::weights::choose_weights;
     let choose = |names: &[&str]| {
         let chosen = choose_weights(names, Path::new("here"));
@@ -477,7 +479,7 @@ fn a_pth_file_is_the_last_that_is_taken_for_weights() {
 
 /// RWKV's own repositories hold one or several `.pth` files and no configuration.
 #[test]
-fn native_files_work_wherever_checkpoints_do() {
+fn native_rwkv_files_load_like_checkpoints() {
     let native = std::fs::read(golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth")).unwrap();
     let other = std::fs::read(golden("models/rwkv4-native-fp16-widths/model-fp16.pth")).unwrap();
     let mut steps = Repo::default();
@@ -522,7 +524,7 @@ fn native_files_work_wherever_checkpoints_do() {
 }
 
 #[test]
-fn a_recurrent_state_is_counted() {
+fn the_estimate_includes_the_recurrent_state() {
     let tiny = Loader::embedded("tiny-rwkv").unwrap().load().unwrap();
     let mut ctx = Context::new().with_state(State::new());
     logits(&*tiny.model(), &[1, 2, 3], &mut ctx);

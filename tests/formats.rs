@@ -1,3 +1,5 @@
+//! Conversions between formats, quantizing, and ambiguities of GGUF and GGML files.
+
 use std::path::{Path, PathBuf};
 
 use pricket::candle::{DType, Device, Tensor};
@@ -105,7 +107,7 @@ fn conversions_keep_every_value() {
 }
 
 #[test]
-fn old_blocks_whose_scales_are_halves_stay_quantized() {
+fn old_blocks_with_f16_scales_stay_quantized() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     let source = golden("files/neox-ggml-20230515-q4_0/model.bin");
@@ -151,7 +153,7 @@ fn a_file_and_a_flag_quantize_alike() {
 }
 
 #[test]
-fn a_width_that_is_no_whole_block_takes_the_next_type() {
+fn a_width_that_is_not_a_multiple_of_the_block_gets_another_type() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     let wanted = Quantization { weights: BlockType::Q6K, embeddings_and_head: None };
@@ -163,7 +165,7 @@ fn a_width_that_is_no_whole_block_takes_the_next_type() {
 }
 
 #[test]
-fn nothing_is_written_over_unless_asked() {
+fn files_are_overwritten_only_on_request() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     std::fs::write(&file, "precious").unwrap();
@@ -177,7 +179,7 @@ fn nothing_is_written_over_unless_asked() {
 
 /// Lists of words and merges hold everything that a tokenizer.json holds.
 #[test]
-fn a_tokenizer_survives_as_lists() {
+fn a_tokenizer_survives_as_word_and_merge_lists() {
     let mut paths = vec![root().join("models/tiny/tokenizer.json")];
     let neox = std::env::var_os("PRICKET_GOLDEN_TEXT").map(PathBuf::from);
     let neox = neox.unwrap_or_else(|| root().join("../shared/golden/text")).join("20B_tokenizer.json");
@@ -240,7 +242,7 @@ fn a_legacy_file_takes_the_tokenizer_beside_it() {
 }
 
 #[test]
-fn the_order_of_rows_is_found_by_what_the_model_knows() {
+fn the_row_order_is_detected_by_the_loss_of_a_text() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     Loader::tiny().convert(&file, &options(Target::F16)).unwrap();
@@ -287,7 +289,7 @@ fn keys_can_be_changed_and_the_activation_too() {
 }
 
 #[test]
-fn several_files_in_a_directory_are_told() {
+fn several_files_in_a_directory_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["a.gguf", "b.gguf"] {
         std::fs::copy(golden("files/mpt-gguf-f16/model.gguf"), dir.path().join(name)).unwrap();
@@ -455,7 +457,7 @@ fn the_other_containers_of_2023_are_read() {
 }
 
 #[test]
-fn a_directory_is_written_whole_and_over_nothing() {
+fn a_directory_is_complete_and_never_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("pytorch_model.bin"), "another").unwrap();
     let error = Loader::tiny().convert(dir.path(), &options(Target::F16)).unwrap_err().to_string();
@@ -478,7 +480,7 @@ fn a_directory_is_written_whole_and_over_nothing() {
 /// The sizes of the blocks decide, not the header. A plain file type around blocks of version 2 gives no warning; MPT
 /// files of three days have that. A wrong version gives a warning.
 #[test]
-fn a_header_that_is_wrong_about_its_blocks_is_told() {
+fn a_header_with_a_wrong_block_version_warns() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ggml-a.bin");
     for (case, file_type, words) in [

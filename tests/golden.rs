@@ -1,3 +1,5 @@
+//! Golden cases: outputs of the original implementations.
+
 use std::path::PathBuf;
 
 use pricket::candle::Device;

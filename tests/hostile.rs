@@ -1,3 +1,5 @@
+//! Damaged and malicious files.
+
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -345,7 +347,7 @@ fn a_broken_tokenizer_is_named() {
 
 /// tests/hostile holds files with one defect each, and a text that each error must contain.
 #[test]
-fn kept_bad_files_get_the_error_that_they_must() {
+fn hostile_files_give_their_expected_errors() {
     let folder = root().join("tests/hostile");
     let errors = std::fs::read(folder.join("errors.json")).unwrap();
     let errors: std::collections::BTreeMap<String, String> = serde_json::from_slice(&errors).unwrap();
@@ -368,7 +370,7 @@ fn kept_bad_files_get_the_error_that_they_must() {
 
 /// Golden GGUF and GGML files with changed or missing bytes give an answer or an error, never a panic.
 #[test]
-fn damaged_containers_are_answered() {
+fn damaged_containers_never_panic() {
     let files: Vec<Vec<u8>> = crate::common::files(&root().join("tests/golden/files"))
         .into_iter()
         .filter(|path| path.extension().is_some_and(|e| e == "gguf" || e == "bin"))
@@ -412,7 +414,7 @@ fn damaged_containers_are_answered() {
 
 /// A damaged tokenizer.model gives an error or a working tokenizer.
 #[test]
-fn damaged_sentencepiece_models_are_answered() {
+fn damaged_sentencepiece_models_never_panic() {
     let mut state = 7u64;
     let mut random = move |below: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

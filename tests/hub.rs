@@ -1,3 +1,5 @@
+//! Models by their ids, from a server with the protocol of the Hub: steps and single tensors.
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -85,7 +87,7 @@ fn only_what_loading_needs_is_fetched() {
 }
 
 #[test]
-fn what_is_not_there_is_explained() {
+fn missing_models_and_revisions_are_explained() {
     let world = World::new([("EleutherAI/pythia-70m", tiny_repo(&["step0", "step512"]))]);
     let error = |id: &str| {
         let error = world.loader(id).load().unwrap_err().to_string();
@@ -116,7 +118,7 @@ fn what_is_not_there_is_explained() {
 }
 
 #[test]
-fn a_name_of_the_cards_is_enough() {
+fn a_card_name_loads_the_model() {
     let world = World::new([("EleutherAI/pythia-70m", tiny_repo(&[]))]);
     for name in ["pythia-70m", "EleutherAI/pythia-19m", "eleutherai/Pythia-70M"] {
         let loaded = world.loader(name).load().unwrap();
@@ -198,7 +200,7 @@ fn one_of_several_files_is_loaded_by_its_name() {
 }
 
 #[test]
-fn prompts_are_those_of_the_card_or_of_what_it_is_a_copy_of() {
+fn prompt_formats_come_from_the_card_of_the_model_or_its_original() {
     let world = World::new([
         ("togethercomputer/RedPajama-INCITE-Chat-3B-v1", tiny_repo(&[])),
         ("gl198976/mpt-7b-instruct", tiny_repo(&[])),
@@ -214,7 +216,7 @@ fn prompts_are_those_of_the_card_or_of_what_it_is_a_copy_of() {
 }
 
 #[test]
-fn a_license_that_forbids_commerce_is_told() {
+fn a_noncommercial_license_is_reported() {
     let chat = mute_mpt();
     let world = World::new([("mosaicml/mpt-7b-chat", chat)]);
     let loaded = world.loader("mpt-7b-chat").load().unwrap();
@@ -254,7 +256,7 @@ fn a_revision_known_to_be_wrong_warns_with_its_source() {
 }
 
 #[test]
-fn the_license_of_a_stranger_is_read_from_its_readme() {
+fn the_license_of_an_unlisted_model_is_read_from_its_readme() {
     let mut files: Vec<(String, Content)> = ["config.json", "tokenizer.json", "model.safetensors"]
         .into_iter()
         .map(|name| (name.to_owned(), Content::file(&root().join("models/tiny").join(name)).unwrap()))
@@ -359,7 +361,7 @@ fn one_tensor_comes_without_its_file() {
     assert_eq!(world.large_bytes(), 0);
 }
 #[test]
-fn looking_changes_nothing_and_nothing_is_fetched_in_vain() {
+fn inspecting_keeps_the_cache_and_refusals_fetch_no_weights() {
     let content = tiny_repo(&["step0"]);
     let world = World::new([("owner/tiny", content.clone())]);
     let before = world.loader("owner/tiny").load().unwrap().provenance().commit.clone();
@@ -489,7 +491,7 @@ fn the_real_hub_answers() {
 
 /// A legacy file with the words of GPT-NeoX-20B gets that model's tokenizer, with a note.
 #[test]
-fn a_legacy_file_fetches_the_tokenizer_that_its_words_are_of() {
+fn a_legacy_file_fetches_the_matching_tokenizer() {
     // A file of the smallest model with that many words. All words are made up, except those that identify the
     // vocabulary.
     let word = |id: usize| match id {

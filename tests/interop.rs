@@ -49,7 +49,7 @@ fn a_var_builder_has_the_hubs_names_and_rows_whatever_the_format() {
 }
 
 #[test]
-fn what_a_var_builder_lacks_is_named() {
+fn tensors_missing_from_a_var_builder_are_named() {
     let opened = interop::open(root().join("models/tiny")).unwrap();
     let weights = opened.var_builder(DType::F32, &Device::Cpu);
     let error = Loader::from_store(opened.config, interop::store(weights.pp("elsewhere"))).load().unwrap_err();
@@ -57,7 +57,7 @@ fn what_a_var_builder_lacks_is_named() {
 }
 
 #[test]
-fn tokenizers_go_in_and_out() {
+fn tokenizers_convert_both_ways() {
     let ours = pricket::tiny().unwrap();
     let ours = ours.tokenizer().unwrap();
     let theirs = interop::to_tokenizers(ours).unwrap();
@@ -72,7 +72,7 @@ fn tokenizers_go_in_and_out() {
 }
 
 #[test]
-fn repositories_are_sources_and_sources_repositories() {
+fn repositories_and_sources_convert_both_ways() {
     let repo = hf_hub::Repo::with_revision("EleutherAI/pythia-70m".into(), hf_hub::RepoType::Model, "step3000".into());
     let source = interop::source(&repo).unwrap();
     assert_eq!(source.to_string(), Source::new("EleutherAI/pythia-70m@step3000").to_string());

@@ -1,3 +1,5 @@
+//! Instruction sets, threads, rounded activations.
+
 #[cfg(target_os = "linux")]
 use std::collections::BTreeSet;
 #[cfg(target_os = "linux")]
@@ -11,7 +13,7 @@ use crate::common::{directories_with, example, root};
 
 /// Every golden case passes with each instruction set of this processor.
 #[test]
-fn every_instruction_path_passes_the_golden_cases() {
+fn every_instruction_set_passes_the_golden_cases() {
     let kinds = ["models", "files", "scoring"].map(|kind| root().join("tests/golden").join(kind));
     let cases: Vec<_> = kinds.iter().flat_map(|kind| directories_with(kind, "case.json")).collect();
     for path in ["scalar", "neon", "avx2", "avx512", "amx"] {
@@ -39,7 +41,7 @@ fn the_plain_twins_pass_the_golden_cases() {
 }
 
 #[test]
-fn a_path_that_does_not_exist_is_refused() {
+fn an_unknown_instruction_set_is_refused() {
     let output = example("generate").args(["-n", "1"]).env("PRICKET_CPU", "mmx").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("PRICKET_CPU is \"mmx\"; it can be scalar"), "{said}");
@@ -48,7 +50,7 @@ fn a_path_that_does_not_exist_is_refused() {
 /// Generation starts neither candle's nor rayon's threads. All work runs on pricket's own pool.
 #[cfg(target_os = "linux")]
 #[test]
-fn other_pools_stay_asleep() {
+fn no_other_thread_pool_starts() {
     let mut command = example("bench");
     command.args(["--shape", "14m", "--threads", "3", "--prefill", "512", "--decode", "16", "--new-tokens", "64"]);
     let mut child = command.args(["--runs", "30"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -73,7 +75,7 @@ fn other_pools_stay_asleep() {
 /// Rounded activations and caches change little: the divergence of the next-token probabilities from those of f32, over
 /// a text from the training data.
 #[test]
-fn what_is_rounded_stays_close() {
+fn rounded_activations_and_caches_stay_close() {
     let text = "My fellow citizens, the people of the United States have called me to the office of their President, and I \
                 come before you to take the oath that the Constitution prescribes.";
     let probabilities = |loader: Loader| {

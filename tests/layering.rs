@@ -1,3 +1,5 @@
+//! Dependencies between crates and modules, as docs/architecture.md describes them.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
@@ -282,7 +284,7 @@ fn circle(graph: &BTreeMap<Module, BTreeSet<Module>>) -> Option<Vec<Module>> {
 
 /// The files of a crate have no circular dependencies.
 #[test]
-fn files_use_one_another_without_circles() {
+fn modules_have_no_dependency_cycles() {
     for (krate, _) in ALLOWED {
         let known = modules(krate);
         let graph = graph(&known);
@@ -302,7 +304,7 @@ fn files_use_one_another_without_circles() {
 }
 
 #[test]
-fn a_family_takes_little_and_is_named_in_one_place() {
+fn a_family_is_small_and_named_in_one_place() {
     for file in ["gated.rs", "recurrent.rs"] {
         let text = std::fs::read_to_string(root().join("crates/pricket-toys/src").join(file)).unwrap();
         assert!(text.lines().count() < 120, "{file}: {} lines", text.lines().count());

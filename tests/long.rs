@@ -1,3 +1,5 @@
+//! Prompts far beyond the trained length.
+
 use std::sync::Arc;
 
 use pricket::candle::{Device, IndexOp, Tensor};
@@ -70,7 +72,7 @@ fn storywriter(d_model: usize) -> Pricket {
 
 /// Twice the context of any rotary model of the zoo, with every slope from 2^-2 to 2^-16.
 #[test]
-fn reading_in_pieces_gives_what_reading_at_once_gives() {
+fn chunked_prefill_matches_one_pass() {
     let pricket = storywriter(64);
     let ids = ids(4500, 512);
     let off = worst(&cached(&pricket, &ids, 512).0, &uncached(&pricket, &ids));

@@ -1,3 +1,5 @@
+//! Memory of loading, running and training.
+
 use crate::common::root;
 
 /// The peak memory of this process, in bytes.

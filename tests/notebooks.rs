@@ -12,7 +12,7 @@ fn the_first_notebook_runs() {
 }
 
 #[test]
-fn what_is_compiled_is_what_the_notebooks_hold() {
+fn compiled_cells_match_the_notebooks() {
     let cells = std::fs::read_to_string(root().join("examples/notebooks/01-hello-pythia.ipynb")).unwrap();
     let cells: serde_json::Value = serde_json::from_str(&cells).unwrap();
     let squeezed = |text: &str| text.split_whitespace().collect::<String>().replace(",]", "]").replace(",)", ")");

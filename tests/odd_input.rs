@@ -181,7 +181,7 @@ fn keys_that_change_the_maths_change_the_logits_or_are_refused() {
 
 /// docs/formats.md lists the keys of the tables. `PRICKET_WRITE_DOCS=1` rewrites the list.
 #[test]
-fn the_documented_keys_are_those_that_are_checked() {
+fn the_documented_keys_match_the_tables() {
     use pricket::nn::config::{GENERIC, Keys};
     let tables: [(&str, Keys); 9] = [
         ("transformers' `PretrainedConfig`, which all configurations share", GENERIC),
@@ -225,7 +225,7 @@ mod pricket_tables {
 }
 
 #[test]
-fn what_python_writes_into_a_configuration_is_read() {
+fn configurations_written_by_python_are_read() {
     let config = mpt_config(&json!({"attn_config": {"alibi": true, "clip_qkv": null}}));
     let (weights, expected) = (tensors(&config), plain(&config));
     let dir = directory(&config, &weights);
@@ -264,7 +264,7 @@ fn what_python_writes_into_a_configuration_is_read() {
 }
 
 #[test]
-fn a_setting_comes_before_the_first_check() {
+fn settings_apply_before_the_configuration_is_checked() {
     let whole = small_config(&json!({}));
     let (weights, expected) = (tensors(&whole), plain(&whole));
     let dir = directory(&whole, &weights);
@@ -301,7 +301,7 @@ fn a_setting_comes_before_the_first_check() {
 
 /// A value of eos_token_id that cannot be a token id gives a warning, because the text would never end.
 #[test]
-fn end_tokens_that_are_none_are_told() {
+fn invalid_end_tokens_give_a_warning() {
     let config = small_config(&json!({}));
     let weights = tensors(&config);
     for (value, told) in [
@@ -379,7 +379,7 @@ fn tied_weights_are_found_under_either_name() {
 }
 
 #[test]
-fn wrappers_of_training_code_are_taken_off() {
+fn name_prefixes_of_training_wrappers_are_removed() {
     let prefixes = [
         "_orig_mod.",
         "module.",
@@ -508,7 +508,7 @@ fn a_state_dict_is_found_where_training_code_keeps_it() {
 }
 
 #[test]
-fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
+fn shards_need_no_index_and_a_part_alone_is_refused() {
     // The configuration does not mention positions, so they are learned if the checkpoint has a table for them.
     let mut silent = mpt_config(&json!({}));
     silent["attn_config"] = json!({});
@@ -618,7 +618,7 @@ fn split(file: &Path, into: &Path, apart: impl Fn(&str) -> bool) -> [PathBuf; 2]
 }
 
 #[test]
-fn a_split_gguf_file_is_read_whole_or_not_at_all() {
+fn a_split_gguf_file_needs_all_of_its_parts() {
     let neox = small_config(&json!({"attention_bias": true}));
     let mut learned = mpt_config(&json!({}));
     learned["attn_config"] = json!({"alibi": false});
@@ -706,7 +706,7 @@ fn a_legacy_file_of_mpt_1b_keeps_its_norms() {
 }
 
 #[test]
-fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
+fn a_weight_that_the_configuration_does_not_use_is_an_error() {
     for (mut config, _, head) in families() {
         let (weights, untied) = (tensors(&config), config.clone());
         let expected = plain(&config);
@@ -765,7 +765,7 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
 
 /// Files that do not hold what their names suggest, and checkpoints of other kinds of models, get an error with advice.
 #[test]
-fn what_stands_in_for_a_model_is_named_with_advice() {
+fn files_that_are_not_models_give_an_error_with_advice() {
     let config = small_config(&json!({}));
     let weights = tensors(&config);
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234567\n";
@@ -867,7 +867,7 @@ fn added_tokens_are_merged_as_transformers_merges_them() {
 }
 
 #[test]
-fn files_beside_a_tokenizer_that_are_broken_are_named() {
+fn broken_files_beside_a_tokenizer_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     std::fs::copy(root().join("models/tiny/tokenizer.json"), at("tokenizer.json")).unwrap();
@@ -930,7 +930,7 @@ fn converting_loses_no_file() {
 }
 
 #[test]
-fn chatml_is_known_by_tokens_that_only_the_configuration_has() {
+fn chatml_is_detected_by_tokens_of_the_configuration() {
     let dir = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors", "tokenizer.json"] {
         std::fs::copy(root().join("models/tiny").join(file), dir.path().join(file)).unwrap();

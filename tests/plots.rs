@@ -37,7 +37,7 @@ fn pixels(png: &[u8]) -> (u32, u32, Vec<u8>) {
 }
 
 #[test]
-fn curves_have_their_points_bands_and_what_others_published() {
+fn curves_show_points_bands_and_published_values() {
     let rows = rows(&results(&["EleutherAI/pythia-70m", "EleutherAI/pythia-160m"])).unwrap();
     let count = |svg: &str, what: &str| svg.matches(what).count();
     let picture = sweep::curves(&rows, &[], &sweep::CurveOptions::default()).unwrap();
@@ -97,7 +97,7 @@ fn the_last_row_of_a_checkpoint_counts_and_failures_do_not() {
 }
 
 #[test]
-fn nothing_to_draw_is_an_error_that_says_so() {
+fn an_empty_plot_is_an_error() {
     let error = |result: pricket::Result<Picture>| result.unwrap_err().to_string();
     let rows = rows(&results(&["a/b"])).unwrap();
     let missing = error(sweep::curves(&rows, &["sciq/acc".into()], &sweep::CurveOptions::default()));
@@ -152,7 +152,7 @@ fn awkward_values_are_drawn() {
 }
 
 #[test]
-fn tokens_bars_and_pictures_below_each_other() {
+fn tokens_bars_and_stacked_pictures_are_drawn() {
     let tiny = pricket::tiny().unwrap();
     let scored = tiny.logprobs("The people of the United States\nand the Congress").unwrap();
     let strip = pricket::notebook::tokens(&scored).unwrap();
@@ -266,7 +266,7 @@ fn a_png_has_192_pixels_to_the_inch() {
 
 #[cfg(feature = "pdf")]
 #[test]
-fn a_pdf_has_a_page_and_its_letters() {
+fn a_pdf_has_a_page_and_its_text() {
     let pdf = Picture::of_heatmap(map()).unwrap().pdf().unwrap();
     assert!(pdf.starts_with(b"%PDF-") && pdf.windows(8).any(|part| part == b"FontFile"));
 }

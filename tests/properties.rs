@@ -1,3 +1,5 @@
+//! State, packed rows, taps and gradients.
+
 use pricket::candle::{DType, Device, IndexOp, Tensor, Var};
 use pricket::lm::loss;
 use pricket::nn::{CacheType, State};
@@ -119,7 +121,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn any_split_through_the_cache_is_the_whole(
+    fn cached_passes_match_one_pass(
         config in any_config(), seed in 0u64..1000, batch in 1usize..3, mut cuts in prop::collection::vec(1usize..80, 0..5),
     ) {
         let model = small(&config, seed).model();
@@ -137,7 +139,7 @@ proptest! {
     /// Packed rows of any length, in any number of passes over any of the rows, with and without state, match single
     /// rows.
     #[test]
-    fn packed_rows_are_the_rows_alone(
+    fn packed_rows_match_single_rows(
         config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..30, 2..5),
         shares in prop::collection::vec(prop::collection::vec(0usize..12, 5), 0..4),
     ) {
@@ -248,7 +250,7 @@ proptest! {
     }
 
     #[test]
-    fn truncating_and_going_on_is_starting_anew(seed in 0u64..1000, keep in 1usize..40, wrong in 1usize..30, more in 1usize..30) {
+    fn truncating_and_continuing_matches_a_fresh_state(seed in 0u64..1000, keep in 1usize..40, wrong in 1usize..30, more in 1usize..30) {
         let model = small(&json!({}), seed).model();
         let ids = random_ids(1, keep + more, seed);
         let whole = logits(&*model, &ids, &mut Context::new());
@@ -354,7 +356,7 @@ fn gradients_pass_through_frozen_weights() {
 }
 
 #[test]
-fn taps_record_and_edit_without_changing_what_they_do_not_touch() {
+fn taps_change_only_the_tensors_that_they_edit() {
     let model = small(&json!({"use_parallel_residual": false}), 9).model();
     let ids = random_ids(2, 13, 1);
     let plain = model.hidden(&ids, &mut Context::new()).unwrap();
@@ -401,7 +403,7 @@ fn taps_record_and_edit_without_changing_what_they_do_not_touch() {
 }
 
 #[test]
-fn the_cache_grows_with_what_it_holds() {
+fn the_cache_grows_with_its_positions() {
     let model = small(&json!({"max_position_embeddings": 1 << 20}), 2).model();
     let mut ctx = cached();
     logits(&*model, &random_ids(1, 10, 1), &mut ctx);

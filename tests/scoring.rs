@@ -20,7 +20,7 @@ proptest! {
     /// Batched requests with shared contexts, cut off where the context is full, give the results of single requests
     /// read from the start.
     #[test]
-    fn many_at_once_are_each_alone(
+    fn batched_scores_match_single_scores(
         contexts in prop::collection::vec(prop::collection::vec(0u32..61, 1..40), 1..5),
         choices in prop::collection::vec((0usize..5, prop::collection::vec(0u32..61, 1..12)), 1..14),
         room in 14usize..60, batch in 1usize..200, config in any_config(),
@@ -65,7 +65,7 @@ proptest! {
 }
 
 #[test]
-fn what_cannot_be_scored_is_refused() {
+fn invalid_requests_are_refused() {
     let model = small(&json!({}), 2).model();
     let score = |context: &[u32], ids: &[u32]| {
         let request = Continuation { context: context.to_vec(), ids: ids.to_vec() };
@@ -80,7 +80,7 @@ fn what_cannot_be_scored_is_refused() {
 
 /// Spaces at the end of the context move to the continuation. Token borders are those of the whole text.
 #[test]
-fn borders_are_the_harnesss() {
+fn token_borders_match_the_harness() {
     let tokenizer = pricket::lm::Tokenizer::from_file(golden("model/tokenizer.json")).unwrap();
     let encode = |context: &str, continuation: &str| Continuation::encode(&tokenizer, 0, context, continuation);
     assert_eq!(encode("the dog ", "ran").unwrap(), encode("the dog", " ran").unwrap());
@@ -92,7 +92,7 @@ fn borders_are_the_harnesss() {
 
 /// The built-in piqa, as a task file of a user.
 #[test]
-fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
+fn a_user_task_matches_the_built_in_task() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mine.toml");
     let text = r#"
@@ -167,7 +167,7 @@ fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
 }
 
 #[test]
-fn documents_that_are_none_are_named() {
+fn invalid_documents_are_named() {
     let model = pricket::load(golden("model")).unwrap();
     let ask = |name: &str, document: Value| {
         let task = Task::named(name).unwrap();
@@ -227,7 +227,7 @@ fn slices_add_up() {
 
 /// The command, from its flags to its output files.
 #[test]
-fn the_command_writes_what_the_harness_writes() {
+fn score_writes_the_format_of_the_harness() {
     let dir = tempfile::tempdir().unwrap();
     let results = dir.path().join("results.json");
     let score = |more: &[&str]| {

@@ -47,7 +47,7 @@ fn generated(model: &Arc<dyn CausalLm>, requests: Vec<Request>) -> Vec<Vec<u32>>
 }
 
 #[test]
-fn a_family_that_nothing_else_knows_generates_in_ragged_batches() {
+fn an_added_family_generates_in_ragged_batches() {
     for kind in TOYS {
         let model = toy(kind);
         for sampling in [SamplingParams::greedy(), SamplingParams { temperature: 0.8, ..SamplingParams::default() }] {
@@ -66,7 +66,7 @@ fn a_family_that_nothing_else_knows_generates_in_ragged_batches() {
 }
 
 #[test]
-fn a_family_that_nothing_else_knows_scores_and_rewinds() {
+fn an_added_family_scores_and_rewinds() {
     for kind in TOYS {
         let model = toy(kind);
         // Contexts with several continuations, and one with a single continuation.
@@ -140,7 +140,7 @@ fn a_generation_is_recorded_and_steered() {
 }
 
 #[test]
-fn a_tap_that_a_recurrence_cannot_have_is_refused_by_name() {
+fn an_unsupported_tap_of_a_recurrence_is_refused_by_name() {
     let taps = pricket::Taps::new().record(pricket::Site::Pattern);
     let ids = Tensor::new(&[[1u32, 2]], &Device::Cpu).unwrap();
     let error = toy("toy_recurrent").hidden(&ids, &mut Context::new().with_taps(taps)).unwrap_err().to_string();
@@ -235,7 +235,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn a_plan_says_all_that_a_model_computes(config in any_config(), seed in 0u64..1000, len in 1usize..40) {
+    fn a_plan_describes_the_whole_model(config in any_config(), seed in 0u64..1000, len in 1usize..40) {
         let model = small(&config, seed).model();
         let ids = row(len, seed);
         let input = Tensor::new(&ids[..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
@@ -249,7 +249,7 @@ proptest! {
 
     /// The fused loss and its gradients equal those of the complete logits.
     #[test]
-    fn the_loss_in_blocks_is_the_loss(config in any_config(), seed in 0u64..1000, batch in 1usize..4, len in 2usize..90, trained: bool) {
+    fn the_blockwise_loss_matches_the_plain_loss(config in any_config(), seed in 0u64..1000, batch in 1usize..4, len in 2usize..90, trained: bool) {
         small(&config, 0);
         let store = Arc::new(pricket::weights::Random::new(Dtype::F32, seed));
         let loader = Loader::from_store(small_config(&config), store).threads(2);
@@ -331,7 +331,7 @@ proptest! {
 
     /// Rows that join and leave, with several tokens at a time, give the results of single rows.
     #[test]
-    fn a_step_decoder_gives_each_row_what_it_gets_alone(
+    fn a_step_decoder_treats_rows_independently(
         config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(2usize..20, 2..5), chunk in 1usize..6,
     ) {
         let model = small(&config, seed).model();
@@ -436,7 +436,7 @@ fn adapters_have_gradients() {
 
 /// Several tokens are tried at once and rewound. Samples and penalties equal those of single tokens.
 #[test]
-fn a_decoder_can_take_back_what_was_tried() {
+fn a_decoder_rewinds_tokens_that_were_tried() {
     for kind in TOYS {
         let model = toy(kind);
         let mut decoder = PlainDecoder::new(Arc::clone(&model));
@@ -514,7 +514,7 @@ fn mpt_scaled() -> Value {
 }
 
 #[test]
-fn weights_are_trained_by_name_and_never_in_blocks() {
+fn weights_are_trained_by_name_and_never_quantized() {
     use pricket::nn::{LoadOptions, Storage, Trainable, Weights};
     let config = small_config(&json!({}));
     let load = |storage: Storage, trainable: Trainable, dtype: Dtype| {

@@ -1,3 +1,5 @@
+//! Parameter counts of the published shapes.
+
 use pricket::loading::estimate;
 use pricket::suites::{published_config, published_shapes};
 use pricket::weights::Dtype;

@@ -36,7 +36,7 @@ fn tiny(out: &Path) -> Sweep {
 }
 
 #[test]
-fn shares_add_up_and_nothing_is_measured_twice() {
+fn shards_add_up_and_nothing_is_measured_twice() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole.jsonl");
     let swept = tiny(&whole).run(|_| ()).unwrap();
@@ -63,7 +63,7 @@ fn shares_add_up_and_nothing_is_measured_twice() {
 /// A sweep that was killed twenty times ends with the rows of an undisturbed one. It repeats only the rows that were
 /// being written.
 #[test]
-fn a_sweep_that_is_killed_goes_on() {
+fn a_killed_sweep_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let (alone, killed) = (dir.path().join("alone.jsonl"), dir.path().join("killed.jsonl"));
     let command = |out: &Path| {
@@ -107,7 +107,7 @@ fn rows_or_torn(path: &Path) -> usize {
 
 /// The remains of a partly written measure are removed before it is measured again.
 #[test]
-fn half_a_measure_is_none() {
+fn partly_written_measures_are_repeated() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.jsonl");
     let sweep = Sweep { steps: "0,1".parse().unwrap(), ..tiny(&out) };
@@ -127,7 +127,7 @@ fn half_a_measure_is_none() {
 
 /// The curve of the golden suite, with its planted branch.
 #[test]
-fn the_curve_of_a_suite_is_the_harnesss() {
+fn the_curve_of_a_suite_matches_the_harness() {
     let dir = tempfile::tempdir().unwrap();
     let suite = root().join("tests/golden/scoring/suite-tiny-neox");
     let mut settings = hub::Settings::new("http://localhost", suite.join("cache"));
@@ -185,7 +185,7 @@ fn newest(out: &Path, revision: &str, metric: &str) -> Option<f64> {
 
 /// If an input of a row changes under its name, the row is measured again. The old row stays in the file.
 #[test]
-fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
+fn rows_are_reused_only_for_unchanged_inputs() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let (model, out) = (at("model"), at("out.jsonl"));
@@ -339,7 +339,7 @@ fn a_disk_budget_is_kept_while_checkpoints_are_fetched() {
 
 /// The checkpoints of a training program are a series of steps. A model without steps is one row.
 #[test]
-fn runs_of_ones_own_are_training_steps() {
+fn local_training_runs_are_swept() {
     let dir = tempfile::tempdir().unwrap();
     for (i, names) in [
         ["checkpoint-0", "checkpoint-64"],
@@ -386,7 +386,7 @@ fn runs_of_ones_own_are_training_steps() {
 
 /// A task with an unusable document is reported with the document. The other tasks are measured.
 #[test]
-fn a_task_that_cannot_be_asked_does_not_end_the_others() {
+fn an_unusable_task_does_not_end_the_others() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let own = "name = 'own'\nkind = 'loglikelihood'\ntext = '{{ a }}'\ntarget = '{{ b }}'\nmetrics = ['acc']";
@@ -411,7 +411,7 @@ fn a_task_that_cannot_be_asked_does_not_end_the_others() {
 
 /// A resumed sweep measures the other tasks even where only the unusable task is left of a checkpoint.
 #[test]
-fn a_task_that_cannot_be_asked_is_tried_once_a_model() {
+fn an_unusable_task_is_tried_once_a_model() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let own = "name = 'own'\nkind = 'loglikelihood'\ntext = 'x'\ntarget = '{{ b }}'\nmetrics = ['acc']";
@@ -442,7 +442,7 @@ fn a_task_that_cannot_be_asked_is_tried_once_a_model() {
 
 /// Measures with equal metric names do not replace each other.
 #[test]
-fn two_files_of_slices_stay_two() {
+fn slice_files_with_equal_metric_names_stay_separate() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     for name in ["a", "b"] {
@@ -512,7 +512,7 @@ fn a_text_file_has_one_perplexity() {
 
 /// A checkpoint that cannot be loaded is recorded, skipped, reported by the exit code, and tried again.
 #[test]
-fn what_fails_is_written_down() {
+fn failed_checkpoints_are_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
     for step in ["step0", "step1", "step16"] {
@@ -547,7 +547,7 @@ fn what_fails_is_written_down() {
 }
 
 #[test]
-fn shares_are_read_and_refused() {
+fn shards_are_parsed_and_refused() {
     assert_eq!("2/3".parse::<Shard>().unwrap(), Shard::new(2, 3).unwrap());
     for text in ["3/3", "1", "a/b", "0/0"] {
         assert!(text.parse::<Shard>().is_err(), "{text}");

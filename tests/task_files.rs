@@ -40,7 +40,7 @@ metadata: {version: 1.0}
 
 /// Each file gives the results of the built-in task of its name, which the golden data hold.
 #[test]
-fn files_of_the_harness_give_the_figures_of_the_built_in_tasks() {
+fn task_files_of_the_harness_match_the_built_in_tasks() {
     let dir = tempfile::tempdir().unwrap();
     written(dir.path(), "_choices", MULTIPLE_CHOICE);
     for (name, text) in [
@@ -86,7 +86,7 @@ fn files_of_the_harness_give_the_figures_of_the_built_in_tasks() {
 
 /// In winogrande the choices are contexts, and one continuation follows each of them.
 #[test]
-fn winogrande_is_asked_as_its_functions_ask() {
+fn winogrande_prompts_match_its_functions() {
     let dir = tempfile::tempdir().unwrap();
     let task = Task::from_file(written(dir.path(), "w.yaml", &winogrande())).unwrap();
     let document = json!({"sentence": "Anna gave the ball to Mia and _ ran home.", "option1": "Anna", "option2": "Mia", "answer": "2"});
@@ -152,7 +152,7 @@ fn a_column_that_only_some_documents_have_is_an_error() {
 }
 
 #[test]
-fn what_a_file_cannot_ask_is_refused_by_name() {
+fn unsupported_task_files_are_refused_by_name() {
     let document = json!({"a": "the", "b": "man", "list": ["the", "man"], "label": 5});
     let choices = "task: t\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: a\n";
     let text = "task: t\noutput_type: loglikelihood\ntest_split: test\ndoc_to_text: a\n";
@@ -265,7 +265,7 @@ fn a_question_is_never_its_own_example() {
 
 /// A file that changes the keys beside a function of the harness is refused, because the task would differ.
 #[test]
-fn a_built_in_question_is_asked_whole_or_not_at_all() {
+fn partly_changed_built_in_tasks_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |from: &str, to: &str| {
         assert!(winogrande().contains(from), "{from}");
@@ -286,7 +286,7 @@ fn a_built_in_question_is_asked_whole_or_not_at_all() {
 
 /// The functions of built-in tasks must be those of the harness, not others of the same name.
 #[test]
-fn another_function_of_a_known_name_is_refused() {
+fn a_changed_function_of_the_harness_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = written(dir.path(), "w.yaml", &winogrande());
     assert!(Task::from_file(&path).is_ok());

@@ -1,3 +1,5 @@
+//! Tokenizing, streaming, stop strings, sampling.
+
 use pricket::{FinishReason, GenerateOptions, SamplingParams};
 use proptest::prelude::*;
 
@@ -19,7 +21,7 @@ fn a_stream_is_the_same_text_in_pieces() {
 }
 
 #[test]
-fn a_seed_means_the_same_text_and_another_seed_another() {
+fn equal_seeds_give_equal_texts() {
     let pricket = pricket::tiny().unwrap();
     let text = |seed| pricket.generate("We", &sampled(seed)).unwrap().text;
     assert_eq!(text(1), text(1));
@@ -176,7 +178,7 @@ fn impossible_settings_are_refused_by_name() {
 }
 
 #[test]
-fn penalties_do_what_they_say() {
+fn penalties_have_their_documented_effect() {
     let pricket = pricket::tiny().unwrap();
     let distinct = |sampling: SamplingParams| {
         let options = GenerateOptions { max_tokens: 120, sampling, stop_at_eos: false, ..Default::default() };
@@ -243,7 +245,7 @@ proptest! {
 }
 
 #[test]
-fn defaults_are_greedy_in_both_places() {
+fn both_defaults_are_greedy() {
     assert_eq!(GenerateOptions::default().sampling, SamplingParams::default());
     assert_eq!(SamplingParams::default().temperature, 0.0);
     // Options that have no effect at temperature 0 are refused.

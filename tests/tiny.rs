@@ -1,3 +1,5 @@
+//! The embedded models and their training steps.
+
 use std::collections::HashSet;
 
 use pricket::lm::token_logprobs;
@@ -37,7 +39,7 @@ fn unigram_loss(ids: &[u32]) -> f64 {
 }
 
 #[test]
-fn it_predicts_text_that_it_has_not_seen() {
+fn models_predict_held_out_text() {
     for name in TEXT_MODELS {
         let pricket = embedded(name);
         let text = data("held_out.txt");
@@ -67,7 +69,7 @@ fn the_mpt_reads_on_beyond_its_training_length() {
 }
 
 #[test]
-fn they_write_words_of_the_language_they_were_trained_on() {
+fn models_write_words_of_their_language() {
     TEXT_MODELS.into_iter().for_each(writes_words);
 }
 
@@ -94,7 +96,7 @@ fn writes_words(name: &str) {
 }
 
 #[test]
-fn its_training_steps_can_be_loaded_and_tell_its_history() {
+fn training_steps_load_and_improve() {
     let held_out = data("held_out.txt");
     let held_out = &held_out[..12_000];
     let mut last = f64::INFINITY;
@@ -113,13 +115,13 @@ fn its_training_steps_can_be_loaded_and_tell_its_history() {
 }
 
 #[test]
-fn a_revision_that_is_not_there_is_answered_with_those_that_are() {
+fn the_error_for_a_missing_revision_lists_the_existing_ones() {
     let error = pricket::load(root().join("models/tiny@step3")).unwrap_err().to_string();
     assert!(error.contains("step3") && error.contains("main, step0, step1, step16, step64"), "{error}");
 }
 
 #[test]
-fn they_are_small() {
+fn embedded_models_are_small() {
     let size = |folder: &str| -> u64 {
         let all = files(&root().join("models").join(folder));
         let own = all.iter().filter(|path| !path.to_string_lossy().contains("revisions"));
@@ -135,7 +137,7 @@ fn they_are_small() {
 }
 
 #[test]
-fn they_have_names() {
+fn embedded_models_load_by_name() {
     // By name, and by a path that does not exist. An existing path comes first.
     for name in ["tiny", "tiny-mpt", "tiny-chat", "tiny-llama", "tiny-rwkv"] {
         assert_eq!(pricket::load(name).unwrap().info().parameters, embedded(name).info().parameters);
@@ -148,7 +150,7 @@ fn they_have_names() {
 
 /// The embedded models rely on this.
 #[test]
-fn three_of_them_have_one_tokenizer() {
+fn three_embedded_models_share_one_tokenizer() {
     let tokenizer = |name: &str| std::fs::read(root().join("models").join(name).join("tokenizer.json")).unwrap();
     assert!(["tiny-mpt", "tiny-chat"].iter().all(|name| tokenizer(name) == tokenizer("tiny")));
 }

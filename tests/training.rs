@@ -76,7 +76,7 @@ proptest! {
     }
 
     #[test]
-    fn an_adapter_is_the_same_read_back_and_merged(config in any_config(), rslora: bool, dora: bool, save: bool) {
+    fn an_adapter_survives_saving_and_merging(config in any_config(), rslora: bool, dora: bool, save: bool) {
         let pricket = small(&config, 12);
         // An adapter larger than the model would multiply the rounding errors of both ways.
         let mut lora_config = LoraConfig { rank: 2, alpha: 2.0, rslora, dora, ..LoraConfig::default() };
@@ -299,7 +299,7 @@ fn conversion_merges_adapters() {
 }
 
 #[test]
-fn nothing_is_trained_on_what_makes_no_sense() {
+fn invalid_training_settings_are_refused() {
     let pricket = small(&json!({}), 1);
     let lora = Lora::new(LoraConfig::default(), &pricket.base().unwrap(), 0).unwrap();
     let new = |samples: Vec<Sample>, change: &dyn Fn(&mut TrainOptions)| {
@@ -329,7 +329,7 @@ fn nothing_is_trained_on_what_makes_no_sense() {
 
 /// For weights that overflow, the error names the step, the micro-batch and the block, and nothing changes.
 #[test]
-fn a_loss_that_is_no_number_is_reported_with_its_block() {
+fn a_nan_loss_is_reported_with_its_block() {
     let pricket = small(&json!({}), 1);
     let base = pricket.base().unwrap();
     let lora = random_lora(&pricket, LoraConfig { rank: 2, ..LoraConfig::default() });
@@ -628,7 +628,7 @@ fn weights_in_bf16_are_trained_by_f32_masters() {
 }
 
 #[test]
-fn losses_of_samples_are_those_of_each_alone() {
+fn batched_losses_match_single_losses() {
     let pricket = small(&json!({}), 4);
     let all = samples();
     let together = losses(&*pricket.model(), &all).unwrap();
