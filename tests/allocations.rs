@@ -33,7 +33,7 @@ impl Counting {
     }
 }
 
-#[allow(unsafe_code, reason = "an allocator is unsafe by its trait; this one hands everything on")]
+#[allow(unsafe_code, reason = "an allocator is unsafe by its trait; this one forwards every call")]
 // SAFETY: every call goes to the system's allocator with the arguments of the caller.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
