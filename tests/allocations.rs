@@ -1,4 +1,4 @@
-//! What a decoding step asks of the allocator.
+//! Allocations of a decoding step.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::Command;
@@ -10,16 +10,16 @@ use pricket::weights::Dtype;
 use pricket::weights::Random;
 use pricket::{GenerateOptions, Loader};
 
-/// The system's allocator, which counts when it is asked to: in a child process that does nothing else.
+/// The system's allocator with a count of the allocations. It counts only in a child process that runs this test.
 struct Counting;
 
-/// Steps that are counted together.
+/// Decoding steps that are counted together.
 const STEPS: usize = 16;
 
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 static LARGE: AtomicUsize = AtomicUsize::new(0);
-/// Bytes from which an allocation is a large one.
+/// Size in bytes above which an allocation is large.
 static FROM: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 impl Counting {
@@ -33,26 +33,26 @@ impl Counting {
     }
 }
 
-#[allow(unsafe_code, reason = "an allocator is unsafe by its trait; this one hands everything on")]
-// SAFETY: everything is the system's.
+#[allow(unsafe_code, reason = "an allocator is unsafe by its trait; this one forwards every call")]
+// SAFETY: every call goes to the system's allocator with the arguments of the caller.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         Self::note(layout.size());
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         Self::note(layout.size());
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller keeps the contract of `alloc_zeroed`.
         unsafe { System.alloc_zeroed(layout) }
     }
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         Self::note(size);
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller keeps the contract of `realloc`.
         unsafe { System.realloc(at, layout, size) }
     }
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller keeps the contract of `dealloc`.
         unsafe { System.dealloc(at, layout) }
     }
 }
@@ -60,8 +60,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// At most eight allocations for each operation of a step, and besides the logits none that is larger than 4 KiB and the
-/// widest row of activations.
+/// A step makes at most eight allocations for each operation. Only the logits are larger than 4 KiB plus the widest row
+/// of activations.
 #[test]
 fn a_decoding_step_allocates_little() {
     let run = Command::new(std::env::current_exe().unwrap())
@@ -78,11 +78,12 @@ fn a_decoding_step_allocates_little() {
     assert_eq!(rows.len(), 3, "{text}{}", String::from_utf8_lossy(&run.stderr));
     for row in rows {
         let [count, large, layers] = row[..] else { panic!("{row:?}") };
-        // Two norms, four products, two rotations, two writes to the cache, attention and a sum; embedding, norm and head.
+        // Each layer: two norms, four products, two rotations, two writes to the cache, attention and a sum. Once:
+        // embedding, norm and head.
         let operations = 12 * layers + 3;
         println!("{count} allocations for {operations} operations, {large} large");
         assert!(count <= 8 * operations, "{count} allocations for {operations} operations");
-        // The logits as the head gives them, as the step keeps them, and as a caller is handed them.
+        // The logits exist three times: as output of the head, as kept by the step, and as returned to the caller.
         assert!(large <= 3, "{large} large allocations");
     }
 }

@@ -1,3 +1,5 @@
+//! Audits of the revisions of a repository.
+
 use std::collections::BTreeSet;
 
 use pricket::Hub;
@@ -25,7 +27,7 @@ fn assert_golden(audit: &Audit) {
     assert!(expected.words.contains("step0 and step1") && !expected.alarming, "{}", expected.words);
 }
 
-/// main is safetensors, the steps are pickles with buffers: only tensors tell.
+/// main is stored as safetensors, the steps as pickles with buffers, so only the tensors can be compared.
 #[test]
 fn the_planted_branch_is_found() {
     let world = World::new([(SUITE, suite_repo())]);
@@ -42,7 +44,7 @@ fn the_planted_branch_is_found() {
         })
         .sum();
     assert!(sent < all / 2, "{sent} of {all} bytes were read to compare");
-    // The same from the cache as it came, without any network.
+    // The same audit on the cached repository, offline.
     let cache = tempfile::tempdir().unwrap();
     suite_cache(cache.path());
     let mut settings = Settings::new("http://127.0.0.1:9", cache.path());
@@ -54,7 +56,7 @@ fn the_planted_branch_is_found() {
             .audit(&Steps::all(), AuditOptions::default(), &NoProgress)
             .unwrap(),
     );
-    // And from plain directories.
+    // The same audit on plain directories.
     let plain = tempfile::tempdir().unwrap();
     for (branch, directory) in snapshots() {
         let to = if branch == "main" { plain.path().to_owned() } else { plain.path().join("revisions").join(branch) };
@@ -66,7 +68,7 @@ fn the_planted_branch_is_found() {
     assert_golden(&pricket::suites::audit(plain.path().to_str().unwrap(), &Steps::all(), &NoProgress).unwrap());
 }
 
-/// A repository of made-up weights: branch to files, each file a letter for its content.
+/// A repository of made-up weights: branches with files. A letter stands for the content of a file.
 fn letters(branches: &[(&str, &[(&str, &str)])]) -> Repo {
     let mut repo = Repo::default();
     for (branch, files) in branches {
@@ -77,15 +79,15 @@ fn letters(branches: &[(&str, &[(&str, &str)])]) -> Repo {
     repo
 }
 
-/// What there is to say of a kind: the revisions, alarming or not, the words.
+/// The findings of a kind: revisions, whether it is alarming, message.
 fn said(audit: &Audit, kind: FindingKind) -> Vec<(Vec<&str>, bool, &str)> {
     let of_kind = audit.findings.iter().filter(|finding| finding.kind == kind);
     of_kind.map(|f| (f.revisions.iter().map(String::as_str).collect(), f.alarming, f.words.as_str())).collect()
 }
 
-/// What was seen of pythia-2.8b, in small. Hashes alone: no weight is read.
+/// The defects of pythia-2.8b in small. The audit compares hashes and reads no weights.
 #[test]
-fn an_audit_needs_hashes_alone() {
+fn an_audit_reads_hashes_only() {
     let world = World::new([(
         "EleutherAI/pythia-2.8b",
         letters(&[
@@ -114,7 +116,7 @@ fn an_audit_needs_hashes_alone() {
     assert_eq!(said(&audit, FindingKind::NoWeights)[0].0, ["step16"]);
     let missing = said(&audit, FindingKind::Missing);
     assert!(missing.len() == 1 && missing[0].0 == ["step32", "step64", "step128", "step256", "step512"], "{missing:?}");
-    // step2 is reported to be wrong, and has files of its own.
+    // step2 is reported to be wrong, but now has files of its own.
     let known = said(&audit, FindingKind::Known);
     assert!(
         known.iter().any(|(who, alarming, words)| who == &["step2"]
@@ -125,7 +127,7 @@ fn an_audit_needs_hashes_alone() {
 }
 
 #[test]
-fn the_other_form_may_be_right() {
+fn an_audit_suggests_the_other_format() {
     let both = |st: &'static str, bin: &'static str| [("model.safetensors", st), ("pytorch_model.bin", bin)];
     let (zero, four, last, main) = (both("z", "a"), both("z", "b"), both("z", "y"), both("z", "x"));
     let world =
@@ -135,7 +137,7 @@ fn the_other_form_may_be_right() {
     assert!(ends[0].0 == ["step0", "step4"] && ends[0].2.contains("pytorch_model.bin all differ"), "{ends:?}");
 }
 
-/// What was seen of pythia-12b: one shard of another step.
+/// The defect of pythia-12b: one shard belongs to another step.
 #[test]
 fn a_shard_of_another_step_is_found() {
     const ONE: &str = "pytorch_model-00001-of-00002.bin";
@@ -147,7 +149,7 @@ fn a_shard_of_another_step_is_found() {
             ("step1", &[INDEX, (ONE, "a1"), (TWO, "a2")]),
             ("step2", &[INDEX, (ONE, "z1"), (TWO, "b2")]),
             ("step3", &[INDEX, (ONE, "z1"), (TWO, "z2")]),
-            // main in another form, its pickles beside it.
+            // main in the other format, with its pickles beside it.
             ("main", &[("model.safetensors", "zz"), INDEX, (ONE, "z1"), (TWO, "z2")]),
         ]),
     )]);
@@ -159,15 +161,15 @@ fn a_shard_of_another_step_is_found() {
     );
 }
 
-/// Who is wrong is only said where it is known.
+/// An audit blames a revision only where the evidence is clear.
 #[test]
-fn nobody_is_accused_without_reason() {
+fn ambiguous_evidence_blames_no_revision() {
     let st = |letter: &'static str| [("model.safetensors", letter)];
     let (a, b, c) = (st("a"), st("b"), st("c"));
     let world = World::new([
-        // main is a step in the middle: the step or main is wrong.
+        // main equals a step in the middle: either the step or main is wrong.
         ("owner/middle", letters(&[("step1", &a), ("step2", &b), ("step3", &c), ("main", &b)])),
-        // The last step is missing from the Hub, as its card knows: main is not blamed for being more.
+        // The card lists a last step that the Hub lacks, so main may differ from every step.
         ("EleutherAI/pythia-160m", letters(&[("step1000", &a), ("step2000", &b), ("main", &c)])),
         ("owner/three", letters(&[("step0", &a), ("step1", &a), ("step2", &a), ("step9", &b), ("main", &b)])),
     ]);
@@ -189,9 +191,9 @@ fn nobody_is_accused_without_reason() {
     assert_eq!(said(&audit, FindingKind::Expected)[0].0, ["step9", "main"]);
 }
 
-/// A v0 model starts at step1000; its card says so, and nobody is alarmed.
+/// A v0 model starts at step1000. Its card says so, and the audit raises no alarm.
 #[test]
-fn what_was_never_published_is_not_missed() {
+fn unpublished_steps_are_not_reported_as_missing() {
     let world = World::new([("EleutherAI/pythia-70m-v0", tiny_repo(&["step1000"]))]);
     let found = world.checkpoints("EleutherAI/pythia-70m-v0");
     let audit = found.audit(&"0..1000".parse().unwrap(), AuditOptions::default(), &NoProgress).unwrap();
@@ -200,14 +202,14 @@ fn what_was_never_published_is_not_missed() {
     assert!(!audit.is_alarming(), "{:?}", audit.findings);
 }
 
-/// The golden suite again, in every way that is not the fixture's.
+/// The golden suite in other formats than that of the fixture.
 #[test]
-fn the_planted_branch_is_found_whatever_it_looks_like() {
+fn the_planted_branch_is_found_in_every_format() {
     let file = |branch: &str, name: &str| std::fs::read(blob(&snapshots()[branch].join(name))).unwrap();
     let config = || Content::text(file("step64", "config.json"));
     let bin = |branch: &str| ("pytorch_model.bin", Content::lfs(file(branch, "pytorch_model.bin")));
     let st = || Content::lfs(file("main", "model.safetensors"));
-    // The same tensors around another header: another hash.
+    // The same tensors with another header have another hash.
     let resaved = {
         let bytes = file("main", "model.safetensors");
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -221,7 +223,7 @@ fn the_planted_branch_is_found_whatever_it_looks_like() {
         ("step256", vec![("model.safetensors", Content::lfs(vec![7; 100]))]),
         ("step512", vec![bin("step1000")]),
         ("step1000", vec![bin("step1000")]),
-        // Both forms, and both of the same step.
+        // Both formats of one step.
         ("main", vec![("model.safetensors", st()), bin("step1000")]),
     ] {
         let commit = repo.commit(files.into_iter().chain([("config.json", config())]));
@@ -230,13 +232,13 @@ fn the_planted_branch_is_found_whatever_it_looks_like() {
     let world = World::new([("owner/odd", repo.clone())]);
     let audit = world.audit("owner/odd");
     assert_eq!(said(&audit, FindingKind::EqualsFinal)[0].0, ["step512"]);
-    // Damaged, and a finding rather than the end of the audit: it is only looked into where that is worth it.
+    // step256 is damaged. A deep audit reports it and continues.
     let deep =
         world.checkpoints("owner/odd").audit(&Steps::all(), AuditOptions::default().deep(true), &NoProgress).unwrap();
     assert_eq!(said(&deep, FindingKind::EqualsFinal)[0].0, ["step128", "step512"]);
     let unreadable = said(&deep, FindingKind::Unreadable);
     assert!(unreadable.len() == 1 && unreadable[0].0 == ["step256"] && unreadable[0].1, "{unreadable:?}");
-    // The two forms of main do not agree: that is said, and the pickles decide nothing.
+    // The two formats of main differ. The audit reports that, and draws no conclusion from the pickles.
     let commit = repo.commit([("model.safetensors", st()), bin("step64"), ("config.json", config())]);
     repo.branch("main", &commit);
     world.server.add("owner/odd", repo);
@@ -246,15 +248,15 @@ fn the_planted_branch_is_found_whatever_it_looks_like() {
     assert!(groups(&audit).iter().all(|group| !group.contains("step64")));
 }
 
-/// What is not in the cache is not there to be judged.
+/// An offline audit covers only the revisions in the cache.
 #[test]
-fn an_audit_of_a_cache_judges_what_it_has() {
+fn an_offline_audit_covers_the_cached_revisions() {
     let world = World::new([(SUITE, suite_repo())]);
     let found = world.checkpoints(SUITE);
     for step in &found.steps[..3] {
         found.fetch(step, &NoProgress).unwrap();
     }
-    // Of main the configuration alone, as Python leaves it.
+    // Only the configuration of main is cached, as the Python client leaves it.
     let (hub, id): (Hub, pricket::hub::ModelId) = (world.hub(), SUITE.parse().unwrap());
     let commit = hub.resolve(&id, &NoProgress).unwrap();
     let listing = hub.files(&id.repo, &commit, &NoProgress).unwrap().files;

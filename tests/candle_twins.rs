@@ -1,3 +1,5 @@
+//! Comparison with models of candle-transformers.
+
 use candle_nn::VarBuilder;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::models::llama::{Cache, Config, Llama};
@@ -8,9 +10,9 @@ use pricket::{Context, Loader, SamplingParams};
 
 use crate::common::{example, root, worst};
 
-/// candle-transformers' own Llama over the tensors that a conversion to Hub layout writes, from safetensors and from ggjt.
+/// candle-transformers' Llama reads the tensors that a conversion to Hub layout writes, from safetensors and from ggjt.
 #[test]
-fn candles_llama_computes_the_same() {
+fn candles_llama_gives_the_same_logits() {
     let logits = |model: &dyn pricket::CausalLm, ids: &[u32], ctx: &mut Context| {
         let ids = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
         model.head(&model.hidden(&ids, ctx).unwrap()).unwrap()
@@ -58,14 +60,14 @@ fn the_example_continues_a_prompt_with_candles_llama() {
     let output = run(&["--model", "models/tiny-llama", "--prompt", "The whale", "-n", "12"]);
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    // Greedily, as pricket itself continues it.
+    // Greedy decoding gives the text of pricket.
     let options = pricket::GenerateOptions { max_tokens: 12, stop_at_eos: false, ..Default::default() };
     let ours = Loader::embedded("tiny-llama").unwrap().load().unwrap().generate("The whale", &options).unwrap();
     assert_eq!(said.trim_end(), format!("The whale{}", ours.text).trim_end());
     assert_eq!(run(&["--model", "models/tiny"]).status.code(), Some(1));
 }
 
-/// How often each token is drawn.
+/// Counts how often each token is drawn.
 fn histogram(n: usize, mut draw: impl FnMut() -> u32) -> Vec<f64> {
     let mut counts = vec![0.0; n];
     for _ in 0..4000 {
@@ -75,7 +77,7 @@ fn histogram(n: usize, mut draw: impl FnMut() -> u32) -> Vec<f64> {
 }
 
 #[test]
-fn draws_as_candles_sampler_does() {
+fn sampling_matches_candles_sampler() {
     let logits = [1.0f32, -2.0, 0.5, 3.0, 2.0, -1.0];
     let tensor = Tensor::new(&logits, &Device::Cpu).unwrap();
     for sampling in [

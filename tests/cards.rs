@@ -1,3 +1,5 @@
+//! Cards of the published checkpoints.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
@@ -6,7 +8,7 @@ use pricket::suites::{KnownKind, cards};
 use crate::common::root;
 
 #[test]
-fn the_suites_expand_to_what_was_published() {
+fn suites_list_the_published_models() {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for card in cards() {
         *counts.entry(&card.suite).or_default() += 1;
@@ -22,9 +24,9 @@ fn the_suites_expand_to_what_was_published() {
     ];
     assert_eq!(counts.into_iter().collect::<Vec<_>>(), expected);
     let ids: BTreeSet<&str> = cards().iter().map(|card| card.id.as_str()).collect();
-    // Four models of RWKV-4 are in one repository.
+    // One repository holds four RWKV-4 models.
     assert_eq!(ids.len(), 126);
-    // No name leads to two models.
+    // Every alias leads to one model.
     for card in cards() {
         for alias in &card.aliases {
             assert_eq!(pricket::suites::card(alias).unwrap().id, card.id, "{alias}");
@@ -49,9 +51,9 @@ fn every_pythia_has_154_steps() {
     assert!(cards().iter().filter(|card| !card.suite.contains("Pythia")).all(|card| card.checkpoints.is_none()));
 }
 
-/// The counts that a card gives are those that the loading code counts over the same shape.
+/// The parameter counts of a card equal those that the loading code computes from the same shape.
 #[test]
-fn parameters_are_those_of_the_published_shapes() {
+fn parameter_counts_match_the_shapes() {
     for card in cards() {
         let name = match card.suite.as_str() {
             "RedPajama-INCITE" => format!("incite-{}", card.size),
@@ -68,7 +70,7 @@ fn parameters_are_those_of_the_published_shapes() {
 }
 
 #[test]
-fn what_is_known_to_be_wrong_has_a_source() {
+fn known_problems_cite_a_source() {
     let wrong = |id: &str| {
         let known = pricket::suites::card(id).unwrap().known.iter().filter(|known| known.kind == KnownKind::Wrong);
         known.flat_map(|known| known.steps.clone()).collect::<BTreeSet<u64>>()
@@ -108,7 +110,7 @@ fn table() -> String {
     out
 }
 
-/// `PRICKET_BLESS=1 cargo test readme` writes it anew.
+/// `PRICKET_BLESS=1 cargo test readme` rewrites the table.
 #[test]
 fn the_readme_table_is_made_from_the_cards() {
     let path = root().join("README.md");

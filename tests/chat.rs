@@ -1,3 +1,5 @@
+//! Prompt formats and conversations.
+
 use std::path::Path;
 
 use pricket::lm::{Role, Turn};
@@ -12,9 +14,9 @@ fn tiny_chat() -> Pricket {
     Loader::embedded("tiny-chat").unwrap().threads(2).load().unwrap()
 }
 
-/// Every format, letter for letter, over the same three turns; ¶ is a line break.
+/// Every format, character for character, with the same three turns. `¶` is a line break.
 #[test]
-fn formats_are_spelled_as_the_models_saw_them() {
+fn prompt_formats_match_the_training_format() {
     let intro =
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.";
     let chatml =
@@ -85,7 +87,7 @@ fn formats_are_spelled_as_the_models_saw_them() {
         assert_eq!(format.prompt(None, &turns[..1]).unwrap().replace('\n', "¶"), one, "{name}");
         assert_eq!(format.prompt(None, &turns).unwrap().replace('\n', "¶"), two, "{name}");
     }
-    // Every card's format is there.
+    // Every card names a known format.
     for card in pricket::suites::cards() {
         prompt_format(&card.prompt).unwrap_or_else(|e| panic!("{}: {e}", card.id));
     }
@@ -101,7 +103,7 @@ fn a_system_text_can_be_set_left_out_and_refused() {
     assert!(refused.to_string().contains("incite-chat has no place for a system text"), "{refused}");
     let wrong = Turn { role: Role::System, content: "late".into() };
     assert!(chatml.prompt(None, &[turns[0].clone(), wrong]).is_err());
-    // What a person says is said, also where it looks like a template.
+    // A text that contains `{text}` is inserted unchanged.
     assert!(chatml.prompt(None, &[Turn::user("{text}")]).unwrap().contains("user\n{text}<|im_end|>"));
 }
 
@@ -141,7 +143,7 @@ const TALK: [&str; 6] = [
 ];
 
 #[test]
-fn it_remembers_what_was_said() {
+fn chat_recalls_earlier_turns() {
     let mut chat = tiny_chat().conversation();
     assert_eq!(chat.format().name, "incite-chat");
     let options = GenerateOptions::default();
@@ -159,9 +161,9 @@ fn it_remembers_what_was_said() {
     assert_eq!(chat.say("What is my name?", &options).unwrap().text, "You have not told me your name.");
 }
 
-/// How well it follows its format: every reply ends where the next question would begin.
+/// Every reply ends where the next question would begin.
 #[test]
-fn replies_end_at_the_next_question_which_is_not_shown() {
+fn replies_end_before_the_next_question() {
     let pricket = tiny_chat();
     let human = pricket.encode("<human>").unwrap();
     assert!(human.len() > 1, "the stop string is to be several tokens");
@@ -182,7 +184,7 @@ fn replies_end_at_the_next_question_which_is_not_shown() {
     }
 }
 
-/// However short a reply is cut, the first part of a stop string is neither shown nor kept.
+/// A reply that is cut off inside a stop string contains none of that string.
 #[test]
 fn a_reply_that_is_cut_inside_a_stop_string_ends_before_it() {
     let pricket = tiny_chat();
@@ -222,7 +224,7 @@ fn both_ways(pricket: &Pricket, context: Option<usize>, options: &GenerateOption
     (reusing, read, all)
 }
 
-/// Greedy and sampled, of all three families' kinds, with and without a full context.
+/// Greedy and sampled, with three kinds of models, with and without a full context.
 #[test]
 fn the_cache_changes_no_token_of_a_conversation() {
     let sampling = SamplingParams { temperature: 0.9, ..SamplingParams::default() };
@@ -259,7 +261,7 @@ fn a_full_context_leaves_out_the_oldest_and_keeps_the_system_text() {
         left_out = chat.left_out();
         assert_eq!(chat.turns().len(), 2 * (i + 1));
     }
-    // In larger pieces, so that most prompts begin as the one before.
+    // Turns are dropped in larger groups, so that most prompts begin like the one before.
     assert!(left_out >= 20 && 3 * steps < left_out, "{left_out} turns in {steps} steps");
     let before = chat.turns().len();
     let error = chat.say(&"a long story ".repeat(200), &options).unwrap_err().to_string();
@@ -271,9 +273,9 @@ fn a_full_context_leaves_out_the_oldest_and_keeps_the_system_text() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever was said: the prompt fits, keeps the last turn, and leaves out whole questions only.
+    /// The prompt fits, keeps the last turn, and leaves out whole question and answer pairs only.
     #[test]
-    fn fitting_keeps_what_it_promises(lengths in proptest::collection::vec(0..60usize, 1..20), limit in 1..400usize, reserve in 0..200usize) {
+    fn fitting_drops_the_fewest_whole_turns(lengths in proptest::collection::vec(0..60usize, 1..20), limit in 1..400usize, reserve in 0..200usize) {
         let tokenizer = pricket::lm::Tokenizer::from_file(root().join("models/tiny/tokenizer.json")).unwrap();
         let format = prompt_format("incite-chat").unwrap();
         let word = |n: usize| "sea ".repeat(n);
@@ -287,7 +289,8 @@ proptest! {
                 prop_assert!(left_out % 2 == 0 && left_out < turns.len());
                 let count = |first: usize| tokenizer.encode(&format.prompt(None, &turns[first..]).unwrap()).unwrap().len();
                 let goal = count(0).saturating_sub(count(0).saturating_sub(room).next_multiple_of((room / 4).max(1)));
-                // No smaller number of turns would have freed the quarter, or have fitted where none frees it.
+                // Fewer turns would not have freed a quarter of the room, or would not have fitted where a quarter
+                // cannot be freed.
                 let most = if count(left_out) <= goal { goal } else { room };
                 for fewer in (0..left_out).step_by(2) {
                     prop_assert!(count(fewer) > most);
@@ -303,7 +306,7 @@ proptest! {
 }
 
 #[test]
-fn a_reply_that_is_broken_off_is_what_was_said() {
+fn an_interrupted_reply_keeps_its_text() {
     let mut chat = tiny_chat().conversation();
     let options = GenerateOptions::default();
     let begun: String = chat.stream("Count from 1 to 7.", &options).unwrap().take(4).map(Result::unwrap).collect();
@@ -315,7 +318,7 @@ fn a_reply_that_is_broken_off_is_what_was_said() {
 }
 
 #[test]
-fn conversations_are_saved_and_gone_on_with() {
+fn conversations_are_saved_and_resumed() {
     let pricket = tiny_chat();
     let options = GenerateOptions::default();
     let mut chat = pricket.conversation();
@@ -326,7 +329,7 @@ fn conversations_are_saved_and_gone_on_with() {
     other.load_json(&chat.to_json()).unwrap();
     assert_eq!(other.turns(), chat.turns());
     assert_eq!(other.say("What is my name?", &options).unwrap().text, "Your name is Vera.");
-    // Anybody's messages, with a system text where the format has a place for one.
+    // Messages of another program, with a system text if the format has one.
     let messages = r#"[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]"#;
     let mut chatml = pricket.conversation().with_format(prompt_format("chatml").unwrap());
     chatml.load_json(messages).unwrap();
@@ -337,7 +340,7 @@ fn conversations_are_saved_and_gone_on_with() {
     }
 }
 
-/// models/tiny with tokens added to its tokenizer and keys to its configuration.
+/// models/tiny with more tokens in its tokenizer and more keys in its configuration.
 fn variant(dir: &Path, tokens: &[&str], config: &Value) -> Pricket {
     for file in ["model.safetensors", "config.json", "tokenizer.json"] {
         std::fs::copy(root().join("models/tiny").join(file), dir.join(file)).unwrap();
@@ -360,7 +363,7 @@ fn variant(dir: &Path, tokens: &[&str], config: &Value) -> Pricket {
 }
 
 #[test]
-fn the_format_is_known_by_tokens_or_configuration_and_told() {
+fn the_prompt_format_is_detected_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let told = |tokens: &[&str], config: Value| {
         let pricket = variant(dir.path(), tokens, &config);
@@ -376,7 +379,7 @@ fn the_format_is_known_by_tokens_or_configuration_and_told() {
     assert_eq!(told(&["<|im_start|>"], none()).0, "plain");
     let (name, note) = told(&[], json!({"_name_or_path": "togethercomputer/RedPajama-INCITE-Chat-3B-v1"}));
     assert_eq!((name.as_str(), note.contains("config.json is derived from that of")), ("incite-chat", true));
-    // A copy of a card's model is spelled as the model.
+    // A copy of a listed model uses the model's format.
     assert_eq!(told(&[], json!({"_name_or_path": "gl198976/mpt-7b-instruct"})).0, "dolly");
     assert_eq!(told(&[], json!({"prompt_format": "mpt-instruct"})).0, "mpt-instruct");
     let (name, note) = told(&[], json!({"prompt_format": "incite_chat"}));
@@ -390,12 +393,12 @@ fn special_tokens_and_ids_end_a_reply() {
 
     let dir = tempfile::tempdir().unwrap();
     let pricket = variant(dir.path(), &["<|im_start|>", "<|im_end|>"], &json!({}));
-    // The spelling of a special token in the format's list is met by the token.
+    // A special token whose spelling is in the format's stop list ends the reply.
     let mut text = TextStream::new(pricket.tokenizer().unwrap(), &pricket.prompt_format().stop);
     let word = pricket.encode(" sea").unwrap();
     let said: String = word.iter().map(|&id| text.push(id)).collect();
     assert_eq!((said.as_str(), text.push(2001).as_str(), text.stopped()), (" sea", "", true));
-    // Any token of a free reply, made a stop token, ends it there.
+    // A stop token that occurs in an unrestricted reply ends the reply there.
     let free = pricket.conversation().say("We", &GenerateOptions { max_tokens: 12, ..Default::default() }).unwrap();
     let (at, &id) = free.ids.iter().enumerate().skip(3).find(|(i, id)| !free.ids[..*i].contains(id)).unwrap();
     let options = GenerateOptions { max_tokens: 12, stop_ids: vec![id], ..Default::default() };
@@ -404,7 +407,7 @@ fn special_tokens_and_ids_end_a_reply() {
     assert_eq!(done.ids[..], free.ids[..=at]);
 }
 
-/// However it came about: the next reply is what a conversation that reads everything anew gives.
+/// The next reply equals that of a conversation that reads all turns again, whatever happened before.
 #[test]
 fn a_reply_depends_on_the_turns_alone() {
     let pricket = tiny_chat();
@@ -441,9 +444,9 @@ fn a_reply_depends_on_the_turns_alone() {
     assert_eq!(plain.say("The sea", &full).unwrap().finish, FinishReason::Context);
 }
 
-/// A template that nothing here evaluates is mentioned, with what is used instead.
+/// A chat template is not evaluated. A note names the format that is used instead.
 #[test]
-fn a_chat_template_is_mentioned_where_nothing_else_says_the_format() {
+fn an_unused_chat_template_is_mentioned() {
     let dir = tempfile::tempdir().unwrap();
     let tiny = root().join("models/tiny");
     for file in ["config.json", "tokenizer.json", "model.safetensors"] {
@@ -458,7 +461,7 @@ fn a_chat_template_is_mentioned_where_nothing_else_says_the_format() {
     assert!(!notes().contains("prompt format"), "{}", notes());
     std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages }}").unwrap();
     assert!(notes().contains("chat_template.jinja is not evaluated"), "{}", notes());
-    // A format that is known speaks for itself.
+    // A known format needs no note.
     std::fs::write(&config, "{}").unwrap();
     let mut json: Value = serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap();
     json["prompt_format"] = "incite-chat".into();
@@ -478,9 +481,9 @@ fn a_reply_that_is_dropped_before_its_first_token_loses_nothing() {
     assert!(chat.read() < first, "{} tokens were read again, {first} at first", chat.read());
 }
 
-/// A recurrence keeps only what was marked; the rest is read again, and the text is the same.
+/// A recurrence keeps only the marked positions. The rest is read again, and the text is the same.
 #[test]
-fn a_conversation_with_a_recurrent_model_is_the_same_with_and_without_its_past() {
+fn a_recurrent_conversation_is_the_same_with_and_without_its_state() {
     pricket::loading::add_family(pricket_toys::RECURRENT);
     let tiny = pricket::tiny().unwrap();
     let vocab = tiny.info().vocab;

@@ -1,3 +1,5 @@
+//! Helpers of the tests: paths, examples, small random models.
+
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,8 +17,8 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The training steps of models/tiny as directories in Hub layout, `stepN` each; the repository holds them as GGUF. They are made once
-/// and kept in the target directory, under a name that follows from their content.
+/// The training steps of models/tiny as directories in Hub layout, `stepN` each. The repository holds them as GGUF
+/// files. They are converted once and kept in the target directory, under a name that depends on their content.
 pub(crate) fn tiny_steps() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {
@@ -41,7 +43,7 @@ pub(crate) fn tiny_steps() -> &'static Path {
                 std::fs::copy(tiny.join(file), out.join(file)).unwrap();
             }
         }
-        // Another process may have been faster.
+        // Another process may have created it in the meantime.
         if std::fs::rename(making.path(), &made).is_ok() {
             let _ = making.keep();
         }
@@ -50,7 +52,7 @@ pub(crate) fn tiny_steps() -> &'static Path {
     })
 }
 
-/// A built example; `cargo test` builds all of them, `cargo test --test tests` none.
+/// A built example. `cargo test` builds all examples, `cargo test --test tests` builds none.
 pub(crate) fn example(name: &str) -> Command {
     let deps = std::env::current_exe().expect("the test knows itself");
     let target = deps.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
@@ -62,10 +64,10 @@ pub(crate) fn example(name: &str) -> Command {
     Command::new(file)
 }
 
-/// A small GPT-NeoX configuration; `changes` go over it.
+/// A small GPT-NeoX configuration with `changes` applied.
 pub(crate) fn small_config(changes: &Value) -> Value {
     if changes["model_type"].is_string() && changes["vocab_size"].is_number() {
-        // A whole configuration.
+        // `changes` is a complete configuration.
         return changes.clone();
     }
     let mut config = json!({
@@ -76,20 +78,20 @@ pub(crate) fn small_config(changes: &Value) -> Value {
     config
 }
 
-/// Random weights of that configuration, which may be a toy's.
+/// A model with random weights of that configuration, which may be of a toy family.
 pub(crate) fn small(changes: &Value, seed: u64) -> Pricket {
     pricket::loading::add_family(pricket_toys::GATED);
     pricket::loading::add_family(pricket_toys::RECURRENT);
     Loader::from_store(small_config(changes), Arc::new(Random::new(Dtype::F32, seed))).threads(2).load().unwrap()
 }
 
-/// Largest absolute difference.
+/// Largest absolute difference of two tensors.
 pub(crate) fn worst(a: &Tensor, b: &Tensor) -> f32 {
     assert_eq!(a.dims(), b.dims());
     (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
-/// The directories in `dir` that hold `file`, sorted.
+/// The directories in `dir` that contain `file`, sorted.
 pub(crate) fn directories_with(dir: &Path, file: &str) -> Vec<PathBuf> {
     let mut out: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().flatten().map(|entry| entry.path()).collect();
     out.retain(|path| path.join(file).is_file());
@@ -97,7 +99,7 @@ pub(crate) fn directories_with(dir: &Path, file: &str) -> Vec<PathBuf> {
     out
 }
 
-/// Every file below `dir`, sorted.
+/// All files below `dir`, sorted.
 pub(crate) fn files(dir: &Path) -> Vec<PathBuf> {
     let mut out = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap().flatten() {

@@ -1,4 +1,4 @@
-//! Documents of tasks: parquet beside JSON lines, and from the Hub's datasets.
+//! Documents of tasks: parquet, JSON lines, and the Hub's datasets.
 
 use std::path::{Path, PathBuf};
 
@@ -26,21 +26,21 @@ fn all(paths: &[impl AsRef<Path>]) -> Vec<Value> {
 }
 
 #[test]
-fn parquet_has_the_documents_that_lines_have() {
+fn parquet_and_json_lines_hold_the_same_documents() {
     for name in ["hellaswag.validation", "piqa.validation", "piqa.train"] {
         let (a, b) = (all(&[parquet(&format!("{name}.parquet"))]), all(&[lines(&format!("{name}.jsonl"))]));
         assert!(a.len() > 5 && a == b, "{name}");
     }
-    // Lists inside of structures, as this dataset has its choices.
+    // Lists inside structures, as in the choices of this dataset.
     let questions = all(&[parquet("arc_easy.test.parquet")]);
     assert_eq!(questions[1]["choices"]["text"], serde_json::json!(["2", "3", "none"]));
-    // Several files are one after the other, whatever each of them is.
+    // Several files are read in order, also with different formats.
     let both = all(&[parquet("piqa.train.parquet"), lines("piqa.train.jsonl")]);
     assert_eq!(both[..both.len() / 2], both[both.len() / 2..]);
 }
 
 #[test]
-fn what_is_no_parquet_is_an_error_that_names_the_file() {
+fn an_invalid_parquet_file_is_named() {
     let whole = std::fs::read(parquet("piqa.train.parquet")).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("cut.parquet");
@@ -71,7 +71,7 @@ proptest! {
     }
 }
 
-/// A dataset that the Hub has converted, beside what its owner put there.
+/// A dataset with a conversion by the Hub beside the files of its owner.
 fn converted() -> Repo {
     let file = |name: &str| Content::lfs(std::fs::read(parquet(name)).unwrap());
     let mut repo = Repo::default();
@@ -94,21 +94,21 @@ fn documents_are_fetched_from_the_hub() {
     let fetch = |hub: &pricket::Hub, task: &str, split: &str| {
         fetch_documents(&Task::named(task).unwrap(), split, hub, &NoProgress)
     };
-    // Both parts of a split, in their order, and nothing else.
+    // Both parts of the split, in order, and nothing else.
     let files = fetch(&world.hub(), "piqa", "validation").unwrap();
     assert_eq!(files.len(), 2);
     assert!(files[0].starts_with(world.cache.path().join("datasets--baber--piqa/snapshots")), "{files:?}");
     assert_eq!(all(&files), [all(&[lines("piqa.validation.jsonl")]), all(&[lines("piqa.train.jsonl")])].concat());
     let sent: Vec<_> = world.server.take_log().into_iter().filter(|request| request.cdn).collect();
     assert_eq!(sent.len(), 2);
-    // What nobody converted is taken as it is.
+    // A dataset without a conversion is read as it is.
     let files = fetch(&world.hub(), "hellaswag", "validation").unwrap();
     assert_eq!(all(&files), all(&[lines("hellaswag.validation.jsonl")]));
-    // Offline both come from the cache.
+    // Offline, both come from the cache.
     for task in ["piqa", "hellaswag"] {
         assert!(!fetch(&world.offline(), task, "validation").unwrap().is_empty());
     }
-    // Errors name what is missing and what there is.
+    // Errors name the missing split and the existing files.
     let error = fetch(&world.hub(), "hellaswag", "train").unwrap_err();
     assert!(matches!(error, Error::NotFound { .. }), "{error:?}");
     assert!(error.to_string().contains("Rowan/hellaswag") && error.to_string().contains("validation.jsonl"), "{error}");
@@ -116,14 +116,14 @@ fn documents_are_fetched_from_the_hub() {
     assert!(error.contains("allenai/sciq"), "{error}");
 }
 
-/// The first twelve documents of piqa: gzip of lines with a byte order mark and ends of Windows, zstd, and parquet in zstd.
+/// The first twelve documents of piqa: gzip with a byte order mark and Windows line ends, zstd, and parquet with zstd.
 #[test]
 fn documents_are_read_compressed_and_as_windows_writes_them() {
     let expected: Vec<Value> = all(&[lines("piqa.validation.jsonl")]).into_iter().take(12).collect();
     for name in ["piqa.12.jsonl.gz", "piqa.12.jsonl.zst", "piqa.12.zstd.parquet"] {
         assert_eq!(all(&[parquet(name)]), expected, "{name}");
     }
-    // Half of a compressed file is an error, not fewer documents.
+    // A truncated compressed file is an error.
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("half");
     for name in ["piqa.12.jsonl.gz", "piqa.12.jsonl.zst"] {
@@ -132,11 +132,11 @@ fn documents_are_read_compressed_and_as_windows_writes_them() {
         let read: Result<Vec<Value>, _> = Documents::open(&path).and_then(Iterator::collect);
         assert!(read.unwrap_err().to_string().contains("half"), "{name}");
     }
-    // One line is named, and the column in it.
+    // The error names the line and the column.
     std::fs::write(&path, "{\"a\": 1}\r\n\r\n{\"a\": x}\r\n").unwrap();
     let error = Documents::open(&path).unwrap().find_map(Result::err).unwrap().to_string();
     assert!(error.contains("line 3: not valid JSON at column 7") && !error.contains("line 1"), "{error}");
-    // What Python writes is read.
+    // NaN, as Python writes it, is accepted.
     std::fs::write(&path, "{\"a\": NaN}\n").unwrap();
     assert_eq!(all(&[&path])[0]["a"], "NaN");
 }

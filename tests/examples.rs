@@ -1,3 +1,5 @@
+//! The examples as a user runs them.
+
 use serde_json::Value;
 
 use crate::common::{example, root};
@@ -19,7 +21,7 @@ fn generate_writes_the_prompt_and_more() {
 }
 
 #[test]
-fn generate_speaks_json() {
+fn generate_writes_json() {
     let (code, out, _) =
         output("generate", &["--json", "--prompt", "The", "-n", "5", "-t", "0", "--revision", "step512"]);
     assert_eq!(code, Some(0));
@@ -42,7 +44,7 @@ fn inspect_shows_a_directory_and_a_file() {
 }
 
 #[test]
-fn parity_says_how_far_off_and_fails_when_something_is() {
+fn parity_reports_differences_and_fails_on_them() {
     let (code, out, _) = output("parity", &["tests/golden/models/neox-tied", "tests/golden/models/generate-neox"]);
     assert_eq!(code, Some(0), "{out}");
     for line in out.lines() {
@@ -65,7 +67,7 @@ fn bench_measures_random_weights() {
     assert!(json["rows"].as_array().unwrap().iter().all(|row| row["tokens_per_second"].as_f64().unwrap() > 0.0));
 }
 
-/// What the program writes when `lines` are its input.
+/// Runs `chat` with `lines` as its input.
 fn chat(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
     use std::io::Write;
     use std::process::Stdio;
@@ -73,7 +75,7 @@ fn chat(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
     let mut command = example("chat");
     command.args(args).current_dir(root()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    // A program that has ended does not read on.
+    // The write fails if the program has ended already.
     let _ = child.stdin.take().unwrap().write_all(lines.as_bytes());
     let output = child.wait_with_output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
@@ -81,7 +83,7 @@ fn chat(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
 }
 
 #[test]
-fn chat_talks_and_obeys() {
+fn chat_replies_and_runs_commands() {
     let (code, out, err) = chat(
         &["-t", "0"],
         "My name is Rose.\n\nWhat is \\\nmy name?\nWhat is my name?\n/undo\n/reset\nWhat is my name?\n/quit\nHello.\n",
@@ -100,7 +102,7 @@ fn chat_talks_and_obeys() {
     let (code, out, _) = chat(&["-t", "0", "--json", "--load", file.to_str().unwrap()], "What do I like?\n");
     let json: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((code, json["text"].as_str(), json["finish"].as_str()), (Some(0), Some("You like tea."), Some("stop")));
-    // Nothing else is written over, and a script learns of it.
+    // Other files are not overwritten, and the exit code reports it.
     let (code, _, err) = chat(&[], &format!("/save {}\n", other.display()));
     assert_eq!((code, std::fs::read_to_string(&other).unwrap().as_str()), (Some(1), "keep me"), "{err}");
     assert!(err.contains("notes.txt already exists and is not overwritten"), "{err}");
@@ -112,7 +114,7 @@ fn chat_talks_and_obeys() {
 }
 
 #[test]
-fn generate_asks_in_a_prompt_format() {
+fn generate_applies_a_prompt_format() {
     let ask = |format: &str| {
         let prompt = ["--prompt", "What is the opposite of war?", "-t", "0", "--json", "--prompt-format", format];
         let (code, out, err) = output("generate", &[&["--model", "tiny-chat"], &prompt[..]].concat());
@@ -146,12 +148,12 @@ fn quantize_writes_and_reports() {
     let (code, shown, _) = output("inspect", &[out, "--brief"]);
     assert!(code == Some(0) && shown.contains("GGUF, version 3") && shown.contains("in the file"), "{shown}");
     assert!(shown.contains("  q4_0 ") && shown.contains("4.50 bits per element"), "{shown}");
-    // The perplexity is that of `score`, and the first token is one of those that count.
+    // The perplexity equals that of `score`, including the first token.
     let (_, scored, _) = output("score", &["--text", text, "--json"]);
     let scored: Value = serde_json::from_str(&scored).unwrap();
     let (ours, theirs) = (perplexity("reference_perplexity"), scored["perplexity"].as_f64().unwrap());
     assert!((ours / theirs - 1.0).abs() < 1e-5 && report["tokens"] == scored["tokens"], "{ours} {theirs}");
-    // Without a file the same blocks are made in memory.
+    // Without an output file the same blocks are made in memory.
     let (code, alone, err) = output("quantize", &["--quantize", "q4_0", "--report", "--text", text, "--json"]);
     let alone: Value = serde_json::from_str(&alone).unwrap_or_else(|_| panic!("{err}"));
     let off = alone["report"]["perplexity"].as_f64().unwrap() / perplexity("perplexity") - 1.0;
@@ -184,9 +186,9 @@ fn wrong_arguments_are_one_line() {
     }
 }
 
-/// Outputs and options are checked before the work, and nothing is written.
+/// Outputs and options are checked before the work starts, and nothing is written.
 #[test]
-fn what_cannot_be_written_is_told_first() {
+fn outputs_are_checked_before_the_work() {
     let dir = tempfile::tempdir().unwrap();
     let data = root().join("tests/golden/scoring/score-neox-4tasks/data");
     let data = data.to_str().unwrap();
@@ -214,9 +216,9 @@ fn what_cannot_be_written_is_told_first() {
     }
 }
 
-/// What people are used to from other programs.
+/// Other programs use -1 for no limit.
 #[test]
-fn limits_of_minus_one_are_none() {
+fn minus_one_means_no_limit() {
     let (code, _, err) = output("generate", &["--top-k", "-1", "-n", "-1", "--prompt", "The people", "--seed", "3"]);
     assert_eq!(code, Some(0), "{err}");
 }
@@ -230,10 +232,10 @@ fn the_card_of_a_model_is_known_offline() {
     }
 }
 
-/// A reader that has seen enough, and a disk that is full, are no panics.
+/// A closed pipe and a full disk cause no panic.
 #[cfg(target_os = "linux")]
 #[test]
-fn output_that_nobody_reads_is_no_panic() {
+fn closed_or_full_output_does_not_panic() {
     use std::fs::File;
     use std::process::Stdio;
 
@@ -288,7 +290,7 @@ fn the_doctor_looks_at_every_part_and_says_what_is_broken() {
     }
 }
 
-/// Ctrl-C leaves nothing half-written behind.
+/// Ctrl-C leaves no partial files.
 #[cfg(unix)]
 #[test]
 fn a_conversion_that_is_interrupted_leaves_nothing() {
@@ -308,9 +310,9 @@ fn a_conversion_that_is_interrupted_leaves_nothing() {
     assert!(!begun(), "{:?}", std::fs::read_dir(dir.path()).unwrap().flatten().collect::<Vec<_>>());
 }
 
-/// A proxy that cannot be used is not passed by, nor is a file of certificates.
+/// A proxy or certificate file that cannot be used is an error. It is never ignored.
 #[test]
-fn what_the_environment_says_of_the_network_is_never_passed_by() {
+fn network_environment_variables_are_never_ignored() {
     let home = tempfile::tempdir().unwrap();
     for (name, value, word) in [
         ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "socks5"),
@@ -327,13 +329,13 @@ fn what_the_environment_says_of_the_network_is_never_passed_by() {
     }
 }
 
-/// Types that the examples import, and those of the pages' programs, need one `use`.
+/// The types that the examples and the programs in the docs import need one `use`.
 #[test]
 fn the_prelude_has_what_the_examples_import() {
     let source = std::fs::read_to_string(root().join("crates/pricket/src/lib.rs")).unwrap();
     let prelude = source.split("pub mod prelude").nth(1).unwrap();
     let has = |name: &str| prelude.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
-    // What only one program of its kind needs: auditing, and sharing a sweep among machines.
+    // Types that only one kind of program needs, for auditing and for sharing a sweep among machines.
     let rare = ["Audit", "AuditOptions", "Checkpoints", "KnownKind", "Shard", "Converted", "Error"];
     let examples = std::fs::read_dir(root().join("examples")).unwrap().flatten().map(|entry| entry.path());
     let pages = ["README.md", "docs/recipes.md", "docs/interop.md"].map(|page| root().join(page));
@@ -353,18 +355,18 @@ fn the_prelude_has_what_the_examples_import() {
     assert!(seen > 20);
 }
 
-/// A count of one is one thing.
+/// Messages use the singular for a count of one.
 #[test]
-fn a_single_thing_is_counted_in_the_singular() {
+fn counts_of_one_use_the_singular() {
     let (_, _, err) = output("score", &["--prompt", "the"]);
     assert!(err.contains("1 token, scored after"), "{err}");
     let (_, _, err) = output("generate", &["--prompt", "the", "-n", "2", "--temperature", "0"]);
     assert!(err.contains("1 token at") && err.contains("ended by the maximum number of tokens"), "{err}");
 }
 
-/// Options that cannot be, or that have no effect, and texts that hold nothing.
+/// Options that are invalid or have no effect, and empty texts.
 #[test]
-fn what_makes_no_sense_is_refused_by_name() {
+fn invalid_options_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("empty.txt"), "").unwrap();
     std::fs::write(dir.path().join("short.txt"), "The people").unwrap();

@@ -1,3 +1,5 @@
+//! Features of single families: checkpoints without a configuration, rows in pairs, recurrences.
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -35,7 +37,7 @@ fn refused(path: &Path) -> String {
     }
 }
 
-/// A file of rwkv.cpp, written by its documented layout from a native checkpoint.
+/// A file of rwkv.cpp, made from a native checkpoint by its documented layout.
 fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quantize: Option<BlockType>) -> Vec<u8> {
     let shape = |name: &str| store.entry(name).unwrap().shape;
     let layers = store.names().iter().filter(|name| name.ends_with(".ln1.weight")).count();
@@ -67,7 +69,7 @@ fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quanti
     out
 }
 
-/// The native names and tensors of a golden checkpoint, with others in their places or beside them.
+/// A golden checkpoint under its native names, with tensors replaced, removed or added.
 fn native(changes: &BTreeMap<&str, Option<Tensor>>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let store =
@@ -103,7 +105,7 @@ fn rwkv_cpp_files_are_read() {
         let seen = pricket::inspect(&path).unwrap();
         assert_eq!((seen.info.unwrap().parameters, seen.tensors.len()), (19_220, store.names().len()));
     }
-    // 20 channels are no block; a wider model has some.
+    // 20 channels do not fill a block; 64 do.
     let wide = Loader::untrained(
         json!({"model_type": "rwkv", "vocab_size": 72, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}),
         3,
@@ -123,7 +125,7 @@ fn rwkv_cpp_files_are_read() {
         let expected = logits(&*quantized.model(), &ids, &mut Context::new());
         let found = logits(&*load(&path).model(), &ids, &mut Context::new());
         assert!(worst(&found, &expected) < 2e-5, "{block}: {}", worst(&found, &expected));
-        // The same number meant other blocks before.
+        // The same type number meant other blocks in older versions.
         std::fs::write(&path, rwkv_cpp(&native, 100, kind, Some(block))).unwrap();
         assert!(refused(&path).contains("this version of the file had in another form"), "{}", refused(&path));
     }
@@ -146,7 +148,7 @@ const PARTS: [(&str, &str); 9] = [
 
 impl Renamed {
     fn hub(name: &str) -> String {
-        // Only the last part of a mix is ambiguous.
+        // Only the last part of a `time_mix` name is ambiguous.
         let name = PARTS[..6].iter().fold(name.to_owned(), |name, (hub, own)| name.replacen(own, hub, 1));
         let mixes =
             [("time_mix_k", "time_mix_key"), ("time_mix_v", "time_mix_value"), ("time_mix_r", "time_mix_receptance")];
@@ -174,7 +176,7 @@ impl pricket::weights::Store for Renamed {
 }
 
 #[test]
-fn a_checkpoint_without_a_configuration_is_told_by_its_shapes_or_refused() {
+fn a_checkpoint_without_a_configuration_is_identified_by_its_shapes_or_refused() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
     let plain = native(&BTreeMap::new());
     let loaded = load(plain.path());
@@ -200,7 +202,7 @@ fn a_checkpoint_without_a_configuration_is_told_by_its_shapes_or_refused() {
 }
 
 #[test]
-fn the_end_token_that_was_published_by_mistake_ends_nothing() {
+fn a_wrongly_published_end_token_is_ignored() {
     let dir = tempfile::tempdir().unwrap();
     let config = |vocab: u32| {
         json!({
@@ -221,13 +223,13 @@ fn the_end_token_that_was_published_by_mistake_ends_nothing() {
     let loaded = load(dir.path());
     assert_eq!(loaded.eos_ids(), [0]);
     assert!(loaded.notes().iter().any(|note| note.contains("eos_token_id 2")), "{:?}", loaded.notes());
-    // Another one is somebody's own.
+    // Any other end token is kept.
     write(3);
     assert_eq!(load(dir.path()).eos_ids(), [0, 3]);
     let ids = json!({"eos_token_id": [2, 3]}).to_string();
     std::fs::write(dir.path().join("generation_config.json"), ids).unwrap();
     assert_eq!(load(dir.path()).eos_ids(), [0, 3]);
-    // With another vocabulary it is a token like any.
+    // With another vocabulary, token 2 is an ordinary end token.
     made(96);
     write(2);
     assert_eq!(load(dir.path()).eos_ids(), [0, 2]);
@@ -243,7 +245,7 @@ fn the_state_of_a_recurrent_model_does_not_grow() {
     let small = ctx.state().unwrap().bytes();
     logits(&*model, &ids[3..800], &mut ctx);
     assert_eq!(ctx.state().unwrap().bytes(), small);
-    // A copy goes on by itself, and a mark is returned to.
+    // A copy of the state continues separately, and `rewind` returns to a mark.
     ctx.state_mut().unwrap().mark(0);
     let mut copy = ctx.fork();
     let after = logits(&*model, &ids[800..820], &mut ctx);
@@ -254,7 +256,7 @@ fn the_state_of_a_recurrent_model_does_not_grow() {
 }
 
 #[test]
-fn taps_of_a_recurrent_model_exist_where_they_mean_something() {
+fn a_recurrent_model_refuses_attention_taps() {
     let model = load(golden("models/rwkv4-hf-rescale")).model();
     let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu).unwrap();
     let run = |site| {
@@ -270,7 +272,7 @@ fn taps_of_a_recurrent_model_exist_where_they_mean_something() {
     }
 }
 
-/// From tokenizer.model to GGUF and back: the same ids, and the same token before a text.
+/// From tokenizer.model to GGUF and back: the same ids, and the same token at the start of a text.
 #[test]
 fn a_sentencepiece_tokenizer_survives_conversion() {
     let dir = tempfile::tempdir().unwrap();
@@ -313,7 +315,8 @@ fn a_sentencepiece_tokenizer_survives_conversion() {
     }
 }
 
-/// Text that is written goes on where the prompt ends: the space that sentencepiece puts before a text is not lost between them.
+/// A continuation follows the prompt directly. The space that sentencepiece puts before a text is not lost between
+/// them.
 #[test]
 fn a_continuation_keeps_its_first_space() {
     let pricket = pricket::load("tiny-llama").unwrap();
@@ -327,7 +330,7 @@ fn a_continuation_keeps_its_first_space() {
     assert_eq!(tokenizer.decode(&whole), format!("The people of the{}", text.text));
 }
 
-/// The names of the original program mean its order of rows, in any container.
+/// The names of the original program imply its order of rows, in any container.
 #[test]
 fn a_checkpoint_under_the_original_names_has_its_rows_in_pairs() {
     let dir = tempfile::tempdir().unwrap();
@@ -374,22 +377,22 @@ fn tokenizer_with(files: &[(&str, Value)]) -> pricket::lm::Result<Tokenizer> {
 }
 
 #[test]
-fn files_beside_a_sentencepiece_model_count_or_are_refused() {
+fn files_beside_a_sentencepiece_model_are_applied_or_refused() {
     let plain = tokenizer_with(&[]).unwrap();
     let count = plain.vocab_size() as u32;
-    // Added tokens, the empty one left out.
+    // Added tokens, without the empty one.
     let added = tokenizer_with(&[("added_tokens.json", json!({"<sep>": count, "": count + 1}))]).unwrap();
     assert_eq!(added.token_to_id("<sep>"), Some(count));
     let ids = added.encode("a<sep>b").unwrap();
     assert_eq!(ids.iter().filter(|&&id| id == count).count(), 1, "{ids:?}");
     assert!(!added.is_special(count) && added.decode(&ids).contains("<sep>"));
-    // tokenizer_config.json is the whole truth where it lists tokens.
+    // If tokenizer_config.json lists tokens, added_tokens.json is ignored.
     let decoder = json!({"added_tokens_decoder": {count.to_string(): {"content": "<a>", "special": true}}});
     let both = [("tokenizer_config.json", decoder), ("added_tokens.json", json!({"<b>": count}))];
     let listed = tokenizer_with(&both).unwrap();
     assert_eq!((listed.token_to_id("<a>"), listed.token_to_id("<b>")), (Some(count), None));
     assert!(listed.is_special(count));
-    // Without a token before the text.
+    // Without a token at the start of a text.
     let without = tokenizer_with(&[("tokenizer_config.json", json!({"add_bos_token": false}))]).unwrap();
     assert_eq!((plain.begin(), without.begin()), (Some(1), None));
     let names: Vec<&str> = without.to_files().unwrap().iter().map(|(name, _)| *name).collect();
@@ -415,7 +418,7 @@ fn files_beside_a_sentencepiece_model_count_or_are_refused() {
     assert!(tokenizer_with(&[("added_tokens.json", many.into())]).unwrap_err().to_string().contains("at most 16384"));
 }
 
-/// A prompt is trained on as it is read when the model answers.
+/// Training encodes a prompt with the same ids as generation.
 #[test]
 fn training_examples_have_the_ids_of_prompts() {
     use pricket::train::Record;
@@ -439,14 +442,14 @@ fn training_examples_have_the_ids_of_prompts() {
     assert_eq!(sample.counted(), whole.len() - tokenizer.encode_from_start("Q: x\nA:").unwrap().len());
 }
 
-/// From a GGUF file text is text, and the tokens of a prompt's format are tokens.
+/// In a tokenizer from a GGUF file, text stays text, and the special tokens of a prompt format are tokens.
 #[test]
-fn a_gguf_file_says_which_tokens_are_special() {
+fn a_gguf_file_marks_special_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let gguf = dir.path().join("m.gguf");
     Loader::embedded("tiny-llama").unwrap().set("bos_token_id", 7).convert(&gguf, &ConvertOptions::default()).unwrap();
     let packed = load(&gguf);
-    // The tokenizer's own first token, whatever the configuration says of the model.
+    // The tokenizer's own first token, also if the model's configuration names another.
     assert_eq!(packed.tokenizer().unwrap().begin(), Some(1));
     let store = pricket::inspect(&gguf).unwrap().metadata.unwrap();
     assert_eq!(
@@ -459,7 +462,7 @@ fn a_gguf_file_says_which_tokens_are_special() {
 }
 
 #[test]
-fn a_pth_file_is_the_last_that_is_taken_for_weights() {
+fn a_pth_file_is_the_last_choice_for_weights() {
     use pricket::weights::choose_weights;
     let choose = |names: &[&str]| {
         let chosen = choose_weights(names, Path::new("here"));
@@ -476,7 +479,7 @@ fn a_pth_file_is_the_last_that_is_taken_for_weights() {
 
 /// RWKV's own repositories hold one or several `.pth` files and no configuration.
 #[test]
-fn native_files_work_wherever_checkpoints_do() {
+fn native_rwkv_files_load_like_checkpoints() {
     let native = std::fs::read(golden("models/rwkv4-native-bf16/RWKV-4-Tiny-L3-D20-ctx64.pth")).unwrap();
     let other = std::fs::read(golden("models/rwkv4-native-fp16-widths/model-fp16.pth")).unwrap();
     let mut steps = Repo::default();
@@ -496,7 +499,7 @@ fn native_files_work_wherever_checkpoints_do() {
     let parameters = seen.info.unwrap().parameters;
     assert!(Inspection::on(&world.hub(), "rwkv-4-pileplus").unwrap_err().to_string().contains("name one of them"));
 
-    // One of several models in a repository has a name of its own.
+    // Each of several models in a repository has a name.
     let seen = Inspection::on(&world.hub(), "rwkv-4-pileplus-1b5").unwrap();
     assert!(seen.tensors[0].file.contains("RWKV-4-PilePlus-1B5"), "{}", seen.tensors[0].file);
     let found = world.checkpoints("rwkv-4-pileplus-3b");
@@ -506,7 +509,7 @@ fn native_files_work_wherever_checkpoints_do() {
     let used = &loaded.provenance().files;
     assert!(used.iter().any(|file| file.path.contains("PilePlus-3B")), "{used:?}");
 
-    // And in directories, as training programs leave them.
+    // Directories of steps, as training programs write them.
     let dir = tempfile::tempdir().unwrap();
     for (step, bytes) in [("checkpoint-100", &other), ("checkpoint-200", &native)] {
         std::fs::create_dir(dir.path().join(step)).unwrap();
@@ -521,7 +524,7 @@ fn native_files_work_wherever_checkpoints_do() {
 }
 
 #[test]
-fn a_recurrent_state_is_counted() {
+fn the_estimate_includes_the_recurrent_state() {
     let tiny = Loader::embedded("tiny-rwkv").unwrap().load().unwrap();
     let mut ctx = Context::new().with_state(State::new());
     logits(&*tiny.model(), &[1, 2, 3], &mut ctx);

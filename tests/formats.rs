@@ -1,3 +1,5 @@
+//! Conversions between formats, quantizing, and ambiguities of GGUF and GGML files.
+
 use std::path::{Path, PathBuf};
 
 use pricket::candle::{DType, Device, Tensor};
@@ -31,7 +33,7 @@ fn options(target: Target) -> ConvertOptions {
     ConvertOptions { target, ..Default::default() }
 }
 
-/// The weights of a golden case, and whether GGUF can say what its configuration says. There is no GGUF of RWKV-4.
+/// The weights of a golden case, and whether GGUF can express its configuration. GGUF has no RWKV-4.
 fn sources() -> Vec<(PathBuf, bool)> {
     let unsaid = [
         "mpt-logit-scale-inv-sqrt",
@@ -53,7 +55,7 @@ fn sources() -> Vec<(PathBuf, bool)> {
     files.chain(models).collect()
 }
 
-/// From every form to every form, without loss: the same logits as the source's.
+/// Conversions between all forms are lossless: the logits equal those of the source.
 #[test]
 fn conversions_keep_every_value() {
     let dir = tempfile::tempdir().unwrap();
@@ -64,11 +66,11 @@ fn conversions_keep_every_value() {
         let expected = logits(&loaded);
         let hub = dir.path().join(format!("{i}"));
         Loader::new(&source).convert(&hub, &options(Target::F32)).unwrap();
-        // Widened, blocks are multiplied as the numbers of the copy are: then there is no difference at all.
+        // With widened blocks the arithmetic is that of the converted copy, so the logits are equal.
         let widened = logits(&Loader::new(&source).precision(Precision::F32).load().unwrap());
         assert_eq!(worst(&logits(&load(&hub)), &widened), 0.0, "{}", source.display());
         let apart = worst(&widened, &expected);
-        // Sums in another order: logits of the size of ten have a last place of 1e-6.
+        // The order of summation differs. Logits of about ten have a last place of 1e-6.
         assert!(apart < 3e-5, "{}: {apart}", source.display());
         for target in [Target::F32, Target::Stored] {
             let file = dir.path().join(format!("{i}-{target:?}.gguf"));
@@ -86,12 +88,12 @@ fn conversions_keep_every_value() {
             let done = done.unwrap_or_else(|e| panic!("{}: {e}", source.display()));
             let source_logits = if target == Target::F32 { &widened } else { &expected };
             let found = worst(&logits(&load(&file)), source_logits);
-            // What has no blocks of today is f16, and says so.
+            // Old blocks without a current form become f16, with a note.
             let rounded = target == Target::Stored && done.notes.iter().any(|note| note.contains("are F16"));
             assert!(found < if rounded { 2e-2 } else { 1e-5 }, "{} {target:?}: {found}", source.display());
             said += 1;
             if target == Target::F32 {
-                // And back from there.
+                // Back to Hub layout.
                 let back = dir.path().join(format!("{i}-back"));
                 Loader::new(&file).convert(&back, &options(Target::F32)).unwrap();
                 assert!(worst(&logits(&load(&back)), &widened) < 1e-5, "{}", source.display());
@@ -107,7 +109,7 @@ fn conversions_keep_every_value() {
 }
 
 #[test]
-fn old_blocks_whose_scales_are_halves_stay_quantized() {
+fn old_blocks_with_f16_scales_stay_quantized() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     let source = golden("files/neox-ggml-20230515-q4_0/model.bin");
@@ -118,7 +120,7 @@ fn old_blocks_whose_scales_are_halves_stay_quantized() {
     assert_eq!(worst(&logits(&load(&file)), &logits(&load(&source))), 0.0);
 }
 
-/// Quantizing while loading and quantizing to a file make the same model.
+/// Quantizing while loading and quantizing to a file give the same model.
 #[test]
 fn a_file_and_a_flag_quantize_alike() {
     let dir = tempfile::tempdir().unwrap();
@@ -136,7 +138,7 @@ fn a_file_and_a_flag_quantize_alike() {
         assert!(off > 0.0 && off < last, "{kind}: {off} after {last}");
         last = off;
         assert!(done.bits_per_weight() < 9.2 && loaded.info().weight_bytes < 1_600_000, "{}", done.bits_per_weight());
-        // The handle of a quantized model does what any other does.
+        // A quantized model generates text like any other.
         let text = loaded.generate("The people of the United", &pricket::GenerateOptions::default()).unwrap().text;
         assert!(text.starts_with(" States"), "{kind}: {text}");
     }
@@ -153,7 +155,7 @@ fn a_file_and_a_flag_quantize_alike() {
 }
 
 #[test]
-fn a_width_that_is_no_whole_block_takes_the_next_type() {
+fn a_width_that_is_not_a_multiple_of_the_block_gets_another_type() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     let wanted = Quantization { weights: BlockType::Q6K, embeddings_and_head: None };
@@ -165,7 +167,7 @@ fn a_width_that_is_no_whole_block_takes_the_next_type() {
 }
 
 #[test]
-fn nothing_is_written_over_unless_asked() {
+fn files_are_overwritten_only_on_request() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     std::fs::write(&file, "precious").unwrap();
@@ -177,9 +179,9 @@ fn nothing_is_written_over_unless_asked() {
     assert_eq!(load(&file).provenance().repo, None);
 }
 
-/// Lists of words and merges say all that a tokenizer.json says.
+/// Lists of words and merges hold everything that a tokenizer.json holds.
 #[test]
-fn a_tokenizer_survives_as_lists() {
+fn a_tokenizer_survives_as_word_and_merge_lists() {
     let mut paths = vec![root().join("models/tiny/tokenizer.json")];
     let neox = std::env::var_os("PRICKET_GOLDEN_TEXT").map(PathBuf::from);
     let neox = neox.unwrap_or_else(|| root().join("../shared/golden/text")).join("20B_tokenizer.json");
@@ -190,7 +192,8 @@ fn a_tokenizer_survives_as_lists() {
         let bytes = |texts: &[String]| texts.iter().map(|text| text.clone().into_bytes()).collect::<Vec<_>>();
         let kinds: Vec<i64> = lists.kinds.iter().map(|&kind| kind.into()).collect();
         let words = bytes(&lists.words);
-        // As today's programs write them, as one of 2023 that called every word plain, and as one that wrote their bytes.
+        // Word lists as current programs write them, as one of 2023 that marked every word as plain, and as one that
+        // wrote raw bytes.
         let plain = vec![1; words.len()];
         let raw: Vec<Vec<u8>> = (0..words.len() as u32).map(|id| own.token_bytes(id).to_vec()).collect();
         for (words, kinds) in [(&words, &kinds[..]), (&words, &[]), (&words, &plain), (&raw, &[])] {
@@ -216,7 +219,7 @@ fn a_tokenizer_survives_as_lists() {
     }
 }
 
-/// Words in a legacy file have lost bytes: another tokenizer beside it is noticed, the right one is used.
+/// The words in a legacy file have lost bytes. A tokenizer beside it is used if it matches, and reported if not.
 #[test]
 fn a_legacy_file_takes_the_tokenizer_beside_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -235,7 +238,7 @@ fn a_legacy_file_takes_the_tokenizer_beside_it() {
         "{:?}",
         other.warnings()
     );
-    // The same vocabulary, as a GGUF of the same model family carries it.
+    // The same vocabulary, from a GGUF file of the same model family.
     let hub = dir.path().join("hub");
     Loader::new(golden("files/neox-gguf-f16/model.gguf")).convert(&hub, &options(Target::F32)).unwrap();
     std::fs::copy(hub.join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
@@ -246,12 +249,13 @@ fn a_legacy_file_takes_the_tokenizer_beside_it() {
 }
 
 #[test]
-fn the_order_of_rows_is_found_by_what_the_model_knows() {
+fn the_row_order_is_detected_by_the_loss_of_a_text() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a.gguf");
     Loader::tiny().convert(&file, &options(Target::F16)).unwrap();
     let expected = logits(&pricket::tiny().unwrap());
-    // Our files say it. Without the key it is found out; a wrong word is a user's own.
+    // pricket writes the order of rows to the file. Without the key the order is detected. A wrong order is used if the
+    // user sets it.
     let key = b"pricket.qkv_order";
     let mut bytes = std::fs::read(&file).unwrap();
     let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
@@ -292,7 +296,7 @@ fn keys_can_be_changed_and_the_activation_too() {
 }
 
 #[test]
-fn several_files_in_a_directory_are_told() {
+fn several_files_in_a_directory_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["a.gguf", "b.gguf"] {
         std::fs::copy(golden("files/mpt-gguf-f16/model.gguf"), dir.path().join(name)).unwrap();
@@ -305,7 +309,7 @@ fn several_files_in_a_directory_are_told() {
     assert_eq!(Loader::new(dir.path()).file("b.gguf").load().unwrap().info().family, "mpt");
 }
 
-/// A file of 2023 with its words as bytes reads text as its twin of today does.
+/// A file of 2023 with its words as bytes gives the same ids as its current counterpart.
 #[test]
 fn words_written_as_bytes_are_the_same_words() {
     let today = load(&golden("files/neox-gguf-f16/model.gguf"));
@@ -314,14 +318,14 @@ fn words_written_as_bytes_are_the_same_words() {
     for text in ["Anna had a red ball.", "the  hat\n\n", " caf\u{e9} \u{1f917}", "<|endoftext|>a"] {
         let ids = old.encode(text).unwrap();
         assert_eq!(old.decode(&ids).unwrap(), text);
-        // Today's has the runs of spaces as tokens beside.
+        // The current file also has tokens for runs of spaces.
         if !text.contains("  ") {
             assert_eq!(ids, today.encode(text).unwrap(), "{text:?}");
         }
     }
 }
 
-/// The header of a GGUF file written anew as version 1, whose counts and lengths have 32 bits.
+/// Rewrites the header of a GGUF file as version 1, whose counts and lengths have 32 bits.
 fn as_version_1(file: &[u8]) -> Vec<u8> {
     let mut at = 24;
     let u32_at = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap());
@@ -397,12 +401,12 @@ fn version_1_of_gguf_is_read() {
     }
 }
 
-/// A plain legacy file in the containers that had scores of words, and tensors at multiples of 32.
+/// Puts a plain legacy file into a container with a score for each word and tensors at multiples of 32 bytes.
 fn in_container(file: &[u8], magic: &[u8], version: u32, fields: usize, words: usize) -> Vec<u8> {
     let u32_at = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap());
     let mut out = [magic, &version.to_le_bytes()].concat();
     let mut at = 4 + 4 * fields;
-    // What these containers say of their blocks is their version; the field says nothing.
+    // In these containers the version of the container gives the version of the blocks. The field holds no version.
     out.extend(&file[4..at - 4]);
     out.extend((u32_at(at - 4) % 1000).to_le_bytes());
     for _ in 0..words {
@@ -436,7 +440,7 @@ fn in_container(file: &[u8], magic: &[u8], version: u32, fields: usize, words: u
 fn the_other_containers_of_2023_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ggml-a.bin");
-    // The blocks of versions 0, 1 and 2 came with ggjt 1, 2 and 3.
+    // ggjt 1, 2 and 3 hold blocks of versions 0, 1 and 2.
     for (case, version, fields) in [
         ("neox-ggml-20230430-q5_1", 1, 7),
         ("neox-ggml-20230515-q5_1", 2, 8),
@@ -460,7 +464,7 @@ fn the_other_containers_of_2023_are_read() {
 }
 
 #[test]
-fn a_directory_is_written_whole_and_over_nothing() {
+fn a_directory_is_complete_and_never_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("pytorch_model.bin"), "another").unwrap();
     let error = Loader::tiny().convert(dir.path(), &options(Target::F16)).unwrap_err().to_string();
@@ -480,10 +484,10 @@ fn a_directory_is_written_whole_and_over_nothing() {
     assert!(!out.join("tokenizer.json").exists() && !out.join("generation_config.json").exists(), "another model's");
 }
 
-/// The sizes of blocks are believed, not the header: a plain type around blocks of version 2, as MPT files of three days
-/// have, says nothing; a version that is wrong is told.
+/// The sizes of the blocks decide, not the header. A plain file type around blocks of version 2 gives no warning; MPT
+/// files of three days have that. A wrong version gives a warning.
 #[test]
-fn a_header_that_is_wrong_about_its_blocks_is_told() {
+fn a_header_with_a_wrong_block_version_warns() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ggml-a.bin");
     for (case, file_type, words) in [
@@ -494,7 +498,7 @@ fn a_header_that_is_wrong_about_its_blocks_is_told() {
     ] {
         let source = golden("files").join(case).join("model.bin");
         let mut bytes = std::fs::read(&source).unwrap();
-        // The last field of the header, of eight.
+        // The last of the eight header fields.
         bytes[32..36].copy_from_slice(&file_type.to_le_bytes());
         std::fs::write(&path, bytes).unwrap();
         let loaded = load(&path);

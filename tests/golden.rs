@@ -1,3 +1,5 @@
+//! Golden cases: outputs of the original implementations.
+
 use std::path::PathBuf;
 
 use pricket::candle::Device;
@@ -9,7 +11,7 @@ use crate::common::{directories_with, files, root};
 #[path = "../examples/parity/cases.rs"]
 mod cases;
 
-/// Everything here is computed on the CPU, with weights as they are stored.
+/// All cases run on the CPU, with weights as stored.
 const CPU: cases::Setup = cases::Setup { device: Device::Cpu, precision: Precision::Auto };
 
 fn golden() -> PathBuf {
@@ -17,7 +19,7 @@ fn golden() -> PathBuf {
 }
 
 #[test]
-fn the_data_is_what_the_originals_answered() {
+fn golden_data_matches_its_checksums() {
     let sums = std::fs::read_to_string(golden().join("SHA256SUMS")).unwrap();
     let mut listed = 0;
     for line in sums.lines() {
@@ -32,7 +34,7 @@ fn the_data_is_what_the_originals_answered() {
 }
 
 #[test]
-fn every_case_is_answered_as_the_original_answered() {
+fn every_golden_case_passes() {
     let mut cases = directories_with(&golden().join("models"), "case.json");
     cases.extend(directories_with(&golden().join("files"), "case.json"));
     cases.extend(directories_with(&golden().join("scoring"), "case.json"));
@@ -49,7 +51,7 @@ fn every_case_is_answered_as_the_original_answered() {
 }
 
 #[test]
-fn a_configuration_silent_on_positions_means_those_on_file() {
+fn positions_missing_from_the_configuration_come_from_the_checkpoint() {
     let (from, silent) = (golden().join("models/mpt-wpe"), tempfile::tempdir().unwrap());
     for file in files(&from) {
         std::fs::copy(&file, silent.path().join(file.file_name().unwrap())).unwrap();
@@ -67,16 +69,16 @@ fn a_configuration_silent_on_positions_means_those_on_file() {
     assert_eq!(said.warnings, meant.warnings);
 }
 
-/// Vectors of our own tokenizer, made by tools/tokenizer_vectors.py with the reference implementation.
+/// Vectors for the tokenizer of models/tiny, made with the reference implementation by tools/tokenizer_vectors.py.
 #[test]
-fn our_tokenizer_reads_and_writes_as_the_reference() {
+fn the_tiny_tokenizer_matches_the_reference() {
     let outcome = cases::run(&root().join("tests/data/tokenizer-tiny"), &CPU);
     assert!(outcome.ok, "{}", outcome.to_json());
 }
 
-/// The file is not ours to commit: PRICKET_GOLDEN_TEXT names a directory with it and its vectors.
+/// The tokenizer file is not part of this repository. PRICKET_GOLDEN_TEXT names a directory with it and its vectors.
 #[test]
-fn the_20b_tokenizer_reads_and_writes_as_the_reference() {
+fn the_20b_tokenizer_matches_the_reference() {
     let beside = root().join("../shared/golden/text");
     let dir = std::env::var_os("PRICKET_GOLDEN_TEXT").map(PathBuf::from).or(beside.is_dir().then_some(beside));
     let Some(dir) = dir else {
@@ -88,13 +90,13 @@ fn the_20b_tokenizer_reads_and_writes_as_the_reference() {
 }
 
 #[test]
-fn a_case_that_is_not_understood_fails() {
+fn an_unknown_case_fails() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("case.json"), "{}").unwrap();
     assert!(!cases::run(dir.path(), &CPU).ok);
 }
 
-/// The comparison itself can fail: one answer is changed by a little more than the tolerance.
+/// The comparison can fail: one expected value is changed by slightly more than the tolerance.
 #[test]
 fn a_wrong_answer_is_noticed() {
     let case = golden().join("models/neox-tied");

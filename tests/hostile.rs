@@ -1,3 +1,5 @@
+//! Damaged and malicious files.
+
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -11,7 +13,7 @@ fn bad_cases() -> Vec<PathBuf> {
     dirs
 }
 
-/// Runs an example on a bad checkpoint and gives its single line.
+/// Runs an example on a bad checkpoint and returns its single line of output.
 fn refuse(program: &str, dir: &Path) -> String {
     let mut command = example(program);
     command.arg("--model").arg(dir).arg("--json");
@@ -22,7 +24,7 @@ fn refuse(program: &str, dir: &Path) -> String {
     assert!(!stderr.contains("panicked"), "{stderr}");
     assert_eq!(stderr.trim_end().lines().count(), 1, "one clear line, not: {stderr}");
     assert!(stderr.len() < 2000, "{} bytes of it", stderr.len());
-    // A chain of causes that repeats itself reads "A: A".
+    // A chain of causes that repeats itself would read "A: A".
     let said = stderr.trim_end().trim_start_matches("error: ");
     let half = said.len() / 2;
     assert!(said.get(..half.saturating_sub(1)) != said.get(half + 1..), "said twice: {stderr}");
@@ -32,7 +34,7 @@ fn refuse(program: &str, dir: &Path) -> String {
 #[test]
 fn bad_checkpoints_get_one_clear_line_and_exit_code_1() {
     let marker = Path::new("/tmp/golden_pickle_was_executed");
-    // Another program that unpickles the case leaves it behind.
+    // A program that unpickles the case creates this file.
     let _ = std::fs::remove_file(marker);
     for dir in bad_cases() {
         let case: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
@@ -60,7 +62,7 @@ fn bad_checkpoints_get_one_clear_line_and_exit_code_1() {
     }
 }
 
-/// In a child of its own, whose peak is its own: the test runs itself once more for each case.
+/// Each case runs in a child process of its own, which measures its own peak memory.
 #[cfg(target_os = "linux")]
 #[test]
 fn bad_checkpoints_cost_little_memory() {
@@ -101,7 +103,7 @@ fn safetensors_bytes(header: &str, data: usize) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat()
 }
 
-/// A PyTorch zip around a pickle of our own making.
+/// A PyTorch zip file around a given pickle.
 fn torch_zip(pickle: &[u8]) -> Vec<u8> {
     use std::io::Write;
     let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
@@ -131,7 +133,7 @@ fn zip_with_large_directory() -> Vec<u8> {
     [&local[..], &central, &end].concat()
 }
 
-/// The tokenizer of models/tiny with one section changed, and files of no tokenizer at all.
+/// The tokenizer of models/tiny with one section changed, and files without a tokenizer.
 fn bad_tokenizers() -> Vec<String> {
     let good = std::fs::read_to_string(root().join("models/tiny/tokenizer.json")).unwrap();
     let good: Value = serde_json::from_str(&good).unwrap();
@@ -182,9 +184,9 @@ fn bad_tokenizers() -> Vec<String> {
     ]
 }
 
-/// What a file can do wrong that the golden cases do not.
+/// Defects that the golden cases do not cover.
 fn more_bad_checkpoints() -> Vec<tempfile::TempDir> {
-    // Eight tensors whose ends add up to just below 2^64.
+    // Eight tensors whose end offsets add up to slightly less than 2^64.
     let huge = (1u64 << 61) - 1;
     let eighths: Vec<String> = (0..8u64)
         .map(|i| {
@@ -194,7 +196,7 @@ fn more_bad_checkpoints() -> Vec<tempfile::TempDir> {
     let overflow = safetensors_bytes(&format!("{{{}}}", eighths.join(",")), 16);
     let unknown = r#"{"gpt_neox.embed_in.weight":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}"#;
     let metadata = safetensors_bytes(&format!(r#"{{"__metadata__":{{"x":"{}"}}}}"#, "y".repeat(8 << 20)), 0);
-    // A memoized tuple named again and again, and a name of 16 MB.
+    // A memoized tuple that is referenced very often, and a name of 16 MB.
     let repeated =
         [&b"\x80\x02ctorch\nSize\nq\x00(K\x01K\x02t\x85q\x01("[..], &b"h\x00h\x01R".repeat(3 << 20)].concat();
     let name = [&b"\x80\x02c"[..], &vec![1; 16 << 20], b"\nsystem\n."].concat();
@@ -215,11 +217,11 @@ fn more_bad_checkpoints() -> Vec<tempfile::TempDir> {
         with_weights("neox-tied", "pytorch_model.bin", &torch_zip(&repeated)),
         with_weights("neox-tied", "pytorch_model.bin", &torch_zip(&name)),
         with_weights("neox-tied", "pytorch_model.bin", &torch_zip(b"")),
-        // A module's name of 30 MB that is no UTF-8, for STACK_GLOBAL.
+        // A module name of 30 MB for STACK_GLOBAL that is invalid UTF-8.
         with_weights("neox-tied", "pytorch_model.bin", &torch_zip(&stack_global)),
         // One name of 30 MB as the key of many tensors.
         with_weights("neox-tied", "pytorch_model.bin", &torch_zip(&long_key)),
-        // Extra fields made of empty records fill the directory of a zip.
+        // Extra fields of empty records fill the directory of a zip.
         with_weights("neox-tied", "pytorch_model.bin", &zip_with_large_directory()),
         with_weights("neox-tied", "model.safetensors", &safetensors_bytes(&many_keys, 0)),
         with_weights("neox-tied", "model.safetensors", &safetensors_bytes(&many_dims, 4)),
@@ -254,7 +256,7 @@ fn more_bad_checkpoints() -> Vec<tempfile::TempDir> {
     dirs
 }
 
-/// Types that no weight has are named, not called missing.
+/// A tensor of an unsupported type is reported with its type, not as missing.
 #[test]
 fn a_weight_of_an_unread_type_is_named_with_its_type() {
     let shape = r#""shape":[112,40],"data_offsets":[0,17920]"#;
@@ -275,7 +277,7 @@ fn with_weights(case: &str, name: &str, weights: &[u8]) -> tempfile::TempDir {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
-    /// Any byte of a file may be wrong and the file may end anywhere: an error or a model, never a panic.
+    /// Changed bytes and truncation give an error or a model, never a panic.
     #[test]
     fn damaged_files_are_read_or_refused(
         torch: bool,
@@ -287,7 +289,7 @@ proptest! {
         let mut bytes = std::fs::read(root().join("tests/golden/models").join(case).join(name)).unwrap();
         let headers = 6000.min(bytes.len());
         for (at, value) in flips {
-            // Headers are where damage matters: a pickle's at the beginning, a zip's at the end.
+            // Damage matters most in headers: at the beginning of a pickle, at the end of a zip.
             let at = at.index(headers);
             let at = if near_the_end { bytes.len() - 1 - at } else { at };
             bytes[at] = value;
@@ -343,9 +345,9 @@ fn a_broken_tokenizer_is_named() {
     }
 }
 
-/// tests/hostile holds files with one thing wrong each, and what their errors must say.
+/// tests/hostile holds files with one defect each, and a text that each error must contain.
 #[test]
-fn kept_bad_files_get_the_error_that_they_must() {
+fn hostile_files_give_their_expected_errors() {
     let folder = root().join("tests/hostile");
     let errors = std::fs::read(folder.join("errors.json")).unwrap();
     let errors: std::collections::BTreeMap<String, String> = serde_json::from_slice(&errors).unwrap();
@@ -360,15 +362,15 @@ fn kept_bad_files_get_the_error_that_they_must() {
             assert!(error.contains(&name) && error.len() < 1000 && !error.contains('\n'), "{name}: {error}");
         }
     }
-    // As programs, too.
+    // The examples fail in the same way.
     for name in ["gguf-tensors-overlap.gguf", "ggml-tensor-cut-off.bin"] {
         refuse("inspect", &folder.join(name));
     }
 }
 
-/// Golden GGUF and GGML files with some bytes changed or cut off: an answer or an error, never a panic.
+/// Golden GGUF and GGML files with changed or missing bytes give an answer or an error, never a panic.
 #[test]
-fn damaged_containers_are_answered() {
+fn damaged_containers_never_panic() {
     let files: Vec<Vec<u8>> = crate::common::files(&root().join("tests/golden/files"))
         .into_iter()
         .filter(|path| path.extension().is_some_and(|e| e == "gguf" || e == "bin"))
@@ -386,7 +388,7 @@ fn damaged_containers_are_answered() {
     for file in &files {
         for round in 0..60 {
             let mut bytes = file.clone();
-            // Headers are at the beginning, so most of the damage is there.
+            // Headers are at the beginning, so most of the damage goes there.
             let reach = if round % 3 == 0 { bytes.len() } else { 4000.min(bytes.len()) };
             for _ in 0..=random(4) {
                 let at = random(reach);
@@ -396,7 +398,7 @@ fn damaged_containers_are_answered() {
                 bytes.truncate(random(bytes.len()));
             }
             std::fs::write(&path, &bytes).unwrap();
-            // Only headers: what loads may take as long as a model takes.
+            // Only the headers are read, because loading takes as long as a whole model.
             match pricket::inspect(&path) {
                 Ok(_) => opened += 1,
                 Err(e) => {
@@ -410,9 +412,9 @@ fn damaged_containers_are_answered() {
     assert!(opened > 100 && refused > 100, "{opened} opened, {refused} refused");
 }
 
-/// Whatever becomes of a tokenizer.model, it is an error or a tokenizer that answers.
+/// A damaged tokenizer.model gives an error or a working tokenizer.
 #[test]
-fn damaged_sentencepiece_models_are_answered() {
+fn damaged_sentencepiece_models_never_panic() {
     let mut state = 7u64;
     let mut random = move |below: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -426,7 +428,7 @@ fn damaged_sentencepiece_models_are_answered() {
             let mut bytes = whole.clone();
             match round % 3 {
                 0 => bytes.truncate(random(bytes.len())),
-                // The end holds settings and the normalizer.
+                // The end of the file holds the settings and the normalizer.
                 1 => (0..3).for_each(|_| bytes[whole.len() - 1 - random(1500.min(whole.len()))] = random(256) as u8),
                 _ => (0..8).for_each(|_| bytes[random(whole.len())] ^= 1 << random(8)),
             }
@@ -440,7 +442,7 @@ fn damaged_sentencepiece_models_are_answered() {
         }
     }
     assert!(answered > 100, "{answered}");
-    // What would make much of little is refused.
+    // A piece of more than 1,024 bytes is refused.
     let long = [&b"\x0a\x84\x10\x0a\x81\x10"[..], &[b'a'; 2049]].concat();
     let error = pricket::lm::Tokenizer::from_files(&[("tokenizer.model", &long)], "long").unwrap_err().to_string();
     assert!(error.contains("at most 1024"), "{error}");

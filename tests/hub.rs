@@ -1,3 +1,5 @@
+//! Models by their ids, from a server with the protocol of the Hub: steps and single tensors.
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,7 +31,7 @@ fn a_model_is_loaded_by_its_id() {
         assert_eq!((from.repo.as_deref(), from.commit.as_deref()), (Some("owner/tiny"), Some(commit.as_str())));
         let weights = from.files.iter().find(|file| file.path == "model.safetensors").unwrap();
         assert_eq!(weights.digest.as_ref().unwrap().hex(), sha256(&tiny_steps().join("step64/model.safetensors")));
-        // A directory of the cache is known for what it is, and says the same.
+        // A directory of the cache is recognized and gives the same provenance.
         let again = Loader::new(from.directory.as_ref().unwrap()).threads(2).load().unwrap();
         assert_eq!(
             (again.provenance().repo.as_deref(), again.provenance().commit.as_deref()),
@@ -37,7 +39,7 @@ fn a_model_is_loaded_by_its_id() {
         );
         assert!(again.provenance().files.iter().all(|file| file.digest.is_some()));
     }
-    // Without the network: by branch and by commit.
+    // Offline: by branch and by commit.
     world.server.take_log();
     for id in ["owner/tiny@step64", &format!("owner/tiny@{commit}")] {
         let loaded = Loader::new(id).hub(world.offline()).threads(2).load().unwrap();
@@ -46,7 +48,7 @@ fn a_model_is_loaded_by_its_id() {
     assert!(world.server.take_log().is_empty());
     let error = Loader::new("owner/tiny").hub(world.offline()).load().unwrap_err();
     assert!(matches!(&error, Error::Offline(what) if what.contains("step64")), "{error}");
-    // With a network that is down: what the cache has, and it says so.
+    // With a network that is down, the cache is used and a warning says so.
     world.server.misbehave(|_| Some(Fault::Status(503)));
     let mut settings = world.settings();
     settings.patience.pause = std::time::Duration::from_millis(1);
@@ -77,7 +79,7 @@ fn only_what_loading_needs_is_fetched() {
     assert!(names.contains("pytorch_model-00001-of-00003.bin") && names.contains("config.json"), "{names:?}");
     assert!(!names.contains("training_state.bin") && !names.contains("pytorch_model-00009-of-00009.bin"), "{names:?}");
     assert!(world.large_bytes() < 100_000);
-    // A shard that the index names and the revision lacks is named.
+    // A shard that the index lists and the revision lacks is named.
     let lacking = files.iter().filter(|(name, _)| name != "pytorch_model-00003-of-00003.bin");
     world.server.add("owner/lacking", only(lacking.map(|(name, content)| (name.as_str(), content.clone()))));
     let error = world.loader("owner/lacking").load().unwrap_err();
@@ -85,7 +87,7 @@ fn only_what_loading_needs_is_fetched() {
 }
 
 #[test]
-fn what_is_not_there_is_explained() {
+fn missing_models_and_revisions_are_explained() {
     let world = World::new([("EleutherAI/pythia-70m", tiny_repo(&["step0", "step512"]))]);
     let error = |id: &str| {
         let error = world.loader(id).load().unwrap_err().to_string();
@@ -94,7 +96,7 @@ fn what_is_not_there_is_explained() {
     };
     let text = error("EleutherAI/pythia-70m@step7");
     assert!(text.contains("main, step0, step512"), "{text}");
-    // The repositories of MPT are gone; the card knows of copies.
+    // The repositories of MPT are gone. The card names copies.
     let text = error("mosaicml/mpt-7b@main");
     assert!(text.contains("2025-12") && text.contains("anas-awadalla/mpt-7b"), "{text}");
     let text = error("nobody/nothing");
@@ -103,7 +105,7 @@ fn what_is_not_there_is_explained() {
     assert!(text.contains("no such file or directory"), "{text}");
     let text = error("owner/weights.safetensors");
     assert!(text.contains("no such file or directory"), "{text}");
-    // A repository of training shards is said to be one.
+    // A repository of DeepSpeed shards is recognized.
     world.server.add(
         "owner/shards",
         only([
@@ -116,18 +118,18 @@ fn what_is_not_there_is_explained() {
 }
 
 #[test]
-fn a_name_of_the_cards_is_enough() {
+fn a_card_name_loads_the_model() {
     let world = World::new([("EleutherAI/pythia-70m", tiny_repo(&[]))]);
     for name in ["pythia-70m", "EleutherAI/pythia-19m", "eleutherai/Pythia-70M"] {
         let loaded = world.loader(name).load().unwrap();
         assert_eq!(loaded.provenance().repo.as_deref(), Some("EleutherAI/pythia-70m"));
         assert_eq!(loaded.provenance().license.as_deref(), Some("apache-2.0"));
-        // It is not the published one, and its card shows it.
+        // The weights are not the published ones, and the size in the card reveals it.
         assert!(loaded.warnings().iter().any(|warning| warning.contains("70426624")), "{:?}", loaded.warnings());
     }
 }
 
-/// INCITE-3B and Pythia-2.8b have the same shapes: only the configuration tells them apart.
+/// INCITE-3B and Pythia-2.8b have the same shapes. Only the configuration distinguishes them.
 #[test]
 fn a_pythia_is_not_mistaken_for_an_incite() {
     let world = World::new([("togethercomputer/RedPajama-INCITE-Base-3B-v1", tiny_repo(&[]))]);
@@ -135,7 +137,7 @@ fn a_pythia_is_not_mistaken_for_an_incite() {
     assert!(loaded.warnings().join(" ").contains("use_parallel_residual"), "{:?}", loaded.warnings());
 }
 
-/// models/tiny-mpt as a repository, without its tokenizer.
+/// models/tiny-mpt as a repository without its tokenizer.
 fn mute_mpt() -> Repo {
     let file = |name: &str| Content::file(&root().join("models/tiny-mpt").join(name)).unwrap();
     only(["config.json", "model.safetensors"].map(|name| (name, file(name))))
@@ -161,10 +163,10 @@ fn a_model_without_a_tokenizer_takes_the_one_that_its_card_names() {
     let names: Vec<_> = loaded.provenance().files.iter().map(|file| file.path.clone()).collect();
     assert!(names.iter().any(|name| name.contains("tokenizer.json")), "{names:?}");
     assert!(!world.server.take_log().iter().any(|request| request.target.contains("model.bin")));
-    // From the cache as well.
+    // The tokenizer also comes from the cache.
     let offline = Loader::new("mpt-1b-redpajama-200b-dolly").hub(world.offline()).threads(2).load().unwrap();
     assert_eq!(offline.generate("The United", &options).unwrap().ids, expected);
-    // Where there is none to take, the model is loaded all the same, and says what it lacks.
+    // If the tokenizer cannot be fetched, the model is loaded with a warning.
     let world = World::new([("mosaicml/mpt-1b-redpajama-200b", mute_mpt())]);
     let loaded = world.loader("mpt-1b-redpajama-200b").load().unwrap();
     assert!(
@@ -174,7 +176,7 @@ fn a_model_without_a_tokenizer_takes_the_one_that_its_card_names() {
     assert!(loaded.generate("The", &options).unwrap_err().to_string().contains("the checkpoint has no tokenizer"));
 }
 
-/// Repositories of converted files hold many of them and no configuration.
+/// Repositories of converted files hold many files and no configuration.
 #[test]
 fn one_of_several_files_is_loaded_by_its_name() {
     let golden = |case: &str| root().join("tests/golden/files").join(case);
@@ -204,7 +206,7 @@ fn one_of_several_files_is_loaded_by_its_name() {
 }
 
 #[test]
-fn prompts_are_those_of_the_card_or_of_what_it_is_a_copy_of() {
+fn prompt_formats_come_from_the_card_of_the_model_or_its_original() {
     let world = World::new([
         ("togethercomputer/RedPajama-INCITE-Chat-3B-v1", tiny_repo(&[])),
         ("gl198976/mpt-7b-instruct", tiny_repo(&[])),
@@ -220,12 +222,12 @@ fn prompts_are_those_of_the_card_or_of_what_it_is_a_copy_of() {
 }
 
 #[test]
-fn a_license_that_forbids_commerce_is_told() {
+fn a_noncommercial_license_is_reported() {
     let chat = mute_mpt();
     let world = World::new([("mosaicml/mpt-7b-chat", chat)]);
     let loaded = world.loader("mpt-7b-chat").load().unwrap();
     assert!(loaded.warnings().iter().any(|text| text.contains("cc-by-nc-sa-4.0, no commercial use")), "{loaded:?}");
-    // A copy in a directory says it itself.
+    // A copy in a directory names its own license.
     let dir = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors", "tokenizer.json"] {
         std::fs::copy(root().join("models/tiny-mpt").join(file), dir.path().join(file)).unwrap();
@@ -245,14 +247,14 @@ fn a_revision_known_to_be_wrong_warns_with_its_source() {
     assert!(warnings("pythia-2.8b@step64").contains("pythia/issues/205"));
     let text = warnings("pythia-2.8b@step0");
     assert!(text.contains("step0 holds the final weights") && text.contains("issues/205"), "{text}");
-    // The same by its commit, also in a new cache.
+    // The same by commit, also in a new cache.
     assert!(warnings(&format!("pythia-2.8b@{commit}")).contains("issues/205"));
     let fresh = tempfile::tempdir().unwrap();
     let mut settings = world.settings();
     settings.cache = fresh.path().into();
     let loaded = Loader::new(format!("pythia-2.8b@{commit}")).hub(Hub::new(settings)).threads(1).load().unwrap();
     assert!(loaded.warnings().join(" ").contains("issues/205"), "{:?}", loaded.warnings());
-    // And as the directory that it is in.
+    // The same by its directory in the cache.
     let directory = world.loader("pythia-2.8b@step0").load().unwrap().provenance().directory.clone().unwrap();
     let loaded = Loader::new(directory).threads(1).load().unwrap();
     assert!(loaded.warnings().join(" ").contains("issues/205"), "{:?}", loaded.warnings());
@@ -260,7 +262,7 @@ fn a_revision_known_to_be_wrong_warns_with_its_source() {
 }
 
 #[test]
-fn the_license_of_a_stranger_is_read_from_its_readme() {
+fn the_license_of_an_unlisted_model_is_read_from_its_readme() {
     let mut files: Vec<(String, Content)> = ["config.json", "tokenizer.json", "model.safetensors"]
         .into_iter()
         .map(|name| (name.to_owned(), Content::file(&root().join("models/tiny").join(name)).unwrap()))
@@ -272,7 +274,7 @@ fn the_license_of_a_stranger_is_read_from_its_readme() {
     assert_eq!(loaded.provenance().license.as_deref(), Some("mit"));
     let json = loaded.provenance().to_json();
     assert_eq!((&json["repo"], &json["revision"]), (&json!("owner/tiny"), &json!("main")));
-    // Of a plain directory the hashes are taken when somebody asks.
+    // The files of a plain directory are hashed only on request.
     let local = Loader::new(root().join("models/tiny")).threads(1).load().unwrap();
     assert_eq!(local.provenance().repo, None);
     let hashed = local.provenance().clone().hashed().unwrap();
@@ -314,7 +316,7 @@ fn steps_are_listed_in_one_request() {
     found.ask_sizes(&steps("0,1000"), &NoProgress).unwrap();
     let size = std::fs::metadata(tiny_steps().join("step0/model.safetensors")).unwrap().len();
     assert_eq!((found.steps[0].bytes, found.select(&steps("512")).unwrap()[0].bytes), (Some(size), None));
-    // A directory speaks the same language.
+    // A directory accepts the same selections of steps.
     let local = pricket::checkpoints(root().join("models/tiny").to_str().unwrap()).unwrap();
     assert_eq!(local.select(&steps("log")).unwrap().len(), 8);
     assert_eq!(local.select(&steps("final")).unwrap()[0].revision, "step4000");
@@ -349,14 +351,14 @@ fn one_tensor_comes_without_its_file() {
         assert!(tensors.read("no.such.tensor").unwrap_err().to_string().contains("no.such.tensor"));
         assert_eq!(tensors.names().count(), local.names().len());
     }
-    // Of shards only the one that holds it.
+    // Of the shards, only the one with the tensor is read.
     let tensors = pricket::suites::Tensors::on(&world.hub(), "owner/sharded").unwrap();
     let local = pricket::suites::tensors(root().join("tests/golden/models/neox-bin-sharded-fp16")).unwrap();
     for name in local.names() {
         let (a, b) = (tensors.read(name).unwrap(), local.read(name).unwrap());
         assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "{name}");
     }
-    // Nothing was left in the cache, and once the file is there it is read there.
+    // The cache stays empty. Once the file is in the cache, it is read there.
     assert!(Cache::new(world.cache.path()).repos().unwrap().is_empty());
     pricket::loading::fetch(format!("{SUITE}@step64"), &world.hub(), &NoProgress).unwrap();
     world.server.take_log();
@@ -365,11 +367,11 @@ fn one_tensor_comes_without_its_file() {
     assert_eq!(world.large_bytes(), 0);
 }
 #[test]
-fn looking_changes_nothing_and_nothing_is_fetched_in_vain() {
+fn inspecting_keeps_the_cache_and_refusals_fetch_no_weights() {
     let content = tiny_repo(&["step0"]);
     let world = World::new([("owner/tiny", content.clone())]);
     let before = world.loader("owner/tiny").load().unwrap().provenance().commit.clone();
-    // main moves; looking at it must not lead the branch to half a snapshot.
+    // main moves. Inspecting it must not leave the branch with a partial snapshot.
     let mut moved = content.clone();
     let commit = content.resolve("step0").unwrap().to_owned();
     moved.branch("main", &commit);
@@ -382,7 +384,7 @@ fn looking_changes_nothing_and_nothing_is_fetched_in_vain() {
     assert_eq!(json["provenance"]["commit"], json!(commit));
     let after = Loader::new("owner/tiny").hub(world.offline()).threads(1).load().unwrap();
     assert_eq!(after.provenance().commit, before);
-    // A model that nothing here can run is refused before its weights come.
+    // A model of an unsupported family is refused before its weights are fetched.
     world.server.add(
         "owner/other",
         only([
@@ -393,7 +395,7 @@ fn looking_changes_nothing_and_nothing_is_fetched_in_vain() {
     world.server.take_log();
     let error = world.loader("owner/other").load().unwrap_err();
     assert!(error.to_string().contains("gpt2") && world.large_bytes() == 0, "{error}");
-    // A commit that is not there is answered with what is.
+    // The error for an unknown commit lists the known revisions.
     let error = world.loader(&format!("owner/tiny@{}", "0".repeat(40))).load().unwrap_err();
     assert!(matches!(&error, Error::Revision { known, .. } if known.contains(&"step0".to_owned())), "{error}");
     assert!(!error.to_string().contains("no branches"), "{error}");
@@ -466,7 +468,7 @@ fn generate_and_inspect_take_ids() {
     assert_eq!(first["provenance"]["revision"], "step64");
     let (code, out, err) = run("inspect", &[&format!("{SUITE}@step64"), "--brief"], "1");
     assert!(code == Some(0) && out.contains("gpt_neox"), "{out}{err}");
-    // Looking at a repository does not fetch its weights.
+    // Inspecting a repository does not fetch its weights.
     world.server.take_log();
     let (code, out, err) = run("inspect", &[SUITE], "0");
     assert!(code == Some(0) && out.contains("safetensors") && out.contains("final_layer_norm"), "{out}{err}");
@@ -474,7 +476,7 @@ fn generate_and_inspect_take_ids() {
     assert!(sent < 100_000, "{sent}");
 }
 
-/// `PRICKET_REAL_HUB=1 cargo test real_hub` asks the Hub itself, and fetches 70 MB.
+/// `PRICKET_REAL_HUB=1 cargo test real_hub` uses the real Hub and fetches 70 MB.
 #[test]
 fn the_real_hub_answers() {
     if std::env::var_os("PRICKET_REAL_HUB").is_none() {
@@ -493,10 +495,11 @@ fn the_real_hub_answers() {
     assert_eq!(model.info().vocab, 50_304);
 }
 
-/// A legacy file with the words of GPT-NeoX-20B gets its tokenizer, and says so.
+/// A legacy file with the words of GPT-NeoX-20B gets that model's tokenizer, with a note.
 #[test]
-fn a_legacy_file_fetches_the_tokenizer_that_its_words_are_of() {
-    // A file of the smallest model with so many words; all of them are made up but those that tell.
+fn a_legacy_file_fetches_the_matching_tokenizer() {
+    // A file of the smallest model with that many words. All words are made up, except those that identify the
+    // vocabulary.
     let word = |id: usize| match id {
         0 => "<|endoftext|>".to_owned(),
         2422 => "Al".to_owned(),
@@ -542,7 +545,7 @@ fn a_legacy_file_fetches_the_tokenizer_that_its_words_are_of() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ggml-model-f16.bin");
     std::fs::write(&path, file).unwrap();
-    // Any tokenizer stands in for the real one here.
+    // The tokenizer of models/tiny replaces the real one.
     let tokenizer = Content::file(&root().join("models/tiny/tokenizer.json")).unwrap();
     let world = World::new([("EleutherAI/gpt-neox-20b", only([("tokenizer.json", tokenizer)]))]);
     let loaded = Loader::new(&path).hub(world.hub()).threads(1).load().unwrap();
@@ -559,7 +562,7 @@ fn a_legacy_file_fetches_the_tokenizer_that_its_words_are_of() {
     assert!(mute.warnings().iter().any(|text| text.contains("cannot be loaded")), "{:?}", mute.warnings());
 }
 
-/// An adapter by its id: both of its files, and nothing else of its repository.
+/// An adapter by its id: both of its files are fetched, and nothing else of its repository.
 #[cfg(feature = "train")]
 #[test]
 fn an_adapter_is_fetched_by_its_id() {

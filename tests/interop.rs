@@ -1,4 +1,4 @@
-//! Candle programs and pricket, side by side.
+//! Candle programs and pricket together.
 
 use pricket::candle::{DType, Device, Tensor};
 use pricket::convert::{ConvertOptions, Target};
@@ -13,7 +13,7 @@ fn logits(pricket: &Pricket) -> Tensor {
     model.head(&model.hidden(&ids, &mut Context::new()).unwrap()).unwrap()
 }
 
-/// Tensors of a GGUF file, whose names and order of rows are others, are those of the Hub's files.
+/// A VarBuilder over a GGUF file, whose names and order of rows differ, gives the tensors of the Hub's files.
 #[test]
 fn a_var_builder_has_the_hubs_names_and_rows_whatever_the_format() {
     let directory = tempfile::tempdir().unwrap();
@@ -23,7 +23,7 @@ fn a_var_builder_has_the_hubs_names_and_rows_whatever_the_format() {
         let expected = ours.var_builder(DType::F32, &Device::Cpu);
         let file = directory.path().join(format!("{model}.gguf"));
         let options = ConvertOptions { target: Target::F32, ..ConvertOptions::default() };
-        // llama.cpp has no RWKV-4: its directory is the other form.
+        // llama.cpp has no RWKV-4, so a directory is the other form.
         let file = if model == "tiny-rwkv" { directory.path().join(model) } else { file };
         Loader::new(&source).convert(&file, &options).unwrap();
         let opened = interop::open(&file).unwrap();
@@ -41,7 +41,7 @@ fn a_var_builder_has_the_hubs_names_and_rows_whatever_the_format() {
         let wrong = found.get((3, 3), &name).unwrap_err().to_string();
         assert!(wrong.contains(&name) && wrong.contains("[3, 3]"), "{wrong}");
 
-        // And back: the model over the VarBuilder has the same bits.
+        // The model over the VarBuilder has the same bits.
         let again = Loader::from_store(opened.config.clone(), interop::store(found)).threads(1).load().unwrap();
         let plain = Loader::new(&source).threads(1).load().unwrap();
         assert_eq!(worst(&logits(&again), &logits(&plain)), 0.0, "{model}");
@@ -49,7 +49,7 @@ fn a_var_builder_has_the_hubs_names_and_rows_whatever_the_format() {
 }
 
 #[test]
-fn what_a_var_builder_lacks_is_named() {
+fn tensors_missing_from_a_var_builder_are_named() {
     let opened = interop::open(root().join("models/tiny")).unwrap();
     let weights = opened.var_builder(DType::F32, &Device::Cpu);
     let error = Loader::from_store(opened.config, interop::store(weights.pp("elsewhere"))).load().unwrap_err();
@@ -57,7 +57,7 @@ fn what_a_var_builder_lacks_is_named() {
 }
 
 #[test]
-fn tokenizers_go_in_and_out() {
+fn tokenizers_convert_both_ways() {
     let ours = pricket::tiny().unwrap();
     let ours = ours.tokenizer().unwrap();
     let theirs = interop::to_tokenizers(ours).unwrap();
@@ -72,7 +72,7 @@ fn tokenizers_go_in_and_out() {
 }
 
 #[test]
-fn repositories_are_sources_and_sources_repositories() {
+fn repositories_and_sources_convert_both_ways() {
     let repo = hf_hub::Repo::with_revision("EleutherAI/pythia-70m".into(), hf_hub::RepoType::Model, "step3000".into());
     let source = interop::source(&repo).unwrap();
     assert_eq!(source.to_string(), Source::new("EleutherAI/pythia-70m@step3000").to_string());
@@ -83,7 +83,7 @@ fn repositories_are_sources_and_sources_repositories() {
     assert!(matches!(interop::repo(root().join("models/tiny")), Err(Error::Source(_))));
 }
 
-/// Variables are made by the VarBuilder when they are asked for with a shape.
+/// The VarBuilder creates variables when they are requested with a shape.
 #[test]
 fn a_model_loads_over_variables_and_zeros() {
     use pricket::candle_nn::{VarBuilder, VarMap};

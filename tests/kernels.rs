@@ -1,3 +1,5 @@
+//! Instruction sets, threads, rounded activations.
+
 #[cfg(target_os = "linux")]
 use std::collections::BTreeSet;
 #[cfg(target_os = "linux")]
@@ -9,16 +11,16 @@ use pricket::{GenerateOptions, Loader};
 
 use crate::common::{directories_with, example, root};
 
-/// Every golden case gives what it should with each instruction set that this processor has.
+/// Every golden case passes with each instruction set of this processor.
 #[test]
-fn every_instruction_path_passes_the_golden_cases() {
+fn every_instruction_set_passes_the_golden_cases() {
     let kinds = ["models", "files", "scoring"].map(|kind| root().join("tests/golden").join(kind));
     let cases: Vec<_> = kinds.iter().flat_map(|kind| directories_with(kind, "case.json")).collect();
     for path in ["scalar", "neon", "avx2", "avx512", "amx"] {
         let mut command = example("parity");
         let output = command.args(&cases).env("PRICKET_CPU", path).output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-        // A path that is not there is refused by name, and the best one is what every other test takes.
+        // A missing instruction set is refused by name. All other tests use the best one.
         if path != "scalar" && said.contains("this processor has") {
             continue;
         }
@@ -26,7 +28,7 @@ fn every_instruction_path_passes_the_golden_cases() {
     }
 }
 
-/// The plain twins, which are what runs where there are no kernels, give the same.
+/// The plain twins, which run where there are no kernels, pass too.
 #[test]
 fn the_plain_twins_pass_the_golden_cases() {
     let kinds = ["models", "files", "scoring"].map(|kind| root().join("tests/golden").join(kind));
@@ -39,22 +41,22 @@ fn the_plain_twins_pass_the_golden_cases() {
 }
 
 #[test]
-fn a_path_that_does_not_exist_is_refused() {
+fn an_unknown_instruction_set_is_refused() {
     let output = example("generate").args(["-n", "1"]).env("PRICKET_CPU", "mmx").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("PRICKET_CPU is \"mmx\"; it can be scalar"), "{said}");
 }
 
-/// Neither candle's threads nor rayon's are ever started while text is generated: all work is on pricket's own.
+/// Generation starts neither candle's nor rayon's threads. All work runs on pricket's own pool.
 #[cfg(target_os = "linux")]
 #[test]
-fn other_pools_stay_asleep() {
+fn no_other_thread_pool_starts() {
     let mut command = example("bench");
     command.args(["--shape", "14m", "--threads", "3", "--prefill", "512", "--decode", "16", "--new-tokens", "64"]);
     let mut child = command.args(["--runs", "30"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut seen = BTreeSet::new();
     while child.try_wait().unwrap().is_none() {
-        // Threads come and go while they are listed.
+        // Threads start and end while they are listed.
         let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).into_iter().flatten().flatten();
         seen.extend(tasks.filter_map(|task| {
             let name = std::fs::read_to_string(task.path().join("comm")).ok()?;
@@ -70,10 +72,10 @@ fn other_pools_stay_asleep() {
     assert!(!names.iter().any(|name| name.contains("candle") || name.contains("rayon")), "{names:?}");
 }
 
-/// Rounded activations and caches cost little: the divergence of the next token's probabilities from those of f32, over a
-/// text that the model knows.
+/// Rounded activations and caches change little: the divergence of the next-token probabilities from those of f32, over
+/// a text from the training data.
 #[test]
-fn what_is_rounded_stays_close() {
+fn rounded_activations_and_caches_stay_close() {
     let text = "My fellow citizens, the people of the United States have called me to the office of their President, and I \
                 come before you to take the oath that the Constitution prescribes.";
     let probabilities = |loader: Loader| {
@@ -100,7 +102,7 @@ fn what_is_rounded_stays_close() {
     let exact = probabilities(tiny());
     for (what, loader, allowed) in [
         ("f16 cache", tiny().cache(CacheType::F16), 1e-5),
-        // A number of bfloat16 has eight bits.
+        // bfloat16 has eight significant bits.
         ("bf16 cache", tiny().cache(CacheType::BF16), 1e-3),
         ("q8_0 cache", tiny().cache(CacheType::Q8_0), 1e-3),
         ("bf16", tiny().activations(ActivationPrecision::BF16), 1e-3),

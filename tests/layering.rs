@@ -1,9 +1,11 @@
+//! Dependencies between crates and modules, as docs/architecture.md describes them.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use crate::common::{files, root};
 
-/// Which crate may use which; the same table stands in crates/README.md.
+/// The dependencies that each crate may have. crates/README.md holds the same table.
 const ALLOWED: [(&str, &[&str]); 16] = [
     ("pricket-plots", &[]),
     ("pricket-progress", &[]),
@@ -59,7 +61,7 @@ fn crates_use_only_what_the_architecture_allows() {
         let allowed = allowed.get(name).unwrap_or_else(|| panic!("{name} is not in the table of the architecture"));
         for dependency in package["dependencies"].as_array().unwrap() {
             let uses = dependency["name"].as_str().unwrap();
-            // Tests may look further.
+            // Tests may have other dependencies.
             let knows_no_tensors = ["pricket-hub", "pricket-plots"].contains(&name);
             assert!(!(knows_no_tensors && uses.starts_with("candle")), "{name} knows no tensors");
             if uses.starts_with("pricket") && dependency["kind"] != "dev" {
@@ -69,7 +71,7 @@ fn crates_use_only_what_the_architecture_allows() {
     }
 }
 
-/// Source lines of a crate, tests and comments left out.
+/// Source lines of a crate, without tests and comments.
 fn code(krate: &str) -> Vec<(String, String)> {
     let mut out = Vec::new();
     for path in files(&root().join("crates").join(krate).join("src")) {
@@ -104,11 +106,11 @@ fn families_know_no_device_type_feature_or_cache() {
         "pricket-toys",
     ] {
         refuse(family, &["cfg(feature", "Device::", "to_dtype", "DType", "uantis", "uantiz", "Cache", "State::"]);
-        // What files call its tensors and keys are tables beside it.
+        // The names of tensors and keys in files are tables beside the code.
         let is_table = |place: &str| place.contains("formats.rs") || place.contains("names.rs");
-        // Lists of keys, with nothing else in them, are as long as other programs made them.
+        // Files that hold only lists of keys are as long as the formats of other programs require.
         let lines = code(family).into_iter().filter(|(place, _)| !place.contains("keys.rs"));
-        // `family.rs` tells the rest of pricket what is in the others.
+        // `family.rs` describes the other modules to the rest of pricket.
         let (listed, lines): (Vec<_>, Vec<_>) = lines.partition(|(place, _)| place.contains("family.rs"));
         let lines = lines.into_iter();
         let (tables, code): (Vec<_>, Vec<_>) = lines.partition(|(place, _)| is_table(place));
@@ -124,7 +126,8 @@ fn families_know_no_device_type_feature_or_cache() {
 fn shared_crates_name_no_family() {
     for krate in ["pricket-weights", "pricket-kernels", "pricket-nn", "pricket-lm", "pricket-train"] {
         refuse(krate, &["neox", "NeoX", "pythia", "Pythia", "\"mpt", "Mpt", "MPT", "rwkv", "Rwkv"]);
-        // What transformers calls its sentencepiece tokenizer is written where sentencepiece models are.
+        // pricket-lm reads sentencepiece models and therefore holds the name that transformers gives to their
+        // tokenizer.
         if krate != "pricket-lm" {
             refuse(krate, &["llama", "Llama"]);
         }
@@ -151,10 +154,10 @@ fn public_handles_are_owned() {
     }
 }
 
-/// A module's name as the parts of its path; the root has none.
+/// A module's name as the parts of its path. The root has none.
 type Module = Vec<String>;
 
-/// A crate's modules with their source, tests and comments left out.
+/// The modules of a crate with their source, without tests and comments.
 fn modules(krate: &str) -> BTreeMap<Module, String> {
     let source = root().join("crates").join(krate).join("src");
     let module = |path: &std::path::Path| -> Module {
@@ -174,7 +177,7 @@ fn modules(krate: &str) -> BTreeMap<Module, String> {
         .collect()
 }
 
-/// The paths of a tree of uses: `a::{b, c::d}` is `a::b` and `a::c::d`.
+/// The paths in a tree of uses: `a::{b, c::d}` gives `a::b` and `a::c::d`.
 fn expanded(tree: &str) -> Vec<String> {
     let Some((before, rest)) = tree.split_once('{') else {
         return vec![tree.split(" as ").next().unwrap().split_whitespace().collect()];
@@ -189,14 +192,14 @@ fn expanded(tree: &str) -> Vec<String> {
     parts.flat_map(|part| expanded(&format!("{}{}", before.trim(), part.trim()))).collect()
 }
 
-/// The trees of all `use` of a source, with whether others see them.
+/// The trees of all `use` items of a source, and whether each is public.
 fn uses(source: &str) -> Vec<(bool, String)> {
     let statement = regex::Regex::new(r"(?m)^\s*(pub(?:\([a-z]+\))? )?use ([^;]+);").unwrap();
     let found = statement.captures_iter(source);
     found.flat_map(|found| expanded(&found[2]).into_iter().map(move |path| (found.get(1).is_some(), path))).collect()
 }
 
-/// The module that a path leads to from `module`, and what is left of the path; `None` for a path outside the crate.
+/// The module that a path leads to from `module`, and the rest of the path. `None` for a path outside the crate.
 fn resolved(path: &str, module: &Module, known: &BTreeMap<Module, String>) -> Option<(Module, Vec<String>)> {
     let mut parts = path.split("::").map(str::to_owned).collect::<std::collections::VecDeque<_>>();
     let mut at = match parts.front()?.as_str() {
@@ -224,7 +227,8 @@ fn resolved(path: &str, module: &Module, known: &BTreeMap<Module, String>) -> Op
     Some((at, parts.into()))
 }
 
-/// Which module uses which. A name that a module passes on counts for the module that has it; parents and children may use one another.
+/// Which module uses which. A reexported name counts for the module that defines it. Parents and children may use each
+/// other.
 fn graph(known: &BTreeMap<Module, String>) -> BTreeMap<Module, BTreeSet<Module>> {
     let mut passed_on: BTreeMap<(Module, String), Module> = BTreeMap::new();
     for (module, source) in known {
@@ -255,7 +259,7 @@ fn graph(known: &BTreeMap<Module, String>) -> BTreeMap<Module, BTreeSet<Module>>
     graph
 }
 
-/// A way from a module back to itself.
+/// A path from a module back to itself.
 fn circle(graph: &BTreeMap<Module, BTreeSet<Module>>) -> Option<Vec<Module>> {
     fn walk(
         at: &Module,
@@ -278,16 +282,16 @@ fn circle(graph: &BTreeMap<Module, BTreeSet<Module>>) -> Option<Vec<Module>> {
     graph.keys().find_map(|module| walk(module, &mut Vec::new(), &mut done, graph))
 }
 
-/// No file of a crate uses itself by way of others.
+/// The files of a crate have no circular dependencies.
 #[test]
-fn files_use_one_another_without_circles() {
+fn modules_have_no_dependency_cycles() {
     for (krate, _) in ALLOWED {
         let known = modules(krate);
         let graph = graph(&known);
         assert!(known.len() < 4 || graph.values().any(|used| !used.is_empty()), "{krate}: nothing was found");
         assert_eq!(circle(&graph), None, "{krate}");
     }
-    // The test sees a circle by way of a name that is passed on, and through a tree of uses.
+    // The search finds a cycle through a reexported name and through a tree of uses.
     let module = |name: &str| name.split("::").filter(|part| !part.is_empty()).map(str::to_owned).collect::<Module>();
     let known = [
         ("", "mod a;\nmod b;\npub use b::B;"),
@@ -300,12 +304,12 @@ fn files_use_one_another_without_circles() {
 }
 
 #[test]
-fn a_family_takes_little_and_is_named_in_one_place() {
+fn a_family_is_small_and_named_in_one_place() {
     for file in ["gated.rs", "recurrent.rs"] {
         let text = std::fs::read_to_string(root().join("crates/pricket-toys/src").join(file)).unwrap();
         assert!(text.lines().count() < 120, "{file}: {} lines", text.lines().count());
     }
-    // The facade has one list; published shapes are what cards do not say.
+    // The facade names families in one list only.
     let named =
         |line: &str| ["pricket_gpt_neox", "pricket_mpt", "pricket_redpajama"].iter().any(|name| line.contains(name));
     for (place, line) in code("pricket").into_iter().filter(|(_, line)| named(line)) {

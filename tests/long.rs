@@ -1,3 +1,5 @@
+//! Prompts far beyond the trained length.
+
 use std::sync::Arc;
 
 use pricket::candle::{Device, IndexOp, Tensor};
@@ -14,12 +16,12 @@ fn ids(count: usize, vocab: u32) -> Tensor {
     Tensor::from_vec(ids, (1, count), &Device::Cpu).unwrap()
 }
 
-/// Logits of the last eight positions, read in pieces of `chunk` into a cache, and the bytes that it takes.
+/// The logits of the last eight positions, read in chunks of `chunk` tokens into a cache, and the bytes of the cache.
 fn cached(pricket: &Pricket, ids: &Tensor, chunk: usize) -> (Tensor, usize) {
     let (model, count) = (pricket.model(), ids.dim(1).unwrap());
     let mut ctx = Context::new().with_state(State::new());
     let mut last = Vec::new();
-    // The end comes token by token, as decoding reads it.
+    // The last eight tokens are read one by one, as in decoding.
     let mut start = 0;
     while start < count {
         let len = if start < count - 8 { chunk.min(count - 8 - start) } else { 1 };
@@ -32,14 +34,14 @@ fn cached(pricket: &Pricket, ids: &Tensor, chunk: usize) -> (Tensor, usize) {
     (Tensor::cat(&last, 1).unwrap(), ctx.state().unwrap().bytes())
 }
 
-/// The same, read at once and without a cache.
+/// The same logits from one pass without a cache.
 fn uncached(pricket: &Pricket, ids: &Tensor) -> Tensor {
     let (model, count) = (pricket.model(), ids.dim(1).unwrap());
     let hidden = model.hidden(ids, &mut Context::new()).unwrap();
     model.head(&hidden.i((.., count - 8.., ..)).unwrap().contiguous().unwrap()).unwrap()
 }
 
-/// Both ways, with what it took beside weights and cache.
+/// Compares both ways and prints the memory beyond weights and cache.
 #[cfg(target_os = "linux")]
 fn measure(pricket: &Pricket, count: usize) {
     use crate::memory::{peak_rss, rss};
@@ -68,9 +70,9 @@ fn storywriter(d_model: usize) -> Pricket {
     Loader::from_store(config, Arc::new(Random::new(Dtype::F32, 7))).threads(2).load().unwrap()
 }
 
-/// Twice as far as any rotary model of the zoo reads, and with every slope from 2^-2 to 2^-16.
+/// Twice the context of any rotary model of the zoo, with every slope from 2^-2 to 2^-16.
 #[test]
-fn reading_in_pieces_gives_what_reading_at_once_gives() {
+fn chunked_prefill_matches_one_pass() {
     let pricket = storywriter(64);
     let ids = ids(4500, 512);
     let off = worst(&cached(&pricket, &ids, 512).0, &uncached(&pricket, &ids));

@@ -1,6 +1,8 @@
+//! Memory of loading, running and training.
+
 use crate::common::root;
 
-/// The most memory that this process ever held, in bytes.
+/// The peak memory of this process, in bytes.
 #[cfg(target_os = "linux")]
 pub(crate) fn peak_rss() -> u64 {
     status("VmHWM:")
@@ -19,7 +21,7 @@ fn status(key: &str) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Writes an f16 safetensors file of a published shape: random bytes that are small finite numbers, repeated.
+/// Writes an f16 safetensors file of a published shape. Its bytes repeat random data that gives small finite numbers.
 #[cfg(target_os = "linux")]
 fn write_f16_file(config: &serde_json::Value, path: &std::path::Path) -> u64 {
     use std::io::Write;
@@ -60,7 +62,7 @@ fn write_f16_file(config: &serde_json::Value, path: &std::path::Path) -> u64 {
     8 + header.len() as u64 + offset
 }
 
-/// A 1.4b model in f16 takes its file, a tenth of it, 64 MiB, and its cache; never a second or a widened copy.
+/// A 1.4b model in f16 takes at most its file, 10 % of it, 64 MiB and its cache. There is no second or widened copy.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_model_takes_the_memory_of_its_file() {
@@ -111,7 +113,7 @@ fn a_model_that_does_not_fit_is_refused_before_it_is_read() {
     assert!(pricket::load(root().join("models/tiny")).is_ok());
 }
 
-/// Initial RAM in MiB of the programs of 2023, for q4_0 and q5_1: the table in the card of the GGML files of Pythia.
+/// Initial RAM in MiB of the programs of 2023, for q4_0 and q5_1, from the model card of the GGML files of Pythia.
 #[cfg(target_os = "linux")]
 const CARD: [(&str, f64, f64); 6] = [
     ("70m", 113.3, 121.5),
@@ -122,8 +124,8 @@ const CARD: [(&str, f64, f64); 6] = [
     ("2.8b", 2048.0, 2457.6),
 ];
 
-/// Writes a legacy GGML file of a published shape, as ggml wrote them in the middle of May 2023: blocks of any bytes with
-/// scales that are small.
+/// Writes a legacy GGML file of a published shape in the format of mid-May 2023. The blocks hold arbitrary bytes with
+/// small scales.
 #[cfg(target_os = "linux")]
 fn write_ggml_file(shape: &str, kind: u32, path: &std::path::Path) {
     use std::io::Write;
@@ -137,7 +139,7 @@ fn write_ggml_file(shape: &str, kind: u32, path: &std::path::Path) {
     let info = pricket::Loader::from_store(config, asked).allow_any_memory().load().unwrap().info().clone();
     let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
     let rotated = (info.head_dim / 4) as u32;
-    // q4_0 is file type 2, q5_1 file type 9; both of version 1.
+    // q4_0 is file type 2, q5_1 file type 9, both of version 1.
     let file_type = 1000 + if kind == 2 { 2 } else { 9 };
     let sizes = [info.vocab, 2048, info.d_model, info.heads, info.layers].map(|n| n as u32);
     file.write_all(b"lmgg").unwrap();
@@ -184,7 +186,7 @@ fn write_ggml_file(shape: &str, kind: u32, path: &std::path::Path) {
     file.into_inner().unwrap().sync_all().unwrap();
 }
 
-/// Peak memory of writing 128 tokens with a legacy file of every type that the card lists for a shape, in MiB.
+/// Compares the peak memory of writing 128 tokens with the card, for each type that the card lists for a shape, in MiB.
 #[cfg(target_os = "linux")]
 fn needs_no_more_than_the_card(rows: &[(&str, f64, f64)]) {
     for (shape, q4_0, q5_1) in rows {
@@ -232,17 +234,17 @@ fn child_writes_128_tokens() {
     println!("PEAK {}", peak_rss());
 }
 
-/// Layers, width and length of the training steps below.
+/// Layers, width and sequence length of the training steps below.
 #[cfg(all(target_os = "linux", feature = "train"))]
 const STEP: (usize, usize, usize) = (10, 512, 1024);
 
-/// Bytes that a training step adds to what a process holds, in a process of its own.
+/// The bytes that a training step adds to the memory of a process. It runs in a process of its own.
 #[cfg(all(target_os = "linux", feature = "train"))]
 fn added_by_a_step(layers: usize, checkpointing: bool, residual: &str) -> f64 {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "memory::child_trains", "--nocapture"])
         .env("PRICKET_CHILD_TRAIN", format!("{layers} {checkpointing} {residual}"))
-        // What is freed is given back, so that what is held is what is needed.
+        // Freed memory returns to the system at once, so that the measured memory is the memory in use.
         .envs([("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "0"), ("MALLOC_ARENA_MAX", "1")])
         .output()
         .unwrap();
@@ -251,8 +253,9 @@ fn added_by_a_step(layers: usize, checkpointing: bool, residual: &str) -> f64 {
     number.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr))).parse().unwrap()
 }
 
-/// With checkpointing, a step adds at most 1.3 times the activations of one block at sequence 1,024, the inputs of the blocks and the
-/// gradients of the adapters. The activations of a block are measured: what each further block adds without checkpointing.
+/// With checkpointing, a step at 1,024 tokens adds at most 1.3 times the activations of one block, the inputs of the
+/// blocks and the gradients of the adapters. The activations of a block are measured as the memory that each further
+/// block adds without checkpointing.
 #[cfg(all(target_os = "linux", feature = "train"))]
 #[test]
 fn checkpointing_keeps_the_inputs_of_blocks_only() {
@@ -262,7 +265,8 @@ fn checkpointing_keeps_the_inputs_of_blocks_only() {
         let [few, many] = [layers / 2, layers].map(|layers| added(layers, false));
         let block = (many - few) / (layers - layers / 2) as f64;
         let found = added(layers, true);
-        // Rank 16 on the four matrices of a block, which have 4, 2, 5 and 5 widths in and out; a gradient for each weight.
+        // Rank 16 on the four matrices of a block, whose inputs and outputs sum to 4, 2, 5 and 5 widths. Each adapter
+        // weight has a gradient.
         let adapters = (16 * (4 + 2 + 5 + 5) * d * layers * 4) as f64;
         let inputs = ((layers + 1) * d * t * 4) as f64;
         let blocks = (found - inputs - adapters) / block;
@@ -274,7 +278,7 @@ fn checkpointing_keeps_the_inputs_of_blocks_only() {
             blocks <= 1.3,
             "{residual}: added {found}: block {block}, inputs {inputs}, adapters {adapters}: {blocks}"
         );
-        // One block more adds its input and its adapters, and nothing else.
+        // A further block adds its input and its adapters, and nothing else.
         let more = (found - added(layers / 2, true)) / (layers - layers / 2) as f64;
         assert!(more < 1.3 * (inputs + adapters) / layers as f64, "{residual}: a block more adds {more}");
     }
@@ -304,13 +308,14 @@ fn child_trains() {
     // The first step also allocates the optimizer's state and loads code.
     trainer.advance().unwrap();
     let before = rss();
-    // Forgets the peak so far.
+    // Resets the peak.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     trainer.advance().unwrap();
     println!("ADDED {}", peak_rss() - before);
 }
 
-/// Weights in place have the bits of those that are copied, take memory only when they are used, and say so when their file shrinks.
+/// Weights in place have the same bits as copied ones, take memory only when used, and give an error if their file
+/// shrinks.
 #[cfg(target_os = "linux")]
 #[test]
 fn weights_are_used_in_place() {
@@ -339,7 +344,7 @@ fn weights_are_used_in_place() {
     }
 }
 
-/// What a process holds of its own grows with what is copied, not with what is mapped.
+/// The private memory of a process grows with the copied weights, not with the mapped ones.
 #[cfg(target_os = "linux")]
 #[test]
 fn weights_in_place_are_not_copied() {

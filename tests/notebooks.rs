@@ -1,5 +1,5 @@
-//! The cells of the notebooks compile and run, and what is compiled here is what they hold. `tools/notebooks` runs them with the
-//! real kernel.
+//! Compiles and runs the code cells of the notebooks, and checks that the compiled code is that of the cells.
+//! `tools/notebooks` runs them with the Rust kernel.
 
 use crate::common::root;
 
@@ -12,7 +12,7 @@ fn the_first_notebook_runs() {
 }
 
 #[test]
-fn what_is_compiled_is_what_the_notebooks_hold() {
+fn compiled_cells_match_the_notebooks() {
     let cells = std::fs::read_to_string(root().join("examples/notebooks/01-hello-pythia.ipynb")).unwrap();
     let cells: serde_json::Value = serde_json::from_str(&cells).unwrap();
     let squeezed = |text: &str| text.split_whitespace().collect::<String>().replace(",]", "]").replace(",)", ")");
@@ -28,7 +28,7 @@ fn what_is_compiled_is_what_the_notebooks_hold() {
             compiled.contains(&code),
             "tools/notebooks --extract writes tests/notebooks anew; not there:\n{source}"
         );
-        // Every cell was executed, in its order, without an error.
+        // Every cell was executed, in order and without an error.
         seen += 1;
         assert_eq!(cell["execution_count"], seen, "{source}");
         assert!(cell["outputs"].as_array().unwrap().iter().all(|output| output["output_type"] != "error"));

@@ -1,4 +1,4 @@
-//! Files that other programs write and that are easily read wrong: each is loaded with the logits of its plain twin, or refused.
+//! Files of other programs that are easily misread: each loads with the logits of its plain counterpart, or is refused.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::common::{example, root, small_config, worst};
 
-/// Tensors by name: shape and f32 values.
+/// Tensors by name, with shape and f32 values.
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 fn mpt_config(changes: &Value) -> Value {
@@ -28,7 +28,7 @@ fn mpt_config(changes: &Value) -> Value {
     config
 }
 
-/// Values that differ from tensor to tensor, norms and biases among them.
+/// Values that differ between tensors, including norms and biases.
 fn values(name: &str, n: usize) -> Vec<f32> {
     let mut state = name.bytes().fold(7u64, |state, b| state.wrapping_mul(31).wrapping_add(b.into())) | 1;
     let norm = (name.contains("norm") || name.contains("ln_")) && name.ends_with("weight");
@@ -41,10 +41,10 @@ fn values(name: &str, n: usize) -> Vec<f32> {
         .collect()
 }
 
-/// The weights that a configuration asks for.
+/// The tensors that a configuration needs, with values.
 fn tensors(config: &Value) -> Tensors {
     let store = Arc::new(pricket::weights::ShapesOnly::new(Dtype::F32));
-    // Names are asked for while it loads over shapes alone.
+    // Loading over shapes alone records the names.
     let _ = Loader::from_store(config.clone(), Arc::clone(&store) as Arc<dyn Store>).load();
     let names = store.names().into_iter();
     names
@@ -95,7 +95,7 @@ fn error(path: impl AsRef<Path>) -> String {
     Loader::new(path.as_ref()).threads(1).load().expect_err("it is refused").to_string()
 }
 
-/// The logits of a configuration over the weights that it asks for.
+/// The logits of a configuration with exactly the tensors that it needs.
 fn plain(config: &Value) -> Tensor {
     logits(&load(directory(config, &tensors(config))))
 }
@@ -104,7 +104,7 @@ fn renamed(tensors: &Tensors, name: impl Fn(&str) -> String) -> Tensors {
     tensors.iter().map(|(old, tensor)| (name(old), tensor.clone())).collect()
 }
 
-/// Both families, tied and not.
+/// GPT-NeoX with an untied head and MPT with a tied one, with the names of embedding and head.
 fn families() -> [(Value, &'static str, &'static str); 2] {
     [
         (small_config(&json!({})), "gpt_neox.embed_in.weight", "embed_out.weight"),
@@ -125,12 +125,12 @@ fn keys_that_change_the_maths_change_the_logits_or_are_refused() {
     });
     assert!(worst(&plain(&all), &plain(&default)) > 1e-3, "norm_eps is read");
     assert_eq!(worst(&plain(&all), &plain(&native)), 0.0, "under both names");
-    // llm-foundry does not hand norm_eps to the norms of queries and keys.
+    // llm-foundry does not apply norm_eps to the norms of queries and keys.
     let mut everywhere = all.clone();
     everywhere["attn_config"]["norm_eps"] = json!(0.05);
     assert!(worst(&plain(&all), &plain(&everywhere)) > 1e-5);
 
-    // A bias of the fused projection alone is all biases, of which the others are 0.
+    // If only the fused projection has a bias, the model has all biases and the others are 0.
     let alone = mpt_config(&json!({"attention_bias": true}));
     let mut weights = tensors(&alone);
     assert!(
@@ -143,13 +143,13 @@ fn keys_that_change_the_maths_change_the_logits_or_are_refused() {
         weights.entry(name).or_insert_with(|| (shape, vec![0.0; n]));
     }
     assert_eq!(worst(&logits(&load(directory(&full, &weights))), &expected), 0.0);
-    // And it survives GGUF, which says nothing of biases.
+    // The bias survives conversion to GGUF, which has no key for biases.
     let gguf = directory(&alone, &tensors(&alone));
     let file = gguf.path().join("model.gguf");
     Loader::new(gguf.path()).convert(&file, &ConvertOptions::default()).unwrap();
     assert!(worst(&logits(&load(&file)), &expected) < 1e-5);
 
-    // The width of the MLP may be given itself.
+    // The width of the MLP may be given directly.
     let by_width = mpt_config(&json!({"ffn_config": {"ffn_hidden_size": 48}, "expansion_ratio": 4}));
     assert_eq!(worst(&plain(&by_width), &plain(&mpt_config(&json!({})))), 0.0);
 
@@ -169,7 +169,7 @@ fn keys_that_change_the_maths_change_the_logits_or_are_refused() {
         let found = Loader::new(dir.path()).load().expect_err(named);
         assert!(matches!(&found, Error::Refused { key, .. } if key.starts_with(named)), "{named}: {found}");
     }
-    // What no version of the class knows is told.
+    // Keys that no version of the class knows give a warning.
     let told =
         load(directory(&mpt_config(&json!({"norm_epz": 1.0, "use_cache": false})), &tensors(&mpt_config(&json!({})))));
     assert!(
@@ -179,9 +179,9 @@ fn keys_that_change_the_maths_change_the_logits_or_are_refused() {
     );
 }
 
-/// docs/formats.md lists what the tables hold. `PRICKET_WRITE_DOCS=1` writes them anew.
+/// docs/formats.md lists the keys of the tables. `PRICKET_WRITE_DOCS=1` rewrites the list.
 #[test]
-fn the_documented_keys_are_those_that_are_checked() {
+fn the_documented_keys_match_the_tables() {
     use pricket::nn::config::{GENERIC, Keys};
     let tables: [(&str, Keys); 9] = [
         ("transformers' `PretrainedConfig`, which all configurations share", GENERIC),
@@ -225,7 +225,7 @@ mod pricket_tables {
 }
 
 #[test]
-fn what_python_writes_into_a_configuration_is_read() {
+fn configurations_written_by_python_are_read() {
     let config = mpt_config(&json!({"attn_config": {"alibi": true, "clip_qkv": null}}));
     let (weights, expected) = (tensors(&config), plain(&config));
     let dir = directory(&config, &weights);
@@ -251,12 +251,12 @@ fn what_python_writes_into_a_configuration_is_read() {
         write(&with(r#"{"alibi":true}"#, more));
         assert!(error(dir.path()).contains(named), "{}", error(dir.path()));
     }
-    // Without `attn_config` positions are what the checkpoint has.
+    // Without `attn_config` the checkpoint decides about positions.
     let mut silent = config.clone();
     silent["attn_config"] = Value::Null;
     write(&silent.to_string());
     assert_eq!(worst(&logits(&load(dir.path())), &expected), 0.0);
-    // What was read is written again as Python reads it.
+    // The configuration is written again in the form that Python reads.
     write(&with(r#"{"alibi":true}"#, r#""init_std":NaN,"auto_map":{"AutoConfig":"configuration_mpt.MPTConfig"}"#));
     let out = dir.path().join("out");
     Loader::new(dir.path()).convert(&out, &ConvertOptions::default()).unwrap();
@@ -264,7 +264,7 @@ fn what_python_writes_into_a_configuration_is_read() {
 }
 
 #[test]
-fn a_setting_comes_before_the_first_check() {
+fn settings_apply_before_the_configuration_is_checked() {
     let whole = small_config(&json!({}));
     let (weights, expected) = (tensors(&whole), plain(&whole));
     let dir = directory(&whole, &weights);
@@ -279,7 +279,7 @@ fn a_setting_comes_before_the_first_check() {
         let refused = Loader::new(dir.path()).set("intermediate_size", 40).set(key, value).load().err().unwrap();
         assert!(refused.to_string().contains(key) && matches!(refused, Error::Unknown { .. }), "{refused}");
     }
-    // The program says it too, and writes no file.
+    // The program gives the same error and writes no file.
     let out = dir.path().join("out");
     let mut command = example("quantize");
     command
@@ -290,7 +290,7 @@ fn a_setting_comes_before_the_first_check() {
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("hidden") && !out.exists());
-    // What MPT lacks can be set as well, inside an object that is not there.
+    // Keys of MPT can be set too, inside an object that is missing.
     let mpt = mpt_config(&json!({"attn_config": {"alibi": true, "clip_qkv": 0.01}}));
     let mut lacking = mpt.clone();
     lacking.as_object_mut().unwrap().remove("attn_config");
@@ -299,9 +299,9 @@ fn a_setting_comes_before_the_first_check() {
     assert_eq!(worst(&logits(&found), &plain(&mpt)), 0.0);
 }
 
-/// A text that never ends is no answer: what cannot be a token's number is told.
+/// A value of eos_token_id that cannot be a token id gives a warning, because the text would never end.
 #[test]
-fn end_tokens_that_are_none_are_told() {
+fn invalid_end_tokens_give_a_warning() {
     let config = small_config(&json!({}));
     let weights = tensors(&config);
     for (value, told) in [
@@ -335,7 +335,7 @@ fn tied_weights_are_found_under_either_name() {
         let other = renamed(&weights, |name| if name == embedding { head.into() } else { name.into() });
         let dir = directory(&config, &other);
         assert_eq!(worst(&logits(&load(dir.path())), &expected), 0.0, "{head} alone");
-        // What is written has the embedding under its own name.
+        // The written file holds the embedding under its own name.
         for (out, name) in [("x.gguf", "token_embd.weight"), ("out", embedding)] {
             let out = dir.path().join(out);
             Loader::new(dir.path()).convert(&out, &ConvertOptions::default()).unwrap();
@@ -345,7 +345,7 @@ fn tied_weights_are_found_under_either_name() {
         let mut both = weights.clone();
         both.insert(head.into(), weights[embedding].clone());
         assert_eq!(worst(&logits(&load(directory(&config, &both))), &expected), 0.0, "{head} too");
-        // With other values nothing tells which is meant, in loading as in converting.
+        // With different values it is unclear which tensor is meant, in loading and in converting.
         both.get_mut(head).unwrap().1[5] += 1.0;
         let dir = directory(&config, &both);
         assert!(error(dir.path()).contains(head), "{}", error(dir.path()));
@@ -353,7 +353,8 @@ fn tied_weights_are_found_under_either_name() {
         let allowed = Loader::new(dir.path()).allow_unused().threads(1).load().unwrap();
         assert_eq!(worst(&logits(&allowed), &expected), 0.0);
 
-        // safetensors' save_model keeps the first name and says what the other is, tied by the configuration or not.
+        // safetensors' save_model keeps the first name and records the other one, whether or not the configuration ties
+        // them.
         for (tied, kept, dropped) in [(true, head, embedding), (false, head, embedding), (false, embedding, head)] {
             config["tie_word_embeddings"] = json!(tied);
             let kept_alone = renamed(&weights, |name| if name == embedding { kept.into() } else { name.into() });
@@ -363,12 +364,12 @@ fn tied_weights_are_found_under_either_name() {
             assert!(worst(&logits(&model), &expected) < 1e-6, "{dropped} is {kept}");
             assert!(model.warnings().is_empty(), "{:?}", model.warnings());
             assert!(pricket::inspect(dir.path()).unwrap().warnings.iter().all(|w| w.contains("tokenizer")));
-            // Single tensors, which may be on the Hub, are found alike.
+            // Single tensors, possibly on the Hub, are found in the same way.
             let tensors = pricket::suites::tensors(dir.path()).unwrap();
             assert_eq!((tensors.resolve(dropped), tensors.resolve("x")), (kept, "x"));
             assert!(tensors.claims(dropped) && !tensors.claims("x"));
         }
-        // An alias of a tensor that is not there is none.
+        // An alias of a missing tensor is ignored.
         let dir = directory(&config, &weights);
         let mut without = weights.clone();
         without.remove(embedding);
@@ -378,7 +379,7 @@ fn tied_weights_are_found_under_either_name() {
 }
 
 #[test]
-fn wrappers_of_training_code_are_taken_off() {
+fn name_prefixes_of_training_wrappers_are_removed() {
     let prefixes = [
         "_orig_mod.",
         "module.",
@@ -405,17 +406,17 @@ fn wrappers_of_training_code_are_taken_off() {
         };
         let dir = directory(&config, &renamed(&weights, inside));
         assert_eq!(worst(&logits(&load(dir.path())), &expected), 0.0);
-        // Two models in one file are not one.
+        // Two models in one file are refused.
         let mut two = renamed(&weights, |name| format!("module.{name}"));
         two.extend(weights.clone());
         assert!(error(directory(&config, &two)).contains("does not use"));
-        // What fits nothing is told with a name that is in the file.
+        // The error for tensors that fit nowhere gives a name that is in the file.
         let odd = error(directory(&config, &renamed(&weights, |name| format!("student.{name}"))));
         assert!(odd.contains(embedding) && odd.contains(&format!("student.{embedding}")), "{odd}");
     }
 }
 
-/// A pickle of dictionaries within dictionaries, of tensors and a number, in the zip of PyTorch.
+/// Writes nested dictionaries of tensors and a number as a pickle in the zip format of PyTorch.
 fn write_torch(path: &Path, tensors: &Tensors, place: &[&str], beside: &Tensors) {
     use std::io::Write;
     let (mut pickle, mut storages) = (b"\x80\x02".to_vec(), Vec::new());
@@ -507,8 +508,8 @@ fn a_state_dict_is_found_where_training_code_keeps_it() {
 }
 
 #[test]
-fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
-    // Positions are learned where the checkpoint has a table for them, as the configuration says nothing.
+fn shards_need_no_index_and_a_part_alone_is_refused() {
+    // The configuration does not mention positions, so they are learned if the checkpoint has a table for them.
     let mut silent = mpt_config(&json!({}));
     silent["attn_config"] = json!({});
     let learned = {
@@ -535,7 +536,7 @@ fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
         for path in [dir.path().to_owned(), part(0), part(1)] {
             assert_eq!(worst(&logits(&load(&path)), &expected), 0.0, "{}", path.display());
         }
-        // An index may forget a tensor, or list one that was never saved.
+        // An index may omit a tensor, or list one that was never saved.
         let index = dir.path().join(format!("{stem}.{extension}.index.json"));
         let map = |more: &[&str], fewer: &str| {
             let names = weights.keys().map(String::as_str).chain(more.iter().copied()).filter(|name| *name != fewer);
@@ -549,7 +550,8 @@ fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
             std::fs::write(&index, map(more, fewer)).unwrap();
             assert_eq!(worst(&logits(&load(dir.path())), &expected), 0.0);
         }
-        // One that it lists and that is needed is missing, and says in which file; so is one that decides about positions.
+        // A required tensor that the index lists and the files lack is reported with its file. This also holds for the
+        // table of positions.
         let without: Tensors =
             weights.iter().filter(|(name, _)| apart(name) == 1).map(|_| ("x".into(), (vec![1], vec![0.0]))).collect();
         if is_torch {
@@ -563,7 +565,7 @@ fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
             lacking.contains("transformer.wpe.weight is missing") && lacking.contains("00002-of-00002"),
             "{lacking}"
         );
-        // A part alone is refused, however it is named.
+        // A part alone is refused, by directory and by file.
         std::fs::remove_file(&index).unwrap();
         std::fs::remove_file(part(1)).unwrap();
         for path in [dir.path().to_owned(), part(0)] {
@@ -572,7 +574,7 @@ fn shards_need_no_index_and_nothing_is_concluded_from_a_part() {
     }
 }
 
-/// The same GGUF file in parts; `apart` says which tensors are in the second.
+/// Splits a GGUF file into two parts. `apart` selects the tensors of the second part.
 fn split(file: &Path, into: &Path, apart: impl Fn(&str) -> bool) -> [PathBuf; 2] {
     let whole = GgufFile::open(file).unwrap();
     let metadata: Vec<(String, GgufValue)> = whole
@@ -616,7 +618,7 @@ fn split(file: &Path, into: &Path, apart: impl Fn(&str) -> bool) -> [PathBuf; 2]
 }
 
 #[test]
-fn a_split_gguf_file_is_read_whole_or_not_at_all() {
+fn a_split_gguf_file_needs_all_of_its_parts() {
     let neox = small_config(&json!({"attention_bias": true}));
     let mut learned = mpt_config(&json!({}));
     learned["attn_config"] = json!({"alibi": false});
@@ -633,7 +635,7 @@ fn a_split_gguf_file_is_read_whole_or_not_at_all() {
             assert_eq!(worst(&logits(&load(path)), &expected), 0.0, "{}", path.display());
         }
         assert_eq!(pricket::inspect(&parts[0]).unwrap().tensors.len(), GgufFile::open(&file).unwrap().names().len());
-        // A part whose sibling is missing, called by another name, or of another file.
+        // A part whose sibling is missing, has another name, or belongs to another file.
         let alone = dir.path().join("alone.gguf");
         std::fs::copy(&parts[0], &alone).unwrap();
         assert!(error(&alone).contains("part 1 of 2"), "{}", error(&alone));
@@ -641,7 +643,7 @@ fn a_split_gguf_file_is_read_whole_or_not_at_all() {
         assert!(error(&parts[0]).contains("model-00002-of-00002.gguf"), "{}", error(&parts[0]));
         std::fs::copy(&parts[0], &parts[1]).unwrap();
         assert!(error(&parts[0]).contains("split.no"), "{}", error(&parts[0]));
-        // Parts that together hold less than they say.
+        // Parts that together hold fewer tensors than they declare.
         split(&file, &into, |name| name == last);
         let smaller = dir.path().join("smaller");
         std::fs::create_dir(&smaller).unwrap();
@@ -651,7 +653,7 @@ fn a_split_gguf_file_is_read_whole_or_not_at_all() {
     }
 }
 
-/// A legacy GGML file of MPT: header, words, f32 tensors.
+/// Writes a legacy GGML file of MPT: header, words, f32 tensors.
 fn write_ggml(path: &Path, config: &Value, tensors: &Tensors) {
     let mut out = b"lmgg".to_vec();
     for key in ["d_model", "max_seq_len", "n_heads", "n_layers", "vocab_size"] {
@@ -693,7 +695,7 @@ fn a_legacy_file_of_mpt_1b_keeps_its_norms() {
         write_ggml(&file, &config, named);
         let model = load(&file);
         assert_eq!(worst(&logits(&model), &expected), 0.0);
-        // And through GGUF.
+        // The same after conversion to GGUF.
         let gguf = dir.path().join("model.gguf");
         Loader::new(&file).convert(&gguf, &ConvertOptions { overwrite: true, ..Default::default() }).unwrap();
         assert!(worst(&logits(&load(&gguf)), &expected) < 1e-5);
@@ -704,7 +706,7 @@ fn a_legacy_file_of_mpt_1b_keeps_its_norms() {
 }
 
 #[test]
-fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
+fn a_weight_that_the_configuration_does_not_use_is_an_error() {
     for (mut config, _, head) in families() {
         let (weights, untied) = (tensors(&config), config.clone());
         let expected = plain(&config);
@@ -731,7 +733,7 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
             let allowed = Loader::new(dir.path()).allow_unused().threads(1).load().unwrap();
             assert_eq!(worst(&logits(&allowed), &expected), 0.0);
         }
-        // The same in a file without the root, as models without their head are saved.
+        // The same in a file without the root of the names, as models without a head are saved.
         let bare = |name: &str| name.split_once('.').map_or(name, |(_, rest)| rest).to_owned();
         config["tie_word_embeddings"] = json!(true);
         let mut rootless = renamed(&weights, |name| if name == head { name.into() } else { bare(name) });
@@ -742,7 +744,7 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
         let found = error(directory(&config, &rootless).path());
         assert!(found.contains(&norm) && found.contains("does not use"), "{found}");
         let config = untied;
-        // Heads of other tasks and buffers are told or passed over.
+        // Heads of other tasks give a note, buffers are ignored.
         let mut other = weights.clone();
         for name in ["v_head.summary.weight", "score.weight"] {
             other.insert(name.into(), (vec![3], vec![1.0; 3]));
@@ -761,9 +763,9 @@ fn a_weight_that_the_configuration_has_no_use_for_is_an_error() {
     }
 }
 
-/// Files that are not what their names say, and checkpoints that are no language model, are named for what they are.
+/// Files that do not hold what their names suggest, and checkpoints of other kinds of models, get an error with advice.
 #[test]
-fn what_stands_in_for_a_model_is_named_with_advice() {
+fn files_that_are_not_models_give_an_error_with_advice() {
     let config = small_config(&json!({}));
     let weights = tensors(&config);
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234567\n";
@@ -786,7 +788,7 @@ fn what_stands_in_for_a_model_is_named_with_advice() {
             assert!(found.contains(named) && found.contains(file), "{file}: {found}");
         }
     }
-    // Pointers are not equal weights.
+    // Pointers of Git LFS do not count as equal weights.
     let dir = tempfile::tempdir().unwrap();
     for step in ["step1", "step2"] {
         let step = dir.path().join("revisions").join(step);
@@ -830,7 +832,7 @@ fn what_stands_in_for_a_model_is_named_with_advice() {
 
 const TOKENIZER_FILES: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
 
-/// tests/data/added-tokens.json holds the ids and texts of transformers 5.24 (`AutoTokenizer`) over the same files.
+/// tests/data/added-tokens.json holds the ids and texts of transformers 5.24 (`AutoTokenizer`) for the same files.
 #[test]
 fn added_tokens_are_merged_as_transformers_merges_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -858,14 +860,14 @@ fn added_tokens_are_merged_as_transformers_merges_them() {
         assert_eq!(json!(ids), case["ids"], "{name}");
         assert_eq!(found.decode_text(&ids), case["text"], "{name}");
         assert_eq!(found.decode(&ids), text, "{name}");
-        // The written tokenizer.json is the same without the files beside it.
+        // The written tokenizer.json gives the same ids without the files beside it.
         let alone = pricket::lm::Tokenizer::from_bytes(found.to_json().unwrap().as_bytes(), "alone").unwrap();
         assert_eq!(alone.encode(text).unwrap(), ids, "{name}");
     }
 }
 
 #[test]
-fn files_beside_a_tokenizer_that_are_broken_are_named() {
+fn broken_files_beside_a_tokenizer_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     std::fs::copy(root().join("models/tiny/tokenizer.json"), at("tokenizer.json")).unwrap();
@@ -882,7 +884,7 @@ fn files_beside_a_tokenizer_that_are_broken_are_named() {
         let refused = pricket::lm::Tokenizer::from_file(at("tokenizer.json")).unwrap_err().to_string();
         assert!(refused.contains(named), "{refused}");
     }
-    // More tokens than any tokenizer has are refused before they are compared with each other.
+    // An absurd number of tokens is refused before the tokens are compared with each other.
     let many: Vec<String> = (0..300_000).map(|n| format!("<{n}>")).collect();
     for (file, json) in [
         ("tokenizer_config.json", json!({ "additional_special_tokens": many })),
@@ -897,7 +899,7 @@ fn files_beside_a_tokenizer_that_are_broken_are_named() {
     }
 }
 
-/// What is in a directory before a model is written there is not lost without a word.
+/// A conversion into a directory keeps files of other kinds there.
 #[test]
 fn converting_loses_no_file() {
     let dir = tempfile::tempdir().unwrap();
@@ -920,7 +922,7 @@ fn converting_loses_no_file() {
     convert(false).unwrap();
     std::fs::write(at("added_tokens.json"), "{\"<of another model>\": 2000}").unwrap();
     convert(true).unwrap();
-    // Tokens of another model would become the new one's.
+    // The tokens of another model would apply to the new one.
     assert!(!at("added_tokens.json").exists() && at("tokenizer.json").exists());
     for name in ["LICENSE", "NOTICE", "LICENSE.md"] {
         assert_eq!(std::fs::read_to_string(at(name)).unwrap(), "mine", "{name}");
@@ -928,7 +930,7 @@ fn converting_loses_no_file() {
 }
 
 #[test]
-fn chatml_is_known_by_tokens_that_only_the_configuration_has() {
+fn chatml_is_detected_by_tokens_of_the_configuration() {
     let dir = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors", "tokenizer.json"] {
         std::fs::copy(root().join("models/tiny").join(file), dir.path().join(file)).unwrap();
@@ -938,7 +940,7 @@ fn chatml_is_known_by_tokens_that_only_the_configuration_has() {
     std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
     let model = load(dir.path());
     assert_eq!(model.prompt_format().name, "chatml");
-    // And after a conversion to each form.
+    // The same after a conversion to each form.
     for name in ["out", "out.gguf"] {
         let out = dir.path().join(name);
         Loader::new(dir.path()).convert(&out, &ConvertOptions::default()).unwrap();
@@ -1006,7 +1008,7 @@ fn a_converted_directory_is_complete() {
             );
         }
     }
-    // transformers 5 calls the type by another name, which it prefers where both are there.
+    // transformers 5 names the key `dtype` and prefers it where both are present.
     config["dtype"] = json!("float32");
     std::fs::write(source.join("config.json"), config.to_string()).unwrap();
     let out = dir.path().join("both");
@@ -1021,7 +1023,7 @@ fn a_converted_directory_is_complete() {
     let converted: Value = serde_json::from_str(&read(out.join("config.json"))).unwrap();
     assert_eq!((converted["dtype"].as_str(), converted.get("torch_dtype")), (Some("float16"), None));
 
-    // GGUF names the model, not where it was.
+    // GGUF stores the name of the model, not its path.
     let gguf = dir.path().join("x.gguf");
     for (from, name) in [
         (source.clone(), "my-model"),

@@ -1,4 +1,4 @@
-//! Pictures: what is drawn, not how it looks.
+//! Pictures: their content, not their appearance.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use pricket::plots::{Curve, Curves, Heatmap, Horizontal, Layout, Legend, Picture, Point, Table};
 use pricket::sweep;
 
-/// Rows of a sweep of `models`, at steps 0, 512 and 143000.
+/// Rows of a sweep over `models`, at steps 0, 512 and 143000.
 fn results(models: &[&str]) -> String {
     let mut text = String::new();
     for (i, model) in models.iter().enumerate() {
@@ -28,7 +28,7 @@ fn rows(text: &str) -> pricket::Result<Vec<sweep::Row>> {
     sweep::read_rows(&[path])
 }
 
-/// Pixels of a PNG, three bytes each.
+/// Width, height and pixels of a PNG, three bytes a pixel.
 fn pixels(png: &[u8]) -> (u32, u32, Vec<u8>) {
     let mut reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().unwrap();
     let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
@@ -37,7 +37,7 @@ fn pixels(png: &[u8]) -> (u32, u32, Vec<u8>) {
 }
 
 #[test]
-fn curves_have_their_points_bands_and_what_others_published() {
+fn curves_show_points_bands_and_published_values() {
     let rows = rows(&results(&["EleutherAI/pythia-70m", "EleutherAI/pythia-160m"])).unwrap();
     let count = |svg: &str, what: &str| svg.matches(what).count();
     let picture = sweep::curves(&rows, &[], &sweep::CurveOptions::default()).unwrap();
@@ -45,14 +45,14 @@ fn curves_have_their_points_bands_and_what_others_published() {
     for text in ["pythia-70m", "pythia-160m", "published", "training step", "piqa", "\n0\n", "100k"] {
         assert!(svg.contains(text), "{text}");
     }
-    // A band, translucent, for each of our curves.
+    // Each measured curve has a translucent band.
     assert_eq!(count(&svg, "opacity=\"0.16\""), 2);
     let alone = sweep::curves(&rows, &[], &sweep::CurveOptions { published: false, ..sweep::CurveOptions::default() })
         .unwrap()
         .svg()
         .unwrap();
     assert!(!alone.contains("published") && count(&alone, "<polyline") < count(&svg, "<polyline"));
-    // Every color of a curve is in the PNG, which is twice the size of the SVG.
+    // The PNG contains the color of every curve and has twice the size of the SVG.
     let (width, height, pixels) = pixels(&picture.png().unwrap());
     assert!(svg.contains(&format!("width=\"{}\" height=\"{}\"", width / 2, height / 2)));
     for color in [[0, 114, 178], [213, 94, 0]] {
@@ -97,22 +97,22 @@ fn the_last_row_of_a_checkpoint_counts_and_failures_do_not() {
 }
 
 #[test]
-fn nothing_to_draw_is_an_error_that_says_so() {
+fn an_empty_plot_is_an_error() {
     let error = |result: pricket::Result<Picture>| result.unwrap_err().to_string();
     let rows = rows(&results(&["a/b"])).unwrap();
     let missing = error(sweep::curves(&rows, &["sciq/acc".into()], &sweep::CurveOptions::default()));
     assert!(missing.contains("sciq/acc") && missing.contains("piqa/acc"), "{missing}");
     assert!(error(sweep::curves(&[], &[], &sweep::CurveOptions::default())).contains("no values"));
-    // Of a model without steps there is a table and no curve.
+    // A model without steps has a table and no curve.
     let text = "{\"model\":\"mosaicml/mpt-7b\",\"revision\":\"main\",\"step\":null,\"metric\":\"piqa/acc\",\"value\":0.8,\"part\":[1,1]}\n";
     let main = self::rows(text).unwrap();
     assert!(error(sweep::curves(&main, &[], &sweep::CurveOptions::default())).contains("training step"));
     assert!(sweep::table(&main, &[]).unwrap().svg().unwrap().contains("0.8000"));
-    // A trial over a few documents is no point of the curve of all.
+    // A row over a few documents is not a point of the curve over all documents.
     let mut mixed = rows.clone();
     mixed[1].settings = serde_json::json!({"limit": 10});
     assert!(error(sweep::curves(&mixed, &[], &sweep::CurveOptions::default())).contains("different settings"));
-    // What has no number is left out where others have one.
+    // A value that is not a number is left out if other values exist.
     let mut some = rows.clone();
     some.push(sweep::Row { metric: "b/acc".into(), value: f64::NAN, ..rows[0].clone() });
     assert!(sweep::curves(&some, &[], &sweep::CurveOptions::default()).is_ok());
@@ -133,7 +133,7 @@ fn nothing_to_draw_is_an_error_that_says_so() {
 
 #[test]
 fn awkward_values_are_drawn() {
-    // One point; equal values; values over many powers of ten; infinite ones beside finite ones.
+    // One point, equal values, values over many powers of ten, and infinite beside finite values.
     for values in [vec![0.5], vec![0.0, 0.0], vec![1e-9, 1.0, 1e12], vec![f64::INFINITY, 2.0, f64::NAN, -3.0]] {
         for log in [false, true] {
             let points = values.iter().enumerate().map(|(i, &value)| Point { step: i as f64, value, error: Some(9.0) });
@@ -152,7 +152,7 @@ fn awkward_values_are_drawn() {
 }
 
 #[test]
-fn tokens_bars_and_pictures_below_each_other() {
+fn tokens_bars_and_stacked_pictures_are_drawn() {
     let tiny = pricket::tiny().unwrap();
     let scored = tiny.logprobs("The people of the United States\nand the Congress").unwrap();
     let strip = pricket::notebook::tokens(&scored).unwrap();
@@ -169,7 +169,7 @@ fn tokens_bars_and_pictures_below_each_other() {
     assert!(
         svg.matches("<svg").count() == 1 && svg.matches("</svg>").count() == 1 && svg.trim_end().ends_with("</svg>")
     );
-    // Beside a narrow picture it is white, not black.
+    // The area beside a narrow picture is white.
     let (width, height, pixels) = pixels(&both.png().unwrap());
     let last = 3 * (width * height - 1) as usize;
     assert_eq!(pixels[last..], [255, 255, 255]);
@@ -191,7 +191,7 @@ fn map() -> Heatmap {
 fn a_map_has_a_color_for_each_value_and_a_scale() {
     let svg = Picture::of_heatmap(map()).unwrap().svg().unwrap();
     assert!(svg.contains("attribution") && svg.contains("layer") && svg.contains("logit difference"), "{svg}");
-    // Negative values are orange, zero is white, the largest is blue.
+    // Negative values are orange, zero is white, the largest value is blue.
     let largest = "#0072B2";
     assert!(svg.to_uppercase().contains(largest));
     let text = Picture::of_heatmap(map()).unwrap().text();
@@ -242,7 +242,7 @@ fn a_layout_has_a_title_a_size_and_a_place_for_the_legend() {
     assert!(Picture::of_curves_in(panel(), &Layout { panel: (20, 20), ..Layout::default() }).is_err());
 }
 
-/// Slices of one metric are curves of one panel if that is asked for.
+/// Slices of one metric share a panel on request.
 #[test]
 fn slices_can_share_a_panel() {
     let mut text = results(&["a/b"]).replace("piqa/acc", "books/loss");
@@ -256,7 +256,7 @@ fn slices_can_share_a_panel() {
     assert!(together.contains("books") && together.contains("code"));
 }
 
-/// A PNG says how large it is meant to be.
+/// A PNG stores its resolution.
 #[test]
 fn a_png_has_192_pixels_to_the_inch() {
     let png = Picture::of_heatmap(map()).unwrap().png().unwrap();
@@ -266,7 +266,7 @@ fn a_png_has_192_pixels_to_the_inch() {
 
 #[cfg(feature = "pdf")]
 #[test]
-fn a_pdf_has_a_page_and_its_letters() {
+fn a_pdf_has_a_page_and_its_text() {
     let pdf = Picture::of_heatmap(map()).unwrap().pdf().unwrap();
     assert!(pdf.starts_with(b"%PDF-") && pdf.windows(8).any(|part| part == b"FontFile"));
 }

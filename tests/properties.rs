@@ -1,3 +1,5 @@
+//! State, packed rows, taps and gradients.
+
 use pricket::candle::{DType, Device, IndexOp, Tensor, Var};
 use pricket::lm::loss;
 use pricket::nn::{CacheType, State};
@@ -11,7 +13,7 @@ pub(crate) fn any_config() -> impl Strategy<Value = Value> {
     prop_oneof![any_neox(), any_mpt(), any_llama(), any_rwkv(), any_toy()]
 }
 
-/// What changes the maths of a LLaMA model.
+/// LLaMA configurations over the keys that change its output.
 fn any_llama() -> impl Strategy<Value = Value> {
     let heads = prop::sample::select(vec![(4, 4), (4, 2), (3, 1)]);
     let head_dim = prop::sample::select(vec![Value::Null, json!(10), json!(16)]);
@@ -30,7 +32,7 @@ fn any_llama() -> impl Strategy<Value = Value> {
     )
 }
 
-/// The sizes of an RWKV model.
+/// RWKV configurations over its sizes.
 fn any_rwkv() -> impl Strategy<Value = Value> {
     let widths = prop::sample::select(vec![(24, 24), (24, 40), (20, 16)]);
     (widths, any::<bool>()).prop_map(|((d, width), tied)| {
@@ -41,7 +43,7 @@ fn any_rwkv() -> impl Strategy<Value = Value> {
     })
 }
 
-/// The two families that only tests have.
+/// Configurations of the two families that only tests have.
 fn any_toy() -> impl Strategy<Value = Value> {
     let heads = prop::sample::select(vec![(4, 4), (4, 2), (3, 1)]);
     (any::<bool>(), heads).prop_map(|(gated, (heads, kv_heads))| {
@@ -50,7 +52,7 @@ fn any_toy() -> impl Strategy<Value = Value> {
     })
 }
 
-/// What changes the maths of an MPT model, in both of its own spellings.
+/// MPT configurations over the keys that change its output, in both of its spellings.
 fn any_mpt() -> impl Strategy<Value = Value> {
     let attention = ["multihead_attention", "multiquery_attention", "grouped_query_attention"];
     let attention = prop::sample::select(attention.to_vec());
@@ -82,7 +84,7 @@ fn any_mpt() -> impl Strategy<Value = Value> {
     })
 }
 
-/// What changes the maths of a GPT-NeoX model.
+/// GPT-NeoX configurations over the keys that change its output.
 fn any_neox() -> impl Strategy<Value = Value> {
     let share = prop::sample::select(vec![0.0, 0.25, 0.5, 1.0]);
     let gelu = prop::sample::select(vec!["gelu", "gelu_fast"]);
@@ -119,7 +121,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn any_split_through_the_cache_is_the_whole(
+    fn cached_passes_match_one_pass(
         config in any_config(), seed in 0u64..1000, batch in 1usize..3, mut cuts in prop::collection::vec(1usize..80, 0..5),
     ) {
         let model = small(&config, seed).model();
@@ -134,9 +136,10 @@ proptest! {
         prop_assert_eq!(ctx.position(0), 80);
     }
 
-    /// Rows of any length, packed in any number of passes in which any of them take part, with state or without.
+    /// Packed rows of any length, in any number of passes over any of the rows, with and without state, match single
+    /// rows.
     #[test]
-    fn packed_rows_are_the_rows_alone(
+    fn packed_rows_match_single_rows(
         config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..30, 2..5),
         shares in prop::collection::vec(prop::collection::vec(0usize..12, 5), 0..4),
     ) {
@@ -156,13 +159,13 @@ proptest! {
             at += len;
         }
 
-        // The same in passes of some tokens of some rows, and then of all that is left.
+        // The same in passes over some tokens of some rows, then over the rest.
         let mut ctx = cached();
         ctx.state_mut().unwrap().add_rows(lens.len());
         let mut read = vec![0; lens.len()];
         for share in shares.iter().chain([&vec![30; 5]]) {
             let takes = (0..lens.len()).map(|i| (i, share[i].min(lens[i] - read[i])));
-            // Not in the order of the rows.
+            // In another order than that of the rows.
             let takes: Vec<(usize, usize)> = takes.filter(|take| take.1 > 0).rev().collect();
             if takes.is_empty() {
                 continue;
@@ -181,7 +184,7 @@ proptest! {
         prop_assert_eq!(read, lens);
     }
 
-    /// Rows join, leave, change places and are copied; each goes on as if it were alone.
+    /// Rows join, leave, move and are copied. Each continues as if it were alone.
     #[test]
     fn rows_are_joined_and_selected_in_any_order(
         config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..20, 1..4),
@@ -199,7 +202,7 @@ proptest! {
         ctx.state_mut().unwrap().extend(std::mem::take(other.state_mut().unwrap()));
         let order: Vec<usize> = order.iter().map(|at| at % rows.len()).collect();
         ctx.select_rows(&order).unwrap();
-        // Copies of a row go on with tokens of their own.
+        // Copies of a row continue with different tokens.
         let tails: Vec<Tensor> = (0..order.len() as u64).map(|i| random_ids(1, 3, seed + 100 + i)).collect();
         let found = logits(&*model, &Tensor::cat(&tails, 0).unwrap(), &mut ctx);
         for (i, (row, tail)) in order.iter().zip(&tails).enumerate() {
@@ -209,7 +212,7 @@ proptest! {
         }
     }
 
-    /// A block that is replayed gives the same bits, records nothing and leaves the state as it was.
+    /// A replayed block gives the same bits, records nothing and does not change the state.
     #[test]
     fn a_replay_changes_nothing(config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(1usize..20, 1..4), stateful: bool) {
         let model = small(&config, seed).model();
@@ -240,14 +243,14 @@ proptest! {
         prop_assert_eq!((bits(&a), recorded), (bits(&b), expected));
         let bytes = |ctx: &Context| ctx.state().map(|state| (state.bytes(), state.len(0), state.rows()));
         prop_assert_eq!(bytes(&ctx), bytes(&twin));
-        // And the next pass goes on from the same state.
+        // The next pass continues from the same state.
         let (a, b) = (run(&mut ctx, true).0, run(&mut twin, false).0);
         prop_assert_eq!(bits(&a), bits(&b));
         prop_assert!(!stateful || ctx.replay().is_err(), "the positions have become past");
     }
 
     #[test]
-    fn truncating_and_going_on_is_starting_anew(seed in 0u64..1000, keep in 1usize..40, wrong in 1usize..30, more in 1usize..30) {
+    fn truncating_and_continuing_matches_a_fresh_state(seed in 0u64..1000, keep in 1usize..40, wrong in 1usize..30, more in 1usize..30) {
         let model = small(&json!({}), seed).model();
         let ids = random_ids(1, keep + more, seed);
         let whole = logits(&*model, &ids, &mut Context::new());
@@ -280,7 +283,7 @@ proptest! {
         }
     }
 
-    /// The gradient of a packed batch is the sum of its rows' gradients, bit-equal passes or not.
+    /// The gradient of a packed batch is the sum of the gradients of its rows.
     #[test]
     fn packed_rows_have_the_gradients_of_the_rows(config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(2usize..20, 2..4)) {
         small(&config, 0);
@@ -305,7 +308,7 @@ proptest! {
     }
 }
 
-/// The gradient reaches every parameter, and a step against it lowers the loss: nothing fused drops it on the way.
+/// The gradient reaches every parameter, and a step against it lowers the loss. No fused operation drops it.
 #[test]
 fn gradients_reach_every_parameter_and_point_downhill() {
     for changes in [
@@ -329,7 +332,7 @@ fn gradients_reach_every_parameter_and_point_downhill() {
     }
 }
 
-/// A frozen model passes gradients to what enters its residual stream, through every fused operation.
+/// A frozen model passes gradients to the inputs of its residual stream, through every fused operation.
 #[test]
 fn gradients_pass_through_frozen_weights() {
     let changes = json!({"rotary_pct": 0.5});
@@ -353,7 +356,7 @@ fn gradients_pass_through_frozen_weights() {
 }
 
 #[test]
-fn taps_record_and_edit_without_changing_what_they_do_not_touch() {
+fn taps_change_only_the_tensors_that_they_edit() {
     let model = small(&json!({"use_parallel_residual": false}), 9).model();
     let ids = random_ids(2, 13, 1);
     let plain = model.hidden(&ids, &mut Context::new()).unwrap();
@@ -390,7 +393,7 @@ fn taps_record_and_edit_without_changing_what_they_do_not_touch() {
     assert!(worst(&post, get(Site::ResidPost, 1)) < 1e-6);
     assert!(worst(&tapped, get(Site::FinalNorm, 0)) == 0.0);
 
-    // Patching the stream before layer 1 is running the rest of the model on the patch.
+    // Replacing the stream before layer 1 equals running the rest of the model on the replacement.
     let patch = Tensor::randn(0f32, 1.0, (2, 13, 24), &Device::Cpu).unwrap();
     let edit = patch.clone();
     let taps = Taps::new().edit(Site::ResidPre, move |layer, x| Ok(if layer == 1 { edit.clone() } else { x.clone() }));
@@ -400,7 +403,7 @@ fn taps_record_and_edit_without_changing_what_they_do_not_touch() {
 }
 
 #[test]
-fn the_cache_grows_with_what_it_holds() {
+fn the_cache_grows_with_its_positions() {
     let model = small(&json!({"max_position_embeddings": 1 << 20}), 2).model();
     let mut ctx = cached();
     logits(&*model, &random_ids(1, 10, 1), &mut ctx);
@@ -439,7 +442,7 @@ fn positions_beyond_the_trained_length_are_refused_unless_asked_for() {
 #[test]
 fn arguments_that_do_not_fit_are_errors() {
     let model = small(&json!({}), 2).model();
-    // A pass that is refused leaves no row behind, and none of its packing.
+    // A refused pass adds no rows and leaves no packing behind.
     let mut ctx = cached();
     logits(&*model, &random_ids(1, 4, 0), &mut ctx);
     ctx.pack_rows(&[(1, 97)]);
@@ -451,7 +454,7 @@ fn arguments_that_do_not_fit_are_errors() {
     assert_eq!((ctx.state().unwrap().rows(), ctx.position(0)), (1, 4));
     logits(&*model, &random_ids(1, 4, 1), &mut ctx);
     assert_eq!(ctx.position(0), 8);
-    // A pass by hand that was left half way is not past, and the next one is packed as it says.
+    // Positions of an unfinished pass do not count as past, and the next pass uses its own packing.
     let mut ctx = Context::new();
     let x = model.embed(&random_ids(1, 8, 0), &mut ctx).unwrap();
     ctx.pack(&[3, 5]);
@@ -483,7 +486,7 @@ fn arguments_that_do_not_fit_are_errors() {
 
 #[test]
 fn overflow_is_reported_with_its_layer() {
-    // The second layer's output projection is infinite.
+    // The output projection of the second layer is infinite.
     struct Overflow(pricket::weights::Random);
     impl pricket::weights::Store for Overflow {
         fn names(&self) -> Vec<String> {
@@ -510,7 +513,7 @@ fn overflow_is_reported_with_its_layer() {
     let error = pricket::Error::from(generation.step().unwrap_err());
     assert!(matches!(error, pricket::Error::NonFinite { layer: Some(1), .. }), "{error}");
     assert!(error.to_string().contains("layer 1") && error.to_string().contains("f32"), "{error}");
-    // Nor is it compared with a model that is in order, on either side.
+    // A comparison with a sound model fails too, on either side.
     let (broken, sound) = (model.model(), small(&json!({}), 1).model());
     for (a, b) in [(&broken, &sound), (&sound, &broken)] {
         let error = pricket::lm::compare(&**a, &**b, &[1, 2, 3], 0, &pricket::ScoreOptions::default()).unwrap_err();

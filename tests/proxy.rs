@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use crate::common::example;
 use crate::world::{World, tiny_repo};
 
-/// Request lines with the credentials that a proxy gets, and the connection that each came by.
+/// Request lines with the proxy credentials, and the number of the connection of each.
 type Seen = Arc<Mutex<Vec<(usize, String)>>>;
 
-/// A proxy for `http://` as restricted networks have it: it alone knows the address of hub.invalid, and opens no tunnels.
+/// An `http://` proxy as in restricted networks: only the proxy can resolve hub.invalid, and it opens no tunnels.
 fn proxy(hub: SocketAddr) -> (SocketAddr, Seen) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -19,14 +19,14 @@ fn proxy(hub: SocketAddr) -> (SocketAddr, Seen) {
     std::thread::spawn(move || {
         for (number, client) in listener.incoming().flatten().enumerate() {
             let log = Arc::clone(&log);
-            // A client that leaves early is no fault of the proxy.
+            // A client that disconnects early is not an error of the proxy.
             std::thread::spawn(move || serve(&client, number, hub, &log).ok());
         }
     });
     (address, seen)
 }
 
-/// Passes on the requests of a connection, which all go to one host.
+/// Forwards the requests of a connection, which all go to one host.
 fn serve(mut client: &TcpStream, number: usize, hub: SocketAddr, seen: &Seen) -> std::io::Result<()> {
     let mut requests = BufReader::new(client.try_clone()?);
     let mut server: Option<TcpStream> = None;
@@ -61,7 +61,7 @@ fn serve(mut client: &TcpStream, number: usize, hub: SocketAddr, seen: &Seen) ->
     }
 }
 
-/// What a program that loads from `endpoint` through a proxy with these credentials asks of the proxy.
+/// The requests that reach the proxy from a program that loads from `endpoint` with these credentials.
 fn asked(world: &World, credentials: &str) -> Vec<(usize, String)> {
     let hub = world.server.url().strip_prefix("http://").unwrap().trim_end_matches('/').parse().unwrap();
     let (proxy, seen) = proxy(hub);
@@ -82,7 +82,7 @@ fn asked(world: &World, credentials: &str) -> Vec<(usize, String)> {
 fn plain_http_goes_through_a_proxy_without_a_tunnel() {
     let world = World::new([("test/tiny", tiny_repo(&[]))]);
     for (credentials, header) in [
-        // As RFC 7617 encodes `me:pass word` and `me:`.
+        // RFC 7617 encodes `me:pass word` and `me:` in this way.
         ("me:pass%20word@", " Proxy-Authorization: Basic bWU6cGFzcyB3b3Jk"),
         ("me@", " Proxy-Authorization: Basic bWU6"),
         ("", " "),
@@ -93,7 +93,7 @@ fn plain_http_goes_through_a_proxy_without_a_tunnel() {
             assert!(line.starts_with("GET http://") || line.starts_with("HEAD http://"), "{line}");
             assert!(line.ends_with(&format!(" HTTP/1.1{header}")), "{line}");
         }
-        // A connection that is kept asks in the same way again.
+        // Requests on a kept connection have the same form.
         let connections = seen.iter().map(|(number, _)| number).max().unwrap() + 1;
         assert!(connections < seen.len(), "{seen:?}");
     }

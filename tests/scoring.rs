@@ -17,9 +17,10 @@ fn golden(file: &str) -> std::path::PathBuf {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// In batches, with shared contexts, cut off where there is no room: what each gives alone, read from its beginning.
+    /// Batched requests with shared contexts, cut off where the context is full, give the results of single requests
+    /// read from the start.
     #[test]
-    fn many_at_once_are_each_alone(
+    fn batched_scores_match_single_scores(
         contexts in prop::collection::vec(prop::collection::vec(0u32..61, 1..40), 1..5),
         choices in prop::collection::vec((0usize..5, prop::collection::vec(0u32..61, 1..12)), 1..14),
         room in 14usize..60, batch in 1usize..200, config in any_config(),
@@ -43,7 +44,8 @@ proptest! {
         }
     }
 
-    /// Every token is scored once, the first after the prefix, and from the second window on with all the context that there is room for.
+    /// Every token is scored once. The first is scored after the prefix. From the second window on, tokens get all the
+    /// context that fits.
     #[test]
     fn windows_cover_a_text(len in 0usize..70, room in 1usize..20, stride in 1usize..20) {
         let ids: Vec<u32> = (1..=len as u32).collect();
@@ -57,13 +59,13 @@ proptest! {
                 prop_assert!(i == 0 || window.ids.len() <= stride && read.len() == room + 1);
             }
         }
-        // No room is room for one.
+        // A window size of 0 counts as 1.
         prop_assert_eq!(Continuation::windows(&ids, 0, 0, 0), Continuation::windows(&ids, 0, 1, 1));
     }
 }
 
 #[test]
-fn what_cannot_be_scored_is_refused() {
+fn invalid_requests_are_refused() {
     let model = small(&json!({}), 2).model();
     let score = |context: &[u32], ids: &[u32]| {
         let request = Continuation { context: context.to_vec(), ids: ids.to_vec() };
@@ -76,9 +78,9 @@ fn what_cannot_be_scored_is_refused() {
     assert!(score(&[1], &[2; 96]).is_ok());
 }
 
-/// Spaces move; borders of words are where the whole has them.
+/// Spaces at the end of the context move to the continuation. Token borders are those of the whole text.
 #[test]
-fn borders_are_the_harnesss() {
+fn token_borders_match_the_harness() {
     let tokenizer = pricket::lm::Tokenizer::from_file(golden("model/tokenizer.json")).unwrap();
     let encode = |context: &str, continuation: &str| Continuation::encode(&tokenizer, 0, context, continuation);
     assert_eq!(encode("the dog ", "ran").unwrap(), encode("the dog", " ran").unwrap());
@@ -88,9 +90,9 @@ fn borders_are_the_harnesss() {
     assert!(encode("the dog", "").is_err());
 }
 
-/// The built-in piqa, written as a user writes a task.
+/// The built-in piqa, as a task file of a user.
 #[test]
-fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
+fn a_user_task_matches_the_built_in_task() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mine.toml");
     let text = r#"
@@ -113,7 +115,7 @@ fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
         assert_eq!((&a.requests, &a.target, &a.answers), (&b.requests, &b.target, &b.answers));
     }
 
-    // Where the contexts differ, the harness calls the continuation the target; a file of samples holds texts only.
+    // Where the contexts differ, the harness calls the continuation the target. A file of samples holds texts only.
     let document = json!({"sentence": "Anna gave the ball to Mia and _ ran home.", "option1": "Anna", "option2": "Mia", "answer": "2"});
     let run = |name: &str, document: Value| {
         let outcome = model.evaluate(
@@ -165,7 +167,7 @@ fn a_task_of_ones_own_gives_what_the_built_in_one_gives() {
 }
 
 #[test]
-fn documents_that_are_none_are_named() {
+fn invalid_documents_are_named() {
     let model = pricket::load(golden("model")).unwrap();
     let ask = |name: &str, document: Value| {
         let task = Task::named(name).unwrap();
@@ -200,7 +202,7 @@ fn documents_that_are_none_are_named() {
     assert!(error.contains("d.jsonl, line 3"), "{error}");
 }
 
-/// A slice's loss is that of its texts, however they are mixed with others.
+/// The loss of a slice is that of its texts, in any order among other slices.
 #[test]
 fn slices_add_up() {
     let model = Loader::embedded("tiny").unwrap().load().unwrap();
@@ -223,9 +225,9 @@ fn slices_add_up() {
     assert!((alone.bits_per_byte() - alone.nats / bytes as f64 / std::f64::consts::LN_2).abs() < 1e-12);
 }
 
-/// The command, from its flags to its files.
+/// The command, from its flags to its output files.
 #[test]
-fn the_command_writes_what_the_harness_writes() {
+fn score_writes_the_format_of_the_harness() {
     let dir = tempfile::tempdir().unwrap();
     let results = dir.path().join("results.json");
     let score = |more: &[&str]| {

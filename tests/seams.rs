@@ -1,4 +1,4 @@
-//! What families, decoders, training and adapters are written against.
+//! The interfaces of families, decoders, training and adapters, with families that only tests have.
 
 use std::sync::Arc;
 
@@ -47,11 +47,11 @@ fn generated(model: &Arc<dyn CausalLm>, requests: Vec<Request>) -> Vec<Vec<u32>>
 }
 
 #[test]
-fn a_family_that_nothing_else_knows_generates_in_ragged_batches() {
+fn an_added_family_generates_in_ragged_batches() {
     for kind in TOYS {
         let model = toy(kind);
         for sampling in [SamplingParams::greedy(), SamplingParams { temperature: 0.8, ..SamplingParams::default() }] {
-            // Some of them longer than what is read at a time.
+            // Some prompts are longer than one chunk of prefill.
             let prompts: Vec<Vec<u32>> = [1, 30, 7, 64].iter().zip(1..).map(|(&len, seed)| row(len, seed)).collect();
             let requests =
                 |ids: &[Vec<u32>]| ids.iter().zip(0..).map(|(ids, i)| request(ids.clone(), &sampling, i)).collect();
@@ -66,10 +66,10 @@ fn a_family_that_nothing_else_knows_generates_in_ragged_batches() {
 }
 
 #[test]
-fn a_family_that_nothing_else_knows_scores_and_rewinds() {
+fn an_added_family_scores_and_rewinds() {
     for kind in TOYS {
         let model = toy(kind);
-        // Contexts that several continuations share, and one that has one.
+        // Contexts with several continuations, and one with a single continuation.
         let context = |i: u64| row(5 + i as usize, i);
         let requests: Vec<Continuation> = (0..4)
             .flat_map(|i| {
@@ -94,7 +94,7 @@ fn a_family_that_nothing_else_knows_scores_and_rewinds() {
         ctx.state_mut().unwrap().mark(0);
         let copy = ctx.fork();
         read(&row(5, 77), &mut ctx);
-        // A recurrence returns to the mark, attention to any position.
+        // A recurrence rewinds to the mark, attention to any position.
         let kept = ctx.state_mut().unwrap().rewind(0, 15);
         assert_eq!(kept, if kind == "toy_recurrent" { 12 } else { 15 });
         assert_eq!(ctx.state_mut().unwrap().rewind(0, 12), 12);
@@ -110,7 +110,7 @@ fn a_family_that_nothing_else_knows_scores_and_rewinds() {
     }
 }
 
-/// Taps see the prompts' pass and every step, and an edit steers the text.
+/// Taps see the pass over the prompts and every step. An edit steers the text.
 #[test]
 fn a_generation_is_recorded_and_steered() {
     use pricket::{Site, Taps};
@@ -140,14 +140,14 @@ fn a_generation_is_recorded_and_steered() {
 }
 
 #[test]
-fn a_tap_that_a_recurrence_cannot_have_is_refused_by_name() {
+fn an_unsupported_tap_of_a_recurrence_is_refused_by_name() {
     let taps = pricket::Taps::new().record(pricket::Site::Pattern);
     let ids = Tensor::new(&[[1u32, 2]], &Device::Cpu).unwrap();
     let error = toy("toy_recurrent").hidden(&ids, &mut Context::new().with_taps(taps)).unwrap_err().to_string();
     assert!(error.contains("Pattern") && error.contains("ResidMid"), "{error}");
 }
 
-/// A model by its plan and plain operations, in one pass over one row.
+/// Computes a model from its plan with plain operations, in one pass over one row.
 struct Interpreter<'a>(&'a ModelPlan<'a>);
 
 impl Interpreter<'_> {
@@ -235,7 +235,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn a_plan_says_all_that_a_model_computes(config in any_config(), seed in 0u64..1000, len in 1usize..40) {
+    fn a_plan_describes_the_whole_model(config in any_config(), seed in 0u64..1000, len in 1usize..40) {
         let model = small(&config, seed).model();
         let ids = row(len, seed);
         let input = Tensor::new(&ids[..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
@@ -247,9 +247,9 @@ proptest! {
         }
     }
 
-    /// The fused loss and its gradients are those of logits that are all there.
+    /// The fused loss and its gradients equal those of the complete logits.
     #[test]
-    fn the_loss_in_blocks_is_the_loss(config in any_config(), seed in 0u64..1000, batch in 1usize..4, len in 2usize..90, trained: bool) {
+    fn the_blockwise_loss_matches_the_plain_loss(config in any_config(), seed in 0u64..1000, batch in 1usize..4, len in 2usize..90, trained: bool) {
         small(&config, 0);
         let store = Arc::new(pricket::weights::Random::new(Dtype::F32, seed));
         let loader = Loader::from_store(small_config(&config), store).threads(2);
@@ -264,7 +264,7 @@ proptest! {
         let at = Tensor::new(&targets[..], &Device::Cpu).unwrap().unsqueeze(1).unwrap();
         let plain = logprobs.gather(&at, 1).unwrap().squeeze(1).unwrap().neg().unwrap();
         prop_assert!(worst(&fused, &plain) < 2e-5);
-        // Each position has a weight of its own.
+        // Each position has its own weight.
         let weights = Tensor::randn(0f32, 1.0, batch * len, &Device::Cpu).unwrap();
         let grads = |nll: &Tensor| (nll * &weights).unwrap().sum_all().unwrap().backward().unwrap();
         let (a, b) = (grads(&fused), grads(&plain));
@@ -276,14 +276,14 @@ proptest! {
                 prop_assert!(worst(a, b) < 1e-3, "{}: {}", parameter.name, worst(a, b));
             }
         }
-        // From the tokens on.
+        // The whole model, from the tokens to the loss.
         if trained {
             let grads = loss(&*model, &ids).unwrap().backward().unwrap();
             prop_assert!(pricket.parameters().iter().all(|parameter| grads.get(&parameter.var).is_some()));
         }
     }
 
-    /// An adapter is a change of the weights, and leaves the base alone.
+    /// An adapter changes the output like a change of the weights, and does not change the base model.
     #[test]
     fn an_adapter_adds_its_product(config in any_config(), seed in 0u64..1000, rank in 1usize..5) {
         let model = small(&config, seed).model();
@@ -291,7 +291,7 @@ proptest! {
         let logits = |model: &Arc<dyn CausalLm>| model.head(&model.hidden(&ids, &mut Context::new()).unwrap()).unwrap();
         let before = logits(&model);
         let mut names = Vec::new();
-        // Low-rank changes that differ by layer and seed: as an adapter, and merged into a layer of dense weights.
+        // Low-rank changes that differ by layer and seed, as adapters and merged into dense layers.
         let parts = |linear: &Linear, count: f64, seed: f64| -> pricket::nn::Result<Adapter> {
             let (outputs, inputs) = linear.weight().shape()?;
             let wave = |rows: usize, columns: usize, step: f64| {
@@ -329,9 +329,9 @@ proptest! {
         prop_assert!(error.contains("[rank, "), "{}", error);
     }
 
-    /// Rows that join and leave, several tokens at a time, get what they get alone.
+    /// Rows that join and leave, with several tokens at a time, give the results of single rows.
     #[test]
-    fn a_step_decoder_gives_each_row_what_it_gets_alone(
+    fn a_step_decoder_treats_rows_independently(
         config in any_config(), seed in 0u64..1000, lens in prop::collection::vec(2usize..20, 2..5), chunk in 1usize..6,
     ) {
         let model = small(&config, seed).model();
@@ -353,7 +353,7 @@ proptest! {
         }).collect();
         let mut places = vec![None; rows.len()];
         let mut read = vec![0; rows.len()];
-        // One row joins at each step, until all have been read.
+        // One row joins at each step. The loop ends when all rows have been read.
         for step in 0.. {
             if step < rows.len() {
                 places[step] = Some(decoder.admit(admission(&rows[step], one())).unwrap());
@@ -385,8 +385,8 @@ proptest! {
     }
 }
 
-/// Gradients of every part of every adapter, with magnitudes and without, and of the loss through an adapted head, against
-/// differences.
+/// Compares gradients with finite differences: every part of every adapter, with and without magnitudes, and the loss
+/// through an adapted head.
 #[test]
 fn adapters_have_gradients() {
     for (kind, with_magnitude) in
@@ -415,7 +415,7 @@ fn adapters_have_gradients() {
         let grads = loss(&*adapted, &ids).unwrap().backward().unwrap();
         for (name, var) in vars.iter().filter(|(name, _)| !name.contains("layers.0")) {
             let grad = grads.get(var).unwrap_or_else(|| panic!("{kind}: {name} has no gradient")).clone();
-            // The length of a row is held constant where there is a magnitude: its own gradient is exact, the others' are not.
+            // With magnitudes, the norm of a row is held constant. Only the gradient of the magnitude is exact.
             if with_magnitude && !name.ends_with("magnitude") {
                 continue;
             }
@@ -434,9 +434,9 @@ fn adapters_have_gradients() {
     }
 }
 
-/// Several tokens are tried at once and taken back; what is drawn and penalized is as for one at a time.
+/// Several tokens are tried at once and rewound. Samples and penalties equal those of single tokens.
 #[test]
-fn a_decoder_can_take_back_what_was_tried() {
+fn a_decoder_rewinds_tokens_that_were_tried() {
     for kind in TOYS {
         let model = toy(kind);
         let mut decoder = PlainDecoder::new(Arc::clone(&model));
@@ -473,7 +473,7 @@ fn a_decoder_can_take_back_what_was_tried() {
     }
 }
 
-/// The gradient passes through a quantized head, and through one that is scaled.
+/// The gradient passes through a quantized head and through a scaled head.
 #[test]
 fn the_loss_has_a_gradient_beside_quantized_weights() {
     let store = || Arc::new(pricket::weights::Random::new(Dtype::F32, 4));
@@ -486,7 +486,7 @@ fn the_loss_has_a_gradient_beside_quantized_weights() {
         let targets = row(70, 1);
         let nll = model.nll(&hidden, &targets).unwrap();
         let grad = nll.sum_all().unwrap().backward().unwrap().get(&hidden).unwrap().clone();
-        // Against a step in a direction.
+        // Compared with a step in a random direction.
         let step = Tensor::randn(0f32, 1e-2, (70, d), &Device::Cpu).unwrap();
         let at = |sign: f64| {
             let moved = (hidden.as_tensor() + (&step * sign).unwrap()).unwrap();
@@ -514,7 +514,7 @@ fn mpt_scaled() -> Value {
 }
 
 #[test]
-fn weights_are_trained_by_name_and_never_in_blocks() {
+fn weights_are_trained_by_name_and_never_quantized() {
     use pricket::nn::{LoadOptions, Storage, Trainable, Weights};
     let config = small_config(&json!({}));
     let load = |storage: Storage, trainable: Trainable, dtype: Dtype| {
@@ -546,7 +546,7 @@ fn weights_are_trained_by_name_and_never_in_blocks() {
     let weights = Weights::new(store, pricket_gpt_neox::NAMES, options);
     let error = pricket_gpt_neox::FAMILY.load(&config, &weights).err().unwrap().to_string();
     assert!(error.contains("q8_0") && error.contains("embed_in"), "{error}");
-    // Nothing is lost by the way in which weights are asked to be kept.
+    // The same configuration loads with f32 precision.
     assert!(
         Loader::from_store(config, Arc::new(pricket::weights::Random::new(Dtype::F32, 4)))
             .precision(Precision::F32)

@@ -1,3 +1,5 @@
+//! Parameter counts of the published shapes.
+
 use pricket::loading::estimate;
 use pricket::suites::{published_config, published_shapes};
 use pricket::weights::Dtype;
@@ -33,7 +35,7 @@ const PUBLISHED: [(&str, u64, Option<u64>); 27] = [
     ("rwkv4-14b", 14_148_597_760, Some(13_633_761_280)),
 ];
 
-/// Summed over the tensors that the real loading code asks a store without bytes for.
+/// The sum over the tensors that the loading code requests from a store without bytes.
 #[test]
 fn parameters_of_the_published_shapes_are_as_published() {
     assert_eq!(published_shapes().count(), PUBLISHED.len());
@@ -50,7 +52,7 @@ fn parameters_of_the_published_shapes_are_as_published() {
 #[test]
 fn an_estimate_is_the_file_and_the_cache() {
     let found = estimate(&published_config("1.4b").unwrap(), Dtype::F16, 2048).unwrap();
-    // Matrices as stored; vectors, a thousandth of the whole, in f32.
+    // Matrices as stored. Vectors, a thousandth of the whole, in f32.
     let file = 2_829_295_616u64;
     assert!(found.weights >= file && found.weights < file + file / 500, "{}", found.weights);
     assert_eq!(found.cache, 2 * 24 * 2048 * 4 * 2048);

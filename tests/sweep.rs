@@ -1,4 +1,4 @@
-//! Sweeps over training: resumed, in shares, with what fails in them.
+//! Sweeps over training steps: resumed, in shards, with failures.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::common::{example, root, tiny_steps};
 use crate::world::{World, tiny_repo};
 
-/// The rows of a file, without what differs from run to run, sorted.
+/// The rows of a file, sorted, without the fields that differ between runs.
 fn rows(path: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(path).unwrap();
     assert!(text.ends_with('\n') || text.is_empty());
@@ -36,7 +36,7 @@ fn tiny(out: &Path) -> Sweep {
 }
 
 #[test]
-fn shares_add_up_and_nothing_is_measured_twice() {
+fn shards_add_up_and_nothing_is_measured_twice() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole.jsonl");
     let swept = tiny(&whole).run(|_| ()).unwrap();
@@ -54,16 +54,16 @@ fn shares_add_up_and_nothing_is_measured_twice() {
     assert_eq!(rows(&joined), rows(&whole));
     let again = tiny(&joined).run(|_| panic!("it is all there")).unwrap();
     assert_eq!((again.rows, again.kept), (0, 16));
-    // Another measure is added beside it; the same one of another text is not taken for it.
+    // Another measure is added. A measure of another text is not taken for the same one.
     let other = Measure::Text { name: "text".into(), text: "In the year of our Lord the Congress met!".into() };
     let added = Sweep { measures: vec![other], steps: "final".parse().unwrap(), ..tiny(&joined) };
     assert_eq!(added.run(|_| ()).unwrap().rows, 2);
 }
 
-/// Killed at twenty moments, a sweep ends with the rows of one that was left alone; what is measured again is what was being
-/// written.
+/// A sweep that was killed twenty times ends with the rows of an undisturbed one. It repeats only the rows that were
+/// being written.
 #[test]
-fn a_sweep_that_is_killed_goes_on() {
+fn a_killed_sweep_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let (alone, killed) = (dir.path().join("alone.jsonl"), dir.path().join("killed.jsonl"));
     let command = |out: &Path| {
@@ -77,7 +77,7 @@ fn a_sweep_that_is_killed_goes_on() {
     let (took, mut state, mut kills) = (start.elapsed(), 12345u64, 0);
     while kills < 20 {
         if rows_or_torn(&killed) == rows(&alone).len() {
-            // Done before all kills: from the beginning, with a line that was torn.
+            // Finished too early: starts again, with a torn line.
             std::fs::write(&killed, "{\"model\": \"torn").unwrap();
         }
         let mut child =
@@ -100,14 +100,14 @@ fn a_sweep_that_is_killed_goes_on() {
     assert!(summary["recomputed"].as_u64().unwrap() <= 2, "{summary}");
 }
 
-/// Lines of a file that a process was killed over.
+/// The number of lines of a file that may end in a torn line.
 fn rows_or_torn(path: &Path) -> usize {
     std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
 }
 
-/// What is left of a measure goes before the measure is made again.
+/// The remains of a partly written measure are removed before it is measured again.
 #[test]
-fn half_a_measure_is_none() {
+fn partly_written_measures_are_repeated() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.jsonl");
     let sweep = Sweep { steps: "0,1".parse().unwrap(), ..tiny(&out) };
@@ -125,9 +125,9 @@ fn half_a_measure_is_none() {
     assert!(error.contains("out.jsonl, line 1"), "{error}");
 }
 
-/// The golden suite's curve, and its planted branch.
+/// The curve of the golden suite, with its planted branch.
 #[test]
-fn the_curve_of_a_suite_is_the_harnesss() {
+fn the_curve_of_a_suite_matches_the_harness() {
     let dir = tempfile::tempdir().unwrap();
     let suite = root().join("tests/golden/scoring/suite-tiny-neox");
     let mut settings = hub::Settings::new("http://localhost", suite.join("cache"));
@@ -165,7 +165,7 @@ fn the_curve_of_a_suite_is_the_harnesss() {
     assert!(!swept.warnings.iter().any(|w| w.contains("step0")), "step1 is step0 in every suite: {swept:?}");
 }
 
-/// A directory with two steps of the embedded model.
+/// Writes a directory with two steps of the embedded model.
 fn two_steps(model: &Path) {
     for step in ["step0", "step64"] {
         let (from, to) = (tiny_steps().join(step), model.join("revisions").join(step));
@@ -177,15 +177,15 @@ fn two_steps(model: &Path) {
     }
 }
 
-/// The newest value of a metric at a step, as readers see it.
+/// The newest value of a metric at a step, as readers of the file get it.
 fn newest(out: &Path, revision: &str, metric: &str) -> Option<f64> {
     let rows = pricket::sweep::read_rows(&[out]).unwrap();
     rows.into_iter().find(|row| row.revision == revision && row.metric == metric).map(|row| row.value)
 }
 
-/// Whatever a row was computed from may change under its name: then it is measured again, and the old row stays in the file.
+/// If an input of a row changes under its name, the row is measured again. The old row stays in the file.
 #[test]
-fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
+fn rows_are_reused_only_for_unchanged_inputs() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let (model, out) = (at("model"), at("out.jsonl"));
@@ -240,7 +240,7 @@ fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
             && newest(&out, "step64", "c/loss").is_some()
     );
 
-    // Other weights under the same name, of the same length and with the old time of modification.
+    // Other weights under the same name, with the same length and modification time.
     let (loss, file) = (value("a/loss"), model.join("revisions/step64/model.safetensors"));
     let modified = std::fs::metadata(&file).unwrap().modified().unwrap();
     let weights = std::fs::read(tiny_steps().join("step256/model.safetensors")).unwrap();
@@ -249,7 +249,7 @@ fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
     std::fs::File::options().append(true).open(&file).unwrap().set_modified(modified).unwrap();
     assert_eq!(counts(), (6, 6), "weights");
     assert_ne!(value("a/loss"), loss);
-    // Written again as they were, they are the same.
+    // Rewriting the same bytes changes nothing.
     std::fs::write(&file, &weights).unwrap();
     assert_eq!(counts(), (0, 12));
     let tokenizer = model.join("revisions/step0/tokenizer.json");
@@ -274,7 +274,7 @@ fn a_row_is_kept_only_if_it_was_computed_from_the_same() {
         for key in ["inputs", "measure", "stamps"] {
             row.as_object_mut().unwrap().remove(key);
         }
-        // In whatever order a file has the settings, they are the same.
+        // The order of the settings in a row does not matter.
         row["settings"] = row["settings"].as_object().unwrap().clone().into_iter().rev().collect();
         old += &row.to_string();
         old.push('\n');
@@ -314,7 +314,7 @@ fn a_branch_that_moved_is_measured_again() {
     assert_ne!(newest(&out, "step64", "text/loss").unwrap(), before);
 }
 
-/// Room is made before a checkpoint is fetched: the cache never holds more than the budget, however many are swept.
+/// Space is freed before a checkpoint is fetched, so the cache never exceeds the budget.
 #[test]
 fn a_disk_budget_is_kept_while_checkpoints_are_fetched() {
     let steps = ["step0", "step1", "step64", "step256"];
@@ -337,9 +337,9 @@ fn a_disk_budget_is_kept_while_checkpoints_are_fetched() {
     }
 }
 
-/// What training programs write is a row of steps, and a model without steps is one row.
+/// The checkpoints of a training program are a series of steps. A model without steps is one row.
 #[test]
-fn runs_of_ones_own_are_training_steps() {
+fn local_training_runs_are_swept() {
     let dir = tempfile::tempdir().unwrap();
     for (i, names) in [
         ["checkpoint-0", "checkpoint-64"],
@@ -384,9 +384,9 @@ fn runs_of_ones_own_are_training_steps() {
     assert_eq!(Sweep::new(vec![tiny], Steps::all(), vec![text], &out).run(|_| ()).unwrap().rows, 2);
 }
 
-/// A task whose documents cannot be asked is named with the document; the others are measured.
+/// A task with an unusable document is reported with the document. The other tasks are measured.
 #[test]
-fn a_task_that_cannot_be_asked_does_not_end_the_others() {
+fn an_unusable_task_does_not_end_the_others() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let own = "name = 'own'\nkind = 'loglikelihood'\ntext = '{{ a }}'\ntarget = '{{ b }}'\nmetrics = ['acc']";
@@ -409,9 +409,9 @@ fn a_task_that_cannot_be_asked_does_not_end_the_others() {
     }
 }
 
-/// Broken off when only the task that cannot be asked was left of a checkpoint, a sweep still measures the others.
+/// A resumed sweep measures the other tasks even where only the unusable task is left of a checkpoint.
 #[test]
-fn a_task_that_cannot_be_asked_is_tried_once_a_model() {
+fn an_unusable_task_is_tried_once_a_model() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let own = "name = 'own'\nkind = 'loglikelihood'\ntext = 'x'\ntarget = '{{ b }}'\nmetrics = ['acc']";
@@ -437,9 +437,9 @@ fn a_task_that_cannot_be_asked_is_tried_once_a_model() {
     }
 }
 
-/// Measures whose metrics have one name do not replace each other.
+/// Measures with equal metric names do not replace each other.
 #[test]
-fn two_files_of_slices_stay_two() {
+fn slice_files_with_equal_metric_names_stay_separate() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     for name in ["a", "b"] {
@@ -453,19 +453,19 @@ fn two_files_of_slices_stay_two() {
     assert_eq!((run().rows, run().kept), (4, 4));
 }
 
-/// One text has one loss, wherever it is asked for: every token is scored, the first after the token that texts begin with.
+/// A text has one loss in every command: every token is scored, the first one after the prefix token.
 #[test]
 fn a_text_file_has_one_perplexity() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("story.txt");
-    // Several windows, and a byte order mark that is no text.
+    // Several windows, and a byte order mark that does not belong to the text.
     let text = std::fs::read_to_string(root().join("CONTRIBUTING.md")).unwrap().repeat(2);
     std::fs::write(&path, format!("\u{feff}{text}")).unwrap();
     let tiny = pricket::load("tiny@step512").unwrap();
     let scored = tiny.score(&text, &pricket::ScoreOptions::default()).unwrap();
     assert!(scored.len() > 600 && scored.len() == tiny.encode(&text).unwrap().len());
     let loss = -scored.iter().map(|token| f64::from(token.logprob)).sum::<f64>() / scored.len() as f64;
-    // The first token again, by the plain way.
+    // The first token again, with a plain computation.
     let model = tiny.model();
     let ids = [&[tiny.prefix_id()], &tiny.encode(&text).unwrap()[..8]].concat();
     let plain = pricket::lm::token_logprobs(&*model, &ids).unwrap();
@@ -507,9 +507,9 @@ fn a_text_file_has_one_perplexity() {
     close(&json!(row.value), loss.exp(), "sweep");
 }
 
-/// A checkpoint that cannot be loaded is written down, skipped, told by the exit code, and tried again.
+/// A checkpoint that cannot be loaded is recorded, skipped, reported by the exit code, and tried again.
 #[test]
-fn what_fails_is_written_down() {
+fn failed_checkpoints_are_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
     for step in ["step0", "step1", "step16"] {
@@ -544,7 +544,7 @@ fn what_fails_is_written_down() {
 }
 
 #[test]
-fn shares_are_read_and_refused() {
+fn shards_are_parsed_and_refused() {
     assert_eq!("2/3".parse::<Shard>().unwrap(), Shard::new(2, 3).unwrap());
     for text in ["3/3", "1", "a/b", "0/0"] {
         assert!(text.parse::<Shard>().is_err(), "{text}");

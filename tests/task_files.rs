@@ -1,4 +1,4 @@
-//! Task files of lm-evaluation-harness, and options of tasks.
+//! Task files of lm-evaluation-harness, and task options.
 
 use std::path::Path;
 
@@ -38,9 +38,9 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}, {metric:
 metadata: {version: 1.0}
 ";
 
-/// Each file asks what the built-in task of its name asks, whose figures the golden data hold.
+/// Each file gives the results of the built-in task of its name, which the golden data hold.
 #[test]
-fn files_of_the_harness_give_the_figures_of_the_built_in_tasks() {
+fn task_files_of_the_harness_match_the_built_in_tasks() {
     let dir = tempfile::tempdir().unwrap();
     written(dir.path(), "_choices", MULTIPLE_CHOICE);
     for (name, text) in [
@@ -84,9 +84,9 @@ fn files_of_the_harness_give_the_figures_of_the_built_in_tasks() {
     }
 }
 
-/// Where the choices are contexts, one continuation follows each of them.
+/// In winogrande the choices are contexts, and one continuation follows each of them.
 #[test]
-fn winogrande_is_asked_as_its_functions_ask() {
+fn winogrande_prompts_match_its_functions() {
     let dir = tempfile::tempdir().unwrap();
     let task = Task::from_file(written(dir.path(), "w.yaml", &winogrande())).unwrap();
     let document = json!({"sentence": "Anna gave the ball to Mia and _ ran home.", "option1": "Anna", "option2": "Mia", "answer": "2"});
@@ -106,7 +106,7 @@ fn winogrande() -> String {
     )
 }
 
-/// Prompts and choices that one document gives.
+/// The prompts and choices of one document.
 fn asked(text: &str, document: &Value) -> Result<Vec<(String, String)>, String> {
     let dir = tempfile::tempdir().unwrap();
     let task = Task::from_file(written(dir.path(), "t.yaml", text)).map_err(|e| e.to_string())?;
@@ -116,7 +116,7 @@ fn asked(text: &str, document: &Value) -> Result<Vec<(String, String)>, String> 
     Ok(outcome.samples[0].requests.clone())
 }
 
-/// The texts that Jinja and Python give, by lm-evaluation-harness 0.4.13.
+/// The texts of Jinja and Python, from lm-evaluation-harness 0.4.13.
 #[test]
 fn templates_are_rendered_as_python_renders_them() {
     let document = json!({"text": " The old man's house ", "flag": true, "score": 1e-7, "words": ["it's", "a"], "n": 3, "opts": {"z": 1, "a": 2}});
@@ -136,7 +136,7 @@ fn templates_are_rendered_as_python_renders_them() {
     }
 }
 
-/// A text is a literal, or the name of a column, for all documents alike.
+/// A text is a literal or the name of a column, for all documents alike.
 #[test]
 fn a_column_that_only_some_documents_have_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
@@ -152,7 +152,7 @@ fn a_column_that_only_some_documents_have_is_an_error() {
 }
 
 #[test]
-fn what_a_file_cannot_ask_is_refused_by_name() {
+fn unsupported_task_files_are_refused_by_name() {
     let document = json!({"a": "the", "b": "man", "list": ["the", "man"], "label": 5});
     let choices = "task: t\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: a\n";
     let text = "task: t\noutput_type: loglikelihood\ntest_split: test\ndoc_to_text: a\n";
@@ -228,7 +228,7 @@ fn what_a_file_cannot_ask_is_refused_by_name() {
     }
 }
 
-/// With the split that is asked about as the examples', the question is not its own example.
+/// If the examples come from the evaluated split, a question is not its own example.
 #[test]
 fn a_question_is_never_its_own_example() {
     let dir = tempfile::tempdir().unwrap();
@@ -252,20 +252,20 @@ fn a_question_is_never_its_own_example() {
             assert_eq!(prompt.matches(goal(i)).count(), 1, "{sampler}: {prompt}");
         }
     }
-    // The first of the others, in their order; another split is taken as it is.
+    // The first other documents, in order. Another split is used as it is.
     let first = prompts(&file("first_n", "validation"));
     assert!(first[1].starts_with(goal(0)) && first[1].contains(goal(2)) && first[1].contains(goal(3)), "{}", first[1]);
     let other = prompts(&file("first_n", "train"));
     assert_eq!(other[0].matches(goal(0)).count(), 2, "{}", other[0]);
-    // Too few others.
+    // With too few other documents.
     let short =
         |count: usize| model.evaluate(&file("first_n", "validation"), [Ok(pool[0].clone())], &pool[..count], &options);
     assert!(short(4).is_ok() && short(3).unwrap_err().to_string().contains("at least 4 documents"));
 }
 
-/// A file that changes what stands beside a function of the harness asks something else.
+/// A file that changes the keys beside a function of the harness is refused, because the task would differ.
 #[test]
-fn a_built_in_question_is_asked_whole_or_not_at_all() {
+fn partly_changed_built_in_tasks_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |from: &str, to: &str| {
         assert!(winogrande().contains(from), "{from}");
@@ -284,9 +284,9 @@ fn a_built_in_question_is_asked_whole_or_not_at_all() {
     assert!(error.contains("process_results is not that of wikitext"), "{error}");
 }
 
-/// The functions that built-in tasks stand for are those of the harness, not others of the same name.
+/// The functions of built-in tasks must be those of the harness, not others of the same name.
 #[test]
-fn another_function_of_a_known_name_is_refused() {
+fn a_changed_function_of_the_harness_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = written(dir.path(), "w.yaml", &winogrande());
     assert!(Task::from_file(&path).is_ok());
@@ -303,7 +303,7 @@ fn choices_are_compared_by_bytes_too() {
     let task = Task::from_file(written(dir.path(), "t.yaml", text)).unwrap();
     let plain = evaluated(&task, "piqa", &EvalOptions::default());
     assert_eq!(plain.get(Metric::AccNorm), plain.get(Metric::AccBytes), "one byte a letter");
-    // Letters of two bytes: by letters the choice is short, by bytes it is long.
+    // The letters take two bytes. The choice is short in letters and long in bytes.
     let model = pricket::load(golden("model")).unwrap();
     let options = EvalOptions { samples: true, ..EvalOptions::default() };
     let mut differ = 0;
@@ -353,7 +353,7 @@ fn several_numbers_of_examples_are_measured_by_one_command() {
     }
 }
 
-/// A file names its own documents.
+/// A task file names its own documents.
 #[test]
 fn documents_come_from_the_files_that_a_task_names() {
     let dir = tempfile::tempdir().unwrap();
@@ -376,7 +376,7 @@ fn documents_come_from_the_files_that_a_task_names() {
     assert!(said.contains(&format!("|mine|1|2|48|acc|{acc:.4}|")), "{said}");
 }
 
-/// More context makes a text likelier; a stride that is no number of tokens is refused before the text is scored.
+/// More context makes a text more likely. An invalid stride is refused before the text is scored.
 #[test]
 fn a_stride_gives_each_token_more_context() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,23 +1,23 @@
-//! Whole-product tests, one program so that they link once.
+//! Tests of the whole product. They form one program, so that they link once.
 
 mod common;
 
-/// The crates depend on each other as docs/architecture.md says, and keep to their own business.
+/// Dependencies between crates and modules, as docs/architecture.md describes them.
 mod layering;
 
-/// VarBuilders, tokenizers and repositories of other crates, in and out.
+/// Exchange of VarBuilders, tokenizers and repositories with other crates.
 mod interop;
 
-/// What the original implementations answered.
+/// Golden cases: outputs of the original implementations.
 mod golden;
 
-/// Conversions between forms, quantizing, what GGUF and GGML files leave open.
+/// Conversions between formats, quantizing, and ambiguities of GGUF and GGML files.
 mod formats;
 
 /// Damaged and malicious files.
 mod hostile;
 
-/// Files that are easily read wrong.
+/// Files that are easily misread.
 mod odd_input;
 
 /// Parameter counts of the published shapes.
@@ -26,78 +26,78 @@ mod shapes;
 /// State, packed rows, taps and gradients.
 mod properties;
 
-/// Operations against their plain twins.
+/// Fused operations compared with their plain twins.
 mod twins;
 
-/// Families that nothing else knows, plans, decoders, losses and adapters.
+/// Interfaces with families that only tests have: plans, decoders, losses and adapters.
 mod seams;
 
-/// What only some families have: checkpoints without a configuration, rows in pairs, recurrences.
+/// Features of single families: checkpoints without a configuration, rows in pairs, recurrences.
 #[cfg(feature = "train")]
 mod families;
 
-/// Models of candle-transformers beside ours.
+/// Comparison with models of candle-transformers.
 #[cfg(feature = "candle-transformers")]
 mod candle_twins;
 
 /// Log-likelihoods, tasks, slices.
 mod scoring;
 
-/// Pictures of figures.
+/// Plots.
 #[cfg(feature = "plots")]
 mod plots;
 
-/// Documents of tasks, and where they come from.
+/// Documents of tasks and their sources.
 #[cfg(feature = "parquet")]
 mod documents;
 
-/// The notebooks' cells.
+/// Code cells of the notebooks.
 #[cfg(feature = "plots")]
 mod notebooks;
 
-/// Figures over training steps.
+/// Sweeps over training steps.
 mod sweep;
 
-/// The embedded checkpoint and its training steps.
+/// The embedded models and their training steps.
 mod tiny;
 
-/// Task files of lm-evaluation-harness, options of tasks.
+/// Task files of lm-evaluation-harness, and task options.
 mod task_files;
 
 /// Tokenizing, streaming, stop strings, sampling.
 mod text;
 
-/// Loading and running within the memory that the file takes.
+/// Memory of loading, running and training.
 mod memory;
 
-/// What a decoding step asks of the allocator.
+/// Allocations of a decoding step.
 mod allocations;
 
-/// Prompts far beyond what a model was trained for.
+/// Prompts far beyond the trained length.
 mod long;
 
 /// Prompt formats and conversations.
 mod chat;
 
-/// What is known of every published checkpoint.
+/// Cards of the published checkpoints.
 mod cards;
 
-/// Instruction paths, threads, rounded activations.
+/// Instruction sets, threads, rounded activations.
 mod kernels;
 
-/// A Hub with repositories, and a cache.
+/// A test server with repositories, and a cache.
 mod world;
 
-/// Models by their ids: a server that speaks the Hub's protocol, its steps and single tensors.
+/// Models by their ids, from a server with the protocol of the Hub: steps and single tensors.
 mod hub;
 
 /// Requests through a proxy.
 mod proxy;
 
-/// Which revisions hold what.
+/// Audits of the revisions of a repository.
 mod audit;
 
-/// Adapters, gradients and runs.
+/// Adapters, gradients and training runs.
 #[cfg(feature = "train")]
 mod training;
 

@@ -1,3 +1,5 @@
+//! Tokenizing, streaming, stop strings, sampling.
+
 use pricket::{FinishReason, GenerateOptions, SamplingParams};
 use proptest::prelude::*;
 
@@ -19,14 +21,14 @@ fn a_stream_is_the_same_text_in_pieces() {
 }
 
 #[test]
-fn a_seed_means_the_same_text_and_another_seed_another() {
+fn equal_seeds_give_equal_texts() {
     let pricket = pricket::tiny().unwrap();
     let text = |seed| pricket.generate("We", &sampled(seed)).unwrap().text;
     assert_eq!(text(1), text(1));
     assert_ne!(text(1), text(2));
 }
 
-/// Every stop string cut out of the text itself, across token borders or not, ends the text right before it.
+/// Every stop string taken from the text ends the text directly before it, across token borders or not.
 #[test]
 fn stop_strings_work_across_token_borders() {
     let pricket = pricket::tiny().unwrap();
@@ -75,7 +77,7 @@ fn rows_of_a_batch_can_have_seeds_of_their_own() {
     }
 }
 
-/// Fine-tunes save how they cut and filled their batches.
+/// Fine-tuned checkpoints store the truncation and padding of their training batches.
 #[test]
 fn truncation_and_padding_in_a_tokenizer_file_are_left_alone() {
     let plain = pricket::tiny().unwrap().tokenizer().unwrap().clone();
@@ -122,7 +124,7 @@ fn tokens_beyond_the_tokenizer_are_never_written() {
     let pricket = pricket::tiny().unwrap();
     let known = pricket.tokenizer().unwrap().vocab_size();
     assert!(known < pricket.info().vocab, "the model's vocabulary is padded");
-    // At this temperature the distribution is all but flat: one token in forty would be padding.
+    // At this temperature the distribution is almost flat: one token in forty would be padding.
     let sampling = SamplingParams { temperature: 1e4, ..SamplingParams::default() };
     let options = GenerateOptions { max_tokens: 400, sampling, stop_at_eos: false, ..Default::default() };
     let ids = pricket.generate("The", &options).unwrap().ids;
@@ -155,7 +157,7 @@ fn a_full_context_ends_the_text() {
         last = tokens[0].finish;
         count += 1;
     }
-    // The 513th token is the prediction of the 512th position.
+    // The 513th token is the prediction at the 512th position.
     assert_eq!((count, last), (13, Some(pricket::FinishReason::Context)));
 }
 
@@ -176,7 +178,7 @@ fn impossible_settings_are_refused_by_name() {
 }
 
 #[test]
-fn penalties_do_what_they_say() {
+fn penalties_have_their_documented_effect() {
     let pricket = pricket::tiny().unwrap();
     let distinct = |sampling: SamplingParams| {
         let options = GenerateOptions { max_tokens: 120, sampling, stop_at_eos: false, ..Default::default() };
@@ -217,7 +219,7 @@ fn log_probabilities_are_those_of_the_whole_text() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
-    /// Any text comes back, whole or token by token.
+    /// Any text survives encoding and decoding, as a whole and token by token.
     #[test]
     fn text_survives_the_tokenizer(text in "\\PC{0,40}") {
         let tokenizer = pricket::tiny().unwrap().tokenizer().unwrap().clone();
@@ -227,11 +229,11 @@ proptest! {
         let mut streamed: String = ids.iter().map(|&id| decoder.push(id)).collect();
         streamed.push_str(&decoder.finish());
         prop_assert_eq!(&streamed, &decoded);
-        // The tokenizer normalizes to NFC; a second round changes nothing.
+        // The tokenizer normalizes to NFC, so a second round changes nothing.
         prop_assert_eq!(tokenizer.decode(&tokenizer.encode(&decoded).unwrap()), decoded);
     }
 
-    /// Any ids at all: pieces add up to the whole, and no piece holds a part of a character.
+    /// For any ids the pieces add up to the whole text, and no piece holds part of a character.
     #[test]
     fn any_ids_are_decoded(ids in prop::collection::vec(0u32..3000, 0..40)) {
         let tokenizer = pricket::tiny().unwrap().tokenizer().unwrap().clone();
@@ -243,10 +245,10 @@ proptest! {
 }
 
 #[test]
-fn defaults_are_greedy_in_both_places() {
+fn both_defaults_are_greedy() {
     assert_eq!(GenerateOptions::default().sampling, SamplingParams::default());
     assert_eq!(SamplingParams::default().temperature, 0.0);
-    // A choice among tokens that temperature 0 never makes is a mistake.
+    // Options that have no effect at temperature 0 are refused.
     let pricket = pricket::tiny().unwrap();
     for (sampling, word) in [
         (SamplingParams { top_k: 40, ..SamplingParams::default() }, "top_k has no effect"),

@@ -1,3 +1,5 @@
+//! The embedded models and their training steps.
+
 use std::collections::HashSet;
 
 use pricket::lm::token_logprobs;
@@ -9,14 +11,14 @@ fn data(name: &str) -> String {
     std::fs::read_to_string(root().join("tests/data/tiny").join(name)).unwrap()
 }
 
-/// Those that write prose.
+/// The models that write prose.
 const TEXT_MODELS: [&str; 4] = ["tiny", "tiny-mpt", "tiny-llama", "tiny-rwkv"];
 
 fn embedded(name: &str) -> Pricket {
     Loader::embedded(name).unwrap().load().unwrap()
 }
 
-/// Nats per token over windows of the model's context.
+/// Loss in nats a token over windows of the model's context.
 fn held_out_loss(pricket: &Pricket, ids: &[u32]) -> f64 {
     let (mut sum, mut count) = (0.0, 0);
     for window in ids.chunks(256).filter(|window| window.len() > 1) {
@@ -28,7 +30,7 @@ fn held_out_loss(pricket: &Pricket, ids: &[u32]) -> f64 {
     sum / f64::from(count)
 }
 
-/// Nats per token of the training text's token frequencies, one added to each.
+/// Loss in nats a token under the token frequencies of the training text, with one added to each count.
 fn unigram_loss(ids: &[u32]) -> f64 {
     let counts: Vec<f64> = serde_json::from_str(&data("unigram_counts.json")).unwrap();
     let total: f64 = counts.iter().map(|n| n + 1.0).sum();
@@ -37,12 +39,12 @@ fn unigram_loss(ids: &[u32]) -> f64 {
 }
 
 #[test]
-fn it_predicts_text_that_it_has_not_seen() {
+fn models_predict_held_out_text() {
     for name in TEXT_MODELS {
         let pricket = embedded(name);
         let text = data("held_out.txt");
         let (ids, known) = (pricket.encode(&text).unwrap(), pricket::tiny().unwrap().encode(&text).unwrap());
-        // In nats a character: tokenizers differ.
+        // In nats a character, because the tokenizers differ.
         let length = text.chars().count() as f64;
         let model = held_out_loss(&pricket, &ids) * ids.len() as f64 / length;
         let unigram = unigram_loss(&known) * known.len() as f64 / length;
@@ -51,7 +53,7 @@ fn it_predicts_text_that_it_has_not_seen() {
     }
 }
 
-/// ALiBi is what lets it: where no position was ever trained the text is as likely as on its own.
+/// With ALiBi, text beyond the training length is as likely as text on its own.
 #[test]
 fn the_mpt_reads_on_beyond_its_training_length() {
     let pricket = embedded("tiny-mpt");
@@ -67,7 +69,7 @@ fn the_mpt_reads_on_beyond_its_training_length() {
 }
 
 #[test]
-fn they_write_words_of_the_language_they_were_trained_on() {
+fn models_write_words_of_their_language() {
     TEXT_MODELS.into_iter().for_each(writes_words);
 }
 
@@ -82,7 +84,7 @@ fn writes_words(name: &str) {
         let options = GenerateOptions { max_tokens: 200, sampling, seed, ..Default::default() };
         let text = pricket.generate("The", &options).unwrap().text.to_lowercase();
         let mut found: Vec<&str> = text.split(|c: char| !c.is_ascii_alphabetic()).filter(|w| !w.is_empty()).collect();
-        // The first piece continues the prompt's word and the last may be cut off.
+        // The first piece continues the prompt's word, and the last may be cut off.
         found.pop();
         words.extend(found.iter().skip(1).map(|w| (*w).to_owned()));
         seed += 1;
@@ -94,7 +96,7 @@ fn writes_words(name: &str) {
 }
 
 #[test]
-fn its_training_steps_can_be_loaded_and_tell_its_history() {
+fn training_steps_load_and_improve() {
     let held_out = data("held_out.txt");
     let held_out = &held_out[..12_000];
     let mut last = f64::INFINITY;
@@ -105,7 +107,7 @@ fn its_training_steps_can_be_loaded_and_tell_its_history() {
         assert!(loss < last, "step {step}: {loss} after {last}");
         last = loss;
     }
-    // The embedded model is main, and main is the last step before it was rounded to q8_0.
+    // The embedded model is `main`, which is the last step rounded to q8_0.
     let ids = pricket::tiny().unwrap().encode(held_out).unwrap();
     let embedded = held_out_loss(&pricket::tiny().unwrap(), &ids);
     let main = held_out_loss(&pricket::load(root().join("models/tiny@main")).unwrap(), &ids);
@@ -113,20 +115,20 @@ fn its_training_steps_can_be_loaded_and_tell_its_history() {
 }
 
 #[test]
-fn a_revision_that_is_not_there_is_answered_with_those_that_are() {
+fn the_error_for_a_missing_revision_lists_the_existing_ones() {
     let error = pricket::load(root().join("models/tiny@step3")).unwrap_err().to_string();
     assert!(error.contains("step3") && error.contains("main, step0, step1, step16, step64"), "{error}");
 }
 
 #[test]
-fn they_are_small() {
+fn embedded_models_are_small() {
     let size = |folder: &str| -> u64 {
         let all = files(&root().join("models").join(folder));
         let own = all.iter().filter(|path| !path.to_string_lossy().contains("revisions"));
         own.map(|path| path.metadata().unwrap().len()).sum()
     };
     let sizes = ["tiny", "tiny-mpt", "tiny-chat", "tiny-llama", "tiny-rwkv"].map(size);
-    // Together with the code they are the package, which is to stay below 8 MiB compressed; `.ci/run` measures it.
+    // Models and code form the package, whose limit is 8 MiB compressed. `.ci/run` measures it.
     assert!(sizes.iter().all(|&bytes| bytes < 3_000_000) && sizes.iter().sum::<u64>() < 9_000_000, "{sizes:?}");
     assert!(sizes[3..].iter().all(|&bytes| bytes < 1_500_000), "{sizes:?}");
     let steps = files(&root().join("models/tiny/revisions"));
@@ -135,8 +137,8 @@ fn they_are_small() {
 }
 
 #[test]
-fn they_have_names() {
-    // As a library and as a path that is not there; a path that is there comes first.
+fn embedded_models_load_by_name() {
+    // By name, and by a path that does not exist. An existing path comes first.
     for name in ["tiny", "tiny-mpt", "tiny-chat", "tiny-llama", "tiny-rwkv"] {
         assert_eq!(pricket::load(name).unwrap().info().parameters, embedded(name).info().parameters);
         let from_disk = pricket::load(root().join("models").join(name)).unwrap();
@@ -146,14 +148,14 @@ fn they_have_names() {
     assert!(error.contains("tiny, tiny-mpt, tiny-chat, tiny-llama, tiny-rwkv"), "{error}");
 }
 
-/// Which the embedded ones rely on.
+/// The embedded models rely on this.
 #[test]
-fn three_of_them_have_one_tokenizer() {
+fn three_embedded_models_share_one_tokenizer() {
     let tokenizer = |name: &str| std::fs::read(root().join("models").join(name).join("tokenizer.json")).unwrap();
     assert!(["tiny-mpt", "tiny-chat"].iter().all(|name| tokenizer(name) == tokenizer("tiny")));
 }
 
-/// A tap that cannot fire is an error, and names what there is.
+/// A tap that cannot fire is an error that names the available sites.
 #[test]
 fn taps_and_arguments_that_fit_no_model_are_refused() {
     use pricket::candle::{DType, Device, Tensor};
@@ -181,7 +183,7 @@ fn taps_and_arguments_that_fit_no_model_are_refused() {
         assert!(error.contains(&format!("0 to {}", layers - 1)), "{error}");
     }
     assert!(run(&parallel, Taps::new().record_at(Site::Embed, 1)).unwrap_err().contains("layer 0"));
-    // An edit of one layer is the edit of all that asks for the layer.
+    // An edit of one layer equals an edit of all layers that selects this layer.
     let plain = run(&parallel, Taps::new()).unwrap();
     let zero = |x: &Tensor| Ok(x.zeros_like()?);
     let one = run(&parallel, Taps::new().edit_at(Site::MlpOut, 1, zero)).unwrap();
@@ -207,7 +209,7 @@ fn taps_and_arguments_that_fit_no_model_are_refused() {
     assert!(parallel.logprobs("").unwrap_err().to_string().contains("fewer than two tokens"));
 }
 
-/// The names of embedded models are models everywhere.
+/// The names of embedded models work in every command.
 #[test]
 fn embedded_names_are_models_in_every_command() {
     for name in ["tiny", "tiny-chat", "tiny@step64"] {

@@ -1,4 +1,4 @@
-//! Adapters, gradients and runs.
+//! Adapters, gradients and training runs.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ fn row(len: usize, seed: u64) -> Vec<u32> {
     (0..len as u64).map(|i| ((i + 3) * (seed * 2 + 7919) % 61) as u32).collect()
 }
 
-/// Three samples of different lengths, with prompts.
+/// Three samples of different lengths, two of them with prompts.
 fn samples() -> Vec<Sample> {
     let response = |prompt, len, seed| Sample::response(&row(prompt, seed), &row(len, seed + 50)).unwrap();
     vec![response(3, 9, 1), Sample::new(row(17, 2)).unwrap(), response(6, 2, 3)]
@@ -64,7 +64,7 @@ proptest! {
             prop_assert!(plain[i].as_ref().is_some_and(|bits| bits.iter().any(|bits| *bits != 0)), "{}", parameter.name);
             prop_assert_eq!(&plain[i], &checkpointed[i], "{}", &parameter.name);
         }
-        // One step moves every tensor of every layer.
+        // One step changes every tensor of every layer.
         let before = lora.tensors();
         let mut sum = Gradients::none(&tuned.parameters);
         add_gradients(&*tuned.model, &samples(), 0.1, &tuned.parameters, Checkpointing::PerBlock, &mut sum).unwrap();
@@ -76,12 +76,12 @@ proptest! {
     }
 
     #[test]
-    fn an_adapter_is_the_same_read_back_and_merged(config in any_config(), rslora: bool, dora: bool, save: bool) {
+    fn an_adapter_survives_saving_and_merging(config in any_config(), rslora: bool, dora: bool, save: bool) {
         let pricket = small(&config, 12);
-        // An adapter that outweighs the model would multiply the rounding of both ways by its own size.
+        // An adapter larger than the model would multiply the rounding errors of both ways.
         let mut lora_config = LoraConfig { rank: 2, alpha: 2.0, rslora, dora, ..LoraConfig::default() };
         if save {
-            // A norm, whose name each family has its own for.
+            // A norm, whose name differs between families.
             let mut norm = String::new();
             drop(pricket.model().map_layers(&mut |layer| {
                 if let pricket::nn::Layer::Norm(found) = layer { norm = found.name().to_owned() }
@@ -114,7 +114,7 @@ fn targets_are_those_of_peft() {
     let names = |names: &[&str]| Select::Names(names.iter().map(|name| (*name).to_owned()).collect());
     let default = LoraConfig::default;
     assert_eq!(modules(default()).len(), 8, "all linear layers but the head");
-    // A list matches whole parts of a name: `dense` is not dense_h_to_4h.
+    // A list matches whole parts of a name: `dense` does not match dense_h_to_4h.
     assert_eq!(modules(LoraConfig { targets: names(&["dense"]), ..default() }).len(), 2);
     let pattern = Select::Pattern(r".*layers\.1\.(?!mlp|.*norm).*".into());
     let found = modules(LoraConfig { targets: pattern, ..default() });
@@ -125,7 +125,7 @@ fn targets_are_those_of_peft() {
     let written = Lora::new(default(), &base, 0).unwrap().config().to_json();
     assert_eq!(written["target_modules"], json!(["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]));
 
-    // The head under both of its names, an embedding, and what is no module.
+    // The head under both of its names, an embedding, and a name without a module.
     let pattern = Select::Pattern(r".*attention\.dense".into());
     let error = Lora::new(LoraConfig { targets: pattern, layers: Some(vec![0]), ..default() }, &base, 0).unwrap_err();
     assert!(error.to_string().contains("layers_to_transform: cannot be combined with"), "{error}");
@@ -179,7 +179,7 @@ fn settings_that_are_not_implemented_are_refused_by_name() {
         let error = with(key, value.clone()).unwrap_err().to_string();
         assert!(error.contains(&format!("adapter_config.json: {key}: ")), "{key} {value}: {error}");
     }
-    // Unset, or without effect on an adapter that is there.
+    // Settings that are unset or do not affect a trained adapter.
     for (key, value) in [
         ("something_new", Value::Null),
         ("something_new", json!(false)),
@@ -217,7 +217,7 @@ fn damaged_adapters_are_refused_with_the_tensor() {
     assert!(error.contains("lora_embedding_A.weight: this type of adapter is not implemented"), "{error}");
     let error = with(key, zeros(&[2, 24]), &LoraConfig { dora: true, ..config.clone() }).unwrap_err().to_string();
     assert!(error.contains("has no lora_magnitude_vector, but use_dora is true"), "{error}");
-    // Of another model.
+    // An adapter of another model.
     let error = pricket.with_adapter(&with(key, zeros(&[2, 32]), config).unwrap()).unwrap_err().to_string();
     assert!(error.contains("gpt_neox.layers.1.attention.dense") && error.contains("[rank, 24]"), "{error}");
     let other = with(&key.replace("layers.1", "layers.7").replace("lora_A", "lora_B"), zeros(&[24, 2]), config);
@@ -242,7 +242,7 @@ fn damaged_adapters_are_refused_with_the_tensor() {
     assert!(read().contains("no adapter_model.safetensors"));
 }
 
-/// An adapter merged into a GGUF file, from a checkpoint and from a GGUF file in another order of rows.
+/// An adapter merged into a GGUF file, from a checkpoint and from a GGUF file with another order of rows.
 #[test]
 fn conversion_merges_adapters() {
     let dir = tempfile::tempdir().unwrap();
@@ -275,7 +275,7 @@ fn conversion_merges_adapters() {
     // Over a file in the model's order of rows, without merging.
     let over = Loader::new(&gguf).adapter(&adapter).load().unwrap();
     assert!(worst(&logits(&*over.model()), &expected) < 1e-4);
-    // And quantized.
+    // Merged and quantized.
     let quantized = Loader::new(&tiny).adapter(&adapter);
     let options = ConvertOptions {
         target: Target::Quantized(pricket::nn::Quantization {
@@ -299,7 +299,7 @@ fn conversion_merges_adapters() {
 }
 
 #[test]
-fn nothing_is_trained_on_what_makes_no_sense() {
+fn invalid_training_settings_are_refused() {
     let pricket = small(&json!({}), 1);
     let lora = Lora::new(LoraConfig::default(), &pricket.base().unwrap(), 0).unwrap();
     let new = |samples: Vec<Sample>, change: &dyn Fn(&mut TrainOptions)| {
@@ -328,9 +328,9 @@ fn nothing_is_trained_on_what_makes_no_sense() {
     assert!(Schedule::named("sine", 0, 1).unwrap_err().to_string().contains("use constant"));
 }
 
-/// Weights that overflow: the step, the micro-batch and the block are named, and nothing changes.
+/// For weights that overflow, the error names the step, the micro-batch and the block, and nothing changes.
 #[test]
-fn a_loss_that_is_no_number_is_reported_with_its_block() {
+fn a_nan_loss_is_reported_with_its_block() {
     let pricket = small(&json!({}), 1);
     let base = pricket.base().unwrap();
     let lora = random_lora(&pricket, LoraConfig { rank: 2, ..LoraConfig::default() });
@@ -381,11 +381,12 @@ fn records_of_all_forms_become_samples() {
     assert_eq!(counted(2, "dolly").1, ids("Ahab").len() + 1);
     assert!(tokenizer.decode(&counted(3, "dolly-blank").0).contains("Who?\n\nInput:\nA whale.\n\n### Response:\nAhab"));
     assert_eq!(counted(4, "plain"), (vec![5, 6, 7, 8], 2));
-    // Both answers of a conversation count, with what ends them.
+    // Both answers of a conversation count, with the tokens that end them.
     let (chat, count) = counted(5, "chatml");
     assert_eq!(count, ids("Ho<|im_end|>").len() + ids("Hum<|im_end|>").len() + 1, "{}", tokenizer.decode(&chat));
 
-    // A format whose answers begin with a space, in a conversation and alone, and one that ends turns with the end token.
+    // A format whose answers begin with a space, in a conversation and alone, and a format that ends turns with the end
+    // token.
     let text = |record: usize, format: &str| tokenizer.decode(&counted(record, format).0);
     assert!(text(5, "incite-chat").contains("<bot>: Ho\n<human>: Hey\n<bot>: Hum"), "{}", text(5, "incite-chat"));
     assert!(text(2, "incite-chat").contains("<bot>: Ahab"));
@@ -426,7 +427,7 @@ fn data(dir: &Path) -> std::path::PathBuf {
     path
 }
 
-/// Killed at any moment, a run goes on to the bytes of one that was not.
+/// A run that was killed resumes and gives the bytes of an undisturbed run.
 #[test]
 fn a_killed_run_resumes_to_the_same_adapter() {
     let dir = tempfile::tempdir().unwrap();
@@ -446,7 +447,7 @@ fn a_killed_run_resumes_to_the_same_adapter() {
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        // A kill after some lines of output, so that no clock decides; 20 of them at different places of the run.
+        // The process is killed after some lines of output, independent of time, at 20 places of the run.
         let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
         let done = (0..=attempt % 3).all(|_| lines.next().is_some());
         if done && kills < 20 {
@@ -468,7 +469,7 @@ fn a_killed_run_resumes_to_the_same_adapter() {
     let left: Vec<_> = std::fs::read_dir(&killed).unwrap().flatten().map(|entry| entry.file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().ends_with(".part")), "{left:?}");
 
-    // Another run's checkpoints are not gone on with.
+    // A run does not resume from the checkpoints of another run.
     let refused = |more: &[&str]| {
         let output = finetune(&killed, &data, more).output().unwrap();
         assert!(!output.status.success());
@@ -487,7 +488,8 @@ fn a_killed_run_resumes_to_the_same_adapter() {
     assert!(refused(&["--resume"]).contains("was made with other samples"));
 }
 
-/// Files may not grow beyond a limit, as on a full disk: one line says so, and the last checkpoint is whole.
+/// With a limit on the size of files, as on a full disk, the run ends with one line and the last checkpoint is
+/// complete.
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint() {
@@ -512,7 +514,7 @@ fn a_full_disk_leaves_the_last_checkpoint() {
     let resumed = finetune(&out, &data, &["--resume"]);
     let words = std::iter::once(resumed.get_program()).chain(resumed.get_args());
     let words: Vec<String> = words.map(|word| format!("'{}'", word.to_string_lossy())).collect();
-    // Files of 8 blocks at most; a write beyond is an error rather than a signal.
+    // Files may have 8 blocks. A write beyond that is an error rather than a signal.
     let script = format!("trap '' XFSZ; ulimit -f 8; exec {}", words.join(" "));
     let output = std::process::Command::new("sh").args(["-c", &script]).current_dir(root()).output().unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
@@ -524,7 +526,7 @@ fn a_full_disk_leaves_the_last_checkpoint() {
     assert!(finetune(&out, &data, &["--resume"]).output().unwrap().status.success());
 }
 
-/// What a user does: train, generate with the adapter, merge.
+/// The steps of a user: train, generate with the adapter, merge.
 #[test]
 fn an_adapter_is_trained_used_and_merged() {
     let dir = tempfile::tempdir().unwrap();
@@ -565,7 +567,7 @@ fn an_adapter_is_trained_used_and_merged() {
     assert_ne!(score(&adapter), score(&[]));
 }
 
-/// The scheme of each family, by the deviation of what it fills.
+/// The initialization of each family, by the standard deviations of its weights.
 #[test]
 fn untrained_weights_have_the_deviations_of_their_scheme() {
     let deviations = |config: Value| {
@@ -609,7 +611,7 @@ fn untrained_weights_have_the_deviations_of_their_scheme() {
     assert!(error.contains("init_config.name: xavier_normal_ is not implemented"), "{error}");
 }
 
-/// Steps that are too small for bf16 add up in the f32 weights beside it.
+/// Steps that are too small for bf16 add up in the f32 copy of the weights.
 #[test]
 fn weights_in_bf16_are_trained_by_f32_masters() {
     let var = pricket::candle::Var::from_tensor(&Tensor::ones((2, 2), DType::BF16, &Device::Cpu).unwrap()).unwrap();
@@ -621,13 +623,13 @@ fn weights_in_bf16_are_trained_by_f32_masters() {
         let gradients = Gradients::from_tensors(vec![found.get(&parameters[0].var).cloned()]);
         optimizer.step(&parameters, &gradients, 1.0).unwrap();
     }
-    // Each step moves by 1e-4, where bf16 has steps of 4e-3 below 1.
+    // Each step changes a weight by 1e-4. Below 1, bf16 values are 4e-3 apart.
     let value = loss().to_scalar::<f32>().unwrap() / 4.0;
     assert!((value - 0.99).abs() < 3e-3, "{value}");
 }
 
 #[test]
-fn losses_of_samples_are_those_of_each_alone() {
+fn batched_losses_match_single_losses() {
     let pricket = small(&json!({}), 4);
     let all = samples();
     let together = losses(&*pricket.model(), &all).unwrap();

@@ -1,4 +1,4 @@
-//! Operations against their plain twins, and against their definitions in f64.
+//! Compares fused operations with their plain twins and with their definitions in f64.
 
 use pricket::candle::{DType, Device, Tensor, Var};
 use pricket::nn::CacheType;
@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use crate::common::worst;
 
-/// An operation, or its plain twin.
+/// An operation (`false`) or its plain twin (`true`).
 type Op<'a> = &'a dyn Fn(bool) -> Tensor;
 
 proptest! {
@@ -29,10 +29,10 @@ proptest! {
         prop_assert!(worst(&turned, &ops::plain_rotary(&x, &cos, &sin).unwrap()) < 1e-5);
 
         let q = randn(&[batch, heads, queries, dim]);
-        // Keys and values as they lie in a cache: a part of a longer buffer.
+        // Keys and values as in a cache: part of a longer buffer.
         let (k, v) = (randn(&[batch, kv, keys + 7, dim]), randn(&[batch, kv, keys + 7, dim]));
         let (k, v) = (k.narrow(2, 0, keys).unwrap(), v.narrow(2, 0, keys).unwrap());
-        // With ALiBi in half of the cases.
+        // Half of the cases use ALiBi.
         let slopes = if odd { Vec::new() } else { pricket::nn::Alibi::new(heads, 8.0).slopes().to_vec() };
         let scores = ops::Scores { scale: 0.3, slopes: &slopes };
         let bias = ops::attention_bias(&slopes, past, queries, &Device::Cpu).unwrap();
@@ -44,14 +44,15 @@ proptest! {
         prop_assert!(worst(&fused, &plain) < 2e-5);
 
         for kind in [CacheType::F16, CacheType::BF16, CacheType::Q8_0] {
-            // Each row as a state keeps it, keys first.
+            // Each row as the state stores it, keys first.
             let kept: Vec<Tensor> = (0..batch).map(|row| kind.stored(&k, &v, row).unwrap()).collect();
             let wide = |at: usize| {
                 let rows = kept.iter().map(|kept| ops::widened(&kept.narrow(0, at, 1).unwrap(), dim, DType::F32).unwrap());
                 Tensor::cat(&rows.collect::<Vec<_>>(), 0).unwrap()
             };
             let (wide_k, wide_v) = (wide(0), wide(1));
-            // Half of the last bit of eight, of the largest of a block; and half of the last of the scale's eleven.
+            // The bound is half of the last of eight bits, relative to the largest value of a block, plus half of the
+            // last of the eleven bits of the scale.
             let rounded = 0.5 / 127.0 + 1.002 / 2048.0;
             let largest = v.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
             prop_assert!(worst(&wide_v, &v) <= largest * rounded, "{kind}: {}", worst(&wide_v, &v));
@@ -63,7 +64,7 @@ proptest! {
         }
     }
 
-    /// Attention of packed rows: values and gradients of the kernel, and of plain operations row by row.
+    /// Attention of packed rows: values and gradients of the kernel and of plain operations row by row.
     #[test]
     fn attention_and_its_plain_twin_have_one_gradient(
         lens in prop::collection::vec(1usize..90, 1..4), kv in 1usize..3, groups in 1usize..3, dim in 1usize..40, odd: bool,
@@ -71,7 +72,7 @@ proptest! {
         let (heads, time) = (kv * groups, lens.iter().sum::<usize>());
         let var = |heads: usize| Var::randn(0f32, 1.0, (1, time, heads, dim), &Device::Cpu).unwrap();
         let (q, k, v) = (var(heads), var(kv), var(kv));
-        // Strided, as heads are split.
+        // Strided, as after splitting the heads.
         let split = |x: &Var| x.as_tensor().transpose(1, 2).unwrap();
         let slopes = if odd { Vec::new() } else { pricket::nn::Alibi::new(heads, 8.0).slopes().to_vec() };
         let scores = ops::Scores { scale: 0.3, slopes: &slopes };
@@ -122,7 +123,7 @@ proptest! {
         }
     }
 
-    /// Against f64.
+    /// Compared with f64.
     #[test]
     fn rms_norm_and_its_plain_twin_are_exact(rows in 1usize..9, dim in 1usize..3000, mean in -50f32..50.0) {
         let (w, x) = (
@@ -140,7 +141,8 @@ proptest! {
 
     #[test]
     fn gates_and_mixes_and_their_gradients_are_those_of_their_twins(rows in 1usize..40, d in 1usize..40, silu: bool, loud: bool) {
-        // Inputs have a bound, so rounding has one: outputs are at most bound², as is a gate times x·(1 − sigmoid(x)) in its slope.
+        // The inputs are bounded, so the rounding is bounded: outputs are at most bound², and so is a gate times x·(1 −
+        // sigmoid(x)) in its derivative.
         let bound = if loud { 30f32 } else { 1.0 };
         let rand = |shape: &[usize], bound: f32| Var::rand(-bound, bound, shape, &Device::Cpu).unwrap();
         let (x, y) = (rand(&[rows, d], bound), rand(&[rows, d], bound));
@@ -164,7 +166,7 @@ proptest! {
 
     #[test]
     fn the_gradients_of_wkv_are_those_of_its_twin(lens in prop::collection::vec(1usize..30, 1..4), d in 1usize..40, loud: bool) {
-        // Exponents are k − t·exp(decay), and round with their size: both have a bound.
+        // Exponents are k − t·exp(decay), and their rounding grows with their size. Both are bounded.
         let (n, bound) = (lens.iter().sum::<usize>(), if loud { 30.0 } else { 2.0 });
         let rand = |shape: &[usize], bound: f32| Var::rand(-bound, bound, shape, &Device::Cpu).unwrap();
         let (k, v, decay, first) = (rand(&[n, d], bound), rand(&[n, d], 1.0), rand(&[d], 1.0), rand(&[d], 1.0));
@@ -179,7 +181,7 @@ proptest! {
         };
         let (fused, plain) = (grads(false), grads(true));
         for var in [&k, &v, &decay, &first] {
-            // Of rows of one position each nothing fades.
+            // With rows of one position there is no decay, so it has no gradient.
             let (fused, plain) = (fused.get(var).unwrap(), plain.get(var).cloned());
             let plain = &plain.unwrap_or_else(|| var.zeros_like().unwrap());
             let largest = plain.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
@@ -187,14 +189,14 @@ proptest! {
         }
     }
 
-    /// RWKV's recurrence, by the kernel, by plain operations, and by its definition in f64.
+    /// RWKV's recurrence by the kernel, by plain operations, and by its definition in f64.
     #[test]
     fn wkv_and_its_plain_twin_follow_the_definition(
         lens in prop::collection::vec(1usize..9, 1..4), d in 1usize..130, large: bool,
     ) {
         let n: usize = lens.iter().sum();
         let randn = |std: f32, shape: &[usize]| Tensor::randn(0f32, std, shape, &Device::Cpu).unwrap();
-        // Keys whose exponentials overflow f32 too.
+        // Includes keys whose exponentials overflow f32.
         let (k, v) = (randn(if large { 200.0 } else { 1.0 }, &[n, d]), randn(1.0, &[n, d]));
         let (decay, first) = (randn(1.0, &[d]), randn(1.0, &[d]));
         let start = vec![ops::wkv4_start(d, &Device::Cpu).unwrap(); lens.len()];
@@ -225,7 +227,7 @@ proptest! {
         }
     }
 
-    /// Against f64, also where the mean is a hundred times the deviation, and where there is no deviation at all.
+    /// Compared with f64, also where the mean is a hundred times the deviation and where the deviation is zero.
     #[test]
     fn norm_and_its_plain_twin_are_exact(rows in 1usize..9, dim in 1usize..3000, mean in -50f32..50.0, flat: bool) {
         let randn = |mean: f32, std: f32, shape: &[usize]| Tensor::randn(mean, std, shape, &Device::Cpu).unwrap();

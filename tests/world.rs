@@ -1,4 +1,4 @@
-//! A Hub with repositories, and a cache: what tests of models by their ids run against.
+//! A test server with repositories, and a cache, for tests of models by their ids.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,13 +23,13 @@ pub(crate) fn case() -> Value {
     serde_json::from_slice(&std::fs::read(suite().join("case.json")).unwrap()).unwrap()
 }
 
-/// Where a file of a golden snapshot leads, also where a checkout made links to plain text.
+/// The file that a golden snapshot points to, also if a checkout turned links into plain text.
 pub(crate) fn blob(pointer: &Path) -> PathBuf {
     let target = std::fs::read_link(pointer).unwrap_or_else(|_| std::fs::read_to_string(pointer).unwrap().into());
     suite().join("cache/models--test--tiny-neox/blobs").join(target.file_name().unwrap())
 }
 
-/// Branch to directory of the golden suite.
+/// The branches of the golden suite with their directories.
 pub(crate) fn snapshots() -> BTreeMap<String, PathBuf> {
     let folder = suite().join("cache/models--test--tiny-neox");
     let refs = std::fs::read_dir(folder.join("refs")).unwrap().flatten();
@@ -60,7 +60,7 @@ pub(crate) fn suite_repo() -> Repo {
     repo
 }
 
-/// The golden suite as the cache it came as, with links.
+/// The golden suite as a cache with links, as it was made.
 pub(crate) fn suite_cache(into: &Path) {
     let (from, to) = (suite().join("cache/models--test--tiny-neox"), into.join("models--test--tiny-neox"));
     for folder in ["refs", "blobs"] {
@@ -76,7 +76,7 @@ pub(crate) fn suite_cache(into: &Path) {
             let target = Path::new("../../blobs").join(blob(&entry.path()).file_name().unwrap());
             #[cfg(unix)]
             std::os::unix::fs::symlink(target, snapshot.join(entry.file_name())).unwrap();
-            // Where links need a privilege, files lie in the snapshots themselves.
+            // Where links need a privilege, the snapshots hold the files themselves.
             #[cfg(not(unix))]
             std::fs::copy(snapshot.join(target), snapshot.join(entry.file_name())).unwrap();
         }
@@ -125,7 +125,7 @@ impl World {
         self.checkpoints(id).audit(&Steps::all(), AuditOptions::default(), &NoProgress).unwrap()
     }
 
-    /// Bytes of large files sent so far.
+    /// The bytes of large files sent so far.
     pub(crate) fn large_bytes(&self) -> u64 {
         self.server.take_log().iter().filter(|r| r.cdn).map(pricket_testhub::Request::sent).sum()
     }
@@ -138,7 +138,7 @@ pub(crate) fn only<'a>(files: impl IntoIterator<Item = (&'a str, Content)>) -> R
     repo
 }
 
-/// The embedded model and some of its steps, as a repository.
+/// The embedded model and some of its steps as a repository.
 pub(crate) fn tiny_repo(steps: &[&str]) -> Repo {
     let mut repo = Repo::default();
     let commit = repo.commit_directory(&root().join("models/tiny")).unwrap();

@@ -1,7 +1,7 @@
-"""Small talk for models/tiny-chat: dialogues in the format of RedPajama-INCITE-Chat, made from a seed.
+"""Random dialogues that train models/tiny-chat, in the format of RedPajama-INCITE-Chat.
 
-A model of a million weights can learn all of it: facts from tables, sums, counting, and what the other side said some
-turns ago. The last is what tells a model that reads the conversation from one that only knows its format.
+They cover facts from tables, sums, counting and things that were told some turns earlier, which a model of a million
+weights can learn. The last kind separates a model that reads the conversation from one that only knows its format.
 """
 import random
 
@@ -26,7 +26,7 @@ SYLLABLES = "ba be bo da de do fa fi ga go ka ki la le lo ma mi mo na ni no pa r
 
 
 def any_name(r):
-    """One of the list, or one that nobody has, which can be known only from what was said."""
+    """A name from the list, or one of random syllables that only the conversation can give."""
     if r.random() < 0.4:
         return r.choice(NAMES)
     return "".join(r.choice(SYLLABLES) for _ in range(r.randrange(2, 4))).capitalize()
@@ -37,7 +37,7 @@ def article(word):
 
 
 def fact(r):
-    """A question that needs no memory, and its answer."""
+    """A question that does not depend on earlier turns, and its answer."""
     kind = r.randrange(7)
     if kind == 0:
         animal, (look, food, place) = r.choice(list(ANIMALS.items()))
@@ -69,7 +69,7 @@ def fact(r):
 
 
 def dialogue(r):
-    """Turns of both sides, as a document; what was told is asked for later, or was never told."""
+    """One dialogue as a document. Some questions ask for earlier statements, some for facts that were never stated."""
     turns, name, likes = [], None, None
     for _ in range(r.randrange(1, 8)):
         kind = r.random()
@@ -94,7 +94,7 @@ def dialogue(r):
 
 
 def dialogues(seed, count):
-    """`count` documents; equal seeds give equal ones."""
+    """Returns `count` documents. Equal seeds give equal documents."""
     r = random.Random(seed)
     return [dialogue(r) for _ in range(count)]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/hostile: small GGUF and GGML files with one thing wrong each, and the words that their errors must have.
+"""Writes tests/hostile: small GGUF and GGML files with one defect each, and errors.json with a text that each error must contain.
 
     python3 tools/hostile_files.py tests/hostile
 """
@@ -11,7 +11,7 @@ ARCH = text(b"general.architecture") + u32(8) + text(b"gptneox")
 
 
 def gguf(values=(ARCH,), tensors=(), data=b"", version=3, counts=None):
-    """A file of these values and tensors, whatever they are."""
+    """A GGUF file of these metadata values and tensors, without any check."""
     counts = counts or (len(tensors), len(values))
     head = b"GGUF" + u32(version) + u64(counts[0]) + u64(counts[1]) + b"".join(values) + b"".join(tensors)
     return head + b"\0" * (-len(head) % 32) + data

@@ -1,8 +1,8 @@
-"""Makes tests/data/documents: some documents as the Hub's datasets have them, in parquet as the `datasets` library writes it.
+"""Writes tests/data/documents: parquet files of a few documents, in the form of the Hub's datasets.
 
     python3 tools/parquet_documents.py tests/golden/scoring/score-neox-4tasks/data tests/data/documents
 
-Needs pyarrow, and writes the same bytes again with the same version of it.
+Needs pyarrow. The same version of pyarrow writes the same bytes.
 """
 
 import json

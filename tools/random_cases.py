@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Makes random GPT-NeoX and MPT cases in the layout of tests/golden and what transformers answers to them, for `parity`.
+"""Makes random GPT-NeoX and MPT cases in the layout of tests/golden, with the outputs of transformers, for the example `parity`.
 
     pip install torch transformers safetensors
     python3 tools/random_cases.py --out /tmp/cases --count 60 && cargo run --example parity -- /tmp/cases/*
 
-Every key that changes the maths varies: residual form, rotary share and base under old and new keys, linear scaling,
-activation, biases, tied head; heads that are no power of two, clipping and scale of scores, the three spellings of MPT as far
-as transformers can answer for them; sizes, stored type, container, shards, name prefixes, padding, splits.
+Every key that changes the output varies:
+
+- GPT-NeoX: residual form, rotary fraction and base under old and new keys, linear scaling, activation, biases, tied head.
+- MPT: numbers of heads other than powers of two, clipping, scale of the scores, and the three spellings of the configuration, as far
+  as transformers implements them.
+- Both: sizes, stored type, container, shards, name prefixes, padding, splits.
 """
 import argparse, json, os, random, shutil
 
@@ -38,7 +41,7 @@ def neox(rng):
     head = rng.choice(["embed_out", "lm_head"])
     prefix = rng.choice(["", "", "", "model.", "-gpt_neox."])
     buffers = {}
-    if rng.random() < 0.5:  # that old files hold
+    if rng.random() < 0.5:  # buffers of old checkpoints
         for i in range(config["num_hidden_layers"]):
             layer = ("" if prefix.startswith("-") else "gpt_neox.") + f"layers.{i}.attention."
             buffers[layer + "bias"] = torch.ones(1, 1, 8, 8, dtype=rng.choice([torch.bool, torch.uint8]))
@@ -61,7 +64,7 @@ def neox(rng):
 
 def mpt(rng):
     spelling = rng.choice(["foundry", "native", "mosaic"])
-    # Where the heads are no power of two MosaicGPT has another rule, which transformers does not know.
+    # For other numbers of heads than powers of two MosaicGPT has a rule of its own, which transformers does not implement.
     heads = rng.choice([1, 2, 4, 8] if spelling == "mosaic" else [1, 2, 3, 4, 5, 6, 7, 12])
     attention = dict(clip_qkv=rng.choice([None, None, 0.5, 2.0]), softmax_scale=rng.choice([None, None, 0.3]))
     config = dict(
@@ -145,7 +148,7 @@ def make(out, seed, family):
     kept = []
     for module in modules:
         module.register_forward_hook(lambda m, a, o: kept.append(o[0] if isinstance(o, tuple) else o))
-    # MPT has no positions to be told.
+    # MPT takes no position_ids.
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if family == "neox" else {}
     with torch.no_grad():
         logits = model(ids, attention_mask=mask, **positions).logits.float()
@@ -166,9 +169,9 @@ def make(out, seed, family):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", required=True)
-    p.add_argument("--count", type=int, default=60)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", required=True, help="directory for the cases")
+    p.add_argument("--count", type=int, default=60, help="number of cases")
+    p.add_argument("--seed", type=int, default=0, help="seed of the first case; each case adds 1")
     p.add_argument("--family", choices=["neox", "mpt"], default="neox")
     a = p.parse_args()
     for seed in range(a.seed, a.seed + a.count):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/data/tokenizer-tiny: what the reference tokenizer says of texts and ids, for models/tiny's own tokenizer.
+"""Writes tests/data/tokenizer-tiny: texts and ids with the results of the tokenizers library, for the tokenizer of models/tiny.
 
     pip install tokenizers && python3 tools/tokenizer_vectors.py
 """

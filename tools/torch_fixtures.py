@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes crates/pricket-weights/tests/data: PyTorch files with every storage type, views, shared and empty storages.
+"""Writes crates/pricket-weights/tests/data: PyTorch files with every storage type, views, and shared and empty storages.
 
     pip install torch && python3 tools/torch_fixtures.py
 """
@@ -19,8 +19,8 @@ def main():
         state[name] = torch.arange(6).reshape(2, 3).to(dtype)
     state["bool"] = torch.tensor([[True, False], [False, True]])
     state["matrix"] = base.reshape(4, 6)
-    state["transposed"] = base.reshape(4, 6).t()          # shares the storage of matrix
-    state["slice"] = base.reshape(4, 6)[1:3, 2:5]         # and so does this
+    state["transposed"] = base.reshape(4, 6).t()          # shares the storage of `matrix`
+    state["slice"] = base.reshape(4, 6)[1:3, 2:5]         # also shares it
     state["column"] = base.reshape(4, 6)[:, 1]
     state["scalar"] = torch.tensor(2.5)
     state["empty"] = torch.zeros(0, 3)

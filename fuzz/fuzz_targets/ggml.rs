@@ -1,3 +1,5 @@
+//! Fuzzes the reader of legacy GGML files.
+
 #![no_main]
 
 mod memory;

@@ -1,3 +1,5 @@
+//! Fuzzes the reader of GGUF files.
+
 #![no_main]
 
 mod memory;
@@ -12,6 +14,6 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let metadata = file.metadata();
     for key in metadata.as_object().expect("an object").keys() {
         let (texts, integers) = (file.texts(key), file.integers(key));
-        assert!(texts.is_ok() && integers.is_ok(), "what was walked over can be read");
+        assert!(texts.is_ok() && integers.is_ok(), "every array of a file that opens can be read");
     }
 });

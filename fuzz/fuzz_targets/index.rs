@@ -1,3 +1,5 @@
+//! Fuzzes the reader of the index of a sharded checkpoint.
+
 #![no_main]
 
 use std::path::Path;

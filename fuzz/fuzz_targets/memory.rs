@@ -1,4 +1,4 @@
-//! A file that is in memory.
+//! Reads a weight file from memory, for the other targets.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ impl ReadAt for Bytes {
     }
 }
 
-/// Opens it as what its first bytes say, and reads every tensor.
+/// Opens `data` in the format of its first bytes and reads every tensor.
 #[allow(dead_code)]
 pub fn open(data: &[u8]) {
     if let Ok(store) = pricket::weights::open_remote(Arc::new(Bytes(data.to_vec()))) {
@@ -32,13 +32,13 @@ pub fn open(data: &[u8]) {
 /// Reads every tensor of a store.
 pub fn read(store: &dyn Store) {
     for name in store.names() {
-        let entry = store.entry(&name).expect("a name has an entry");
-        // How large elements of a type are that nobody reads is not known.
+        let entry = store.entry(&name).expect("every name has an entry");
+        // The element size of a type that pricket does not read is unknown.
         let known = !matches!(entry.dtype, Dtype::Other(_));
         if let Some(bytes) = store.bytes(&name).ok().filter(|_| known) {
             assert_eq!(bytes.len(), entry.bytes(), "{name}");
         }
-        // Pickles can say that a tensor is larger than its bytes; nobody reads that much here.
+        // A pickle can claim a tensor that is larger than its bytes. Large tensors are skipped to save memory.
         if entry.bytes() < 1 << 22 {
             let _ = pricket::weights::read_matrix(store, &name);
         }

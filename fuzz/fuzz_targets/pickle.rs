@@ -1,3 +1,5 @@
+//! Fuzzes the reader of PyTorch files. Like `safetensors`, with a corpus of its own.
+
 #![no_main]
 
 mod memory;

@@ -1,3 +1,5 @@
+//! Fuzzes the reader of safetensors files. Like `pickle`, with a corpus of its own.
+
 #![no_main]
 
 mod memory;

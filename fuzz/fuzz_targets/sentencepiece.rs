@@ -1,3 +1,5 @@
+//! Fuzzes the reader of sentencepiece models, and encoding and decoding with them.
+
 #![no_main]
 
 use pricket::lm::Tokenizer;

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""pricket beside llama.cpp and PyTorch on the CPU: random weights of published shapes, alternating runs, medians, ratios.
+"""Compares the speed of pricket with llama.cpp and PyTorch on the CPU, with random weights of published shapes.
 
     pip install llama-cpp-python torch numpy
     cargo build --release --example bench --example quantize
     python3 tools/peers/cpu_bench.py --examples target/release/examples --shapes 160m,1.4b --types q4_0,q8_0,q5_1,f16
 
-For each shape and type `quantize --shape` writes a GGUF file, which both read. Rows against llama.cpp take --activations
-q8, as it does (f32 for f16); rows against torch (--torch, weights in --torch-dtype) take bf16 for bf16. Each row has the
-figure under f32 activations beside it. A ratio above 1 says that pricket is faster. Every row is the median of --pairs
-alternating pairs; each process is timed by its own clock, after a warm-up.
+For each shape and type, `quantize --shape` writes a GGUF file that both programs read. Rows against llama.cpp use `--activations
+q8`, as llama.cpp does (f32 for f16). Rows against torch (--torch) use bf16 activations for bf16 weights. Each row also gives the
+speed with f32 activations.
+
+A ratio above 1 means that pricket is faster. Every row is the median of --pairs alternating pairs. Each process times itself, after
+a warm-up.
 """
 import argparse, json, os, shlex, statistics, subprocess, sys, tempfile
 
@@ -27,7 +29,7 @@ ctx = L.llama_init_from_model(model, p)
 vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
 prompt = lambda n: [i * 7919 % vocab for i in range(n)]
 def run(ids):
-    tokens = (L.llama_token * len(ids))(*ids)  # the batch only points to it
+    tokens = (L.llama_token * len(ids))(*ids)  # the batch holds only a pointer
     assert L.llama_decode(ctx, L.llama_batch_get_one(tokens, len(ids))) == 0
     return int(np.ctypeslib.as_array(L.llama_get_logits_ith(ctx, -1), shape=(vocab,)).argmax())
 def clear(): L.llama_memory_clear(L.llama_get_memory(ctx), True)
@@ -41,7 +43,7 @@ for n in decode:
 print(json.dumps(out))
 """
 
-# GPT-NeoX as its paper has it: what the class of transformers computes, without what it does between the operations.
+# A plain GPT-NeoX. It computes the same as the class of transformers, without the work that transformers does between the operations.
 TORCH = r"""
 import json, sys, time, torch
 from torch import nn
@@ -94,8 +96,8 @@ print(json.dumps(out))
 SHAPES = {"160m": (12, 768, 12), "410m": (24, 1024, 16), "1b": (16, 2048, 8), "1.4b": (24, 2048, 16)}
 
 
-# What was measured when this was begun (docs/performance.md): prefill of 512 and decoding, tokens a second, two cores of a
-# Sapphire Rapids server. A row counts only where the peer reaches 0.9 of it.
+# Speed of the peers on two cores of the Sapphire Rapids server on which the targets of docs/performance.md were set: prefill of 512
+# tokens and decoding, in tokens a second. A row counts only if the peer reaches 0.9 of it.
 SEEN = {("llama", "160m", "f16"): (396, 36), ("llama", "160m", "q4_0"): (527, 110), ("llama", "160m", "q8_0"): (308, 61),
         ("llama", "1.4b", "f16"): (35, 5.1), ("llama", "1.4b", "q4_0"): (56, 12.5), ("llama", "1.4b", "q5_1"): (12, 8.2),
         ("llama", "1.4b", "q8_0"): (25, 7.8), ("torch", "160m", "f32"): (713, 19), ("torch", "160m", "bf16"): (1370, 23),
@@ -103,18 +105,18 @@ SEEN = {("llama", "160m", "f16"): (396, 36), ("llama", "160m", "q4_0"): (527, 11
 
 
 def main():
-    if sys.argv[1:2] == ["--peer"]:  # as a row's command line says: --peer llama|torch ARGUMENTS
+    if sys.argv[1:2] == ["--peer"]:  # the command line that is printed for each row: --peer llama|torch ARGUMENTS
         sys.argv = sys.argv[2:]
         return exec({"llama": LLAMA, "torch": TORCH}[sys.argv[0]], {})
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--examples", default="target/release/examples")
+    p.add_argument("--examples", default="target/release/examples", help="directory of the built examples")
     p.add_argument("--shapes", default="160m,1.4b")
-    p.add_argument("--types", default="q4_0,q8_0,q5_1,f16", help="of files that llama.cpp reads; empty for none")
-    p.add_argument("--torch", default="", help="types of a torch model to compare with: f32,bf16")
+    p.add_argument("--types", default="q4_0,q8_0,q5_1,f16", help="types of the files for llama.cpp; an empty string skips llama.cpp")
+    p.add_argument("--torch", default="", help="types of the torch models to compare with: f32,bf16")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--pairs", type=int, default=5)
-    p.add_argument("--prefill", default="512")
-    p.add_argument("--decode", default="128")
+    p.add_argument("--pairs", type=int, default=5, help="alternating runs of both programs")
+    p.add_argument("--prefill", default="512", help="prompt lengths to read, in tokens")
+    p.add_argument("--decode", default="128", help="prompt lengths before decoding, in tokens")
     p.add_argument("--new-tokens", type=int, default=128)
     p.add_argument("--tokenizer", default="models/tiny/tokenizer.json")
     a = p.parse_args()
@@ -152,7 +154,7 @@ def main():
         commands.append(f"{name}: {command}")
 
     commands = []
-    print("| shape, type, peer | tokens | activations | pricket, tok/s | under f32 | peer | ratio | bandwidth | peer, of what was seen |")
+    print("| shape, type, peer | tokens | activations | pricket, tok/s | under f32 | peer | ratio | bandwidth | peer, relative |")
     print("|---|---|---|---|---|---|---|---|---|")
     for shape in a.shapes.split(","):
         for kind in filter(None, a.types.split(",")):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over local files: its own task definitions, with the documents from JSON lines."""
+"""Runs lm-evaluation-harness and pricket on local documents in JSON lines, with the task definitions of the harness."""
 import json, os, shutil, subprocess, sys
 from importlib.util import find_spec
 
@@ -29,7 +29,7 @@ print(json.dumps({"seconds": sum(took), "results": {t: out["results"]["local_" +
 
 
 def local_tasks(folder, tasks):
-    """Copies of the harness's definitions that read TASK.SPLIT.jsonl in `folder`."""
+    """Writes copies of the task definitions that read TASK.SPLIT.jsonl in `folder`."""
     package = os.path.dirname(find_spec("lm_eval").origin)
     for task in tasks:
         source = f"{package}/tasks/{FILES[task]}"
@@ -62,7 +62,7 @@ def run(model, folder, tasks, shots, dtype, batch, threads):
 
 
 def ours(examples, model, folder, tasks, shots, *more, files=False):
-    """What `score` answers to built-in tasks over TASK.SPLIT.jsonl, or to the harness's files local_TASK.yaml."""
+    """Runs the example `score` on built-in tasks over TASK.SPLIT.jsonl, or on the task files local_TASK.yaml if `files` is set."""
     out = f"{folder}/ours.json"
     named = [f"{folder}/local_{task}.yaml" for task in tasks] if files else tasks
     command = [f"{examples}/score", "--model", model, "--tasks", ",".join(named), *([] if files else ["--data", folder]),

@@ -1,9 +1,9 @@
-"""Downloads 2 GB from a server on this machine, with pricket and with huggingface_hub, in turns.
+"""Compares the download speed of pricket and huggingface_hub: 2 GB from a server on this machine, in turns.
 
     cargo build --release -p pricket-testhub && cargo build --release -p pricket-hub --example fetch
     python3 tools/peers/hub_bench.py target/release
 
-Needs huggingface_hub beside it. Both write to a cache on the same disk and pricket takes every hash; ratios above 1 say that
+Needs huggingface_hub. Both programs write to a cache on the same disk. pricket also hashes every file. A ratio above 1 means that
 pricket is faster.
 """
 

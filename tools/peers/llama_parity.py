@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Greedy tokens of llama.cpp and of pricket from GGUF files that pricket wrote.
+"""Compares the greedy tokens of llama.cpp and pricket on GGUF files that pricket wrote.
 
     python3 tools/peers/llama_parity.py --examples target/debug/examples [MODEL ...]
 
-Needs llama-cpp-python. For each model and type: `quantize` writes the file, llama.cpp reads it and continues four prompts
-greedily by 64 tokens with keys and values in f32, pricket does the same with the activation that llama.cpp takes for
-every model. Where they part, llama.cpp's own margin between its first and second token is printed: a coin's toss if it is
-under 1e-2.
+Needs llama-cpp-python. For each model and type, `quantize` writes a file. llama.cpp continues four prompts by 64 tokens, with keys
+and values in f32. pricket does the same with the activation function that llama.cpp uses for every model. Where the tokens first
+differ, the margin between the first and second token of llama.cpp is printed. A margin under 1e-2 is within rounding.
 """
 import argparse, ctypes, json, os, subprocess, tempfile
 
@@ -18,7 +17,7 @@ PROMPTS = ["My fellow citizens, the people of the United States", "The whale", "
 
 
 def greedy(path, ids, count):
-    """[(token, margin)] of llama.cpp."""
+    """Returns [(token, margin)] of llama.cpp."""
     llm = llama_cpp.Llama(path, n_ctx=512, verbose=False, n_threads=2, type_k=0, type_v=0)
     out, tokens = [], list(ids)
     llm.eval(tokens)
@@ -35,7 +34,7 @@ def main():
     p.add_argument("models", nargs="*", default=["tiny", "tiny-mpt", "tiny-chat", "tiny-llama"])
     p.add_argument("--examples", default="target/debug/examples")
     p.add_argument("--types", default="f16,q8_0,q4_0,q5_1,q4_1,q5_0")
-    p.add_argument("--activations", default="q8", help="q8 to round as ggml does, or f32")
+    p.add_argument("--activations", default="q8", help="q8 rounds as ggml does; f32 does not round")
     a = p.parse_args()
     worst = 0
     for model in a.models:
@@ -59,11 +58,11 @@ def main():
                             parted.append((prompt, i, margin))
                             break
                         same += 1
-                print(f"{model} {kind}: {same} tokens the same, {len(parted)} of {len(PROMPTS)} parted", flush=True)
+                print(f"{model} {kind}: {same} equal tokens, {len(parted)} of {len(PROMPTS)} prompts differ", flush=True)
                 for prompt, i, margin in parted:
-                    print(f"    {prompt!r} at {i}, llama.cpp's margin {margin:.4f}")
+                    print(f"    {prompt!r} at token {i}, margin of llama.cpp {margin:.4f}")
                     worst = max(worst, margin)
-    print(f"largest margin where they part: {worst:.4f}")
+    print(f"largest margin at a difference: {worst:.4f}")
 
 
 main()

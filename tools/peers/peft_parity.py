@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Adapters between pricket and peft, both ways: pricket trains one and peft loads it, peft makes one and pricket loads it. The logits
-of both must agree within 1e-4.
+"""Exchanges adapters between pricket and PEFT in both directions: PEFT loads adapters that pricket trained, and pricket loads adapters
+that PEFT made. The logits of both must agree within 1e-4.
 
     cargo build --examples
     python3 tools/peers/peft_parity.py --binaries target/debug/examples
 
-Needs torch, transformers, peft, safetensors and numpy. Bases are golden cases: transformers' own classes where they have the maths,
-else a plain restatement of MPT below (qk_ln, MosaicGPT).
+Needs torch, transformers, peft, safetensors and numpy. The base models are golden cases. They run in the classes of transformers
+where these implement the model, else in the plain MPT below (qk_ln, MosaicGPT).
 """
 import argparse, json, math, subprocess, sys, tempfile
 from pathlib import Path
@@ -28,7 +28,7 @@ TARGETS = {"gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_t
 
 
 class Mpt(torch.nn.Module):
-    """MPT as llm-foundry computes it, with the names of a checkpoint: those of MPT or of MosaicGPT."""
+    """MPT as in llm-foundry, with the tensor names of an MPT or MosaicGPT checkpoint."""
 
     def __init__(self, config, weights):
         super().__init__()
@@ -58,7 +58,7 @@ class Mpt(torch.nn.Module):
                         at._modules[part] = linear
 
     def prepare_inputs_for_generation(self, *_, **__):
-        raise NotImplementedError("peft asks for the method, and nothing here generates")
+        raise NotImplementedError("peft requires this method; generation is not implemented")
 
     def norm(self, at, name, x):
         norm = at._modules.get(name) or at._modules[name.replace("norm_", "ln_")]
@@ -89,11 +89,11 @@ class Mpt(torch.nn.Module):
 
 
 def load(base):
-    """A fresh torch model of a golden case, in f32."""
+    """Returns a new torch model of a golden case in f32, and its configuration."""
     config = json.loads((GOLDEN / base / "config.json").read_text())
     if config["model_type"] in ("gpt_neox", "llama", "rwkv") or base.startswith("mpt-native"):
         from transformers import AutoModelForCausalLM
-        # RWKV's weights would be divided in place, under an adapter too.
+        # rescale_every would divide RWKV's weights in place, also those under an adapter.
         more = {"rescale_every": 0} if config["model_type"] == "rwkv" else {}
         return AutoModelForCausalLM.from_pretrained(GOLDEN / base, dtype=torch.float32, **more), config
     file = GOLDEN / base / "model.safetensors"
@@ -108,7 +108,7 @@ def logits(model, ids):
 
 
 def compare(args, folder, base, adapter, model, ids, base_logits, what):
-    """Writes a case with peft's logits and has `parity` compare pricket's."""
+    """Writes a case with the logits of PEFT and runs `parity` on it. Returns whether the logits agree and the adapter changes them."""
     case = folder / f"{base}-{what}"
     case.mkdir()
     for file in adapter.iterdir():
@@ -126,11 +126,11 @@ def compare(args, folder, base, adapter, model, ids, base_logits, what):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binaries", type=Path, default=ROOT / "target/debug/examples")
+    parser.add_argument("--binaries", type=Path, default=ROOT / "target/debug/examples", help="directory of the built examples")
     args = parser.parse_args()
     torch.manual_seed(0)
     ok = True
-    print("| base | adapter | | logits differ by | the adapter moves them by |\n|---|---|---|---|---|")
+    print("| base | adapter | result | difference of logits | change by the adapter |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for base in BASES:
@@ -143,7 +143,7 @@ def main():
             data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in torch.randint(0, vocab, (8, 16)).tolist()))
             kinds = [("lora", []), ("dora", ["--dora"]), ("rslora", ["--rslora"]), ("bias", ["--bias", "all"])]
             if config["model_type"] == "gpt_neox" and not config.get("tie_word_embeddings"):
-                # transformers calls the head so since 5.14.
+                # transformers has named the head lm_head since 5.14.
                 kinds.append(("head", ["--modules-to-save", "lm_head,embed_in"]))
             for kind, flags in kinds:
                 out = folder / f"{base}-{kind}-trained"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""RWKV-4 on the CPU beside the `rwkv` package: random weights of one shape, alternating runs, the median of the ratios.
+"""Compares the speed of pricket with the `rwkv` package on RWKV-4 on the CPU: random weights, alternating runs, median of the ratios.
 
     cargo build --examples
     python3 tools/peers/rwkv_bench.py --examples target/debug/examples --shapes 169m,430m
 
-Needs rwkv (0.8) and torch. The package computes in f32 (strategy `cpu fp32`), pricket in f32 over f32 weights, both on --threads threads.
+Needs rwkv (0.8) and torch. Both compute in f32 with f32 weights, the package with its strategy `cpu fp32`.
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 
@@ -30,7 +30,7 @@ def peer(args, path):
 
 
 def weights(path, layers, d):
-    """A checkpoint under the native names."""
+    """Writes a checkpoint with the original tensor names."""
     import torch
     torch.manual_seed(0)
     normal = lambda *shape: torch.randn(shape) / shape[-1] ** 0.5

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Scoring beside lm-evaluation-harness on the CPU: the same hellaswag-like items, the same random weights, in turns.
+"""Compares the scoring speed of pricket with lm-evaluation-harness on the CPU: hellaswag-like items, random weights, in turns.
 
     pip install "lm_eval[hf]==0.4.13"
     cargo build --release --example score
     python3 tools/peers/score_bench.py --examples target/release/examples --model DIR_OF_A_RANDOM_160M
 
-The harness is timed inside of its own `loglikelihood` (encoding, batching, model), at the best of the batch sizes given; pricket
-by the time that `score` tells of all of its work. Likelihoods of both are compared.
+The harness is timed inside its own `loglikelihood` (encoding, batching, model), with the best of the given batch sizes. pricket is
+timed over all of `score`. The log-likelihoods of both are compared.
 """
 import argparse, json, random, statistics, tempfile
 
@@ -28,19 +28,19 @@ def items(count):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--examples", default="target/release/examples")
-    p.add_argument("--model", required=True, help="a checkpoint in Hub layout with a tokenizer")
+    p.add_argument("--model", required=True, help="directory of a checkpoint in Hub layout with a tokenizer")
     p.add_argument("--items", type=int, default=200)
     p.add_argument("--types", default="f32,bf16")
-    p.add_argument("--batches", default="1,4,16")
+    p.add_argument("--batches", default="1,4,16", help="batch sizes of the harness; the fastest is used")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--pairs", type=int, default=3)
+    p.add_argument("--pairs", type=int, default=3, help="alternating runs of both programs")
     a = p.parse_args()
     tasks = ["hellaswag"]
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/hellaswag.validation.jsonl", "w") as f:
             f.writelines(json.dumps(item) + "\n" for item in items(a.items))
         harness.local_tasks(folder, tasks)
-        print("| type | lm_eval, best batch | pricket | ratio | largest difference of a likelihood | acc |")
+        print("| type | lm_eval, best batch | pricket | ratio | largest difference of a log-likelihood | acc |")
         print("|---|---|---|---|---|---|")
         for dtype in a.types.split(","):
             full = {"f32": "float32", "bf16": "bfloat16"}[dtype]

@@ -1,10 +1,10 @@
-"""How much of a download a sweep hides behind scoring: a suite of random checkpoints on a throttled server of this machine.
+"""Measures how much of its download time a sweep hides behind scoring, with random checkpoints on a throttled local server.
 
     cargo build -p pricket-testhub && cargo build --example sweep --example checkpoints
     python3 tools/peers/sweep_bench.py target/debug
 
-For lines of several widths: the time to fetch all checkpoints, the time to score them from the cache, and that of a sweep
-that does both, as a ratio to the longer of the two. Needs numpy and safetensors.
+For several bandwidths it prints the time to fetch all checkpoints, the time to score them from the cache, and the time of a sweep
+that does both, with its ratio to the longer of the other two. Needs numpy and safetensors.
 """
 
 import json

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Every built-in task, the harness's own task files and files of more kinds beside lm-evaluation-harness, over documents made up to
-be awkward: prompts, likelihoods, figures.
+"""Compares prompts, log-likelihoods and metrics with lm-evaluation-harness: every built-in task, the task files of the harness and
+task files with rarer keys, over documents with unusual characters and spacing.
 
     pip install "lm_eval[hf]==0.4.13"
     cargo build --example score
@@ -12,7 +12,7 @@ import harness
 
 WORDS = "the man dog Dan house river old ran Mia’s café naïve \"milk\" 'tis (so) [the] {x} = = N @-@ , . ; 7 s ' ß ﬁ".split()
 
-# Task files with keys that those of the built-in tasks do not have.
+# Task files with keys that the built-in tasks do not use.
 FILES = {
     "described": """
 task: local_described
@@ -160,8 +160,8 @@ def main():
             for files, asked in ((False, built_in), (True, tasks)):
                 ours = harness.ours(a.examples, a.model, folder, asked, shots, files=files)
                 for task in asked:
-                    failed |= compare(task, shots, theirs, ours, "its file" if files else "built in")
-    if failed: raise SystemExit("not the harness's")
+                    failed |= compare(task, shots, theirs, ours, "task file" if files else "built in")
+    if failed: raise SystemExit("results differ from those of lm-evaluation-harness")
 
 
 def compare(task, shots, theirs, ours, of):
@@ -175,7 +175,7 @@ def compare(task, shots, theirs, ours, of):
     figures = {k: (v, ours["results"][task].get(k)) for k, v in theirs["results"][task].items() if "," in k}
     off = {k: (v, o) for k, (v, o) in figures.items()
            if not (v == o or (isinstance(v, float) and isinstance(o, float) and abs(v - o) <= 1e-4 * abs(v)))}
-    print(f"{task}, {of}, {shots} examples: {prompts} prompts differ, likelihoods within {worst:.1e}, figures {off or 'equal'}", flush=True)
+    print(f"{task}, {of}, {shots} examples: {prompts} prompts differ, log-likelihoods within {worst:.1e}, metrics {off or 'equal'}", flush=True)
     return bool(prompts or worst > 1e-3 or off)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""LoRA training speed beside peft, transformers and torch, on random weights of the same shape: alternating runs on one machine.
+"""Compares the LoRA training speed of pricket with PEFT, with random weights of one shape and alternating runs on one machine.
 
     cargo build --release --example bench
     python3 tools/peers/train_bench.py --bench target/release/examples/bench --shapes 160m,410m
 
-Needs torch, transformers and peft. Rank 16 on all linear layers, AdamW, f32, gradient checkpointing on both sides. A row gives
-the tokens a second of both and their ratio; --masked 0.5 leaves half of the labels out.
+Needs torch, transformers and peft. Both train rank 16 on all linear layers with AdamW in f32, with gradient checkpointing. A row
+gives the tokens a second of both and their ratio.
 """
 import argparse, json, statistics, subprocess, sys, time
 
@@ -47,14 +47,14 @@ def torch_rate(args, shape):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", help="the example `bench`")
+    parser.add_argument("--bench", help="path of the built example `bench`")
     parser.add_argument("--shapes", default="160m,410m")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--masked", type=float, default=0.0)
+    parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--masked", type=float, default=0.0, help="share of the labels that is masked, 0 to 1")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=2, help="timed steps of a run; the best counts")
-    parser.add_argument("--pairs", type=int, default=2, help="alternating runs of both")
+    parser.add_argument("--runs", type=int, default=2, help="timed steps of a run; the fastest counts")
+    parser.add_argument("--pairs", type=int, default=2, help="alternating runs of both programs")
     parser.add_argument("--torch", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.torch:

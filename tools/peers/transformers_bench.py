@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""pricket beside transformers: the same random checkpoint, the same machine, alternating runs, medians and ratios.
+"""Compares the speed of pricket with transformers on one random checkpoint: alternating runs, medians and ratios.
 
     pip install torch transformers safetensors numpy
     cargo build --release --example bench
@@ -37,7 +37,7 @@ with torch.inference_mode():
         start = now()
         for _ in range(new - 1):
             step = model(step.logits[:, -1].argmax(-1, keepdim=True), past_key_values=step.past_key_values, use_cache=True)
-            # What is streamed is known on the host at every step.
+            # Streaming needs every token on the host.
             step.logits[0, -1].argmax().item()
         out["decode"][n] = (new - 1) / (now() - start)
 print(json.dumps(out))
@@ -54,7 +54,7 @@ def write_checkpoint(path, shape, dtype, device):
     with torch.device(device):
         model = GPTNeoXForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(path, max_shard_size="100GB")
-    # The children measure on the same card.
+    # The child processes measure on the same GPU.
     del model
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -62,12 +62,12 @@ def write_checkpoint(path, shape, dtype, device):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--bench", required=True, help="the built bench example")
+    p.add_argument("--bench", required=True, help="path of the built example `bench`")
     p.add_argument("--shapes", default="160m,1.4b")
     p.add_argument("--dtypes", default="f16,f32")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--pairs", type=int, default=3)
+    p.add_argument("--pairs", type=int, default=3, help="alternating runs of both programs")
     p.add_argument("--prefill", default="128,512")
     p.add_argument("--decode", default="128")
     p.add_argument("--new-tokens", type=int, default=32)
