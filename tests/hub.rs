@@ -442,7 +442,7 @@ fn the_example_lists_fetches_audits_and_cleans_up() {
     let (code, out, _) = run(&["norm", SUITE, "--steps", "0,1000"]);
     assert!(code == Some(0) && out.lines().count() == 2, "{out}");
     let (code, out, _) = run(&["cache", "evict", "0"]);
-    assert!(code == Some(0) && out.contains("takes 0.0 kB"), "{out}");
+    assert!(code == Some(0) && out.contains("take 0.0 kB"), "{out}");
     let (code, out, err) = run(&["list", "mosaicml/mpt-7b"]);
     assert!(code == Some(1) && out.is_empty() && err.lines().count() == 1 && err.contains("anas-awadalla"), "{err}");
     let (code, out, _) = run(&["cards"]);

@@ -263,7 +263,7 @@ fn score_writes_the_format_of_the_harness() {
 
     let output = score(&["--tasks", "arc_easy"]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && said.contains("arc_easy.test.jsonl: no such file"), "{said}");
+    assert!(!output.status.success() && said.contains("arc_easy.test.jsonl: file not found"), "{said}");
     let output = example("score").args(["--prompt", "The whale", "--json"]).output().unwrap();
     let text: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(text["perplexity"].as_f64().unwrap() > 1.0 && !text["tokens"].as_array().unwrap().is_empty());

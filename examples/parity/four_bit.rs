@@ -8,7 +8,7 @@ use pricket::Loader;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::nn::ops::{FourBit, FourBitType};
 use pricket::train::Lora;
-use pricket::weights::{FourBitTensors, Store as _, four_bit_parts, read_tensor};
+use pricket::weights::{FourBitTensors, four_bit_parts, read_tensor};
 use serde_json::Value;
 
 use super::training::{distance, logits, train_steps};

@@ -19,9 +19,9 @@ pub use elementwise::*;
 pub use linear::*;
 pub use norm::*;
 pub use pricket_kernels::{
-    ActivationPrecision, AttentionRow, BlockType, Blocks, FourBit, FourBitType, Gate, Gelu, Isa, Matrix, Pool,
-    RowSummary, Scales, argmax, chosen as cpu_isa, keep_freed_memory, multiply_add_rate, q8_row_bytes, quantize,
-    row_summaries, row_summary, with_f16_scales,
+    ActivationPrecision, AttentionRow, BlockType, Blocks, FOUR_BIT_BLOCK, FourBit, FourBitType, Gate, Gelu, Isa,
+    Matrix, Pool, RowSummary, Scales, argmax, chosen as cpu_isa, keep_freed_memory, multiply_add_rate, q8_row_bytes,
+    quantize, row_summaries, row_summary, with_f16_scales,
 };
 pub use recurrence::*;
 pub use softmax::*;

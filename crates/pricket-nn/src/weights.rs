@@ -5,11 +5,11 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
-use pricket_kernels::{FOUR_BIT_BLOCK, FourBit};
+
 use pricket_weights::{Dtype, Entry, Store};
 
 use crate::names::without_numbers;
-use crate::ops::{self, ActivationPrecision, BlockType, Blocks, Matrix};
+use crate::ops::{self, ActivationPrecision, BlockType, Blocks, FOUR_BIT_BLOCK, FourBit, Matrix};
 use crate::{
     CacheType, Embedding, EmbeddingAndHead, Error, FourBitQuantization, Linear, LoadOptions, Names, Norm, Result,
     RowOrder, Storage, Trainable,
