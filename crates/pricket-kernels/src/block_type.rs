@@ -189,7 +189,11 @@ impl std::str::FromStr for BlockType {
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         let same = |kind: &&Self| kind.name() == name.to_lowercase().replace("_k", "k");
         let names = || Self::MADE.map(Self::name).join(", ");
-        Self::MADE.iter().find(same).copied().ok_or_else(|| format!("unknown quantized type {name:?}; expected one of {}", names()))
+        Self::MADE
+            .iter()
+            .find(same)
+            .copied()
+            .ok_or_else(|| format!("unknown quantized type {name:?}; expected one of {}", names()))
     }
 }
 

@@ -34,8 +34,15 @@ impl Blocks {
     /// # Panics
     /// If `columns` is not a multiple of the block size, or if the number of bytes does not match.
     pub fn new(kind: BlockType, rows: usize, columns: usize, bytes: Vec<u8>) -> Self {
-        assert!(columns.is_multiple_of(kind.elements()), "rows of {columns} columns are not a multiple of the block size of {kind}");
-        assert_eq!(bytes.len(), rows * kind.bytes(columns), "wrong number of bytes for {rows} rows of {columns} columns in {kind}");
+        assert!(
+            columns.is_multiple_of(kind.elements()),
+            "rows of {columns} columns are not a multiple of the block size of {kind}"
+        );
+        assert_eq!(
+            bytes.len(),
+            rows * kind.bytes(columns),
+            "wrong number of bytes for {rows} rows of {columns} columns in {kind}"
+        );
         Self { kind, rows, columns, bytes: Arc::new(bytes) }
     }
 
@@ -398,7 +405,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_quantized_is_refused() {
-        assert!(quantize(BlockType::Q4_0, &[1.0; 33], 33).unwrap_err().to_string().contains("not a multiple of the q4_0 block size"));
+        assert!(
+            quantize(BlockType::Q4_0, &[1.0; 33], 33)
+                .unwrap_err()
+                .to_string()
+                .contains("not a multiple of the q4_0 block size")
+        );
         let mut values = [1.0; 64];
         values[40] = f32::NAN;
         assert!(quantize(BlockType::Q8_0, &values, 32).unwrap_err().to_string().contains("NaN in row 1"));
