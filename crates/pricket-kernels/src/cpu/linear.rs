@@ -64,9 +64,7 @@ impl LinearOp {
             CpuStorage::F32(w) => Stored::F32(&w[start..end]),
             CpuStorage::F16(w) => Stored::F16(&w[start..end]),
             CpuStorage::BF16(w) => Stored::BF16(&w[start..end]),
-            other => {
-                bail!("linear: expected a weight in f32, f16, bf16 or quantized blocks, got {:?}", candle_dtype(other))
-            }
+            other => bail!("linear: weights of type {:?} are not supported", candle_dtype(other)),
         }))
     }
 }
