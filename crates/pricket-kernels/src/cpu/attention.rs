@@ -289,7 +289,7 @@ unsafe fn soften_body<L: Floats>(scores: &mut [f32], to: usize, bias: Bias, (max
         }
         let biased = |at: usize, x: f32| x * bias.scale - bias.slope * (bias.back - at as f32);
         let whole = to / LANES * LANES;
-        // Returns the larger number; `b` if either is NaN, so NaN scores propagate.
+        // Returns the larger number, or `b` if either is NaN, as `L::max` does.
         let larger = |a: f32, b: f32| if a > b { a } else { b };
         let mut highest = L::splat(*max);
         let mut at = 0;
