@@ -94,7 +94,7 @@ impl InPlace {
             Stored::F16(w) => Tensor::from_slice(w, shape, &Device::Cpu),
             Stored::BF16(w) => Tensor::from_slice(w, shape, &Device::Cpu),
             Stored::F32(w) => Tensor::from_slice(w, shape, &Device::Cpu),
-            Stored::Blocks(_) | Stored::Packed(_) => unreachable!("it has numbers"),
+            Stored::Blocks(_) | Stored::Packed(_) => unreachable!("matrices in place hold numbers"),
         })?
     }
 

@@ -216,7 +216,7 @@ impl Head {
     /// Computes `out += weights v`. `packed` is memory for the last columns of values.
     ///
     /// # Safety
-    /// As [`Head::attend`].
+    /// As for [`Head::attend`].
     unsafe fn mix(
         &self,
         weights: &[f32],

@@ -102,13 +102,15 @@ macro_rules! by_isa {
             macro_rules! with_instructions {
                 ($features:literal, $least:ident, $lanes:ident) => {
                     #[target_feature(enable = $features)]
-                    #[allow(clippy::too_many_arguments, reason = "as its caller")]
+                    #[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
                     unsafe fn with $(<$(const $n: $kind),+>)? ($($arg: $type),*) $(-> $out)? {
-                        // SAFETY: these are the instructions of the lanes; what else `$body` needs, the caller promises.
+                        // SAFETY: these are the instructions of the lanes. The caller promises the other conditions of
+                        // `$body`.
                         unsafe { $body::<crate::cpu::lanes::$lanes $(, $($n),+)?>($($arg),*) }
                     }
                     if isa >= crate::cpu::isa::InstructionSet::$least {
-                        // SAFETY: a path proves that the processor has its instructions; what else `$body` needs, the caller promises.
+                        // SAFETY: an `Isa` proves that the processor has its instructions. The caller promises the
+                        // other conditions of `$body`.
                         return unsafe { with $(::<$($n),+>)? ($($arg),*) };
                     }
                 };
@@ -125,7 +127,7 @@ macro_rules! by_isa {
                 with_instructions!("neon,dotprod", Neon, Neon);
             }
             let _ = isa;
-            // SAFETY: every processor has the instructions; what else `$body` needs, the caller promises.
+            // SAFETY: every processor has the instructions. The caller promises the other conditions of `$body`.
             unsafe { crate::cpu::isa::by_isa!(@scalar $body $($plain)? [$($($n),+)?] ($($arg),*)) }
         }
     };

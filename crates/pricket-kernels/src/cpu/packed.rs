@@ -381,8 +381,8 @@ impl Packed {
     }
 }
 
-/// Packs 32 columns of sixteen rows, from column `from` on, into planes, whole vectors at a time. The inverse of
-/// [`integer`].
+/// Packs 32 columns of sixteen rows, from column `from` on, into planes, whole vectors at a time. [`integer`] reads
+/// them.
 fn pack_step(bits: usize, q: &[[u8; 256]; LANES], from: usize, body: &mut [u8]) {
     let mut groups = [[0u8; 64]; 8];
     for (row, q) in q.iter().enumerate() {

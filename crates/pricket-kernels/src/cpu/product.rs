@@ -93,7 +93,7 @@ by_isa! {
 }
 
 /// # Safety
-/// As [`run`]; the processor has the instructions of `L`.
+/// As for [`run`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn blocks<L: Floats>(p: &Product) {
     let mut row = 0;
@@ -127,7 +127,7 @@ unsafe fn blocks<L: Floats>(p: &Product) {
 /// Multiplies `M` rows from `row` on with `N` vectors of columns from `column` on. The sums stay in registers.
 ///
 /// # Safety
-/// As [`blocks`].
+/// As for [`blocks`].
 #[inline(always)]
 unsafe fn block<L: Floats, const M: usize, const N: usize>(p: &Product, row: usize, column: usize) {
     let columns = p.columns.saturating_sub(column).min(N * LANES);

@@ -87,7 +87,7 @@ by_isa! {
 /// The scalar form, one step of a row at a time. Tests compare the vector forms with it.
 ///
 /// # Safety
-/// As [`multiply_tiles`].
+/// As for [`multiply_tiles`].
 unsafe fn plain(job: &Job<'_>, from: usize, to: usize) {
     let (weight, x) = (job.weight, job.x);
     let (form, (n, _), width) = (weight.form(), weight.shape(), words_of(x.terms));
@@ -170,7 +170,7 @@ unsafe fn tiles<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize>(j
 /// Multiplies `M` rows of activations with a tile.
 ///
 /// # Safety
-/// As [`tiles`]; rows `[row, row + M)` are there, in one group.
+/// As for [`tiles`]; rows `[row, row + M)` exist and are in one group.
 #[inline(always)]
 unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize, const M: usize>(
     job: &Job<'_>,
@@ -315,7 +315,7 @@ pub(crate) unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L:
 /// Returns the integers of a plane of two bits.
 ///
 /// # Safety
-/// As [`groups`].
+/// As for [`groups`].
 #[inline(always)]
 unsafe fn pairs_of_bits<L: Lanes>(plane: *const u8) -> [L::Bytes; 8] {
     // SAFETY: a plane of two bits has two vectors of 64 bytes.

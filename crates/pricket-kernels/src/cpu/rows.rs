@@ -245,7 +245,7 @@ by_path_and_kind! {
 }
 
 /// # Safety
-/// As [`inner_products_of_kind`]; the processor has the instructions of `L`.
+/// As for [`inner_products_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
 unsafe fn inner_products_body<L: Floats, const KIND: u8>(
@@ -292,7 +292,7 @@ unsafe fn inner_products_body<L: Floats, const KIND: u8>(
 /// Multiplies `W` rows of weights from `row` on with `R` rows of `x`, in `U` sums each.
 ///
 /// # Safety
-/// As for [`inner_products_body`]; there are `W` rows of weights and `R` rows of `x`.
+/// As for [`inner_products_body`]; there are `W` rows of weights from `row` on, and `R` rows of `x`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
 #[allow(clippy::needless_range_loop, reason = "the indices are shared by both kinds of rows and the sums")]
@@ -375,7 +375,7 @@ by_path_and_kind! {
 }
 
 /// # Safety
-/// As [`pack_of_kind`]; the processor has the instructions of `L`.
+/// As for [`pack_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize) {
     // SAFETY: the `count` rows of a half are among `rows`, and each column has room for 32 numbers; the caller has
@@ -423,7 +423,7 @@ by_path_and_kind! {
 }
 
 /// # Safety
-/// As [`widen_of_kind`]; the processor has the instructions of `L`.
+/// As for [`widen_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize) {
     for row in 0..rows {
@@ -460,7 +460,7 @@ by_path_and_kind! {
 }
 
 /// # Safety
-/// As [`weighted_sum_of_kind`]; the processor has the instructions of `L`.
+/// As for [`weighted_sum_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
     v: Rows<'_>,

@@ -39,7 +39,7 @@ by_isa! {
 }
 
 /// # Safety
-/// As [`units`]; the processor has the instructions of `L`.
+/// As for [`units`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn unpack_units<L: Lanes, const BITS: usize, const SCALES: u8>(
     weight: &Packed,
