@@ -3,7 +3,7 @@
 //! This crate works on tensors and slices only; layers, states and models are in other crates. Every operation has a
 //! reference implementation in plain candle operations in `pricket-nn`, and tests compare the two over shapes and
 //! types. Activations are f32. Weights keep the type of the file (f32, f16, bf16, or quantized [`Packed`] rows).
-//! Kernels widen a panel of a weight at a time, and only if they need to: memory stays at the size of the file, and
+//! Kernels widen a panel of a weight at a time, and only if they need to: memory stays near the size of the file, and
 //! sums are in f32.
 //!
 //! The instruction set is detected at run time. [`Isa::available`] lists the sets of this processor, and the

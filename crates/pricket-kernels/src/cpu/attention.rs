@@ -373,8 +373,8 @@ pub struct AttentionRow {
 /// The operation owns its rows, as [`LinearOp`](crate::LinearOp) owns its weight. Each row takes the next queries and
 /// attends to its own keys and values, wherever they are stored.
 ///
-/// The softmax is the online softmax of Milakov and Gimelshein (2018, arXiv:1805.02867). Memory is a buffer of `60 ·
-/// 1024` numbers for each thread, regardless of the number of keys.
+/// The softmax is the online softmax of Milakov and Gimelshein (2018, arXiv:1805.02867). Memory is a buffer of
+/// `60 · 1024` numbers for each thread, regardless of the number of keys.
 ///
 /// There is no backward pass. For gradients, rows without a past use [`SelfAttentionOp`](crate::SelfAttentionOp), and
 /// others use plain candle operations.

@@ -451,8 +451,8 @@ unsafe fn configure() {
 /// Multiplies 32 rows with 32 columns: four tiles of sums, and two tiles of each operand.
 ///
 /// # Safety
-/// There are 32 rows of `a`, `k / 2` contiguous lines of `b`, and at least one step. The product [has
-/// room](Product::has_room), and no other thread accesses the output.
+/// There are 32 rows of `a`, `k / 2` contiguous lines of `b`, and at least one step. The product
+/// [has room](Product::has_room), and no other thread accesses the output.
 unsafe fn by_tiles(p: &Rounded<'_>, _: &Tiles) {
     let mut sums = [[0f32; PANEL]; 32];
     // SAFETY: each step reads 16 rows of a tile, `a_stride` apart, from `a` and from 16 rows below, and lines of `b`

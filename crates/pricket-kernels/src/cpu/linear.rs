@@ -30,8 +30,8 @@ pub enum ActivationPrecision {
     Q8,
 }
 
-/// [`linear`](crate::linear) as a candle operation over f32 activations. It owns its weight, `[out_features,
-/// in_features]`, in f32, f16, bf16 or quantized blocks, on the CPU.
+/// [`linear`](crate::linear) as a candle operation over f32 activations. It owns its weight,
+/// `[out_features, in_features]`, in f32, f16, bf16 or quantized blocks, on the CPU.
 ///
 /// The backward pass computes the gradient of the activations only, because the weight is frozen. Candle's own matrix
 /// product would also compute and keep a gradient of the size of the weight.
@@ -151,8 +151,9 @@ impl CustomOp1 for LinearOp {
     }
 }
 
-/// [`linear`](crate::linear) as a candle operation over f32 activations and a trained f32 weight, `[out_features,
-/// in_features]`. The values are those of [`LinearOp`]; the backward pass computes the gradients of both operands.
+/// [`linear`](crate::linear) as a candle operation over f32 activations and a trained f32 weight,
+/// `[out_features, in_features]`. The values are those of [`LinearOp`]; the backward pass computes the gradients of
+/// both operands.
 #[derive(Clone, Copy, Debug)]
 pub struct TrainedLinearOp;
 

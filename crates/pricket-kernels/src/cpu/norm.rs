@@ -1,5 +1,5 @@
-//! Layer norm, `(x - mean(x)) / sqrt(var(x) + eps) · weight + bias`, and root-mean-square norm, `x / sqrt(mean(x²) +
-//! eps) · weight`, with their gradients.
+//! Layer norm, `(x - mean(x)) / sqrt(var(x) + eps) · weight + bias`, and root-mean-square norm,
+//! `x / sqrt(mean(x²) + eps) · weight`, with their gradients.
 
 #![allow(clippy::inline_always, reason = "it must be compiled with the instruction set of its caller")]
 
@@ -244,8 +244,8 @@ impl CustomOp3 for NormBackwardOp {
     }
 }
 
-/// Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension of `x`, with a weight: `x
-/// / sqrt(mean(x²) + eps) · weight`, in f32. The sum of squares is in f64.
+/// Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension of `x`, with a weight:
+/// `x / sqrt(mean(x²) + eps) · weight`, in f32. The sum of squares is in f64.
 #[derive(Clone, Copy, Debug)]
 pub struct RmsNormOp {
     /// Number added to the mean of squares.

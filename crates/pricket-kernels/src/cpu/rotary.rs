@@ -8,9 +8,9 @@ use crate::cpu::shared::f32_slice;
 
 /// Rotary position embedding of the first `2 * pairs` dimensions of each head. The other dimensions are copied.
 ///
-/// Inputs: `x` of `[batch, time, heads, head_dim]`, whose last stride is 1; `cos` and `sin` of `[batch or 1, time,
-/// pairs]`. Output: `[batch, heads, time, head_dim]`, contiguous, so splitting the heads needs no copy of its own. A
-/// pair is dimensions `i` and `i + pairs` ("rotate half", as in GPT-NeoX).
+/// Inputs: `x` of `[batch, time, heads, head_dim]`, whose last stride is 1; `cos` and `sin` of
+/// `[batch or 1, time, pairs]`. Output: `[batch, heads, time, head_dim]`, contiguous, so splitting the heads needs no
+/// copy of its own. A pair is dimensions `i` and `i + pairs` ("rotate half", as in GPT-NeoX).
 #[derive(Clone, Copy, Debug)]
 pub struct RotaryOp;
 

@@ -1,9 +1,9 @@
 //! Products with f32 accuracy on AMX tiles, which multiply bfloat16 numbers.
 //!
-//! A number is split into the sum of three bfloat16 terms, `x = h + m + l` with `h = bf16(x)`, `m = bf16(x - h)` and `l
-//! = x - h - m`, which together have the 24 bits of f32. Two numbers have nine products of terms. The six largest are
-//! summed in f32; the others are below 2^-25 of the product, less than its rounding error. Weights in f16 are the sum
-//! of two terms, and weights in bf16 are one term. Source: Henry, Tang and Heinecke, "Leveraging the bfloat16
+//! A number is split into the sum of three bfloat16 terms, `x = h + m + l` with `h = bf16(x)`, `m = bf16(x - h)` and
+//! `l = x - h - m`, which together have the 24 bits of f32. Two numbers have nine products of terms. The six largest
+//! are summed in f32; the others are below 2^-25 of the product, less than its rounding error. Weights in f16 are the
+//! sum of two terms, and weights in bf16 are one term. Source: Henry, Tang and Heinecke, "Leveraging the bfloat16
 //! Artificial Intelligence Datatype For Higher-Precision Computations", arXiv:1904.06376.
 //!
 //! Operands are stored tile by tile in the order in which they are multiplied. For every 32 columns of the left operand

@@ -14,8 +14,9 @@ use crate::cpu::shared::{Shared, f32_slice};
 /// Number of elements (positions times channels) below which the work stays on the calling thread.
 const ALONE: usize = 8 << 10;
 
-/// The WKV recurrence of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, equation 16), over keys and values of `[positions,
-/// channels]`, f32 and contiguous. For each channel, with `w = -e^decay`:
+/// The WKV recurrence of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, equation 16), over keys and values of
+/// `[positions, channels]`, f32 and contiguous. In each channel, with `w = -e^decay`, a position gives an output and
+/// then updates the state:
 ///
 /// - `out_t = (num + e^(first + k_t) v_t) / (den + e^(first + k_t))`
 /// - `num = e^w num + e^(k_t) v_t`
@@ -24,8 +25,9 @@ const ALONE: usize = 8 << 10;
 /// Numerator and denominator are kept divided by `e^max`, so that nothing overflows. The rows of the batch follow each
 /// other. Each row has its own state, `[num, den, max]`.
 ///
-/// Inputs: keys, values, and `[2, channels]` with the decays and the `first` of the channels. Output: `[positions + 3 ·
-/// rows, channels]`, the outputs of all positions and then the state of each row after its last position.
+/// Inputs: keys, values, and `[2, channels]` with the decays and the `first` of the channels. Output:
+/// `[positions + 3 · rows, channels]`, the outputs of all positions and then the state of each row after its last
+/// position.
 ///
 /// The backward pass computes the gradients of keys, values, decays and `first` from the gradient of the positions'
 /// outputs. States have no gradient.
