@@ -1,50 +1,53 @@
-//! The types of blocks.
+//! Block-quantized types: names and layouts.
 
 use candle_core::quantized::GgmlDType;
 
-/// A block-quantized type. Names are ggml's; a suffix `_v1` marks the blocks of before 2023-05-20, whose scales are f32.
+/// A block-quantized type, with ggml's name. A suffix `_v1` marks the layouts from before 2023-05-20, which have f32
+/// scales.
+///
+/// `d` is a block's scale, `m` its minimum and `q` an integer; the formula gives an element's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(non_camel_case_types, reason = "the field's own spelling")]
+#[allow(non_camel_case_types, reason = "ggml's spelling")]
 #[non_exhaustive]
 pub enum BlockType {
     /// 32 elements in 18 bytes: `d (q - 8)`.
     Q4_0,
-    /// 32 in 20: `d q + m`.
+    /// 32 elements in 20 bytes: `d q + m`.
     Q4_1,
-    /// 32 in 22: `d (q - 16)`.
+    /// 32 elements in 22 bytes: `d (q - 16)`.
     Q5_0,
-    /// 32 in 24: `d q + m`.
+    /// 32 elements in 24 bytes: `d q + m`.
     Q5_1,
-    /// 32 in 34: `d q`.
+    /// 32 elements in 34 bytes: `d q`.
     Q8_0,
-    /// 32 in 36: as `Q8_0`, with a sum that nobody needs here.
+    /// 32 elements in 36 bytes: as `Q8_0`, with a sum, which is not used here.
     Q8_1,
-    /// 256 in 84, with scales of 4 bits for every 16.
+    /// 256 elements in 84 bytes, with 4-bit scales and minima for every 16 elements.
     Q2K,
-    /// 256 in 110, with scales of 6 bits for every 16.
+    /// 256 elements in 110 bytes, with 6-bit scales for every 16 elements.
     Q3K,
-    /// 256 in 144, with scales and minima of 6 bits for every 32.
+    /// 256 elements in 144 bytes, with 6-bit scales and minima for every 32 elements.
     Q4K,
-    /// 256 in 176, with scales and minima of 6 bits for every 32.
+    /// 256 elements in 176 bytes, with 6-bit scales and minima for every 32 elements.
     Q5K,
-    /// 256 in 210, with scales of 8 bits for every 16.
+    /// 256 elements in 210 bytes, with 8-bit scales for every 16 elements.
     Q6K,
-    /// 256 in 292: `d q`, with sums that nobody needs here.
+    /// 256 elements in 292 bytes: `d q`, with sums, which are not used here.
     Q8K,
-    /// 32 in 20: as `Q4_0`, its scale in f32.
+    /// 32 elements in 20 bytes: as `Q4_0`, with an f32 scale.
     Q4_0V1,
-    /// 32 in 24: as `Q4_1`, both in f32.
+    /// 32 elements in 24 bytes: as `Q4_1`, with scale and minimum in f32.
     Q4_1V1,
-    /// 32 in 36: as `Q8_0`, its scale in f32.
+    /// 32 elements in 36 bytes: as `Q8_0`, with an f32 scale.
     Q8_0V1,
-    /// 16 in 10: `d (q - 8)`, neighbors in a byte. April and May 2023 only.
+    /// 16 elements in 10 bytes: `d (q - 8)`, neighbors in a byte. Used in April and May 2023 only.
     Q4_2,
-    /// 16 in 12: `d q + m`, neighbors in a byte. April 2023 only.
+    /// 16 elements in 12 bytes: `d q + m`, neighbors in a byte. Used in April 2023 only.
     Q4_3,
 }
 
 impl BlockType {
-    /// All of them.
+    /// All block types.
     pub const ALL: [Self; 17] = [
         Self::Q4_0,
         Self::Q4_1,
@@ -65,7 +68,7 @@ impl BlockType {
         Self::Q4_3,
     ];
 
-    /// Elements and bytes of a block.
+    /// Returns the number of elements and the number of bytes of a block.
     pub const fn layout(self) -> (usize, usize) {
         match self {
             Self::Q4_0 => (32, 18),
@@ -85,17 +88,17 @@ impl BlockType {
         }
     }
 
-    /// Elements of a block.
+    /// Returns the number of elements of a block.
     pub const fn elements(self) -> usize {
         self.layout().0
     }
 
-    /// Bytes that `elements` take, a whole number of blocks.
+    /// Returns the number of bytes of `elements` elements, which are a whole number of blocks.
     pub const fn bytes(self, elements: usize) -> usize {
         elements / self.layout().0 * self.layout().1
     }
 
-    /// The name, as files and flags spell it.
+    /// Returns the name, as files and flags spell it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Q4_0 => "q4_0",
@@ -120,7 +123,7 @@ impl BlockType {
 }
 
 impl BlockType {
-    /// Those that [`quantize`](crate::quantize) makes, by the names that flags give them.
+    /// The types that [`quantize`](crate::quantize) can write.
     pub const MADE: [Self; 10] = [
         Self::Q4_0,
         Self::Q4_1,
@@ -150,12 +153,12 @@ impl BlockType {
         })
     }
 
-    /// Whether it is one of those that GGUF files hold.
+    /// Returns whether GGUF files can hold the type.
     pub const fn is_current(self) -> bool {
         !matches!(self, Self::Q4_0V1 | Self::Q4_1V1 | Self::Q8_0V1 | Self::Q4_2 | Self::Q4_3)
     }
 
-    /// The type of the same blocks with scales in f16, for those that have them in f32.
+    /// Returns the type with the same integers and f16 scales, or `None` if this type does not have f32 scales.
     pub const fn with_f16_scales(self) -> Option<Self> {
         match self {
             Self::Q4_0V1 => Some(Self::Q4_0),
@@ -165,8 +168,9 @@ impl BlockType {
         }
     }
 
-    /// This type for rows of `columns`; where they are no whole blocks of it, the next larger one of small blocks, as
-    /// llama.cpp chooses. `None` if no type fits.
+    /// Returns the type to use for rows of `columns` elements. This is the type itself if the row is a whole number of
+    /// its blocks, and otherwise the next larger type with 32-element blocks, as in llama.cpp. Returns `None` if
+    /// neither fits.
     pub fn fitting(self, columns: usize) -> Option<Self> {
         let small = match self {
             Self::Q2K | Self::Q3K => Self::Q4_0,
@@ -185,7 +189,11 @@ impl std::str::FromStr for BlockType {
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         let same = |kind: &&Self| kind.name() == name.to_lowercase().replace("_k", "k");
         let names = || Self::MADE.map(Self::name).join(", ");
-        Self::MADE.iter().find(same).copied().ok_or_else(|| format!("{name:?} is no quantized type; use {}", names()))
+        Self::MADE
+            .iter()
+            .find(same)
+            .copied()
+            .ok_or_else(|| format!("unknown quantized type {name:?}; expected one of {}", names()))
     }
 }
 

@@ -1,10 +1,10 @@
-//! Quantized blocks, as ggml lays them out on file, and what their values are.
+//! Quantized blocks in ggml's layout: their bytes and their values.
 //!
-//! Every type is a run of small blocks: a scale or two, then packed integers. The value of an element is a product of a
-//! scale with an integer and perhaps a sum with another, each rounded to f32 as ggml's own C code rounds it, so that a
-//! dequantized tensor is equal to ggml's bit by bit.
+//! A row is a sequence of small blocks. A block holds one or two scales and then packed integers. The value of an
+//! element is a scale times an integer, in some types plus a minimum. Each operation rounds to f32 as ggml's C code
+//! does, so dequantized tensors equal ggml's bit for bit.
 
-#![allow(clippy::inline_always, reason = "the loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "the loops must be compiled into the functions that enable the instructions")]
 
 use std::sync::{Arc, OnceLock};
 
@@ -19,7 +19,7 @@ use crate::cpu::detect::isa;
 use crate::cpu::isa::InstructionSet;
 use crate::cpu::pool::{parallel, parallel_chunks};
 
-/// A matrix of quantized rows. Cheap to clone.
+/// A matrix of quantized rows in the order of the file. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Blocks {
     kind: BlockType,
@@ -29,43 +29,50 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// `rows` times `columns` elements; every row is a whole number of blocks.
+    /// Creates a matrix of `rows` by `columns` elements from its bytes. Every row is a whole number of blocks.
     ///
     /// # Panics
-    /// If the bytes are not as many as that takes.
+    /// If `columns` is not a multiple of the block size, or if the number of bytes does not match.
     pub fn new(kind: BlockType, rows: usize, columns: usize, bytes: Vec<u8>) -> Self {
-        assert!(columns.is_multiple_of(kind.elements()), "rows of {columns} are no whole {kind} blocks");
-        assert_eq!(bytes.len(), rows * kind.bytes(columns), "bytes of {rows} rows of {columns} in {kind}");
+        assert!(
+            columns.is_multiple_of(kind.elements()),
+            "rows of {columns} columns are not a multiple of the block size of {kind}"
+        );
+        assert_eq!(
+            bytes.len(),
+            rows * kind.bytes(columns),
+            "wrong number of bytes for {rows} rows of {columns} columns in {kind}"
+        );
         Self { kind, rows, columns, bytes: Arc::new(bytes) }
     }
 
-    /// The type.
+    /// Returns the block type.
     pub fn kind(&self) -> BlockType {
         self.kind
     }
 
-    /// Rows, columns.
+    /// Returns the numbers of rows and columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
 
-    /// The bytes, row after row.
+    /// Returns the bytes, row after row.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// The bytes, copied if somebody else has them too.
+    /// Returns the bytes, copied if another matrix shares them.
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         Arc::unwrap_or_clone(self.bytes)
     }
 
-    /// The bytes of a row.
+    /// Returns the bytes of a row.
     pub fn row(&self, row: usize) -> &[u8] {
         let width = self.kind.bytes(self.columns);
         &self.bytes[row * width..(row + 1) * width]
     }
 
-    /// The rows in another order: row `i` of the result is row `order(i)`.
+    /// Returns the rows in another order: row `i` of the result is row `order(i)` of this matrix.
     #[must_use]
     pub fn reordered(&self, order: impl Fn(usize) -> usize) -> Self {
         let mut bytes = Vec::with_capacity(self.bytes.len());
@@ -73,7 +80,7 @@ impl Blocks {
         Self { bytes: Arc::new(bytes), ..self.clone() }
     }
 
-    /// Every value, row after row.
+    /// Dequantizes the matrix, row after row.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.columns];
         let width = self.columns.max(1);
@@ -82,30 +89,31 @@ impl Blocks {
     }
 }
 
-/// The values of whole blocks.
+/// Dequantizes whole blocks of `kind` from `bytes` into `out`.
 ///
 /// # Panics
-/// If `out` is not as long as the blocks have elements.
+/// If `out` is not a whole number of blocks, or if `bytes` does not have the bytes of these blocks.
 pub fn dequantize(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     assert!(
         out.len().is_multiple_of(kind.elements()) && bytes.len() == kind.bytes(out.len()),
-        "no whole {kind} blocks"
+        "bytes and values are not the same whole number of {kind} blocks"
     );
     #[cfg(target_arch = "x86_64")]
     {
         if isa() >= InstructionSet::Avx512 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { x86::avx512(kind, bytes, out) };
         }
         if isa() >= InstructionSet::Avx2 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { x86::avx2(kind, bytes, out) };
         }
     }
     plain(kind, bytes, out);
 }
 
-/// The same loops, compiled for more instructions. Nothing is fused: the compiler must not, and the values are ggml's.
+/// The same loops, compiled with vector instructions. They do not use fused multiply-adds, so the values stay equal to
+/// ggml's.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{BlockType, plain};
@@ -121,17 +129,18 @@ mod x86 {
     }
 }
 
-/// Quantizes rows of `columns` values, as ggml's reference code does it.
+/// Quantizes rows of `columns` values with ggml's reference algorithm, and returns their bytes.
 ///
 /// # Errors
-/// For values that are not finite, rows that are no whole blocks, and types that are not in [`BlockType::MADE`].
+/// Returns an error if a value is not finite, if a row is not a whole number of blocks, or if `kind` is not in
+/// [`BlockType::MADE`].
 pub fn quantize(kind: BlockType, values: &[f32], columns: usize) -> Result<Vec<u8>> {
-    let Some(theirs) = kind.to_candle() else { bail!("{kind} is read and not written") };
+    let Some(theirs) = kind.to_candle() else { bail!("quantizing to {kind} is not supported; it can only be read") };
     if columns == 0 || !columns.is_multiple_of(kind.elements()) || !values.len().is_multiple_of(columns) {
-        bail!("rows of {columns} are no whole {kind} blocks of {}", kind.elements());
+        bail!("rows of {columns} columns are not a multiple of the {kind} block size, {}", kind.elements());
     }
     if let Some(at) = values.iter().position(|x| !x.is_finite()) {
-        bail!("{} in row {} cannot be quantized", values[at], at / columns);
+        bail!("the value {} in row {} cannot be quantized", values[at], at / columns);
     }
     let parts: Vec<_> = values.chunks(columns * 16).collect();
     let done: Vec<OnceLock<Result<Vec<u8>>>> = parts.iter().map(|_| OnceLock::new()).collect();
@@ -153,7 +162,7 @@ fn single(bytes: &[u8]) -> f32 {
     f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
-/// Applies `value` to blocks of `N` elements in `B` bytes.
+/// Calls `value` for each block of `N` elements in `B` bytes.
 #[inline(always)]
 fn blocks<const N: usize, const B: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn(&[u8; B], &mut [f32; N])) {
     for (block, out) in bytes.as_chunks::<B>().0.iter().zip(out.as_chunks_mut::<N>().0) {
@@ -161,7 +170,7 @@ fn blocks<const N: usize, const B: usize>(bytes: &[u8], out: &mut [f32], value: 
     }
 }
 
-/// Low halves of the bytes, then the high ones.
+/// Unpacks 4-bit integers: the low halves of all bytes, then the high halves.
 #[inline(always)]
 fn nibbles(qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
     let (low, high) = out.split_at_mut(qs.len());
@@ -171,7 +180,7 @@ fn nibbles(qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
     }
 }
 
-/// As [`nibbles`], with a fifth bit for each element.
+/// Unpacks 5-bit integers: four bits as in [`nibbles`], and the fifth bit of each from `qh`.
 #[inline(always)]
 fn five_bits(qh: &[u8], qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
     let qh = u32::from_le_bytes([qh[0], qh[1], qh[2], qh[3]]);
@@ -182,7 +191,7 @@ fn five_bits(qh: &[u8], qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) 
     }
 }
 
-/// Scale and minimum `j` of the twelve bytes in which `Q4K` and `Q5K` pack eight of each.
+/// Returns scale and minimum `j` of the twelve bytes in which `Q4K` and `Q5K` pack eight of each.
 #[inline(always)]
 pub(crate) fn scale_and_min(j: usize, q: &[u8]) -> (f32, f32) {
     let (scale, min) = if j < 4 {
@@ -193,7 +202,7 @@ pub(crate) fn scale_and_min(j: usize, q: &[u8]) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
-/// The sixteen scales that `Q3K` packs in twelve bytes.
+/// Returns the sixteen scales that `Q3K` packs in twelve bytes.
 #[inline(always)]
 pub(crate) fn q3k_scales(q: &[u8]) -> [f32; 16] {
     std::array::from_fn(|i| {
@@ -279,7 +288,7 @@ fn bytewise(d: f32, qs: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Neighbors in a byte.
+/// Unpacks 4-bit integers, two neighbors from each byte.
 #[inline(always)]
 fn pairs(qs: &[u8], out: &mut [f32], value: impl Fn(i32) -> f32) {
     for (q, out) in qs.iter().zip(out.as_chunks_mut::<2>().0) {
@@ -327,7 +336,8 @@ fn q6k(b: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
-/// Old blocks with their scales in f16, as blocks of [`BlockType::with_f16_scales`]; `None` if a scale is no such number.
+/// Converts blocks with f32 scales to the same type with f16 scales ([`BlockType::with_f16_scales`]). Returns `None` if
+/// `kind` has no such type, or if a scale cannot be converted exactly.
 pub fn with_f16_scales(kind: BlockType, bytes: &[u8]) -> Option<Vec<u8>> {
     let narrow = kind.with_f16_scales()?;
     let scales = if kind == BlockType::Q4_1V1 { 2 } else { 1 };
@@ -345,8 +355,9 @@ pub fn with_f16_scales(kind: BlockType, bytes: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// The 4-bit integers of 32-element blocks of before 2023-05-14, neighbors in a byte, brought into today's order: the
-/// first sixteen in the low halves. `kind` tells where in a block they are. Nothing is lost.
+/// Reorders the 4-bit integers of 32-element blocks from the layout used before 2023-05-14 to the current one. The old
+/// layout has neighbors in a byte; the current one has the first sixteen integers in the low halves. `kind` determines
+/// where the integers are in a block; other types are left as they are. The conversion is exact.
 pub fn halves_from_pairs(kind: BlockType, bytes: &mut [u8]) {
     let (elements, width) = kind.layout();
     let from = match kind {
@@ -372,7 +383,7 @@ pub fn halves_from_pairs(kind: BlockType, bytes: &mut [u8]) {
 mod tests {
     use super::*;
 
-    /// Candle's blocks are read as candle reads them.
+    /// Compares with candle on blocks that candle made.
     #[test]
     fn values_are_those_of_another_reader() {
         let source = Tensor::randn(0f32, 1.0, (6, 512), &Device::Cpu).unwrap();
@@ -385,7 +396,7 @@ mod tests {
             assert_eq!(quantize(kind, &values, 512).unwrap(), bytes, "{kind}");
             let blocks = Blocks::new(kind, 6, 512, bytes);
             assert_eq!(blocks.to_f32(), expected, "{kind}");
-            // Whatever the processor: the plain loop gives the same bits.
+            // The plain loop gives the same bits on every processor.
             let mut slow = vec![0.0; 512];
             plain(kind, blocks.row(3), &mut slow);
             assert_eq!(slow, expected[3 * 512..4 * 512], "{kind}");
@@ -394,7 +405,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_quantized_is_refused() {
-        assert!(quantize(BlockType::Q4_0, &[1.0; 33], 33).unwrap_err().to_string().contains("no whole q4_0 blocks"));
+        assert!(
+            quantize(BlockType::Q4_0, &[1.0; 33], 33)
+                .unwrap_err()
+                .to_string()
+                .contains("not a multiple of the q4_0 block size")
+        );
         let mut values = [1.0; 64];
         values[40] = f32::NAN;
         assert!(quantize(BlockType::Q8_0, &values, 32).unwrap_err().to_string().contains("NaN in row 1"));

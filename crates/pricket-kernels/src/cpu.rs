@@ -1,9 +1,10 @@
-//! Kernels of the CPU, for x86-64 (AVX2, AVX-512, AMX), for aarch64 (NEON) and in plain Rust.
+//! Kernels for the CPU: for x86-64 (AVX2, AVX-512, AMX), for aarch64 (NEON) and in plain Rust.
 //!
-//! - Products: [`linear`] and [`lora`] are the candle operations; [`dense`], [`integer`], [`tiles`] and [`brain`] compute them over
-//!   [`operands`], in the loops of [`product`] and [`rows`].
-//! - Everything else that a block computes: [`attention`], [`norm`], [`gelu`], [`gate`], [`rotary`], [`wkv`], [`reduce`].
-//! - Below them: the threads ([`pool`]), vectors ([`lanes`]) and the instruction sets ([`isa`], [`detect`]).
+//! - Products: [`linear`] and [`lora`] hold the candle operations. [`dense`], [`quantized_gemm`], [`tiles`] and
+//!   [`bf16`] compute them over [`operands`], in the loops of [`product`] and [`rows`].
+//! - Other operations of a transformer block: [`attention`], [`norm`], [`gelu`], [`gate`], [`rotary`], [`wkv`],
+//!   [`reduce`].
+//! - Foundations: the thread pool ([`pool`]), vectors ([`lanes`]) and instruction sets ([`isa`], [`detect`]).
 
 pub(crate) mod attention;
 pub(crate) mod attention_backward;

@@ -1,1 +1,1 @@
-//! Kernels of NVIDIA GPUs. There are none yet: models on a GPU compute with candle's operations.
+//! Kernels for NVIDIA GPUs. There are none yet; on a GPU, models compute with candle's operations.

@@ -1,4 +1,4 @@
-//! Matrices that are multiplied where they lie: in a mapped file.
+//! Matrices in a mapped file, which products read without a copy.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -9,19 +9,19 @@ use half::{bf16, f16};
 
 use crate::cpu::operands::Stored;
 
-/// Bytes that stay where they are as long as somebody holds this: a part of a mapped file.
+/// Bytes that stay at their address until this value is dropped: a part of a mapped file.
 pub trait Kept: Debug + Send + Sync {
-    /// The bytes.
+    /// Returns the bytes.
     fn bytes(&self) -> &[u8];
 
-    /// Returns whether they can still be read.
+    /// Checks that the bytes can still be read.
     ///
     /// # Errors
-    /// A sentence that says why not: the file has become shorter.
+    /// Returns a message if they cannot, for example because the file has become shorter.
     fn check(&self) -> std::result::Result<(), String>;
 }
 
-/// A matrix of f32, f16 or bf16 that is not copied. Cheap to clone.
+/// A matrix of f32, f16 or bf16 numbers that is read in place. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct InPlace {
     kept: Arc<dyn Kept>,
@@ -31,8 +31,9 @@ pub struct InPlace {
 }
 
 impl InPlace {
-    /// Creates a matrix `[rows, columns]`. Returns `None` if the number of bytes does not match, if they are not aligned for `dtype`, or if
-    /// products do not read `dtype`.
+    /// Creates a matrix `[rows, columns]`. Returns `None` if the number of bytes does not match, if the bytes are not
+    /// aligned for `dtype`, or if products cannot read `dtype` in place: they read f32, f16 and bf16, on little-endian
+    /// processors.
     pub fn new(kept: Arc<dyn Kept>, dtype: DType, rows: usize, columns: usize) -> Option<Self> {
         let size = dtype.size_in_bytes();
         let bytes = rows.checked_mul(columns)?.checked_mul(size)?;
@@ -41,25 +42,25 @@ impl InPlace {
         (is_read && fits).then_some(Self { kept, dtype, rows, columns })
     }
 
-    /// Whether it is the same matrix in the same place.
+    /// Returns whether both are the same matrix at the same address.
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.kept, &other.kept) && self.shape() == other.shape() && self.dtype == other.dtype
     }
 
-    /// Rows, columns.
+    /// Returns the numbers of rows and columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
 
-    /// The type of the numbers.
+    /// Returns the type of the numbers.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// Calls `f` with the numbers.
+    /// Calls `f` with the numbers of the matrix.
     ///
     /// # Errors
-    /// If the file has become shorter than the matrix needs.
+    /// Returns an error if the file has become too short for the matrix.
     pub(crate) fn with_stored<R>(&self, f: impl FnOnce(Stored<'_>) -> R) -> Result<R> {
         if let Err(what) = self.kept.check() {
             bail!("{what}");
@@ -72,7 +73,7 @@ impl InPlace {
         }))
     }
 
-    /// Widens a row.
+    /// Widens a row to f32.
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
         let size = self.dtype.size_in_bytes();
         let bytes = &self.kept.bytes()[row * self.columns * size..][..self.columns * size];
@@ -83,17 +84,19 @@ impl InPlace {
         }
     }
 
-    /// A copy in memory.
+    /// Copies the matrix into a tensor on the CPU.
     ///
     /// # Errors
-    /// If the file has become shorter than the matrix needs.
+    /// Returns an error if the file has become too short for the matrix.
     pub fn to_tensor(&self) -> Result<Tensor> {
         let shape = self.shape();
         self.with_stored(|stored| match stored {
             Stored::F16(w) => Tensor::from_slice(w, shape, &Device::Cpu),
             Stored::BF16(w) => Tensor::from_slice(w, shape, &Device::Cpu),
             Stored::F32(w) => Tensor::from_slice(w, shape, &Device::Cpu),
-            Stored::Blocks(_) | Stored::Packed(_) | Stored::FourBit(_) => unreachable!("it has numbers"),
+            Stored::Blocks(_) | Stored::Packed(_) | Stored::FourBit(_) => {
+                unreachable!("matrices in place hold numbers")
+            }
         })?
     }
 

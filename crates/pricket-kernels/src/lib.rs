@@ -1,12 +1,14 @@
-//! Fast operations for decoder models: plain functions over slices, and candle custom ops over them.
+//! CPU kernels for decoder models: plain functions over slices, and the same kernels as candle custom ops.
 //!
-//! Tensors only: nothing here knows a layer, a cache or a model. Every operation has a twin in plain candle ops in
-//! `pricket-nn`, and tests that compare the two over shapes and types. Activations are f32; weights stay as they are
-//! stored (f32, f16, bf16, quantized [`Packed`] rows) and are widened a panel at a time, if at all, so that memory is the
-//! file's size and accumulation is f32.
+//! This crate works on tensors and slices only; layers, states and models are in other crates. Every operation has a
+//! reference implementation in plain candle operations in `pricket-nn`, and tests compare the two over shapes and
+//! types. Activations are f32. Weights keep the type of the file (f32, f16, bf16, or quantized [`Packed`] rows).
+//! Kernels widen a panel of a weight at a time, and only if they need to: memory stays near the size of the file, and
+//! sums are in f32.
 //!
-//! What the processor can do is found at run time: [`Isa`] lists the forms, and the environment variable `PRICKET_CPU` forces
-//! one. Work is split over the threads of the [`Pool`] that the caller installs.
+//! The instruction set is detected at run time. [`Isa::available`] lists the sets of this processor, and the
+//! environment variable `PRICKET_CPU` forces one of them. Work is split over the threads of the [`Pool`] that the
+//! caller installs.
 //!
 //! ```
 //! use pricket_kernels::{Stored, linear};
@@ -17,7 +19,7 @@
 //! ```
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
-#![allow(unsafe_code, reason = "the workspace denies it; here and where files are mapped is where it lives")]
+#![allow(unsafe_code, reason = "the workspace denies unsafe code; kernels need it")]
 
 mod block_type;
 mod blocks;

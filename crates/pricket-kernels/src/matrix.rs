@@ -1,27 +1,29 @@
+//! Weight matrices: dense tensors, quantized blocks, or numbers in a mapped file.
+
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::{Blocks, FourBit, InPlace, Packed};
 
-/// A weight matrix as it is stored: numbers, or quantized blocks. Cheap to clone.
+/// A weight matrix in the type in which it is stored: numbers or quantized blocks. Cheap to clone.
 #[derive(Clone, Debug)]
 pub enum Matrix {
-    /// A contiguous tensor of `[rows, columns]`.
+    /// A contiguous tensor, `[rows, columns]`.
     Dense(Tensor),
-    /// Blocks, on the CPU.
+    /// Quantized blocks in the order of the file, on the CPU.
     Blocks(Blocks),
-    /// Blocks in the order of the kernels.
+    /// Quantized blocks in the order in which the kernels read them, on the CPU.
     Packed(Packed),
     /// Elements of 4 bits, on the CPU.
     FourBit(FourBit),
-    /// Numbers in a mapped file, on the CPU.
+    /// Numbers in a mapped file, not copied, on the CPU.
     InPlace(InPlace),
 }
 
 impl Matrix {
-    /// Rows, columns.
+    /// Returns the numbers of rows and columns.
     ///
     /// # Errors
-    /// If a tensor has not two dimensions.
+    /// Returns an error if a dense tensor does not have two dimensions.
     pub fn shape(&self) -> Result<(usize, usize)> {
         match self {
             Matrix::Dense(tensor) => tensor.dims2(),
@@ -32,7 +34,7 @@ impl Matrix {
         }
     }
 
-    /// The type of the numbers; `None` for blocks.
+    /// Returns the type of the numbers, or `None` for quantized blocks.
     pub fn dtype(&self) -> Option<DType> {
         match self {
             Matrix::Dense(tensor) => Some(tensor.dtype()),
@@ -41,7 +43,7 @@ impl Matrix {
         }
     }
 
-    /// The same numbers, for which no gradient is collected.
+    /// Returns the same matrix, detached from the graph of gradients.
     #[must_use]
     pub fn detached(&self) -> Self {
         match self {
@@ -50,15 +52,15 @@ impl Matrix {
         }
     }
 
-    /// Whether a gradient is collected for it.
+    /// Returns whether a gradient is tracked for the matrix.
     pub fn track_op(&self) -> bool {
         matches!(self, Matrix::Dense(tensor) if tensor.track_op())
     }
 
-    /// The whole of it in `dtype`.
+    /// Returns the whole matrix as a tensor in `dtype` on `device`.
     ///
     /// # Errors
-    /// What candle says.
+    /// Returns an error if a tensor operation fails, or if the mapped file has become too short.
     pub fn to_dense(&self, dtype: DType, device: &Device) -> Result<Tensor> {
         match self {
             Matrix::Dense(tensor) => tensor.to_dtype(dtype)?.to_device(device),
@@ -75,10 +77,10 @@ impl Matrix {
         }
     }
 
-    /// The rows that `ids` names, `[ids, columns]`, in `dtype`.
+    /// Returns the rows at the indices `ids` (u32), `[ids, columns]`, in `dtype`.
     ///
     /// # Errors
-    /// For an id that is no row.
+    /// Returns an error if an index is not below the number of rows, or if the mapped file has become too short.
     pub fn gather(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
         match self {
             Matrix::Dense(tensor) => tensor.index_select(ids, 0)?.to_dtype(dtype),
@@ -95,7 +97,8 @@ impl Matrix {
         }
     }
 
-    /// In the order in which the kernels read it, in the same memory where that can be.
+    /// Packs quantized blocks into the order in which the kernels read them, in the same memory if possible. Other
+    /// matrices, and block types that are not packed, are returned as they are.
     #[must_use]
     pub fn packed(self) -> Self {
         match self {
@@ -116,7 +119,7 @@ fn gather(
     let mut out = vec![0f32; ids.len() * columns];
     for (&id, out) in ids.iter().zip(out.chunks_exact_mut(columns)) {
         if id as usize >= rows {
-            candle_core::bail!("row {id} of a table of {rows}");
+            candle_core::bail!("row {id} is out of range; the matrix has {rows} rows");
         }
         row(id as usize, out);
     }

@@ -1,6 +1,7 @@
-//! Causal attention over keys and values as they are stored, a chunk of keys at a time.
+//! Causal attention, `softmax(scale · q kᵀ - slope · distance) v`, over keys and values in their stored type, one chunk
+//! of keys at a time.
 
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
@@ -12,19 +13,20 @@ use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Kind, Rows, q8_row};
 use crate::cpu::shared::Shared;
 
-/// Query rows that one task takes.
+/// Query rows of a task.
 pub(crate) const BLOCK: usize = 60;
 
-/// Keys that are scored, softened and mixed before the next: their scores stay in the second-level cache.
+/// Keys of a chunk. The scores of a chunk stay in the second-level cache.
 const CHUNK: usize = 1024;
 
-/// Up to here scores are inner products against the cache as it lies; beyond, a blocked matrix product.
+/// Largest number of queries for which scores are inner products with the keys in place. More queries take panels and a
+/// blocked product.
 const FEW_ROWS: usize = 4;
 
-/// Sizes that all rows of one attention call share.
+/// Sizes that all rows of an attention call share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
-    /// Positions of each element of the batch.
+    /// Positions of each batch element.
     pub(crate) time: usize,
     pub(crate) heads: usize,
     /// Query heads that share a key head.
@@ -32,7 +34,7 @@ pub(crate) struct Sizes {
     pub(crate) dim: usize,
 }
 
-/// A strided `[batch, heads, time, dim]` view whose rows of `dim` are contiguous.
+/// A strided `[batch, heads, time, dim]` view whose rows of `dim` numbers are contiguous.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct View<'a> {
     pub(crate) rows: Rows<'a>,
@@ -46,7 +48,7 @@ impl<'a> View<'a> {
             bail!("attention: expected {name} of [batch, heads, time, head_dim], got {:?}", layout.dims())
         };
         if inner != 1 && d > 1 {
-            bail!("attention: the rows of {name} are not contiguous");
+            bail!("attention: expected {name} with a last stride of 1");
         }
         let rows = match storage {
             CpuStorage::F32(data) => Rows::new(data, time),
@@ -58,36 +60,36 @@ impl<'a> View<'a> {
         Ok((Self { rows: rows.further(layout.start_offset()), batch, head }, [b, h, t, d]))
     }
 
-    /// The rows of a head from a position on.
+    /// Returns the rows of a head from position `time` on.
     ///
     /// # Panics
-    /// If they lie behind the storage.
+    /// If they begin beyond the end of the storage.
     pub(crate) fn from(&self, batch: usize, head: usize, time: usize) -> Rows<'a> {
         self.rows.further(batch * self.batch + head * self.head + time * self.rows.stride())
     }
 }
 
-/// A row of the batch: where its queries, keys and values are.
+/// A row of the batch: the places of its queries, keys and values.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Row<'a> {
-    /// Of the first query, in the batch and in time.
+    /// Batch and time index of the first query.
     pub(crate) at: (usize, usize),
     pub(crate) queries: usize,
     pub(crate) keys: usize,
     pub(crate) k: View<'a>,
     pub(crate) v: View<'a>,
-    /// Of the row, along the first dimension of keys and of values.
+    /// Index of the row along the first dimension of keys, and of values.
     pub(crate) batch: (usize, usize),
-    /// The first key, in time.
+    /// Time index of the first key.
     pub(crate) first: usize,
 }
 
-/// Attends row by row, a task for each head and block of queries. `out` is `[batch, time, heads, dim]`, of which each
-/// row fills its own positions.
+/// Computes attention row by row, with a task for each head and block of queries. `out` is `[batch, time, heads, dim]`;
+/// each row writes to its own positions.
 pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &[f32], isa: Isa, out: &mut [f32]) {
     let blocks = |row: usize| (0..rows[row].queries).step_by(BLOCK).map(move |from| (row, from));
     let mut blocks: Vec<(usize, usize)> = (0..rows.len()).flat_map(blocks).collect();
-    // Blocks with most keys go first, so that no thread is left with one at the end.
+    // Blocks with the most keys go first, so that no thread starts a long one at the end.
     let visible = |&(row, from): &(usize, usize)| {
         let Row { keys, queries, .. } = rows[row];
         keys - queries + (from + BLOCK).min(queries)
@@ -117,7 +119,7 @@ pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &
 pub(crate) struct Head {
     pub(crate) s: Sizes,
     pub(crate) rows: usize,
-    /// Keys before the first query's own.
+    /// Number of keys before the first query's own.
     pub(crate) before: usize,
     pub(crate) slope: f32,
     pub(crate) scale: f32,
@@ -125,17 +127,18 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    /// Mixes values into rows of `dim` numbers, `heads · dim` apart.
+    /// Writes the attention outputs to rows of `dim` numbers, `heads · dim` apart.
     ///
     /// # Safety
-    /// While it runs nothing else touches these places of `out`.
+    /// During the call nothing else accesses these places of `out`.
     unsafe fn attend(&self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, out: Shared<'_, f32>, buffer: &mut Vec<f32>) {
         let (dim, rows, out_stride) = (self.s.dim, self.rows, self.s.heads * self.s.dim);
         let visible = self.before + rows;
-        // A panel of keys or of the last columns of values; then scores.
+        // Memory for a panel of keys or of the last columns of values, then for scores.
         let chunk = CHUNK.min(visible.next_multiple_of(PANEL));
         let panel = PANEL * dim.max(chunk);
-        // Rows at a distance that is no power of two: they would share a few places of the first-level cache.
+        // The padding avoids a distance that is a power of two, at which rows would share a few sets of the first-level
+        // cache.
         let stride = chunk + LANES;
         buffer.resize(panel + rows * stride, 0.0);
         let (packed, scores) = buffer.split_at_mut(panel);
@@ -151,7 +154,7 @@ impl Head {
             self.score(q, k.skip(start, 0), keys, packed, scores, stride);
             for (row, running) in running[..rows].iter_mut().enumerate() {
                 let last = self.before + row;
-                // Of this chunk.
+                // Visible keys of this chunk.
                 let to = (last + 1).saturating_sub(start).min(keys);
                 let back = (last + 1).saturating_sub(start) as f32 - 1.0;
                 let bias = Bias { scale: self.scale, slope: self.slope, back };
@@ -162,7 +165,7 @@ impl Head {
                     }
                 }
             }
-            // SAFETY: the same rows.
+            // SAFETY: these rows are this thread's, as above.
             unsafe { self.mix(scores, stride, v.skip(start, 0), keys, packed, out) };
             start += keys;
         }
@@ -174,7 +177,7 @@ impl Head {
         }
     }
 
-    /// `scores = q kᵀ`, rows `stride` apart; `packed` is for a panel of keys.
+    /// Computes `scores = q kᵀ`, in rows `stride` apart. `packed` is memory for a panel of keys.
     pub(crate) fn score(
         &self,
         q: Rows<'_>,
@@ -187,7 +190,7 @@ impl Head {
         let (dim, isa, scores) = (self.s.dim, self.isa, Shared::new(scores));
         if self.rows <= FEW_ROWS {
             let (q, out) = ((q.floats(), q.stride(), self.rows), (scores, stride));
-            // SAFETY: the scores are borrowed by this function.
+            // SAFETY: this function has the only reference to the scores.
             return unsafe { rows::inner_products(isa, k, (keys, dim), q, Start::Zero, out) };
         }
         for from in (0..keys).step_by(PANEL) {
@@ -205,15 +208,15 @@ impl Head {
                 columns,
                 start: Start::Zero,
             };
-            // SAFETY: the scores are borrowed by this function.
+            // SAFETY: this function has the only reference to the scores.
             unsafe { product.run(isa) };
         }
     }
 
-    /// `out += weights v`; `packed` is for the last columns of values.
+    /// Computes `out += weights v`. `packed` is memory for the last columns of values.
     ///
     /// # Safety
-    /// As [`Head::attend`].
+    /// As for [`Head::attend`].
     unsafe fn mix(
         &self,
         weights: &[f32],
@@ -256,8 +259,7 @@ impl Head {
     }
 }
 
-/// What is done to a score: multiplied by `scale`, less `slope` for each position that it is away from the query, key 0
-/// being `back` away.
+/// Scale and ALiBi bias of the scores of a query: `scale · score - slope · distance`. Key 0 is at distance `back`.
 #[derive(Clone, Copy)]
 pub(crate) struct Bias {
     pub(crate) scale: f32,
@@ -266,8 +268,8 @@ pub(crate) struct Bias {
 }
 
 by_isa! {
-    /// Turns the first `to` scores of a row into weights over the running maximum, and the others into zeros. Returns the factor for
-    /// what was summed before.
+    /// Turns the first `to` scores of a row into weights relative to the running maximum, and sets the others to zero.
+    /// `running` is the maximum and the sum of the weights so far. Returns the factor for the outputs summed before.
     pub(crate) fn online_softmax(scores: &mut [f32], to: usize, bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
 }
 
@@ -277,7 +279,8 @@ const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 1
 /// The processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn soften_body<L: Floats>(scores: &mut [f32], to: usize, bias: Bias, (max, sum): &mut (f32, f32)) -> f32 {
-    // SAFETY: `to` is found to be within the scores; whole vectors below `whole`, and the rest one by one.
+    // SAFETY: slicing checks that `to` is within the scores. Whole vectors are accessed below `whole`, and the rest one
+    // by one.
     unsafe {
         scores[to..].fill(0.0);
         let row = scores.as_mut_ptr();
@@ -286,7 +289,7 @@ unsafe fn soften_body<L: Floats>(scores: &mut [f32], to: usize, bias: Bias, (max
         }
         let biased = |at: usize, x: f32| x * bias.scale - bias.slope * (bias.back - at as f32);
         let whole = to / LANES * LANES;
-        // The larger of both, or what is no number: it must not be lost.
+        // Returns the larger number, or `b` if either is NaN, as `L::max` does.
         let larger = |a: f32, b: f32| if a > b { a } else { b };
         let mut highest = L::splat(*max);
         let mut at = 0;
@@ -317,7 +320,7 @@ unsafe fn soften_body<L: Floats>(scores: &mut [f32], to: usize, bias: Bias, (max
             at += LANES;
         }
         let mut total = L::sum(total);
-        // The rest by the same function: a row's weights do not depend on where its chunks begin.
+        // The rest goes through the same exponential, so a row's weights do not depend on the position of its chunks.
         let mut edge = [f32::NEG_INFINITY; LANES];
         let rest = to - whole;
         for (edge, at) in edge.iter_mut().zip(whole..to) {
@@ -334,7 +337,7 @@ unsafe fn soften_body<L: Floats>(scores: &mut [f32], to: usize, bias: Bias, (max
     }
 }
 
-/// The index of `tensor` in `held`, where it goes if it is not among the last two.
+/// Returns the index of `tensor` in `held`. Adds the tensor if it is not among the last two.
 fn place<'a>(held: &mut Vec<&'a Tensor>, tensor: &'a Tensor) -> usize {
     let recent = held.len().saturating_sub(2);
     let known = held[recent..].iter().position(|known| known.id() == tensor.id());
@@ -347,13 +350,12 @@ fn place<'a>(held: &mut Vec<&'a Tensor>, tensor: &'a Tensor) -> usize {
     )
 }
 
-/// Where the keys and values of a row of [`AttentionOp`] are.
+/// Keys and values of a row of [`AttentionOp`].
 #[derive(Clone, Debug)]
 pub struct AttentionRow {
-    /// The keys: `[.., kv_heads, time, head_dim]` with any strides whose last is 1, in f32, f16, bf16 or bytes of `q8_0`
-    /// blocks.
+    /// The keys: `[.., kv_heads, time, head_dim]` in f32, f16, bf16 or bytes of `q8_0` blocks. The last stride is 1.
     pub keys: Tensor,
-    /// The values, likewise; may be the same tensor.
+    /// The values, with the same layout; may be the same tensor.
     pub values: Tensor,
     /// Index of the row along the first dimension of keys, and of values.
     pub at: (usize, usize),
@@ -361,25 +363,29 @@ pub struct AttentionRow {
     pub first: usize,
     /// Number of keys.
     pub len: usize,
-    /// Number of queries: the last positions of the keys.
+    /// Number of queries. They are at the positions of the last keys.
     pub queries: usize,
 }
 
-/// Causal attention as a candle op over queries `[batch, heads, time, head_dim]`, f32 and contiguous. It owns its rows, as
-/// [`LinearOp`](crate::LinearOp) owns its weight: each of them takes the next queries and attends to its own keys and
-/// values, wherever they are stored.
+/// Causal attention as a candle operation over queries `[batch, heads, time, head_dim]`, in f32 and contiguous:
+/// `softmax(scale · q kᵀ - slope · distance) v`, as `[batch, time, heads · head_dim]`. `kv_heads` divides `heads`.
 ///
-/// `softmax(scale · q kᵀ - slope · distance) v`, of `[batch, time, heads · head_dim]`. `kv_heads` divides `heads`. The softmax
-/// is the running one of Milakov and Gimelshein (2018, arXiv:1805.02867): memory is a buffer of `60 · 1024` for each thread,
-/// however many keys there are. It has no backward pass: rows without a past that are
-/// trained take [`SelfAttentionOp`](crate::SelfAttentionOp), others the plain twin.
+/// The operation owns its rows, as [`LinearOp`](crate::LinearOp) owns its weight. Each row takes the next queries and
+/// attends to its own keys and values, wherever they are stored.
+///
+/// The softmax is the online softmax of Milakov and Gimelshein (2018, arXiv:1805.02867). Memory is a buffer of
+/// `60 · 1024` numbers for each thread, regardless of the number of keys.
+///
+/// There is no backward pass. For gradients, rows without a past use [`SelfAttentionOp`](crate::SelfAttentionOp), and
+/// others use plain candle operations.
 #[derive(Clone, Debug)]
 pub struct AttentionOp {
-    /// Multiplies the scores; usually `1 / sqrt(head_dim)`.
+    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
-    /// ALiBi: a key `n` positions back loses `n` times the slope of its head. Empty for none.
+    /// ALiBi slope of each head (Press et al. 2021, arXiv:2108.12409): `n · slope` is subtracted from the score of a
+    /// key `n` positions back. Empty for no ALiBi.
     pub slopes: Vec<f32>,
-    /// The rows, in the order of the queries. A row's queries are within one element of the batch.
+    /// The rows, in the order of their queries. The queries of a row are within one batch element.
     pub rows: Vec<AttentionRow>,
 }
 
@@ -391,12 +397,12 @@ impl CustomOp1 for AttentionOp {
     fn cpu_fwd(&self, q: &CpuStorage, q_layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (q, [batch, heads, time, dim]) = View::new("q", q, q_layout)?;
         if q.rows.kind() != Kind::F32 || !q_layout.is_contiguous() {
-            bail!("attention: expected q in f32 and contiguous");
+            bail!("attention: expected a contiguous q in f32");
         }
         if !self.slopes.is_empty() && self.slopes.len() != heads {
-            bail!("attention: {} slopes for {heads} heads", self.slopes.len());
+            bail!("attention: expected a slope for each head, got {} for {heads} heads", self.slopes.len());
         }
-        // One guard for each tensor: rows of a batch share them.
+        // One guard for each tensor, because the rows of a batch share tensors.
         let mut held = Vec::with_capacity(self.rows.len());
         let mut of_rows = Vec::with_capacity(self.rows.len());
         for row in &self.rows {
@@ -406,7 +412,7 @@ impl CustomOp1 for AttentionOp {
         let guards: Vec<_> = held.iter().map(|tensor| tensor.storage_and_layout()).collect();
         let view = |name: &str, at: usize| -> Result<(View, [usize; 4])> {
             let (storage, layout) = &guards[at];
-            let Storage::Cpu(storage) = &**storage else { bail!("attention: {name} are not on the CPU") };
+            let Storage::Cpu(storage) = &**storage else { bail!("attention: expected {name} on the CPU") };
             View::new(name, storage, layout)
         };
         let (mut rows, mut done, mut group) = (Vec::with_capacity(self.rows.len()), 0, 1);
@@ -425,14 +431,14 @@ impl CustomOp1 for AttentionOp {
                 bail!("attention: q {:?}, keys {k_dims:?} and values {v_dims:?} do not fit {row:?}", q_layout.dims());
             }
             if !rows.is_empty() && group != heads / kv_heads {
-                bail!("attention: rows with {kv_heads} and {} key heads", heads / group);
+                bail!("attention: expected rows with as many key heads each, got {kv_heads} and {}", heads / group);
             }
             group = heads / kv_heads;
             rows.push(Row { at, queries: row.queries, keys: row.len, k, v, batch: row.at, first: row.first });
             done += row.queries;
         }
         if done != batch * time {
-            bail!("attention: rows of {done} queries for {batch} times {time}");
+            bail!("attention: the rows have {done} queries; expected {batch} times {time}");
         }
         let mut out = zeros(batch * time * heads * dim);
         if !out.is_empty() {

@@ -1,4 +1,5 @@
-//! Causal attention with a gradient: probabilities are computed a second time, a block of queries at a time.
+//! Causal attention with a gradient. The backward pass computes the probabilities again, one block of queries at a
+//! time.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
@@ -11,21 +12,23 @@ use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Kind, Rows};
 use crate::cpu::shared::Shared;
 
-/// Causal attention of rows to themselves, as a candle op over `q` of `[batch, heads, time, head_dim]`, `k` and `v` of
-/// `[batch, kv_heads, time, head_dim]`, all f32 with any strides whose last is 1: the values of [`AttentionOp`], bit for bit, and
-/// gradients.
+/// Causal self-attention of rows without a past, as a candle operation with a gradient.
 ///
-/// The backward pass (Dao et al. 2022, arXiv:2205.14135, algorithm 4) holds the probabilities of 60 queries of one head in each
-/// thread, never those of all.
+/// Inputs: `q` of `[batch, heads, time, head_dim]`, `k` and `v` of `[batch, kv_heads, time, head_dim]`, all in f32 and
+/// with a last stride of 1. The values are those of [`AttentionOp`], bit for bit.
+///
+/// The backward pass (Dao et al. 2022, arXiv:2205.14135, algorithm 4) keeps the probabilities of 60 queries of one head
+/// in each thread, never all of them.
 ///
 /// [`AttentionOp`]: crate::AttentionOp
 #[derive(Clone, Debug)]
 pub struct SelfAttentionOp {
-    /// Multiplies the scores.
+    /// Factor of the scores.
     pub scale: f32,
-    /// ALiBi: a key `n` positions back loses `n` times the slope of its head. Empty for none.
+    /// ALiBi slope of each head: `n · slope` is subtracted from the score of a key `n` positions back. Empty for no
+    /// ALiBi.
     pub slopes: Vec<f32>,
-    /// The rows: element of the batch, first position along time, number of positions.
+    /// The rows: batch element, first position along time, and number of positions.
     pub spans: Vec<(usize, usize, usize)>,
 }
 
@@ -46,7 +49,7 @@ impl SelfAttentionOp {
         let (v, v_dims) = View::new("values", of[2].0, of[2].1)?;
         let kv_heads = k_dims[1];
         let fits = kv_heads > 0 && heads % kv_heads == 0 && k_dims == [batch, kv_heads, time, dim] && v_dims == k_dims;
-        // Every position is in one span, so that no two tasks write the same gradients.
+        // Every position must be in exactly one span, so that no two tasks write to the same gradients.
         let mut sorted = self.spans.clone();
         sorted.sort_unstable();
         let end = sorted.iter().try_fold(0usize, |end, &(row, from, len)| {
@@ -57,13 +60,13 @@ impl SelfAttentionOp {
         let is_f32 = [&q, &k, &v].iter().all(|view| view.rows.kind() == Kind::F32);
         if !fits || !is_f32 || end != Some(batch * time) {
             bail!(
-                "attention: q {:?}, keys {k_dims:?}, values {v_dims:?} and {} rows do not fit",
+                "attention: q {:?}, keys {k_dims:?}, values {v_dims:?} and {} spans do not fit or are not f32",
                 of[0].1.dims(),
                 self.spans.len()
             );
         }
         if !self.slopes.is_empty() && self.slopes.len() != heads {
-            bail!("attention: {} slopes for {heads} heads", self.slopes.len());
+            bail!("attention: expected a slope for each head, got {} for {heads} heads", self.slopes.len());
         }
         Ok(Inputs { q, k, v, sizes: Sizes { time, heads, group: heads / kv_heads, dim }, batch, kv_heads })
     }
@@ -120,12 +123,12 @@ impl CustomOp3 for SelfAttentionOp {
             let Storage::Cpu(storage) = &**storage else { bail!("attention: expected tensors on the CPU") };
             inputs.push((storage, *layout));
         }
-        let &[q_in, k_in, v_in, (grad_in, grad_at)] = &inputs[..] else { bail!("attention: four tensors") };
+        let &[q_in, k_in, v_in, (grad_in, grad_at)] = &inputs[..] else { bail!("attention: expected four tensors") };
         let inputs = self.inputs([q_in, k_in, v_in])?;
         let Sizes { time, heads, dim, .. } = inputs.sizes;
         let grad_in = crate::cpu::shared::f32_slice("attention gradient", grad_in, grad_at)?;
         if grad_in.len() != inputs.batch * time * heads * dim {
-            bail!("attention: a gradient of {:?}", grad_at.dims());
+            bail!("attention: a gradient of shape {:?} does not fit q", grad_at.dims());
         }
         let count = |heads: usize| inputs.batch * heads * time * dim;
         let (mut of_q, mut of_k, mut of_v) =
@@ -137,7 +140,8 @@ impl CustomOp3 for SelfAttentionOp {
 }
 
 impl SelfAttentionOp {
-    /// Gradients of queries, keys and values, contiguous; a task for each row and key head, which writes to its own.
+    /// Computes the gradients of queries, keys and values, which are contiguous. There is a task for each row and key
+    /// head, which writes to its own gradients.
     fn backward(&self, inputs: &Inputs<'_>, grad: &[f32], out: [&mut [f32]; 3]) {
         let &Inputs { q, k, v, sizes, kv_heads, .. } = inputs;
         let Sizes { time, heads, group, dim } = sizes;
@@ -159,7 +163,7 @@ impl SelfAttentionOp {
                         of_k: of_k.from(element(kv_heads, kv, from)),
                         of_v: of_v.from(element(kv_heads, kv, from)),
                     };
-                    // SAFETY: gradients of this row and of these heads belong to this task alone.
+                    // SAFETY: the gradients of this row and of these heads belong to this task alone.
                     scratch(|buffer| unsafe { block.backward(&head, buffer) });
                 }
             }
@@ -167,7 +171,8 @@ impl SelfAttentionOp {
     }
 }
 
-/// A block of queries of one head, and where its gradients go: rows of `head_dim`, those of keys and values added to.
+/// A block of queries of one head, and the gradients that it writes to, in rows of `head_dim`. The gradients of keys
+/// and values are added to.
 struct Block<'a> {
     q: Rows<'a>,
     k: Rows<'a>,
@@ -179,10 +184,10 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// Adds the gradients.
+    /// Adds the block's gradients.
     ///
     /// # Safety
-    /// While it runs nothing else touches them.
+    /// During the call nothing else accesses them.
     unsafe fn backward(&self, head: &Head, buffer: &mut Vec<f32>) {
         let (dim, rows, isa) = (head.s.dim, head.rows, head.isa);
         let visible = head.before + rows;
@@ -192,7 +197,7 @@ impl Block<'_> {
         let (packed, rest) = buffer.split_at_mut(panel);
         let (weights, rest) = rest.split_at_mut(rows * stride);
         let (changes, turned) = rest.split_at_mut(rows * stride);
-        // Probabilities, as in the forward pass.
+        // Computes the probabilities as in the forward pass.
         head.score(self.q, self.k, visible, packed, weights, stride);
         for (row, weights) in weights.chunks_exact_mut(stride).enumerate() {
             let (seen, mut running) = (head.before + row + 1, (f32::NEG_INFINITY, 0f32));
@@ -201,11 +206,11 @@ impl Block<'_> {
             let norm = 1.0 / running.1;
             weights[..seen].iter_mut().for_each(|x| *x *= norm);
         }
-        // Values: the probabilities' transpose times the gradient.
+        // Gradient of the values: the transposed probabilities times the gradient.
         turn(weights, stride, rows, visible, turned);
         // SAFETY: all three gradients are this thread's, as the caller promises.
         unsafe { multiply(isa, (turned, rows, visible), (self.grad, rows), dim, packed, self.of_v) };
-        // Scores: p (dp - Σ p dp), times the scale.
+        // Gradient of the scores: p (dp - Σ p dp), times the scale.
         head.score(self.grad, self.v, visible, packed, changes, stride);
         for (weights, changes) in weights.chunks_exact(stride).zip(changes.chunks_exact_mut(stride)) {
             let (weights, changes) = (&weights[..visible], &mut changes[..visible]);
@@ -214,15 +219,15 @@ impl Block<'_> {
                 *dp = p * (*dp - mean) * head.scale;
             }
         }
-        // SAFETY: this thread's, as the caller promises.
+        // SAFETY: these gradients are this thread's, as the caller promises.
         unsafe { multiply(isa, (changes, stride, rows), (self.k, visible), dim, packed, self.of_q) };
         turn(changes, stride, rows, visible, turned);
-        // SAFETY: this thread's, as the caller promises.
+        // SAFETY: these gradients are this thread's, as the caller promises.
         unsafe { multiply(isa, (turned, rows, visible), (self.q, rows), dim, packed, self.of_k) };
     }
 }
 
-/// Rows of `columns`, `stride` apart, as columns.
+/// Transposes rows of `columns` numbers, `stride` apart, from `from` to `to`.
 fn turn(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32]) {
     for (row, from) in from.chunks_exact(stride).take(rows).enumerate() {
         for (column, x) in from[..columns].iter().enumerate() {
@@ -231,11 +236,11 @@ fn turn(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32]
     }
 }
 
-/// Adds `a b` to `out`, which is contiguous: `rows` rows of `a`, `a_stride` apart, of `k` numbers; `k` rows of `b` of `dim` numbers.
-/// `packed` is for the last columns of `b`.
+/// Adds `a b` to `out`, which is contiguous. `a` is `rows` rows of `k` numbers, `a_stride` apart, and `b` is `k` rows
+/// of `dim` numbers. `packed` is memory for the last columns of `b`.
 ///
 /// # Safety
-/// While it runs nothing else touches these places of `out`.
+/// During the call nothing else accesses these places of `out`.
 unsafe fn multiply(
     isa: Isa,
     (a, a_stride, rows): (&[f32], usize, usize),
@@ -273,7 +278,7 @@ mod tests {
 
     use super::*;
 
-    /// Rows that overlap would be written by two tasks at once.
+    /// Overlapping spans would be written by two tasks at once.
     #[test]
     fn spans_that_overlap_or_leave_gaps_are_refused() {
         let x = Tensor::zeros((1, 2, 4, 8), DType::F32, &Device::Cpu).unwrap();

@@ -1,10 +1,11 @@
-//! Products of bfloat16 with bfloat16, summed in f32, where the processor has them: AVX-512 BF16, and AMX tiles.
+//! Products of bfloat16 numbers with f32 sums, on processors that have instructions for them: AVX-512 BF16 and AMX
+//! tiles.
 //!
-//! Both read the same operands: activations row after row, and panels of 32 weight rows in which a word holds two
-//! neighboring columns of one.
+//! Both read the same operands. Activations are stored row after row. Weights are in panels of 32 weight rows, in which
+//! a word holds two neighboring columns of a row.
 
 #![cfg(target_arch = "x86_64")]
-#![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
+#![allow(clippy::wildcard_imports, reason = "a list of the instructions would be long and not informative")]
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -18,60 +19,64 @@ use crate::cpu::lanes::LANES;
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::shared::{Shared, holds};
 
-/// Columns that a tile takes at once: operands are filled up to them with zeros.
+/// Columns that a tile holds. Operands are padded with zeros to a multiple of them.
 pub(crate) const STEP: usize = 32;
 
-/// Proof that this processor has products of bfloat16 in vectors.
+/// Proof that this processor has vector products of bfloat16.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bf16Products(Isa);
 
-#[allow(clippy::unused_self, reason = "the proof is that there is one")]
+#[allow(clippy::unused_self, reason = "a value is a proof; the methods need no more of it")]
 impl Bf16Products {
-    /// The proof, if `isa` allows such products and the processor has them.
+    /// Returns the proof if `isa` includes such products and the processor has them.
     pub(crate) fn new(isa: Isa) -> Option<Self> {
         (isa >= InstructionSet::Avx512 && is_x86_feature_detected!("avx512bf16")).then_some(Self(isa))
     }
 
-    /// The path that they are on.
+    /// Returns the instruction set that the products use.
     pub(crate) fn isa(self) -> Isa {
         self.0
     }
 
-    /// Rows of activations that are multiplied together.
+    /// Returns the number of rows of activations that are multiplied together.
     pub(crate) fn block(self) -> usize {
         if self.0 == InstructionSet::Amx { 32 } else { 12 }
     }
 
-    /// Rounds the numbers of `x` into the first places of `out`.
+    /// Rounds the numbers of `x` to bfloat16, into the beginning of `out`.
     ///
     /// # Panics
-    /// If `out` has fewer places.
+    /// If `out` is shorter than `x`.
     pub(crate) fn to_rows(self, x: &[f32], out: &mut [u16]) {
-        assert!(out.len() >= x.len(), "no room for a row");
-        // SAFETY: there are as many places as numbers, and the token proves the instructions.
+        assert!(out.len() >= x.len(), "output is shorter than the row");
+        // SAFETY: `out` is at least as long as `x`, and the token proves that the processor has the instructions.
         unsafe { to_rows(x.as_ptr(), x.len(), out.as_mut_ptr()) };
     }
 
-    /// Rounds a panel of 32 columns, its height even, into words that hold two neighbors of a column: those of column `c` and
-    /// `c + 1` of row `j` are in word `16 c + j`.
+    /// Rounds a panel of 32 columns and an even number of rows to words of two numbers each: elements `c` and `c + 1`
+    /// of column `j` go to word `16 c + j`, for even `c`.
     ///
     /// # Panics
-    /// If there is not a word for each pair.
+    /// If the panel has an odd number of rows, or if `out` has fewer words than there are pairs.
     pub(crate) fn to_pairs(self, panel: &[f32], out: &mut [u32]) {
         let k = panel.len() / PANEL;
-        assert!(k.is_multiple_of(2) && panel.len() == PANEL * k && out.len() >= PANEL * k / 2, "no room for a panel");
-        // SAFETY: both were just measured, and the token proves the instructions.
+        assert!(
+            k.is_multiple_of(2) && panel.len() == PANEL * k && out.len() >= PANEL * k / 2,
+            "panel and output do not fit"
+        );
+        // SAFETY: the lengths of both were checked above, and the token proves that the processor has the instructions.
         unsafe { to_pairs(panel.as_ptr(), k, out.as_mut_ptr()) };
     }
 
-    /// Inner products of each of `rows` rows of `w`, `k` apart, with each of `count` rows of `x`, which lie `x_stride` apart and are
-    /// filled up with zeros to a multiple of [`STEP`]: that of row `j` with row `i` goes to `out[i * out_stride + j]`.
+    /// Computes the inner products of `rows` rows of `w` with `count` rows of `x`. Rows of `w` have `k` columns and are
+    /// contiguous. Rows of `x` are `x_stride` apart and padded with zeros to a multiple of [`STEP`]. The product of row
+    /// `j` of `w` with row `i` of `x` goes to `out[i * out_stride + j]`.
     ///
     /// # Panics
     /// If an operand is too short for its sizes.
     ///
     /// # Safety
-    /// While it runs no other thread touches these places of `out`.
+    /// During the call no other thread accesses these places of `out`.
     pub(crate) unsafe fn inner_products(
         self,
         w: &[bf16],
@@ -82,14 +87,15 @@ impl Bf16Products {
     ) {
         let has_x = holds(x.len(), count, x_stride, k.next_multiple_of(STEP));
         let has_room = start.has(rows) && holds(out.len(), count, out_stride, rows);
-        assert!(w.len() >= rows * k && has_x && has_room, "inner products beyond their operands");
+        assert!(w.len() >= rows * k && has_x && has_room, "an operand is too short for the inner products");
         let (w, x, out) = (w.as_ptr().cast(), x.as_ptr(), out.as_mut_ptr());
-        // SAFETY: all were just measured, the token proves the instructions, and the output is this thread's.
+        // SAFETY: the lengths of all operands were checked above, the token proves that the processor has the
+        // instructions, and the output is this thread's.
         unsafe { inner_products(w, rows, k, x, x_stride, count, start, out, out_stride) };
     }
 }
 
-/// Whether this process may use AMX tiles and they compute what they should. Asks the system once.
+/// Returns whether this process may use AMX tiles and they compute correctly. The system is asked once.
 pub(crate) fn has_tiles() -> bool {
     static TILES: OnceLock<bool> = OnceLock::new();
     *TILES.get_or_init(|| is_x86_feature_detected!("avx512bf16") && tiles_are_there() && permitted() && tiles_add_up())
@@ -98,28 +104,29 @@ pub(crate) fn has_tiles() -> bool {
 fn tiles_are_there() -> bool {
     #[target_feature(enable = "xsave")]
     fn kept() -> u64 {
-        // SAFETY: register 0 is always there.
+        // SAFETY: extended control register 0 always exists.
         unsafe { _xgetbv(0) }
     }
-    // Leaf 7: tiles, and bfloat16 in them. Register 0 of the system: it keeps both parts of their state.
+    // CPUID leaf 7 has bits for tiles and for bfloat16 tiles. Register XCR0 has bits for the two parts of the tile
+    // state that the system saves.
     let features = __cpuid_count(7, 0).edx;
     let (bf16, tile, state) = (1 << 22, 1 << 24, 0b11 << 17);
     if features & bf16 == 0 || features & tile == 0 || !is_x86_feature_detected!("xsave") {
         return false;
     }
-    // SAFETY: `xsave` was just found, and the instruction with it.
+    // SAFETY: `xsave` was detected, and the instruction is part of it.
     let kept = unsafe { kept() };
     kept & state == state
 }
 
-/// Linux grants the large state of tiles to a process that asks.
+/// Asks Linux for permission to use the large state of tiles.
 #[cfg(target_os = "linux")]
 fn permitted() -> bool {
     const ARCH_PRCTL: i64 = 158;
     const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
     const XFEATURE_XTILEDATA: i64 = 18;
     let mut result = ARCH_PRCTL;
-    // SAFETY: a system call with two numbers; it touches no memory.
+    // SAFETY: the system call takes two numbers and does not access memory.
     unsafe {
         asm!(
             "syscall",
@@ -139,14 +146,14 @@ fn permitted() -> bool {
     false
 }
 
-/// A small product by tiles and by hand.
+/// Checks a small product on tiles against scalar arithmetic.
 fn tiles_add_up() -> bool {
     let value = |i: usize| ((i * 37) % 17) as f32 - 8.0;
     let (a, panel): (Vec<f32>, Vec<f32>) =
         ((0..32 * 64).map(value).collect(), (0..64 * PANEL).map(|i| value(i + 5)).collect());
     let (mut rows, mut pairs, mut c) = (vec![0u16; 32 * 64], vec![0u32; 32 * PANEL], vec![0f32; 32 * PANEL]);
-    // SAFETY: the rows are contiguous, and the buffers have room for 64 numbers of each; the caller has found the instructions and has the
-    // system's permission. `c` is this function's own.
+    // SAFETY: the rows are contiguous, and the buffers have room for 64 columns each. The caller has detected the
+    // instructions and has the system's permission. `c` is local to this function.
     unsafe {
         to_rows(a.as_ptr(), a.len(), rows.as_mut_ptr());
         to_pairs(panel.as_ptr(), 64, pairs.as_mut_ptr());
@@ -169,13 +176,13 @@ fn tiles_add_up() -> bool {
     c.iter().enumerate().all(|(i, &c)| c == exact(i))
 }
 
-/// See [`Bf16Products::to_rows`].
+/// Implements [`Bf16Products::to_rows`].
 ///
 /// # Safety
 /// `len` numbers can be read and written.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn to_rows(x: *const f32, len: usize, out: *mut u16) {
-    // SAFETY: the masks leave out what is not among the `len` numbers.
+    // SAFETY: the masks leave out everything beyond the `len` numbers.
     unsafe {
         let mut at = 0;
         while at < len {
@@ -187,13 +194,13 @@ unsafe fn to_rows(x: *const f32, len: usize, out: *mut u16) {
     }
 }
 
-/// See [`Bf16Products::to_pairs`]; `k` is the height.
+/// Implements [`Bf16Products::to_pairs`]; `k` is the height of the panel.
 ///
 /// # Safety
 /// The panel can be read, and `16 k` words can be written.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
-    // SAFETY: two lines of the panel and one of words for each pair, all of which the caller has measured.
+    // SAFETY: each pair reads two lines of the panel and writes one line of words; the caller has checked both lengths.
     unsafe {
         let index: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
         let index = _mm512_loadu_si512(index.as_ptr().cast());
@@ -208,26 +215,28 @@ unsafe fn to_pairs(panel: *const f32, k: usize, out: *mut u32) {
     }
 }
 
-/// A product of rounded operands: of rows, and of the words of a panel. `k`, in numbers, is a multiple of [`STEP`].
+/// A product of operands rounded to bfloat16: `a` is rows of numbers, `b` a panel of words. `k` counts numbers and is a
+/// multiple of [`STEP`].
 pub(crate) type Rounded<'a> = Product<'a, u16, u32>;
 
 impl Rounded<'_> {
-    /// Computes it: by tiles, if there are any, for more than 12 rows. Those read [`Bf16Products::block`] rows of `a`, of which `rows`
-    /// count.
+    /// Computes the product, on tiles if `tiles` is given and there are more than 12 rows. Tiles read
+    /// [`Bf16Products::block`] rows of `a`, of which only `rows` rows are used.
     ///
     /// # Panics
     /// If an operand is too short for its sizes.
     ///
     /// # Safety
-    /// While it runs no other thread touches the columns wanted of these rows of `c`.
+    /// During the call no other thread accesses these columns of these rows of `c`.
     pub(crate) unsafe fn run(&self, _: Bf16Products, tiles: Option<&Tiles>) {
         let tiles = tiles.filter(|_| self.rows > 12);
         let rows = if tiles.is_some() { 2 * TILE_ROWS } else { self.rows };
         let has_a = holds(self.a.len(), rows, self.a_stride, self.k);
         let has_b = self.b_stride == PANEL && self.b.len() >= self.k / 2 * PANEL;
         let fits = self.rows <= rows && self.k > 0 && self.k.is_multiple_of(STEP) && has_a && has_b;
-        assert!(fits && self.has_room(), "a product beyond its operands");
-        // SAFETY: the operands were just measured; tokens prove vectors and tiles; the output is this thread's, as the caller promises.
+        assert!(fits && self.has_room(), "an operand is too short for the product");
+        // SAFETY: the lengths of the operands were checked above. The tokens prove that the processor has the
+        // instructions. The output is this thread's, as the caller promises.
         unsafe {
             if let Some(tiles) = tiles {
                 return by_tiles(self, tiles);
@@ -249,13 +258,13 @@ impl Rounded<'_> {
     }
 }
 
-/// Adds a row of sums to what it starts from.
+/// Writes a row of sums, added to its initial values, to the output.
 ///
 /// # Safety
-/// The product [has room](Product::has_room) and the row, which no other thread touches.
+/// The product [has room](Product::has_room) and includes the row, which no other thread accesses.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
 pub(crate) unsafe fn put(p: &Rounded<'_>, row: usize, sums: &[f32; PANEL]) {
-    // SAFETY: the masks leave out the columns that are not wanted; the others are in the output and in the start.
+    // SAFETY: the masks leave out columns beyond the result; the others are in the output and in the start.
     unsafe {
         let c = p.c.as_mut_ptr().add(row * p.c_stride);
         for half in 0..2 {
@@ -273,13 +282,13 @@ pub(crate) unsafe fn put(p: &Rounded<'_>, row: usize, sums: &[f32; PANEL]) {
     }
 }
 
-/// `M` rows from `row` on.
+/// Multiplies `M` rows from `row` on with vector instructions.
 ///
 /// # Safety
-/// [`Rounded::run`] has measured the operands, and these rows are among theirs.
+/// [`Rounded::run`] has checked the operands, and these rows are among the product's.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn by_vectors<const M: usize>(p: &Rounded<'_>, row: usize) {
-    // SAFETY: `k` numbers of each row of `a` and half as many lines of `b`, which were measured.
+    // SAFETY: the lengths were checked: each row of `a` has `k` numbers, and `b` has half as many lines.
     unsafe {
         let a = p.a.as_ptr().add(row * p.a_stride);
         let mut sums = [[_mm512_setzero_ps(); 2]; M];
@@ -300,10 +309,10 @@ unsafe fn by_vectors<const M: usize>(p: &Rounded<'_>, row: usize) {
     }
 }
 
-/// See [`Bf16Products::inner_products`].
+/// Implements [`Bf16Products::inner_products`].
 ///
 /// # Safety
-/// The operands hold what that asks of them, and no other thread touches the output.
+/// The operands are as long as that method requires, and no other thread accesses the output.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
 unsafe fn inner_products(
@@ -317,9 +326,9 @@ unsafe fn inner_products(
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: as many rows of weights and of `x` as are taken at once are left of those that the caller has measured.
+    // SAFETY: the rows of weights and of `x` that are taken at once are among those that the caller has checked.
     unsafe {
-        // `W` rows of weights by `R` rows of `x` from `i` on, as long as there are so many.
+        // Multiplies `W` rows of weights with `R` rows of `x` from `i` on, while there are as many.
         macro_rules! rows {
             ($w:literal, $r:literal, $row:ident, $i:ident) => {
                 while count - $i >= $r {
@@ -345,13 +354,13 @@ unsafe fn inner_products(
     }
 }
 
-/// Rows `row` and on of [`inner_products`]; `w` is the first of them.
+/// Computes `W` by `R` products of [`inner_products`], from row `row` on. `w` points to that row.
 ///
 /// # Safety
-/// As [`inner_products`].
+/// As for [`inner_products`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-#[allow(clippy::too_many_arguments, reason = "as its caller")]
-#[allow(clippy::needless_range_loop, reason = "rows, rows and sums go together")]
+#[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
+#[allow(clippy::needless_range_loop, reason = "the indices are shared by both kinds of rows and the sums")]
 unsafe fn some_rows<const W: usize, const R: usize>(
     w: *const u16,
     row: usize,
@@ -362,7 +371,8 @@ unsafe fn some_rows<const W: usize, const R: usize>(
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: the mask leaves out what lies behind the last column of `w`; rows of `x` have whole steps. Prefetching reads nothing.
+    // SAFETY: the mask leaves out everything beyond the last column of `w`; rows of `x` have whole steps; prefetching
+    // does not access memory.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); R]; W];
         for at in (0..k).step_by(STEP) {
@@ -395,21 +405,22 @@ unsafe fn some_rows<const W: usize, const R: usize>(
 /// Rows of a tile.
 const TILE_ROWS: usize = 16;
 
-/// Eight tiles of sixteen rows of 64 bytes that this thread may use. Dropping it leaves them, so that their state is not carried along.
+/// Eight tiles of sixteen rows of 64 bytes, configured for this thread. Dropping the value releases the tiles, so the
+/// system no longer saves their state.
 #[derive(Debug)]
 pub(crate) struct Tiles(PhantomData<*const ()>);
 
 impl Tiles {
-    /// Configures the tiles of this thread, where there are any on `isa`.
+    /// Configures the tiles of this thread, if `isa` includes tiles.
     pub(crate) fn new(isa: Isa) -> Option<Self> {
-        // SAFETY: the path proves that the processor has tiles, and that the system has permitted them.
+        // SAFETY: an `Isa` of AMX proves that the processor has tiles and that the system has permitted them.
         (isa == InstructionSet::Amx).then(|| unsafe { Self::configured() })
     }
 
     /// # Safety
     /// The processor has tiles, and the system has permitted them.
     unsafe fn configured() -> Self {
-        // SAFETY: promised in these words.
+        // SAFETY: the caller promises the same conditions.
         unsafe { configure() };
         Self(PhantomData)
     }
@@ -417,7 +428,7 @@ impl Tiles {
 
 impl Drop for Tiles {
     fn drop(&mut self) {
-        // SAFETY: whoever made this has found tiles.
+        // SAFETY: the value was created on a processor with tiles.
         unsafe { asm!("tilerelease", options(nostack)) };
     }
 }
@@ -433,19 +444,20 @@ unsafe fn configure() {
         config.0[16 + 2 * tile] = 64;
         config.0[48 + tile] = 16;
     }
-    // SAFETY: the 64 bytes are a valid configuration, and the caller has the system's permission.
+    // SAFETY: the 64 bytes are a valid configuration, and the system has permitted tiles, as the caller promises.
     unsafe { asm!("ldtilecfg [{}]", in(reg) config.0.as_ptr(), options(nostack)) };
 }
 
-/// 32 rows by 32 columns: four tiles of sums, two of each operand.
+/// Multiplies 32 rows with 32 columns: four tiles of sums, and two tiles of each operand.
 ///
 /// # Safety
-/// There are 32 rows of `a`, `k / 2` contiguous lines of `b` and at least one step; the product [has room](Product::has_room), and no
-/// other thread touches the output.
+/// There are 32 rows of `a`, `k / 2` contiguous lines of `b`, and at least one step. The product
+/// [has room](Product::has_room), and no other thread accesses the output.
 unsafe fn by_tiles(p: &Rounded<'_>, _: &Tiles) {
     let mut sums = [[0f32; PANEL]; 32];
-    // SAFETY: 16 rows of a tile are read `a_stride` apart from `a` and from 16 rows below, step by step, and lines of `b` likewise; `sums` has
-    // room for four tiles. Nothing else uses tiles, and the token proves that this thread has them.
+    // SAFETY: each step reads 16 rows of a tile, `a_stride` apart, from `a` and from 16 rows below, and lines of `b`
+    // likewise. `sums` has room for four tiles. The token proves that this thread has tiles, and nothing else uses
+    // them.
     unsafe {
         asm!(
             "tilezero tmm0",
@@ -500,7 +512,7 @@ mod tests {
         let (mut packed, mut pairs) = (vec![0u16; 64 * k], vec![0u32; k / 2 * PANEL]);
         for products in Isa::available().filter_map(Bf16Products::new) {
             let (isa, mut c) = (products.isa(), vec![0f32; rows * columns]);
-            // Rows to spare for whole tiles.
+            // `packed` has extra rows, so that tiles are complete.
             products.to_rows(&a, &mut packed);
             products.to_pairs(&panel, &mut pairs);
             let tiles = Tiles::new(isa);
@@ -517,12 +529,12 @@ mod tests {
                     columns,
                     start: Start::Row(&bias),
                 };
-                // SAFETY: nobody else has `c`.
+                // SAFETY: nothing else accesses `c`.
                 unsafe { product.run(products, tiles.as_ref()) };
             }
             drop(tiles);
             let rounded = |x: f32| f64::from(half::bf16::from_f32(x).to_f32());
-            // The same columns as rows of weights, of fewer columns than a whole step.
+            // The same columns as rows of weights, with a number of columns that is not a multiple of the step.
             let (k, weights) = (k - 5, (0..columns * (k - 5)).map(|i| panel[i % (k - 5) * PANEL + i / (k - 5)]));
             let weights: Vec<bf16> = weights.map(bf16::from_f32).collect();
             for count in [1, 2, 7, 13] {
@@ -530,7 +542,7 @@ mod tests {
                 let mut cut = packed.clone();
                 cut.chunks_exact_mut(k + 5).for_each(|row| row[k..].fill(0));
                 let (x, out) = ((&cut[..], k + 5, count), (Shared::new(&mut y), columns));
-                // SAFETY: nobody else has `y`.
+                // SAFETY: nothing else accesses `y`.
                 unsafe { products.inner_products(&weights, (columns, k), x, Start::Row(&bias), out) };
                 for (i, y) in y.iter().enumerate() {
                     let (row, column) = (i / columns, i % columns);

@@ -1,4 +1,5 @@
-//! Products with a matrix as it is stored: few rows, many rows, many rows in bfloat16, and back.
+//! Matrix products with a weight in its stored type: for few rows, for many rows, for rows in bfloat16, and with the
+//! transposed weight.
 
 #[cfg(target_arch = "x86_64")]
 use half::bf16;
@@ -21,20 +22,22 @@ use crate::cpu::tiles;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::unpack::unpack;
 
-/// Up to here inner products of whole rows, each weight read once; beyond, panels and a blocked matrix product.
+/// Largest number of rows for which products are inner products of whole rows, which read each weight once. More rows
+/// take panels and a blocked product.
 const FEW_ROWS: usize = 16;
 
-/// Columns of a product that are summed before the next: a block of rows stays in the first-level cache, the panels in the
-/// second.
+/// Columns that are summed before the next ones. A block of rows then stays in the first-level cache, and the panels
+/// stay in the second-level cache.
 const DEPTH: usize = 512;
 
-/// Rows of activations that are multiplied at once.
+/// Rows of activations that are multiplied together.
 const BLOCK: usize = 12;
 
 /// Panels that a task packs before it multiplies, so that activations are read once for all of them.
 const PANELS: usize = 4;
 
-/// `y = x Wᵀ + b` for `x` of `[rows, in_features]` and `weight` of `[out_features, in_features]`, in f32.
+/// Computes `y = x Wᵀ + b` in f32, for `x` of `[rows, in_features]`, `weight` of `[out_features, in_features]`, `bias`
+/// of `[out_features]` and `y` of `[rows, out_features]`.
 ///
 /// Runs on the installed [`Pool`](crate::Pool).
 ///
@@ -51,7 +54,7 @@ pub fn linear(
     Gemm::new(x, weight, bias, (in_features, out_features), y).run();
 }
 
-/// `y = f(x Wᵀ + b)` over operands whose sizes fit each other.
+/// The product `y = f(x Wᵀ + b)`, with operands of matching sizes.
 pub(crate) struct Gemm<'a> {
     /// `[rows, k]`.
     x: &'a [f32],
@@ -68,7 +71,7 @@ pub(crate) struct Gemm<'a> {
 }
 
 impl<'a> Gemm<'a> {
-    /// The product for `k` inputs and `n` outputs.
+    /// Creates the product for `k` inputs and `n` outputs.
     ///
     /// # Panics
     /// If a slice does not have the size that the others imply.
@@ -80,19 +83,19 @@ impl<'a> Gemm<'a> {
         y: &'a mut [f32],
     ) -> Self {
         let rows = x.len().checked_div(k).unwrap_or(0);
-        assert_eq!(x.len(), rows * k, "activations do not fill their rows");
+        assert_eq!(x.len(), rows * k, "x is not [rows, in_features]");
         assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
         assert_eq!(y.len(), rows * n, "output is not [rows, out_features]");
         assert!(bias.is_none_or(|b| b.len() == n), "bias is not [out_features]");
         Self { x, weight, bias, then: None, rows, k, n, y }
     }
 
-    /// The same, and a function of the result.
+    /// Applies a function to the result.
     pub(crate) fn then(self, then: Option<GeluOp>) -> Self {
         Self { then, ..self }
     }
 
-    /// Computes it in f32.
+    /// Computes the product in f32.
     pub(crate) fn run(self) {
         let Self { x, weight, bias, then, rows, k, n, y } = self;
         if rows == 0 {
@@ -108,7 +111,7 @@ impl<'a> Gemm<'a> {
             scratch(|buffer| {
                 let (from, to) = (task * step, ((task + 1) * step).min(n));
                 let w = weight.rows(from, to, k, buffer);
-                // Several rows of activations are taken a part at a time, which stays in the first-level cache.
+                // Several rows of activations are multiplied a part at a time, which stays in the first-level cache.
                 let part = if rows < 4 { k.max(1) } else { (8 << 10) / rows / 16 * 16 };
                 for k_block in (0..k).step_by(part) {
                     let start = match bias {
@@ -129,13 +132,14 @@ impl<'a> Gemm<'a> {
                         );
                     }
                 }
-                // SAFETY: the same columns.
+                // SAFETY: these columns belong to this task alone.
                 unsafe { finish(then, out, 0..rows, n, from, to) };
             });
         });
     }
 
-    /// Computes it with both factors rounded to bfloat16, where that is faster; gives the product back where it is not.
+    /// Computes the product with both factors rounded to bfloat16, if that is faster. Otherwise returns the product
+    /// unchanged.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn run_bf16(self) -> Option<Self> {
         let isa = isa();
@@ -147,7 +151,7 @@ impl<'a> Gemm<'a> {
         let products = if fits { Bf16Products::new(isa) } else { None };
         match (self.weight, products) {
             (_, Some(products)) if self.rows > FEW_ROWS => many_rows_bf16(self, products),
-            // For a single row the memory is what counts.
+            // A single row gains nothing: it waits for memory.
             (Stored::BF16(weight), Some(products)) if self.rows >= 2 => few_rows_bf16(self, weight, products),
             _ => return Some(self),
         }
@@ -155,7 +159,7 @@ impl<'a> Gemm<'a> {
     }
 }
 
-/// `y = left · right` for `left` of `[rows, k]` and `right` of `[k, n]`, then a function of the result.
+/// Computes `y = then(left · right)`, for `left` of `[rows, k]` and `right` of `[k, n]`. The sums start from `begin`.
 pub(crate) fn blocked(
     left: Left<'_>,
     rows: usize,
@@ -165,7 +169,7 @@ pub(crate) fn blocked(
     then: Option<GeluOp>,
     y: &mut [f32],
 ) {
-    assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
+    assert_eq!(y.len(), rows * n, "output is not [rows, columns]");
     #[cfg(target_arch = "x86_64")]
     if tiles::pay(isa(), rows, (k, n)) {
         return tiles::blocked(left, rows, right, (k, n), begin, then, y);
@@ -174,7 +178,7 @@ pub(crate) fn blocked(
     let panels = n.div_ceil(PANEL).div_ceil(4 * threads()).clamp(1, PANELS);
     let step = panels * PANEL;
     let across = n.div_ceil(step);
-    // Where there are few columns, the rows are shared out as well.
+    // With few columns, the rows are divided among the tasks as well.
     let down = (2 * threads()).div_ceil(across.max(1)).clamp(1, rows.div_ceil(4 * BLOCK).max(1));
     let share = rows.div_ceil(down).next_multiple_of(BLOCK).max(BLOCK);
     let product = |left: Left<'_>, task: usize| {
@@ -185,7 +189,7 @@ pub(crate) fn blocked(
             for k_block in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - k_block);
                 right.pack(isa, w, (k_block, depth), (from, to), depth, packed);
-                // Rows that stay in the first-level cache while every panel meets them.
+                // These rows stay in the first-level cache while every panel is multiplied with them.
                 for row in own.clone().step_by(BLOCK) {
                     for (i, first) in (from..to).step_by(PANEL).enumerate() {
                         let product = Product {
@@ -200,35 +204,38 @@ pub(crate) fn blocked(
                             columns: PANEL.min(to - first),
                             start: begin.at(k_block, first),
                         };
-                        // SAFETY: columns [from, to) of its own rows of `y` belong to this task alone.
+                        // SAFETY: columns [from, to) of the task's own rows of `y` belong to this task alone.
                         unsafe { product.run(isa) };
                     }
                 }
             }
         };
         right.with_rows((from, to), k, |w| scratch(|packed| run(w, packed)));
-        // SAFETY: the same rows and columns.
+        // SAFETY: these rows and columns belong to this task alone.
         unsafe { finish(then, out, own, n, from, to) };
     };
     left.as_rows(rows, k, true, |left| parallel(across * down, |task| product(left, task)));
 }
 
-/// As [`DEPTH`], for products of bfloat16, whose sums are slower to come by: a multiple of every block's columns.
+/// Unit of the depth of products in bfloat16: a multiple of every block size. The depth is eight units, more than
+/// [`DEPTH`], because adding to the output takes a larger share of the time.
 #[cfg(target_arch = "x86_64")]
 const K_BLOCK: usize = 256;
 
-/// As [`PANELS`]: products are so fast that rows must not be fetched again for every few columns.
+/// Panels that a task packs, as [`PANELS`], for products in bfloat16. These are so fast that rows must be read once for
+/// many columns.
 #[cfg(target_arch = "x86_64")]
 const DEEP_PANELS: usize = 8;
 
-/// [`Gemm::run_bf16`] of many rows.
+/// [`Gemm::run_bf16`] for many rows.
 #[cfg(target_arch = "x86_64")]
 fn many_rows_bf16(product: Gemm<'_>, products: Bf16Products) {
     let Gemm { x, weight, bias, then, rows, k, n, y } = product;
     let (isa, block) = (products.isa(), products.block());
     let out = Shared::new(y);
     let depth = (8 * K_BLOCK).min(k.next_multiple_of(STEP));
-    // Rounded once for every task; rows fill up whole blocks, and columns whole steps, with zeros.
+    // Activations are rounded once, for all tasks. Rows are padded with zeros to whole blocks, and columns to whole
+    // steps.
     let stride = k.next_multiple_of(STEP) + STEP;
     let mut packed = vec![0u16; rows.next_multiple_of(block) * stride];
     parallel_chunks(&mut packed, stride * 8, |i, packed| {
@@ -253,7 +260,7 @@ fn many_rows_bf16(product: Gemm<'_>, products: Bf16Products) {
                         && k % 2 == 0
                     {
                         pairs[PANEL * whole / 2..].fill(0);
-                        // Two columns are a word, as which they are moved.
+                        // Two neighboring columns are moved as one word.
                         let w = Rows::in_words(w, k).skip(first, k_block / 2);
                         let pairs = bytemuck::cast_slice_mut(pairs);
                         rows::pack(isa, w, (PANEL.min(to - first), whole / 2), pairs, PANEL);
@@ -300,12 +307,12 @@ fn many_rows_bf16(product: Gemm<'_>, products: Bf16Products) {
             }
         }
         drop(tiles);
-        // SAFETY: the same columns.
+        // SAFETY: these columns belong to this task alone.
         unsafe { finish(then, out, 0..rows, n, from, to) };
     });
 }
 
-/// [`Gemm::run_bf16`] of a few rows, whose weight is `weight`: every number of it is read once.
+/// [`Gemm::run_bf16`] for a few rows. `weight` is the product's weight; each of its numbers is read once.
 #[cfg(target_arch = "x86_64")]
 fn few_rows_bf16(product: Gemm<'_>, weight: &[bf16], products: Bf16Products) {
     let Gemm { x, bias, then, rows, k, n, y, .. } = product;
@@ -322,29 +329,30 @@ fn few_rows_bf16(product: Gemm<'_>, weight: &[bf16], products: Bf16Products) {
         let (w, x) = (&weight[from * k..to * k], (&packed[..], stride, rows));
         // SAFETY: columns [from, to) of `y` belong to this task alone.
         unsafe { products.inner_products(w, (to - from, k), x, start, (out.from(from), n)) };
-        // SAFETY: the same columns.
+        // SAFETY: these columns belong to this task alone.
         unsafe { finish(then, out, 0..rows, n, from, to) };
     });
 }
 
-/// `x = y W` for `y` of `[rows, out_features]`: the gradient of [`linear`] with respect to its activations.
+/// Computes `x = y W` for `y` of `[rows, out_features]` and `x` of `[rows, in_features]`: the gradient of [`linear`]
+/// with respect to its activations.
 ///
 /// # Panics
-/// As [`linear`].
+/// If a slice does not have the size that the others imply.
 pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_features: usize, x: &mut [f32]) {
     let (k, n) = (in_features, out_features);
     let rows = y.len().checked_div(n).unwrap_or(0);
-    assert_eq!(y.len(), rows * n, "gradients do not fill their rows");
+    assert_eq!(y.len(), rows * n, "y is not [rows, out_features]");
     assert_eq!(weight.len(), n * k, "weight is not [out_features, in_features]");
     assert_eq!(x.len(), rows * k, "output is not [rows, in_features]");
     if !matches!(weight, Stored::Blocks(_) | Stored::Packed(_) | Stored::FourBit(_)) {
         return blocked(Left { at: y, row: n, column: 1 }, rows, Right::Columns(weight), (n, k), Begin::Zero, None, x);
     }
-    // Blocks are widened by whole rows.
+    // Quantized weights are dequantized by whole rows.
     let isa = isa();
-    // Weights of a step, widened, stay in the second-level cache.
+    // The dequantized weights of a step stay in the second-level cache.
     let step = ((512 << 10) / 4 / k.max(1)).clamp(8, 256);
-    // Each task owns some rows of `x` and walks the weight: no two tasks add to one element.
+    // Each task has its own rows of `x` and reads the whole weight, so no two tasks write to the same element.
     let share = rows.div_ceil(threads()).max(1);
     parallel_chunks(x, share * k, |i, x| {
         let rows = x.len() / k;
@@ -353,7 +361,7 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
         for from in (0..n).step_by(step) {
             let to = (from + step).min(n);
             let w = weight.rows(from, to, k, &mut buffer);
-            // Rows end in a whole panel, whatever `k` is.
+            // Rows are padded to whole panels.
             let width = k.next_multiple_of(PANEL);
             wide.resize((to - from) * width, 0f32);
             rows::widen_to(isa, w, (to - from, k), &mut wide, width);
@@ -370,7 +378,7 @@ pub fn linear_transposed(y: &[f32], weight: Stored<'_>, in_features: usize, out_
                     columns: PANEL.min(k - column),
                     start: if from == 0 { Start::Zero } else { Start::Output },
                 };
-                // SAFETY: this task alone has its part of `x`.
+                // SAFETY: this part of `x` belongs to this task alone.
                 unsafe { product.run(isa) };
             }
         }

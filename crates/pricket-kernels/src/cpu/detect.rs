@@ -1,23 +1,23 @@
-//! Which instruction sets the processor has; one answer for every kernel, found once.
+//! Detection of the processor's instruction sets, and the choice of the one that kernels use. Both are made once.
 
 use std::sync::OnceLock;
 
 use crate::cpu::isa::{InstructionSet, Isa};
 
 impl Isa {
-    /// Returns the path of an instruction set, if this processor has it.
+    /// Returns the instruction set `set`, or `None` if this processor does not have it.
     pub fn new(set: InstructionSet) -> Option<Self> {
-        // SAFETY: just found.
+        // SAFETY: `is_there` detected the instruction set.
         is_there(set).then(|| unsafe { Self::assume(set) })
     }
 
-    /// Returns the best path of this processor.
+    /// Returns the best instruction set of this processor.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().last().expect("every processor has scalar instructions"))
     }
 
-    /// Returns the paths of this processor, the best last.
+    /// Returns the instruction sets of this processor, the best last.
     pub fn available() -> impl Iterator<Item = Self> {
         InstructionSet::ALL.into_iter().filter_map(Self::new)
     }
@@ -57,15 +57,17 @@ fn is_there(set: InstructionSet) -> bool {
     set == InstructionSet::Scalar
 }
 
-/// The path that kernels take: the best, or the one that the environment variable `PRICKET_CPU` names.
+/// Returns the instruction set that kernels use: the one that the environment variable `PRICKET_CPU` names, or else the
+/// best. An invalid value of the variable is ignored here; [`chosen`] reports it.
 pub(crate) fn isa() -> Isa {
     chosen().unwrap_or_else(|_| Isa::best())
 }
 
-/// As the kernels choose: the best path, or the one that the environment variable `PRICKET_CPU` names.
+/// Returns the instruction set that kernels use: the one that the environment variable `PRICKET_CPU` names, or else the
+/// best. The variable is read once.
 ///
 /// # Errors
-/// A sentence, if the variable names no instruction set, or one that this processor does not have.
+/// Returns a message if the variable names an unknown instruction set, or one that this processor does not have.
 pub fn chosen() -> Result<Isa, String> {
     static CHOSEN: OnceLock<Result<Isa, String>> = OnceLock::new();
     let choose = || {
@@ -78,7 +80,7 @@ pub fn chosen() -> Result<Isa, String> {
             }
             Some(set) => Isa::new(set).ok_or_else(|| {
                 let own = names(Isa::available().map(Isa::name).collect());
-                format!("PRICKET_CPU is {name}, this processor has {own}")
+                format!("PRICKET_CPU is {name}; this processor has {own}")
             }),
         }
     };

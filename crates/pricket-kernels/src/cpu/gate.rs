@@ -1,7 +1,7 @@
-//! Products with a gate, and the mixing of a position with the one before it.
+//! Gated products, `f(gate) · x`, and RWKV's token shift, which mixes each position with the one before it.
 
-#![allow(clippy::undocumented_unsafe_blocks, reason = "arithmetic whose one condition the trait names")]
-#![allow(clippy::inline_always, reason = "it must take the instruction set of the function it stands in")]
+#![allow(clippy::undocumented_unsafe_blocks, reason = "arithmetic; its only condition is documented at the trait")]
+#![allow(clippy::inline_always, reason = "it must be compiled with the instruction set of its caller")]
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
@@ -11,10 +11,10 @@ use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::pool::{parallel, parallel_chunks, zeros};
 use crate::cpu::shared::{Shared, f32_slice};
 
-/// Elements of a task: enough that handing it out costs nothing.
+/// Elements of a task: enough to make the cost of handing it out negligible.
 const TASK: usize = 16 << 10;
 
-/// The function of a gate.
+/// The activation function of a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
     /// `x sigmoid(x)` (Elfwing et al. 2017, arXiv:1702.03118).
@@ -23,29 +23,29 @@ pub enum Gate {
     Sigmoid,
 }
 
-/// `f(gate) · x`, elementwise in f32, with a gradient of both.
+/// `f(gate) · x`, elementwise in f32. The backward pass computes the gradients of both.
 #[derive(Clone, Copy, Debug)]
 pub struct GatedOp {
-    /// `f`.
+    /// The function `f` of the gate.
     pub gate: Gate,
 }
 
-/// `1 / (1 + e⁻ˣ)`.
+/// Returns `1 / (1 + e⁻ˣ)`.
 #[inline(always)]
 unsafe fn sigmoid<L: Floats>(x: L::Float) -> L::Float {
     unsafe {
-        // `min` returns its second operand if either is NaN, so NaN stays NaN.
+        // `min` returns its second operand if either is NaN, so this operand order propagates NaN.
         let negative = L::min(L::splat(88.0), L::mul(x, L::splat(-1.0)));
         L::div(L::splat(1.0), L::add(L::splat(1.0), L::exp(negative)))
     }
 }
 
-/// `f` and its derivative.
+/// Returns `f(g)` and its derivative.
 #[inline(always)]
 unsafe fn gate<L: Floats>(kind: Gate, g: L::Float) -> (L::Float, L::Float) {
     unsafe {
         let (s, one) = (sigmoid::<L>(g), L::splat(1.0));
-        // 1 - s by the other side of the curve: the difference would lose its digits.
+        // 1 - s, computed as sigmoid(-g): the difference would lose precision.
         let rest = sigmoid::<L>(L::mul(g, L::splat(-1.0)));
         match kind {
             Gate::Silu => (L::mul(g, s), L::mul(s, L::madd(g, rest, one))),
@@ -54,7 +54,7 @@ unsafe fn gate<L: Floats>(kind: Gate, g: L::Float) -> (L::Float, L::Float) {
     }
 }
 
-/// `f`.
+/// Returns `f(g)`.
 #[inline(always)]
 unsafe fn value<L: Floats>(kind: Gate, g: L::Float) -> L::Float {
     unsafe {
@@ -81,7 +81,7 @@ unsafe fn forward<L: Floats>(kind: Gate, g: &[f32], x: &[f32], out: &mut [f32]) 
     }
 }
 
-/// The gradients of the gate and of `x`.
+/// Writes the gradients of the gate and of `x`.
 #[inline(always)]
 unsafe fn backward<L: Floats>(
     kind: Gate,
@@ -90,7 +90,7 @@ unsafe fn backward<L: Floats>(
     grad: &[f32],
     (gate_grad, x_grad): (&mut [f32], &mut [f32]),
 ) {
-    // No closures: they would not have the instructions.
+    // No closures: they would not be compiled with the instruction set of this function.
     for at in (0..g.len()).step_by(LANES) {
         let len = LANES.min(g.len() - at);
         let part = at..at + len;
@@ -125,7 +125,7 @@ impl CustomOp2 for GatedOp {
     fn cpu_fwd(&self, g: &CpuStorage, g_at: &Layout, x: &CpuStorage, x_at: &Layout) -> Result<(CpuStorage, Shape)> {
         let (g, x) = (f32_slice("gate", g, g_at)?, f32_slice("gated", x, x_at)?);
         if g_at.dims() != x_at.dims() {
-            bail!("gated: a gate of {:?} for {:?}", g_at.dims(), x_at.dims());
+            bail!("gated: a gate of shape {:?} does not fit x of {:?}", g_at.dims(), x_at.dims());
         }
         let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK, |i, out| {
@@ -142,7 +142,7 @@ impl CustomOp2 for GatedOp {
     }
 }
 
-/// The gradients of [`GatedOp`]: `[2, ..]`.
+/// The gradients of [`GatedOp`], stacked: `[2, ..]`, of the gate and of `x`.
 #[derive(Debug)]
 struct GatedBackwardOp {
     gate: Gate,
@@ -166,14 +166,14 @@ impl CustomOp3 for GatedBackwardOp {
         let grad = f32_slice("gated gradient", grad, grad_at)?;
         let n = x.len();
         if (g.len(), grad.len()) != (n, n) {
-            bail!("gated: a gradient of {:?} for {:?}", grad_at.dims(), x_at.dims());
+            bail!("gated: a gradient of shape {:?} does not fit x of {:?}", grad_at.dims(), x_at.dims());
         }
         let mut out = zeros(2 * n);
         let shared = Shared::new(&mut out);
         parallel(n.div_ceil(TASK), |i| {
             let (at, len) = (i * TASK, TASK.min(n - i * TASK));
             let part = at..at + len;
-            // SAFETY: each task has a part of its own of both halves.
+            // SAFETY: each task writes to its own part of both halves.
             unsafe {
                 let out = (shared.slice(at, len), shared.slice(n + at, len));
                 dispatch_back(isa(), self.gate, &g[part.clone()], &x[part.clone()], &grad[part], out);
@@ -184,8 +184,10 @@ impl CustomOp3 for GatedBackwardOp {
     }
 }
 
-/// `x · mix + before · (1 - mix)`, with `mix` of `[d]` for the last dimension, in f32 and with a gradient of all three: RWKV's token
-/// shift (Peng et al. 2023, arXiv:2305.13048, equation 11).
+/// RWKV's token shift (Peng et al. 2023, arXiv:2305.13048, equation 11): `x · mix + before · (1 - mix)`, in f32.
+///
+/// Inputs: `x` and `before` of the same shape `[.., d]`, and `mix` of `[d]`. The backward pass computes the gradients
+/// of all three.
 #[derive(Clone, Copy, Debug)]
 pub struct MixOp;
 
@@ -207,7 +209,7 @@ impl CustomOp3 for MixOp {
         let mix = f32_slice("mix factors", mix, mix_at)?;
         let d = mix.len();
         if x_at.dims() != before_at.dims() || x_at.dims().last() != Some(&d) {
-            bail!("mix: {:?} and {:?} by {d} factors", x_at.dims(), before_at.dims());
+            bail!("mix: x {:?} and before {:?} do not fit {d} factors", x_at.dims(), before_at.dims());
         }
         let mut out = zeros(x.len());
         let task = TASK.div_ceil(d.max(1)) * d;

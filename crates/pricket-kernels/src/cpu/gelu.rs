@@ -1,6 +1,8 @@
-#![allow(clippy::undocumented_unsafe_blocks, reason = "arithmetic whose one condition the trait names")]
-#![allow(clippy::inline_always, reason = "it must take the instruction set of the function it stands in")]
-#![allow(clippy::excessive_precision, reason = "coefficients stand as they were fitted")]
+//! GELU, `x Φ(x)`, in its erf and tanh forms, with its derivative.
+
+#![allow(clippy::undocumented_unsafe_blocks, reason = "arithmetic; its only condition is documented at the trait")]
+#![allow(clippy::inline_always, reason = "it must be compiled with the instruction set of its caller")]
+#![allow(clippy::excessive_precision, reason = "coefficients are written as they were fitted")]
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
@@ -10,34 +12,34 @@ use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 
-/// Elements of a task: enough that handing it out costs nothing.
+/// Elements of a task: enough to make the cost of handing it out negligible.
 const TASK: usize = 16 << 10;
 
-/// The GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), `x Φ(x)`.
+/// The form of the GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), `x Φ(x)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gelu {
-    /// By the error function.
+    /// The exact form, with the error function.
     Erf,
-    /// By its tanh approximation, `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
+    /// The tanh approximation, `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
     Tanh,
 }
 
-/// A [`Gelu`] elementwise in f32.
+/// A [`Gelu`], elementwise in f32, with a gradient.
 ///
-/// Both forms are rational minimax functions: within 1e-6 of the exact value over ±12, where a unit in the last place of
-/// f32 is 9.5e-7 (1.2e-6 where no instruction multiplies and adds at once).
+/// Both forms use rational minimax approximations. They are within 1e-6 of the exact value over ±12, where a unit in
+/// the last place of f32 is 9.5e-7. Without fused multiply-add instructions the bound is 1.2e-6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GeluOp {
-    /// Which one.
+    /// The form of the function.
     pub form: Gelu,
-    /// Round the argument and the value to f16, as ggml's table does.
+    /// Whether to round the argument and the value to f16, as ggml's table does.
     pub as_ggml: bool,
 }
 
-/// `p(x²)` by Horner's rule, highest coefficient first.
+/// Evaluates the polynomial `p(x²)` by Horner's rule, with the highest coefficient first.
 #[inline(always)]
 unsafe fn polynomial<L: Floats, const N: usize>(x2: L::Float, coefficients: [f32; N]) -> L::Float {
-    // SAFETY: arithmetic, for which the caller has the instructions, here and below.
+    // SAFETY: this is arithmetic, here and below; the caller has the instructions.
     unsafe {
         let mut sum = L::splat(coefficients[0]);
         for &c in &coefficients[1..] {
@@ -47,14 +49,14 @@ unsafe fn polynomial<L: Floats, const N: usize>(x2: L::Float, coefficients: [f32
     }
 }
 
-/// Between plus and minus `limit`; what is no number stays so.
+/// Clamps `x` to ±`limit`. NaN stays NaN.
 #[inline(always)]
 unsafe fn clamp<L: Floats>(x: L::Float, limit: f32) -> L::Float {
     unsafe { L::min(L::splat(limit), L::max(L::splat(-limit), x)) }
 }
 
-/// The error function within 3e-7, and closer the larger `x` is, as its product with `x` needs: odd over even, of degrees 13
-/// and 8, saturated at ±4.
+/// Approximates the error function within 3e-7. The error is smaller for larger `x`, because GELU multiplies it by `x`.
+/// The quotient of an odd polynomial of degree 13 and an even one of degree 8, saturated at ±4.
 #[inline(always)]
 unsafe fn erf<L: Floats>(x: L::Float) -> L::Float {
     unsafe {
@@ -67,7 +69,8 @@ unsafe fn erf<L: Floats>(x: L::Float) -> L::Float {
     }
 }
 
-/// The hyperbolic tangent within 5e-7: odd over even, of degrees 13 and 6, saturated where f32 is 1.
+/// Approximates the hyperbolic tangent within 5e-7: the quotient of an odd polynomial of degree 13 and an even one of
+/// degree 6, saturated where the value in f32 is 1.
 #[inline(always)]
 unsafe fn tanh<L: Floats>(x: L::Float) -> L::Float {
     unsafe {
@@ -103,25 +106,25 @@ unsafe fn gelu<L: Floats>(op: GeluOp, x: L::Float) -> L::Float {
     }
 }
 
-/// The derivative: `(1 + curve) / 2 + x curve' / 2`, with the curve as in [`gelu`].
+/// Returns the derivative: `(1 + curve) / 2 + x curve' / 2`, with the curve as in [`gelu`].
 #[inline(always)]
 unsafe fn slope<L: Floats>(form: Gelu, x: L::Float) -> L::Float {
     unsafe {
         let one = L::splat(1.0);
         let (x, curve, steepness) = match form {
             Gelu::Erf => {
-                // Where the exponential is next to nothing its argument is held.
+                // Limits the argument where the exponential is practically zero.
                 let square = L::min(L::mul(x, x), L::splat(160.0));
-                let condvar = L::mul(L::splat(0.797_884_56), L::exp(L::mul(square, L::splat(-0.5))));
-                (x, erf::<L>(L::mul(x, L::splat(std::f32::consts::FRAC_1_SQRT_2))), condvar)
+                let density = L::mul(L::splat(0.797_884_56), L::exp(L::mul(square, L::splat(-0.5))));
+                (x, erf::<L>(L::mul(x, L::splat(std::f32::consts::FRAC_1_SQRT_2))), density)
             }
             Gelu::Tanh => {
-                // Beyond, the slope is 0 or 1, and the square of nothing must not be multiplied up.
+                // Beyond ±12 the slope is 0 or 1. The clamp keeps the product of a vanishing and a huge factor finite.
                 let x = clamp::<L>(x, 12.0);
                 let square = L::mul(x, x);
                 let u = L::mul(L::splat(0.797_884_56), L::madd(L::mul(square, x), L::splat(0.044_715), x));
                 let inner = L::madd(square, L::splat(0.797_884_56 * 3.0 * 0.044_715), L::splat(0.797_884_56));
-                // 1 - tanh²(u) by exponentials: the difference would lose its digits.
+                // 1 - tanh²(u), computed from exponentials: the difference would lose precision.
                 let e = L::exp(L::mul(L::splat(-2.0), L::max(u, L::mul(u, L::splat(-1.0)))));
                 let sum = L::add(one, e);
                 (x, tanh::<L>(u), L::mul(L::div(L::mul(L::splat(4.0), e), L::mul(sum, sum)), inner))
@@ -131,11 +134,11 @@ unsafe fn slope<L: Floats>(form: Gelu, x: L::Float) -> L::Float {
     }
 }
 
-/// Multiplies a gradient by the derivative at `x`, in its place.
+/// Multiplies a gradient by the derivative at `x`, in place.
 #[inline(always)]
 unsafe fn back_in_place<L: Floats>(form: Gelu, x: &[f32], grad: &mut [f32]) {
     let (whole, rest) = x.as_chunks::<LANES>();
-    // SAFETY: whole vectors of slices and of an array.
+    // SAFETY: the loads and stores are whole vectors of the slices and of an array.
     unsafe {
         for (x, grad) in whole.iter().zip(grad.as_chunks_mut::<LANES>().0) {
             let slope = slope::<L>(form, L::floats(x.as_ptr()));
@@ -157,7 +160,7 @@ by_isa! {
 #[inline(always)]
 unsafe fn in_place<L: Floats>(op: GeluOp, x: &mut [f32]) {
     let (whole, rest) = x.as_chunks_mut::<LANES>();
-    // SAFETY: whole vectors of a slice and of an array.
+    // SAFETY: the loads and stores are whole vectors of the slice and of an array.
     unsafe {
         for x in whole {
             L::store(x.as_mut_ptr(), gelu::<L>(op, L::floats(x.as_ptr())));
@@ -177,12 +180,12 @@ by_isa! {
 }
 
 impl GeluOp {
-    /// The function of every element, in its place.
+    /// Applies the function to every element, in place.
     pub(crate) fn apply(self, isa: Isa, x: &mut [f32]) {
         dispatch(isa, self, x);
     }
 
-    /// The function of every element, over the installed threads.
+    /// Returns the function of every element, computed on the installed pool.
     pub(crate) fn of(self, x: &[f32]) -> Vec<f32> {
         let mut y = zeros(x.len());
         parallel_chunks(&mut y, TASK, |i, y| {
@@ -192,9 +195,10 @@ impl GeluOp {
         y
     }
 
-    /// Multiplies a gradient by the derivative at `x`, of the function without the rounding, over the installed threads.
+    /// Multiplies a gradient by the derivative at `x`, on the installed pool. The derivative is that of the function
+    /// without rounding.
     pub(crate) fn back(self, x: &[f32], grad: &mut [f32]) {
-        assert_eq!(x.len(), grad.len(), "a gradient of another size");
+        assert_eq!(x.len(), grad.len(), "gradient and input differ in length");
         parallel_chunks(grad, TASK, |i, grad| {
             dispatch_back(isa(), self.form, &x[i * TASK..][..grad.len()], grad);
         });
@@ -210,14 +214,14 @@ impl CustomOp1 for GeluOp {
         Ok((CpuStorage::F32(self.of(f32_slice("gelu", x, layout)?)), layout.dims().into()))
     }
 
-    /// Of the function itself, without the rounding.
+    /// Computes the gradient of the function without rounding.
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let op = GeluBackwardOp(*self);
         Ok(Some(x.detach().contiguous()?.apply_op2_no_bwd(&grad.detach().contiguous()?, &op)?))
     }
 }
 
-/// A gradient times the derivative of a [`Gelu`].
+/// The product of a gradient with the derivative of a [`Gelu`].
 #[derive(Debug)]
 struct GeluBackwardOp(GeluOp);
 
@@ -235,7 +239,7 @@ impl CustomOp2 for GeluBackwardOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, grad) = (f32_slice("gelu", x, x_at)?, f32_slice("gelu gradient", grad, grad_at)?);
         if x.len() != grad.len() {
-            bail!("gelu: a gradient of {:?} for {:?}", grad_at.dims(), x_at.dims());
+            bail!("gelu: a gradient of shape {:?} does not fit x of {:?}", grad_at.dims(), x_at.dims());
         }
         let mut out = grad.to_vec();
         self.0.back(x, &mut out);

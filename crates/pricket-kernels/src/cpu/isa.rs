@@ -1,17 +1,17 @@
-//! The instruction sets that kernels have forms for, and functions that are compiled for each of them.
+//! The instruction sets of the kernels, and a macro that compiles a function for each of them.
 
 #![cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code, unused_variables, unused_unsafe, reason = "no vectors there")
+    allow(dead_code, unused_variables, unused_unsafe, reason = "other architectures use the scalar kernels only")
 )]
 
 use std::cmp::Ordering;
 
-/// An instruction set, the later the faster.
+/// An instruction set. Later variants are faster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum InstructionSet {
-    /// What every processor has.
+    /// Plain Rust, for every processor.
     Scalar,
     /// NEON with the dot products of Armv8.2.
     Neon,
@@ -19,15 +19,15 @@ pub enum InstructionSet {
     Avx2,
     /// AVX-512 F, BW, VL, DQ and VNNI.
     Avx512,
-    /// The same with AMX tiles of bfloat16, which the system allowed us to use.
+    /// `Avx512` with AMX tiles of bfloat16, if the system permits their use.
     Amx,
 }
 
 impl InstructionSet {
-    /// All of them.
+    /// All instruction sets, the slowest first.
     pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Amx];
 
-    /// As `PRICKET_CPU` spells it.
+    /// Returns the name, as `PRICKET_CPU` spells it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
@@ -39,11 +39,14 @@ impl InstructionSet {
     }
 }
 
-/// An instruction set that this processor has. Only its detection makes one, so it is the proof that kernels ask for.
+/// An instruction set that this processor has. Only detection creates values of this type, so a value is a proof, which
+/// kernels ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Isa(InstructionSet);
 
 impl Isa {
+    /// Creates the proof without detection.
+    ///
     /// # Safety
     /// The processor has the instruction set.
     pub(crate) unsafe fn assume(set: InstructionSet) -> Self {
@@ -68,9 +71,12 @@ impl PartialOrd<InstructionSet> for Isa {
     }
 }
 
-/// Makes a function that calls `$body::<L, ..>` with the best instructions up to its first argument; `$plain::<..>` where there
-/// are none, if it is named. `$body` is unsafe, because it is compiled for instructions that a processor may lack. A `fn` promises that it
-/// needs nothing else; an `unsafe fn` has other conditions, which it documents.
+/// Defines a function that takes an [`Isa`] as its first argument and calls `$body::<L, ..>` with the best vectors `L`
+/// up to that instruction set. Below all of them it calls `$plain::<..>` if that is given, and otherwise `$body` with
+/// scalar lanes.
+///
+/// `$body` is unsafe because it is compiled for instructions that a processor may lack. A `fn` declares that `$body`
+/// has no other condition. An `unsafe fn` has other conditions, which it documents.
 macro_rules! by_isa {
     (
         $(#[$doc:meta])* $vis:vis unsafe fn $name:ident $(<$(const $n:ident: $kind:ty),+>)?
@@ -96,13 +102,15 @@ macro_rules! by_isa {
             macro_rules! with_instructions {
                 ($features:literal, $least:ident, $lanes:ident) => {
                     #[target_feature(enable = $features)]
-                    #[allow(clippy::too_many_arguments, reason = "as its caller")]
+                    #[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
                     unsafe fn with $(<$(const $n: $kind),+>)? ($($arg: $type),*) $(-> $out)? {
-                        // SAFETY: these are the instructions of the lanes; what else `$body` needs, the caller promises.
+                        // SAFETY: these are the instructions of the lanes. The caller promises the other conditions of
+                        // `$body`.
                         unsafe { $body::<crate::cpu::lanes::$lanes $(, $($n),+)?>($($arg),*) }
                     }
                     if isa >= crate::cpu::isa::InstructionSet::$least {
-                        // SAFETY: a path proves that the processor has its instructions; what else `$body` needs, the caller promises.
+                        // SAFETY: an `Isa` proves that the processor has its instructions. The caller promises the
+                        // other conditions of `$body`.
                         return unsafe { with $(::<$($n),+>)? ($($arg),*) };
                     }
                 };
@@ -119,7 +127,7 @@ macro_rules! by_isa {
                 with_instructions!("neon,dotprod", Neon, Neon);
             }
             let _ = isa;
-            // SAFETY: every processor has the instructions; what else `$body` needs, the caller promises.
+            // SAFETY: every processor has the instructions. The caller promises the other conditions of `$body`.
             unsafe { crate::cpu::isa::by_isa!(@scalar $body $($plain)? [$($($n),+)?] ($($arg),*)) }
         }
     };

@@ -1,67 +1,68 @@
-//! Sixteen lanes of arithmetic in every instruction set: kernels are written once over this trait, and become vector code
-//! in the functions that have the instructions.
+//! Sixteen-lane vectors for every instruction set. Kernels are written once over these traits, and become vector code
+//! in the functions that enable the instructions.
 
 #![cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code, unused_variables, unused_unsafe, reason = "no vectors there")
+    allow(dead_code, unused_variables, unused_unsafe, reason = "other architectures use the scalar kernels only")
 )]
-#![allow(clippy::inline_always, reason = "they must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "they must be compiled into the functions that enable the instructions")]
 
 use half::{bf16, f16};
 
-/// Lanes of a vector.
+/// Number of lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
-/// Sixteen floats in one instruction set.
+/// Arithmetic on vectors of sixteen f32 lanes, for one instruction set.
 ///
 /// # Safety
-/// Every function may only be called where the processor has the instructions, with pointers to as much as it reads or
-/// writes, sixteen elements at any alignment.
+/// The processor must have the instructions. Pointers must be valid for what the function reads or writes: sixteen
+/// elements, at any alignment, unless documented otherwise.
 pub(crate) trait Floats: Copy {
     /// Whether there are enough registers for two dozen sums.
     const MANY: bool = false;
-    /// A 32-bit float a lane.
+    /// A vector of 32-bit floats.
     type Float: Copy;
 
     unsafe fn splat(x: f32) -> Self::Float;
     unsafe fn add(a: Self::Float, b: Self::Float) -> Self::Float;
     unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float;
-    /// `a b + c`.
+    /// Returns `a b + c`.
     unsafe fn madd(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
-    /// The larger of each lane; `b` where one is no number.
+    /// Returns the larger number in each lane, or `b` if either is NaN.
     unsafe fn max(a: Self::Float, b: Self::Float) -> Self::Float;
-    /// The smaller of each lane; `b` where one is no number.
+    /// Returns the smaller number in each lane, or `b` if either is NaN.
     unsafe fn min(a: Self::Float, b: Self::Float) -> Self::Float;
     unsafe fn div(a: Self::Float, b: Self::Float) -> Self::Float;
-    /// Rounded to f16 and back.
+    /// Rounds to f16 and converts back.
     unsafe fn through_half(x: Self::Float) -> Self::Float;
     unsafe fn round(x: Self::Float) -> Self::Float;
-    /// `x 2^n`, `n` whole and from -127 to 127.
+    /// Returns `x 2^n`, for integers `n` from -127 to 127.
     unsafe fn scale(x: Self::Float, n: Self::Float) -> Self::Float;
     unsafe fn floats(p: *const f32) -> Self::Float;
     unsafe fn halves(p: *const f16) -> Self::Float;
     unsafe fn bf16s(p: *const bf16) -> Self::Float;
-    /// One half in every lane.
+    /// Broadcasts one f16 number.
     unsafe fn half(p: *const f16) -> Self::Float;
-    /// Signed bytes.
+    /// Loads signed bytes.
     unsafe fn signed(p: *const u8) -> Self::Float;
     unsafe fn store(p: *mut f32, x: Self::Float);
-    /// Lane `i` of vector `j` and lane `j` of vector `i` change places.
+    /// Transposes: exchanges lane `i` of vector `j` with lane `j` of vector `i`.
     unsafe fn transpose(rows: &mut [Self::Float; LANES]);
-    /// Of all lanes.
+    /// Returns the sum of all lanes.
     unsafe fn sum(x: Self::Float) -> f32;
-    /// Says that the line of memory at `p`, which need not be there, will soon be read.
+    /// Prefetches the cache line at `p`, which need not be valid.
     unsafe fn expect(p: *const u8);
 
-    /// `eˣ` within 2 units in the last place for `x` up to 88; below -87.33 what it is there, which is next to nothing.
+    /// Returns `eˣ`, within 2 units in the last place for `x` up to 88. Below -87.33 the result is that of -87.33,
+    /// which is practically zero.
     #[inline(always)]
     unsafe fn exp(x: Self::Float) -> Self::Float {
-        // SAFETY: arithmetic, for which the caller has the instructions.
+        // SAFETY: this is arithmetic; the caller has the instructions.
         unsafe {
-            // In this order what is no number stays so.
+            // This operand order propagates NaN.
             let x = Self::max(Self::splat(-87.33), x);
             let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
-            // ln 2 in two parts, the first with zeros at its end, so that the difference is exact.
+            // ln 2 in two parts. The first has zeros in its last bits, so that the difference is exact.
             let r = Self::madd(n, Self::splat(-0.693_359_4), x);
             let r = Self::madd(n, Self::splat(2.121_944_4e-4), r);
             let mut sum = Self::splat(1.987_569_1e-4);
@@ -74,38 +75,38 @@ pub(crate) trait Floats: Copy {
     }
 }
 
-/// Floats with integers beside them.
+/// [`Floats`] with vectors of bytes and integers.
 ///
 /// # Safety
-/// As [`Floats`].
+/// As for [`Floats`].
 pub(crate) trait Lanes: Floats {
-    /// Four bytes a lane.
+    /// A vector of four bytes in each lane.
     type Bytes: Copy;
-    /// A 32-bit integer a lane.
+    /// A vector of 32-bit integers.
     type Int: Copy;
 
     unsafe fn bytes(p: *const u8) -> Self::Bytes;
-    /// `(x >> SHIFT) & mask`, byte by byte; the mask leaves no bit of the neighbor.
+    /// Returns `(x >> SHIFT) & mask` of each byte. `mask` clears the bits that come from the neighboring byte.
     unsafe fn bits<const SHIFT: u32>(x: Self::Bytes, mask: u8) -> Self::Bytes;
-    /// `a | b << SHIFT`; no bit of `b` leaves its byte.
+    /// Returns `a | b << SHIFT` of each byte. No bit of `b` may leave its byte.
     unsafe fn with_high<const SHIFT: u32>(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
-    /// `bit` is set in the bytes that `which` has a bit for.
+    /// Sets `bit` in the bytes whose bit in `which` is set. The bit must not be set before.
     unsafe fn with_bit(x: Self::Bytes, which: u64, bit: u8) -> Self::Bytes;
     unsafe fn int(x: i32) -> Self::Int;
     unsafe fn plus(a: Self::Int, b: Self::Int) -> Self::Int;
-    /// `sum` plus, in each lane, the inner product of four unsigned bytes of `w` with the four signed ones of `x`. Bytes of
-    /// `w` are below 64 unless `FULL`.
+    /// Adds to each lane of `sum` the inner product of the four unsigned bytes of `w` with the four signed bytes of
+    /// `x`. Bytes of `w` must be below 64 unless `FULL` is set.
     unsafe fn dot4<const FULL: bool>(sum: Self::Int, w: Self::Bytes, x: i32) -> Self::Int;
-    /// Byte `N` of each lane.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "products of floats beside blocks are x86-64's"))]
+    /// Returns byte `N` of each lane.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 dequantizes weights in vectors"))]
     unsafe fn byte<const N: u32>(x: Self::Bytes) -> Self::Int;
     unsafe fn float(x: Self::Int) -> Self::Float;
     unsafe fn unsigned(p: *const u8) -> Self::Float;
-    /// Four bits of each of 16 bytes, from `SHIFT` on: 0 or 4.
+    /// Loads four bits of each of 16 bytes. `SHIFT`, the lowest of the four, is 0 or 4.
     unsafe fn nibbles<const SHIFT: u32>(p: *const u8) -> Self::Float;
 }
 
-/// Arithmetic that every processor has.
+/// Plain Rust, for every processor.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
 

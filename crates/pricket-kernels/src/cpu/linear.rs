@@ -1,4 +1,4 @@
-//! Linear layers as candle operations.
+//! Linear layers as candle operations: `y = x Wᵀ + b`, with a frozen weight of any stored type or a trained f32 weight.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use half::slice::HalfFloatSliceExt;
@@ -14,35 +14,38 @@ use crate::cpu::quantized_gemm;
 use crate::cpu::shared::f32_slice;
 use crate::matrix::Matrix;
 
-/// How precise activations are when they meet a frozen weight, on the CPU. Sums are in f32 always.
+/// Precision of activations in products with a frozen weight, on the CPU. Sums are always in f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ActivationPrecision {
-    /// As they are: the logits are those of f32 weights.
+    /// Activations stay f32; the logits are those of f32 weights.
     #[default]
     F32,
-    /// Both factors rounded to bfloat16, as torch computes in it, where the processor has such products: for many rows at once
-    /// (AVX-512 BF16 for float weights, AMX for quantized ones too), and for a few beside weights of bfloat16; as `F32` elsewhere.
+    /// Activations and weights are rounded to bfloat16, as in torch's bfloat16 products, where the processor has such
+    /// products. With many rows that is AVX-512 BF16 for float weights, and AMX for quantized weights too. With few
+    /// rows it applies to bfloat16 weights only. Elsewhere the same as `F32`.
     BF16,
-    /// As ggml rounds them: integers of 8 bits with a scale for every 32 (256 beside types of 256) for packed weights; to
-    /// the type of the weight for f16 and bf16.
+    /// Activations are rounded as in ggml. For packed weights they become 8-bit integers with a scale for every 32 of
+    /// them (256 for weight types with 256-element blocks). For f16 and bf16 weights they are rounded to the type of
+    /// the weight.
     Q8,
 }
 
-/// [`linear`](crate::linear) as a candle op over f32 activations that owns its weight, `[out, in]` in f32, f16, bf16 or blocks on the CPU.
+/// [`linear`](crate::linear) as a candle operation over f32 activations. It owns its weight,
+/// `[out_features, in_features]`, in f32, f16, bf16 or quantized blocks, on the CPU.
 ///
-/// The backward pass gives the gradient of the activations only: the weight is frozen, and candle's own matrix
-/// product would compute and keep a gradient of its size.
+/// The backward pass computes the gradient of the activations only, because the weight is frozen. Candle's own matrix
+/// product would also compute and keep a gradient of the size of the weight.
 #[derive(Clone, Debug)]
 pub struct LinearOp {
     /// The weight, `[out_features, in_features]`, contiguous.
     pub weight: Matrix,
     /// The bias, `[out_features]`, f32.
     pub bias: Option<Tensor>,
-    /// How precise they are when they meet the weight.
+    /// Precision of the activations.
     pub activations: ActivationPrecision,
-    /// Multiply with the weight instead of its transpose: the backward pass.
+    /// Multiplies by the weight instead of its transpose. Used in the backward pass.
     pub transposed: bool,
-    /// What becomes of the result; there is no backward pass through it.
+    /// Function applied to the result. With one, the operation has no backward pass.
     pub then: Option<GeluOp>,
 }
 
@@ -56,13 +59,13 @@ impl LinearOp {
             Matrix::InPlace(matrix) => return matrix.with_stored(f),
         };
         let (storage, layout) = weight.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { bail!("linear: the weight is not on the CPU") };
-        let Some((start, end)) = layout.contiguous_offsets() else { bail!("linear: the weight is not contiguous") };
+        let Storage::Cpu(storage) = &*storage else { bail!("linear: expected a weight on the CPU") };
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("linear: expected a contiguous weight") };
         Ok(f(match storage {
             CpuStorage::F32(w) => Stored::F32(&w[start..end]),
             CpuStorage::F16(w) => Stored::F16(&w[start..end]),
             CpuStorage::BF16(w) => Stored::BF16(&w[start..end]),
-            other => bail!("linear: weights of type {:?} are not multiplied here", candle_dtype(other)),
+            other => bail!("linear: weights of type {:?} are not supported", candle_dtype(other)),
         }))
     }
 }
@@ -83,10 +86,10 @@ impl CustomOp1 for LinearOp {
         let (inner, outer) = if self.transposed { (n, k) } else { (k, n) };
         let dims = layout.dims();
         if dims.last() != Some(&inner) {
-            bail!("linear: activations {dims:?} do not end in {inner}");
+            bail!("linear: expected activations of [.., {inner}], got {dims:?}");
         }
         if let Some(bias) = self.bias.as_ref().filter(|bias| bias.dims() != [n]) {
-            bail!("linear: a bias of {:?} beside a weight of [{n}, {k}]", bias.dims());
+            bail!("linear: a bias of shape {:?} does not fit a weight of [{n}, {k}]", bias.dims());
         }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = outer;
@@ -104,7 +107,7 @@ impl CustomOp1 for LinearOp {
             let bias = match &bias {
                 None => None,
                 Some((bias, layout)) => {
-                    let Storage::Cpu(bias) = &**bias else { bail!("linear: the bias is not on the CPU") };
+                    let Storage::Cpu(bias) = &**bias else { bail!("linear: expected a bias on the CPU") };
                     Some(f32_slice("linear bias", bias, layout)?)
                 }
             };
@@ -136,7 +139,7 @@ impl CustomOp1 for LinearOp {
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         if self.then.is_some() {
-            bail!("linear: no gradient goes through a function of the result");
+            bail!("linear: the backward pass does not support a function of the result");
         }
         let op = LinearOp {
             weight: self.weight.clone(),
@@ -149,8 +152,9 @@ impl CustomOp1 for LinearOp {
     }
 }
 
-/// [`linear`](crate::linear) as a candle op over f32 activations and an f32 weight `[out, in]` that is trained: the values of
-/// [`LinearOp`], and gradients of both.
+/// [`linear`](crate::linear) as a candle operation over f32 activations and a trained f32 weight,
+/// `[out_features, in_features]`. The values are those of [`LinearOp`]; the backward pass computes the gradients of
+/// both operands.
 #[derive(Clone, Copy, Debug)]
 pub struct TrainedLinearOp;
 
@@ -171,7 +175,7 @@ impl CustomOp2 for TrainedLinearOp {
             bail!("linear: expected a weight of [out, in], got {:?}", weight_at.dims())
         };
         if dims.last() != Some(&k) {
-            bail!("linear: activations {dims:?} do not end in {k}");
+            bail!("linear: expected activations of [.., {k}], got {dims:?}");
         }
         let mut shape = dims.to_vec();
         shape[dims.len() - 1] = n;
@@ -197,7 +201,7 @@ impl CustomOp2 for TrainedLinearOp {
     }
 }
 
-/// Calls `f` with the numbers of tensors on the CPU.
+/// Calls `f` with the elements of contiguous f32 tensors on the CPU.
 pub(crate) fn with_slices<const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> Result<R>,
@@ -205,16 +209,17 @@ pub(crate) fn with_slices<const N: usize, R>(
     let storages = tensors.map(Tensor::storage_and_layout);
     let mut slices = [&[][..]; N];
     for (slice, (storage, layout)) in slices.iter_mut().zip(&storages) {
-        let Storage::Cpu(storage) = &**storage else { bail!("linear: an operand is not on the CPU") };
+        let Storage::Cpu(storage) = &**storage else { bail!("linear: expected operands on the CPU") };
         *slice = f32_slice("linear", storage, layout)?;
     }
     f(slices)
 }
 
-/// `lᵀ r` for `l` of `[rows, down]` and `r` of `[rows, across]`, given with these sizes: the gradient of a weight.
+/// Returns `lᵀ r` for `l` of `[rows, down]` and `r` of `[rows, across]`, each given with its width. Used for the
+/// gradient of a weight.
 pub(crate) fn outer_product((l, down): (&[f32], usize), (r, across): (&[f32], usize), rows: usize) -> Result<Tensor> {
     if across < down {
-        // The larger factor is the one that need not be turned.
+        // Only the left factor is transposed for the product, so it should be the smaller one.
         return outer_product((r, across), (l, down), rows)?.t()?.contiguous();
     }
     let mut sum = zeros(down * across);
@@ -223,8 +228,8 @@ pub(crate) fn outer_product((l, down): (&[f32], usize), (r, across): (&[f32], us
     Tensor::from_vec(sum, (down, across), &Device::Cpu)
 }
 
-/// Activations in the type of f16 and bf16 weights, as ggml's products see them. `None` where they are left as they are, or
-/// where the product rounds them itself.
+/// Rounds activations to the type of an f16 or bf16 weight, as ggml does. Returns `None` if they stay as they are, or
+/// if the product rounds them itself.
 fn rounded(x: &[f32], weight: &Matrix) -> Option<Vec<f32>> {
     match weight.dtype()? {
         DType::F16 => {
@@ -287,7 +292,7 @@ mod tests {
                 let op = LinearOp { weight, bias: Some(bias), activations, transposed: false, then: None };
                 let x = Tensor::zeros((rows, 32), DType::F32, &Device::Cpu).unwrap();
                 let said = x.apply_op1(op).unwrap_err().to_string();
-                assert!(said.contains("a bias of [39] beside a weight of [40, 32]"), "{said}");
+                assert!(said.contains("a bias of shape [39] does not fit a weight of [40, 32]"), "{said}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A linear layer with a low-rank change, as one candle operation.
+//! A linear layer with a low-rank adapter (LoRA, Hu et al. 2021, arXiv:2106.09685) as one candle operation.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
@@ -9,17 +9,21 @@ use crate::cpu::operands::{Begin, Left, Right, Stored};
 use crate::cpu::pool::zeros;
 use crate::cpu::shared::f32_slice;
 
-/// `y = x Wᵀ + b + s (x Aᵀ) Bᵀ` over f32 activations, with `A` of `[rank, inputs]` and `B` of `[outputs, rank]` in f32, and the
-/// gradients of `x`, `A` and `B`. Of a GELU `f` of the input, `f(x)` stands for `x`: it is computed for each pass and not kept in between.
+/// A linear layer with a low-rank adapter: `y = x Wᵀ + b + s (x Aᵀ) Bᵀ`, over f32 activations.
+///
+/// `A` is `[rank, inputs]` and `B` is `[outputs, rank]`, both in f32. The backward pass computes the gradients of `x`,
+/// `A` and `B`. With an activation function `f` of the input, `f(x)` takes the place of `x`. It is computed again in
+/// the backward pass rather than kept.
 #[derive(Debug)]
 pub struct LoraOp {
-    /// The frozen layer.
+    /// The frozen layer: `W` and `b`.
     pub base: LinearOp,
-    /// `f`.
+    /// The activation function `f` of the input.
     pub of: Option<GeluOp>,
-    /// `s`.
+    /// The factor `s` of the adapter.
     pub scale: f32,
-    /// Whether the result is wanted. A caller who only goes back through the operation gets zeros, and saves the products.
+    /// Whether to compute the result. If false, the result is zeros and no products are computed: for callers that need
+    /// the backward pass only.
     pub has_value: bool,
 }
 
@@ -38,11 +42,16 @@ impl LoraOp {
             (Some(&k), &[rank, across], &[down, low]) if (k, across, down, low) == (inputs, inputs, outputs, rank) => {
                 Ok(Sizes { rows: x.shape().elem_count() / inputs.max(1), inputs, outputs, rank })
             }
-            _ => bail!("lora: {:?}, {:?} and {:?} do not fit [{outputs}, {inputs}]", x.dims(), a.dims(), b.dims()),
+            _ => bail!(
+                "lora: x {:?}, a {:?} and b {:?} do not fit a weight of [{outputs}, {inputs}]",
+                x.dims(),
+                a.dims(),
+                b.dims()
+            ),
         }
     }
 
-    /// `s x Aᵀ`, `[rows, rank]`.
+    /// Returns `s x Aᵀ`, `[rows, rank]`.
     fn low(&self, x: &[f32], a: &[f32], of: &Sizes) -> Vec<f32> {
         let mut low = zeros(of.rows * of.rank);
         let left = Left { at: x, row: of.inputs, column: 1 };
@@ -72,7 +81,7 @@ impl CustomOp3 for LoraOp {
         if !self.has_value {
             let mut shape = x_at.dims().to_vec();
             shape[x_at.dims().len() - 1] = of.outputs;
-            // Pages that are never written take no memory.
+            // Zeroed pages that are never written take no memory.
             return Ok((CpuStorage::F32(vec![0.0; of.rows * of.outputs]), shape.into()));
         }
         let (a, b) = (f32_slice("lora a", a, a_at)?, f32_slice("lora b", b, b_at)?);
@@ -85,7 +94,7 @@ impl CustomOp3 for LoraOp {
             None => (x, x_at),
         };
         let (base, shape) = self.base.cpu_fwd(x, x_at)?;
-        let CpuStorage::F32(mut y) = base else { bail!("lora: the product is not f32") };
+        let CpuStorage::F32(mut y) = base else { bail!("lora: expected an f32 product") };
         let x = f32_slice("lora", x, x_at)?;
         let low = self.low(x, a, &of);
         let left = Left { at: &low, row: of.rank, column: 1 };
@@ -105,7 +114,7 @@ impl CustomOp3 for LoraOp {
         let (rows, rank) = (of.rows, of.rank);
         let grad = grad.detach().contiguous()?;
         with_slices([&x.detach().contiguous()?, a, b, &grad], |[x_at, a_at, b_at, g]| {
-            // s g B, which both other gradients need.
+            // s g B, which the gradients of both A and x need.
             let mut back = zeros(rows * rank);
             let left = Left { at: g, row: of.outputs, column: 1 };
             blocked(left, rows, Right::Columns(Stored::F32(b_at)), (of.outputs, rank), Begin::Zero, None, &mut back);
@@ -121,9 +130,9 @@ impl CustomOp3 for LoraOp {
             let of_x = x.track_op().then(|| -> Result<Tensor> {
                 let transposed = LinearOp { transposed: true, bias: None, then: None, ..self.base.clone() };
                 let (storage, layout) = grad.storage_and_layout();
-                let Storage::Cpu(storage) = &*storage else { bail!("lora: the gradient is not on the CPU") };
+                let Storage::Cpu(storage) = &*storage else { bail!("lora: expected a gradient on the CPU") };
                 let (CpuStorage::F32(mut of_x), _) = transposed.cpu_fwd(storage, layout)? else {
-                    bail!("lora: the product is not f32")
+                    bail!("lora: expected an f32 product")
                 };
                 let left = Left { at: &back, row: rank, column: 1 };
                 let right = Right::Columns(Stored::F32(a_at));
@@ -138,7 +147,7 @@ impl CustomOp3 for LoraOp {
     }
 }
 
-/// Zeros in place of a linear layer's result, for a caller who only goes back through it.
+/// [`LinearOp`] with zeros as its result: for callers that need the backward pass only.
 #[derive(Debug)]
 pub struct BackwardOnlyOp(pub LinearOp);
 
@@ -152,7 +161,7 @@ impl CustomOp1 for BackwardOnlyOp {
         let (outputs, inputs) = self.0.weight.shape()?;
         let mut shape = at.dims().to_vec();
         let Some(last) = shape.last_mut().filter(|last| **last == inputs) else {
-            bail!("linear: activations {:?} do not end in {inputs}", at.dims())
+            bail!("linear: expected activations of [.., {inputs}], got {:?}", at.dims())
         };
         *last = outputs;
         let count = shape.iter().product();

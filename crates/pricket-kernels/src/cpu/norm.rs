@@ -1,4 +1,7 @@
-#![allow(clippy::inline_always, reason = "it must take the instruction set of the function it stands in")]
+//! Layer norm, `(x - mean(x)) / sqrt(var(x) + eps) · weight + bias`, and root-mean-square norm,
+//! `x / sqrt(mean(x²) + eps) · weight`, with their gradients.
+
+#![allow(clippy::inline_always, reason = "it must be compiled with the instruction set of its caller")]
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 
@@ -9,18 +12,19 @@ use crate::cpu::isa::InstructionSet;
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 
-/// Layer norm over the last dimension of `x`, with weight and bias: f32, its statistics in f64.
+/// Layer norm (Ba et al. 2016, arXiv:1607.06450) over the last dimension of `x`, with a weight and a bias, in f32. Its
+/// statistics are in f64.
 ///
-/// The variance is taken of centered values in a second pass: the mean of squares less the square of the mean loses all
-/// digits where the mean is large, and a residual stream has such rows.
+/// The variance is computed from centered values in a second pass. The mean of squares less the square of the mean
+/// loses all digits if the mean is large, and residual streams have such rows.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNormOp {
-    /// Added to the variance.
+    /// Number added to the variance.
     pub eps: f32,
 }
 
-/// A row: sums in f64, in sixteen lanes, because one chain of f32 additions loses the digits that the mean of a flat row
-/// needs.
+/// Normalizes a row. Sums are in f64 in sixteen lanes: a single chain of f32 additions loses the digits that the mean
+/// of a nearly constant row needs.
 #[inline(always)]
 fn row(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
     let (parts, rest) = x.as_chunks::<16>();
@@ -52,7 +56,7 @@ fn row(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
-/// A row of a root-mean-square norm, its sum of squares likewise in f64.
+/// Normalizes a row by its root mean square; the sum of squares is in f64.
 #[inline(always)]
 fn rms_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let (parts, rest) = x.as_chunks::<16>();
@@ -81,11 +85,11 @@ fn dispatch_rms(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
             rms_row(x, weight, eps, out);
         }
         if isa() >= InstructionSet::Avx512 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { avx512(x, weight, eps, out) };
         }
         if isa() >= InstructionSet::Avx2 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { avx2(x, weight, eps, out) };
         }
     }
@@ -104,18 +108,18 @@ fn dispatch(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) 
             row(x, weight, bias, eps, out);
         }
         if isa() >= InstructionSet::Avx512 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { avx512(x, weight, bias, eps, out) };
         }
         if isa() >= InstructionSet::Avx2 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { avx2(x, weight, bias, eps, out) };
         }
     }
     row(x, weight, bias, eps, out);
 }
 
-/// Rows that one task takes: enough that handing them out costs nothing.
+/// Rows of a task: enough to make the cost of handing it out negligible.
 const TASK: usize = 8;
 
 impl CustomOp3 for LayerNormOp {
@@ -138,7 +142,7 @@ impl CustomOp3 for LayerNormOp {
         let dims = x_layout.dims();
         let width = dims.last().copied().unwrap_or(0);
         if width == 0 || weight.len() != width || bias.len() != width {
-            bail!("layer norm: x {dims:?} does not fit weight {} and bias {}", weight.len(), bias.len());
+            bail!("layer norm: x {dims:?} does not fit a weight of {} and a bias of {}", weight.len(), bias.len());
         }
         let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK * width, |i, out| {
@@ -169,22 +173,22 @@ impl CustomOp3 for LayerNormOp {
     }
 }
 
-/// The sum over all dimensions but the last.
+/// Returns the sum over all dimensions but the last.
 fn rows_sum(x: &Tensor) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
     x.reshape((x.elem_count() / width.max(1), width))?.sum(0)
 }
 
-/// The gradient of the input of a norm, from the input, the weight and the gradient of the output.
+/// The gradient of a norm's input, given the input, the weight and the gradient of the output.
 #[derive(Clone, Copy, Debug)]
 struct NormBackwardOp {
     eps: f32,
-    /// Layer norm; else root-mean-square norm.
+    /// True for layer norm, false for root-mean-square norm.
     is_centered: bool,
 }
 
-/// A row: with `n` the normed row and `g` the gradient times the weight, `(g - mean(g) - n mean(g n)) / deviation`; the mean of `g`
-/// is left out where nothing was centered.
+/// Computes the gradient of a row: `(g - mean(g) - n mean(g n)) / deviation`, where `n` is the normalized row and `g`
+/// the gradient times the weight. Root-mean-square norm leaves out `mean(g)`, because it does not center.
 fn back_row(x: &[f32], weight: &[f32], grad: &[f32], op: NormBackwardOp, out: &mut [f32]) {
     let n = x.len() as f64;
     let mean = if op.is_centered { x.iter().map(|&x| f64::from(x)).sum::<f64>() / n } else { 0.0 };
@@ -222,7 +226,11 @@ impl CustomOp3 for NormBackwardOp {
         let grad = f32_slice("norm gradient", grad, grad_layout)?;
         let width = weight.len();
         if width == 0 || x_layout.dims().last() != Some(&width) || grad.len() != x.len() {
-            bail!("norm: x {:?}, a weight of {width} and a gradient of {:?}", x_layout.dims(), grad_layout.dims());
+            bail!(
+                "norm: x {:?} does not fit a weight of {width} and a gradient of {:?}",
+                x_layout.dims(),
+                grad_layout.dims()
+            );
         }
         let mut out = zeros(x.len());
         parallel_chunks(&mut out, TASK * width, |i, out| {
@@ -237,10 +245,10 @@ impl CustomOp3 for NormBackwardOp {
 }
 
 /// Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension of `x`, with a weight:
-/// `x / sqrt(mean(x²) + eps) · weight`, f32, its sum in f64.
+/// `x / sqrt(mean(x²) + eps) · weight`, in f32. The sum of squares is in f64.
 #[derive(Clone, Copy, Debug)]
 pub struct RmsNormOp {
-    /// Added to the mean of squares.
+    /// Number added to the mean of squares.
     pub eps: f32,
 }
 

@@ -1,4 +1,4 @@
-//! The operands of products of many rows: how they are stored, and how they are brought together.
+//! The operands of products of many rows: the types in which they are stored, and their packing into panels.
 
 use half::{bf16, f16};
 
@@ -16,22 +16,22 @@ use crate::cpu::rows::{self, Rows};
 use crate::cpu::shared::Shared;
 use crate::four_bit::FourBit;
 
-/// Rows of a panel that are packed before those of the next one: rows of weights lie pages apart, and the next panel's part
-/// of a row follows that of this one.
+/// Rows of a panel that are packed before those of the next panel. Rows of weights are pages apart in memory, and the
+/// next panel reads the part of a row that follows.
 const PACKED_ROWS: usize = 8;
 
-/// A row-major matrix of weights as they are stored.
+/// A row-major matrix of weights in its stored type.
 #[derive(Clone, Copy, Debug)]
 pub enum Stored<'a> {
-    /// 32-bit float.
+    /// 32-bit floats.
     F32(&'a [f32]),
-    /// IEEE half.
+    /// IEEE half-precision floats.
     F16(&'a [f16]),
-    /// bfloat16.
+    /// bfloat16 numbers.
     BF16(&'a [bf16]),
-    /// Quantized.
+    /// Quantized blocks in the order of the file.
     Blocks(&'a Blocks),
-    /// Quantized, in the kernels' own order.
+    /// Quantized blocks in the order in which the kernels read them.
     Packed(&'a Packed),
     /// Elements of 4 bits.
     FourBit(&'a FourBit),
@@ -49,12 +49,13 @@ impl<'s> Stored<'s> {
         }
     }
 
-    /// Rows `[from, to)` of `k`, as numbers that the products read: in place, or widened into `buffer`.
+    /// Returns rows `[from, to)`, of `k` columns each, as numbers that the products read: in place, or dequantized into
+    /// `buffer`.
     pub(crate) fn rows<'a>(self, from: usize, to: usize, k: usize, buffer: &'a mut Vec<f32>) -> Rows<'a>
     where
         's: 'a,
     {
-        assert!(from <= to && to * k <= self.len(), "rows that are not there");
+        assert!(from <= to && to * k <= self.len(), "rows beyond the end of the weight");
         match self {
             Stored::F32(w) => Rows::new(&w[from * k..to * k], k),
             Stored::F16(w) => Rows::new(&w[from * k..to * k], k),
@@ -82,16 +83,16 @@ impl<'s> Stored<'s> {
 /// The initial value of the sums of a blocked product.
 #[derive(Clone, Copy)]
 pub(crate) enum Begin<'a> {
-    /// Zero.
+    /// All sums start at zero.
     Zero,
-    /// A bias: one number for each column.
+    /// Sums start from a bias, one number for each column.
     Bias(&'a [f32]),
-    /// The present output.
+    /// Sums are added to the present output.
     Output,
 }
 
 impl<'a> Begin<'a> {
-    /// The start of the sums of a depth, for a panel that begins at `column`.
+    /// Returns the start of the sums over the depth that begins at `k_block`, for a panel that begins at `column`.
     pub(crate) fn at(self, k_block: usize, column: usize) -> Start<'a> {
         match self {
             _ if k_block > 0 => Start::Output,
@@ -111,11 +112,12 @@ pub(crate) struct Left<'a> {
 }
 
 impl Left<'_> {
-    /// Calls `f` with these rows as products read them, element `[i, j]` at `row · i + j`. They are copied for that, `depth` columns
-    /// of `rows` rows, where they lie across, and where rows `are_cached` at a distance at which the first-level cache would
-    /// hold no more than a few of them.
+    /// Calls `f` with the rows as the products read them, element `[i, j]` at `row · i + j`.
+    ///
+    /// The first `depth` columns of `rows` rows are copied if the columns are not contiguous. They are also copied if
+    /// `are_cached` is set and the distance between rows lets the first-level cache hold only a few of them.
     pub(crate) fn as_rows<R>(self, rows: usize, depth: usize, are_cached: bool, f: impl FnOnce(Left<'_>) -> R) -> R {
-        // A cache of 64 sets of lines of 64 bytes: rows at this distance have two sets in common.
+        // In a cache of 64 sets of 64-byte lines, rows at this distance share two sets.
         let collides = are_cached && self.row.is_multiple_of(2048 / 4) && rows > LANES / 2;
         if self.column == 1 && !collides {
             return f(self);
@@ -129,7 +131,7 @@ impl Left<'_> {
         })
     }
 
-    /// Copies `depth` columns of the rows from `from` on, `apart` words apart in `copy`.
+    /// Copies `depth` columns of the rows from `from` on into `copy`, where the rows begin `apart` numbers apart.
     fn copy(self, from: usize, depth: usize, copy: &mut [f32], apart: usize) {
         if self.column == 1 {
             for (i, copy) in copy.chunks_mut(apart).enumerate() {
@@ -137,12 +139,12 @@ impl Left<'_> {
             }
             return;
         }
-        // Neighbors in memory are rows.
+        // The rows are contiguous in memory: transpose.
         let rows = copy.len() / apart;
         for j in (0..depth).step_by(PANEL) {
             let lines = PANEL.min(depth - j);
             let line = &self.at[j * self.column + from * self.row..];
-            assert!(self.row == 1, "neighbors are neither rows nor columns");
+            assert!(self.row == 1, "neither the rows nor the columns are contiguous");
             rows::pack(isa(), Rows::new(line, self.column), (lines, rows), &mut copy[j..], apart);
         }
     }
@@ -151,14 +153,14 @@ impl Left<'_> {
 /// The right factor of a blocked product.
 #[derive(Clone, Copy)]
 pub(crate) enum Right<'a> {
-    /// Its columns are the rows of what is stored.
+    /// The columns of the factor are the rows of the stored matrix.
     Rows(Stored<'a>),
-    /// Its columns are the columns of what is stored: f32, f16 or bf16.
+    /// The columns of the factor are the columns of the stored matrix, which is f32, f16 or bf16.
     Columns(Stored<'a>),
 }
 
 impl Right<'_> {
-    /// How its numbers are stored, where they are read in place.
+    /// Returns the type of the stored numbers if they are read in place, and `None` for quantized weights.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn kind(self) -> Option<Kind> {
         let (Right::Rows(stored) | Right::Columns(stored)) = self;
@@ -170,7 +172,8 @@ impl Right<'_> {
         }
     }
 
-    /// Calls `f` with the numbers of columns `[from, to)`, of which each has `k`, as [`pack`](Self::pack) reads them.
+    /// Calls `f` with the numbers of columns `[from, to)`, each of `k` elements, in the layout that
+    /// [`pack`](Self::pack) reads.
     pub(crate) fn with_rows(self, (from, to): (usize, usize), k: usize, f: impl FnOnce(Rows)) {
         let mut buffer = Vec::new();
         f(match self {
@@ -179,8 +182,9 @@ impl Right<'_> {
         });
     }
 
-    /// Lays columns `[from, to)` of rows `k_block` and on side by side, `depth` of them, in panels of 32 columns with room for
-    /// `room` rows. `w` is where they lie: of [`Right::Rows`] from the first column on.
+    /// Packs columns `[from, to)` side by side, `depth` rows of the factor from row `k_block` on, in panels of 32
+    /// columns with room for `room` rows each. `w` is the source from [`with_rows`](Self::with_rows); for
+    /// [`Right::Rows`] it begins at the first column.
     pub(crate) fn pack(
         self,
         isa: Isa,
@@ -209,10 +213,10 @@ impl Right<'_> {
     }
 }
 
-/// Applies a function to columns `[from, to)` of some rows.
+/// Applies the function `then`, if any, to columns `[from, to)` of the given rows.
 ///
 /// # Safety
-/// No other thread touches them meanwhile.
+/// No other thread accesses them during the call.
 pub(crate) unsafe fn finish(
     then: Option<GeluOp>,
     out: Shared<'_, f32>,
@@ -223,7 +227,7 @@ pub(crate) unsafe fn finish(
 ) {
     let Some(gelu) = then else { return };
     for row in rows {
-        // SAFETY: nobody else touches this part of the row, as the caller promises.
+        // SAFETY: nothing else accesses this part of the row, as the caller promises.
         gelu.apply(isa(), unsafe { out.slice(row * n + from, to - from) });
     }
 }

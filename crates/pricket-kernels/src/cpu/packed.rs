@@ -1,9 +1,10 @@
-//! Quantized rows as the kernels read them: sixteen rows side by side, so that a vector holds the same four columns of
-//! each, and no sum is ever taken across lanes.
+//! Quantized rows in the order in which the kernels read them: sixteen rows side by side. A vector holds the same four
+//! columns of each row, so sums across lanes are never needed.
 //!
-//! A tile of sixteen rows is a run of units (a block of each row): the scales of the sixteen blocks, then for every 32
-//! columns the integers in planes of 8, 4, 2 or 1 bits. Nothing is rounded and next to nothing is added: types of 32
-//! columns take the bytes that they take on file, those of 256 up to 4 % more, for scales that are whole bytes.
+//! A tile of sixteen rows is a sequence of units. A unit holds one block of each row: first the scales of the sixteen
+//! blocks, then for every 32 columns the integers in planes of 8, 4, 2 or 1 bits. Packing is exact. Types with
+//! 32-element blocks take as many bytes as in the file. Types with 256-element blocks take up to 4 % more, because
+//! their scales become whole bytes.
 
 use std::sync::Arc;
 
@@ -15,13 +16,13 @@ use crate::cpu::lanes::LANES;
 use crate::cpu::pool::{parallel, parallel_chunks};
 use crate::cpu::shared::Shared;
 
-/// Columns that share a step of the kernels.
+/// Columns of a step of the kernels.
 pub(crate) const STEP: usize = 32;
 
-/// Bytes that a bit of 32 columns of a tile takes.
+/// Bytes of one bit of 32 columns of a tile.
 const PLANE: usize = STEP * LANES / 8;
 
-/// How the scales of a unit lie at its head, sixteen of each kind together.
+/// Layout of the scales at the head of a unit, where the sixteen scales of a kind are together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scales {
     /// A scale in f16.
@@ -32,16 +33,18 @@ pub(crate) enum Scales {
     Single,
     /// Scale and minimum in f32.
     SingleMin,
-    /// Scale and minimum in f16, and for every 32 columns a byte that multiplies each.
+    /// Scale and minimum in f16, and for every 32 columns a byte that multiplies the scale and one that multiplies the
+    /// minimum.
     Wide,
     /// A scale in f16, and for every 16 columns a signed byte that multiplies it.
     Fine,
-    /// Scale and minimum in f16, and for every 16 columns a byte: low half for the scale, high half for the minimum.
+    /// Scale and minimum in f16, and for every 16 columns a byte: its low half multiplies the scale, its high half the
+    /// minimum.
     FineMin,
 }
 
 impl Scales {
-    /// Bytes of the head of a unit.
+    /// Returns the bytes of the head of a unit.
     pub(crate) const fn bytes(self) -> usize {
         match self {
             Scales::Half => 2 * LANES,
@@ -52,34 +55,34 @@ impl Scales {
         }
     }
 
-    /// Columns of a unit, in steps.
+    /// Returns the number of steps of a unit.
     pub(crate) const fn steps(self) -> usize {
         if matches!(self, Scales::Wide | Scales::Fine | Scales::FineMin) { 8 } else { 1 }
     }
 
-    /// Whether the two halves of a step have scales of their own.
+    /// Returns whether the two halves of a step have different scales.
     pub(crate) const fn halves(self) -> bool {
         matches!(self, Scales::Fine | Scales::FineMin)
     }
 
-    /// Whether there is a minimum beside the scale.
+    /// Returns whether there are minima beside the scales.
     pub(crate) const fn min(self) -> bool {
         matches!(self, Scales::HalfMin | Scales::SingleMin | Scales::Wide | Scales::FineMin)
     }
 }
 
-/// A quantized type as it is packed.
+/// The packed form of a block type.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Form {
     /// Bits of an integer.
     pub(crate) bits: usize,
     pub(crate) scales: Scales,
-    /// What is taken off an integer before it is multiplied.
+    /// Number subtracted from an integer before it is multiplied by the scale.
     pub(crate) zero: i32,
 }
 
 impl Form {
-    /// The form of `kind`; `None` if it is not packed.
+    /// Returns the form of `kind`, or `None` if the type is not packed.
     pub(crate) const fn of(kind: BlockType) -> Option<Self> {
         let (bits, scales, zero) = match kind {
             BlockType::Q4_0 => (4, Scales::Half, 8),
@@ -100,12 +103,12 @@ impl Form {
         Some(Self { bits, scales, zero })
     }
 
-    /// Bytes of a unit.
+    /// Returns the bytes of a unit.
     pub(crate) const fn unit(&self) -> usize {
         self.scales.bytes() + self.scales.steps() * self.bits * PLANE
     }
 
-    /// Scale and minimum of `row`'s half step.
+    /// Returns scale and minimum of half a step of `row`.
     fn scale(&self, unit: &[u8], row: usize, step: usize, half: usize) -> (f32, f32) {
         let half_at = |i: usize| f16::from_le_bytes([unit[2 * i], unit[2 * i + 1]]).to_f32();
         let single_at = |i: usize| f32::from_le_bytes(std::array::from_fn(|j| unit[4 * i + j]));
@@ -130,13 +133,14 @@ impl Form {
     }
 }
 
-/// Where an integer of 32 columns of a tile lies: its place in groups of four columns of the sixteen rows.
+/// Returns the place of an integer of a step: its group of four columns, and its byte in the group's vector of sixteen
+/// rows.
 #[inline]
 fn place(row: usize, column: usize) -> (usize, usize) {
     (column / 4, 4 * row + column % 4)
 }
 
-/// The planes that make up integers of `bits`: their widths, from the lowest bit.
+/// Returns the widths of the planes of integers of `bits` bits, from the lowest bit on.
 const fn planes(bits: usize) -> &'static [usize] {
     match bits {
         2 => &[2],
@@ -148,8 +152,9 @@ const fn planes(bits: usize) -> &'static [usize] {
     }
 }
 
-/// Calls `f` with the byte, the shift in it, the width, and the lowest bit of the integer that it holds, for every plane.
-/// Group `g` of a plane of `w` bits is in vector `g % w`, at bit `w (g / w)`; of one bit, it is a mask of 64.
+/// Calls `f` for each plane of an integer, with the byte that holds the plane's bits, their shift in it, their number,
+/// and their lowest bit in the integer. Group `g` of a plane of `w` bits is in vector `g % w`, at bit `w (g / w)`. A
+/// plane of one bit has a mask of 64 bits for each group.
 #[inline]
 fn each_plane(bits: usize, group: usize, at: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
     let (mut start, mut low) = (0, 0);
@@ -172,7 +177,7 @@ fn integer(bits: usize, body: &[u8], row: usize, column: usize) -> u8 {
     q as u8
 }
 
-/// The integers of a block of 256 columns, and its scales written where they belong in the head of a unit.
+/// Unpacks the integers of a 256-element block to `q`, and writes its scales to their places in the head of a unit.
 fn unpack_block(kind: BlockType, block: &[u8], row: usize, head: &mut [u8], q: &mut [u8; 256]) {
     let mut put = |place: usize, bytes: &[u8]| head[place..place + bytes.len()].copy_from_slice(bytes);
     match kind {
@@ -213,12 +218,12 @@ fn unpack_block(kind: BlockType, block: &[u8], row: usize, head: &mut [u8], q: &
                 *q = low | (block[128 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3) << 4;
             }
         }
-        _ => unreachable!("{kind} is not packed, or not so"),
+        _ => unreachable!("{kind} has no packed blocks of 256"),
     }
 }
 
-/// A block of 32 columns, written where it belongs in a unit: its words stay what they are on file, since ggml too keeps
-/// columns `i` and `i + 16` in a byte.
+/// Writes a 32-element block to its places in a unit. Its words stay as they are in the file, because ggml also keeps
+/// columns `i` and `i + 16` in one byte.
 fn weave_block(form: Form, block: &[u8], row: usize, unit: &mut [u8]) {
     let (head, body) = unit.split_at_mut(form.scales.bytes());
     let (wide, count) = match form.scales {
@@ -248,7 +253,7 @@ fn weave_block(form: Form, block: &[u8], row: usize, unit: &mut [u8]) {
     }
 }
 
-/// A matrix of quantized rows in tiles of sixteen. Cheap to clone.
+/// A matrix of quantized rows in tiles of sixteen rows. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Packed {
     kind: BlockType,
@@ -259,11 +264,10 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Packs `blocks`, in the same memory if nobody else has it and the type takes no more. Gives them back if the type is
-    /// one that is not packed.
+    /// Packs `blocks`. Uses the same memory if nothing else shares it and the packed form has the same size.
     ///
     /// # Errors
-    /// The blocks, untouched.
+    /// Returns the blocks unchanged if their type is not packed.
     pub fn new(blocks: Blocks) -> Result<Self, Blocks> {
         let Some(form) = Form::of(blocks.kind()) else { return Err(blocks) };
         let (kind, (rows, columns)) = (blocks.kind(), blocks.shape());
@@ -272,7 +276,7 @@ impl Packed {
         let tiles = rows.div_ceil(LANES);
         let (from, to) = (LANES * file_row, units * unit);
         let mut bytes = blocks.into_bytes();
-        // Rows that fill up the last tile are zeros: they have scales of zero.
+        // The last tile is padded with zero rows, whose scales are zero.
         bytes.resize(tiles * from, 0);
         let pack = |source: &[u8], tile: &mut [u8]| {
             let mut q = [[0u8; 256]; LANES];
@@ -306,12 +310,12 @@ impl Packed {
         Ok(Self { kind, form, rows, columns, bytes: Arc::new(bytes) })
     }
 
-    /// The type.
+    /// Returns the block type.
     pub fn kind(&self) -> BlockType {
         self.kind
     }
 
-    /// Rows, columns.
+    /// Returns the numbers of rows and columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
@@ -320,13 +324,13 @@ impl Packed {
         self.form
     }
 
-    /// The bytes of a tile.
+    /// Returns the bytes of a tile.
     pub(crate) fn tile(&self, tile: usize) -> &[u8] {
         let width = self.columns / self.kind.elements() * self.form.unit();
         &self.bytes[tile * width..(tile + 1) * width]
     }
 
-    /// The integers of 32 columns of a row, and scale and minimum of each half.
+    /// Returns the integers of a step of a row, and scale and minimum of each half.
     pub(crate) fn step(&self, row: usize, step: usize) -> ([u8; STEP], [(f32, f32); 2]) {
         let (tile, row, steps) = (self.tile(row / LANES), row % LANES, self.form.scales.steps());
         let unit = &tile[step / steps * self.form.unit()..][..self.form.unit()];
@@ -336,12 +340,17 @@ impl Packed {
         (q, [0, 1].map(|half| self.form.scale(head, row, step % steps, half)))
     }
 
-    /// The values of a row.
+    /// Dequantizes a row into `out`.
     ///
     /// # Panics
-    /// If there is no such row, or `out` is not as long as one.
+    /// If the row does not exist, or if `out` does not have the length of a row.
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        assert!(row < self.rows && out.len() == self.columns, "row {row} of {} by {}", self.rows, self.columns);
+        assert!(
+            row < self.rows && out.len() == self.columns,
+            "row {row} or the output does not fit a matrix of {} rows by {} columns",
+            self.rows,
+            self.columns
+        );
         for (step, out) in out.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
             let (q, scales) = self.step(row, step);
             for (half, out) in out.chunks_exact_mut(16).enumerate() {
@@ -353,14 +362,14 @@ impl Packed {
         }
     }
 
-    /// Rows `[from, to)`, whole.
+    /// Dequantizes rows `[from, to)` into `out`.
     pub(crate) fn widen(&self, from: usize, to: usize, out: &mut [f32]) {
         for (row, out) in (from..to).zip(out.chunks_exact_mut(self.columns)) {
             self.row(row, out);
         }
     }
 
-    /// Every value, row after row.
+    /// Dequantizes the matrix, row after row.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.columns];
         let all = Shared::new(&mut out);
@@ -372,7 +381,8 @@ impl Packed {
     }
 }
 
-/// Writes 32 columns of sixteen rows from column `from` on into planes, whole vectors at a time; `integer` reads them.
+/// Packs 32 columns of sixteen rows, from column `from` on, into planes, whole vectors at a time. [`integer`] reads
+/// them.
 fn pack_step(bits: usize, q: &[[u8; 256]; LANES], from: usize, body: &mut [u8]) {
     let mut groups = [[0u8; 64]; 8];
     for (row, q) in q.iter().enumerate() {
@@ -426,7 +436,7 @@ mod tests {
             dequantize(kind, &bytes, &mut expected);
             match Packed::new(Blocks::new(kind, rows, columns, bytes)) {
                 Ok(packed) => {
-                    // A product with a minimum that is not a number is none either way; which one is no matter.
+                    // A NaN minimum gives NaN both ways; the bits of the NaN do not matter.
                     let same =
                         |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a == b || (a.is_nan() && b.is_nan());
                     let found = packed.to_f32();

@@ -1,6 +1,6 @@
-//! What the processor's arithmetic is capable of, to hold figures against.
+//! Peak arithmetic rate of the processor, as a reference for measured rates.
 
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -10,11 +10,11 @@ use crate::cpu::isa::by_isa;
 use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::pool::{parallel, threads};
 
-/// Sums that are independent of each other: as many as it takes to keep every unit busy.
+/// Number of independent sums: enough to keep every arithmetic unit busy.
 const SUMS: usize = 12;
 
-/// Multiply-adds in f32, counted as two operations each, that the installed pool's threads do in a second on registers alone:
-/// the best of three short runs.
+/// Measures the f32 arithmetic rate of the installed pool's threads, in operations per second. Multiply-adds run on
+/// registers alone, and each counts as two operations. Returns the best of three short runs.
 pub fn multiply_add_rate() -> f64 {
     const ROUNDS: usize = 2_000_000;
     let tasks = threads();
@@ -29,14 +29,14 @@ pub fn multiply_add_rate() -> f64 {
 }
 
 by_isa! {
-    /// The sums of `rounds` multiply-adds each.
+    /// Returns the totals, lane by lane, of sums of `rounds` multiply-adds each.
     fn multiply_adds(rounds: usize, start: f32) -> [f32; LANES] = multiply_adds_body
 }
 
 #[inline(always)]
 unsafe fn multiply_adds_body<L: Floats>(rounds: usize, start: f32) -> [f32; LANES] {
     let mut out = [0f32; LANES];
-    // SAFETY: a whole vector is written.
+    // SAFETY: `out` has room for a whole vector.
     unsafe {
         let (factor, mut sums) = (L::splat(black_box(0.999)), [L::splat(start); SUMS]);
         for _ in 0..rounds {

@@ -1,8 +1,9 @@
-//! Threads of our own: asleep when there is nothing to do, and on the spot within a microsecond between two operations.
+//! A thread pool with low latency for short operations.
 //!
-//! A decode step is some two hundred short operations, each split over the same few threads. Workers wait for the next one
-//! by looking at a counter, and sleep only when none has come for a tenth of a millisecond; the caller takes part, never
-//! waits for a worker that has not woken, and runs alone where the pool is taken by another caller.
+//! A decode step is about two hundred short operations, each split over the same few threads. Between operations,
+//! workers spin on a counter and so begin within a microsecond. They sleep if no operation arrives for a tenth of a
+//! millisecond. The caller works on the tasks too, and does not wait for sleeping workers. If another caller has the
+//! pool, it runs all tasks by itself.
 
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -12,7 +13,7 @@ use sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use sync::thread::{self, JoinHandle};
 use sync::{Arc, Condvar, Mutex};
 
-/// Synchronization: the standard library's, or shuttle's in the model check of `tools/memory-check shuttle`.
+/// Synchronization primitives: the standard library's, or shuttle's in the model check of `tools/memory-check shuttle`.
 mod sync {
     #[cfg(shuttle)]
     pub(super) use shuttle::{
@@ -26,19 +27,19 @@ mod sync {
     };
 }
 
-/// Looks at the counter before a worker sleeps: about a tenth of a millisecond.
+/// Number of times that a worker reads the counter before it sleeps: about a tenth of a millisecond.
 const LOOKS: usize = if cfg!(shuttle) { 1 } else { 2_000 };
 
-/// Looks at a counter before a waiting caller lets another program have the processor.
+/// Number of times that a waiting caller reads a counter before it yields the processor.
 const IMPATIENCE: usize = if cfg!(shuttle) { 0 } else { 20_000 };
 
 thread_local! {
     static CURRENT: RefCell<Option<Pool>> = const { RefCell::new(None) };
-    /// Whether this thread is inside of a task: what it starts runs on it alone.
+    /// Whether this thread runs a task. Nested operations then run on this thread alone.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A number of threads, the caller included. Cheap to clone; the threads end with the last clone.
+/// A pool of threads, including the caller. Cheap to clone; the threads end with the last clone.
 #[derive(Clone)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -47,13 +48,13 @@ pub struct Pool {
 
 struct Shared {
     threads: usize,
-    /// Taken by the caller whose job it is.
+    /// Set by the caller that runs a job.
     busy: AtomicBool,
     /// Odd while a job is open; counts up.
     ticket: AtomicUsize,
-    /// Workers that are inside of the job.
+    /// Number of workers in the job.
     active: AtomicUsize,
-    /// The next task that nobody has taken.
+    /// The next task to take.
     next: AtomicUsize,
     job: UnsafeCell<Option<Job>>,
     panicked: Mutex<Option<Box<dyn std::any::Any + Send>>>,
@@ -65,14 +66,14 @@ struct Shared {
 
 #[derive(Clone, Copy)]
 struct Job {
-    /// Alive while the ticket is odd or a worker active.
+    /// Valid while the ticket is odd or a worker is active.
     run: *const (dyn Fn(usize) + Sync),
     tasks: usize,
 }
 
-// SAFETY: `job` is written by the holder of `busy` while no worker is active, and read by active workers.
+// SAFETY: `job` is written by the holder of `busy` while no worker is active, and is read by active workers.
 unsafe impl Sync for Shared {}
-// SAFETY: the pointer in `job` is to something `Sync`.
+// SAFETY: the pointer in `job` points to a `Sync` value.
 unsafe impl Send for Shared {}
 
 struct Workers {
@@ -91,10 +92,10 @@ impl Drop for Workers {
 }
 
 impl Pool {
-    /// `threads` threads, the caller being one of them.
+    /// Creates a pool of `threads` threads (at least 1), including the caller.
     ///
     /// # Errors
-    /// If the system gives no more threads.
+    /// Returns an error if the system cannot start the threads.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
@@ -119,12 +120,12 @@ impl Pool {
         Ok(Self { shared, _workers: Arc::new(workers) })
     }
 
-    /// Number of threads, the caller included.
+    /// Returns the number of threads, including the caller.
     pub fn threads(&self) -> usize {
         self.shared.threads
     }
 
-    /// Runs `f` on this thread, with every operation in it split over this pool.
+    /// Runs `f` on this thread and splits the operations in it over this pool.
     pub fn install<R>(&self, f: impl FnOnce() -> R) -> R {
         struct Restore(Option<Pool>);
         impl Drop for Restore {
@@ -136,12 +137,12 @@ impl Pool {
         f()
     }
 
-    /// The pool of this thread: the one installed, else one of the machine's size that all such threads share.
+    /// Returns the pool installed on this thread, or else a common pool with a thread for each available processor.
     fn current() -> Self {
         static COMMON: OnceLock<Pool> = OnceLock::new();
         CURRENT.with_borrow(Option::clone).unwrap_or_else(|| {
             let all = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-            // One thread can always be had: it is the caller.
+            // A pool of one always works: its thread is the caller.
             let make = || Pool::new(all()).or_else(|_| Pool::new(1)).expect("a pool of one starts no thread");
             COMMON.get_or_init(make).clone()
         })
@@ -161,7 +162,7 @@ impl Shared {
     }
 
     fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        // SAFETY: only the lifetime changes; the pointer is not followed after the job is closed, below.
+        // SAFETY: only the lifetime changes; the pointer is not used after the job is closed, below.
         let run = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
         // SAFETY: this caller holds `busy`, and no worker is active.
         unsafe { *self.job.get() = Some(Job { run, tasks }) };
@@ -171,7 +172,7 @@ impl Shared {
             self.ring();
         }
         let ours = catch_unwind(AssertUnwindSafe(|| self.take_tasks(tasks, f)));
-        // Closed: who has not come is not waited for.
+        // The job is closed: workers that have not joined it are not waited for.
         self.ticket.fetch_add(1, Ordering::SeqCst);
         let mut looks = 0usize;
         while self.active.load(Ordering::SeqCst) > 0 {
@@ -209,10 +210,10 @@ impl Shared {
             last = ticket;
             self.active.fetch_add(1, Ordering::SeqCst);
             if self.ticket.load(Ordering::SeqCst) == ticket {
-                // SAFETY: the caller closes the job and then waits until nobody is active before it lets go of it.
+                // SAFETY: the caller closes the job and waits until no worker is active before it reuses the job.
                 let job = unsafe { *self.job.get() };
                 if let Some(Job { run, tasks }) = job {
-                    // SAFETY: while this worker is active, the caller waits, and with it what `run` borrows is alive.
+                    // SAFETY: while this worker is active, the caller waits, which keeps alive what `run` borrows.
                     let run = unsafe { &*run };
                     if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.take_tasks(tasks, run))) {
                         *self.panicked.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
@@ -223,7 +224,7 @@ impl Shared {
         }
     }
 
-    /// The ticket of an open job that is not `last`; `None` when the pool is closed.
+    /// Waits for an open job other than `last` and returns its ticket. Returns `None` when the pool closes.
     fn wait_for_job(&self, last: usize) -> Option<usize> {
         let open = || Some(self.ticket.load(Ordering::SeqCst)).filter(|&ticket| ticket % 2 == 1 && ticket != last);
         loop {
@@ -245,15 +246,15 @@ impl Shared {
     }
 }
 
-/// Threads that [`parallel`] would use here.
+/// Returns the number of threads that [`parallel`] would use on this thread.
 pub fn threads() -> usize {
     if INSIDE.get() { 1 } else { Pool::current().threads() }
 }
 
-/// Runs `f` for every number below `tasks`, over the threads of the installed pool, in no particular order.
+/// Runs `f` for every number below `tasks`, on the threads of the installed pool, in no particular order.
 ///
 /// # Panics
-/// If `f` does.
+/// If `f` panics.
 pub fn parallel(tasks: usize, f: impl Fn(usize) + Sync) {
     if tasks > 1 && !INSIDE.get() {
         let pool = Pool::current();
@@ -264,22 +265,24 @@ pub fn parallel(tasks: usize, f: impl Fn(usize) + Sync) {
     (0..tasks).for_each(f);
 }
 
-/// Runs `f` over pieces of `size` elements of `data`, the last one perhaps shorter, each with its number.
+/// Runs `f` on pieces of `size` elements of `data`, each with its number. The last piece may be shorter.
 pub(crate) fn parallel_chunks<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let (len, size) = (data.len(), size.max(1));
     let all = crate::cpu::shared::Shared::new(data);
     parallel(len.div_ceil(size), |i| {
         let from = i * size;
-        // SAFETY: pieces do not overlap, and each is given to one task.
+        // SAFETY: the pieces do not overlap, and each belongs to one task.
         f(i, unsafe { all.slice(from, size.min(len - from)) });
     });
 }
 
-/// `len` elements, made over the installed pool in pieces of `size`: `items` gives those of a piece, from the element of that
-/// number on, and `done` is told when they are there.
+/// Collects `len` elements, computed on the installed pool in pieces of `size`.
+///
+/// `items(i)` returns the elements of a piece, from element `i` on. `done` is called with the number of each piece when
+/// it is complete.
 ///
 /// # Panics
-/// If a piece has too few of them.
+/// If `items` returns too few elements for a piece.
 pub fn collect<T: Copy + Send, I: Iterator<Item = T>>(
     len: usize,
     size: usize,
@@ -296,12 +299,12 @@ pub fn collect<T: Copy + Send, I: Iterator<Item = T>>(
         assert_eq!(made, wanted, "a piece has too few elements");
         done(i);
     });
-    // SAFETY: every piece was filled, or a task has panicked and with it this.
+    // SAFETY: every piece is filled here; if a task panics, so does this thread.
     unsafe { out.set_len(len) };
     out
 }
 
-/// Zeros of a result, written over the installed pool where there are many: what was freed before is not zero any more.
+/// Returns zeros for a result. Large results are zeroed on the installed pool, because reused memory has to be cleared.
 pub(crate) fn zeros(len: usize) -> Vec<f32> {
     const PIECE: usize = 64 << 10;
     if len < 2 * PIECE {
@@ -314,7 +317,8 @@ thread_local! {
     static SCRATCH: Cell<Vec<Vec<f32>>> = const { Cell::new(Vec::new()) };
 }
 
-/// Lends a buffer of this thread, which holds whatever the last borrower left. Borrowers within borrowers get their own.
+/// Calls `f` with a buffer of this thread. The buffer holds the numbers of its last user; nested calls get different
+/// buffers.
 pub(crate) fn scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
     let mut free = SCRATCH.take();
     let mut buffer = free.pop().unwrap_or_default();
@@ -389,7 +393,8 @@ mod tests {
     }
 }
 
-/// Interleavings of callers and workers. Thread-local values are std's, which shuttle's threads share: jobs are run directly.
+/// Checks interleavings of callers and workers. Thread-local values are the standard library's, which shuttle's threads
+/// share, so jobs are run directly.
 #[cfg(all(test, shuttle))]
 mod interleavings {
     use super::*;
@@ -410,7 +415,7 @@ mod interleavings {
                             shared.run(tasks, &|i| {
                                 seen[i].fetch_add(1, Ordering::SeqCst);
                             });
-                            // No worker is left that could touch `seen` when it goes.
+                            // No worker can still access `seen` when it is dropped.
                             assert!(seen.iter().all(|count| count.load(Ordering::SeqCst) == 1));
                         }
                     })

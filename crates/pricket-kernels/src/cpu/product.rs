@@ -1,6 +1,6 @@
-//! Products of rows with panels of matrices: sums in registers, in f32.
+//! Products of rows with 32-column panels of matrices, in f32. The sums stay in registers.
 
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{Floats, LANES};
@@ -9,30 +9,30 @@ use crate::cpu::shared::{Shared, holds};
 /// Columns of a panel: two vectors.
 pub(crate) const PANEL: usize = 2 * LANES;
 
-/// What the sums of a product start from.
+/// The initial values of the sums of a product.
 #[derive(Clone, Copy)]
 pub(crate) enum Start<'a> {
-    /// Nothing.
+    /// Zero.
     Zero,
-    /// The same row of numbers for every row: a bias.
+    /// The same row of numbers for every row of the product: a bias.
     Row(&'a [f32]),
-    /// What is there.
+    /// The present output.
     Output,
 }
 
 impl Start<'_> {
-    /// Whether there is a number for each of `columns`.
+    /// Returns whether there is an initial value for each of `columns` columns.
     pub(crate) fn has(self, columns: usize) -> bool {
         if let Start::Row(row) = self { row.len() >= columns } else { true }
     }
 
-    /// Writes the sum of column `column` to `out`, added to what it starts from.
+    /// Writes the sum of column `column`, added to its initial value, to `out`.
     ///
     /// # Safety
     /// `out` can be read and written, and the start [has](Start::has) the column.
     #[inline(always)]
     pub(crate) unsafe fn put(self, sum: f32, column: usize, out: *mut f32) {
-        // SAFETY: `out` and the column are there, as the caller promises.
+        // SAFETY: `out` and the column are valid, as the caller promises.
         unsafe {
             *out = match self {
                 Start::Zero => sum,
@@ -43,8 +43,9 @@ impl Start<'_> {
     }
 }
 
-/// A matrix product's operands: `rows` rows of `a`, `a_stride` apart, times `k` rows of a panel of 32 columns, `b_stride`
-/// apart, of which `columns` are wanted, into rows `c_stride` apart.
+/// The operands of a matrix product. `rows` rows of `a`, `a_stride` elements apart, are multiplied with `k` rows of a
+/// panel of 32 columns, `b_stride` apart. The first `columns` columns of the result go to rows of `c`, `c_stride`
+/// apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a, A = f32, B = f32> {
     pub(crate) a: &'a [A],
@@ -60,7 +61,7 @@ pub(crate) struct Product<'a, A = f32, B = f32> {
 }
 
 impl<A, B> Product<'_, A, B> {
-    /// Whether the output has room for the columns wanted, and the start has them.
+    /// Returns whether the output has room for the result, and the start has a value for each of its columns.
     pub(crate) fn has_room(&self) -> bool {
         self.columns <= PANEL
             && self.start.has(self.columns)
@@ -69,36 +70,36 @@ impl<A, B> Product<'_, A, B> {
 }
 
 impl Product<'_> {
-    /// Computes it.
+    /// Computes the product.
     ///
     /// # Panics
     /// If an operand is too short for its sizes.
     ///
     /// # Safety
-    /// While it runs no other thread touches the columns wanted of these rows of `c`.
+    /// During the call no other thread accesses these columns of these rows of `c`.
     pub(crate) unsafe fn run(&self, isa: Isa) {
         let (a, b) =
             (holds(self.a.len(), self.rows, self.a_stride, self.k), holds(self.b.len(), self.k, self.b_stride, PANEL));
-        assert!(a && b && self.has_room(), "a product beyond its operands");
-        // SAFETY: the operands were just measured, and the output is this thread's, as the caller promises.
+        assert!(a && b && self.has_room(), "an operand is too short for the product");
+        // SAFETY: the lengths of the operands were checked above. The output is this thread's, as the caller promises.
         unsafe { run(isa, self) }
     }
 }
 
 by_isa! {
     /// # Safety
-    /// The operands hold what [`Product::run`] asks of them, and no other thread touches the output.
+    /// The operands are as long as [`Product::run`] requires, and no other thread accesses the output.
     unsafe fn run(p: &Product) = blocks
 }
 
 /// # Safety
-/// As [`run`]; the processor has the instructions of `L`.
+/// As for [`run`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn blocks<L: Floats>(p: &Product) {
     let mut row = 0;
-    // SAFETY: `row` and those that follow it are among the rows, which the caller has measured.
+    // SAFETY: `row` and the rows that follow it are among the rows that the caller has checked.
     unsafe {
-        // As many rows and columns at once as there are registers for, with those of the panel and of a row.
+        // The blocks are as large as the registers allow, with room for the panel's vectors and a broadcast element.
         while L::MANY && row + 12 <= p.rows {
             block::<L, 12, 2>(p, row, 0);
             row += 12;
@@ -123,18 +124,19 @@ unsafe fn blocks<L: Floats>(p: &Product) {
     }
 }
 
-/// `M` rows from `row` on and `N` vectors of columns from `column` on, their sums in registers.
+/// Multiplies `M` rows from `row` on with `N` vectors of columns from `column` on. The sums stay in registers.
 ///
 /// # Safety
-/// As [`blocks`].
+/// As for [`blocks`].
 #[inline(always)]
 unsafe fn block<L: Floats, const M: usize, const N: usize>(p: &Product, row: usize, column: usize) {
     let columns = p.columns.saturating_sub(column).min(N * LANES);
     if columns == 0 {
         return;
     }
-    // SAFETY: `M` rows from `row` on and the columns up to `columns` are inside of `a`, `c` and the start, and `k` whole panels inside of
-    // `b`: the caller has measured them. An incomplete vector of columns goes through `edge`.
+    // SAFETY: the caller has checked that `M` rows from `row` on, and the columns up to `columns`, are inside `a`, `c`
+    // and the start, and that `k` whole lines of the panel are inside `b`. An incomplete vector of columns goes through
+    // `edge`.
     unsafe {
         let (a, c) = (p.a.as_ptr().add(row * p.a_stride), p.c.as_mut_ptr().add(row * p.c_stride + column));
         let whole = columns == N * LANES;
@@ -168,7 +170,7 @@ unsafe fn block<L: Floats, const M: usize, const N: usize>(p: &Product, row: usi
                     *sum = L::madd(a, line, *sum);
                 }
             }
-            // Not followed behind the last panel.
+            // Beyond the last line the pointer is not dereferenced.
             b = b.wrapping_add(p.b_stride);
         }
         for (m, sums) in sums.into_iter().enumerate() {
@@ -230,7 +232,7 @@ mod tests {
                         }
                     };
                     let mut y = vec![f32::NAN; rows * n];
-                    // SAFETY: nobody else has `y`.
+                    // SAFETY: nothing else accesses `y`.
                     unsafe {
                         inner_products(isa, w, (n, k), (&x, k, rows), Start::Row(&bias), (Shared::new(&mut y), n));
                     }
@@ -259,7 +261,7 @@ mod tests {
                             start: Start::Output,
                             ..product
                         };
-                        // SAFETY: nobody else has `y`. Half of the sums, then the rest on top.
+                        // SAFETY: nothing else accesses `y`. The first half is summed, and the rest is added to it.
                         unsafe {
                             product.run(isa);
                             rest.run(isa);

@@ -1,9 +1,10 @@
-//! Activations as integers: of one term (8 bits a block, as ggml has them) or of three, which is f32.
+//! Quantized activations: integers of one 8-bit term per element, as in ggml, or of three terms, which give the
+//! precision of f32.
 //!
-//! An activation is `scale (a + b / 254 + c / 254²)` with `a`, `b`, `c` of 8 bits: to the last bit or two what f32 holds
-//! beside the largest of its block.
+//! An activation is `scale (a + b / 254 + c / 254²)` with 8-bit integers `a`, `b` and `c`. Relative to the largest
+//! activation of its block this is f32 up to the last bit or two.
 
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use half::f16;
 
@@ -14,23 +15,26 @@ use crate::cpu::isa::Isa;
 use crate::cpu::packed::{Form, STEP, Scales};
 use crate::cpu::pool::{parallel_chunks, threads};
 
-/// The ratio of one term's step to the next one's.
+/// Ratio of the unit of one term to the unit of the next.
 pub(crate) const FINER: f32 = 254.0;
 
-/// 1.5 · 2²³.
+/// 1.5 · 2²³: adding it to a small float rounds that to an integer.
 const INTEGER: f32 = 12_582_912.0;
 
-/// Where things are in the words of 32 activations: the scale; sums of the values, of all and of each half; then for each
-/// term what a sum of products starts from, for all and for each half, and eight words of four integers.
+/// Layout of the words of 32 activations.
+///
+/// Word 0 is the scale. From `SUMS` on are sums of the values: of all, of the first half and of the second half. From
+/// `TERMS` on are the terms, `TERM` words each. A term has the initial sums of its products (for all, for the first
+/// half, for the second half) and then eight words of four integers.
 pub(crate) const SUMS: usize = 1;
 pub(crate) const TERMS: usize = 4;
 pub(crate) const TERM: usize = 11;
 
-/// Rows that are multiplied together, and lie together: step by step, those of a step one after the other.
+/// Rows that are multiplied together and stored together: step by step, with the rows of a step one after the other.
 pub(crate) const GROUP: usize = 8;
 
-/// Rows of activations as integers, for weights of one form: in groups of [`GROUP`] rows, and in a group step by step, the
-/// words of a step's rows one after the other.
+/// Rows of quantized activations, for weights of one form. They are stored in groups of [`GROUP`] rows, and a group is
+/// stored step by step, with the words of the step's rows one after the other.
 pub(crate) struct QuantizedActivations {
     pub(crate) words: Vec<i32>,
     pub(crate) rows: usize,
@@ -38,20 +42,21 @@ pub(crate) struct QuantizedActivations {
     pub(crate) steps: usize,
 }
 
-/// Words of 32 activations of so many terms, with some to spare.
+/// Returns the number of words of 32 activations with `terms` terms, padding included.
 pub(crate) const fn words_of(terms: usize) -> usize {
     if terms == 1 { 16 } else { 40 }
 }
 
 impl QuantizedActivations {
-    /// `x` of rows of `columns`, a multiple of 32. With `as_ggml` in one term, rounded as ggml rounds them for `kind`; else
-    /// in three.
+    /// Quantizes `x`, rows of `columns` numbers, where `columns` is a multiple of 32. With `as_ggml` there is one term,
+    /// rounded as ggml does beside weights of `kind`; otherwise there are three.
     pub(crate) fn new(x: &[f32], columns: usize, kind: BlockType, form: Form, as_ggml: bool, isa: Isa) -> Self {
         let terms = if as_ggml { 1 } else { 3 };
         let (steps, width) = (columns / STEP, words_of(terms));
         let rows = x.len() / columns;
         let mut words = vec![0; rows * steps * width];
-        // A group a task; where there is but one, some of its steps, in whole blocks of 256 columns.
+        // Each task takes a group. If there is only one group, each takes some of its steps, in whole blocks of 256
+        // columns.
         let alone = rows <= GROUP && x.len() >= 8 << 10;
         let part = if alone { steps.div_ceil(2 * threads()).next_multiple_of(8) } else { steps };
         let group = rows.min(GROUP);
@@ -67,7 +72,7 @@ impl QuantizedActivations {
     }
 }
 
-/// A row, its steps `stride` words apart.
+/// Quantizes a row, whose steps are `stride` words apart.
 fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: Form, terms: usize, isa: Isa) {
     #[cfg(target_arch = "x86_64")]
     {
@@ -80,11 +85,11 @@ fn round(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form: For
             round_body(x, words, stride, kind, form, terms);
         }
         if isa >= InstructionSet::Avx512 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { avx512(x, words, stride, kind, form, terms) };
         }
         if isa >= InstructionSet::Avx2 {
-            // SAFETY: a path proves that the processor has its instructions, and these are among them.
+            // SAFETY: an `Isa` proves that the processor has its instructions, which include the ones enabled here.
             return unsafe { avx2(x, words, stride, kind, form, terms) };
         }
     }
@@ -103,7 +108,7 @@ fn round_body(x: &[f32], words: &mut [i32], stride: usize, kind: BlockType, form
         }
         lanes.iter().copied().fold(0f32, f32::max)
     };
-    // ggml has one scale for 256 beside blocks of 256, in f32, and for 32 elsewhere, in f16.
+    // ggml has an f32 scale for 256 activations beside blocks of 256, and otherwise an f16 scale for 32.
     let block = if terms == 1 { kind.elements().max(STEP) } else { STEP };
     let width = words_of(terms);
     for (x, words) in x.chunks(block).zip(words.chunks_mut(block / STEP * stride)) {
@@ -125,15 +130,15 @@ fn round_step(x: &[f32; STEP], words: &mut [i32], (inverse, scale): (f32, f32), 
     let mut broken = 0f32;
     for (rest, x) in rest.iter_mut().zip(x) {
         *rest = x * inverse;
-        // What is not a number makes the scale none, and with it every product.
+        // A NaN or an infinity makes the scale NaN, and so every product.
         broken += x * 0.0;
     }
     let (mut sums, mut unit) = ([0f32; 2], scale);
     for term in 0..terms {
         let mut q = [0i8; STEP];
         for (rest, q) in rest.iter_mut().zip(&mut q) {
-            // Adding a number whose last bit is worth one rounds to the nearest, to even of two, and leaves the integer in
-            // the low bits.
+            // In the sum the last bit is worth one. The addition rounds to the nearest integer, ties to even, and
+            // leaves the integer in the low bits.
             let rounded = *rest + INTEGER;
             *q = rounded.to_bits() as i8;
             *rest = (*rest - (rounded - INTEGER)) * FINER;
@@ -155,7 +160,7 @@ fn round_step(x: &[f32; STEP], words: &mut [i32], (inverse, scale): (f32, f32), 
         }
     }
     let whole = sums[0] + sums[1];
-    // ggml keeps the sum of a block in f16 where there is a minimum to multiply it with.
+    // ggml keeps the sum of a block in f16 if there is a minimum to multiply with it.
     let of_ggml = terms == 1 && matches!(form.scales, Scales::HalfMin | Scales::SingleMin);
     let whole = if of_ggml { f16::from_f32(whole).to_f32() } else { whole };
     words[0] = (scale + broken).to_bits() as i32;

@@ -1,13 +1,13 @@
-//! Products of packed integers with activations that are [`QuantizedActivations`] too.
+//! Products of packed weights with [`QuantizedActivations`], in integers.
 //!
-//! Sums of products are exact integers in every instruction set, and three of them, which make f32, cost less than widening
-//! the weights would.
+//! Sums of products are exact integers with every instruction set. Three such products, which together have the
+//! precision of f32, cost less than dequantizing the weights.
 
 #![cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code, unused_variables, unused_unsafe, reason = "no vectors there")
+    allow(dead_code, unused_variables, unused_unsafe, reason = "other architectures use the scalar kernels only")
 )]
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use crate::block_type::BlockType;
 use crate::cpu::gelu::GeluOp;
@@ -18,13 +18,13 @@ use crate::cpu::pool::{parallel, threads};
 use crate::cpu::quantized_activations::{FINER, GROUP, QuantizedActivations, SUMS, TERM, TERMS, words_of};
 use crate::cpu::shared::Shared;
 
-/// Rows of activations that are multiplied before the next tile: they stay in the second-level cache.
+/// Rows of activations that are multiplied before the next ones; they stay in the second-level cache.
 const ROWS: usize = 64;
 
-/// Bytes of weights that are asked for ahead of their use.
+/// Distance in bytes at which weights are prefetched.
 const AHEAD: usize = 6 << 10;
 
-/// One call: what is multiplied, what becomes of it, and where the results go.
+/// One product: its operands, the function of the result, and the output.
 struct Job<'a> {
     then: Option<GeluOp>,
     isa: Isa,
@@ -34,7 +34,7 @@ struct Job<'a> {
     y: Shared<'a, f32>,
 }
 
-/// `y = x Wᵀ + b`, or a function of it: `y` is `[rows, weight rows]`.
+/// Computes `y = x Wᵀ + b`, followed by the function `then` if there is one. `y` is `[rows, weight rows]`.
 pub(crate) fn multiply(
     x: &QuantizedActivations,
     weight: &Packed,
@@ -47,7 +47,7 @@ pub(crate) fn multiply(
     assert_eq!(y.len(), x.rows * n, "output is not [rows, out_features]");
     let job = Job { then, isa, weight, x, bias, y: Shared::new(y) };
     let tiles = n.div_ceil(LANES);
-    // Some tasks for each thread, and tiles for as long as rows of activations are worth being brought.
+    // There are several tasks for each thread, but each has enough tiles to make loading the activations worthwhile.
     let share = tiles.div_ceil(8 * threads()).clamp(1, 32);
     parallel(tiles.div_ceil(share), |task| {
         let (from, to) = (task * share, ((task + 1) * share).min(tiles));
@@ -61,7 +61,7 @@ fn dispatch(job: &Job<'_>, from: usize, to: usize, isa: Isa) {
             match job.weight.kind() {
                 $(BlockType::$kind => {
                     const FORM: Form = Form::of(BlockType::$kind).unwrap();
-                    // SAFETY: every task has tiles of its own.
+                    // SAFETY: each tile belongs to one task.
                     unsafe {
                         if job.x.terms == 1 {
                             multiply_tiles::<{ FORM.bits }, { FORM.scales as u8 }, 1>(isa, job, from, to);
@@ -84,10 +84,10 @@ by_isa! {
         tiles or plain
 }
 
-/// What every processor can do, and what the others are compared with: a step of a row at a time.
+/// The scalar form, one step of a row at a time. Tests compare the vector forms with it.
 ///
 /// # Safety
-/// As [`multiply_tiles`].
+/// As for [`multiply_tiles`].
 unsafe fn plain(job: &Job<'_>, from: usize, to: usize) {
     let (weight, x) = (job.weight, job.x);
     let (form, (n, _), width) = (weight.form(), weight.shape(), words_of(x.terms));
@@ -167,10 +167,10 @@ unsafe fn tiles<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize>(j
     }
 }
 
-/// `M` rows of activations times a tile.
+/// Multiplies `M` rows of activations with a tile.
 ///
 /// # Safety
-/// As [`tiles`]; rows `[row, row + M)` are there, in one group.
+/// As for [`tiles`]; rows `[row, row + M)` exist and are in one group.
 #[inline(always)]
 unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: usize, const M: usize>(
     job: &Job<'_>,
@@ -186,21 +186,21 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
     let group = GROUP.min(job.x.rows - first);
     assert!(bytes.len() == steps / unit_steps * unit_bytes && row + M <= first + group);
     assert_eq!(job.x.words.len(), job.x.rows * steps * width);
-    // SAFETY: the lengths were just checked; every unit and every step lies inside of them.
+    // SAFETY: the lengths were checked above, and every unit and every step is inside them.
     unsafe {
         let mut unit = bytes.as_ptr();
         let mut x = job.x.words.as_ptr().add((first * steps + row - first) * width);
         let mut sums = [L::splat(0.0); M];
         let finer = L::splat(1.0 / FINER);
         for _ in 0..steps / unit_steps {
-            // Weights come from memory only once: what is needed soon is asked for while this is multiplied.
+            // Weights are read from memory once, so they are prefetched.
             for line in (0..unit_bytes).step_by(64) {
                 L::expect(unit.wrapping_add(AHEAD + line));
             }
             for step in 0..unit_steps {
                 let w = groups::<L, BITS>(unit.add(scales_kind.bytes() + step * BITS * 64));
                 let [low, high] = scales::<L, SCALES>(unit, step);
-                // Loops rather than closures: those would not have the instructions of this function.
+                // Loops rather than closures: closures would not be compiled with the instruction set of the caller.
                 for (m, sum) in sums.iter_mut().enumerate() {
                     let x = x.add(m * width);
                     let scale = L::splat(f32::from_bits(*x as u32));
@@ -264,22 +264,23 @@ unsafe fn tile_by_rows<L: Lanes, const BITS: usize, const SCALES: u8, const T: u
     }
 }
 
+/// Returns the [`Scales`] with this discriminant.
 pub(crate) const fn scales_of(number: u8) -> Scales {
     const ALL: [Scales; 7] =
         [Scales::Half, Scales::HalfMin, Scales::Single, Scales::SingleMin, Scales::Wide, Scales::Fine, Scales::FineMin];
     ALL[number as usize]
 }
 
-/// The integers of 32 columns, four columns a vector.
+/// Returns the integers of 32 columns, four columns in each vector.
 ///
 /// # Safety
-/// 32 columns can be read, and the processor has the instructions of `L`.
+/// The planes of 32 columns can be read, and the processor has the instructions of `L`.
 #[inline(always)]
 pub(crate) unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L::Bytes; 8] {
-    // SAFETY: the planes of 32 columns lie one after the other, as many as the type has bits, and all are there.
+    // SAFETY: the planes of 32 columns follow each other, with as many bits as the type has, and all can be read.
     unsafe {
         let mut w = [L::bytes(body); 8];
-        // Loops rather than closures: those would not have the instructions of the caller.
+        // Loops rather than closures: closures would not be compiled with the instruction set of the caller.
         match BITS {
             8 => {
                 for (g, w) in w.iter_mut().enumerate() {
@@ -311,10 +312,10 @@ pub(crate) unsafe fn groups<L: Lanes, const BITS: usize>(body: *const u8) -> [L:
     }
 }
 
-/// A plane of two bits.
+/// Returns the integers of a plane of two bits.
 ///
 /// # Safety
-/// As [`groups`].
+/// As for [`groups`].
 #[inline(always)]
 unsafe fn pairs_of_bits<L: Lanes>(plane: *const u8) -> [L::Bytes; 8] {
     // SAFETY: a plane of two bits has two vectors of 64 bytes.
@@ -333,13 +334,14 @@ unsafe fn pairs_of_bits<L: Lanes>(plane: *const u8) -> [L::Bytes; 8] {
     }
 }
 
-/// Scale and minimum of both halves of a step; twice the same where they share them.
+/// Returns scale and minimum of both halves of a step. The halves are equal if they share a scale.
 ///
 /// # Safety
 /// The head of a unit can be read, and the processor has the instructions of `L`.
 #[inline(always)]
 pub(crate) unsafe fn scales<L: Lanes, const SCALES: u8>(head: *const u8, step: usize) -> [(L::Float, L::Float); 2] {
-    // SAFETY: the head of a unit has these scales and minima, sixteen of each, and those of `step` in the types of 256.
+    // SAFETY: the head of a unit has these scales and minima, sixteen of each. In types of 256 columns it has those of
+    // `step`.
     unsafe {
         let none = L::splat(0.0);
         match const { scales_of(SCALES) } {
@@ -405,7 +407,8 @@ mod tests {
                         let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
                         let products = || x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));
                         let exact = products().sum::<f64>() + f64::from(bias[i % n]);
-                        // Rounding grows with the sum of magnitudes: two units in the last place of it.
+                        // The rounding error grows with the sum of magnitudes; the bound is two units in its last
+                        // place.
                         let bound = products().map(f64::abs).sum::<f64>() * f64::from(f32::EPSILON) * 2.0;
                         proptest::prop_assert!((exact - f64::from(*y)).abs() < bound, "{kind} {isa:?} {exact} {y} {bound}");
                         proptest::prop_assert!((exact - f64::from(*rough)).abs() < 0.3, "{kind} {isa:?} {exact} {rough}");

@@ -1,4 +1,6 @@
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+//! Reductions of rows (maximum, argmax, log-sum-exp), softmax, and sums of tensors.
+
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use std::mem::MaybeUninit;
 
@@ -10,20 +12,20 @@ use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 
-/// What a row of logits amounts to.
+/// Maximum, argmax and log-sum-exp of a row of logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RowSummary {
-    /// The largest.
+    /// The largest element.
     pub max: f32,
-    /// The first of the largest.
+    /// The index of the first largest element.
     pub argmax: usize,
-    /// `ln Σ exp(x - max)`, to f32's precision.
+    /// `ln Σ exp(x - max)`, with the precision of f32.
     pub log_sum: f64,
     /// Whether every element is finite.
     pub finite: bool,
 }
 
-/// Summarizes a row in two passes. Of a row with no element, or with one that is no number, neither maximum nor sum is one.
+/// Summarizes a row in two passes. If the row is empty or has a NaN, `max` and `log_sum` are NaN.
 pub fn row_summary(row: &[f32]) -> RowSummary {
     let (max, finite) = largest(isa(), row);
     if row.is_empty() || max.is_nan() {
@@ -33,21 +35,21 @@ pub fn row_summary(row: &[f32]) -> RowSummary {
     RowSummary { max, argmax: row.iter().position(|&x| x == max).unwrap_or(0), log_sum: sum.ln(), finite }
 }
 
-/// [`row_summary`] of each row, over the installed pool.
+/// Returns the [`row_summary`] of each row, computed on the installed pool.
 pub fn row_summaries(rows: &[&[f32]]) -> Vec<RowSummary> {
     let mut out = vec![RowSummary { max: f32::NAN, argmax: 0, log_sum: f64::NAN, finite: false }; rows.len()];
     parallel_chunks(&mut out, 1, |i, out| out[0] = row_summary(rows[i]));
     out
 }
 
-/// The first of the largest elements of a row; 0 for a row of none.
+/// Returns the index of the first largest element of a row, or 0 for an empty row.
 pub fn argmax(row: &[f32]) -> usize {
     let (max, _) = largest(isa(), row);
     row.iter().position(|&x| x == max).unwrap_or(0)
 }
 
 by_isa! {
-    /// The largest, not a number if one is not; and whether all are finite.
+    /// Returns the largest element, or NaN if the row has one, and whether all elements are finite.
     fn largest(row: &[f32]) -> (f32, bool) = largest_body
 }
 
@@ -55,13 +57,13 @@ by_isa! {
 unsafe fn largest_body<L: Floats>(row: &[f32]) -> (f32, bool) {
     let (whole, rest) = row.as_chunks::<LANES>();
     let (mut lanes, mut zeros) = ([0f32; LANES], [0f32; LANES]);
-    // SAFETY: whole vectors of the row and of two arrays.
+    // SAFETY: the loads and stores are whole vectors of the row and of two arrays.
     unsafe {
         let (mut max, mut zero) = (L::splat(f32::NEG_INFINITY), L::splat(0.0));
         for x in whole {
             let x = L::floats(x.as_ptr());
             max = L::max(max, x);
-            // Infinities and what is no number make it no number, which stays.
+            // Zero times an infinity or NaN is NaN, and the sum stays NaN.
             zero = L::madd(x, L::splat(0.0), zero);
         }
         L::store(lanes.as_mut_ptr(), max);
@@ -74,7 +76,7 @@ unsafe fn largest_body<L: Floats>(row: &[f32]) -> (f32, bool) {
 }
 
 by_isa! {
-    /// `Σ exp(x - max)`, in f64 from one part of the row to the next.
+    /// Returns `Σ exp(x - max)`. Each part of the row is summed in f32, and the parts in f64.
     fn sum_of_exponentials(row: &[f32], max: f32) -> f64 = sum_of_exponentials_body
 }
 
@@ -85,7 +87,7 @@ unsafe fn sum_of_exponentials_body<L: Floats>(row: &[f32], max: f32) -> f64 {
         let (whole, rest) = part.as_chunks::<LANES>();
         let mut edge = [f32::NEG_INFINITY; LANES];
         edge[..rest.len()].copy_from_slice(rest);
-        // SAFETY: whole vectors of the part; what is left of it lies in `edge`, a whole vector too.
+        // SAFETY: the loads are whole vectors of the part; the rest of it is in `edge`, a whole vector too.
         unsafe {
             let (mut sum, shift) = (L::splat(0.0), L::splat(-max));
             for x in whole {
@@ -100,7 +102,7 @@ unsafe fn sum_of_exponentials_body<L: Floats>(row: &[f32], max: f32) -> f64 {
 }
 
 by_isa! {
-    /// Writes `scale exp(x - max)` of each element of a row to `out`, which is as long.
+    /// Writes `scale exp(x - max)` of each element of a row to `out`, which has the same length.
     fn exponentials(row: &[f32], max: f32, scale: f32, out: &mut [MaybeUninit<f32>]) = exponentials_body
 }
 
@@ -108,12 +110,12 @@ by_isa! {
 /// The processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn exponentials_body<L: Floats>(row: &[f32], max: f32, scale: f32, out: &mut [MaybeUninit<f32>]) {
-    assert_eq!(row.len(), out.len(), "a row of another length");
+    assert_eq!(row.len(), out.len(), "row and output differ in length");
     let out = out.as_mut_ptr().cast::<f32>();
     let (whole, rest) = row.as_chunks::<LANES>();
     let mut edge = [f32::NEG_INFINITY; LANES];
     edge[..rest.len()].copy_from_slice(rest);
-    // SAFETY: whole vectors of a row, and then as many elements as are left, and `out` was found to be as long.
+    // SAFETY: `out` is as long as the row. Whole vectors are read and written, and then as many elements as are left.
     unsafe {
         let (shift, scale) = (L::splat(-max), L::splat(scale));
         for (i, x) in whole.iter().enumerate() {
@@ -125,7 +127,8 @@ unsafe fn exponentials_body<L: Floats>(row: &[f32], max: f32, scale: f32, out: &
     }
 }
 
-/// `softmax(x)_i = exp(x_i - max x) / Σ_j exp(x_j - max x)` over the last dimension, in f32.
+/// Softmax over the last dimension, in f32: `softmax(x)_i = exp(x_i - max x) / Σ_j exp(x_j - max x)`. It has no
+/// backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct SoftmaxOp;
 
@@ -143,16 +146,16 @@ impl CustomOp1 for SoftmaxOp {
             let RowSummary { max, log_sum, .. } = row_summary(row);
             exponentials(isa(), row, max, (-log_sum).exp() as f32, out);
         });
-        // SAFETY: every row was written, or a task has panicked and with it this.
+        // SAFETY: every row is written here; if a task panics, so does this thread.
         unsafe { out.set_len(x.len()) };
         Ok((CpuStorage::F32(out), at.dims().into()))
     }
 }
 
-/// Elements of a task: enough that handing it out costs nothing.
+/// Elements of a task: enough to make the cost of handing it out negligible.
 const TASK: usize = 16 << 10;
 
-/// The sum of two or three tensors of one shape, from left to right, in f32.
+/// The sum of two or three tensors of the same shape, added from left to right in f32.
 #[derive(Clone, Copy, Debug)]
 pub struct SumOp;
 
@@ -178,7 +181,7 @@ impl CustomOp2 for SumOp {
 
     fn cpu_fwd(&self, a: &CpuStorage, a_at: &Layout, b: &CpuStorage, b_at: &Layout) -> Result<(CpuStorage, Shape)> {
         if a_at.dims() != b_at.dims() {
-            bail!("sum: shapes {:?} and {:?}", a_at.dims(), b_at.dims());
+            bail!("sum: the shapes {:?} and {:?} differ", a_at.dims(), b_at.dims());
         }
         let (a, b) = (f32_slice("sum", a, a_at)?, f32_slice("sum", b, b_at)?);
         Ok((CpuStorage::F32(sum(&[a, b])), a_at.dims().into()))
@@ -205,7 +208,7 @@ impl CustomOp3 for SumOp {
         c_at: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         if a_at.dims() != b_at.dims() || a_at.dims() != c_at.dims() {
-            bail!("sum: shapes {:?}, {:?} and {:?}", a_at.dims(), b_at.dims(), c_at.dims());
+            bail!("sum: the shapes {:?}, {:?} and {:?} differ", a_at.dims(), b_at.dims(), c_at.dims());
         }
         let (a, b, c) = (f32_slice("sum", a, a_at)?, f32_slice("sum", b, b_at)?, f32_slice("sum", c, c_at)?);
         Ok((CpuStorage::F32(sum(&[a, b, c])), a_at.dims().into()))
@@ -254,7 +257,7 @@ mod tests {
                 row[at] = bad;
                 let summary = row_summary(&row);
                 assert!(!summary.finite);
-                // No likelihood comes out of a row with something in it that is no number, or without bound.
+                // A row with a NaN or a positive infinity gives no finite log-likelihood.
                 assert_eq!((f64::from(1.0 - summary.max) - summary.log_sum).is_finite(), bad == f32::NEG_INFINITY);
             }
         }

@@ -1,13 +1,16 @@
+//! Rotary position embedding (RoPE, Su et al. 2021, arXiv:2104.09864): each pair of dimensions `(a, z)` becomes `(a cos
+//! - z sin, z cos + a sin)`.
+
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::pool::{parallel_chunks, zeros};
 use crate::cpu::shared::f32_slice;
 
-/// Rotary embedding of the first `2 * pairs` of each head's dimensions, the rest passed through.
+/// Rotary position embedding of the first `2 * pairs` dimensions of each head. The other dimensions are copied.
 ///
-/// Inputs: `x` of `[batch, time, heads, head_dim]` with any strides whose last is 1, `cos` and `sin` of
-/// `[batch or 1, time, pairs]`. Output: `[batch, heads, time, head_dim]`, contiguous, so that splitting heads costs
-/// no copy of its own. Pairs are dimensions `i` and `i + pairs` ("rotate half", as GPT-NeoX does it).
+/// Inputs: `x` of `[batch, time, heads, head_dim]`, whose last stride is 1; `cos` and `sin` of
+/// `[batch or 1, time, pairs]`. Output: `[batch, heads, time, head_dim]`, contiguous, so splitting the heads needs no
+/// copy of its own. A pair is dimensions `i` and `i + pairs` ("rotate half", as in GPT-NeoX).
 #[derive(Clone, Copy, Debug)]
 pub struct RotaryOp;
 
@@ -25,13 +28,13 @@ impl CustomOp3 for RotaryOp {
         sin: &CpuStorage,
         sin_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let CpuStorage::F32(data) = x else { bail!("rotary: expected f32 activations") };
+        let CpuStorage::F32(data) = x else { bail!("rotary: expected x in f32") };
         let (&[b, t, h, d], &[sb, st, sh, sd]) = (x_layout.dims(), x_layout.stride()) else {
             bail!("rotary: expected [batch, time, heads, head_dim], got {:?}", x_layout.dims())
         };
         let &[rows, time, pairs] = cos_layout.dims() else { bail!("rotary: expected cos of [batch, time, pairs]") };
         if sd != 1 || time != t || 2 * pairs > d || (rows != b && rows != 1) || cos_layout.dims() != sin_layout.dims() {
-            bail!("rotary: x {:?} does not fit cos {:?}, sin {:?}", x_layout, cos_layout.dims(), sin_layout.dims());
+            bail!("rotary: x {:?} does not fit cos {:?} and sin {:?}", x_layout, cos_layout.dims(), sin_layout.dims());
         }
         let (cos, sin) = (f32_slice("rotary cos", cos, cos_layout)?, f32_slice("rotary sin", sin, sin_layout)?);
         let data = &data[x_layout.start_offset()..];
@@ -53,7 +56,7 @@ impl CustomOp3 for RotaryOp {
         Ok((CpuStorage::F32(out), (b, h, t, d).into()))
     }
 
-    /// A rotation's transpose is the rotation back.
+    /// The transpose of a rotation is the rotation by the negative angle.
     fn bwd(
         &self,
         _: &Tensor,

@@ -1,8 +1,9 @@
-//! Rows of floats as they are stored, widened on the way: inner products, sums, and panels for [`Product`].
+//! Rows of numbers in their stored type, widened to f32 as they are read: inner products, weighted sums, and panels for
+//! [`Product`].
 //!
 //! [`Product`]: crate::cpu::product::Product
 
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -12,24 +13,25 @@ use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::product::Start;
 use crate::cpu::shared::{Shared, holds};
 
-/// Numbers as they are stored.
+/// The type of stored numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     F32,
     F16,
     BF16,
-    /// Blocks of 32 as ggml's `q8_0`, the last one of a row filled up with zeros; an element of storage is a byte.
+    /// ggml's `q8_0` blocks of 32 numbers; the last block of a row is padded with zeros. An element of storage is a
+    /// byte.
     Q8,
 }
 
 impl Kind {
-    /// Bytes of an element of storage.
+    /// Returns the bytes of an element of storage.
     pub(crate) const fn size(self) -> usize {
         size_of_kind(self as u8)
     }
 }
 
-/// As [`Kind::size`], of the kind of that number.
+/// Returns [`Kind::size`] of the kind with this number.
 const fn size_of_kind(kind: u8) -> usize {
     match kind {
         0 => 4,
@@ -41,7 +43,7 @@ const fn size_of_kind(kind: u8) -> usize {
 /// Columns and bytes of a block of [`Kind::Q8`].
 pub(crate) const Q8_BLOCK: (usize, usize) = (32, 34);
 
-/// Bytes of a row of `columns` as [`Kind::Q8`].
+/// Returns the bytes of a row of `columns` numbers as [`Kind::Q8`].
 pub(crate) const fn q8_row(columns: usize) -> usize {
     columns.div_ceil(Q8_BLOCK.0) * Q8_BLOCK.1
 }
@@ -67,7 +69,7 @@ impl Element for u8 {
     const KIND: Kind = Kind::Q8;
 }
 
-/// Rows of numbers that lie `stride` elements of storage apart, with all of storage that follows them.
+/// Rows of numbers that begin `stride` elements of storage apart. They include all of the storage that follows them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows<'a> {
     storage: &'a [u8],
@@ -76,74 +78,76 @@ pub(crate) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Rows that begin where `storage` does.
+    /// Creates rows that begin at the start of `storage`.
     pub(crate) fn new<T: Element>(storage: &'a [T], stride: usize) -> Self {
         Self { storage: bytemuck::cast_slice(storage), kind: T::KIND, stride }
     }
 
-    /// Rows of an even number of columns, two of which are a word, as which they can be moved.
+    /// Creates rows of words of two columns each, from rows of an even number of columns. Words can be moved, but not
+    /// computed with.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn in_words(storage: &'a [bf16], columns: usize) -> Self {
         Self { storage: bytemuck::cast_slice(storage), kind: Kind::F32, stride: columns / 2 }
     }
 
-    /// How the numbers are stored.
+    /// Returns the type of the stored numbers.
     pub(crate) fn kind(self) -> Kind {
         self.kind
     }
 
-    /// Elements of storage from one row to the next.
+    /// Returns the number of elements of storage from one row to the next.
     pub(crate) fn stride(self) -> usize {
         self.stride
     }
 
-    /// The numbers, of [`Kind::F32`], from the first on.
+    /// Returns the numbers of [`Kind::F32`] rows, from the first on.
     pub(crate) fn floats(self) -> &'a [f32] {
-        assert_eq!(self.kind, Kind::F32, "numbers of another kind");
+        assert_eq!(self.kind, Kind::F32, "rows that are not f32");
         bytemuck::cast_slice(self.storage)
     }
 
-    /// Whether there are `rows` rows of `columns` numbers.
+    /// Returns whether there are `rows` rows of `columns` numbers.
     pub(crate) fn has(self, rows: usize, columns: usize) -> bool {
         let columns = if self.kind == Kind::Q8 { q8_row(columns) } else { columns };
         holds(self.storage.len() / self.kind.size(), rows, self.stride, columns)
     }
 
-    /// Where a row begins.
+    /// Returns a pointer to the beginning of a row.
     ///
     /// # Safety
     /// The rows [have](Rows::has) it.
     #[inline(always)]
     unsafe fn row(self, row: usize) -> *const u8 {
-        // SAFETY: inside of the storage, since the row is.
+        // SAFETY: the row is inside the storage, as the caller promises.
         unsafe { self.storage.as_ptr().add(row * self.stride * self.kind.size()) }
     }
 
-    /// The same rows from another one on, and another column; of [`Kind::Q8`] one that begins a block.
+    /// Returns the rows from row `row` and column `column` on. For [`Kind::Q8`] the column must begin a block.
     ///
     /// # Panics
-    /// If they lie behind the storage.
+    /// If they begin beyond the end of the storage.
     pub(crate) fn skip(self, row: usize, column: usize) -> Self {
         let column = if self.kind == Kind::Q8 { q8_row(column) } else { column };
         self.further(row * self.stride + column)
     }
 
-    /// Other rows, so many elements of storage further on.
+    /// Returns the rows that begin `elements` elements of storage further on.
     ///
     /// # Panics
-    /// If they lie behind the storage.
+    /// If they begin beyond the end of the storage.
     pub(crate) fn further(self, elements: usize) -> Self {
         Self { storage: &self.storage[elements * self.kind.size()..], ..self }
     }
 }
 
-/// Sixteen numbers of a row from `column` on, a multiple of sixteen.
+/// Loads sixteen numbers of a row from `column` on, which is a multiple of sixteen.
 ///
 /// # Safety
-/// They are in storage of that kind, and the processor has the instructions of `L`.
+/// The numbers are in storage of that kind, and the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn load<L: Floats, const KIND: u8>(row: *const u8, column: usize) -> L::Float {
-    // SAFETY: sixteen numbers are there, which of the blocks of `q8_0` are half of one, behind its scale.
+    // SAFETY: the storage has these sixteen numbers. In a `q8_0` block they are one half of the block, behind its
+    // scale.
     unsafe {
         match KIND {
             0 => L::floats(row.add(4 * column).cast()),
@@ -157,13 +161,13 @@ unsafe fn load<L: Floats, const KIND: u8>(row: *const u8, column: usize) -> L::F
     }
 }
 
-/// One number of a row.
+/// Loads one number of a row.
 ///
 /// # Safety
-/// It is in storage of that kind.
+/// The number is in storage of that kind.
 #[inline(always)]
 unsafe fn single<const KIND: u8>(row: *const u8, column: usize) -> f32 {
-    // SAFETY: the number is there, and the scale of its block.
+    // SAFETY: the storage has the number and the scale of its block.
     unsafe {
         match KIND {
             0 => row.add(4 * column).cast::<f32>().read_unaligned(),
@@ -178,7 +182,8 @@ unsafe fn single<const KIND: u8>(row: *const u8, column: usize) -> f32 {
     }
 }
 
-/// Makes a function that runs `$body::<L, ..>` with the best instructions up to `isa`, for each kind of number.
+/// Defines a function that calls `$body::<L, ..>` with the best instructions up to `isa`, for each type of stored
+/// numbers.
 macro_rules! by_path_and_kind {
     ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
         $(#[$doc])*
@@ -186,11 +191,11 @@ macro_rules! by_path_and_kind {
         unsafe fn $name(isa: Isa, kind: Kind, $($arg: $type),*) {
             by_isa! {
                 /// # Safety
-                /// As its caller.
-                #[allow(clippy::too_many_arguments, reason = "as its caller")]
+                /// As for the caller.
+                #[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
                 unsafe fn of_kind<const KIND: u8>($($arg: $type),*) = $body
             }
-            // SAFETY: each kind goes to the function of its number, with what the caller promises.
+            // SAFETY: each kind calls the function with its number; the caller promises the other conditions.
             unsafe {
                 match kind {
                     Kind::F32 => of_kind::<0>(isa, $($arg),*),
@@ -203,14 +208,15 @@ macro_rules! by_path_and_kind {
     };
 }
 
-/// Inner products of each of `rows` rows of `k` numbers of `w` with each of `count` rows of `x`, which lie `x_stride` apart: that of
-/// row `j` with row `i` goes to `out[i * out_stride + j]`. Every row of `w` is read once.
+/// Computes the inner products of `rows` rows of `w` with `count` rows of `x`, all of `k` numbers. Rows of `x` are
+/// `x_stride` apart. The product of row `j` of `w` with row `i` of `x` goes to `out[i * out_stride + j]`. Every row of
+/// `w` is read once.
 ///
 /// # Panics
 /// If an operand is too short for its sizes.
 ///
 /// # Safety
-/// While it runs no other thread touches these places of `out`.
+/// During the call no other thread accesses these places of `out`.
 pub(crate) unsafe fn inner_products(
     isa: Isa,
     w: Rows<'_>,
@@ -220,15 +226,18 @@ pub(crate) unsafe fn inner_products(
     (out, out_stride): (Shared<'_, f32>, usize),
 ) {
     let has_room = start.has(rows) && holds(out.len(), count, out_stride, rows);
-    assert!(w.has(rows, k) && holds(x.len(), count, x_stride, k) && has_room, "inner products beyond their operands");
+    assert!(
+        w.has(rows, k) && holds(x.len(), count, x_stride, k) && has_room,
+        "an operand is too short for the inner products"
+    );
     let (kind, x, out) = (w.kind, x.as_ptr(), out.as_mut_ptr());
-    // SAFETY: all of them were just measured, and the output is this thread's, as the caller promises.
+    // SAFETY: the lengths of all operands were checked above. The output is this thread's, as the caller promises.
     unsafe { inner_products_of_kind(isa, kind, w, rows, k, x, x_stride, count, start, out, out_stride) };
 }
 
 by_path_and_kind! {
     /// # Safety
-    /// The operands hold what [`inner_products`] asks of them, and no other thread touches the output.
+    /// The operands are as long as [`inner_products`] requires, and no other thread accesses the output.
     inner_products_of_kind, inner_products_body, (
         w: Rows<'_>, rows: usize, k: usize, x: *const f32, x_stride: usize, count: usize, start: Start<'_>, out: *mut f32,
         out_stride: usize
@@ -236,9 +245,9 @@ by_path_and_kind! {
 }
 
 /// # Safety
-/// As [`inner_products_of_kind`]; the processor has the instructions of `L`.
+/// As for [`inner_products_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
+#[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
 unsafe fn inner_products_body<L: Floats, const KIND: u8>(
     w: Rows<'_>,
     rows: usize,
@@ -250,9 +259,9 @@ unsafe fn inner_products_body<L: Floats, const KIND: u8>(
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: as many rows of weights and of `x` as are taken at once are left of those that the caller has measured.
+    // SAFETY: the rows of weights and of `x` that are taken at once are among those that the caller has checked.
     unsafe {
-        // `W` rows of weights by `R` rows of `x` from `i` on, as long as there are so many.
+        // Multiplies `W` rows of weights with `R` rows of `x` from `i` on, while there are as many.
         macro_rules! rows {
             ($w:literal, $r:literal, $u:literal, $row:ident, $i:ident) => {
                 while count - $i >= $r {
@@ -263,7 +272,8 @@ unsafe fn inner_products_body<L: Floats, const KIND: u8>(
             };
         }
         let mut row = 0;
-        // Several rows of weights at once, where registers hold their sums: activations are loaded once for all of them.
+        // Several rows of weights at once, if there are registers for their sums: activations are loaded once for all
+        // of them.
         while L::MANY && count >= 4 && row + 3 <= rows {
             let mut i = 0;
             rows!(3, 8, 1, row, i);
@@ -279,13 +289,13 @@ unsafe fn inner_products_body<L: Floats, const KIND: u8>(
     }
 }
 
-/// `W` rows of weights from `row` on times `R` rows, in `U` sums each.
+/// Multiplies `W` rows of weights from `row` on with `R` rows of `x`, in `U` sums each.
 ///
 /// # Safety
-/// As [`inner_products_body`]; `W` rows of weights and `R` of `x` are there.
+/// As for [`inner_products_body`]; there are `W` rows of weights from `row` on, and `R` rows of `x`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "as the function it is the body of")]
-#[allow(clippy::needless_range_loop, reason = "rows, rows and sums go together")]
+#[allow(clippy::too_many_arguments, reason = "the same arguments as its caller")]
+#[allow(clippy::needless_range_loop, reason = "the indices are shared by both kinds of rows and the sums")]
 unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, const U: usize>(
     w: Rows<'_>,
     row: usize,
@@ -296,7 +306,8 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: columns below `k` of rows that are there, the last few of them one by one; prefetching reads nothing.
+    // SAFETY: only columns below `k` of these rows are read, the last few one by one; prefetching does not access
+    // memory.
     unsafe {
         let size = const { size_of_kind(KIND) };
         let out = out.add(row);
@@ -345,29 +356,30 @@ unsafe fn some_rows<L: Floats, const KIND: u8, const W: usize, const R: usize, c
     }
 }
 
-/// Lays `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[stride · c + j]`, and zeros
-/// where there is no row.
+/// Packs `rows` (at most 32) rows of `k` numbers side by side: element `c` of row `j` goes to `out[stride · c + j]`.
+/// Missing rows become zeros.
 ///
 /// # Panics
-/// If rows or output are too short for the sizes.
+/// If the rows or the output are too short for the sizes.
 pub(crate) fn pack(isa: Isa, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
     let has_room = holds(out.len(), k, stride, 2 * LANES);
-    assert!(rows <= 2 * LANES && w.has(rows, k) && has_room, "a panel beyond its operands");
-    // SAFETY: rows and output were just measured, and the output is borrowed.
+    assert!(rows <= 2 * LANES && w.has(rows, k) && has_room, "an operand is too short for the panel");
+    // SAFETY: the lengths of the rows and the output were checked above, and the output is borrowed.
     unsafe { pack_of_kind(isa, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
 }
 
 by_path_and_kind! {
     /// # Safety
-    /// The rows are there, and 32 numbers can be written for each column.
+    /// The rows exist, and 32 numbers can be written for each column.
     pack_of_kind, pack_body, (w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize)
 }
 
 /// # Safety
-/// As [`pack_of_kind`]; the processor has the instructions of `L`.
+/// As for [`pack_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize) {
-    // SAFETY: `count` rows of a half are among `rows`, and each column has room for 32 numbers, as the caller has measured.
+    // SAFETY: the `count` rows of a half are among `rows`, and each column has room for 32 numbers; the caller has
+    // checked both.
     unsafe {
         for half in 0..2 {
             let (first, count) = (half * LANES, rows.saturating_sub(half * LANES).min(LANES));
@@ -393,28 +405,29 @@ unsafe fn pack_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usiz
     }
 }
 
-/// Writes the numbers of `rows` rows of `k`, widened, `stride` apart; what is between the rows is left as it is.
+/// Writes `rows` rows of `k` numbers, widened to f32, `stride` numbers apart. The places between the rows are not
+/// changed.
 ///
 /// # Panics
-/// If rows or output are too short for the sizes.
+/// If the rows or the output are too short for the sizes.
 pub(crate) fn widen_to(isa: Isa, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [f32], stride: usize) {
-    assert!(w.has(rows, k) && holds(out.len(), rows, stride, k), "rows beyond their operands");
-    // SAFETY: rows and output were just measured, and the output is borrowed.
+    assert!(w.has(rows, k) && holds(out.len(), rows, stride, k), "an operand is too short for the rows");
+    // SAFETY: the lengths of the rows and the output were checked above, and the output is borrowed.
     unsafe { widen_of_kind(isa, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
 }
 
 by_path_and_kind! {
     /// # Safety
-    /// The rows are there, and `k` numbers can be written for each.
+    /// The rows exist, and `k` numbers can be written for each.
     widen_of_kind, widen_body, (w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize)
 }
 
 /// # Safety
-/// As [`widen_of_kind`]; the processor has the instructions of `L`.
+/// As for [`widen_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize) {
     for row in 0..rows {
-        // SAFETY: `k` numbers of the row can be read and written, as the caller has measured.
+        // SAFETY: the caller has checked that `k` numbers of the row can be read and written.
         unsafe {
             let (w, out) = (w.row(row), out.add(row * stride));
             let mut at = 0;
@@ -429,14 +442,14 @@ unsafe fn widen_body<L: Floats, const KIND: u8>(w: Rows<'_>, rows: usize, k: usi
     }
 }
 
-/// Adds to `out`, of `k` numbers, the rows of `v`, each times its weight.
+/// Adds the rows of `v`, each times its weight, to `out`.
 ///
 /// # Panics
-/// If there are fewer rows than weights, or shorter ones than `out`.
+/// If there are fewer rows than weights, or if the rows are shorter than `out`.
 pub(crate) fn weighted_sum(isa: Isa, v: Rows<'_>, weights: &[f32], out: &mut [f32]) {
     let (rows, k) = (weights.len(), out.len());
-    assert!(v.has(rows, k), "a sum of rows that are not there");
-    // SAFETY: the rows were just measured, and the output is borrowed.
+    assert!(v.has(rows, k), "rows are too short for the weighted sum");
+    // SAFETY: the lengths of the rows were checked above, and the output is borrowed.
     unsafe { weighted_sum_of_kind(isa, v.kind, v, rows, k, weights.as_ptr(), out.as_mut_ptr()) };
 }
 
@@ -447,7 +460,7 @@ by_path_and_kind! {
 }
 
 /// # Safety
-/// As [`weighted_sum_of_kind`]; the processor has the instructions of `L`.
+/// As for [`weighted_sum_of_kind`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
     v: Rows<'_>,
@@ -456,7 +469,8 @@ unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
     weights: *const f32,
     out: *mut f32,
 ) {
-    // SAFETY: columns below `k` of rows, weights and output, all of which the caller has measured.
+    // SAFETY: only columns below `k` of the rows and of the output are accessed, and `rows` weights; the caller has
+    // checked them.
     unsafe {
         let mut at = 0;
         while at + 4 * LANES <= k {
@@ -475,10 +489,10 @@ unsafe fn weighted_sum_body<L: Floats, const KIND: u8>(
     }
 }
 
-/// `C` vectors of columns from `at` on, two rows at a time in sums of their own.
+/// Adds `C` vectors of columns from `at` on, with even and odd rows in separate sums.
 ///
 /// # Safety
-/// As [`weighted_sum_body`]; the columns are there, and `out` begins with them.
+/// As for [`weighted_sum_body`]; the columns exist, and `out` begins at column `at`.
 #[inline(always)]
 unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(
     v: Rows<'_>,
@@ -487,7 +501,7 @@ unsafe fn some_columns<L: Floats, const KIND: u8, const C: usize>(
     weights: *const f32,
     out: *mut f32,
 ) {
-    // SAFETY: `C` vectors of columns of `rows` rows, whose weights are there; the caller has measured them.
+    // SAFETY: the caller has checked that there are `rows` rows with these columns, and their weights.
     unsafe {
         let mut even = [L::splat(0.0); C];
         let mut odd = [L::splat(0.0); C];
@@ -528,7 +542,7 @@ mod tests {
         let mut padded = x.clone();
         padded.resize(y.len(), 0.0);
         for isa in Isa::available() {
-            // SAFETY: whole vectors of both slices.
+            // SAFETY: both slices are whole vectors.
             unsafe { exp(isa, Kind::F32, padded.as_ptr(), y.as_mut_ptr(), y.len()) };
             for (x, y) in x.iter().zip(&y) {
                 let exact = f64::from(*x).exp();
@@ -540,14 +554,14 @@ mod tests {
 
     by_path_and_kind! {
         /// # Safety
-        /// `len` numbers, whole vectors, can be read and written.
+        /// `len` numbers can be read and written, and are whole vectors.
         exp, exp_body, (x: *const f32, y: *mut f32, len: usize)
     }
 
     #[inline(always)]
     unsafe fn exp_body<L: Floats, const KIND: u8>(x: *const f32, y: *mut f32, len: usize) {
         for at in (0..len).step_by(LANES) {
-            // SAFETY: a whole vector of each, since `len` is a multiple of it.
+            // SAFETY: `len` is a multiple of a vector, so each access is a whole vector.
             unsafe { L::store(y.add(at), L::exp(L::floats(x.add(at)))) };
         }
     }

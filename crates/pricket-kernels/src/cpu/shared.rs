@@ -1,10 +1,10 @@
-//! Buffers that several threads write, and the numbers of candle's tensors.
+//! Buffers that several threads write to, and access to the elements of candle tensors.
 
 use std::marker::PhantomData;
 
 use candle_core::{CpuStorage, Layout, Result, bail};
 
-/// Part of a buffer that several threads write, each at places of its own.
+/// Part of a buffer that several threads write to, each at different places.
 pub(crate) struct Shared<'a, T> {
     at: *mut T,
     len: usize,
@@ -19,9 +19,10 @@ impl<T> Clone for Shared<'_, T> {
 
 impl<T> Copy for Shared<'_, T> {}
 
-// SAFETY: a pointer and a length; whoever makes a reference of them promises that no other thread has one to the same places.
+// SAFETY: this is a pointer and a length. Whoever makes a reference from them promises that no other thread has a
+// reference to the same places.
 unsafe impl<T: Send> Send for Shared<'_, T> {}
-// SAFETY: the same: nothing is read or written through a `&Shared` without that promise.
+// SAFETY: as above: nothing is read or written through a `&Shared` without that promise.
 unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
@@ -29,51 +30,52 @@ impl<'a, T> Shared<'a, T> {
         Self { at: buffer.as_mut_ptr(), len: buffer.len(), of: PhantomData }
     }
 
-    /// The elements from `at` on.
+    /// Returns the part from element `at` on.
     ///
     /// # Panics
-    /// If it lies behind the buffer.
+    /// If `at` is beyond the end of the buffer.
     #[inline]
     pub(crate) fn from(self, at: usize) -> Self {
-        assert!(at <= self.len, "a place beyond its buffer");
-        // SAFETY: inside the buffer or one past it.
+        assert!(at <= self.len, "an offset beyond the buffer");
+        // SAFETY: the pointer is inside the buffer or one past its end.
         Self { at: unsafe { self.at.add(at) }, len: self.len - at, of: PhantomData }
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     pub(crate) fn len(self) -> usize {
         self.len
     }
 
-    /// The first element.
+    /// Returns a pointer to the first element.
     pub(crate) fn as_mut_ptr(self) -> *mut T {
         self.at
     }
 
-    /// Elements `[at, at + len)`, for their one writer.
+    /// Returns elements `[at, at + len)` to their only writer.
     ///
     /// # Panics
-    /// If they are not inside of the buffer.
+    /// If the elements are not inside the buffer.
     ///
     /// # Safety
-    /// While the result is used nothing else touches these elements.
+    /// Nothing else accesses these elements while the result is used.
     #[inline]
     pub(crate) unsafe fn slice(self, at: usize, len: usize) -> &'a mut [T] {
-        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice beyond its buffer");
-        // SAFETY: inside the buffer, which is borrowed for `'a`; nothing else refers to it, as the caller promises.
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice beyond the buffer");
+        // SAFETY: the elements are inside the buffer, which is borrowed for `'a`. Nothing else refers to them, as the
+        // caller promises.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(at), len) }
     }
 }
 
-/// Whether `len` elements hold `rows` rows of `columns`, `stride` apart.
+/// Returns whether `len` elements hold `rows` rows of `columns` elements that begin `stride` elements apart.
 pub(crate) fn holds(len: usize, rows: usize, stride: usize, columns: usize) -> bool {
     let last = rows.checked_sub(1).map_or(Some(0), |last| last.checked_mul(stride)?.checked_add(columns));
     last.is_some_and(|end| end <= len)
 }
 
-/// The elements of a contiguous f32 CPU tensor.
+/// Returns the elements of a contiguous f32 tensor on the CPU. `name` names the tensor in errors.
 pub(crate) fn f32_slice<'a>(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let CpuStorage::F32(data) = storage else { bail!("{name}: expected f32 activations") };
+    let CpuStorage::F32(data) = storage else { bail!("{name}: expected an f32 tensor") };
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
         None => bail!("{name}: expected a contiguous tensor, got {layout:?}"),

@@ -1,17 +1,18 @@
-//! Products in f32 on AMX tiles, which multiply bfloat16.
+//! Products with f32 accuracy on AMX tiles, which multiply bfloat16 numbers.
 //!
-//! A number is the sum of three of bfloat16, `x = h + m + l` with `h = bf16(x)`, `m = bf16(x - h)` and `l = x - h - m`, which together
-//! have the 24 bits of f32. Of the nine products of terms the six largest are summed, in f32; what is left out is below
-//! 2^-25 of the product, less than its rounding. Weights in f16 are the sum of two terms, and weights in bf16 are one. Source: Henry,
-//! Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
-//! arXiv:1904.06376.
+//! A number is split into the sum of three bfloat16 terms, `x = h + m + l` with `h = bf16(x)`, `m = bf16(x - h)` and
+//! `l = x - h - m`, which together have the 24 bits of f32. Two numbers have nine products of terms. The six largest
+//! are summed in f32; the others are below 2^-25 of the product, less than its rounding error. Weights in f16 are the
+//! sum of two terms, and weights in bf16 are one term. Source: Henry, Tang and Heinecke, "Leveraging the bfloat16
+//! Artificial Intelligence Datatype For Higher-Precision Computations", arXiv:1904.06376.
 //!
-//! Operands lie tile by tile in the order in which they are multiplied, for every 32 columns of the left one: two tiles of
-//! its `l`, `h` and `m`, of 16 rows each, and two tiles of each term of the right one, of 16 columns each. A row of a tile has 64
-//! bytes: of the left operand 32 numbers, of the right one two neighbors in 16 columns.
+//! Operands are stored tile by tile in the order in which they are multiplied. For every 32 columns of the left operand
+//! there are two tiles of 16 rows of each of `l`, `h` and `m`. For the same 32 rows of the right operand there are two
+//! tiles of 16 columns of each term. A row of a tile has 64 bytes: 32 numbers of the left operand, or two neighbors in
+//! 16 columns of the right one.
 
 #![cfg(target_arch = "x86_64")]
-#![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
+#![allow(clippy::wildcard_imports, reason = "a list of the instructions would be long and not informative")]
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -27,32 +28,32 @@ use crate::cpu::product::{PANEL, Product};
 use crate::cpu::rows::{Kind, Rows};
 use crate::cpu::shared::{Shared, holds};
 
-/// Words of 32 bits of a tile.
+/// 32-bit words of a tile.
 const TILE: usize = 256;
 
-/// Rows of the left operand that are multiplied at once: two tiles.
+/// Rows of the left operand that are multiplied together: two tiles.
 const BLOCK: usize = 32;
 
 /// Words of a step of the left operand.
 const LEFT: usize = 6 * TILE;
 
-/// Columns of the left operand that are summed before the next: a multiple of [`CHUNK`]. What a task packs of the right
-/// operand stays in the second-level cache.
+/// Columns of the left operand that are summed before the next ones: a multiple of [`CHUNK`]. What a task packs of the
+/// right operand then stays in the second-level cache.
 const DEPTH: usize = 512;
 
-/// Columns of the left operand whose rows of the right one are brought together at once: a multiple of [`STEP`].
+/// Rows of the right operand that are packed before they are split: a multiple of [`STEP`].
 const CHUNK: usize = 128;
 
 /// Panels that a task packs, so that the left operand is read once for all of them.
 const PANELS: usize = 8;
 
-/// Whether a product of `[rows, k]` with `[k, n]` should be one of tiles: taking numbers apart costs as much as multiplying them
-/// with a few dozen others.
+/// Returns whether tiles are the faster way to multiply `[rows, k]` with `[k, n]`. Splitting a number into terms costs
+/// as much as multiplying it with a few dozen others.
 pub(crate) fn pay(isa: Isa, rows: usize, (k, n): (usize, usize)) -> bool {
     isa == InstructionSet::Amx && rows >= 48 && n >= 64 && k >= 64
 }
 
-/// Calls `f` with `len` words of this thread that begin where a line of memory does.
+/// Calls `f` with `len` words of this thread's memory, aligned to a cache line of 64 bytes.
 fn aligned<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     scratch(|buffer| {
         buffer.resize((len + LANES).max(buffer.len()), 0.0);
@@ -61,7 +62,7 @@ fn aligned<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     })
 }
 
-/// As [`blocked`](crate::cpu::dense::blocked), where [`pay`] says so.
+/// Computes what [`blocked`](crate::cpu::dense::blocked) computes, on tiles. Used if [`pay`] returns true.
 pub(crate) fn blocked(
     left: Left<'_>,
     rows: usize,
@@ -71,7 +72,7 @@ pub(crate) fn blocked(
     then: Option<GeluOp>,
     y: &mut [f32],
 ) {
-    assert_eq!(y.len(), rows * n, "the output is [rows, columns]");
+    assert_eq!(y.len(), rows * n, "output is not [rows, columns]");
     let (steps, blocks) = (k.div_ceil(STEP), rows.div_ceil(BLOCK));
     let terms = right.kind().map_or(3, |kind| match kind {
         Kind::BF16 => 1,
@@ -80,7 +81,7 @@ pub(crate) fn blocked(
     });
     let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, PANELS);
     let across = n.div_ceil(panels * PANEL);
-    // Where there are few columns, the rows are shared out as well.
+    // With few columns, the rows are divided among the tasks as well.
     let share = blocks.div_ceil((2 * threads()).div_ceil(across.max(1)).clamp(1, blocks.max(1))).max(1);
     let out = Shared::new(y);
     left.as_rows(rows, k, false, |left| {
@@ -89,10 +90,11 @@ pub(crate) fn blocked(
             parallel(blocks, |block| {
                 let (from, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
                 let x = &left.at[from * left.row..];
-                assert!(holds(x.len(), count, left.row, k), "the left factor is [rows, k]");
-                // SAFETY: each task has a block of its own.
+                assert!(holds(x.len(), count, left.row, k), "the left factor is shorter than [rows, k]");
+                // SAFETY: each block belongs to one task.
                 let block = unsafe { all.slice(block * steps * LEFT, steps * LEFT) };
-                // SAFETY: rows of `x` were just measured, and the block is for as many steps; tiles imply products of bfloat16.
+                // SAFETY: the length of `x` was checked above, and the block has room for the same number of steps.
+                // Processors with tiles have products of bfloat16.
                 unsafe { split_rows(x.as_ptr(), left.row, count, k, block.as_mut_ptr().cast()) };
             });
             let split = &*split;
@@ -104,7 +106,9 @@ pub(crate) fn blocked(
                 let (part, whole) = (panels * PANEL * CHUNK.min(depth), 2 * terms * TILE * (depth / STEP));
                 let run = |w: Rows<'_>, packed: &mut [f32]| {
                     aligned(panels * whole, |pairs| {
-                        let Some(tiles) = Tiles::new(isa()) else { unreachable!("products of tiles without tiles") };
+                        let Some(tiles) = Tiles::new(isa()) else {
+                            unreachable!("products on tiles require an AMX processor")
+                        };
                         for k_block in (0..k).step_by(DEPTH) {
                             let depth = DEPTH.min(k - k_block);
                             right.split(w, terms, (k_block, depth), (from, to), whole, packed, pairs);
@@ -123,7 +127,8 @@ pub(crate) fn blocked(
                                         columns: PANEL.min(to - first),
                                         start: begin.at(k_block, first),
                                     };
-                                    // SAFETY: columns [from, to) of its own rows of `y` belong to this task alone.
+                                    // SAFETY: columns [from, to) of the task's own rows of `y` belong to this task
+                                    // alone.
                                     unsafe { multiply(&product, terms, &tiles) };
                                 }
                             }
@@ -132,7 +137,7 @@ pub(crate) fn blocked(
                 };
                 right.with_rows((from, to), k, |w| aligned(part, |packed| run(w, packed)));
                 let own = (own.start * BLOCK)..(own.end * BLOCK).min(rows);
-                // SAFETY: the same rows and columns.
+                // SAFETY: these rows and columns belong to this task alone.
                 unsafe { finish(then, out, own, n, from, to) };
             });
         });
@@ -140,8 +145,8 @@ pub(crate) fn blocked(
 }
 
 impl Right<'_> {
-    /// Lays `depth` rows from `k_block` on of columns `[from, to)` out in `pairs`, the panels `whole` words apart; `packed` is for
-    /// [`CHUNK`] rows of them as they are.
+    /// Splits `depth` rows from `k_block` on of columns `[from, to)` into terms, and writes them to `pairs`, with the
+    /// panels `whole` words apart. `packed` is memory for [`CHUNK`] rows before they are split.
     #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
     fn split(
         self,
@@ -161,20 +166,21 @@ impl Right<'_> {
                 let panel = &mut packed[i * PANEL * filled..][..PANEL * filled];
                 panel[PANEL * count..].fill(0.0);
                 let pairs = &mut pairs[i * whole + at / STEP * 2 * terms * TILE..][..filled / STEP * 2 * terms * TILE];
-                // SAFETY: both are slices of these lengths; tiles imply products of bfloat16.
+                // SAFETY: both are slices of these lengths. Processors with tiles have products of bfloat16.
                 unsafe { split_panel(panel.as_ptr(), filled, terms, pairs.as_mut_ptr().cast()) };
             }
         }
     }
 }
 
-/// The terms of `rows` (at most 32) rows of `k` numbers that lie `stride` apart, zeros where there is no number.
+/// Splits `rows` (at most 32) rows of `k` numbers, `stride` apart, into terms. Missing numbers become zeros.
 ///
 /// # Safety
-/// All of that can be read, and [`LEFT`] words be written for each step.
+/// The rows can be read, and [`LEFT`] words can be written for each step.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn split_rows(x: *const f32, stride: usize, rows: usize, k: usize, out: *mut u16) {
-    // SAFETY: the masks leave out rows and columns that are not there; three terms of 32 rows of a step fill its words.
+    // SAFETY: the masks leave out rows and columns that do not exist; three terms of the 32 rows of a step fill its
+    // words.
     unsafe {
         for step in 0..k.div_ceil(STEP) {
             for row in 0..BLOCK {
@@ -184,7 +190,7 @@ unsafe fn split_rows(x: *const f32, stride: usize, rows: usize, k: usize, out: *
                     let count = if row < rows { k.saturating_sub(at).min(LANES) } else { 0 };
                     let mask = ((1u32 << count) - 1) as u16;
                     let mut rest = _mm512_maskz_loadu_ps(mask, x.wrapping_add(row * stride + at));
-                    // The place of each term: `h`, `m`, `l`.
+                    // The tile of each term, in the order `h`, `m`, `l`.
                     for tile in [2, 4, 0] {
                         let term: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(rest));
                         _mm256_storeu_si256(to.add(tile * 2 * TILE + half * LANES).cast(), term);
@@ -197,13 +203,13 @@ unsafe fn split_rows(x: *const f32, stride: usize, rows: usize, k: usize, out: *
     }
 }
 
-/// The first terms of a panel of `k` (whole steps) times 32 numbers.
+/// Splits a panel of `k` rows (whole steps) and 32 columns into its first `terms` terms.
 ///
 /// # Safety
-/// The panel can be read, and two tiles be written for each step and term.
+/// The panel can be read, and two tiles can be written for each step and term.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn split_panel(panel: *const f32, k: usize, terms: usize, out: *mut u32) {
-    // SAFETY: two lines of the panel for each pair, whose terms are a line in each of their two tiles.
+    // SAFETY: each pair reads two lines of the panel. Each of its terms writes one line in each of two tiles.
     unsafe {
         let index: [u16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as u16);
         let index = _mm512_loadu_si512(index.as_ptr().cast());
@@ -225,19 +231,19 @@ unsafe fn split_panel(panel: *const f32, k: usize, terms: usize, out: *mut u32) 
     }
 }
 
-/// Multiplies a block of the left operand with a panel of the right one of `terms` terms.
+/// Multiplies a block of the left operand with a panel of `terms` terms of the right operand.
 ///
 /// # Panics
 /// If an operand is too short for its sizes.
 ///
 /// # Safety
-/// While it runs no other thread touches the columns wanted of these rows of `c`.
+/// During the call no other thread accesses these columns of these rows of `c`.
 unsafe fn multiply(p: &Product<'_, u16, u32>, terms: usize, _: &Tiles) {
     let steps = p.k / STEP;
     let fits = p.a.len() >= steps * LEFT * 2 && p.b.len() >= steps * 2 * terms * TILE;
-    assert!(steps > 0 && p.rows <= BLOCK && fits && p.has_room(), "a product beyond its operands");
+    assert!(steps > 0 && p.rows <= BLOCK && fits && p.has_room(), "an operand is too short for the product");
     let mut sums = [[0f32; PANEL]; BLOCK];
-    // For each step the products with the first term, then what `more` says.
+    // Each step multiplies the first term of the right operand, and then runs the instructions in `more`.
     macro_rules! tiles {
         ($step:literal $(, $more:literal)*) => {
             asm!(
@@ -286,12 +292,13 @@ unsafe fn multiply(p: &Product<'_, u16, u32>, terms: usize, _: &Tiles) {
             )
         };
     }
-    // SAFETY: the tiles of each step are inside of both operands, which were just measured; `sums` has room for four tiles; nothing else
-    // uses tiles, and the token proves that this thread has them. The output is this thread's, as the caller promises.
+    // SAFETY: the tiles of each step are inside both operands, whose lengths were checked above. `sums` has room for
+    // four tiles. The token proves that this thread has tiles, and nothing else uses them. The output is this thread's,
+    // as the caller promises.
     unsafe {
         match terms {
             1 => tiles!("2048"),
-            // `m` and then `h` of the left operand with `m` of the right one.
+            // Also `m` and then `h` of the left operand with `m` of the right one.
             2 => tiles!(
                 "4096",
                 "tileloadd tmm6, [{b} + {line} + 2048]",
@@ -307,7 +314,7 @@ unsafe fn multiply(p: &Product<'_, u16, u32>, terms: usize, _: &Tiles) {
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7"
             ),
-            // And `h` with `l`.
+            // Also `h` of the left operand with `l` of the right one.
             _ => tiles!(
                 "6144",
                 "tileloadd tmm6, [{b} + {line} + 2048]",

@@ -1,10 +1,10 @@
-//! Packed integers as numbers, for products of floats.
+//! Dequantizes packed weights into panels, for products of floats.
 
 #![cfg_attr(
     not(target_arch = "x86_64"),
-    allow(dead_code, reason = "products of bfloat16 beside blocks are those of x86-64's tiles")
+    allow(dead_code, reason = "only the AMX tiles of x86-64 multiply quantized weights in bfloat16")
 )]
-#![allow(clippy::inline_always, reason = "loops must become part of the functions that have the instructions")]
+#![allow(clippy::inline_always, reason = "loops must be compiled into the functions that enable the instructions")]
 
 use crate::block_type::BlockType;
 use crate::cpu::isa::{Isa, by_isa};
@@ -12,16 +12,16 @@ use crate::cpu::lanes::{LANES, Lanes};
 use crate::cpu::packed::{Form, Packed, STEP};
 use crate::cpu::quantized_gemm::{groups, scales, scales_of};
 
-/// Columns `[from, from + k)` of a tile as numbers, side by side: element `c` of row `j` goes to `out[32 c + j]`. Both are
-/// multiples of the columns of a unit.
+/// Dequantizes columns `[from, from + k)` of a tile, side by side: element `c` of row `j` goes to `out[32 c + j]`.
+/// `from` and `k` are multiples of the columns of a unit.
 pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32], isa: Isa) {
-    assert!(out.len() >= k.saturating_sub(1) * 32 + LANES, "no room for the panel");
+    assert!(out.len() >= k.saturating_sub(1) * 32 + LANES, "output is too short for the panel");
     macro_rules! forms {
         ($($kind:ident),*) => {
             match weight.kind() {
                 $(BlockType::$kind => {
                     const FORM: Form = Form::of(BlockType::$kind).unwrap();
-                    // SAFETY: the room was measured above.
+                    // SAFETY: the length of `out` was checked above.
                     unsafe { units::<{ FORM.bits }, { FORM.scales as u8 }>(isa, weight, tile, from, k, out) }
                 })*
                 kind => unreachable!("{kind} is not packed"),
@@ -33,13 +33,13 @@ pub(crate) fn unpack(weight: &Packed, tile: usize, from: usize, k: usize, out: &
 
 by_isa! {
     /// # Safety
-    /// `out` has room for `k` columns: 32 numbers for each but the last, and 16 for that.
+    /// `out` has room for `k` columns: 32 numbers for each but the last, and 16 for the last.
     unsafe fn units<const BITS: usize, const SCALES: u8>(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) =
         unpack_units or plain_units
 }
 
 /// # Safety
-/// As [`units`]; the processor has the instructions of `L`.
+/// As for [`units`]; the processor has the instructions of `L`.
 #[inline(always)]
 unsafe fn unpack_units<L: Lanes, const BITS: usize, const SCALES: u8>(
     weight: &Packed,
@@ -50,13 +50,14 @@ unsafe fn unpack_units<L: Lanes, const BITS: usize, const SCALES: u8>(
 ) {
     let (form, columns) = (weight.form(), weight.kind().elements());
     for (i, unit) in weight.tile(tile).chunks_exact(form.unit()).skip(from / columns).take(k / columns).enumerate() {
-        // SAFETY: a unit, and room for sixteen numbers of each of its columns, which the caller has measured.
+        // SAFETY: this is one unit, and the caller has checked that `out` has room for sixteen numbers of each of its
+        // columns.
         unsafe { unpack_unit::<L, BITS, SCALES>(unit, form.zero, out.as_mut_ptr().add(32 * i * columns)) };
     }
 }
 
 /// # Safety
-/// None. The function is unsafe only because it replaces [`unpack_units`], which is.
+/// None. The function is unsafe only because it stands in for [`unpack_units`], which is unsafe.
 unsafe fn plain_units(weight: &Packed, tile: usize, from: usize, k: usize, out: &mut [f32]) {
     let (n, columns) = weight.shape();
     let mut wide = vec![0f32; columns];
@@ -72,12 +73,13 @@ unsafe fn plain_units(weight: &Packed, tile: usize, from: usize, k: usize, out: 
 }
 
 /// # Safety
-/// `unit` is one; sixteen numbers can be written for each of its columns; the processor has the instructions of `L`.
+/// `unit` points to one unit; sixteen numbers can be written for each of its columns; the processor has the
+/// instructions of `L`.
 #[inline(always)]
 unsafe fn unpack_unit<L: Lanes, const BITS: usize, const SCALES: u8>(unit: &[u8], zero: i32, out: *mut f32) {
     let kind = const { scales_of(SCALES) };
     let unit = unit.as_ptr();
-    // SAFETY: head and planes of a unit, one after the other, and a line of `out` for each of its columns.
+    // SAFETY: the head and the planes of a unit follow each other, and `out` has a line for each of its columns.
     unsafe {
         let zero = L::splat(-zero as f32);
         for step in 0..kind.steps() {

@@ -1,7 +1,7 @@
-//! The recurrence of RWKV-4.
+//! The WKV recurrence of RWKV-4, with its gradient.
 
-#![allow(clippy::undocumented_unsafe_blocks, reason = "arithmetic whose one condition the trait names")]
-#![allow(clippy::inline_always, reason = "it must take the instruction set of the function it stands in")]
+#![allow(clippy::undocumented_unsafe_blocks, reason = "arithmetic; its only condition is documented at the trait")]
+#![allow(clippy::inline_always, reason = "it must be compiled with the instruction set of its caller")]
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
@@ -11,48 +11,53 @@ use crate::cpu::lanes::{Floats, LANES};
 use crate::cpu::pool::{parallel, zeros};
 use crate::cpu::shared::{Shared, f32_slice};
 
-/// Positions and channels below which no other thread is asked.
+/// Number of elements (positions times channels) below which the work stays on the calling thread.
 const ALONE: usize = 8 << 10;
 
-/// The `wkv` of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, equation 16) over keys and values of `[positions, channels]`, f32
-/// and contiguous: for each channel
+/// The WKV recurrence of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, equation 16), over keys and values of
+/// `[positions, channels]`, f32 and contiguous. In each channel, with `w = -e^decay`, a position gives an output and
+/// then updates the state:
 ///
-/// `out_t = (num + e^(first + k_t) v_t) / (den + e^(first + k_t))`, then `num = e^w num + e^(k_t) v_t` and
-/// `den = e^w den + e^(k_t)`, with `w = -e^decay`,
+/// - `out_t = (num + e^(first + k_t) v_t) / (den + e^(first + k_t))`
+/// - `num = e^w num + e^(k_t) v_t`
+/// - `den = e^w den + e^(k_t)`
 ///
-/// with numerator and denominator divided by `e^max`, so that nothing overflows. The rows of the batch follow each other; each
-/// has a state of its own, `[num, den, max]`.
+/// Numerator and denominator are kept divided by `e^max`, so that nothing overflows. The rows of the batch follow each
+/// other. Each row has its own state, `[num, den, max]`.
 ///
-/// Inputs: keys, values, and `[2, channels]`, the decays and the firsts. Output: `[positions + 3 · rows, channels]`: what each position
-/// gives, then the states after the last of each row. The gradient is of keys, values, decays and firsts, given that of what each
-/// position gives; none goes through states.
+/// Inputs: keys, values, and `[2, channels]` with the decays and the `first` of the channels. Output:
+/// `[positions + 3 · rows, channels]`, the outputs of all positions and then the state of each row after its last
+/// position.
+///
+/// The backward pass computes the gradients of keys, values, decays and `first` from the gradient of the positions'
+/// outputs. States have no gradient.
 #[derive(Clone, Debug)]
 pub struct WkvOp {
-    /// Positions of each row.
+    /// Number of positions of each row.
     pub lens: Vec<usize>,
-    /// The states before, `[rows, 3, channels]`.
+    /// The initial states, `[rows, 3, channels]`.
     pub states: Vec<f32>,
 }
 
-/// Sixteen channels of a row: where they are, and how far apart positions are.
+/// Sixteen channels of a row: their place, and the distance between positions.
 #[derive(Clone, Copy)]
 struct Channels<'a> {
     k: &'a [f32],
     v: &'a [f32],
-    /// Of the first position.
+    /// Index of the first position's elements.
     from: usize,
     len: usize,
     stride: usize,
-    /// Channels that are there; the others of the sixteen are padding.
+    /// Number of channels; the rest of the sixteen lanes are padding.
     width: usize,
     decay: [f32; LANES],
     first: [f32; LANES],
-    /// Numerator, denominator, maximum.
+    /// Numerator, denominator and maximum.
     state: [[f32; LANES]; 3],
 }
 
 impl Channels<'_> {
-    /// The elements of a position in `x`.
+    /// Loads the elements of position `t` of `x`.
     #[inline(always)]
     fn load(&self, x: &[f32], t: usize) -> [f32; LANES] {
         let at = self.from + t * self.stride;
@@ -64,13 +69,13 @@ impl Channels<'_> {
         out
     }
 
-    /// Writes the elements of a position.
+    /// Writes the elements `x` of a position to index `at`.
     ///
     /// # Safety
-    /// Nobody else touches these channels of the row.
+    /// Nothing else accesses these elements.
     #[inline(always)]
     unsafe fn write(&self, out: Shared<'_, f32>, at: usize, x: [f32; LANES]) {
-        // SAFETY: nothing else touches these elements, as the caller promises.
+        // SAFETY: nothing else accesses these elements, as the caller promises.
         unsafe { out.slice(at, self.width) }.copy_from_slice(&x[..self.width]);
     }
 }
@@ -80,7 +85,7 @@ unsafe fn negative<L: Floats>(x: L::Float) -> L::Float {
     unsafe { L::mul(x, L::splat(-1.0)) }
 }
 
-/// `e^(a - max)`, `e^(b - max)` and the maximum of both.
+/// Returns `e^(a - max)`, `e^(b - max)` and `max`, the maximum of `a` and `b`.
 #[inline(always)]
 unsafe fn shares<L: Floats>(a: L::Float, b: L::Float) -> (L::Float, L::Float, L::Float) {
     unsafe {
@@ -90,13 +95,13 @@ unsafe fn shares<L: Floats>(a: L::Float, b: L::Float) -> (L::Float, L::Float, L:
     }
 }
 
-/// Intermediate values of one position, which the backward pass needs too.
+/// Intermediate values of a position, which the backward pass also needs.
 struct Step<F> {
-    /// `e^(max - top)` and `e^(first + k - top)`, with the larger exponent `top`.
+    /// `e^(max - top)` and `e^(first + k - top)`, where `top` is the larger exponent.
     old: F,
     new: F,
     top: F,
-    /// The denominator over `e^top`.
+    /// The denominator divided by `e^top`.
     den: F,
     out: F,
 }
@@ -112,7 +117,7 @@ unsafe fn step<L: Floats>(state: &[L::Float; 3], first: L::Float, k: L::Float, v
     }
 }
 
-/// The state after a position, and the shares of the state before and of the position in it.
+/// Updates the state with a position. Returns the factors of the previous state and of the position in the new state.
 #[inline(always)]
 unsafe fn advance<L: Floats>(state: &mut [L::Float; 3], w: L::Float, k: L::Float, v: L::Float) -> (L::Float, L::Float) {
     unsafe {
@@ -144,7 +149,8 @@ unsafe fn forward<L: Floats>(at: Channels<'_>, out: Shared<'_, f32>, after: [usi
     }
 }
 
-/// The gradients of keys and values, and of `w` and `first` summed over the row, at the four places of `out`.
+/// Writes the gradients of keys and values, and those of `w` and `first` summed over the row, to the four places of
+/// `out`.
 #[inline(always)]
 unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<'_, f32>, places: [usize; 4]) {
     unsafe {
@@ -152,10 +158,11 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<'_, f3
         let zero = L::splat(0.0);
         let [num, den, max] = &at.state;
         let mut state = [L::floats(num.as_ptr()), L::floats(den.as_ptr()), L::floats(max.as_ptr())];
-        // Of the numerator and of the denominator by `w`, over `e^max` as they are.
+        // Derivatives of the numerator and of the denominator by `w`, divided by `e^max` as these are.
         let (mut num_w, mut den_w) = (zero, zero);
         let (mut of_w, mut of_first) = (zero, zero);
-        // Forward again, for what each position gives, its gradient over the denominator, and its largest exponent.
+        // The forward pass again: keeps each position's output, its gradient divided by the denominator, and its
+        // largest exponent.
         let mut kept: Vec<[L::Float; 3]> = Vec::with_capacity(at.len);
         for t in 0..at.len {
             let (k, v, g) = (at.load(at.k, t), at.load(at.v, t), at.load(grad, t));
@@ -174,7 +181,8 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<'_, f3
             num_w = L::mul(old, L::add(num_w, before[0]));
             den_w = L::mul(old, L::add(den_w, before[1]));
         }
-        // Backward: what the outputs of later positions make of this one's part of numerator and denominator, over `e^top`.
+        // The backward pass: gradients of numerator and denominator from the outputs of later positions, divided by
+        // `e^top`.
         let (mut num, mut den, mut top) = (zero, zero, L::splat(-1e38));
         let mut edge = [0f32; LANES];
         for (t, [given, share, largest]) in kept.into_iter().enumerate().rev() {
@@ -203,18 +211,18 @@ unsafe fn backward<L: Floats>(at: Channels<'_>, grad: &[f32], out: Shared<'_, f3
 
 by_isa! {
     /// # Safety
-    /// No other thread touches the places of these channels.
+    /// No other thread accesses the places of these channels.
     unsafe fn dispatch(at: Channels<'_>, out: Shared<'_, f32>, after: [usize; 3]) = forward
 }
 
 by_isa! {
     /// # Safety
-    /// No other thread touches the places of these channels.
+    /// No other thread accesses the places of these channels.
     unsafe fn dispatch_back(at: Channels<'_>, grad: &[f32], out: Shared<'_, f32>, places: [usize; 4]) = backward
 }
 
 impl WkvOp {
-    /// Calls `f` with every sixteen channels of every row: the row, the first channel, and where they are.
+    /// Calls `f` for every sixteen channels of every row, with the row, the first channel and the [`Channels`].
     fn each(
         &self,
         (k, k_at): (&[f32], &Layout),
@@ -228,7 +236,7 @@ impl WkvOp {
             || self.lens.iter().sum::<usize>() != n
             || (rates.len(), self.states.len()) != (2 * d, rows * 3 * d)
         {
-            bail!("wkv: keys {:?}, values {:?} and {rows} rows do not fit", k_at.dims(), v_at.dims());
+            bail!("wkv: keys {:?}, values {:?}, rates and states do not fit {rows} rows", k_at.dims(), v_at.dims());
         }
         let starts: Vec<usize> = self
             .lens
@@ -289,7 +297,7 @@ impl CustomOp3 for WkvOp {
         let shared = Shared::new(&mut out);
         self.each((keys, k_at), (values, v_at), rates, |row, c, at| {
             let after = std::array::from_fn(|part| (n + 3 * row + part) * d + c);
-            // SAFETY: each task has channels of a row to itself.
+            // SAFETY: the channels of a row belong to one task.
             unsafe { dispatch(isa(), at, shared, after) };
         })?;
         Ok((CpuStorage::F32(out), (n + 3 * rows, d).into()))
@@ -312,15 +320,15 @@ impl CustomOp3 for WkvOp {
         let all = k.detach().contiguous()?.apply_op3_no_bwd(&v.detach().contiguous()?, &grad, &op)?;
         let rows = self.lens.len();
         let by_rate = all.narrow(0, 2 * n, 2 * rows)?.reshape((rows, 2, d))?.sum(0)?;
-        // w = -e^decay is its own derivative.
+        // The derivative of w = -e^decay by decay is w.
         let of_decay = (by_rate.get(0)? * decay.exp()?.neg()?)?;
         let of_rates = Tensor::stack(&[of_decay, by_rate.get(1)?], 0)?;
         Ok((Some(all.narrow(0, 0, n)?), Some(all.narrow(0, n, n)?), Some(of_rates)))
     }
 }
 
-/// The gradients of [`WkvOp`]: `[2 · positions + 2 · rows, channels]`, those of keys and of values, then for each row those of `w` and of
-/// the firsts.
+/// The gradients of [`WkvOp`]: `[2 · positions + 2 · rows, channels]`, those of keys, then those of values, then for
+/// each row those of `w` and of `first`.
 #[derive(Debug)]
 struct WkvBackwardOp {
     of: WkvOp,
@@ -346,13 +354,13 @@ impl CustomOp3 for WkvBackwardOp {
         let (rows, d) = (self.of.lens.len(), self.rates.len() / 2);
         let n = keys.len() / d.max(1);
         if grad.len() != n * d {
-            bail!("wkv: a gradient of {:?} for {:?}", grad_at.dims(), k_at.dims());
+            bail!("wkv: a gradient of shape {:?} does not fit keys of {:?}", grad_at.dims(), k_at.dims());
         }
         let mut out = zeros((2 * n + 2 * rows) * d);
         let shared = Shared::new(&mut out);
         self.of.each((keys, k_at), (values, v_at), &self.rates, |row, c, at| {
             let places = [0, n * d, (2 * n + 2 * row) * d + c, (2 * n + 2 * row + 1) * d + c];
-            // SAFETY: each task has channels of a row to itself.
+            // SAFETY: the channels of a row belong to one task.
             unsafe { dispatch_back(isa(), at, grad, shared, places) };
         })?;
         Ok((CpuStorage::F32(out), (2 * n + 2 * rows, d).into()))

@@ -1,7 +1,7 @@
-//! The vectors of AArch64: NEON, with products of bytes.
+//! Vectors of AArch64: NEON with dot products of bytes.
 
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each is one instruction, and the trait says what it asks for")]
-#![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
+#![allow(clippy::undocumented_unsafe_blocks, reason = "the trait documents the conditions of these instructions")]
+#![allow(clippy::wildcard_imports, reason = "a list of the instructions would be long and not informative")]
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -9,17 +9,17 @@ use std::array::from_fn;
 
 use super::{Floats, LANES, Lanes, bf16, f16};
 
-/// NEON with the dot products of Armv8.2: a vector is four registers.
+/// NEON with the dot products of Armv8.2. A vector is four registers.
 #[derive(Clone, Copy)]
 pub(crate) struct Neon;
 
-/// Both halves of eight, as 32-bit integers.
+/// Widens eight 16-bit integers to 32 bits.
 #[inline(always)]
 unsafe fn widened(x: int16x8_t) -> [int32x4_t; 2] {
     unsafe { [vmovl_s16(vget_low_s16(x)), vmovl_high_s16(x)] }
 }
 
-/// Sixteen bytes, unsigned, as floats.
+/// Converts sixteen unsigned bytes to floats.
 #[inline(always)]
 unsafe fn of_unsigned(x: uint8x16_t) -> [float32x4_t; 4] {
     unsafe {
@@ -29,9 +29,9 @@ unsafe fn of_unsigned(x: uint8x16_t) -> [float32x4_t; 4] {
     }
 }
 
-/// `sum` plus the inner products of four signed bytes each.
+/// Adds the inner products of four signed bytes each to `sum`.
 ///
-/// The library's name for this instruction is not stable yet.
+/// Written in assembly because the standard library's intrinsic is not stable yet.
 #[inline(always)]
 unsafe fn dot(mut sum: int32x4_t, a: uint8x16_t, b: int8x16_t) -> int32x4_t {
     unsafe {
@@ -174,7 +174,7 @@ impl Lanes for Neon {
     }
     #[inline(always)]
     unsafe fn bits<const SHIFT: u32>(x: Self::Bytes, mask: u8) -> Self::Bytes {
-        // A shift by a negative number of bits is one to the right.
+        // A left shift by a negative number is a right shift.
         unsafe { x.map(|x| vandq_u8(vshlq_u8(x, vdupq_n_s8(-(SHIFT as i8))), vdupq_n_u8(mask))) }
     }
     #[inline(always)]
@@ -208,7 +208,8 @@ impl Lanes for Neon {
             if !FULL {
                 return from_fn(|i| dot(sum[i], w[i], x));
             }
-            // Bytes less 128 are signed ones; what that takes away is the same for every lane.
+            // A byte less 128 is a signed byte. The difference to the product is the same for every lane, and is added
+            // to the sum.
             let half = vdupq_n_u8(64);
             let less = dot(dot(vdupq_n_s32(0), half, x), half, x);
             from_fn(|i| dot(vaddq_s32(sum[i], less), veorq_u8(w[i], vdupq_n_u8(128)), x))

@@ -1,14 +1,14 @@
-//! The vectors of x86-64.
+//! Vectors of x86-64: AVX2 and AVX-512.
 
-#![allow(clippy::undocumented_unsafe_blocks, reason = "each is one instruction, and the trait says what it asks for")]
-#![allow(clippy::wildcard_imports, reason = "the list of instructions would say nothing")]
-#![allow(clippy::needless_range_loop, reason = "halves of several operands go together")]
+#![allow(clippy::undocumented_unsafe_blocks, reason = "the trait documents the conditions of these instructions")]
+#![allow(clippy::wildcard_imports, reason = "a list of the instructions would be long and not informative")]
+#![allow(clippy::needless_range_loop, reason = "one index is used for the halves of several operands")]
 
 use std::arch::x86_64::*;
 
 use super::{Floats, LANES, Lanes, bf16, f16};
 
-/// AVX2, FMA and F16C: a vector is two registers.
+/// AVX2 with FMA and F16C. A vector is two registers.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
 
@@ -189,7 +189,7 @@ impl Lanes for Avx2 {
     unsafe fn with_bit(x: Self::Bytes, which: u64, bit: u8) -> Self::Bytes {
         unsafe {
             let mut x = x;
-            // Byte j of four words of eight bytes each takes bit j of the four bytes of its word.
+            // Byte `j` of 8-byte group `g` takes bit `j` of byte `g` of this half of `which`.
             let spread = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
             let ones = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
             for i in 0..2 {
@@ -218,7 +218,7 @@ impl Lanes for Avx2 {
                     sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, one));
                     continue;
                 }
-                // Pairs of full bytes do not fit in sixteen bits: the highest bit apart.
+                // Sums of two products of full bytes can overflow 16 bits, so the highest bit is multiplied separately.
                 let low = _mm256_maddubs_epi16(_mm256_and_si256(w[i], _mm256_set1_epi8(0x7f)), x);
                 let high = _mm256_and_si256(_mm256_srli_epi16(w[i], 7), _mm256_set1_epi8(1));
                 let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128));
@@ -262,7 +262,7 @@ impl Lanes for Avx2 {
     }
 }
 
-/// AVX-512 with VNNI.
+/// AVX-512 with VNNI. A vector is one register.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
 
@@ -355,7 +355,7 @@ impl Floats for Avx512 {
                 u[4 * i + 2] = _mm512_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
                 u[4 * i + 3] = _mm512_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
             }
-            // Squares of four are in place inside of the quarters of each register: now the quarters.
+            // The 4 by 4 squares inside the quarters of the registers are transposed; the quarters are exchanged next.
             for i in 0..4 {
                 let low = _mm512_shuffle_f32x4::<0x88>(u[i], u[i + 4]);
                 let high = _mm512_shuffle_f32x4::<0xdd>(u[i], u[i + 4]);
@@ -396,7 +396,7 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     unsafe fn with_bit(x: __m512i, which: u64, bit: u8) -> __m512i {
-        // The bit is not set yet: adding is setting.
+        // The bit is not set before, so adding sets it.
         unsafe { _mm512_mask_add_epi8(x, which, x, _mm512_set1_epi8(bit as i8)) }
     }
     #[inline(always)]
