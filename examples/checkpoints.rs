@@ -168,7 +168,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn list(which: &Which, sizes: bool, out: &Out) -> anyhow::Result<ExitCode> {
     let mut found = pricket::checkpoints(&which.model)?;
     if sizes {
-        found.ask_sizes(&which.steps, &bar::Bar::default())?;
+        found.fetch_sizes(&which.steps, &bar::Bar::default())?;
     }
     let chosen = found.select(&which.steps)?;
     let json = json!({

@@ -15,8 +15,8 @@ use clap::{Parser, ValueEnum};
 use pricket::loading::Precision;
 use pricket::nn::Progress;
 use pricket::train::{
-    Bias, Checkpointing, Initial, Lora, LoraConfig, Normalization, OptimizerConfig, Product, Rule, Sample, Schedule,
-    Select, TrainOptions, Trainer, Tuned, read_records,
+    Bias, Checkpointing, Initial, Lora, LoraConfig, Normalization, OptimizerConfig, Rule, Sample, Schedule, Select,
+    TrainOptions, TrainTarget, Trainer, Tuned, read_records,
 };
 use pricket::weights::counted;
 use pricket::{Loader, Pricket};
@@ -375,14 +375,14 @@ fn load(args: &Args) -> anyhow::Result<Pricket> {
 }
 
 /// Returns the model and all its parameters, for training with `--full`.
-fn whole(pricket: &Pricket) -> (Product, Tuned) {
+fn whole(pricket: &Pricket) -> (TrainTarget, Tuned) {
     let (model, parameters) = (pricket.model(), pricket.parameters().to_vec());
     let tuned = Tuned { model, parameters, passes: Arc::default() };
-    (Product::Model { config: pricket.config().clone() }, tuned)
+    (TrainTarget::Model { config: pricket.config().clone() }, tuned)
 }
 
 /// Returns a new adapter, or the adapter of `--from`, attached to the model.
-fn adapter(args: &Args, pricket: &Pricket) -> anyhow::Result<(Product, Tuned)> {
+fn adapter(args: &Args, pricket: &Pricket) -> anyhow::Result<(TrainTarget, Tuned)> {
     let base = pricket.base()?;
     let lora = match &args.lora.from {
         Some(from) => Lora::read(from)?,
@@ -396,7 +396,7 @@ fn adapter(args: &Args, pricket: &Pricket) -> anyhow::Result<(Product, Tuned)> {
         counted(lora.modules().count(), "layer"),
         counted(lora.weights(), "trained weight")
     ));
-    Ok((Product::Adapter(Box::new(lora)), tuned))
+    Ok((TrainTarget::Adapter(Box::new(lora)), tuned))
 }
 
 /// Runs the training steps, and writes the log, the checkpoints and the result.

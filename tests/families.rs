@@ -51,9 +51,9 @@ fn rwkv_cpp(store: &dyn pricket::weights::Store, version: u32, kind: u32, quanti
         let tensor = if name.contains(".time_mix_") { tensor.flatten_all().unwrap() } else { tensor };
         let tensor = if name.ends_with("time_decay") { tensor.exp().unwrap().neg().unwrap() } else { tensor };
         let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
-        let is_table = name.starts_with("emb.") || name.starts_with("head.");
+        let is_embedding_or_head = name.starts_with("emb.") || name.starts_with("head.");
         let (own, bytes) = match (tensor.rank(), quantize) {
-            (2, Some(block)) if !is_table => {
+            (2, Some(block)) if !is_embedding_or_head => {
                 (kind, pricket::nn::ops::quantize(block, &values, tensor.dims()[1]).unwrap())
             }
             (2, _) if kind == 1 => (1, values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()),

@@ -313,7 +313,7 @@ fn steps_are_listed_in_one_request() {
     let error = found.select(&steps("7")).unwrap_err();
     assert!(error.to_string().contains("4, 8") || error.to_string().contains("4, 8, 2"), "{error}");
     assert!(found.select(&steps("7..7")).is_err());
-    found.ask_sizes(&steps("0,1000"), &NoProgress).unwrap();
+    found.fetch_sizes(&steps("0,1000"), &NoProgress).unwrap();
     let size = std::fs::metadata(tiny_steps().join("step0/model.safetensors")).unwrap().len();
     assert_eq!((found.steps[0].bytes, found.select(&steps("512")).unwrap()[0].bytes), (Some(size), None));
     // A directory accepts the same selections of steps.

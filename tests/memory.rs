@@ -287,7 +287,7 @@ fn checkpointing_keeps_the_inputs_of_blocks_only() {
 #[cfg(all(target_os = "linux", feature = "train"))]
 #[test]
 fn child_trains() {
-    use pricket::train::{Checkpointing, Initial, Lora, LoraConfig, Product, Sample, TrainOptions, Trainer};
+    use pricket::train::{Checkpointing, Initial, Lora, LoraConfig, Sample, TrainOptions, TrainTarget, Trainer};
 
     let Ok(setup) = std::env::var("PRICKET_CHILD_TRAIN") else { return };
     let [layers, checkpointing, residual] = setup.split(' ').collect::<Vec<_>>()[..] else { panic!("{setup}") };
@@ -304,7 +304,7 @@ fn child_trains() {
     let way = if checkpointing == "true" { Checkpointing::PerBlock } else { Checkpointing::Off };
     let options = TrainOptions { batch: 1, checkpointing: way, ..TrainOptions::new(2, 1e-4) };
     let sample = Sample::new((0..t as u32).map(|i| i * 7 % 64).collect()).unwrap();
-    let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, vec![sample], options).unwrap();
+    let mut trainer = Trainer::new(TrainTarget::Adapter(Box::new(lora)), tuned, vec![sample], options).unwrap();
     // The first step also allocates the optimizer's state and loads code.
     trainer.advance().unwrap();
     let before = rss();

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use pricket::plots::{Curve, Curves, Heatmap, Horizontal, Layout, Legend, Picture, Point, Table};
+use pricket::plots::{Curve, Curves, Heatmap, Layout, Legend, Picture, Point, Table, XAxis};
 use pricket::sweep;
 
 /// Rows of a sweep over `models`, at steps 0, 512 and 143000.
@@ -205,16 +205,14 @@ fn a_map_has_a_color_for_each_value_and_a_scale() {
 #[test]
 fn axes_can_show_texts_and_other_quantities() {
     let curve = |x: Vec<f64>| Curve::new("a", x.into_iter().map(|x| Point::new(x, 1.0 + x)).collect());
-    let panel =
-        |x: Horizontal, at: Vec<f64>| Curves { x, y: "loss".into(), curves: vec![curve(at)], ..Curves::default() };
-    let names = Horizontal::Names(["f32", "q8_0", "q4_0"].map(str::to_owned).to_vec());
+    let panel = |x: XAxis, at: Vec<f64>| Curves { x, y: "loss".into(), curves: vec![curve(at)], ..Curves::default() };
+    let names = XAxis::Names(["f32", "q8_0", "q4_0"].map(str::to_owned).to_vec());
     let svg = Picture::of_curves(vec![panel(names.clone(), vec![0.0, 1.0, 2.0])]).unwrap().svg().unwrap();
     assert!(svg.contains("q8_0") && !svg.contains("training step"), "{svg}");
     assert!(Picture::of_curves(vec![panel(names, vec![7.0])]).is_err());
-    let svg =
-        Picture::of_curves(vec![panel(Horizontal::Linear("layer".into()), vec![-1.0, 5.0])]).unwrap().svg().unwrap();
+    let svg = Picture::of_curves(vec![panel(XAxis::Linear("layer".into()), vec![-1.0, 5.0])]).unwrap().svg().unwrap();
     assert!(svg.contains("layer"), "{svg}");
-    assert!(Picture::of_curves(vec![panel(Horizontal::Log("tokens".into()), vec![0.0])]).is_err());
+    assert!(Picture::of_curves(vec![panel(XAxis::Log("tokens".into()), vec![0.0])]).is_err());
 }
 
 #[test]

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::convert::{ConvertOptions, Target};
 use pricket::train::{
-    Bias, Checkpointing, Gradients, Initial, Lora, LoraConfig, Optimizer, OptimizerConfig, Product, Rule, Sample,
-    Schedule, Select, TrainOptions, Trainer, add_gradients, losses, read_records,
+    Bias, Checkpointing, Gradients, Initial, Lora, LoraConfig, Optimizer, OptimizerConfig, Rule, Sample, Schedule,
+    Select, TrainOptions, TrainTarget, Trainer, add_gradients, losses, read_records,
 };
 use pricket::{CausalLm, Context, Loader, Pricket};
 use proptest::prelude::*;
@@ -306,7 +306,7 @@ fn invalid_training_settings_are_refused() {
         let mut options = TrainOptions::new(4, 1e-3);
         change(&mut options);
         let tuned = lora.train(&pricket.base().unwrap(), 0).unwrap();
-        Trainer::new(Product::Adapter(Box::new(lora.clone())), tuned, samples, options)
+        Trainer::new(TrainTarget::Adapter(Box::new(lora.clone())), tuned, samples, options)
     };
     let refused =
         |samples: Vec<Sample>, change: &dyn Fn(&mut TrainOptions)| new(samples, change).unwrap_err().to_string();
@@ -342,7 +342,7 @@ fn a_nan_loss_is_reported_with_its_block() {
     let tuned = lora.train(&base, 0).unwrap();
     let before = lora.trained(&tuned.parameters).unwrap();
     let options = TrainOptions { batch: 3, micro_batch_tokens: 20, ..TrainOptions::new(4, 1e-3) };
-    let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, samples(), options).unwrap();
+    let mut trainer = Trainer::new(TrainTarget::Adapter(Box::new(lora)), tuned, samples(), options).unwrap();
     let error = trainer.advance().unwrap_err().to_string();
     assert!(error.starts_with("step 1, micro-batch 1: the loss is "), "{error}");
     assert!(error.contains("the output of block 1 contains NaN or infinity"), "{error}");

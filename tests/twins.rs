@@ -199,7 +199,7 @@ proptest! {
         // Includes keys whose exponentials overflow f32.
         let (k, v) = (randn(if large { 200.0 } else { 1.0 }, &[n, d]), randn(1.0, &[n, d]));
         let (decay, first) = (randn(1.0, &[d]), randn(1.0, &[d]));
-        let start = vec![ops::wkv4_start(d, &Device::Cpu).unwrap(); lens.len()];
+        let start = vec![ops::wkv4_initial_state(d, &Device::Cpu).unwrap(); lens.len()];
         let fused = ops::wkv4(&k, &v, &decay, &first, &lens, &start).unwrap();
         let plain = ops::plain_wkv4(&k, &v, &decay, &first, &lens, &start).unwrap();
         prop_assert!(worst(&fused.0, &plain.0) < 1e-4);

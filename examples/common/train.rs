@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use pricket::Pricket;
-use pricket::train::{Checkpointing, Lora, LoraConfig, Product, Sample, TrainOptions, Trainer};
+use pricket::train::{Checkpointing, Lora, LoraConfig, Sample, TrainOptions, TrainTarget, Trainer};
 
 /// Number of rows of a batch, and number of tokens per row.
 #[derive(Clone, Copy)]
@@ -45,7 +45,7 @@ pub(crate) fn rate(
         checkpointing: if checkpointing { Checkpointing::PerBlock } else { Checkpointing::Off },
         ..TrainOptions::new(1 + runs as u64, 1e-4)
     };
-    let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, samples, options)?;
+    let mut trainer = Trainer::new(TrainTarget::Adapter(Box::new(lora)), tuned, samples, options)?;
     trainer.advance()?;
     let mut best = f64::INFINITY;
     for _ in 0..runs {

@@ -124,7 +124,7 @@ impl BlockType {
 
 impl BlockType {
     /// The types that [`quantize`](crate::quantize) can write.
-    pub const MADE: [Self; 10] = [
+    pub const QUANTIZABLE: [Self; 10] = [
         Self::Q4_0,
         Self::Q4_1,
         Self::Q5_0,
@@ -188,8 +188,8 @@ impl std::str::FromStr for BlockType {
 
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         let same = |kind: &&Self| kind.name() == name.to_lowercase().replace("_k", "k");
-        let names = || Self::MADE.map(Self::name).join(", ");
-        Self::MADE
+        let names = || Self::QUANTIZABLE.map(Self::name).join(", ");
+        Self::QUANTIZABLE
             .iter()
             .find(same)
             .copied()

@@ -133,7 +133,7 @@ mod x86 {
 ///
 /// # Errors
 /// Returns an error if a value is not finite, if a row is not a whole number of blocks, or if `kind` is not in
-/// [`BlockType::MADE`].
+/// [`BlockType::QUANTIZABLE`].
 pub fn quantize(kind: BlockType, values: &[f32], columns: usize) -> Result<Vec<u8>> {
     let Some(theirs) = kind.to_candle() else { bail!("quantizing to {kind} is not supported; it can only be read") };
     if columns == 0 || !columns.is_multiple_of(kind.elements()) || !values.len().is_multiple_of(columns) {
@@ -387,7 +387,7 @@ mod tests {
     #[test]
     fn values_are_those_of_another_reader() {
         let source = Tensor::randn(0f32, 1.0, (6, 512), &Device::Cpu).unwrap();
-        for kind in BlockType::MADE {
+        for kind in BlockType::QUANTIZABLE {
             let quantized = QTensor::quantize(&source, kind.to_candle().unwrap()).unwrap();
             let bytes = quantized.data().unwrap().into_owned();
             let expected: Vec<f32> =

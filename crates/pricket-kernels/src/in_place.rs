@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use crate::cpu::operands::Stored;
 
 /// Bytes that stay at their address until this value is dropped: a part of a mapped file.
-pub trait Kept: Debug + Send + Sync {
+pub trait MappedBytes: Debug + Send + Sync {
     /// Returns the bytes.
     fn bytes(&self) -> &[u8];
 
@@ -24,7 +24,7 @@ pub trait Kept: Debug + Send + Sync {
 /// A matrix of f32, f16 or bf16 numbers that is read in place. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct InPlace {
-    kept: Arc<dyn Kept>,
+    kept: Arc<dyn MappedBytes>,
     dtype: DType,
     rows: usize,
     columns: usize,
@@ -34,7 +34,7 @@ impl InPlace {
     /// Creates a matrix `[rows, columns]`. Returns `None` if the number of bytes does not match, if the bytes are not
     /// aligned for `dtype`, or if products cannot read `dtype` in place: they read f32, f16 and bf16, on little-endian
     /// processors.
-    pub fn new(kept: Arc<dyn Kept>, dtype: DType, rows: usize, columns: usize) -> Option<Self> {
+    pub fn new(kept: Arc<dyn MappedBytes>, dtype: DType, rows: usize, columns: usize) -> Option<Self> {
         let size = dtype.size_in_bytes();
         let bytes = rows.checked_mul(columns)?.checked_mul(size)?;
         let is_read = matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && cfg!(target_endian = "little");

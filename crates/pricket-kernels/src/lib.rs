@@ -34,7 +34,7 @@ pub use blocks::{Blocks, dequantize, halves_from_pairs, quantize, with_f16_scale
 pub use cpu::attention::{AttentionOp, AttentionRow};
 pub use cpu::attention_backward::SelfAttentionOp;
 pub use cpu::dense::{linear, linear_transposed};
-pub use cpu::detect::chosen;
+pub use cpu::detect::selected_isa;
 pub use cpu::gate::{Gate, GatedOp, MixOp};
 pub use cpu::gelu::{Gelu, GeluOp};
 pub use cpu::isa::{InstructionSet, Isa};
@@ -51,5 +51,5 @@ pub use cpu::rotary::RotaryOp;
 pub use cpu::store::{StoreOp, q8_row_bytes, q8_values};
 pub use cpu::wkv::WkvOp;
 pub use four_bit::{FOUR_BIT_BLOCK, FourBit, FourBitType, Scales};
-pub use in_place::{InPlace, Kept};
+pub use in_place::{InPlace, MappedBytes};
 pub use matrix::Matrix;

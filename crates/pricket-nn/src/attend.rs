@@ -198,7 +198,7 @@ impl Context {
         let mut before = Vec::with_capacity(pass.spans().len());
         for span in pass.spans().iter() {
             let kept = state.as_ref().and_then(|state| state.recurrent(span.row, pass.layer, name));
-            before.push(kept.map_or_else(|| ops::wkv4_start(d, k.device()), |kept| Ok(kept.clone()))?);
+            before.push(kept.map_or_else(|| ops::wkv4_initial_state(d, k.device()), |kept| Ok(kept.clone()))?);
         }
         let lens: Vec<usize> = pass.spans().iter().map(|span| span.len).collect();
         let (k, v) = (k.reshape((b * t, d))?, v.reshape((b * t, d))?);

@@ -97,12 +97,12 @@ impl RowOrder {
             matrix if self == RowOrder::AsStored => Ok(matrix),
             Matrix::InPlace(matrix) => Ok(Matrix::Dense(self.moved(&matrix.to_tensor()?, back)?)),
             Matrix::FourBit(four_bit) => {
-                let from = self.sources(four_bit.shape().0, back)?;
+                let from = self.source_rows(four_bit.shape().0, back)?;
                 Ok(Matrix::FourBit(four_bit.reordered(|row| from[row])))
             }
             Matrix::Packed(_) => Err(Error::Input("the rows of a packed matrix cannot be reordered".into())),
             Matrix::Blocks(blocks) => {
-                let from = self.sources(blocks.shape().0, back)?;
+                let from = self.source_rows(blocks.shape().0, back)?;
                 Ok(Matrix::Blocks(blocks.reordered(|row| from[row])))
             }
         }
@@ -113,7 +113,7 @@ impl RowOrder {
     ///
     /// # Errors
     /// Returns [`Error::Input`] if the number of rows is not a multiple of the number of heads and parts.
-    pub(crate) fn sources(self, rows: usize, back: bool) -> Result<Vec<usize>> {
+    pub(crate) fn source_rows(self, rows: usize, back: bool) -> Result<Vec<usize>> {
         let Some([outer, a, b]) = self.parts(rows)? else { return Ok((0..rows).collect()) };
         let (a, b) = if back { (b, a) } else { (a, b) };
         let inner = rows / (outer * a * b);

@@ -41,7 +41,7 @@ impl Names {
         out.extend(
             self.aliases.iter().filter(|(canonical, _)| *canonical == name).map(|(_, other)| (*other).to_owned()),
         );
-        out.extend(self.spellings.iter().map(|table| Self::spelled(name, table)).filter(|other| other != name));
+        out.extend(self.spellings.iter().map(|table| Self::to_spelling(name, table)).filter(|other| other != name));
         // A model saved without its head has names without the root.
         let root = format!("{}.", self.root);
         let bare: Vec<String> = out.iter().filter_map(|name| Some(name.strip_prefix(&root)?.to_owned())).collect();
@@ -100,7 +100,7 @@ impl Names {
     }
 
     /// Returns `name` in the spelling of `table`.
-    pub fn spelled(name: &str, table: &[(&str, &str)]) -> String {
+    pub fn to_spelling(name: &str, table: &[(&str, &str)]) -> String {
         table.iter().fold(name.to_owned(), |name, (part, other)| respelled(&name, part, other))
     }
 

@@ -18,10 +18,10 @@ pub struct Quantization {
 }
 
 impl Quantization {
-    /// Returns the quantized type of a matrix with `columns` columns, or `None` if it stays as stored. `is_table` is
+    /// Returns the quantized type of a matrix with `columns` columns, or `None` if it stays as stored. `is_embedding_or_head` is
     /// true for an embedding or a head.
-    pub fn of(self, is_table: bool, columns: usize) -> Option<BlockType> {
-        let kind = if is_table { self.embeddings_and_head } else { Some(self.weights) };
+    pub fn of(self, is_embedding_or_head: bool, columns: usize) -> Option<BlockType> {
+        let kind = if is_embedding_or_head { self.embeddings_and_head } else { Some(self.weights) };
         kind?.fitting(columns)
     }
 }

@@ -32,7 +32,7 @@ impl Reordered {
         for (name, order) in &orders {
             let rows = store.entry(name).and_then(|entry| entry.shape.first().copied()).unwrap_or(0);
             let named = |e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(name)));
-            order.sources(rows, false).map_err(named)?;
+            order.source_rows(rows, false).map_err(named)?;
         }
         Ok(Self { store, orders })
     }
@@ -63,7 +63,7 @@ impl Store for Reordered {
         let bytes = self.store.bytes(name)?;
         let rows = self.entry(name).and_then(|entry| entry.shape.first().copied()).unwrap_or(0);
         // A row is a whole number of bytes in every type.
-        match self.orders.get(name).and_then(|order| order.sources(rows, false).ok()) {
+        match self.orders.get(name).and_then(|order| order.source_rows(rows, false).ok()) {
             Some(sources) if rows > 0 => {
                 let row = bytes.len() / rows;
                 let mut out = Vec::with_capacity(bytes.len());
@@ -102,7 +102,7 @@ mod tests {
         let same = |a: &Tensor, b: &Tensor| a.to_vec2::<f32>().unwrap() == b.to_vec2::<f32>().unwrap();
         assert!(same(&order.undo(&memory).unwrap(), &file));
         let rows =
-            Tensor::new(order.sources(12, false).unwrap().iter().map(|&x| x as u32).collect::<Vec<_>>(), &Device::Cpu);
+            Tensor::new(order.source_rows(12, false).unwrap().iter().map(|&x| x as u32).collect::<Vec<_>>(), &Device::Cpu);
         assert!(same(&file.index_select(&rows.unwrap(), 0).unwrap(), &memory));
         assert!(RowOrder::Pairs { heads: 5 }.apply(&file).is_err());
     }

@@ -118,7 +118,7 @@ impl Weights {
     }
 
     /// Returns the canonical names and the names in the file of all tensors loaded so far, in the order of loading.
-    pub fn asked(&self) -> Vec<(String, String)> {
+    pub fn loaded_names(&self) -> Vec<(String, String)> {
         self.state().canonical.clone()
     }
 
@@ -452,16 +452,16 @@ impl Weights {
     }
 
     /// Loads a matrix with the storage, device and training options.
-    fn matrix(&self, name: &str, shape: &[usize], rows: RowOrder, is_table: bool) -> Result<Matrix> {
+    fn matrix(&self, name: &str, shape: &[usize], rows: RowOrder, is_embedding_or_head: bool) -> Result<Matrix> {
         let (store, device) = (&*self.shared.store, self.device());
         let is_trained = self.is_trained(name);
         let (name, entry) = self.begin(name, shape)?;
         let quantized = match self.options().storage {
-            Storage::Quantize(wanted) if device.is_cpu() => wanted.of(is_table, shape[1]),
+            Storage::Quantize(wanted) if device.is_cpu() => wanted.of(is_embedding_or_head, shape[1]),
             _ => None,
         };
         let four_bit = match self.options().storage {
-            Storage::FourBit(wanted) if device.is_cpu() && !is_table => Some(wanted),
+            Storage::FourBit(wanted) if device.is_cpu() && !is_embedding_or_head => Some(wanted),
             _ => None,
         };
         let stored = entry.dtype.to_candle();

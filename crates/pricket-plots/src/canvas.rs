@@ -27,7 +27,7 @@ pub(super) const FONT: &str = "sans-serif";
 /// The font file, DejaVu Sans.
 pub(super) const FONT_FILE: &[u8] = include_bytes!("DejaVuSans.ttf");
 /// Size of the font.
-pub(super) const LETTERS: u32 = 13;
+pub(super) const FONT_SIZE: u32 = 13;
 /// Width of gaps and margins.
 pub(super) const GAP: u32 = 12;
 /// Height of a line of text.

@@ -10,9 +10,9 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, RGBColor, ShapeStyle};
 
 use super::axis::{Axis, Scale};
-use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, TEXT, WHITE, letters, ready, width_of};
+use super::canvas::{Area, COLORS, Drawn, FONT_SIZE, GAP, LINE, TEXT, WHITE, letters, ready, width_of};
 use super::text::{draw_bars, draw_tokens};
-use super::{Content, Curve, Curves, Horizontal, Layout, Legend, Picture, Point, Table, heatmap};
+use super::{Content, Curve, Curves, Layout, Legend, Picture, Point, Table, XAxis, heatmap};
 use crate::{Error, Result};
 
 /// Color of grid lines.
@@ -30,10 +30,10 @@ const SAMPLE: u32 = 40;
 pub(super) fn visible(curve: &Curve, panel: &Curves) -> Vec<Point> {
     let mut points: Vec<Point> = curve.points.clone();
     let has_place = |x: f64| match &panel.x {
-        Horizontal::Steps => x >= 0.0,
-        Horizontal::Linear(_) => true,
-        Horizontal::Log(_) => x > 0.0,
-        Horizontal::Names(names) => x >= 0.0 && x < names.len() as f64,
+        XAxis::Steps => x >= 0.0,
+        XAxis::Linear(_) => true,
+        XAxis::Log(_) => x > 0.0,
+        XAxis::Names(names) => x >= 0.0 && x < names.len() as f64,
     };
     let is_drawn = |p: &Point| p.step.is_finite() && has_place(p.step) && p.value.is_finite();
     points.retain(|p| is_drawn(p) && (!panel.log || p.value > 0.0));
@@ -110,7 +110,7 @@ fn across(panels: &[Curves], width: u32) -> u32 {
 /// Returns the width of a legend with one name per row.
 fn legend_width(panels: &[Curves]) -> u32 {
     ready();
-    let widest = labels(panels).into_iter().chain(["published"]).map(|label| width_of(label, LETTERS)).max();
+    let widest = labels(panels).into_iter().chain(["published"]).map(|label| width_of(label, FONT_SIZE)).max();
     SAMPLE + widest.unwrap_or(0) + 2 * GAP
 }
 
@@ -119,7 +119,7 @@ fn column_widths(table: &Table) -> Vec<u32> {
     ready();
     let width = |i: usize| {
         let texts = table.rows.iter().map(|row| &row[i]).chain([&table.columns[i]]);
-        texts.map(|text| width_of(text, LETTERS)).max().unwrap_or(0) + 2 * GAP
+        texts.map(|text| width_of(text, FONT_SIZE)).max().unwrap_or(0) + 2 * GAP
     };
     (0..table.columns.len()).map(width).collect()
 }
@@ -127,7 +127,7 @@ fn column_widths(table: &Table) -> Vec<u32> {
 /// Returns the width and height of a table.
 pub(super) fn size_of_table(table: &Table) -> (u32, u32) {
     let title = if table.title.is_empty() { 0 } else { LINE + GAP };
-    let width = column_widths(table).iter().sum::<u32>().max(width_of(&table.title, LETTERS + 2));
+    let width = column_widths(table).iter().sum::<u32>().max(width_of(&table.title, FONT_SIZE + 2));
     (width + 2 * GAP, title + (table.rows.len() as u32 + 1) * LINE + 2 * GAP)
 }
 
@@ -239,7 +239,7 @@ fn draw_curves<B: DrawingBackend>(panels: &[Curves], layout: &Layout, area: &Are
         Legend::None => (body, None, None),
     };
     if !layout.title.is_empty() {
-        let style = letters(LETTERS + 4, unit).pos(Pos::new(HPos::Center, VPos::Center));
+        let style = letters(FONT_SIZE + 4, unit).pos(Pos::new(HPos::Center, VPos::Center));
         let center = (unit * (GAP + LABELS) + of_panels.0 - unit * GAP) / 2;
         head.draw_text(&layout.title, &style, (center as i32, (unit * (GAP + LINE / 2)) as i32))?;
     }
@@ -256,7 +256,7 @@ fn draw_curves<B: DrawingBackend>(panels: &[Curves], layout: &Layout, area: &Are
             let y = x(row * LINE) + if below.is_some() { x(LINE / 2) } else { x(GAP + LINE) };
             draw_line(&legend, &[(x(from), y), (x(from + SAMPLE - GAP), y)], number, published, unit)?;
             draw_marker(&legend, (x(from + (SAMPLE - GAP) / 2), y), number, published, unit)?;
-            let style = letters(LETTERS, unit).pos(Pos::new(HPos::Left, VPos::Center));
+            let style = letters(FONT_SIZE, unit).pos(Pos::new(HPos::Left, VPos::Center));
             legend.draw_text(label, &style, (x(from + SAMPLE), y))?;
         }
     }
@@ -275,10 +275,10 @@ fn draw_panel<B: DrawingBackend>(
     let ends = all().flat_map(|point| <[f64; 2]>::from(band(point, panel.log)));
     let places = || all().map(|point| point.step);
     let (x_axis, x_label) = match &panel.x {
-        Horizontal::Steps => (Axis::over(Scale::Steps, places()), "training step"),
-        Horizontal::Linear(label) => (Axis::over(Scale::Linear, places()), &label[..]),
-        Horizontal::Log(label) => (Axis::over(Scale::Log, places()), &label[..]),
-        Horizontal::Names(names) => (Axis::of_names(names), ""),
+        XAxis::Steps => (Axis::over(Scale::Steps, places()), "training step"),
+        XAxis::Linear(label) => (Axis::over(Scale::Linear, places()), &label[..]),
+        XAxis::Log(label) => (Axis::over(Scale::Log, places()), &label[..]),
+        XAxis::Names(names) => (Axis::of_names(names), ""),
     };
     let y_axis = Axis::over(scale, ends);
     let head = if panel.title.is_empty() { 0 } else { LINE };
@@ -287,7 +287,7 @@ fn draw_panel<B: DrawingBackend>(
         // Centered over the axes, not over the panel.
         let (width, _) = title.dim_in_pixel();
         let center = (unit * (GAP + LABELS) + width - unit * GAP) / 2;
-        let style = letters(LETTERS + 2, unit).pos(Pos::new(HPos::Center, VPos::Bottom));
+        let style = letters(FONT_SIZE + 2, unit).pos(Pos::new(HPos::Center, VPos::Bottom));
         title.draw_text(&panel.title, &style, (center as i32, (unit * (LINE + GAP / 2)) as i32))?;
     }
     let mut builder = ChartBuilder::on(&body);
@@ -302,8 +302,8 @@ fn draw_panel<B: DrawingBackend>(
         .y_labels(12)
         .x_desc(x_label)
         .y_desc(&panel.y)
-        .label_style(letters(LETTERS - 1, unit))
-        .axis_desc_style(letters(LETTERS, unit))
+        .label_style(letters(FONT_SIZE - 1, unit))
+        .axis_desc_style(letters(FONT_SIZE, unit))
         .set_all_tick_mark_size(5 * unit)
         .draw()?;
     for (curve, points) in &points {
@@ -389,7 +389,7 @@ fn draw_table<B: DrawingBackend>(table: &Table, area: &Area<'_, B>, unit: u32) -
     let px = |at: u32| (unit * at) as i32;
     let mut y = GAP;
     if !table.title.is_empty() {
-        let style = letters(LETTERS + 2, unit).pos(Pos::new(HPos::Left, VPos::Center));
+        let style = letters(FONT_SIZE + 2, unit).pos(Pos::new(HPos::Left, VPos::Center));
         area.draw_text(&table.title, &style, (px(GAP), px(y + LINE / 2)))?;
         y += LINE + GAP;
     }
@@ -406,7 +406,7 @@ fn draw_table<B: DrawingBackend>(table: &Table, area: &Area<'_, B>, unit: u32) -
             // Columns of names are aligned left, columns of numbers right.
             let names = table.rows.iter().any(|row| row[column].starts_with(char::is_alphabetic));
             let (at, side) = if names { (x + GAP, HPos::Left) } else { (x + width - GAP, HPos::Right) };
-            let style = letters(LETTERS, unit).pos(Pos::new(side, VPos::Center));
+            let style = letters(FONT_SIZE, unit).pos(Pos::new(side, VPos::Center));
             area.draw_text(text, &style, (px(at), px(y + LINE / 2)))?;
             x += width;
         }

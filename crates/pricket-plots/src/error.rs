@@ -18,7 +18,7 @@ pub enum Error {
     },
     /// A panel or heatmap has no value that can be drawn.
     #[error("there is no finite value of {axis:?} to draw")]
-    Nothing {
+    NoData {
         /// Label of the vertical axis, or of a heatmap's color scale.
         axis: String,
     },

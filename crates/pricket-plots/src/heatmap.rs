@@ -6,7 +6,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, RGBColor};
 
 use super::Heatmap;
-use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, WHITE, letters, ready, width_of};
+use super::canvas::{Area, COLORS, Drawn, FONT_SIZE, GAP, LINE, WHITE, letters, ready, width_of};
 
 /// Height of a row.
 const ROW: u32 = 24;
@@ -20,18 +20,18 @@ const GRAY: RGBColor = RGBColor(215, 215, 215);
 /// Returns the width of the row names, the width of a column, and the height above the map.
 fn measures(map: &Heatmap) -> (u32, u32, u32) {
     ready();
-    let widest = |names: &[String]| names.iter().map(|name| width_of(name, LETTERS - 1)).max().unwrap_or(0);
+    let widest = |names: &[String]| names.iter().map(|name| width_of(name, FONT_SIZE - 1)).max().unwrap_or(0);
     let head = if map.title.is_empty() { GAP } else { LINE + GAP };
-    let rows = widest(&map.y.1).max(width_of(&map.y.0, LETTERS)) + 2 * GAP;
+    let rows = widest(&map.y.1).max(width_of(&map.y.0, FONT_SIZE)) + 2 * GAP;
     (rows, (widest(&map.x.1) + GAP / 2).max(NARROWEST), head)
 }
 
 /// Returns the width and height of a heatmap.
 pub(super) fn size(map: &Heatmap) -> (u32, u32) {
     let (rows, column, head) = measures(map);
-    let unit = width_of(&map.unit, LETTERS - 1).max(SCALE.1);
+    let unit = width_of(&map.unit, FONT_SIZE - 1).max(SCALE.1);
     let width = rows + column * map.x.1.len() as u32 + 2 * GAP + SCALE.0 + unit + GAP;
-    let title = rows + width_of(&map.title, LETTERS + 2) + GAP;
+    let title = rows + width_of(&map.title, FONT_SIZE + 2) + GAP;
     (width.max(title), head + LINE + ROW * map.y.1.len().max(3) as u32 + 2 * LINE + GAP)
 }
 
@@ -69,12 +69,12 @@ pub(super) fn draw<B: DrawingBackend>(map: &Heatmap, area: &Area<'_, B>, unit: u
     let (top, ends) = (head + LINE, ends(map));
     let right = rows + column * map.x.1.len() as u32;
     if !map.title.is_empty() {
-        area.draw_text(&map.title, &text(LETTERS + 2, HPos::Left), (px(rows), px(GAP + LINE / 2)))?;
+        area.draw_text(&map.title, &text(FONT_SIZE + 2, HPos::Left), (px(rows), px(GAP + LINE / 2)))?;
     }
-    area.draw_text(&map.y.0, &text(LETTERS, HPos::Right), (px(rows - GAP / 2), px(top - LINE / 2)))?;
+    area.draw_text(&map.y.0, &text(FONT_SIZE, HPos::Right), (px(rows - GAP / 2), px(top - LINE / 2)))?;
     for (i, (name, values)) in map.y.1.iter().zip(&map.values).enumerate() {
         let y = top + ROW * i as u32;
-        area.draw_text(name, &text(LETTERS - 1, HPos::Right), (px(rows - GAP / 2), px(y + ROW / 2)))?;
+        area.draw_text(name, &text(FONT_SIZE - 1, HPos::Right), (px(rows - GAP / 2), px(y + ROW / 2)))?;
         for (j, value) in values.iter().enumerate() {
             let x = rows + column * j as u32;
             let corners = [(px(x), px(y)), (px(x + column), px(y + ROW))];
@@ -85,10 +85,10 @@ pub(super) fn draw<B: DrawingBackend>(map: &Heatmap, area: &Area<'_, B>, unit: u
     let bottom = top + ROW * map.y.1.len() as u32;
     for (j, name) in map.x.1.iter().enumerate() {
         let x = rows + column * j as u32 + column / 2;
-        area.draw_text(name, &text(LETTERS - 1, HPos::Center), (px(x), px(bottom + LINE / 2)))?;
+        area.draw_text(name, &text(FONT_SIZE - 1, HPos::Center), (px(x), px(bottom + LINE / 2)))?;
     }
     let middle = u32::midpoint(rows, right);
-    area.draw_text(&map.x.0, &text(LETTERS, HPos::Center), (px(middle), px(bottom + LINE + LINE / 2)))?;
+    area.draw_text(&map.x.0, &text(FONT_SIZE, HPos::Center), (px(middle), px(bottom + LINE + LINE / 2)))?;
     // The color scale, with the largest value at the top.
     let (left, steps, height) = (right + 2 * GAP, 60, ROW * map.y.1.len().max(3) as u32);
     for step in 0..steps {
@@ -98,9 +98,9 @@ pub(super) fn draw<B: DrawingBackend>(map: &Heatmap, area: &Area<'_, B>, unit: u
     }
     for (value, y) in [(ends.1, top + LINE / 3), (ends.0, top + height - LINE / 3)] {
         let at = (px(left + SCALE.0 + GAP / 2), px(y));
-        area.draw_text(&short(value), &text(LETTERS - 1, HPos::Left), at)?;
+        area.draw_text(&short(value), &text(FONT_SIZE - 1, HPos::Left), at)?;
     }
-    area.draw_text(&map.unit, &text(LETTERS - 1, HPos::Left), (px(left), px(top - LINE / 2)))
+    area.draw_text(&map.unit, &text(FONT_SIZE - 1, HPos::Left), (px(left), px(top - LINE / 2)))
 }
 
 /// Formats a number for the color scale, with about three significant digits.

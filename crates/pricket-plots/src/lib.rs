@@ -68,7 +68,7 @@ impl Curve {
 /// Scale and label of a panel's horizontal axis.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Horizontal {
+pub enum XAxis {
     /// Training steps on a logarithmic axis that also has a place for 0.
     #[default]
     Steps,
@@ -114,8 +114,8 @@ impl Default for Layout {
 pub struct Curves {
     /// Title above the panel.
     pub title: String,
-    /// Horizontal axis. Default: training steps.
-    pub x: Horizontal,
+    /// XAxis axis. Default: training steps.
+    pub x: XAxis,
     /// Label of the vertical axis with its unit, such as `loss (nats per token)`.
     pub y: String,
     /// Whether the vertical axis is logarithmic. Values that are not positive are then omitted.
@@ -198,7 +198,7 @@ fn shown(what: &str, texts: Vec<(String, f64)>, most: usize) -> Result<Vec<(Stri
 }
 
 /// Maximum number of panels, rows, columns, bars or stacked pictures.
-const MOST: usize = 200;
+const MAX_ITEMS: usize = 200;
 
 impl Picture {
     /// Creates a picture of panels with curves and one legend, in the default layout.
@@ -212,18 +212,18 @@ impl Picture {
     /// Creates a picture of panels with curves and one legend, in this layout.
     ///
     /// # Errors
-    /// Returns [`Error::Count`] if there are no panels or too many, [`Error::Nothing`] if a panel has no point to draw,
+    /// Returns [`Error::Count`] if there are no panels or too many, [`Error::NoData`] if a panel has no point to draw,
     /// and [`Error::Size`] if the panel size is out of range.
     pub fn of_curves_in(panels: Vec<Curves>, layout: &Layout) -> Result<Self> {
         let (width, height) = layout.panel;
         if !(200..=4000).contains(&width) || !(150..=4000).contains(&height) {
             return Err(Error::Size { width, height });
         }
-        if panels.is_empty() || panels.len() > MOST {
-            return Err(Error::Count { what: "panels".into(), found: panels.len(), most: MOST });
+        if panels.is_empty() || panels.len() > MAX_ITEMS {
+            return Err(Error::Count { what: "panels".into(), found: panels.len(), most: MAX_ITEMS });
         }
         if let Some(panel) = panels.iter().find(|panel| !panel.is_drawable()) {
-            return Err(Error::Nothing { axis: panel.y.clone() });
+            return Err(Error::NoData { axis: panel.y.clone() });
         }
         let size = draw::size_of_curves(&panels, layout);
         Ok(Self { content: Content::Curves(panels, layout.clone()), size })
@@ -237,8 +237,8 @@ impl Picture {
     pub fn of_table(table: Table) -> Result<Self> {
         let (rows, columns) = (table.rows.len(), table.columns.len());
         for (what, found) in [("rows of a table", rows), ("columns of a table", columns)] {
-            if found == 0 || found > MOST {
-                return Err(Error::Count { what: what.into(), found, most: MOST });
+            if found == 0 || found > MAX_ITEMS {
+                return Err(Error::Count { what: what.into(), found, most: MAX_ITEMS });
             }
         }
         if let Some(row) = table.rows.iter().find(|row| row.len() != columns) {
@@ -252,12 +252,12 @@ impl Picture {
     ///
     /// # Errors
     /// Returns [`Error::Count`] if it has no rows or columns, or too many. Returns [`Error::Map`] if the number of
-    /// values differs from the number of names. Returns [`Error::Nothing`] if no value is finite.
+    /// values differs from the number of names. Returns [`Error::NoData`] if no value is finite.
     pub fn of_heatmap(map: Heatmap) -> Result<Self> {
         let columns = map.x.1.len();
         for (what, found) in [("rows of a heatmap", map.y.1.len()), ("columns of a heatmap", columns)] {
-            if found == 0 || found > MOST {
-                return Err(Error::Count { what: what.into(), found, most: MOST });
+            if found == 0 || found > MAX_ITEMS {
+                return Err(Error::Count { what: what.into(), found, most: MAX_ITEMS });
             }
         }
         if map.values.len() != map.y.1.len() {
@@ -267,7 +267,7 @@ impl Picture {
             return Err(Error::Map { what: "values of a row", found: row.len(), names: columns });
         }
         if !map.values.iter().flatten().any(|value| value.is_finite()) {
-            return Err(Error::Nothing { axis: map.unit });
+            return Err(Error::NoData { axis: map.unit });
         }
         let size = heatmap::size(&map);
         Ok(Self { content: Content::Heatmap(map), size })
@@ -278,7 +278,7 @@ impl Picture {
     /// # Errors
     /// Returns [`Error::Count`] if there are no tokens or too many.
     pub fn of_tokens(tokens: Vec<(String, f64)>) -> Result<Self> {
-        let tokens = shown("tokens", tokens, 20 * MOST)?;
+        let tokens = shown("tokens", tokens, 20 * MAX_ITEMS)?;
         let size = text::size_of_tokens(&tokens);
         Ok(Self { content: Content::Tokens(tokens), size })
     }
@@ -288,7 +288,7 @@ impl Picture {
     /// # Errors
     /// Returns [`Error::Count`] if there are no bars or too many.
     pub fn of_bars(bars: Vec<(String, f64)>) -> Result<Self> {
-        let bars = shown("bars", bars, MOST)?;
+        let bars = shown("bars", bars, MAX_ITEMS)?;
         let size = text::size_of_bars(&bars);
         Ok(Self { content: Content::Bars(bars), size })
     }
@@ -298,8 +298,8 @@ impl Picture {
     /// # Errors
     /// Returns [`Error::Count`] if there are no pictures or too many.
     pub fn of_pictures(pictures: &[Picture]) -> Result<Self> {
-        if pictures.is_empty() || pictures.len() > MOST {
-            return Err(Error::Count { what: "pictures".into(), found: pictures.len(), most: MOST });
+        if pictures.is_empty() || pictures.len() > MAX_ITEMS {
+            return Err(Error::Count { what: "pictures".into(), found: pictures.len(), most: MAX_ITEMS });
         }
         let width = pictures.iter().map(|picture| picture.size.0).max().unwrap_or(0);
         let size = (width, pictures.iter().map(|picture| picture.size.1).sum());

@@ -1,6 +1,6 @@
 //! Pictures and tables as plain text, and tables as HTML.
 
-use super::{Content, Curves, Horizontal, Picture, Table};
+use super::{Content, Curves, Picture, Table, XAxis};
 
 impl Picture {
     /// Returns the picture as plain text: aligned tables, and the first and last value of each curve.
@@ -36,9 +36,9 @@ fn curves(panel: &Curves) -> String {
         if let (Some(first), Some(last)) = (points.first(), points.last()) {
             let (label, count) = (&curve.label, points.len());
             let at = |x: f64| match &panel.x {
-                Horizontal::Steps => format!("step {x}"),
-                Horizontal::Linear(label) | Horizontal::Log(label) => format!("{label} {x}"),
-                Horizontal::Names(names) => names.get(x as usize).cloned().unwrap_or_default(),
+                XAxis::Steps => format!("step {x}"),
+                XAxis::Linear(label) | XAxis::Log(label) => format!("{label} {x}"),
+                XAxis::Names(names) => names.get(x as usize).cloned().unwrap_or_default(),
             };
             let range = format!("{:.4} at {} to {:.4} at {}", first.value, at(first.step), last.value, at(last.step));
             lines.push(format!(

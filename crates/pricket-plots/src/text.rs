@@ -5,7 +5,7 @@ use plotters::element::Rectangle;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, RGBColor};
 
-use super::canvas::{Area, COLORS, Drawn, GAP, LETTERS, LINE, WHITE, letters, ready, width_of};
+use super::canvas::{Area, COLORS, Drawn, FONT_SIZE, GAP, LINE, WHITE, letters, ready, width_of};
 
 /// Width of a picture of tokens, at which lines are broken.
 const WIDTH: u32 = 760;
@@ -25,7 +25,7 @@ fn places(tokens: &[(String, f64)]) -> (Vec<(u32, u32, u32)>, u32) {
     let (mut x, mut y) = (GAP, GAP);
     let mut places = Vec::new();
     for (text, _) in tokens {
-        let width = width_of(text, LETTERS).max(24) + 8;
+        let width = width_of(text, FONT_SIZE).max(24) + 8;
         if x + width > WIDTH - GAP && x > GAP {
             (x, y) = (GAP, y + TOKEN + 4);
         }
@@ -53,11 +53,11 @@ pub(super) fn draw_tokens<B: DrawingBackend>(tokens: &[(String, f64)], area: &Ar
         area.draw(&Rectangle::new(corners, color.filled()))?;
         area.draw(&Rectangle::new(corners, RGBColor(200, 200, 200).stroke_width(unit)))?;
         let center = Pos::new(HPos::Center, VPos::Center);
-        let style = letters(LETTERS, unit).pos(center);
+        let style = letters(FONT_SIZE, unit).pos(center);
         let style = if share > 0.6 { style.color(&WHITE) } else { style };
         area.draw_text(text, &style, (px(x + width / 2), px(y + LINE / 2)))?;
         let percent = if share >= 0.01 { format!("{:.0}%", 100.0 * share) } else { "<1%".into() };
-        area.draw_text(&percent, &letters(LETTERS - 3, unit).pos(center), (px(x + width / 2), px(y + LINE + 9)))?;
+        area.draw_text(&percent, &letters(FONT_SIZE - 3, unit).pos(center), (px(x + width / 2), px(y + LINE + 9)))?;
     }
     Ok(())
 }
@@ -65,7 +65,7 @@ pub(super) fn draw_tokens<B: DrawingBackend>(tokens: &[(String, f64)], area: &Ar
 /// Returns the width of the widest label of the bars.
 fn label_width(bars: &[(String, f64)]) -> u32 {
     ready();
-    bars.iter().map(|(text, _)| width_of(text, LETTERS)).max().unwrap_or(0)
+    bars.iter().map(|(text, _)| width_of(text, FONT_SIZE)).max().unwrap_or(0)
 }
 
 /// Returns the width and height of a picture of bars.
@@ -79,7 +79,7 @@ pub(super) fn draw_bars<B: DrawingBackend>(bars: &[(String, f64)], area: &Area<'
     let most = bars.iter().map(|(_, p)| *p).filter(|p| p.is_finite()).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
     for (i, (text, probability)) in bars.iter().enumerate() {
         let y = GAP + i as u32 * LINE;
-        let style = letters(LETTERS, unit);
+        let style = letters(FONT_SIZE, unit);
         area.draw_text(
             text,
             &style.clone().pos(Pos::new(HPos::Right, VPos::Center)),

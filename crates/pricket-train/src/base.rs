@@ -34,7 +34,7 @@ impl Base {
     /// Sets the tensor names of a checkpoint whose names differ from the canonical ones.
     ///
     /// `tensors` holds pairs of a tensor's canonical name and its name on file, as returned by
-    /// [`Weights::asked`](pricket_nn::Weights::asked).
+    /// [`Weights::loaded_names`](pricket_nn::Weights::loaded_names).
     #[must_use]
     pub fn with_names_on_file(mut self, tensors: &[(String, String)]) -> Self {
         let pairs = tensors.iter().filter_map(|(canonical, file)| Some((module_of(canonical)?, module_of(file)?)));

@@ -11,7 +11,7 @@
 //! use std::sync::Arc;
 //! use pricket_gpt_neox::{Config, NAMES, load};
 //! use pricket_nn::Weights;
-//! use pricket_train::{Base, Lora, LoraConfig, Product, Sample, TrainOptions, Trainer};
+//! use pricket_train::{Base, Lora, LoraConfig, TrainTarget, Sample, TrainOptions, Trainer};
 //! use pricket_weights::{Dtype, Random};
 //!
 //! let config = Config::from_json(&serde_json::json!({
@@ -25,7 +25,7 @@
 //! let samples = vec![Sample::new(vec![5, 6, 7, 8])?, Sample::response(&[1, 2], &[3, 4])?];
 //! let tuned = lora.train(&base, 0)?;
 //! let options = TrainOptions { batch: 2, ..TrainOptions::new(20, 1e-2) };
-//! let mut trainer = Trainer::new(Product::Adapter(Box::new(lora)), tuned, samples, options)?;
+//! let mut trainer = Trainer::new(TrainTarget::Adapter(Box::new(lora)), tuned, samples, options)?;
 //! let first = trainer.advance()?.loss;
 //! let mut last = first;
 //! while !trainer.is_done() {
@@ -60,5 +60,5 @@ pub use lora::{Lora, Tuned};
 pub use optimizer::{Optimizer, OptimizerConfig, Rule};
 pub use sample::{Sample, micro_batches};
 pub use schedule::{Decay, Schedule};
-pub use trainer::{Normalization, Product, StepReport, TrainOptions, Trainer};
+pub use trainer::{Normalization, StepReport, TrainOptions, TrainTarget, Trainer};
 pub use untrained::Untrained;

@@ -101,7 +101,7 @@ pub struct StepReport {
 
 /// The object that a run trains and writes.
 #[derive(Clone, Debug)]
-pub enum Product {
+pub enum TrainTarget {
     /// An adapter, in PEFT's format.
     Adapter(Box<Lora>),
     /// A whole model in Hub layout: config.json, and all parameters in model.safetensors.
@@ -111,12 +111,12 @@ pub enum Product {
     },
 }
 
-impl Product {
+impl TrainTarget {
     /// Writes the adapter or model with the current values of its parameters.
     fn write(&self, directory: &Path, parameters: &[Parameter]) -> Result<()> {
         match self {
-            Product::Adapter(lora) => lora.trained(parameters)?.write(directory),
-            Product::Model { config } => {
+            TrainTarget::Adapter(lora) => lora.trained(parameters)?.write(directory),
+            TrainTarget::Model { config } => {
                 std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
                 let mut tensors = BTreeMap::new();
                 for Parameter { name, var, rows } in parameters {
@@ -140,16 +140,16 @@ impl Product {
     /// Returns the settings that must be equal to resume from a checkpoint.
     fn settings(&self) -> Value {
         match self {
-            Product::Adapter(lora) => lora.config().to_json(),
-            Product::Model { config } => config.clone(),
+            TrainTarget::Adapter(lora) => lora.config().to_json(),
+            TrainTarget::Model { config } => config.clone(),
         }
     }
 
-    /// Reads the tensors written by [`Product::write`].
+    /// Reads the tensors written by [`TrainTarget::write`].
     fn read(&self, directory: &Path) -> Result<BTreeMap<String, Tensor>> {
         match self {
-            Product::Adapter(_) => Ok(Lora::read(directory)?.tensors()),
-            Product::Model { .. } => read_tensors(&directory.join("model.safetensors")),
+            TrainTarget::Adapter(_) => Ok(Lora::read(directory)?.tensors()),
+            TrainTarget::Model { .. } => read_tensors(&directory.join("model.safetensors")),
         }
     }
 }
@@ -157,7 +157,7 @@ impl Product {
 /// Trains an adapter or a model on samples.
 #[derive(Debug)]
 pub struct Trainer {
-    product: Product,
+    target: TrainTarget,
     tuned: Tuned,
     samples: Vec<Sample>,
     options: TrainOptions,
@@ -198,7 +198,7 @@ impl Trainer {
     /// # Errors
     /// Returns [`Error::Input`] if a setting is out of range, no token id is counted, or a sample does not fit the
     /// model.
-    pub fn new(product: Product, tuned: Tuned, samples: Vec<Sample>, options: TrainOptions) -> Result<Self> {
+    pub fn new(target: TrainTarget, tuned: Tuned, samples: Vec<Sample>, options: TrainOptions) -> Result<Self> {
         let counted: usize = samples.iter().map(Sample::counted).sum();
         if counted == 0 {
             return Err(Error::Input(format!(
@@ -227,13 +227,13 @@ impl Trainer {
             return Err(Error::Input(format!("sample {}: id {id} is outside the vocabulary of {}", i + 1, info.vocab)));
         }
         let optimizer = Optimizer::new(options.optimizer.clone(), &tuned.parameters)?;
-        let base = match &product {
-            Product::Adapter(_) => fingerprint(&*tuned.model, &samples[0])?,
+        let base = match &target {
+            TrainTarget::Adapter(_) => fingerprint(&*tuned.model, &samples[0])?,
             // A checkpoint of a whole model holds all weights, so there is no base to compare.
-            Product::Model { .. } => String::new(),
+            TrainTarget::Model { .. } => String::new(),
         };
         Ok(Self {
-            product,
+            target,
             tuned,
             samples,
             options,
@@ -266,7 +266,7 @@ impl Trainer {
     /// # Errors
     /// Returns [`Error::Io`] if a file cannot be written.
     pub fn write(&self, directory: &Path) -> Result<()> {
-        self.product.write(directory, &self.tuned.parameters)
+        self.target.write(directory, &self.tuned.parameters)
     }
 
     /// Returns whether all training steps are done.
@@ -393,7 +393,7 @@ impl Trainer {
             micro_batches: self.micro_batches,
             samples: digest(&self.samples),
             base: self.base.clone(),
-            product: self.product.settings(),
+            product: self.target.settings(),
             options: self.options.clone(),
         };
         let json = serde_json::to_string_pretty(&progress).unwrap_or_default();
@@ -433,7 +433,7 @@ impl Trainer {
         if progress.base != self.base {
             return Err(wrong("was made with another base model; give the same model or another directory".into()));
         }
-        let now = self.product.settings();
+        let now = self.target.settings();
         if let Some((key, before)) =
             progress.product.as_object().into_iter().flatten().find(|(key, value)| now[*key] != **value)
         {
@@ -444,7 +444,7 @@ impl Trainer {
         if let Some((key, before)) = then.as_object().into_iter().flatten().find(|(key, value)| now[*key] != **value) {
             return Err(wrong(format!("was made with {key} {before}, now it is {}; give another directory", now[key])));
         }
-        let tensors = self.product.read(&path)?;
+        let tensors = self.target.read(&path)?;
         for parameter in &self.tuned.parameters {
             let var = &parameter.var;
             let found = tensors.get(&parameter.name).filter(|found| found.dims() == var.dims());

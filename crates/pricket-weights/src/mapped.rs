@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pricket_kernels::Kept;
+use pricket_kernels::MappedBytes;
 
 use crate::{Error, Result};
 
@@ -25,7 +25,7 @@ pub(crate) struct Region {
     pub(crate) len: usize,
 }
 
-impl Kept for Region {
+impl MappedBytes for Region {
     fn bytes(&self) -> &[u8] {
         &self.file[self.start..self.start + self.len]
     }

@@ -23,7 +23,7 @@ use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, 
 use serde_json::Value;
 
 use crate::loading::containers::paired_order;
-use crate::loading::family::{checked_family, is_table};
+use crate::loading::family::{checked_family, is_embedding_or_head};
 use crate::loading::load::Loader;
 use crate::loading::opened::Opened;
 use crate::loading::provenance::Provenance;
@@ -129,7 +129,7 @@ impl Loader {
         #[cfg(feature = "train")]
         crate::loading::adapters::check_mergeable(
             &adapters,
-            &crate::loading::adapters::base(model, family.names(), dry.asked()),
+            &crate::loading::adapters::base(model, family.names(), dry.loaded_names()),
             &family.names(),
         )?;
         let gguf = out.extension().is_some_and(|e| e == "gguf");
@@ -221,7 +221,7 @@ impl Plan<'_> {
     fn items(&self, dry: &Weights, store: &dyn Store, paired: &[(&str, usize)]) -> Result<Vec<Item>> {
         let fused = dry.fused();
         let mut out = Vec::new();
-        for (canonical, from) in dry.asked() {
+        for (canonical, from) in dry.loaded_names() {
             let entry = store.entry(&from).ok_or_else(|| store.missing(&from))?;
             let order = fused.iter().find(|(name, _)| *name == canonical).map(|(_, order)| *order);
             let rows = match (order, self.gguf, self.in_model_order) {
@@ -234,7 +234,8 @@ impl Plan<'_> {
                 _ => Change::None,
             };
             let dtype = self.dtype(&canonical, &from, &entry.shape, entry.dtype, store)?;
-            let name = if self.gguf { Names::spelled(&canonical, self.family.gguf_names()) } else { canonical.clone() };
+            let name =
+                if self.gguf { Names::to_spelling(&canonical, self.family.gguf_names()) } else { canonical.clone() };
             let outline = Outline { name, dtype, shape: entry.shape };
             out.push(Item { rows, outline, from, canonical, order: order.unwrap_or_default() });
         }
@@ -255,7 +256,7 @@ impl Plan<'_> {
     fn dtype(&self, canonical: &str, from: &str, shape: &[usize], stored: Dtype, store: &dyn Store) -> Result<Dtype> {
         // llama.cpp requires vectors in f32. Position embeddings stay f32 because they are added to the residual
         // stream.
-        let is_positions = || Names::spelled(canonical, self.family.gguf_names()) == "position_embd.weight";
+        let is_positions = || Names::to_spelling(canonical, self.family.gguf_names()) == "position_embd.weight";
         if self.gguf && (shape.len() == 1 || is_positions()) {
             return Ok(Dtype::F32);
         }
@@ -265,7 +266,7 @@ impl Plan<'_> {
             Target::F16 => Dtype::F16,
             Target::BF16 => Dtype::BF16,
             Target::Quantized(wanted) if self.gguf && shape.len() == 2 => {
-                match wanted.of(is_table(self.family, canonical), shape[1]) {
+                match wanted.of(is_embedding_or_head(self.family, canonical), shape[1]) {
                     Some(kind) => Dtype::Block(kind),
                     None => match stored {
                         Dtype::Block(kind) if !kind.is_current() => Dtype::F16,
@@ -511,12 +512,12 @@ const LICENSES: [&str; 5] = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "
 const MAX_BESIDE: u64 = 6 << 20;
 
 /// A file next to the weights, with its new content; `None` deletes it.
-struct Beside {
+struct CompanionFile {
     name: &'static str,
     bytes: Option<Vec<u8>>,
 }
 
-impl Beside {
+impl CompanionFile {
     fn write(&self, directory: &Path) -> Result<()> {
         let path = directory.join(self.name);
         let io = |error| Error::Io { path: path.clone(), error };
@@ -533,7 +534,7 @@ impl Beside {
 ///
 /// # Errors
 /// Returns [`Error::Output`] if one of the files exists and `overwrite` is false.
-fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) -> Result<Vec<Beside>> {
+fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) -> Result<Vec<CompanionFile>> {
     let mut files: Vec<(&'static str, Option<Vec<u8>>)> = vec![
         ("config.json", Some(to_python_json(config).into_bytes())),
         ("generation_config.json", opened.generation_config.as_ref().map(|json| to_python_json(json).into_bytes())),
@@ -567,7 +568,7 @@ fn beside(directory: &Path, opened: &Opened, config: &Value, overwrite: bool) ->
         return Err(Error::Output { path: path.clone(), what: " already exists; allow overwriting to replace it" });
     }
     files.retain(|(name, bytes)| bytes.is_some() || is_there(name));
-    Ok(files.into_iter().map(|(name, bytes)| Beside { name, bytes }).collect())
+    Ok(files.into_iter().map(|(name, bytes)| CompanionFile { name, bytes }).collect())
 }
 
 /// Returns a model card that names the source of the weights and their license.

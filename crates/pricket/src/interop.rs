@@ -86,7 +86,7 @@ impl Opened {
         loader.check_unused(&dry, &*opened.store)?;
         let fused: BTreeMap<String, RowOrder> = dry.fused().into_iter().collect();
         let in_model_order = loader.in_model_order(&mut opened)?;
-        let tensors = dry.asked().into_iter().map(|(name, from)| {
+        let tensors = dry.loaded_names().into_iter().map(|(name, from)| {
             let order = fused.get(&name).copied().filter(|_| in_model_order).unwrap_or(RowOrder::AsStored);
             (name, (from, order))
         });

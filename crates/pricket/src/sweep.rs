@@ -11,5 +11,5 @@ pub(crate) mod shard;
 pub use measure::Measure;
 #[cfg(feature = "plots")]
 pub use rows::{CurveOptions, Row, csv, curves, read_rows, table};
-pub use run::{Sweep, Swept};
+pub use run::{Sweep, SweepSummary};
 pub use shard::Shard;

@@ -270,7 +270,7 @@ pub(crate) struct Bias {
 by_isa! {
     /// Turns the first `to` scores of a row into weights relative to the running maximum, and sets the others to zero.
     /// `running` is the maximum and the sum of the weights so far. Returns the factor for the outputs summed before.
-    pub(crate) fn online_softmax(scores: &mut [f32], to: usize, bias: Bias, running: &mut (f32, f32)) -> f32 = soften_body
+    pub(crate) fn online_softmax(scores: &mut [f32], to: usize, bias: Bias, running: &mut (f32, f32)) -> f32 = online_softmax_body
 }
 
 const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
@@ -278,7 +278,12 @@ const COUNT: [f32; LANES] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 1
 /// # Safety
 /// The processor has the instructions of `L`.
 #[inline(always)]
-unsafe fn soften_body<L: Floats>(scores: &mut [f32], to: usize, bias: Bias, (max, sum): &mut (f32, f32)) -> f32 {
+unsafe fn online_softmax_body<L: Floats>(
+    scores: &mut [f32],
+    to: usize,
+    bias: Bias,
+    (max, sum): &mut (f32, f32),
+) -> f32 {
     // SAFETY: slicing checks that `to` is within the scores. Whole vectors are accessed below `whole`, and the rest one
     // by one.
     unsafe {

@@ -171,7 +171,7 @@ pub(crate) fn blocked(
 ) {
     assert_eq!(y.len(), rows * n, "output is not [rows, columns]");
     #[cfg(target_arch = "x86_64")]
-    if tiles::pay(isa(), rows, (k, n)) {
+    if tiles::is_faster(isa(), rows, (k, n)) {
         return tiles::blocked(left, rows, right, (k, n), begin, then, y);
     }
     let (isa, out) = (isa(), Shared::new(y));
@@ -225,7 +225,7 @@ const K_BLOCK: usize = 256;
 /// Panels that a task packs, as [`PANELS`], for products in bfloat16. These are so fast that rows must be read once for
 /// many columns.
 #[cfg(target_arch = "x86_64")]
-const DEEP_PANELS: usize = 8;
+const BF16_PANELS: usize = 8;
 
 /// [`Gemm::run_bf16`] for many rows.
 #[cfg(target_arch = "x86_64")]
@@ -243,7 +243,7 @@ fn many_rows_bf16(product: Gemm<'_>, products: Bf16Products) {
             products.to_rows(x, packed);
         }
     });
-    let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, DEEP_PANELS);
+    let panels = n.div_ceil(PANEL).div_ceil(2 * threads()).clamp(1, BF16_PANELS);
     let step = panels * PANEL;
     parallel(n.div_ceil(step), |task| {
         let (from, to) = (task * step, ((task + 1) * step).min(n));

@@ -7,8 +7,8 @@ use crate::cpu::isa::{InstructionSet, Isa};
 impl Isa {
     /// Returns the instruction set `set`, or `None` if this processor does not have it.
     pub fn new(set: InstructionSet) -> Option<Self> {
-        // SAFETY: `is_there` detected the instruction set.
-        is_there(set).then(|| unsafe { Self::assume(set) })
+        // SAFETY: `is_detected` detected the instruction set.
+        is_detected(set).then(|| unsafe { Self::assume(set) })
     }
 
     /// Returns the best instruction set of this processor.
@@ -24,7 +24,7 @@ impl Isa {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn is_there(set: InstructionSet) -> bool {
+fn is_detected(set: InstructionSet) -> bool {
     match set {
         InstructionSet::Scalar => true,
         InstructionSet::Neon => false,
@@ -32,19 +32,19 @@ fn is_there(set: InstructionSet) -> bool {
             is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
         }
         InstructionSet::Avx512 => {
-            is_there(InstructionSet::Avx2)
+            is_detected(InstructionSet::Avx2)
                 && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vnni")
         }
-        InstructionSet::Amx => is_there(InstructionSet::Avx512) && crate::cpu::bf16::has_tiles(),
+        InstructionSet::Amx => is_detected(InstructionSet::Avx512) && crate::cpu::bf16::has_tiles(),
     }
 }
 
 #[cfg(target_arch = "aarch64")]
-fn is_there(set: InstructionSet) -> bool {
+fn is_detected(set: InstructionSet) -> bool {
     match set {
         InstructionSet::Scalar => true,
         InstructionSet::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
@@ -53,14 +53,14 @@ fn is_there(set: InstructionSet) -> bool {
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn is_there(set: InstructionSet) -> bool {
+fn is_detected(set: InstructionSet) -> bool {
     set == InstructionSet::Scalar
 }
 
 /// Returns the instruction set that kernels use: the one that the environment variable `PRICKET_CPU` names, or else the
-/// best. An invalid value of the variable is ignored here; [`chosen`] reports it.
+/// best. An invalid value of the variable is ignored here; [`selected_isa`] reports it.
 pub(crate) fn isa() -> Isa {
-    chosen().unwrap_or_else(|_| Isa::best())
+    selected_isa().unwrap_or_else(|_| Isa::best())
 }
 
 /// Returns the instruction set that kernels use: the one that the environment variable `PRICKET_CPU` names, or else the
@@ -68,7 +68,7 @@ pub(crate) fn isa() -> Isa {
 ///
 /// # Errors
 /// Returns a message if the variable names an unknown instruction set, or one that this processor does not have.
-pub fn chosen() -> Result<Isa, String> {
+pub fn selected_isa() -> Result<Isa, String> {
     static CHOSEN: OnceLock<Result<Isa, String>> = OnceLock::new();
     let choose = || {
         let Ok(name) = std::env::var("PRICKET_CPU") else { return Ok(Isa::best()) };

@@ -28,10 +28,10 @@ mod sync {
 }
 
 /// Number of times that a worker reads the counter before it sleeps: about a tenth of a millisecond.
-const LOOKS: usize = if cfg!(shuttle) { 1 } else { 2_000 };
+const SPINS_BEFORE_SLEEP: usize = if cfg!(shuttle) { 1 } else { 2_000 };
 
 /// Number of times that a waiting caller reads a counter before it yields the processor.
-const IMPATIENCE: usize = if cfg!(shuttle) { 0 } else { 20_000 };
+const SPINS_BEFORE_YIELD: usize = if cfg!(shuttle) { 0 } else { 20_000 };
 
 thread_local! {
     static CURRENT: RefCell<Option<Pool>> = const { RefCell::new(None) };
@@ -84,7 +84,7 @@ struct Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::SeqCst);
-        self.shared.ring();
+        self.shared.wake_workers();
         for handle in self.handles.drain(..) {
             let _ = handle.join();
         }
@@ -115,7 +115,7 @@ impl Pool {
         for i in 1..threads {
             let shared = Arc::clone(&shared);
             let worker = thread::Builder::new().name(format!("pricket-{i}"));
-            workers.handles.push(worker.spawn(move || shared.serve())?);
+            workers.handles.push(worker.spawn(move || shared.worker_loop())?);
         }
         Ok(Self { shared, _workers: Arc::new(workers) })
     }
@@ -156,7 +156,7 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Shared {
-    fn ring(&self) {
+    fn wake_workers(&self) {
         let _guard = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
         self.condvar.notify_all();
     }
@@ -169,7 +169,7 @@ impl Shared {
         self.next.store(0, Ordering::SeqCst);
         self.ticket.fetch_add(1, Ordering::SeqCst);
         if self.sleepers.load(Ordering::SeqCst) > 0 {
-            self.ring();
+            self.wake_workers();
         }
         let ours = catch_unwind(AssertUnwindSafe(|| self.take_tasks(tasks, f)));
         // The job is closed: workers that have not joined it are not waited for.
@@ -177,7 +177,7 @@ impl Shared {
         let mut looks = 0usize;
         while self.active.load(Ordering::SeqCst) > 0 {
             looks += 1;
-            if looks < IMPATIENCE { std::hint::spin_loop() } else { thread::yield_now() }
+            if looks < SPINS_BEFORE_YIELD { std::hint::spin_loop() } else { thread::yield_now() }
         }
         let theirs = self.panicked.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.busy.store(false, Ordering::Release);
@@ -204,7 +204,7 @@ impl Shared {
         }
     }
 
-    fn serve(&self) {
+    fn worker_loop(&self) {
         let mut last = 0;
         while let Some(ticket) = self.wait_for_job(last) {
             last = ticket;
@@ -228,7 +228,7 @@ impl Shared {
     fn wait_for_job(&self, last: usize) -> Option<usize> {
         let open = || Some(self.ticket.load(Ordering::SeqCst)).filter(|&ticket| ticket % 2 == 1 && ticket != last);
         loop {
-            for _ in 0..LOOKS {
+            for _ in 0..SPINS_BEFORE_SLEEP {
                 if let Some(ticket) = open() {
                     return Some(ticket);
                 }

@@ -184,7 +184,7 @@ unsafe fn single<const KIND: u8>(row: *const u8, column: usize) -> f32 {
 
 /// Defines a function that calls `$body::<L, ..>` with the best instructions up to `isa`, for each type of stored
 /// numbers.
-macro_rules! by_path_and_kind {
+macro_rules! by_isa_and_kind {
     ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments, reason = "operands and their sizes")]
@@ -235,7 +235,7 @@ pub(crate) unsafe fn inner_products(
     unsafe { inner_products_of_kind(isa, kind, w, rows, k, x, x_stride, count, start, out, out_stride) };
 }
 
-by_path_and_kind! {
+by_isa_and_kind! {
     /// # Safety
     /// The operands are as long as [`inner_products`] requires, and no other thread accesses the output.
     inner_products_of_kind, inner_products_body, (
@@ -368,7 +368,7 @@ pub(crate) fn pack(isa: Isa, w: Rows<'_>, (rows, k): (usize, usize), out: &mut [
     unsafe { pack_of_kind(isa, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
 }
 
-by_path_and_kind! {
+by_isa_and_kind! {
     /// # Safety
     /// The rows exist, and 32 numbers can be written for each column.
     pack_of_kind, pack_body, (w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize)
@@ -416,7 +416,7 @@ pub(crate) fn widen_to(isa: Isa, w: Rows<'_>, (rows, k): (usize, usize), out: &m
     unsafe { widen_of_kind(isa, w.kind, w, rows, k, out.as_mut_ptr(), stride) };
 }
 
-by_path_and_kind! {
+by_isa_and_kind! {
     /// # Safety
     /// The rows exist, and `k` numbers can be written for each.
     widen_of_kind, widen_body, (w: Rows<'_>, rows: usize, k: usize, out: *mut f32, stride: usize)
@@ -453,7 +453,7 @@ pub(crate) fn weighted_sum(isa: Isa, v: Rows<'_>, weights: &[f32], out: &mut [f3
     unsafe { weighted_sum_of_kind(isa, v.kind, v, rows, k, weights.as_ptr(), out.as_mut_ptr()) };
 }
 
-by_path_and_kind! {
+by_isa_and_kind! {
     /// # Safety
     /// `rows` rows and weights can be read, and `k` numbers read and written.
     weighted_sum_of_kind, weighted_sum_body, (v: Rows<'_>, rows: usize, k: usize, weights: *const f32, out: *mut f32)
@@ -552,7 +552,7 @@ mod tests {
         }
     }
 
-    by_path_and_kind! {
+    by_isa_and_kind! {
         /// # Safety
         /// `len` numbers can be read and written, and are whole vectors.
         exp, exp_body, (x: *const f32, y: *mut f32, len: usize)

@@ -49,7 +49,7 @@ const PANELS: usize = 8;
 
 /// Returns whether tiles are the faster way to multiply `[rows, k]` with `[k, n]`. Splitting a number into terms costs
 /// as much as multiplying it with a few dozen others.
-pub(crate) fn pay(isa: Isa, rows: usize, (k, n): (usize, usize)) -> bool {
+pub(crate) fn is_faster(isa: Isa, rows: usize, (k, n): (usize, usize)) -> bool {
     isa == InstructionSet::Amx && rows >= 48 && n >= 64 && k >= 64
 }
 

@@ -21,7 +21,7 @@ use crate::Result;
 ///
 /// # Errors
 /// Returns an error if a tensor operation fails.
-pub fn wkv4_start(channels: usize, device: &Device) -> Result<Tensor> {
+pub fn wkv4_initial_state(channels: usize, device: &Device) -> Result<Tensor> {
     let sums = Tensor::zeros((2, channels), DType::F32, device)?;
     Ok(Tensor::cat(&[&sums, &Tensor::full(-1e38f32, (1, channels), device)?], 0)?)
 }

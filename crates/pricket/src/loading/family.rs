@@ -150,8 +150,8 @@ pub(crate) fn unknown_gguf_keys(metadata: &Value) -> Vec<String> {
 }
 
 /// Returns whether a tensor is the embedding or the head.
-pub(crate) fn is_table(family: &dyn Family, canonical: &str) -> bool {
-    ["token_embd.weight", "output.weight"].contains(&Names::spelled(canonical, family.gguf_names()).as_str())
+pub(crate) fn is_embedding_or_head(family: &dyn Family, canonical: &str) -> bool {
+    ["token_embd.weight", "output.weight"].contains(&Names::to_spelling(canonical, family.gguf_names()).as_str())
 }
 
 /// Sets the activation function of a configuration: `gelu` (error function) or `gelu_tanh` (tanh approximation).

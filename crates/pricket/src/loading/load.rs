@@ -487,14 +487,14 @@ impl Loader {
                 (order, build(order)?)
             }
         };
-        let names_on_file = if opened.is_container { Vec::new() } else { weights.asked() };
+        let names_on_file = if opened.is_container { Vec::new() } else { weights.loaded_names() };
         #[cfg(feature = "train")]
         let model = adapters.iter().try_fold(model, |model, adapter| -> Result<_> {
             let base = crate::loading::adapters::base(model, family.names(), names_on_file.clone());
             opened.notes.extend(crate::loading::adapters::notes(adapter, &opened.provenance));
             Ok(adapter.apply(&base)?)
         })?;
-        let stranger = stranger_warning(&opened.provenance, model.info(), &opened.config);
+        let stranger = card_mismatch_warning(&opened.provenance, model.info(), &opened.config);
         let license = license_warning(&opened.provenance);
         let (format, chosen) = prompts::choose(&opened);
         let generation_config = opened.generation_config.as_ref();
@@ -624,7 +624,7 @@ impl Loader {
 }
 
 /// Returns a warning if the model differs from the model card of its repository.
-fn stranger_warning(provenance: &Provenance, info: &ModelInfo, config: &Value) -> Option<String> {
+fn card_mismatch_warning(provenance: &Provenance, info: &ModelInfo, config: &Value) -> Option<String> {
     let card = crate::suites::cards::card(provenance.repo.as_deref()?)?;
     if let Some(what) = unlike(config, &card.family) {
         return Some(format!("{}: config.json does not describe a model of {}: {what}", card.id, card.suite));

@@ -134,7 +134,7 @@ pub(crate) fn by_evidence(
 /// Training gives query, key and value rows different norms. With wrong labels, the three groups have the same mean.
 fn told_by_rows(store: &dyn Store, headers: &Weights) -> Result<(f64, f64, f64)> {
     let (mut total, mut explained, mut chance) = (0.0, [0.0; 2], 1.0f64);
-    let (fused, asked) = (headers.fused(), headers.asked());
+    let (fused, asked) = (headers.fused(), headers.loaded_names());
     let fused = fused.iter().filter_map(|(canonical, order)| {
         let RowOrder::PerHead { heads } = *order else { return None };
         let (_, name) = asked.iter().find(|(asked, _)| asked == canonical && canonical.ends_with(".weight"))?;

@@ -68,13 +68,13 @@ pub fn fetch(model: impl Into<Source>, hub: &Hub, progress: &dyn Progress) -> Re
 }
 
 /// A progress that renames a download and keeps its fallback messages.
-pub(crate) struct Telling<'a> {
+pub(crate) struct RenamedProgress<'a> {
     progress: &'a dyn Progress,
     what: String,
     fallbacks: Mutex<Vec<String>>,
 }
 
-impl<'a> Telling<'a> {
+impl<'a> RenamedProgress<'a> {
     pub(crate) fn new(progress: &'a dyn Progress, what: impl Into<String>) -> Self {
         Self { progress, what: what.into(), fallbacks: Mutex::default() }
     }
@@ -85,7 +85,7 @@ impl<'a> Telling<'a> {
     }
 }
 
-impl Progress for Telling<'_> {
+impl Progress for RenamedProgress<'_> {
     fn begin(&self, _: &str, total: u64, unit: &str) {
         self.progress.begin(&self.what, total, unit);
     }
@@ -135,14 +135,14 @@ pub(crate) fn fetch_commit(
     hub: &Hub,
     progress: &dyn Progress,
 ) -> Result<Fetched> {
-    let found = Revision::at(id, commit.to_owned(), file, hub, &Telling::new(progress, ""))?;
+    let found = Revision::at(id, commit.to_owned(), file, hub, &RenamedProgress::new(progress, ""))?;
     found.fetch(&Changes::default(), hub, progress)
 }
 
 /// Fetches the tokenizer of a repository for a model that has none.
 pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) -> Result<PathBuf> {
     let id: ModelId = repo.parse()?;
-    let telling = Telling::new(progress, format!("fetching the tokenizer of {id}"));
+    let telling = RenamedProgress::new(progress, format!("fetching the tokenizer of {id}"));
     let commit = hub.resolve(&id, &telling)?;
     let listing = hub.files(&id.repo, &commit, &telling)?.files;
     let find = |name: &str| listing.iter().find(|file| file.path == name && file.size <= SMALL_BYTES).cloned();
@@ -157,7 +157,7 @@ pub(crate) fn fetch_tokenizer(repo: &str, hub: &Hub, progress: &dyn Progress) ->
 /// Fetches the files of an adapter and returns their directory in the cache.
 #[cfg(feature = "train")]
 pub(crate) fn fetch_adapter(id: &ModelId, hub: &Hub, progress: &dyn Progress) -> Result<PathBuf> {
-    let telling = Telling::new(progress, format!("fetching the adapter {id}"));
+    let telling = RenamedProgress::new(progress, format!("fetching the adapter {id}"));
     let commit = hub.resolve(id, &telling).map_err(|e| explained(e, id, None))?;
     let listing = hub.files(&id.repo, &commit, &telling)?.files;
     let find = |name: &str| listing.iter().find(|file| file.path == name).cloned();
@@ -180,12 +180,12 @@ pub(crate) struct Revision {
 
 impl Revision {
     pub(crate) fn find(id: &ModelId, file: Option<&str>, hub: &Hub, progress: &dyn Progress) -> Result<Self> {
-        let asking = Telling::new(progress, "");
+        let asking = RenamedProgress::new(progress, "");
         let commit = hub.resolve(id, &asking).map_err(|e| explained(e, id, card(id.repo.as_str())))?;
         Self::at(id, commit, file, hub, &asking)
     }
 
-    fn at(id: &ModelId, commit: String, file: Option<&str>, hub: &Hub, asking: &Telling<'_>) -> Result<Self> {
+    fn at(id: &ModelId, commit: String, file: Option<&str>, hub: &Hub, asking: &RenamedProgress<'_>) -> Result<Self> {
         let card = card(id.repo.as_str());
         let listing = hub.files(&id.repo, &commit, asking).map_err(|e| explained(e, id, card))?.files;
         let mut warnings = asking.fallbacks();
@@ -204,7 +204,7 @@ impl Revision {
 
     /// Fetches configuration, tokenizer, and the index of shards if there is one.
     pub(crate) fn fetch_small(&self, hub: &Hub, progress: &dyn Progress) -> Result<Snapshot> {
-        let telling = Telling::new(progress, format!("fetching {}", self.id));
+        let telling = RenamedProgress::new(progress, format!("fetching {}", self.id));
         let first = self.chosen.fetch_first();
         hub.fetch_part(&self.id.repo, &self.commit, &first, &telling).map_err(|e| self.explained(e))
     }
@@ -229,7 +229,7 @@ impl Revision {
             None => vec![self.chosen.weights.clone()],
         };
         let wanted = [self.chosen.fetch_first(), large].concat();
-        let telling = Telling::new(progress, format!("fetching {}", self.id));
+        let telling = RenamedProgress::new(progress, format!("fetching {}", self.id));
         let whole =
             hub.fetch(&self.id, &self.commit, &wanted, &self.listing, &telling).map_err(|e| self.explained(e))?;
         let mut report = whole.report;

@@ -10,7 +10,7 @@ use pricket_nn::{NoProgress, Progress};
 use serde_json::{Value, json};
 
 use crate::loading::forms::{forms, is_weight_file};
-use crate::loading::repository::{Fetched, Telling, explained, fetch_commit};
+use crate::loading::repository::{Fetched, RenamedProgress, explained, fetch_commit};
 use crate::loading::source::{Place, Source, holds_model, revision_path, revisions_in, step_in};
 use crate::suites::cards::{Card, KnownKind, card};
 use crate::suites::remote::Tensors;
@@ -71,7 +71,7 @@ pub struct Checkpoint {
     pub commit: Option<String>,
     /// Whether the checkpoint exists.
     pub present: bool,
-    /// Size of the weights in bytes, after [`Checkpoints::ask_sizes`].
+    /// Size of the weights in bytes, after [`Checkpoints::fetch_sizes`].
     pub bytes: Option<u64>,
     /// Known facts about the checkpoint (wrong, missing or unusual), each with its source.
     pub known: Vec<String>,
@@ -128,7 +128,7 @@ impl Checkpoints {
         }
         let repo = &id.repo;
         let card = card(repo.as_str());
-        let refs = hub.refs_or_main(repo, &Telling::new(progress, "")).map_err(|e| explained(e, id, card))?;
+        let refs = hub.refs_or_main(repo, &RenamedProgress::new(progress, "")).map_err(|e| explained(e, id, card))?;
         let number = |name: &str| card.map_or_else(|| step_of(name), |card| card.step_of(name));
         let pattern = card.and_then(|card| card.checkpoints.as_ref());
         let mut steps: BTreeMap<u64, Checkpoint> = BTreeMap::new();
@@ -252,7 +252,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// Returns the errors of [`Checkpoints::select`], and [`Error::Hub`] if a request fails.
-    pub fn ask_sizes(&mut self, steps: &Steps, progress: &dyn Progress) -> Result<()> {
+    pub fn fetch_sizes(&mut self, steps: &Steps, progress: &dyn Progress) -> Result<()> {
         let chosen: Vec<Checkpoint> = self.select(steps)?.into_iter().cloned().collect();
         let listings = self.home.listings(&chosen, progress)?;
         for (asked, listing) in chosen.iter().zip(listings) {
@@ -296,7 +296,7 @@ impl Home {
             }
             (Home::Hub(repo, hub, file), Some(commit)) => {
                 let id = ModelId::new(repo.clone(), &checkpoint.revision)?;
-                let listing = hub.files(repo, commit, &Telling::new(progress, ""));
+                let listing = hub.files(repo, commit, &RenamedProgress::new(progress, ""));
                 let mut listing = listing.map_err(|e| explained(e, &id, card(repo.as_str())))?;
                 if let Some(file) = file {
                     listing.files.retain(|listed| !is_weight_file(&listed.path) || listed.path == *file);

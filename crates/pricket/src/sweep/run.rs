@@ -68,7 +68,7 @@ impl std::fmt::Debug for Sweep {
 /// Summary of a sweep.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
-pub struct Swept {
+pub struct SweepSummary {
     /// Number of measured checkpoints.
     pub checkpoints: usize,
     /// Number of rows written.
@@ -117,11 +117,11 @@ impl Sweep {
     ///   because another sweep writes to it.
     /// - [`Error::Source`] or [`Error::Hub`] if a model does not have the requested training steps.
     ///
-    /// A checkpoint or a task that fails does not end the sweep; see [`Swept::failed`].
-    pub fn run(&self, mut tell: impl FnMut(&Value)) -> Result<Swept> {
+    /// A checkpoint or a task that fails does not end the sweep; see [`SweepSummary::failed`].
+    pub fn run(&self, mut tell: impl FnMut(&Value)) -> Result<SweepSummary> {
         self.check()?;
         let mut rows = Rows::open(&self.out)?;
-        let mut swept = Swept { recomputed: rows.torn, ..Swept::default() };
+        let mut swept = SweepSummary { recomputed: rows.torn, ..SweepSummary::default() };
         let jobs = self.jobs(&rows, &mut swept)?;
         let outcome = std::thread::scope(|scope| -> Result<Vec<String>> {
             // A channel without capacity: at most one checkpoint is loaded in addition to the one being measured.
@@ -134,7 +134,7 @@ impl Sweep {
                 Ok((model, stamps))
             };
             // A measure whose documents fail at one checkpoint of a model fails at all of them.
-            let hopeless = Hopeless::default();
+            let hopeless = FailedMeasures::default();
             let mut ahead = None;
             if self.prefetch {
                 let (jobs, hopeless) = (&jobs, hopeless.clone());
@@ -224,7 +224,7 @@ impl Sweep {
     }
 
     /// Returns the checkpoints of this shard that still have something to measure.
-    fn jobs<'a>(&'a self, rows: &Rows, swept: &mut Swept) -> Result<Vec<Job<'a>>> {
+    fn jobs<'a>(&'a self, rows: &Rows, swept: &mut SweepSummary) -> Result<Vec<Job<'a>>> {
         let (mut jobs, mut number, mut unproven) = (Vec::new(), 0, 0);
         let mut hashes = Hashes::default();
         let inputs: Vec<Value> =
@@ -270,9 +270,9 @@ impl Sweep {
         &self,
         job: &Job<'_>,
         loaded: Result<(Pricket, Value)>,
-        hopeless: &Hopeless,
+        hopeless: &FailedMeasures,
         rows: &mut Rows,
-        swept: &mut Swept,
+        swept: &mut SweepSummary,
         tell: &mut impl FnMut(&Value),
     ) -> Result<()> {
         let mut about = json!({
@@ -296,10 +296,10 @@ impl Sweep {
         &self,
         job: &Job<'_>,
         loaded: Result<(Pricket, Value)>,
-        hopeless: &Hopeless,
+        hopeless: &FailedMeasures,
         about: &mut Value,
         rows: &mut Rows,
-        swept: &mut Swept,
+        swept: &mut SweepSummary,
         tell: &mut impl FnMut(&Value),
     ) -> Result<usize, Failure> {
         let ((model, stamps), mut measured) = (loaded.map_err(Failure::of)?, 0);
@@ -401,9 +401,9 @@ impl Sweep {
 
 /// Pairs of model and measure that failed because of the measure's documents.
 #[derive(Clone, Default)]
-struct Hopeless(Arc<Mutex<BTreeSet<(String, String)>>>);
+struct FailedMeasures(Arc<Mutex<BTreeSet<(String, String)>>>);
 
-impl Hopeless {
+impl FailedMeasures {
     fn known(&self) -> MutexGuard<'_, BTreeSet<(String, String)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,7 +6,7 @@ use pricket_hub::{Hub, Listed, ModelId, RepoId};
 use pricket_lm::Task;
 use pricket_nn::Progress;
 
-use crate::loading::repository::{Telling, explained};
+use crate::loading::repository::{RenamedProgress, explained};
 use crate::{Error, Result};
 
 /// The branch with the Hub's conversion of a dataset to parquet. All datasets have the layout
@@ -31,7 +31,7 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
     let mut seen = Vec::new();
     for revision in [CONVERTED, "main"] {
         let id = ModelId::new(repo.clone(), revision)?;
-        let telling = Telling::new(progress, format!("fetching {split} of {}", task.name()));
+        let telling = RenamedProgress::new(progress, format!("fetching {split} of {}", task.name()));
         let commit = match hub.resolve(&id, &telling) {
             // The Hub does not convert every dataset.
             Err(pricket_hub::Error::Revision { .. } | pricket_hub::Error::Offline { .. }) if revision == CONVERTED => {
