@@ -103,3 +103,6 @@ mod training;
 
 /// The examples as a user runs them.
 mod examples;
+
+/// The documents: commands, links and the table of contents.
+mod docs;

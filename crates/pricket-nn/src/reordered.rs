@@ -101,8 +101,10 @@ mod tests {
         assert_eq!(first, [0.0, 4.0, 8.0, 2.0, 6.0, 10.0, 12.0, 16.0, 20.0, 14.0, 18.0, 22.0]);
         let same = |a: &Tensor, b: &Tensor| a.to_vec2::<f32>().unwrap() == b.to_vec2::<f32>().unwrap();
         assert!(same(&order.undo(&memory).unwrap(), &file));
-        let rows =
-            Tensor::new(order.source_rows(12, false).unwrap().iter().map(|&x| x as u32).collect::<Vec<_>>(), &Device::Cpu);
+        let rows = Tensor::new(
+            order.source_rows(12, false).unwrap().iter().map(|&x| x as u32).collect::<Vec<_>>(),
+            &Device::Cpu,
+        );
         assert!(same(&file.index_select(&rows.unwrap(), 0).unwrap(), &memory));
         assert!(RowOrder::Pairs { heads: 5 }.apply(&file).is_err());
     }
