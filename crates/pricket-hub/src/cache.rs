@@ -170,7 +170,8 @@ impl Cache {
         CachedRepo { bytes: sizes.values().sum(), partial_bytes, revisions, repo }
     }
 
-    /// Computes the hash of every file of `repos` once and compares it with the listing of its commit, or else with the name of its blob.
+    /// Computes the hash of every file of `repos` once and compares it with the listing of its commit, or else with the
+    /// name of its blob.
     ///
     /// Unreadable files and dangling links are part of the result, with [`Verified::is_good`] false.
     ///
@@ -227,7 +228,8 @@ impl Cache {
         out
     }
 
-    /// Deletes commits that pricket fetched, the least recently used first, until the remaining ones take at most `budget` bytes.
+    /// Deletes commits that pricket fetched, the least recently used first, until the remaining ones take at most
+    /// `budget` bytes.
     ///
     /// Unfinished downloads are deleted first. The following is never deleted:
     ///
@@ -370,7 +372,8 @@ impl Cache {
     }
 }
 
-/// Deletes the blobs that the snapshot at `gone` links to, except those in `kept`, then the snapshot. Returns the freed bytes.
+/// Deletes the blobs that the snapshot at `gone` links to, except those in `kept`, then the snapshot. Returns the freed
+/// bytes.
 fn drop_blobs(layout: &Layout, gone: &Path, kept: &BTreeSet<&PathBuf>) -> Result<u64> {
     let mut freed = 0;
     for path in files_below(gone) {
@@ -416,7 +419,8 @@ fn names_in(directory: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Returns the paths of all files below a directory, relative to it and separated by `/`. Does not follow links to directories.
+/// Returns the paths of all files below a directory, relative to it and separated by `/`. Does not follow links to
+/// directories.
 pub(crate) fn files_below(directory: &Path) -> Vec<String> {
     let mut out = Vec::new();
     for name in names_in(directory).unwrap_or_default() {

@@ -1,4 +1,5 @@
-//! [`Hub::fetch`] and [`Hub::read`]: downloads listed files into a snapshot, several at once, and reads byte ranges of remote files.
+//! [`Hub::fetch`] and [`Hub::read`]: downloads listed files into a snapshot, several at once, and reads byte ranges of
+//! remote files.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -52,11 +53,12 @@ pub struct Report {
 }
 
 impl Hub {
-    /// Fetches the files `wanted` of `commit` into the cache and records `commit` as the commit of the revision that `id` names.
-    /// `listing` is the result of [`Hub::files`].
+    /// Fetches the files `wanted` of `commit` into the cache and records `commit` as the commit of the revision that
+    /// `id` names. `listing` is the result of [`Hub::files`].
     ///
-    /// Files in the cache are not fetched again, and interrupted downloads resume. If another process is fetching a file, this call waits
-    /// for it. The length and hash of every received file are verified before the file gets its final name.
+    /// Files in the cache are not fetched again, and interrupted downloads resume. If another process is fetching a
+    /// file, this call waits for it. The length and hash of every received file are verified before the file gets its
+    /// final name.
     ///
     /// # Errors
     /// - [`Error::NoSpace`] if the files do not fit on the disk, before anything is fetched;
@@ -75,8 +77,8 @@ impl Hub {
         let ModelId { repo, revision } = id;
         let snapshot = self.fetch_part(repo, commit, wanted, progress)?;
         let layout = self.layout(repo);
-        // Runs after the fetch, so that a branch never moves from a complete snapshot to an incomplete one. The listing is
-        // kept only after the hashes have confirmed it.
+        // Runs after the fetch, so that a branch never moves from a complete snapshot to an incomplete one. The listing
+        // is kept only after the hashes have confirmed it.
         let keep = || {
             let _mutex = Lock::wait(&layout.mutex(), MUTEX, progress, &|| false)?;
             if layout.in_use(commit).is_file() {
@@ -245,7 +247,8 @@ impl Hub {
     }
 }
 
-/// Rejects commits, paths and hashes that could lead outside the cache. Callers may pass listings that did not come from the Hub.
+/// Rejects commits, paths and hashes that could lead outside the cache. Callers may pass listings that did not come
+/// from the Hub.
 fn check_names(commit: &str, files: &[Listed]) -> Result<()> {
     let bad = |what: &str| Err(Error::Input(format!("invalid commit, file path or file hash: {what:?}")));
     if !is_commit(commit) {
@@ -267,7 +270,8 @@ fn known(file: &Listed) -> Result<&Digest> {
         .ok_or_else(|| Error::Input(format!("{}: cannot fetch a file whose hash is unknown", file.path)))
 }
 impl Hub {
-    /// Returns the bytes `range` of a file from the Hub. Nothing is written to the cache, and the hash cannot be verified.
+    /// Returns the bytes `range` of a file from the Hub. Nothing is written to the cache, and the hash cannot be
+    /// verified.
     ///
     /// # Errors
     /// - [`Error::NoFile`] if the range exceeds the file;

@@ -1,7 +1,8 @@
 //! The download of one file.
 //!
-//! Several threads fetch ranges of the file into a [`Part`], which records the bytes received. Another thread hashes the bytes up to the
-//! first gap, so that the hash is ready soon after the last byte. The file gets its final name only if its hash matches the listing.
+//! Several threads fetch ranges of the file into a [`Part`], which records the bytes received. Another thread hashes
+//! the bytes up to the first gap, so that the hash is ready soon after the last byte. The file gets its final name only
+//! if its hash matches the listing.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -105,8 +106,8 @@ impl One<'_> {
         Ok(on_disk)
     }
 
-    /// Calls `name`, which gives the blob its final name, then links the snapshot to the blob. Both happen under the mutex of the
-    /// repository.
+    /// Calls `name`, which gives the blob its final name, then links the snapshot to the blob. Both happen under the
+    /// mutex of the repository.
     fn link(&self, is_new: bool, name: impl FnOnce() -> Result<()>) -> Result<()> {
         let layout = self.layout;
         let _mutex = Lock::wait(&layout.mutex(), MUTEX, self.ledger.progress, &|| self.stopped())?;
@@ -230,7 +231,8 @@ impl One<'_> {
         }
     }
 
-    /// Sends one request for the rest of range `i`. Returns `false` if the server ignored the range and sent the whole file.
+    /// Sends one request for the rest of range `i`. Returns `false` if the server ignored the range and sent the whole
+    /// file.
     fn range(&self, part: &Part, i: usize, halted: &dyn Fn() -> bool) -> Result<bool, Failure> {
         let size = self.file.size;
         let start = part.range_start(i) + part.done(i);
@@ -325,8 +327,8 @@ impl One<'_> {
     }
 }
 
-/// Returns the end of the range of a 206 response. The range must begin at `start`, end at or before `end`, and belong to a file of
-/// `size` bytes.
+/// Returns the end of the range of a 206 response. The range must begin at `start`, end at or before `end`, and belong
+/// to a file of `size` bytes.
 pub(crate) fn check_range(url: &str, answer: &Answer, start: u64, end: u64, size: u64) -> Result<u64, Failure> {
     let text = answer.header("content-range").unwrap_or_default();
     let parsed = text.strip_prefix("bytes ").and_then(|text| {

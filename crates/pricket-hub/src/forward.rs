@@ -1,4 +1,5 @@
-//! Requests for `http://` URLs through a proxy, with the absolute URL in the request line (RFC 9112, section 3.2.2), as curl sends them.
+//! Requests for `http://` URLs through a proxy, with the absolute URL in the request line (RFC 9112, section 3.2.2), as
+//! curl sends them.
 //!
 //! `ureq` opens a tunnel (CONNECT) for every scheme, which many proxies allow only for `https://`.
 

@@ -1,7 +1,7 @@
 //! HTTP requests with redirects, authorization and retries.
 //!
-//! Redirects are followed here rather than by the HTTP library, so that the token is sent only to the origin of the Hub. Failures are
-//! classified into those that a retry may solve and those that it cannot.
+//! Redirects are followed here rather than by the HTTP library, so that the token is sent only to the origin of the
+//! Hub. Failures are classified into those that a retry may solve and those that it cannot.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::Read;
@@ -103,14 +103,14 @@ impl Http {
         self.agent.shutdown();
     }
 
-    /// Sends a GET request and follows redirects. The response has status 200 or 206. `is_moved` means that `url` is the target of an
-    /// earlier redirect.
+    /// Sends a GET request and follows redirects. The response has status 200 or 206. `is_moved` means that `url` is
+    /// the target of an earlier redirect.
     pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>, is_moved: bool) -> Result<Answer, Failure> {
         self.ask("GET", url, range, is_moved)
     }
 
-    /// Sends a HEAD request for a file. Returns the response that gives its size and hash, usually a redirect to another host, which is
-    /// not followed.
+    /// Sends a HEAD request for a file. Returns the response that gives its size and hash, usually a redirect to
+    /// another host, which is not followed.
     pub(crate) fn head(&self, url: &str) -> Result<Answer, Failure> {
         self.ask("HEAD", url, None, false)
     }
@@ -159,7 +159,8 @@ impl Http {
                         reached: true,
                     });
                 }
-                // The usual cause is an expired signature. A retry gets a new one from the original URL. A 401 does not change.
+                // The usual cause is an expired signature. A retry gets a new one from the original URL. A 401 does not
+                // change.
                 status if is_moved && status != 401 => {
                     return Err(Failure::again(&url, format!("status {status} after a redirect")));
                 }
@@ -215,7 +216,8 @@ mod wire {
     use crate::network::{Env, Proxies, certificates};
     use crate::{Error, Result as HubResult, Settings};
 
-    /// The agents, or the message of an error in the environment, such as an unsupported proxy. Such an error fails every request.
+    /// The agents, or the message of an error in the environment, such as an unsupported proxy. Such an error fails
+    /// every request.
     pub(super) struct Agent(Result<Agents, String>);
 
     struct Agents {
@@ -276,8 +278,8 @@ mod wire {
         }
     }
 
-    /// Returns the trusted root certificates: those of the file that the environment names, or else of the platform's store. If the store
-    /// is empty, the certificates of Mozilla are used.
+    /// Returns the trusted root certificates: those of the file that the environment names, or else of the platform's
+    /// store. If the store is empty, the certificates of Mozilla are used.
     pub(super) fn roots(env: Env<'_>) -> HubResult<RootCerts> {
         let Some((name, path)) = certificates(env) else {
             let store = rustls_native_certs::load_native_certs().certs;
@@ -399,7 +401,8 @@ mod wire {
     }
 }
 
-/// Parses the wait from a header such as `RateLimit: "resolvers";r=0;t=120`, which the Hub sends instead of `Retry-After`.
+/// Parses the wait from a header such as `RateLimit: "resolvers";r=0;t=120`, which the Hub sends instead of
+/// `Retry-After`.
 fn rate_limit(text: &str) -> Option<Duration> {
     let field = |name: &str| text.split(';').find_map(|part| part.trim().strip_prefix(name)?.parse::<u64>().ok());
     (field("r=") == Some(0)).then(|| field("t=")).flatten().map(Duration::from_secs)
@@ -433,8 +436,8 @@ impl<'a> Tries<'a> {
         Self { unreached: patience.tries.min(2), ..Self::new(patience, progress) }
     }
 
-    /// Waits before another attempt, or returns an error if no further attempt makes sense. `gained` is the number of bytes that the
-    /// failed attempt received.
+    /// Waits before another attempt, or returns an error if no further attempt makes sense. `gained` is the number of
+    /// bytes that the failed attempt received.
     pub(crate) fn failed(&mut self, failure: Failure, gained: u64, stop: &dyn Fn() -> bool) -> Result<()> {
         let (url, what, after, reached) = match failure {
             Failure::Fatal(e) => return Err(e),

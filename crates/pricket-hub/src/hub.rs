@@ -154,7 +154,8 @@ impl Hub {
         Ok(self.json(repo, "main", &url, progress, parse)?.0)
     }
 
-    /// Returns the result of [`Hub::refs`]. If the server does not list branches, returns the cached ones and `main`, with a notice.
+    /// Returns the result of [`Hub::refs`]. If the server does not list branches, returns the cached ones and `main`,
+    /// with a notice.
     ///
     /// # Errors
     /// Returns the error of [`Hub::refs`] if `main` cannot be resolved either.
@@ -184,7 +185,8 @@ impl Hub {
         (is_commit(commit) && is_relative_path(&file.path)).then(|| self.layout(repo).present(commit, file)).flatten()
     }
 
-    /// Returns the revisions recorded in the cache, with their commits at the last fetch. All of them are listed as branches.
+    /// Returns the revisions recorded in the cache, with their commits at the last fetch. All of them are listed as
+    /// branches.
     ///
     /// # Errors
     /// Returns [`Error::Offline`] if there are none.
@@ -205,7 +207,8 @@ impl Hub {
 
     /// Returns the commit of a revision: a branch, a tag or a commit.
     ///
-    /// If the network or the Hub fails, returns the commit recorded in the cache and reports that to [`Progress::fallback`].
+    /// If the network or the Hub fails, returns the commit recorded in the cache and reports that to
+    /// [`Progress::fallback`].
     ///
     /// # Errors
     /// - [`Error::Revision`], with the existing revisions, if the revision does not exist;
@@ -270,8 +273,8 @@ impl Hub {
 
     /// Returns the files of a commit.
     ///
-    /// A commit never changes, so its listing is kept in the cache after the first fetch and not requested again. In offline mode, or if
-    /// the network fails, the result may be only the cached files; see [`Listing::is_complete`].
+    /// A commit never changes, so its listing is kept in the cache after the first fetch and not requested again. In
+    /// offline mode, or if the network fails, the result may be only the cached files; see [`Listing::is_complete`].
     ///
     /// # Errors
     /// Returns the errors of [`Hub::refs`], and [`Error::Protocol`] if a listed path leads outside the repository.
@@ -315,8 +318,8 @@ impl Hub {
         }
     }
 
-    /// Lists the files of a commit for servers that do not list trees: names from the `siblings` of the revision, size and hash from one
-    /// HEAD request each.
+    /// Lists the files of a commit for servers that do not list trees: names from the `siblings` of the revision, size
+    /// and hash from one HEAD request each.
     fn ask_siblings(&self, repo: &RepoId, commit: &str, progress: &dyn Progress) -> Result<Vec<Listed>> {
         let url = format!("{}/api/{}/revision/{commit}", self.settings.endpoint, repo.api());
         let (names, _) = self.json(repo, commit, &url, progress, |info: wire::Info| Some(info.siblings))?;

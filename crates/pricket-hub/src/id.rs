@@ -8,7 +8,8 @@ use crate::{Error, Result};
 /// Prefix of dataset ids, as in the URLs of the Hub.
 const DATASETS: &str = "datasets/";
 
-/// The id of a repository: `owner/name` for models, `datasets/owner/name` for datasets. Some old models have a bare `name`.
+/// The id of a repository: `owner/name` for models, `datasets/owner/name` for datasets. Some old models have a bare
+/// `name`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RepoId(String);
 

@@ -1,4 +1,5 @@
-//! Paths in the cache: `models--owner--name/{blobs,snapshots,refs}` and `.locks`, as Python's `huggingface_hub` defines them.
+//! Paths in the cache: `models--owner--name/{blobs,snapshots,refs}` and `.locks`, as Python's `huggingface_hub` defines
+//! them.
 //!
 //! Files of pricket alone are in `models--owner--name/.pricket`, which Python ignores.
 
@@ -56,14 +57,14 @@ impl Layout {
         self.root().join(".pricket").join(format!("{commit}.json"))
     }
 
-    /// Returns the path of the snapshot of a commit during eviction. It has the depth of `snapshots/COMMIT`, so relative links stay
-    /// valid.
+    /// Returns the path of the snapshot of a commit during eviction. It has the depth of `snapshots/COMMIT`, so
+    /// relative links stay valid.
     pub(crate) fn going(&self, commit: &str) -> PathBuf {
         self.root().join(".pricket").join(format!("{GOING}{commit}"))
     }
 
-    /// Returns the path of the lock file that all users of a commit share. Its modification time is the time of the last use. The file
-    /// exists only for commits that pricket fetched.
+    /// Returns the path of the lock file that all users of a commit share. Its modification time is the time of the
+    /// last use. The file exists only for commits that pricket fetched.
     pub(crate) fn in_use(&self, commit: &str) -> PathBuf {
         self.root().join(".pricket").join(format!("{commit}.lock"))
     }
@@ -144,7 +145,8 @@ impl Layout {
         std::fs::metadata(&path).ok().filter(|meta| meta.is_file() && meta.len() == file.size).map(|_| path)
     }
 
-    /// Creates `snapshots/COMMIT/PATH` for a blob: a relative symbolic link, or the file itself if links are off or not supported.
+    /// Creates `snapshots/COMMIT/PATH` for a blob: a relative symbolic link, or the file itself if links are off or not
+    /// supported.
     ///
     /// `is_new` means that no other snapshot links to the blob, so the blob may be moved instead of copied.
     pub(crate) fn link(&self, commit: &str, file: &str, digest: &Digest, symlinks: bool, is_new: bool) -> Result<()> {

@@ -1,4 +1,5 @@
-//! Downloads of model checkpoints from the Hugging Face Hub: ids, revisions, training steps, verified files and the shared cache.
+//! Downloads of model checkpoints from the Hugging Face Hub: ids, revisions, training steps, verified files and the
+//! shared cache.
 //!
 //! | item | purpose |
 //! |---|---|
@@ -8,9 +9,9 @@
 //! | [`Hub::read`] | a byte range of a remote file, without downloading the file |
 //! | [`Cache`] | listing, verifying and evicting cached files |
 //!
-//! A file gets its final name only after its length and hash match the listing of the commit. Interrupted downloads resume. A branch is
-//! resolved to a commit once, so a snapshot never mixes files of two commits. The token is sent to the Hub and to no other host. This
-//! crate does not read tensors.
+//! A file gets its final name only after its length and hash match the listing of the commit. Interrupted downloads
+//! resume. A branch is resolved to a commit once, so a snapshot never mixes files of two commits. The token is sent to
+//! the Hub and to no other host. This crate does not read tensors.
 //!
 //! ```no_run
 //! use pricket_hub::{Hub, ModelId, NoProgress};

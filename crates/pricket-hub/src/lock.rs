@@ -7,7 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::{Error, Progress, Result, platform};
 
-/// An advisory lock on a file (`flock`, as in Python's filelock). It is released when the value is dropped or the process ends.
+/// An advisory lock on a file (`flock`, as in Python's filelock). It is released when the value is dropped or the
+/// process ends.
 #[derive(Debug)]
 pub(crate) struct Lock {
     _file: File,
@@ -44,8 +45,8 @@ fn has_no_locks(e: &std::io::Error) -> bool {
 impl Lock {
     /// Takes the lock exclusively and waits without a time limit while another process holds it.
     ///
-    /// After two seconds, reports "waiting for {for_what}" once. Fails with [`Error::Cancelled`] when `stop` returns true or `progress`
-    /// is canceled.
+    /// After two seconds, reports "waiting for {for_what}" once. Fails with [`Error::Cancelled`] when `stop` returns
+    /// true or `progress` is canceled.
     pub(crate) fn wait(path: &Path, for_what: &str, progress: &dyn Progress, stop: &dyn Fn() -> bool) -> Result<Self> {
         let began = Instant::now();
         let mut told = false;
@@ -68,7 +69,8 @@ impl Lock {
     pub(crate) fn try_new(path: &Path) -> Result<Option<Self>> {
         let file = open(path)?;
         match file.try_lock() {
-            // If another process deleted the lock file meanwhile, this lock is on a file without a name and excludes nobody.
+            // If another process deleted the lock file meanwhile, this lock is on a file without a name and excludes
+            // nobody.
             Ok(()) if platform::same_file(&file, path) => Ok(Some(Self { _file: file, is_real: true })),
             Ok(()) | Err(std::fs::TryLockError::WouldBlock) => Ok(None),
             Err(std::fs::TryLockError::Error(e)) if has_no_locks(&e) => Ok(Some(Self { _file: file, is_real: false })),

@@ -20,10 +20,12 @@ pub(crate) struct Proxies {
 }
 
 impl Proxies {
-    /// Reads `https_proxy`, `http_proxy`, `all_proxy` and `no_proxy`. The lower-case name takes precedence over the upper-case one.
+    /// Reads `https_proxy`, `http_proxy`, `all_proxy` and `no_proxy`. The lower-case name takes precedence over the
+    /// upper-case one.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] if a proxy is of an unsupported kind, since ignoring the variable would bypass the proxy.
+    /// Returns [`Error::Input`] if a proxy is of an unsupported kind, since ignoring the variable would bypass the
+    /// proxy.
     pub(crate) fn from(env: Env<'_>) -> Result<Self> {
         let direct = first(env, &["no_proxy", "NO_PROXY"]).map(|(_, list)| list).unwrap_or_default();
         let entry = |entry: &str| entry.trim().trim_start_matches('.').to_ascii_lowercase();
@@ -70,8 +72,8 @@ fn proxy(env: Env<'_>, names: &[&'static str]) -> Result<Option<String>> {
     }
 }
 
-/// Returns the certificate file that replaces the platform's store, with the variable that names it. The variables are those of
-/// requests, curl and OpenSSL.
+/// Returns the certificate file that replaces the platform's store, with the variable that names it. The variables are
+/// those of requests, curl and OpenSSL.
 pub(crate) fn certificates(env: Env<'_>) -> Option<(&'static str, PathBuf)> {
     first(env, &["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]).map(|(name, path)| (name, path.into()))
 }

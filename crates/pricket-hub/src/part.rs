@@ -1,8 +1,8 @@
 //! The on-disk format of an unfinished download.
 //!
-//! The bytes of the file are at their final offsets. A trailer follows: an 8-byte magic, the bytes per range, then the number of bytes
-//! received of each range, as little-endian 64-bit integers. Bytes and counts are in one file, so that they cannot be separated.
-//! Truncating the file to its final length completes it.
+//! The bytes of the file are at their final offsets. A trailer follows: an 8-byte magic, the bytes per range, then the
+//! number of bytes received of each range, as little-endian 64-bit integers. Bytes and counts are in one file, so that
+//! they cannot be separated. Truncating the file to its final length completes it.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use crate::{Error, Result, platform};
 
-/// Suffix of unfinished downloads. It differs from Python's `.incomplete`, so the two clients never write to the same file.
+/// Suffix of unfinished downloads. It differs from Python's `.incomplete`, so the two clients never write to the same
+/// file.
 pub(crate) const SUFFIX: &str = ".pricket-part";
 const MAGIC: &[u8; 8] = b"pricket1";
 /// Limit on the number of ranges, so that the trailer stays small.
@@ -57,7 +58,8 @@ impl Part {
         Ok(part)
     }
 
-    /// Returns the number of bytes that an earlier run left at `path` for a file of `size` bytes. Without the lock this is an estimate.
+    /// Returns the number of bytes that an earlier run left at `path` for a file of `size` bytes. Without the lock this
+    /// is an estimate.
     pub(crate) fn left_behind(path: &Path, size: u64) -> u64 {
         let Ok(file) = File::open(path) else { return 0 };
         let mut part = Self {
@@ -75,7 +77,8 @@ impl Part {
     fn resume(&mut self) -> Result<bool> {
         let length = self.file.metadata().map_err(Error::io(&self.path))?.len();
         if length == self.size && length > 0 {
-            // All bytes have arrived and the trailer is cut off, but the rename did not happen. The hash is checked again.
+            // All bytes have arrived and the trailer is cut off, but the rename did not happen. The hash is checked
+            // again.
             self.range_bytes = self.size;
             self.done = vec![AtomicU64::new(self.size)];
             return Ok(true);
@@ -170,7 +173,8 @@ impl Part {
         self.news.1.notify_all();
     }
 
-    /// Reads bytes of range `i` from offset `from` of the range. Returns the number read, limited by the bytes received and by the buffer.
+    /// Reads bytes of range `i` from offset `from` of the range. Returns the number read, limited by the bytes received
+    /// and by the buffer.
     ///
     /// If there are none yet, waits up to 50 ms for them and may return 0.
     pub(crate) fn read(&self, i: usize, from: u64, buffer: &mut [u8]) -> Result<usize> {

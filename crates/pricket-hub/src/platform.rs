@@ -17,7 +17,8 @@ mod imp {
         std::os::unix::fs::symlink(target, pointer)
     }
 
-    /// Lets members of the group write to the file, so that users who share a cache can use its locks. Python does the same.
+    /// Lets members of the group write to the file, so that users who share a cache can use its locks. Python does the
+    /// same.
     pub(crate) fn share_with_group(file: &File) {
         let _ = file.set_permissions(std::fs::Permissions::from_mode(0o664));
     }
@@ -50,7 +51,8 @@ mod imp {
 
     use super::{File, Metadata, Path, Result};
 
-    /// Always fails: links need a privilege that few users have, so snapshots hold the files themselves, as with Python.
+    /// Always fails: links need a privilege that few users have, so snapshots hold the files themselves, as with
+    /// Python.
     pub(crate) fn symlink(_: &str, _: &Path) -> Result<()> {
         Err(std::io::ErrorKind::Unsupported.into())
     }

@@ -58,12 +58,13 @@ pub struct Patience {
     pub stall: Duration,
     /// Number of failures in a row, with less than 64 KiB received in between, after which a request fails (default 8).
     pub tries: u32,
-    /// Pause after the first failure (default 0.5 s). It doubles with each failure up to `longest_pause`, and is shortened at random by up
-    /// to one half.
+    /// Pause after the first failure (default 0.5 s). It doubles with each failure up to `longest_pause`, and is
+    /// shortened at random by up to one half.
     pub pause: Duration,
     /// Longest pause between attempts, unless the server asks for a longer one (default 30 s).
     pub longest_pause: Duration,
-    /// Longest pause that a server may ask for with `Retry-After` (default 10 minutes). The request fails if it asks for more.
+    /// Longest pause that a server may ask for with `Retry-After` (default 10 minutes). The request fails if it asks
+    /// for more.
     pub longest_asked: Duration,
 }
 
@@ -129,7 +130,8 @@ impl Settings {
     /// Reads the settings from environment variables.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] if a variable is invalid, or if neither a cache directory nor a home directory is known.
+    /// Returns [`Error::Input`] if a variable is invalid, or if neither a cache directory nor a home directory is
+    /// known.
     pub fn from_env() -> Result<Self> {
         Self::from_vars(|name| std::env::var_os(name).and_then(|value| value.into_string().ok()))
     }
@@ -187,8 +189,8 @@ impl Settings {
     }
 }
 
-/// Expands a leading `~`, then `$VAR` and `${VAR}`, as Python's `expanduser` and `expandvars` do. On Windows also expands `%VAR%`.
-/// Variables that are not set stay unchanged.
+/// Expands a leading `~`, then `$VAR` and `${VAR}`, as Python's `expanduser` and `expandvars` do. On Windows also
+/// expands `%VAR%`. Variables that are not set stay unchanged.
 fn expanded(
     text: &str,
     home: impl Fn() -> Option<String>,

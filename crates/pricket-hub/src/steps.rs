@@ -19,7 +19,8 @@ const MOST: u64 = 1 << 20;
 /// | `0..143000:10000` | 0, 10000, 20000, ... up to 143000 (first, last and stride; the last is included) |
 /// | `1000..5000` | all existing steps from 1000 to 5000, both included |
 ///
-/// Commas join several selections. `all`, `final`, `log` and ranges choose among the existing steps. A single number must exist.
+/// Commas join several selections. `all`, `final`, `log` and ranges choose among the existing steps. A single number
+/// must exist.
 ///
 /// ```
 /// use pricket_hub::Steps;
@@ -80,8 +81,8 @@ impl Steps {
         Ok(chosen.into_iter().collect())
     }
 
-    /// Returns the steps of a selection that has only numbers and ranges with a stride, whether they exist or not. Returns `None` if any
-    /// part depends on the existing steps.
+    /// Returns the steps of a selection that has only numbers and ranges with a stride, whether they exist or not.
+    /// Returns `None` if any part depends on the existing steps.
     pub fn expand(&self) -> Option<Vec<u64>> {
         let mut out = BTreeSet::new();
         for part in &self.0 {

@@ -1,7 +1,7 @@
 //! Progress and cancellation of long work.
 //!
-//! Downloads, loading, scoring, sweeps and training call the methods of a [`Progress`] while they work. Every method has a default, so a
-//! type implements only the methods that it needs.
+//! Downloads, loading, scoring, sweeps and training call the methods of a [`Progress`] while they work. Every method
+//! has a default, so a type implements only the methods that it needs.
 //!
 //! ```
 //! use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,7 +27,8 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Revisions or a listing are requested from the Hub. [`Progress::phase`] gets the name of the repository instead of a file.
+    /// Revisions or a listing are requested from the Hub. [`Progress::phase`] gets the name of the repository instead
+    /// of a file.
     Metadata,
     /// Bytes arrive and are hashed.
     Body,
@@ -71,7 +72,8 @@ pub trait Progress: Send + Sync {
 
     /// Returns whether to cancel the work.
     ///
-    /// Canceled work stops at the next suitable point with the error `Cancelled` of its crate. Downloaded bytes stay on disk.
+    /// Canceled work stops at the next suitable point with the error `Cancelled` of its crate. Downloaded bytes stay on
+    /// disk.
     fn cancelled(&self) -> bool {
         false
     }

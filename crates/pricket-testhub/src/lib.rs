@@ -1,7 +1,7 @@
 //! A local HTTP server for tests, which implements the part of the Hugging Face Hub's protocol that downloads need.
 //!
-//! Faults can be injected into its responses ([`TestHub::misbehave`]). The tests of pricket-hub run Python's `huggingface_hub` against it to
-//! check the protocol.
+//! Faults can be injected into its responses ([`TestHub::misbehave`]). The tests of pricket-hub run Python's
+//! `huggingface_hub` against it to check the protocol.
 //!
 //! ```
 //! use pricket_testhub::{Content, Repo, TestHub};

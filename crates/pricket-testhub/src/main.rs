@@ -1,7 +1,7 @@
 //! Serves directories as repositories: `pricket-testhub owner/name=DIRECTORY ...`.
 //!
-//! Every subdirectory of DIRECTORY is a branch. The program prints its URL and runs until it is stopped. `--random owner/name=FILESxBYTES`
-//! serves a repository of random files; `--rate BYTES` limits the bytes per second.
+//! Every subdirectory of DIRECTORY is a branch. The program prints its URL and runs until it is stopped. `--random
+//! owner/name=FILESxBYTES` serves a repository of random files; `--rate BYTES` limits the bytes per second.
 
 use std::path::Path;
 

@@ -46,7 +46,8 @@ impl Content {
         Self { oid: git_oid(pointer.as_bytes()), sha256: Some(sha256), bytes: Arc::new(bytes) }
     }
 
-    /// Reads a file from disk. Files with the extension `safetensors`, `bin` or `gguf` go to large-file storage, others to git.
+    /// Reads a file from disk. Files with the extension `safetensors`, `bin` or `gguf` go to large-file storage, others
+    /// to git.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read.

@@ -34,8 +34,8 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Returns the bytes that `elements` take, or 0 if the size of the type is unknown. For blocks, `elements` must be a multiple of the
-    /// block size.
+    /// Returns the bytes that `elements` take, or 0 if the size of the type is unknown. For blocks, `elements` must be
+    /// a multiple of the block size.
     pub const fn bytes(self, elements: usize) -> usize {
         elements.saturating_mul(match self {
             Dtype::F64 | Dtype::I64 => 8,

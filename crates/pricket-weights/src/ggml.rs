@@ -33,8 +33,8 @@ pub struct GgmlLayout {
 pub enum GgmlBody {
     /// A vocabulary of `n_vocab` words, then tensors.
     Vocabulary,
-    /// Tensors without a vocabulary, in ggmf files of another program with its own version number and type numbers. The field `ftype` uses
-    /// the same type numbers.
+    /// Tensors without a vocabulary, in ggmf files of another program with its own version number and type numbers. The
+    /// field `ftype` uses the same type numbers.
     Own {
         /// Number in place of the container version.
         version: u32,
@@ -56,9 +56,9 @@ pub enum GgmlType {
 
 /// A legacy GGML file: one of the containers ggml, ggmf or ggjt, from before GGUF.
 ///
-/// These files do not identify their contents reliably. There are three containers, one header layout per program, three versions of the
-/// quantized blocks and, in April 2023, two numberings of the types. The reader tries all combinations and takes one whose records end
-/// exactly at the end of the file.
+/// These files do not identify their contents reliably. There are three containers, one header layout per program,
+/// three versions of the quantized blocks and, in April 2023, two numberings of the types. The reader tries all
+/// combinations and takes one whose records end exactly at the end of the file.
 #[derive(Debug)]
 pub struct GgmlFile {
     source: Source,
@@ -250,7 +250,8 @@ impl GgmlFile {
         &self.warnings
     }
 
-    /// Returns the bytes of vocabulary word `id`, as stored. These files have lost the bytes of tokens that are parts of UTF-8 characters.
+    /// Returns the bytes of vocabulary word `id`, as stored. These files have lost the bytes of tokens that are parts
+    /// of UTF-8 characters.
     pub fn word(&self, id: usize) -> Option<Vec<u8>> {
         let &(start, len) = self.vocabulary.get(id)?;
         self.source.read(start, len).ok().map(std::borrow::Cow::into_owned)
@@ -269,8 +270,8 @@ impl GgmlFile {
     }
 }
 
-/// Reads the magic number and the container version. Returns the container, the offset of the header, and the version number of a
-/// [`GgmlBody::Own`] file.
+/// Reads the magic number and the container version. Returns the container, the offset of the header, and the version
+/// number of a [`GgmlBody::Own`] file.
 fn container(source: &Source, layouts: &[GgmlLayout]) -> Result<(Container, usize, Option<u32>)> {
     let mut cursor = Cursor::new(source, 0);
     let magic = cursor.take(4, "the magic")?;

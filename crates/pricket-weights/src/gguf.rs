@@ -15,15 +15,16 @@ use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
 /// Maximum length of keys and tensor names in bytes. They usually have a few dozen.
 const MAX_NAME: usize = 256;
-/// Maximum length of texts outside of arrays in bytes, such as licenses and templates. Longer ones are not kept in memory.
+/// Maximum length of texts outside of arrays in bytes, such as licenses and templates. Longer ones are not kept in
+/// memory.
 const MAX_TEXT: usize = 1 << 20;
 /// Maximum number of dimensions, as in ggml.
 const MAX_DIMS: u32 = 4;
 
 /// A memory-mapped GGUF file, version 1 to 3 (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
 ///
-/// A split file (`split.count`) is read with all its parts. Its metadata is that of the first part. Tensors of unsupported types are
-/// listed; reading their bytes is an error.
+/// A split file (`split.count`) is read with all its parts. Its metadata is that of the first part. Tensors of
+/// unsupported types are listed; reading their bytes is an error.
 #[derive(Debug)]
 pub struct GgufFile {
     /// The parts in order. A file that is not split has one.
@@ -319,7 +320,8 @@ impl GgufFile {
     /// Opens a remote file and reads its header.
     ///
     /// # Errors
-    /// Returns the errors of [`GgufFile::open`] and of [`ReadAt::read_at`], and [`Error::Unsupported`] for a part of a split file.
+    /// Returns the errors of [`GgufFile::open`] and of [`ReadAt::read_at`], and [`Error::Unsupported`] for a part of a
+    /// split file.
     pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Self> {
         Self::new(Source::remote(file))
     }
@@ -441,8 +443,8 @@ impl GgufFile {
         self.version
     }
 
-    /// Returns the metadata as a JSON object: numbers, texts and booleans by key. Arrays appear as their length (`{"array": 3}`), long
-    /// texts as their length in bytes.
+    /// Returns the metadata as a JSON object: numbers, texts and booleans by key. Arrays appear as their length
+    /// (`{"array": 3}`), long texts as their length in bytes.
     pub fn metadata(&self) -> Value {
         let value = |meta: &Meta| match meta {
             Meta::Unsigned(n) => Value::from(*n),
@@ -508,8 +510,8 @@ impl GgufFile {
     }
 }
 
-/// Returns the bytes of a tensor, or 0 for a type of unknown size. Fails with a message for shapes without elements, with too many
-/// elements, or with rows that are not whole blocks.
+/// Returns the bytes of a tensor, or 0 for a type of unknown size. Fails with a message for shapes without elements,
+/// with too many elements, or with rows that are not whole blocks.
 pub(crate) fn tensor_bytes(dtype: Dtype, shape: &[usize]) -> Result<usize, String> {
     let elements = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n).filter(|&n| n < 1 << 48));
     let elements = elements.filter(|&n| n > 0).ok_or_else(|| format!("invalid shape {shape:?}"))?;

@@ -4,7 +4,8 @@ use serde_json::Value;
 
 /// Parses JSON, including the numbers `NaN`, `Infinity` and `-Infinity`, which Python's `json` module writes.
 ///
-/// These three numbers become strings of the same names, so that they are never mistaken for valid numbers. A byte order mark is skipped.
+/// These three numbers become strings of the same names, so that they are never mistaken for valid numbers. A byte
+/// order mark is skipped.
 ///
 /// # Errors
 /// Returns an error with line and column if the text is not valid JSON.
@@ -26,7 +27,8 @@ pub fn parse_json(bytes: &[u8]) -> serde_json::Result<Value> {
 /// Writes JSON for Python, the inverse of [`parse_json`]: the strings `NaN`, `Infinity` and `-Infinity` become numbers.
 pub fn to_python_json(value: &Value) -> String {
     let text = serde_json::to_string_pretty(value).unwrap_or_default();
-    // In pretty-printed JSON a value stands alone on its line or after a key and a colon. Strings contain no line breaks.
+    // In pretty-printed JSON a value stands alone on its line or after a key and a colon. Strings contain no line
+    // breaks.
     let lines = text.split('\n').map(|line| {
         let (rest, comma) = line.strip_suffix(',').map_or((line, ""), |rest| (rest, ","));
         let special = SPECIAL.iter().find_map(|name| {

@@ -1,7 +1,7 @@
 //! Model weights on disk as named tensors.
 //!
-//! A [`Store`] gives the names of its tensors, their shapes and types, and their bytes. This crate does not depend on a model
-//! architecture. [`open`] creates the store for a path:
+//! A [`Store`] gives the names of its tensors, their shapes and types, and their bytes. This crate does not depend on a
+//! model architecture. [`open`] creates the store for a path:
 //!
 //! | on disk | store |
 //! |---|---|
@@ -11,11 +11,11 @@
 //! | ggml, ggmf, ggjt (2023) | [`GgmlFile`], opened with the header layouts of the model families |
 //! | safetensors or PyTorch shards, with an `*.index.json` or numbered (`-00001-of-00002`) | [`Sharded`] |
 //!
-//! Opening reads only headers, so opening a 24 GB repository takes milliseconds. The bytes of a tensor are paged in when it is read, and
-//! the pages are released after they are copied.
+//! Opening reads only headers, so opening a 24 GB repository takes milliseconds. The bytes of a tensor are paged in
+//! when it is read, and the pages are released after they are copied.
 //!
-//! Files are not trusted. Sizes, offsets and shapes are checked against the length of the file before anything is allocated. The pickle
-//! reader builds only tensors and plain containers and cannot call code.
+//! Files are not trusted. Sizes, offsets and shapes are checked against the length of the file before anything is
+//! allocated. The pickle reader builds only tensors and plain containers and cannot call code.
 //!
 //! Three more stores need no file of their own:
 //!

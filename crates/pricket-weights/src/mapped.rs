@@ -58,8 +58,8 @@ impl Mapped {
         }
         let file = File::open(path).map_err(io)?;
         #[allow(unsafe_code)]
-        // SAFETY: the mapping is read-only. As with every mapping, an access faults if another process truncates the file
-        // meanwhile. The Hub cache never rewrites a blob in place.
+        // SAFETY: the mapping is read-only. As with every mapping, an access faults if another process truncates the
+        // file meanwhile. The Hub cache never rewrites a blob in place.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
         Ok(Self { path: path.into(), map, file })
     }

@@ -39,10 +39,12 @@ pub fn find_weights(directory: &Path) -> Result<PathBuf> {
     choose_weights(&names, directory).map(|name| directory.join(name))
 }
 
-/// Chooses the weight file or index among the file names of a directory or repository. Messages call the directory `place`.
+/// Chooses the weight file or index among the file names of a directory or repository. Messages call the directory
+/// `place`.
 ///
-/// The names of the Hub layout are preferred: `model.safetensors`, its index, `pytorch_model.bin`, its index. The next candidates are a
-/// single safetensors file, numbered PyTorch parts, a single GGUF or GGML file, and a single `.pth` file.
+/// The names of the Hub layout are preferred: `model.safetensors`, its index, `pytorch_model.bin`, its index. The next
+/// candidates are a single safetensors file, numbered PyTorch parts, a single GGUF or GGML file, and a single `.pth`
+/// file.
 ///
 /// # Errors
 /// - [`Error::NotFound`] if no name fits, or if there are several safetensors files without an index;
@@ -71,7 +73,8 @@ pub fn choose_weights<'a>(names: &'a [impl AsRef<str>], place: &Path) -> Result<
         Some("bin") => name.contains("ggml"),
         _ => false,
     };
-    // Some checkpoints are `.pth` files. Training programs also save other states as `.pth`, so this is the last choice.
+    // Some checkpoints are `.pth` files. Training programs also save other states as `.pth`, so this is the last
+    // choice.
     let is_pth = |name: &&str| {
         let state = ["rng_state", "optimizer", "scheduler", "scaler", "training_state", "trainer_state"];
         Path::new(name).extension().is_some_and(|end| end == "pth")

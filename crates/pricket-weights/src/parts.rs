@@ -39,8 +39,8 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Returns the file names of all parts of a checkpoint, in order, given the name of one part. Returns `None` for a file that is not
-/// split.
+/// Returns the file names of all parts of a checkpoint, in order, given the name of one part. Returns `None` for a file
+/// that is not split.
 ///
 /// ```
 /// let parts = pricket_weights::parts_of("model-00002-of-00002.safetensors").unwrap();

@@ -1,8 +1,9 @@
 //! A pickle reader that cannot execute code.
 //!
-//! A pickle is a program for a stack machine. This machine implements only the opcodes that build numbers, strings and containers. `GLOBAL`
-//! resolves to a member of [`Global`] or fails. `REDUCE` does not call anything: it builds a value of this module. Values are stored in
-//! an arena and refer to each other by index, so deeply nested pickles cannot overflow the stack and cycles are harmless.
+//! A pickle is a program for a stack machine. This machine implements only the opcodes that build numbers, strings and
+//! containers. `GLOBAL` resolves to a member of [`Global`] or fails. `REDUCE` does not call anything: it builds a value
+//! of this module. Values are stored in an arena and refer to each other by index, so deeply nested pickles cannot
+//! overflow the stack and cycles are harmless.
 
 use crate::Dtype;
 use crate::error::clip;
@@ -202,7 +203,8 @@ impl<'a> Machine<'a> {
 
     fn text(&mut self, n: usize) -> Result<()> {
         let bytes = self.take(n)?;
-        // Python pickles lone surrogates as invalid UTF-8. No tensor name contains them, so a lossy conversion is enough.
+        // Python pickles lone surrogates as invalid UTF-8. No tensor name contains them, so a lossy conversion is
+        // enough.
         let text = String::from_utf8_lossy(bytes).into_owned();
         self.push(Value::Str(text))
     }
@@ -432,7 +434,8 @@ impl<'a> Machine<'a> {
         self.push(Value::Int(i64::from_le_bytes(out)))
     }
 
-    /// Counts container items against a limit. They can outnumber values, because the memo names a value again with two bytes.
+    /// Counts container items against a limit. They can outnumber values, because the memo names a value again with two
+    /// bytes.
     fn count_items(&mut self, n: usize) -> Result<()> {
         self.items += n;
         if self.items > 4 * MAX_VALUES { malformed("the number of container items exceeds the limit") } else { Ok(()) }
@@ -506,7 +509,8 @@ impl<'a> Machine<'a> {
             return malformed("REDUCE on a value that is not callable");
         };
         let args = self.tuple(args)?;
-        // A short pickle can name one long tuple many times with the memo, so its length is checked before it is copied.
+        // A short pickle can name one long tuple many times with the memo, so its length is checked before it is
+        // copied.
         if args.len() > MAX_ARGUMENTS {
             return malformed(format!("{global:?} is called with {} arguments", args.len()));
         }

@@ -22,7 +22,8 @@ pub struct SafetensorsFile {
     /// Type, shape, offset in the file and length in bytes of each tensor.
     tensors: BTreeMap<String, (safetensors::Dtype, Vec<usize>, usize, usize)>,
     metadata: BTreeMap<String, String>,
-    /// Stored names of tensors that share memory. `save_model` of safetensors stores one of them and records the others in the metadata.
+    /// Stored names of tensors that share memory. `save_model` of safetensors stores one of them and records the others
+    /// in the metadata.
     aliases: BTreeMap<String, String>,
 }
 
@@ -30,8 +31,8 @@ impl SafetensorsFile {
     /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if the file cannot be read, and [`Error::Corrupt`] if its header is invalid: longer than the file, with
-    /// overlapping or missing ranges, or with a shape that does not match its range.
+    /// Returns [`Error::Io`] if the file cannot be read, and [`Error::Corrupt`] if its header is invalid: longer than
+    /// the file, with overlapping or missing ranges, or with a shape that does not match its range.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::new(Source::mapped(path.as_ref())?)
     }

@@ -14,8 +14,9 @@ const MAX_INDEX: u64 = 4 << 20;
 
 /// A checkpoint in several files: the shards of an `*.index.json`, or all numbered parts.
 ///
-/// Tensors in a shard that the index does not list are available, as in transformers. Tensors that the index lists but the shard lacks are
-/// an error only when they are read, because old indexes list attention masks that were never saved.
+/// Tensors in a shard that the index does not list are available, as in transformers. Tensors that the index lists but
+/// the shard lacks are an error only when they are read, because old indexes list attention masks that were never
+/// saved.
 pub struct Sharded {
     origin: String,
     shards: Vec<Box<dyn Store>>,
@@ -33,7 +34,8 @@ struct Index {
 /// Parses an `*.index.json` and returns the file name of each tensor. Messages call the index `path`.
 ///
 /// # Errors
-/// Returns [`Error::Corrupt`] if the bytes are not a valid index, and [`Error::Refused`] if a shard is not a plain file name.
+/// Returns [`Error::Corrupt`] if the bytes are not a valid index, and [`Error::Refused`] if a shard is not a plain file
+/// name.
 pub fn shard_map(index: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     let corrupt = |what: String| Error::Corrupt { path: path.into(), what };
     if index.len() as u64 > MAX_INDEX {

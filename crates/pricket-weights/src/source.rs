@@ -31,7 +31,8 @@ pub(crate) enum Source {
     Remote(Remote),
 }
 
-/// A remote file with a cache of recently used blocks. Headers are read in many small neighboring pieces, which the cache serves.
+/// A remote file with a cache of recently used blocks. Headers are read in many small neighboring pieces, which the
+/// cache serves.
 pub(crate) struct Remote {
     file: Arc<dyn ReadAt>,
     path: PathBuf,

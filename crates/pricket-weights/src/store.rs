@@ -31,7 +31,8 @@ impl Entry {
     }
 }
 
-/// A collection of named tensors, usually a checkpoint on disk. The trait is object-safe, and a store can be shared between threads.
+/// A collection of named tensors, usually a checkpoint on disk. The trait is object-safe, and a store can be shared
+/// between threads.
 pub trait Store: Send + Sync {
     /// Returns the names of all tensors, sorted.
     fn names(&self) -> Vec<String>;
@@ -39,8 +40,8 @@ pub trait Store: Send + Sync {
     /// Returns the shape and type of a tensor, or `None` if the store does not have it.
     fn entry(&self, name: &str) -> Option<Entry>;
 
-    /// Returns the shape and type of a tensor for a reader that expects `shape`. Files ignore the expectation. Stores without a file, such as
-    /// [`crate::ShapesOnly`], create a tensor of that shape.
+    /// Returns the shape and type of a tensor for a reader that expects `shape`. Files ignore the expectation. Stores
+    /// without a file, such as [`crate::ShapesOnly`], create a tensor of that shape.
     fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
         let _ = shape;
         self.entry(name)
@@ -48,14 +49,14 @@ pub trait Store: Send + Sync {
 
     /// Returns the name under which a tensor is stored.
     ///
-    /// It differs from `name` if the file stores one of several tensors that share memory, as `save_model` of safetensors does. Otherwise it
-    /// is `name`, whether the tensor exists or not.
+    /// It differs from `name` if the file stores one of several tensors that share memory, as `save_model` of
+    /// safetensors does. Otherwise it is `name`, whether the tensor exists or not.
     fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
         name
     }
 
-    /// Returns whether the checkpoint lists a tensor. An index may list a tensor that its shard lacks. Readers must then report the tensor
-    /// as missing and not treat it as left out on purpose.
+    /// Returns whether the checkpoint lists a tensor. An index may list a tensor that its shard lacks. Readers must
+    /// then report the tensor as missing and not treat it as left out on purpose.
     fn claims(&self, name: &str) -> bool {
         self.entry(self.resolve(name)).is_some()
     }
@@ -152,8 +153,8 @@ const PIECE: usize = 4 << 20;
 /// Reads a tensor to `device` in its stored type. Quantized tensors become f32.
 ///
 /// # Errors
-/// Returns the errors of [`Store::bytes`], [`Error::Unsupported`] if candle does not have the type, and [`Error::Candle`] if the tensor
-/// cannot be created on the device.
+/// Returns the errors of [`Store::bytes`], [`Error::Unsupported`] if candle does not have the type, and
+/// [`Error::Candle`] if the tensor cannot be created on the device.
 pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Tensor> {
     let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
     let bytes = store.bytes(name)?;
@@ -196,8 +197,8 @@ pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
     Ok(Matrix::Blocks(Blocks::new(kind, *rows, *columns, store.bytes(name)?.into_vec())))
 }
 
-/// Reads a matrix of f32, f16 or bf16 without copying it, if its file is mapped and its elements are aligned. Otherwise reads it with
-/// [`read_matrix`].
+/// Reads a matrix of f32, f16 or bf16 without copying it, if its file is mapped and its elements are aligned. Otherwise
+/// reads it with [`read_matrix`].
 ///
 /// # Errors
 /// Returns the errors of [`read_tensor`].
@@ -212,8 +213,8 @@ pub fn read_matrix_in_place(store: &dyn Store, name: &str) -> Result<Matrix> {
     read_matrix(store, name)
 }
 
-/// Copies elements, which may be unaligned, in pieces. The pages of a piece are released before the next piece is read, so that a large
-/// tensor is never in memory twice.
+/// Copies elements, which may be unaligned, in pieces. The pages of a piece are released before the next piece is read,
+/// so that a large tensor is never in memory twice.
 fn elements<T: Copy + Send, const N: usize>(bytes: &Bytes<'_>, from_le_bytes: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
     // `PIECE` is a multiple of every element size.
     let (elements, piece) = (bytes.as_chunks::<N>().0, PIECE / N);

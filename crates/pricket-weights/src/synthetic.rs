@@ -8,7 +8,8 @@ use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
 /// A store that accepts every name with the expected shape, records both, and has no bytes.
 ///
-/// Running the loading code of a model over this store counts its parameters or estimates its memory without a checkpoint.
+/// Running the loading code of a model over this store counts its parameters or estimates its memory without a
+/// checkpoint.
 #[derive(Debug)]
 pub struct ShapesOnly {
     dtype: Dtype,
@@ -67,7 +68,8 @@ impl Store for ShapesOnly {
 
 /// A store of reproducible random weights of any expected shape, for measuring speed and memory without a checkpoint.
 ///
-/// The weights of norms are 1. All others are approximately normal with standard deviation 0.02, from a seed and the name of the tensor.
+/// The weights of norms are 1. All others are approximately normal with standard deviation 0.02, from a seed and the
+/// name of the tensor.
 #[derive(Debug)]
 pub struct Random {
     shapes: ShapesOnly,
@@ -135,7 +137,8 @@ impl Store for Random {
 
 /// The names, shapes and types of another store.
 ///
-/// Running the loading code of a model over this store checks every tensor and computes the memory before any weight is read.
+/// Running the loading code of a model over this store checks every tensor and computes the memory before any weight is
+/// read.
 pub struct Headers(Arc<dyn Store>);
 
 impl Headers {

@@ -90,8 +90,8 @@ fn read_tensors(file: &Source) -> Result<BTreeMap<String, View>> {
     Ok(tensors)
 }
 
-/// Keys under which training programs store a state dict, outermost key first. In this order: Lightning, transformers and others; nnU-Net
-/// and many tutorials; Megatron; DeepSpeed; Composer.
+/// Keys under which training programs store a state dict, outermost key first. In this order: Lightning, transformers
+/// and others; nnU-Net and many tutorials; Megatron; DeepSpeed; Composer.
 const PLACES: [&[&str]; 5] = [&["state_dict"], &["model_state_dict"], &["model"], &["module"], &["state", "model"]];
 
 /// Returns the tensors of the state dict: the root dictionary or one at the [`PLACES`], whichever has the most tensors.
@@ -115,7 +115,8 @@ fn state_dict(pickle: &Pickle) -> Option<Vec<(&str, &TensorRef)>> {
     Some(best).filter(|found| !found.is_empty())
 }
 
-/// Maximum length of a tensor name in bytes. Names are copied, and the memo lets a pickle use one long string as many keys.
+/// Maximum length of a tensor name in bytes. Names are copied, and the memo lets a pickle use one long string as many
+/// keys.
 const MAX_NAME: usize = 1 << 10;
 
 /// Returns the entries of a dictionary whose keys are strings.

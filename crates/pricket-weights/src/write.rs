@@ -50,7 +50,8 @@ pub enum GgufValue {
 /// Alignment of tensor data in GGUF files, in bytes.
 const ALIGNMENT: usize = 32;
 
-/// Writer of one file. The constructor writes the header; then the bytes of the tensors follow in the order of the outlines.
+/// Writer of one file. The constructor writes the header; then the bytes of the tensors follow in the order of the
+/// outlines.
 #[derive(Debug)]
 pub struct Writer<W> {
     out: W,
@@ -162,7 +163,8 @@ impl<W: Write> Writer<W> {
         Ok(Self { out, outlines, next: 0, left: 0, alignment: ALIGNMENT })
     }
 
-    /// Writes the header of a safetensors file. `metadata` may hold any text. The key `format`, which transformers needs, is added.
+    /// Writes the header of a safetensors file. `metadata` may hold any text. The key `format`, which transformers
+    /// needs, is added.
     ///
     /// # Errors
     /// Returns an error if an outline is invalid, if safetensors does not support its type, or if writing fails.
@@ -200,7 +202,8 @@ impl<W: Write> Writer<W> {
         &self.outlines
     }
 
-    /// Writes the next bytes of the current tensor. A tensor may be written in several pieces; a piece must not extend into the next one.
+    /// Writes the next bytes of the current tensor. A tensor may be written in several pieces; a piece must not extend
+    /// into the next one.
     ///
     /// # Errors
     /// Returns an error if the bytes exceed the current tensor, if all tensors are written, or if writing fails.

@@ -1,8 +1,8 @@
 //! A reader of the central directory at the end of a zip file.
 //!
-//! Zip libraries read the header of every entry to locate its bytes. For a remote file that is one request per entry, and a checkpoint has
-//! hundreds of entries. This module reads only the directory (APPNOTE 6.3.10, sections 4.3.12 to 4.3.16), and the header of an entry when
-//! its bytes are needed.
+//! Zip libraries read the header of every entry to locate its bytes. For a remote file that is one request per entry,
+//! and a checkpoint has hundreds of entries. This module reads only the directory (APPNOTE 6.3.10, sections 4.3.12 to
+//! 4.3.16), and the header of an entry when its bytes are needed.
 
 use std::collections::BTreeMap;
 

@@ -428,8 +428,8 @@ fn a_part_of_a_file_without_the_file() {
     assert!(!dir.path().join("models--owner--tiny/blobs").exists());
 }
 
-/// Proxies and mirrors refuse unknown requests with various statuses. Then the revision is requested by its name, and each file is
-/// described by a HEAD request.
+/// Proxies and mirrors refuse unknown requests with various statuses. Then the revision is requested by its name, and
+/// each file is described by a HEAD request.
 #[test]
 fn a_server_that_lists_nothing_is_read_all_the_same() {
     for status in [400, 403, 404, 405, 501] {

@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::{ID, TOKEN, assert_clean, assert_same, fetch_all, repo, serve, settings};
 
-/// Returns a Python interpreter with the current huggingface_hub. If it cannot be installed, fails in CI and prints a message elsewhere.
+/// Returns a Python interpreter with the current huggingface_hub. If it cannot be installed, fails in CI and prints a
+/// message elsewhere.
 fn python() -> Option<&'static Path> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
     let python = PYTHON.get_or_init(|| {
