@@ -16,7 +16,7 @@ const MOST: u64 = 1 << 20;
 /// | `final` | the last step |
 /// | `log` | 0, 1, 2, 4, ... 512, then 1000, 2000, 4000, ... |
 /// | `512` | step 512 |
-/// | `0..143000:10000` | 0, 10000, 20000, ... up to 143000 (first, last and stride; the last is included) |
+/// | `0..143000:10000` | existing steps among 0, 10000, 20000, ... 140000 (`first..last:stride`, `last` included if the stride reaches it) |
 /// | `1000..5000` | all existing steps from 1000 to 5000, both included |
 ///
 /// Commas join several selections. `all`, `final`, `log` and ranges choose among the existing steps. A single number

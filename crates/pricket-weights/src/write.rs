@@ -163,8 +163,8 @@ impl<W: Write> Writer<W> {
         Ok(Self { out, outlines, next: 0, left: 0, alignment: ALIGNMENT })
     }
 
-    /// Writes the header of a safetensors file. `metadata` may hold any text. The key `format`, which transformers
-    /// needs, is added.
+    /// Writes the header of a safetensors file. `metadata` may hold any text. The entry `format: pt` is added for
+    /// Python programs.
     ///
     /// # Errors
     /// Returns an error if an outline is invalid, if safetensors does not support its type, or if writing fails.

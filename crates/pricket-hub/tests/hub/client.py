@@ -1,4 +1,4 @@
-"""Runs Python's client on a server and a cache, for the tests: `client.py MODE ID REVISION`. Environment variables set server and cache."""
+"""Runs Python's client for the tests: `client.py MODE ID REVISION`. Environment variables set the server and the cache."""
 
 import hashlib
 import json
