@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use pricket_hub::{Hub, ModelId, Progress};
 
-/// Says what a user may want to know.
+/// Prints notices to standard error.
 struct Notices;
 
 impl Progress for Notices {

@@ -1,6 +1,8 @@
-//! Addresses of requests.
+//! Origins of request URLs.
 
-/// Scheme, host and port: who gets to see a token. `None` for an address that leaves any of it in doubt.
+/// Returns the scheme, host and port of a URL. The token is sent only to the origin of the Hub.
+///
+/// Returns `None` if any of the three is ambiguous, for example because the URL contains a user name.
 pub(crate) fn origin(url: &str) -> Option<(&str, String, u16)> {
     let (scheme, rest) = url.split_once("://")?;
     let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];

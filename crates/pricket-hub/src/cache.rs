@@ -1,3 +1,5 @@
+//! The local cache: listing its repositories, verifying hashes, and evicting commits.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -8,9 +10,9 @@ use crate::lock::Lock;
 use crate::part::SUFFIX;
 use crate::{Digest, Error, Listed, Progress, RepoId, Result, platform};
 
-/// A cache in the standard layout, shared with Python and whoever else.
+/// A cache in the layout of Python's `huggingface_hub`, which other programs may share.
 ///
-/// Listing and verifying look at every model in it. Evicting touches only commits that pricket fetched.
+/// Listing and verifying cover every model in the cache. Evicting deletes only commits that pricket fetched.
 #[derive(Clone, Debug)]
 pub struct Cache {
     root: PathBuf,
@@ -20,13 +22,13 @@ pub struct Cache {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CachedRepo {
-    /// Which.
+    /// The id of the repository.
     pub repo: RepoId,
-    /// Its commits.
+    /// Cached commits.
     pub revisions: Vec<CachedRevision>,
-    /// Bytes on disk, every blob counted once.
+    /// Bytes on disk. Every blob counts once.
     pub bytes: u64,
-    /// Of these, bytes of files that are not all there yet.
+    /// The part of `bytes` that belongs to unfinished downloads.
     pub partial_bytes: u64,
 }
 
@@ -34,93 +36,95 @@ pub struct CachedRepo {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CachedRevision {
-    /// Which.
+    /// The commit hash.
     pub commit: String,
-    /// Branches and tags that were last seen there.
+    /// Branches and tags that pointed to this commit when they were last resolved.
     pub refs: Vec<String>,
-    /// Its files.
+    /// Cached files of the commit.
     pub files: Vec<CachedFile>,
-    /// When pricket last used it, if it is pricket that fetched it.
+    /// Time when pricket last used the commit. `None` if another program fetched it.
     pub last_used: Option<SystemTime>,
 }
 
-/// A file of a commit.
+/// A cached file of a commit.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CachedFile {
-    /// Its path in the repository.
+    /// Path in the repository.
     pub path: String,
-    /// Its length.
+    /// Length in bytes.
     pub bytes: u64,
-    /// What it should hash to, as far as the cache knows.
+    /// Expected hash, from the listing or from the name of the blob. `None` if the cache has neither.
     pub digest: Option<Digest>,
-    /// Where the bytes are.
+    /// Path of the file on disk: the blob, or the file in the snapshot if it is not a link.
     pub location: PathBuf,
 }
 
-/// A file whose hash was taken.
+/// The result of verifying one file.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Verified {
     /// The repository.
     pub repo: RepoId,
-    /// Its path in one of the commits that have it.
+    /// Path of the file in one of the commits that contain it.
     pub path: String,
-    /// Where the bytes are.
+    /// Path of the file on disk.
     pub location: PathBuf,
-    /// What it should be.
+    /// Expected hash. `None` if it is unknown.
     pub expected: Option<Digest>,
-    /// What it is; `None` if it could not be read, or nothing is expected.
+    /// Computed hash. `None` if the file could not be read or its expected hash is unknown.
     pub found: Option<Digest>,
 }
 
 impl Verified {
-    /// Whether this is a link whose file is gone.
+    /// Returns whether this is a link to a missing blob.
     pub fn is_dangling(&self) -> bool {
         !self.location.exists()
     }
 
-    /// Whether the bytes are what they should be. A file that nothing is known of is neither good nor bad.
+    /// Returns whether the hash of the file matches, or `None` if the expected hash is unknown.
     pub fn is_good(&self) -> Option<bool> {
         self.expected.as_ref().map(|expected| self.found.as_ref() == Some(expected))
     }
 }
 
-/// What [`Cache::evict`] did.
+/// The result of [`Cache::evict`].
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Evicted {
-    /// Commits that went, the least recently used first.
+    /// Deleted commits, the least recently used first.
     pub revisions: Vec<(RepoId, String)>,
-    /// Bytes that are free now.
+    /// Freed bytes.
     pub freed: u64,
-    /// Bytes that pricket's commits and unfinished files take now.
+    /// Bytes that the commits fetched by pricket and all unfinished downloads still take.
     pub left: u64,
-    /// Commits that were to go and are in use.
+    /// Commits that were kept because they are in use.
     pub in_use: Vec<(RepoId, String)>,
 }
 
 impl Cache {
-    /// The cache at `root`; see [`crate::Settings::cache`].
+    /// Creates a handle on the cache at `root`, which need not exist. See [`crate::Settings::cache`].
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// Where it is.
+    /// Returns the directory of the cache.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The bytes that are free where it is, or will be. `None` where the platform cannot tell.
+    /// Returns the free bytes on the file system of the cache, or `None` if the platform does not report them.
+    ///
+    /// If the directory does not exist, the file system of its nearest existing parent counts.
     pub fn free_space(&self) -> Option<u64> {
         let there = self.root.ancestors().find(|path| path.is_dir())?;
         fs4::available_space(there).ok()
     }
 
-    /// All models and datasets in it, by name. A cache that is not there is empty.
+    /// Returns all cached models and datasets, sorted by name. A missing cache directory is an empty cache.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read.
+    /// Returns [`Error::Io`] if the directory cannot be read.
     pub fn repos(&self) -> Result<Vec<CachedRepo>> {
         let mut out: Vec<CachedRepo> = names_in(&self.root)?
             .iter()
@@ -166,10 +170,13 @@ impl Cache {
         CachedRepo { bytes: sizes.values().sum(), partial_bytes, revisions, repo }
     }
 
-    /// Takes the hash of every file once and compares it with its blob's name, or with the listing that it was fetched by.
+    /// Computes the hash of every file of `repos` once and compares it with the listing of its commit, or else with the
+    /// name of its blob.
+    ///
+    /// Unreadable files and dangling links are part of the result, with [`Verified::is_good`] false.
     ///
     /// # Errors
-    /// [`Error::Cancelled`]; a file that cannot be read, and a link whose file is gone, is in the list as one that is not good.
+    /// Returns [`Error::Cancelled`] if `progress` cancels the work.
     pub fn verify(&self, repos: &[CachedRepo], progress: &dyn Progress) -> Result<Vec<Verified>> {
         let mut seen = BTreeMap::new();
         for repo in repos {
@@ -204,7 +211,7 @@ impl Cache {
         Ok(out)
     }
 
-    /// Links of snapshots whose blobs are gone: files that a program expects and cannot open.
+    /// Returns the links of snapshots whose blobs are missing.
     fn dangling(&self, repo: &CachedRepo) -> Vec<Verified> {
         let layout = Layout::new(&self.root, &repo.repo);
         let mut out = Vec::new();
@@ -221,14 +228,18 @@ impl Cache {
         out
     }
 
-    /// Deletes commits, the least recently used first, until those that pricket fetched take at most `budget` bytes.
+    /// Deletes commits that pricket fetched, the least recently used first, until the remaining ones take at most
+    /// `budget` bytes.
     ///
-    /// Only commits of models that pricket fetched are counted and touched: what Python or another program brought stays, and so do
-    /// datasets, which are small and are what models are measured by. A commit
-    /// in use (see [`crate::InUse`]) stays, and so does a blob that another commit links to. Unfinished files go first.
+    /// Unfinished downloads are deleted first. The following is never deleted:
+    ///
+    /// - commits that Python or another program fetched;
+    /// - datasets, which are small and needed to evaluate models;
+    /// - commits in use (see [`crate::InUse`]);
+    /// - blobs that another commit links to.
     ///
     /// # Errors
-    /// [`Error::Io`] if something cannot be deleted.
+    /// Returns [`Error::Io`] if a file cannot be deleted, and [`Error::Cancelled`] if `progress` cancels the work.
     pub fn evict(&self, budget: u64, progress: &dyn Progress) -> Result<Evicted> {
         let mut out = Evicted::default();
         let mut repos = self.repos()?;
@@ -277,7 +288,7 @@ impl Cache {
         Ok(out)
     }
 
-    /// Deletes unfinished files that nobody is fetching.
+    /// Deletes unfinished downloads that no process is working on. Returns the freed bytes.
     fn drop_partial(layout: &Layout) -> Result<u64> {
         let blobs = layout.root().join("blobs");
         let mut freed = 0;
@@ -291,7 +302,7 @@ impl Cache {
         Ok(freed)
     }
 
-    /// `None` if it is in use.
+    /// Deletes a commit and returns the freed bytes, or `None` if the commit is in use.
     fn drop_revision(
         &self,
         layout: &Layout,
@@ -302,7 +313,7 @@ impl Cache {
         let in_use = layout.in_use(&revision.commit);
         let Some(_lock) = Lock::try_new(&in_use)? else { return Ok(None) };
         let _mutex = Lock::wait(&layout.mutex(), "another process that changes this repository", progress, &|| false)?;
-        // Looked at again, now that nothing moves.
+        // Lists the commits again, now under the lock.
         let now = self.repo(repo.clone());
         let kept: BTreeSet<&PathBuf> = now
             .revisions
@@ -311,11 +322,11 @@ impl Cache {
             .flat_map(|other| other.files.iter().map(|file| &file.location))
             .collect();
         let Some(going) = now.revisions.iter().find(|other| other.commit == revision.commit) else {
-            // Another process was faster; the mark came back when its lock was asked for.
+            // Another process has deleted the commit meanwhile, and `try_new` has created its lock file again.
             remove(&in_use)?;
             return Ok(Some(0));
         };
-        // References first, then links, then bytes: at no moment does anything lead nowhere.
+        // References first, then links, then blobs, so that nothing ever points to a deleted file.
         for name in &going.refs {
             remove(&layout.reference(name))?;
         }
@@ -323,14 +334,14 @@ impl Cache {
         let (snapshot, gone) = (layout.snapshot(&revision.commit), layout.going(&revision.commit));
         let own =
             going.files.iter().filter(|file| file.location.starts_with(&snapshot)).map(|file| file.bytes).sum::<u64>();
-        // Out of the way in one step, and still there to tell which blobs are to follow.
+        // The rename hides the snapshot atomically and keeps its links, which name the blobs to delete.
         std::fs::rename(&snapshot, &gone).map_err(Error::io(&snapshot))?;
         let freed = own + drop_blobs(layout, &gone, &kept)?;
         remove(&in_use)?;
         Ok(Some(freed))
     }
 
-    /// Finishes what an eviction that was killed had begun, and deletes what was on its way to another name for hours.
+    /// Finishes interrupted evictions and deletes temporary files older than six hours. Returns the freed bytes.
     fn sweep(&self, repo: &RepoId, layout: &Layout, progress: &dyn Progress) -> Result<u64> {
         let directory = layout.root().join(".pricket");
         let mut freed = 0;
@@ -340,7 +351,7 @@ impl Cache {
                 let _mutex =
                     Lock::wait(&layout.mutex(), "another process that changes this repository", progress, &|| false)?;
                 if !path.exists() {
-                    // The eviction that it belongs to was not killed, and is done meanwhile.
+                    // Another process was still evicting this commit and has finished meanwhile.
                     continue;
                 }
                 let now = self.repo(repo.clone());
@@ -361,7 +372,8 @@ impl Cache {
     }
 }
 
-/// Deletes the blobs that a snapshot on its way out leads to and no other does, then the snapshot.
+/// Deletes the blobs that the snapshot at `gone` links to, except those in `kept`, then the snapshot. Returns the freed
+/// bytes.
 fn drop_blobs(layout: &Layout, gone: &Path, kept: &BTreeSet<&PathBuf>) -> Result<u64> {
     let mut freed = 0;
     for path in files_below(gone) {
@@ -372,7 +384,7 @@ fn drop_blobs(layout: &Layout, gone: &Path, kept: &BTreeSet<&PathBuf>) -> Result
         if kept.contains(&blob) {
             continue;
         }
-        // Whoever holds this lock is about to link to the blob.
+        // A process that holds this lock is about to link to the blob, so the blob stays.
         if let Some(_lock) = Lock::try_new(&layout.blob_lock(digest.hex()))? {
             freed += std::fs::metadata(&blob).map_or(0, |meta| meta.len());
             remove(&blob)?;
@@ -382,6 +394,7 @@ fn drop_blobs(layout: &Layout, gone: &Path, kept: &BTreeSet<&PathBuf>) -> Result
     Ok(freed)
 }
 
+/// Deletes a file. A missing file is not an error.
 fn remove(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
@@ -389,13 +402,13 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// What a file takes on disk, holes left out.
+/// Returns the bytes that a file takes on disk, without the holes of a sparse file.
 fn space_taken(path: &Path) -> u64 {
     let Ok(meta) = std::fs::metadata(path) else { return 0 };
     platform::bytes_on_disk(&meta).min(meta.len())
 }
 
-/// Names in a directory, sorted; none if it is not there.
+/// Returns the sorted names in a directory, or an empty list if the directory does not exist.
 fn names_in(directory: &Path) -> Result<Vec<String>> {
     let entries = match std::fs::read_dir(directory) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -406,7 +419,8 @@ fn names_in(directory: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Paths of the files below a directory, relative to it, with `/`; directories that are links are not entered.
+/// Returns the paths of all files below a directory, relative to it and separated by `/`. Does not follow links to
+/// directories.
 pub(crate) fn files_below(directory: &Path) -> Vec<String> {
     let mut out = Vec::new();
     for name in names_in(directory).unwrap_or_default() {
@@ -443,7 +457,7 @@ fn recorded_digests(layout: &Layout, commit: &str) -> BTreeMap<String, Digest> {
     files.into_iter().filter_map(|file| Some((file.path, file.digest?))).collect()
 }
 
-/// The files of a snapshot, with their hashes as far as those are known.
+/// Returns the files of a snapshot with their hashes where known, or `None` if the snapshot is empty or missing.
 pub(crate) fn snapshot_files(layout: &Layout, commit: &str) -> Option<Vec<Listed>> {
     let files = cached_files(layout, commit);
     let listed = |file: CachedFile| Listed { path: file.path, size: file.bytes, digest: file.digest };

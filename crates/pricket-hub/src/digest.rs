@@ -1,3 +1,5 @@
+//! Hashes of files: SHA-256 for large files, git blob hashes for the others.
+
 use std::io::Read;
 use std::path::Path;
 
@@ -6,17 +8,17 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{Error, Progress, Result};
 
-/// The hash under which the Hub knows a file, and which names its blob in the cache.
+/// The hash by which the Hub identifies a file. It is also the name of the blob in the cache.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Digest {
-    /// SHA-256 of the bytes: files in large-file storage.
+    /// SHA-256 of the bytes, for files in large-file storage (Git LFS).
     Sha256(String),
-    /// SHA-1 of the bytes after git's header `blob LENGTH\0`: files in the git repository itself.
+    /// SHA-1 of git's header `blob LENGTH\0` and the bytes, for files in the git repository itself.
     GitBlob(String),
 }
 
 impl Digest {
-    /// Tells the two apart by their length, as blob names in a cache are.
+    /// Parses lower-case hexadecimal digits: 64 for SHA-256, 40 for a git blob. Returns `None` for any other text.
     pub fn from_hex(hex: &str) -> Option<Self> {
         let hex_digits = hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         match hex.len() {
@@ -26,13 +28,13 @@ impl Digest {
         }
     }
 
-    /// The digits, in lower case.
+    /// Returns the hexadecimal digits, in lower case.
     pub fn hex(&self) -> &str {
         let (Digest::Sha256(hex) | Digest::GitBlob(hex)) = self;
         hex
     }
 
-    /// A hasher of the same kind, for `size` bytes.
+    /// Creates a hasher of the same kind as `self` for `size` bytes.
     pub(crate) fn hasher(&self, size: u64) -> Hasher {
         match self {
             Digest::Sha256(_) => Hasher::Sha256(Sha256::new()),
@@ -40,15 +42,15 @@ impl Digest {
         }
     }
 
-    /// The SHA-256 of a file.
+    /// Returns the SHA-256 hash of a file.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Cancelled`].
+    /// Returns [`Error::Io`] if the file cannot be read, and [`Error::Cancelled`] if `progress` cancels the work.
     pub fn sha256_of(path: &Path, progress: &dyn Progress) -> Result<Self> {
         Digest::Sha256(String::new()).of_file(path, progress)
     }
 
-    /// The digest of a file, of the same kind as `self`.
+    /// Returns the digest of a file, of the same kind as `self`.
     pub(crate) fn of_file(&self, path: &Path, progress: &dyn Progress) -> Result<Self> {
         let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
         let mut hasher = self.hasher(file.metadata().map_err(Error::io(path))?.len());
@@ -64,7 +66,7 @@ impl Digest {
         }
     }
 
-    /// The digest of `bytes`, of the same kind as `self`.
+    /// Returns the digest of `bytes`, of the same kind as `self`.
     #[must_use]
     pub fn of(&self, bytes: &[u8]) -> Self {
         let mut hasher = self.hasher(bytes.len() as u64);
@@ -117,7 +119,7 @@ mod tests {
 
     #[test]
     fn both_kinds_are_those_of_the_tools() {
-        // sha256sum and git hash-object of "hello\n".
+        // Output of `sha256sum` and `git hash-object` for "hello\n".
         let sha = Digest::Sha256("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03".into());
         let git = Digest::GitBlob("ce013625030ba8dba906f756967f9e9ca394464a".into());
         for digest in [sha, git] {

@@ -1,32 +1,34 @@
+//! The error type of this crate.
+
 use std::path::PathBuf;
 
-/// Everything that can go wrong between a repository's name and its files on disk.
+/// An error of a request, a download or the cache.
 ///
-/// No message holds a token or the query of a signed address.
+/// Messages never contain the token or the query of a signed URL.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A text that is no repository id, revision or selection of steps.
+    /// An invalid repository id, revision, selection of steps, setting or argument.
     #[error("{0}")]
     Input(String),
-    /// The Hub does not show this repository: it is not there, was taken down, or asks for another token.
+    /// The Hub does not show this repository: it does not exist, was removed, or needs another token.
     #[error("{repo}: {what}")]
     Repository {
         /// The repository.
         repo: String,
-        /// The HTTP status it was answered with.
+        /// HTTP status of the response.
         status: u16,
-        /// What that means.
+        /// Meaning of the status.
         what: String,
     },
     /// The repository has no such branch, tag or commit.
-    #[error("{repo}: no revision {revision:?}{}", listed(known))]
+    #[error("{repo}: revision {revision:?} does not exist{}", listed(known))]
     Revision {
         /// The repository.
         repo: String,
-        /// What was asked for.
+        /// The requested revision.
         revision: String,
-        /// Branches and tags that are there.
+        /// Existing branches and tags.
         known: Vec<String>,
     },
     /// The revision has no such file.
@@ -36,19 +38,19 @@ pub enum Error {
         repo: String,
         /// The revision or commit.
         revision: String,
-        /// Which file.
+        /// Description of the missing file or bytes.
         what: String,
     },
-    /// Something is not in the cache and the network may not be asked.
-    #[error("{what}; offline mode is on (HF_HUB_OFFLINE), so the Hub was not asked")]
+    /// Something is not in the cache, and offline mode forbids requests.
+    #[error("{what}; offline mode is on (HF_HUB_OFFLINE), so no request was sent to the Hub")]
     Offline {
-        /// What is missing.
+        /// Description of the missing item.
         what: String,
     },
-    /// The network failed for longer than our patience, or a server refused for good.
+    /// The network failed until the retries were used up, or the server returned an error that a retry does not change.
     #[error("{url}: {what}")]
     Network {
-        /// The address, without its query.
+        /// The URL without its query.
         url: String,
         /// The last failure.
         what: String,
@@ -56,21 +58,21 @@ pub enum Error {
     /// A mirror or a proxy does not support this request.
     #[error("{url}: refused with status {status}: the server or a proxy does not support this request")]
     Refused {
-        /// The address, without its query.
+        /// The URL without its query.
         url: String,
         /// The HTTP status.
         status: u16,
     },
-    /// A server's answer that makes no sense: another length, another range, no JSON.
+    /// An invalid response: a wrong length or range, or a body that is not the expected JSON.
     #[error("{url}: {what}")]
     Protocol {
-        /// The address, without its query.
+        /// The URL without its query.
         url: String,
-        /// What was expected and what was found.
+        /// Expected and received values.
         what: String,
     },
-    /// A file that came complete and is not what the repository lists.
-    #[error("{repo}@{commit}: {file}: expected {expected}, received {found}; nothing of {times} tries was kept")]
+    /// A file arrived complete, but its hash differs from the listing.
+    #[error("{repo}@{commit}: {file}: expected {expected}, received {found}; discarded after {times} attempts")]
     Mismatch {
         /// The repository.
         repo: String,
@@ -78,32 +80,32 @@ pub enum Error {
         commit: String,
         /// The file.
         file: String,
-        /// Its hash as listed.
+        /// Listed hash.
         expected: String,
-        /// The hash of what was received.
+        /// Hash of the received bytes.
         found: String,
-        /// How often it was fetched.
+        /// Number of attempts.
         times: u32,
     },
-    /// The files do not fit on the disk.
+    /// The disk has too little free space.
     #[error("{}: {needed} bytes are needed and {available} are free", path.display())]
     NoSpace {
         /// The cache.
         path: PathBuf,
-        /// Bytes still to be fetched.
+        /// Bytes to download.
         needed: u64,
-        /// Bytes free.
+        /// Free bytes.
         available: u64,
     },
-    /// The system would not read or write a file.
+    /// A file cannot be read or written.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What it said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// [`crate::Progress::cancelled`] said so.
+    /// [`crate::Progress::cancelled`] returned true.
     #[error("cancelled")]
     Cancelled,
 }
@@ -117,13 +119,13 @@ impl Error {
         |source| Error::Io { path, source }
     }
 
-    /// Whether the network is at fault rather than the question, so that an answer from the cache will do.
+    /// Returns whether the network or the server failed, so that the cache may answer instead.
     pub fn is_network(&self) -> bool {
         matches!(self, Error::Network { .. } | Error::Protocol { .. } | Error::Refused { .. })
     }
 }
 
-/// The revisions that are there, steps by number, runs of them abridged.
+/// Formats the existing revisions for a message, training steps in numerical order. Long lists are shortened.
 pub(crate) fn listed(known: &[String]) -> String {
     if known.is_empty() {
         return String::new();
@@ -131,7 +133,7 @@ pub(crate) fn listed(known: &[String]) -> String {
     let mut names: Vec<&str> = known.iter().map(String::as_str).collect();
     names.sort_by_key(|name| (crate::step_name::step_of(name), *name));
     let (first, last) = (names.iter().take(16), names.len().saturating_sub(16));
-    let mut text = format!("; there are {}", first.copied().collect::<Vec<_>>().join(", "));
+    let mut text = format!("; available: {}", first.copied().collect::<Vec<_>>().join(", "));
     match last {
         0 => {}
         1..=4 => text = format!("{text}, {}", names[16..].join(", ")),

@@ -1,4 +1,5 @@
-//! From a listing to a snapshot: what is there, what fits, several files at once, and what is remembered of it.
+//! [`Hub::fetch`] and [`Hub::read`]: downloads listed files into a snapshot, several at once, and reads byte ranges of
+//! remote files.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use crate::lock::Lock;
 use crate::part::Part;
 use crate::{Digest, Error, Hub, Listed, ModelId, Progress, RepoId, Result};
 
-/// Files of one commit on disk.
+/// Fetched files of one commit on disk.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Snapshot {
@@ -23,44 +24,48 @@ pub struct Snapshot {
     pub directory: PathBuf,
     /// The commit.
     pub commit: String,
-    /// What was asked for, as listed.
+    /// The requested files, as listed.
     pub files: Vec<Listed>,
-    /// What it took.
+    /// Numbers of bytes received and reused.
     pub report: Report,
-    /// Keeps [`crate::Cache::evict`] away for as long as this lives.
+    /// Guard that keeps [`crate::Cache::evict`] from deleting the commit.
     pub in_use: InUse,
 }
 
-/// While this lives, the commit that it came with is not evicted.
+/// Guard of a commit: the commit is not evicted until the guard is dropped.
 #[derive(Debug)]
 pub struct InUse {
     _lock: Option<Lock>,
 }
 
-/// What a fetch took, in bytes.
+/// Statistics of a fetch, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
-    /// All files together.
+    /// Size of all requested files.
     pub total: u64,
-    /// Those that were on disk already, in whole or in part.
+    /// Bytes that were on disk before the fetch, in complete or unfinished files.
     pub on_disk: u64,
-    /// Received as bodies of files.
+    /// Bytes received as file contents.
     pub received: u64,
-    /// Of these, received for the second time or more.
+    /// The part of `received` that was received more than once.
     pub repeated: u64,
 }
 
 impl Hub {
-    /// Fetches `wanted` of `commit` into the cache, and remembers it as the commit of the revision that `id` names. `listing`
-    /// is what [`Hub::files`] says of it.
+    /// Fetches the files `wanted` of `commit` into the cache and records `commit` as the commit of the revision that
+    /// `id` names. `listing` is the result of [`Hub::files`].
     ///
-    /// What is there already is not asked for again, what was begun is gone on with, what another process is fetching is
-    /// waited for. Every file that arrives is compared with its length and hash before it gets its name.
+    /// Files in the cache are not fetched again, and interrupted downloads resume. If another process is fetching a
+    /// file, this call waits for it. The length and hash of every received file are verified before the file gets its
+    /// final name.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] before anything is fetched, [`Error::Mismatch`] if a file keeps arriving wrong,
-    /// [`Error::Network`] when patience ends, [`Error::Offline`] if something is missing and may not be asked for.
+    /// - [`Error::NoSpace`] if the files do not fit on the disk, before anything is fetched;
+    /// - [`Error::Mismatch`] if the hash of a file is wrong three times in a row;
+    /// - [`Error::Network`] if the retries of [`crate::Patience`] are used up;
+    /// - [`Error::Offline`] if a file is missing and offline mode is on;
+    /// - [`Error::Cancelled`] if `progress` cancels the work.
     pub fn fetch(
         &self,
         id: &ModelId,
@@ -72,8 +77,8 @@ impl Hub {
         let ModelId { repo, revision } = id;
         let snapshot = self.fetch_part(repo, commit, wanted, progress)?;
         let layout = self.layout(repo);
-        // Last, so that a branch never leads to half a snapshot where it led to a whole one, and that no listing is kept
-        // that has not proved right.
+        // Runs after the fetch, so that a branch never moves from a complete snapshot to an incomplete one. The listing
+        // is kept only after the hashes have confirmed it.
         let keep = || {
             let _mutex = Lock::wait(&layout.mutex(), MUTEX, progress, &|| false)?;
             if layout.in_use(commit).is_file() {
@@ -82,21 +87,23 @@ impl Hub {
             layout.write_reference(revision, commit)
         };
         let is_known = revision == commit || layout.read_reference(revision).as_deref() == Some(commit);
-        // Only a commit that we took ourselves has a listing to keep: Python's has no lock of ours.
+        // Listings are kept only of commits that pricket fetched. Commits of Python have no lock file of pricket.
         let is_unlisted = layout.in_use(commit).is_file() && !layout.record(commit).is_file();
         if !is_known || is_unlisted {
-            // The files are there, whatever else cannot be written, as in a cache that somebody else owns.
+            // Only a notice: the files are complete even if the cache is read-only.
             if let Err(e) = keep() {
-                progress.notice(&format!("{id}: not remembered: {e}"));
+                progress.notice(&format!("{id}: the revision was not recorded in the cache: {e}"));
             }
         }
         Ok(snapshot)
     }
 
-    /// The same for files that are not yet all: no branch leads to them, and the listing is not kept.
+    /// Fetches files as [`Hub::fetch`] does, but records neither the revision nor the listing.
+    ///
+    /// Use it for the first of several fetches of one commit: the branch moves only when all files are there.
     ///
     /// # Errors
-    /// As [`Hub::fetch`].
+    /// Returns the errors of [`Hub::fetch`].
     pub fn fetch_part(
         &self,
         repo: &RepoId,
@@ -114,7 +121,7 @@ impl Hub {
             report,
             in_use,
         };
-        // The lock before the look: what is there then stays there.
+        // Locks the commit before looking for files, so that no file found is evicted afterwards.
         let in_use = self.in_use(repo, commit);
         let mut missing: Vec<&Listed> = wanted.iter().filter(|file| layout.present(commit, file).is_none()).collect();
         if missing.is_empty() {
@@ -125,11 +132,11 @@ impl Hub {
             return Err(Error::Offline { what: format!("{repo}@{commit}: {} is not in the cache", names.join(", ")) });
         }
         let mark = layout.in_use(commit);
-        // A commit that another program brought stays theirs, also if a file of it is ours.
+        // A commit that another program fetched is not marked as pricket's, even if pricket adds files to it.
         let is_ours = mark.is_file() || !layout.snapshot(commit).exists();
         let in_use = InUse { _lock: if is_ours { Some(Lock::share(&mark)?) } else { None } };
         self.check_space(&layout, &missing)?;
-        // The large ones first: the small ones fit beside them.
+        // Starts with the large files, so that small ones are fetched beside them.
         missing.sort_by_key(|file| std::cmp::Reverse(file.size));
         let waiting: u64 = missing.iter().map(|file| file.size).sum();
         let ledger = Ledger::new(progress, "fetching", total);
@@ -147,7 +154,7 @@ impl Hub {
         missing: &[&Listed],
         ledger: &Ledger<'_>,
     ) -> Result<Report> {
-        // A pool of its own: stopping it touches nobody else.
+        // This fetch has its own connection pool, so that shutting it down does not affect others.
         let http = Http::new(&self.settings);
         let (next, over) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let (failed, on_disk) = (Mutex::new(None), AtomicU64::new(ledger.done.load(Ordering::Relaxed)));
@@ -185,7 +192,7 @@ impl Hub {
                                 on_disk.fetch_add(found, Ordering::Relaxed);
                             }
                             Err(e) => {
-                                // The first failure is the cause; those that it stopped say "cancelled".
+                                // Keeps the first error, the cause. Files stopped because of it fail with `Cancelled`.
                                 failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
                                 stop.store(true, Ordering::Relaxed);
                             }
@@ -193,7 +200,7 @@ impl Hub {
                     }
                 });
             }
-            // Whoever cancels does not wait for a silent server.
+            // Closes the connections on cancellation, so that it does not wait for a stalled server.
             while over.load(Ordering::Acquire) < threads {
                 if stop.load(Ordering::Relaxed) || ledger.progress.cancelled() {
                     stop.store(true, Ordering::Relaxed);
@@ -233,16 +240,17 @@ impl Hub {
         }
     }
 
-    /// Keeps a commit from being evicted while it is used, if it is one that we fetched.
+    /// Returns a guard that keeps a commit from being evicted. It has no effect on commits that pricket did not fetch.
     pub fn in_use(&self, repo: &RepoId, commit: &str) -> InUse {
         let path = self.layout(repo).in_use(commit);
         InUse { _lock: path.is_file().then(|| Lock::share(&path).ok()).flatten() }
     }
 }
 
-/// Refuses what would leave the cache. A listing has been checked, but anybody can make one up.
+/// Rejects commits, paths and hashes that could lead outside the cache. Callers may pass listings that did not come
+/// from the Hub.
 fn check_names(commit: &str, files: &[Listed]) -> Result<()> {
-    let bad = |what: &str| Err(Error::Input(format!("{what:?} is not the name of anything in a cache")));
+    let bad = |what: &str| Err(Error::Input(format!("invalid commit, file path or file hash: {what:?}")));
     if !is_commit(commit) {
         return bad(commit);
     }
@@ -255,17 +263,20 @@ fn check_names(commit: &str, files: &[Listed]) -> Result<()> {
     Ok(())
 }
 
-/// The hash of a file that is to be fetched; every listing of the Hub has one.
+/// Returns the hash of a file to fetch. Every listing of the Hub has one.
 fn known(file: &Listed) -> Result<&Digest> {
     file.digest
         .as_ref()
-        .ok_or_else(|| Error::Input(format!("{}: its hash is not known, so it cannot be fetched", file.path)))
+        .ok_or_else(|| Error::Input(format!("{}: cannot fetch a file whose hash is unknown", file.path)))
 }
 impl Hub {
-    /// Bytes `start..end` of a file of a commit, which does not become a file here.
+    /// Returns the bytes `range` of a file from the Hub. Nothing is written to the cache, and the hash cannot be
+    /// verified.
     ///
     /// # Errors
-    /// As [`Hub::fetch`]; [`Error::Protocol`] if the server knows no ranges.
+    /// - [`Error::NoFile`] if the range exceeds the file;
+    /// - [`Error::Protocol`] if the server does not support range requests;
+    /// - [`Error::Network`], [`Error::Offline`] and [`Error::Cancelled`] as [`Hub::fetch`].
     pub fn read(
         &self,
         repo: &RepoId,
@@ -277,17 +288,19 @@ impl Hub {
         check_names(commit, std::slice::from_ref(file))?;
         let std::ops::Range { start, end } = range;
         let too_much =
-            || Error::Input(format!("{} bytes at once are too many for this machine", end.saturating_sub(start)));
+            || Error::Input(format!("{} bytes exceed the address space of this platform", end.saturating_sub(start)));
         let wanted = usize::try_from(end.saturating_sub(start)).map_err(|_| too_much())?;
         if start >= end {
             return Ok(Vec::new());
         }
         if end > file.size {
-            let what = format!("{} has {} bytes, {end} were asked for", file.path, file.size);
+            let what = format!("{} has {} bytes; the requested range ends at {end}", file.path, file.size);
             return Err(Error::NoFile { repo: repo.to_string(), revision: commit.into(), what });
         }
         if self.settings.offline {
-            return Err(Error::Offline { what: format!("{repo}@{commit}: {} would be read from the Hub", file.path) });
+            return Err(Error::Offline {
+                what: format!("{repo}@{commit}: reading a part of {} needs a request", file.path),
+            });
         }
         let (layout, stop) = (self.layout(repo), AtomicBool::new(false));
         let ledger = Ledger::new(progress, "fetching", end - start);
@@ -317,7 +330,7 @@ impl Hub {
                 let upto = match answer.status {
                     200 if (at, end) == (0, file.size) => end,
                     200 => {
-                        let what = "the server knows no ranges; fetch the whole file".into();
+                        let what = "the server does not support range requests; fetch the whole file".into();
                         return Err(Failure::Fatal(Error::Protocol { url: url.clone(), what }));
                     }
                     _ => check_range(&url, &answer, at, end, file.size)?,

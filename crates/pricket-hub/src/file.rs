@@ -1,7 +1,8 @@
-//! One file on its way, from its first byte to its name, through whatever the network does.
+//! The download of one file.
 //!
-//! It is fetched in ranges, several at a time, into a [`Part`] that remembers what has arrived; a hasher follows behind the
-//! first gap, so that the hash is ready when the last byte is. Only a file whose hash is the listed one gets its name.
+//! Several threads fetch ranges of the file into a [`Part`], which records the bytes received. Another thread hashes
+//! the bytes up to the first gap, so that the hash is ready soon after the last byte. The file gets its final name only
+//! if its hash matches the listing.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -14,12 +15,12 @@ use crate::lock::Lock;
 use crate::part::Part;
 use crate::{Digest, Error, Hub, Listed, Phase, RepoId, Result};
 
-/// Complete files that do not have the listed hash, before we stop asking.
+/// Number of complete downloads with a wrong hash after which the fetch fails.
 const MISMATCHES: u32 = 3;
-/// Bytes a second that a body must bring.
+/// Minimum rate of a response body, in bytes per second.
 const SLOWEST: f64 = 1024.0;
 
-/// One file on its way.
+/// The download of one file.
 pub(crate) struct One<'a> {
     pub(crate) hub: &'a Hub,
     pub(crate) http: &'a Http,
@@ -30,19 +31,19 @@ pub(crate) struct One<'a> {
     pub(crate) digest: &'a Digest,
     pub(crate) ledger: &'a Ledger<'a>,
     pub(crate) stop: &'a AtomicBool,
-    /// Where the last redirect led, which is good for a while.
+    /// Target of the last redirect, which stays valid for a while.
     pub(crate) moved: Mutex<Option<String>>,
 }
 
-/// Why a part could not be filled by ranges.
+/// The reason why a part could not be filled by ranges.
 enum Unfilled {
-    /// The server sends whole files only.
+    /// The server ignores range requests and sends whole files.
     WholeOnly,
     Failed(Error),
 }
 
 impl One<'_> {
-    /// Gives the bytes that were on disk already.
+    /// Fetches the file and returns the number of bytes that were on disk before.
     pub(crate) fn fetch(&self) -> Result<u64> {
         let Self { layout, file, digest: expected, ledger, .. } = *self;
         let blob = layout.blob(expected);
@@ -61,7 +62,7 @@ impl One<'_> {
         }
         let mut part_path = Part::path_for(&blob);
         if !lock.is_real {
-            // Nobody keeps others off the file, so it must be one that nobody else has.
+            // Without locks another process could write to the shared part, so this process uses its own.
             part_path = layout.private_part(expected)?;
         }
         let mut part = Part::open(&part_path, file.size, self.hub.settings.range_bytes)?;
@@ -81,7 +82,7 @@ impl One<'_> {
             if digest == *expected {
                 break;
             }
-            // Nobody can tell which bytes are wrong.
+            // It is unknown which bytes are wrong, so all are fetched again.
             ledger.lost(file.size);
             part.restart()?;
             let mismatch = Error::Mismatch {
@@ -96,7 +97,7 @@ impl One<'_> {
                 std::fs::remove_file(&part_path).map_err(Error::io(&part_path))?;
                 return Err(mismatch);
             }
-            let what = format!("{}: expected {expected}, received {digest}; fetching it again", file.path);
+            let what = format!("{}: expected {expected}, received {digest}; fetching the file again", file.path);
             ledger.progress.notice(&what);
         }
         self.phase(Phase::Rename);
@@ -105,7 +106,8 @@ impl One<'_> {
         Ok(on_disk)
     }
 
-    /// Links the snapshot to the blob that `name` gives its name.
+    /// Calls `name`, which gives the blob its final name, then links the snapshot to the blob. Both happen under the
+    /// mutex of the repository.
     fn link(&self, is_new: bool, name: impl FnOnce() -> Result<()>) -> Result<()> {
         let layout = self.layout;
         let _mutex = Lock::wait(&layout.mutex(), MUTEX, self.ledger.progress, &|| self.stopped())?;
@@ -113,7 +115,7 @@ impl One<'_> {
         layout.link(self.commit, &self.file.path, self.digest, self.hub.settings.symlinks, is_new)
     }
 
-    /// GETs a range or all of the file, from where the last redirect led if that is known.
+    /// Sends a GET request for a range or all of the file, to the target of the last redirect if there was one.
     pub(crate) fn get(&self, range: Option<(u64, u64)>) -> Result<Answer, Failure> {
         let lock = || self.moved.lock().unwrap_or_else(PoisonError::into_inner);
         let known = lock().clone();
@@ -137,7 +139,7 @@ impl One<'_> {
         self.stop.load(Ordering::Relaxed) || self.ledger.progress.cancelled()
     }
 
-    /// Fills what is missing, several ranges at a time, and hashes on this thread behind the first gap.
+    /// Fetches the missing bytes, several ranges at a time, while this thread hashes the bytes up to the first gap.
     fn by_ranges(&self, part: &Part) -> Result<Digest, Unfilled> {
         self.phase(Phase::Body);
         let missing: Vec<usize> = (0..part.ranges()).filter(|&i| part.done(i) < part.range_len(i)).collect();
@@ -145,7 +147,7 @@ impl One<'_> {
         let failed = Mutex::new(None);
         let worker = || {
             let _halt = AtEnd(|| {
-                // Whoever waits for the bytes of a worker that panicked would wait for ever.
+                // Without this, the hashing thread would wait forever for the bytes of a worker that panicked.
                 if std::thread::panicking() {
                     halt.store(true, Ordering::Relaxed);
                     part.announce();
@@ -174,7 +176,7 @@ impl One<'_> {
         }
     }
 
-    /// The hash of the part, read as it grows.
+    /// Hashes the part while it grows.
     fn hash(&self, part: &Part, halted: &dyn Fn() -> bool) -> Result<Digest> {
         let mut hasher = self.digest.hasher(self.file.size);
         let mut buffer = vec![0; 4 * CHUNK];
@@ -200,7 +202,7 @@ impl One<'_> {
         Ok(hasher.finish())
     }
 
-    /// Fills range `i`, trying again for as long as patience lasts.
+    /// Fetches the rest of range `i`, with retries.
     fn fill(&self, part: &Part, i: usize, halted: &dyn Fn() -> bool) -> Result<(), Unfilled> {
         let mut tries = Tries::new(self.http.patience(), self.ledger.progress);
         while part.done(i) < part.range_len(i) {
@@ -229,7 +231,8 @@ impl One<'_> {
         }
     }
 
-    /// One request for the rest of range `i`. `false` if the server answered with the whole file to a part of it.
+    /// Sends one request for the rest of range `i`. Returns `false` if the server ignored the range and sent the whole
+    /// file.
     fn range(&self, part: &Part, i: usize, halted: &dyn Fn() -> bool) -> Result<bool, Failure> {
         let size = self.file.size;
         let start = part.range_start(i) + part.done(i);
@@ -245,12 +248,12 @@ impl One<'_> {
         let append = |bytes: &[u8]| part.append(i, bytes).map_err(Failure::Fatal);
         self.receive(&url, answer, upto - start, halted, append)?;
         if upto < end && upto - start < WORTHWHILE {
-            return Err(Failure::again(&url, format!("only {} bytes of a range came", upto - start)));
+            return Err(Failure::again(&url, format!("received only {} bytes of the requested range", upto - start)));
         }
         Ok(true)
     }
 
-    /// Passes on exactly `expected` bytes of a body as they arrive.
+    /// Passes exactly `expected` bytes of a body to `append` as they arrive.
     pub(crate) fn receive(
         &self,
         url: &str,
@@ -260,7 +263,7 @@ impl One<'_> {
         mut append: impl FnMut(&[u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         if let Some(length) = answer.length.filter(|&length| length != expected) {
-            return Err(Failure::again(url, format!("{length} bytes came where {expected} were expected")));
+            return Err(Failure::again(url, format!("the response announces {length} bytes; expected {expected}")));
         }
         let stall = self.http.patience().stall;
         let mut buffer = vec![0; CHUNK];
@@ -272,7 +275,7 @@ impl One<'_> {
             let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             let n = answer.body.read(&mut buffer[..room]).map_err(|e| Failure::again(url, reason(&e)))?;
             if n == 0 {
-                return Err(Failure::again(url, format!("the body ended {left} bytes early")));
+                return Err(Failure::again(url, format!("the response ended {left} bytes early")));
             }
             append(&buffer[..n])?;
             self.ledger.arrived(n as u64);
@@ -281,20 +284,23 @@ impl One<'_> {
             let time = since.elapsed();
             if time > stall {
                 if (recent as f64) < SLOWEST * time.as_secs_f64() && left > 0 {
-                    return Err(Failure::again(url, format!("{recent} bytes in {:.1} s", time.as_secs_f64())));
+                    return Err(Failure::again(
+                        url,
+                        format!("too slow: {recent} bytes in {:.1} s", time.as_secs_f64()),
+                    ));
                 }
                 (since, recent) = (Instant::now(), 0);
             }
         }
-        // Reading the end lets the connection be used again, and shows a body without a length that goes on.
+        // Reading to the end lets the connection be reused and detects a body that is too long.
         match answer.body.read(&mut buffer[..1]) {
-            Ok(1..) => Err(Failure::again(url, format!("more than the {expected} bytes expected came"))),
-            // After an error, too: the bytes are here, only the connection is spoiled.
+            Ok(1..) => Err(Failure::again(url, format!("received more than the expected {expected} bytes"))),
+            // An error here spoils only the connection: all bytes have arrived.
             Ok(0) | Err(_) => Ok(()),
         }
     }
 
-    /// The whole file in one body, from the first byte: for servers that know no ranges.
+    /// Fetches the whole file in one body, for servers that do not support range requests.
     fn whole(&self, part: &mut Part) -> Result<Digest> {
         self.phase(Phase::Body);
         let halted = || self.stopped();
@@ -308,20 +314,21 @@ impl One<'_> {
                 self.ledger.lost(part.total());
                 part.restart_whole()?;
             }
-            // A try that broke off is gone on with, in case the server knows ranges after all.
+            // After a failure the next request asks for the rest, in case the server supports ranges after all.
             let received = self.range(part, 0, &halted);
             restart = matches!(received, Ok(false));
             match received {
                 _ if part.total() == self.file.size => return self.hash(part, &halted),
                 Ok(_) => {}
-                // What came may be worth nothing without the rest, so it is no progress.
+                // Reports 0 new bytes: if the server ignores ranges, the received bytes are fetched again.
                 Err(failure) => tries.failed(self.explained(failure), 0, &halted)?,
             }
         }
     }
 }
 
-/// The end of what a 206 holds, if it begins where it was asked to and is of a file of this size.
+/// Returns the end of the range of a 206 response. The range must begin at `start`, end at or before `end`, and belong
+/// to a file of `size` bytes.
 pub(crate) fn check_range(url: &str, answer: &Answer, start: u64, end: u64, size: u64) -> Result<u64, Failure> {
     let text = answer.header("content-range").unwrap_or_default();
     let parsed = text.strip_prefix("bytes ").and_then(|text| {
@@ -332,7 +339,7 @@ pub(crate) fn check_range(url: &str, answer: &Answer, start: u64, end: u64, size
     match parsed {
         Some((first, last, total)) if first == start && total == size && (start..end).contains(&last) => Ok(last + 1),
         _ => {
-            let what = format!("asked for bytes {start}-{} of {size}, the answer says {text:?}", end - 1);
+            let what = format!("requested bytes {start}-{} of {size}; the Content-Range header is {text:?}", end - 1);
             Err(Failure::again(url, what))
         }
     }

@@ -1,14 +1,16 @@
-//! Requests of `http://` through a proxy: the whole address in the request line (RFC 9112, section 3.2.2), as curl sends them. `ureq` opens
-//! a tunnel (CONNECT) for every scheme, which many proxies allow for `https://` alone.
+//! Requests for `http://` URLs through a proxy, with the absolute URL in the request line (RFC 9112, section 3.2.2), as
+//! curl sends them.
+//!
+//! `ureq` opens a tunnel (CONNECT) for every scheme, which many proxies allow only for `https://`.
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use ureq::config::Config;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, Either, NextTimeout, Transport};
 
-/// Connects to the proxy of the configuration instead of the host, where no TLS is asked for.
+/// Connects to the configured proxy instead of the host if the URL does not need TLS.
 pub(crate) struct Forward {
-    /// The configuration without the proxy, for the connection to the proxy itself.
+    /// Configuration without the proxy, for the connection to the proxy itself.
     pub(crate) direct: Config,
 }
 
@@ -51,12 +53,12 @@ impl<In: Transport> Connector<In> for Forward {
     }
 }
 
-/// A connection to a proxy, over which requests are sent with the whole address.
+/// A connection to a proxy that sends requests with the absolute URL.
 struct Whole {
     transport: Box<dyn Transport>,
-    /// Scheme and authority of the address.
+    /// Scheme and authority of the URL.
     origin: String,
-    /// A line of the head, or nothing.
+    /// The `Proxy-Authorization` header line, or an empty string.
     credentials: String,
 }
 
@@ -67,7 +69,7 @@ impl std::fmt::Debug for Whole {
 }
 
 impl Whole {
-    /// The head of a request as the proxy wants it; `None` for bytes that do not begin with a request line.
+    /// Rewrites the head of a request for the proxy. Returns `None` for bytes that do not begin with a request line.
     fn head(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let method = [&b"GET "[..], b"HEAD "].into_iter().find(|method| bytes.starts_with(method))?;
         let end = bytes.windows(2).position(|pair| pair == b"\r\n")? + 2;

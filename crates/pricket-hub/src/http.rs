@@ -1,5 +1,7 @@
-//! One request at a time: redirects by hand, the token for the Hub alone, and what is worth another try told apart from
-//! what is not.
+//! HTTP requests with redirects, authorization and retries.
+//!
+//! Redirects are followed here rather than by the HTTP library, so that the token is sent only to the origin of the
+//! Hub. Failures are classified into those that a retry may solve and those that it cannot.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::Read;
@@ -10,51 +12,51 @@ use crate::settings::{Patience, Settings};
 use crate::{Error, Progress, Result};
 
 const MAX_REDIRECTS: usize = 10;
-/// Read at once. Four connections hold eight of these, half of what an interruption may cost.
+/// Bytes read at once. Four connections buffer eight chunks (512 KiB), half of the most that an interruption may lose.
 pub(crate) const CHUNK: usize = 64 << 10;
-/// Fewer bytes than this are no progress.
+/// Number of received bytes from which a failed attempt counts as progress.
 pub(crate) const WORTHWHILE: u64 = 64 << 10;
 
-/// A connection pool and whom it speaks for.
+/// A connection pool with its settings.
 pub(crate) struct Http {
     agent: wire::Agent,
     settings: Settings,
 }
 
-/// An answer whose body has not been read yet.
+/// A response whose body has not been read yet.
 pub(crate) struct Answer {
     pub(crate) status: u16,
-    /// The address that gave it, if that is not the one that was asked.
+    /// The URL that sent this response, if redirects led there.
     pub(crate) moved: Option<String>,
     headers: Vec<(String, String)>,
-    /// Of the body, where the answer says so.
+    /// Length of the body, if the response gives it.
     pub(crate) length: Option<u64>,
     pub(crate) body: Box<dyn Read>,
 }
 
 impl Answer {
-    /// A header by its name in lower case.
+    /// Returns the value of a header, by its name in lower case.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
-    /// Refuses a body that is packed, which nobody asked for and no offset would fit.
+    /// Rejects a compressed body: it was not requested, and byte offsets would not match.
     fn plain(self, url: &str) -> Result<Self, Failure> {
         match self.header("content-encoding").filter(|encoding| *encoding != "identity") {
-            Some(encoding) => Err(Failure::again(url, format!("the answer is packed with {encoding:?}"))),
+            Some(encoding) => Err(Failure::again(url, format!("the response has the content encoding {encoding:?}"))),
             None => Ok(self),
         }
     }
 }
 
-/// Why a request has no answer.
+/// The reason why a request failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The same request may succeed later; the server may have said when, if it was `reached` at all.
+    /// A retry may succeed. `after` is the wait that the server asks for; `reached` is false if no server was reached.
     Again { url: String, what: String, after: Option<Duration>, reached: bool },
-    /// It was answered, with this.
+    /// The server answered with an error status. `code` is the `X-Error-Code` header.
     Status { url: String, status: u16, code: String },
-    /// It makes no sense to ask again.
+    /// A retry cannot succeed.
     Fatal(Error),
 }
 
@@ -64,7 +66,7 @@ impl Failure {
     }
 }
 
-/// An address without its query, which may be a signature, and without a user and a password.
+/// Removes the query, the user name and the password from a URL: each may be a secret.
 fn bare(url: &str) -> String {
     let url = &url[..url.find(['?', '#']).unwrap_or(url.len())];
     let Some((scheme, rest)) = url.split_once("://") else { return url.into() };
@@ -72,7 +74,7 @@ fn bare(url: &str) -> String {
     format!("{scheme}://{}{path}", authority.rsplit_once('@').map_or(authority, |(_, host)| host))
 }
 
-/// Where a `Location` or `Link` leads from `url`.
+/// Resolves the target of a `Location` or `Link` header against `url`.
 pub(crate) fn join(url: &str, location: &str) -> Option<String> {
     if location.starts_with("http://") || location.starts_with("https://") {
         return Some(location.into());
@@ -82,7 +84,7 @@ pub(crate) fn join(url: &str, location: &str) -> Option<String> {
     match location {
         _ if location.starts_with("//") => Some(format!("{scheme}:{location}")),
         _ if location.starts_with('/') => Some(format!("{scheme}://{host}{location}")),
-        // Another scheme, or relative to the directory, which no Hub sends.
+        // Other schemes and paths relative to the directory are rejected: the Hub never sends them.
         _ => None,
     }
 }
@@ -96,17 +98,19 @@ impl Http {
         &self.settings.patience
     }
 
-    /// Fails whatever is under way, at once.
+    /// Closes all connections, so that requests in progress fail at once.
     pub(crate) fn shutdown(&self) {
         self.agent.shutdown();
     }
 
-    /// GET, redirects followed; the answer has status 200 or 206. `is_moved` says that `url` is itself where a redirect led.
+    /// Sends a GET request and follows redirects. The response has status 200 or 206. `is_moved` means that `url` is
+    /// the target of an earlier redirect.
     pub(crate) fn get(&self, url: &str, range: Option<(u64, u64)>, is_moved: bool) -> Result<Answer, Failure> {
         self.ask("GET", url, range, is_moved)
     }
 
-    /// HEAD of a file: the answer that describes it, which is mostly a redirect and is not followed where it leaves the Hub.
+    /// Sends a HEAD request for a file. Returns the response that gives its size and hash, usually a redirect to
+    /// another host, which is not followed.
     pub(crate) fn head(&self, url: &str) -> Result<Answer, Failure> {
         self.ask("HEAD", url, None, false)
     }
@@ -130,21 +134,21 @@ impl Http {
                     answer.moved = is_moved.then(|| url.clone());
                     return answer.plain(&url);
                 }
-                // The redirect to another host carries the size and hash of a large file.
+                // The redirect to another host has the size and hash of a large file in its headers.
                 302 | 307 if method == "HEAD" && answer.header("x-linked-size").is_some() => return Ok(answer),
                 301 | 302 | 303 | 307 | 308 => {
                     let location = answer.header("location").unwrap_or_default().to_owned();
-                    // Read to its end, the connection can be used again.
+                    // Reads the body to its end, so that the connection can be reused.
                     let _ = std::io::copy(&mut answer.body.take(CHUNK as u64), &mut std::io::sink());
                     let Some(next) = join(&url, &location) else {
-                        return Err(Failure::again(&url, format!("a redirect to {:?}", bare(&location))));
+                        return Err(Failure::again(&url, format!("invalid redirect to {:?}", bare(&location))));
                     };
                     seen.push(std::mem::replace(&mut url, next));
                     if seen.len() > MAX_REDIRECTS || seen.contains(&url) {
-                        return Err(Failure::again(&seen[0], "its redirects lead nowhere"));
+                        return Err(Failure::again(&seen[0], "redirect loop or too many redirects"));
                     }
                 }
-                // A retry does not change 501 and 505.
+                // Statuses 501 and 505 are left out: a retry does not change them.
                 status @ (408 | 429 | 500 | 502..=504 | 506..=599) => {
                     let after = answer.header("retry-after").and_then(wire::retry_after);
                     let after = after.or_else(|| rate_limit(answer.header("ratelimit")?));
@@ -155,7 +159,8 @@ impl Http {
                         reached: true,
                     });
                 }
-                // A signature that has run out, mostly: the first address gives a new one. A retry does not change a 401.
+                // The usual cause is an expired signature. A retry gets a new one from the original URL. A 401 does not
+                // change.
                 status if is_moved && status != 401 => {
                     return Err(Failure::again(&url, format!("status {status} after a redirect")));
                 }
@@ -167,7 +172,7 @@ impl Http {
         }
     }
 
-    /// GETs a text of at most `limit` bytes, with its `Link` header.
+    /// Fetches a body of at most `limit` bytes. Returns its `Link` header and the bytes.
     pub(crate) fn text(&self, url: &str, limit: u64) -> Result<(Option<String>, Vec<u8>), Failure> {
         let mut answer = self.get(url, None, false)?;
         let deadline = Instant::now() + self.settings.patience.answer;
@@ -177,26 +182,26 @@ impl Http {
             let n = answer.body.read(&mut chunk).map_err(|e| Failure::again(url, reason(&e)))?;
             out.extend_from_slice(&chunk[..n]);
             if out.len() as u64 > limit {
-                let what = format!("an answer of more than {limit} bytes is out of all proportion");
+                let what = format!("the response exceeds the limit of {limit} bytes");
                 return Err(Failure::Fatal(Error::Protocol { url: bare(url), what }));
             }
             if n == 0 {
                 break;
             }
             if Instant::now() > deadline {
-                return Err(Failure::again(url, "the answer comes too slowly"));
+                return Err(Failure::again(url, "the response took too long"));
             }
         }
         match answer.length {
             Some(expected) if expected != out.len() as u64 => {
-                Err(Failure::again(url, format!("{} of {expected} bytes arrived", out.len())))
+                Err(Failure::again(url, format!("received {} of {expected} bytes", out.len())))
             }
             _ => Ok((answer.header("link").map(str::to_owned), out)),
         }
     }
 }
 
-/// The only place that knows which HTTP library this is.
+/// The wrapper of the HTTP library, `ureq`. Only this module and [`crate::forward`] use its types.
 #[cfg(feature = "http")]
 mod wire {
     use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable};
@@ -211,7 +216,8 @@ mod wire {
     use crate::network::{Env, Proxies, certificates};
     use crate::{Error, Result as HubResult, Settings};
 
-    /// The agents, or the error in the environment that prevents every request.
+    /// The agents, or the message of an error in the environment, such as an unsupported proxy. Such an error fails
+    /// every request.
     pub(super) struct Agent(Result<Agents, String>);
 
     struct Agents {
@@ -226,7 +232,7 @@ mod wire {
             let proxies = Proxies::from(env)?;
             let roots = roots(env)?;
             let agent = |proxy: Option<&String>| -> HubResult<ureq::Agent> {
-                let wrong = |e: ureq::Error| Error::Input(format!("the address of the proxy: {e}"));
+                let wrong = |e: ureq::Error| Error::Input(format!("invalid proxy address: {e}"));
                 let proxy = proxy.map(|proxy| ureq::Proxy::new(proxy)).transpose().map_err(wrong)?;
                 Ok(Self::agent(settings, proxy, &roots))
             };
@@ -272,8 +278,8 @@ mod wire {
         }
     }
 
-    /// Returns the trusted root certificates: those of the file that the environment names, else those of the platform's store, else,
-    /// where that is empty, Mozilla's.
+    /// Returns the trusted root certificates: those of the file that the environment names, or else of the platform's
+    /// store. If the store is empty, the certificates of Mozilla are used.
     pub(super) fn roots(env: Env<'_>) -> HubResult<RootCerts> {
         let Some((name, path)) = certificates(env) else {
             let store = rustls_native_certs::load_native_certs().certs;
@@ -295,7 +301,7 @@ mod wire {
             }
         }
         if certificates.is_empty() {
-            return Err(wrong("no certificate in PEM form".into()));
+            return Err(wrong("no certificate in PEM format".into()));
         }
         Ok(RootCerts::from(certificates))
     }
@@ -333,10 +339,10 @@ mod wire {
     fn failure(url: &str, e: ureq::Error) -> Failure {
         let (what, reached) = match e {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
-                let what = format!("not an address that can be asked: {e}");
+                let what = format!("invalid URL: {e}");
                 return Failure::Fatal(Error::Protocol { url: bare(url), what });
             }
-            // A certificate does not get better.
+            // A retry does not fix a certificate.
             ureq::Error::Rustls(_) | ureq::Error::Tls(_) => {
                 return Failure::Fatal(Error::Network { url: bare(url), what: e.to_string() });
             }
@@ -345,7 +351,7 @@ mod wire {
             }
             ureq::Error::Io(e) => {
                 let nowhere = [ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable];
-                // The resolver's failures have no kind.
+                // Errors of the resolver have no error kind, so their text decides.
                 let unknown = e.to_string().starts_with("failed to lookup");
                 (reason(&e), !unknown && !nowhere.contains(&e.kind()))
             }
@@ -357,7 +363,7 @@ mod wire {
         Failure::Again { url: bare(url), what, after: None, reached }
     }
 
-    /// Seconds, or a date.
+    /// Parses a `Retry-After` header: seconds or a date.
     pub(super) fn retry_after(text: &str) -> Option<Duration> {
         match text.trim().parse::<f64>() {
             Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
@@ -366,7 +372,7 @@ mod wire {
     }
 }
 
-/// Built without a network: every question is answered as if it were down.
+/// The replacement without the feature `http`: every request fails with [`Error::Network`].
 #[cfg(not(feature = "http"))]
 #[allow(clippy::unused_self)]
 mod wire {
@@ -385,7 +391,7 @@ mod wire {
         pub(super) fn shutdown(&self) {}
 
         pub(super) fn ask(&self, _: &str, url: &str, _: &[(&str, String)]) -> Result<Answer, Failure> {
-            let what = "this program was built without the network; build it with the feature `hub`".into();
+            let what = "this program was built without network support; build it with the feature `hub`".into();
             Err(Failure::Fatal(Error::Network { url: bare(url), what }))
         }
     }
@@ -395,27 +401,28 @@ mod wire {
     }
 }
 
-/// The `t` of a `RateLimit: "resolvers";r=0;t=120`, which the Hub sends in place of `Retry-After`.
+/// Parses the wait from a header such as `RateLimit: "resolvers";r=0;t=120`, which the Hub sends instead of
+/// `Retry-After`.
 fn rate_limit(text: &str) -> Option<Duration> {
     let field = |name: &str| text.split(';').find_map(|part| part.trim().strip_prefix(name)?.parse::<u64>().ok());
     (field("r=") == Some(0)).then(|| field("t=")).flatten().map(Duration::from_secs)
 }
 
-/// What the system said, in one line.
+/// Describes an I/O error in one line.
 pub(crate) fn reason(e: &std::io::Error) -> String {
     match e.kind() {
         std::io::ErrorKind::UnexpectedEof => "the connection closed early".into(),
-        std::io::ErrorKind::TimedOut => "no byte arrived in time".into(),
+        std::io::ErrorKind::TimedOut => "timed out waiting for data".into(),
         _ => e.to_string(),
     }
 }
 
-/// Failures in a row, and what they lead to.
+/// Counter of failures in a row, which decides between a retry and an error.
 pub(crate) struct Tries<'a> {
     patience: &'a Patience,
     progress: &'a dyn Progress,
     failures: u32,
-    /// Tries of a server that cannot be reached at all.
+    /// Number of attempts if no server can be reached.
     unreached: u32,
 }
 
@@ -424,13 +431,13 @@ impl<'a> Tries<'a> {
         Self { patience, progress, failures: 0, unreached: patience.tries }
     }
 
-    /// For the first question to a Hub: if there is no network now, that is soon said.
+    /// Creates a counter for metadata requests, which fails after two attempts if no server can be reached.
     pub(crate) fn of_a_question(patience: &'a Patience, progress: &'a dyn Progress) -> Self {
         Self { unreached: patience.tries.min(2), ..Self::new(patience, progress) }
     }
 
-    /// Waits before another try, or gives the error that there is no point in one. `gained` is what the failed try
-    /// brought all the same.
+    /// Waits before another attempt, or returns an error if no further attempt makes sense. `gained` is the number of
+    /// bytes that the failed attempt received.
     pub(crate) fn failed(&mut self, failure: Failure, gained: u64, stop: &dyn Fn() -> bool) -> Result<()> {
         let (url, what, after, reached) = match failure {
             Failure::Fatal(e) => return Err(e),
@@ -444,20 +451,20 @@ impl<'a> Tries<'a> {
         }
         self.failures = if gained >= WORTHWHILE { 1 } else { self.failures + 1 };
         if self.failures >= if reached { self.patience.tries } else { self.unreached } {
-            let what = format!("{what}; given up after {} tries", self.failures);
+            let what = format!("{what}; gave up after {} attempts", self.failures);
             return Err(Error::Network { url, what });
         }
         let doubled = self.patience.pause.saturating_mul(1 << (self.failures - 1).min(16));
         let own = doubled.min(self.patience.longest_pause).mul_f64(0.5 + 0.5 * chance());
         let pause = match after {
             Some(asked) if asked > self.patience.longest_asked => {
-                let what = format!("{what}; the server asks to come back in {} s", asked.as_secs());
+                let what = format!("{what}; the server asks for a wait of {} s, which is too long", asked.as_secs());
                 return Err(Error::Network { url, what });
             }
             Some(asked) => asked.max(own),
             None => own,
         };
-        self.progress.notice(&format!("{url}: {what}; trying again in {:.1} s", pause.as_secs_f64()));
+        self.progress.notice(&format!("{url}: {what}; retrying in {:.1} s", pause.as_secs_f64()));
         let end = Instant::now() + pause;
         loop {
             if self.progress.cancelled() || stop() {
@@ -472,7 +479,7 @@ impl<'a> Tries<'a> {
     }
 }
 
-/// A number from 0 to 1, so that two processes do not knock at the same moment again and again.
+/// Returns a random number from 0 to 1. Random pauses keep processes from retrying at the same moments.
 fn chance() -> f64 {
     let bits = RandomState::new().hash_one(Instant::now());
     (bits >> 11) as f64 / (1u64 << 53) as f64
@@ -500,7 +507,7 @@ mod tests {
         let other = roots("OTHER").unwrap();
         assert!(
             !matches!(&other, ureq::tls::RootCerts::Specific(list) if list.len() == 1),
-            "those of the platform, or Mozilla's"
+            "the certificates of the platform, or Mozilla's"
         );
     }
 

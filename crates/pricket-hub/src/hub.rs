@@ -1,3 +1,5 @@
+//! The client of the Hub's API: branches and tags, commits, and listings of files.
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -8,15 +10,16 @@ use crate::layout::Layout;
 use crate::records::{Entry, MAX_FILE, MAX_LISTING, read_record};
 use crate::{Digest, Error, Listed, ModelId, Phase, Progress, RepoId, Result, Settings, is_commit};
 
-/// Files of a commit at most.
+/// Maximum number of files of a commit.
 const MAX_FILES: usize = 100_000;
+/// Maximum number of pages of a listing.
 const MAX_PAGES: usize = 10_000;
-/// Largest number of files of a repository that are asked for one at a time.
+/// Maximum number of files of a commit that are described by one HEAD request each.
 const MAX_SIBLINGS: usize = 2_000;
 
-/// The Hugging Face Hub, or whatever speaks its protocol, and the cache of what came from it.
+/// A client of the Hugging Face Hub, or of another server with its protocol, and of the local cache.
 ///
-/// Cheap to clone, and safe to share between threads.
+/// Cloning is cheap. A client can be shared between threads.
 #[derive(Clone)]
 pub struct Hub {
     pub(crate) settings: Arc<Settings>,
@@ -33,14 +36,14 @@ impl std::fmt::Debug for Hub {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Refs {
-    /// Branches, `main` and `step3000` among them.
+    /// Commits by branch, such as `main` or `step3000`.
     pub branches: BTreeMap<String, String>,
-    /// Tags.
+    /// Commits by tag.
     pub tags: BTreeMap<String, String>,
 }
 
 impl Refs {
-    /// The commit of a branch or tag.
+    /// Returns the commit of a branch or tag.
     pub fn commit(&self, revision: &str) -> Option<&str> {
         self.branches.get(revision).or_else(|| self.tags.get(revision)).map(String::as_str)
     }
@@ -56,11 +59,11 @@ impl Refs {
 pub struct Listing {
     /// The files.
     pub files: Vec<Listed>,
-    /// Whether these are all that the commit has; else they are those that the cache has of it.
+    /// Whether `files` are all files of the commit. Otherwise they are the cached ones.
     pub is_complete: bool,
 }
 
-/// What the Hub sends.
+/// JSON responses of the Hub.
 mod wire {
     use serde::Deserialize;
 
@@ -109,20 +112,20 @@ mod wire {
 }
 
 impl Hub {
-    /// The Hub that the environment names; see [`Settings::from_env`].
+    /// Creates a client with the settings of the environment; see [`Settings::from_env`].
     ///
     /// # Errors
-    /// [`Error::Input`] if the environment makes no sense.
+    /// Returns [`Error::Input`] if an environment variable is invalid.
     pub fn from_env() -> Result<Self> {
         Ok(Self::new(Settings::from_env()?))
     }
 
-    /// The Hub that `settings` name.
+    /// Creates a client with the given settings.
     pub fn new(settings: Settings) -> Self {
         Self { http: Arc::new(Http::new(&settings)), settings: Arc::new(settings) }
     }
 
-    /// Where it is and how it is asked.
+    /// Returns the settings of this client.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -135,10 +138,13 @@ impl Hub {
         Layout::new(&self.settings.cache, repo)
     }
 
-    /// All branches and tags, in one request; offline, those that the cache has seen.
+    /// Returns all branches and tags, in one request. In offline mode, returns the branches recorded in the cache.
     ///
     /// # Errors
-    /// [`Error::Repository`] if the Hub does not show the repository, [`Error::Network`] if it cannot be reached.
+    /// - [`Error::Repository`] if the Hub does not show the repository;
+    /// - [`Error::Network`] if the Hub cannot be reached;
+    /// - [`Error::Refused`] if the server does not support the request;
+    /// - [`Error::Offline`] if offline mode is on and the cache has no branches of the repository.
     pub fn refs(&self, repo: &RepoId, progress: &dyn Progress) -> Result<Refs> {
         if self.settings.offline {
             return self.cached_refs(repo);
@@ -148,17 +154,18 @@ impl Hub {
         Ok(self.json(repo, "main", &url, progress, parse)?.0)
     }
 
-    /// As [`Hub::refs`]; of a server that does not list branches, those that the cache has seen and `main`, with a notice.
+    /// Returns the result of [`Hub::refs`]. If the server does not list branches, returns the cached ones and `main`,
+    /// with a notice.
     ///
     /// # Errors
-    /// As [`Hub::refs`], if `main` cannot be had either.
+    /// Returns the error of [`Hub::refs`] if `main` cannot be resolved either.
     pub fn refs_or_main(&self, repo: &RepoId, progress: &dyn Progress) -> Result<Refs> {
         match self.refs(repo, progress) {
             Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
                 let main = ModelId::new(repo.clone(), "main")?;
                 let Ok(commit) = self.ask_revision(&main, progress) else { return Err(e) };
                 progress.notice(&format!(
-                    "{repo}: the server does not list branches ({e}); those of the cache and main are shown"
+                    "{repo}: the server does not list branches ({e}); using main and the branches in the cache"
                 ));
                 let mut refs = self.cached_refs(repo).unwrap_or_default();
                 refs.branches.insert("main".into(), commit);
@@ -168,20 +175,21 @@ impl Hub {
         }
     }
 
-    /// The cache that it fills.
+    /// Returns the local cache.
     pub fn cache(&self) -> crate::Cache {
         crate::Cache::new(&self.settings.cache)
     }
 
-    /// A file of a commit, if it is in the cache and as long as listed.
+    /// Returns the path of a cached file of a commit, or `None` if it is not in the cache with the listed length.
     pub fn cached(&self, repo: &RepoId, commit: &str, file: &Listed) -> Option<std::path::PathBuf> {
         (is_commit(commit) && is_relative_path(&file.path)).then(|| self.layout(repo).present(commit, file)).flatten()
     }
 
-    /// The branches that the cache has seen, with the commits that they had then.
+    /// Returns the revisions recorded in the cache, with their commits at the last fetch. All of them are listed as
+    /// branches.
     ///
     /// # Errors
-    /// [`Error::Offline`] if it has seen none.
+    /// Returns [`Error::Offline`] if there are none.
     pub fn cached_refs(&self, repo: &RepoId) -> Result<Refs> {
         let layout = self.layout(repo);
         let mut refs = Refs::default();
@@ -197,10 +205,16 @@ impl Hub {
         Ok(refs)
     }
 
-    /// The commit of a branch, tag or commit. A network that fails is answered from the cache, with a notice.
+    /// Returns the commit of a revision: a branch, a tag or a commit.
+    ///
+    /// If the network or the Hub fails, returns the commit recorded in the cache and reports that to
+    /// [`Progress::fallback`].
     ///
     /// # Errors
-    /// [`Error::Revision`] with those that exist, [`Error::Repository`], [`Error::Offline`], [`Error::Network`].
+    /// - [`Error::Revision`], with the existing revisions, if the revision does not exist;
+    /// - [`Error::Repository`] if the Hub does not show the repository;
+    /// - [`Error::Network`] or [`Error::Protocol`] if the Hub cannot be reached or its response is invalid;
+    /// - [`Error::Offline`] if offline mode is on and the revision is not in the cache.
     pub fn resolve(&self, id: &ModelId, progress: &dyn Progress) -> Result<String> {
         let ModelId { repo, revision } = id;
         if is_commit(revision) {
@@ -218,9 +232,9 @@ impl Hub {
             });
         }
         match self.ask_commit(id, progress) {
-            // A repository that has left the Hub is still what it was.
+            // The cache also serves repositories that were removed from the Hub.
             Err(e) if (e.is_network() || matches!(e, Error::Repository { .. })) && cached.is_some() => {
-                progress.fallback(&format!("{e}; going on with what the cache has of {id}"));
+                progress.fallback(&format!("{e}; using the cached commit of {id}"));
                 Ok(cached.unwrap_or_default())
             }
             answer => answer,
@@ -231,7 +245,7 @@ impl Hub {
         let ModelId { repo, revision } = id;
         let refs = match self.refs(repo, progress) {
             Ok(refs) => refs,
-            // Not every mirror lists branches, and proxies refuse what they do not know.
+            // Some mirrors do not list branches, and some proxies refuse unknown requests.
             Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
                 return self.ask_revision(id, progress).map_err(|second| match second {
                     second @ (Error::Network { .. } | Error::Protocol { .. } | Error::Revision { .. }) => second,
@@ -243,7 +257,7 @@ impl Hub {
         if let Some(commit) = refs.commit(revision) {
             return Ok(commit.into());
         }
-        // A pull request or a shortened commit is in no list.
+        // Pull requests and shortened commits are not part of the list.
         match self.ask_revision(id, progress) {
             Err(Error::Revision { repo, revision, .. }) => Err(Error::Revision { repo, revision, known: refs.names() }),
             answer => answer,
@@ -257,14 +271,16 @@ impl Hub {
         Ok(self.json(repo, revision, &url, progress, parse)?.0)
     }
 
-    /// The files of a commit. It never changes, so once it was fetched from it is not asked for again; offline, what the
-    /// cache has of it.
+    /// Returns the files of a commit.
+    ///
+    /// A commit never changes, so its listing is kept in the cache after the first fetch and not requested again. In
+    /// offline mode, or if the network fails, the result may be only the cached files; see [`Listing::is_complete`].
     ///
     /// # Errors
-    /// As [`Hub::refs`]; [`Error::Protocol`] for a listing that leaves the repository.
+    /// Returns the errors of [`Hub::refs`], and [`Error::Protocol`] if a listed path leads outside the repository.
     pub fn files(&self, repo: &RepoId, commit: &str, progress: &dyn Progress) -> Result<Listing> {
         if !is_commit(commit) {
-            return Err(Error::Input(format!("{commit:?} is no commit")));
+            return Err(Error::Input(format!("{commit:?} is not a commit hash; expected 40 hexadecimal digits")));
         }
         let layout = self.layout(repo);
         if let Some(files) = read_record(&layout, commit) {
@@ -277,7 +293,7 @@ impl Hub {
             });
         }
         let listed = match self.ask_files(repo, commit, progress) {
-            // The revision names its files too, without sizes and hashes, which each file's own answer has.
+            // The description of the revision also names the files. A HEAD request for each gives its size and hash.
             Err(e @ (Error::Repository { .. } | Error::Refused { .. })) => {
                 self.ask_siblings(repo, commit, progress).map_err(|second| match second {
                     Error::Repository { .. } | Error::Refused { .. } => e,
@@ -293,7 +309,7 @@ impl Hub {
             }
             Err(e) if e.is_network() || matches!(e, Error::Repository { .. }) => match cached() {
                 Some(files) => {
-                    progress.fallback(&format!("{e}; going on with what the cache has of {repo}@{commit}"));
+                    progress.fallback(&format!("{e}; using the cached files of {repo}@{commit}"));
                     Ok(files)
                 }
                 None => Err(e),
@@ -302,17 +318,18 @@ impl Hub {
         }
     }
 
-    /// The files of a commit by the `siblings` of the revision and a HEAD for each, for servers that do not list trees.
+    /// Lists the files of a commit for servers that do not list trees: names from the `siblings` of the revision, size
+    /// and hash from one HEAD request each.
     fn ask_siblings(&self, repo: &RepoId, commit: &str, progress: &dyn Progress) -> Result<Vec<Listed>> {
         let url = format!("{}/api/{}/revision/{commit}", self.settings.endpoint, repo.api());
         let (names, _) = self.json(repo, commit, &url, progress, |info: wire::Info| Some(info.siblings))?;
         let names: Vec<String> = names.into_iter().map(|file| file.rfilename).collect();
         if let Some(name) = names.iter().find(|name| leaves(name)) {
-            let what = format!("the listing names {name:?}, which no repository can hold");
+            let what = format!("the listing has the invalid path {name:?}");
             return Err(Error::Protocol { url, what });
         }
         if names.len() > MAX_SIBLINGS {
-            return Err(Error::Protocol { url, what: format!("more than {MAX_SIBLINGS} files") });
+            return Err(Error::Protocol { url, what: format!("the listing has more than {MAX_SIBLINGS} files") });
         }
         names
             .into_iter()
@@ -321,7 +338,7 @@ impl Hub {
             .collect()
     }
 
-    /// Size and hash of a file, by what a HEAD of it says.
+    /// Returns the size and hash of a file, from a HEAD request.
     fn describe(&self, repo: &RepoId, commit: &str, path: String, progress: &dyn Progress) -> Result<Listed> {
         let url = self.file_url(repo, commit, &path);
         let mut tries = Tries::of_a_question(self.http.patience(), progress);
@@ -331,13 +348,13 @@ impl Hub {
             }
             match self.http.head(&url) {
                 Ok(answer) => {
-                    // The answer to a HEAD request has no body, so the length comes from its headers.
+                    // The response to a HEAD request has no body, so the length comes from its headers.
                     let size = answer.header("x-linked-size").or(answer.header("content-length"));
                     let size = size.and_then(|size| size.parse().ok()).filter(|&size: &u64| size <= MAX_FILE);
                     let etag = answer.header("x-linked-etag").or(answer.header("etag")).unwrap_or_default();
                     let digest = Digest::from_hex(etag.trim_start_matches("W/").trim_matches('"'));
                     let Some(size) = size else {
-                        return Err(Error::Protocol { url, what: "the answer has no file size".into() });
+                        return Err(Error::Protocol { url, what: "the response has no valid file size".into() });
                     };
                     return Ok(Listed { path, size, digest });
                 }
@@ -354,29 +371,29 @@ impl Hub {
         let mut out = Vec::new();
         for _ in 0..MAX_PAGES {
             let parse = |page: Vec<wire::File>| {
-                // A submodule is "unknown".
+                // The Hub lists submodules as "unknown".
                 let files = page.into_iter().filter(|file| file.kind != "directory" && file.kind != "unknown");
                 files.map(listed).collect::<Option<Vec<Listed>>>()
             };
             let (page, next) = self.json(repo, commit, &url, progress, parse)?;
             if let Some(file) = page.iter().find(|file| leaves(&file.path)) {
-                let what = format!("the listing names {:?}, which no repository can hold", file.path);
+                let what = format!("the listing has the invalid path {:?}", file.path);
                 return Err(Error::Protocol { url, what });
             }
-            // What no file system of ours could name is not for us; git allows more.
+            // Skips names that git allows but some supported file systems do not.
             out.extend(page.into_iter().filter(|file| is_relative_path(&file.path)));
             match next {
                 Some(_) if out.len() > MAX_FILES => {
-                    return Err(Error::Protocol { url, what: format!("more than {MAX_FILES} files") });
+                    return Err(Error::Protocol { url, what: format!("the listing has more than {MAX_FILES} files") });
                 }
                 Some(next) => url = next,
                 None => return Ok(out),
             }
         }
-        Err(Error::Protocol { url, what: "the listing has no end".into() })
+        Err(Error::Protocol { url, what: "the listing has too many pages".into() })
     }
 
-    /// Keeps the listing of a commit that is being fetched.
+    /// Writes the listing of a commit to the cache, unless it is there or lacks hashes.
     pub(crate) fn record(&self, repo: &RepoId, commit: &str, files: &[Listed]) -> Result<()> {
         let layout = self.layout(repo);
         let path = layout.record(commit);
@@ -395,7 +412,7 @@ impl Hub {
         layout.replace(&path, &json)
     }
 
-    /// GETs JSON that `parse` makes sense of, and the address of the next page if the answer names one on the same Hub.
+    /// Fetches JSON and parses it with `parse`. Also returns the URL of the next page, if the response has one.
     fn json<W: serde::de::DeserializeOwned, T>(
         &self,
         repo: &RepoId,
@@ -411,8 +428,8 @@ impl Hub {
                 return Err(Error::Cancelled);
             }
             let answer = self.http.text(url, MAX_LISTING).and_then(|(link, body)| {
-                // A page of a proxy that answers everything with "200 OK" is worth another try.
-                let nonsense = |e: String| Failure::again(url, format!("the answer is not what the Hub sends{e}"));
+                // Retries, since a proxy may have sent an error page with status 200.
+                let nonsense = |e: String| Failure::again(url, format!("invalid response{e}"));
                 let value = serde_json::from_slice(&body).map_err(|e| nonsense(format!(": {e}")))?;
                 let value = parse(value).ok_or_else(|| nonsense(String::new()))?;
                 let next = match link.as_deref().and_then(next_page) {
@@ -421,7 +438,7 @@ impl Hub {
                         let next = join(url, next).filter(|next| origin(next).is_some() && origin(next) == origin(url));
                         Some(
                             next.filter(|next| next != url)
-                                .ok_or_else(|| nonsense(": the next page is elsewhere".into()))?,
+                                .ok_or_else(|| nonsense(": the URL of the next page is invalid".into()))?,
                         )
                     }
                 };
@@ -437,9 +454,10 @@ impl Hub {
         }
     }
 
-    /// What a status means that will not go away.
+    /// Converts an error status that a retry does not change into an error.
     pub(crate) fn refused(&self, repo: &RepoId, revision: &str, url: String, status: u16, code: &str) -> Error {
-        let token = if self.settings.token.is_some() { "the token given" } else { "no token (set HF_TOKEN)" };
+        let token =
+            if self.settings.token.is_some() { "with the given token" } else { "without a token (set HF_TOKEN)" };
         let what = match (status, code) {
             (404, "RevisionNotFound") => {
                 let (repo, revision) = (repo.to_string(), revision.into());
@@ -449,9 +467,9 @@ impl Hub {
                 let what = format!("the Hub has no file at {url}");
                 return Error::NoFile { repo: repo.to_string(), revision: revision.into(), what };
             }
-            (_, "GatedRepo") => format!("its owner asks you to accept terms on its page first; asked with {token}"),
-            (401 | 404, _) => format!("the Hub has no such repository, or does not show it to you; asked with {token}"),
-            (403, _) => format!("the Hub does not show it to you; asked with {token}"),
+            (_, "GatedRepo") => format!("gated repository: accept its terms on the Hub first; requested {token}"),
+            (401 | 404, _) => format!("the repository does not exist or is private; requested {token}"),
+            (403, _) => format!("access to the repository is denied; requested {token}"),
             (400 | 405 | 406 | 410 | 415 | 501 | 505, _) => {
                 return Error::Refused { url, status };
             }
@@ -460,19 +478,20 @@ impl Hub {
         Error::Repository { repo: repo.to_string(), status, what }
     }
 
-    /// Where a file of a commit is fetched from.
+    /// Returns the URL of a file of a commit.
     pub(crate) fn file_url(&self, repo: &RepoId, commit: &str, path: &str) -> String {
         format!("{}/{repo}/resolve/{commit}/{}", self.settings.endpoint, encode(path, "/"))
     }
 }
 
-/// Whether a path would leave the directory that it is joined to.
+/// Returns whether a path could lead outside the directory that it is joined to.
 fn leaves(path: &str) -> bool {
     path.split(['/', '\\']).any(|part| part.is_empty() || part == "." || part == "..")
 }
 
+/// Returns the commits by name, or `None` if a commit hash is invalid.
 fn commits(refs: Vec<wire::Ref>) -> Option<BTreeMap<String, String>> {
-    // A name that we could not keep a file under is left out; git allows a few.
+    // Skips names that git allows but that cannot be file names in the cache.
     let named = refs.into_iter().filter(|r| is_revision(&r.name));
     named.map(|r| is_commit(&r.target_commit).then_some((r.name, r.target_commit))).collect()
 }
@@ -488,7 +507,7 @@ fn listed(file: wire::File) -> Option<Listed> {
     (size <= MAX_FILE).then_some(Listed { path: file.path, size, digest: Some(digest) })
 }
 
-/// The address of the `rel="next"` of a `Link` header.
+/// Returns the URL of the `rel="next"` entry of a `Link` header.
 fn next_page(link: &str) -> Option<&str> {
     let links = link.split('<').skip(1).filter_map(|part| part.split_once('>'));
     let is_next = |rest: &str| {
@@ -498,7 +517,7 @@ fn next_page(link: &str) -> Option<&str> {
     links.into_iter().find(|(_, rest)| is_next(rest)).map(|(url, _)| url)
 }
 
-/// Percent-encoding for one part of a path, `keep` left as it is.
+/// Percent-encodes a part of a URL path, except for the characters in `keep`.
 fn encode(text: &str, keep: &str) -> String {
     use std::fmt::Write;
     let mut out = String::new();

@@ -1,37 +1,40 @@
+//! Ids of repositories and names of revisions.
+
 use std::fmt;
 use std::str::FromStr;
 
 use crate::{Error, Result};
 
-/// What the ids of datasets begin with, as the Hub's addresses do.
+/// Prefix of dataset ids, as in the URLs of the Hub.
 const DATASETS: &str = "datasets/";
 
-/// A repository: `owner/name` of a model, or a bare `name` of the Hub's early days; `datasets/owner/name` of a dataset.
+/// The id of a repository: `owner/name` for models, `datasets/owner/name` for datasets. Some old models have a bare
+/// `name`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RepoId(String);
 
 impl RepoId {
-    /// The id as it is written.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Its folder in a cache, as `models--owner--name`.
+    /// Returns the name of its folder in a cache, such as `models--owner--name`.
     pub fn folder(&self) -> String {
         self.known().folder_name()
     }
 
-    /// Whether it is a dataset.
+    /// Returns whether this is the id of a dataset.
     pub fn is_dataset(&self) -> bool {
         self.0.starts_with(DATASETS)
     }
 
-    /// Where the Hub's interface has it, as `models/owner/name`.
+    /// Returns its path in the Hub's API, such as `models/owner/name`.
     pub(crate) fn api(&self) -> String {
         if self.is_dataset() { self.0.clone() } else { format!("models/{}", self.0) }
     }
 
-    /// As the library knows it that lays out the cache.
+    /// Converts the id for `hf-hub`, which defines the layout of the cache.
     pub(crate) fn known(&self) -> hf_hub::Repo {
         match self.0.strip_prefix(DATASETS) {
             Some(name) => hf_hub::Repo::dataset(name.into()),
@@ -39,7 +42,7 @@ impl RepoId {
         }
     }
 
-    /// The inverse of [`RepoId::folder`].
+    /// Parses the name of a cache folder, the inverse of [`RepoId::folder`]. Returns `None` for any other name.
     pub fn from_folder(folder: &str) -> Option<Self> {
         match folder.strip_prefix("datasets--") {
             Some(name) => format!("{DATASETS}{}", name.replace("--", "/")).parse().ok(),
@@ -57,7 +60,10 @@ impl fmt::Display for RepoId {
 impl FromStr for RepoId {
     type Err = Error;
 
-    /// The Hub's own rules, which also keep an id from leaving the cache.
+    /// Parses an id by the rules of the Hub. Valid ids cannot lead outside the cache directory.
+    ///
+    /// # Errors
+    /// Returns [`Error::Input`] if `text` is not a valid id.
     fn from_str(text: &str) -> Result<Self> {
         let part = |part: &str| {
             !part.is_empty()
@@ -74,12 +80,12 @@ impl FromStr for RepoId {
         if good {
             Ok(Self(text.into()))
         } else {
-            Err(Error::Input(format!("{text:?} is no repository id; expected owner/name")))
+            Err(Error::Input(format!("{text:?} is not a valid repository id; expected owner/name")))
         }
     }
 }
 
-/// A repository and a branch, tag or commit of it: `owner/name@revision`, `main` where none is given.
+/// A repository and a revision: `owner/name@revision`. The revision is `main` if the text has none.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelId {
     /// The repository.
@@ -89,16 +95,16 @@ pub struct ModelId {
 }
 
 impl ModelId {
-    /// Checks the revision as [`ModelId::from_str`] does.
+    /// Creates an id from a repository and the name of a revision.
     ///
     /// # Errors
-    /// [`Error::Input`] if `revision` can be no name in git.
+    /// Returns [`Error::Input`] if `revision` is not a valid name in git.
     pub fn new(repo: RepoId, revision: impl Into<String>) -> Result<Self> {
         let revision = revision.into();
         if is_revision(&revision) {
             Ok(Self { repo, revision })
         } else {
-            Err(Error::Input(format!("{revision:?} is no revision; expected a branch, tag or commit")))
+            Err(Error::Input(format!("{revision:?} is not a valid revision; expected a branch, tag or commit")))
         }
     }
 }
@@ -118,7 +124,7 @@ impl FromStr for ModelId {
     }
 }
 
-/// What git allows in a name, less what a file system could take for something else.
+/// Returns whether git allows `name` for a branch or tag and it is safe as a relative path.
 pub(crate) fn is_revision(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 255
@@ -126,13 +132,13 @@ pub(crate) fn is_revision(name: &str) -> bool {
         && is_relative_path(name)
 }
 
-/// Whether `path` stays below wherever it is joined to, on every platform.
+/// Returns whether `path` stays below any directory that it is joined to, on every platform.
 pub(crate) fn is_relative_path(path: &str) -> bool {
     path.split('/').all(|part| !part.is_empty() && part != "." && part != ".." && part.len() <= 255)
         && !path.contains(|c: char| c.is_control() || matches!(c, '\\' | ':'))
 }
 
-/// Whether `text` is a complete commit hash.
+/// Returns whether `text` is a complete commit hash: 40 lower-case hexadecimal digits.
 pub fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }

@@ -1,5 +1,7 @@
-//! Where things lie in a cache: `models--owner--name/{blobs,snapshots,refs}` and `.locks`, as Python's `huggingface_hub`
-//! has them. What is our own lies in `models--owner--name/.pricket`, where Python does not look.
+//! Paths in the cache: `models--owner--name/{blobs,snapshots,refs}` and `.locks`, as Python's `huggingface_hub` defines
+//! them.
+//!
+//! Files of pricket alone are in `models--owner--name/.pricket`, which Python ignores.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{ErrorKind, Write};
@@ -11,12 +13,12 @@ use crate::id::is_revision;
 use crate::part::Part;
 use crate::{Digest, Error, Listed, RepoId, Result, platform};
 
-/// What files on their way to another name begin with.
+/// Prefix of temporary files.
 pub(crate) const TEMPORARY: &str = "tmp-";
-/// What folders of evicted commits begin with until their blobs are gone too.
+/// Prefix of folders of commits whose eviction is in progress.
 pub(crate) const GOING: &str = "going-";
 
-/// The folders of one repository.
+/// Paths of one repository in the cache.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
     cache: PathBuf,
@@ -45,32 +47,34 @@ impl Layout {
         self.root().join("refs").join(revision)
     }
 
-    /// The lock that Python takes while it fetches this blob.
+    /// Returns the path of the lock file of a blob. Python uses the same lock while it fetches the blob.
     pub(crate) fn blob_lock(&self, name: &str) -> PathBuf {
         self.cache.join(".locks").join(&self.folder).join(format!("{name}.lock"))
     }
 
-    /// What we know of a commit that we fetched from.
+    /// Returns the path of the kept listing of a commit.
     pub(crate) fn record(&self, commit: &str) -> PathBuf {
         self.root().join(".pricket").join(format!("{commit}.json"))
     }
 
-    /// A commit on its way out: its links, at the depth that they were made for.
+    /// Returns the path of the snapshot of a commit during eviction. It has the depth of `snapshots/COMMIT`, so
+    /// relative links stay valid.
     pub(crate) fn going(&self, commit: &str) -> PathBuf {
         self.root().join(".pricket").join(format!("{GOING}{commit}"))
     }
 
-    /// Shared by who uses a commit that we fetched; its time is that of the last use.
+    /// Returns the path of the lock file that all users of a commit share. Its modification time is the time of the
+    /// last use. The file exists only for commits that pricket fetched.
     pub(crate) fn in_use(&self, commit: &str) -> PathBuf {
         self.root().join(".pricket").join(format!("{commit}.lock"))
     }
 
-    /// Held for a moment while links and blobs change.
+    /// Returns the path of the lock file of the repository, held briefly while links and blobs change.
     pub(crate) fn mutex(&self) -> PathBuf {
         self.root().join(".pricket/lock")
     }
 
-    /// The commit that a branch or tag had when it was last asked for.
+    /// Returns the recorded commit of a branch or tag.
     pub(crate) fn read_reference(&self, revision: &str) -> Option<String> {
         let path = self.reference(revision);
         let small = std::fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() < 256);
@@ -78,7 +82,7 @@ impl Layout {
         Some(text.trim().to_owned()).filter(|commit| crate::is_commit(commit))
     }
 
-    /// Remembers it, if it is new.
+    /// Records the commit of a branch or tag, if it has changed.
     pub(crate) fn write_reference(&self, revision: &str, commit: &str) -> Result<()> {
         if revision == commit || !is_revision(revision) || self.read_reference(revision).as_deref() == Some(commit) {
             return Ok(());
@@ -86,24 +90,24 @@ impl Layout {
         self.replace(&self.reference(revision), commit.as_bytes())
     }
 
-    /// A name that nobody else uses, on the same file system and where no reader looks.
+    /// Returns a unique path for a temporary file, on the same file system and in a directory that readers ignore.
     fn temporary(&self) -> Result<PathBuf> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let directory = self.root().join(".pricket");
         std::fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
-        // Process numbers repeat on a cache that several machines share.
+        // Random, because process ids can coincide if several machines share a cache.
         let chance = RandomState::new().hash_one(SystemTime::now());
         Ok(directory.join(format!("{TEMPORARY}{chance:016x}-{}", COUNT.fetch_add(1, Ordering::Relaxed))))
     }
 
-    /// Where a file is put together when nobody can be kept off its usual place.
+    /// Returns a unique path for an unfinished download, for file systems without locks.
     pub(crate) fn private_part(&self, digest: &Digest) -> Result<PathBuf> {
         let name = self.temporary()?;
         let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Part::path_for(&self.root().join("blobs").join(format!("{}.{name}", digest.hex()))))
     }
 
-    /// Writes a small file in one step: readers see the old one or the new one.
+    /// Replaces a small file atomically: readers see the old or the new contents.
     pub(crate) fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let parent = path.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
@@ -120,7 +124,7 @@ impl Layout {
         })
     }
 
-    /// Makes `pointer` a link to `target`.
+    /// Creates or replaces the symbolic link `pointer` to `target`.
     fn symlink(&self, target: &str, pointer: &Path) -> std::io::Result<()> {
         match platform::symlink(target, pointer) {
             Err(e) if e.kind() == ErrorKind::AlreadyExists => {
@@ -135,14 +139,16 @@ impl Layout {
         }
     }
 
-    /// The file of a snapshot, if it is there and as long as listed.
+    /// Returns the path of a file of a snapshot, or `None` if it is missing or its length differs from the listing.
     pub(crate) fn present(&self, commit: &str, file: &Listed) -> Option<PathBuf> {
         let path = self.snapshot(commit).join(&file.path);
         std::fs::metadata(&path).ok().filter(|meta| meta.is_file() && meta.len() == file.size).map(|_| path)
     }
 
-    /// Makes `snapshots/COMMIT/PATH` the blob: a relative link, or where there are none the file itself. Nobody else has a
-    /// link to a blob that `is_new`.
+    /// Creates `snapshots/COMMIT/PATH` for a blob: a relative symbolic link, or the file itself if links are off or not
+    /// supported.
+    ///
+    /// `is_new` means that no other snapshot links to the blob, so the blob may be moved instead of copied.
     pub(crate) fn link(&self, commit: &str, file: &str, digest: &Digest, symlinks: bool, is_new: bool) -> Result<()> {
         let pointer = self.snapshot(commit).join(file);
         let parent = pointer.parent().unwrap_or(Path::new("."));
@@ -151,13 +157,13 @@ impl Layout {
         let up = "../".repeat(2 + file.matches('/').count());
         if symlinks {
             match self.symlink(&format!("{up}blobs/{}", digest.hex()), &pointer) {
-                // A file system without links.
+                // The file system does not support links.
                 Err(e) if matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied) => {}
                 made => return made.map_err(Error::io(&pointer)),
             }
         }
         if is_new {
-            // The blob's name goes, as with Python, so that the bytes are there once.
+            // Moves the blob, as Python does, so that the bytes are stored once.
             return std::fs::rename(&blob, &pointer).map_err(Error::io(&pointer));
         }
         let temporary = self.temporary()?;

@@ -1,25 +1,26 @@
-//! The Hugging Face Hub as a place of training steps: ids and revisions, verified downloads, the shared cache.
+//! Downloads of model checkpoints from the Hugging Face Hub: ids, revisions, training steps, verified files and the
+//! shared cache.
 //!
-//! | | |
+//! | item | purpose |
 //! |---|---|
-//! | [`ModelId`], [`Steps`] | what is meant: `owner/name@step3000`, `0..143000:10000` |
-//! | [`Hub`] | what is there: [`Hub::refs`] maps every branch to its commit in one request, [`Hub::files`] lists a commit with hashes |
-//! | [`Hub::fetch`] | getting it: resumed, verified, in parallel, into the cache that Python's `huggingface_hub` uses too |
-//! | [`Hub::read`] | a part of a file, without the file |
-//! | [`Cache`] | what is here: sizes, hashes, and room for more |
+//! | [`ModelId`], [`Steps`] | names of revisions and selections of training steps: `owner/name@step3000`, `0..143000:10000` |
+//! | [`Hub::refs`], [`Hub::files`] | every branch with its commit in one request; the files of a commit with their hashes |
+//! | [`Hub::fetch`] | parallel, resumable and verified download into the cache that Python's `huggingface_hub` also uses |
+//! | [`Hub::read`] | a byte range of a remote file, without downloading the file |
+//! | [`Cache`] | listing, verifying and evicting cached files |
 //!
-//! A file gets its final name when its length and hash are those that the commit lists, and not before. What was
-//! interrupted, by whatever, is gone on with. A branch is resolved to a commit once, so that files of two states of a branch
-//! never meet. The token goes to the Hub and to no other host. Nothing here knows what a tensor is.
+//! A file gets its final name only after its length and hash match the listing of the commit. Interrupted downloads
+//! resume. A branch is resolved to a commit once, so a snapshot never mixes files of two commits. The token is sent to
+//! the Hub and to no other host. This crate does not read tensors.
 //!
 //! ```no_run
-//! use pricket_hub::{Hub, ModelId, Quiet};
+//! use pricket_hub::{Hub, ModelId, NoProgress};
 //! let hub = Hub::from_env()?;
 //! let id: ModelId = "EleutherAI/pythia-70m@step3000".parse()?;
-//! let commit = hub.resolve(&id, &Quiet)?;
-//! let listing = hub.files(&id.repo, &commit, &Quiet)?;
+//! let commit = hub.resolve(&id, &NoProgress)?;
+//! let listing = hub.files(&id.repo, &commit, &NoProgress)?;
 //! let wanted: Vec<_> = listing.files.iter().filter(|file| file.path.ends_with(".json")).cloned().collect();
-//! let snapshot = hub.fetch(&id, &commit, &wanted, &listing.files, &Quiet)?;
+//! let snapshot = hub.fetch(&id, &commit, &wanted, &listing.files, &NoProgress)?;
 //! println!("{}: {} bytes received", snapshot.directory.display(), snapshot.report.received);
 //! # Ok::<(), pricket_hub::Error>(())
 //! ```

@@ -2,20 +2,20 @@
 
 use crate::Digest;
 
-/// A file as a commit lists it.
+/// An entry in the listing of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Listed {
-    /// Its path in the repository, with `/`.
+    /// Path in the repository, with `/` as separator.
     pub path: String,
-    /// Its length in bytes.
+    /// Length in bytes.
     pub size: u64,
-    /// Its hash. Only of a file that is in the cache and nowhere else it may be unknown.
+    /// Hash of the file. It may be unknown if the listing comes from the cache or from [`Listed::new`].
     pub digest: Option<Digest>,
 }
 
 impl Listed {
-    /// A file, listed by somebody else than the Hub.
+    /// Creates an entry for a listing that does not come from the Hub.
     pub fn new(path: impl Into<String>, size: u64, digest: Option<Digest>) -> Self {
         Self { path: path.into(), size, digest }
     }

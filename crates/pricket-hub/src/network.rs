@@ -1,4 +1,4 @@
-//! Proxies and certificate files from environment variables, by the rules of curl.
+//! Proxies and certificate files from environment variables, with the rules of curl.
 
 use std::path::PathBuf;
 
@@ -11,18 +11,21 @@ pub(crate) type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 /// Proxies, and the hosts that are reached without one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Proxies {
-    /// For addresses of `http://`.
+    /// Proxy for `http://` URLs.
     pub(crate) http: Option<String>,
-    /// For addresses of `https://`.
+    /// Proxy for `https://` URLs.
     pub(crate) https: Option<String>,
+    /// Hosts and domains of `no_proxy`.
     direct: Vec<String>,
 }
 
 impl Proxies {
-    /// Reads `https_proxy`, `http_proxy`, `all_proxy` and `no_proxy`. The lower-case name of a variable comes before the upper-case one.
+    /// Reads `https_proxy`, `http_proxy`, `all_proxy` and `no_proxy`. The lower-case name takes precedence over the
+    /// upper-case one.
     ///
     /// # Errors
-    /// [`Error::Input`] for a kind of proxy that is not supported. Connecting without it would bypass the proxy.
+    /// Returns [`Error::Input`] if a proxy is of an unsupported kind, since ignoring the variable would bypass the
+    /// proxy.
     pub(crate) fn from(env: Env<'_>) -> Result<Self> {
         let direct = first(env, &["no_proxy", "NO_PROXY"]).map(|(_, list)| list).unwrap_or_default();
         let entry = |entry: &str| entry.trim().trim_start_matches('.').to_ascii_lowercase();
@@ -33,9 +36,9 @@ impl Proxies {
         })
     }
 
-    /// Returns the proxy for an address.
+    /// Returns the proxy for a URL, or `None` for a direct connection.
     pub(crate) fn of(&self, url: &str) -> Option<&str> {
-        // Who logs in at a server with a name and password in its address goes through the proxy as well.
+        // `origin` rejects a URL with a user name and password, which needs the proxy too, so both are removed first.
         let (scheme, rest) = url.split_once("://")?;
         let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
         let server = authority.rsplit_once('@').map_or(authority, |(_, server)| server);
@@ -49,25 +52,28 @@ impl Proxies {
     }
 }
 
+/// Returns the first of the variables that is set and not blank, with its name.
 fn first(env: Env<'_>, names: &[&'static str]) -> Option<(&'static str, String)> {
     names.iter().find_map(|name| Some((*name, env(name).filter(|value| !value.trim().is_empty())?)))
 }
 
+/// Returns the proxy that the first set variable names.
 fn proxy(env: Env<'_>, names: &[&'static str]) -> Result<Option<String>> {
     let Some((name, value)) = first(env, names) else { return Ok(None) };
     let value = value.trim();
     match value.split_once("://").map_or("http", |(scheme, _)| scheme) {
         "http" | "https" => Ok(Some(value.into())),
-        // The address is not shown, since it may hold a password.
+        // The message leaves out the URL, which may contain a password.
         scheme => {
             let what =
                 "only http:// and https:// proxies are supported; remove the variable to connect without a proxy";
-            Err(Error::Input(format!("{name} names a proxy of kind {scheme}://: {what}")))
+            Err(Error::Input(format!("{name} names a {scheme}:// proxy: {what}")))
         }
     }
 }
 
-/// Returns the certificate file that replaces the platform's store, and the variable of requests, curl or OpenSSL that names it.
+/// Returns the certificate file that replaces the platform's store, with the variable that names it. The variables are
+/// those of requests, curl and OpenSSL.
 pub(crate) fn certificates(env: Env<'_>) -> Option<(&'static str, PathBuf)> {
     first(env, &["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]).map(|(name, path)| (name, path.into()))
 }
@@ -85,7 +91,7 @@ mod tests {
         let both =
             proxies(&[("https_proxy", "http://a:1"), ("http_proxy", "b:2"), ("ALL_PROXY", "http://c:3")]).unwrap();
         assert_eq!((both.of("https://x/y"), both.of("http://x/y")), (Some("http://a:1"), Some("b:2")));
-        // One for https is none for http.
+        // A proxy for https does not apply to http.
         let one = proxies(&[("HTTPS_PROXY", "http://a:1")]).unwrap();
         assert_eq!((one.of("https://x/"), one.of("http://x/")), (Some("http://a:1"), None));
         let all = proxies(&[("ALL_PROXY", "http://c:3"), ("HTTPS_PROXY", " ")]).unwrap();

@@ -1,5 +1,8 @@
-//! A file that is not all there yet: its bytes at their places, and after the last of them how much of each range has
-//! arrived. One file, so that the two cannot be parted; cut to its length it is the file itself.
+//! The on-disk format of an unfinished download.
+//!
+//! The bytes of the file are at their final offsets. A trailer follows: an 8-byte magic, the bytes per range, then the
+//! number of bytes received of each range, as little-endian 64-bit integers. Bytes and counts are in one file, so that
+//! they cannot be separated. Truncating the file to its final length completes it.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -9,30 +12,35 @@ use std::time::Duration;
 
 use crate::{Error, Result, platform};
 
-/// What a file is called before it has its own name. Python's `.incomplete` files are not ours to touch.
+/// Suffix of unfinished downloads. It differs from Python's `.incomplete`, so the two clients never write to the same
+/// file.
 pub(crate) const SUFFIX: &str = ".pricket-part";
 const MAGIC: &[u8; 8] = b"pricket1";
+/// Limit on the number of ranges, so that the trailer stays small.
 const MOST_RANGES: u64 = 1 << 20;
 
+/// An unfinished download.
 #[derive(Debug)]
 pub(crate) struct Part {
     path: PathBuf,
     file: File,
     size: u64,
     range_bytes: u64,
-    /// Bytes that are there of each range, from its beginning.
+    /// Bytes received of each range, from its beginning.
     done: Vec<AtomicU64>,
+    /// Wakes readers when bytes arrive.
     news: (Mutex<()>, Condvar),
 }
 
 impl Part {
+    /// Returns the path of the unfinished download of `blob`.
     pub(crate) fn path_for(blob: &Path) -> PathBuf {
         let mut name = blob.as_os_str().to_owned();
         name.push(SUFFIX);
         name.into()
     }
 
-    /// Goes on with what lies at `path`, or begins.
+    /// Resumes the download at `path`, or begins a new one if there is none or its trailer is invalid.
     pub(crate) fn open(path: &Path, size: u64, range_bytes: u64) -> Result<Self> {
         let file =
             File::options().create(true).truncate(false).read(true).write(true).open(path).map_err(Error::io(path))?;
@@ -50,7 +58,8 @@ impl Part {
         Ok(part)
     }
 
-    /// Bytes that an earlier run left at `path` for a file of `size` bytes. An estimate before the lock is held.
+    /// Returns the number of bytes that an earlier run left at `path` for a file of `size` bytes. Without the lock this
+    /// is an estimate.
     pub(crate) fn left_behind(path: &Path, size: u64) -> u64 {
         let Ok(file) = File::open(path) else { return 0 };
         let mut part = Self {
@@ -64,10 +73,12 @@ impl Part {
         if part.resume().unwrap_or(false) { part.total() } else { 0 }
     }
 
+    /// Reads the trailer. Returns `false` if it is missing or invalid.
     fn resume(&mut self) -> Result<bool> {
         let length = self.file.metadata().map_err(Error::io(&self.path))?.len();
         if length == self.size && length > 0 {
-            // Complete, and interrupted before its hash was compared.
+            // All bytes have arrived and the trailer is cut off, but the rename did not happen. The hash is checked
+            // again.
             self.range_bytes = self.size;
             self.done = vec![AtomicU64::new(self.size)];
             return Ok(true);
@@ -88,57 +99,62 @@ impl Part {
         self.done = words[1..]
             .iter()
             .enumerate()
-            // A count that cannot be is none.
+            // An impossible count is treated as 0.
             .map(|(i, &done)| AtomicU64::new(if done <= self.range_len(i) { done } else { 0 }))
             .collect();
         Ok(true)
     }
 
+    /// Empties the file and writes a new trailer.
     fn begin(&mut self) -> Result<()> {
-        // So few ranges that their counts stay small.
         self.range_bytes = self.range_bytes.max(self.size / MOST_RANGES).max(1);
         let ranges = self.size.div_ceil(self.range_bytes);
         self.done = (0..ranges).map(|_| AtomicU64::new(0)).collect();
         let mut trailer = MAGIC.to_vec();
         trailer.extend_from_slice(&self.range_bytes.to_le_bytes());
         trailer.resize(trailer.len() + 8 * ranges as usize, 0);
-        // The trailer first and alone: a file of just the right size says that its bytes are there.
+        // The trailer is written before any bytes: a file of exactly `size` bytes counts as complete.
         self.file.set_len(0).map_err(Error::io(&self.path))?;
         platform::write_all_at(&self.file, &trailer, self.size).map_err(Error::io(&self.path))
     }
 
-    /// Forgets what has arrived.
+    /// Discards all received bytes.
     pub(crate) fn restart(&mut self) -> Result<()> {
         self.begin()
     }
 
-    /// Forgets what has arrived; from now on there is one range.
+    /// Discards all received bytes and makes the file one range.
     pub(crate) fn restart_whole(&mut self) -> Result<()> {
         self.range_bytes = self.size.max(1);
         self.begin()
     }
 
+    /// Returns the number of ranges.
     pub(crate) fn ranges(&self) -> usize {
         self.done.len()
     }
 
+    /// Returns the offset of range `i` in the file.
     pub(crate) fn range_start(&self, i: usize) -> u64 {
         i as u64 * self.range_bytes
     }
 
+    /// Returns the length of range `i` in bytes. The last range may be shorter than the others.
     pub(crate) fn range_len(&self, i: usize) -> u64 {
         self.range_bytes.min(self.size - self.range_start(i))
     }
 
+    /// Returns the number of bytes received of range `i`.
     pub(crate) fn done(&self, i: usize) -> u64 {
         self.done[i].load(Ordering::Acquire)
     }
 
+    /// Returns the number of bytes received of all ranges.
     pub(crate) fn total(&self) -> u64 {
         (0..self.ranges()).map(|i| self.done(i)).sum()
     }
 
-    /// Writes the next bytes of range `i`, then that they are there.
+    /// Writes the next bytes of range `i`, then updates its count.
     pub(crate) fn append(&self, i: usize, bytes: &[u8]) -> Result<()> {
         let done = self.done(i);
         debug_assert!(done + bytes.len() as u64 <= self.range_len(i));
@@ -151,13 +167,16 @@ impl Part {
         Ok(())
     }
 
-    /// Wakes whoever waits for bytes.
+    /// Wakes the threads that wait for bytes.
     pub(crate) fn announce(&self) {
         drop(self.news.0.lock().unwrap_or_else(PoisonError::into_inner));
         self.news.1.notify_all();
     }
 
-    /// Reads bytes of range `i` from `from` on, as many as are there and fit; waits a little if there are none.
+    /// Reads bytes of range `i` from offset `from` of the range. Returns the number read, limited by the bytes received
+    /// and by the buffer.
+    ///
+    /// If there are none yet, waits up to 50 ms for them and may return 0.
     pub(crate) fn read(&self, i: usize, from: u64, buffer: &mut [u8]) -> Result<usize> {
         if self.done(i) <= from {
             let guard = self.news.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -171,14 +190,14 @@ impl Part {
         Ok(n)
     }
 
-    /// Makes it the file itself. The caller has compared its hash.
+    /// Cuts off the trailer and flushes the file. The caller has verified the hash.
     pub(crate) fn complete(&self) -> Result<()> {
         self.file.set_len(self.size).map_err(Error::io(&self.path))?;
-        // The bytes before the name: after a power cut it must not lead to holes.
+        // Flushed before the rename, so that after a power failure the final name never refers to missing bytes.
         self.file.sync_data().map_err(Error::io(&self.path))
     }
 
-    /// Gives it its final name.
+    /// Renames the file to its final name.
     pub(crate) fn name(self, blob: &Path) -> Result<()> {
         std::fs::rename(&self.path, blob).map_err(Error::io(blob))
     }
@@ -198,7 +217,7 @@ mod tests {
         part.append(2, b"ij").unwrap();
         drop(part);
         assert_eq!(Part::left_behind(&path, 10), 5);
-        // Another size of ranges does not lose what is there.
+        // Opening with another range size keeps the received bytes.
         let part = Part::open(&path, 10, 5).unwrap();
         assert_eq!((part.done(0), part.done(1), part.done(2)), (3, 0, 2));
         part.append(0, b"d").unwrap();

@@ -1,5 +1,4 @@
-//! What systems do in ways of their own: links, locks' files, places in files. Nothing else in this crate asks which system it
-//! is on.
+//! Functions that differ between operating systems: symbolic links, lock files, and reads and writes at offsets.
 
 use std::fs::{File, Metadata};
 use std::io::Result;
@@ -13,33 +12,34 @@ mod imp {
 
     use super::{File, Metadata, Path, Result};
 
-    /// Makes `pointer` a link to `target`; `Unsupported` where there are none.
+    /// Creates the symbolic link `pointer` to `target`.
     pub(crate) fn symlink(target: &str, pointer: &Path) -> Result<()> {
         std::os::unix::fs::symlink(target, pointer)
     }
 
-    /// Members of the group wait for each other on a cache that they share, as Python has it.
+    /// Lets members of the group write to the file, so that users who share a cache can use its locks. Python does the
+    /// same.
     pub(crate) fn share_with_group(file: &File) {
         let _ = file.set_permissions(std::fs::Permissions::from_mode(0o664));
     }
 
-    /// Whether the file of this name is the one that is open.
+    /// Returns whether `path` names the open file.
     pub(crate) fn same_file(file: &File, path: &Path) -> bool {
         let inode = |meta: Result<Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
         inode(file.metadata()).is_some_and(|ours| inode(std::fs::metadata(path)) == Some(ours))
     }
 
-    /// What a file takes, holes left out where that can be told.
+    /// Returns the bytes that a file takes on disk, without holes.
     pub(crate) fn bytes_on_disk(meta: &Metadata) -> u64 {
         meta.blocks() * 512
     }
 
-    /// Writes at a place, whatever the place of the file is.
+    /// Writes all bytes at offset `at`, independent of the file position.
     pub(crate) fn write_all_at(file: &File, bytes: &[u8], at: u64) -> Result<()> {
         FileExt::write_all_at(file, bytes, at)
     }
 
-    /// Reads at a place, whatever the place of the file is.
+    /// Fills `bytes` from offset `at`, independent of the file position.
     pub(crate) fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> Result<()> {
         FileExt::read_exact_at(file, bytes, at)
     }
@@ -51,18 +51,20 @@ mod imp {
 
     use super::{File, Metadata, Path, Result};
 
-    /// Links need a privilege that few users have: the files themselves lie in the snapshots, as with Python.
+    /// Always fails: links need a privilege that few users have, so snapshots hold the files themselves, as with
+    /// Python.
     pub(crate) fn symlink(_: &str, _: &Path) -> Result<()> {
         Err(std::io::ErrorKind::Unsupported.into())
     }
 
     pub(crate) fn share_with_group(_: &File) {}
 
-    /// An open file cannot be deleted.
+    /// Returns true: on Windows an open file cannot be deleted.
     pub(crate) fn same_file(_: &File, _: &Path) -> bool {
         true
     }
 
+    /// Returns the length of the file, since the size on disk is not part of the metadata.
     pub(crate) fn bytes_on_disk(meta: &Metadata) -> u64 {
         meta.len()
     }

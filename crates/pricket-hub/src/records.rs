@@ -1,4 +1,4 @@
-//! Listings of commits that are kept in the cache.
+//! Listings of commits kept in the cache, as JSON.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,12 +6,12 @@ use crate::id::is_relative_path;
 use crate::layout::Layout;
 use crate::{Digest, Listed};
 
-/// Bytes of a listing at most. One of 154 branches has 20 kB, one of a repository's files less.
+/// Maximum size of a listing in bytes. A listing of 154 branches has 20 kB, and a listing of files less.
 pub(crate) const MAX_LISTING: u64 = 16 << 20;
-/// Bytes of a listed file at most, so that sums of sizes cannot overflow.
+/// Maximum size of a listed file in bytes, so that sums of sizes cannot overflow.
 pub(crate) const MAX_FILE: u64 = 1 << 50;
 
-/// A [`Listed`] file in our records, in the words of the Hub.
+/// A [`Listed`] file as JSON, with the key names of the Hub.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Entry {
     pub(crate) path: String,
@@ -19,7 +19,7 @@ pub(crate) struct Entry {
     pub(crate) oid: String,
 }
 
-/// The listing of a commit that we fetched from.
+/// Returns the kept listing of a commit, or `None` if there is none or it is invalid.
 pub(crate) fn read_record(layout: &Layout, commit: &str) -> Option<Vec<Listed>> {
     let path = layout.record(commit);
     let small = std::fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() < MAX_LISTING);

@@ -1,54 +1,70 @@
+//! Settings of the Hub client, with the environment variables of `huggingface_hub`.
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::{Error, Result};
 
-/// Where the Hub and the cache are, and how patient to be.
+/// Settings of a [`crate::Hub`]: endpoint, cache, token, parallelism and timeouts.
 ///
-/// [`Settings::from_env`] reads what Python's `huggingface_hub` reads: `HF_ENDPOINT`; `HF_HOME` (or `XDG_CACHE_HOME`),
-/// `HF_HUB_CACHE` (or `HUGGINGFACE_HUB_CACHE`); `HF_TOKEN` (or `HUGGING_FACE_HUB_TOKEN`), `HF_TOKEN_PATH`,
-/// `HF_HUB_DISABLE_IMPLICIT_TOKEN`; `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`); `HF_HUB_DOWNLOAD_TIMEOUT`,
-/// `HF_HUB_ETAG_TIMEOUT`; `HF_HUB_DISABLE_SYMLINKS`. Variables in paths are expanded: `HF_HOME='$SCRATCH/hf'`.
+/// [`Settings::from_env`] reads the environment variables of Python's `huggingface_hub`:
+///
+/// | variable | alternative | setting |
+/// |---|---|---|
+/// | `HF_ENDPOINT` | | URL of the Hub |
+/// | `HF_HOME` | `XDG_CACHE_HOME` | parent directory of the cache and the token file |
+/// | `HF_HUB_CACHE` | `HUGGINGFACE_HUB_CACHE` | cache directory |
+/// | `HF_TOKEN` | `HUGGING_FACE_HUB_TOKEN` | token |
+/// | `HF_TOKEN_PATH` | | file with the token |
+/// | `HF_HUB_DISABLE_IMPLICIT_TOKEN` | | sends no token |
+/// | `HF_HUB_OFFLINE` | `TRANSFORMERS_OFFLINE` | offline mode |
+/// | `HF_HUB_DOWNLOAD_TIMEOUT` | | [`Patience::stall`] in seconds |
+/// | `HF_HUB_ETAG_TIMEOUT` | | [`Patience::answer`] in seconds |
+/// | `HF_HUB_DISABLE_SYMLINKS` | | snapshots hold files instead of links |
+///
+/// Variables in paths are expanded: `HF_HOME='$SCRATCH/hf'`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Settings {
-    /// The Hub, as `https://huggingface.co`.
+    /// URL of the Hub, such as `https://huggingface.co`.
     pub endpoint: String,
-    /// The directory with the `models--owner--name` folders.
+    /// Cache directory, which contains the `models--owner--name` folders.
     pub cache: PathBuf,
-    /// Sent to the endpoint and to nobody else.
+    /// Token of the Hub. It is sent only to `endpoint`.
     pub token: Option<Token>,
-    /// Whether the cache is all there is.
+    /// Whether to use only the cache and send no requests.
     pub offline: bool,
-    /// Whether snapshots link to blobs; else they hold the files themselves, as on systems without links.
+    /// Whether snapshots link to blobs. Otherwise they hold the files themselves, as on systems without links.
     pub symlinks: bool,
-    /// Files fetched at once.
+    /// Number of files to fetch at once (default 4).
     pub files: usize,
-    /// Ranges of one file fetched at once.
+    /// Number of ranges of one file to fetch at once (default 4).
     pub ranges: usize,
-    /// Bytes of a range. What has arrived of each is remembered, so this is not what an interruption costs.
+    /// Bytes per range (default 32 MiB). An interruption loses less: the bytes received of each range are recorded.
     pub range_bytes: u64,
-    /// How long to wait for what.
+    /// Timeouts and retries.
     pub patience: Patience,
 }
 
-/// How long to wait for what, and how often to try.
+/// Timeouts and retries.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Patience {
-    /// For a connection.
+    /// Timeout of a connection (default 10 s).
     pub connect: Duration,
-    /// For the head of an answer, and for the whole of a listing.
+    /// Timeout of the head of a response and of a complete listing (default 30 s).
     pub answer: Duration,
-    /// For the next byte of a body. In this time at least 1 KiB a second must arrive.
+    /// Timeout of the next byte of a body (default 20 s). Over this time, at least 1 KiB per second must arrive.
     pub stall: Duration,
-    /// Failures in a row, without 64 KiB in between, before giving up.
+    /// Number of failures in a row, with less than 64 KiB received in between, after which a request fails (default 8).
     pub tries: u32,
-    /// The pause after the first failure; it doubles with each, up to `longest_pause`, less a random part.
+    /// Pause after the first failure (default 0.5 s). It doubles with each failure up to `longest_pause`, and is
+    /// shortened at random by up to one half.
     pub pause: Duration,
-    /// The longest pause of our own.
+    /// Longest pause between attempts, unless the server asks for a longer one (default 30 s).
     pub longest_pause: Duration,
-    /// The longest pause that a server may ask for (`Retry-After`).
+    /// Longest pause that a server may ask for with `Retry-After` (default 10 minutes). The request fails if it asks
+    /// for more.
     pub longest_asked: Duration,
 }
 
@@ -66,21 +82,21 @@ impl Default for Patience {
     }
 }
 
-/// A secret. It is sent, and never shown.
+/// An access token of the Hub. `Debug` does not show it.
 #[derive(Clone)]
 pub struct Token(String);
 
 impl Token {
-    /// Takes what may stand in a header.
+    /// Creates a token from printable ASCII text without spaces. Surrounding white space is removed.
     ///
     /// # Errors
-    /// [`Error::Input`] for anything else; the message does not repeat it.
+    /// Returns [`Error::Input`] for any other text. The message does not contain the text.
     pub fn new(text: &str) -> Result<Self> {
         let text = text.trim();
         if !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic()) {
             Ok(Self(text.into()))
         } else {
-            Err(Error::Input("the Hub token holds characters that no token has".into()))
+            Err(Error::Input("invalid Hub token: expected printable ASCII characters without spaces".into()))
         }
     }
 
@@ -96,7 +112,7 @@ impl std::fmt::Debug for Token {
 }
 
 impl Settings {
-    /// The defaults, over the cache at `cache`.
+    /// Creates the default settings for an endpoint and a cache directory.
     pub fn new(endpoint: &str, cache: impl Into<PathBuf>) -> Self {
         Self {
             endpoint: endpoint.trim_end_matches('/').into(),
@@ -111,10 +127,11 @@ impl Settings {
         }
     }
 
-    /// What the environment says.
+    /// Reads the settings from environment variables.
     ///
     /// # Errors
-    /// [`Error::Input`] for a token or a number that is none, or if there is no home directory to keep a cache in.
+    /// Returns [`Error::Input`] if a variable is invalid, or if neither a cache directory nor a home directory is
+    /// known.
     pub fn from_env() -> Result<Self> {
         Self::from_vars(|name| std::env::var_os(name).and_then(|value| value.into_string().ok()))
     }
@@ -150,7 +167,7 @@ impl Settings {
         };
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         if crate::address::origin(&endpoint).is_none() {
-            let what = "HF_ENDPOINT is no address of a Hub; expected http or https, without a user and a password";
+            let what = "HF_ENDPOINT is invalid: expected an http or https URL without a user name and password";
             return Err(Error::Input(what.into()));
         }
         let mut settings = Self::new(&endpoint, cache);
@@ -172,8 +189,8 @@ impl Settings {
     }
 }
 
-/// A path with `~` at its beginning, then `$VAR` and `${VAR}`, replaced as Python's `expanduser` and `expandvars` do it; on
-/// Windows `%VAR%` too. A variable that is not set stays as it is written.
+/// Expands a leading `~`, then `$VAR` and `${VAR}`, as Python's `expanduser` and `expandvars` do. On Windows also
+/// expands `%VAR%`. Variables that are not set stay unchanged.
 fn expanded(
     text: &str,
     home: impl Fn() -> Option<String>,
@@ -184,7 +201,7 @@ fn expanded(
         Some(rest) if rest.is_empty() || rest.starts_with(std::path::is_separator) => {
             home().ok_or("no home directory was found")? + rest
         }
-        Some(_) => return Err("the home of another user is not looked up; write its path"),
+        Some(_) => return Err("the home directory of another user is not supported; write its path"),
     };
     let (mut out, mut rest) = (String::new(), text.as_str());
     while let Some(at) = rest.find(|c| c == '$' || (cfg!(windows) && c == '%')) {
@@ -210,6 +227,7 @@ fn expanded(
     Ok(out)
 }
 
+/// Reads the token file. A missing or empty file means no token.
 fn read_token(path: &Path) -> Result<Option<Token>> {
     let meta = std::fs::metadata(path).ok().filter(|meta| meta.is_file() && meta.len() < 4096);
     let text = meta.and_then(|_| std::fs::read_to_string(path).ok());
@@ -224,7 +242,7 @@ mod tests {
         Settings::from_vars(|name| vars.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).into()))
     }
 
-    /// Checked against huggingface_hub 2.4.
+    /// The expected paths were checked against huggingface_hub 2.4.
     #[test]
     fn variables_in_paths_are_expanded_as_python_expands_them() {
         let cache = |name: &str, value: &str| {

@@ -1,31 +1,34 @@
+//! Selections of training steps.
+
 use std::collections::BTreeSet;
 use std::str::FromStr;
 
 use crate::{Error, Result};
 
-/// More steps than any suite has; a selection is a list that somebody typed.
+/// Maximum number of steps in a range with a stride, far more than any suite has.
 const MOST: u64 = 1 << 20;
 
 /// A selection of training steps.
 ///
 /// | text | steps |
 /// |---|---|
-/// | `all` | all there are |
-/// | `final` | the last |
+/// | `all` | all existing steps |
+/// | `final` | the last step |
 /// | `log` | 0, 1, 2, 4, ... 512, then 1000, 2000, 4000, ... |
-/// | `512` | that one |
-/// | `0..143000:10000` | those from the first number to the second, both included, that are a multiple of the third away from the first |
-/// | `1000..5000` | all there are in between |
+/// | `512` | step 512 |
+/// | `0..143000:10000` | existing steps among 0, 10000, 20000, ... 140000 (`first..last:stride`, `last` included if the stride reaches it) |
+/// | `1000..5000` | all existing steps from 1000 to 5000, both included |
 ///
-/// Several are joined with commas. `all`, `final`, `log` and ranges choose among the steps that exist; a number must exist.
+/// Commas join several selections. `all`, `final`, `log` and ranges choose among the existing steps. A single number
+/// must exist.
 ///
 /// ```
 /// use pricket_hub::Steps;
-/// let there_are = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000, 3000, 4000];
+/// let existing = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000, 3000, 4000];
 /// let steps: Steps = "final,0..3000:1000".parse()?;
-/// assert_eq!(steps.select(&there_are)?, [0, 1000, 2000, 3000, 4000]);
-/// assert_eq!("log".parse::<Steps>()?.select(&there_are)?.len(), 14);
-/// assert!("7".parse::<Steps>()?.select(&there_are).is_err());
+/// assert_eq!(steps.select(&existing)?, [0, 1000, 2000, 3000, 4000]);
+/// assert_eq!("log".parse::<Steps>()?.select(&existing)?.len(), 14);
+/// assert!("7".parse::<Steps>()?.select(&existing).is_err());
 /// # Ok::<(), pricket_hub::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,15 +44,15 @@ enum Part {
 }
 
 impl Steps {
-    /// All there are.
+    /// Selects all existing steps.
     pub fn all() -> Self {
         Self(vec![Part::All])
     }
 
-    /// The steps chosen among `existing`, ascending.
+    /// Returns the selected steps of `existing`, in ascending order.
     ///
     /// # Errors
-    /// [`Error::Input`] for a number that does not exist, or if nothing is chosen.
+    /// Returns [`Error::Input`] if a single number does not exist, or if nothing is selected.
     pub fn select(&self, existing: &[u64]) -> Result<Vec<u64>> {
         let last = existing.iter().max().copied();
         let mut chosen = BTreeSet::new();
@@ -63,7 +66,7 @@ impl Steps {
                     let near: Vec<String> = near.iter().map(u64::to_string).collect();
                     let nearest =
                         if near.is_empty() { String::new() } else { format!("; the nearest are {}", near.join(", ")) };
-                    let what = format!("there is no step {step}{nearest}");
+                    let what = format!("step {step} does not exist{nearest}");
                     return Err(Error::Input(what));
                 }
                 Part::One(step) => {
@@ -73,12 +76,13 @@ impl Steps {
             }
         }
         if chosen.is_empty() {
-            return Err(Error::Input("no step is selected".into()));
+            return Err(Error::Input("the selection matches no existing training step".into()));
         }
         Ok(chosen.into_iter().collect())
     }
 
-    /// The steps that numbers and ranges with a stride name by themselves, whatever exists; `None` with any other part.
+    /// Returns the steps of a selection that has only numbers and ranges with a stride, whether they exist or not.
+    /// Returns `None` if any part depends on the existing steps.
     pub fn expand(&self) -> Option<Vec<u64>> {
         let mut out = BTreeSet::new();
         for part in &self.0 {
@@ -97,6 +101,7 @@ impl Steps {
 }
 
 impl Part {
+    /// Returns whether this part selects `step`.
     fn takes(self, step: u64, final_step: Option<u64>) -> bool {
         match self {
             Part::All => true,
@@ -141,7 +146,7 @@ impl FromStr for Steps {
         let parts: Option<Vec<Part>> = text.split(',').map(part).collect();
         parts.map(Self).ok_or_else(|| {
             Error::Input(format!(
-                "{text:?} selects no steps; use all, final, log, numbers, and ranges such as 0..143000:10000, with commas"
+                "{text:?} is not a selection of training steps; expected all, final, log, numbers or ranges such as 0..143000:10000, separated by commas"
             ))
         })
     }

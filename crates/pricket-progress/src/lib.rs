@@ -1,7 +1,7 @@
 //! Progress and cancellation of long work.
 //!
-//! Downloads, loading, scoring, sweeps and training call the methods of a [`Progress`] while they work. Every method has a default:
-//! a type implements what it wants to know.
+//! Downloads, loading, scoring, sweeps and training call the methods of a [`Progress`] while they work. Every method
+//! has a default, so a type implements only the methods that it needs.
 //!
 //! ```
 //! use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,60 +23,63 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-/// Phase of the download of a file, in order.
+/// Phases of a download, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Phase {
-    /// The Hub is asked for revisions or for a listing. The name is that of the repository.
+    /// Revisions or a listing are requested from the Hub. [`Progress::phase`] gets the name of the repository instead
+    /// of a file.
     Metadata,
     /// Bytes arrive and are hashed.
     Body,
-    /// The last bytes have arrived. The hash is completed and compared.
+    /// All bytes have arrived, and the hash is verified.
     Hash,
     /// The file gets its final name, and the snapshot its link.
     Rename,
 }
 
-/// Receives the progress of long work and can stop it.
+/// Receives the progress of long work and can cancel it.
 ///
-/// Methods are called from several threads and should return soon.
+/// Methods may be called from several threads. They should return quickly.
 pub trait Progress: Send + Sync {
-    /// Work named `what` begins. `total` is in `unit` ("bytes", "tokens", "documents").
+    /// Called when the work named `what` begins. `total` is its size in `unit` ("bytes", "tokens", "documents").
     fn begin(&self, what: &str, total: u64, unit: &str) {
         let _ = (what, total, unit);
     }
 
-    /// `done` of the total is done. The number falls if downloaded bytes turn out to be wrong.
+    /// Called when `done` units of the total are done. The number decreases if downloaded bytes are discarded.
     fn update(&self, done: u64) {
         let _ = done;
     }
 
-    /// The download of `file` enters a phase.
+    /// Called when the download of `file` enters a phase.
     fn phase(&self, file: &str, phase: Phase) {
         let _ = (file, phase);
     }
 
-    /// The network failed, and the cache is used instead. Calls [`Progress::notice`] by default.
+    /// Called when the network failed and the cache is used instead. Calls [`Progress::notice`] by default.
     fn fallback(&self, message: &str) {
         self.notice(message);
     }
 
-    /// A message for the user, such as a retry or a wait.
+    /// Called with a message for the user, for example about a retry or a wait.
     fn notice(&self, message: &str) {
         let _ = message;
     }
 
-    /// The work has ended, with or without success.
+    /// Called when the work ends, successfully or not.
     fn end(&self) {}
 
-    /// Returns whether the work should stop at the next convenient place, with the error `Cancelled` of its crate. Bytes that have arrived
-    /// stay on disk.
+    /// Returns whether to cancel the work.
+    ///
+    /// Canceled work stops at the next suitable point with the error `Cancelled` of its crate. Downloaded bytes stay on
+    /// disk.
     fn cancelled(&self) -> bool {
         false
     }
 }
 
-/// Reports nothing and never stops the work.
+/// A [`Progress`] that ignores all reports and never cancels the work.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoProgress;
 

@@ -1,50 +1,52 @@
+//! Faults that the server can inject into a response.
+
 use std::time::Duration;
 
-/// How to answer badly. Offsets count from the first byte of the body that would have been sent.
+/// A fault in a response. Offsets are in bytes from the first byte of the correct body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Closes the connection after so many bytes of the body.
+    /// Closes the connection after this number of bytes of the body.
     Truncate(u64),
-    /// Falls silent after so many bytes, until the client has gone.
+    /// Stops sending after this number of bytes of the body, until the client disconnects.
     Stall(u64),
-    /// Says nothing at all, until the client has gone.
+    /// Sends nothing until the client disconnects.
     Silence,
-    /// Sends the body a byte at a time, with this pause in between.
+    /// Sends the body one byte at a time with this pause.
     Trickle(Duration),
-    /// Announces a length that is off by so much, and closes after the body.
+    /// Announces a length that differs by this number of bytes, and closes the connection after the body.
     WrongLength(i64),
-    /// Answers with a status.
+    /// Sends an error with this status.
     Status(u16),
-    /// Answers 429 with a `Retry-After`.
+    /// Sends status 429 with this `Retry-After` header.
     TooMany(String),
-    /// A page of text with status 200.
+    /// Sends an HTML page with status 200.
     ErrorPage,
-    /// A page of text with status 200 and the length that was expected.
+    /// Sends an HTML page with status 200 and the expected length.
     ErrorPageOfLength,
-    /// Changes one byte.
+    /// Changes the byte at this offset, modulo the length.
     Corrupt(u64),
-    /// Redirects to itself.
+    /// Redirects to the requested URL.
     RedirectLoop,
-    /// Redirects on and on.
+    /// Redirects to a new URL each time, without end.
     RedirectChain,
-    /// Answers a range with the whole file.
+    /// Sends the whole file instead of the requested range.
     IgnoreRange,
-    /// Answers a range with another one, and says so.
+    /// Sends another range, with the correct `Content-Range` of that range.
     OtherRange,
-    /// Answers a range with the bytes of another one under the right name.
+    /// Sends another range with the `Content-Range` of the requested one.
     LyingRange,
-    /// Says that the file has another length.
+    /// Gives a wrong file length in `Content-Range`.
     WrongTotal,
-    /// Ends the body by closing the connection instead of a length.
+    /// Sends no `Content-Length` and closes the connection after the body.
     NoLength,
-    /// Says that the body is packed.
+    /// Claims that the body is compressed with gzip.
     Packed,
-    /// Closes the connection before a byte of the answer.
+    /// Closes the connection without a response.
     Close,
-    /// Points `main` at another commit, then answers rightly.
+    /// Points `main` to this commit, then sends the correct response.
     MoveMain(String),
-    /// Answers 429 as the Hub does, with this `RateLimit`.
+    /// Sends status 429 with this `RateLimit` header, as the Hub does.
     RateLimit(String),
-    /// Names this as the next page.
+    /// Sends this URL as the next page of a listing.
     NextPage(String),
 }

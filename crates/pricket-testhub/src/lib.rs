@@ -1,5 +1,7 @@
-//! A real HTTP server that speaks the part of the Hugging Face Hub's protocol that a client of models needs, and that can
-//! be told to speak it badly. For tests; Python's own client is what proves it right.
+//! A local HTTP server for tests, which implements the part of the Hugging Face Hub's protocol that downloads need.
+//!
+//! Faults can be injected into its responses ([`TestHub::misbehave`]). The tests of pricket-hub run Python's
+//! `huggingface_hub` against it to check the protocol.
 //!
 //! ```
 //! use pricket_testhub::{Content, Repo, TestHub};

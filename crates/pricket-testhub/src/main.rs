@@ -1,6 +1,7 @@
-//! Serves directories as repositories: `pricket-testhub owner/name=DIRECTORY ...`, where every subdirectory of DIRECTORY is a
-//! branch. Prints its address and runs until it is stopped; `--random owner/name=FILESxBYTES` makes up a repository, `--rate BYTES`
-//! sends no more than so many bytes a second.
+//! Serves directories as repositories: `pricket-testhub owner/name=DIRECTORY ...`.
+//!
+//! Every subdirectory of DIRECTORY is a branch. The program prints its URL and runs until it is stopped. `--random
+//! owner/name=FILESxBYTES` serves a repository of random files; `--rate BYTES` limits the bytes per second.
 
 use std::path::Path;
 
@@ -16,7 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         let random = argument == "--random";
         let argument = if random { arguments.next().ok_or("--random needs a value")? } else { argument };
-        let (id, what) = argument.split_once('=').ok_or("expected owner/name=WHAT")?;
+        let (id, what) = argument.split_once('=').ok_or("expected owner/name=DIRECTORY or owner/name=FILESxBYTES")?;
         let mut repo = Repo::default();
         if random {
             let (files, bytes) = what.split_once('x').ok_or("expected FILESxBYTES")?;
@@ -39,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 }
 
-/// Bytes that no disk or wire can make smaller, the same for the same seed.
+/// Returns reproducible random bytes, which cannot be compressed.
 fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut out = Vec::with_capacity(bytes + 8);

@@ -1,3 +1,5 @@
+//! Repositories of the test server and their files.
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -5,14 +7,14 @@ use std::sync::Arc;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-/// The bytes of a file, and how the Hub keeps them.
+/// The bytes of a file with the hashes of its storage.
 #[derive(Clone, Debug)]
 pub struct Content {
     /// The bytes.
     pub bytes: Arc<Vec<u8>>,
-    /// Hash of the large-file storage; `None` for a file in git itself.
+    /// SHA-256 for a file in large-file storage (Git LFS). `None` for a file in git.
     pub sha256: Option<String>,
-    /// Git's hash of the file, or of the pointer that stands for it.
+    /// Git hash of the file, or of its pointer if it is in large-file storage.
     pub oid: String,
 }
 
@@ -29,13 +31,13 @@ fn git_oid(bytes: &[u8]) -> String {
 }
 
 impl Content {
-    /// A file in git.
+    /// Creates a file in git.
     pub fn text(bytes: impl Into<Vec<u8>>) -> Self {
         let bytes = bytes.into();
         Self { oid: git_oid(&bytes), sha256: None, bytes: Arc::new(bytes) }
     }
 
-    /// A file in large-file storage.
+    /// Creates a file in large-file storage.
     pub fn lfs(bytes: impl Into<Vec<u8>>) -> Self {
         let bytes = bytes.into();
         let sha256 = hex(&Sha256::digest(&bytes));
@@ -44,23 +46,24 @@ impl Content {
         Self { oid: git_oid(pointer.as_bytes()), sha256: Some(sha256), bytes: Arc::new(bytes) }
     }
 
-    /// A file from disk, kept as the Hub keeps such files.
+    /// Reads a file from disk. Files with the extension `safetensors`, `bin` or `gguf` go to large-file storage, others
+    /// to git.
     ///
     /// # Errors
-    /// What reading it says.
+    /// Returns an error if the file cannot be read.
     pub fn file(path: &Path) -> std::io::Result<Self> {
         let large = ["safetensors", "bin", "gguf"].iter().any(|kind| path.extension().is_some_and(|e| e == *kind));
         let bytes = std::fs::read(path)?;
         Ok(if large { Self::lfs(bytes) } else { Self::text(bytes) })
     }
 
-    /// The name that clients give it in their caches.
+    /// Returns the hash that identifies the file, which is also its name in the caches of clients.
     pub fn etag(&self) -> &str {
         self.sha256.as_ref().unwrap_or(&self.oid)
     }
 }
 
-/// A repository.
+/// A repository with branches, tags and commits.
 #[derive(Clone, Debug, Default)]
 pub struct Repo {
     pub(crate) branches: BTreeMap<String, String>,
@@ -70,7 +73,7 @@ pub struct Repo {
 }
 
 impl Repo {
-    /// Adds a commit and gives its hash.
+    /// Adds a commit with these files and returns its hash.
     pub fn commit<'a>(&mut self, files: impl IntoIterator<Item = (&'a str, Content)>) -> String {
         let files: BTreeMap<String, Content> =
             files.into_iter().map(|(path, content)| (path.into(), content)).collect();
@@ -83,10 +86,10 @@ impl Repo {
         commit
     }
 
-    /// Adds the files of a directory as a commit.
+    /// Adds a commit with the files of a directory and returns its hash. Subdirectories are ignored.
     ///
     /// # Errors
-    /// What reading them says.
+    /// Returns an error if the directory or a file cannot be read.
     pub fn commit_directory(&mut self, directory: &Path) -> std::io::Result<String> {
         let mut files = Vec::new();
         for entry in std::fs::read_dir(directory)?.flatten() {
@@ -97,28 +100,28 @@ impl Repo {
         Ok(self.commit(files.iter().map(|(path, content)| (path.as_str(), content.clone()))))
     }
 
-    /// Points a branch at a commit.
+    /// Creates or moves a branch.
     pub fn branch(&mut self, name: &str, commit: &str) {
         self.branches.insert(name.into(), commit.into());
     }
 
-    /// Points a tag at a commit.
+    /// Creates or moves a tag.
     pub fn tag(&mut self, name: &str, commit: &str) {
         self.tags.insert(name.into(), commit.into());
     }
 
-    /// Shows the repository only to who has this token.
+    /// Makes the repository private: requests need this token.
     pub fn private(&mut self, token: &str) {
         self.token = Some(token.into());
     }
 
-    /// The commit of a branch, tag or commit.
+    /// Returns the commit of a branch, tag or commit.
     pub fn resolve(&self, revision: &str) -> Option<&str> {
         let named = self.branches.get(revision).or_else(|| self.tags.get(revision));
         named.or_else(|| self.commits.keys().find(|commit| *commit == revision)).map(String::as_str)
     }
 
-    /// The files of a branch, tag or commit.
+    /// Returns the files of a branch, tag or commit.
     pub fn files(&self, revision: &str) -> Option<&BTreeMap<String, Content>> {
         self.commits.get(self.resolve(revision)?)
     }

@@ -1,3 +1,5 @@
+//! The HTTP server.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,33 +12,33 @@ use serde_json::{Value, json};
 
 use crate::{Content, Fault, Repo};
 
-/// A request as it came.
+/// A request received by the server.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Its number, from 0.
+    /// Number of the request, from 0.
     pub number: u64,
-    /// GET or HEAD.
+    /// Method: GET or HEAD.
     pub method: String,
     /// Path and query.
     pub target: String,
-    /// First and last byte asked for.
+    /// Requested range: the first and, if given, the last byte.
     pub range: Option<(u64, Option<u64>)>,
     /// The `Authorization` header.
     pub authorization: Option<String>,
-    /// Whether it came to the address of the large files.
+    /// Whether the request was sent to the address of the large files.
     pub cdn: bool,
-    /// The hash of the file that it asks for.
+    /// Hash of the requested file.
     pub etag: Option<String>,
     sent: Arc<AtomicU64>,
 }
 
 impl Request {
-    /// Bytes of body that were given to the socket so far.
+    /// Returns the number of body bytes written to the socket so far.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Whether it asks for the bytes of a file.
+    /// Returns whether the request is for the contents of a file.
     pub fn is_body(&self) -> bool {
         self.method == "GET" && (self.cdn || self.target.contains("/resolve-cache/"))
     }
@@ -50,8 +52,9 @@ struct State {
     log: Mutex<Vec<Request>>,
     count: AtomicU64,
     page: AtomicU64,
-    /// Bytes a second that all connections send together, 0 for as many as there is room for; and when the next may go.
+    /// Limit of all connections together in bytes per second; 0 means no limit.
     rate: AtomicU64,
+    /// Time when the next bytes may be sent under the limit.
     free: Mutex<Instant>,
     stop: AtomicBool,
     api: SocketAddr,
@@ -59,7 +62,7 @@ struct State {
 }
 
 impl State {
-    /// Until so many bytes may go.
+    /// Waits until `bytes` may be sent under the rate limit.
     fn wait_for_the_line(&self, bytes: usize) {
         let rate = self.rate.load(Ordering::Relaxed);
         if rate == 0 {
@@ -78,7 +81,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The server, until it is dropped. It has two addresses: the Hub's and that of the large files.
+/// A running server. It stops when it is dropped. It has two addresses: one for the Hub and one for the large files.
 pub struct TestHub {
     state: Arc<State>,
 }
@@ -96,7 +99,10 @@ impl Default for TestHub {
 }
 
 impl TestHub {
-    /// Starts on free ports of this machine.
+    /// Starts a server on free local ports.
+    ///
+    /// # Panics
+    /// Panics if no local port can be bound.
     pub fn start() -> Self {
         let bind = || TcpListener::bind("127.0.0.1:0").expect("a free port");
         let (api, cdn) = (bind(), bind());
@@ -131,7 +137,7 @@ impl TestHub {
         Self { state }
     }
 
-    /// What to set `HF_ENDPOINT` to.
+    /// Returns the URL of the server, the value for `HF_ENDPOINT`.
     pub fn url(&self) -> String {
         format!("http://{}", self.state.api)
     }
@@ -141,27 +147,27 @@ impl TestHub {
         lock(&self.state.repos).insert(id.into(), repo);
     }
 
-    /// Answers as `plan` says from now on; rightly where it says nothing.
+    /// Injects the faults that `plan` returns for requests from now on. `None` means a correct response.
     pub fn misbehave(&self, plan: impl Fn(&Request) -> Option<Fault> + Send + Sync + 'static) {
         *lock(&self.state.plan) = Some(Arc::new(plan));
     }
 
-    /// Answers rightly from now on.
+    /// Stops injecting faults.
     pub fn behave(&self) {
         *lock(&self.state.plan) = None;
     }
 
-    /// How many files a page of a listing holds.
+    /// Sets the number of files on a page of a listing (default 1000).
     pub fn page(&self, files: u64) {
         self.state.page.store(files, Ordering::Relaxed);
     }
 
-    /// Sends no more than so many bytes a second over all connections together, as a line of that width would; 0 for no limit.
+    /// Limits the rate of all connections together, in bytes per second. 0 means no limit.
     pub fn throttle(&self, bytes_a_second: u64) {
         self.state.rate.store(bytes_a_second, Ordering::Relaxed);
     }
 
-    /// Every request so far, and forgets them.
+    /// Returns all requests since the last call and clears the log.
     pub fn take_log(&self) -> Vec<Request> {
         std::mem::take(&mut *lock(&self.state.log))
     }
@@ -170,14 +176,14 @@ impl TestHub {
 impl Drop for TestHub {
     fn drop(&mut self) {
         self.state.stop.store(true, Ordering::Relaxed);
-        // Both threads wait for one more connection.
+        // Both threads block until the next connection, so one is made to each address.
         for address in [self.state.api, self.state.cdn] {
             let _ = TcpStream::connect(address);
         }
     }
 }
 
-/// An answer before faults are put in.
+/// A response before faults are applied.
 struct Answer {
     status: u16,
     headers: Vec<(&'static str, String)>,
@@ -186,7 +192,7 @@ struct Answer {
 
 enum Body {
     Bytes(Vec<u8>),
-    /// A range of a file.
+    /// A range of a file, as first byte and end.
     File(Content, u64, u64),
 }
 
@@ -217,6 +223,7 @@ impl Answer {
     }
 }
 
+/// Answers the requests of one connection.
 fn serve(state: &State, stream: TcpStream, cdn: bool) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream.try_clone()?);
@@ -272,6 +279,7 @@ fn read_request(state: &State, reader: &mut impl BufRead, cdn: bool) -> std::io:
     Ok(Some(Request { number, method, target, range, authorization, cdn, etag: None, sent: Arc::default() }))
 }
 
+/// Decodes percent-encoding.
 fn decode(text: &str) -> String {
     let mut out = Vec::new();
     let mut bytes = text.bytes();
@@ -286,6 +294,7 @@ fn decode(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
+/// Returns the correct response to a request.
 fn answer(state: &State, request: &mut Request) -> Answer {
     let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
     let path = path.to_owned();
@@ -302,7 +311,7 @@ fn answer(state: &State, request: &mut Request) -> Answer {
         };
     }
     let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
-    // Datasets are kept under names that say so.
+    // The ids of datasets have the prefix "datasets/". Removing it lets datasets share the code for models.
     let (parts, prefix) = match parts[..] {
         ["datasets", ref rest @ ..] => (rest.to_vec(), "datasets/"),
         ["api", "datasets", ref rest @ ..] => ([&["api", "models"], rest].concat(), "datasets/"),
@@ -361,6 +370,7 @@ fn answer(state: &State, request: &mut Request) -> Answer {
     }
 }
 
+/// Returns the response to an API request about a repository.
 fn api(state: &State, repo: &Repo, id: &str, rest: &[&str], query: &BTreeMap<String, String>) -> Answer {
     let resolve = |revision: &str| repo.resolve(&decode(revision)).map(str::to_owned);
     let unknown = || Answer::error(404, "RevisionNotFound", "Invalid rev id");
@@ -418,7 +428,7 @@ fn api(state: &State, repo: &Repo, id: &str, rest: &[&str], query: &BTreeMap<Str
     }
 }
 
-/// A file or the range of it that was asked for.
+/// Returns a file or its requested range.
 fn file(request: &mut Request, content: Content, commit: Option<&str>) -> Answer {
     let size = content.bytes.len() as u64;
     let mut headers = vec![("Accept-Ranges", "bytes".into()), ("ETag", format!("\"{}\"", content.etag()))];
@@ -442,7 +452,7 @@ fn file(request: &mut Request, content: Content, commit: Option<&str>) -> Answer
 
 const PAGE: &[u8] = b"<html><body>Our servers are having a rest. Please come back later.</body></html>";
 
-/// The answer as the fault has it, as far as it is about what is said.
+/// Applies faults that change the status, headers or body of a response. [`respond`] applies the others.
 fn changed(state: &State, request: &Request, mut answer: Answer, fault: Option<&Fault>) -> Answer {
     let here = || format!("http://{}{}", if request.cdn { state.cdn } else { state.api }, request.target);
     let is_range = answer.status == 206;
@@ -502,7 +512,7 @@ fn changed(state: &State, request: &Request, mut answer: Answer, fault: Option<&
     }
 }
 
-/// Writes the answer, as the fault has it. Whether the connection can be used again.
+/// Writes a response with its fault. Returns whether the connection can be reused.
 fn respond(
     state: &State,
     stream: &mut TcpStream,
@@ -567,7 +577,7 @@ fn respond(
     }
 }
 
-/// Says nothing until the client closes the connection.
+/// Waits until the client closes the connection. Returns `false`, since the connection cannot be reused.
 fn wait_for_the_end(stream: &mut TcpStream) -> std::io::Result<bool> {
     std::io::copy(stream, &mut std::io::sink())?;
     Ok(false)

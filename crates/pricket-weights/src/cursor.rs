@@ -1,11 +1,11 @@
-//! Reading numbers and strings one after another, never beyond the end of the file.
+//! Sequential reads of numbers and byte strings, with checks against the end of the file.
 
 use std::borrow::Cow;
 
 use crate::source::Source;
 use crate::{Error, Result};
 
-/// A place in a file.
+/// A position in a file.
 pub(crate) struct Cursor<'a> {
     source: &'a Source,
     pub(crate) at: usize,
@@ -16,28 +16,30 @@ impl<'a> Cursor<'a> {
         Self { source, at }
     }
 
-    /// Bytes that are left.
+    /// Returns the number of bytes from the position to the end of the file.
     pub(crate) fn left(&self) -> usize {
         self.source.len().saturating_sub(self.at)
     }
 
+    /// Creates an error that gives the position.
     pub(crate) fn corrupt(&self, what: impl std::fmt::Display) -> Error {
         self.source.corrupt(format!("{what} (at byte {})", self.at))
     }
 
-    /// The next `len` bytes.
+    /// Returns the next `len` bytes. `what` names them in the error.
     pub(crate) fn take(&mut self, len: usize, what: &str) -> Result<Cow<'a, [u8]>> {
         if len > self.left() {
-            return Err(self.corrupt(format!("truncated: {what} takes {len} bytes, and {} are left", self.left())));
+            return Err(self.corrupt(format!("truncated: {what} takes {len} bytes, but only {} are left", self.left())));
         }
         let bytes = self.source.read(self.at, len)?;
         self.at += len;
         Ok(bytes)
     }
 
+    /// Skips the next `len` bytes.
     pub(crate) fn skip(&mut self, len: usize, what: &str) -> Result<()> {
         if len > self.left() {
-            return Err(self.corrupt(format!("truncated: {what} takes {len} bytes, and {} are left", self.left())));
+            return Err(self.corrupt(format!("truncated: {what} takes {len} bytes, but only {} are left", self.left())));
         }
         self.at += len;
         Ok(())

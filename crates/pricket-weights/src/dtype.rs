@@ -1,7 +1,9 @@
+//! Element types of stored tensors.
+
 use candle_core::DType;
 use pricket_kernels::{BlockType, FOUR_BIT_BLOCK, FourBitType};
 
-/// The element type of a stored tensor, spelled as safetensors spells it.
+/// The element type of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Dtype {
@@ -9,9 +11,9 @@ pub enum Dtype {
     F64,
     /// 32-bit float.
     F32,
-    /// IEEE half.
+    /// 16-bit float (IEEE half precision).
     F16,
-    /// bfloat16.
+    /// 16-bit bfloat16.
     BF16,
     /// Signed 64-bit integer.
     I64,
@@ -19,22 +21,23 @@ pub enum Dtype {
     I32,
     /// Signed 16-bit integer.
     I16,
-    /// Signed byte.
+    /// Signed 8-bit integer.
     I8,
-    /// Unsigned byte.
+    /// Unsigned 8-bit integer.
     U8,
-    /// One byte, 0 or 1.
+    /// Boolean, one byte with the value 0 or 1.
     Bool,
-    /// Quantized.
+    /// Quantized blocks.
     Block(BlockType),
     /// Elements of 4 bits with a scale for every 64, as bitsandbytes stores them.
     FourBit(FourBitType),
-    /// A type by name that no reader here makes anything of.
+    /// An unsupported type, by its name.
     Other(&'static str),
 }
 
 impl Dtype {
-    /// Bytes that `elements` take, for blocks a whole number of them; 0 if that is not known.
+    /// Returns the bytes that `elements` take, or 0 if the size of the type is unknown. For blocks, `elements` must be
+    /// a multiple of the block size.
     pub const fn bytes(self, elements: usize) -> usize {
         elements.saturating_mul(match self {
             Dtype::F64 | Dtype::I64 => 8,
@@ -48,12 +51,12 @@ impl Dtype {
         })
     }
 
-    /// Whether a weight can be of this type.
+    /// Returns whether weights can have this type: a floating-point or quantized type.
     pub const fn is_float(self) -> bool {
         matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::Block(_) | Dtype::FourBit(_))
     }
 
-    /// The type of candle's tensors that holds these bytes unchanged; `None` where there is none.
+    /// Returns the candle type with the same bytes, or `None` if candle has none.
     pub const fn to_candle(self) -> Option<DType> {
         Some(match self {
             Dtype::F64 => DType::F64,
@@ -68,7 +71,7 @@ impl Dtype {
         })
     }
 
-    /// What a float tensor of candle's is stored as.
+    /// Returns the stored type of a candle tensor. Types other than floats become [`Dtype::Other`].
     pub fn from_candle(dtype: DType) -> Self {
         match dtype {
             DType::F64 => Dtype::F64,
@@ -79,7 +82,7 @@ impl Dtype {
         }
     }
 
-    /// Its name, as files spell it.
+    /// Returns the name of the type, spelled as in safetensors (`F32`), or as in ggml for blocks (`q4_0`).
     pub const fn name(self) -> &'static str {
         match self {
             Dtype::F64 => "F64",

@@ -1,6 +1,8 @@
+//! The error type of this crate and helpers for messages.
+
 use std::path::PathBuf;
 
-/// What can be wrong with weights on disk. Every variant names the file, and the tensor where there is one.
+/// An error in reading weights. Every variant names the file, and the tensor if one is concerned.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -9,60 +11,60 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The path does not exist, or a directory holds no weights.
+    /// The path does not exist, or a directory has no weights.
     #[error("{}: {what}", path.display())]
     NotFound {
         /// The path.
         path: PathBuf,
-        /// What was looked for.
+        /// Description of the missing file.
         what: String,
     },
-    /// A directory holds several models.
+    /// A directory has the weights of several models.
     #[error("{}: {what}", path.display())]
     Ambiguous {
         /// The directory.
         path: PathBuf,
-        /// What is in it.
+        /// Description of the files found.
         what: String,
     },
-    /// The bytes contradict themselves or their format.
+    /// The contents of the file are invalid.
     #[error("{}: {what}", path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// What is wrong, naming the tensor where there is one.
+        /// Description of the problem, with the name of the tensor if one is concerned.
         what: String,
     },
-    /// The file asks for something that is never done: running code, leaving its directory.
+    /// The file requires something unsafe: running code, or opening a file outside its directory.
     #[error("{}: refused: {what}", path.display())]
     Refused {
         /// The file.
         path: PathBuf,
-        /// What it asked for.
+        /// Description of the refused operation.
         what: String,
     },
-    /// A format or element type that is known but not read.
+    /// A format or element type that is not supported.
     #[error("{}: {what}", path.display())]
     Unsupported {
         /// The file.
         path: PathBuf,
-        /// The format or type.
+        /// Description of the format or type.
         what: String,
     },
-    /// No tensor of this name.
-    #[error("{origin}: tensor {name} is missing{}", nearest.as_ref().map_or(String::new(), |other| format!("; it holds {other}, among others")))]
+    /// The store has no tensor of this name.
+    #[error("{origin}: tensor {name} is missing{}", nearest.as_ref().map_or(String::new(), |other| format!("; the most similar name is {other}")))]
     Missing {
-        /// The store that was asked.
+        /// The file or store.
         origin: String,
         /// The tensor.
         name: String,
-        /// The tensor of the store whose name is most like it.
+        /// The most similar name in the store.
         nearest: Option<String>,
     },
-    /// A tensor of another shape than the model needs.
+    /// The shape of a tensor differs from the shape that the model needs.
     #[error("{origin}: tensor {name} has shape {found:?}, expected {expected:?}")]
     Shape {
         /// The file.
@@ -71,32 +73,32 @@ pub enum Error {
         name: String,
         /// The shape that the configuration implies.
         expected: Vec<usize>,
-        /// The shape on file.
+        /// The shape in the file.
         found: Vec<usize>,
     },
-    /// A tensor of a type that cannot be a weight.
+    /// The element type of a tensor is not floating-point.
     #[error("{origin}: tensor {name} is stored as {found}, expected a floating-point type")]
     NotFloat {
         /// The file.
         origin: String,
         /// The tensor.
         name: String,
-        /// The type on file.
+        /// The type in the file.
         found: crate::Dtype,
     },
-    /// Candle could not make the tensor (no memory on the device, mostly).
+    /// Candle failed to create the tensor, usually because the device has too little memory.
     #[error("{origin}: tensor {name}: {source}")]
     Candle {
         /// The file.
         origin: String,
         /// The tensor.
         name: String,
-        /// What candle said.
+        /// Error of candle.
         source: candle_core::Error,
     },
 }
 
-/// A count with its noun, for a message: `1 tensor`, `2 tensors`.
+/// Formats a count with its noun for a message: `1 tensor`, `2 tensors`.
 ///
 /// ```
 /// assert_eq!(pricket_weights::counted(1, "tensor"), "1 tensor");
@@ -106,7 +108,7 @@ pub fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Text out of a file for a message: one line of a length that can be read, whatever the file holds.
+/// Prepares text from a file for a message: escapes control characters and cuts the text after 160 characters.
 pub fn clip(text: &str) -> String {
     const LENGTH: usize = 160;
     let mut out: String = text

@@ -1,4 +1,4 @@
-//! Formats of weight files by their first bytes, and one file opened by its format.
+//! Detection of weight file formats by their first bytes.
 
 use std::fs::File;
 use std::io::Read;
@@ -8,21 +8,21 @@ use std::sync::Arc;
 use crate::source::Source;
 use crate::{Error, GgufFile, ReadAt, Result, SafetensorsFile, Store, TorchFile};
 
-/// What a file's first bytes say it is.
+/// The format of a weight file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
     /// safetensors.
     Safetensors,
-    /// PyTorch's zip format, 1.6 and later.
+    /// PyTorch zip format (1.6 and later).
     TorchZip,
-    /// PyTorch's earlier bare-pickle format.
+    /// PyTorch pickle format without a zip (before 1.6).
     TorchLegacy,
     /// GGUF.
     Gguf,
-    /// One of the containers before GGUF: ggml, ggmf, ggjt.
+    /// A container from before GGUF: ggml, ggmf or ggjt.
     LegacyGgml,
-    /// None of them.
+    /// Any other format.
     Unknown,
 }
 
@@ -42,11 +42,12 @@ impl std::fmt::Display for Format {
 /// Number of leading bytes that identify a format.
 const HEAD: usize = 64;
 
-/// What the first bytes of `path` say it is.
+/// Detects the format of a file by its first bytes.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Corrupt`] for what is no regular file; [`Error::Unsupported`] for what stands in for a file that was not
-/// downloaded, such as a Git LFS pointer.
+/// - [`Error::Io`] if the file cannot be read;
+/// - [`Error::Corrupt`] if `path` is not a regular file;
+/// - [`Error::Unsupported`] for a placeholder of a file that was not downloaded, such as a Git LFS pointer.
 pub fn sniff(path: &Path) -> Result<Format> {
     let io = |source| Error::Io { path: path.into(), source };
     if !std::fs::metadata(path).map_err(io)?.is_file() {
@@ -60,8 +61,9 @@ pub fn sniff(path: &Path) -> Result<Format> {
     }
 }
 
-/// What stands in for a file that was not downloaded, by its first bytes, and what to do about it: a Git LFS pointer, a web page,
-/// the error of a server. `None` for anything else.
+/// Detects a placeholder of a file that was not downloaded: a Git LFS pointer, a web page, or the error of a server.
+///
+/// Returns a description of the placeholder with a remedy, or `None` for any other file.
 ///
 /// ```
 /// let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n";
@@ -97,7 +99,7 @@ fn format_of(head: &[u8], path: &Path) -> Format {
         [b'l' | b'f', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'a', b'l', b'g', b'g', ..] => {
             Format::LegacyGgml
         }
-        // PROTO 2, LONG1 of ten bytes: torch's magic number 0x1950a86a20f9469cfc6c.
+        // PROTO 2, then LONG1 with ten bytes: the magic number of torch, 0x1950a86a20f9469cfc6c.
         [0x80, _, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, ..] => Format::TorchLegacy,
         [_, _, _, _, _, _, _, _, b'{', ..] => Format::Safetensors,
         _ if path.extension().is_some_and(|e| e == "safetensors") => Format::Safetensors,
@@ -105,10 +107,10 @@ fn format_of(head: &[u8], path: &Path) -> Format {
     }
 }
 
-/// Opens one weight file, whatever it is a part of; a GGUF file with its siblings.
+/// Opens one weight file, without the other shards of its checkpoint. A split GGUF file is opened with all its parts.
 ///
 /// # Errors
-/// As [`crate::open`].
+/// Returns the errors of [`crate::open`].
 pub fn open_one(path: &Path) -> Result<Box<dyn Store>> {
     if !path.exists() {
         return Err(Error::NotFound { path: path.into(), what: "no such file".into() });
@@ -121,10 +123,10 @@ pub fn open_one(path: &Path) -> Result<Box<dyn Store>> {
     }
 }
 
-/// Opens one weight file that is somewhere else; of its bytes only headers are read now.
+/// Opens one remote weight file and reads its headers.
 ///
 /// # Errors
-/// As [`crate::open`], and what reading says.
+/// Returns the errors of [`crate::open`] and of [`ReadAt::read_at`].
 pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
     let source = Source::remote(file);
     let head = source.read(0, source.len().min(HEAD))?.into_owned();
@@ -139,21 +141,22 @@ pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Box<dyn Store>> {
     }
 }
 
-/// What the first bytes of a file that is somewhere else say it is.
+/// Detects the format of a remote file by its first bytes.
 ///
 /// # Errors
-/// What reading them says.
+/// Returns the errors of [`ReadAt::read_at`].
 pub fn sniff_remote(file: &dyn ReadAt) -> Result<Format> {
     Ok(format_of(&file.read_at(0..file.size().min(16))?, Path::new(&file.name())))
 }
 
+/// Returns the error for a format that cannot be opened without further information.
 fn unread(format: Format, path: &Path) -> Error {
     let unsupported = |what: &str| Error::Unsupported { path: path.into(), what: what.into() };
     match format {
         Format::TorchLegacy => unsupported(
-            "legacy PyTorch format (before 1.6, not a zip); load and save it once with a current torch, or use safetensors",
+            "legacy PyTorch format (before 1.6, not a zip); load and save it with a current PyTorch, or use safetensors",
         ),
-        Format::LegacyGgml => unsupported("a legacy GGML file, whose header is its family's: see GgmlFile"),
-        _ => unsupported("not a weight file: neither safetensors nor a PyTorch zip, GGUF or GGML by its first bytes"),
+        Format::LegacyGgml => unsupported("a legacy GGML file; open it with GgmlFile and the layouts of its family"),
+        _ => unsupported("not a weight file: expected safetensors, a PyTorch zip, GGUF or GGML"),
     }
 }

@@ -1,3 +1,5 @@
+//! The reader of legacy GGML files, from before GGUF.
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,52 +13,52 @@ use crate::gguf::tensor_bytes;
 use crate::source::Source;
 use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
-/// The header of a family's files from before GGUF: 32-bit fields in their order, `n_vocab` and `ftype` among them.
+/// The header layout of a family's legacy GGML files: a sequence of 32-bit fields, including `n_vocab` and `ftype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GgmlLayout {
-    /// What it is called.
+    /// Name of the layout, for descriptions.
     pub name: &'static str,
-    /// The fields; those that are marked are floats.
+    /// Names of the fields in order. The flag marks floats; the others are integers.
     pub fields: &'static [(&'static str, bool)],
-    /// The block version of quantized files whose `ftype` says none.
+    /// Block version of quantized files whose `ftype` gives no version.
     pub plain_version: u32,
-    /// A tensor that every file with this header has: where several headers fit, it tells which is meant.
+    /// Name of a tensor that every file with this layout has. It decides between layouts of the same length.
     pub embedding: &'static str,
-    /// How the file goes on.
+    /// Contents after the header.
     pub body: GgmlBody,
 }
 
-/// What follows the header of a file of the containers before GGUF.
+/// The contents of a legacy GGML file after its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgmlBody {
     /// A vocabulary of `n_vocab` words, then tensors.
     Vocabulary,
-    /// Tensors at once, in files that another program marked as ggmf with this version and a numbering of types of its own. The field
-    /// `ftype` has that numbering too.
+    /// Tensors without a vocabulary, in ggmf files of another program with its own version number and type numbers. The
+    /// field `ftype` uses the same type numbers.
     Own {
-        /// The number in the place of the container's version.
+        /// Number in place of the container version.
         version: u32,
-        /// The types by their numbers.
+        /// Types by number.
         types: &'static [(u32, GgmlType)],
     },
 }
 
-/// A type of tensors in such a file.
+/// A tensor type in a file with [`GgmlBody::Own`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgmlType {
     /// 32-bit float.
     F32,
-    /// IEEE half.
+    /// 16-bit float (IEEE half precision).
     F16,
-    /// Blocks of today.
+    /// Quantized blocks in the current layout of ggml.
     Block(BlockType),
 }
 
-/// A file in one of the containers before GGUF: ggml, ggmf or ggjt.
+/// A legacy GGML file: one of the containers ggml, ggmf or ggjt, from before GGUF.
 ///
-/// Nothing in them says for sure what they hold: three containers, a header for each program that wrote them, three
-/// versions of the quantized blocks, and in April 2023 two numberings of the types. What reads the records exactly to
-/// the end of the file is what it is.
+/// These files do not identify their contents reliably. There are three containers, one header layout per program,
+/// three versions of the quantized blocks and, in April 2023, two numberings of the types. The reader tries all
+/// combinations and takes one whose records end exactly at the end of the file.
 #[derive(Debug)]
 pub struct GgmlFile {
     source: Source,
@@ -74,9 +76,9 @@ struct Container {
     name: &'static str,
     /// Whether words have a score.
     scores: bool,
-    /// Where the data of a tensor may begin.
+    /// Alignment of tensor data in bytes.
     alignment: usize,
-    /// The block version that it stands for, where it does.
+    /// Block version that the container version implies, if any.
     version: Option<u32>,
 }
 
@@ -88,12 +90,12 @@ struct Record {
     len: usize,
 }
 
-/// One way of reading the types of a file.
+/// One interpretation of the type numbers of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Reading {
-    /// Whether scales are f16, as from version 2 of the blocks on.
+    /// Whether scales are f16, as in blocks since version 2.
     half_scales: bool,
-    /// Whether a tensor's type is numbered as the file's is, as on three days of April 2023.
+    /// Whether tensor types use the numbers of `ftype`. Files of three days in April 2023 do.
     file_numbers: bool,
 }
 
@@ -123,7 +125,7 @@ impl Reading {
     }
 }
 
-/// How types are numbered in a file.
+/// The numbering of types in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Types {
     Usual(Reading),
@@ -142,13 +144,13 @@ impl Types {
         }
     }
 
-    /// As the usual ways of reading say it.
+    /// Returns whether this is a [`Reading`] with `file_numbers`.
     fn file_numbers(self) -> bool {
         matches!(self, Types::Usual(reading) if reading.file_numbers)
     }
 }
 
-/// What a way of reading found, or how far it came.
+/// The contents found by one interpretation of a file.
 struct Walk {
     header: BTreeMap<&'static str, Value>,
     vocabulary: Vec<(usize, usize)>,
@@ -157,18 +159,20 @@ struct Walk {
 }
 
 impl GgmlFile {
-    /// Reads the header, vocabulary and records of `path`, which has one of `layouts`.
+    /// Opens a file with one of the header `layouts`: reads its header, its vocabulary and the headers of its tensors.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] with what was wrong under the reading that came furthest.
+    /// - [`Error::Io`] if the file cannot be read;
+    /// - [`Error::Unsupported`] for LoRA adapters and unknown container versions;
+    /// - [`Error::Corrupt`] if no interpretation fits, with the error of the one that came furthest.
     pub fn open(path: impl AsRef<Path>, layouts: &[GgmlLayout]) -> Result<Self> {
         Self::new(Source::mapped(path.as_ref())?, layouts)
     }
 
-    /// The same of a file that is somewhere else; its vocabulary and the heads of its records are read now.
+    /// Opens a remote file as [`GgmlFile::open`] does. Tensor data is read later.
     ///
     /// # Errors
-    /// As [`GgmlFile::open`], and what reading says.
+    /// Returns the errors of [`GgmlFile::open`] and of [`ReadAt::read_at`].
     pub fn open_remote(file: Arc<dyn ReadAt>, layouts: &[GgmlLayout]) -> Result<Self> {
         Self::new(Source::remote(file), layouts)
     }
@@ -191,18 +195,18 @@ impl GgmlFile {
                 }
             }
         }
-        // Headers of several families may have one length.
+        // Headers of different families may have the same length.
         if found.iter().any(|(layout, _, walk)| walk.tensors.contains_key(layout.embedding)) {
             found.retain(|(layout, _, walk)| walk.tensors.contains_key(layout.embedding));
         }
-        // Where types are such that several readings come to the end, the first of them is the usual one.
+        // If several interpretations fit, the first is the most common one.
         let Some((layout, types, walk)) = found.into_iter().next() else {
-            let nothing = || source.corrupt("none of the known headers fits");
+            let nothing = || source.corrupt("no known header layout fits");
             return Err(furthest.map_or_else(nothing, |(_, e)| e));
         };
         let claimed = walk.file_type / 1000;
         let said = if claimed > 0 { claimed } else { container.version.unwrap_or(layout.plain_version) };
-        // Version 1 only reordered the integers, which no size tells; version 2 made scales smaller, which they do.
+        // Version 1 reordered the integers, which does not change sizes. Version 2 made the scales smaller, which does.
         let sized = walk.tensors.values().any(|record| match record.dtype {
             Dtype::Block(kind) => !matches!(kind, BlockType::Q5_0 | BlockType::Q5_1),
             _ => false,
@@ -213,27 +217,27 @@ impl GgmlFile {
             (Types::Usual(_), false) => said,
         };
         let mut warnings = Vec::new();
-        // A plain file type says nothing.
+        // An `ftype` below 1000 claims no version.
         if sized && claimed > 0 && version != claimed {
             warnings.push(format!(
-                "the header says version {said} of the quantized blocks, and they are of version {version} by their sizes"
+                "the header gives block version {said}, but the sizes of the quantized blocks show version {version}"
             ));
         }
         let Walk { header, vocabulary, tensors, .. } = walk;
         Ok(Self { source, container, layout, header, vocabulary, version, tensors, warnings })
     }
 
-    /// The layout that it was found to have.
+    /// Returns the header layout of the file.
     pub fn layout(&self) -> &GgmlLayout {
         &self.layout
     }
 
-    /// The fields of the header by name.
+    /// Returns the fields of the header by name, as a JSON object.
     pub fn header(&self) -> Value {
         self.header.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect()
     }
 
-    /// What it is, for a reader: container, header, version of the blocks.
+    /// Describes the file in one line: container, header layout and block version.
     pub fn describe(&self) -> String {
         if matches!(self.layout.body, GgmlBody::Own { .. }) {
             return format!("{}, {}", self.container.name, self.layout.name);
@@ -241,31 +245,33 @@ impl GgmlFile {
         format!("{}, {}, blocks of version {}", self.container.name, self.layout.name, self.version)
     }
 
-    /// What a careful user should know.
+    /// Returns warnings, such as a block version that contradicts the header.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// The text of token `id`, as the file has it: without the bytes of parts of characters, which are lost.
+    /// Returns the bytes of vocabulary word `id`, as stored. These files have lost the bytes of tokens that are parts
+    /// of UTF-8 characters.
     pub fn word(&self, id: usize) -> Option<Vec<u8>> {
         let &(start, len) = self.vocabulary.get(id)?;
         self.source.read(start, len).ok().map(std::borrow::Cow::into_owned)
     }
 
-    /// The score of word `id`, which comes after its text in files that have scores.
+    /// Returns the score of vocabulary word `id`, or `None` if the container has no scores.
     pub fn score(&self, id: usize) -> Option<f32> {
         let &(start, len) = self.vocabulary.get(id).filter(|_| self.container.scores)?;
         let bytes = self.source.read(start + len, 4).ok()?;
         Some(f32::from_le_bytes(*bytes.first_chunk()?))
     }
 
-    /// Number of words.
+    /// Returns the number of words in the vocabulary.
     pub fn words(&self) -> usize {
         self.vocabulary.len()
     }
 }
 
-/// The container, where its header begins, and the version by which another program marked it, if it did.
+/// Reads the magic number and the container version. Returns the container, the offset of the header, and the version
+/// number of a [`GgmlBody::Own`] file.
 fn container(source: &Source, layouts: &[GgmlLayout]) -> Result<(Container, usize, Option<u32>)> {
     let mut cursor = Cursor::new(source, 0);
     let magic = cursor.take(4, "the magic")?;
@@ -287,14 +293,14 @@ fn container(source: &Source, layouts: &[GgmlLayout]) -> Result<(Container, usiz
     }
     let most = if made.alignment == 1 { 1 } else { 3 };
     if version == 0 || version > most {
-        let what = format!("{} version {version}; up to {most} is read", made.name);
+        let what = format!("{} version {version} is not supported; the latest supported version is {most}", made.name);
         return Err(Error::Unsupported { path: source.path().into(), what });
     }
     let blocks = (made.alignment > 1).then_some(version - 1);
     Ok((Container { version: blocks, ..made }, cursor.at, None))
 }
 
-/// Reads a file in one way; an error comes with the place up to which that went well.
+/// Reads a file under one interpretation. An error includes the offset that was reached.
 fn walk(
     source: &Source,
     start: usize,
@@ -334,14 +340,14 @@ fn read_header(cursor: &mut Cursor<'_>, layout: &GgmlLayout, types: Types, walk:
     let field = |name: &str| walk.header.get(name).and_then(Value::as_u64).unwrap_or(0);
     let (words, file_type) = (field("n_vocab") as usize, field("ftype") as u32);
     if words > (cursor.left() / 4).min(1 << 24) {
-        return Err(cursor.corrupt(format!("a vocabulary of {words} words")));
+        return Err(cursor.corrupt(format!("the vocabulary size of {words} words exceeds the file")));
     }
-    // The numbering of three days had no versions, and only two types tell it from the usual one.
+    // Files with this numbering had no versions, and it differs from the usual one only for these two types.
     if types.file_numbers() && !matches!(file_type, 5 | 6) {
-        return Err(cursor.corrupt("tensors numbered as files"));
+        return Err(cursor.corrupt("the type numbers of April 2023 do not apply to this ftype"));
     }
     if file_type % 1000 > 64 || file_type / 1000 > 2 {
-        return Err(cursor.corrupt(format!("ftype {file_type}")));
+        return Err(cursor.corrupt(format!("unknown ftype {file_type}")));
     }
     walk.file_type = file_type;
     Ok(words)
@@ -351,7 +357,7 @@ fn read_vocabulary(cursor: &mut Cursor<'_>, container: Container, words: usize, 
     for id in 0..words {
         let len = cursor.u32("the length of a word of the vocabulary")? as usize;
         if len > cursor.left().min(1 << 16) {
-            return Err(cursor.corrupt(format!("word {id} of the vocabulary says that it is {len} bytes long")));
+            return Err(cursor.corrupt(format!("word {id} of the vocabulary has an invalid length of {len} bytes")));
         }
         walk.vocabulary.push((cursor.at, len));
         cursor.skip(len, "a word of the vocabulary")?;
@@ -365,7 +371,7 @@ fn read_vocabulary(cursor: &mut Cursor<'_>, container: Container, words: usize, 
 fn read_record(cursor: &mut Cursor<'_>, container: Container, types: Types, walk: &mut Walk) -> Result<()> {
     let (dims, name_len, kind) = (cursor.u32("a tensor")?, cursor.u32("a tensor")? as usize, cursor.u32("a tensor")?);
     if !(1..=4).contains(&dims) || name_len == 0 || name_len > 256 {
-        return Err(cursor.corrupt(format!("a tensor of {dims} dimensions with a name of {name_len} bytes")));
+        return Err(cursor.corrupt(format!("invalid tensor header: {dims} dimensions and a name of {name_len} bytes")));
     }
     let mut shape = Vec::with_capacity(dims as usize);
     for _ in 0..dims {
@@ -374,13 +380,15 @@ fn read_record(cursor: &mut Cursor<'_>, container: Container, types: Types, walk
     shape.reverse();
     let name = cursor.take(name_len, "the name of a tensor")?.into_owned();
     let Ok(name) = String::from_utf8(name) else {
-        return Err(cursor.corrupt("the name of a tensor is no UTF-8"));
+        return Err(cursor.corrupt("the name of a tensor is not UTF-8"));
     };
     let shown = clip(&name);
     let Some(dtype) = types.dtype(kind) else {
         return Err(cursor.corrupt(match types {
-            Types::Usual(_) => format!("tensor {shown} has the type {kind}"),
-            Types::Own(_) => format!("tensor {shown} has the type {kind}, whose blocks this version of the file had in another form, which is not read"),
+            Types::Usual(_) => format!("tensor {shown} has the unknown type {kind}"),
+            Types::Own(_) => format!(
+                "tensor {shown} has the type {kind}, whose block layout in this version of the format is not supported"
+            ),
         }));
     };
     let len = tensor_bytes(dtype, &shape).map_err(|what| cursor.corrupt(format!("tensor {shown}: {what}")))?;
@@ -388,7 +396,7 @@ fn read_record(cursor: &mut Cursor<'_>, container: Container, types: Types, walk
     cursor.skip(start - cursor.at, &shown)?;
     cursor.skip(len, &format!("the data of tensor {shown}, {shape:?} in {dtype},"))?;
     if walk.tensors.insert(name, Record { dtype, shape, start, len }).is_some() {
-        return Err(cursor.corrupt(format!("tensor {shown} is there twice")));
+        return Err(cursor.corrupt(format!("tensor {shown} occurs twice")));
     }
     Ok(())
 }
@@ -408,7 +416,7 @@ impl Store for GgmlFile {
         let record = self.tensors.get(name).ok_or_else(missing)?;
         let bytes = self.source.bytes(record.start, record.len)?;
         match record.dtype {
-            // Neighbors shared a byte; nothing is lost by putting them where they are today.
+            // Version 0 stored neighboring values in one byte. Reordering them to the current layout is lossless.
             Dtype::Block(kind) if self.version == 0 && kind.elements() == 32 => {
                 let mut bytes = bytes.into_vec();
                 halves_from_pairs(kind, &mut bytes);

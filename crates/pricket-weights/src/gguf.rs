@@ -1,3 +1,5 @@
+//! The GGUF reader.
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,29 +13,31 @@ use crate::parts::Part;
 use crate::source::Source;
 use crate::{Bytes, Dtype, Entry, Error, ReadAt, Result, Store};
 
-/// Names of keys and tensors are a few dozen bytes long.
+/// Maximum length of keys and tensor names in bytes. They usually have a few dozen.
 const MAX_NAME: usize = 256;
-/// Texts beside the vocabulary: licenses, templates.
+/// Maximum length of texts outside of arrays in bytes, such as licenses and templates. Longer ones are not kept in
+/// memory.
 const MAX_TEXT: usize = 1 << 20;
+/// Maximum number of dimensions, as in ggml.
 const MAX_DIMS: u32 = 4;
 
-/// A GGUF file, version 1 to 3, memory-mapped (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>), with all parts of a
-/// file that was split (`split.count`): the metadata are those of the first part.
+/// A memory-mapped GGUF file, version 1 to 3 (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
 ///
-/// A tensor of a type that is not read is listed, and an error only when its bytes are asked for.
+/// A split file (`split.count`) is read with all its parts. Its metadata is that of the first part. Tensors of
+/// unsupported types are listed; reading their bytes is an error.
 #[derive(Debug)]
 pub struct GgufFile {
-    /// The parts, in order; one for a file that was not split.
+    /// The parts in order. A file that is not split has one.
     parts: Vec<Source>,
     version: u32,
     metadata: BTreeMap<String, Meta>,
     tensors: BTreeMap<String, Place>,
 }
 
-/// A tensor: its type, shape (outermost first), and where its bytes are.
+/// Type, shape (outermost dimension first) and location of a tensor.
 #[derive(Debug)]
 struct Place {
-    /// Its file.
+    /// Index of its part.
     part: usize,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -41,7 +45,7 @@ struct Place {
     len: usize,
 }
 
-/// A value of the metadata. Arrays stay in the file: a header may say that they are longer than memory.
+/// A metadata value. Arrays stay in the file, because a header may claim arrays larger than memory.
 #[derive(Clone, Debug)]
 enum Meta {
     Unsigned(u64),
@@ -49,7 +53,7 @@ enum Meta {
     Float(f64),
     Bool(bool),
     Text(Vec<u8>),
-    /// A text that is longer than anything here asks for, which stays in the file.
+    /// A text longer than [`MAX_TEXT`], by its length. It stays in the file.
     Long(usize),
     Array {
         kind: u32,
@@ -58,7 +62,7 @@ enum Meta {
     },
 }
 
-/// Bytes of a number of a metadata type; `None` for strings and arrays.
+/// Returns the bytes of a number of a metadata type, or `None` for strings, arrays and unknown types.
 fn width(kind: u32) -> Option<usize> {
     match kind {
         0 | 1 | 7 => Some(1),
@@ -72,7 +76,7 @@ fn width(kind: u32) -> Option<usize> {
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 
-/// The type that ggml numbers so.
+/// Returns the type with a ggml type number.
 pub(crate) fn dtype_of(kind: u32) -> Dtype {
     match kind {
         0 => Dtype::F32,
@@ -85,14 +89,12 @@ pub(crate) fn dtype_of(kind: u32) -> Dtype {
         30 => Dtype::BF16,
         _ => match NUMBERS.iter().find(|(number, _)| *number == kind) {
             Some((_, block)) => Dtype::Block(*block),
-            None => Dtype::Other(
-                NAMES.iter().find(|(number, _)| *number == kind).map_or("a type of no known name", |n| n.1),
-            ),
+            None => Dtype::Other(NAMES.iter().find(|(number, _)| *number == kind).map_or("an unknown type", |n| n.1)),
         },
     }
 }
 
-/// ggml's numbers of the block types.
+/// The ggml type numbers of the block types.
 pub(crate) const NUMBERS: [(u32, BlockType); 12] = [
     (2, BlockType::Q4_0),
     (3, BlockType::Q4_1),
@@ -108,7 +110,7 @@ pub(crate) const NUMBERS: [(u32, BlockType); 12] = [
     (15, BlockType::Q8K),
 ];
 
-/// Those that are known and not read.
+/// Names of unsupported types.
 const NAMES: [(u32, &str); 21] = [
     (4, "q4_2, which ggml removed"),
     (5, "q4_3, which ggml removed"),
@@ -133,7 +135,7 @@ const NAMES: [(u32, &str); 21] = [
     (40, "nvfp4"),
 ];
 
-/// Reads a header: counts and lengths are 32 bits wide in version 1.
+/// Reader of a header. In version 1, counts and lengths have 32 bits instead of 64.
 struct Reader<'a> {
     cursor: Cursor<'a>,
     version: u32,
@@ -142,20 +144,20 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn count(&mut self, what: &str) -> Result<usize> {
         let count = if self.version == 1 { u64::from(self.cursor.u32(what)?) } else { self.cursor.u64(what)? };
-        usize::try_from(count).map_err(|_| self.cursor.corrupt(format!("{what} of {count}")))
+        usize::try_from(count).map_err(|_| self.cursor.corrupt(format!("{what}: {count} is too large")))
     }
 
     fn text(&mut self, most: usize, what: &str) -> Result<Vec<u8>> {
         let len = self.count(what)?;
         if len > most {
-            return Err(self.cursor.corrupt(format!("{what} of {len} bytes, where {most} are the most")));
+            return Err(self.cursor.corrupt(format!("{what} has {len} bytes; the limit is {most}")));
         }
         Ok(self.cursor.take(len, what)?.into_owned())
     }
 
     fn name(&mut self, what: &str) -> Result<String> {
         let bytes = self.text(MAX_NAME, what)?;
-        String::from_utf8(bytes).map_err(|_| self.cursor.corrupt(format!("{what} that is no UTF-8")))
+        String::from_utf8(bytes).map_err(|_| self.cursor.corrupt(format!("{what} is not UTF-8")))
     }
 
     fn value(&mut self, kind: u32, key: &str) -> Result<Meta> {
@@ -172,7 +174,7 @@ impl Reader<'_> {
             return Ok(Meta::Array { kind, count, start });
         }
         let Some(width) = width(kind) else {
-            return Err(self.cursor.corrupt(format!("{key} has the type {kind}, which there is none of")));
+            return Err(self.cursor.corrupt(format!("{key} has the unknown value type {kind}")));
         };
         let bytes = self.cursor.take(width, key)?;
         Ok(number(kind, &bytes))
@@ -180,7 +182,7 @@ impl Reader<'_> {
 }
 
 impl Reader<'_> {
-    /// Goes over an array: the type of its elements, their number, and where they begin.
+    /// Skips an array. Returns the type of its elements, their number and their offset.
     fn skip_array(&mut self, key: &str, depth: u32) -> Result<(u32, usize, usize)> {
         let kind = self.cursor.u32(key)?;
         let count = self.count(key)?;
@@ -189,9 +191,9 @@ impl Reader<'_> {
             self.cursor.skip(count.saturating_mul(width), key)?;
             return Ok((kind, count, start));
         }
-        // Each takes some bytes, so that the loop ends before a count does that is larger than the file.
+        // Each element takes at least 4 bytes, so a count larger than the file is rejected before the loop.
         if count > self.cursor.left() / 4 {
-            return Err(self.cursor.corrupt(format!("truncated: {key} of {count} elements")));
+            return Err(self.cursor.corrupt(format!("truncated: {key} has {count} elements, more than the file")));
         }
         for _ in 0..count {
             match kind {
@@ -205,7 +207,7 @@ impl Reader<'_> {
                 _ => {
                     return Err(self
                         .cursor
-                        .corrupt(format!("{key} is an array of type {kind}, which there is none of")));
+                        .corrupt(format!("{key} is an array of type {kind}, which is unknown or nested too deeply")));
                 }
             }
         }
@@ -213,11 +215,12 @@ impl Reader<'_> {
     }
 }
 
+/// Converts the bytes of a number of a metadata type.
 fn number(kind: u32, bytes: &[u8]) -> Meta {
     let mut wide = [0; 8];
     wide[..bytes.len()].copy_from_slice(bytes);
     let unsigned = u64::from_le_bytes(wide);
-    // Shifted up and down again, the sign fills what the number does not.
+    // Shifting left and right again extends the sign to 64 bits.
     let signed = || {
         let unused = 64 - 8 * bytes.len() as u32;
         ((unsigned << unused) as i64) >> unused
@@ -232,11 +235,13 @@ fn number(kind: u32, bytes: &[u8]) -> Meta {
 }
 
 impl GgufFile {
-    /// Reads the header of `path`, and those of its siblings if it is a part of a file that was split.
+    /// Opens a file and reads its header. If it is a part of a split file, opens all parts.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] naming the key or tensor if the file contradicts itself, [`Error::NotFound`] for a part that is not
-    /// there: what a part lacks says nothing about the model.
+    /// - [`Error::Io`] if a file cannot be read;
+    /// - [`Error::Corrupt`] if a header is invalid, with the key or tensor;
+    /// - [`Error::NotFound`] if a part is missing;
+    /// - [`Error::Unsupported`] for other versions and big-endian files.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let given = Self::read(Source::mapped(path)?)?;
@@ -248,7 +253,7 @@ impl GgufFile {
             (Some(split), Some(part)) if split == (part.number, part.count) => split,
             (Some((number, count)), _) => {
                 let what = format!(
-                    "part {number} of {count} by split.no and split.count; its name should end in \
+                    "split.no and split.count give part {number} of {count}; rename the file to end in \
                      -{number:05}-of-{count:05}.gguf, so that the other parts are found"
                 );
                 return Err(given.parts[0].corrupt(what));
@@ -262,11 +267,12 @@ impl GgufFile {
             let part = match given.take_if(|_| position == number) {
                 Some(given) => given,
                 None if path.exists() => Self::read(Source::mapped(&path)?)?,
-                None => return Err(Error::NotFound { path, what: format!("part {position} of {count} is not there") }),
+                None => return Err(Error::NotFound { path, what: format!("part {position} of {count} is missing") }),
             };
             if part.split().is_some_and(|split| split != (position, count)) {
-                return Err(part.parts[0]
-                    .corrupt(format!("split.no and split.count are not those of part {position} of {count}")));
+                return Err(
+                    part.parts[0].corrupt(format!("split.no and split.count do not give part {position} of {count}"))
+                );
             }
             match &mut whole {
                 Some(whole) => whole.append(part)?,
@@ -277,19 +283,19 @@ impl GgufFile {
         let found = whole.tensors.len() as u64;
         match whole.number("split.tensors.count") {
             Some(claimed) if claimed > found => Err(whole.parts[0]
-                .corrupt(format!("split.tensors.count is {claimed}, and the {count} parts hold {found} tensors"))),
+                .corrupt(format!("split.tensors.count is {claimed}, but the {count} parts have {found} tensors"))),
             _ => Ok(whole),
         }
     }
 
-    /// The number of this part, from 1 on, and how many there are; `None` for a whole file.
+    /// Returns the number of this part, from 1, and the number of parts. Returns `None` for a file that is not split.
     fn split(&self) -> Option<(u32, u32)> {
         let number = |key: &str| self.number(key).and_then(|n| u32::try_from(n).ok());
         let count = number("split.count").filter(|&count| count > 1)?;
         Some((number("split.no").unwrap_or(0).saturating_add(1), count))
     }
 
-    /// A metadata value that is a natural number.
+    /// Returns a metadata value that is a non-negative integer.
     fn number(&self, key: &str) -> Option<u64> {
         match self.metadata.get(key)? {
             Meta::Unsigned(n) => Some(*n),
@@ -303,7 +309,7 @@ impl GgufFile {
         let number = self.parts.len();
         for (name, place) in part.tensors {
             if self.tensors.contains_key(&name) {
-                return Err(part.parts[0].corrupt(format!("tensor {} is in an earlier part too", clip(&name))));
+                return Err(part.parts[0].corrupt(format!("tensor {} is also in an earlier part", clip(&name))));
             }
             self.tensors.insert(name, Place { part: number, ..place });
         }
@@ -311,10 +317,11 @@ impl GgufFile {
         Ok(())
     }
 
-    /// The same of a file that is somewhere else. Parts of a split are refused.
+    /// Opens a remote file and reads its header.
     ///
     /// # Errors
-    /// As [`GgufFile::open`], and what reading says.
+    /// Returns the errors of [`GgufFile::open`] and of [`ReadAt::read_at`], and [`Error::Unsupported`] for a part of a
+    /// split file.
     pub fn open_remote(file: Arc<dyn ReadAt>) -> Result<Self> {
         Self::new(Source::remote(file))
     }
@@ -323,16 +330,15 @@ impl GgufFile {
         let file = Self::read(source)?;
         match file.split() {
             Some((number, count)) => {
-                let what = format!(
-                    "part {number} of {count} of a GGUF file; its parts are read from a directory that holds all"
-                );
+                let what =
+                    format!("part {number} of {count} of a split GGUF file; download all parts into one directory");
                 Err(Error::Unsupported { path: file.parts[0].path().into(), what })
             }
             None => Ok(file),
         }
     }
 
-    /// Reads the header of one file, whatever it is a part of.
+    /// Reads the header of one file, without its other parts.
     fn read(source: Source) -> Result<Self> {
         let mut cursor = Cursor::new(&source, 0);
         if *cursor.take(4, "the magic")? != *b"GGUF" {
@@ -340,17 +346,17 @@ impl GgufFile {
         }
         let version = cursor.u32("the version")?;
         if version.swap_bytes() < 16 && version >= 16 {
-            let what = "a GGUF file for big-endian machines".into();
+            let what = "big-endian GGUF files are not supported".into();
             return Err(Error::Unsupported { path: source.path().into(), what });
         }
         if !(1..=3).contains(&version) {
-            let what = format!("GGUF version {version}; versions 1 to 3 are read");
+            let what = format!("GGUF version {version} is not supported; expected 1 to 3");
             return Err(Error::Unsupported { path: source.path().into(), what });
         }
         let mut reader = Reader { cursor, version };
         let tensor_count = reader.count("the number of tensors")?;
         let value_count = reader.count("the number of metadata values")?;
-        // Each takes two dozen bytes at least, so that a header cannot ask for more than the file could hold.
+        // Each takes at least 12 bytes, so a header cannot claim more than the file can hold.
         let most = reader.cursor.left() / 12;
         if tensor_count > most || value_count > most {
             let what = format!("truncated: {tensor_count} tensors and {value_count} values in {} bytes", source.len());
@@ -362,13 +368,13 @@ impl GgufFile {
             let kind = reader.cursor.u32(&clip(&key))?;
             let value = reader.value(kind, &format!("metadata {}", clip(&key)))?;
             if metadata.insert(key.clone(), value).is_some() {
-                return Err(source.corrupt(format!("metadata {} is there twice", clip(&key))));
+                return Err(source.corrupt(format!("metadata {} occurs twice", clip(&key))));
             }
         }
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Meta::Unsigned(n)) if n.is_power_of_two() && (8..=1 << 20).contains(n) => *n as usize,
-            Some(other) => return Err(source.corrupt(format!("general.alignment is {other:?}"))),
+            Some(other) => return Err(source.corrupt(format!("invalid general.alignment {other:?}"))),
         };
         let mut headers = Vec::with_capacity(tensor_count.min(1 << 16));
         for _ in 0..tensor_count {
@@ -379,7 +385,7 @@ impl GgufFile {
         Ok(Self { parts: vec![source], version, metadata, tensors })
     }
 
-    /// Name, type, shape and offset of the next tensor.
+    /// Reads name, type, shape and offset of the next tensor.
     fn tensor(reader: &mut Reader<'_>) -> Result<(String, Dtype, Vec<usize>, u64)> {
         let name = reader.name("the name of a tensor")?;
         let shown = clip(&name);
@@ -391,14 +397,14 @@ impl GgufFile {
         for _ in 0..dims {
             shape.push(reader.count(&shown)?);
         }
-        // ggml counts from the innermost.
+        // ggml stores the innermost dimension first.
         shape.reverse();
         let dtype = dtype_of(reader.cursor.u32(&shown)?);
         let offset = reader.cursor.u64(&shown)?;
         Ok((name, dtype, shape, offset))
     }
 
-    /// Checks that every tensor lies in the file and none in another.
+    /// Checks that every tensor lies inside the file and that no two overlap.
     fn places(
         source: &Source,
         headers: Vec<(String, Dtype, Vec<usize>, u64)>,
@@ -415,13 +421,13 @@ impl GgufFile {
             let end = start.and_then(|start| start.checked_add(len)).filter(|&end| end <= source.len());
             let (Some(start), Some(end)) = (start, end) else {
                 return Err(source.corrupt(format!(
-                    "truncated: tensor {shown} of {len} bytes at offset {offset} of the data does not lie in the file of {} bytes",
+                    "truncated or misaligned: tensor {shown} of {len} bytes at data offset {offset} does not fit in the file of {} bytes",
                     source.len()
                 )));
             };
             ranges.push((start, end, name.clone()));
             if tensors.insert(name, Place { part: 0, dtype, shape, start, len }).is_some() {
-                return Err(source.corrupt(format!("tensor {shown} is there twice")));
+                return Err(source.corrupt(format!("tensor {shown} occurs twice")));
             }
         }
         ranges.sort();
@@ -432,12 +438,13 @@ impl GgufFile {
         Ok(tensors)
     }
 
-    /// The version of the format.
+    /// Returns the version of the format, 1 to 3.
     pub fn version(&self) -> u32 {
         self.version
     }
 
-    /// The metadata as JSON: numbers, texts and flags by key, of an array its length.
+    /// Returns the metadata as a JSON object: numbers, texts and booleans by key. Arrays appear as their length
+    /// (`{"array": 3}`), long texts as their length in bytes.
     pub fn metadata(&self) -> Value {
         let value = |meta: &Meta| match meta {
             Meta::Unsigned(n) => Value::from(*n),
@@ -451,6 +458,7 @@ impl GgufFile {
         self.metadata.iter().map(|(key, meta)| (key.clone(), value(meta))).collect()
     }
 
+    /// Returns type, length and offset of a metadata array whose type is among `kinds`.
     fn array(&self, key: &str, kinds: &[u32]) -> Option<(u32, usize, usize)> {
         match self.metadata.get(key) {
             Some(Meta::Array { kind, count, start }) if kinds.contains(kind) => Some((*kind, *count, *start)),
@@ -458,10 +466,10 @@ impl GgufFile {
         }
     }
 
-    /// An array of strings, which may be of any bytes. `None` if there is none of that name.
+    /// Returns a metadata array of strings, which need not be UTF-8, or `None` if `key` is not such an array.
     ///
     /// # Errors
-    /// What reading says.
+    /// Returns an error if the file cannot be read.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<Vec<u8>>>> {
         let Some((_, count, start)) = self.array(key, &[TEXT]) else { return Ok(None) };
         let mut reader = Reader { cursor: Cursor::new(&self.parts[0], start), version: self.version };
@@ -473,10 +481,10 @@ impl GgufFile {
         Ok(Some(out))
     }
 
-    /// An array of floats. `None` if there is none of that name.
+    /// Returns a metadata array of 32-bit floats, or `None` if `key` is not such an array.
     ///
     /// # Errors
-    /// What reading says.
+    /// Returns an error if the file cannot be read.
     pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>> {
         let Some((_, count, start)) = self.array(key, &[6]) else { return Ok(None) };
         let mut cursor = Cursor::new(&self.parts[0], start);
@@ -484,10 +492,10 @@ impl GgufFile {
         Ok(Some(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
     }
 
-    /// An array of integers. `None` if there is none of that name.
+    /// Returns a metadata array of integers of any width, or `None` if `key` is not such an array.
     ///
     /// # Errors
-    /// What reading says.
+    /// Returns an error if the file cannot be read.
     pub fn integers(&self, key: &str) -> Result<Option<Vec<i64>>> {
         let Some((kind, count, start)) = self.array(key, &[0, 1, 2, 3, 4, 5, 10, 11]) else { return Ok(None) };
         let mut cursor = Cursor::new(&self.parts[0], start);
@@ -502,14 +510,15 @@ impl GgufFile {
     }
 }
 
-/// Bytes of a tensor; 0 for a type whose size is not known.
+/// Returns the bytes of a tensor, or 0 for a type of unknown size. Fails with a message for shapes without elements,
+/// with too many elements, or with rows that are not whole blocks.
 pub(crate) fn tensor_bytes(dtype: Dtype, shape: &[usize]) -> Result<usize, String> {
     let elements = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n).filter(|&n| n < 1 << 48));
-    let elements = elements.filter(|&n| n > 0).ok_or_else(|| format!("a size of {shape:?}"))?;
+    let elements = elements.filter(|&n| n > 0).ok_or_else(|| format!("invalid shape {shape:?}"))?;
     if let (Dtype::Block(kind), Some(columns)) = (dtype, shape.last())
         && !columns.is_multiple_of(kind.elements())
     {
-        return Err(format!("rows of {columns} are no whole {kind} blocks of {}", kind.elements()));
+        return Err(format!("rows of {columns} elements are not whole {kind} blocks of {}", kind.elements()));
     }
     Ok(dtype.bytes(elements))
 }
@@ -528,7 +537,7 @@ impl Store for GgufFile {
         let missing = || self.missing(name);
         let place = self.tensors.get(name).ok_or_else(missing)?;
         if let Dtype::Other(kind) = place.dtype {
-            let what = format!("tensor {name} is stored as {kind}, which is not read");
+            let what = format!("tensor {name} is stored as {kind}, which is not supported");
             return Err(Error::Unsupported { path: self.parts[place.part].path().into(), what });
         }
         self.parts[place.part].bytes(place.start, place.len)

@@ -1,12 +1,14 @@
-//! JSON as Python writes it.
+//! JSON with the non-standard numbers of Python's `json` module.
 
 use serde_json::Value;
 
-/// Parses JSON, and the three numbers that Python's `json` module writes and JSON lacks: `NaN`, `Infinity` and `-Infinity`
-/// become texts of these names, which no key takes for a number. A byte order mark is skipped.
+/// Parses JSON, including the numbers `NaN`, `Infinity` and `-Infinity`, which Python's `json` module writes.
+///
+/// These three numbers become strings of the same names, so that they are never mistaken for valid numbers. A byte
+/// order mark is skipped.
 ///
 /// # Errors
-/// What is wrong with it, by line and column.
+/// Returns an error with line and column if the text is not valid JSON.
 ///
 /// ```
 /// let json = pricket_weights::parse_json(br#"{"a": Infinity, "b": "NaN", "c": [NaN, 1]}"#)?;
@@ -15,18 +17,18 @@ use serde_json::Value;
 /// ```
 pub fn parse_json(bytes: &[u8]) -> serde_json::Result<Value> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    // The usual case costs nothing; an error of what was replaced would name other columns.
+    // Standard JSON needs no second pass. The first error is returned, because the columns in the replaced text differ.
     serde_json::from_slice(bytes).or_else(|e| match with_quoted_numbers(bytes) {
         Some(quoted) => serde_json::from_slice(&quoted).map_err(|_| e),
         None => Err(e),
     })
 }
 
-/// Writes JSON for Python: the texts that [`parse_json`] makes of `NaN`, `Infinity` and `-Infinity` become these numbers
-/// again.
+/// Writes JSON for Python, the inverse of [`parse_json`]: the strings `NaN`, `Infinity` and `-Infinity` become numbers.
 pub fn to_python_json(value: &Value) -> String {
     let text = serde_json::to_string_pretty(value).unwrap_or_default();
-    // A value stands alone on its line or after a key, which a colon ends: no text holds a line break.
+    // In pretty-printed JSON a value stands alone on its line or after a key and a colon. Strings contain no line
+    // breaks.
     let lines = text.split('\n').map(|line| {
         let (rest, comma) = line.strip_suffix(',').map_or((line, ""), |rest| (rest, ","));
         let special = SPECIAL.iter().find_map(|name| {
@@ -40,7 +42,7 @@ pub fn to_python_json(value: &Value) -> String {
 
 const SPECIAL: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
 
-/// The same text with quotes around these numbers, outside of strings; `None` if there are none.
+/// Puts quotes around these numbers outside of strings. Returns `None` if there are none.
 fn with_quoted_numbers(bytes: &[u8]) -> Option<Vec<u8>> {
     let (mut out, mut at, mut in_text, mut found) = (Vec::with_capacity(bytes.len() + 64), 0, false, false);
     while at < bytes.len() {
@@ -77,7 +79,7 @@ mod tests {
         let value = parse_json(text).unwrap();
         let expected = json!({"a\"NaN": "NaN", "b": "x, NaN", "c": ["-Infinity", "Infinity"], "d": {"Infinity": 1}});
         assert_eq!(value, expected);
-        // A text that holds one of these words stays a text.
+        // A string that contains one of these words stays a string.
         for text in ["x\"NaN", "NaN,", "a\": \"NaN", "NaN\n", "-Infinity\\"] {
             let value = json!({"a": text, "b": [text]});
             assert_eq!(parse_json(to_python_json(&value).as_bytes()).unwrap(), value, "{text:?}");
@@ -100,7 +102,7 @@ mod tests {
         for x in [47.0 / 52.0, 1e-5, 1e-6, 0.1 + 0.2, 5e-324, f64::MAX] {
             assert_eq!(parse_json(format!("{x:?}").as_bytes()).unwrap().as_f64(), Some(x));
         }
-        // The harness's accuracy of 47 in 52 documents, which a faster parser reads as its neighbor.
+        // The harness's accuracy for 47 of 52 documents. Inexact parsers read it as the neighboring float.
         assert_eq!(parse_json(b"0.9038461538461539").unwrap().as_f64(), Some(47.0 / 52.0));
     }
 }

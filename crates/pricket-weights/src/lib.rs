@@ -1,24 +1,27 @@
-//! Bytes on disk to named tensors.
+//! Model weights on disk as named tensors.
 //!
-//! A [`Store`] answers three questions: which tensors are there, what shape and type each has, and what its bytes
-//! are. Nothing in this crate knows a model. [`open`] makes a store of whatever lies at a path:
+//! A [`Store`] gives the names of its tensors, their shapes and types, and their bytes. This crate does not depend on a
+//! model architecture. [`open`] creates the store for a path:
 //!
 //! | on disk | store |
 //! |---|---|
 //! | `model.safetensors` | [`SafetensorsFile`], memory-mapped |
 //! | `pytorch_model.bin` (PyTorch ≥ 1.6, a zip of a pickle and raw storages) | [`TorchFile`], memory-mapped |
-//! | `*.gguf`, version 1 to 3, whole or split | [`GgufFile`], memory-mapped; quantized blocks as they are |
-//! | ggml, ggmf, ggjt (2023) | [`GgmlFile`], which wants the headers of its families |
-//! | the first two in shards, with an `*.index.json` or numbered (`-00001-of-00002`) | [`Sharded`] |
+//! | `*.gguf`, version 1 to 3, whole or split | [`GgufFile`], memory-mapped; blocks stay quantized |
+//! | ggml, ggmf, ggjt (2023) | [`GgmlFile`], opened with the header layouts of the model families |
+//! | safetensors or PyTorch shards, with an `*.index.json` or numbered (`-00001-of-00002`) | [`Sharded`] |
 //!
-//! Opening reads headers only, so a 24 GB repository costs milliseconds; bytes are paged in when a tensor is asked
-//! for and let go when it has been copied. A file is never believed: sizes, offsets and shapes are checked against
-//! the bytes that are really there before anything is allocated, and the pickle reader can build tensors and plain
-//! containers, nothing else: it has no way to call code.
+//! Opening reads only headers, so opening a 24 GB repository takes milliseconds. The bytes of a tensor are paged in
+//! when it is read, and the pages are released after they are copied.
 //!
-//! More stores hold no file: [`ShapesOnly`] says yes to every name (for counting parameters with the real loading
-//! code), [`Headers`] is another store without its bytes (for checking a checkpoint before reading it), and [`Random`]
-//! makes reproducible weights of any shape (for measuring speed without a download).
+//! Files are not trusted. Sizes, offsets and shapes are checked against the length of the file before anything is
+//! allocated. The pickle reader builds only tensors and plain containers and cannot call code.
+//!
+//! Three more stores need no file of their own:
+//!
+//! - [`ShapesOnly`] accepts every name with the expected shape, to count parameters with the real loading code;
+//! - [`Headers`] is another store without its bytes, to check a checkpoint before reading it;
+//! - [`Random`] makes reproducible random weights of any shape, to measure speed without a download.
 //!
 //! ```
 //! use pricket_weights::{Dtype, Store};

@@ -1,4 +1,4 @@
-//! The one place that maps files into memory.
+//! Memory-mapped files. No other module of this crate maps files.
 
 use std::fs::File;
 use std::ops::Deref;
@@ -9,7 +9,7 @@ use pricket_kernels::MappedBytes;
 
 use crate::{Error, Result};
 
-/// A read-only memory-mapped file that knows its path.
+/// A read-only memory-mapped file with its path.
 #[derive(Debug)]
 pub(crate) struct Mapped {
     path: PathBuf,
@@ -17,7 +17,7 @@ pub(crate) struct Mapped {
     file: File,
 }
 
-/// A part of a mapped file, which is kept mapped.
+/// A part of a mapped file. It keeps the file mapped.
 #[derive(Debug)]
 pub(crate) struct Region {
     pub(crate) file: Arc<Mapped>,
@@ -30,13 +30,13 @@ impl MappedBytes for Region {
         &self.file[self.start..self.start + self.len]
     }
 
-    /// Reading what a file has no more would end the process.
+    /// Returns an error if the file has become shorter, since reading beyond its end would terminate the process.
     fn check(&self) -> std::result::Result<(), String> {
         let (path, mapped) = (self.file.path.display(), self.file.map.len() as u64);
         match self.file.file.metadata() {
             Ok(meta) if meta.len() >= mapped => Ok(()),
             Ok(meta) => {
-                Err(format!("{path}: the file had {mapped} bytes when it was loaded, now it has {}", meta.len()))
+                Err(format!("{path}: the file had {mapped} bytes when it was loaded and now has {}", meta.len()))
             }
             Err(e) => Err(format!("{path}: {e}")),
         }
@@ -47,7 +47,7 @@ impl Mapped {
     /// Maps a regular, non-empty file.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let io = |source| Error::Io { path: path.into(), source };
-        // Looked at before it is opened: opening a pipe would wait for ever.
+        // The type is checked before opening, because opening a pipe could block forever.
         let meta = std::fs::metadata(path).map_err(io)?;
         let corrupt = |what: &str| Error::Corrupt { path: path.into(), what: what.into() };
         if !meta.is_file() {
@@ -58,8 +58,8 @@ impl Mapped {
         }
         let file = File::open(path).map_err(io)?;
         #[allow(unsafe_code)]
-        // SAFETY: read-only. As with every mapping, a file that another process truncates meanwhile faults; the
-        // Hub cache never rewrites a blob in place.
+        // SAFETY: the mapping is read-only. As with every mapping, an access faults if another process truncates the
+        // file meanwhile. The Hub cache never rewrites a blob in place.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
         Ok(Self { path: path.into(), map, file })
     }
@@ -68,14 +68,14 @@ impl Mapped {
         &self.path
     }
 
-    /// Lets the pages of a range go. They are read again from the file if somebody looks.
+    /// Releases the pages of a range. A later access reads them from the file again.
     pub(crate) fn release(&self, start: usize, len: usize) {
         #[cfg(unix)]
         {
-            // Only whole large ranges: a system call per bias would cost more than it frees.
+            // Only for large ranges: for a bias, a system call costs more than the freed memory is worth.
             if len >= 1 << 20 {
                 #[allow(unsafe_code)]
-                // SAFETY: the mapping is read-only and backed by the file, so dropped pages come back unchanged.
+                // SAFETY: the mapping is read-only and backed by the file, so dropped pages are read again unchanged.
                 let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
             }
         }

@@ -1,20 +1,21 @@
-//! Checkpoints in numbered files: `model-00001-of-00003.safetensors`, as transformers, llama.cpp and others number them.
+//! Names of checkpoints in numbered files: `model-00001-of-00003.safetensors`, as in transformers and llama.cpp.
 
-/// More parts than any checkpoint has.
+/// Maximum number of parts, more than any checkpoint has.
 const MAX_PARTS: u32 = 4096;
 
-/// A file name that says which part of a checkpoint it is.
+/// The parsed file name of a numbered part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part<'a> {
     stem: &'a str,
     extension: &'a str,
-    /// From 1 on.
+    /// Number of this part, from 1.
     pub(crate) number: u32,
+    /// Number of all parts.
     pub(crate) count: u32,
 }
 
 impl<'a> Part<'a> {
-    /// Reads `STEM-00001-of-00003.EXTENSION`.
+    /// Parses `STEM-00001-of-00003.EXTENSION`. Returns `None` for other names.
     pub(crate) fn of(name: &'a str) -> Option<Self> {
         let (rest, extension) = name.rsplit_once('.')?;
         let (rest, count) = rest.rsplit_once("-of-")?;
@@ -32,13 +33,14 @@ impl<'a> Part<'a> {
         format!("{}-{number:05}-of-{:05}.{}", self.stem, self.count, self.extension)
     }
 
-    /// The names of all parts, in order.
+    /// Returns the file names of all parts, in order.
     pub(crate) fn names(&self) -> Vec<String> {
         (1..=self.count).map(|number| self.name(number)).collect()
     }
 }
 
-/// The file names of all parts of the checkpoint that `name` is a part of, in order; `None` for a file that is whole.
+/// Returns the file names of all parts of a checkpoint, in order, given the name of one part. Returns `None` for a file
+/// that is not split.
 ///
 /// ```
 /// let parts = pricket_weights::parts_of("model-00002-of-00002.safetensors").unwrap();
@@ -50,7 +52,7 @@ pub fn parts_of(name: &str) -> Option<Vec<String>> {
     Part::of(name).filter(|part| part.count > 1).map(|part| part.names())
 }
 
-/// The names without those of further parts of a checkpoint whose first part is among them.
+/// Keeps one name for each checkpoint: the first of its parts in `names`.
 pub(crate) fn representatives<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut seen = std::collections::BTreeSet::new();
     names

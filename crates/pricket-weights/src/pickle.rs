@@ -1,9 +1,9 @@
-//! A pickle reader that can execute nothing.
+//! A pickle reader that cannot execute code.
 //!
-//! A pickle is a program for a stack machine. This one knows the opcodes that build numbers, strings and containers;
-//! `GLOBAL` resolves to a member of [`Global`] or fails, and `REDUCE` "calls" those by building our own values. Values
-//! live in an arena and refer to each other by index, so a pickle nested a hundred thousand deep is as many entries,
-//! not as many stack frames, and a cycle is harmless.
+//! A pickle is a program for a stack machine. This machine implements only the opcodes that build numbers, strings and
+//! containers. `GLOBAL` resolves to a member of [`Global`] or fails. `REDUCE` does not call anything: it builds a value
+//! of this module. Values are stored in an arena and refer to each other by index, so deeply nested pickles cannot
+//! overflow the stack and cycles are harmless.
 
 use crate::Dtype;
 use crate::error::clip;
@@ -11,23 +11,23 @@ use crate::error::clip;
 /// Index of a value in [`Pickle::values`].
 pub(crate) type Id = u32;
 
-/// Values, and items of all containers: a tensor takes about thirty, the largest single file fifteen thousand.
+/// Maximum number of values. A tensor takes about 30, the largest known file 15,000.
 const MAX_VALUES: usize = 1 << 17;
 
-/// `_rebuild_tensor_v2` takes seven.
+/// Maximum number of arguments of `REDUCE`. `_rebuild_tensor_v2` takes seven.
 const MAX_ARGUMENTS: usize = 16;
 
-/// Storage keys are small decimal numbers.
+/// Maximum length of a storage key in bytes. Keys are small decimal numbers.
 const MAX_KEY: usize = 64;
 
-/// The only names that a pickle may mention.
+/// The only globals that a pickle may name.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Global {
     RebuildTensor,
     RebuildParameter,
     OrderedDict,
     Size,
-    /// `_codecs.encode`, which is how protocol 2 spells a bytes object.
+    /// `_codecs.encode`, which protocol 2 uses for bytes objects.
     Encode,
     Storage(Dtype),
 }
@@ -55,16 +55,16 @@ impl Global {
     }
 }
 
-/// Raw storage that a tensor views: an entry `data/KEY` of the archive.
+/// A reference to the storage of a tensor, the entry `data/KEY` of the archive.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct StorageRef {
     pub(crate) key: String,
     pub(crate) dtype: Dtype,
-    /// Elements that the pickle claims; checked against the archive by the caller.
+    /// Number of elements that the pickle claims. The caller checks it against the archive.
     pub(crate) elements: u64,
 }
 
-/// A strided view of a storage, in elements.
+/// A strided view of a storage. Offset and strides are in elements.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TensorRef {
     pub(crate) storage: StorageRef,
@@ -90,7 +90,7 @@ pub(crate) enum Value {
 }
 
 impl Value {
-    /// What it is, without what is in it: that may be of any length.
+    /// Returns the kind of the value for messages, without its contents, which may be long.
     fn kind(&self) -> &'static str {
         match self {
             Value::None => "None",
@@ -109,7 +109,7 @@ impl Value {
     }
 }
 
-/// The values that a pickle built, and which of them is the result.
+/// The values that a pickle built, with the index of the result.
 #[derive(Debug)]
 pub(crate) struct Pickle {
     pub(crate) values: Vec<Value>,
@@ -122,12 +122,12 @@ impl Pickle {
     }
 }
 
-/// Why a pickle was not read.
+/// The reason why a pickle was rejected.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Fault {
-    /// It names something outside the list.
+    /// The pickle names a global outside of [`Global`].
     Forbidden(String),
-    /// It is not a pickle that torch writes.
+    /// The pickle is invalid, or not of the kind that torch writes.
     Malformed(String),
 }
 
@@ -141,7 +141,7 @@ fn find_global(module: &str, name: &str) -> Result<Global> {
     Global::find(module, name).ok_or_else(|| Fault::Forbidden(clip(&format!("{module:.200} {name:.200}"))))
 }
 
-/// Runs the pickle `bytes`.
+/// Reads a pickle.
 pub(crate) fn read(bytes: &[u8]) -> Result<Pickle> {
     let mut machine = Machine {
         input: bytes,
@@ -163,7 +163,7 @@ struct Machine<'a> {
     stack: Vec<Id>,
     marks: Vec<usize>,
     memo: Vec<Option<Id>>,
-    /// Items of containers so far.
+    /// Number of container items so far.
     items: usize,
 }
 
@@ -191,19 +191,20 @@ impl<'a> Machine<'a> {
     }
 
     fn length_u64(&mut self) -> Result<usize> {
-        usize::try_from(u64::from_le_bytes(self.array()?)).or_else(|_| malformed("a length does not fit in memory"))
+        usize::try_from(u64::from_le_bytes(self.array()?)).or_else(|_| malformed("a length exceeds the address space"))
     }
 
     fn line(&mut self) -> Result<&'a str> {
         let rest = &self.input[self.at..];
-        let Some(n) = rest.iter().position(|&b| b == b'\n') else { return malformed("a line without an end") };
+        let Some(n) = rest.iter().position(|&b| b == b'\n') else { return malformed("the pickle ends inside a line") };
         let line = self.take(n + 1)?;
-        std::str::from_utf8(&line[..n]).or_else(|_| malformed("a name that is not UTF-8"))
+        std::str::from_utf8(&line[..n]).or_else(|_| malformed("a name is not UTF-8"))
     }
 
     fn text(&mut self, n: usize) -> Result<()> {
         let bytes = self.take(n)?;
-        // Python pickles lone surrogates as invalid UTF-8; such a key names no weight of ours.
+        // Python pickles lone surrogates as invalid UTF-8. No tensor name contains them, so a lossy conversion is
+        // enough.
         let text = String::from_utf8_lossy(bytes).into_owned();
         self.push(Value::Str(text))
     }
@@ -219,9 +220,9 @@ impl<'a> Machine<'a> {
 
     fn pop(&mut self) -> Result<Id> {
         if self.marks.last().is_some_and(|&mark| mark == self.stack.len()) {
-            return malformed("an opcode takes a value across a mark");
+            return malformed("an opcode pops a value below the last mark");
         }
-        self.stack.pop().ok_or(Fault::Malformed("an opcode takes a value from an empty stack".into()))
+        self.stack.pop().ok_or(Fault::Malformed("an opcode pops a value from an empty stack".into()))
     }
 
     fn pop_to_mark(&mut self) -> Result<Vec<Id>> {
@@ -230,12 +231,12 @@ impl<'a> Machine<'a> {
                 self.count_items(self.stack.len() - mark)?;
                 Ok(self.stack.split_off(mark))
             }
-            _ => malformed("an opcode looks for a mark that is not there"),
+            _ => malformed("an opcode needs a mark, but there is none"),
         }
     }
 
     fn top(&self) -> Result<Id> {
-        self.stack.last().copied().ok_or(Fault::Malformed("an opcode looks at an empty stack".into()))
+        self.stack.last().copied().ok_or(Fault::Malformed("an opcode reads an empty stack".into()))
     }
 
     fn value(&self, id: Id) -> &Value {
@@ -244,14 +245,14 @@ impl<'a> Machine<'a> {
 
     fn pairs(items: &[Id]) -> Result<Vec<(Id, Id)>> {
         if !items.len().is_multiple_of(2) {
-            return malformed("a dictionary with a key and no value");
+            return malformed("a dictionary has a key without a value");
         }
         Ok(items.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect())
     }
 
     fn remember(&mut self, slot: usize) -> Result<()> {
         if slot >= MAX_VALUES {
-            return malformed("a memo slot out of all proportion");
+            return malformed("a memo slot exceeds the limit");
         }
         let id = self.top()?;
         if self.memo.len() <= slot {
@@ -265,9 +266,9 @@ impl<'a> Machine<'a> {
         let Some(Some(id)) = self.memo.get(slot).copied() else {
             return malformed(format!("memo slot {slot} is read before it is written"));
         };
-        // Recalling costs no value, so the stack is bounded by itself.
+        // Recalling creates no value, so the stack needs its own limit.
         if self.stack.len() >= MAX_VALUES {
-            return malformed("the stack grows out of all proportion");
+            return malformed("the stack exceeds the limit");
         }
         self.stack.push(id);
         Ok(())
@@ -281,13 +282,13 @@ impl<'a> Machine<'a> {
                 0x80 => {
                     let protocol = self.byte()?;
                     if protocol > 5 {
-                        return malformed(format!("pickle protocol {protocol} is not known"));
+                        return malformed(format!("unknown pickle protocol {protocol}"));
                     }
                 }
-                0x95 => drop(self.take(8)?), // FRAME: only a hint for buffering
+                0x95 => drop(self.take(8)?), // FRAME is only a hint for buffering.
                 b'(' => {
                     if self.marks.len() >= MAX_VALUES {
-                        return malformed("marks out of all proportion");
+                        return malformed("the number of marks exceeds the limit");
                     }
                     self.marks.push(self.stack.len());
                 }
@@ -409,14 +410,14 @@ impl<'a> Machine<'a> {
                 b'Q' => self.persistent()?,
                 b'R' => self.reduce()?,
                 b'b' => {
-                    // BUILD gives an OrderedDict its attributes (`_metadata`): no weights in it.
+                    // BUILD sets the attributes of an OrderedDict (`_metadata`), which hold no weights.
                     self.pop()?;
                     let target = self.top()?;
                     if !matches!(self.value(target), Value::Dict(_)) {
-                        return malformed("BUILD on something that is no dictionary");
+                        return malformed("BUILD on a value that is not a dictionary");
                     }
                 }
-                other => return malformed(format!("pickle opcode {other:#04x} is none that a state dict needs")),
+                other => return malformed(format!("unsupported pickle opcode {other:#04x}")),
             }
         }
     }
@@ -425,7 +426,7 @@ impl<'a> Machine<'a> {
         let n = self.byte()?.into();
         let bytes = self.take(n)?;
         if n > 8 {
-            return malformed("an integer of more than 64 bits");
+            return malformed("an integer has more than 64 bits");
         }
         let negative = bytes.last().is_some_and(|b| b & 0x80 != 0);
         let mut out = if negative { [0xff; 8] } else { [0; 8] };
@@ -433,10 +434,11 @@ impl<'a> Machine<'a> {
         self.push(Value::Int(i64::from_le_bytes(out)))
     }
 
-    /// Counts items that containers take beside the values themselves: the memo lets two bytes name one.
+    /// Counts container items against a limit. They can outnumber values, because the memo names a value again with two
+    /// bytes.
     fn count_items(&mut self, n: usize) -> Result<()> {
         self.items += n;
-        if self.items > 4 * MAX_VALUES { malformed("containers out of all proportion") } else { Ok(()) }
+        if self.items > 4 * MAX_VALUES { malformed("the number of container items exceeds the limit") } else { Ok(()) }
     }
 
     fn extend_list(&mut self, items: Vec<Id>) -> Result<()> {
@@ -444,7 +446,7 @@ impl<'a> Machine<'a> {
         let target = self.top()?;
         match &mut self.values[target as usize] {
             Value::List(list) => list.extend(items),
-            _ => return malformed("APPEND to something that is no list"),
+            _ => return malformed("APPEND on a value that is not a list"),
         }
         Ok(())
     }
@@ -454,7 +456,7 @@ impl<'a> Machine<'a> {
         let target = self.top()?;
         match &mut self.values[target as usize] {
             Value::Dict(dict) => dict.extend(items),
-            _ => return malformed("SETITEM on something that is no dictionary"),
+            _ => return malformed("SETITEM on a value that is not a dictionary"),
         }
         Ok(())
     }
@@ -462,39 +464,39 @@ impl<'a> Machine<'a> {
     fn tuple(&self, id: Id) -> Result<&[Id]> {
         match self.value(id) {
             Value::Tuple(items) => Ok(items),
-            other => malformed(format!("a tuple expected, found {}", other.kind())),
+            other => malformed(format!("expected a tuple, found {}", other.kind())),
         }
     }
 
     fn natural(&self, id: Id) -> Result<u64> {
         match self.value(id) {
             Value::Int(v) if *v >= 0 => Ok(*v as u64),
-            other => malformed(format!("a size or stride expected, found {}", other.kind())),
+            other => malformed(format!("expected a size or stride, found {}", other.kind())),
         }
     }
 
     fn naturals(&self, id: Id) -> Result<Vec<u64>> {
         let items = self.tuple(id)?;
         if items.len() > 8 {
-            return malformed("a tensor of more than eight dimensions");
+            return malformed("a tensor has more than eight dimensions");
         }
         items.iter().map(|&id| self.natural(id)).collect()
     }
 
-    /// `BINPERSID`: torch's tuple ("storage", type, key, location, elements).
+    /// Runs `BINPERSID`, whose argument is torch's tuple ("storage", type, key, location, elements).
     fn persistent(&mut self) -> Result<()> {
         let id = self.pop()?;
         let items = self.tuple(id)?;
         let &[tag, kind, key, _location, elements, ..] = items else {
-            return malformed("a persistent id that is no storage");
+            return malformed("a persistent id is not a storage");
         };
         let (Value::Str(tag), Value::Global(Global::Storage(dtype)), Value::Str(key)) =
             (self.value(tag), self.value(kind), self.value(key))
         else {
-            return malformed("a persistent id that is no storage of a known type");
+            return malformed("a persistent id is not a storage of a known type");
         };
         if tag != "storage" || key.len() > MAX_KEY {
-            return malformed("a persistent id that is no storage");
+            return malformed("a persistent id is not a storage");
         }
         let storage = StorageRef { key: key.clone(), dtype: *dtype, elements: self.natural(elements)? };
         self.push(Value::Storage(storage))
@@ -504,18 +506,19 @@ impl<'a> Machine<'a> {
         let args = self.pop()?;
         let callable = self.pop()?;
         let &Value::Global(global) = self.value(callable) else {
-            return malformed("REDUCE of something that is not callable");
+            return malformed("REDUCE on a value that is not callable");
         };
         let args = self.tuple(args)?;
-        // The memo lets a short pickle name one long tuple many times over: never copy one unchecked.
+        // A short pickle can name one long tuple many times with the memo, so its length is checked before it is
+        // copied.
         if args.len() > MAX_ARGUMENTS {
-            return malformed(format!("{global:?} with {} arguments", args.len()));
+            return malformed(format!("{global:?} is called with {} arguments", args.len()));
         }
         let args = args.to_vec();
         match global {
             Global::OrderedDict if args.is_empty() => self.push(Value::Dict(Vec::new())),
             Global::Size if args.len() == 1 => {
-                // A size is a tuple of numbers already.
+                // The argument of torch.Size is the tuple of numbers itself.
                 self.naturals(args[0])?;
                 self.stack.push(args[0]);
                 Ok(())
@@ -523,13 +526,13 @@ impl<'a> Machine<'a> {
             Global::Encode if args.len() == 2 => self.push(Value::Bytes),
             Global::RebuildParameter if !args.is_empty() => {
                 let Value::Tensor(tensor) = self.value(args[0]).clone() else {
-                    return malformed("a parameter that is no tensor");
+                    return malformed("a parameter is not a tensor");
                 };
                 self.push(Value::Tensor(tensor))
             }
             Global::RebuildTensor if args.len() >= 4 => {
                 let Value::Storage(storage) = self.value(args[0]).clone() else {
-                    return malformed("a tensor without a storage");
+                    return malformed("a tensor has no storage");
                 };
                 let tensor = TensorRef {
                     storage,
@@ -539,7 +542,7 @@ impl<'a> Machine<'a> {
                 };
                 self.push(Value::Tensor(tensor))
             }
-            other => malformed(format!("{other:?} with {} arguments", args.len())),
+            other => malformed(format!("{other:?} is called with {} arguments", args.len())),
         }
     }
 }

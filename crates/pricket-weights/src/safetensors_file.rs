@@ -1,3 +1,5 @@
+//! The safetensors reader.
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -7,37 +9,38 @@ use crate::error::clip;
 use crate::source::Source;
 use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
-/// The header of a 20B model in one file would take a hundred kilobytes.
+/// Maximum size of a header in bytes. The header of a 20B model in one file has about 100 kB.
 const MAX_HEADER: u64 = 4 << 20;
 
-/// No weight has more, and a message that quotes a shape stays readable.
+/// Maximum number of dimensions. No weight has more, and the limit keeps messages with shapes short.
 const MAX_DIMS: usize = 8;
 
-/// One safetensors file, memory-mapped, or the same bytes embedded in the program.
+/// A safetensors file: memory-mapped, remote, or embedded in the program.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     source: Source,
+    /// Type, shape, offset in the file and length in bytes of each tensor.
     tensors: BTreeMap<String, (safetensors::Dtype, Vec<usize>, usize, usize)>,
     metadata: BTreeMap<String, String>,
-    /// Names that the metadata maps to a stored tensor: `save_model` of safetensors leaves out tensors that share their memory
-    /// with another one.
+    /// Stored names of tensors that share memory. `save_model` of safetensors stores one of them and records the others
+    /// in the metadata.
     aliases: BTreeMap<String, String>,
 }
 
 impl SafetensorsFile {
-    /// Reads the header of `path`.
+    /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] if header and file disagree: a header longer than the file, overlapping or missing
-    /// ranges, a shape that does not fill its range.
+    /// Returns [`Error::Io`] if the file cannot be read, and [`Error::Corrupt`] if its header is invalid: longer than
+    /// the file, with overlapping or missing ranges, or with a shape that does not match its range.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::new(Source::mapped(path.as_ref())?)
     }
 
-    /// Reads the header of a checkpoint that is compiled into the program.
+    /// Reads the header of a checkpoint embedded in the program.
     ///
     /// # Errors
-    /// As [`SafetensorsFile::open`].
+    /// Returns [`Error::Corrupt`] if the header is invalid.
     pub fn embedded(bytes: &'static [u8]) -> Result<Self> {
         Self::new(Source::Embedded(bytes))
     }
@@ -48,25 +51,25 @@ impl SafetensorsFile {
             what: format!("not a valid safetensors file: {}", clip(&what)),
         };
         if source.len() < 8 {
-            return Err(corrupt("shorter than its header's length".into()));
+            return Err(corrupt("truncated: the file is shorter than 8 bytes".into()));
         }
         let length = source.read(0, 8)?.first_chunk::<8>().map_or(u64::MAX, |length| u64::from_le_bytes(*length));
         if length > MAX_HEADER {
-            return Err(corrupt(format!("a header of {length} bytes is too large")));
+            return Err(corrupt(format!("the header length of {length} bytes is too large")));
         }
         let base = 8 + length as usize;
         if base > source.len() {
-            return Err(corrupt(format!("the file ends inside its header of {length} bytes")));
+            return Err(corrupt(format!("truncated: the file ends inside its header of {length} bytes")));
         }
         let header = source.read(8, length as usize)?;
-        // Parsing checks every tensor: its shape fills its range, ranges follow one another without a gap.
+        // Parsing checks that every shape matches its range and that the ranges have no gaps.
         let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| corrupt(e.to_string()))?;
         if metadata.data_len().checked_add(base) != Some(source.len()) {
             let (claimed, found) = (metadata.data_len(), source.len() - base);
-            return Err(corrupt(format!("its tensors take {claimed} bytes, the file holds {found}")));
+            return Err(corrupt(format!("the header describes {claimed} bytes of tensors; the file has {found}")));
         }
         if let Some((name, info)) = metadata.tensors().iter().find(|(_, info)| info.shape.len() > MAX_DIMS) {
-            return Err(corrupt(format!("tensor {} has {} dimensions", clip(name), info.shape.len())));
+            return Err(corrupt(format!("tensor {} has too many dimensions: {}", clip(name), info.shape.len())));
         }
         let tensors = metadata.tensors().into_iter().map(|(name, info)| {
             let (start, end) = info.data_offsets;
@@ -82,7 +85,7 @@ impl SafetensorsFile {
         Ok(Self { source, tensors, metadata, aliases })
     }
 
-    /// The `__metadata__` of the header: free text by whoever wrote the file.
+    /// Returns the `__metadata__` of the header: free text from the program that wrote the file.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
@@ -106,7 +109,7 @@ fn dtype(stored: safetensors::Dtype) -> Dtype {
         S::U16 => Dtype::Other("U16"),
         S::F8_E4M3 => Dtype::Other("F8_E4M3"),
         S::F8_E5M2 => Dtype::Other("F8_E5M2"),
-        _ => Dtype::Other("a type that is not known"),
+        _ => Dtype::Other("an unknown type"),
     }
 }
 

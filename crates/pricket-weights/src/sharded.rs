@@ -1,3 +1,5 @@
+//! Checkpoints in several files.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
 
@@ -7,19 +9,20 @@ use crate::json::parse_json;
 use crate::parts::parts_of;
 use crate::{Bytes, Entry, Error, Result, Store};
 
-/// An index with more than this is no index of a checkpoint (a 30B one is 20 kB).
+/// Maximum size of an index in bytes. The index of a 30B checkpoint has 20 kB.
 const MAX_INDEX: u64 = 4 << 20;
 
-/// A checkpoint in several files: those that an `*.index.json` names, or all that are numbered alike.
+/// A checkpoint in several files: the shards of an `*.index.json`, or all numbered parts.
 ///
-/// A tensor that the index forgets and a shard holds is there, as in transformers. One that the index lists and its shard lacks
-/// is missing only once it is asked for: old indexes list masks that were never saved.
+/// Tensors in a shard that the index does not list are available, as in transformers. Tensors that the index lists but
+/// the shard lacks are an error only when they are read, because old indexes list attention masks that were never
+/// saved.
 pub struct Sharded {
     origin: String,
     shards: Vec<Box<dyn Store>>,
-    /// Tensor to position in `shards`.
+    /// Positions in `shards` by tensor name.
     tensors: BTreeMap<String, usize>,
-    /// Tensors that the index lists and its shard lacks.
+    /// Tensors that the index lists but their shard lacks, with the position of the shard.
     lacking: BTreeMap<String, usize>,
 }
 
@@ -28,14 +31,15 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Which file holds each tensor, as the bytes of an `*.index.json` say; `path` is what messages call it.
+/// Parses an `*.index.json` and returns the file name of each tensor. Messages call the index `path`.
 ///
 /// # Errors
-/// [`Error::Corrupt`] if they are no index, [`Error::Refused`] for a shard that is not a plain file name.
+/// Returns [`Error::Corrupt`] if the bytes are not a valid index, and [`Error::Refused`] if a shard is not a plain file
+/// name.
 pub fn shard_map(index: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     let corrupt = |what: String| Error::Corrupt { path: path.into(), what };
     if index.len() as u64 > MAX_INDEX {
-        return Err(corrupt(format!("an index of {} bytes; at most {MAX_INDEX} are read", index.len())));
+        return Err(corrupt(format!("the index has {} bytes; the limit is {MAX_INDEX}", index.len())));
     }
     let map: Index = parse_json(index)
         .and_then(serde_json::from_value)
@@ -50,11 +54,12 @@ pub fn shard_map(index: &[u8], path: &Path) -> Result<BTreeMap<String, String>> 
 }
 
 impl Sharded {
-    /// Reads the index and the header of every shard that it names.
+    /// Opens an index: reads the index and the headers of all its shards.
     ///
     /// # Errors
-    /// [`Error::Refused`] for a shard that is not a plain file name beside the index, [`Error::NotFound`] for one
-    /// that is not there, [`Error::Corrupt`] if the shards hold no tensor that the index names.
+    /// - [`Error::Refused`] if a shard is not a plain file name;
+    /// - [`Error::NotFound`] if a shard is missing;
+    /// - [`Error::Corrupt`] if the index is invalid, or the shards have none of its tensors.
     pub fn open(index: impl AsRef<Path>) -> Result<Self> {
         let index = index.as_ref();
         let io = |source| Error::Io { path: index.into(), source };
@@ -65,11 +70,11 @@ impl Sharded {
             return Err(corrupt("not a regular file".into()));
         }
         if size > MAX_INDEX {
-            return Err(corrupt(format!("an index of {size} bytes; at most {MAX_INDEX} are read")));
+            return Err(corrupt(format!("the index has {size} bytes; the limit is {MAX_INDEX}")));
         }
         let map = shard_map(&std::fs::read(index).map_err(io)?, index)?;
         let files: BTreeSet<&String> = map.values().collect();
-        let named = format!("the shard is named by {} but is not there", index.display());
+        let named = format!("this shard of {} is missing", index.display());
         let shards = open_all(parent(index), &files, &named)?;
         let positions: BTreeMap<&String, usize> = files.into_iter().zip(0..).collect();
         let holds = |name: &str, position: usize| shards[position].entry(shards[position].resolve(name)).is_some();
@@ -78,7 +83,7 @@ impl Sharded {
         if let (true, Some((name, at))) = (tensors.is_empty(), lacking.first_key_value()) {
             let shard = shards[*at].origin(name);
             return Err(corrupt(format!(
-                "the index says that {} holds {}, which is not there",
+                "the index lists tensors that are not in their shards: {} has no tensor {}",
                 clip(&shard),
                 clip(name)
             )));
@@ -91,20 +96,20 @@ impl Sharded {
         Ok(Self { origin: index.display().to_string(), shards, tensors, lacking })
     }
 
-    /// Opens all files that are numbered as `part` is: `model-00001-of-00002.safetensors` and its siblings.
+    /// Opens all numbered parts of the checkpoint that `part` belongs to, such as `model-00001-of-00002.safetensors`.
     ///
     /// # Errors
-    /// [`Error::NotFound`] for a part that is not there, [`Error::Corrupt`] for a tensor that two of them hold.
+    /// Returns [`Error::NotFound`] if a part is missing, and [`Error::Corrupt`] if two parts have the same tensor.
     pub fn open_parts(part: &Path) -> Result<Self> {
         let name = part.file_name().unwrap_or_default().to_string_lossy();
         let files = parts_of(&name).unwrap_or_else(|| vec![name.clone().into_owned()]);
-        let missing = format!("{name} is one of {} parts, and this one is not there", files.len());
+        let missing = format!("this part is missing; {name} is one of {} parts", files.len());
         let shards = open_all(parent(part), &files, &missing)?;
         let mut tensors = BTreeMap::new();
         for (position, shard) in shards.iter().enumerate() {
             for name in shard.names() {
                 if let Some(other) = tensors.insert(name.clone(), position) {
-                    let what = format!("tensor {} is in {} too", clip(&name), clip(&files[other]));
+                    let what = format!("tensor {} is also in {}", clip(&name), clip(&files[other]));
                     return Err(Error::Corrupt { path: shard.origin(&name).into(), what });
                 }
             }
@@ -117,7 +122,7 @@ impl Sharded {
     }
 }
 
-/// Opens files of one directory; `missing` says what one that is not there is missing from.
+/// Opens files of one directory. `missing` is the message for a missing file.
 fn open_all(
     directory: &Path,
     files: impl IntoIterator<Item = impl AsRef<str>>,
@@ -143,7 +148,7 @@ impl std::fmt::Debug for Sharded {
     }
 }
 
-/// One component, nothing that any platform reads as a path.
+/// Returns whether a name is one path component on every platform.
 fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     let plain = matches!(components.next(), Some(Component::Normal(_))) && components.next().is_none();

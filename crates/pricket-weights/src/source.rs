@@ -1,3 +1,5 @@
+//! Sources of file contents: a mapped file, bytes in the program, or a remote file.
+
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -7,39 +9,40 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::mapped::Mapped;
 use crate::{Bytes, Error, Result};
 
-/// A file that is somewhere else and can be read in ranges, over HTTP say.
+/// A remote file that can be read in ranges, for example over HTTP.
 pub trait ReadAt: Send + Sync {
-    /// What it is called in messages.
+    /// Returns the name of the file for messages.
     fn name(&self) -> String;
 
-    /// Its length in bytes.
+    /// Returns the length of the file in bytes.
     fn size(&self) -> u64;
 
-    /// The bytes of a range that lies inside it.
+    /// Returns the bytes of a range, which lies inside the file.
     ///
     /// # Errors
-    /// What went wrong, as [`Error::Io`] mostly.
+    /// Returns an error, usually [`Error::Io`], if the range cannot be read.
     fn read_at(&self, range: Range<u64>) -> Result<Vec<u8>>;
 }
 
-/// Where the bytes of a weight file are.
+/// The contents of a weight file.
 pub(crate) enum Source {
     Mapped(Arc<Mapped>),
     Embedded(&'static [u8]),
     Remote(Remote),
 }
 
-/// Headers are read in small pieces that lie together, so blocks of the file are kept for a while.
+/// A remote file with a cache of recently used blocks. Headers are read in many small neighboring pieces, which the
+/// cache serves.
 pub(crate) struct Remote {
     file: Arc<dyn ReadAt>,
     path: PathBuf,
-    /// By their number, the newest first.
+    /// Cached blocks with their numbers, the most recently used first.
     blocks: Mutex<VecDeque<(u64, Arc<[u8]>)>>,
 }
 
-/// Asked for at least: a request costs as much as this many bytes.
+/// Bytes per block. A request takes about as long as the transfer of this many bytes.
 const BLOCK: u64 = 32 << 10;
-/// Kept; a small checkpoint is whole in them.
+/// Number of cached blocks, enough for all of a small checkpoint.
 const BLOCKS: usize = 32;
 
 impl Remote {
@@ -68,7 +71,7 @@ impl Remote {
                 return Ok(found.1);
             }
         }
-        // Nobody waits for our request. At worst a block is fetched twice.
+        // The lock is not held during the request. At worst two threads fetch the same block.
         let block: Arc<[u8]> = self.fetch(n * BLOCK..((n + 1) * BLOCK).min(self.file.size()))?.into();
         let mut blocks = lock();
         blocks.push_front((n, Arc::clone(&block)));
@@ -82,7 +85,7 @@ impl Remote {
         if bytes.len() as u64 == wanted {
             Ok(bytes)
         } else {
-            let what = format!("{} bytes came where {wanted} were asked for", bytes.len());
+            let what = format!("received {} bytes; requested {wanted}", bytes.len());
             Err(Error::Corrupt { path: self.path.clone(), what })
         }
     }
@@ -117,16 +120,16 @@ impl Source {
         }
     }
 
-    /// Whether every byte costs a request rather than nothing.
+    /// Returns whether reading needs requests over a network.
     pub(crate) fn is_remote(&self) -> bool {
         matches!(self, Source::Remote(_))
     }
 
-    /// `len` bytes from `start` on, if the file reaches that far.
+    /// Returns `len` bytes from `start`, or an error if the file is shorter.
     pub(crate) fn read(&self, start: usize, len: usize) -> Result<Cow<'_, [u8]>> {
         let end = start.checked_add(len).filter(|&end| end <= self.len());
         let Some(end) = end else {
-            return Err(self.corrupt(format!("the file ends before byte {} of it", start.saturating_add(len))));
+            return Err(self.corrupt(format!("truncated: the file ends before byte {}", start.saturating_add(len))));
         };
         Ok(match self {
             Source::Mapped(file) => Cow::Borrowed(&file[start..end]),
@@ -135,7 +138,7 @@ impl Source {
         })
     }
 
-    /// The same for the bytes of a tensor.
+    /// Returns `len` bytes from `start` as the bytes of a tensor, without a copy if the file is mapped.
     pub(crate) fn bytes(&self, start: usize, len: usize) -> Result<Bytes<'_>> {
         match self {
             Source::Mapped(file) if start.checked_add(len).is_some_and(|end| end <= file.len()) => {
@@ -158,7 +161,7 @@ mod tests {
 
     use super::*;
 
-    /// Every byte says where it is.
+    /// A file whose bytes are a function of their offset.
     struct Counting(u64);
 
     fn byte(at: u64) -> u8 {
@@ -183,7 +186,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// Any reads in any order, more blocks than are kept.
+        /// Random reads over more blocks than the cache holds.
         #[test]
         fn a_read_is_what_the_file_has(
             size in 1u64..3_000_000,

@@ -1,3 +1,5 @@
+//! The [`Store`] trait, and functions that read its tensors.
+
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -13,56 +15,61 @@ use crate::{Dtype, Error, Result, clip};
 pub struct Entry {
     /// Row-major dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// Element type as stored.
+    /// Stored element type.
     pub dtype: Dtype,
 }
 
 impl Entry {
-    /// Number of elements. Stores have checked that the product does not overflow.
+    /// Returns the number of elements. Stores have checked that the product does not overflow.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Bytes on file.
+    /// Returns the size in the file, in bytes.
     pub fn bytes(&self) -> usize {
         self.dtype.bytes(self.elements())
     }
 }
 
-/// Named tensors, wherever they come from. Object-safe; a store is opened once and shared.
+/// A collection of named tensors, usually a checkpoint on disk. The trait is object-safe, and a store can be shared
+/// between threads.
 pub trait Store: Send + Sync {
-    /// Every name, sorted.
+    /// Returns the names of all tensors, sorted.
     fn names(&self) -> Vec<String>;
 
-    /// What is stored under `name`.
+    /// Returns the shape and type of a tensor, or `None` if the store does not have it.
     fn entry(&self, name: &str) -> Option<Entry>;
 
-    /// What is stored under `name`, for a reader that expects `shape`. A file ignores the expectation;
-    /// a store without a file fulfils it.
+    /// Returns the shape and type of a tensor for a reader that expects `shape`. Files ignore the expectation. Stores
+    /// without a file, such as [`crate::ShapesOnly`], create a tensor of that shape.
     fn expect(&self, name: &str, shape: &[usize]) -> Option<Entry> {
         let _ = shape;
         self.entry(name)
     }
 
-    /// The name under which `name` is stored: another one where the file maps `name` to a tensor that it shares memory with, as
-    /// safetensors' `save_model` does; else `name` itself, whether it is there or not.
+    /// Returns the name under which a tensor is stored.
+    ///
+    /// It differs from `name` if the file stores one of several tensors that share memory, as `save_model` of
+    /// safetensors does. Otherwise it is `name`, whether the tensor exists or not.
     fn resolve<'a>(&'a self, name: &'a str) -> &'a str {
         name
     }
 
-    /// Whether the checkpoint says that it holds `name`. An index may list what its file lacks: such a tensor is missing, and
-    /// nothing may be concluded from its absence.
+    /// Returns whether the checkpoint lists a tensor. An index may list a tensor that its shard lacks. Readers must
+    /// then report the tensor as missing and not treat it as left out on purpose.
     fn claims(&self, name: &str) -> bool {
         self.entry(self.resolve(name)).is_some()
     }
 
-    /// The bytes of a tensor: contiguous, row-major, little-endian.
+    /// Returns the bytes of a tensor: contiguous, row-major, little-endian.
     ///
     /// # Errors
-    /// [`Error::Missing`], or [`Error::Unsupported`] for an element type that is not read.
+    /// - [`Error::Missing`] if the store has no such tensor;
+    /// - [`Error::Unsupported`] if the element type is not supported;
+    /// - [`Error::Io`] or [`Error::Corrupt`] if the bytes cannot be read.
     fn bytes(&self, name: &str) -> Result<Bytes<'_>>;
 
-    /// The file that holds `name`, for messages; the store itself where that is not known.
+    /// Returns the file that holds a tensor, for messages, or a description of the store if no file is known.
     fn origin(&self, name: &str) -> String;
 
     /// A matrix of 4-bit elements, and its type before quantization. Only stores that have entries of [`Dtype::FourBit`] have such matrices.
@@ -73,26 +80,26 @@ pub trait Store: Send + Sync {
         Err(self.missing(name))
     }
 
-    /// Whether there are shapes but no bytes (see [`crate::ShapesOnly`]).
+    /// Returns whether the store should be used for shapes and types only, without bytes (see [`crate::ShapesOnly`]).
     fn shapes_only(&self) -> bool {
         false
     }
 
-    /// The error for a tensor that is not there, with the name that is most like it.
+    /// Creates the error for a missing tensor, with the most similar name in the store.
     fn missing(&self, name: &str) -> Error {
         let parts = |name: &str| name.split('.').rev().map(str::to_owned).collect::<Vec<_>>();
         let wanted = parts(name);
-        // Names that end alike differ in a prefix.
+        // Compares the parts of names from their ends, because names usually differ in a prefix.
         let alike = |other: &String| parts(other).iter().zip(&wanted).take_while(|(a, b)| a == b).count();
         let mut names = self.names();
-        // Of equals the first.
+        // `max_by_key` returns the last of several maxima; reversed, that is the first name.
         names.reverse();
         let nearest = names.iter().max_by_key(|other| alike(other)).map(|other| clip(other));
         Error::Missing { origin: self.origin(name), name: name.into(), nearest }
     }
 }
 
-/// Bytes of a tensor, borrowed from a memory-mapped file or owned.
+/// The bytes of a tensor, borrowed from a memory-mapped file or owned.
 #[derive(Debug)]
 pub struct Bytes<'a>(Source<'a>);
 
@@ -107,7 +114,7 @@ impl<'a> Bytes<'a> {
         Self(Source::Mapped { file, start, len })
     }
 
-    /// The bytes, copied if they are a file's; pages that have been read are let go.
+    /// Converts into owned bytes. Bytes of a mapped file are copied, and the pages are released.
     pub fn into_vec(self) -> Vec<u8> {
         match self.0 {
             Source::Owned(bytes) => bytes,
@@ -115,7 +122,7 @@ impl<'a> Bytes<'a> {
         }
     }
 
-    /// The bytes where the file is mapped, if they are.
+    /// Returns the region of the mapped file, or `None` if the bytes are owned.
     fn region(&self) -> Option<Region> {
         match self.0 {
             Source::Mapped { file, start, len } => Some(Region { file: Arc::clone(file), start, len }),
@@ -123,7 +130,7 @@ impl<'a> Bytes<'a> {
         }
     }
 
-    /// Tells the system that the pages of a range may go; they come back from the file if somebody looks again.
+    /// Releases the pages of a range of a mapped file. A later access reads them from the file again.
     fn release(&self, from: usize, len: usize) {
         if let Source::Mapped { file, start, .. } = self.0 {
             file.release(start + from, len);
@@ -148,13 +155,14 @@ impl Deref for Bytes<'_> {
     }
 }
 
-/// Bytes copied before their pages are let go.
+/// Number of bytes that are copied before their pages are released.
 const PIECE: usize = 4 << 20;
 
-/// Reads `name` whole into a tensor of its stored type on `device`; quantized values become f32.
+/// Reads a tensor to `device` in its stored type. Quantized tensors become f32.
 ///
 /// # Errors
-/// [`Error::Missing`], [`Error::Unsupported`] for a type candle lacks, or what the store says of the bytes.
+/// Returns the errors of [`Store::bytes`], [`Error::Unsupported`] if candle does not have the type, and
+/// [`Error::Candle`] if the tensor cannot be created on the device.
 pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Tensor> {
     let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
     if matches!(entry.dtype, Dtype::FourBit(_)) {
@@ -185,17 +193,17 @@ pub fn read_tensor(store: &dyn Store, name: &str, device: &Device) -> Result<Ten
             Tensor::from_vec(values, shape, device)
         }
         Dtype::I8 | Dtype::FourBit(_) | Dtype::Other(_) => {
-            let what = format!("tensor {name} is stored as {}, which candle cannot hold", entry.dtype);
+            let what = format!("tensor {name} is stored as {}, which candle does not support", entry.dtype);
             return Err(Error::Unsupported { path: store.origin(name).into(), what });
         }
     };
     tensor.map_err(|source| Error::Candle { origin: store.origin(name), name: name.into(), source })
 }
 
-/// Reads a matrix as it is stored: blocks stay blocks.
+/// Reads a matrix without dequantizing it. Quantized matrices keep their blocks; others become tensors on the CPU.
 ///
 /// # Errors
-/// As [`read_tensor`].
+/// Returns the errors of [`read_tensor`].
 pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
     let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
     if matches!(entry.dtype, Dtype::FourBit(_)) {
@@ -207,11 +215,11 @@ pub fn read_matrix(store: &dyn Store, name: &str) -> Result<Matrix> {
     Ok(Matrix::Blocks(Blocks::new(kind, *rows, *columns, store.bytes(name)?.into_vec())))
 }
 
-/// Reads a matrix of f32, f16 or bf16 without copying it, if its file is mapped and its numbers are aligned there; else as
-/// [`read_matrix`].
+/// Reads a matrix of f32, f16 or bf16 without copying it, if its file is mapped and its elements are aligned. Otherwise
+/// reads it with [`read_matrix`].
 ///
 /// # Errors
-/// As [`read_tensor`].
+/// Returns the errors of [`read_tensor`].
 pub fn read_matrix_in_place(store: &dyn Store, name: &str) -> Result<Matrix> {
     let entry = store.entry(name).ok_or_else(|| store.missing(name))?;
     if let (Some(dtype), [rows, columns]) = (entry.dtype.to_candle(), &entry.shape[..])
@@ -223,10 +231,10 @@ pub fn read_matrix_in_place(store: &dyn Store, name: &str) -> Result<Matrix> {
     read_matrix(store, name)
 }
 
-/// Copies elements out of a file, which may hold them at any alignment, in pieces: pages that have been read are let go
-/// before the next are touched, so that a large tensor is never in memory twice.
+/// Copies elements, which may be unaligned, in pieces. The pages of a piece are released before the next piece is read,
+/// so that a large tensor is never in memory twice.
 fn elements<T: Copy + Send, const N: usize>(bytes: &Bytes<'_>, from_le_bytes: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
-    // Every element size divides the piece.
+    // `PIECE` is a multiple of every element size.
     let (elements, piece) = (bytes.as_chunks::<N>().0, PIECE / N);
     let items = |from: usize| elements[from..].iter().map(|element| from_le_bytes(*element));
     collect(elements.len(), piece, items, |i| bytes.release(i * PIECE, PIECE.min(bytes.len() - i * PIECE)))

@@ -1,4 +1,4 @@
-//! Stores without a file.
+//! Stores without bytes of their own: expected shapes, random weights, and the headers of another store.
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
-/// Says yes to every name with the shape that the reader expects, holds no bytes, and remembers what was asked.
+/// A store that accepts every name with the expected shape, records both, and has no bytes.
 ///
-/// The real loading code run over this store counts a model's parameters, or estimates its memory, without a
+/// Running the loading code of a model over this store counts its parameters or estimates its memory without a
 /// checkpoint.
 #[derive(Debug)]
 pub struct ShapesOnly {
@@ -17,18 +17,18 @@ pub struct ShapesOnly {
 }
 
 impl ShapesOnly {
-    /// A store whose tensors would all be of `dtype`.
+    /// Creates a store whose tensors all have the type `dtype`.
     pub fn new(dtype: Dtype) -> Self {
         Self { dtype, asked: Mutex::default() }
     }
 
-    /// The number of elements of every tensor asked for so far.
+    /// Returns the number of elements of all tensors requested so far.
     pub fn elements(&self) -> u64 {
         let asked = self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         asked.values().map(|shape| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
     }
 
-    /// Bytes that those tensors take in a file of this store's type.
+    /// Returns the size of all tensors requested so far in bytes, in the type of the store.
     pub fn bytes_on_file(&self) -> u64 {
         self.dtype.bytes(self.elements() as usize) as u64
     }
@@ -53,7 +53,7 @@ impl Store for ShapesOnly {
     fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
         Err(Error::Unsupported {
             path: self.origin(name).into(),
-            what: format!("tensor {name} has a shape but no bytes"),
+            what: format!("tensor {name} has a shape but no bytes in this store"),
         })
     }
 
@@ -66,8 +66,10 @@ impl Store for ShapesOnly {
     }
 }
 
-/// Reproducible random weights of whatever shape is asked for: a norm's weight is 1, everything else is normal with
-/// standard deviation 0.02, seeded by name. For measuring speed and memory at a published shape without its file.
+/// A store of reproducible random weights of any expected shape, for measuring speed and memory without a checkpoint.
+///
+/// The weights of norms are 1. All others are approximately normal with standard deviation 0.02, from a seed and the
+/// name of the tensor.
 #[derive(Debug)]
 pub struct Random {
     shapes: ShapesOnly,
@@ -75,7 +77,7 @@ pub struct Random {
 }
 
 impl Random {
-    /// Weights stored as `dtype` (F32, F16 or BF16), the same for the same `seed`.
+    /// Creates a store of weights of the type `dtype` (F32, F16 or BF16). The same `seed` gives the same weights.
     pub fn new(dtype: Dtype, seed: u64) -> Self {
         Self { shapes: ShapesOnly::new(dtype), seed }
     }
@@ -105,7 +107,7 @@ impl Store for Random {
             if is_norm_weight {
                 return 1.0;
             }
-            // xorshift64*; the sum of its four 16-bit parts is close enough to a normal for a speed test.
+            // xorshift64*. The sum of its four 16-bit parts is close enough to a normal distribution for a speed test.
             state ^= state >> 12;
             state ^= state << 25;
             state ^= state >> 27;
@@ -121,7 +123,7 @@ impl Store for Random {
             other => {
                 return Err(Error::Unsupported {
                     path: self.origin(name).into(),
-                    what: format!("random weights are F32, F16 or BF16, not {other}"),
+                    what: format!("unsupported type {other} for random weights; expected F32, F16 or BF16"),
                 });
             }
         }
@@ -133,12 +135,14 @@ impl Store for Random {
     }
 }
 
-/// Another store without its bytes: running the loading code over it checks every name, type and shape, and sums up the
-/// memory, before a byte is read.
+/// The names, shapes and types of another store.
+///
+/// Running the loading code of a model over this store checks every tensor and computes the memory before any weight is
+/// read.
 pub struct Headers(Arc<dyn Store>);
 
 impl Headers {
-    /// The headers of `store`.
+    /// Creates a view of the headers of `store`.
     pub fn of(store: Arc<dyn Store>) -> Self {
         Self(store)
     }

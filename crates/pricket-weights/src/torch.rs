@@ -1,3 +1,5 @@
+//! The reader of PyTorch checkpoints in the zip format.
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,26 +10,27 @@ use crate::source::Source;
 use crate::zip_directory::{self, Record};
 use crate::{Bytes, Dtype, Entry, Error, Result, Store};
 
-/// The largest `data.pkl` that is read: that of a 20B checkpoint is below 200 kB.
+/// Maximum size of `data.pkl` in bytes. A 20B checkpoint has less than 200 kB.
 const MAX_PICKLE: u64 = 32 << 20;
 
-/// One PyTorch checkpoint in the zip format (1.6 and later), memory-mapped.
+/// A memory-mapped PyTorch checkpoint in the zip format (1.6 and later).
 ///
-/// The zip is stored, not compressed, so a storage is a range of the file and a contiguous tensor a range of that.
+/// The entries of the zip are not compressed, so storages and contiguous tensors are ranges of the file.
 #[derive(Debug)]
 pub struct TorchFile {
     file: Source,
     tensors: BTreeMap<String, View>,
 }
 
-/// A tensor as a strided view of bytes of the file, checked to lie inside it.
+/// A tensor as a strided view of the file, checked to lie inside its storage.
 #[derive(Debug)]
 struct View {
     dtype: Dtype,
     shape: Vec<usize>,
     stride: Vec<usize>,
-    /// The zip entry that holds the storage, and the byte of it where the first element begins.
+    /// Zip entry of the storage.
     record: Record,
+    /// Offset of the first element in the storage, in bytes.
     offset: usize,
 }
 
@@ -37,7 +40,7 @@ impl View {
     }
 
     fn is_contiguous(&self) -> bool {
-        // Nothing to lay out; the other dimensions of an empty tensor may be anything.
+        // An empty tensor has no elements to gather. Its strides may be arbitrary.
         if self.elements() == 0 {
             return true;
         }
@@ -53,11 +56,13 @@ impl View {
 }
 
 impl TorchFile {
-    /// Reads the pickle of `path`, not the storages.
+    /// Opens a file and reads its pickle, but not the storages.
     ///
     /// # Errors
-    /// [`Error::Refused`] if the pickle names anything but tensors and containers, [`Error::Corrupt`] if a tensor
-    /// does not fit its storage or a storage its file, [`Error::Unsupported`] for `TorchScript` archives.
+    /// - [`Error::Io`] if the file cannot be read;
+    /// - [`Error::Refused`] if the pickle names a global other than tensors and containers;
+    /// - [`Error::Corrupt`] if the zip or the pickle is invalid, or a tensor exceeds its storage;
+    /// - [`Error::Unsupported`] for `TorchScript` archives and big-endian files.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         Self::new(Source::mapped(path)?)
@@ -74,34 +79,34 @@ fn read_tensors(file: &Source) -> Result<BTreeMap<String, View>> {
     let pickle = pickle::read(&archive.pickle()?).map_err(|fault| match fault {
         Fault::Forbidden(global) => Error::Refused {
             path: file.path().into(),
-            what: format!("the pickle names the global {global:?}, which is neither a tensor nor a container; nothing was executed"),
+            what: format!("the pickle names the global {global:?}, which is neither a tensor nor a container; no code was executed"),
         },
         Fault::Malformed(what) => file.corrupt(format!("not a state dict: {what}")),
     })?;
     let mut tensors = BTreeMap::new();
-    for (name, tensor) in state_dict(&pickle).ok_or_else(|| file.corrupt("the pickle holds no state dict"))? {
+    for (name, tensor) in state_dict(&pickle).ok_or_else(|| file.corrupt("the pickle has no state dict"))? {
         tensors.insert(name.to_owned(), archive.view(name, tensor)?);
     }
     Ok(tensors)
 }
 
-/// Where training code keeps a state dict, outermost key first: Lightning, transformers and others; nnU-Net and many tutorials;
-/// Megatron; DeepSpeed; Composer.
+/// Keys under which training programs store a state dict, outermost key first. In this order: Lightning, transformers
+/// and others; nnU-Net and many tutorials; Megatron; DeepSpeed; Composer.
 const PLACES: [&[&str]; 5] = [&["state_dict"], &["model_state_dict"], &["model"], &["module"], &["state", "model"]];
 
-/// The tensors of the dictionary, or of the one that it keeps where training code does: what holds the most of them.
+/// Returns the tensors of the state dict: the root dictionary or one at the [`PLACES`], whichever has the most tensors.
 fn state_dict(pickle: &Pickle) -> Option<Vec<(&str, &TensorRef)>> {
     let inside = |place: &[&str]| {
         let step = |id: Id, key: &&str| named(pickle, id)?.iter().find(|(name, _)| name == key).map(|(_, id)| *id);
         let place = place.iter().try_fold(pickle.root, step)?;
         Some(tensors(pickle, &named(pickle, place)?))
     };
-    // Of equals the first: the dictionary itself.
     let nested = PLACES.iter().flat_map(|outer| {
-        // One inside another: {"model": {"state_dict": ..}}.
+        // Places can be nested: {"model": {"state_dict": ..}}.
         std::iter::once(outer.to_vec()).chain(PLACES.iter().map(|inner| [*outer, *inner].concat()))
     });
     let mut best = inside(&[])?;
+    // With equal numbers of tensors, the outer dictionary wins.
     for found in nested.filter_map(|place| inside(&place)) {
         if found.len() > best.len() {
             best = found;
@@ -110,10 +115,11 @@ fn state_dict(pickle: &Pickle) -> Option<Vec<(&str, &TensorRef)>> {
     Some(best).filter(|found| !found.is_empty())
 }
 
-/// Longer than any tensor's name: each name is copied, and a memo lets one long string be many keys.
+/// Maximum length of a tensor name in bytes. Names are copied, and the memo lets a pickle use one long string as many
+/// keys.
 const MAX_NAME: usize = 1 << 10;
 
-/// The entries of a dictionary that have a string for a key.
+/// Returns the entries of a dictionary whose keys are strings.
 fn named(pickle: &Pickle, id: Id) -> Option<Vec<(&str, Id)>> {
     let Value::Dict(pairs) = pickle.get(id) else { return None };
     let name = |id| if let Value::Str(text) = pickle.get(id) { Some(text.as_str()) } else { None };
@@ -128,7 +134,7 @@ fn tensors<'a>(pickle: &'a Pickle, items: &[(&'a str, Id)]) -> Vec<(&'a str, &'a
 
 struct Archive<'a> {
     file: &'a Source,
-    /// By name without the leading folder.
+    /// Entries by name, without the leading folder.
     entries: BTreeMap<String, Record>,
 }
 
@@ -138,36 +144,40 @@ impl<'a> Archive<'a> {
         if entries.contains_key("constants.pkl") {
             return Err(Error::Unsupported {
                 path: file.path().into(),
-                what: "a TorchScript archive holds a program, not a state dict".into(),
+                what: "a TorchScript archive contains a program instead of a state dict; save a state dict instead"
+                    .into(),
             });
         }
         if !file.is_remote() {
-            // A damaged file is better found now than when its last tensor is read.
+            // Finds damage when the file is opened rather than when a tensor is read.
             entries.values().try_for_each(|record| record.start(file).map(drop))?;
         }
         let archive = Self { file, entries };
         if archive.bytes("byteorder")?.is_some_and(|order| *order == *b"big") {
-            return Err(Error::Unsupported { path: file.path().into(), what: "the file is big-endian".into() });
+            return Err(Error::Unsupported {
+                path: file.path().into(),
+                what: "big-endian PyTorch files are not supported".into(),
+            });
         }
         Ok(archive)
     }
 
-    /// The bytes of a small entry.
+    /// Returns the bytes of a small entry, or `None` if it does not exist.
     fn bytes(&self, name: &str) -> Result<Option<Cow<'a, [u8]>>> {
         let Some(record) = self.entries.get(name) else { return Ok(None) };
         if record.size as u64 > MAX_PICKLE {
-            let what = format!("{name} is {} bytes long; it needs less than {MAX_PICKLE}", record.size);
+            let what = format!("{name} has {} bytes; the limit is {MAX_PICKLE}", record.size);
             return Err(self.file.corrupt(what));
         }
         self.file.read(record.start(self.file)?, record.size).map(Some)
     }
 
     fn pickle(&self) -> Result<Cow<'a, [u8]>> {
-        let missing = || self.file.corrupt("the zip holds no data.pkl, so it is no PyTorch checkpoint");
+        let missing = || self.file.corrupt("not a PyTorch checkpoint: the zip file has no data.pkl");
         self.bytes("data.pkl")?.ok_or_else(missing)
     }
 
-    /// Checks a tensor against its storage and the storage against the archive.
+    /// Checks a tensor against its storage, and the storage against the archive.
     fn view(&self, name: &str, tensor: &TensorRef) -> Result<View> {
         let bad = |what: String| self.file.corrupt(format!("tensor {}: {what}", clip(name)));
         let storage = &tensor.storage;
@@ -178,7 +188,7 @@ impl<'a> Archive<'a> {
         let width = storage.dtype.bytes(1) as u64;
         if storage.elements.checked_mul(width) != Some(record.size as u64) {
             return Err(bad(format!(
-                "its storage claims {} elements of {width} bytes, the file holds {} bytes",
+                "its storage should have {} elements of {width} bytes, but the file has {} bytes",
                 storage.elements, record.size
             )));
         }
@@ -188,7 +198,7 @@ impl<'a> Archive<'a> {
         let elements = tensor.shape.iter().try_fold(1u64, |product, &n| product.checked_mul(n));
         let Some(elements) = elements.filter(|&n| n <= storage.elements) else {
             return Err(bad(format!(
-                "shape {:?} has more elements than its storage of {}; such a view is not read",
+                "shape {:?} has more elements than its storage of {}; such a view is not supported",
                 tensor.shape, storage.elements
             )));
         };
@@ -200,7 +210,7 @@ impl<'a> Archive<'a> {
                 .try_fold(tensor.offset, |last, (&n, &stride)| last.checked_add((n - 1).checked_mul(stride)?));
             if last.is_none_or(|last| last >= storage.elements) {
                 return Err(bad(format!(
-                    "offset {} with shape {:?} and stride {:?} leaves its storage of {} elements",
+                    "offset {} with shape {:?} and stride {:?} exceeds its storage of {} elements",
                     tensor.offset, tensor.shape, tensor.stride, storage.elements
                 )));
             }
@@ -236,7 +246,7 @@ impl Store for TorchFile {
             return self.file.bytes(start + view.offset, elements * width);
         }
         let storage = self.file.bytes(start, view.record.size)?;
-        // A transposed or sliced view: gathered element by element, in row-major order.
+        // Gathers the elements of a transposed or sliced view in row-major order.
         let mut out = Vec::with_capacity(elements * width);
         let mut index = vec![0; view.shape.len()];
         for _ in 0..elements {

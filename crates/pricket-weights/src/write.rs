@@ -1,4 +1,4 @@
-//! Writing checkpoints a tensor at a time, so that no more than one is in memory.
+//! Writers of GGUF and safetensors files. Tensors are written one at a time, so only one needs to be in memory.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{Error as IoError, Write};
@@ -8,19 +8,19 @@ use serde_json::{Value, json};
 use crate::Dtype;
 use crate::gguf::{NUMBERS, tensor_bytes};
 
-/// A tensor that is going to be written: its name, type and shape, outermost first.
+/// Name, type and shape of a tensor to write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outline {
-    /// The name.
+    /// Name of the tensor.
     pub name: String,
-    /// The type.
+    /// Element type.
     pub dtype: Dtype,
-    /// The shape.
+    /// Row-major dimensions, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl Outline {
-    /// Bytes that it takes.
+    /// Returns the size of the tensor in bytes.
     pub fn bytes(&self) -> usize {
         self.dtype.bytes(self.shape.iter().product())
     }
@@ -29,34 +29,35 @@ impl Outline {
 /// A value of GGUF metadata.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GgufValue {
-    /// An unsigned number of 32 bits.
+    /// Unsigned 32-bit integer.
     U32(u32),
-    /// A float of 32 bits.
+    /// 32-bit float.
     F32(f32),
-    /// A flag.
+    /// Boolean.
     Bool(bool),
-    /// A text.
+    /// String.
     Text(String),
-    /// A list of texts, which may be of any bytes.
+    /// Array of strings, which need not be UTF-8.
     Texts(Vec<Vec<u8>>),
-    /// A list of numbers.
+    /// Array of signed 32-bit integers.
     Integers(Vec<i32>),
-    /// A list of floats.
+    /// Array of 32-bit floats.
     Floats(Vec<f32>),
-    /// A list of bytes.
+    /// Array of unsigned 8-bit integers.
     Bytes(Vec<u8>),
 }
 
-/// Where data begin, in GGUF files.
+/// Alignment of tensor data in GGUF files, in bytes.
 const ALIGNMENT: usize = 32;
 
-/// Writes one file: the header at once, then each tensor's bytes in the order of the outlines.
+/// Writer of one file. The constructor writes the header; then the bytes of the tensors follow in the order of the
+/// outlines.
 #[derive(Debug)]
 pub struct Writer<W> {
     out: W,
     outlines: Vec<Outline>,
     next: usize,
-    /// Bytes of the tensor being written that are still to come.
+    /// Bytes of the current tensor that are not written yet.
     left: usize,
     alignment: usize,
 }
@@ -65,24 +66,24 @@ fn invalid(what: String) -> IoError {
     IoError::new(std::io::ErrorKind::InvalidInput, what)
 }
 
-/// Every tensor has a size and a name of its own.
+/// Checks that every tensor has a valid size and a unique name.
 fn check(outlines: &[Outline]) -> Result<(), IoError> {
     let mut names = HashSet::new();
     for outline in outlines {
         tensor_bytes(outline.dtype, &outline.shape)
             .map_err(|what| invalid(format!("tensor {}: {what}", outline.name)))?;
         if !names.insert(&outline.name) {
-            return Err(invalid(format!("tensor {} is there twice", outline.name)));
+            return Err(invalid(format!("tensor {} occurs twice", outline.name)));
         }
     }
     Ok(())
 }
 
 impl<W: Write> Writer<W> {
-    /// Begins a GGUF file of version 3.
+    /// Writes the header of a GGUF file, version 3.
     ///
     /// # Errors
-    /// For a type that GGUF has no number for, and what writing says.
+    /// Returns an error if an outline is invalid, if GGUF does not support its type, or if writing fails.
     pub fn gguf(mut out: W, metadata: &[(String, GgufValue)], outlines: Vec<Outline>) -> Result<Self, IoError> {
         check(&outlines)?;
         let mut header = b"GGUF".to_vec();
@@ -151,7 +152,7 @@ impl<W: Write> Writer<W> {
                     .find(|(_, known)| *known == kind)
                     .map(|(number, _)| *number)
                     .ok_or_else(|| invalid(format!("tensor {}: GGUF has no type {kind}", outline.name)))?,
-                other => return Err(invalid(format!("tensor {}: {other} is not written", outline.name))),
+                other => return Err(invalid(format!("tensor {}: writing {other} is not supported", outline.name))),
             };
             header.extend(number.to_le_bytes());
             header.extend(offset.to_le_bytes());
@@ -162,10 +163,11 @@ impl<W: Write> Writer<W> {
         Ok(Self { out, outlines, next: 0, left: 0, alignment: ALIGNMENT })
     }
 
-    /// Begins a safetensors file; `metadata` is free text, `format` is added for Python.
+    /// Writes the header of a safetensors file. `metadata` may hold any text. The entry `format: pt` is added for
+    /// Python programs.
     ///
     /// # Errors
-    /// For a type that safetensors lacks, and what writing says.
+    /// Returns an error if an outline is invalid, if safetensors does not support its type, or if writing fails.
     pub fn safetensors(
         mut out: W,
         metadata: &BTreeMap<String, String>,
@@ -195,15 +197,16 @@ impl<W: Write> Writer<W> {
         Ok(Self { out, outlines, next: 0, left: 0, alignment: 1 })
     }
 
-    /// The tensors, in the order in which their bytes are to come.
+    /// Returns the outlines of the tensors, in the order in which their bytes must be written.
     pub fn outlines(&self) -> &[Outline] {
         &self.outlines
     }
 
-    /// The next bytes of the data, tensor after tensor; of one tensor they may come in pieces.
+    /// Writes the next bytes of the current tensor. A tensor may be written in several pieces; a piece must not extend
+    /// into the next one.
     ///
     /// # Errors
-    /// For bytes beyond the last tensor or the end of one, and what writing says.
+    /// Returns an error if the bytes exceed the current tensor, if all tensors are written, or if writing fails.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), IoError> {
         if self.left == 0 {
             let outline =
@@ -213,7 +216,7 @@ impl<W: Write> Writer<W> {
         }
         if bytes.len() > self.left {
             let name = &self.outlines[self.next - 1].name;
-            return Err(invalid(format!("{} bytes for tensor {name}, which lacks {}", bytes.len(), self.left)));
+            return Err(invalid(format!("{} bytes for tensor {name}; only {} are left", bytes.len(), self.left)));
         }
         self.out.write_all(bytes)?;
         self.left -= bytes.len();
@@ -224,13 +227,17 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Gives the output back.
+    /// Flushes and returns the output.
     ///
     /// # Errors
-    /// If a tensor is missing, and what flushing says.
+    /// Returns an error if a tensor is incomplete or missing, or if flushing fails.
     pub fn finish(mut self) -> Result<W, IoError> {
         if self.next != self.outlines.len() || self.left > 0 {
-            return Err(invalid(format!("{} of {} tensors have been written", self.next, self.outlines.len())));
+            return Err(invalid(format!(
+                "incomplete file: {} of {} tensors were begun",
+                self.next,
+                self.outlines.len()
+            )));
         }
         self.out.flush()?;
         Ok(self.out)
@@ -267,7 +274,7 @@ mod tests {
         ];
         let data: Vec<Vec<u8>> = outlines.iter().map(|o| (0..o.bytes()).map(|i| (i * 7) as u8).collect()).collect();
         let mut writer = Writer::gguf(std::fs::File::create(&path).unwrap(), &metadata, outlines.clone()).unwrap();
-        assert!(writer.write(&[0; 31]).unwrap_err().to_string().contains("31 bytes for tensor a, which lacks 30"));
+        assert!(writer.write(&[0; 31]).unwrap_err().to_string().contains("31 bytes for tensor a; only 30 are left"));
         for bytes in &data {
             bytes.chunks(10).for_each(|piece| writer.write(piece).unwrap());
         }
@@ -301,12 +308,9 @@ mod tests {
         writer.write(&[0; 4]).unwrap();
         assert!(writer.finish().unwrap_err().to_string().contains("1 of 1 tensors"));
         assert!(
-            Writer::gguf(Vec::new(), &[], [one(), one()].concat())
-                .unwrap_err()
-                .to_string()
-                .contains("a is there twice")
+            Writer::gguf(Vec::new(), &[], [one(), one()].concat()).unwrap_err().to_string().contains("a occurs twice")
         );
         let odd = vec![outline("a", Dtype::Block(BlockType::Q4K), &[2, 32])];
-        assert!(Writer::gguf(Vec::new(), &[], odd).unwrap_err().to_string().contains("no whole q4k blocks"));
+        assert!(Writer::gguf(Vec::new(), &[], odd).unwrap_err().to_string().contains("not whole q4k blocks"));
     }
 }

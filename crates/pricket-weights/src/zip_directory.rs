@@ -1,8 +1,8 @@
-//! The directory of a zip file, which is at its end: where each entry lies, without a look at the entries.
+//! A reader of the central directory at the end of a zip file.
 //!
-//! The zip libraries read the header of every entry to say where its bytes are. That costs nothing in a file on disk and a
-//! request each in one that is not, and a checkpoint has hundreds; so this reads the directory alone (APPNOTE 6.3.10,
-//! sections 4.3.12 to 4.3.16) and an entry's own header when its bytes are wanted.
+//! Zip libraries read the header of every entry to locate its bytes. For a remote file that is one request per entry,
+//! and a checkpoint has hundreds of entries. This module reads only the directory (APPNOTE 6.3.10, sections 4.3.12 to
+//! 4.3.16), and the header of an entry when its bytes are needed.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::error::clip;
 use crate::source::Source;
 use crate::{Error, Result};
 
-/// Bytes of a directory that is read: that of a 20B checkpoint takes a tenth.
+/// Maximum size of a directory in bytes, ten times that of a 20B checkpoint.
 const MAX_DIRECTORY: u64 = 4 << 20;
 
 const END: u32 = 0x0605_4b50;
@@ -21,15 +21,16 @@ const LOCATOR_LEN: usize = 20;
 const CENTRAL: u32 = 0x0201_4b50;
 const LOCAL: u32 = 0x0403_4b50;
 
-/// An entry that is stored plain.
+/// An entry without compression.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Record {
+    /// Offset of the header of the entry.
     header: usize,
-    /// Bytes of the entry.
+    /// Size of the entry in bytes.
     pub(crate) size: usize,
 }
 
-/// Little-endian fields of a record.
+/// A reader of little-endian fields.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -56,29 +57,29 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Every entry by its name without the leading folder.
+/// Reads the directory. Returns the entries by name, without the leading folder.
 pub(crate) fn read(file: &Source) -> Result<BTreeMap<String, Record>> {
     let bad = |what: &str| file.corrupt(format!("not a readable PyTorch zip file: {what}"));
-    let (count, size, start) = end(file)?.ok_or_else(|| bad("its directory is not where its end says, or cut off"))?;
+    let (count, size, start) = end(file)?.ok_or_else(|| bad("its directory was not found; it may be truncated"))?;
     if size > MAX_DIRECTORY {
-        return Err(bad("its directory is out of all proportion"));
+        return Err(bad("its directory is too large"));
     }
     let directory = file.read(usize::try_from(start).unwrap_or(usize::MAX), size as usize)?;
     let mut fields = Fields(&directory);
     let mut records = BTreeMap::new();
-    // The directory's size bounds the entries, whatever their number is said to be.
+    // `count` is not trusted: the loop ends with an error at the end of the directory.
     for _ in 0..count {
         let (name, record) = entry(file, &mut fields)?.ok_or_else(|| bad("its directory ends inside an entry"))?;
         if records.insert(name, record).is_some() {
-            return Err(bad("its directory names an entry twice"));
+            return Err(bad("its directory has an entry twice"));
         }
     }
     Ok(records)
 }
 
-/// Entries, bytes and place of the directory.
+/// Finds the end record. Returns the number of entries, the size in bytes and the offset of the directory.
 fn end(file: &Source) -> Result<Option<(u64, u64, u64)>> {
-    // The end is 22 bytes and a comment, which PyTorch does not write and others may.
+    // The end record has 22 bytes and a comment. PyTorch writes no comment; other programs may.
     let tail_len = file.len().min(END_LEN + LOCATOR_LEN);
     let mut tail = file.read(file.len() - tail_len, tail_len)?;
     let mut at = tail.len().checked_sub(END_LEN).filter(|&at| tail[at..].starts_with(&END.to_le_bytes()));
@@ -98,7 +99,7 @@ fn end(file: &Source) -> Result<Option<(u64, u64, u64)>> {
     if small.0 != 0xffff && small.1 != 0xffff_ffff && small.2 != 0xffff_ffff {
         return Ok(Some(small));
     }
-    // Too large for these fields: a locator before the end says where the wide ones are.
+    // A field is at its maximum: a locator before the end record gives the offset of the 64-bit record.
     let locate = || {
         let mut fields = Fields(tail.get(at.checked_sub(LOCATOR_LEN)?..at)?);
         fields.is(END_64_LOCATOR)?;
@@ -116,6 +117,7 @@ fn end(file: &Source) -> Result<Option<(u64, u64, u64)>> {
     Ok(parse())
 }
 
+/// Reads the next entry of the directory, or returns `None` if the directory ends inside it.
 fn entry(file: &Source, fields: &mut Fields<'_>) -> Result<Option<(String, Record)>> {
     let mut parse = || {
         fields.is(CENTRAL)?;
@@ -133,7 +135,7 @@ fn entry(file: &Source, fields: &mut Fields<'_>) -> Result<Option<(String, Recor
         while let (Some(kind), Some(len)) = (extra.u16(), extra.u16()) {
             let mut field = Fields(extra.take(len as usize)?);
             if kind == 1 {
-                // The wide fields stand for those that are full, in this order.
+                // The 64-bit fields replace the fields at their maximum, in this order.
                 for (value, full) in &mut sizes {
                     if value == full {
                         *value = field.u64()?;
@@ -148,20 +150,20 @@ fn entry(file: &Source, fields: &mut Fields<'_>) -> Result<Option<(String, Recor
     let name = full.split_once('/').map_or(&*full, |(_, rest)| rest).to_owned();
     let bad = |what: &str| file.corrupt(format!("zip entry {} {what}", clip(&name)));
     if flags & 1 != 0 {
-        return Err(bad("is encrypted; PyTorch stores its entries plain"));
+        return Err(bad("is encrypted, which is not supported"));
     }
     if method != 0 || packed != size {
-        return Err(bad("is compressed; PyTorch stores its entries plain"));
+        return Err(bad("is compressed, which is not supported; PyTorch stores entries without compression"));
     }
     let fits = header.checked_add(30).and_then(|n| n.checked_add(size)).is_some_and(|end| end <= file.len() as u64);
     if !fits {
-        return Err(bad(&format!("claims {size} bytes and the file is shorter")));
+        return Err(bad(&format!("of {size} bytes exceeds the end of the file")));
     }
     Ok(Some((name, Record { header: header as usize, size: size as usize })))
 }
 
 impl Record {
-    /// Where the bytes begin: after the entry's own header, whose length only it knows.
+    /// Returns the offset of the bytes. They follow the header of the entry, which gives its own length.
     pub(crate) fn start(&self, file: &Source) -> Result<usize> {
         let header = file.read(self.header, 30)?;
         let parse = || {
@@ -174,7 +176,7 @@ impl Record {
         };
         let e = || Error::Corrupt {
             path: file.path().into(),
-            what: format!("a zip entry of {} bytes is not where the directory says, or cut off", self.size),
+            what: format!("a zip entry of {} bytes was not found at its offset; it may be truncated", self.size),
         };
         parse().ok_or_else(e)
     }
@@ -208,7 +210,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// What another library writes, with wide sizes or not, aligned or not, with a comment or not.
+        /// Reads files of another library: with and without 64-bit sizes, alignment and comments.
         #[test]
         fn every_entry_is_where_it_was_written(
             sizes in proptest::collection::vec(0usize..300, 0..20),
@@ -227,7 +229,7 @@ mod tests {
             }
         }
 
-        /// Whatever is changed or cut off, the answer is an answer.
+        /// Damaged files give entries inside the file or an error, never a panic.
         #[test]
         fn damage_is_read_or_refused(at in 0usize..2000, to: u8, cut in 0usize..600) {
             let entries = [("data.pkl".to_owned(), vec![1; 200]), ("data/0".to_owned(), vec![2; 100])];
@@ -253,7 +255,7 @@ mod tests {
             .unwrap();
         zip.write_all(&[1; 100]).unwrap();
         let mut bytes = zip.finish().unwrap().into_inner();
-        // The method of the only entry of the directory.
+        // Changes the compression method of the only entry in the directory.
         let at = bytes.windows(4).rposition(|window| window == CENTRAL.to_le_bytes()).unwrap() + 10;
         bytes[at] = 8;
         assert!(read(&opened(bytes)).unwrap_err().to_string().contains("compressed"));

@@ -1,4 +1,4 @@
-//! Files that torch wrote (tools/torch_fixtures.py), shards, and what may not be a shard.
+//! Files that torch wrote (tools/torch_fixtures.py), shards, and invalid shard names.
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,7 @@ fn every_storage_type_is_read() {
     }
     assert_eq!(store.entry("bool").unwrap().dtype, Dtype::Bool);
     assert_eq!(floats(&*store, "bool"), [1.0, 0.0, 0.0, 1.0]);
-    // Candle has no signed byte: its bytes are there, a tensor of them is an error that names it.
+    // Candle has no signed 8-bit type: the bytes can be read, but a tensor of them is an error.
     assert_eq!(&*store.bytes("i8").unwrap(), [0, 1, 2, 3, 4, 5]);
     let error = read_tensor(&*store, "i8", &Device::Cpu).unwrap_err().to_string();
     assert!(error.contains("i8") && error.contains("I8") && error.contains("state_dict.bin"), "{error}");
@@ -88,16 +88,16 @@ fn shards_are_found_by_their_index_alone() {
     let at = |name: &str| dir.path().join(name);
     write_safetensors(&at("a.safetensors"), &[("x", vec![2]), ("y", vec![3, 1])]);
     std::fs::copy(data("state_dict.bin"), at("b.bin")).unwrap();
-    // One index may name shards of both kinds: each is opened by what it is.
+    // An index may name shards of both formats. Each is opened by its own format.
     let index = r#"{"metadata": {}, "weight_map": {"x": "a.safetensors", "y": "a.safetensors", "matrix": "b.bin"}}"#;
     std::fs::write(at("model.safetensors.index.json"), index).unwrap();
     let store = open(dir.path()).unwrap();
     assert!(["matrix", "x", "y"].iter().all(|name| store.entry(name).is_some()));
     assert_eq!(store.entry("y").unwrap().shape, [3, 1]);
     assert!(store.origin("matrix").ends_with("b.bin"));
-    assert!(store.entry("slice").is_some(), "a tensor that the index forgets is in its shard");
+    assert!(store.entry("slice").is_some(), "tensors that the index does not list are available");
 
-    // A tensor that the index lists and its shard lacks is claimed and missing; its shard is known.
+    // A tensor that the index lists but its shard lacks is claimed and missing, and its shard is known.
     let index = r#"{"weight_map": {"x": "a.safetensors", "mask": "a.safetensors"}}"#;
     std::fs::write(at("model.safetensors.index.json"), index).unwrap();
     let store = open(dir.path()).unwrap();
@@ -142,7 +142,7 @@ fn what_is_no_file_is_refused_without_waiting() {
     assert!(open(&pipe).err().unwrap().to_string().contains("not a regular file"));
 }
 
-/// Opening costs the headers: a file of a terabyte, nearly all of it a hole, opens at once.
+/// Opening reads only headers: a sparse file of 128 GiB opens at once.
 #[cfg(target_os = "linux")]
 #[test]
 fn opening_reads_headers_only() {

@@ -6,7 +6,7 @@ use pricket_testhub::{Content, Repo, TestHub};
 
 use crate::{ID, assert_clean, assert_same, fetch_all, noise, serve, settings};
 
-/// Three steps with a weight of their own and a tokenizer that they share.
+/// Creates three training steps, each with its own weights. All share a tokenizer.
 fn steps() -> Repo {
     let mut repo = Repo::default();
     for (i, step) in ["step0", "step1", "step2"].iter().enumerate() {
@@ -30,7 +30,7 @@ fn fetched(dir: &Path) -> (TestHub, Repo, Hub) {
     (server, content, hub)
 }
 
-/// As if it had been used so many hours ago.
+/// Sets the time of the last use of a commit to `hours` ago.
 fn age(dir: &Path, commit: &str, hours: u64) {
     let path = dir.join("models--owner--tiny/.pricket").join(format!("{commit}.lock"));
     let time = SystemTime::now() - Duration::from_hours(hours);
@@ -66,7 +66,7 @@ fn a_changed_byte_is_found() {
     std::fs::write(&blob, bytes).unwrap();
     let bad: Vec<_> = verify().into_iter().filter(|file| file.is_good() == Some(false)).collect();
     assert!(bad.len() == 1 && bad[0].location == blob && bad[0].found.is_some(), "{bad:?}");
-    // Once it is gone, the links to it are told, and it is fetched again.
+    // After the blob is deleted, its dangling links are reported and it is fetched again.
     std::fs::remove_file(&blob).unwrap();
     if cfg!(unix) {
         let missing: Vec<_> = verify().into_iter().filter(|file| file.is_good() == Some(false)).collect();
@@ -95,7 +95,7 @@ fn the_least_recently_used_go_first() {
     assert_eq!((evicted.freed, evicted.left), (50_000, 110_000));
     let repo = only(&cache);
     assert_eq!((repo.revisions.len(), repo.bytes), (2, 110_000));
-    assert!(repo.revisions.iter().all(|r| r.files.len() == 2), "what is shared stays");
+    assert!(repo.revisions.iter().all(|r| r.files.len() == 2), "shared blobs stay");
     assert_clean(dir.path());
     assert!(!dir.path().join("models--owner--tiny/refs/step1").exists());
     let mut offline = hub.settings().clone();
@@ -103,17 +103,17 @@ fn the_least_recently_used_go_first() {
     let offline = Hub::new(offline);
     assert!(matches!(fetch_all(&offline, "owner/tiny@step1", &NoProgress), Err(Error::Offline { .. })));
     assert_same(&fetch_all(&offline, "owner/tiny@step2", &NoProgress).unwrap().directory, &content, "step2");
-    // And it can come back.
+    // An evicted commit can be fetched again.
     assert_same(&fetch_all(&hub, "owner/tiny@step1", &NoProgress).unwrap().directory, &content, "step1");
 }
 
-#[cfg(unix)] // It makes a link by hand.
+#[cfg(unix)] // The test creates a symbolic link.
 #[test]
 fn what_is_used_or_foreign_stays() {
     let dir = tempfile::tempdir().unwrap();
     let (_server, content, hub) = fetched(dir.path());
     let cache = Cache::new(dir.path());
-    // Another program's commit of the same repository, of another model, of a dataset.
+    // Commits of another program: of the same repository, of another model and of a dataset.
     let blob = content.files("step0").unwrap()["pytorch_model.bin"].etag();
     let theirs = dir.path().join("models--owner--tiny/snapshots").join("a".repeat(40));
     std::fs::create_dir_all(&theirs).unwrap();
@@ -133,7 +133,7 @@ fn what_is_used_or_foreign_stays() {
     drop(in_use);
     assert_eq!(cache.evict(0, &NoProgress).unwrap().revisions.len(), 1);
     assert!(theirs.join("pytorch_model.bin").exists());
-    // Theirs are listed too, the dataset beside the models.
+    // The listing includes the repositories of the other program.
     assert_eq!(cache.repos().unwrap().len(), 3);
 }
 
@@ -160,7 +160,7 @@ fn without_links_the_files_are_there_themselves() {
     assert_eq!((evicted.revisions.len(), evicted.freed, evicted.left), (1, 60_000, 60_000));
 }
 
-/// Turning links off must not take the blobs that earlier links lead to.
+/// Turning links off must not move blobs that earlier snapshots link to.
 #[test]
 fn turning_links_off_breaks_no_link() {
     let dir = tempfile::tempdir().unwrap();
@@ -176,7 +176,7 @@ fn turning_links_off_breaks_no_link() {
     assert_same(&fetch_all(&hub, "owner/tiny@step0", &NoProgress).unwrap().directory, &content, "step0");
 }
 
-/// A commit that Python brought stays Python's, also when we add a file to it.
+/// A commit that Python fetched is not evicted, even after pricket adds a file to it.
 #[test]
 fn a_file_added_does_not_make_a_commit_ours() {
     let dir = tempfile::tempdir().unwrap();
@@ -189,7 +189,7 @@ fn a_file_added_does_not_make_a_commit_ours() {
     assert!(evicted.revisions.is_empty(), "{evicted:?}");
 }
 
-/// Killed between its steps, an eviction is finished by the next.
+/// The next eviction finishes one that was killed.
 #[test]
 fn an_eviction_that_was_killed_is_finished() {
     let dir = tempfile::tempdir().unwrap();
@@ -223,12 +223,12 @@ fn unfinished_files_go_first_of_all() {
     assert_eq!(only(&cache).partial_bytes, 0);
 }
 
-/// A cache that belongs to somebody else, who let us read it.
+/// A read-only cache of another user.
 #[test]
 fn a_cache_that_cannot_be_written_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let (_server, content, hub) = fetched(dir.path());
-    // The superuser writes everywhere, so the folder of marks is put out of the way instead.
+    // Permissions do not stop the superuser, so a file in place of the folder makes writing fail.
     let marks = dir.path().join("models--owner--tiny/.pricket");
     std::fs::remove_dir_all(&marks).unwrap();
     std::fs::write(&marks, "not a folder").unwrap();

@@ -1,4 +1,4 @@
-"""Python's own client on a server and a cache, for the tests: `client.py MODE ID REVISION`, settings by environment."""
+"""Runs Python's client for the tests: `client.py MODE ID REVISION`. Environment variables set the server and the cache."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def main(mode, repo, revision):
     if mode == "download":
         out["files"] = contents(snapshot_download(repo, revision=revision))
     elif mode == "offline":
-        # The whole snapshot, and each file as transformers would ask for it.
+        # The whole snapshot, then each file, as transformers requests it.
         directory = snapshot_download(repo, revision=revision, local_files_only=True)
         out["files"] = contents(directory)
         for name in out["files"]:

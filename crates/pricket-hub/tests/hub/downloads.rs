@@ -27,7 +27,7 @@ fn a_revision_comes_whole_and_is_not_asked_for_twice() {
     assert_eq!(watch.done.load(Ordering::Relaxed), report.total);
     assert!(watch.notices.lock().unwrap().is_empty());
     let log = server.take_log();
-    // The token goes to the Hub, and never to where the large files are.
+    // The token goes to the Hub, and never to the host of the large files.
     assert!(log.iter().filter(|r| r.cdn).count() >= 5, "ranges are fetched from the other host");
     assert!(log.iter().filter(|r| r.cdn).all(|r| r.authorization.is_none()));
     assert!(log.iter().filter(|r| !r.cdn).all(|r| r.authorization.as_deref() == Some(&format!("Bearer {TOKEN}"))));
@@ -41,12 +41,12 @@ fn a_revision_comes_whole_and_is_not_asked_for_twice() {
     let target = std::fs::read_link(&pointer).unwrap();
     assert!(target.starts_with("../../../blobs"), "{}", target.display());
     assert_eq!(std::fs::read_to_string(dir.path().join("models--owner--tiny/refs/step1000")).unwrap(), snapshot.commit);
-    // By branch: one question. By commit: none at all.
+    // A branch needs one request, a commit none.
     assert_eq!(fetch_all(&hub, "owner/tiny@step1000", &NoProgress).unwrap().report.received, 0);
     assert_eq!(server.take_log().len(), 1);
     fetch_all(&hub, &format!("{ID}@{}", snapshot.commit), &NoProgress).unwrap();
     assert!(server.take_log().is_empty());
-    // What another revision shares is linked, not fetched.
+    // Files that another revision shares are linked, not fetched.
     let main = fetch_all(&hub, ID, &NoProgress).unwrap();
     assert_eq!((main.report.on_disk, main.report.received), (main.report.total, 0));
     let step0 = fetch_all(&hub, "owner/tiny@step0", &NoProgress).unwrap();
@@ -91,7 +91,7 @@ fn errors_say_what_there_is() {
     others.offline = true;
     let error = fetch_all(&Hub::new(others), ID, &NoProgress).unwrap_err();
     assert!(matches!(error, Error::Offline { .. }), "{error}");
-    // Nobody listens there any more.
+    // The server at this address has stopped.
     let (gone, cache) = (TestHub::start().url(), dir.path().join("other"));
     let mut nowhere = Settings::new(&gone, cache);
     nowhere.patience = settings(&server, dir.path()).patience;
@@ -122,7 +122,7 @@ fn the_hubs_own_way_to_say_wait() {
     assert!(start.elapsed() >= Duration::from_secs(1));
 }
 
-/// A listing that is cut short must not be taken for all there is.
+/// A listing with a missing page must not count as complete.
 #[test]
 fn a_next_page_that_is_elsewhere_is_not_the_end() {
     for url in ["https://elsewhere.org/api/models/owner/tiny/tree/x?cursor=2", "ftp://x", "?cursor=2"] {
@@ -144,13 +144,13 @@ fn one_redirect_serves_all_ranges() {
     let log = server.take_log();
     let asked = log.iter().filter(|r| r.target.contains("/resolve/") && r.target.contains("pytorch_model")).count();
     assert_eq!((asked, log.iter().filter(|r| r.cdn).count()), (1, 16));
-    // And when its signature runs out, another is asked for.
+    // When the signature expires, a new one is requested.
     let dir = tempfile::tempdir().unwrap();
     server.misbehave(|r| (r.cdn && r.number % 3 == 0).then_some(Fault::Status(403)));
     fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
 }
 
-/// The repositories of MPT: gone from the Hub, and in many a cache.
+/// Repositories that were removed from the Hub, such as those of MPT, still load from the cache.
 #[test]
 fn what_has_left_the_hub_is_still_in_the_cache() {
     let (dir, content) = (tempfile::tempdir().unwrap(), repo(1000));
@@ -159,10 +159,10 @@ fn what_has_left_the_hub_is_still_in_the_cache() {
     server.misbehave(|r| (!r.cdn).then_some(Fault::Status(401)));
     let watch = Watch::default();
     assert_same(&fetch_all(&hub(&server, dir.path()), ID, &watch).unwrap().directory, &content, "main");
-    assert!(watch.notices.lock().unwrap()[0].contains("what the cache has"));
+    assert!(watch.notices.lock().unwrap()[0].contains("using the cached"));
 }
 
-/// Cancelled between one file and the next, it has not succeeded.
+/// A fetch canceled between two files fails with `Cancelled`.
 #[test]
 fn cancelled_between_files_is_cancelled() {
     struct After(std::sync::atomic::AtomicBool);
@@ -187,7 +187,7 @@ fn cancelled_between_files_is_cancelled() {
     assert_clean(dir.path());
 }
 
-/// A listener that panics is a bug of its owner; it must not become a program that hangs.
+/// A panic in a `Progress` must reach the caller and must not make the fetch hang.
 #[test]
 fn a_panic_in_a_listener_is_passed_on() {
     struct Panics(u64);
@@ -236,7 +236,7 @@ fn names_that_no_file_system_has_are_left_out() {
     assert_eq!(snapshot.files.iter().map(|file| file.path.as_str()).collect::<Vec<_>>(), ["fine"]);
 }
 
-/// A branch leads to what it led to until all of what it leads to now is there.
+/// A branch moves to a new commit only when all files of the commit are there.
 #[test]
 fn an_interrupted_update_leaves_the_branch_where_it_was() {
     let (dir, mut content) = (tempfile::tempdir().unwrap(), repo(300_000));
@@ -270,16 +270,16 @@ fn an_interrupted_download_goes_on_where_it_was() {
         let watch = Watch { cancel_at: Some(cut), ..Watch::default() };
         match fetch_all(&hub, ID, &watch) {
             Err(error) => assert!(matches!(error, Error::Cancelled), "{error}"),
-            // So near the end the last read may bring everything before anybody asks whether to stop.
+            // This close to the end, the last read may complete the file before cancellation is checked.
             Ok(whole) => {
-                assert!(cut == NEAR, "not cancelled at {cut}");
+                assert!(cut == NEAR, "not canceled at {cut}");
                 assert_same(&whole.directory, &content, "main");
             }
         }
         let reached = watch.done.load(Ordering::Relaxed);
         assert!(assert_clean(dir.path()) <= 5);
         let sent: u64 = server.take_log().iter().filter(|r| r.is_body()).map(Request::sent).sum();
-        // A new server, as requests of the one that was interrupted may still be on their way to the old one.
+        // A new server, because requests of the interrupted fetch may still reach the old one.
         let again = serve(content.clone());
         let mut settings = crate::settings(&again, dir.path());
         settings.range_bytes = hub.settings().range_bytes;
@@ -289,12 +289,12 @@ fn an_interrupted_download_goes_on_where_it_was() {
         assert!(report.on_disk >= reached, "{report:?} after {reached}");
         assert_eq!(report.received + report.on_disk, report.total);
         let asked: u64 = again.take_log().iter().filter(|r| r.is_body()).map(Request::sent).sum();
-        assert_eq!(asked, report.received, "nothing that was there is sent again");
+        assert_eq!(asked, report.received, "bytes on disk are not sent again");
         assert!(sent >= reached);
     }
 }
 
-/// The server goes silent for good after some bytes, or drops the connection: nothing that arrived is asked for again.
+/// After the server stalls or drops the connection, received bytes are not requested again.
 #[test]
 fn a_dropped_connection_costs_nothing() {
     for fault in [Fault::Truncate(30_000), Fault::Stall(30_000), Fault::WrongLength(500), Fault::NoLength] {
@@ -331,8 +331,8 @@ fn wrong_bytes_never_get_the_name() {
         assert_clean(dir.path());
         let weights = content.files("main").unwrap()["pytorch_model.bin"].etag().to_owned();
         assert!(!dir.path().join("models--owner--tiny/blobs").join(weights).exists());
-        assert!(!dir.path().join("models--owner--tiny/refs/main").exists(), "the branch leads to no half snapshot");
-        // Once it behaves, all is well; bytes fetched for nothing are counted within a run.
+        assert!(!dir.path().join("models--owner--tiny/refs/main").exists(), "no branch names an incomplete snapshot");
+        // After the faults end, the fetch succeeds. Bytes received in vain count as repeated.
         let bad_once = std::sync::atomic::AtomicBool::new(true);
         let again = fault.clone();
         server.misbehave(move |r| (r.cdn && bad_once.swap(false, Ordering::Relaxed)).then(|| again.clone()));
@@ -353,10 +353,10 @@ fn the_server_says_when_to_come_back() {
     let start = Instant::now();
     fetch_all(&hub(&server, dir.path()), ID, &NoProgress).unwrap();
     assert!(start.elapsed() >= Duration::from_millis(400));
-    // Longer than anybody wants to wait.
+    // Longer than `longest_asked`.
     server.misbehave(|_| Some(Fault::TooMany("3600".into())));
     let error = fetch_all(&hub(&server, dir.path()), ID, &NoProgress).err();
-    // The cache knows the branch, so the answer comes from there; without it the wait is named.
+    // The cache has the branch, so the fetch succeeds. Without a cache the error gives the wait.
     assert!(error.is_none());
     let error = fetch_all(&hub(&server, &dir.path().join("empty")), ID, &NoProgress).unwrap_err();
     assert!(error.to_string().contains("3600 s"), "{error}");
@@ -422,14 +422,14 @@ fn a_part_of_a_file_without_the_file() {
     assert!(hub.read(&id.repo, &commit, &file, 0..300_001, &NoProgress).is_err());
     server.misbehave(|r| r.cdn.then_some(Fault::IgnoreRange));
     let error = hub.read(&id.repo, &commit, &file, 5..10, &NoProgress).unwrap_err();
-    assert!(error.to_string().contains("no ranges"), "{error}");
+    assert!(error.to_string().contains("range requests"), "{error}");
     server.misbehave(|r| (r.cdn && r.number % 2 == 0).then_some(Fault::Truncate(3)));
     assert_eq!(hub.read(&id.repo, &commit, &file, 5..10, &NoProgress).unwrap(), &bytes[5..10]);
     assert!(!dir.path().join("models--owner--tiny/blobs").exists());
 }
 
-/// Proxies and mirrors refuse what they do not know, each in its own way: then a revision is asked for by its name, and a file by
-/// its own answer.
+/// Proxies and mirrors refuse unknown requests with various statuses. Then the revision is requested by its name, and
+/// each file is described by a HEAD request.
 #[test]
 fn a_server_that_lists_nothing_is_read_all_the_same() {
     for status in [400, 403, 404, 405, 501] {
@@ -443,12 +443,12 @@ fn a_server_that_lists_nothing_is_read_all_the_same() {
             let start = std::time::Instant::now();
             let snapshot = fetch_all(&hub, ID, &NoProgress).unwrap_or_else(|e| panic!("{status} {refused:?}: {e}"));
             assert_same(&snapshot.directory, &content, &snapshot.commit);
-            assert!(start.elapsed().as_secs() < 5, "{status} is not tried again");
+            assert!(start.elapsed().as_secs() < 5, "{status} must not be retried");
             let id = ID.parse::<pricket_hub::ModelId>().unwrap();
             let refs = hub.refs_or_main(&id.repo, &NoProgress).unwrap();
             assert_eq!(refs.branches.get("main"), Some(&snapshot.commit), "{status} {refused:?}");
         }
-        // A revision that is not there is still that, and a repository too.
+        // A missing revision and a missing repository still give their errors.
         let dir = tempfile::tempdir().unwrap();
         let server = serve(repo(1000));
         server.misbehave(move |request| request.target.contains("/refs").then_some(Fault::Status(status)));

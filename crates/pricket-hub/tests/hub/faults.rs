@@ -39,7 +39,7 @@ fn fault(rng: &mut ChaCha8Rng, elsewhere: &str) -> Fault {
     }
 }
 
-/// How a schedule went.
+/// The result of a schedule.
 struct Ran {
     complete: bool,
     repeated: u64,
@@ -49,7 +49,7 @@ fn run(seed: u64) -> Ran {
     let (dir, content) = (tempfile::tempdir().unwrap(), repo(SIZE));
     let server = serve(content.clone());
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    // From now and then to nearly always; some storms end, some do not.
+    // Faults are rare to nearly constant. Some schedules end after a number of requests, some never do.
     let share = [0.02, 0.1, 0.3, 0.6, 0.95][rng.random_range(0..5)];
     let storm = if rng.random_bool(0.8) { rng.random_range(1..60) } else { u64::MAX };
     let elsewhere = content.resolve("step0").unwrap().to_owned();
@@ -83,7 +83,7 @@ fn run(seed: u64) -> Ran {
         }
     };
     drop(result);
-    // Afterwards the sun shines: whatever is on disk is gone on with, and is right.
+    // Without faults, the fetch resumes from the files on disk and succeeds.
     server.behave();
     server.take_log();
     let snapshot = fetch_all(&hub, ID, &NoProgress).unwrap();
@@ -92,12 +92,12 @@ fn run(seed: u64) -> Ran {
     ran
 }
 
-/// Every schedule ends in verified files or in one clear error, and never in a wrong file under a final name.
+/// Every schedule ends with verified files or one clear error, and never with a wrong file under a final name.
 #[test]
 fn a_thousand_schedules_of_faults() {
     let (next, complete, repeated) = (AtomicU64::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        // They mostly wait.
+        // More threads than cores, because they mostly wait.
         for _ in 0..16 {
             scope.spawn(|| {
                 loop {
@@ -114,7 +114,7 @@ fn a_thousand_schedules_of_faults() {
     });
     let (complete, repeated) = (complete.into_inner(), repeated.into_inner());
     println!("{complete} of {SCHEDULES} schedules completed, {repeated} of them fetched something twice");
-    // Both ends are reached, or the faults are too weak or too strong.
+    // If nearly all or nearly no schedules complete, the faults are too weak or too strong.
     assert!((100..900).contains(&complete), "{complete}");
     assert!(repeated > 10, "{repeated}");
 }

@@ -1,4 +1,4 @@
-//! Downloads against a real server that speaks the Hub's protocol, well and badly.
+//! Downloads from a local HTTP server that implements the protocol of the Hub and can inject faults.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -8,26 +8,26 @@ use std::time::Duration;
 use pricket_hub::{Digest, Error, Hub, Listed, ModelId, Phase, Progress, Result, Settings, Snapshot, Token};
 use pricket_testhub::{Content, Repo, TestHub};
 
-/// What the cache is good for: listing, verifying, evicting, reading offline.
+/// Listing, verifying, evicting and reading the cache offline.
 mod cache;
 
-/// Ids, errors, tokens, listings, resumption: one thing at a time.
+/// Ids, errors, tokens, listings and resumed downloads.
 mod downloads;
 
-/// A thousand schedules of faults.
+/// A thousand random schedules of faults.
 mod faults;
 
-/// Processes that are killed, and processes that want the same.
+/// Killed processes, and processes that fetch the same files.
 mod processes;
 
-/// Python's own client on the same server and the same cache.
-#[cfg(unix)] // Its virtual environments lie otherwise elsewhere.
+/// Python's client on the same server and cache.
+#[cfg(unix)] // On Windows a virtual environment has another layout.
 mod python;
 
 pub(crate) const ID: &str = "owner/tiny";
 pub(crate) const TOKEN: &str = "hf_do_not_tell";
 
-/// Bytes that no two offsets share a run of.
+/// Returns random bytes, so that no part of a file equals another.
 pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     use rand::{RngCore, SeedableRng};
     let mut bytes = vec![0; len];
@@ -35,7 +35,7 @@ pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// A repository with `main`, two steps and a tag, its weights of `size` bytes.
+/// Creates a repository with `main`, three training steps and a tag. Its weights have `size` bytes.
 pub(crate) fn repo(size: usize) -> Repo {
     let mut repo = Repo::default();
     let files = |seed: u64| {
@@ -63,7 +63,7 @@ pub(crate) fn serve(repo: Repo) -> TestHub {
     server
 }
 
-/// Patience of milliseconds, and small ranges.
+/// Settings with timeouts of milliseconds and small ranges.
 pub(crate) fn settings(server: &TestHub, cache: &Path) -> Settings {
     let mut settings = Settings::new(&server.url(), cache);
     settings.token = Some(Token::new(TOKEN).unwrap());
@@ -77,7 +77,7 @@ pub(crate) fn settings(server: &TestHub, cache: &Path) -> Settings {
     settings
 }
 
-/// Everything of a revision into the cache.
+/// Fetches all files of a revision into the cache.
 pub(crate) fn fetch_all(hub: &Hub, id: &str, progress: &dyn Progress) -> Result<Snapshot> {
     let id: ModelId = id.parse()?;
     let commit = hub.resolve(&id, progress)?;
@@ -85,7 +85,7 @@ pub(crate) fn fetch_all(hub: &Hub, id: &str, progress: &dyn Progress) -> Result<
     hub.fetch(&id, &commit, &listing, &listing, progress)
 }
 
-/// Asserts that a snapshot holds what the repository holds.
+/// Asserts that a snapshot holds the files of the repository.
 pub(crate) fn assert_same(snapshot: &Path, repo: &Repo, revision: &str) {
     let files = repo.files(revision).unwrap();
     for (path, content) in files {
@@ -94,7 +94,7 @@ pub(crate) fn assert_same(snapshot: &Path, repo: &Repo, revision: &str) {
     }
 }
 
-/// Asserts that whatever has a final name in the cache deserves it. Gives how many blobs there are.
+/// Asserts that every blob has the hash in its name and that no link dangles. Returns the number of blobs.
 pub(crate) fn assert_clean(cache: &Path) -> usize {
     let mut blobs = 0;
     let folder = cache.join("models--owner--tiny");
@@ -102,14 +102,14 @@ pub(crate) fn assert_clean(cache: &Path) -> usize {
         let name = entry.file_name().into_string().unwrap();
         if let Some(digest) = Digest::from_hex(&name) {
             blobs += 1;
-            assert_eq!(digest.of(&std::fs::read(entry.path()).unwrap()), digest, "{name} is not what its name says");
+            assert_eq!(digest.of(&std::fs::read(entry.path()).unwrap()), digest, "{name} has another hash");
         } else {
             assert!(name.ends_with(".pricket-part"), "{name} is neither a blob nor a part");
         }
     }
     for entry in std::fs::read_dir(folder.join("snapshots")).into_iter().flatten().flatten() {
         for file in walk(&entry.path()) {
-            assert!(file.exists(), "{} leads nowhere", file.display());
+            assert!(file.exists(), "{} is a dangling link", file.display());
         }
     }
     blobs
@@ -123,7 +123,7 @@ pub(crate) fn walk(dir: &Path) -> Vec<std::path::PathBuf> {
     out
 }
 
-/// Remembers what it is told, and cancels after so many bytes.
+/// Records all reports, and cancels after `cancel_at` bytes.
 #[derive(Default)]
 pub(crate) struct Watch {
     pub(crate) done: AtomicU64,
@@ -158,7 +158,7 @@ impl Progress for Watch {
     }
 }
 
-/// One line, without secrets.
+/// Asserts that a message is one line without secrets.
 pub(crate) fn assert_discreet(message: &str) {
     assert!(!message.contains(TOKEN) && !message.contains("Signature"), "{message}");
     assert!(!message.contains('\n') && !message.is_empty(), "{message}");

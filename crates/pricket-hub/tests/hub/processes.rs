@@ -14,7 +14,7 @@ const KILLS: usize = 100;
 const IN_EACH_PHASE: usize = 10;
 const SIZE: usize = 2 << 20;
 
-/// Writes the phase it is in as a letter, in time for whoever kills it, and dwells where things are quick.
+/// Writes the current phase as a letter, then sleeps, so that short phases can be hit by a kill.
 struct Narrate(Duration);
 
 impl Progress for Narrate {
@@ -40,9 +40,9 @@ fn tell(letter: char) {
     let _ = out.flush();
 }
 
-/// What the other tests start as a process of its own.
+/// The fetch that other tests start as a separate process.
 #[test]
-#[ignore = "is run by the other tests"]
+#[ignore = "started by the other tests"]
 fn child() {
     let var = |name: &str| std::env::var(name).unwrap();
     let mut settings = pricket_hub::Settings::new(&var("HUB_TEST_URL"), var("HUB_TEST_CACHE"));
@@ -66,7 +66,7 @@ fn start(server: &TestHub, cache: &Path, dwell: u64) -> Child {
         .unwrap()
 }
 
-/// Reads past the test program's own words to the first letter.
+/// Skips the output of the test harness up to the first letter.
 fn begun(child: &mut Child) -> BufReader<std::process::ChildStdout> {
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut line = Vec::new();
@@ -78,7 +78,7 @@ fn begun(child: &mut Child) -> BufReader<std::process::ChildStdout> {
     out
 }
 
-/// Kills a download at a moment; gives the letter that it told last, and the most bytes that it said were on disk.
+/// Kills a download at a moment. Returns its last phase letter and the highest byte count that it reported.
 fn kill_after(server: &TestHub, cache: &Path, moment: Duration) -> (char, u64) {
     let mut child = start(server, cache, 3);
     let mut out = begun(&mut child);
@@ -93,7 +93,7 @@ fn kill_after(server: &TestHub, cache: &Path, moment: Duration) -> (char, u64) {
     (told.chars().rfind(|letter| "mbhre".contains(*letter)).unwrap_or('m'), done)
 }
 
-/// Fetches the rest; what the one that was killed had is not fetched again.
+/// Fetches the rest and asserts that the `had` bytes of the killed process are not fetched again.
 fn whole(content: &Repo, hub: &Hub, had: u64) {
     let snapshot = fetch_all(hub, ID, &NoProgress).unwrap();
     assert_same(&snapshot.directory, content, "main");
@@ -101,7 +101,7 @@ fn whole(content: &Repo, hub: &Hub, had: u64) {
     assert!(snapshot.report.on_disk >= had, "{had} were there: {:?}", snapshot.report);
 }
 
-/// SIGKILL at moments drawn over the time that a download takes, in each phase of it: the next run completes and verifies.
+/// Kills downloads (SIGKILL) at random moments of every phase. The next run completes and verifies the files.
 #[test]
 fn killed_at_a_hundred_moments() {
     let content = repo(SIZE);
@@ -121,7 +121,7 @@ fn killed_at_a_hundred_moments() {
     let mut seen = std::collections::BTreeMap::from([('m', 0), ('b', 0), ('h', 0), ('r', 0), ('e', 0)]);
     let mut kills = 0;
     while kills < KILLS || "mbhr".chars().any(|phase| seen[&phase] < IN_EACH_PHASE) {
-        assert!(kills < 10 * KILLS, "the phases cannot be met: {seen:?}");
+        assert!(kills < 10 * KILLS, "too few kills in some phase: {seen:?}");
         let dir = tempfile::tempdir().unwrap();
         let moment = undisturbed.mul_f64(rng.random_range(0.0..1.0));
         let (phase, had) = kill_after(&server, dir.path(), moment);
@@ -137,7 +137,7 @@ fn killed_at_a_hundred_moments() {
     println!("{kills} kills over {undisturbed:?}: {seen:?} (metadata, body, hash, rename, after the end)");
 }
 
-/// One that is killed again and again gets there all the same.
+/// A download that is killed repeatedly still completes.
 #[test]
 fn killed_until_it_is_done() {
     let content = repo(SIZE);

@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::{ID, TOKEN, assert_clean, assert_same, fetch_all, repo, serve, settings};
 
-/// An interpreter with the current huggingface_hub. In CI it must be there; elsewhere its absence is said.
+/// Returns a Python interpreter with the current huggingface_hub. If it cannot be installed, fails in CI and prints a
+/// message elsewhere.
 fn python() -> Option<&'static Path> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
     let python = PYTHON.get_or_init(|| {
@@ -33,7 +34,7 @@ fn python() -> Option<&'static Path> {
             Ok(()) => Some(python),
             Err(e) if std::env::var_os("CI").is_some() => panic!("huggingface_hub cannot be installed: {e}"),
             Err(e) => {
-                eprintln!("not run: huggingface_hub cannot be installed: {e}");
+                eprintln!("skipped: huggingface_hub cannot be installed: {e}");
                 None
             }
         }
@@ -41,7 +42,7 @@ fn python() -> Option<&'static Path> {
     python.as_deref()
 }
 
-/// What client.py says; `None` if there is no Python to ask.
+/// Runs client.py and returns its JSON output, or `None` if Python is not available.
 fn client(server: &TestHub, cache: &Path, mode: &str, revision: &str, extra: &[(&str, &str)]) -> Option<Value> {
     let output = Command::new(python()?)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hub/client.py"))
@@ -60,7 +61,7 @@ fn client(server: &TestHub, cache: &Path, mode: &str, revision: &str, extra: &[(
     Some(serde_json::from_slice(&output.stdout).unwrap())
 }
 
-/// The files of a revision, as client.py tells of them.
+/// The files of a revision with their SHA-256, in the form that client.py prints.
 fn expected(content: &Repo, revision: &str) -> BTreeMap<String, String> {
     let sha256 = Digest::Sha256(String::new());
     let files = content.files(revision).unwrap().iter();
@@ -71,10 +72,10 @@ fn files(answer: &Value) -> BTreeMap<String, String> {
     serde_json::from_value(answer["files"].clone()).unwrap()
 }
 
-/// If Python's client is content with the server, the server is right.
+/// Python's client works with the test server, which shows that the server implements the protocol.
 #[test]
 fn the_server_is_what_python_takes_for_the_hub() {
-    // Python counts what it has in pieces of 10 MiB.
+    // Python resumes in units of 10 MiB.
     let (dir, mut content) = (tempfile::tempdir().unwrap(), repo(12 << 20));
     content.private(TOKEN);
     let server = serve(content.clone());
@@ -87,12 +88,12 @@ fn the_server_is_what_python_takes_for_the_hub() {
     let ours = Hub::new(settings(&server, dir.path())).refs(&ID.parse().unwrap(), &NoProgress).unwrap();
     assert_eq!(serde_json::from_value::<BTreeMap<String, String>>(refs["branches"].clone()).unwrap(), ours.branches);
     assert_eq!(serde_json::from_value::<BTreeMap<String, String>>(refs["tags"].clone()).unwrap(), ours.tags);
-    // Offline, from the cache it wrote; the server hears nothing.
+    // Offline, Python reads the cache that it wrote and sends no requests.
     server.take_log();
     let answer = client(&server, dir.path(), "offline", "step1000", &[("HF_HUB_OFFLINE", "1")]).unwrap();
     assert_eq!(files(&answer), expected(&content, "step1000"));
     assert!(server.take_log().is_empty());
-    // It resumes after a body that breaks off, with a range.
+    // After a truncated body, Python resumes with a range request.
     let dir = tempfile::tempdir().unwrap();
     let first = AtomicBool::new(true);
     server.misbehave(move |r| (r.cdn && first.swap(false, Ordering::Relaxed)).then_some(Fault::Truncate(11 << 20)));
@@ -122,14 +123,14 @@ fn python_reads_what_we_write() {
             assert_eq!(files(&answer), expected(&content, revision), "{revision}");
         }
         assert!(server.take_log().is_empty());
-        // Online it asks and finds that it has everything.
+        // Online, Python requests the metadata and fetches no file.
         let answer = client(&server, dir.path(), "download", "main", &[]).unwrap();
         assert_eq!(files(&answer), expected(&content, "main"));
         assert!(server.take_log().iter().all(|r| !r.is_body()));
         let scan = client(&server, dir.path(), "scan", "", &[]).unwrap();
         assert_eq!(scan["warnings"], serde_json::json!([]));
         assert_eq!(scan["revisions"].as_object().unwrap().len(), 3);
-        // And is content with what is left after an eviction.
+        // After an eviction, Python's scan still has no warnings.
         let cache = Cache::new(dir.path());
         assert_eq!(cache.evict(250_000, &NoProgress).unwrap().revisions.len(), 1 + usize::from(!symlinks));
         let scan = client(&server, dir.path(), "scan", "", &[]).unwrap();
@@ -149,7 +150,7 @@ fn we_read_what_python_writes() {
         }
         server.take_log();
         let mut settings = settings(&server, dir.path());
-        // Online it is one question, by commit none; nothing is fetched again.
+        // Online, no file is fetched again.
         let snapshot = fetch_all(&Hub::new(settings.clone()), "owner/tiny@step0", &NoProgress).unwrap();
         assert_eq!((snapshot.report.received, snapshot.report.on_disk), (0, snapshot.report.total));
         assert!(server.take_log().iter().all(|r| !r.is_body()));
@@ -159,7 +160,7 @@ fn we_read_what_python_writes() {
             let snapshot = fetch_all(&hub, &format!("{ID}@{revision}"), &NoProgress).unwrap();
             assert_same(&snapshot.directory, &content, "step0");
         }
-        // It is not ours to evict.
+        // A commit that Python fetched is not evicted.
         let evicted = Cache::new(dir.path()).evict(0, &NoProgress).unwrap();
         assert!(evicted.revisions.is_empty() && evicted.freed == 0);
         assert_clean(dir.path());
@@ -167,7 +168,7 @@ fn we_read_what_python_writes() {
     }
 }
 
-/// Python and we want the same at once: one of us fetches, the other waits.
+/// When Python and pricket fetch the same file at the same time, one waits for the other.
 #[test]
 fn python_and_we_share_the_locks() {
     let content = repo(8 << 20);

@@ -15,12 +15,12 @@ fn a_nested_list_a_million_deep_is_refused_without_overflow() {
 
 #[test]
 fn a_short_pickle_cannot_name_one_thing_a_million_times() {
-    // MEMO 0 is a string; a list of it, twice as many items as bytes allow values.
+    // A list that names memo slot 0, a string, a million times.
     let mut bytes = b"\x80\x02U\x01xq\x000](".to_vec();
     bytes.extend(b"h\x00".repeat(1_000_000));
     bytes.extend(b"e.");
     assert!(matches!(read(&bytes), Err(Fault::Malformed(_))));
-    // One tuple, ever again the argument of a size.
+    // One tuple, used repeatedly as the argument of a size.
     let mut bytes = b"\x80\x02ctorch\nSize\nq\x00(K\x01K\x02t\x85q\x01".to_vec();
     bytes.extend(b"h\x00h\x01R0".repeat(300_000));
     bytes.push(b'.');
