@@ -59,12 +59,15 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     // The text is read before the conversion, so that a wrong file name fails early.
     let text = args.text.as_ref().map(pricket::lm::read_utf8).transpose()?;
-    let quantization = args.model.compute.quantization()?;
+    let (quantization, four_bit) = (args.model.compute.quantization()?, args.model.compute.four_bit());
     if let Some(out) = &args.out {
         let is_gguf = out.extension().is_some_and(|end| end == "gguf");
-        ensure!(is_gguf || quantization.is_none(), "--quantize writes GGUF only; give --out a name that ends in .gguf");
+        ensure!(
+            is_gguf || quantization.is_none(),
+            "--quantize writes GGUF only, except for nf4 and fp4; give --out a name that ends in .gguf"
+        );
     } else {
-        let changes = quantization.is_some() || args.model.compute.dtype != Precision::Auto;
+        let changes = quantization.is_some() || four_bit.is_some() || args.model.compute.dtype != Precision::Auto;
         ensure!(changes, "--report without --out requires --quantize or --dtype");
     }
     common::interruptible()?;
@@ -101,8 +104,10 @@ struct Compared {
 }
 
 fn convert(args: &Args, source: &common::ModelArgs, out: &Path) -> anyhow::Result<Converted> {
-    let target = match (args.model.compute.quantization()?, args.model.compute.dtype) {
-        (Some(quantization), Precision::Auto) => Target::Quantized(quantization),
+    let wanted = args.model.compute.quantization()?.map(Target::Quantized);
+    let wanted = wanted.or(args.model.compute.four_bit().map(Target::FourBit));
+    let target = match (wanted, args.model.compute.dtype) {
+        (Some(wanted), Precision::Auto) => wanted,
         (Some(_), _) => anyhow::bail!("--quantize and --dtype both set the type of the matrices; give only one"),
         (None, Precision::F32) => Target::F32,
         (None, Precision::F16) => Target::F16,

@@ -5,7 +5,27 @@ use std::collections::BTreeMap;
 use pricket::Loader;
 use pricket::loading::Precision;
 use pricket::nn::ops::ActivationPrecision;
-use pricket::nn::{BlockType, CacheType, Quantization};
+use pricket::nn::{BlockType, CacheType, FourBitQuantization, Quantization};
+
+/// Type that `--quantize` names.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum QuantizedType {
+    /// Blocks of ggml.
+    Blocks(BlockType),
+    /// 4-bit types of bitsandbytes.
+    FourBit(FourBitQuantization),
+}
+
+impl std::str::FromStr for QuantizedType {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let blocks = name.parse().map(Self::Blocks);
+        blocks.or_else(|e: String| {
+            name.parse().map(Self::FourBit).map_err(|_| format!("{e}, nf4, fp4, nf4_f32, fp4_f32"))
+        })
+    }
+}
 
 /// Device, precision, quantization and threads.
 #[derive(clap::Args, Clone, Debug)]
@@ -16,10 +36,12 @@ pub(crate) struct ComputeArgs {
     /// Type of the weights: auto (as stored on the CPU, bf16 on a GPU), f32, bf16 or f16
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: Precision,
-    /// Quantize the weight matrices while loading: q4_0, q4_1, q5_0, q5_1, q8_0, q2k, q3k, q4k, q5k or q6k
+    /// Quantize the weight matrices while loading: q4_0, q4_1, q5_0, q5_1, q8_0, q2k, q3k, q4k, q5k, q6k, or the
+    /// 4-bit types of bitsandbytes, nf4 and fp4 (nf4_f32 and fp4_f32 keep f32 scales)
     #[arg(long, value_name = "TYPE")]
-    pub(crate) quantize: Option<BlockType>,
-    /// Type of the embedding and the head with --quantize, or none to leave them unquantized
+    pub(crate) quantize: Option<QuantizedType>,
+    /// Type of the embedding and the head with --quantize, or none to leave them unquantized. With nf4 and fp4 they
+    /// are never quantized
     #[arg(long, alias = "quantize-tables", value_name = "TYPE", default_value = "q8_0")]
     pub(crate) quantize_embeddings_and_head: String,
     /// Precision of activations on the CPU: f32, bf16 (as in torch), or q8 (8 bits with quantized weights, as in ggml)
@@ -58,20 +80,32 @@ impl ComputeArgs {
         }
     }
 
+    /// Returns the 4-bit type set by `--quantize`.
+    pub(crate) fn four_bit(&self) -> Option<FourBitQuantization> {
+        match self.quantize {
+            Some(QuantizedType::FourBit(wanted)) => Some(wanted),
+            _ => None,
+        }
+    }
+
     /// Returns the quantization set by `--quantize` and `--quantize-embeddings-and-head`.
     pub(crate) fn quantization(&self) -> pricket::Result<Option<Quantization>> {
+        let Some(QuantizedType::Blocks(weights)) = self.quantize else { return Ok(None) };
         let embeddings_and_head = match self.quantize_embeddings_and_head.as_str() {
             "none" => None,
             name => Some(name.parse().map_err(pricket::Error::Options)?),
         };
-        Ok(self.quantize.map(|weights| Quantization { weights, embeddings_and_head }))
+        Ok(Some(Quantization { weights, embeddings_and_head }))
     }
 
     /// Returns the flags that change results and differ from their defaults, for the settings of a sweep's rows.
     #[allow(dead_code, reason = "only sweep records the flags")]
     pub(crate) fn setup(&self) -> BTreeMap<String, String> {
         let device = self.device.split(':').next().unwrap_or_default();
-        let quantize = self.quantize.map(|kind| format!("{kind}, tables {}", self.quantize_embeddings_and_head));
+        let quantize = self.quantize.map(|kind| match kind {
+            QuantizedType::Blocks(kind) => format!("{kind}, tables {}", self.quantize_embeddings_and_head),
+            QuantizedType::FourBit(kind) => kind.to_string(),
+        });
         let cache = self.cache_type.map(|kind| kind.to_string());
         #[cfg(feature = "train")]
         let adapter = self.adapters();
@@ -110,6 +144,9 @@ impl ComputeArgs {
         }
         if let Some(wanted) = self.quantization()? {
             loader = loader.quantize(wanted);
+        }
+        if let Some(wanted) = self.four_bit() {
+            loader = loader.four_bit(wanted);
         }
         loader = match self.activations.as_str() {
             "q8" => loader.activations(ActivationPrecision::Q8),

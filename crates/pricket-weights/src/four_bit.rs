@@ -16,7 +16,7 @@ use std::sync::Arc;
 use pricket_kernels::{FourBit, FourBitType, Scales};
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Dtype, Entry, Error, Result, Store};
+use crate::{Bytes, Dtype, Entry, Error, Outline, Result, Store};
 
 /// Separates the name of a matrix from the type of its elements.
 const STATE: &str = ".quant_state.bitsandbytes__";
@@ -225,6 +225,36 @@ impl Store for FourBitTensors {
     }
 }
 
+/// Bytes of the JSON of a matrix that pricket writes. Its end is filled with spaces, so that the size is known before the offset is.
+const WRITTEN_STATE: usize = 256;
+
+/// Returns the outlines of the tensors that [`four_bit_parts`] makes of a matrix, in the same order.
+pub fn four_bit_outlines(
+    name: &str,
+    (rows, columns): (usize, usize),
+    kind: FourBitType,
+    block: usize,
+    is_double: bool,
+) -> Vec<Outline> {
+    let elements = rows * columns;
+    let blocks = elements.div_ceil(block);
+    let part = |end: &str, dtype, len| Outline { name: format!("{name}{end}"), dtype, shape: vec![len] };
+    let mut out = vec![
+        Outline { name: name.into(), dtype: Dtype::U8, shape: vec![elements.div_ceil(2), 1] },
+        part(".quant_map", Dtype::F32, 16),
+        part(".absmax", if is_double { Dtype::U8 } else { Dtype::F32 }, blocks),
+    ];
+    if is_double {
+        out.push(part(".nested_absmax", Dtype::F32, blocks.div_ceil(NESTED_BLOCK)));
+        out.push(part(".nested_quant_map", Dtype::F32, 256));
+    }
+    out.push(part(&format!("{STATE}{}", kind.name()), Dtype::U8, WRITTEN_STATE));
+    out
+}
+
+/// Blocks that share a scale of scales.
+const NESTED_BLOCK: usize = 256;
+
 /// The tensors that store a 4-bit matrix `name`, which was of type `original`: name, type, shape and bytes of each.
 pub fn four_bit_parts(name: &str, matrix: &FourBit, original: Dtype) -> Vec<(String, Dtype, Vec<usize>, Vec<u8>)> {
     let bytes = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
@@ -259,7 +289,8 @@ pub fn four_bit_parts(name: &str, matrix: &FourBit, original: Dtype) -> Vec<(Str
             state.nested_offset = Some(f64::from(*offset));
         }
     }
-    let json = serde_json::to_vec(&state).unwrap_or_default();
+    let mut json = serde_json::to_vec(&state).unwrap_or_default();
+    json.resize(json.len().max(WRITTEN_STATE), b' ');
     out.push(part(&format!("{STATE}{}", matrix.kind().name()), Dtype::U8, json.len(), json));
     out
 }

@@ -17,9 +17,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use pricket_lm::Vocabulary;
-use pricket_nn::ops::{BlockType, Blocks, Matrix, quantize, with_f16_scales};
-use pricket_nn::{Family, LoadOptions, Names, Quantization, RowOrder, Weights};
-use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, to_python_json};
+use pricket_nn::ops::{BlockType, Blocks, FOUR_BIT_BLOCK, FourBit, Matrix, quantize, with_f16_scales};
+use pricket_nn::{Family, FourBitQuantization, LoadOptions, Names, Quantization, RowOrder, Weights};
+use pricket_weights::{
+    Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, four_bit_outlines, four_bit_parts, to_python_json,
+};
 use serde_json::Value;
 
 use crate::loading::containers::paired_order;
@@ -46,6 +48,8 @@ pub enum Target {
     BF16,
     /// Quantized blocks.
     Quantized(Quantization),
+    /// 4-bit types of bitsandbytes, in Hub layout, as transformers saves them. Embeddings and head keep the stored type.
+    FourBit(FourBitQuantization),
 }
 
 /// Options of a conversion.
@@ -90,6 +94,8 @@ struct Item {
     order: RowOrder,
     rows: Change,
     outline: Outline,
+    /// Index of the tensor among those of a 4-bit matrix.
+    part: Option<usize>,
 }
 
 /// Change of the row order.
@@ -133,6 +139,10 @@ impl Loader {
             &family.names(),
         )?;
         let gguf = out.extension().is_some_and(|e| e == "gguf");
+        if gguf && let Target::FourBit(wanted) = options.target {
+            let what = format!("GGUF has no type {wanted}; give a directory instead of {}", out.display());
+            return Err(Error::Options(what));
+        }
         let plan = Plan { family, options, gguf, in_model_order };
         let paired = family.paired_rows(&opened.config).map_err(|e| at(&opened.config_path, e))?;
         let items = plan.items(&dry, &*opened.store, &paired)?;
@@ -150,8 +160,17 @@ impl Loader {
         let mut notes: Vec<String> = opened.notes.clone();
         notes.extend(plan.notes(&items, &*opened.store));
         let path = if gguf { out.to_owned() } else { out.join("model.safetensors") };
-        let largest = items.iter().map(|item| &item.outline).max_by_key(|outline| outline.bytes());
-        let (config, left_out) = python_config(&opened, family, largest.map_or(Dtype::F32, |outline| outline.dtype));
+        let floats = items.iter().map(|item| &item.outline).filter(|outline| outline.dtype.is_float());
+        let largest = floats.max_by_key(|outline| outline.bytes());
+        let (mut config, left_out) =
+            python_config(&opened, family, largest.map_or(Dtype::F32, |outline| outline.dtype));
+        if let Target::FourBit(wanted) = options.target {
+            config["quantization_config"] = serde_json::json!({
+                "quant_method": "bitsandbytes", "load_in_4bit": true, "_load_in_4bit": true, "load_in_8bit": false,
+                "bnb_4bit_quant_type": wanted.kind.name(), "bnb_4bit_use_double_quant": wanted.is_double,
+                "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",
+            });
+        }
         if gguf {
             let ends = crate::loading::opened::eos_ids(
                 &opened.config,
@@ -182,6 +201,8 @@ impl Loader {
             Writer::safetensors(file, &BTreeMap::new(), outlines).map_err(io)?
         };
         let mut done = 0;
+        // The tensors of the 4-bit matrix that is being written.
+        let mut four_bit = Vec::new();
         for item in &items {
             if progress.cancelled() {
                 return Err(Error::Cancelled);
@@ -190,14 +211,23 @@ impl Loader {
             let merge = item.merge(&adapters, family.names(), in_model_order);
             #[cfg(not(feature = "train"))]
             let merge = None;
-            item.write(&*opened.store, merge, &mut |bytes| {
+            let mut write = |bytes: &[u8]| {
                 if progress.cancelled() {
                     return Err(Error::Cancelled);
                 }
                 done += bytes.len() as u64;
                 progress.update(done);
                 writer.write(bytes).map_err(io)
-            })?;
+            };
+            match (item.part, options.target) {
+                (Some(part), Target::FourBit(wanted)) => {
+                    if part == 0 {
+                        four_bit = item.four_bit(&*opened.store, merge, wanted)?;
+                    }
+                    write(&four_bit[part].3)?;
+                }
+                _ => item.write(&*opened.store, merge, &mut write)?,
+            }
         }
         writer.finish().map_err(io)?;
         // The weights are completed last: a directory without weights cannot be loaded by mistake.
@@ -236,8 +266,21 @@ impl Plan<'_> {
             let dtype = self.dtype(&canonical, &from, &entry.shape, entry.dtype, store)?;
             let name =
                 if self.gguf { Names::to_spelling(&canonical, self.family.gguf_names()) } else { canonical.clone() };
+            let order = order.unwrap_or_default();
+            if let Target::FourBit(wanted) = self.options.target
+                && let [count, columns] = entry.shape[..]
+                && !is_embedding_or_head(self.family, &canonical)
+            {
+                let shape = (count, columns);
+                let outlines = four_bit_outlines(&name, shape, wanted.kind, FOUR_BIT_BLOCK, wanted.is_double);
+                out.extend(outlines.into_iter().enumerate().map(|(i, outline)| {
+                    let (from, canonical) = (from.clone(), canonical.clone());
+                    Item { rows, outline, from, canonical, order, part: Some(i) }
+                }));
+                continue;
+            }
             let outline = Outline { name, dtype, shape: entry.shape };
-            out.push(Item { rows, outline, from, canonical, order: order.unwrap_or_default() });
+            out.push(Item { rows, outline, from, canonical, order, part: None });
         }
         if self.gguf
             && self.family.gguf_repeats_tied_head()
@@ -246,7 +289,7 @@ impl Plan<'_> {
         {
             let outline = Outline { name: "output.weight".into(), ..embed.outline.clone() };
             let (from, canonical) = (embed.from.clone(), embed.canonical.clone());
-            let item = Item { from, canonical, order: RowOrder::AsStored, rows: Change::None, outline };
+            let item = Item { from, canonical, order: RowOrder::AsStored, rows: Change::None, outline, part: None };
             out.push(item);
         }
         Ok(out)
@@ -274,7 +317,9 @@ impl Plan<'_> {
                     },
                 }
             }
-            Target::Stored | Target::Quantized(_) => match stored {
+            Target::Stored | Target::Quantized(_) | Target::FourBit(_) => match stored {
+                // Exact, whatever the type before quantization was.
+                Dtype::FourBit(_) => Dtype::F32,
                 Dtype::Block(_) if !self.gguf => Dtype::F32,
                 Dtype::Block(kind) => match kind.with_f16_scales() {
                     None if kind.is_current() => stored,
@@ -324,6 +369,30 @@ impl Item {
             let rows = if in_model_order { self.order } else { RowOrder::AsStored };
             Box::new(move |tensor| crate::loading::adapters::merged(adapters, &names, &self.canonical, &tensor, rows))
         })
+    }
+
+    /// Returns the tensors of a matrix that is quantized to 4 bits, merged with the adapters.
+    fn four_bit(
+        &self,
+        store: &dyn Store,
+        merge: Option<Merge<'_>>,
+        wanted: FourBitQuantization,
+    ) -> Result<Vec<(String, Dtype, Vec<usize>, Vec<u8>)>> {
+        let tensor = pricket_weights::read_tensor(store, &self.from, &Device::Cpu)?;
+        let original = Dtype::from_candle(tensor.dtype());
+        let tensor = merge.map_or(Ok(tensor.clone()), |merge| merge(tensor))?;
+        let tensor = match self.rows {
+            Change::None => tensor,
+            Change::Apply(order) => order.apply(&tensor)?,
+            Change::Undo(order) => order.undo(&tensor)?,
+        };
+        let (shape, flat) = (tensor.dims2()?, tensor.flatten_all()?);
+        let read = |from: usize, to: usize| flat.narrow(0, from, to - from)?.to_dtype(DType::F32)?.to_vec1::<f32>();
+        let matrix = FourBit::quantize_parts(wanted.kind, shape, FOUR_BIT_BLOCK, wanted.is_double, read);
+        let wrong =
+            |e| Error::Malformed { origin: store.origin(&self.from), what: format!("tensor {}: {e}", self.from) };
+        let name = self.outline.name.clone();
+        Ok(four_bit_parts(&name, &matrix.map_err(wrong)?, original))
     }
 
     /// Writes the converted bytes of the tensor.
@@ -409,7 +478,7 @@ fn file_type(options: &ConvertOptions, stored: Dtype) -> u32 {
         Target::F16 => Dtype::F16,
         Target::BF16 => Dtype::BF16,
         Target::Quantized(wanted) => Dtype::Block(wanted.weights),
-        Target::Stored => stored,
+        Target::Stored | Target::FourBit(_) => stored,
     };
     match dtype {
         Dtype::F16 => 1,
