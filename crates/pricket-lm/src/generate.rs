@@ -170,7 +170,7 @@ impl Generation {
             }
             let vocab = model.info().vocab;
             if let Some(id) = request.ids.iter().find(|&&id| id as usize >= vocab) {
-                return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab} tokens")));
+                return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab}")));
             }
             let asked = request.ids.len();
             if let Some(limit) = limit.filter(|&limit| asked > limit && !request.options.beyond_trained_length) {
@@ -207,14 +207,9 @@ impl Generation {
             }
             [row] if read < row.ids.len() => self.ctx = self.ctx.with_state(past),
             [row] => {
-                return Err(Error::Input(format!(
-                    "the past state holds {read} tokens; the prompt has only {}, and at least one must be left to read",
-                    row.ids.len()
-                )));
+                return Err(Error::Input(format!("past state has {read} tokens, prompt has only {}", row.ids.len())));
             }
-            rows => {
-                return Err(Error::Input(format!("a past state needs a batch of one prompt, found {}", rows.len())));
-            }
+            rows => return Err(Error::Input(format!("a past state needs one prompt, found {}", rows.len()))),
         }
         Ok(self)
     }
