@@ -239,7 +239,9 @@ impl Tokenizer {
         let wrong = |what| Error::Tokenizer { origin: self.shared.origin.clone(), what };
         match &self.shared.inner {
             Inner::Library(inner) => inner.to_string(false).map_err(|e| wrong(e.to_string())),
-            Inner::SentencePiece(_) => Err(wrong("a sentencepiece model cannot be written as a tokenizer.json".into())),
+            Inner::SentencePiece(_) => {
+                Err(wrong("a sentencepiece model cannot be written as a tokenizer.json file".into()))
+            }
         }
     }
 
