@@ -176,7 +176,10 @@ fn named_tokens(siblings: &Siblings) -> Result<(Vec<Named>, [String; 3]), String
         tokens.extend(Named::new(None, token, true)?);
     }
     if tokens.len() > MAX_ADDED {
-        return Err(format!("{} tokens in the files beside the model; the limit is {MAX_ADDED}", tokens.len()));
+        return Err(format!(
+            "{} tokens in the files beside the model; at most {MAX_ADDED} are supported",
+            tokens.len()
+        ));
     }
     Ok((tokens, own))
 }

@@ -169,9 +169,7 @@ impl Model {
                     self.is_unigram = match kind {
                         1 => true,
                         2 => false,
-                        other => {
-                            return Err(format!("model type {other} is neither unigram (1) nor BPE (2)"));
-                        }
+                        other => return Err(format!("model type {other} is neither unigram (1) nor BPE (2)")),
                     }
                 }
                 (24, Field::Number(flag)) => self.normalizer.whitespace_is_suffix = flag != 0,
