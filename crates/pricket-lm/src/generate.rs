@@ -89,8 +89,8 @@ pub struct Request {
     pub options: GenerateOptions,
     /// Ids of the model's end tokens. The end token that ends a row is the last token of the row.
     pub eos: Vec<u32>,
-    /// Number of ids that may be chosen. Larger ids are padding of the model's vocabulary beyond its tokenizer. `None` for
-    /// no limit.
+    /// Number of ids that may be chosen. Larger ids are padding of the model's vocabulary beyond its tokenizer. `None`
+    /// for no limit.
     pub vocab: Option<usize>,
 }
 
@@ -206,7 +206,9 @@ impl Generation {
                 return Err(Error::Input(format!("the past state has {} rows; expected one", past.rows())));
             }
             [row] if read < row.ids.len() => self.ctx = self.ctx.with_state(past),
-            [row] => return Err(Error::Input(format!("past of {read} tokens, prompt of {} tokens", row.ids.len()))),
+            [row] => {
+                return Err(Error::Input(format!("past state has {read} tokens; prompt has only {}", row.ids.len())));
+            }
             rows => return Err(Error::Input(format!("a past state needs one prompt, found {}", rows.len()))),
         }
         Ok(self)
@@ -284,8 +286,8 @@ impl Generation {
         if self.first.is_empty() { self.plain.logits() } else { &self.first }
     }
 
-    /// Ends a batch of one row and returns its state, which holds all tokens but the last. Returns `None` if no token has
-    /// been read.
+    /// Ends a batch of one row and returns its state, which holds all tokens but the last. Returns `None` if no token
+    /// has been read.
     pub fn take_state(&mut self) -> Option<State> {
         self.rows.iter_mut().for_each(|row| row.done = true);
         self.drop_finished().ok()?;

@@ -25,8 +25,8 @@ pub(crate) fn by_blocks(
     Ok(())
 }
 
-/// Computes the logits of the hidden states `[n, d]`. Returns a summary of each row of logits and the log-probability of
-/// its target, as [`ops::logprobs`] does.
+/// Computes the logits of the hidden states `[n, d]`. Returns a summary of each row of logits and the log-probability
+/// of its target, as [`ops::logprobs`] does.
 pub(crate) fn logprobs(model: &dyn CausalLm, hidden: &Tensor, targets: &[u32]) -> Result<Vec<(RowSummary, f64)>> {
     let mut out = Vec::with_capacity(targets.len());
     by_blocks(model, hidden, |at, logits| {

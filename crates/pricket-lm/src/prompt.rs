@@ -168,8 +168,9 @@ impl PromptFormat {
 
     /// Returns the ids of the prompt and the number of oldest turns that it omits to fit.
     ///
-    /// `limit` is the context length in tokens. The prompt leaves `reserve` tokens of it for the reply, but at most half
-    /// of it. Questions are omitted together with their answers; the system text and the last turn are always kept.
+    /// `limit` is the context length in tokens. The prompt leaves `reserve` tokens of it for the reply, but at most
+    /// half of it. Questions are omitted together with their answers; the system text and the last turn are always
+    /// kept.
     ///
     /// The omitted part grows in steps of a quarter of the space for the prompt. Most prompts of a growing conversation
     /// therefore begin like the previous one, and the model does not read that part again. The number depends only on
@@ -196,7 +197,8 @@ impl PromptFormat {
         let step = (room / 4).max(1);
         let goal = whole.len().saturating_sub((whole.len() - room).next_multiple_of(step));
         let questions: Vec<usize> = (1..turns.len()).filter(|&i| turns[i].role == Role::User).collect();
-        // Binary search for the first question from which the prompt has at most `most` ids: fewer turns give fewer ids.
+        // Binary search for the first question from which the prompt has at most `most` ids: fewer turns give fewer
+        // ids.
         let first = |most: usize| -> Result<usize> {
             let (mut low, mut high) = (0, questions.len());
             while low < high {

@@ -5,7 +5,8 @@ use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// Sampler of the tokens of one row. The same seed gives the same random numbers in every release and on every platform.
+/// Sampler of the tokens of one row. The same seed gives the same random numbers in every release and on every
+/// platform.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     params: SamplingParams,

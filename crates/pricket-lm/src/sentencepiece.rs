@@ -87,7 +87,7 @@ impl SentencePiece {
         for (id, piece) in model.pieces.iter().enumerate() {
             let id = id as u32;
             if piece.text.len() > MAX_PIECE {
-                return Err(format!("piece {id} has {} bytes; the limit is {MAX_PIECE} bytes", piece.text.len()));
+                return Err(format!("piece {id} has {} bytes; at most {MAX_PIECE} are allowed", piece.text.len()));
             }
             match piece.kind {
                 Kind::Normal | Kind::UserDefined | Kind::Unused => {

@@ -105,8 +105,8 @@ pub(crate) struct SentencePieceText {
     added: Vec<String>,
     /// Ids of special tokens, such as control tokens.
     special: HashSet<u32>,
-    /// Text of the unknown token and the number of ids it is encoded as. Non-legacy encoding puts it before a part to keep
-    /// leading spaces.
+    /// Text of the unknown token and the number of ids it is encoded as. Non-legacy encoding puts it before a part to
+    /// keep leading spaces.
     unknown: (String, usize),
     /// Whether a space is put before each part of a text between special tokens (`legacy` in tokenizer_config.json).
     legacy: bool,
@@ -143,8 +143,8 @@ impl Named {
 /// Returns the tokens in the files beside a model, and the texts of the first, end and unknown tokens.
 ///
 /// The rules are those of transformers. If tokenizer_config.json has `added_tokens_decoder`, the other two files are
-/// ignored. Otherwise special_tokens_map.json takes precedence over tokenizer_config.json, and added_tokens.json adds more
-/// tokens. Tokens with a declared id come first, in the order of their ids.
+/// ignored. Otherwise special_tokens_map.json takes precedence over tokenizer_config.json, and added_tokens.json adds
+/// more tokens. Tokens with a declared id come first, in the order of their ids.
 fn named_tokens(siblings: &Siblings) -> Result<(Vec<Named>, [String; 3]), String> {
     let file = |file: &Option<Value>| file.clone().unwrap_or(Value::Null);
     let (config, mut map, mut declared) = (file(&siblings.config), file(&siblings.map), file(&siblings.added));
@@ -309,8 +309,8 @@ impl SentencePieceText {
             return parts(text, &self.spelled, &|part| self.inner.encode(part));
         }
         let text = format!("{}{}", if self.add_prefix_space { MARK } else { "" }, text.replace(MARK, " "));
-        // The normalizer would merge or drop a space at the beginning of a part. The unknown token is put before it to keep
-        // the space, and its ids are removed afterwards.
+        // The normalizer may drop a space at the beginning of a part. The unknown token is put before it to
+        // keep the space, and its ids are removed afterwards.
         let (unknown, before) = (&self.unknown.0, self.unknown.1);
         let mut ids = parts(&text, &self.spelled, &|part| {
             if !part.starts_with([' ', '\u{2581}']) {
@@ -336,8 +336,8 @@ impl SentencePieceText {
         self.encode(text)
     }
 
-    /// Returns the files of an equivalent tokenizer. For a model from a GGUF file, they include a tokenizer_config.json for
-    /// transformers.
+    /// Returns the files of an equivalent tokenizer. For a model from a GGUF file, they include a tokenizer_config.json
+    /// for transformers.
     pub(crate) fn to_files(&self, begin: Option<u32>) -> Vec<(&'static str, Vec<u8>)> {
         let model = &self.inner.model;
         if !self.files.is_empty() {

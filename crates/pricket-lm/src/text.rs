@@ -49,8 +49,8 @@ impl TextStream {
         std::mem::take(&mut self.held)
     }
 
-    /// Returns the text that was held back, without an ending that may be the beginning of a stop string. Call it instead
-    /// of [`TextStream::finish`] for a row that was cut off.
+    /// Returns the text that was held back, without an ending that may be the beginning of a stop string. Call it
+    /// instead of [`TextStream::finish`] for a row that was cut off.
     pub fn finish_cut(&mut self) -> String {
         let mut text = self.finish();
         let keep = self.stop.iter().map(|s| overlap(&text, s)).max().unwrap_or(0);

@@ -47,8 +47,9 @@ impl Tokenizer {
     /// If the file is named tokenizer.json or tokenizer.model, the files tokenizer_config.json, special_tokens_map.json
     /// and added_tokens.json in the same directory add tokens, as they do in transformers.
     ///
-    /// A sentencepiece model encodes text like the slow `LlamaTokenizer` of transformers 4: special tokens that are spelled
-    /// out in a text become their ids. The `legacy` key of tokenizer_config.json selects the legacy or the later behavior.
+    /// A sentencepiece model encodes text like the slow `LlamaTokenizer` of transformers 4: special tokens that are
+    /// spelled out in a text become their ids. The `legacy` key of tokenizer_config.json selects the legacy or the
+    /// later behavior.
     ///
     /// # Errors
     /// Returns [`Error::Tokenizer`], which names the file, if a file cannot be read or is invalid.
@@ -198,8 +199,9 @@ impl Tokenizer {
 
     /// Creates a byte-level BPE tokenizer from the lists in a GGUF file: tokens, their kinds and merges.
     ///
-    /// The kinds are 3 for special tokens, 4 for added tokens, 5 for padding, and any other number for normal tokens. The
-    /// list of kinds may be empty. Text is normalized to NFC, as by the tokenizer of GPT-NeoX.
+    /// The kinds are 3 for special tokens, 4 for added tokens, 5 for padding, and any other number for normal tokens.
+    /// The list of kinds may be empty. Tokens of the form `<|...|>` are special whatever their kind. Text is normalized
+    /// to NFC, as by the tokenizer of GPT-NeoX.
     ///
     /// # Errors
     /// Returns [`Error::Tokenizer`], which names `origin`, if the lists are too long or invalid.
@@ -218,8 +220,8 @@ impl Tokenizer {
         Self::from_bytes(vocabulary::to_json(words, kinds, merges).to_string().as_bytes(), origin)
     }
 
-    /// Returns the files of an equivalent tokenizer as pairs of name and content: a tokenizer.json, or a tokenizer.model
-    /// with the files that it needs beside it.
+    /// Returns the files of an equivalent tokenizer as pairs of name and content: a tokenizer.json, or a
+    /// tokenizer.model with the files that it needs beside it.
     ///
     /// # Errors
     /// Returns [`Error::Tokenizer`] if the `tokenizers` library cannot write the tokenizer.
@@ -233,8 +235,8 @@ impl Tokenizer {
     /// Returns the tokenizer as a tokenizer.json.
     ///
     /// # Errors
-    /// Returns [`Error::Tokenizer`] if the tokenizer is a sentencepiece model, or if the `tokenizers` library cannot write
-    /// it.
+    /// Returns [`Error::Tokenizer`] if the tokenizer is a sentencepiece model, or if the `tokenizers` library cannot
+    /// write it.
     pub fn to_json(&self) -> Result<String> {
         let wrong = |what| Error::Tokenizer { origin: self.shared.origin.clone(), what };
         match &self.shared.inner {
@@ -260,8 +262,8 @@ impl Tokenizer {
         vocabulary::from_json(&json, count).ok_or_else(|| wrong("not a BPE tokenizer".into()))
     }
 
-    /// Returns the number of ids, which is the largest id plus one. The vocabulary of a model is often padded to a larger
-    /// size.
+    /// Returns the number of ids, which is the largest id plus one. The vocabulary of a model is often padded to a
+    /// larger size.
     pub fn vocab_size(&self) -> usize {
         self.shared.bytes.len()
     }
@@ -290,8 +292,8 @@ impl Tokenizer {
         }
     }
 
-    /// Returns the spelling of a token in the tokenizer file, for messages, or `None` if the tokenizer does not have the
-    /// id.
+    /// Returns the spelling of a token in the tokenizer file, for messages, or `None` if the tokenizer does not have
+    /// the id.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         match &self.shared.inner {
             Inner::Library(inner) => inner.id_to_token(id),
@@ -299,8 +301,8 @@ impl Tokenizer {
         }
     }
 
-    /// Returns the id of the token that precedes a text according to the tokenizer's configuration. Most tokenizers have
-    /// none.
+    /// Returns the id of the token that precedes a text according to the tokenizer's configuration. Most tokenizers
+    /// have none.
     pub fn begin(&self) -> Option<u32> {
         self.shared.begin
     }
@@ -317,8 +319,8 @@ impl Tokenizer {
 
     /// Encodes a formatted prompt as ids, with the token [`Tokenizer::begin`] in front if there is one.
     ///
-    /// In contrast to [`Tokenizer::encode_from_start`], special tokens that are spelled out in the prompt, such as `</s>`,
-    /// become their ids with every sentencepiece tokenizer, including those from GGUF files.
+    /// In contrast to [`Tokenizer::encode_from_start`], special tokens that are spelled out in the prompt, such as
+    /// `</s>`, become their ids with every sentencepiece tokenizer, including those from GGUF files.
     ///
     /// # Errors
     /// Returns the errors of [`Tokenizer::encode`].
@@ -327,8 +329,8 @@ impl Tokenizer {
         Ok(self.begin().into_iter().chain(inner.encode_prompt(text)).collect())
     }
 
-    /// Returns whether the beginning of a text is encoded differently from its middle. If so, a text must not be encoded in
-    /// parts.
+    /// Returns whether the beginning of a text is encoded differently from its middle. If so, a text must not be
+    /// encoded in parts.
     pub fn has_text_start(&self) -> bool {
         matches!(self.shared.inner, Inner::SentencePiece(_))
     }

@@ -227,7 +227,7 @@ fn check_added<'a>(tokens: impl Iterator<Item = &'a AddedToken>) -> Result<()> {
 /// Returns a description of the problem.
 pub(crate) fn checked(json: &[u8]) -> Result<(Vec<u8>, Vec<AddedToken>)> {
     if json.len() as u64 > MAX_SIZE {
-        return Err(format!("tokenizer.json is {} bytes; the limit is 6 MiB", json.len()));
+        return Err(format!("{} bytes exceed the limit of 6 MiB", json.len()));
     }
     let file: File =
         serde_json::from_slice(json).map_err(|e| format!("not a tokenizer.json: {}", clip(&e.to_string())))?;

@@ -12,10 +12,10 @@ const UNUSED: i64 = 5;
 /// A tokenizer as the lists of a GGUF file. Byte-level BPE has merges; sentencepiece has scores.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Vocabulary {
-    /// Text of each token, by id. Byte-level BPE spells it with one character per byte; special and added tokens are plain
-    /// text.
+    /// Text of each token, by id. Byte-level BPE spells it with one character per byte; special and added tokens are
+    /// plain text.
     pub words: Vec<String>,
-    /// Kind of each token: 1 normal, 3 special, 4 added, 5 unused.
+    /// Kind of each token: 1 normal, 2 unknown, 3 special, 4 added, 5 unused, 6 byte. Only sentencepiece has 2 and 6.
     pub kinds: Vec<i32>,
     /// Merges in order of priority, each as two tokens separated by a space.
     pub merges: Vec<String>,
@@ -84,7 +84,8 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
         }
         let plain = String::from_utf8_lossy(word).into_owned();
         let special = kind == Some(SPECIAL) || looks_special(word);
-        // Runs of spaces are added tokens, whatever their kind. The exception is the first id for the result of a merge.
+        // Runs of spaces are added tokens, whatever their kind. The exception is the first id for the result of a
+        // merge.
         let merged = || raw && results.contains(&spelled(word)) && !vocab.contains_key(&spelled(word));
         let spaces = word.len() > 1 && word.iter().all(|byte| *byte == b' ') && !merged();
         if special || kind == Some(ADDED) || spaces {

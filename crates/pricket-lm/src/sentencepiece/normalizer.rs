@@ -69,8 +69,8 @@ impl Normalizer {
         Ok(Self { spec, charsmap })
     }
 
-    /// Normalizes the beginning of `text`, which must not be empty. Returns the normalized text and the number of bytes that
-    /// it replaces. `user` is the length of the user-defined symbol at the beginning, if there is one.
+    /// Normalizes the beginning of `text`, which must not be empty. Returns the normalized text and the number of bytes
+    /// that it replaces. `user` is the length of the user-defined symbol at the beginning, if there is one.
     fn prefix<'a>(&'a self, text: &'a str, user: Option<usize>) -> (&'a str, usize) {
         if let Some(len) = user {
             return (&text[..len], len);
