@@ -206,9 +206,7 @@ impl Generation {
                 return Err(Error::Input(format!("the past state has {} rows; expected one", past.rows())));
             }
             [row] if read < row.ids.len() => self.ctx = self.ctx.with_state(past),
-            [row] => {
-                return Err(Error::Input(format!("past state has {read} tokens; prompt has only {}", row.ids.len())));
-            }
+            [row] => return Err(Error::Input(format!("past of {read} tokens; the prompt has only {}", row.ids.len()))),
             rows => return Err(Error::Input(format!("a past state needs one prompt, found {}", rows.len()))),
         }
         Ok(self)
