@@ -213,8 +213,8 @@ impl PromptFormat {
         }
         let (alone, reply) = (ids(turns.len().saturating_sub(1))?.len(), limit - room);
         Err(Error::Input(format!(
-            "the last turn and the system text have {alone} tokens, too many for a context of {limit} tokens of which {reply} \
-             are kept for the reply"
+            "the last turn and the system text have {alone} tokens, too many for a context of {limit} tokens of which \
+             {reply} are kept for the reply"
         )))
     }
 }
