@@ -100,7 +100,7 @@ fn a_system_text_can_be_set_left_out_and_refused() {
     assert!(chatml.prompt(Some("Be brief."), &turns).unwrap().starts_with("<|im_start|>system\nBe brief.<|im_end|>\n"));
     assert!(chatml.prompt(Some(""), &turns).unwrap().starts_with("<|im_start|>user\n"));
     let refused = prompt_format("incite-chat").unwrap().prompt(Some("Be brief."), &turns).unwrap_err();
-    assert!(refused.to_string().contains("incite-chat has no place for a system text"), "{refused}");
+    assert!(refused.to_string().contains("incite-chat does not support a system text"), "{refused}");
     let wrong = Turn { role: Role::System, content: "late".into() };
     assert!(chatml.prompt(None, &[turns[0].clone(), wrong]).is_err());
     // A text that contains `{text}` is inserted unchanged.
@@ -265,7 +265,7 @@ fn a_full_context_leaves_out_the_oldest_and_keeps_the_system_text() {
     assert!(left_out >= 20 && 3 * steps < left_out, "{left_out} turns in {steps} steps");
     let before = chat.turns().len();
     let error = chat.say(&"a long story ".repeat(200), &options).unwrap_err().to_string();
-    assert!(error.contains("more than a context of 240 holds that leaves 20 for the reply"), "{error}");
+    assert!(error.contains("too many for a context of 240 tokens of which 20 are kept for the reply"), "{error}");
     assert_eq!(chat.turns().len(), before, "what could not be said was not said");
     assert!(chat.say("Hello.", &options).is_ok());
 }

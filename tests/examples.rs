@@ -108,7 +108,7 @@ fn chat_replies_and_runs_commands() {
     assert!(err.contains("notes.txt already exists and is not overwritten"), "{err}");
     let (code, out, err) = chat(&["--system", "Be kind."], "Hello.\n");
     assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
-    assert!(err.contains("no place for a system text"), "{err}");
+    assert!(err.contains("does not support a system text"), "{err}");
     let (_, out, _) = chat(&["--formats"], "");
     assert!(out.contains("chatml-shipped") && out.contains("oasst"), "{out}");
 }

@@ -403,7 +403,7 @@ fn files_beside_a_sentencepiece_model_are_applied_or_refused() {
             .unwrap();
     assert_eq!(again.begin(), None);
     for (file, value, named) in [
-        ("added_tokens.json", json!({"<sep>": count + 7}), "the next that is free"),
+        ("added_tokens.json", json!({"<sep>": count + 7}), "the next free id"),
         ("tokenizer_config.json", json!({"pad_token": {"content": "<p>", "rstrip": true}}), "rstrip"),
         (
             "special_tokens_map.json",

@@ -1,33 +1,35 @@
-/// What can go wrong between a text and its continuation.
+//! The error type of this crate.
+
+/// Errors of tokenizing, generating and scoring.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The model.
+    /// An error of the model.
     #[error(transparent)]
     Nn(#[from] pricket_nn::Error),
-    /// The tokenizer file, or a text that it cannot take.
+    /// The tokenizer file is invalid, or a text cannot be tokenized.
     #[error("{origin}: {what}")]
     Tokenizer {
-        /// The file.
+        /// Tokenizer file, or another name for the tokenizer's source.
         origin: String,
-        /// What is wrong.
+        /// Description of the problem.
         what: String,
     },
-    /// The model's numbers overflowed.
+    /// The model computed NaN or infinity, usually because a value overflowed.
     #[error("{what} are not finite (NaN or infinity), weights {dtype}, activations {activations}; {advice}")]
     NonFinite {
-        /// Where it was first seen: a layer's output, or the logits.
+        /// First values that were not finite: the output of a layer, or the logits.
         what: String,
-        /// The layer, if it was one.
+        /// Index of the layer, if the values are the output of one.
         layer: Option<usize>,
-        /// Type of the weights.
+        /// Data type of the weights.
         dtype: &'static str,
-        /// Type of the activations.
+        /// Data type of the activations.
         activations: &'static str,
-        /// What may help.
+        /// Suggested remedy.
         advice: &'static str,
     },
-    /// An argument out of range.
+    /// An argument is invalid.
     #[error("{0}")]
     Input(String),
 }

@@ -1,3 +1,5 @@
+//! Batched generation: reads prompts of different lengths packed, then generates one token per row and step.
+
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -9,27 +11,28 @@ use pricket_nn::{
 use crate::diagnose::diagnose;
 use crate::{Error, Result, Sampler};
 
-/// Prompt positions read at a time on the CPU: it bounds the memory that reading long prompts takes.
+/// Maximum number of prompt positions per pass on the CPU. It bounds the memory for long prompts.
 const PREFILL: usize = 512;
 
-/// How to continue a prompt.
+/// Options for continuing a prompt.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
     /// Maximum number of new tokens; 128 by default.
     pub max_tokens: usize,
-    /// How tokens are chosen; greedy by default, as [`SamplingParams::default`].
+    /// Sampling parameters; greedy by default, as in [`SamplingParams::default`].
     pub sampling: SamplingParams,
-    /// Random seed, 0 by default. Every row of a batch has it, so that a prompt gives the same text in a batch as alone.
+    /// Random seed; 0 by default. All rows of a batch use it, so that a prompt gives the same text in a batch as alone.
     pub seed: u64,
-    /// Seeds of the first rows of a batch, one each, instead of `seed`: several samples of one prompt need them. Empty by default.
+    /// Random seeds of the first rows of a batch, which replace `seed` there. Use them to sample one prompt several
+    /// times. Empty by default.
     pub row_seeds: Vec<u64>,
-    /// Strings that end the text and are not part of it; none by default.
+    /// Stop strings. The text ends before the first of them; none by default.
     pub stop: Vec<String>,
-    /// Tokens that end the text beside the model's end token; none by default.
+    /// Ids of tokens that end the text, in addition to the model's end tokens; none by default.
     pub stop_ids: Vec<u32>,
-    /// Whether the model's end token ends the text; true by default.
+    /// Whether the model's end tokens end the text; true by default.
     pub stop_at_eos: bool,
-    /// Whether positions beyond the length that the model was trained for are allowed; false by default.
+    /// Whether to allow positions beyond the length that the model was trained on; false by default.
     pub beyond_trained_length: bool,
 }
 
@@ -48,24 +51,24 @@ impl Default for GenerateOptions {
     }
 }
 
-/// Why a text ended.
+/// Reason why a text ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FinishReason {
-    /// The model wrote its end token, or one of [`GenerateOptions::stop_ids`].
+    /// The model generated an end token, or one of [`GenerateOptions::stop_ids`].
     Eos,
-    /// One of [`GenerateOptions::stop`] came up.
+    /// The text reached one of [`GenerateOptions::stop`].
     Stop,
-    /// [`GenerateOptions::max_tokens`] were written.
+    /// The text has [`GenerateOptions::max_tokens`] new tokens.
     Length,
     /// The model's context is full.
     Context,
-    /// It has not ended: it was broken off.
+    /// The text was interrupted before it ended.
     Unfinished,
 }
 
 impl std::fmt::Display for FinishReason {
-    /// Writes the reason in words, for a message.
+    /// Writes the reason as a phrase for messages.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             FinishReason::Eos => "ended by the model",
@@ -77,58 +80,59 @@ impl std::fmt::Display for FinishReason {
     }
 }
 
-/// A prompt and how to continue it.
+/// A prompt and the options for its continuation.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// The prompt, at least one token.
+    /// Token ids of the prompt, at least one.
     pub ids: Vec<u32>,
-    /// How to continue it. Stop strings and seeds of rows are left to the caller.
+    /// Options for the continuation. [`Generation`] ignores `stop` and `row_seeds`; the caller handles them.
     pub options: GenerateOptions,
-    /// The model's end tokens; the one that ends the row is its last.
+    /// Ids of the model's end tokens. The end token that ends a row is the last token of the row.
     pub eos: Vec<u32>,
-    /// Ids from here on are never chosen: the model's padding beyond its tokenizer. `None` for no limit.
+    /// Number of ids that may be chosen. Larger ids are padding of the model's vocabulary beyond its tokenizer. `None`
+    /// for no limit.
     pub vocab: Option<usize>,
 }
 
 impl Request {
-    /// A continuation of `ids`, without an end token.
+    /// Creates a request to continue `ids`, without end tokens or a vocabulary limit.
     pub fn new(ids: Vec<u32>, options: GenerateOptions) -> Self {
         Self { ids, options, eos: Vec::new(), vocab: None }
     }
 
-    /// Whether a token ends the row.
+    /// Returns whether the token `id` ends the row.
     fn ends(&self, id: u32) -> bool {
         (self.options.stop_at_eos && self.eos.contains(&id)) || self.options.stop_ids.contains(&id)
     }
 }
 
-/// A token that a row was given.
+/// A token generated for one row.
 #[derive(Clone, Debug)]
 pub struct Token {
-    /// The row: index of the request.
+    /// Row of the token: the index of its request.
     pub row: usize,
-    /// The token.
+    /// Id of the token.
     pub id: u32,
-    /// Its log-probability under the model, before penalties and filters.
+    /// Log-probability of the token under the model, before penalties and filters.
     pub logprob: f32,
-    /// Set if the row ends with this token.
+    /// Reason why the row ends with this token; `None` if the row goes on.
     pub finish: Option<FinishReason>,
 }
 
-/// A batch being continued, one token a row and step.
+/// A batch of prompts under generation, one token per row and step.
 ///
-/// Prompts may differ in length: they are packed inside. A row that ends leaves the batch, and what the others get does not
-/// depend on it: several prompts together give the text that each gives alone.
+/// Prompts may differ in length; they are packed, without padding. A row that ends leaves the batch. The rows do not
+/// affect each other: each prompt gives the same text in a batch as alone.
 pub struct Generation {
     model: Arc<dyn CausalLm>,
-    /// Rows still running.
+    /// Rows that have not ended.
     rows: Vec<Row>,
-    /// Reads the prompts.
+    /// Context of the passes over the prompts.
     ctx: Context,
-    /// Writes what follows them: the model's own, or the plain one.
+    /// Decoder of the model itself, if it has one. Otherwise `plain` generates the tokens after the first.
     own: Option<Box<dyn StepDecoder>>,
     plain: PlainDecoder,
-    /// Logits of the prompts' last positions, `[rows][vocab]`, before the first token is read.
+    /// Logits of the last position of each prompt, `[rows][vocab]`. Empty after the first decoding step.
     first: Vec<Vec<f32>>,
     /// The state of the row that ended last.
     ended: Option<State>,
@@ -140,7 +144,7 @@ struct Row {
     ids: Vec<u32>,
     sampler: Sampler,
     done: bool,
-    /// Its place in the decoder, once its prompt was read.
+    /// Id of the row in the decoder; `None` until its prompt has been read.
     id: Option<RowId>,
 }
 
@@ -151,17 +155,18 @@ impl std::fmt::Debug for Generation {
 }
 
 impl Generation {
-    /// A batch of `requests`; nothing is computed yet.
+    /// Creates a batch of `requests`. Does not run the model.
     ///
     /// # Errors
-    /// [`Error::Input`] for an empty prompt or an impossible setting, [`NnError::ContextExceeded`] for a prompt that
-    /// the model cannot read.
+    /// Returns [`Error::Input`] if a prompt is empty or has an id outside the model's vocabulary. Returns an error if
+    /// sampling parameters are invalid. Returns [`NnError::ContextExceeded`] if a prompt is longer than the model's
+    /// context.
     pub fn new(model: Arc<dyn CausalLm>, requests: Vec<Request>) -> Result<Self> {
         let limit = model.info().context;
         for request in &requests {
             request.options.sampling.check()?;
             if request.ids.is_empty() {
-                return Err(Error::Input("a prompt needs at least one token".into()));
+                return Err(Error::Input("the prompt is empty; it needs at least one token".into()));
             }
             let vocab = model.info().vocab;
             if let Some(id) = request.ids.iter().find(|&&id| id as usize >= vocab) {
@@ -188,25 +193,27 @@ impl Generation {
         Ok(Self { model, rows, ctx, own, plain, first: Vec::new(), ended: None })
     }
 
-    /// Begins from a state that holds the first tokens of the prompt: those are not read again.
+    /// Starts from a state that already holds the first tokens of the prompt, so that they are not read again.
     ///
     /// # Errors
-    /// [`Error::Input`] for more than one prompt, or if no token of it would be left to read.
+    /// Returns [`Error::Input`] if the batch or the state has more than one row, or if the state leaves no token of the
+    /// prompt to read.
     pub fn with_past(mut self, past: State) -> Result<Self> {
         let read = past.len(0);
         match &self.rows[..] {
             [] => {}
             _ if past.rows() > 1 => {
-                return Err(Error::Input(format!("a past of one row is needed, found {}", past.rows())));
+                return Err(Error::Input(format!("the past state has {} rows; expected one", past.rows())));
             }
             [row] if read < row.ids.len() => self.ctx = self.ctx.with_state(past),
-            [row] => return Err(Error::Input(format!("a past of {read} for a prompt of {}", row.ids.len()))),
-            rows => return Err(Error::Input(format!("a past belongs to one prompt, not to {}", rows.len()))),
+            [row] => return Err(Error::Input(format!("past of {read} tokens; the prompt has only {}", row.ids.len()))),
+            rows => return Err(Error::Input(format!("a past state needs one prompt, found {}", rows.len()))),
         }
         Ok(self)
     }
 
-    /// Records or edits at `taps` in every pass, those over prompts included. The model is then not decoded by a decoder of its own.
+    /// Records or edits activations at `taps` in every pass, including the passes over prompts. The model's own decoder
+    /// ([`CausalLm::step_decoder`]) is then not used.
     #[must_use]
     pub fn with_taps(mut self, taps: Taps) -> Self {
         self.own = None;
@@ -214,15 +221,16 @@ impl Generation {
         self
     }
 
-    /// Takes what the taps recorded in the last pass.
+    /// Takes the recording of the last pass.
     pub fn take_recording(&mut self) -> Recording {
         if self.first.is_empty() { self.plain.take_recording() } else { self.ctx.take_recording() }
     }
 
-    /// One token for every row still running; `None` when there is none.
+    /// Generates one token for every row that has not ended. Returns `None` when all rows have ended.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if the model overflows, and what it says otherwise. The batch is over then.
+    /// Returns [`Error::NonFinite`] if the model computes NaN or infinity, and an error if a tensor operation fails.
+    /// After an error, all rows have ended.
     pub fn step(&mut self) -> Result<Option<Vec<Token>>> {
         let tokens = self.advance();
         if tokens.is_err() {
@@ -263,27 +271,28 @@ impl Generation {
         Ok(Some(tokens))
     }
 
-    /// Ends a row before its time.
+    /// Ends a row early. Has no effect if the row has already ended.
     pub fn stop(&mut self, row: usize) {
         if let Some(row) = self.rows.iter_mut().find(|r| r.index == row) {
             row.done = true;
         }
     }
 
-    /// The logits that the last step chose from, in the order of its tokens. Empty where the model decodes by itself
-    /// ([`CausalLm::step_decoder`]) and the prompts were read.
+    /// Returns the logits from which the last step chose, in the order of its tokens. Empty after the first step if the
+    /// model has its own decoder ([`CausalLm::step_decoder`]).
     pub fn logits(&self) -> &[Vec<f32>] {
         if self.first.is_empty() { self.plain.logits() } else { &self.first }
     }
 
-    /// Ends a batch of one row and returns its state, which holds all tokens but the last. `None` if nothing was read.
+    /// Ends a batch of one row and returns its state, which holds all tokens but the last. Returns `None` if no token
+    /// has been read.
     pub fn take_state(&mut self) -> Option<State> {
         self.rows.iter_mut().for_each(|row| row.done = true);
         self.drop_finished().ok()?;
         self.ended.take()
     }
 
-    /// Bytes of the states of all running rows, and of the row that ended last.
+    /// Returns the size in bytes of the states of all rows that have not ended and of the row that ended last.
     pub fn state_bytes(&self) -> usize {
         let held = [self.ctx.state(), self.ended.as_ref()].into_iter().flatten();
         held.map(State::bytes).sum::<usize>() + self.plain.state_bytes()
@@ -298,7 +307,7 @@ impl Generation {
             }
             self.ended = match row.id {
                 Some(id) => Some(decoder(&mut self.own, &mut self.plain).release(id)?),
-                // Its prompt was not read; what was given of it is still here.
+                // The prompt has not been read. The context still holds the past state, if one was given.
                 None => self.ctx.state_mut().map(|state| state.take_row(at)),
             };
             self.rows.remove(at);
@@ -306,12 +315,12 @@ impl Generation {
         Ok(())
     }
 
-    /// Reads the prompts, packed, and chooses what comes after each.
+    /// Reads the prompts, packed, and chooses the first token of each row.
     fn prefill(&mut self) -> Result<Vec<Choice>> {
         let device = &self.model.info().device;
         let budget = if device.is_cpu() { PREFILL } else { 4 * PREFILL };
         let mut last: Vec<Option<Tensor>> = vec![None; self.rows.len()];
-        // Rows that a state was given for have read their first tokens.
+        // A past state already holds the first tokens of its row.
         let mut read: Vec<usize> = (0..self.rows.len()).map(|row| self.ctx.position(row)).collect();
         while last.iter().any(Option::is_none) {
             let (mut packed, mut ids) = (Vec::new(), Vec::new());
@@ -341,7 +350,7 @@ impl Generation {
             let (sampling, draw) = (&row.request.options.sampling, row.sampler.draw());
             choices.push(Choice::of((logits, summary), sampling, vocab, (&row.ids, prompt_len), draw));
             let mut state = self.ctx.state_mut().map(|state| state.take_row(0)).unwrap_or_default();
-            // A conversation may come back to the end of its prompt.
+            // Lets a conversation return to the state at the end of its prompt.
             state.mark(0);
             let (ids, sampling) = (row.ids.clone(), sampling.clone());
             let admission = Admission { state, ids, prompt_len, sampling, vocab };
@@ -372,7 +381,7 @@ fn decoder<'a>(own: &'a mut Option<Box<dyn StepDecoder>>, plain: &'a mut PlainDe
     }
 }
 
-/// Summarizes each row of logits, on the threads of the model.
+/// Summarizes each row of logits on the model's threads.
 fn summaries(model: &dyn CausalLm, rows: &[Vec<f32>]) -> Vec<ops::RowSummary> {
     let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
     let mut summaries = Vec::new();

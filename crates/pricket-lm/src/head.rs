@@ -1,4 +1,5 @@
-//! Applies the head of a model to a few positions at a time: memory does not grow with length times vocabulary.
+//! Applies the head of a model to one block of positions at a time, so that the logits of a long text are never all in
+//! memory.
 
 use candle_core::Tensor;
 use pricket_nn::ops::RowSummary;
@@ -6,11 +7,11 @@ use pricket_nn::{CausalLm, ops};
 
 use crate::Result;
 
-/// Positions whose logits are held at once: `[64, vocab]` in f32 is 13 MB for Pythia.
+/// Number of positions per block. For Pythia, the `[64, vocab]` logits take 13 MB in f32.
 const BLOCK: usize = 64;
 
-/// Calls `each` with the logits of each block of positions: the index of its first position, and `[block, vocab]`. Hidden states
-/// are `[n, d]`.
+/// Calls `each` for every block of positions, with the index of its first position and its logits `[block, vocab]`.
+/// `hidden` holds the hidden states, `[n, d]`.
 pub(crate) fn by_blocks(
     model: &dyn CausalLm,
     hidden: &Tensor,
@@ -24,8 +25,8 @@ pub(crate) fn by_blocks(
     Ok(())
 }
 
-/// Computes the logits of hidden states `[n, d]`, and returns a summary of each row and the log-probability of its target, as
-/// [`ops::logprobs`] does.
+/// Computes the logits of the hidden states `[n, d]`. Returns a summary of each row of logits and the log-probability
+/// of its target, as [`ops::logprobs`] does.
 pub(crate) fn logprobs(model: &dyn CausalLm, hidden: &Tensor, targets: &[u32]) -> Result<Vec<(RowSummary, f64)>> {
     let mut out = Vec::with_capacity(targets.len());
     by_blocks(model, hidden, |at, logits| {

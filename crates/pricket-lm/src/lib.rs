@@ -1,10 +1,13 @@
-//! What one does with a causal language model, whichever family it is of: text to ids and back, sampling, generating
-//! a batch, prompts of conversations, log-probabilities.
+//! Text generation and scoring with causal language models of any family: tokenizers, sampling, batched generation,
+//! conversation prompts, log-probabilities and evaluation tasks.
 //!
-//! Everything is written against [`pricket_nn::CausalLm`]. A [`Generation`] runs a batch of [`Request`]s, each with
-//! its own sampling, seed and stop rules, and gives one [`Token`] a row and step; [`token_logprobs`] scores a text;
-//! [`Tokenizer`] and [`TextStream`] turn ids into text without ever emitting half a character; a [`PromptFormat`] is how a
-//! conversation is spelled for a model that was tuned on conversations.
+//! Everything works on the trait [`pricket_nn::CausalLm`]:
+//!
+//! - [`Generation`] runs a batch of [`Request`]s, each with its own sampling parameters, seed and stop rules. Each step
+//!   gives one [`Token`] per row.
+//! - [`token_logprobs`] scores a text.
+//! - [`Tokenizer`] and [`TextStream`] turn ids into text and never emit part of a UTF-8 character.
+//! - [`PromptFormat`] lays out a conversation as the prompt that a chat model was tuned on.
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -56,7 +59,7 @@ pub use documents::{Documents, read_text, read_utf8};
 pub use error::{Error, Result};
 pub use generate::{FinishReason, GenerateOptions, Generation, Request, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
-/// How tokens are chosen: the plain data that decoders take.
+/// Sampling parameters, in the form that decoders take.
 pub use pricket_nn::SamplingParams;
 pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::Sampler;

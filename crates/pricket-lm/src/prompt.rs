@@ -1,44 +1,47 @@
+//! Prompt formats of chat models: templates that turn a conversation into the text of a prompt.
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, Tokenizer};
 
-/// Who says a turn of a conversation.
+/// Role of the speaker of a turn in a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Role {
-    /// What the model is told about the conversation.
+    /// System text: instructions for the whole conversation.
     System,
-    /// The one who asks.
+    /// The user.
     User,
     /// The model.
     Assistant,
 }
 
-/// Something said, spelled as everybody's message files spell it: `{"role": "user", "content": "Hello"}`.
+/// One turn of a conversation. The JSON form is the usual `{"role": "user", "content": "Hello"}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Turn {
-    /// Who says it.
+    /// Role of the speaker.
     pub role: Role,
-    /// What is said.
+    /// Text of the turn.
     pub content: String,
 }
 
 impl Turn {
-    /// A turn of the one who asks.
+    /// Creates a turn of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self { role: Role::User, content: content.into() }
     }
 
-    /// A turn of the model.
+    /// Creates a turn of the model.
     pub fn assistant(content: impl Into<String>) -> Self {
         Self { role: Role::Assistant, content: content.into() }
     }
 }
 
-/// How the text of a conversation looks to a model that was tuned on conversations: data, read from TOML or JSON.
+/// Prompt format of a chat model, read from TOML or JSON.
 ///
-/// The prompt is `system`, the turns and `reply`, joined by `between`; `{text}` in a template stands for what is said.
+/// The prompt consists of `system`, the turns and `reply`, joined by `between`. In a template, `{text}` stands for the
+/// text of the turn.
 ///
 /// ```
 /// use pricket_lm::{PromptFormat, Turn};
@@ -52,55 +55,56 @@ impl Turn {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PromptFormat {
-    /// What it is called.
+    /// Name of the format.
     pub name: String,
-    /// What it is, in a sentence.
+    /// Description of the format in one sentence.
     #[serde(default)]
     pub about: String,
-    /// Where its spelling comes from.
+    /// Source of the format, such as a model card.
     #[serde(default)]
     pub source: String,
-    /// Tokens that a tokenizer has if the model was tuned for this format.
+    /// Tokens that the tokenizer of a model tuned on this format has.
     #[serde(default)]
     pub tokens: Vec<String>,
-    /// The system text where none is given.
+    /// Default system text.
     #[serde(default)]
     pub default_system: Option<String>,
-    /// The template of a system text, if there is a place for one.
+    /// Template of the system text; `None` if the format does not support one.
     #[serde(default)]
     pub system: Option<String>,
-    /// The template of a turn of the one who asks.
+    /// Template of a turn of the user.
     pub user: String,
-    /// The template of a question's context, which follows the question; `{text}` by default.
+    /// Template of a context that follows a question; `{text}` by default.
     #[serde(default)]
     pub context: Option<String>,
-    /// The template of a turn of the model, as a part of the past.
+    /// Template of an earlier turn of the model.
     pub assistant: String,
-    /// What the model continues: the beginning of its turn. Empty if the last turn's template has it.
+    /// Beginning of the model's turn, which the model continues. Empty if the template of the last turn ends with it.
     #[serde(default)]
     pub reply: String,
-    /// What stands between the pieces.
+    /// Separator between the system text, the turns and `reply`.
     #[serde(default)]
     pub between: String,
-    /// What ends the model's turn beside its end token: text, or the spelling of a special token.
+    /// Strings that end the model's turn, in addition to its end token: text, or the spelling of a special token.
     #[serde(default)]
     pub stop: Vec<String>,
-    /// Whether replies are taken as they are rather than without the white space around them.
+    /// Whether replies keep the white space around them. By default it is removed.
     #[serde(default)]
     pub verbatim: bool,
-    /// Whether the model was tuned on single questions, so that it makes less of what was said before.
+    /// Whether the model was tuned on single questions and therefore makes little use of earlier turns.
     #[serde(default)]
     pub single_turn: bool,
 }
 
-/// Where the text of a turn goes.
+/// Placeholder for the text of a turn in a template.
 const TEXT: &str = "{text}";
 
 impl PromptFormat {
-    /// Says what is wrong with the templates.
+    /// Checks the templates and stop strings.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the key.
+    /// Returns [`Error::Input`], which names the key, if a template does not contain `{text}` exactly once, if
+    /// `default_system` is set without `system`, or if a stop string is empty.
     pub fn check(&self) -> Result<()> {
         let templates = [
             ("user", Some(&self.user)),
@@ -114,7 +118,7 @@ impl PromptFormat {
             }
         }
         if self.default_system.is_some() && self.system.is_none() {
-            return Err(Error::Input(format!("prompt format {}: a `default_system` needs a `system`", self.name)));
+            return Err(Error::Input(format!("prompt format {}: `default_system` requires `system`", self.name)));
         }
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::Input(format!("prompt format {}: an empty `stop` would end every reply", self.name)));
@@ -122,17 +126,18 @@ impl PromptFormat {
         Ok(())
     }
 
-    /// The text that the model continues. `system` is the system text: the format's own for `None`, none at all for an
-    /// empty one.
+    /// Returns the prompt, which the model continues. `system` is the system text: `None` selects the default of the
+    /// format, and an empty string omits the system text.
     ///
     /// # Errors
-    /// [`Error::Input`] for a system text where the format has no place for one, or one among the turns.
+    /// Returns [`Error::Input`] if the format does not support a system text, if a turn has [`Role::System`], or if
+    /// [`PromptFormat::check`] fails.
     pub fn prompt(&self, system: Option<&str>, turns: &[Turn]) -> Result<String> {
         self.check()?;
         let mut pieces = Vec::with_capacity(turns.len() + 2);
         if let Some(text) = system.or(self.default_system.as_deref()).filter(|text| !text.is_empty()) {
             let template = self.system.as_ref().ok_or_else(|| {
-                Error::Input(format!("the prompt format {} has no place for a system text", self.name))
+                Error::Input(format!("the prompt format {} does not support a system text", self.name))
             })?;
             pieces.push(template.replacen(TEXT, text, 1));
         }
@@ -141,7 +146,7 @@ impl PromptFormat {
                 Role::User => &self.user,
                 Role::Assistant => &self.assistant,
                 Role::System => {
-                    return Err(Error::Input("a system text comes before the turns, not among them".into()));
+                    return Err(Error::Input("a system text must precede the turns".into()));
                 }
             };
             pieces.push(template.replacen(TEXT, &turn.content, 1));
@@ -152,7 +157,7 @@ impl PromptFormat {
         Ok(pieces.join(&self.between))
     }
 
-    /// A question with a context that belongs to it, as the text of one turn.
+    /// Returns the text of one turn with a question and its context. An empty context is omitted.
     pub fn with_context(&self, question: &str, context: &str) -> String {
         if context.is_empty() {
             return question.to_owned();
@@ -161,14 +166,19 @@ impl PromptFormat {
         format!("{question}{}{context}", self.between)
     }
 
-    /// The ids of the prompt, and how many of the oldest turns it leaves out so that `limit` ids have room for `reserve`
-    /// more: whole questions with their answers, never the system text or the last turn.
+    /// Returns the ids of the prompt and the number of oldest turns that it omits to fit.
     ///
-    /// What is left out grows in steps of a quarter of the room, so that most prompts of a growing conversation begin as
-    /// the one before and need not be read anew. It depends on nothing but the turns.
+    /// `limit` is the context length in tokens. The prompt leaves `reserve` tokens of it for the reply, but at most
+    /// half of it. Questions are omitted together with their answers; the system text and the last turn are always
+    /// kept.
+    ///
+    /// The omitted part grows in steps of a quarter of the space for the prompt. Most prompts of a growing conversation
+    /// therefore begin like the previous one, and the model does not read that part again. The number depends only on
+    /// the arguments.
     ///
     /// # Errors
-    /// [`Error::Input`] if even the last turn alone is too long; as [`PromptFormat::prompt`].
+    /// Returns [`Error::Input`] if the system text and the last turn are too long together, and the errors of
+    /// [`PromptFormat::prompt`] and [`Tokenizer::encode_prompt`].
     pub fn fit(
         &self,
         tokenizer: &Tokenizer,
@@ -179,7 +189,7 @@ impl PromptFormat {
     ) -> Result<(Vec<u32>, usize)> {
         let ids = |first: usize| tokenizer.encode_prompt(&self.prompt(system, &turns[first..])?);
         let whole = ids(0)?;
-        // A short limit is shared between the past and the reply.
+        // With a short limit, the prompt and the reply get half of it each.
         let room = limit.saturating_sub(reserve.min(limit / 2));
         if whole.len() <= room {
             return Ok((whole, 0));
@@ -187,7 +197,8 @@ impl PromptFormat {
         let step = (room / 4).max(1);
         let goal = whole.len().saturating_sub((whole.len() - room).next_multiple_of(step));
         let questions: Vec<usize> = (1..turns.len()).filter(|&i| turns[i].role == Role::User).collect();
-        // Fewer turns are fewer ids: the first question from which on there are `most` at most.
+        // Binary search for the first question from which the prompt has at most `most` ids: fewer turns give fewer
+        // ids.
         let first = |most: usize| -> Result<usize> {
             let (mut low, mut high) = (0, questions.len());
             while low < high {
@@ -202,8 +213,8 @@ impl PromptFormat {
         }
         let (alone, reply) = (ids(turns.len().saturating_sub(1))?.len(), limit - room);
         Err(Error::Input(format!(
-            "the last turn and the system text are {alone} tokens, more than a context of {limit} holds that leaves {reply} \
-             for the reply"
+            "the last turn and the system text have {alone} tokens, too many for a context of {limit} tokens of which \
+             {reply} are kept for the reply"
         )))
     }
 }

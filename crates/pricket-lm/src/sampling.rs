@@ -1,11 +1,12 @@
-//! Draws tokens by [`SamplingParams`].
+//! Sampling of tokens with [`SamplingParams`] and a seeded random number generator (ChaCha8).
 
 use pricket_nn::SamplingParams;
 use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// Draws tokens; the same seed gives the same tokens in every release and on every platform.
+/// Sampler of the tokens of one row. The same seed gives the same random numbers in every release and on every
+/// platform.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     params: SamplingParams,
@@ -13,17 +14,19 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler for one row.
+    /// Creates a sampler for one row.
     pub fn new(params: SamplingParams, seed: u64) -> Self {
         Self { params, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
-    /// The number from which the next token is drawn: from 0 to 1, and 0 at temperature 0, which takes none.
+    /// Returns the random number, in [0, 1), that selects the next token. At temperature 0, returns 0 and leaves the
+    /// generator unchanged.
     pub fn draw(&mut self) -> f64 {
         if self.params.temperature == 0.0 { 0.0 } else { self.rng.random::<f64>() }
     }
 
-    /// Chooses a token; `logits` become scores on the way. Arguments as [`SamplingParams::process`].
+    /// Chooses a token and returns its id. Overwrites `logits` with the processed scores. The arguments are those of
+    /// [`SamplingParams::process`].
     pub fn sample(&mut self, logits: &mut [f32], ids: &[u32], prompt_len: usize) -> u32 {
         let draw = self.draw();
         self.params.choose(logits, ids, prompt_len, draw)
@@ -36,7 +39,7 @@ mod tests {
 
     use super::*;
 
-    /// How often each token is drawn.
+    /// Returns the share of 4000 draws that each of `n` tokens gets.
     fn histogram(n: usize, mut draw: impl FnMut() -> u32) -> Vec<f64> {
         let mut counts = vec![0.0; n];
         for _ in 0..4000 {
@@ -58,14 +61,14 @@ mod tests {
                 }
             }
         }
-        // Tokens that are equal stay equal.
+        // Tokens with equal logits keep equal probabilities.
         let tied = SamplingParams { temperature: 1e-40, ..SamplingParams::default() };
         let counts = histogram(3, {
             let mut sampler = Sampler::new(tied, 1);
             move || sampler.sample(&mut [2.0, 2.0, 1.0], &[], 0)
         });
         assert!((counts[0] - 0.5).abs() < 0.05 && counts[2] == 0.0, "{counts:?}");
-        // A penalty that overflows makes a token certain, not all of them undefined.
+        // A logit that overflows to infinity must win; it must not turn all probabilities into NaN.
         let penalty = SamplingParams { repetition_penalty: 1e-38, ..SamplingParams::unchanged() };
         assert_eq!(Sampler::new(penalty, 3).sample(&mut [1.0, 50.0, 2.0], &[1], 1), 1);
     }

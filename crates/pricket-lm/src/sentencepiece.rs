@@ -1,7 +1,8 @@
 //! SentencePiece models (Kudo and Richardson 2018, arXiv:1808.06226): byte-pair encoding by scores, and unigram models.
 //!
-//! transformers' converted tokenizers rebuild merges from scores and leave the normalizer out, which gives other ids for OpenLLaMA. Here the
-//! file itself is read, and texts are cut as google/sentencepiece cuts them.
+//! The fast tokenizers that transformers converts from these models rebuild merges from scores and omit the normalizer,
+//! which gives different ids for OpenLLaMA. This module reads the model file and segments texts as google/sentencepiece
+//! does.
 
 mod normalizer;
 mod proto;
@@ -13,43 +14,43 @@ pub(crate) use normalizer::MARK;
 use normalizer::Normalizer;
 pub(crate) use proto::{Kind, Model, NormalizerSpec, Piece};
 
-/// The score of an unknown character in a unigram model is this much below that of the least likely piece.
+/// Difference between the score of the least likely piece of a unigram model and that of an unknown character.
 const UNKNOWN_PENALTY: f32 = 10.0;
 
-/// Bytes of the longest piece.
+/// Maximum length of a piece in bytes.
 const MAX_PIECE: usize = 1 << 10;
 
-/// A model, ready to cut texts.
+/// A model with the tables that segmentation needs.
 #[derive(Debug)]
 pub(crate) struct SentencePiece {
     pub(crate) model: Model,
     normalizer: Normalizer,
-    /// The same with the other setting of the space in front.
+    /// The normalizer with the opposite setting of `add_dummy_prefix`.
     other: Normalizer,
-    /// Pieces that texts are made of: normal, user-defined and unused ones.
+    /// Ids of normal, user-defined and unused pieces by their text.
     ids: HashMap<String, u32>,
-    /// Ids of byte pieces, where all are there.
+    /// Ids of the byte pieces, if the model has all 256.
     bytes: Option<Box<[u32; 256]>>,
     unknown: u32,
-    /// Lengths of user-defined symbols, the longest first.
+    /// Lengths of user-defined symbols in bytes, the longest first.
     user_lengths: Vec<usize>,
-    /// Bytes of the longest piece.
+    /// Length of the longest piece in bytes.
     longest: usize,
-    /// The lowest and the highest score of a normal piece.
+    /// Lowest and highest score of a normal piece.
     scores: (f32, f32),
 }
 
-/// Two neighbors that may become one piece.
+/// Two adjacent symbols that may be merged into one piece.
 struct Pair {
     score: f32,
     left: usize,
     right: usize,
-    /// Bytes of both.
+    /// Length of both together in bytes.
     len: usize,
 }
 
 impl Ord for Pair {
-    /// The highest score first, then the leftmost.
+    /// Orders by score; of equal scores, the leftmost pair is the greatest.
     fn cmp(&self, other: &Self) -> Ordering {
         self.score.total_cmp(&other.score).then(other.left.cmp(&self.left))
     }
@@ -69,7 +70,7 @@ impl PartialEq for Pair {
 
 impl Eq for Pair {}
 
-/// A part of the text, in a list.
+/// A part of the text, as a node of a doubly linked list.
 #[derive(Clone, Copy)]
 struct Symbol {
     start: usize,
@@ -86,7 +87,7 @@ impl SentencePiece {
         for (id, piece) in model.pieces.iter().enumerate() {
             let id = id as u32;
             if piece.text.len() > MAX_PIECE {
-                return Err(format!("piece {id} has {} bytes; a piece has at most {MAX_PIECE}", piece.text.len()));
+                return Err(format!("piece {id} has {} bytes; at most {MAX_PIECE} are allowed", piece.text.len()));
             }
             match piece.kind {
                 Kind::Normal | Kind::UserDefined | Kind::Unused => {
@@ -94,18 +95,18 @@ impl SentencePiece {
                         return Err(format!("piece {id} is empty"));
                     }
                     if ids.insert(piece.text.clone(), id).is_some() {
-                        return Err(format!("the piece {:?} is there twice", pricket_nn::clip(&piece.text)));
+                        return Err(format!("duplicate piece {:?}", pricket_nn::clip(&piece.text)));
                     }
                 }
                 Kind::Byte => {
                     let value = piece.text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
                     let value = value.and_then(|digits| u8::from_str_radix(digits, 16).ok());
                     let value = value.ok_or_else(|| {
-                        format!("{:?} is not a byte piece, as <0x0A> is", pricket_nn::clip(&piece.text))
+                        format!("invalid byte piece {:?}; expected a form like <0x0A>", pricket_nn::clip(&piece.text))
                     })?;
                     bytes[usize::from(value)] = Some(id);
                 }
-                Kind::Unknown if unknown.is_some() => return Err("two pieces are the unknown one".into()),
+                Kind::Unknown if unknown.is_some() => return Err("the model has two unknown pieces".into()),
                 Kind::Unknown => unknown = Some(id),
                 Kind::Control => {}
             }
@@ -121,7 +122,7 @@ impl SentencePiece {
         user_lengths.sort_unstable_by(|a, b| b.cmp(a));
         user_lengths.dedup();
         let longest = model.pieces.iter().map(|piece| piece.text.len()).max().unwrap_or(0);
-        let unknown = unknown.ok_or("no piece is the unknown one")?;
+        let unknown = unknown.ok_or("the model has no unknown piece")?;
         let normalizer = Normalizer::new(model.normalizer.clone())?;
         let spec = NormalizerSpec { add_dummy_prefix: !model.normalizer.add_dummy_prefix, ..model.normalizer.clone() };
         let other = Normalizer::new(spec)?;
@@ -132,7 +133,7 @@ impl SentencePiece {
         self.model.pieces[id as usize].kind
     }
 
-    /// The length of the user-defined symbol that `text` begins with.
+    /// Returns the length of the longest user-defined symbol at the beginning of `text`.
     fn user_defined(&self, text: &str) -> Option<usize> {
         self.user_lengths.iter().copied().find(|&len| {
             let known = text.get(..len).and_then(|start| self.ids.get(start));
@@ -140,12 +141,12 @@ impl SentencePiece {
         })
     }
 
-    /// The ids of a text. Control symbols that are spelled out in it are text.
+    /// Encodes a text as ids. Control symbols that are spelled out in it are encoded as text.
     pub(crate) fn encode(&self, text: &str) -> Vec<u32> {
         self.cut(&self.normalizer.normalize(text, |text| self.user_defined(text)))
     }
 
-    /// The ids of a text, whatever the model's own setting of the space in front.
+    /// Encodes a text as ids, with `dummy_prefix` instead of the model's own `add_dummy_prefix`.
     pub(crate) fn encode_with(&self, text: &str, dummy_prefix: bool) -> Vec<u32> {
         if dummy_prefix == self.normalizer.spec.add_dummy_prefix {
             return self.encode(text);
@@ -163,7 +164,7 @@ impl SentencePiece {
                 Some(bytes) if is_unknown && self.model.byte_fallback => {
                     out.extend(part.bytes().map(|byte| bytes[usize::from(byte)]));
                 }
-                // A run of unknown characters is one.
+                // A run of unknown characters becomes one unknown token.
                 _ if is_unknown && after_unknown => {}
                 _ => out.push(id),
             }
@@ -172,7 +173,7 @@ impl SentencePiece {
         out
     }
 
-    /// Joins the neighbors whose joined piece has the highest score, until none is left.
+    /// Repeatedly merges the adjacent pair whose merged piece has the highest score, until no pair forms a piece.
     fn merged<'a>(&self, text: &'a str) -> Vec<(&'a str, u32)> {
         let mut symbols: Vec<Symbol> = Vec::new();
         let mut at = 0;
@@ -188,7 +189,7 @@ impl SentencePiece {
             symbol.after = (i + 1 < count).then_some(i + 1);
         }
         let mut heap = BinaryHeap::new();
-        // How unused pieces were joined, to take them apart again.
+        // Split points of merged unused pieces, which are split again at the end.
         let mut joined: HashMap<&str, usize> = HashMap::new();
         let mut propose =
             |symbols: &[Symbol], heap: &mut BinaryHeap<Pair>, left: Option<usize>, right: Option<usize>| {
@@ -209,7 +210,7 @@ impl SentencePiece {
         }
         while let Some(Pair { left, right, len, .. }) = heap.pop() {
             let (a, b) = (symbols[left], symbols[right]);
-            // One of the two was joined with another since.
+            // Skips the pair if one of its symbols has been merged with another in the meantime.
             if a.start == a.end || b.start == b.end || b.end - a.start != len || a.after != Some(right) {
                 continue;
             }
@@ -237,7 +238,7 @@ impl SentencePiece {
         out
     }
 
-    /// The likeliest way of cutting the text (Viterbi 1967), as sentencepiece's `EncodeOptimized` finds it.
+    /// Returns the most likely segmentation of the text (Viterbi 1967), as sentencepiece's `EncodeOptimized` does.
     fn best_path<'a>(&self, text: &'a str) -> Vec<(&'a str, u32)> {
         #[derive(Clone, Copy)]
         struct End {
@@ -278,7 +279,7 @@ impl SentencePiece {
         out
     }
 
-    /// The bytes that a piece stands for: none for control symbols.
+    /// Returns the bytes that a piece decodes to; empty for control symbols.
     pub(crate) fn piece_bytes(&self, id: u32) -> Vec<u8> {
         let piece = &self.model.pieces[id as usize];
         match piece.kind {
@@ -292,7 +293,7 @@ impl SentencePiece {
         }
     }
 
-    /// Whether a piece begins with the space that the beginning of a text gets.
+    /// Returns whether the text of a piece begins with [`MARK`].
     pub(crate) fn begins_with_mark(&self, id: u32) -> bool {
         let piece = &self.model.pieces[id as usize];
         matches!(piece.kind, Kind::Normal | Kind::UserDefined | Kind::Unused) && piece.text.starts_with(MARK)

@@ -1,4 +1,5 @@
-//! Texts over a sentencepiece model: special tokens, and the space in front, as transformers' `LlamaTokenizer` (release 4) has them.
+//! Encoding of texts with a sentencepiece model: special tokens and the space in front of a text, with the rules of the
+//! slow `LlamaTokenizer` in transformers 4.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,29 +9,29 @@ use crate::sentencepiece::{Kind, MARK, Model, NormalizerSpec, Piece, SentencePie
 use crate::tokenizer_file::Siblings;
 use crate::vocabulary::Vocabulary;
 
-/// Tokens that the files beside a model name at most.
+/// Maximum number of tokens in the files beside a model.
 const MAX_ADDED: usize = 1 << 14;
 
-/// A sentencepiece vocabulary as GGUF files carry it.
+/// A sentencepiece vocabulary, as the lists of a GGUF file.
 #[derive(Clone, Debug, Default)]
 pub struct Pieces {
-    /// The pieces by id, with U+2581 for a space.
+    /// Text of each piece, by id, with U+2581 for a space.
     pub words: Vec<Vec<u8>>,
-    /// Their scores.
+    /// Score of each piece.
     pub scores: Vec<f32>,
-    /// The type of each piece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+    /// Kind of each piece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
     pub kinds: Vec<i64>,
-    /// The token that is put before a text.
+    /// Id of the token that precedes a text, if any.
     pub begin: Option<u32>,
-    /// The token that ends a text.
+    /// Id of the token that ends a text, if any.
     pub end: Option<u32>,
-    /// The unknown token, where no kind says which it is.
+    /// Id of the unknown token. Used only if no piece has kind 2.
     pub unknown: Option<u32>,
-    /// Whether a text gets a space in front.
+    /// Whether a space is put before a text.
     pub add_space_prefix: bool,
-    /// Whether runs of spaces become one.
+    /// Whether runs of spaces become one space.
     pub remove_extra_whitespaces: bool,
-    /// Replacements of characters, as sentencepiece writes them; empty for none.
+    /// Character replacements in the format of sentencepiece's `precompiled_charsmap`; empty for none.
     pub charsmap: Vec<u8>,
 }
 
@@ -39,7 +40,7 @@ impl Pieces {
         let count = self.words.len();
         if self.scores.len() != count || self.kinds.len() != count || count > 1 << 20 {
             return Err(format!(
-                "{count} pieces with {} scores and {} kinds; expected as many of each, and at most {}",
+                "{count} pieces with {} scores and {} kinds; the numbers must be equal and at most {}",
                 self.scores.len(),
                 self.kinds.len(),
                 1 << 20
@@ -48,19 +49,19 @@ impl Pieces {
         let mut pieces = Vec::with_capacity(count);
         for (id, ((word, &score), &kind)) in self.words.iter().zip(&self.scores).zip(&self.kinds).enumerate() {
             let kind = u64::try_from(kind).ok().and_then(Kind::of);
-            let kind = kind.ok_or_else(|| format!("piece {id} is of the unknown kind {}", self.kinds[id]))?;
+            let kind = kind.ok_or_else(|| format!("piece {id} has the unknown kind {}", self.kinds[id]))?;
             if score.is_nan() {
-                return Err(format!("the score of piece {id} is not a number"));
+                return Err(format!("the score of piece {id} is NaN"));
             }
             let mut text = String::from_utf8(word.clone()).map_err(|_| format!("piece {id} is not UTF-8"))?;
             if kind == Kind::UserDefined {
-                // llama.cpp's converter writes them with spaces, as texts have them.
+                // llama.cpp's converter writes user-defined pieces with plain spaces.
                 text = text.replace(' ', MARK);
             }
             pieces.push(Piece { text, score, kind });
         }
         if let Some(id) = self.begin.filter(|&id| id as usize >= count) {
-            return Err(format!("the first token of a text is {id}, and there are {count} pieces"));
+            return Err(format!("the first token of a text has id {id}; there are only {count} pieces"));
         }
         if let Some(id) = self.unknown.filter(|_| !pieces.iter().any(|piece| piece.kind == Kind::Unknown))
             && let Some(piece) = pieces.get_mut(id as usize)
@@ -88,37 +89,38 @@ impl Pieces {
     }
 }
 
-/// A model, and the tokens that texts may spell out.
+/// A sentencepiece model with the special and added tokens that are recognized in a text.
 #[derive(Debug)]
 pub(crate) struct SentencePieceText {
     inner: SentencePiece,
-    /// The files that it was read from; none for one that came from another container.
+    /// Name and content of the files of the tokenizer; empty for a tokenizer from a GGUF file.
     files: Vec<(&'static str, Vec<u8>)>,
-    /// Ids by the spelling of a token: of pieces, then of added tokens.
+    /// Ids of pieces and added tokens by their text.
     ids: HashMap<String, u32>,
-    /// Tokens that are looked for in a text, the longest first; none for plain sentencepiece.
+    /// Tokens that are recognized in any text, the longest first; empty for plain sentencepiece.
     spelled: Vec<(String, u32)>,
-    /// Control pieces, which only prompts may spell out where `spelled` is empty.
+    /// Control pieces, the longest first. If `spelled` is empty, they are recognized in prompts only.
     controls: Vec<(String, u32)>,
-    /// Tokens behind the model's own.
+    /// Added tokens, whose ids follow those of the model's pieces.
     added: Vec<String>,
-    /// Ids of tokens that decode to no text, such as control tokens.
+    /// Ids of special tokens, such as control tokens.
     special: HashSet<u32>,
-    /// The text of the unknown token, by which the later way keeps spaces at the beginning, and how many tokens it is.
+    /// Text of the unknown token and the number of ids it is encoded as. Non-legacy encoding puts it before a part to
+    /// keep leading spaces.
     unknown: (String, usize),
-    /// Whether each part of a text between special tokens gets a space in front.
+    /// Whether a space is put before each part of a text between special tokens (`legacy` in tokenizer_config.json).
     legacy: bool,
-    /// Of the later way: whether the first part does.
+    /// Whether a space is put before the text (non-legacy encoding only).
     add_prefix_space: bool,
     begin: Option<u32>,
 }
 
-/// The text of a token in a configuration: a string, or an object with a `content`.
+/// Returns the text of a token in a configuration, given as a string or as an object with `content`.
 fn content(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str()).filter(|text| !text.is_empty())
 }
 
-/// A token that a configuration names.
+/// A token from a configuration file.
 struct Named {
     id: Option<u64>,
     text: String,
@@ -131,15 +133,18 @@ impl Named {
         for key in ["lstrip", "rstrip", "single_word"] {
             if value[key] == true {
                 let text = pricket_nn::clip(text);
-                return Err(format!("the token {text:?} has {key}, which is not implemented for sentencepiece models"));
+                return Err(format!("token {text:?} sets {key}, which is not implemented for sentencepiece models"));
             }
         }
         Ok(Some(Self { id, text: text.to_owned(), special }))
     }
 }
 
-/// The tokens that the files beside a model name, as transformers reads them: with `added_tokens_decoder` tokenizer_config.json is the whole
-/// truth; else special_tokens_map.json comes before it, and added_tokens.json has more. Declared ids come first, in their order.
+/// Returns the tokens in the files beside a model, and the texts of the first, end and unknown tokens.
+///
+/// The rules are those of transformers. If tokenizer_config.json has `added_tokens_decoder`, the other two files are
+/// ignored. Otherwise special_tokens_map.json takes precedence over tokenizer_config.json, and added_tokens.json adds
+/// more tokens. Tokens with a declared id come first, in the order of their ids.
 fn named_tokens(siblings: &Siblings) -> Result<(Vec<Named>, [String; 3]), String> {
     let file = |file: &Option<Value>| file.clone().unwrap_or(Value::Null);
     let (config, mut map, mut declared) = (file(&siblings.config), file(&siblings.map), file(&siblings.added));
@@ -171,13 +176,16 @@ fn named_tokens(siblings: &Siblings) -> Result<(Vec<Named>, [String; 3]), String
         tokens.extend(Named::new(None, token, true)?);
     }
     if tokens.len() > MAX_ADDED {
-        return Err(format!("{} tokens beside the model; at most {MAX_ADDED} are read", tokens.len()));
+        return Err(format!(
+            "{} tokens in the files beside the model; at most {MAX_ADDED} are supported",
+            tokens.len()
+        ));
     }
     Ok((tokens, own))
 }
 
 impl SentencePieceText {
-    /// What sentencepiece makes of texts, and nothing else.
+    /// Creates a tokenizer that encodes text exactly as the sentencepiece library does.
     pub(crate) fn plain(model: Model, file: Option<Vec<u8>>) -> Result<Self, String> {
         let inner = SentencePiece::new(model)?;
         let (mut ids, mut controls, mut special) = (HashMap::new(), Vec::new(), HashSet::new());
@@ -204,7 +212,7 @@ impl SentencePieceText {
         })
     }
 
-    /// What `LlamaTokenizer` makes of texts with these files beside the model.
+    /// Creates a tokenizer that encodes text as `LlamaTokenizer` does with these files beside the model.
     pub(crate) fn new(model: Model, siblings: &Siblings, file: Vec<u8>) -> Result<Self, String> {
         let (tokens, [begin, _, unknown]) = named_tokens(siblings)?;
         let mut text = Self::plain(model, Some(file))?;
@@ -242,9 +250,7 @@ impl SentencePieceText {
             (Some(id), _) => id,
             (None, Some(id)) if id != u64::from(next) => {
                 let token = pricket_nn::clip(&token.text);
-                return Err(format!(
-                    "the added token {token:?} is to have the id {id}; the next that is free is {next}"
-                ));
+                return Err(format!("added token {token:?} declares the id {id}, but the next free id is {next}"));
             }
             (None, _) => {
                 self.ids.insert(token.text.clone(), next);
@@ -277,7 +283,7 @@ impl SentencePieceText {
         (id as usize) < self.own() && self.inner.begins_with_mark(id)
     }
 
-    /// The bytes of every id, and whether it is special.
+    /// Returns the bytes of every id, and whether it is special.
     pub(crate) fn table(&self) -> (Vec<Vec<u8>>, Vec<bool>) {
         let own = (0..self.own() as u32).map(|id| self.inner.piece_bytes(id));
         let bytes: Vec<Vec<u8>> = own.chain(self.added.iter().map(|token| token.clone().into_bytes())).collect();
@@ -294,7 +300,7 @@ impl SentencePieceText {
         piece.or_else(|| self.added.get((id as usize).checked_sub(self.own())?).cloned())
     }
 
-    /// The ids of a text, in which tokens that it spells out are those tokens.
+    /// Encodes a text as ids. Special and added tokens that are spelled out in the text become their ids.
     pub(crate) fn encode(&self, text: &str) -> Vec<u32> {
         if self.spelled.is_empty() {
             return self.inner.encode(text);
@@ -303,7 +309,8 @@ impl SentencePieceText {
             return parts(text, &self.spelled, &|part| self.inner.encode(part));
         }
         let text = format!("{}{}", if self.add_prefix_space { MARK } else { "" }, text.replace(MARK, " "));
-        // A space at the beginning of a part is kept by a token before it, which is taken off again.
+        // The normalizer may drop a space at the beginning of a part. The unknown token is put before it to
+        // keep the space, and its ids are removed afterwards.
         let (unknown, before) = (&self.unknown.0, self.unknown.1);
         let mut ids = parts(&text, &self.spelled, &|part| {
             if !part.starts_with([' ', '\u{2581}']) {
@@ -321,7 +328,7 @@ impl SentencePieceText {
         ids
     }
 
-    /// As [`SentencePieceText::encode`], of a prompt that was made of parts of ours: control pieces are tokens in any case.
+    /// Encodes a formatted prompt like [`SentencePieceText::encode`], but always recognizes control pieces.
     pub(crate) fn encode_prompt(&self, text: &str) -> Vec<u32> {
         if self.spelled.is_empty() {
             return parts(text, &self.controls, &|part| self.inner.encode(part));
@@ -329,7 +336,8 @@ impl SentencePieceText {
         self.encode(text)
     }
 
-    /// The files that say the same. Beside a model that came from another container stands what transformers needs to know.
+    /// Returns the files of an equivalent tokenizer. For a model from a GGUF file, they include a tokenizer_config.json
+    /// for transformers.
     pub(crate) fn to_files(&self, begin: Option<u32>) -> Vec<(&'static str, Vec<u8>)> {
         let model = &self.inner.model;
         if !self.files.is_empty() {
@@ -350,11 +358,11 @@ impl SentencePieceText {
         ]
     }
 
-    /// The lists of GGUF, padded to `count`.
+    /// Returns the lists of a GGUF file, padded to `count` tokens.
     pub(crate) fn to_vocabulary(&self, count: usize) -> Result<Vocabulary, String> {
         let model = &self.inner.model;
         if model.is_unigram {
-            return Err("GGUF files of decoders have no unigram model".into());
+            return Err("a unigram model cannot be written to a GGUF file".into());
         }
         let mut out = Vocabulary {
             words: model.pieces.iter().map(|piece| piece.text.clone()).collect(),
@@ -366,7 +374,7 @@ impl SentencePieceText {
             ..Vocabulary::default()
         };
         if !model.normalizer.escape_whitespaces || model.normalizer.whitespace_is_suffix {
-            return Err("GGUF has no key for spaces behind words, or spaces as they are".into());
+            return Err("GGUF does not support spaces after words or unescaped spaces".into());
         }
         for (id, token) in (self.own() as u32..).zip(&self.added) {
             out.words.push(token.clone());
@@ -383,7 +391,7 @@ impl SentencePieceText {
     }
 }
 
-/// The ids of the tokens that a text spells out, and of the parts between them.
+/// Splits a text at the tokens in `spelled`. Returns their ids and the ids of the encoded parts between them, in order.
 fn parts(text: &str, spelled: &[(String, u32)], encode: &dyn Fn(&str) -> Vec<u32>) -> Vec<u32> {
     let (mut out, mut start, mut at) = (Vec::new(), 0, 0);
     while at < text.len() {

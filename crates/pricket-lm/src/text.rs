@@ -1,10 +1,11 @@
+//! Streaming of generated text, with stop strings.
+
 use crate::{TextDecoder, Tokenizer};
 
-/// Turns a row's ids into text and watches for stop strings, also where they cross token borders.
+/// Decoder of the ids of one row that detects stop strings, also across token boundaries.
 ///
-/// Text that could be the beginning of a stop string is held back until it is clear.
-///
-/// The caller stops when [`TextStream::stopped`] says so; the stop string itself is never emitted.
+/// Text that may be the beginning of a stop string is held back until the following tokens decide. The stop string
+/// itself is never emitted. The caller ends the row when [`TextStream::stopped`] returns true.
 #[derive(Clone, Debug)]
 pub struct TextStream {
     decoder: TextDecoder,
@@ -14,13 +15,13 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    /// Text that continues another, until one of `stop`; empty strings are ignored.
+    /// Creates a stream for text that continues a prompt and ends at one of `stop`. Empty stop strings are ignored.
     pub fn new(tokenizer: &Tokenizer, stop: &[String]) -> Self {
         let stop = stop.iter().filter(|s| !s.is_empty()).cloned().collect();
         Self { decoder: tokenizer.decoder_of_part(), stop, held: String::new(), stopped: false }
     }
 
-    /// Text that is certain after `id`.
+    /// Adds a token and returns the text that can be emitted after it, which may be empty.
     pub fn push(&mut self, id: u32) -> String {
         if self.stopped {
             return String::new();
@@ -39,7 +40,7 @@ impl TextStream {
         std::mem::replace(&mut self.held, rest)
     }
 
-    /// What was held back, at the end of the row.
+    /// Returns the text that was held back. Call it at the end of the row.
     pub fn finish(&mut self) -> String {
         if !self.stopped {
             let text = self.decoder.finish();
@@ -48,7 +49,8 @@ impl TextStream {
         std::mem::take(&mut self.held)
     }
 
-    /// As [`TextStream::finish`], for a row that was cut off: without what may be the first part of a stop string.
+    /// Returns the text that was held back, without an ending that may be the beginning of a stop string. Call it
+    /// instead of [`TextStream::finish`] for a row that was cut off.
     pub fn finish_cut(&mut self) -> String {
         let mut text = self.finish();
         let keep = self.stop.iter().map(|s| overlap(&text, s)).max().unwrap_or(0);
@@ -56,18 +58,18 @@ impl TextStream {
         text
     }
 
-    /// Whether a stop string has been seen.
+    /// Returns whether the text has reached a stop string.
     pub fn stopped(&self) -> bool {
         self.stopped
     }
 
     fn decoder_skips(&self, id: u32) -> bool {
-        // A special token is no text, unless somebody waits for its spelling.
+        // Special tokens are not text. An exception is a special token that is itself a stop string.
         self.decoder.is_special(id) && !self.stop.iter().any(|s| s.as_bytes() == self.decoder.bytes(id))
     }
 }
 
-/// Length of the longest end of `text` that begins `stop`.
+/// Returns the length in bytes of the longest ending of `text` that is a beginning of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     let longest = stop.len().min(text.len());
     (1..=longest)

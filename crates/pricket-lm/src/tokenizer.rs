@@ -1,3 +1,6 @@
+//! Tokenizers of the Hub: tokenizer.json files (through the `tokenizers` crate) and sentencepiece models, for encoding
+//! and for decoding at once or token by token.
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,11 +14,11 @@ use crate::tokenizer_file::Siblings;
 use crate::vocabulary::{self, Vocabulary, byte_alphabet};
 use crate::{Error, Result, tokenizer_file};
 
-/// A repository's tokenizer: its tokenizer.json, or a sentencepiece tokenizer.model, with the tokens that the files beside it add.
-/// Cheap to clone.
+/// The tokenizer of a model: a tokenizer.json or a sentencepiece tokenizer.model, with the tokens that the files beside
+/// it add. Cheap to clone.
 ///
-/// Decoding is of bytes: the bytes of all tokens, put together, read as UTF-8 with U+FFFD for what is none. So
-/// decoding at once and decoding token by token give the same text, whatever the ids.
+/// Decoding concatenates the bytes of all tokens and reads them as UTF-8; invalid bytes become U+FFFD. Decoding at once
+/// and decoding token by token therefore give the same text for any ids.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     shared: Arc<Shared>,
@@ -28,7 +31,7 @@ struct Shared {
     /// Bytes of each id; empty for control tokens and for ids that the tokenizer does not have.
     bytes: Vec<Vec<u8>>,
     special: Vec<bool>,
-    /// The token that is put before a text.
+    /// Id of the token that precedes a text.
     begin: Option<u32>,
 }
 
@@ -39,14 +42,17 @@ enum Inner {
 }
 
 impl Tokenizer {
-    /// Reads a tokenizer.json, or a sentencepiece model whose name ends in `.model`. Beside files named tokenizer.json and
-    /// tokenizer.model, tokenizer_config.json, special_tokens_map.json and added_tokens.json add tokens as they do in transformers.
+    /// Reads a tokenizer.json file, or a sentencepiece model if the name ends in `.model`.
     ///
-    /// A tokenizer.model reads texts as `LlamaTokenizer` of transformers 4 does over sentencepiece itself: special tokens that are
-    /// spelled out in a text become their ids, in the `legacy` way or the later one as tokenizer_config.json says.
+    /// If the file is named tokenizer.json or tokenizer.model, the files tokenizer_config.json, special_tokens_map.json
+    /// and added_tokens.json in the same directory add tokens, as they do in transformers.
+    ///
+    /// A sentencepiece model encodes text like the slow `LlamaTokenizer` of transformers 4: special tokens that are
+    /// spelled out in a text become their ids. The `legacy` key of tokenizer_config.json selects the legacy or the
+    /// later behavior.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`], naming the file.
+    /// Returns [`Error::Tokenizer`], which names the file, if a file cannot be read or is invalid.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let content = read(path)?;
@@ -76,10 +82,11 @@ impl Tokenizer {
         Self::new(&content, &siblings, origin)
     }
 
-    /// Reads the files of a tokenizer, by their names, as [`Tokenizer::from_file`] reads the first of them beside the others.
+    /// Reads a tokenizer from files in memory, given as pairs of name and content. The first is the tokenizer.json or
+    /// tokenizer.model. The others are read like the files beside it in [`Tokenizer::from_file`].
     ///
     /// # Errors
-    /// [`Error::Tokenizer`], naming `origin`.
+    /// Returns [`Error::Tokenizer`], which names `origin`, if `files` is empty or a file is invalid.
     pub fn from_files(files: &[(&str, &[u8])], origin: impl Into<String>) -> Result<Self> {
         let origin = origin.into();
         let wrong = |what: String| Error::Tokenizer { origin: origin.clone(), what };
@@ -98,7 +105,7 @@ impl Tokenizer {
                 Self::of_model(bytes, &siblings, origin)
             }
             Some((_, bytes)) => Self::new(bytes, &siblings, origin),
-            None => Err(wrong("there is no file".into())),
+            None => Err(wrong("no tokenizer file is given".into())),
         }
     }
 
@@ -110,11 +117,13 @@ impl Tokenizer {
         }
     }
 
-    /// Reads the bytes of a sentencepiece model; `origin` names it in messages. Texts become what sentencepiece makes of them: control
-    /// symbols that are spelled out are text, and nothing is put before it.
+    /// Reads the bytes of a sentencepiece model; `origin` names it in messages.
+    ///
+    /// Text is encoded as by the sentencepiece library: control symbols that are spelled out in a text are encoded as
+    /// text, and no token is added in front.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`], naming `origin`.
+    /// Returns [`Error::Tokenizer`], which names `origin`, if the model is invalid.
     pub fn from_sentencepiece(model: &[u8], origin: impl Into<String>) -> Result<Self> {
         let origin = origin.into();
         let wrong = |what| Error::Tokenizer { origin: origin.clone(), what };
@@ -122,10 +131,11 @@ impl Tokenizer {
         Ok(Self::over(read.map_err(wrong)?, origin))
     }
 
-    /// A sentencepiece tokenizer from the lists that GGUF files carry. Text is read as by [`Tokenizer::from_sentencepiece`].
+    /// Creates a sentencepiece tokenizer from the lists in a GGUF file. Text is encoded as by
+    /// [`Tokenizer::from_sentencepiece`].
     ///
     /// # Errors
-    /// [`Error::Tokenizer`], naming `origin`.
+    /// Returns [`Error::Tokenizer`], which names `origin`, if the lists are invalid.
     pub fn from_pieces(pieces: &Pieces, origin: impl Into<String>) -> Result<Self> {
         let origin = origin.into();
         let wrong = |what| Error::Tokenizer { origin: origin.clone(), what };
@@ -146,7 +156,7 @@ impl Tokenizer {
     /// Reads the bytes of a tokenizer.json; `origin` names it in messages.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`], naming the file.
+    /// Returns [`Error::Tokenizer`], which names `origin`, if the file is invalid.
     pub fn from_bytes(json: &[u8], origin: impl Into<String>) -> Result<Self> {
         Self::new(json, &Siblings::default(), origin.into())
     }
@@ -166,11 +176,11 @@ impl Tokenizer {
         let mut bytes = vec![Vec::new(); size];
         for (token, id) in &vocab {
             let decoded: Option<Vec<u8>> = token.chars().map(|c| alphabet.get(&c).copied()).collect();
-            // Added tokens such as runs of spaces stand in the file as plain text.
+            // The file has added tokens, such as runs of spaces, as plain text.
             bytes[*id as usize] = decoded.unwrap_or_else(|| token.as_bytes().to_vec());
         }
         let mut special = vec![false; size];
-        // Once special, always special: so does the library when it decodes.
+        // A token stays special if any description marks it so. The library does the same when it decodes.
         let were_special: HashSet<&str> = own
             .iter()
             .chain(&added)
@@ -187,11 +197,14 @@ impl Tokenizer {
         Ok(Self { shared: Arc::new(Shared { inner, origin, bytes, special, begin: None }) })
     }
 
-    /// A byte-level BPE tokenizer from the lists that GGUF files carry: words, their kinds (3 is special, 4 is added, 5 is
-    /// padding; an empty list where there are none) and merges. Text is normalized as NFC, as GPT-NeoX's tokenizer does.
+    /// Creates a byte-level BPE tokenizer from the lists in a GGUF file: tokens, their kinds and merges.
+    ///
+    /// The kinds are 3 for special tokens, 4 for added tokens, 5 for padding, and any other number for normal tokens.
+    /// The list of kinds may be empty. Tokens of the form `<|...|>` are special whatever their kind. Text is normalized
+    /// to NFC, as by the tokenizer of GPT-NeoX.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`], naming `origin`.
+    /// Returns [`Error::Tokenizer`], which names `origin`, if the lists are too long or invalid.
     pub fn from_vocabulary(
         words: &[Vec<u8>],
         kinds: &[i64],
@@ -201,16 +214,17 @@ impl Tokenizer {
         let origin = origin.into();
         let bytes: usize = words.iter().chain(merges).map(Vec::len).sum();
         if words.len() > 1 << 20 || bytes > tokenizer_file::MAX_SIZE as usize {
-            let what = format!("{} words and {} merges of {bytes} bytes are too many", words.len(), merges.len());
+            let what = format!("{} tokens and {} merges of {bytes} bytes exceed the limit", words.len(), merges.len());
             return Err(Error::Tokenizer { origin, what });
         }
         Self::from_bytes(vocabulary::to_json(words, kinds, merges).to_string().as_bytes(), origin)
     }
 
-    /// The files that say the same, by their names: a tokenizer.json, or a tokenizer.model and what it needs beside it.
+    /// Returns the files of an equivalent tokenizer as pairs of name and content: a tokenizer.json, or a
+    /// tokenizer.model with the files that it needs beside it.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the library cannot write it.
+    /// Returns [`Error::Tokenizer`] if the `tokenizers` library cannot write the tokenizer.
     pub fn to_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         match &self.shared.inner {
             Inner::Library(_) => Ok(vec![("tokenizer.json", self.to_json()?.into_bytes())]),
@@ -218,40 +232,43 @@ impl Tokenizer {
         }
     }
 
-    /// The tokenizer.json that says the same.
+    /// Returns the tokenizer as a tokenizer.json.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the library cannot write it, and for a sentencepiece model.
+    /// Returns [`Error::Tokenizer`] if the tokenizer is a sentencepiece model, or if the `tokenizers` library cannot
+    /// write it.
     pub fn to_json(&self) -> Result<String> {
         let wrong = |what| Error::Tokenizer { origin: self.shared.origin.clone(), what };
         match &self.shared.inner {
             Inner::Library(inner) => inner.to_string(false).map_err(|e| wrong(e.to_string())),
             Inner::SentencePiece(_) => {
-                Err(wrong("a sentencepiece model has no tokenizer.json of the same meaning".into()))
+                Err(wrong("a sentencepiece model cannot be written as a tokenizer.json file".into()))
             }
         }
     }
 
-    /// The reverse of [`Tokenizer::from_vocabulary`] and [`Tokenizer::from_pieces`]: words, kinds (1 plain, 3 special, 4 added, 5 padding up
-    /// to `count`) with merges or scores.
+    /// Returns the tokenizer as the lists of a GGUF file: tokens, kinds (1 normal, 3 special, 4 added, 5 padding up to
+    /// `count` tokens), and merges or scores. The inverse of [`Tokenizer::from_vocabulary`] and
+    /// [`Tokenizer::from_pieces`].
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if it is no BPE.
+    /// Returns [`Error::Tokenizer`] if the tokenizer is not a BPE tokenizer.
     pub fn to_vocabulary(&self, count: usize) -> Result<Vocabulary> {
         let wrong = |what: String| Error::Tokenizer { origin: self.shared.origin.clone(), what };
         if let Inner::SentencePiece(text) = &self.shared.inner {
             return text.to_vocabulary(count).map_err(wrong);
         }
         let json = serde_json::from_str(&self.to_json()?).map_err(|e| wrong(e.to_string()))?;
-        vocabulary::from_json(&json, count).ok_or_else(|| wrong("it is no byte-pair encoding".into()))
+        vocabulary::from_json(&json, count).ok_or_else(|| wrong("not a BPE tokenizer".into()))
     }
 
-    /// Ids below this are the tokenizer's; a model's vocabulary is mostly padded beyond.
+    /// Returns the number of ids, which is the largest id plus one. The vocabulary of a model is often padded to a
+    /// larger size.
     pub fn vocab_size(&self) -> usize {
         self.shared.bytes.len()
     }
 
-    /// The id of `token`, spelled as in the file.
+    /// Returns the id of `token`, spelled as in the tokenizer file, or `None` if there is no such token.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         match &self.shared.inner {
             Inner::Library(inner) => inner.token_to_id(token),
@@ -259,10 +276,10 @@ impl Tokenizer {
         }
     }
 
-    /// Text to ids; adds no token of its own.
+    /// Encodes a text as ids. Adds no special tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the tokenizer says so.
+    /// Returns [`Error::Tokenizer`] if the `tokenizers` library cannot encode the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.shared.inner {
             Inner::Library(inner) => {
@@ -275,7 +292,8 @@ impl Tokenizer {
         }
     }
 
-    /// The spelling of a token in the file, as messages show it; `None` for an id that the tokenizer does not have.
+    /// Returns the spelling of a token in the tokenizer file, for messages, or `None` if the tokenizer does not have
+    /// the id.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         match &self.shared.inner {
             Inner::Library(inner) => inner.id_to_token(id),
@@ -283,55 +301,61 @@ impl Tokenizer {
         }
     }
 
-    /// The token that the tokenizer's configuration puts before a text; `None` for most.
+    /// Returns the id of the token that precedes a text according to the tokenizer's configuration. Most tokenizers
+    /// have none.
     pub fn begin(&self) -> Option<u32> {
         self.shared.begin
     }
 
-    /// Text to ids, after [`Tokenizer::begin`]: what a model reads that was trained on texts from their beginning.
+    /// Encodes a text as ids, with the token [`Tokenizer::begin`] in front if there is one.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
+    /// Returns the errors of [`Tokenizer::encode`].
     pub fn encode_from_start(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids: Vec<u32> = self.begin().into_iter().collect();
         ids.extend(self.encode(text)?);
         Ok(ids)
     }
 
-    /// The ids of a prompt in a model's format, after [`Tokenizer::begin`]: as [`Tokenizer::encode_from_start`], and tokens such as `</s>` are
-    /// themselves also where a GGUF file gave the tokenizer.
+    /// Encodes a formatted prompt as ids, with the token [`Tokenizer::begin`] in front if there is one.
+    ///
+    /// In contrast to [`Tokenizer::encode_from_start`], special tokens that are spelled out in the prompt, such as
+    /// `</s>`, become their ids with every sentencepiece tokenizer, including those from GGUF files.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
+    /// Returns the errors of [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let Inner::SentencePiece(inner) = &self.shared.inner else { return self.encode_from_start(text) };
         Ok(self.begin().into_iter().chain(inner.encode_prompt(text)).collect())
     }
 
-    /// Whether the beginning of a text is encoded unlike its middle, so that texts must not be encoded in parts.
+    /// Returns whether the beginning of a text is encoded differently from its middle. If so, a text must not be
+    /// encoded in parts.
     pub fn has_text_start(&self) -> bool {
         matches!(self.shared.inner, Inner::SentencePiece(_))
     }
 
-    /// Ids of a text from its beginning to text, special tokens included, but for the control tokens of sentencepiece, which have no text. Ids
-    /// that the tokenizer does not have are left out. The space that sentencepiece puts before a text is taken off: [`Tokenizer::decode_part`] keeps it.
+    /// Decodes the ids of a text, from its beginning.
+    ///
+    /// Special tokens are included. The control tokens of sentencepiece have no text, and unknown ids are skipped. The
+    /// space that sentencepiece puts before a text is removed; [`Tokenizer::decode_part`] keeps it.
     pub fn decode(&self, ids: &[u32]) -> String {
         decoded(ids, self.decoder())
     }
 
-    /// As [`Tokenizer::decode`], of ids from the middle of a text.
+    /// Decodes ids from the middle of a text, otherwise like [`Tokenizer::decode`].
     pub fn decode_part(&self, ids: &[u32]) -> String {
         decoded(ids, self.decoder_of_part())
     }
 
-    /// As [`Tokenizer::decode`], without special tokens such as `<|endoftext|>`.
+    /// Decodes ids like [`Tokenizer::decode`], without special tokens such as `<|endoftext|>`.
     pub fn decode_text(&self, ids: &[u32]) -> String {
         let ids: Vec<u32> = ids.iter().copied().filter(|&id| !self.is_special(id)).collect();
         self.decode(&ids)
     }
 
-    /// As [`Tokenizer::decode`] in transformers with `clean_up_tokenization_spaces`: no space before punctuation and
-    /// English contractions.
+    /// Decodes ids like [`Tokenizer::decode`], then removes the space before punctuation and English contractions. This
+    /// is `clean_up_tokenization_spaces` of transformers.
     pub fn decode_cleaned(&self, ids: &[u32]) -> String {
         let rules = [
             (" .", "."),
@@ -348,17 +372,17 @@ impl Tokenizer {
         rules.iter().fold(self.decode(ids), |text, (from, to)| text.replace(from, to))
     }
 
-    /// The bytes that a token stands for; mostly UTF-8, sometimes a part of a character.
+    /// Returns the bytes of a token, which may be part of a UTF-8 character. Empty for control tokens and unknown ids.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         self.shared.bytes.get(id as usize).map_or(&[], Vec::as_slice)
     }
 
-    /// Whether `id` is a token with a meaning of its own rather than text.
+    /// Returns whether `id` is a special token, such as an end token, which does not stand for text.
     pub fn is_special(&self, id: u32) -> bool {
         self.shared.special.get(id as usize).copied().unwrap_or(false)
     }
 
-    /// Decodes a text from its beginning, token by token.
+    /// Returns a decoder that decodes a text from its beginning, token by token.
     pub fn decoder(&self) -> TextDecoder {
         let at_start = match &self.shared.inner {
             Inner::Library(_) => false,
@@ -367,7 +391,7 @@ impl Tokenizer {
         TextDecoder { at_start, ..self.decoder_of_part() }
     }
 
-    /// Decodes a text from its middle, token by token.
+    /// Returns a decoder that decodes a text from its middle, token by token.
     pub fn decoder_of_part(&self) -> TextDecoder {
         TextDecoder { tokenizer: self.clone(), pending: Vec::new(), at_start: false }
     }
@@ -386,14 +410,14 @@ fn decoded(ids: &[u32], mut decoder: TextDecoder) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// A file of a tokenizer.
+/// Reads a tokenizer file.
 fn read(path: &Path) -> Result<Vec<u8>> {
     let bad = |what: String| Error::Tokenizer { origin: path.display().to_string(), what };
-    // Looked at before it is read: a pipe would never end.
+    // Checks the type before reading, because reading a pipe might never end.
     let meta = std::fs::metadata(path).map_err(|e| bad(e.to_string()))?;
     if !meta.is_file() || meta.len() > tokenizer_file::MAX_SIZE {
         return Err(bad(format!(
-            "{} bytes; a file of a tokenizer has at most {}",
+            "not a regular file or too large: {} bytes; the limit is {}",
             meta.len(),
             tokenizer_file::MAX_SIZE
         )));
@@ -405,12 +429,12 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// Turns ids into text as they come, holding back the bytes of an unfinished character.
+/// Incremental decoder of ids, which holds back the bytes of an incomplete character.
 #[derive(Clone, Debug)]
 pub struct TextDecoder {
     tokenizer: Tokenizer,
     pending: Vec<u8>,
-    /// Whether the space before the text is still to come.
+    /// Whether the space that precedes the text is still to be removed.
     at_start: bool,
 }
 
@@ -423,19 +447,19 @@ impl TextDecoder {
         self.tokenizer.token_bytes(id)
     }
 
-    /// The bytes of the next token, without the space before the text.
+    /// Returns the bytes of the next token, without the space that precedes the text.
     fn take(&mut self, id: u32) -> &[u8] {
         let bytes = self.tokenizer.token_bytes(id);
         if bytes.is_empty() || !std::mem::take(&mut self.at_start) || !self.tokenizer.begins_with_mark(id) {
             return bytes;
         }
         let rest = &bytes[1..];
-        // Where runs of spaces are one, the text begins with the first piece that is something else.
+        // If the model merges runs of spaces, the text begins with the first piece that is not a space.
         self.at_start = rest.is_empty() && self.tokenizer.merges_spaces();
         rest
     }
 
-    /// The text that `id` completes, possibly none.
+    /// Adds a token and returns the text that it completes, which may be empty.
     pub fn push(&mut self, id: u32) -> String {
         let bytes = self.take(id).to_vec();
         self.pending.extend(bytes);
@@ -462,7 +486,7 @@ impl TextDecoder {
         }
     }
 
-    /// What is left at the end: a character that was never finished is U+FFFD.
+    /// Returns the rest of the text. An incomplete character becomes U+FFFD.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }

@@ -1,8 +1,8 @@
-//! Checks a tokenizer.json before the tokenizers library sees it.
+//! Validation of a tokenizer.json before the `tokenizers` library reads it, and of the tokens that other files add.
 //!
-//! The library (0.23) trusts its input: merges of tokens that are not there, some normalizers and numbers out of range
-//! make it panic, others take gigabytes. The tokenizers of these families need little of what it can do, so everything
-//! else is refused by name, and what is let through is written out anew.
+//! The library (0.23) trusts its input. Merges of missing tokens, some normalizers and numbers out of range make it
+//! panic; other files make it allocate gigabytes. The tokenizers of the supported families use few of its features. All
+//! other features are rejected with a message, and the accepted fields are written to a new file for the library.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -10,13 +10,14 @@ use pricket_nn::clip;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// That of GPT-NeoX has 2.5 MB, and twice that if it is written with one merge a line.
+/// Maximum size of a tokenizer file in bytes. The file of GPT-NeoX has 2.5 MB, or 5 MB with one merge per line.
 pub(crate) const MAX_SIZE: u64 = 6 << 20;
 
-/// Longest text of an added token, and of all of them together.
+/// Maximum length of an added token in bytes.
 const MAX_ADDED: usize = 1 << 10;
+/// Maximum length of all added tokens together in bytes.
 const MAX_ADDED_TOTAL: usize = 256 << 10;
-/// Tokens that the files beside a tokenizer.json name, together.
+/// Maximum number of tokens that the files beside a tokenizer.json add together.
 const MAX_ADDED_COUNT: usize = 1 << 14;
 
 type Result<T> = std::result::Result<T, String>;
@@ -36,9 +37,9 @@ struct File {
     model: Model,
 }
 
-/// A token that is looked for in the text before anything else.
+/// A token that is matched in the text before the tokenizer's model is applied.
 #[derive(Clone, Debug, Deserialize)]
-#[allow(clippy::struct_excessive_bools, reason = "as the file has them")]
+#[allow(clippy::struct_excessive_bools, reason = "the file has these fields")]
 pub(crate) struct AddedToken {
     #[serde(default)]
     id: u32,
@@ -67,7 +68,7 @@ struct Model {
     ignore_merges: bool,
 }
 
-/// `["a", "b"]`, or `"a b"` in files of before 2024.
+/// A merge: `["a", "b"]`, or `"a b"` in files from before 2024.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Merge {
@@ -76,7 +77,7 @@ enum Merge {
 }
 
 impl AddedToken {
-    /// A special token, as its bare name stands for.
+    /// Creates a special token with the defaults for a token that is given by its text alone.
     fn special(content: &str) -> Self {
         let (normalized, content) = (Some(false), content.to_owned());
         Self { id: 0, content, single_word: false, lstrip: false, rstrip: false, normalized, special: true }
@@ -90,7 +91,7 @@ impl AddedToken {
         &self.content
     }
 
-    /// The same in the library's words.
+    /// Converts the token to the type of the `tokenizers` library.
     pub(crate) fn to_library(&self) -> tokenizers::AddedToken {
         tokenizers::AddedToken::from(self.content.clone(), self.special)
             .single_word(self.single_word)
@@ -100,7 +101,7 @@ impl AddedToken {
     }
 }
 
-/// The files beside a tokenizer.json that name more tokens.
+/// Parsed files beside a tokenizer.json that add tokens; `None` for a file that does not exist.
 #[derive(Debug, Default)]
 pub(crate) struct Siblings {
     /// tokenizer_config.json.
@@ -111,16 +112,16 @@ pub(crate) struct Siblings {
     pub(crate) added: Option<Value>,
 }
 
-/// Attributes that name a special token, in the order of transformers.
+/// Keys that hold one special token, in the order of transformers.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-/// Attributes that name several.
+/// Keys that hold several special tokens.
 const LISTS: [&str; 2] = ["additional_special_tokens", "extra_special_tokens"];
 
 impl Siblings {
-    /// The tokens to add after those of the tokenizer.json, which are `own`, in their order.
+    /// Returns the tokens to add, in order, after `own`, the added tokens of the tokenizer.json.
     ///
-    /// As transformers 5 (`TokenizersBackend`) adds them: the ids that files declare only say in which order. Where
-    /// tokenizer_config.json has `added_tokens_decoder` it is the whole truth, and the other two files are not read.
+    /// The rules are those of transformers 5 (`TokenizersBackend`). The ids in the files only give the order. If
+    /// tokenizer_config.json has `added_tokens_decoder`, the other two files are ignored.
     pub(crate) fn tokens(&self, own: &[AddedToken]) -> Result<Vec<AddedToken>> {
         if self.config.is_none() && self.map.is_none() && self.added.is_none() {
             return Ok(Vec::new());
@@ -128,7 +129,7 @@ impl Siblings {
         let null = Value::Null;
         let (config, map) = (self.config.as_ref().unwrap_or(&null), self.map.as_ref().unwrap_or(&null));
         let decoder = config.get("added_tokens_decoder");
-        // The map comes before the configuration.
+        // special_tokens_map.json takes precedence over tokenizer_config.json.
         let attribute =
             |key: &str| map.get(key).filter(|_| decoder.is_none()).or_else(|| config.get(key)).unwrap_or(&null);
         let mut named = Vec::new();
@@ -140,7 +141,7 @@ impl Siblings {
         let mut counted = |more: usize| {
             count += more;
             if count > MAX_ADDED_COUNT {
-                return Err(format!("its added tokens are more than {MAX_ADDED_COUNT}"));
+                return Err(format!("more than {MAX_ADDED_COUNT} added tokens"));
             }
             Ok(())
         };
@@ -161,7 +162,7 @@ impl Siblings {
             counted(decoder.as_object().map_or(0, serde_json::Map::len))?;
             for (id, value) in decoder.as_object().into_iter().flatten() {
                 let wrong = |what: &str| format!("tokenizer_config.json: added_tokens_decoder: {}: {what}", clip(id));
-                let id: u32 = id.parse().map_err(|_| wrong("not an id"))?;
+                let id: u32 = id.parse().map_err(|_| wrong("invalid id"))?;
                 let token = AddedToken::deserialize(value).map_err(|e| wrong(&e.to_string()))?;
                 by_id.insert(id, token);
             }
@@ -194,7 +195,7 @@ impl Siblings {
     }
 }
 
-/// A token that is named by its text, or described; none for `null` and what is neither.
+/// Parses a special token, given as a string or an object. Returns `None` for `null` and other types.
 fn token_of(key: &str, value: &Value) -> Result<Option<AddedToken>> {
     match value {
         Value::String(content) => Ok(Some(AddedToken::special(content))),
@@ -207,27 +208,31 @@ fn token_of(key: &str, value: &Value) -> Result<Option<AddedToken>> {
     }
 }
 
-/// Refuses added tokens that take much memory.
+/// Rejects added tokens whose text exceeds the limits.
 fn check_added<'a>(tokens: impl Iterator<Item = &'a AddedToken>) -> Result<()> {
     let lengths: Vec<usize> = tokens.map(|token| token.content.len()).collect();
     let total: usize = lengths.iter().sum();
     if total > MAX_ADDED_TOTAL || lengths.iter().any(|&length| length > MAX_ADDED) {
-        return Err(format!("its added tokens take {total} bytes of text"));
+        return Err(format!("the added tokens are too long: {total} bytes of text together"));
     }
     Ok(())
 }
 
-/// The file again, in words that the library takes without harm, and its added tokens; or what is wrong with it.
+/// Checks a tokenizer.json. Returns a rewritten file that the library can read safely, and its added tokens.
 ///
-/// `truncation` and `padding`, left over from fine-tuning, are dropped: a prompt is never cut or filled up.
+/// `truncation` and `padding`, which fine-tuning may have left in the file, are dropped: a prompt is never truncated or
+/// padded.
+///
+/// # Errors
+/// Returns a description of the problem.
 pub(crate) fn checked(json: &[u8]) -> Result<(Vec<u8>, Vec<AddedToken>)> {
     if json.len() as u64 > MAX_SIZE {
-        return Err(format!("{} bytes are no tokenizer.json", json.len()));
+        return Err(format!("{} bytes exceed the limit of 6 MiB", json.len()));
     }
     let file: File =
         serde_json::from_slice(json).map_err(|e| format!("not a tokenizer.json: {}", clip(&e.to_string())))?;
     if kind(&file.decoder) != Some("ByteLevel") {
-        return Err("its decoder is not ByteLevel, as that of every tokenizer of these families is".into());
+        return Err("unsupported decoder; expected ByteLevel, as in every supported model family".into());
     }
     allow("normalizer", &file.normalizer, "normalizers", &["NFC", "NFD", "NFKC", "NFKD"])?;
     allow("pre_tokenizer", &file.pre_tokenizer, "pretokenizers", &["ByteLevel", "Digits"])?;
@@ -237,9 +242,9 @@ pub(crate) fn checked(json: &[u8]) -> Result<(Vec<u8>, Vec<AddedToken>)> {
     let merges = merges(&model)?;
     let tokens = model.vocab.len() + file.added_tokens.len();
     let ids = model.vocab.values().copied().chain(file.added_tokens.iter().map(|token| token.id));
-    // Tables grow with ids, so ids may not run far ahead of tokens.
+    // The size of tables depends on the largest id, so it must not be much larger than the number of tokens.
     if let Some(id) = ids.max().filter(|&id| id as usize > 4 * tokens + 1024) {
-        return Err(format!("{tokens} tokens with ids up to {id}"));
+        return Err(format!("id {id} is too large for a vocabulary of {tokens} tokens"));
     }
     let text = json!({
         "version": "1.0",
@@ -262,12 +267,12 @@ pub(crate) fn checked(json: &[u8]) -> Result<(Vec<u8>, Vec<AddedToken>)> {
     Ok((text.to_string().into_bytes(), file.added_tokens))
 }
 
-/// The `type` of a section.
+/// Returns the `type` of a section.
 fn kind(section: &Value) -> Option<&str> {
     section["type"].as_str()
 }
 
-/// Refuses a section that is none of `kinds`, nor a sequence of them under the key `parts`.
+/// Rejects a section unless its type is one of `kinds`, or it is a sequence of such sections under the key `parts`.
 fn allow(name: &str, section: &Value, parts: &str, kinds: &[&str]) -> Result<()> {
     if section.is_null() {
         return Ok(());
@@ -286,23 +291,27 @@ fn allow(name: &str, section: &Value, parts: &str, kinds: &[&str]) -> Result<()>
 
 fn unknown(name: &str, section: &Value) -> String {
     let kind = kind(section).map_or_else(|| clip(&section.to_string()), clip);
-    format!("its {name} {kind:?} is none that the tokenizers of these families use")
+    format!("unsupported {name} {kind:?}; no supported model family uses it")
 }
 
-/// The merges, each of tokens that are there.
+/// Returns the merges. Checks that both parts and the result of each are in the vocabulary.
 fn merges(model: &Model) -> Result<Vec<(&str, &str)>> {
     if let Some(other) = model.kind.as_deref().filter(|kind| *kind != "BPE") {
-        return Err(format!("its model is {:?}; the tokenizers of these families are BPE", clip(other)));
+        return Err(format!("unsupported model type {:?}; expected BPE", clip(other)));
     }
     let affixes = [&model.continuing_subword_prefix, &model.end_of_word_suffix];
     if affixes.into_iter().flatten().any(|affix| !affix.is_empty()) {
-        return Err("its model marks word parts with a prefix or suffix, which byte-level BPE does not".into());
+        return Err("unsupported prefix or suffix of word parts; byte-level BPE does not use any".into());
     }
     if model.dropout.is_some_and(|dropout| dropout != 0.0) {
-        return Err("its model drops merges at random".into());
+        return Err("unsupported dropout of merges".into());
     }
     if model.merges.len() > model.vocab.len() {
-        return Err(format!("{} merges make only {} tokens", model.merges.len(), model.vocab.len()));
+        return Err(format!(
+            "{} merges are too many for a vocabulary of {} tokens",
+            model.merges.len(),
+            model.vocab.len()
+        ));
     }
     let known = |token: &str| model.vocab.contains_key(token);
     let mut joined = String::new();
@@ -311,7 +320,7 @@ fn merges(model: &Model) -> Result<Vec<(&str, &str)>> {
         let (left, right) = match merge {
             Merge::Pair(left, right) => (left.as_str(), right.as_str()),
             Merge::Text(text) => {
-                text.split_once(' ').ok_or_else(|| format!("the merge {:?} is no pair", clip(text)))?
+                text.split_once(' ').ok_or_else(|| format!("the merge {:?} is not a pair", clip(text)))?
             }
         };
         joined.clear();
@@ -319,7 +328,7 @@ fn merges(model: &Model) -> Result<Vec<(&str, &str)>> {
         joined.push_str(right);
         if !(known(left) && known(right) && known(&joined)) {
             return Err(format!(
-                "the merge of {:?} and {:?} names a token that is not in the vocabulary",
+                "merge of {:?} and {:?}: a part or the result is not in the vocabulary",
                 clip(left),
                 clip(right)
             ));

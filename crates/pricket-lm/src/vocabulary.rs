@@ -1,33 +1,35 @@
-//! A tokenizer.json made from lists of words and merges.
+//! Conversion between a tokenizer.json and the lists of tokens and merges in a GGUF file.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::{Value, json};
 
+// Kinds of tokens in GGUF files (`tokenizer.ggml.token_type`).
 const SPECIAL: i64 = 3;
 const ADDED: i64 = 4;
 const UNUSED: i64 = 5;
 
-/// A tokenizer as lists, as GGUF files carry it: byte-level BPE has merges, sentencepiece has scores.
+/// A tokenizer as the lists of a GGUF file. Byte-level BPE has merges; sentencepiece has scores.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Vocabulary {
-    /// The words by id, spelled in letters that stand for bytes; special and added ones as they are.
+    /// Text of each token, by id. Byte-level BPE spells it with one character per byte; special and added tokens are
+    /// plain text.
     pub words: Vec<String>,
-    /// Their kinds.
+    /// Kind of each token: 1 normal, 2 unknown, 3 special, 4 added, 5 unused, 6 byte. Only sentencepiece has 2 and 6.
     pub kinds: Vec<i32>,
-    /// Two words that become one, with a space between, the first to be merged first.
+    /// Merges in order of priority, each as two tokens separated by a space.
     pub merges: Vec<String>,
-    /// Scores of the words; empty for byte-level BPE.
+    /// Score of each token; empty for byte-level BPE.
     pub scores: Vec<f32>,
-    /// Of sentencepiece: whether a text gets a space in front.
+    /// Whether a space is put before a text (sentencepiece only).
     pub add_space_prefix: bool,
-    /// Of sentencepiece: whether runs of spaces become one.
+    /// Whether runs of spaces become one space (sentencepiece only).
     pub remove_extra_whitespaces: bool,
-    /// Of sentencepiece: replacements of characters.
+    /// Precompiled character replacements, `precompiled_charsmap` (sentencepiece only).
     pub charsmap: Vec<u8>,
 }
 
-/// The lists of a tokenizer.json, padded to `count` words.
+/// Returns the lists of a tokenizer.json, padded to `count` tokens, or `None` if it is not a BPE tokenizer.
 pub(crate) fn from_json(json: &Value, count: usize) -> Option<Vocabulary> {
     let vocab = json["model"]["vocab"].as_object()?;
     let added = json["added_tokens"].as_array()?;
@@ -46,7 +48,7 @@ pub(crate) fn from_json(json: &Value, count: usize) -> Option<Vocabulary> {
     }
     let merge = |merge: &Value| match merge {
         Value::String(merge) => Some(merge.clone()),
-        // Later versions write the two words apart.
+        // Later versions of the library write a merge as an array of two strings.
         Value::Array(pair) => Some(format!("{} {}", pair.first()?.as_str()?, pair.get(1)?.as_str()?)),
         _ => None,
     };
@@ -54,12 +56,13 @@ pub(crate) fn from_json(json: &Value, count: usize) -> Option<Vocabulary> {
     Some(Vocabulary { words, kinds, merges, ..Vocabulary::default() })
 }
 
-/// The file that [`crate::Tokenizer::from_vocabulary`] reads.
+/// Returns the tokenizer.json for the lists given to [`crate::Tokenizer::from_vocabulary`].
 pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> Value {
     let alphabet = byte_alphabet();
     let letters: BTreeMap<u8, char> = alphabet.iter().map(|(letter, byte)| (*byte, *letter)).collect();
     let merges: Vec<String> = merges.iter().map(|merge| String::from_utf8_lossy(merge).into_owned()).collect();
-    // A word is spelled in letters that stand for bytes. One program of 2023 wrote the bytes themselves; its merges tell.
+    // Tokens are normally spelled with one character per byte, like the merges. A converter of 2023 wrote the raw bytes
+    // instead; the results of the merges are then missing from the list.
     let known: HashSet<&[u8]> = words.iter().map(Vec::as_slice).collect();
     let made: Vec<String> = merges.iter().map(|merge| merge.replacen(' ', "", 1)).collect();
     let raw = !made.iter().all(|word| known.contains(word.as_bytes()));
@@ -81,7 +84,8 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
         }
         let plain = String::from_utf8_lossy(word).into_owned();
         let special = kind == Some(SPECIAL) || looks_special(word);
-        // Runs of spaces are added tokens whatever kind they are said to have, but for the first that merges lead to.
+        // Runs of spaces are added tokens, whatever their kind. The exception is the first id for the result of a
+        // merge.
         let merged = || raw && results.contains(&spelled(word)) && !vocab.contains_key(&spelled(word));
         let spaces = word.len() > 1 && word.iter().all(|byte| *byte == b' ') && !merged();
         if special || kind == Some(ADDED) || spaces {
@@ -93,7 +97,7 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
                 continue;
             }
         }
-        // Where a word is there twice, its first id is the one that merges lead to.
+        // If two ids have the same text, the merges give the first.
         let spelling = if special { plain } else { spelled(word) };
         vocab.entry(spelling).or_insert(id.into());
     }
@@ -110,7 +114,7 @@ pub(crate) fn to_json(words: &[Vec<u8>], kinds: &[i64], merges: &[Vec<u8>]) -> V
     })
 }
 
-/// GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode`, openai/gpt-2).
+/// Returns GPT-2's one-to-one map of characters to bytes (`bytes_to_unicode` in openai/gpt-2).
 pub(crate) fn byte_alphabet() -> HashMap<char, u8> {
     let visible = |b: &u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let hidden = (0..=255u8).filter(|b| !visible(b)).zip(256u32..);

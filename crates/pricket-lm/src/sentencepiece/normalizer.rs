@@ -1,21 +1,22 @@
-//! Normalizes a text before it is split into pieces.
+//! Normalization of a text before it is split into pieces: character replacements and spaces.
 
 use crate::sentencepiece::proto::NormalizerSpec;
 
-/// The character that stands for a space.
+/// Character that stands for a space in pieces, U+2581.
 pub(crate) const MARK: &str = "\u{2581}";
 
-/// Bytes that one replacement has at most; sentencepiece's own have 33.
+/// Maximum length of a replacement in bytes. The longest in sentencepiece's own rules has 33.
 const MAX_REPLACEMENT: usize = 256;
 
-/// A normalizer with its table of replacements, if it has one.
+/// A normalizer and its parsed table of character replacements.
 #[derive(Debug)]
 pub(crate) struct Normalizer {
     pub(crate) spec: NormalizerSpec,
     charsmap: Option<Charsmap>,
 }
 
-/// Replacements of strings: a double-array trie, as darts-clone writes it, whose values are places in a list of texts.
+/// Character replacements: a double-array trie in the format of darts-clone, whose values are offsets into a list of
+/// replacements that end with a zero byte.
 #[derive(Debug)]
 struct Charsmap {
     units: Vec<u32>,
@@ -27,7 +28,7 @@ impl Charsmap {
         let (size, rest) = blob.split_first_chunk::<4>()?;
         let (trie, texts) = rest.split_at_checked(u32::from_le_bytes(*size) as usize)?;
         let (units, odd) = trie.as_chunks::<4>();
-        // Replacements are a few characters long: a long one would make much of a little text.
+        // A long replacement would make a short text very large.
         let is_short = texts.split(|&byte| byte == 0).all(|text| text.len() <= MAX_REPLACEMENT);
         let whole = odd.is_empty() && !units.is_empty() && texts.last().is_none_or(|&last| last == 0) && is_short;
         whole.then(|| Self {
@@ -36,7 +37,7 @@ impl Charsmap {
         })
     }
 
-    /// The longest beginning of `text` that is replaced: its length, and what replaces it.
+    /// Finds the longest prefix of `text` that has a replacement. Returns its length in bytes and the replacement.
     fn longest(&self, text: &[u8]) -> Option<(usize, &[u8])> {
         let offset = |unit: u32| ((unit >> 10) << ((unit & (1 << 9)) >> 6)) as usize;
         let mut at = offset(self.units[0]);
@@ -63,13 +64,13 @@ impl Normalizer {
     pub(crate) fn new(spec: NormalizerSpec) -> Result<Self, String> {
         let charsmap = match &spec.charsmap[..] {
             [] => None,
-            blob => Some(Charsmap::parse(blob).ok_or("its normalizer's precompiled_charsmap is broken")?),
+            blob => Some(Charsmap::parse(blob).ok_or("invalid precompiled_charsmap in the normalizer")?),
         };
         Ok(Self { spec, charsmap })
     }
 
-    /// Normalizes the beginning of `text`. Returns the normalized text and the number of bytes that it replaces. `text` must not be
-    /// empty; `user` is the length of a user-defined symbol at its beginning.
+    /// Normalizes the beginning of `text`, which must not be empty. Returns the normalized text and the number of bytes
+    /// that it replaces. `user` is the length of the user-defined symbol at the beginning, if there is one.
     fn prefix<'a>(&'a self, text: &'a str, user: Option<usize>) -> (&'a str, usize) {
         if let Some(len) = user {
             return (&text[..len], len);
@@ -85,7 +86,7 @@ impl Normalizer {
         (&text[..len], len)
     }
 
-    /// The text that is cut into pieces; `user` tells the length of a user-defined symbol at the beginning of a text.
+    /// Normalizes a text. `user` returns the length of the user-defined symbol at the beginning of its argument.
     pub(crate) fn normalize(&self, text: &str, user: impl Fn(&str) -> Option<usize>) -> String {
         let spec = &self.spec;
         let mut rest = text;

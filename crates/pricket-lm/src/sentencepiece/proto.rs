@@ -1,7 +1,7 @@
-//! `tokenizer.model`: the fields of sentencepiece's ModelProto that change what a text becomes
+//! The file `tokenizer.model`: reads and writes the fields of sentencepiece's `ModelProto` that affect encoding
 //! (google/sentencepiece, sentencepiece_model.proto).
 
-/// The type of a piece.
+/// Type of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Normal,
@@ -13,7 +13,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// By its number, which GGUF files have too.
+    /// Returns the type with this number in `ModelProto`. GGUF files use the same numbers.
     pub(crate) fn of(number: u64) -> Option<Self> {
         let kinds = [Kind::Normal, Kind::Unknown, Kind::Control, Kind::UserDefined, Kind::Unused, Kind::Byte];
         kinds.into_iter().find(|kind| kind.number() == number)
@@ -31,7 +31,7 @@ impl Kind {
     }
 }
 
-/// A token.
+/// A piece: a token of the model.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Piece {
     pub(crate) text: String,
@@ -39,9 +39,9 @@ pub(crate) struct Piece {
     pub(crate) kind: Kind,
 }
 
-/// How a text is normalized before it is split into pieces.
+/// Settings of the normalization of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[allow(clippy::struct_excessive_bools, reason = "as the file has them")]
+#[allow(clippy::struct_excessive_bools, reason = "the file has these fields")]
 pub(crate) struct NormalizerSpec {
     pub(crate) charsmap: Vec<u8>,
     pub(crate) add_dummy_prefix: bool,
@@ -54,28 +54,28 @@ pub(crate) struct NormalizerSpec {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Model {
     pub(crate) pieces: Vec<Piece>,
-    /// Unigram model rather than byte-pair encoding.
+    /// Whether the model is a unigram model. If not, it is a BPE model.
     pub(crate) is_unigram: bool,
     pub(crate) byte_fallback: bool,
     pub(crate) unknown_surface: String,
-    /// The ids of the unknown, the first and the last token; -1 for none.
+    /// Id of the unknown token; -1 for none. Likewise `begin` (first token of a text) and `end` (end token).
     pub(crate) unknown: i64,
     pub(crate) begin: i64,
     pub(crate) end: i64,
     pub(crate) normalizer: NormalizerSpec,
 }
 
-/// Most pieces that a model has.
+/// Maximum number of pieces in a model.
 const MAX_PIECES: usize = 1 << 20;
 
-/// A field of a message: its number and value.
+/// Value of a protobuf field. A 64-bit fixed value, which no field here has, is read as `Number(0)`.
 enum Field<'a> {
     Number(u64),
     Fixed(u32),
     Bytes(&'a [u8]),
 }
 
-/// Reads the fields of a message, in their order.
+/// Reader of the fields of a protobuf message, in order. Holds the bytes that are left.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -98,7 +98,7 @@ impl<'a> Fields<'a> {
         Some(taken)
     }
 
-    /// The next field; `None` at the end, an error for a broken one.
+    /// Returns the number and value of the next field, `None` at the end, or an error if the field is malformed.
     fn next(&mut self) -> Result<Option<(u64, Field<'a>)>, String> {
         if self.0.is_empty() {
             return Ok(None);
@@ -120,12 +120,12 @@ impl<'a> Fields<'a> {
             };
             Some((tag >> 3, value))
         };
-        field().map(Some).ok_or_else(|| "not a sentencepiece model: a field is broken or cut off".into())
+        field().map(Some).ok_or_else(|| "not a sentencepiece model: a field is malformed or truncated".into())
     }
 }
 
 impl Model {
-    /// Reads the bytes of a tokenizer.model.
+    /// Parses the bytes of a tokenizer.model.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
         let mut model = Self {
             pieces: Vec::new(),
@@ -152,7 +152,7 @@ impl Model {
                 _ => {}
             }
             if model.pieces.len() > MAX_PIECES {
-                return Err(format!("more than {MAX_PIECES} pieces"));
+                return Err(format!("the model has more than {MAX_PIECES} pieces"));
             }
         }
         if model.pieces.is_empty() {
@@ -169,12 +169,12 @@ impl Model {
                     self.is_unigram = match kind {
                         1 => true,
                         2 => false,
-                        other => return Err(format!("a model of type {other}; unigram (1) and BPE (2) are read")),
+                        other => return Err(format!("model type {other} is neither unigram (1) nor BPE (2)")),
                     }
                 }
                 (24, Field::Number(flag)) => self.normalizer.whitespace_is_suffix = flag != 0,
                 (35, Field::Number(flag)) => self.byte_fallback = flag != 0,
-                // Negative numbers are written as 64 bits.
+                // Protobuf writes negative numbers as 64-bit two's complement.
                 (40, Field::Number(id)) => self.unknown = id as i64,
                 (41, Field::Number(id)) => self.begin = id as i64,
                 (42, Field::Number(id)) => self.end = id as i64,
@@ -185,7 +185,7 @@ impl Model {
         Ok(())
     }
 
-    /// The bytes of a tokenizer.model that says the same.
+    /// Returns the model as the bytes of a tokenizer.model.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();
         for piece in &self.pieces {
@@ -242,20 +242,20 @@ impl Piece {
                 (1, Field::Bytes(text)) => piece.text = string(text)?,
                 (2, Field::Fixed(bits)) => piece.score = f32::from_bits(bits),
                 (3, Field::Number(kind)) => {
-                    piece.kind = Kind::of(kind).ok_or_else(|| format!("a piece of the unknown type {kind}"))?;
+                    piece.kind = Kind::of(kind).ok_or_else(|| format!("a piece has the unknown type {kind}"))?;
                 }
                 _ => {}
             }
         }
         if piece.score.is_nan() {
-            return Err(format!("the score of {:?} is not a number", pricket_nn::clip(&piece.text)));
+            return Err(format!("the score of piece {:?} is NaN", pricket_nn::clip(&piece.text)));
         }
         Ok(piece)
     }
 }
 
 fn string(bytes: &[u8]) -> Result<String, String> {
-    String::from_utf8(bytes.to_vec()).map_err(|_| "a piece is not UTF-8".into())
+    String::from_utf8(bytes.to_vec()).map_err(|_| "a piece is not valid UTF-8".into())
 }
 
 fn varint(out: &mut Vec<u8>, mut value: u64) {

@@ -9,7 +9,7 @@ use pricket_weights::{Dtype, Format, Headers, Store};
 use serde_json::Value;
 
 use crate::loading::containers::{self, Container};
-use crate::loading::family::{checked_family, config_from_shapes};
+use crate::loading::family::{checked_family, config_from_shapes, remove_four_bit};
 use crate::loading::provenance::Provenance;
 use crate::loading::repository::Revision;
 use crate::loading::small_files::{at, read_json, tokenizer_in, unknown_keys};
@@ -145,7 +145,7 @@ fn local(path: &Path) -> Result<Inspection> {
     }
     let open = || {
         let file = if path.is_dir() { pricket_weights::find_weights(path)? } else { path.to_owned() };
-        let store: Arc<dyn Store> = Arc::from(pricket_weights::open(&file)?);
+        let store: Arc<dyn Store> = FourBitTensors::over(Arc::from(pricket_weights::open(&file)?))?;
         let first = store.names().first().map_or_else(|| file.clone(), |name| store.origin(name).into());
         let mut files: Vec<PathBuf> = store.names().iter().map(|name| store.origin(name).into()).collect();
         files.dedup();
@@ -161,7 +161,7 @@ fn on_hub(hub: &Hub, id: &ModelId, file: Option<&str>) -> Result<Inspection> {
     let open = || {
         let tensors = Tensors::of_revision(hub, id, &found)?;
         let provenance = tensors.provenance().clone();
-        Ok((id.to_string().into(), tensors.format()?, tensors.into_store()?, provenance))
+        Ok((id.to_string().into(), tensors.format()?, FourBitTensors::over(tensors.into_store()?)?, provenance))
     };
     look(&small.directory, found.warnings.clone(), open)
 }
@@ -175,6 +175,7 @@ fn look(
     let directory = if path.is_dir() { path.to_owned() } else { crate::loading::small_files::parent(path) };
     let config_path = directory.join("config.json");
     let mut config = config_path.is_file().then(|| read_json(&config_path)).transpose()?;
+    config.iter_mut().for_each(remove_four_bit);
     let mut opened = None;
     if config.is_none() {
         // For some files, the configuration follows from the shapes of the tensors.

@@ -219,6 +219,7 @@ impl Revision {
         }
         if config.is_file() {
             let mut json = read_json(&config)?;
+            remove_four_bit(&mut json);
             changes.apply(&mut json)?;
             checked_family(&json).map_err(|e| at(&config, e))?;
         }
