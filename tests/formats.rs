@@ -508,3 +508,62 @@ fn a_header_with_a_wrong_block_version_warns() {
         assert!(right, "{case} as {file_type}: {told:?}");
     }
 }
+
+/// A 4-bit checkpoint that was written has the bits of the model that is quantized while loading, and damaged ones are refused.
+#[test]
+fn four_bit_checkpoints_round_trip() {
+    use pricket::candle::{Device, Tensor};
+
+    let logits = |pricket: &pricket::Pricket| {
+        let model = pricket.model();
+        let ids = Tensor::new(&[[1u32, 5, 9, 200, 17, 3]], &Device::Cpu).unwrap();
+        let hidden = model.hidden(&ids, &mut pricket::Context::new()).unwrap();
+        model.head(&hidden).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    for name in ["nf4", "fp4", "nf4_f32", "fp4_f32"] {
+        for model in ["tiny", "tiny-mpt"] {
+            let directory = tempfile::tempdir().unwrap();
+            let wanted = name.parse().unwrap();
+            let options = ConvertOptions { target: Target::FourBit(wanted), ..ConvertOptions::default() };
+            let out = directory.path().join("model");
+            let written = Loader::new(model).convert(&out, &options).unwrap();
+            let quantized = Loader::new(model).four_bit(wanted).load().unwrap();
+            let read = Loader::new(&out).load().unwrap();
+            assert_eq!(logits(&read), logits(&quantized), "{model} {name}");
+            assert!(read.info().weight_bytes < pricket::load(model).unwrap().info().weight_bytes);
+            assert_eq!(written.parameters, read.info().parameters);
+            // Inspecting and converting back see the matrices under their names.
+            let seen = pricket::inspect(&out).unwrap();
+            let types: Vec<String> = seen.types().iter().map(|summary| summary.dtype.to_string()).collect();
+            assert!(types.contains(&name[..3].to_owned()), "{types:?}");
+            let back = directory.path().join("back");
+            Loader::new(&out).convert(&back, &ConvertOptions::default()).unwrap();
+            // Values converted back are rounded to the type before quantization; products use them unrounded.
+            let pairs = logits(&pricket::load(&back).unwrap()).into_iter().zip(logits(&read));
+            let worst = pairs.fold(0f32, |worst, (a, b)| worst.max((a - b).abs()));
+            assert!(worst < 0.2, "{model} {name}: {worst}");
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let options = ConvertOptions { target: Target::FourBit("nf4".parse().unwrap()), ..ConvertOptions::default() };
+    let refused = Loader::tiny().convert(directory.path().join("x.gguf"), &options).unwrap_err().to_string();
+    assert!(refused.contains("GGUF has no type nf4"), "{refused}");
+    Loader::tiny().convert(directory.path(), &options).unwrap();
+    let file = directory.path().join("model.safetensors");
+    let whole = std::fs::read(&file).unwrap();
+    for (from, to, expected) in [
+        ("\"blocksize\":64", "\"blocksize\":32", "absmax: expected"),
+        ("\"blocksize\":64", "\"blocksize\":00", "quant_state"),
+        ("\"float16\"", "\"float99\"", "the type before quantization is \"float99\""),
+        ("[128,128]", "[128,999]", "bytes"),
+        ("\"nested_blocksize\":256", "\"nested_blocksize\":000", "quant_state"),
+    ] {
+        let at =
+            whole.windows(from.len()).position(|window| window == from.as_bytes()).unwrap_or_else(|| panic!("{from}"));
+        let mut damaged = whole.clone();
+        damaged[at..at + to.len()].copy_from_slice(to.as_bytes());
+        std::fs::write(&file, damaged).unwrap();
+        let error = pricket::load(directory.path()).unwrap_err().to_string();
+        assert!(error.contains("model.safetensors") && error.contains(expected), "{from}: {error}");
+    }
+}

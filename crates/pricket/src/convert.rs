@@ -165,10 +165,16 @@ impl Loader {
         let (mut config, left_out) =
             python_config(&opened, family, largest.map_or(Dtype::F32, |outline| outline.dtype));
         if let Target::FourBit(wanted) = options.target {
+            // transformers computes in the type of the other tensors.
+            let compute = match largest.map(|outline| outline.dtype) {
+                Some(Dtype::F16) => "float16",
+                Some(Dtype::BF16) => "bfloat16",
+                _ => "float32",
+            };
             config["quantization_config"] = serde_json::json!({
                 "quant_method": "bitsandbytes", "load_in_4bit": true, "_load_in_4bit": true, "load_in_8bit": false,
                 "bnb_4bit_quant_type": wanted.kind.name(), "bnb_4bit_use_double_quant": wanted.is_double,
-                "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",
+                "bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": "uint8",
             });
         }
         if gguf {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pricket_hub::{Hub, ModelId};
 use pricket_nn::{Family, ModelInfo, NoProgress, Weights};
-use pricket_weights::{Dtype, Format, Headers, Store};
+use pricket_weights::{Dtype, Format, FourBitTensors, Headers, Store};
 use serde_json::Value;
 
 use crate::loading::containers::{self, Container};

@@ -8,7 +8,7 @@ use pricket_nn::Progress;
 use pricket_weights::parts_of;
 
 use crate::loading::changes::Changes;
-use crate::loading::family::checked_family;
+use crate::loading::family::{checked_family, remove_four_bit};
 use crate::loading::provenance::Provenance;
 use crate::loading::small_files::{TOKENIZER_FILES, TOKENIZERS, at, read_json};
 use crate::loading::source::{Place, Source};
