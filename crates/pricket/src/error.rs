@@ -11,7 +11,7 @@ pub enum Error {
     NotFound {
         /// The path that was searched.
         path: PathBuf,
-        /// What is missing.
+        /// Description of the missing item.
         what: String,
     },
     /// A configuration with a value that is invalid or not implemented.
@@ -97,7 +97,7 @@ pub enum Error {
     Tokenizer {
         /// The file.
         origin: String,
-        /// What is wrong.
+        /// Description of the fault.
         what: String,
     },
     /// A device that does not exist, or whose backend is not compiled in.
@@ -157,7 +157,7 @@ pub enum Error {
     Malformed {
         /// The file, or a description of the text.
         origin: String,
-        /// What is wrong.
+        /// Description of the fault.
         what: String,
     },
     /// An output path that already exists or cannot be written.
@@ -165,7 +165,7 @@ pub enum Error {
     Output {
         /// The file or directory.
         path: PathBuf,
-        /// What is wrong.
+        /// Description of the fault.
         what: &'static str,
     },
     /// Rows of results that do not contain what a table or curve needs.

@@ -1,3 +1,5 @@
+//! Tests of the pickle reader, with hostile streams among them.
+
 use super::*;
 
 #[test]
