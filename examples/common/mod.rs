@@ -35,7 +35,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
     /// Override the activation function of config.json: gelu or gelu_tanh (llama.cpp uses gelu_tanh for every model)
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, alias = "activation", value_name = "NAME")]
     pub(crate) activation_function: Option<String>,
     /// Order of the QKV rows in a GGUF file that does not name it: split, interleaved, or auto (the order with the
     /// lower loss on a text)
