@@ -1,4 +1,4 @@
-//! Two models over one text: their perplexities, and how far their predictions are apart.
+//! Comparison of two models over one text: perplexities and the Kullback-Leibler divergence of their predictions.
 
 use candle_core::Tensor;
 use pricket_nn::{CausalLm, Error as NnError};
@@ -8,31 +8,31 @@ use crate::head::by_blocks;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
-/// How far a model is from another one, mostly from what it was quantized from, over a text.
+/// Difference between a model and a reference over a text. The reference usually is the model before quantization.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Comparison {
-    /// Tokens that were predicted: all of the text.
+    /// Number of predicted tokens, all tokens of the text.
     pub tokens: usize,
-    /// Perplexity of the reference: `exp` of its mean loss in nats a token.
+    /// Perplexity of the reference: `exp` of its mean loss in nats per token.
     pub reference_perplexity: f64,
     /// Perplexity of the other model.
     pub perplexity: f64,
-    /// Mean Kullback-Leibler divergence of the other's predictions from the reference's, in nats a token.
+    /// Mean Kullback-Leibler divergence from the reference, in nats per token.
     pub kl_divergence: f64,
-    /// The largest Kullback-Leibler divergence at a position, in nats.
+    /// Largest Kullback-Leibler divergence at a position, in nats.
     pub worst_kl_divergence: f64,
-    /// Share of the positions where both models have the same most likely token.
+    /// Share of positions at which both models have the same most likely token.
     pub top_1_agreement: f64,
 }
 
-/// Compares two models that have one tokenizer over the tokens of a text. The text is split into windows as
-/// [`text_logprobs`](crate::text_logprobs) splits it, so that the perplexities are those of the same text elsewhere; a window is at most
-/// what both models read at once.
+/// Compares two models with the same tokenizer over the tokens of a text. The windows are those of
+/// [`text_logprobs`](crate::text_logprobs), so that perplexities agree with other results for the same text. A window
+/// is at most as long as both models read at once.
 ///
 /// # Errors
-/// [`Error::Input`] for vocabularies of different sizes or a text without tokens; [`Error::NonFinite`] if a model overflows; what the models
-/// say.
+/// Returns [`Error::Input`] for vocabularies of different sizes or a text without tokens, [`Error::NonFinite`] if a
+/// model overflows, and the errors of the models.
 pub fn compare(
     reference: &dyn CausalLm,
     other: &dyn CausalLm,
@@ -75,7 +75,7 @@ pub fn compare(
             for ((p, q), &target) in p.iter().zip(&q).zip(targets) {
                 let (norm_p, norm_q) = (log_sum(p), log_sum(q));
                 for (model, logits, norm) in [(reference, p, norm_p), (other, q, norm_q)] {
-                    // One infinite logit makes the divergence no number.
+                    // An infinite logit makes the divergence NaN.
                     if !norm.is_finite() || !logits.iter().all(|x| x.is_finite()) {
                         return Err(diagnose(model, &context));
                     }

@@ -1,11 +1,11 @@
-//! Where a pass overflowed.
+//! Location of an overflow in a pass.
 
 use candle_core::{DType, Tensor};
 use pricket_nn::{CausalLm, Context};
 
 use crate::{Error, Result};
 
-/// Runs `ids` once more, looking after every layer.
+/// Repeats the pass over `ids` and checks the stream after every layer.
 pub(crate) fn diagnose(model: &dyn CausalLm, ids: &[u32]) -> Error {
     let info = model.info();
     let overflow = |what: String, layer| Error::NonFinite {

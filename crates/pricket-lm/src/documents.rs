@@ -1,4 +1,4 @@
-//! Documents from files.
+//! Documents from files of JSON lines or parquet.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -10,11 +10,11 @@ use serde_json::Value;
 
 use crate::{Error, Result};
 
-/// A line may be a whole book, and no more.
+/// Largest line in bytes, enough for a whole book.
 const MAX_LINE: usize = 256 << 20;
 
-/// The documents of files of JSON lines or parquet, one after the other: of JSON lines a file of any size takes the memory of
-/// one line, of parquet that of some pages of each column.
+/// Iterator over the documents of one or more files of JSON lines or parquet. Files of JSON lines take the memory of
+/// one line, parquet files the memory of some pages of each column.
 pub struct Documents {
     waiting: VecDeque<PathBuf>,
     path: PathBuf,
@@ -23,27 +23,27 @@ pub struct Documents {
     ended: bool,
 }
 
-/// A file that is being read.
+/// The file that is being read.
 enum Rows {
     Lines(Lines),
     #[cfg(feature = "parquet")]
     Parquet(Box<dyn Iterator<Item = parquet::errors::Result<parquet::record::Row>> + Send>),
 }
 
-/// The first bytes of a file, which had to be looked at, and the rest of it, unpacked where it is compressed: a pipe cannot be
-/// read twice.
+/// The first bytes of a file, read to detect its format, and the rest, decompressed if necessary. A pipe cannot be read
+/// twice.
 type Lines = BufReader<Box<dyn Read + Send>>;
 
-/// A file from its beginning.
+/// Reads a file from its beginning.
 type Whole = Chain<Cursor<Vec<u8>>, File>;
 
-/// Bytes that [`read_text`] unpacks at most.
+/// Largest size of a decompressed text in bytes.
 const MAX_TEXT: u64 = 4 << 30;
 
-/// The bytes of a text file, unpacked if it is compressed.
+/// Reads the bytes of a text file and decompresses them.
 ///
 /// # Errors
-/// [`Error::Input`], naming the file; also for one that is longer than 4 GiB.
+/// Returns [`Error::Input`] with the file, also if the text is longer than 4 GiB.
 pub fn read_text(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     let path = path.as_ref();
     let wrong = |e: std::io::Error| Error::Input(format!("{}: {e}", path.display()));
@@ -59,10 +59,10 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The same as UTF-8, without the byte order mark that it may begin with.
+/// Reads a text file as UTF-8 and removes a byte order mark at its beginning.
 ///
 /// # Errors
-/// [`Error::Input`], naming the file and the first byte that is not UTF-8.
+/// Returns [`Error::Input`] with the file and the position of the first byte that is not UTF-8.
 pub fn read_utf8(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     let wrong = |e: std::string::FromUtf8Error| {
@@ -82,18 +82,18 @@ impl std::fmt::Debug for Documents {
 }
 
 impl Documents {
-    /// Opens a file of JSON lines or parquet; which of them, its first bytes say.
+    /// Opens a file of JSON lines or parquet. The first bytes decide the format.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the file.
+    /// Returns [`Error::Input`] with the file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_all([path])
     }
 
-    /// The same of several files, one after the other. The first is opened now.
+    /// Opens several files, to be read in order. The first is opened at once.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the file, or if there is none.
+    /// Returns [`Error::Input`] with the file, or if there are no files.
     pub fn open_all(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Self> {
         let mut waiting: VecDeque<PathBuf> = paths.into_iter().map(|path| path.as_ref().to_owned()).collect();
         let path = waiting.pop_front().ok_or_else(|| Error::Input("no files of documents are named".into()))?;
@@ -105,7 +105,7 @@ impl Documents {
             Rows::Lines(lines) => match line(lines, &mut self.number) {
                 Ok(None) => None,
                 Ok(Some(line)) => Some(parse_json(&line).map_err(|e| {
-                    // Drops the parser's own line number, which is always 1.
+                    // Removes the parser's own line number, which is always 1.
                     let (what, column) = (e.to_string(), e.column());
                     let what = what.split(" at line ").next().unwrap_or_default();
                     format!("not valid JSON at column {column}: {what}")
@@ -127,7 +127,7 @@ fn open(path: &Path) -> Result<Rows> {
     let mut magic = Vec::new();
     file.by_ref().take(4).read_to_end(&mut magic).map_err(|e| wrong(e.to_string()))?;
     if magic == *b"PAR1" {
-        // Its reader goes to every place by itself.
+        // The parquet reader seeks by itself.
         return parquet(file).map_err(wrong);
     }
     let compressed = magic.starts_with(&[0x1f, 0x8b]) || magic == [0x28, 0xb5, 0x2f, 0xfd];
@@ -162,7 +162,7 @@ fn parquet(file: File) -> std::result::Result<Rows, String> {
     Ok(Rows::Parquet(Box::new(reader.into_iter())))
 }
 
-/// What the library says, also where it panics: some broken files make it.
+/// Returns the result of the parquet library. Some damaged files make it panic, which becomes an error.
 #[cfg(feature = "parquet")]
 fn guarded<T>(work: impl FnOnce() -> parquet::errors::Result<T>) -> std::result::Result<T, String> {
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
@@ -170,7 +170,7 @@ fn guarded<T>(work: impl FnOnce() -> parquet::errors::Result<T>) -> std::result:
     outcome.map_err(|_| broken())?.map_err(|e| format!("not readable as parquet: {e}"))
 }
 
-/// The next line that is not empty.
+/// Reads the next line that is not empty.
 fn line(lines: &mut Lines, number: &mut usize) -> std::io::Result<Option<Vec<u8>>> {
     loop {
         let mut line = Vec::new();

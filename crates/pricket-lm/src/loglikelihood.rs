@@ -1,4 +1,4 @@
-//! Log-likelihoods of continuations, many at once.
+//! Log-likelihoods of continuations, in batches.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,28 +11,28 @@ use crate::head::logprobs;
 use crate::python::is_space;
 use crate::{Error, Result, Tokenizer};
 
-/// A continuation, and what it continues.
+/// A continuation and its context.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Continuation {
-    /// What is given; at least one token.
+    /// Tokens of the context; at least one.
     pub context: Vec<u32>,
-    /// What is scored.
+    /// Tokens to score.
     pub ids: Vec<u32>,
 }
 
 impl Continuation {
-    /// The tokens of `continuation` after `context`, by the rules of lm-evaluation-harness: spaces at the end of the context
-    /// go to the continuation; the two are encoded together, and what comes after as many tokens as the context has alone is
-    /// the continuation. An empty context is the token `prefix`.
+    /// Tokenizes `context` and `continuation` by the rules of lm-evaluation-harness. Spaces at the end of the context
+    /// move to the continuation. Both texts are encoded together; the tokens after as many as the context has alone are
+    /// the continuation. An empty context becomes the token `prefix`.
     ///
     /// # Errors
-    /// [`Error::Input`] if nothing is left for the continuation, and what the tokenizer says.
+    /// Returns [`Error::Input`] if no token is left for the continuation, and the errors of the tokenizer.
     pub fn encode(tokenizer: &Tokenizer, prefix: u32, context: &str, continuation: &str) -> Result<Self> {
         let kept = context.trim_end_matches(is_space);
         let whole = format!("{context}{continuation}");
         let (context, ids) = if kept.is_empty() {
             let all = tokenizer.encode(&whole)?;
-            // Nothing is given but the token that texts begin with, unless the text begins with it itself.
+            // The context is the prefix token alone, unless the text begins with that token itself.
             match all.split_first() {
                 Some((&first, rest)) if first == prefix => (vec![prefix], rest.to_vec()),
                 _ => (vec![prefix], all),
@@ -49,12 +49,12 @@ impl Continuation {
         Ok(Self { context, ids })
     }
 
-    /// Splits a text of any length into windows that score every token once: each reads at most `max_length`
-    /// tokens, at least 1.
+    /// Splits a text of any length into windows that score every token once. Each window reads at most `max_length`
+    /// tokens (at least 1).
     ///
-    /// The first window begins with `prefix` and scores `max_length` tokens; each of the others scores the next `stride` tokens (1 to
-    /// `max_length`), given as many of those before as there is room for. With a stride of `max_length` the windows do not overlap,
-    /// but for the token before each and for the last window, which is filled up.
+    /// The first window begins with `prefix` and scores `max_length` tokens. Each further window scores the next
+    /// `stride` tokens (1 to `max_length`) after as many earlier tokens as fit. With a stride of `max_length`, windows
+    /// overlap only by the token before each, and the last window is filled up with earlier tokens.
     pub fn windows(ids: &[u32], prefix: u32, max_length: usize, stride: usize) -> Vec<Self> {
         let max_length = max_length.max(1);
         let (mut windows, mut done) = (Vec::new(), 0);
@@ -69,33 +69,33 @@ impl Continuation {
     }
 }
 
-/// How likely a continuation is.
+/// The likelihood of a continuation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Loglikelihood {
-    /// Sum of the natural logarithms of its tokens' probabilities.
+    /// Sum of the natural logarithms of the probabilities of its tokens.
     pub sum: f64,
     /// Whether each of its tokens was the most likely one.
     pub is_greedy: bool,
-    /// Its tokens.
+    /// Number of its tokens.
     pub tokens: usize,
-    /// Tokens of the context that were cut off on the left because there was no room.
+    /// Number of context tokens that were cut off on the left because they did not fit.
     pub cut: usize,
 }
 
-/// How continuations are scored.
+/// Options of scoring.
 #[derive(Clone)]
 pub struct ScoreOptions {
-    /// Tokens that are read at once, at least 1: what does not fit is cut off on the left. By default the model's context, 2,048
-    /// where it has none.
+    /// Number of tokens read at once, at least 1; longer contexts are cut off on the left. Default: the context length
+    /// of the model, or 2,048 if it has none.
     pub max_length: Option<usize>,
-    /// Tokens that each window of a long text scores, from 1 to `max_length`; a smaller stride gives each token more context and
-    /// takes more time. By default `max_length`: windows that do not overlap.
+    /// Number of tokens that each window of a long text scores, from 1 to `max_length`. A smaller stride gives each
+    /// token more context and takes more time. Default: `max_length`, windows without overlap.
     pub stride: Option<usize>,
-    /// Whether `max_length` may be more than the length that the model was trained for; false by default.
+    /// Whether `max_length` may exceed the length that the model was trained for; false by default.
     pub beyond_trained_length: bool,
-    /// Tokens of a batch, at least 1. By default 1,024 on the CPU, 16,384 elsewhere.
+    /// Number of tokens per batch, at least 1. Default: 1,024 on the CPU, 16,384 on other devices.
     pub batch_tokens: Option<usize>,
-    /// Is told of the progress, in tokens.
+    /// Receives the progress, in tokens.
     pub progress: Arc<dyn Progress>,
 }
 
@@ -118,16 +118,16 @@ impl std::fmt::Debug for ScoreOptions {
 }
 
 impl ScoreOptions {
-    /// Tokens that `model` reads at once under these options.
+    /// Returns the number of tokens that `model` reads at once with these options.
     pub fn max_length(&self, model: &dyn CausalLm) -> usize {
         self.max_length.or(model.info().context).unwrap_or(2048)
     }
 
-    /// Checks these options for a model.
+    /// Checks the options for a model.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the option and what it can be; [`NnError::ContextExceeded`] for a `max_length` beyond the length that
-    /// the model was trained for.
+    /// Returns [`Error::Input`] with the option and its range, and [`NnError::ContextExceeded`] if `max_length` exceeds
+    /// the length that the model was trained for.
     pub fn check(&self, model: &dyn CausalLm) -> Result<()> {
         let room = self.max_length(model);
         for (name, value, most) in [
@@ -146,7 +146,7 @@ impl ScoreOptions {
         }
     }
 
-    /// The windows over which a text is scored.
+    /// Returns the windows over which a text is scored.
     pub(crate) fn windows(&self, model: &dyn CausalLm, ids: &[u32], prefix: u32) -> Result<Vec<Continuation>> {
         self.check(model)?;
         let room = self.max_length(model);
@@ -154,14 +154,14 @@ impl ScoreOptions {
     }
 }
 
-/// The log-likelihoods of `requests`, in their order.
+/// Computes the log-likelihoods of `requests`, in their order.
 ///
-/// Longest first, packed into passes of at most [`ScoreOptions::batch_tokens`]; a context that several of them share is read once; the head is applied to
-/// the positions that count, a block at a time.
+/// Requests are sorted by length and packed into passes of at most [`ScoreOptions::batch_tokens`]. A context that
+/// several requests share is read once. The head is applied only to the scored positions, in blocks.
 ///
 /// # Errors
-/// As [`ScoreOptions::check`]; [`Error::Input`] for a continuation that is empty or longer than can be read, [`Error::NonFinite`] if the
-/// model overflows, [`NnError::Cancelled`], and what the model says.
+/// Returns the errors of [`ScoreOptions::check`], [`Error::Input`] if a continuation is empty or too long,
+/// [`Error::NonFinite`] if the model overflows, [`NnError::Cancelled`], and the errors of the model.
 pub fn loglikelihoods(
     model: &dyn CausalLm,
     requests: &[Continuation],
@@ -203,14 +203,14 @@ pub fn loglikelihoods(
     outcome.map(|()| results)
 }
 
-/// A context and what continues it.
+/// A context and its continuations.
 struct Row<'a> {
     context: &'a [u32],
     choices: Vec<(usize, &'a [u32])>,
 }
 
 impl<'a> Row<'a> {
-    /// What is read of a continuation: all but its last token, which is only scored.
+    /// Returns the tokens that are read of a continuation. Its last token is only scored.
     fn read(&self, choice: usize) -> &'a [u32] {
         self.choices.get(choice).map_or(&[][..], |(_, ids)| &ids[..ids.len() - 1])
     }
@@ -223,18 +223,19 @@ impl<'a> Row<'a> {
         self.choices.iter().map(|(_, ids)| ids.len()).max().unwrap_or(1)
     }
 
-    /// Tokens that are read at once for it.
+    /// Returns the number of tokens that are read at once for it.
     fn len(&self) -> usize {
         if self.is_shared() { self.context.len() } else { self.context.len() + self.longest() - 1 }
     }
 
-    /// Tokens that are read for it.
+    /// Returns the number of tokens that are read for it.
     fn work(&self) -> usize {
         self.context.len() + self.choices.iter().map(|(_, ids)| ids.len() - 1).sum::<usize>()
     }
 }
 
-/// A continuation whose hidden states are in hand: its request, its tokens, and the hidden states that predict them, `[ids, d]`.
+/// A continuation with its hidden states: the index of its request, its tokens, and the states that predict them,
+/// `[ids, d]`.
 type Place<'a> = (usize, &'a [u32], Tensor);
 
 struct Scoring<'a> {
@@ -281,7 +282,7 @@ impl Scoring<'_> {
         Ok(self.model.hidden(&input, ctx)?.squeeze(0)?)
     }
 
-    /// Contexts with one continuation each, in one pass.
+    /// Scores contexts with one continuation each, in one pass.
     fn alone(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
         let ids = rows.iter().enumerate().map(|(i, row)| (i, [row.context, row.read(0)].concat()));
         let hidden = self.read(&ids.collect::<Vec<_>>(), &mut roomy())?;
@@ -294,8 +295,8 @@ impl Scoring<'_> {
         self.score(&places, results)
     }
 
-    /// Contexts with several continuations: the contexts once, then from their state the first continuation of each, the second,
-    /// and so on.
+    /// Scores contexts with several continuations: reads the contexts once, then from their state the first
+    /// continuation of each, the second, and so on.
     fn shared(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
         let mut ctx = roomy().with_state(State::with_type(self.model.info().cache));
         let contexts: Vec<_> = rows.iter().enumerate().map(|(i, row)| (i, row.context.to_vec())).collect();
@@ -333,7 +334,7 @@ impl Scoring<'_> {
         Ok(())
     }
 
-    /// Adds up what hidden states say of the tokens that come after them.
+    /// Adds the log-probabilities of the tokens that follow the hidden states.
     fn score(&self, places: &[Place<'_>], results: &mut [Loglikelihood]) -> Result<()> {
         let states: Vec<&Tensor> = places.iter().map(|(_, _, states)| states).collect();
         let targets: Vec<u32> = places.iter().flat_map(|(_, ids, _)| ids.iter().copied()).collect();
@@ -351,7 +352,7 @@ impl Scoring<'_> {
     }
 }
 
-/// A context without a bound on its length: [`ScoreOptions::check`] has looked at it.
+/// Returns a context without a limit of its length, which [`ScoreOptions::check`] has checked.
 pub(crate) fn roomy() -> Context {
     Context::new().beyond_trained_length()
 }

@@ -1,4 +1,4 @@
-//! Parts of Python that lm-evaluation-harness relies on: random numbers, methods of strings, literals.
+//! Parts of Python that lm-evaluation-harness depends on: random numbers, string methods, literals.
 
 mod literal;
 
@@ -6,7 +6,7 @@ use rand_mt::Mt;
 
 pub(crate) use literal::{literal_eval, repr, text};
 
-/// Python's `random.Random(seed)`: the Mersenne twister, and what the standard library makes of its words.
+/// Python's `random.Random(seed)`: the Mersenne Twister and the functions of the standard library over it.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(Mt);
 
@@ -15,7 +15,7 @@ impl Random {
         Self(Mt::new_with_key([seed]))
     }
 
-    /// `random()`: 53 bits below 1.
+    /// `random()`: 53 random bits, below 1.
     pub(crate) fn random(&mut self) -> f64 {
         let (high, low) = (self.0.next_u32() >> 5, self.0.next_u32() >> 6);
         (f64::from(high) * 67_108_864.0 + f64::from(low)) / 9_007_199_254_740_992.0
@@ -34,7 +34,7 @@ impl Random {
 
     /// `sample(range(n), k)`, for `k` up to `n`.
     pub(crate) fn sample(&mut self, n: usize, k: usize) -> Vec<usize> {
-        // As the library chooses between shuffling all and remembering those that were taken.
+        // The library chooses in the same way between a partial shuffle and a set of the selected numbers.
         let mut set_size = 21;
         if k > 5 {
             set_size += 4usize.pow((k as f64 * 3.0).log(4.0).ceil() as u32);
@@ -59,7 +59,7 @@ impl Random {
         (0..k).map(|_| draw()).collect()
     }
 
-    /// An index of `choices(range(n))`.
+    /// Returns an index, as `choices(range(n))` draws it.
     pub(crate) fn choice(&mut self, n: usize) -> usize {
         (self.random() * n as f64) as usize
     }
@@ -73,13 +73,13 @@ pub(crate) fn is_space(c: char) -> bool {
 /// `str.capitalize`.
 pub(crate) fn capitalize(text: &str) -> String {
     let Some(first) = text.chars().next() else { return String::new() };
-    // The whole in small letters, since a sigma's form hangs on what is before it.
+    // The whole text is lower-cased at once, because the form of a sigma depends on the text before it.
     let lower = text.to_lowercase();
     let rest: String = lower.chars().skip(first.to_lowercase().count()).collect();
     title(first) + &rest
 }
 
-/// A letter as the first of a word: mostly its capital, but for some that stand for two letters, or have no capital there.
+/// Returns a letter in title case. Some letters stand for two letters, and some have no title case.
 fn title(letter: char) -> String {
     let moved = |by: i32| char::from_u32((letter as i32 + by) as u32).unwrap_or(letter).to_string();
     match letter {
@@ -88,10 +88,10 @@ fn title(letter: char) -> String {
         'Ǌ' | 'ǋ' | 'ǌ' => "ǋ".into(),
         'Ǳ' | 'ǲ' | 'ǳ' => "ǲ".into(),
         'ŉ' => "ʼN".into(),
-        // Greek with an iota below.
+        // Greek letters with an iota below.
         '\u{1f80}'..='\u{1f87}' | '\u{1f90}'..='\u{1f97}' | '\u{1fa0}'..='\u{1fa7}' => moved(8),
         '\u{1fb3}' | '\u{1fc3}' | '\u{1ff3}' => moved(9),
-        // Capitals of it already; and Georgian, which has capitals for whole texts only.
+        // Letters that are capitals already, and Georgian, whose capitals are used for whole texts only.
         '\u{1f88}'..='\u{1f8f}'
         | '\u{1f98}'..='\u{1f9f}'
         | '\u{1fa8}'..='\u{1faf}'
@@ -110,7 +110,7 @@ fn title(letter: char) -> String {
 mod tests {
     use super::*;
 
-    /// From CPython 3.11.
+    /// Expected values from CPython 3.11.
     #[test]
     fn random_numbers_are_pythons() {
         let mut random = Random::new(1234);

@@ -1,3 +1,5 @@
+//! Log-probabilities of the tokens of a text.
+
 use candle_core::Tensor;
 use pricket_nn::{CausalLm, Context, ops};
 
@@ -6,25 +8,25 @@ use crate::head::logprobs;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
-/// A token of a text and how likely the model thought it.
+/// A token of a text and its log-probability.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoredToken {
     /// The token.
     pub id: u32,
-    /// Its text; a part of a character is U+FFFD. Empty where tokens are scored without a tokenizer.
+    /// The text of the token; a part of a character is U+FFFD. Empty if tokens are scored without a tokenizer.
     pub text: String,
-    /// Natural logarithm of its probability given everything before it.
+    /// Natural logarithm of the probability of the token given all tokens before it.
     pub logprob: f32,
-    /// Whether no token was more likely.
+    /// Whether no other token was more likely.
     pub is_greedy: bool,
 }
 
-/// The log-probability of each token but the first, given all before it.
+/// Computes the log-probability of each token except the first, given all tokens before it.
 ///
 /// The head is applied to a few positions at a time, so memory does not grow with length times vocabulary.
 ///
 /// # Errors
-/// [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for,
+/// Returns [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for, and
 /// [`Error::NonFinite`] if the model overflows.
 pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredToken>> {
     match ids.split_first() {
@@ -33,11 +35,12 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredTok
     }
 }
 
-/// The log-probability of every token of a text of any length: the first given `prefix`, each of the others given what comes before
-/// it in its window. [`Continuation::windows`] splits the text.
+/// Computes the log-probability of every token of a text of any length: of the first given `prefix`, of each other
+/// given the tokens before it in its window. [`Continuation::windows`] makes the windows.
 ///
 /// # Errors
-/// As [`ScoreOptions::check`]; [`Error::NonFinite`] if the model overflows, [`pricket_nn::Error::Cancelled`], and what the model says.
+/// Returns the errors of [`ScoreOptions::check`], [`Error::NonFinite`] if the model overflows,
+/// [`pricket_nn::Error::Cancelled`], and the errors of the model.
 pub fn text_logprobs(
     model: &dyn CausalLm,
     ids: &[u32],
@@ -60,7 +63,7 @@ pub fn text_logprobs(
     Ok(out)
 }
 
-/// The log-probabilities of `ids` from number `given` on, given all before them. At least one is given and one is scored.
+/// Computes the log-probabilities of `ids` from index `given` on. At least one token is given and one is scored.
 fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Context) -> Result<Vec<ScoredToken>> {
     let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
     let hidden = model.hidden(&input, &mut ctx)?.squeeze(0)?;
@@ -80,11 +83,11 @@ fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Contex
     Ok(out)
 }
 
-/// Mean cross-entropy of each token of `ids` `[b, t]` given those before it, with a gradient: a scalar. Logits are made a block of
-/// positions at a time ([`CausalLm::nll`]).
+/// Computes the mean cross-entropy of the tokens of `ids` `[b, t]`, each given those before it, as a scalar with a
+/// gradient. Logits exist for a block of positions at a time ([`CausalLm::nll`]).
 ///
 /// # Errors
-/// What the model says.
+/// Returns the errors of the model.
 pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
     let (_, t) = ids.dims2()?;
     if t < 2 {
@@ -95,10 +98,10 @@ pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
     Ok(model.nll(&hidden.flatten_to(1)?, &targets)?.mean_all()?)
 }
 
-/// Refuses logits with a NaN or an infinity in them, saying where `ids` first overflows.
+/// Checks logits for NaN and infinity and finds where the pass over `ids` first overflows.
 ///
 /// # Errors
-/// [`Error::NonFinite`].
+/// Returns [`Error::NonFinite`] if there is one.
 pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<()> {
     if ops::row_summary(logits).finite { Ok(()) } else { Err(diagnose(model, ids)) }
 }

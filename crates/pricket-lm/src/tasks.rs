@@ -1,4 +1,5 @@
-//! Tasks in the sense of lm-evaluation-harness: what is asked of a model about a document, and the figure that comes of it.
+//! Tasks as in lm-evaluation-harness: the requests that a task makes of a model for each document, and the metrics
+//! computed from the answers.
 
 mod builtin;
 mod evaluate;
@@ -19,19 +20,19 @@ pub use report::results_json;
 
 use crate::{Error, Result};
 
-/// How a task asks.
+/// The kind of requests of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskKind {
-    /// Which of several continuations is the likeliest.
+    /// Several continuations; the model chooses the most likely one.
     MultipleChoice,
-    /// How likely one continuation is, and whether it is what the model would write.
+    /// One continuation: its likelihood, and whether greedy decoding produces it.
     Loglikelihood,
-    /// How likely a whole text is.
+    /// The likelihood of a whole text.
     Perplexity,
 }
 
 impl TaskKind {
-    /// The metrics of a task that names none.
+    /// Returns the metrics of a task that names none.
     const fn defaults(self) -> &'static [Metric] {
         match self {
             TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm],
@@ -40,7 +41,7 @@ impl TaskKind {
         }
     }
 
-    /// All metrics that such a task can have.
+    /// Returns all metrics that a task of this kind can have.
     const fn metrics(self) -> &'static [Metric] {
         match self {
             TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm, Metric::AccBytes],
@@ -49,27 +50,28 @@ impl TaskKind {
     }
 }
 
-/// What is computed of a task.
+/// A metric of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Metric {
-    /// Share of documents whose likeliest choice is right; of one continuation, that it is what greedy decoding writes.
+    /// Accuracy: the share of documents whose most likely choice is correct. For one continuation, the share that
+    /// greedy decoding produces.
     Acc,
-    /// As [`Metric::Acc`], the log-likelihood divided by the characters of the choice.
+    /// Accuracy with the log-likelihood divided by the number of characters of the choice.
     AccNorm,
-    /// As [`Metric::Acc`], the log-likelihood divided by the UTF-8 bytes of the choice.
+    /// Accuracy with the log-likelihood divided by the number of UTF-8 bytes of the choice.
     AccBytes,
-    /// `exp` of the mean negative log-likelihood of the continuations.
+    /// Perplexity: `exp` of the mean negative log-likelihood of the continuations.
     Perplexity,
-    /// `exp` of the negative log-likelihood of all texts, by their words.
+    /// `exp` of the negative log-likelihood of all texts per word.
     WordPerplexity,
-    /// By their bytes.
+    /// `exp` of the negative log-likelihood of all texts per byte.
     BytePerplexity,
-    /// The logarithm of it to the base of two.
+    /// Negative log-likelihood in bits per byte.
     BitsPerByte,
 }
 
 impl Metric {
-    /// Its name in the harness.
+    /// Returns the name of the metric in the harness.
     pub const fn name(self) -> &'static str {
         match self {
             Metric::Acc => "acc",
@@ -82,12 +84,12 @@ impl Metric {
         }
     }
 
-    /// Whether more of it is better.
+    /// Returns whether a higher value is better.
     pub const fn higher_is_better(self) -> bool {
         matches!(self, Metric::Acc | Metric::AccNorm | Metric::AccBytes)
     }
 
-    /// The name that the harness gives to the way its values are put together.
+    /// Returns the harness's name for the way the values of documents are combined.
     const fn aggregation(self) -> &'static str {
         match self {
             Metric::Acc | Metric::AccNorm | Metric::AccBytes => "mean",
@@ -97,7 +99,7 @@ impl Metric {
         }
     }
 
-    /// The metric of a name, if a task of this kind can have it.
+    /// Returns the metric with this name, if a task of this kind can have it.
     fn named(name: &str, kind: TaskKind) -> Result<Self, String> {
         let found = kind.metrics().iter().copied().find(|metric| metric.name() == name);
         found.ok_or_else(|| {
@@ -107,7 +109,7 @@ impl Metric {
     }
 }
 
-/// A document as a task asks about it.
+/// The requests of a task for one document.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Asked {
     Choices(Choices),
@@ -118,18 +120,18 @@ pub(crate) enum Asked {
 /// A question with several answers.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Choices {
-    /// One for all, or one for each.
+    /// One context for all choices, or one for each.
     pub(crate) contexts: Vec<String>,
-    /// As many as there are choices, or one after each of several contexts; with the space before it.
+    /// One continuation for each choice, or one for each of several contexts. Each includes the space before it.
     pub(crate) continuations: Vec<String>,
     /// The length of each choice.
     pub(crate) lengths: Vec<Length>,
-    /// The numbers of the right ones: one, for most tasks.
+    /// Indices of the correct choices; most tasks have one.
     pub(crate) answers: Vec<usize>,
 }
 
 impl Choices {
-    /// A question of one context, with `delimiter` before each choice.
+    /// Makes a question of one context, with `delimiter` before each choice.
     fn new(contexts: Vec<String>, delimiter: &str, choices: &[String], answers: Vec<usize>) -> Self {
         let continuations = choices.iter().map(|choice| format!("{delimiter}{choice}")).collect();
         Self {
@@ -154,7 +156,7 @@ impl From<&str> for Length {
     }
 }
 
-/// The texts of a list of texts.
+/// Returns the texts of a JSON list of texts.
 fn texts(list: &Value) -> Option<Vec<String>> {
     list.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }
@@ -163,23 +165,23 @@ type Ask = Arc<dyn Fn(&Value) -> Result<Asked, String> + Send + Sync>;
 
 type Describe = Arc<dyn Fn(&Value) -> Result<String, String> + Send + Sync>;
 
-/// How examples are chosen.
+/// The way examples are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sampler {
-    /// At random for each document. With `spare`, one more is drawn, and the document that is asked about is left out.
+    /// At random for each document. With `spare`, one more is drawn, and the question itself is left out.
     Random { spare: bool },
-    /// The first ones. With `spare`, the document that is asked about is left out.
+    /// The first examples. With `spare`, the question itself is left out.
     First { spare: bool },
 }
 
-/// How a prompt is put together from a description, examples and a question.
+/// The parts from which a prompt is made: description, examples, question.
 #[derive(Clone)]
 pub(crate) struct Layout {
-    /// A text before the examples.
+    /// Text before the examples.
     pub(crate) describe: Option<Describe>,
-    /// The text between an example's question and its answer.
+    /// Text between the question of an example and its answer.
     pub(crate) target_delimiter: String,
-    /// The text after each example.
+    /// Text after each example.
     pub(crate) example_delimiter: String,
 }
 
@@ -189,27 +191,27 @@ impl Default for Layout {
     }
 }
 
-/// A task: how documents become requests, and what is computed of the answers.
+/// A task: it converts documents to requests and computes metrics from the answers.
 #[derive(Clone)]
 pub struct Task {
     name: String,
-    /// A number, for most tasks.
+    /// Version; a number for most tasks.
     version: Value,
     kind: TaskKind,
     metrics: Vec<Metric>,
-    /// The split that is asked about.
+    /// The split that is evaluated.
     split: String,
-    /// The split that examples come from, if it is another one.
+    /// The split of the examples, if it is another one.
     examples_split: Option<String>,
-    /// Examples that the definition holds.
+    /// Examples in the definition itself.
     samples: Option<Vec<Value>>,
     sampler: Sampler,
     layout: Layout,
-    /// Examples before each question, where the caller asks for none.
+    /// Number of examples before each question, if the caller gives none.
     shots: Option<usize>,
-    /// Where the definition says that its documents are: files of each split.
+    /// Files of each split, if the definition names them.
     files: Option<BTreeMap<String, Vec<PathBuf>>>,
-    /// Where the Hub has its documents: repository, configuration.
+    /// Repository of the documents on the Hub, and its configuration.
     dataset: Option<(String, Option<String>)>,
     /// Definition of the task: the text of its file, or the name and version of a built-in task.
     definition: String,
@@ -223,28 +225,28 @@ impl std::fmt::Debug for Task {
 }
 
 impl Task {
-    /// The names of the built-in tasks.
+    /// Returns the names of the built-in tasks.
     pub fn names() -> Vec<&'static str> {
         builtin::NAMES.to_vec()
     }
 
-    /// A built-in task.
+    /// Returns a built-in task.
     ///
     /// # Errors
-    /// [`Error::Input`], with the names there are.
+    /// Returns [`Error::Input`] with the known names if there is no such task.
     pub fn named(name: &str) -> Result<Self> {
         builtin::task(name).ok_or_else(|| {
             Error::Input(format!("there is no task {name:?}; use {}, or a file of your own", Self::names().join(", ")))
         })
     }
 
-    /// A task that a file describes: YAML as lm-evaluation-harness has it, or TOML; see `docs/tasks.md`.
+    /// Reads a task from a file: YAML in the format of lm-evaluation-harness, or TOML; see `docs/tasks.md`.
     ///
-    /// No Python is executed: a file that names a function (`!function utils.process_docs`) is refused, unless the function is
-    /// one of the harness's that a built-in task computes.
+    /// Python is never executed. A file that names a function (`!function utils.process_docs`) is refused, unless a
+    /// built-in task computes the same as that function of the harness.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the file and what is wrong in it.
+    /// Returns [`Error::Input`] with the file and the fault.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
@@ -256,7 +258,7 @@ impl Task {
             _ => Err("expected a name that ends in .yaml, .yml or .toml".into()),
         };
         let task = task.map_err(wrong)?;
-        // Its results and documents are files of this name.
+        // Names of result files and document files contain the task's name.
         let is_name = |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
         if !is_name(&task.name) || task.name.contains(char::is_control) {
             return Err(wrong(format!("the task's name {:?} cannot be part of a file's name", task.name)));
@@ -264,12 +266,12 @@ impl Task {
         Ok(task)
     }
 
-    /// Its name.
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Returns the version of its definition; figures of different versions are not comparable. Empty if it has none.
+    /// Returns the version of the definition, empty if it has none. Figures of different versions are not comparable.
     pub fn version(&self) -> String {
         match &self.version {
             Value::Number(number) => number.as_f64().unwrap_or_default().to_string(),
@@ -278,33 +280,33 @@ impl Task {
         }
     }
 
-    /// The text that defines it: two tasks with the same definition ask the same.
+    /// Returns the text of the definition. Tasks with the same definition make the same requests.
     pub fn definition(&self) -> &str {
         &self.definition
     }
 
-    /// How it asks.
+    /// Returns the kind of requests.
     pub fn kind(&self) -> TaskKind {
         self.kind
     }
 
-    /// What is computed of it.
+    /// Returns the metrics.
     pub fn metrics(&self) -> &[Metric] {
         &self.metrics
     }
 
-    /// Returns the split that it is asked of, such as `test` or `validation`.
+    /// Returns the split that is evaluated, such as `test` or `validation`.
     pub fn split(&self) -> &str {
         &self.split
     }
 
-    /// Returns the split that examples are taken from, if it is another one.
+    /// Returns the split of the examples, if it is another one.
     pub fn examples_split(&self) -> Option<&str> {
         self.examples_split.as_deref()
     }
 
-    /// Returns the number of examples before each question: `asked`, else the number of the definition, else 0. Where the definition
-    /// says 0, the harness ignores `asked`, and so does this.
+    /// Returns the number of examples before each question: `asked`, or the number of the definition, or 0. If the
+    /// definition says 0, `asked` is ignored, as in the harness.
     pub fn shots(&self, asked: Option<usize>) -> usize {
         match (asked, self.shots) {
             (_, Some(0)) => 0,
@@ -312,17 +314,17 @@ impl Task {
         }
     }
 
-    /// Whether the definition itself holds the examples.
+    /// Returns whether the definition itself contains the examples.
     pub fn has_samples(&self) -> bool {
         self.samples.is_some()
     }
 
-    /// Returns the files of a split, where the definition names files: `dataset_kwargs.data_files` of the harness.
+    /// Returns the files of a split, if the definition names files (`dataset_kwargs.data_files` of the harness).
     pub fn files(&self, split: &str) -> Option<&[PathBuf]> {
         self.files.as_ref()?.get(split).map(Vec::as_slice)
     }
 
-    /// The repository of the Hub that holds its documents, and the configuration of it.
+    /// Returns the Hub repository of the documents, and its configuration.
     pub fn dataset(&self) -> Option<(&str, Option<&str>)> {
         self.dataset.as_ref().map(|(repo, config)| (repo.as_str(), config.as_deref()))
     }

@@ -1,8 +1,8 @@
-//! Python literals: `str` and `repr` print them, `ast.literal_eval` reads them.
+//! Python literals: `str` and `repr` format them, `ast.literal_eval` reads them.
 
 use serde_json::{Number, Value, json};
 
-/// Lists and dictionaries nested deeper than this are refused.
+/// Deepest nesting of lists and dictionaries.
 const MAX_DEPTH: usize = 64;
 
 /// `str(value)`.
@@ -33,7 +33,7 @@ pub(crate) fn repr(value: &Value) -> String {
 /// `repr` of a float; `None` for an integer.
 fn float(number: &Number) -> Option<String> {
     let x = number.as_f64().filter(|_| number.is_f64())?;
-    // Both print the shortest digits; Python switches to exponents below 1e-4 and from 1e16 on.
+    // Both languages print the shortest digits. Python uses exponents below 1e-4 and from 1e16.
     if x == 0.0 || (1e-4..1e16).contains(&x.abs()) {
         return Some(format!("{x:?}"));
     }
@@ -63,14 +63,14 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// `str.isprintable` of a character: no control or format character, and no separator but the space.
+/// `str.isprintable` of a character: not a control or format character, and not a separator other than the space.
 fn is_printable(c: char) -> bool {
     let formats = matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
         | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e000}'..='\u{f8ff}' | '\u{e0000}'..='\u{10ffff}');
     c == ' ' || !(c.is_control() || c.is_whitespace() || formats)
 }
 
-/// `ast.literal_eval(text)`, of strings, numbers, `True`, `False`, `None`, lists and tuples; `None` for anything else.
+/// `ast.literal_eval(text)` for strings, numbers, `True`, `False`, `None`, lists and tuples; `None` for anything else.
 pub(crate) fn literal_eval(text: &str) -> Option<Value> {
     let mut parser = Parser { rest: text.trim_start_matches([' ', '\t']) };
     let value = parser.value(0)?;
@@ -116,7 +116,7 @@ impl Parser<'_> {
         }
     }
 
-    /// The items between brackets, and whether a comma stands behind the last one.
+    /// Parses the items between brackets. Returns them, and whether a comma follows the last one.
     fn items(&mut self, open: char, close: char, depth: usize) -> Option<(Vec<Value>, bool)> {
         self.rest = self.rest.strip_prefix(open)?;
         let (mut items, mut comma) = (Vec::new(), false);
@@ -183,7 +183,7 @@ impl Parser<'_> {
 mod tests {
     use super::*;
 
-    /// From CPython 3.11.
+    /// Expected values from CPython 3.11.
     #[test]
     fn values_print_as_python_prints_them() {
         for (value, expected) in [

@@ -75,7 +75,7 @@ fn texts(value: &Value, key: &str) -> Result<Vec<String>, String> {
     list.iter().map(|x| x.as_str().map(str::to_owned).ok_or_else(|| wrong(key, "a list of texts", x))).collect()
 }
 
-/// A number, or one written as a text.
+/// Reads a number that is a JSON number or a text.
 fn number(document: &Value, key: &str) -> Result<usize, String> {
     let value = &document[key];
     let number = value.as_u64().or_else(|| value.as_str().and_then(|text| text.trim().parse().ok()));
@@ -94,16 +94,16 @@ fn choices(context: String, choices: &[String], answer: usize) -> Result<Asked, 
     Ok(Asked::Choices(Choices::new(vec![context], " ", choices, vec![answer])))
 }
 
-/// The last word of a passage (Paperno et al. 2016, arXiv:1606.06031; OpenAI's form of it).
+/// LAMBADA: the last word of a passage (Paperno et al. 2016, arXiv:1606.06031), in the form of OpenAI.
 fn lambada(document: &Value) -> Result<Asked, String> {
     let text = text(document, "text")?;
     let (context, word) = text.rsplit_once(' ').unwrap_or(("", text));
     Ok(Asked::Continuation { context: context.into(), continuation: format!(" {word}") })
 }
 
-/// How a situation goes on (Zellers et al. 2019, arXiv:1905.07830).
+/// HellaSwag: the continuation of a situation (Zellers et al. 2019, arXiv:1905.07830).
 fn hellaswag(document: &Value) -> Result<Asked, String> {
-    // Brackets are left over from WikiHow.
+    // Removes bracketed headings that come from WikiHow.
     static BRACKETS: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\[.*?\]").expect("a pattern"));
     let cleaned = |text: &str| {
         let text = text.trim_matches(is_space).replace(" [title]", ". ");
@@ -114,14 +114,14 @@ fn hellaswag(document: &Value) -> Result<Asked, String> {
     choices(cleaned(&format!("{activity}: {a} {}", capitalize(b))), &endings, number(document, "label")?)
 }
 
-/// How to do everyday things (Bisk et al. 2020, arXiv:1911.11641).
+/// PIQA: methods for everyday tasks (Bisk et al. 2020, arXiv:1911.11641).
 fn piqa(document: &Value) -> Result<Asked, String> {
     let solutions = [text(document, "sol1")?.to_owned(), text(document, "sol2")?.to_owned()];
     choices(format!("Question: {}\nAnswer:", text(document, "goal")?), &solutions, number(document, "label")?)
 }
 
-/// Whom a blank stands for (Sakaguchi et al. 2020, arXiv:1907.10641), by the likelihood of what follows it (Trinh and Le 2018,
-/// arXiv:1806.02847).
+/// WinoGrande: the person or thing that a blank stands for (Sakaguchi et al. 2020, arXiv:1907.10641), by the likelihood
+/// of the text after the blank (Trinh and Le 2018, arXiv:1806.02847).
 fn winogrande(document: &Value) -> Result<Asked, String> {
     let sentence = text(document, "sentence")?;
     let (before, after) = sentence.split_once('_').ok_or_else(|| format!("there is no blank in {sentence:?}"))?;
@@ -139,7 +139,7 @@ fn winogrande(document: &Value) -> Result<Asked, String> {
     }))
 }
 
-/// Questions of school examinations in science (Clark et al. 2018, arXiv:1803.05457).
+/// ARC: science questions of school examinations (Clark et al. 2018, arXiv:1803.05457).
 fn arc(document: &Value) -> Result<Asked, String> {
     let labels = texts(&document["choices"]["label"], "choices.label")?;
     let key = text(document, "answerKey")?;
@@ -149,7 +149,7 @@ fn arc(document: &Value) -> Result<Asked, String> {
     choices(format!("Question: {}\nAnswer:", text(document, "question")?), &options, answer)
 }
 
-/// Questions about science, each with a passage (Welbl et al. 2017, arXiv:1707.06209).
+/// SciQ: science questions, each with a passage (Welbl et al. 2017, arXiv:1707.06209).
 fn sciq(document: &Value) -> Result<Asked, String> {
     let options = ["distractor1", "distractor2", "distractor3", "correct_answer"];
     let options: Vec<String> =
@@ -158,14 +158,14 @@ fn sciq(document: &Value) -> Result<Asked, String> {
     choices(format!("{support}\nQuestion: {}\nAnswer:", text(document, "question")?), &options, 3)
 }
 
-/// Whole pages of an encyclopedia (Merity et al. 2016, arXiv:1609.07843); words and bytes are those of the page as it is, the
-/// text is what the page looked like before it was cut into words.
+/// WikiText: whole pages of an encyclopedia (Merity et al. 2016, arXiv:1609.07843). Words and bytes are counted in the
+/// page as stored. The scored text is the page before its tokenization into words.
 fn wikitext(document: &Value) -> Result<Asked, String> {
     let page = text(document, "page")?;
     Ok(Asked::Text { text: detokenized(page), words: count_words(page), bytes: page.len() })
 }
 
-/// Pieces between runs of spaces, as Python's `re.split(r"\s+", text)` counts them.
+/// Returns the number of pieces of Python's `re.split(r"\s+", text)`.
 pub(super) fn count_words(text: &str) -> usize {
     let mut runs = 0;
     let mut before = false;

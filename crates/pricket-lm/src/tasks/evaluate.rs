@@ -1,4 +1,4 @@
-//! A task put to a model.
+//! Evaluation of a task.
 
 use pricket_nn::{CausalLm, Error as NnError};
 use serde_json::{Value, json};
@@ -8,34 +8,35 @@ use crate::loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelih
 use crate::python::Random;
 use crate::{Error, Result, Tokenizer};
 
-/// Documents that are asked together: enough to fill batches of one length, and few enough to keep.
+/// Number of documents that are evaluated together: enough to fill batches of equal length, and few enough to keep in
+/// memory.
 const TOGETHER: usize = 1024;
 
-/// How a task is put to a model.
+/// Options of an evaluation.
 #[derive(Clone, Debug)]
 pub struct EvalOptions {
-    /// Examples before each question; by default as many as the task's definition says, which is mostly none.
+    /// Number of examples before each question; by default that of the task's definition, 0 for most tasks.
     pub shots: Option<usize>,
     /// Random seed of the choice of examples; 1234 by default.
     pub seed: u32,
-    /// The documents that are asked about; by default all.
+    /// Limit of the documents; by default all are evaluated.
     pub limit: Option<Limit>,
-    /// Draws of the bootstrap that tells the standard error of a perplexity; 0 for none.
+    /// Number of bootstrap samples for the standard error of a perplexity; 0 for none.
     pub bootstrap: usize,
-    /// The token that texts begin with, given where nothing else is.
+    /// The token at the beginning of texts, the context where there is no other.
     pub prefix: u32,
-    /// Whether each document's requests and answers are kept.
+    /// Whether the requests and answers of each document are kept.
     pub samples: bool,
-    /// How continuations are scored.
+    /// Options of scoring.
     pub score: ScoreOptions,
 }
 
-/// How many documents of a task are asked about, from its first on.
+/// Number of documents that are evaluated, from the first.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Limit {
-    /// This many.
+    /// This many documents.
     Documents(usize),
-    /// This share of all, above 0 and below 1, rounded up.
+    /// This share of all documents, above 0 and below 1, rounded up.
     Share(f64),
 }
 
@@ -70,7 +71,7 @@ impl Limit {
         }
     }
 
-    /// The number, as the harness writes it.
+    /// Formats the number as the harness does.
     pub fn to_json(self) -> Value {
         match self {
             Limit::Documents(count) => json!(count),
@@ -80,7 +81,7 @@ impl Limit {
 }
 
 impl Default for EvalOptions {
-    /// The harness's: the task's own number of examples, seed 1234, 100,000 draws.
+    /// The defaults of the harness: the task's number of examples, seed 1234, 100,000 bootstrap samples.
     fn default() -> Self {
         Self {
             shots: None,
@@ -94,69 +95,69 @@ impl Default for EvalOptions {
     }
 }
 
-/// A figure and how sure it is.
+/// A figure with its standard error.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Figure {
-    /// Of what.
+    /// The metric.
     pub metric: Metric,
-    /// The figure.
+    /// The value.
     pub value: f64,
-    /// Its standard error, where there is one.
+    /// The standard error, if there is one.
     pub stderr: Option<f64>,
 }
 
-/// A document's requests and answers.
+/// The requests and answers of a document.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// Its number.
+    /// Index of the document.
     pub id: usize,
     /// The document.
     pub document: Value,
-    /// Number of the right choice, or the text that was scored.
+    /// Index of the correct choice, or the text that was scored.
     pub target: Value,
     /// Context and continuation of each request.
     pub requests: Vec<(String, String)>,
-    /// What the model says to each.
+    /// Likelihood of each continuation.
     pub answers: Vec<Loglikelihood>,
-    /// What it adds to each figure.
+    /// Contribution to each metric.
     pub scores: Vec<(Metric, f64)>,
 }
 
-/// What came of a task.
+/// Result of a task.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The task's name.
+    /// Name of the task.
     pub task: String,
-    /// Its version, empty if it has none.
+    /// Version of the task, empty if it has none.
     pub version: String,
-    /// Examples before each question.
+    /// Number of examples before each question.
     pub shots: usize,
-    /// Documents that were asked.
+    /// Number of documents that were evaluated.
     pub documents: usize,
     /// The figures, in the task's order.
     pub figures: Vec<Figure>,
-    /// Requests whose context was cut off on the left because there was no room.
+    /// Number of requests whose context was cut off on the left because it did not fit.
     pub cut: usize,
-    /// What was asked and answered, if it was to be kept.
+    /// Requests and answers of each document, if they were kept.
     pub samples: Vec<Sample>,
 }
 
 impl Outcome {
-    /// The figure of a metric.
+    /// Returns the figure of a metric.
     pub fn get(&self, metric: Metric) -> Option<f64> {
         self.figures.iter().find(|figure| figure.metric == metric).map(|figure| figure.value)
     }
 }
 
-/// Puts `task` to a model about `documents`, with examples from `examples`, by the rules of lm-evaluation-harness 0.4: the
-/// figures are its figures.
+/// Evaluates `task` over `documents`, with examples from `examples`. The figures are those of lm-evaluation-harness
+/// 0.4.
 ///
-/// Examples are drawn anew for each document by Python's random numbers. Documents are read a thousand at a time, so that
-/// their number costs no memory.
+/// Examples are drawn for each document with Python's random number generator. Documents are read a thousand at a time,
+/// so memory does not grow with their number.
 ///
 /// # Errors
-/// [`Error::Input`] for a document that is not of the task, or fewer examples than are to be drawn; what reading the documents
-/// says; as [`loglikelihoods`].
+/// Returns [`Error::Input`] for a document that does not fit the task or if there are too few examples, errors of
+/// reading documents, and the errors of [`loglikelihoods`].
 pub fn evaluate(
     model: &dyn CausalLm,
     tokenizer: &Tokenizer,
@@ -236,7 +237,7 @@ pub fn evaluate(
     Ok(outcome)
 }
 
-/// The documents that a limit leaves. A share is one of all, so they are all read.
+/// Returns the documents within a limit. A share needs the total number, so all documents are read.
 fn limited<'a>(
     documents: impl Iterator<Item = Result<Value>> + 'a,
     limit: Option<Limit>,
@@ -252,7 +253,7 @@ fn limited<'a>(
     })
 }
 
-/// Context and continuation of each request of a question, after its examples.
+/// Returns context and continuation of each request of a question, after its examples.
 fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
     match question {
         Asked::Text { text, .. } => vec![(String::new(), text.clone())],
@@ -271,7 +272,7 @@ fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
 
 fn target_of(question: &Asked) -> Value {
     match question {
-        // Where contexts differ the harness calls the continuation the target, and the context the choice.
+        // If contexts differ, the harness calls the continuation the target and the context the choice.
         Asked::Choices(choices) if choices.contexts.len() > 1 => {
             json!(
                 choices
@@ -289,12 +290,12 @@ fn target_of(question: &Asked) -> Value {
     }
 }
 
-/// What a document adds to each metric: a number and its weight.
+/// Returns the contribution of a document to each metric: a value and its weight.
 fn judge(question: &Asked, answers: &[Loglikelihood], metrics: &[Metric]) -> Vec<(f64, f64)> {
     let likeliest = |weight: &dyn Fn(usize) -> f64| {
         let mut best = 0;
         for (i, answer) in answers.iter().enumerate() {
-            // The first of several that are equal.
+            // Of equal values the first counts.
             if answer.sum / weight(i) > answers[best].sum / weight(best) {
                 best = i;
             }
@@ -333,14 +334,15 @@ fn figure(metric: Metric, scores: &[(f64, f64)], options: &EvalOptions) -> Figur
     Figure { metric, value, stderr: stderr.filter(|_| values.len() > 1) }
 }
 
-/// Of a sample, by `n - 1`.
+/// Returns the sample standard deviation, with `n - 1`.
 fn deviation(values: &[f64]) -> f64 {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
     (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
 }
 
-/// The deviation of the perplexities of samples drawn with replacement, a thousand from each seed, as the harness draws them.
+/// Returns the standard deviation of the perplexities of bootstrap samples, a thousand for each seed, as the harness
+/// draws them.
 fn bootstrap(values: &[f64], draws: usize) -> Option<f64> {
     if draws == 0 {
         return None;
@@ -374,12 +376,12 @@ fn bootstrap(values: &[f64], draws: usize) -> Option<f64> {
     Some(deviation(&found))
 }
 
-/// The examples that stand before questions.
+/// The examples before questions.
 struct Shots<'a> {
     count: usize,
     sampler: Sampler,
     random: Random,
-    /// Documents with their texts as examples.
+    /// Documents and their texts as examples.
     pool: Vec<(&'a Value, String)>,
 }
 
@@ -408,7 +410,7 @@ impl<'a> Shots<'a> {
         Ok(Self { count, sampler: task.sampler, random: Random::new(options.seed), pool })
     }
 
-    /// The examples before a document.
+    /// Returns the examples before a document.
     fn draw(&mut self, document: &Value) -> Result<String> {
         if self.count == 0 {
             return Ok(String::new());
@@ -424,7 +426,7 @@ impl<'a> Shots<'a> {
         Ok(chosen.iter().map(|&i| self.pool[i].1.as_str()).collect())
     }
 
-    /// Refuses fewer examples than are wanted.
+    /// Checks that there are enough examples.
     fn enough(&self, found: Vec<usize>) -> Result<Vec<usize>> {
         if found.len() >= self.count {
             return Ok(found);
@@ -433,25 +435,26 @@ impl<'a> Shots<'a> {
         Err(Error::Input(format!("expected {count} examples other than the question, found {found}")))
     }
 
-    /// One more is drawn than is used, and the document itself is left out.
+    /// One more example is drawn than is used, and the document itself is left out.
     fn draw_others(&mut self, document: &Value) -> Result<Vec<usize>> {
         let drawn = self.random.sample(self.pool.len(), self.count + 1);
         let others: Vec<usize> = drawn.into_iter().filter(|&i| self.pool[i].0 != document).take(self.count).collect();
         if others.len() == self.count {
             return Ok(others);
         }
-        // The document is there more than once: drawn again from the others.
+        // The document occurs more than once: examples are drawn again from the others.
         let rest = self.enough((0..self.pool.len()).filter(|&i| self.pool[i].0 != document).collect())?;
         Ok(self.random.sample(rest.len(), self.count).into_iter().map(|i| rest[i]).collect())
     }
 }
 
-/// A question with its answer.
+/// Returns a question with its answer.
 fn example(task: &Task, question: &Asked) -> Result<String, &'static str> {
     let Layout { target_delimiter, example_delimiter, .. } = &task.layout;
     let text = match question {
         Asked::Text { text, .. } => text.clone(),
-        // The harness puts no delimiter around an answer that is empty, and one before an answer that begins with a space.
+        // The harness omits the delimiter before an empty answer, and keeps it before an answer that begins with a
+        // space.
         Asked::Continuation { context, continuation } if continuation.is_empty() => return Ok(context.clone()),
         Asked::Continuation { context, continuation } => format!("{context}{target_delimiter}{continuation}"),
         Asked::Choices(choices) => {

@@ -1,5 +1,5 @@
-//! Task files of lm-evaluation-harness: YAML, as its 0.4.13 reads them. No Python is executed; a file that names a function is
-//! refused, unless a built-in task computes what that function computes.
+//! Task files of lm-evaluation-harness: YAML, read as version 0.4.13 reads it. Python is never executed. A file that
+//! names a function is refused, unless a built-in task computes the same.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,17 +18,17 @@ use super::yaml;
 use super::{Asked, Choices, Describe, Layout, Metric, Sampler, Task, TaskKind};
 use crate::python::literal_eval;
 
-/// Bytes of a task file or a module of functions at most. The largest of the harness has 20 kB.
+/// Largest size of a task file or a Python module in bytes. The largest of the harness has 20 kB.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Files that include one another at most.
+/// Largest number of files that include one another.
 const MAX_INCLUDES: usize = 32;
 
-/// Keys that do not change what is asked or computed.
+/// Keys that affect neither requests nor metrics.
 const WITHOUT_EFFECT: [&str; 6] =
     ["task_alias", "tag", "group", "should_decontaminate", "doc_to_decontamination_query", "generation_kwargs"];
 
-/// A key's value, and the directory of the file that it stands in.
+/// The value of a key and the directory of its file.
 type Keys = BTreeMap<String, (Yaml, PathBuf)>;
 
 /// A module of the harness whose functions a built-in task computes.
@@ -38,11 +38,11 @@ struct Module {
     sha256: &'static str,
     /// Whether other tasks have a module of this name too.
     is_common: bool,
-    /// What the harness's own file says of the text, the target and the choices. A file that says anything else asks something else.
+    /// The harness's values of the keys for text, target and choices. A file with other values makes other requests.
     asks: &'static [(&'static str, &'static str)],
 }
 
-/// Keys that say what is asked.
+/// Keys that define the requests.
 const ASKS: [&str; 5] = ["doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results"];
 
 const MODULES: [Module; 3] = [
@@ -82,7 +82,7 @@ const MODULES: [Module; 3] = [
     },
 ];
 
-/// Reads a task file, and those that it includes.
+/// Reads a task file and the files that it includes.
 pub(super) fn parse(path: &Path) -> Result<Task, String> {
     let mut seen = Vec::new();
     let mut keys = read(path, &mut seen)?;
@@ -94,7 +94,7 @@ pub(super) fn parse(path: &Path) -> Result<Task, String> {
     let definition = seen.into_iter().map(|(_, text)| text).collect();
     let mut keys = Reader(keys);
     let task = keys.task(definition, computed)?;
-    // A key that is not read may change the figures.
+    // An unknown key may change the figures.
     match keys.0.keys().find(|key| !WITHOUT_EFFECT.contains(&key.as_str())) {
         Some(key) => Err(format!("{key}: this key of lm-evaluation-harness is not supported")),
         None => Ok(task),
@@ -110,7 +110,7 @@ fn small_file(path: &Path) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// The keys of a file over those of the files that it includes.
+/// Returns the keys of a file, over those of the files that it includes.
 fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> {
     let whole = path.canonicalize().map_err(|e| e.to_string())?;
     if seen.iter().any(|(other, _)| *other == whole) || seen.len() >= MAX_INCLUDES {
@@ -118,7 +118,7 @@ fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> 
     }
     let text = small_file(path).map_err(|e| e.to_string())?;
     let parsed = yaml::parse(&text)?;
-    // As the harness does, from where the file lies, not from a link to it.
+    // Paths are relative to the real location of the file, as in the harness, not to a link to it.
     let directory = whole.parent().unwrap_or(Path::new("")).to_owned();
     seen.push((whole, text));
     let Yaml::Mapping(mapping) = parsed else { return Err("expected a YAML mapping of keys".into()) };
@@ -144,7 +144,7 @@ fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> 
     Ok(merged)
 }
 
-/// The built-in task that computes what the functions of a file compute, if it names any.
+/// Returns the built-in task that computes the functions of a file, if the file names any.
 fn computed(keys: &Keys) -> Result<Option<Task>, String> {
     let named = keys.iter().find_map(|(key, (value, directory))| Some((key, function(value)?, directory)));
     let Some((key, function, directory)) = named else { return Ok(None) };
@@ -164,7 +164,7 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
             return refused(&format!("; {path} differs from that of lm-evaluation-harness 0.4.13, which is built in"));
         }
     }
-    // The whole question is the built-in task's, or none of it.
+    // The whole question comes from the built-in task, or none of it.
     let said = |key: &str| match keys.get(key).map(|(value, _)| value) {
         Some(Yaml::Tagged(tagged)) => {
             format!("!{} {}", tagged.tag.to_string().trim_start_matches('!'), shown(&tagged.value).trim_matches('"'))
@@ -180,18 +180,18 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
     Ok(builtin::task(known.task))
 }
 
-/// The function that a value names: `!function module.name`.
+/// Returns the function that a value names: `!function module.name`.
 fn function(value: &Yaml) -> Option<&str> {
     match value {
         Yaml::Tagged(tagged) if tagged.tag == "function" => tagged.value.as_str(),
-        // In a metric, or in the settings of examples.
+        // Functions may occur in metrics and in the settings of examples too.
         Yaml::Sequence(items) => items.iter().find_map(function),
         Yaml::Mapping(entries) => entries.values().find_map(function),
         _ => None,
     }
 }
 
-/// The keys of a task file, each of which is taken once.
+/// The keys of a task file; each is taken once.
 struct Reader(Keys);
 
 impl Reader {
@@ -231,7 +231,7 @@ impl Reader {
         let Examples { first_n, split: of_config, samples } = Examples::new(config)?;
         let of_examples = self.text("fewshot_split")?;
         let of_examples = of_config.or(of_examples);
-        // Where examples come from the split that is asked about, the harness leaves out the document itself.
+        // If examples come from the evaluated split, the harness leaves out the document itself.
         let spare = of_examples == test;
         let examples_split = of_examples.or(train).or(validation).or(test);
         if self.whole("repeats")?.is_some_and(|repeats| repeats != 1) {
@@ -308,7 +308,7 @@ impl Reader {
     }
 }
 
-/// Where the examples of a task come from, as `fewshot_config` says.
+/// Returns the source of the examples, as `fewshot_config` defines it.
 #[derive(Default)]
 struct Examples {
     first_n: bool,
@@ -342,7 +342,8 @@ impl Examples {
     }
 }
 
-/// The files that `data_files` names for each split, and whether the rest of `dataset_kwargs` changes nothing.
+/// Returns the files that `data_files` names for each split, and checks that the rest of `dataset_kwargs` changes
+/// nothing.
 #[allow(clippy::type_complexity, reason = "used once")]
 fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathBuf>>>, bool), String> {
     let entries = match kwargs {
@@ -366,7 +367,7 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
                         .iter()
                         .map(|(split, value)| Ok((split.as_str().unwrap_or_default().to_owned(), paths(value)?)))
                         .collect::<Result<_, String>>()?,
-                    // Without names of splits, all is the split `train`.
+                    // Without names of splits, all files belong to the split `train`.
                     other => BTreeMap::from([("train".to_owned(), paths(other)?)]),
                 });
             }
@@ -379,7 +380,7 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
     }
 }
 
-/// A metric, which has to be computed and averaged as it is here.
+/// Checks that a metric is computed and averaged as here.
 fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     let Yaml::Mapping(entries) = entry else {
         return Err(unexpected("metric_list", "a mapping for each metric", entry));
@@ -388,7 +389,7 @@ fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     let metric = Metric::named(name, kind).map_err(|e| format!("metric_list: {e}"))?;
     for (key, value) in entries {
         let is_same = match key.as_str().unwrap_or_default() {
-            // Weights are those of groups of tasks.
+            // Weights only matter for groups of tasks.
             "metric" | "weight_by_size" => true,
             "aggregation" => value.as_str() == Some(metric.aggregation()),
             "higher_is_better" => value.as_bool() == Some(metric.higher_is_better()),
@@ -402,7 +403,7 @@ fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     Ok(metric)
 }
 
-/// Whether a text could be the name of a column.
+/// Returns whether a text could be the name of a column.
 fn is_name(text: &str) -> bool {
     let is_letter = |c: char| c.is_alphabetic() || c == '_';
     text.starts_with(is_letter) && text.chars().all(|c| is_letter(c) || c.is_numeric())
@@ -412,7 +413,7 @@ fn is_name(text: &str) -> bool {
 struct Field {
     key: &'static str,
     is: Is,
-    /// Whether the text was the name of a column of the documents before: unknown, a name, or none.
+    /// Whether the text was the name of a column in earlier documents: unknown, yes or no.
     was: AtomicU8,
 }
 
@@ -427,7 +428,7 @@ enum Is {
     List(Vec<Value>),
 }
 
-/// A value of a document.
+/// The value of a key for a document.
 enum Found {
     Text(String),
     Number(i64),
@@ -453,7 +454,7 @@ impl Field {
         matches!(&self.is, Is::Text(source) if source.is_empty())
     }
 
-    /// Whether it was something else for a document before.
+    /// Returns whether the text was of the other kind for an earlier document.
     fn changed(&self, now: u8) -> bool {
         let before = self.was.swap(now, Ordering::Relaxed);
         before != 0 && before != now
@@ -464,12 +465,12 @@ impl Field {
             Is::Number(n) => Ok(Found::Number(*n)),
             Is::List(items) => Ok(Found::List(items.clone())),
             Is::Text(source) => match document.get(source) {
-                // The harness decides by the columns of the whole dataset whether a text is the name of one.
+                // The harness decides by the columns of the whole dataset whether a text is the name of a column.
                 None if is_name(source) => {
                     let key = self.key;
                     Err(format!("{key}: no column {source:?}; for a literal text write {{{{ \"{source}\" }}}}"))
                 }
-                // A text of one document is a text of all.
+                // A literal text is the same for all documents.
                 found if !source.contains('{') && self.changed(if found.is_some() { COLUMN } else { LITERAL }) => {
                     Err(format!("{}: some documents have a column {source:?}, and others do not", self.key))
                 }
@@ -484,7 +485,7 @@ impl Field {
         }
     }
 
-    /// Whether it is a template for this document, not the name of a column.
+    /// Returns whether the text is a template for this document rather than the name of a column.
     fn is_template(&self, document: &Value) -> bool {
         matches!(&self.is, Is::Text(source) if document.get(source).is_none())
     }
@@ -552,7 +553,7 @@ impl Asker {
         Ok(Asked::Choices(Choices::new(vec![self.context(document)?], &self.delimiter, &choices, answers)))
     }
 
-    /// A rendered text that is a number counts as one where there are choices, a rendered list as a list.
+    /// Converts a rendered text: to a number if there are choices, to a list if it is a rendered list.
     fn found(&self, field: &Field, document: &Value) -> Result<Found, String> {
         let found = field.of(&self.templates, document)?;
         let Found::Text(text) = &found else { return Ok(found) };
@@ -584,12 +585,12 @@ fn unexpected(key: &str, expected: &str, found: &Yaml) -> String {
     format!("{key}: expected {expected}, found {}", shown(found))
 }
 
-/// A value for a message.
+/// Formats a value for a message.
 fn shown(value: &Yaml) -> String {
     json_of(value).to_string().chars().take(80).collect()
 }
 
-/// The texts of a list of texts.
+/// Returns the texts of a YAML list of texts.
 fn strings(value: &Yaml) -> Option<Vec<String>> {
     value.as_sequence()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }

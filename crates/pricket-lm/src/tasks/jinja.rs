@@ -1,5 +1,5 @@
-//! Templates as lm-evaluation-harness renders them: Jinja with the methods of Python's strings and lists, and with values printed
-//! as Python prints them.
+//! Templates as lm-evaluation-harness renders them: Jinja with the methods of Python's strings and lists, and with
+//! values formatted as in Python.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
@@ -10,25 +10,26 @@ use serde_json::Value;
 
 use crate::python::{self, capitalize, is_space};
 
-/// Steps of a template at most, so that a loop in a task file ends, and so that it cannot build values too deep for the stack.
+/// Largest number of steps of a template. It ends loops in a task file and prevents values too deep for the stack.
 const FUEL: u64 = 100_000;
 
-/// Lists and dictionaries nested deeper than this are refused.
+/// Deepest nesting of lists and dictionaries.
 const MAX_DEPTH: usize = 64;
 
-/// Bytes of a template at most, and of the stack for its compiler. The parser refuses deep brackets, but a chain such as
-/// `a ~ b ~ c`, `not not a` or of `elif`s is a tree as deep as it is long, and the compiler descends it on the stack.
+/// Largest size of a template in bytes, and of the stack of its compiler. The parser refuses deep brackets, but a chain
+/// such as `a ~ b ~ c`, `not not a` or of `elif`s is a tree as deep as it is long, which the compiler visits
+/// recursively.
 const MAX_TEMPLATE: usize = 16 << 10;
 const STACK: usize = 64 << 20;
 
-/// The templates of a task, by their names.
+/// The templates of a task, by name.
 #[derive(Debug)]
 pub(super) struct Templates(Environment<'static>);
 
 impl Templates {
     pub(super) fn new() -> Result<Self, String> {
         let mut templates = Environment::new();
-        // A key that a document lacks is a mistake, not an empty text.
+        // A key that a document lacks is an error, not an empty text.
         templates.set_undefined_behavior(UndefinedBehavior::Strict);
         templates.set_syntax(SyntaxConfig::builder().keep_trailing_newline(true).build().map_err(|e| e.to_string())?);
         templates.set_unknown_method_callback(method);
@@ -53,7 +54,7 @@ impl Templates {
         compile(key, source.len(), || self.0.add_template_owned(key, source))
     }
 
-    /// The text of a template for a document.
+    /// Renders a template for a document.
     pub(super) fn render(&self, key: &str, document: &Value) -> Result<String, String> {
         let template = self.0.get_template(key).map_err(|e| format!("{key}: {e:#}"))?;
         template.render(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))
@@ -64,7 +65,7 @@ impl Templates {
         compile(key, source.len(), || self.0.compile_expression(source)).map(drop)
     }
 
-    /// The value of an expression for a document.
+    /// Evaluates an expression for a document.
     pub(super) fn evaluate(&self, key: &str, source: &str, document: &Value) -> Result<Value, String> {
         let expression = compile(key, source.len(), || self.0.compile_expression(source))?;
         let value = expression.eval(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))?;
@@ -72,7 +73,7 @@ impl Templates {
     }
 }
 
-/// Compiles a source of `len` bytes on a stack that is large enough for every source of the length that is possible.
+/// Compiles a template of `len` bytes on a stack that is large enough for the largest allowed template.
 fn compile<T: Send>(key: &str, len: usize, f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, String> {
     if len > MAX_TEMPLATE {
         return Err(format!("{key}: a template of {len} bytes; {MAX_TEMPLATE} are possible"));
@@ -84,7 +85,7 @@ fn compile<T: Send>(key: &str, len: usize, f: impl FnOnce() -> Result<T, Error> 
     })
 }
 
-/// A method of a Python string or list.
+/// Calls a method of a Python string or list.
 fn method(
     state: &mut State<'_, '_>,
     value: &minijinja::Value,
@@ -92,7 +93,7 @@ fn method(
     args: &[minijinja::Value],
 ) -> Result<minijinja::Value, Error> {
     match (value.as_str(), method, args) {
-        // `str.isspace` and `str.capitalize` differ from Rust's rules for a few characters.
+        // `str.isspace` and `str.capitalize` differ from Rust's functions for a few characters.
         (Some(text), "strip", []) => Ok(text.trim_matches(is_space).into()),
         (Some(text), "lstrip", []) => Ok(text.trim_start_matches(is_space).into()),
         (Some(text), "rstrip", []) => Ok(text.trim_end_matches(is_space).into()),
@@ -113,7 +114,7 @@ fn method(
     }
 }
 
-/// Whether a value is nested deeper than `depth`.
+/// Returns whether a value is nested deeper than `depth`.
 fn is_deeper(value: &minijinja::Value, depth: usize) -> bool {
     match value.kind() {
         ValueKind::Seq | ValueKind::Iterable => {
@@ -134,7 +135,8 @@ fn regex_replace(text: &str, pattern: &str, replacement: &str, count: Option<usi
     Ok(found.replacen(text, count.unwrap_or(0), &*replacement).into_owned())
 }
 
-/// A replacement in the notation of the crate `regex`, from Python's: `\1` and `\g<1>` are `${1}`, and a dollar is a dollar.
+/// Converts a replacement from Python's notation to that of the crate `regex`: `\1` and `\g<1>` become `${1}`, and a
+/// dollar sign stays one.
 fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
     let unknown = || wrong(format!("regex_replace: the replacement {python:?} is not supported"));
     let mut out = String::new();
@@ -142,7 +144,7 @@ fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
     while let Some(c) = chars.next() {
         if c != '\\' {
             out.push(c);
-            // Twice, it is no reference.
+            // A doubled backslash is no reference.
             if c == '$' {
                 out.push(c);
             }
@@ -165,7 +167,7 @@ fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
             digit @ '1'..='9' => {
                 digits.push(digit);
                 digits.extend(chars.next_if(char::is_ascii_digit));
-                // Three digits are a character's number in Python.
+                // In Python, three digits are the number of a character.
                 if digits.len() == 2 && chars.peek().is_some_and(char::is_ascii_digit) {
                     return Err(unknown());
                 }

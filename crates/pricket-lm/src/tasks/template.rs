@@ -1,4 +1,4 @@
-//! Tasks of one's own: a small TOML with templates in the language of the harness's tasks.
+//! Custom tasks: a small TOML file with templates in the language of the harness's tasks.
 
 use std::sync::Arc;
 
@@ -16,16 +16,16 @@ struct File {
     kind: Kind,
     #[serde(default = "one")]
     version: f64,
-    /// What is given: a template.
+    /// Template of the context.
     #[serde(default)]
     text: String,
-    /// An expression that is a list of texts.
+    /// Expression whose value is a list of texts.
     choices: Option<String>,
-    /// An expression that is the number of the right choice, or its text.
+    /// Expression whose value is the index of the correct choice, or its text.
     answer: Option<String>,
-    /// What is scored: a template.
+    /// Template of the scored text.
     target: Option<String>,
-    /// Stands before every choice.
+    /// Text before every choice.
     #[serde(default = "space")]
     delimiter: String,
     metrics: Option<Vec<String>>,

@@ -1,4 +1,4 @@
-//! YAML of bounded size: an alias can stand for a long list, and be written many times.
+//! YAML of limited size. An alias can repeat a long list many times.
 
 use std::cell::Cell;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess, Visitor};
 use yaml_serde::Value;
 
-/// Values of a file at most, each counted as often as aliases repeat it; of a text, each of its bytes counts.
+/// Largest number of values in a file. Values that aliases repeat count each time, and each byte of a text counts.
 const MAX_VALUES: usize = 16 << 20;
 
 /// Parses a text.
@@ -16,7 +16,7 @@ pub(super) fn parse(text: &str) -> Result<Value, String> {
     yaml_serde::from_str(text).map_err(|e| e.to_string())
 }
 
-/// Walks through a value and counts, without keeping anything.
+/// Visits a value and counts its parts without keeping them.
 struct Count<'a>(&'a Cell<usize>);
 
 impl Count<'_> {
