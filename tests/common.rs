@@ -27,7 +27,9 @@ pub(crate) fn tiny_steps() -> &'static Path {
             std::fs::read_dir(tiny.join("revisions")).unwrap().map(|step| step.unwrap().path()).collect();
         files.sort();
         let mut hasher = std::hash::DefaultHasher::new();
-        files.iter().for_each(|step| std::fs::read(step.join("model.gguf")).unwrap().hash(&mut hasher));
+        for step in &files {
+            std::fs::read(step.join("model.gguf")).unwrap().hash(&mut hasher);
+        }
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let made = folder.join(format!("tiny-steps-{:016x}", hasher.finish()));
         if made.is_dir() {

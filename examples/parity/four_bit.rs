@@ -8,7 +8,7 @@ use pricket::Loader;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::nn::ops::{FourBit, FourBitType};
 use pricket::train::Lora;
-use pricket::weights::{FourBitTensors, four_bit_parts, read_tensor};
+use pricket::weights::{FourBitTensors, Outline, four_bit_parts, read_tensor};
 use serde_json::Value;
 
 use super::training::{distance, logits, train_steps};
@@ -42,7 +42,7 @@ fn quantize(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
         let block = item["blocksize"].as_u64().context("blocksize")? as usize;
         let matrix = FourBit::quantize(kind, &flat(input)?, input.dims2()?, block, is_double)?;
         let original = dtype(item["dtype"].as_str().unwrap_or_default());
-        for (end, _, _, bytes) in four_bit_parts(&name, &matrix, original) {
+        for (Outline { name: end, .. }, bytes) in four_bit_parts(&name, &matrix, original) {
             let end = if end == name { format!("{name}.packed") } else { end };
             if let Some(stored) = expected.get(&end) {
                 check.equal(&end, &bytes, &raw(stored)?);
@@ -129,7 +129,7 @@ fn qlora(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
             FourBit::quantize(theirs.kind(), &flat(&tensor)?, theirs.shape(), theirs.block(), scales.is_empty())?;
         let parts = |matrix: &FourBit| four_bit_parts(&name, matrix, original);
         for (ours, theirs) in parts(&ours).iter().zip(&parts(&theirs)) {
-            check.equal(&ours.0, &ours.3, &theirs.3);
+            check.equal(&ours.0.name, &ours.1, &theirs.1);
         }
     }
     for pricket in [setup.of(Loader::new(&stored)).load()?, quantized] {

@@ -192,7 +192,9 @@ fn mean(values: &[f32]) -> f32 {
         }
     }
     let [mut sum, higher @ ..] = sums;
-    higher.iter().for_each(|level| sum.iter_mut().zip(level).for_each(|(sum, vector)| add(sum, vector)));
+    for level in &higher {
+        sum.iter_mut().zip(level).for_each(|(sum, vector)| add(sum, vector));
+    }
     let [mut lanes, rows @ ..] = sum;
     left.iter().chain(&rows).for_each(|vector| add(&mut lanes, vector));
     let total = rest.iter().chain(&lanes).fold(0f32, |sum, x| sum + x);
@@ -216,7 +218,7 @@ fn dynamic_table() -> &'static [f32] {
                 }
             };
             for j in 0..steps {
-                let middle = (point(j) + point(j + 1)) / 2.0;
+                let middle = f32::midpoint(point(j), point(j + 1));
                 let value = (10f64.powi(i - 6) as f32) * middle;
                 table.extend([value, -value]);
             }
@@ -469,8 +471,9 @@ impl Parts {
 
     fn plain(&self, from: usize, scale: f32, out: &mut [f32]) {
         for (i, out) in out.iter_mut().enumerate() {
-            let byte = self.bytes[(from + i) / 2];
-            let code = if (from + i).is_multiple_of(2) { byte >> 4 } else { byte & 15 };
+            let at = from + i;
+            let byte = self.bytes[at / 2];
+            let code = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
             *out = self.table[code as usize] * scale;
         }
     }
@@ -478,12 +481,17 @@ impl Parts {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        __m128i, _mm_and_si128, _mm_cvtsi64_si128, _mm_set1_epi8, _mm_srli_epi16, _mm_srli_si128, _mm_unpacklo_epi8,
+        _mm256_blendv_ps, _mm256_castsi256_ps, _mm256_cvtepu8_epi32, _mm256_loadu_ps, _mm256_mul_ps,
+        _mm256_permutevar8x32_ps, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_cvtepu8_epi32,
+        _mm512_loadu_ps, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_storeu_ps,
+    };
 
     /// The indices of sixteen elements, a byte each, from eight bytes.
     #[target_feature(enable = "avx2")]
-    fn indices(bytes: &[u8; 8]) -> __m128i {
-        let pairs = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes));
+    fn indices(bytes: [u8; 8]) -> __m128i {
+        let pairs = _mm_cvtsi64_si128(i64::from_le_bytes(bytes));
         let low = _mm_and_si128(pairs, _mm_set1_epi8(15));
         let high = _mm_and_si128(_mm_srli_epi16::<4>(pairs), _mm_set1_epi8(15));
         _mm_unpacklo_epi8(high, low)
@@ -494,7 +502,7 @@ mod x86 {
         // SAFETY: the table has sixteen values.
         let (table, scale) = (unsafe { _mm512_loadu_ps(table.as_ptr()) }, _mm512_set1_ps(scale));
         for (bytes, out) in bytes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
-            let values = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices(bytes)), table);
+            let values = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices(*bytes)), table);
             // SAFETY: sixteen values are written to sixteen places.
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(values, scale)) };
         }
@@ -506,7 +514,7 @@ mod x86 {
         let (low, high) = unsafe { (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8))) };
         let scale = _mm256_set1_ps(scale);
         for (bytes, out) in bytes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
-            let all = indices(bytes);
+            let all = indices(*bytes);
             for (indices, out) in [all, _mm_srli_si128::<8>(all)].into_iter().zip(out.as_chunks_mut::<8>().0) {
                 let index = _mm256_cvtepu8_epi32(indices);
                 let is_high = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
@@ -534,7 +542,7 @@ impl Indices {
         // Of two zeros one is kept: `of` chooses between them.
         sorted.sort_by(|a, b| a.0.partial_cmp(&b.0).unwrap_or(std::cmp::Ordering::Equal).then(a.1.cmp(&b.1)));
         sorted.dedup_by(|b, a| a.0 == b.0);
-        let middles = sorted.windows(2).map(|pair| (pair[0].0 + pair[1].0) / 2.0).collect();
+        let middles = sorted.windows(2).map(|pair| f32::midpoint(pair[0].0, pair[1].0)).collect();
         Self { sorted, middles, kind }
     }
 

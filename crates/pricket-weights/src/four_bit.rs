@@ -255,35 +255,29 @@ pub fn four_bit_outlines(
 /// Blocks that share a scale of scales.
 const NESTED_BLOCK: usize = 256;
 
-/// The tensors that store a 4-bit matrix `name`, which was of type `original`: name, type, shape and bytes of each.
-pub fn four_bit_parts(name: &str, matrix: &FourBit, original: Dtype) -> Vec<(String, Dtype, Vec<usize>, Vec<u8>)> {
+/// Returns the tensors that store a 4-bit matrix `name` of the type `original` before quantization, with their bytes.
+pub fn four_bit_parts(name: &str, matrix: &FourBit, original: Dtype) -> Vec<(Outline, Vec<u8>)> {
     let bytes = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-    let (rows, columns) = matrix.shape();
+    let (shape, kind, block) = (matrix.shape(), matrix.kind(), matrix.block());
     let mut state = QuantState {
-        quant_type: matrix.kind().name().into(),
-        blocksize: matrix.block(),
+        quant_type: kind.name().into(),
+        blocksize: block,
         dtype: match original {
             Dtype::F16 => "float16",
             Dtype::BF16 => "bfloat16",
             _ => "float32",
         }
         .into(),
-        shape: vec![rows, columns],
+        shape: vec![shape.0, shape.1],
         nested_blocksize: None,
         nested_dtype: None,
         nested_offset: None,
     };
-    let part = |end: &str, dtype, len, bytes| (format!("{name}{end}"), dtype, vec![len], bytes);
-    let mut out = vec![
-        (name.to_owned(), Dtype::U8, vec![matrix.bytes().len(), 1], matrix.bytes().to_vec()),
-        part(".quant_map", Dtype::F32, 16, bytes(matrix.table())),
-    ];
+    let mut parts = vec![matrix.bytes().to_vec(), bytes(matrix.table())];
     match matrix.scales() {
-        Scales::Plain(scales) => out.push(part(".absmax", Dtype::F32, scales.len(), bytes(scales))),
+        Scales::Plain(scales) => parts.push(bytes(scales)),
         Scales::Double { codes, table, nested, nested_block, offset } => {
-            out.push(part(".absmax", Dtype::U8, codes.len(), codes.clone()));
-            out.push(part(".nested_absmax", Dtype::F32, nested.len(), bytes(nested)));
-            out.push(part(".nested_quant_map", Dtype::F32, table.len(), bytes(table)));
+            parts.extend([codes.clone(), bytes(nested), bytes(table)]);
             state.nested_blocksize = Some(*nested_block);
             state.nested_dtype = Some("float32".into());
             state.nested_offset = Some(f64::from(*offset));
@@ -291,6 +285,7 @@ pub fn four_bit_parts(name: &str, matrix: &FourBit, original: Dtype) -> Vec<(Str
     }
     let mut json = serde_json::to_vec(&state).unwrap_or_default();
     json.resize(json.len().max(WRITTEN_STATE), b' ');
-    out.push(part(&format!("{STATE}{}", matrix.kind().name()), Dtype::U8, json.len(), json));
-    out
+    parts.push(json);
+    let is_double = matches!(matrix.scales(), Scales::Double { .. });
+    four_bit_outlines(name, shape, kind, block, is_double).into_iter().zip(parts).collect()
 }

@@ -165,17 +165,7 @@ impl Loader {
         let (mut config, left_out) =
             python_config(&opened, family, largest.map_or(Dtype::F32, |outline| outline.dtype));
         if let Target::FourBit(wanted) = options.target {
-            // transformers computes in the type of the other tensors.
-            let compute = match largest.map(|outline| outline.dtype) {
-                Some(Dtype::F16) => "float16",
-                Some(Dtype::BF16) => "bfloat16",
-                _ => "float32",
-            };
-            config["quantization_config"] = serde_json::json!({
-                "quant_method": "bitsandbytes", "load_in_4bit": true, "_load_in_4bit": true, "load_in_8bit": false,
-                "bnb_4bit_quant_type": wanted.kind.name(), "bnb_4bit_use_double_quant": wanted.is_double,
-                "bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": "uint8",
-            });
+            config["quantization_config"] = quantization_config(wanted, largest.map(|outline| outline.dtype));
         }
         if gguf {
             let ends = crate::loading::opened::eos_ids(
@@ -210,30 +200,18 @@ impl Loader {
         // The tensors of the 4-bit matrix that is being written.
         let mut four_bit = Vec::new();
         for item in &items {
-            if progress.cancelled() {
-                return Err(Error::Cancelled);
-            }
             #[cfg(feature = "train")]
             let merge = item.merge(&adapters, family.names(), in_model_order);
             #[cfg(not(feature = "train"))]
             let merge = None;
-            let mut write = |bytes: &[u8]| {
+            item.write_as(options.target, &*opened.store, merge, &mut four_bit, &mut |bytes| {
                 if progress.cancelled() {
                     return Err(Error::Cancelled);
                 }
                 done += bytes.len() as u64;
                 progress.update(done);
                 writer.write(bytes).map_err(io)
-            };
-            match (item.part, options.target) {
-                (Some(part), Target::FourBit(wanted)) => {
-                    if part == 0 {
-                        four_bit = item.four_bit(&*opened.store, merge, wanted)?;
-                    }
-                    write(&four_bit[part].3)?;
-                }
-                _ => item.write(&*opened.store, merge, &mut write)?,
-            }
+            })?;
         }
         writer.finish().map_err(io)?;
         // The weights are completed last: a directory without weights cannot be loaded by mistake.
@@ -359,6 +337,20 @@ impl Plan<'_> {
     }
 }
 
+/// Returns the `quantization_config` of a 4-bit checkpoint whose other tensors are mostly of type `others`, in which transformers then computes.
+fn quantization_config(wanted: FourBitQuantization, others: Option<Dtype>) -> Value {
+    let compute = match others {
+        Some(Dtype::F16) => "float16",
+        Some(Dtype::BF16) => "bfloat16",
+        _ => "float32",
+    };
+    serde_json::json!({
+        "quant_method": "bitsandbytes", "load_in_4bit": true, "_load_in_4bit": true, "load_in_8bit": false,
+        "bnb_4bit_quant_type": wanted.kind.name(), "bnb_4bit_use_double_quant": wanted.is_double,
+        "bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": "uint8",
+    })
+}
+
 /// A function that merges adapters into a tensor.
 type Merge<'a> = Box<dyn FnOnce(Tensor) -> Result<Tensor> + 'a>;
 
@@ -377,13 +369,29 @@ impl Item {
         })
     }
 
+    /// Writes the tensor, or its part of a 4-bit matrix, whose tensors `four_bit` holds from the first of them on.
+    fn write_as(
+        &self,
+        target: Target,
+        store: &dyn Store,
+        merge: Option<Merge<'_>>,
+        four_bit: &mut Vec<Vec<u8>>,
+        out: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let (Some(part), Target::FourBit(wanted)) = (self.part, target) else { return self.write(store, merge, out) };
+        if part == 0 {
+            *four_bit = self.four_bit(store, merge, wanted)?;
+        }
+        out(&four_bit[part])
+    }
+
     /// Returns the tensors of a matrix that is quantized to 4 bits, merged with the adapters.
     fn four_bit(
         &self,
         store: &dyn Store,
         merge: Option<Merge<'_>>,
         wanted: FourBitQuantization,
-    ) -> Result<Vec<(String, Dtype, Vec<usize>, Vec<u8>)>> {
+    ) -> Result<Vec<Vec<u8>>> {
         let tensor = pricket_weights::read_tensor(store, &self.from, &Device::Cpu)?;
         let original = Dtype::from_candle(tensor.dtype());
         let tensor = merge.map_or(Ok(tensor.clone()), |merge| merge(tensor))?;
@@ -398,7 +406,8 @@ impl Item {
         let wrong =
             |e| Error::Malformed { origin: store.origin(&self.from), what: format!("tensor {}: {e}", self.from) };
         let name = self.outline.name.clone();
-        Ok(four_bit_parts(&name, &matrix.map_err(wrong)?, original))
+        let parts = four_bit_parts(&name, &matrix.map_err(wrong)?, original);
+        Ok(parts.into_iter().map(|(_, bytes)| bytes).collect())
     }
 
     /// Writes the converted bytes of the tensor.

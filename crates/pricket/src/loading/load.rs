@@ -414,15 +414,8 @@ impl Loader {
         self.adapters.iter().map(find).collect()
     }
 
-    /// Loads the model. Headers, names, shapes and memory are checked before any weight is read.
-    ///
-    /// # Errors
-    /// Returns an error that names the file and what is wrong with it; see [`Error`].
-    pub fn load(self) -> Result<Pricket> {
-        let mut opened = self.opened()?;
-        let config_path = opened.config_path.clone();
-        let refused = |e| at(&config_path, e);
-        let family = checked_family(&opened.config).map_err(refused)?;
+    /// Returns the storage type of the matrices, after checking that the options agree.
+    fn storage(&self) -> Result<Storage> {
         if self.quantization.is_some() && self.four_bit.is_some() {
             return Err(Error::Options("weights are quantized to blocks or to 4 bits, not to both".into()));
         }
@@ -439,7 +432,19 @@ impl Loader {
             (None, Precision::F16, _) => Storage::Cast(DType::F16),
             (None, Precision::BF16, _) | (None, Precision::Auto, false) => Storage::Cast(DType::BF16),
         };
-        let storage = self.four_bit.map_or(storage, Storage::FourBit);
+        Ok(self.four_bit.map_or(storage, Storage::FourBit))
+    }
+
+    /// Loads the model. Headers, names, shapes and memory are checked before any weight is read.
+    ///
+    /// # Errors
+    /// Returns an error that names the file and what is wrong with it; see [`Error`].
+    pub fn load(self) -> Result<Pricket> {
+        let mut opened = self.opened()?;
+        let config_path = opened.config_path.clone();
+        let refused = |e| at(&config_path, e);
+        let family = checked_family(&opened.config).map_err(refused)?;
+        let storage = self.storage()?;
         let options = LoadOptions {
             storage,
             trainable: if self.train { Trainable::All } else { Trainable::None },
