@@ -40,7 +40,7 @@ struct Args {
     model: common::ModelArgs,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// Prompt format: a name listed by --formats, a TOML file that defines one, or auto for the model's own format
+    /// Prompt format: a name listed by --formats, a TOML file (its first format counts), or auto for the model's own format
     #[arg(long, value_name = "NAME", default_value = "auto")]
     prompt_format: String,
     /// List the prompt formats and exit
