@@ -1,4 +1,7 @@
-//! Tasks in the sense of lm-evaluation-harness: what is asked of a model about a document, and the figure that comes of it.
+//! Evaluation tasks in the sense of lm-evaluation-harness.
+//!
+//! A [`Task`] turns each document into requests to a model and computes [`Metric`]s from the answers. Tasks are built in
+//! ([`Task::named`]) or read from a file ([`Task::from_file`]). [`evaluate`] runs a task.
 
 mod builtin;
 mod evaluate;
@@ -19,19 +22,19 @@ pub use report::results_json;
 
 use crate::{Error, Result};
 
-/// How a task asks.
+/// Type of the requests that a task makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskKind {
-    /// Which of several continuations is the likeliest.
+    /// Compares the log-likelihoods of several continuations.
     MultipleChoice,
-    /// How likely one continuation is, and whether it is what the model would write.
+    /// Scores one continuation and checks whether greedy decoding would produce it.
     Loglikelihood,
-    /// How likely a whole text is.
+    /// Scores a whole text.
     Perplexity,
 }
 
 impl TaskKind {
-    /// The metrics of a task that names none.
+    /// Returns the metrics of a task whose definition names no metrics.
     const fn defaults(self) -> &'static [Metric] {
         match self {
             TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm],
@@ -40,7 +43,7 @@ impl TaskKind {
         }
     }
 
-    /// All metrics that such a task can have.
+    /// Returns all metrics that a task of this kind can have.
     const fn metrics(self) -> &'static [Metric] {
         match self {
             TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm, Metric::AccBytes],
@@ -49,27 +52,28 @@ impl TaskKind {
     }
 }
 
-/// What is computed of a task.
+/// Metric of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Metric {
-    /// Share of documents whose likeliest choice is right; of one continuation, that it is what greedy decoding writes.
+    /// Accuracy: the share of documents whose most likely choice is correct. For [`TaskKind::Loglikelihood`], the share of
+    /// documents whose continuation is the output of greedy decoding.
     Acc,
-    /// As [`Metric::Acc`], the log-likelihood divided by the characters of the choice.
+    /// Accuracy with each log-likelihood divided by the number of characters of the choice.
     AccNorm,
-    /// As [`Metric::Acc`], the log-likelihood divided by the UTF-8 bytes of the choice.
+    /// Accuracy with each log-likelihood divided by the number of UTF-8 bytes of the choice.
     AccBytes,
     /// `exp` of the mean negative log-likelihood of the continuations.
     Perplexity,
-    /// `exp` of the negative log-likelihood of all texts, by their words.
+    /// `exp` of the total negative log-likelihood of all texts, divided by their total number of words.
     WordPerplexity,
-    /// By their bytes.
+    /// `exp` of the total negative log-likelihood of all texts, divided by their total number of UTF-8 bytes.
     BytePerplexity,
-    /// The logarithm of it to the base of two.
+    /// Base-2 logarithm of [`Metric::BytePerplexity`].
     BitsPerByte,
 }
 
 impl Metric {
-    /// Its name in the harness.
+    /// Returns the name of the metric in lm-evaluation-harness.
     pub const fn name(self) -> &'static str {
         match self {
             Metric::Acc => "acc",
@@ -82,12 +86,12 @@ impl Metric {
         }
     }
 
-    /// Whether more of it is better.
+    /// Returns whether higher values are better.
     pub const fn higher_is_better(self) -> bool {
         matches!(self, Metric::Acc | Metric::AccNorm | Metric::AccBytes)
     }
 
-    /// The name that the harness gives to the way its values are put together.
+    /// Returns the harness's name for the aggregation of the per-document values.
     const fn aggregation(self) -> &'static str {
         match self {
             Metric::Acc | Metric::AccNorm | Metric::AccBytes => "mean",
@@ -97,7 +101,7 @@ impl Metric {
         }
     }
 
-    /// The metric of a name, if a task of this kind can have it.
+    /// Returns the metric with the given name, or a message if a task of this kind cannot have it.
     fn named(name: &str, kind: TaskKind) -> Result<Self, String> {
         let found = kind.metrics().iter().copied().find(|metric| metric.name() == name);
         found.ok_or_else(|| {
@@ -107,7 +111,7 @@ impl Metric {
     }
 }
 
-/// A document as a task asks about it.
+/// Requests that a task makes for one document.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Asked {
     Choices(Choices),
@@ -115,21 +119,21 @@ pub(crate) enum Asked {
     Text { text: String, words: usize, bytes: usize },
 }
 
-/// A question with several answers.
+/// Multiple-choice question.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Choices {
-    /// One for all, or one for each.
+    /// One context for all choices, or one context per choice.
     pub(crate) contexts: Vec<String>,
-    /// As many as there are choices, or one after each of several contexts; with the space before it.
+    /// One continuation per choice, or one after each of several contexts. Each includes its leading delimiter.
     pub(crate) continuations: Vec<String>,
-    /// The length of each choice.
+    /// Length of each choice.
     pub(crate) lengths: Vec<Length>,
-    /// The numbers of the right ones: one, for most tasks.
+    /// Indices of the correct choices. Most tasks have exactly one.
     pub(crate) answers: Vec<usize>,
 }
 
 impl Choices {
-    /// A question of one context, with `delimiter` before each choice.
+    /// Creates a question, with `delimiter` before each choice.
     fn new(contexts: Vec<String>, delimiter: &str, choices: &[String], answers: Vec<usize>) -> Self {
         let continuations = choices.iter().map(|choice| format!("{delimiter}{choice}")).collect();
         Self {
@@ -141,7 +145,7 @@ impl Choices {
     }
 }
 
-/// The length of a choice.
+/// Length of a choice, used to normalize its log-likelihood.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Length {
     pub(crate) chars: usize,
@@ -154,7 +158,7 @@ impl From<&str> for Length {
     }
 }
 
-/// The texts of a list of texts.
+/// Returns the strings of a JSON array, or `None` if the value is anything else.
 fn texts(list: &Value) -> Option<Vec<String>> {
     list.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }
@@ -163,23 +167,23 @@ type Ask = Arc<dyn Fn(&Value) -> Result<Asked, String> + Send + Sync>;
 
 type Describe = Arc<dyn Fn(&Value) -> Result<String, String> + Send + Sync>;
 
-/// How examples are chosen.
+/// Selection of the few-shot examples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sampler {
-    /// At random for each document. With `spare`, one more is drawn, and the document that is asked about is left out.
+    /// Random examples for each document. With `spare`, one more is drawn and the evaluated document is left out.
     Random { spare: bool },
-    /// The first ones. With `spare`, the document that is asked about is left out.
+    /// The first examples of the split. With `spare`, the evaluated document is left out.
     First { spare: bool },
 }
 
-/// How a prompt is put together from a description, examples and a question.
+/// Layout of a prompt: description, examples and question.
 #[derive(Clone)]
 pub(crate) struct Layout {
-    /// A text before the examples.
+    /// Computes the text before the examples.
     pub(crate) describe: Option<Describe>,
-    /// The text between an example's question and its answer.
+    /// Text between an example's question and its answer.
     pub(crate) target_delimiter: String,
-    /// The text after each example.
+    /// Text after each example.
     pub(crate) example_delimiter: String,
 }
 
@@ -189,29 +193,29 @@ impl Default for Layout {
     }
 }
 
-/// A task: how documents become requests, and what is computed of the answers.
+/// Evaluation task: turns documents into requests to a model and names the metrics of the answers.
 #[derive(Clone)]
 pub struct Task {
     name: String,
-    /// A number, for most tasks.
+    /// Version of the definition. A number for most tasks.
     version: Value,
     kind: TaskKind,
     metrics: Vec<Metric>,
-    /// The split that is asked about.
+    /// Split that is evaluated.
     split: String,
-    /// The split that examples come from, if it is another one.
+    /// Split of the few-shot examples, if it differs from `split`.
     examples_split: Option<String>,
-    /// Examples that the definition holds.
+    /// Few-shot examples listed in the definition.
     samples: Option<Vec<Value>>,
     sampler: Sampler,
     layout: Layout,
-    /// Examples before each question, where the caller asks for none.
+    /// Default number of few-shot examples.
     shots: Option<usize>,
-    /// Where the definition says that its documents are: files of each split.
+    /// Document files of each split, if the definition names files.
     files: Option<BTreeMap<String, Vec<PathBuf>>>,
-    /// Where the Hub has its documents: repository, configuration.
+    /// Repository on the Hub that holds the documents, and its configuration.
     dataset: Option<(String, Option<String>)>,
-    /// Definition of the task: the text of its file, or the name and version of a built-in task.
+    /// Text of the task file, or the name and version of a built-in task.
     definition: String,
     ask: Ask,
 }
@@ -223,28 +227,28 @@ impl std::fmt::Debug for Task {
 }
 
 impl Task {
-    /// The names of the built-in tasks.
+    /// Returns the names of the built-in tasks.
     pub fn names() -> Vec<&'static str> {
         builtin::NAMES.to_vec()
     }
 
-    /// A built-in task.
+    /// Returns a built-in task.
     ///
     /// # Errors
-    /// [`Error::Input`], with the names there are.
+    /// Returns [`Error::Input`], listing the built-in tasks, if none has this name.
     pub fn named(name: &str) -> Result<Self> {
         builtin::task(name).ok_or_else(|| {
-            Error::Input(format!("there is no task {name:?}; use {}, or a file of your own", Self::names().join(", ")))
+            Error::Input(format!("unknown task {name:?}; expected {}, or the path of a task file", Self::names().join(", ")))
         })
     }
 
-    /// A task that a file describes: YAML as lm-evaluation-harness has it, or TOML; see `docs/tasks.md`.
+    /// Reads a task from a file: YAML in the format of lm-evaluation-harness, or TOML. `docs/tasks.md` describes both.
     ///
-    /// No Python is executed: a file that names a function (`!function utils.process_docs`) is refused, unless the function is
-    /// one of the harness's that a built-in task computes.
+    /// No Python is executed. A file that names a function (`!function utils.process_docs`) is rejected, unless it is a
+    /// harness function that a built-in task implements.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the file and what is wrong in it.
+    /// Returns [`Error::Input`], naming the file and the fault, if the file cannot be read or is not a valid task.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
@@ -253,23 +257,24 @@ impl Task {
             Some("toml") => {
                 std::fs::read_to_string(path).map_err(|e| e.to_string()).and_then(|text| template::parse(&text))
             }
-            _ => Err("expected a name that ends in .yaml, .yml or .toml".into()),
+            _ => Err("unknown extension of a task file; expected .yaml, .yml or .toml".into()),
         };
         let task = task.map_err(wrong)?;
-        // Its results and documents are files of this name.
+        // The task name becomes part of the names of result and document files.
         let is_name = |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
         if !is_name(&task.name) || task.name.contains(char::is_control) {
-            return Err(wrong(format!("the task's name {:?} cannot be part of a file's name", task.name)));
+            return Err(wrong(format!("the task name {:?} cannot be part of a file name", task.name)));
         }
         Ok(task)
     }
 
-    /// Its name.
+    /// Returns the name of the task.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Returns the version of its definition; figures of different versions are not comparable. Empty if it has none.
+    /// Returns the version of the definition, or an empty string if it has none. Results of different versions are not
+    /// comparable.
     pub fn version(&self) -> String {
         match &self.version {
             Value::Number(number) => number.as_f64().unwrap_or_default().to_string(),
@@ -278,33 +283,33 @@ impl Task {
         }
     }
 
-    /// The text that defines it: two tasks with the same definition ask the same.
+    /// Returns the text that defines the task. Two tasks with equal definitions make the same requests.
     pub fn definition(&self) -> &str {
         &self.definition
     }
 
-    /// How it asks.
+    /// Returns the kind of the task.
     pub fn kind(&self) -> TaskKind {
         self.kind
     }
 
-    /// What is computed of it.
+    /// Returns the metrics of the task.
     pub fn metrics(&self) -> &[Metric] {
         &self.metrics
     }
 
-    /// Returns the split that it is asked of, such as `test` or `validation`.
+    /// Returns the split that is evaluated, such as `test` or `validation`.
     pub fn split(&self) -> &str {
         &self.split
     }
 
-    /// Returns the split that examples are taken from, if it is another one.
+    /// Returns the split of the few-shot examples, if it differs from [`Task::split`].
     pub fn examples_split(&self) -> Option<&str> {
         self.examples_split.as_deref()
     }
 
-    /// Returns the number of examples before each question: `asked`, else the number of the definition, else 0. Where the definition
-    /// says 0, the harness ignores `asked`, and so does this.
+    /// Returns the number of few-shot examples before each question: `asked`, else the number of the definition, else 0.
+    /// As in the harness, a definition with 0 overrides `asked`.
     pub fn shots(&self, asked: Option<usize>) -> usize {
         match (asked, self.shots) {
             (_, Some(0)) => 0,
@@ -312,17 +317,17 @@ impl Task {
         }
     }
 
-    /// Whether the definition itself holds the examples.
+    /// Returns whether the definition lists the few-shot examples itself.
     pub fn has_samples(&self) -> bool {
         self.samples.is_some()
     }
 
-    /// Returns the files of a split, where the definition names files: `dataset_kwargs.data_files` of the harness.
+    /// Returns the files of a split if the definition names files (`dataset_kwargs.data_files` in the harness).
     pub fn files(&self, split: &str) -> Option<&[PathBuf]> {
         self.files.as_ref()?.get(split).map(Vec::as_slice)
     }
 
-    /// The repository of the Hub that holds its documents, and the configuration of it.
+    /// Returns the repository on the Hub that holds the documents, and its configuration.
     pub fn dataset(&self) -> Option<(&str, Option<&str>)> {
         self.dataset.as_ref().map(|(repo, config)| (repo.as_str(), config.as_deref()))
     }
