@@ -218,7 +218,7 @@ fn what_a_file_cannot_ask_is_refused_by_name() {
         (format!("{text}doc_to_target: b").replace("task: t", "task: ../t"), "the task's name \"../t\""),
         (long, "aliases repeat"),
         ("task: t\noutput_type: generate_until".into(), "found generate_until"),
-        ("task: [a, b]\ngroup: g".into(), "a group of tasks"),
+        ("task: [a, b]\ngroup: g".into(), "groups of tasks"),
         ("- a\n- b".into(), "mapping"),
         ("a: [".into(), "t.yaml"),
         (format!("k0: &k0 x\n{bomb}task: t"), "t.yaml"),
@@ -273,7 +273,7 @@ fn a_built_in_question_is_asked_whole_or_not_at_all() {
         Task::from_file(written(dir.path(), "w.yaml", &text)).unwrap_err().to_string()
     };
     let error = refused("doc_to_text: !function preprocess_winogrande.doc_to_text", "doc_to_text: sentence");
-    assert!(error.contains("doc_to_text is not that of winogrande"), "{error}");
+    assert!(error.contains("doc_to_text differs from the built-in task winogrande"), "{error}");
     let error = refused("task: w", "task: w\ntarget_delimiter: ''");
     assert!(error.contains("target_delimiter \" \" only"), "{error}");
     let error = refused("output_type: multiple_choice", "output_type: loglikelihood");
@@ -281,7 +281,7 @@ fn a_built_in_question_is_asked_whole_or_not_at_all() {
     let wikitext = "task: w\noutput_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\n\
                     doc_to_target: !function preprocess_wikitext.wikitext_detokenizer";
     let error = Task::from_file(written(dir.path(), "w.yaml", wikitext)).unwrap_err().to_string();
-    assert!(error.contains("process_results is not that of wikitext"), "{error}");
+    assert!(error.contains("process_results differs from the built-in task wikitext"), "{error}");
 }
 
 /// The functions that built-in tasks stand for are those of the harness, not others of the same name.

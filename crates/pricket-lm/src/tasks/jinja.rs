@@ -1,5 +1,5 @@
-//! Templates as lm-evaluation-harness renders them: Jinja with the methods of Python's strings and lists, and with values printed
-//! as Python prints them.
+//! Templates of task files, rendered as in lm-evaluation-harness: Jinja with the methods of Python's strings and lists.
+//! Values are printed in Python syntax.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
@@ -10,25 +10,29 @@ use serde_json::Value;
 
 use crate::python::{self, capitalize, is_space};
 
-/// Steps of a template at most, so that a loop in a task file ends, and so that it cannot build values too deep for the stack.
+/// Maximum number of steps of a template. Bounds loops, and the depth of the values that they build.
 const FUEL: u64 = 100_000;
 
-/// Lists and dictionaries nested deeper than this are refused.
+/// Maximum nesting depth of lists and dictionaries.
 const MAX_DEPTH: usize = 64;
 
-/// Bytes of a template at most, and of the stack for its compiler. The parser refuses deep brackets, but a chain such as
-/// `a ~ b ~ c`, `not not a` or of `elif`s is a tree as deep as it is long, and the compiler descends it on the stack.
+/// Maximum size of a template, in bytes.
+///
+/// The parser rejects deeply nested brackets. A chain such as `a ~ b ~ c`, `not not a` or of `elif`s is still a tree as deep
+/// as the chain is long, and the compiler recurses through it.
 const MAX_TEMPLATE: usize = 16 << 10;
+
+/// Stack size of the thread that compiles a template, in bytes. Large enough for every template of [`MAX_TEMPLATE`] bytes.
 const STACK: usize = 64 << 20;
 
-/// The templates of a task, by their names.
+/// Templates of a task, by name.
 #[derive(Debug)]
 pub(super) struct Templates(Environment<'static>);
 
 impl Templates {
     pub(super) fn new() -> Result<Self, String> {
         let mut templates = Environment::new();
-        // A key that a document lacks is a mistake, not an empty text.
+        // A missing key of a document is an error. It does not render as an empty string.
         templates.set_undefined_behavior(UndefinedBehavior::Strict);
         templates.set_syntax(SyntaxConfig::builder().keep_trailing_newline(true).build().map_err(|e| e.to_string())?);
         templates.set_unknown_method_callback(method);
@@ -36,7 +40,7 @@ impl Templates {
         templates.set_fuel(Some(FUEL));
         templates.set_formatter(|out, _, value| {
             if is_deeper(value, MAX_DEPTH) {
-                return Err(wrong(format!("a value nested deeper than {MAX_DEPTH} levels")));
+                return Err(wrong(format!("the value is nested deeper than {MAX_DEPTH} levels")));
             }
             let value =
                 serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
@@ -53,18 +57,18 @@ impl Templates {
         compile(key, source.len(), || self.0.add_template_owned(key, source))
     }
 
-    /// The text of a template for a document.
+    /// Renders a template for a document.
     pub(super) fn render(&self, key: &str, document: &Value) -> Result<String, String> {
         let template = self.0.get_template(key).map_err(|e| format!("{key}: {e:#}"))?;
         template.render(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))
     }
 
-    /// Checks an expression.
+    /// Returns an error if an expression does not compile.
     pub(super) fn check(&self, key: &str, source: &str) -> Result<(), String> {
         compile(key, source.len(), || self.0.compile_expression(source)).map(drop)
     }
 
-    /// The value of an expression for a document.
+    /// Evaluates an expression for a document.
     pub(super) fn evaluate(&self, key: &str, source: &str, document: &Value) -> Result<Value, String> {
         let expression = compile(key, source.len(), || self.0.compile_expression(source))?;
         let value = expression.eval(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))?;
@@ -72,19 +76,19 @@ impl Templates {
     }
 }
 
-/// Compiles a source of `len` bytes on a stack that is large enough for every source of the length that is possible.
+/// Compiles a source of `len` bytes, at most [`MAX_TEMPLATE`], on a thread with a stack of [`STACK`] bytes.
 fn compile<T: Send>(key: &str, len: usize, f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, String> {
     if len > MAX_TEMPLATE {
-        return Err(format!("{key}: a template of {len} bytes; {MAX_TEMPLATE} are possible"));
+        return Err(format!("{key}: the template is {len} bytes; the limit is {MAX_TEMPLATE}"));
     }
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, f);
         let compiled = thread.map_err(|e| format!("{key}: {e}"))?.join();
-        compiled.map_err(|_| format!("{key}: the compiler of templates failed"))?.map_err(|e| format!("{key}: {e:#}"))
+        compiled.map_err(|_| format!("{key}: the template compiler panicked"))?.map_err(|e| format!("{key}: {e:#}"))
     })
 }
 
-/// A method of a Python string or list.
+/// Calls a method of a Python string or list.
 fn method(
     state: &mut State<'_, '_>,
     value: &minijinja::Value,
@@ -113,7 +117,7 @@ fn method(
     }
 }
 
-/// Whether a value is nested deeper than `depth`.
+/// Returns whether a value is nested deeper than `depth`.
 fn is_deeper(value: &minijinja::Value, depth: usize) -> bool {
     match value.kind() {
         ValueKind::Seq | ValueKind::Iterable => {
@@ -127,14 +131,14 @@ fn is_deeper(value: &minijinja::Value, depth: usize) -> bool {
     }
 }
 
-/// The harness's own filter: `re.sub(pattern, repl, text, count)`.
+/// Implements the filter `regex_replace` of the harness: Python's `re.sub(pattern, repl, text, count)`.
 fn regex_replace(text: &str, pattern: &str, replacement: &str, count: Option<usize>) -> Result<String, Error> {
     let found = Regex::new(pattern).map_err(|e| wrong(format!("regex_replace: {e}")))?;
     let replacement = replacement_of(replacement, found.captures_len())?;
     Ok(found.replacen(text, count.unwrap_or(0), &*replacement).into_owned())
 }
 
-/// A replacement in the notation of the crate `regex`, from Python's: `\1` and `\g<1>` are `${1}`, and a dollar is a dollar.
+/// Converts a replacement from Python's syntax to that of the crate `regex`: `\1` and `\g<1>` become `${1}`, `$` becomes `$$`.
 fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
     let unknown = || wrong(format!("regex_replace: the replacement {python:?} is not supported"));
     let mut out = String::new();
@@ -142,7 +146,7 @@ fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
     while let Some(c) = chars.next() {
         if c != '\\' {
             out.push(c);
-            // Twice, it is no reference.
+            // A doubled dollar sign is a literal one.
             if c == '$' {
                 out.push(c);
             }
@@ -165,7 +169,7 @@ fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
             digit @ '1'..='9' => {
                 digits.push(digit);
                 digits.extend(chars.next_if(char::is_ascii_digit));
-                // Three digits are a character's number in Python.
+                // In Python, three digits are an octal character code.
                 if digits.len() == 2 && chars.peek().is_some_and(char::is_ascii_digit) {
                     return Err(unknown());
                 }

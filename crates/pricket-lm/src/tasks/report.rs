@@ -1,11 +1,11 @@
-//! Outcomes as lm-evaluation-harness writes them: a reader of its files reads these.
+//! Results and samples in the JSON formats of lm-evaluation-harness.
 
 use serde_json::{Map, Value, json};
 
 use super::{EvalOptions, Limit, Outcome, Sample, Task, TaskKind};
 
 impl TaskKind {
-    /// Its name in the harness.
+    /// Returns the name of this kind in lm-evaluation-harness, its `output_type`.
     pub const fn name(self) -> &'static str {
         match self {
             TaskKind::MultipleChoice => "multiple_choice",
@@ -15,7 +15,7 @@ impl TaskKind {
     }
 }
 
-/// The results of tasks in the shape of the harness's `results_*.json`; a program adds what it knows of the model.
+/// Returns the results of tasks in the format of the harness's `results_*.json`. The caller adds the facts about the model.
 pub fn results_json(outcomes: &[(Task, Outcome)], options: &EvalOptions) -> Value {
     let by_task = |f: &dyn Fn(&Task, &Outcome) -> Value| -> Value {
         outcomes.iter().map(|(task, outcome)| (task.name().to_owned(), f(task, outcome))).collect::<Map<_, _>>().into()
@@ -57,7 +57,7 @@ pub fn results_json(outcomes: &[(Task, Outcome)], options: &EvalOptions) -> Valu
 }
 
 impl Sample {
-    /// A line of the harness's `samples_*.jsonl`.
+    /// Returns the sample as a line of the harness's `samples_*.jsonl`.
     pub fn to_json(&self) -> Value {
         let arguments: Map<_, _> = self
             .requests
@@ -72,7 +72,7 @@ impl Sample {
                 (format!("gen_args_{i}"), arguments)
             })
             .collect();
-        // Numbers as texts: so does the harness.
+        // The harness writes these values as strings.
         let python = |flag: bool| if flag { "True" } else { "False" };
         let rolling = arguments.values().all(|arguments| arguments["arg_1"].is_null());
         let answers: Vec<Value> = if rolling {
@@ -80,7 +80,7 @@ impl Sample {
         } else {
             self.answers.iter().map(|answer| json!([answer.sum.to_string(), python(answer.is_greedy)])).collect()
         };
-        // Always a text, as the harness writes it.
+        // The harness always writes the target as a string.
         let target = self.target.as_str().map_or_else(|| self.target.to_string(), str::to_owned);
         let mut line = json!({
             "doc_id": self.id, "doc": self.document, "target": target, "arguments": arguments,
