@@ -1,4 +1,5 @@
-//! Batched log-likelihoods of continuations: the sum of `log p(token | preceding tokens)` over the tokens of a continuation.
+//! Batched log-likelihoods of continuations: the sum of `log p(token | preceding tokens)` over the tokens of a
+//! continuation.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,8 +25,8 @@ impl Continuation {
     /// Encodes `context` and `continuation` by the rules of lm-evaluation-harness.
     ///
     /// Spaces at the end of the context move to the continuation. The concatenation of the two texts is encoded. If the
-    /// context alone has `n` tokens, the continuation is all tokens after the first `n`. An empty context becomes the token
-    /// `prefix`.
+    /// context alone has `n` tokens, the continuation is all tokens after the first `n`. An empty context becomes the
+    /// token `prefix`.
     ///
     /// # Errors
     /// Returns [`Error::Input`] if no token is left for the continuation. Returns an error if the tokenizer fails.
@@ -51,12 +52,12 @@ impl Continuation {
         Ok(Self { context, ids })
     }
 
-    /// Splits a text of any length into windows that together score every token once. The model reads at most `max_length`
-    /// tokens (at least 1) of each window.
+    /// Splits a text of any length into windows that together score every token once. The model reads at most
+    /// `max_length` tokens (at least 1) of each window.
     ///
-    /// The first window begins with `prefix` and scores `max_length` tokens. Each later window scores the next `stride` tokens
-    /// (1 to `max_length`), with as many preceding tokens as fit. With a stride of `max_length`, a full window overlaps the
-    /// preceding window by one token. The last window is filled up with preceding tokens.
+    /// The first window begins with `prefix` and scores `max_length` tokens. Each later window scores the next `stride`
+    /// tokens (1 to `max_length`), with as many preceding tokens as fit. With a stride of `max_length`, a full window
+    /// overlaps the preceding window by one token. The last window is filled up with preceding tokens.
     pub fn windows(ids: &[u32], prefix: u32, max_length: usize, stride: usize) -> Vec<Self> {
         let max_length = max_length.max(1);
         let (mut windows, mut done) = (Vec::new(), 0);
@@ -87,11 +88,11 @@ pub struct Loglikelihood {
 /// Options for scoring continuations.
 #[derive(Clone)]
 pub struct ScoreOptions {
-    /// Maximum number of tokens that the model reads in one request, at least 1. Longer contexts are truncated on the left.
-    /// Defaults to the context length of the model, or 2,048 for a model without a limit.
+    /// Maximum number of tokens that the model reads in one request, at least 1. Longer contexts are truncated on the
+    /// left. Defaults to the context length of the model, or 2,048 for a model without a limit.
     pub max_length: Option<usize>,
-    /// Number of tokens that each window of a long text scores, from 1 to `max_length`. A smaller stride gives each token more
-    /// context and takes more time. Defaults to `max_length`, which gives windows that do not overlap.
+    /// Number of tokens that each window of a long text scores, from 1 to `max_length`. A smaller stride gives each
+    /// token more context and takes more time. Defaults to `max_length`, which gives windows that do not overlap.
     pub stride: Option<usize>,
     /// Whether `max_length` may exceed the length that the model was trained for. Defaults to false.
     pub beyond_trained_length: bool,
@@ -158,13 +159,15 @@ impl ScoreOptions {
 
 /// Returns the log-likelihoods of `requests`, in the same order.
 ///
-/// Requests are sorted by length, longest first, and packed into passes of at most [`ScoreOptions::batch_tokens`] tokens.
-/// A context shared by several requests is read once. The head is applied only to the scored positions, a block at a time.
+/// Requests are sorted by length, longest first, and packed into passes of at most [`ScoreOptions::batch_tokens`]
+/// tokens. A context shared by several requests is read once. The head is applied only to the scored positions, a block
+/// at a time.
 ///
 /// # Errors
-/// Returns the errors of [`ScoreOptions::check`]. Returns [`Error::Input`] if a token is outside the vocabulary, if a context
-/// or continuation is empty, or if a continuation is longer than the maximum length. Returns [`Error::NonFinite`] if the
-/// logits are not finite, [`NnError::Cancelled`] if the progress was canceled, or the error of the model.
+/// Returns the errors of [`ScoreOptions::check`]. Returns [`Error::Input`] if a token is outside the vocabulary, if a
+/// context or continuation is empty, or if a continuation is longer than the maximum length. Returns
+/// [`Error::NonFinite`] if the logits are not finite, [`NnError::Cancelled`] if the progress was canceled, or the error
+/// of the model.
 pub fn loglikelihoods(
     model: &dyn CausalLm,
     requests: &[Continuation],
@@ -184,7 +187,9 @@ pub fn loglikelihoods(
         }
         if ids.is_empty() || context.is_empty() || ids.len() > room {
             let (given, scored) = (context.len(), ids.len());
-            let what = format!("cannot score {scored} tokens after {given} tokens of context; both must be at least 1, and the maximum length is {room}");
+            let what = format!(
+                "{scored} tokens after {given} cannot be scored; expected at least 1 of each, and at most {room} to score"
+            );
             return Err(Error::Input(what));
         }
         let cut = (context.len() + ids.len()).saturating_sub(room + 1);
@@ -237,8 +242,8 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Continuation with computed hidden states: index of the request, tokens, and the hidden states that predict the tokens,
-/// `[ids, d]`.
+/// Continuation with computed hidden states: index of the request, tokens, and the hidden states that predict the
+/// tokens, `[ids, d]`.
 type Place<'a> = (usize, &'a [u32], Tensor);
 
 struct Scoring<'a> {
@@ -298,8 +303,8 @@ impl Scoring<'_> {
         self.score(&places, results)
     }
 
-    /// Scores contexts with several continuations. Reads the contexts once. Then reads the first continuation of each from the
-    /// state of its context, rewinds, reads the second, and so on.
+    /// Scores contexts with several continuations. Reads the contexts once. Then reads the first continuation of each
+    /// from the state of its context, rewinds, reads the second, and so on.
     fn shared(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
         let mut ctx = roomy().with_state(State::with_type(self.model.info().cache));
         let contexts: Vec<_> = rows.iter().enumerate().map(|(i, row)| (i, row.context.to_vec())).collect();

@@ -1,3 +1,5 @@
+//! Log-probabilities of the tokens of a text, and the cross-entropy loss of a batch.
+
 use candle_core::Tensor;
 use pricket_nn::{CausalLm, Context, ops};
 
@@ -6,26 +8,27 @@ use crate::head::logprobs;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
-/// A token of a text and how likely the model thought it.
+/// Token of a text with its log-probability.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoredToken {
-    /// The token.
+    /// Token ID.
     pub id: u32,
-    /// Its text; a part of a character is U+FFFD. Empty where tokens are scored without a tokenizer.
+    /// Text of the token. An incomplete character is U+FFFD. Empty if tokens are scored without a tokenizer.
     pub text: String,
-    /// Natural logarithm of its probability given everything before it.
+    /// Natural logarithm of the token's probability given the preceding tokens.
     pub logprob: f32,
-    /// Whether no token was more likely.
+    /// Whether no other token was more likely.
     pub is_greedy: bool,
 }
 
-/// The log-probability of each token but the first, given all before it.
+/// Returns the log-probability of each token except the first, given all preceding tokens. Returns no tokens for fewer
+/// than two IDs.
 ///
 /// The head is applied to a few positions at a time, so memory does not grow with length times vocabulary.
 ///
 /// # Errors
-/// [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for,
-/// [`Error::NonFinite`] if the model overflows.
+/// Returns [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for. Returns
+/// [`Error::NonFinite`] if the logits are not finite.
 pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredToken>> {
     match ids.split_first() {
         Some((_, rest)) if !rest.is_empty() => scored_after(model, ids, 1, Context::new()),
@@ -33,11 +36,13 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredTok
     }
 }
 
-/// The log-probability of every token of a text of any length: the first given `prefix`, each of the others given what comes before
-/// it in its window. [`Continuation::windows`] splits the text.
+/// Returns the log-probability of every token of a text of any length. [`Continuation::windows`] splits the text.
+///
+/// The first token is conditioned on `prefix`. Each other token is conditioned on the preceding tokens of its window.
 ///
 /// # Errors
-/// As [`ScoreOptions::check`]; [`Error::NonFinite`] if the model overflows, [`pricket_nn::Error::Cancelled`], and what the model says.
+/// Returns the errors of [`ScoreOptions::check`]. Returns [`Error::NonFinite`] if the logits are not finite,
+/// [`pricket_nn::Error::Cancelled`] if the progress was canceled, or the error of the model.
 pub fn text_logprobs(
     model: &dyn CausalLm,
     ids: &[u32],
@@ -60,7 +65,8 @@ pub fn text_logprobs(
     Ok(out)
 }
 
-/// The log-probabilities of `ids` from number `given` on, given all before them. At least one is given and one is scored.
+/// Returns the log-probabilities of `ids[given..]`, each given all preceding tokens. `given` must be at least 1 and
+/// less than the number of tokens.
 fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Context) -> Result<Vec<ScoredToken>> {
     let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
     let hidden = model.hidden(&input, &mut ctx)?.squeeze(0)?;
@@ -80,25 +86,27 @@ fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Contex
     Ok(out)
 }
 
-/// Mean cross-entropy of each token of `ids` `[b, t]` given those before it, with a gradient: a scalar. Logits are made a block of
-/// positions at a time ([`CausalLm::nll`]).
+/// Returns the mean cross-entropy of the tokens `ids` `[b, t]`, each given the preceding tokens of its row. The result
+/// is a scalar with a gradient.
+///
+/// Logits are computed for a block of positions at a time ([`CausalLm::nll`]).
 ///
 /// # Errors
-/// What the model says.
+/// Returns [`Error::Input`] if `t` is less than 2, or the error of the model.
 pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
     let (_, t) = ids.dims2()?;
     if t < 2 {
-        return Err(Error::Input("a loss needs at least two tokens a row".into()));
+        return Err(Error::Input("the loss needs at least two tokens per row".into()));
     }
     let hidden = model.hidden(&ids.narrow(1, 0, t - 1)?.contiguous()?, &mut Context::new())?;
     let targets = ids.narrow(1, 1, t - 1)?.flatten_all()?.to_vec1::<u32>()?;
     Ok(model.nll(&hidden.flatten_to(1)?, &targets)?.mean_all()?)
 }
 
-/// Refuses logits with a NaN or an infinity in them, saying where `ids` first overflows.
+/// Checks that `logits` contain no NaN and no infinity. `ids` are the tokens that produced them.
 ///
 /// # Errors
-/// [`Error::NonFinite`].
+/// Returns [`Error::NonFinite`], naming the first layer with non-finite activations, if a logit is not finite.
 pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<()> {
     if ops::row_summary(logits).finite { Ok(()) } else { Err(diagnose(model, ids)) }
 }

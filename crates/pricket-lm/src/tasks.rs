@@ -1,7 +1,7 @@
 //! Evaluation tasks in the sense of lm-evaluation-harness.
 //!
-//! A [`Task`] turns each document into requests to a model and computes [`Metric`]s from the answers. Tasks are built in
-//! ([`Task::named`]) or read from a file ([`Task::from_file`]). [`evaluate`] runs a task.
+//! A [`Task`] turns each document into requests to a model and computes [`Metric`]s from the answers. Tasks are built
+//! in ([`Task::named`]) or read from a file ([`Task::from_file`]). [`evaluate`] runs a task.
 
 mod builtin;
 mod evaluate;
@@ -55,8 +55,8 @@ impl TaskKind {
 /// Metric of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Metric {
-    /// Accuracy: the share of documents whose most likely choice is correct. For [`TaskKind::Loglikelihood`], the share of
-    /// documents whose continuation is the output of greedy decoding.
+    /// Accuracy: the share of documents whose most likely choice is correct. For [`TaskKind::Loglikelihood`], the share
+    /// of documents whose continuation is the output of greedy decoding.
     Acc,
     /// Accuracy with each log-likelihood divided by the number of characters of the choice.
     AccNorm,
@@ -238,7 +238,10 @@ impl Task {
     /// Returns [`Error::Input`], listing the built-in tasks, if none has this name.
     pub fn named(name: &str) -> Result<Self> {
         builtin::task(name).ok_or_else(|| {
-            Error::Input(format!("unknown task {name:?}; expected {}, or the path of a task file", Self::names().join(", ")))
+            Error::Input(format!(
+                "unknown task {name:?}; expected {}, or the path of a task file",
+                Self::names().join(", ")
+            ))
         })
     }
 
@@ -308,8 +311,8 @@ impl Task {
         self.examples_split.as_deref()
     }
 
-    /// Returns the number of few-shot examples before each question: `asked`, else the number of the definition, else 0.
-    /// As in the harness, a definition with 0 overrides `asked`.
+    /// Returns the number of few-shot examples before each question: `asked`, else the number of the definition, else
+    /// 0. As in the harness, a definition with 0 overrides `asked`.
     pub fn shots(&self, asked: Option<usize>) -> usize {
         match (asked, self.shots) {
             (_, Some(0)) => 0,

@@ -89,12 +89,13 @@ fn wrong(key: &str, expected: &str, found: &Value) -> String {
 
 fn choices(context: String, choices: &[String], answer: usize) -> Result<Asked, String> {
     if answer >= choices.len() {
-        return Err(format!("the index of the correct answer is {answer}, but there are {} choices", choices.len()));
+        return Err(format!("answer {answer} is out of range for {} choices", choices.len()));
     }
     Ok(Asked::Choices(Choices::new(vec![context], " ", choices, vec![answer])))
 }
 
-/// LAMBADA: predicts the last word of a passage (Paperno et al. 2016, arXiv:1606.06031). Uses OpenAI's version of the texts.
+/// LAMBADA: predicts the last word of a passage (Paperno et al. 2016, arXiv:1606.06031). Uses OpenAI's version of the
+/// texts.
 fn lambada(document: &Value) -> Result<Asked, String> {
     let text = text(document, "text")?;
     let (context, word) = text.rsplit_once(' ').unwrap_or(("", text));
@@ -120,11 +121,12 @@ fn piqa(document: &Value) -> Result<Asked, String> {
     choices(format!("Question: {}\nAnswer:", text(document, "goal")?), &solutions, number(document, "label")?)
 }
 
-/// WinoGrande: chooses the option that fills a blank (Sakaguchi et al. 2020, arXiv:1907.10641). Each option is scored by the
-/// likelihood of the text after the blank (Trinh and Le 2018, arXiv:1806.02847).
+/// WinoGrande: chooses the option that fills a blank (Sakaguchi et al. 2020, arXiv:1907.10641). Each option is scored
+/// by the likelihood of the text after the blank (Trinh and Le 2018, arXiv:1806.02847).
 fn winogrande(document: &Value) -> Result<Asked, String> {
     let sentence = text(document, "sentence")?;
-    let (before, after) = sentence.split_once('_').ok_or_else(|| format!("the sentence {sentence:?} has no blank (_)"))?;
+    let (before, after) =
+        sentence.split_once('_').ok_or_else(|| format!("the sentence {sentence:?} has no blank (_)"))?;
     let contexts = [text(document, "option1")?, text(document, "option2")?].map(|option| format!("{before}{option}"));
     let answer = match text(document, "answer")? {
         "1" => 0,
@@ -158,8 +160,8 @@ fn sciq(document: &Value) -> Result<Asked, String> {
     choices(format!("{support}\nQuestion: {}\nAnswer:", text(document, "question")?), &options, 3)
 }
 
-/// WikiText: scores whole pages of Wikipedia (Merity et al. 2016, arXiv:1609.07843). The text is the detokenized page. The
-/// numbers of words and bytes are those of the page before detokenization.
+/// WikiText: scores whole pages of Wikipedia (Merity et al. 2016, arXiv:1609.07843). The text is the detokenized page.
+/// The numbers of words and bytes are those of the page before detokenization.
 fn wikitext(document: &Value) -> Result<Asked, String> {
     let page = text(document, "page")?;
     Ok(Asked::Text { text: detokenized(page), words: count_words(page), bytes: page.len() })

@@ -150,13 +150,13 @@ impl Outcome {
 
 /// Evaluates `task` on `documents`, with few-shot examples from `examples`.
 ///
-/// Follows the rules of lm-evaluation-harness 0.4 and computes the same metrics. Random examples are drawn again for each
-/// document, with Python's random number generator. Documents are read 1024 at a time to bound memory; a
+/// Follows the rules of lm-evaluation-harness 0.4 and computes the same metrics. Random examples are drawn again for
+/// each document, with Python's random number generator. Documents are read 1024 at a time to bound memory; a
 /// [`Limit::Share`] reads all of them first.
 ///
 /// # Errors
-/// Returns [`Error::Input`] if a document does not fit the task, if there are no documents or too few examples, or if an
-/// option is invalid. Returns an error if a document cannot be read, and the errors of [`loglikelihoods`].
+/// Returns [`Error::Input`] if a document does not fit the task, if there are no documents or too few examples, or if
+/// an option is invalid. Returns an error if a document cannot be read, and the errors of [`loglikelihoods`].
 pub fn evaluate(
     model: &dyn CausalLm,
     tokenizer: &Tokenizer,
@@ -340,8 +340,8 @@ fn deviation(values: &[f64]) -> f64 {
     (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
 }
 
-/// Returns the bootstrap standard error of a perplexity: the standard deviation over samples drawn with replacement. As in
-/// the harness, each seed yields 1000 draws.
+/// Returns the bootstrap standard error of a perplexity: the standard deviation over samples drawn with replacement. As
+/// in the harness, each seed yields 1000 draws.
 fn bootstrap(values: &[f64], draws: usize) -> Option<f64> {
     if draws == 0 {
         return None;
@@ -390,7 +390,10 @@ impl<'a> Shots<'a> {
         let mut pool = Vec::new();
         if count > 0 {
             if task.kind == super::TaskKind::Perplexity {
-                return Err(Error::Input(format!("task {}: scoring of whole texts takes no few-shot examples", task.name)));
+                return Err(Error::Input(format!(
+                    "task {}: scoring of whole texts takes no few-shot examples",
+                    task.name
+                )));
             }
             for (number, document) in task.samples.as_deref().unwrap_or(examples).iter().enumerate() {
                 let example = example(task, &task.ask(document, number)?).map_err(|what| task.wrong(number, what))?;
@@ -452,8 +455,8 @@ fn example(task: &Task, question: &Asked) -> Result<String, &'static str> {
     let Layout { target_delimiter, example_delimiter, .. } = &task.layout;
     let text = match question {
         Asked::Text { text, .. } => text.clone(),
-        // As in the harness: an empty answer gets no delimiters. An answer that begins with a space still gets the target
-        // delimiter before it.
+        // As in the harness: an empty answer gets no delimiters. An answer that begins with a space still gets the
+        // target delimiter before it.
         Asked::Continuation { context, continuation } if continuation.is_empty() => return Ok(context.clone()),
         Asked::Continuation { context, continuation } => format!("{context}{target_delimiter}{continuation}"),
         Asked::Choices(choices) => {

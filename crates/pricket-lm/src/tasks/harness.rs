@@ -1,6 +1,7 @@
 //! Task files of lm-evaluation-harness: YAML, with the semantics of version 0.4.13.
 //!
-//! No Python is executed. A file that names a Python function is rejected, unless a built-in task implements that function.
+//! No Python is executed. A file that names a Python function is rejected, unless a built-in task implements that
+//! function.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -149,12 +150,14 @@ fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> 
 fn computed(keys: &Keys) -> Result<Option<Task>, String> {
     let named = keys.iter().find_map(|(key, (value, directory))| Some((key, function(value)?, directory)));
     let Some((key, function, directory)) = named else { return Ok(None) };
-    let refused = |why: &str| Err(format!("{key}: !function {function} names a Python function, which is not executed{why}"));
+    let refused =
+        |why: &str| Err(format!("{key}: !function {function} names a Python function, which is not executed{why}"));
     let module = function.rsplit_once('.').map_or("", |(module, _)| module);
     let Some(known) = MODULES.iter().find(|known| known.name == module) else { return refused("") };
     let file = directory.join(format!("{module}.py"));
     if !file.is_file() && known.is_common {
-        let missing = format!("; to use the built-in task {}, put {} next to the task file", known.task, file.display());
+        let missing =
+            format!("; to use the built-in task {}, put {} next to the task file", known.task, file.display());
         return refused(&missing);
     }
     if file.is_file() {
@@ -162,7 +165,9 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
         let sha256 = Sha256::digest(text).iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
         if sha256 != known.sha256 {
             let path = file.display();
-            return refused(&format!("; {path} differs from the file of lm-evaluation-harness 0.4.13 that the built-in task implements"));
+            return refused(&format!(
+                "; {path} differs from the file of lm-evaluation-harness 0.4.13 that the built-in task implements"
+            ));
         }
     }
     // The file must agree with the built-in task in all of these keys: they cannot be combined with other values.
@@ -281,7 +286,8 @@ impl Reader {
         } else {
             let is_choice = kind == TaskKind::MultipleChoice;
             if choices.is_some() != is_choice {
-                let what = if is_choice { "the key is missing" } else { "only multiple_choice tasks can have this key" };
+                let what =
+                    if is_choice { "the key is missing" } else { "only multiple_choice tasks can have this key" };
                 return Err(format!("doc_to_choice: {what}"));
             }
             let target = target.ok_or("the key `doc_to_target` is missing")?;
@@ -343,7 +349,8 @@ impl Examples {
     }
 }
 
-/// Returns the files that `data_files` names for each split, and whether the other keys of `dataset_kwargs` can be ignored.
+/// Returns the files that `data_files` names for each split, and whether the other keys of `dataset_kwargs` can be
+/// ignored.
 #[allow(clippy::type_complexity, reason = "used once")]
 fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathBuf>>>, bool), String> {
     let entries = match kwargs {
@@ -380,7 +387,8 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
     }
 }
 
-/// Reads an entry of `metric_list`. The entry must describe the same computation and aggregation as the built-in metric.
+/// Reads an entry of `metric_list`. The entry must describe the same computation and aggregation as the built-in
+/// metric.
 fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     let Yaml::Mapping(entries) = entry else {
         return Err(unexpected("metric_list", "a mapping for each metric", entry));
@@ -526,7 +534,7 @@ impl Asker {
         let target = self.found(&self.target, document)?;
         let number = |n: i64| {
             let found = usize::try_from(n).ok().filter(|&n| n < choices.len());
-            found.ok_or_else(|| format!("the index of the correct answer is {n}, but there are {} choices", choices.len()))
+            found.ok_or_else(|| format!("answer {n} is out of range for {} choices", choices.len()))
         };
         let position = |text: &str| {
             let found = choices.iter().position(|choice| choice == text);
@@ -554,8 +562,8 @@ impl Asker {
         Ok(Asked::Choices(Choices::new(vec![self.context(document)?], &self.delimiter, &choices, answers)))
     }
 
-    /// Returns the value of a field, converting the output of a template as the harness does. Digits become a number if the
-    /// task has choices. A list in Python syntax becomes a list in `doc_to_target`.
+    /// Returns the value of a field, converting the output of a template as the harness does. Digits become a number if
+    /// the task has choices. A list in Python syntax becomes a list in `doc_to_target`.
     fn found(&self, field: &Field, document: &Value) -> Result<Found, String> {
         let found = field.of(&self.templates, document)?;
         let Found::Text(text) = &found else { return Ok(found) };

@@ -18,11 +18,12 @@ const MAX_DEPTH: usize = 64;
 
 /// Maximum size of a template, in bytes.
 ///
-/// The parser rejects deeply nested brackets. A chain such as `a ~ b ~ c`, `not not a` or of `elif`s is still a tree as deep
-/// as the chain is long, and the compiler recurses through it.
+/// The parser rejects deeply nested brackets. A chain such as `a ~ b ~ c`, `not not a` or of `elif`s is still a tree as
+/// deep as the chain is long, and the compiler recurses through it.
 const MAX_TEMPLATE: usize = 16 << 10;
 
-/// Stack size of the thread that compiles a template, in bytes. Large enough for every template of [`MAX_TEMPLATE`] bytes.
+/// Stack size of the thread that compiles a template, in bytes. Large enough for every template of [`MAX_TEMPLATE`]
+/// bytes.
 const STACK: usize = 64 << 20;
 
 /// Templates of a task, by name.
@@ -138,7 +139,8 @@ fn regex_replace(text: &str, pattern: &str, replacement: &str, count: Option<usi
     Ok(found.replacen(text, count.unwrap_or(0), &*replacement).into_owned())
 }
 
-/// Converts a replacement from Python's syntax to that of the crate `regex`: `\1` and `\g<1>` become `${1}`, `$` becomes `$$`.
+/// Converts a replacement from Python's syntax to that of the crate `regex`: `\1` and `\g<1>` become `${1}`, `$`
+/// becomes `$$`.
 fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
     let unknown = || wrong(format!("regex_replace: the replacement {python:?} is not supported"));
     let mut out = String::new();

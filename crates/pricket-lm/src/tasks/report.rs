@@ -15,7 +15,8 @@ impl TaskKind {
     }
 }
 
-/// Returns the results of tasks in the format of the harness's `results_*.json`. The caller adds the facts about the model.
+/// Returns the results of tasks in the format of the harness's `results_*.json`. The caller adds the facts about the
+/// model.
 pub fn results_json(outcomes: &[(Task, Outcome)], options: &EvalOptions) -> Value {
     let by_task = |f: &dyn Fn(&Task, &Outcome) -> Value| -> Value {
         outcomes.iter().map(|(task, outcome)| (task.name().to_owned(), f(task, outcome))).collect::<Map<_, _>>().into()

@@ -146,15 +146,16 @@ impl Asker {
             }),
             TaskKind::MultipleChoice => {
                 let found = self.templates.evaluate("choices", &self.choices, document)?;
-                let texts =
-                    super::texts(&found).ok_or_else(|| format!("choices: expected a list of strings, found {found}"))?;
+                let texts = super::texts(&found)
+                    .ok_or_else(|| format!("choices: expected a list of strings, found {found}"))?;
                 let found = self.templates.evaluate("answer", &self.answer, document)?;
                 let answer = match &found {
                     Value::String(text) => texts.iter().position(|choice| choice == text).or_else(|| text.parse().ok()),
                     other => other.as_u64().map(|n| n as usize),
                 };
                 let answer = answer.filter(|&answer| answer < texts.len());
-                let answer = answer.ok_or_else(|| format!("answer: {found} is not one of the {} choices", texts.len()))?;
+                let answer =
+                    answer.ok_or_else(|| format!("answer: {found} is not one of the {} choices", texts.len()))?;
                 let context = self.templates.render("text", document)?;
                 Ok(Asked::Choices(Choices::new(vec![context], &self.delimiter, &texts, vec![answer])))
             }
