@@ -92,7 +92,7 @@ pub struct ScoreOptions {
     /// left. Defaults to the context length of the model, or 2,048 for a model without a limit.
     pub max_length: Option<usize>,
     /// Number of tokens that each window of a long text scores, from 1 to `max_length`. A smaller stride gives each
-    /// token more context and takes more time. Defaults to `max_length`, which gives windows that do not overlap.
+    /// token more context and takes more time. Defaults to `max_length`, the smallest possible overlap.
     pub stride: Option<usize>,
     /// Whether `max_length` may exceed the length that the model was trained for. Defaults to false.
     pub beyond_trained_length: bool,
@@ -188,7 +188,7 @@ pub fn loglikelihoods(
         if ids.is_empty() || context.is_empty() || ids.len() > room {
             let (given, scored) = (context.len(), ids.len());
             let what = format!(
-                "{scored} tokens after {given} cannot be scored; expected at least 1 of each, and at most {room} to score"
+                "{scored} tokens after {given} cannot be scored; expected at least 1 of each and at most {room} scored"
             );
             return Err(Error::Input(what));
         }
