@@ -1,7 +1,7 @@
 //! Evaluation tasks in the sense of lm-evaluation-harness.
 //!
 //! A [`Task`] turns each document into requests to a model and computes [`Metric`]s from the answers. Tasks are built
-//! in ([`Task::named`]) or read from a file ([`Task::from_file`]). [`evaluate`] runs a task.
+//! in ([`Task::named`]) or read from a file ([`Task::from_file`]). [`evaluate()`] runs a task.
 
 mod builtin;
 mod evaluate;
