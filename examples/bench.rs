@@ -20,16 +20,15 @@ use pricket::nn::ops::multiply_add_rate;
 use pricket::{GenerateOptions, Pricket};
 use serde_json::json;
 
-/// Measure the speed of prefill, decoding and training. Decoding is measured as `generate` runs it: greedy sampling of
-/// new tokens after a prompt, with their text if the model has a tokenizer.
+/// Measure the speed of prefill, decoding and training. Decoding is greedy and includes the conversion of tokens to
+/// text, as in `generate`.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
     /// Measure random weights in a published shape instead of a model: 14m to 12b, neox-20b, incite-3b, mpt-1b, mpt-7b,
-    /// open-llama-3b, rwkv4-430m, and others of models/shapes.toml. They are stored as --dtype, or as f16 if that is
-    /// auto
+    /// open-llama-3b, rwkv4-430m, and others of models/shapes.toml. The weights have the type of --dtype (f16 for auto)
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,
     /// Prompt lengths for which prefill is measured, in tokens
@@ -38,7 +37,7 @@ struct Args {
     /// Prompt lengths after which decoding is measured, in tokens
     #[arg(long, value_delimiter = ',', default_value = "128,1792")]
     decode: Vec<usize>,
-    /// Batch sizes for which decoding is measured in addition to 1. The tokens of all rows are added up
+    /// Batch sizes for which decoding is measured besides 1. The speed is the total over the batch
     #[arg(long, value_delimiter = ',')]
     streams: Vec<usize>,
     /// Measure training steps of LoRA (rank 16, all linear layers, AdamW, f32 adapters) on batches of this shape, such
@@ -46,7 +45,7 @@ struct Args {
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ROWSxTOKENS")]
     train: Vec<train::Shape>,
-    /// Fraction of each training row, from its start, that is not counted in the loss; from 0 to below 1
+    /// Share of each training row, at its start, without loss (from 0 to below 1)
     #[cfg(feature = "train")]
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     masked: f64,

@@ -21,7 +21,8 @@ use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 
 const HELP: &str = "\
-/system [TEXT]  show the system text, or set it and start a new conversation; /system - removes it
+/system [TEXT]  show the system text, or set it and start a new conversation
+/system -       remove the system text
 /reset          start a new conversation
 /undo           remove the last question and its answer
 /retry          ask the last question again
@@ -39,8 +40,7 @@ struct Args {
     model: common::ModelArgs,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// Prompt format: a name listed by --formats, a file such as models/prompts.toml, or auto for the model's own
-    /// format
+    /// Prompt format: a name listed by --formats, a TOML file (its first format counts), or auto for the model's own format
     #[arg(long, value_name = "NAME", default_value = "auto")]
     prompt_format: String,
     /// List the prompt formats and exit

@@ -25,7 +25,7 @@ use pricket::weights::counted;
 use serde_json::{Value, json};
 
 /// List, fetch and audit the training steps of a model, and manage the cache. Without a command, lists the steps of the
-/// embedded model.
+/// embedded model tiny.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -42,7 +42,8 @@ struct Which {
     /// A repository of the Hub, a name such as pythia-160m, or a directory with revisions/
     #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
     model: String,
-    /// Training steps: all, final, log, numbers, or ranges such as 0..143000:10000, separated by commas
+    /// Training steps, separated by commas: all, final, log (powers of two up to 512, then 1000, 2000, 4000, ...),
+    /// numbers such as 0,512, or ranges such as 0..143000:10000
     #[arg(long, short, default_value = "all")]
     steps: Steps,
 }
@@ -66,7 +67,8 @@ enum Command {
         #[arg(long, value_name = "SIZE", value_parser = size::parse)]
         budget: Option<u64>,
     },
-    /// Find revisions that hold the same weights, equal main, or are missing. The exit code is 3 if there is a problem
+    /// Find revisions whose weights equal those of another revision or of main, and missing revisions. The exit code is
+    /// 3 if there is a problem
     Audit {
         #[command(flatten)]
         which: Which,

@@ -101,7 +101,7 @@ struct LoraArgs {
     /// Layers not to adapt: names or ends of names, or "re:" and a regular expression
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     exclude: Vec<String>,
-    /// Numbers of the blocks to adapt, counted from 0 [default: all]
+    /// Indices of the transformer blocks to adapt, such as 0,1,5 [default: all]
     #[arg(long, value_name = "NUMBERS", value_delimiter = ',')]
     layers: Vec<usize>,
     /// Scale the change by alpha / sqrt(rank) (rsLoRA)
@@ -174,7 +174,8 @@ struct RunArgs {
     /// Normalization of the loss: mean over all tokens of a step, or mean of the micro-batch means
     #[arg(long, value_enum, default_value_t = NormalizeArg::Tokens)]
     normalize: NormalizeArg,
-    /// Turn off gradient checkpointing: faster, with several times the memory
+    /// Turn off gradient checkpointing, the recomputation of blocks in the backward pass: faster, with several times
+    /// the memory
     #[arg(long)]
     no_checkpointing: bool,
     /// Random seed of the initial values, the order of the examples, and the dropout

@@ -22,8 +22,9 @@ use serde_json::json;
 /// The default text of --report. It shows the effect of quantization, but is too short for a perplexity to publish.
 const TEXT: &str = include_str!("../README.md");
 
-/// Convert a model to a GGUF file (if --out ends in .gguf) or to a directory in Hub layout (any other --out). With
-/// --report and without --out, quantize in memory and write nothing.
+/// Convert a model to a GGUF file (if --out ends in .gguf) or to a directory in Hub layout (any other --out).
+/// --quantize or --dtype sets the type of the output; without them, types are kept. With --report and without --out,
+/// quantize in memory and write nothing.
 #[derive(Parser)]
 #[command(version)]
 struct Args {

@@ -21,7 +21,7 @@ use pricket::weights::counted;
 use pricket::{EvalOptions, Pricket, ScoreOptions, Task};
 use serde_json::{Value, json};
 
-/// Score a text, evaluate tasks, or measure the loss of slices of documents.
+/// Score a text, evaluate tasks, or measure the loss of named groups of texts (slices).
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -42,7 +42,7 @@ struct Args {
     /// TASK.train.jsonl for few-shot examples [default: fetched from the Hub]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// JSON lines file of texts with the name of their slice. Prints the loss of each slice
+    /// JSON lines file of texts, each with the name of its group ("slice"). Prints the loss of each group
     #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
     slices: Option<PathBuf>,
     /// Number of few-shot examples before each question. Several numbers, such as 0,5, are evaluated in turn [default:

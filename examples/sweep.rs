@@ -43,7 +43,8 @@ struct Args {
     /// Models to measure: repositories of the Hub, or directories with revisions/ [default: models/tiny]
     #[arg(long, short, value_delimiter = ',', value_name = "MODEL")]
     models: Vec<String>,
-    /// Training steps to measure: all, log, final, numbers, or ranges such as 0..143000:10000, separated by commas
+    /// Training steps to measure, separated by commas: all, final, log (powers of two up to 512, then 1000, 2000, 4000,
+    /// ...), numbers such as 0,512, or ranges such as 0..143000:10000
     #[arg(long, default_value = "all")]
     steps: Steps,
     /// Tasks to evaluate: names or files (.yaml of lm-evaluation-harness, or .toml); see `score --help`
@@ -52,7 +53,7 @@ struct Args {
     /// Directory with the documents of the tasks; see `score --help` [default: fetched from the Hub]
     #[arg(long, value_name = "DIR", requires = "tasks")]
     data: Option<PathBuf>,
-    /// JSON lines file of texts with the name of their slice, to measure the loss of each slice
+    /// JSON lines file of texts, each with the name of its group ("slice"), to measure the loss of each group
     #[arg(long, value_name = "FILE")]
     slices: Option<PathBuf>,
     /// Plain text files of any length, to measure loss, perplexity and bits per byte of each
@@ -82,7 +83,8 @@ struct Args {
     /// another is fetched
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     disk_budget: Option<u64>,
-    /// Measure again the rows of earlier versions, which have no hashes of documents and weights [default: keep them]
+    /// Measure again what an earlier version of pricket wrote without hashes of documents and weights [default: keep
+    /// it]
     #[arg(long)]
     remeasure: bool,
     /// Do not load the next checkpoint during a measurement. Halves the memory
@@ -104,10 +106,10 @@ struct Args {
     /// Draw runs that differ only in their seed as one curve: their mean, with a band of one standard deviation
     #[arg(long)]
     mean_of_seeds: bool,
-    /// Omit published results of the models from the pictures
+    /// Do not draw the published results of the models beside the measured ones
     #[arg(long)]
     no_published: bool,
-    /// Draw slices and tasks with the same metric in one panel
+    /// Draw one panel per metric, with a curve for each slice and task, instead of one panel per curve
     #[arg(long)]
     together: bool,
     /// Title above the curves

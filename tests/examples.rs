@@ -391,7 +391,7 @@ fn invalid_options_are_refused_by_name() {
         ("generate", &["--temperature", "0", "--top-k", "5"], "top_k has no effect at temperature 0"),
         ("generate", &["--temperature", "0", "--top-p", "0.9"], "top_p has no effect at temperature 0"),
         ("score", &["--tasks", "piqa", "--data", data, "--limit", "0"], "expected a number of documents"),
-        ("score", &["--tasks", "README.md"], "there is no task"),
+        ("score", &["--tasks", "README.md"], "unknown task"),
         ("score", &["--tasks", "nowhere.yaml"], "nowhere.yaml: No such file"),
         ("score", &["--text", "short.txt", "--max-length", "0"], "max_length: expected at least 1, found 0"),
         ("score", &["--text", "short.txt", "--batch-tokens", "0"], "batch_tokens: expected at least 1"),

@@ -404,7 +404,10 @@ fn an_unusable_task_does_not_end_the_others() {
         let output = command.arg(out).arg(at(program)).output().unwrap();
         let (shown, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert_eq!(output.status.code(), Some(2), "{program}: {said}");
-        assert!(said.contains("task own, document 1") && said.contains("no token of its own"), "{program}: {said}");
+        assert!(
+            said.contains("task own, document 1") && said.contains("no token is left for the continuation"),
+            "{program}: {said}"
+        );
         assert!(shown.contains("piqa"), "{program}: {shown}");
     }
 }

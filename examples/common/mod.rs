@@ -21,8 +21,9 @@ pub(crate) use random::random;
 /// The model to load and how to load it.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
-    /// Model to load: a repository of the Hub (EleutherAI/pythia-410m or pythia-410m), a directory in Hub layout, or a
-    /// weight file (GGUF, legacy GGML, or another format with a config.json next to it) [default: the embedded model]
+    /// Model to load: a repository of the Hub (EleutherAI/pythia-410m, pythia-410m or pythia-410m@step3000), a
+    /// directory in Hub layout, a weight file (GGUF, legacy GGML, or another format with a config.json next to it), or
+    /// an embedded model (tiny, tiny-chat, tiny-mpt, tiny-llama or tiny-rwkv) [default: tiny; tiny-chat for chat]
     #[arg(long, short)]
     pub(crate) model: Option<PathBuf>,
     /// Branch, tag or commit of a repository, such as step3000, or a training step in a directory's revisions/

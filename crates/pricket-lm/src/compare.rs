@@ -1,4 +1,7 @@
-//! Comparison of two models over one text: perplexities and the Kullback-Leibler divergence of their predictions.
+//! Comparison of two models on a text: perplexities, Kullback-Leibler divergence and agreement of the top tokens.
+//!
+//! The divergence at a position is `KL(p || q) = sum over v of p(v) (log p(v) - log q(v))`. Here `p` are the
+//! probabilities of the reference and `q` those of the other model.
 
 use candle_core::Tensor;
 use pricket_nn::{CausalLm, Error as NnError};
@@ -8,31 +11,34 @@ use crate::head::by_blocks;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
-/// Difference between a model and a reference over a text. The reference usually is the model before quantization.
+/// Difference between a model and a reference on a text. The reference is usually the model before quantization.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Comparison {
-    /// Number of predicted tokens, all tokens of the text.
+    /// Number of predicted tokens: all tokens of the text.
     pub tokens: usize,
     /// Perplexity of the reference: `exp` of its mean loss in nats per token.
     pub reference_perplexity: f64,
     /// Perplexity of the other model.
     pub perplexity: f64,
-    /// Mean Kullback-Leibler divergence from the reference, in nats per token.
+    /// Mean Kullback-Leibler divergence of the other model's predictions from those of the reference, in nats per
+    /// token.
     pub kl_divergence: f64,
     /// Largest Kullback-Leibler divergence at a position, in nats.
     pub worst_kl_divergence: f64,
-    /// Share of positions at which both models have the same most likely token.
+    /// Share of the positions where both models have the same most likely token.
     pub top_1_agreement: f64,
 }
 
-/// Compares two models with the same tokenizer over the tokens of a text. The windows are those of
-/// [`text_logprobs`](crate::text_logprobs), so that perplexities agree with other results for the same text. A window
-/// is at most as long as both models read at once.
+/// Compares two models with the same tokenizer on the tokens of a text.
+///
+/// The text is split into windows as in [`text_logprobs`](crate::text_logprobs), so the perplexities agree with those
+/// of that function. The length of a window is limited by both models.
 ///
 /// # Errors
-/// Returns [`Error::Input`] for vocabularies of different sizes or a text without tokens, [`Error::NonFinite`] if a
-/// model overflows, and the errors of the models.
+/// Returns [`Error::Input`] if the vocabularies differ in size or the text is empty, and the errors of
+/// [`ScoreOptions::check`]. Returns [`Error::NonFinite`] if the logits of a model are not finite,
+/// [`NnError::Cancelled`] if the progress was canceled, or the error of a model.
 pub fn compare(
     reference: &dyn CausalLm,
     other: &dyn CausalLm,
@@ -43,11 +49,11 @@ pub fn compare(
     let (vocab, others) = (reference.info().vocab, other.info().vocab);
     if vocab != others {
         return Err(Error::Input(format!(
-            "models with vocabularies of {vocab} and {others} tokens cannot be compared"
+            "cannot compare models with vocabularies of {vocab} and {others} tokens; the sizes must be equal"
         )));
     }
     if ids.is_empty() {
-        return Err(Error::Input("expected a text of at least one token to compare models over".into()));
+        return Err(Error::Input("the text to compare the models on is empty; expected at least one token".into()));
     }
     options.check(reference)?;
     options.check(other)?;
@@ -75,7 +81,7 @@ pub fn compare(
             for ((p, q), &target) in p.iter().zip(&q).zip(targets) {
                 let (norm_p, norm_q) = (log_sum(p), log_sum(q));
                 for (model, logits, norm) in [(reference, p, norm_p), (other, q, norm_q)] {
-                    // An infinite logit makes the divergence NaN.
+                    // A single infinite logit would make the divergence NaN.
                     if !norm.is_finite() || !logits.iter().all(|x| x.is_finite()) {
                         return Err(diagnose(model, &context));
                     }

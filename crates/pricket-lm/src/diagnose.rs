@@ -1,11 +1,12 @@
-//! Location of an overflow in a pass.
+//! Search for the layer where a forward pass overflows.
 
 use candle_core::{DType, Tensor};
 use pricket_nn::{CausalLm, Context};
 
 use crate::{Error, Result};
 
-/// Repeats the pass over `ids` and checks the stream after every layer.
+/// Runs `ids` again and checks the activations after every layer. Returns [`Error::NonFinite`] with the first layer
+/// whose activations are not finite, or without a layer if all of them are finite.
 pub(crate) fn diagnose(model: &dyn CausalLm, ids: &[u32]) -> Error {
     let info = model.info();
     let overflow = |what: String, layer| Error::NonFinite {

@@ -1,4 +1,6 @@
-//! Documents from files of JSON lines or parquet.
+//! Readers of documents from files: JSON lines, plain or compressed with gzip or Zstandard, and parquet.
+//!
+//! Compressed files and parquet need the feature `parquet`.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -10,11 +12,13 @@ use serde_json::Value;
 
 use crate::{Error, Result};
 
-/// Largest line in bytes, enough for a whole book.
+/// Maximum length of a line, in bytes. Allows for the text of a whole book.
 const MAX_LINE: usize = 256 << 20;
 
-/// Iterator over the documents of one or more files of JSON lines or parquet. Files of JSON lines take the memory of
-/// one line, parquet files the memory of some pages of each column.
+/// Iterator over the documents of files of JSON lines or parquet, one file after the other.
+///
+/// Memory use does not depend on the file size. JSON lines take the memory of one line. Parquet takes the memory of
+/// some pages of each column.
 pub struct Documents {
     waiting: VecDeque<PathBuf>,
     path: PathBuf,
@@ -23,27 +27,26 @@ pub struct Documents {
     ended: bool,
 }
 
-/// The file that is being read.
+/// Reader of the current file.
 enum Rows {
     Lines(Lines),
     #[cfg(feature = "parquet")]
     Parquet(Box<dyn Iterator<Item = parquet::errors::Result<parquet::record::Row>> + Send>),
 }
 
-/// The first bytes of a file, read to detect its format, and the rest, decompressed if necessary. A pipe cannot be read
-/// twice.
+/// Reader of the lines of a file, decompressed if necessary.
 type Lines = BufReader<Box<dyn Read + Send>>;
 
-/// Reads a file from its beginning.
+/// First bytes of a file, followed by the rest. The first bytes identify the format, and a pipe cannot be read twice.
 type Whole = Chain<Cursor<Vec<u8>>, File>;
 
-/// Largest size of a decompressed text in bytes.
+/// Maximum size of the text that [`read_text`] returns, in bytes.
 const MAX_TEXT: u64 = 4 << 30;
 
-/// Reads the bytes of a text file and decompresses them.
+/// Reads a text file and decompresses it if necessary. Returns its bytes.
 ///
 /// # Errors
-/// Returns [`Error::Input`] with the file, also if the text is longer than 4 GiB.
+/// Returns [`Error::Input`], naming the file, if it cannot be read, is a parquet file or holds more than 4 GiB of text.
 pub fn read_text(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     let path = path.as_ref();
     let wrong = |e: std::io::Error| Error::Input(format!("{}: {e}", path.display()));
@@ -54,19 +57,24 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<Vec<u8>> {
         Rows::Parquet(_) => return Err(Error::Input(format!("{}: a parquet file, not text", path.display()))),
     };
     if text.len() as u64 > MAX_TEXT {
-        return Err(Error::Input(format!("{}: more than {MAX_TEXT} bytes of text", path.display())));
+        return Err(Error::Input(format!("{}: the text exceeds the limit of {MAX_TEXT} bytes", path.display())));
     }
     Ok(text)
 }
 
-/// Reads a text file as UTF-8 and removes a byte order mark at its beginning.
+/// Reads a UTF-8 text file as [`read_text`] does. Removes a byte order mark at the beginning.
 ///
 /// # Errors
-/// Returns [`Error::Input`] with the file and the position of the first byte that is not UTF-8.
+/// Returns the errors of [`read_text`]. Returns [`Error::Input`], naming the file and the offset of the first invalid
+/// byte, if the text is not UTF-8.
 pub fn read_utf8(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     let wrong = |e: std::string::FromUtf8Error| {
-        Error::Input(format!("{}: not UTF-8 text: byte {}", path.display(), e.utf8_error().valid_up_to()))
+        Error::Input(format!(
+            "{}: not UTF-8 text: invalid byte at offset {}",
+            path.display(),
+            e.utf8_error().valid_up_to()
+        ))
     };
     let text = String::from_utf8(read_text(path)?).map_err(wrong)?;
     Ok(match text.strip_prefix('\u{feff}') {
@@ -82,21 +90,23 @@ impl std::fmt::Debug for Documents {
 }
 
 impl Documents {
-    /// Opens a file of JSON lines or parquet. The first bytes decide the format.
+    /// Opens a file of JSON lines or parquet. The first bytes of the file identify the format.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] with the file.
+    /// Returns [`Error::Input`], naming the file, if it cannot be opened or if this build does not support its format.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_all([path])
     }
 
-    /// Opens several files, to be read in order. The first is opened at once.
+    /// Opens several files, to be read one after the other. Only the first file is opened at once.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] with the file, or if there are no files.
+    /// Returns [`Error::Input`] if `paths` is empty. Returns [`Error::Input`], naming the file, if the first file
+    /// cannot be opened or if this build does not support its format.
     pub fn open_all(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Self> {
         let mut waiting: VecDeque<PathBuf> = paths.into_iter().map(|path| path.as_ref().to_owned()).collect();
-        let path = waiting.pop_front().ok_or_else(|| Error::Input("no files of documents are named".into()))?;
+        let path =
+            waiting.pop_front().ok_or_else(|| Error::Input("no document files given; expected at least one".into()))?;
         Ok(Self { rows: open(&path)?, waiting, path, number: 0, ended: false })
     }
 
@@ -105,7 +115,7 @@ impl Documents {
             Rows::Lines(lines) => match line(lines, &mut self.number) {
                 Ok(None) => None,
                 Ok(Some(line)) => Some(parse_json(&line).map_err(|e| {
-                    // Removes the parser's own line number, which is always 1.
+                    // Drops the parser's own line number, which is always 1.
                     let (what, column) = (e.to_string(), e.column());
                     let what = what.split(" at line ").next().unwrap_or_default();
                     format!("not valid JSON at column {column}: {what}")
@@ -127,7 +137,7 @@ fn open(path: &Path) -> Result<Rows> {
     let mut magic = Vec::new();
     file.by_ref().take(4).read_to_end(&mut magic).map_err(|e| wrong(e.to_string()))?;
     if magic == *b"PAR1" {
-        // The parquet reader seeks by itself.
+        // The parquet reader seeks by itself, so the bytes read so far do not matter.
         return parquet(file).map_err(wrong);
     }
     let compressed = magic.starts_with(&[0x1f, 0x8b]) || magic == [0x28, 0xb5, 0x2f, 0xfd];
@@ -139,7 +149,8 @@ fn open(path: &Path) -> Result<Rows> {
 
 #[cfg(not(feature = "parquet"))]
 fn unpacked(_: Whole, _: bool) -> std::result::Result<Box<dyn Read + Send>, String> {
-    Err("a compressed file, which this build does not read; build with the feature `parquet`, or unpack it".into())
+    Err("compressed files are not supported by this build; build with the feature `parquet`, or decompress the file"
+        .into())
 }
 
 #[cfg(feature = "parquet")]
@@ -152,7 +163,7 @@ fn unpacked(file: Whole, is_gzip: bool) -> std::result::Result<Box<dyn Read + Se
 
 #[cfg(not(feature = "parquet"))]
 fn parquet(_: File) -> std::result::Result<Rows, String> {
-    Err("this build reads no parquet; build with the feature `parquet`, or give JSON lines".into())
+    Err("parquet is not supported by this build; build with the feature `parquet`, or use JSON lines".into())
 }
 
 #[cfg(feature = "parquet")]
@@ -162,15 +173,16 @@ fn parquet(file: File) -> std::result::Result<Rows, String> {
     Ok(Rows::Parquet(Box::new(reader.into_iter())))
 }
 
-/// Returns the result of the parquet library. Some damaged files make it panic, which becomes an error.
+/// Runs a call of the parquet library and turns errors and panics into messages. Some corrupt files make the library
+/// panic.
 #[cfg(feature = "parquet")]
 fn guarded<T>(work: impl FnOnce() -> parquet::errors::Result<T>) -> std::result::Result<T, String> {
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-    let broken = || "not readable as parquet: its pages contradict themselves".to_owned();
+    let broken = || "not readable as parquet: the file is corrupt".to_owned();
     outcome.map_err(|_| broken())?.map_err(|e| format!("not readable as parquet: {e}"))
 }
 
-/// Reads the next line that is not empty.
+/// Returns the next line that is not blank. Counts all lines in `number`.
 fn line(lines: &mut Lines, number: &mut usize) -> std::io::Result<Option<Vec<u8>>> {
     loop {
         let mut line = Vec::new();
@@ -180,7 +192,7 @@ fn line(lines: &mut Lines, number: &mut usize) -> std::io::Result<Option<Vec<u8>
         }
         *number += 1;
         if read == MAX_LINE && line.last() != Some(&b'\n') {
-            return Err(std::io::Error::other(format!("a line of more than {MAX_LINE} bytes")));
+            return Err(std::io::Error::other(format!("the line exceeds the limit of {MAX_LINE} bytes")));
         }
         if line.iter().any(|byte| !byte.is_ascii_whitespace()) {
             return Ok(Some(line));

@@ -1,4 +1,5 @@
-//! Log-likelihoods of continuations, in batches.
+//! Batched log-likelihoods of continuations: the sum of `log p(token | preceding tokens)` over the tokens of a
+//! continuation.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,28 +12,30 @@ use crate::head::logprobs;
 use crate::python::is_space;
 use crate::{Error, Result, Tokenizer};
 
-/// A continuation and its context.
+/// Continuation to score, with its context.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Continuation {
-    /// Tokens of the context; at least one.
+    /// Tokens of the context, at least one.
     pub context: Vec<u32>,
     /// Tokens to score.
     pub ids: Vec<u32>,
 }
 
 impl Continuation {
-    /// Tokenizes `context` and `continuation` by the rules of lm-evaluation-harness. Spaces at the end of the context
-    /// move to the continuation. Both texts are encoded together; the tokens after as many as the context has alone are
-    /// the continuation. An empty context becomes the token `prefix`.
+    /// Encodes `context` and `continuation` by the rules of lm-evaluation-harness.
+    ///
+    /// Spaces at the end of the context move to the continuation. The concatenation of the two texts is encoded. If the
+    /// context alone has `n` tokens, the continuation is all tokens after the first `n`. An empty context becomes the
+    /// token `prefix`.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] if no token is left for the continuation, and the errors of the tokenizer.
+    /// Returns [`Error::Input`] if no token is left for the continuation. Returns an error if the tokenizer fails.
     pub fn encode(tokenizer: &Tokenizer, prefix: u32, context: &str, continuation: &str) -> Result<Self> {
         let kept = context.trim_end_matches(is_space);
         let whole = format!("{context}{continuation}");
         let (context, ids) = if kept.is_empty() {
             let all = tokenizer.encode(&whole)?;
-            // The context is the prefix token alone, unless the text begins with that token itself.
+            // The text may already begin with the prefix token.
             match all.split_first() {
                 Some((&first, rest)) if first == prefix => (vec![prefix], rest.to_vec()),
                 _ => (vec![prefix], all),
@@ -44,17 +47,17 @@ impl Continuation {
         };
         if ids.is_empty() {
             let end = continuation.chars().take(40).collect::<String>();
-            return Err(Error::Input(format!("the continuation {end:?} has no token of its own")));
+            return Err(Error::Input(format!("no token is left for the continuation {end:?} after the context")));
         }
         Ok(Self { context, ids })
     }
 
-    /// Splits a text of any length into windows that score every token once. Each window reads at most `max_length`
-    /// tokens (at least 1).
+    /// Splits a text of any length into windows that together score every token once. The model reads at most
+    /// `max_length` tokens (at least 1) of each window.
     ///
-    /// The first window begins with `prefix` and scores `max_length` tokens. Each further window scores the next
-    /// `stride` tokens (1 to `max_length`) after as many earlier tokens as fit. With a stride of `max_length`, windows
-    /// overlap only by the token before each, and the last window is filled up with earlier tokens.
+    /// The first window begins with `prefix` and scores `max_length` tokens. Each later window scores the next `stride`
+    /// tokens (1 to `max_length`), with as many preceding tokens as fit. With a stride of `max_length`, a full window
+    /// overlaps the preceding window by one token. The last window is filled up with preceding tokens.
     pub fn windows(ids: &[u32], prefix: u32, max_length: usize, stride: usize) -> Vec<Self> {
         let max_length = max_length.max(1);
         let (mut windows, mut done) = (Vec::new(), 0);
@@ -69,31 +72,31 @@ impl Continuation {
     }
 }
 
-/// The likelihood of a continuation.
+/// Log-likelihood of a continuation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Loglikelihood {
-    /// Sum of the natural logarithms of the probabilities of its tokens.
+    /// Sum of the log-probabilities of the tokens, in nats.
     pub sum: f64,
-    /// Whether each of its tokens was the most likely one.
+    /// Whether each token was the most likely one, so that greedy decoding would produce the continuation.
     pub is_greedy: bool,
-    /// Number of its tokens.
+    /// Number of scored tokens.
     pub tokens: usize,
-    /// Number of context tokens that were cut off on the left because they did not fit.
+    /// Number of context tokens that were truncated on the left to fit the maximum length.
     pub cut: usize,
 }
 
-/// Options of scoring.
+/// Options for scoring continuations.
 #[derive(Clone)]
 pub struct ScoreOptions {
-    /// Number of tokens read at once, at least 1; longer contexts are cut off on the left. Default: the context length
-    /// of the model, or 2,048 if it has none.
+    /// Maximum number of tokens that the model reads in one request, at least 1. Longer contexts are truncated on the
+    /// left. Defaults to the context length of the model, or 2,048 for a model without a limit.
     pub max_length: Option<usize>,
     /// Number of tokens that each window of a long text scores, from 1 to `max_length`. A smaller stride gives each
-    /// token more context and takes more time. Default: `max_length`, windows without overlap.
+    /// token more context and takes more time. Defaults to `max_length`, the smallest possible overlap.
     pub stride: Option<usize>,
-    /// Whether `max_length` may exceed the length that the model was trained for; false by default.
+    /// Whether `max_length` may exceed the length that the model was trained for. Defaults to false.
     pub beyond_trained_length: bool,
-    /// Number of tokens per batch, at least 1. Default: 1,024 on the CPU, 16,384 on other devices.
+    /// Maximum number of tokens in a batch, at least 1. Defaults to 1,024 on the CPU and 16,384 on other devices.
     pub batch_tokens: Option<usize>,
     /// Receives the progress, in tokens.
     pub progress: Arc<dyn Progress>,
@@ -118,16 +121,16 @@ impl std::fmt::Debug for ScoreOptions {
 }
 
 impl ScoreOptions {
-    /// Returns the number of tokens that `model` reads at once with these options.
+    /// Returns the maximum number of tokens that `model` reads in one request under these options.
     pub fn max_length(&self, model: &dyn CausalLm) -> usize {
         self.max_length.or(model.info().context).unwrap_or(2048)
     }
 
-    /// Checks the options for a model.
+    /// Checks these options for a model.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] with the option and its range, and [`NnError::ContextExceeded`] if `max_length` exceeds
-    /// the length that the model was trained for.
+    /// Returns [`Error::Input`], naming the option and its range, if an option is out of range. Returns
+    /// [`NnError::ContextExceeded`] if `max_length` exceeds the length that the model was trained for.
     pub fn check(&self, model: &dyn CausalLm) -> Result<()> {
         let room = self.max_length(model);
         for (name, value, most) in [
@@ -146,7 +149,7 @@ impl ScoreOptions {
         }
     }
 
-    /// Returns the windows over which a text is scored.
+    /// Splits a text into the windows over which it is scored.
     pub(crate) fn windows(&self, model: &dyn CausalLm, ids: &[u32], prefix: u32) -> Result<Vec<Continuation>> {
         self.check(model)?;
         let room = self.max_length(model);
@@ -154,14 +157,17 @@ impl ScoreOptions {
     }
 }
 
-/// Computes the log-likelihoods of `requests`, in their order.
+/// Returns the log-likelihoods of `requests`, in the same order.
 ///
-/// Requests are sorted by length and packed into passes of at most [`ScoreOptions::batch_tokens`]. A context that
-/// several requests share is read once. The head is applied only to the scored positions, in blocks.
+/// Requests are sorted by length, longest first, and packed into passes of at most [`ScoreOptions::batch_tokens`]
+/// tokens. A context shared by several requests is read once. The head is applied only to the scored positions, a block
+/// at a time.
 ///
 /// # Errors
-/// Returns the errors of [`ScoreOptions::check`], [`Error::Input`] if a continuation is empty or too long,
-/// [`Error::NonFinite`] if the model overflows, [`NnError::Cancelled`], and the errors of the model.
+/// Returns the errors of [`ScoreOptions::check`]. Returns [`Error::Input`] if a token is outside the vocabulary, if a
+/// context or continuation is empty, or if a continuation is longer than the maximum length. Returns
+/// [`Error::NonFinite`] if the logits are not finite, [`NnError::Cancelled`] if the progress was canceled, or the error
+/// of the model.
 pub fn loglikelihoods(
     model: &dyn CausalLm,
     requests: &[Continuation],
@@ -177,11 +183,13 @@ pub fn loglikelihoods(
         let Continuation { context, ids } = request;
         let vocab = model.info().vocab;
         if let Some(id) = context.iter().chain(ids).find(|&&id| id as usize >= vocab) {
-            return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab}")));
+            return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab} tokens")));
         }
         if ids.is_empty() || context.is_empty() || ids.len() > room {
             let (given, scored) = (context.len(), ids.len());
-            let what = format!("{scored} tokens after {given} cannot be scored by a model that reads {room} at once");
+            let what = format!(
+                "{scored} tokens after {given} cannot be scored; expected at least 1 of each and at most {room} scored"
+            );
             return Err(Error::Input(what));
         }
         let cut = (context.len() + ids.len()).saturating_sub(room + 1);
@@ -203,14 +211,14 @@ pub fn loglikelihoods(
     outcome.map(|()| results)
 }
 
-/// A context and its continuations.
+/// Context with its continuations.
 struct Row<'a> {
     context: &'a [u32],
     choices: Vec<(usize, &'a [u32])>,
 }
 
 impl<'a> Row<'a> {
-    /// Returns the tokens that are read of a continuation. Its last token is only scored.
+    /// Returns the tokens of a continuation that the model reads: all but the last one, which is only scored.
     fn read(&self, choice: usize) -> &'a [u32] {
         self.choices.get(choice).map_or(&[][..], |(_, ids)| &ids[..ids.len() - 1])
     }
@@ -223,19 +231,19 @@ impl<'a> Row<'a> {
         self.choices.iter().map(|(_, ids)| ids.len()).max().unwrap_or(1)
     }
 
-    /// Returns the number of tokens that are read at once for it.
+    /// Returns the number of tokens that the first pass reads for this row.
     fn len(&self) -> usize {
         if self.is_shared() { self.context.len() } else { self.context.len() + self.longest() - 1 }
     }
 
-    /// Returns the number of tokens that are read for it.
+    /// Returns the total number of tokens that the model reads for this row.
     fn work(&self) -> usize {
         self.context.len() + self.choices.iter().map(|(_, ids)| ids.len() - 1).sum::<usize>()
     }
 }
 
-/// A continuation with its hidden states: the index of its request, its tokens, and the states that predict them,
-/// `[ids, d]`.
+/// Continuation with computed hidden states: index of the request, tokens, and the hidden states that predict the
+/// tokens, `[ids, d]`.
 type Place<'a> = (usize, &'a [u32], Tensor);
 
 struct Scoring<'a> {
@@ -273,7 +281,7 @@ impl Scoring<'_> {
         Ok(())
     }
 
-    /// Reads tokens of some rows in one packed pass. Returns the hidden states of all positions, row after row.
+    /// Reads tokens of several rows in one packed pass. Returns the hidden states of all positions, row after row.
     fn read(&self, rows: &[(usize, Vec<u32>)], ctx: &mut Context) -> Result<Tensor> {
         let lens: Vec<(usize, usize)> = rows.iter().map(|(row, ids)| (*row, ids.len())).collect();
         let ids: Vec<u32> = rows.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
@@ -295,8 +303,8 @@ impl Scoring<'_> {
         self.score(&places, results)
     }
 
-    /// Scores contexts with several continuations: reads the contexts once, then from their state the first
-    /// continuation of each, the second, and so on.
+    /// Scores contexts with several continuations. Reads the contexts once. Then reads the first continuation of each
+    /// from the state of its context, rewinds, reads the second, and so on.
     fn shared(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
         let mut ctx = roomy().with_state(State::with_type(self.model.info().cache));
         let contexts: Vec<_> = rows.iter().enumerate().map(|(i, row)| (i, row.context.to_vec())).collect();
@@ -325,7 +333,7 @@ impl Scoring<'_> {
             self.score(&places, results)?;
             for (i, row) in rows.iter().enumerate() {
                 let kept = ctx.state_mut().map_or(0, |state| state.rewind(i, row.context.len()));
-                // Positions that the state could not keep are read again.
+                // Read positions again that the state lost in the rewind.
                 if kept < row.context.len() {
                     self.read(&[(i, row.context[kept..].to_vec())], &mut ctx)?;
                 }
@@ -334,7 +342,7 @@ impl Scoring<'_> {
         Ok(())
     }
 
-    /// Adds the log-probabilities of the tokens that follow the hidden states.
+    /// Adds the log-probabilities of the tokens to the results of their requests.
     fn score(&self, places: &[Place<'_>], results: &mut [Loglikelihood]) -> Result<()> {
         let states: Vec<&Tensor> = places.iter().map(|(_, _, states)| states).collect();
         let targets: Vec<u32> = places.iter().flat_map(|(_, ids, _)| ids.iter().copied()).collect();
@@ -352,7 +360,7 @@ impl Scoring<'_> {
     }
 }
 
-/// Returns a context without a limit of its length, which [`ScoreOptions::check`] has checked.
+/// Creates a [`Context`] without a length limit. [`ScoreOptions::check`] has already checked the length.
 pub(crate) fn roomy() -> Context {
     Context::new().beyond_trained_length()
 }

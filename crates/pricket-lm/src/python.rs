@@ -1,4 +1,4 @@
-//! Parts of Python that lm-evaluation-harness depends on: random numbers, string methods, literals.
+//! Parts of Python that lm-evaluation-harness relies on: random numbers, string methods and literals.
 
 mod literal;
 
@@ -6,7 +6,7 @@ use rand_mt::Mt;
 
 pub(crate) use literal::{literal_eval, repr, text};
 
-/// Python's `random.Random(seed)`: the Mersenne Twister and the functions of the standard library over it.
+/// Python's `random.Random(seed)`: the Mersenne Twister with the derived functions of Python's standard library.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(Mt);
 
@@ -15,13 +15,13 @@ impl Random {
         Self(Mt::new_with_key([seed]))
     }
 
-    /// `random()`: 53 random bits, below 1.
+    /// Implements `random()`: returns a number in `[0, 1)` with 53 random bits.
     pub(crate) fn random(&mut self) -> f64 {
         let (high, low) = (self.0.next_u32() >> 5, self.0.next_u32() >> 6);
         (f64::from(high) * 67_108_864.0 + f64::from(low)) / 9_007_199_254_740_992.0
     }
 
-    /// `randrange(n)`, for `n` from 1 to 2³².
+    /// Implements `randrange(n)`, for `n` from 1 to 2³².
     fn below(&mut self, n: usize) -> usize {
         let bits = usize::BITS - n.leading_zeros();
         loop {
@@ -32,9 +32,9 @@ impl Random {
         }
     }
 
-    /// `sample(range(n), k)`, for `k` up to `n`.
+    /// Implements `sample(range(n), k)`, for `k` up to `n`.
     pub(crate) fn sample(&mut self, n: usize, k: usize) -> Vec<usize> {
-        // The library chooses in the same way between a partial shuffle and a set of the selected numbers.
+        // Python's rule for the choice between a partial shuffle and a set of the drawn numbers.
         let mut set_size = 21;
         if k > 5 {
             set_size += 4usize.pow((k as f64 * 3.0).log(4.0).ceil() as u32);
@@ -59,27 +59,28 @@ impl Random {
         (0..k).map(|_| draw()).collect()
     }
 
-    /// Returns an index, as `choices(range(n))` draws it.
+    /// Implements a single draw of `choices(range(n))`.
     pub(crate) fn choice(&mut self, n: usize) -> usize {
         (self.random() * n as f64) as usize
     }
 }
 
-/// `str.isspace` of a character.
+/// Implements `str.isspace` for a character.
 pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// `str.capitalize`.
+/// Implements `str.capitalize`.
 pub(crate) fn capitalize(text: &str) -> String {
     let Some(first) = text.chars().next() else { return String::new() };
-    // The whole text is lower-cased at once, because the form of a sigma depends on the text before it.
+    // Lowercases the whole text, since the lowercase form of a sigma depends on the preceding letters.
     let lower = text.to_lowercase();
     let rest: String = lower.chars().skip(first.to_lowercase().count()).collect();
     title(first) + &rest
 }
 
-/// Returns a letter in title case. Some letters stand for two letters, and some have no title case.
+/// Returns the title case of a letter. It differs from the upper case for digraphs and for letters such as the Georgian
+/// ones.
 fn title(letter: char) -> String {
     let moved = |by: i32| char::from_u32((letter as i32 + by) as u32).unwrap_or(letter).to_string();
     match letter {
@@ -88,10 +89,10 @@ fn title(letter: char) -> String {
         'Ǌ' | 'ǋ' | 'ǌ' => "ǋ".into(),
         'Ǳ' | 'ǲ' | 'ǳ' => "ǲ".into(),
         'ŉ' => "ʼN".into(),
-        // Greek letters with an iota below.
+        // Greek letters with an iota subscript.
         '\u{1f80}'..='\u{1f87}' | '\u{1f90}'..='\u{1f97}' | '\u{1fa0}'..='\u{1fa7}' => moved(8),
         '\u{1fb3}' | '\u{1fc3}' | '\u{1ff3}' => moved(9),
-        // Letters that are capitals already, and Georgian, whose capitals are used for whole texts only.
+        // Greek title-case letters, and Georgian letters, whose capitals are used only in text that is all capitals.
         '\u{1f88}'..='\u{1f8f}'
         | '\u{1f98}'..='\u{1f9f}'
         | '\u{1fa8}'..='\u{1faf}'
@@ -110,7 +111,7 @@ fn title(letter: char) -> String {
 mod tests {
     use super::*;
 
-    /// Expected values from CPython 3.11.
+    /// Expected values are from CPython 3.11.
     #[test]
     fn random_numbers_are_pythons() {
         let mut random = Random::new(1234);

@@ -1,4 +1,4 @@
-//! Log-probabilities of the tokens of a text.
+//! Log-probabilities of the tokens of a text, and the cross-entropy loss of a batch.
 
 use candle_core::Tensor;
 use pricket_nn::{CausalLm, Context, ops};
@@ -8,26 +8,27 @@ use crate::head::logprobs;
 use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
 use crate::{Error, Result};
 
-/// A token of a text and its log-probability.
+/// Token of a text with its log-probability.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoredToken {
-    /// The token.
+    /// Token ID.
     pub id: u32,
-    /// The text of the token; a part of a character is U+FFFD. Empty if tokens are scored without a tokenizer.
+    /// Text of the token. An incomplete character is U+FFFD. Empty if tokens are scored without a tokenizer.
     pub text: String,
-    /// Natural logarithm of the probability of the token given all tokens before it.
+    /// Natural logarithm of the token's probability given the preceding tokens.
     pub logprob: f32,
     /// Whether no other token was more likely.
     pub is_greedy: bool,
 }
 
-/// Computes the log-probability of each token except the first, given all tokens before it.
+/// Returns the log-probability of each token except the first, given all preceding tokens. Returns no tokens for fewer
+/// than two IDs.
 ///
 /// The head is applied to a few positions at a time, so memory does not grow with length times vocabulary.
 ///
 /// # Errors
-/// Returns [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for, and
-/// [`Error::NonFinite`] if the model overflows.
+/// Returns [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for. Returns
+/// [`Error::NonFinite`] if the logits are not finite.
 pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredToken>> {
     match ids.split_first() {
         Some((_, rest)) if !rest.is_empty() => scored_after(model, ids, 1, Context::new()),
@@ -35,12 +36,13 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredTok
     }
 }
 
-/// Computes the log-probability of every token of a text of any length: of the first given `prefix`, of each other
-/// given the tokens before it in its window. [`Continuation::windows`] makes the windows.
+/// Returns the log-probability of every token of a text of any length. [`Continuation::windows`] splits the text.
+///
+/// The first token is conditioned on `prefix`. Each other token is conditioned on the preceding tokens of its window.
 ///
 /// # Errors
-/// Returns the errors of [`ScoreOptions::check`], [`Error::NonFinite`] if the model overflows,
-/// [`pricket_nn::Error::Cancelled`], and the errors of the model.
+/// Returns the errors of [`ScoreOptions::check`]. Returns [`Error::NonFinite`] if the logits are not finite,
+/// [`pricket_nn::Error::Cancelled`] if the progress was canceled, or the error of the model.
 pub fn text_logprobs(
     model: &dyn CausalLm,
     ids: &[u32],
@@ -63,7 +65,8 @@ pub fn text_logprobs(
     Ok(out)
 }
 
-/// Computes the log-probabilities of `ids` from index `given` on. At least one token is given and one is scored.
+/// Returns the log-probabilities of `ids[given..]`, each given all preceding tokens. `given` must be at least 1 and
+/// less than the number of tokens.
 fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Context) -> Result<Vec<ScoredToken>> {
     let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
     let hidden = model.hidden(&input, &mut ctx)?.squeeze(0)?;
@@ -83,25 +86,27 @@ fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Contex
     Ok(out)
 }
 
-/// Computes the mean cross-entropy of the tokens of `ids` `[b, t]`, each given those before it, as a scalar with a
-/// gradient. Logits exist for a block of positions at a time ([`CausalLm::nll`]).
+/// Returns the mean cross-entropy of the tokens `ids` `[b, t]`, each given the preceding tokens of its row. The result
+/// is a scalar with a gradient.
+///
+/// Logits are computed for a block of positions at a time ([`CausalLm::nll`]).
 ///
 /// # Errors
-/// Returns the errors of the model.
+/// Returns [`Error::Input`] if `t` is less than 2, or the error of the model.
 pub fn loss(model: &dyn CausalLm, ids: &Tensor) -> Result<Tensor> {
     let (_, t) = ids.dims2()?;
     if t < 2 {
-        return Err(Error::Input("a loss needs at least two tokens a row".into()));
+        return Err(Error::Input("the loss needs at least two tokens per row".into()));
     }
     let hidden = model.hidden(&ids.narrow(1, 0, t - 1)?.contiguous()?, &mut Context::new())?;
     let targets = ids.narrow(1, 1, t - 1)?.flatten_all()?.to_vec1::<u32>()?;
     Ok(model.nll(&hidden.flatten_to(1)?, &targets)?.mean_all()?)
 }
 
-/// Checks logits for NaN and infinity and finds where the pass over `ids` first overflows.
+/// Checks that `logits` contain no NaN and no infinity. `ids` are the tokens that produced them.
 ///
 /// # Errors
-/// Returns [`Error::NonFinite`] if there is one.
+/// Returns [`Error::NonFinite`], naming the first layer with non-finite activations, if a logit is not finite.
 pub fn check_finite(model: &dyn CausalLm, logits: &[f32], ids: &[u32]) -> Result<()> {
     if ops::row_summary(logits).finite { Ok(()) } else { Err(diagnose(model, ids)) }
 }

@@ -1,4 +1,4 @@
-//! The loss of named slices of a collection of texts.
+//! Losses of the named slices of a collection of texts.
 
 use std::collections::BTreeMap;
 
@@ -8,46 +8,46 @@ use serde_json::Value;
 use crate::loglikelihood::{ScoreOptions, loglikelihoods};
 use crate::{Error, Result, Tokenizer};
 
-/// Number of documents that are scored together.
+/// Number of documents scored together.
 const TOGETHER: usize = 256;
 
-/// The loss of a slice.
+/// Total loss and size of the documents of a slice.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SliceLoss {
     /// Number of documents.
     pub documents: u64,
-    /// Number of tokens; all of them are scored.
+    /// Number of tokens, all of which are scored.
     pub tokens: u64,
     /// Number of UTF-8 bytes.
     pub bytes: u64,
     /// Number of words, separated by whitespace.
     pub words: u64,
-    /// Negative log-likelihood of all documents, in nats.
+    /// Total negative log-likelihood of the documents, in nats.
     pub nats: f64,
 }
 
 impl SliceLoss {
-    /// Returns the cross-entropy in nats per token; 0 for a slice without tokens.
+    /// Returns the cross-entropy in nats per token, or 0 for a slice without tokens.
     pub fn loss(&self) -> f64 {
         self.nats / self.tokens.max(1) as f64
     }
 
-    /// Returns the perplexity per token, `exp` of [`SliceLoss::loss`].
+    /// Returns the perplexity per token: `exp` of [`SliceLoss::loss`].
     pub fn perplexity(&self) -> f64 {
         self.loss().exp()
     }
 
-    /// Returns the perplexity per word.
+    /// Returns the perplexity per word: `exp(nats / words)`.
     pub fn word_perplexity(&self) -> f64 {
         (self.nats / self.words.max(1) as f64).exp()
     }
 
-    /// Returns the perplexity per byte.
+    /// Returns the perplexity per byte: `exp(nats / bytes)`.
     pub fn byte_perplexity(&self) -> f64 {
         (self.nats / self.bytes.max(1) as f64).exp()
     }
 
-    /// Returns the bits per byte.
+    /// Returns the loss in bits per byte.
     pub fn bits_per_byte(&self) -> f64 {
         self.nats / self.bytes.max(1) as f64 / std::f64::consts::LN_2
     }
@@ -61,12 +61,14 @@ impl SliceLoss {
     }
 }
 
-/// Scores every document and sums the losses by slice. The key `text` holds the text. The name of the slice is in
-/// `meta.pile_set_name`, as in the Pile (Gao et al. 2020, arXiv:2101.00027), or in `slice`; documents without a name
-/// belong to the slice `all`. Long texts are scored in windows, of which the first begins with `prefix`.
+/// Scores every document and sums the losses of each slice.
+///
+/// A document has its text under `text`. It has the name of its slice under `meta.pile_set_name`, as in the Pile (Gao
+/// et al. 2020, arXiv:2101.00027), or under `slice`. Documents without a name belong to the slice `all`. Texts longer
+/// than the maximum length are scored in windows ([`ScoreOptions`]). The first window begins with the token `prefix`.
 ///
 /// # Errors
-/// Returns [`Error::Input`] for a document without a text, errors of reading documents, and the errors of
+/// Returns [`Error::Input`] if a document has no text. Returns an error if a document cannot be read, and the errors of
 /// [`loglikelihoods`].
 pub fn slice_losses(
     model: &dyn CausalLm,
@@ -85,7 +87,7 @@ pub fn slice_losses(
         for (number, document) in documents.by_ref().take(TOGETHER) {
             let document = document?;
             let Some(text) = document["text"].as_str() else {
-                return Err(Error::Input(format!("document {number}: expected a text under \"text\"")));
+                return Err(Error::Input(format!("document {number}: expected a string under \"text\"")));
             };
             let named =
                 [&document["meta"]["pile_set_name"], &document["slice"]].into_iter().find_map(|name| match name {

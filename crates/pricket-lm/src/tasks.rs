@@ -1,5 +1,7 @@
-//! Tasks as in lm-evaluation-harness: the requests that a task makes of a model for each document, and the metrics
-//! computed from the answers.
+//! Evaluation tasks in the sense of lm-evaluation-harness.
+//!
+//! A [`Task`] turns each document into requests to a model and computes [`Metric`]s from the answers. Tasks are built
+//! in ([`Task::named`]) or read from a file ([`Task::from_file`]). [`evaluate()`] runs a task.
 
 mod builtin;
 mod evaluate;
@@ -20,19 +22,19 @@ pub use report::results_json;
 
 use crate::{Error, Result};
 
-/// The kind of requests of a task.
+/// Type of the requests that a task makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskKind {
-    /// Several continuations; the model chooses the most likely one.
+    /// Compares the log-likelihoods of several continuations.
     MultipleChoice,
-    /// One continuation: its likelihood, and whether greedy decoding produces it.
+    /// Scores one continuation and checks whether greedy decoding would produce it.
     Loglikelihood,
-    /// The likelihood of a whole text.
+    /// Scores a whole text.
     Perplexity,
 }
 
 impl TaskKind {
-    /// Returns the metrics of a task that names none.
+    /// Returns the metrics of a task whose definition names no metrics.
     const fn defaults(self) -> &'static [Metric] {
         match self {
             TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm],
@@ -50,28 +52,28 @@ impl TaskKind {
     }
 }
 
-/// A metric of a task.
+/// Metric of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Metric {
-    /// Accuracy: the share of documents whose most likely choice is correct. For one continuation, the share that
-    /// greedy decoding produces.
+    /// Accuracy: the share of documents whose most likely choice is correct. For [`TaskKind::Loglikelihood`], the share
+    /// of documents whose continuation is the output of greedy decoding.
     Acc,
-    /// Accuracy with the log-likelihood divided by the number of characters of the choice.
+    /// Accuracy with each log-likelihood divided by the number of characters of the choice.
     AccNorm,
-    /// Accuracy with the log-likelihood divided by the number of UTF-8 bytes of the choice.
+    /// Accuracy with each log-likelihood divided by the number of UTF-8 bytes of the choice.
     AccBytes,
-    /// Perplexity: `exp` of the mean negative log-likelihood of the continuations.
+    /// `exp` of the mean negative log-likelihood of the continuations.
     Perplexity,
-    /// `exp` of the negative log-likelihood of all texts per word.
+    /// `exp` of the total negative log-likelihood of all texts, divided by their total number of words.
     WordPerplexity,
-    /// `exp` of the negative log-likelihood of all texts per byte.
+    /// `exp` of the total negative log-likelihood of all texts, divided by their total number of UTF-8 bytes.
     BytePerplexity,
-    /// Negative log-likelihood in bits per byte.
+    /// Base-2 logarithm of [`Metric::BytePerplexity`].
     BitsPerByte,
 }
 
 impl Metric {
-    /// Returns the name of the metric in the harness.
+    /// Returns the name of the metric in lm-evaluation-harness.
     pub const fn name(self) -> &'static str {
         match self {
             Metric::Acc => "acc",
@@ -84,12 +86,12 @@ impl Metric {
         }
     }
 
-    /// Returns whether a higher value is better.
+    /// Returns whether higher values are better.
     pub const fn higher_is_better(self) -> bool {
         matches!(self, Metric::Acc | Metric::AccNorm | Metric::AccBytes)
     }
 
-    /// Returns the harness's name for the way the values of documents are combined.
+    /// Returns the harness's name for the aggregation of the per-document values.
     const fn aggregation(self) -> &'static str {
         match self {
             Metric::Acc | Metric::AccNorm | Metric::AccBytes => "mean",
@@ -99,7 +101,7 @@ impl Metric {
         }
     }
 
-    /// Returns the metric with this name, if a task of this kind can have it.
+    /// Returns the metric with the given name, or a message if a task of this kind cannot have it.
     fn named(name: &str, kind: TaskKind) -> Result<Self, String> {
         let found = kind.metrics().iter().copied().find(|metric| metric.name() == name);
         found.ok_or_else(|| {
@@ -109,7 +111,7 @@ impl Metric {
     }
 }
 
-/// The requests of a task for one document.
+/// Requests that a task makes for one document.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Asked {
     Choices(Choices),
@@ -117,21 +119,21 @@ pub(crate) enum Asked {
     Text { text: String, words: usize, bytes: usize },
 }
 
-/// A question with several answers.
+/// Multiple-choice question.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Choices {
-    /// One context for all choices, or one for each.
+    /// One context for all choices, or one context per choice.
     pub(crate) contexts: Vec<String>,
-    /// One continuation for each choice, or one for each of several contexts. Each includes the space before it.
+    /// One continuation per choice, or one after each of several contexts. Each includes its leading delimiter.
     pub(crate) continuations: Vec<String>,
-    /// The length of each choice.
+    /// Length of each choice.
     pub(crate) lengths: Vec<Length>,
-    /// Indices of the correct choices; most tasks have one.
+    /// Indices of the correct choices. Most tasks have exactly one.
     pub(crate) answers: Vec<usize>,
 }
 
 impl Choices {
-    /// Makes a question of one context, with `delimiter` before each choice.
+    /// Creates a question, with `delimiter` before each choice.
     fn new(contexts: Vec<String>, delimiter: &str, choices: &[String], answers: Vec<usize>) -> Self {
         let continuations = choices.iter().map(|choice| format!("{delimiter}{choice}")).collect();
         Self {
@@ -143,7 +145,7 @@ impl Choices {
     }
 }
 
-/// The length of a choice.
+/// Length of a choice, used to normalize its log-likelihood.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Length {
     pub(crate) chars: usize,
@@ -156,7 +158,7 @@ impl From<&str> for Length {
     }
 }
 
-/// Returns the texts of a JSON list of texts.
+/// Returns the strings of a JSON array, or `None` if the value is anything else.
 fn texts(list: &Value) -> Option<Vec<String>> {
     list.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }
@@ -165,21 +167,21 @@ type Ask = Arc<dyn Fn(&Value) -> Result<Asked, String> + Send + Sync>;
 
 type Describe = Arc<dyn Fn(&Value) -> Result<String, String> + Send + Sync>;
 
-/// The way examples are chosen.
+/// Selection of the few-shot examples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sampler {
-    /// At random for each document. With `spare`, one more is drawn, and the question itself is left out.
+    /// Random examples for each document. With `spare`, one more is drawn and the evaluated document is left out.
     Random { spare: bool },
-    /// The first examples. With `spare`, the question itself is left out.
+    /// The first examples of the split. With `spare`, the evaluated document is left out.
     First { spare: bool },
 }
 
-/// The parts from which a prompt is made: description, examples, question.
+/// Layout of a prompt: description, examples and question.
 #[derive(Clone)]
 pub(crate) struct Layout {
-    /// Text before the examples.
+    /// Computes the text before the examples.
     pub(crate) describe: Option<Describe>,
-    /// Text between the question of an example and its answer.
+    /// Text between an example's question and its answer.
     pub(crate) target_delimiter: String,
     /// Text after each example.
     pub(crate) example_delimiter: String,
@@ -191,29 +193,29 @@ impl Default for Layout {
     }
 }
 
-/// A task: it converts documents to requests and computes metrics from the answers.
+/// Evaluation task: turns documents into requests to a model and names the metrics of the answers.
 #[derive(Clone)]
 pub struct Task {
     name: String,
-    /// Version; a number for most tasks.
+    /// Version of the definition. A number for most tasks.
     version: Value,
     kind: TaskKind,
     metrics: Vec<Metric>,
-    /// The split that is evaluated.
+    /// Split that is evaluated.
     split: String,
-    /// The split of the examples, if it is another one.
+    /// Split of the few-shot examples, if it differs from `split`.
     examples_split: Option<String>,
-    /// Examples in the definition itself.
+    /// Few-shot examples listed in the definition.
     samples: Option<Vec<Value>>,
     sampler: Sampler,
     layout: Layout,
-    /// Number of examples before each question, if the caller gives none.
+    /// Default number of few-shot examples.
     shots: Option<usize>,
-    /// Files of each split, if the definition names them.
+    /// Document files of each split, if the definition names files.
     files: Option<BTreeMap<String, Vec<PathBuf>>>,
-    /// Repository of the documents on the Hub, and its configuration.
+    /// Repository on the Hub that holds the documents, and its configuration.
     dataset: Option<(String, Option<String>)>,
-    /// Definition of the task: the text of its file, or the name and version of a built-in task.
+    /// Text of the task file, or the name and version of a built-in task.
     definition: String,
     ask: Ask,
 }
@@ -233,20 +235,23 @@ impl Task {
     /// Returns a built-in task.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] with the known names if there is no such task.
+    /// Returns [`Error::Input`], listing the built-in tasks, if none has this name.
     pub fn named(name: &str) -> Result<Self> {
         builtin::task(name).ok_or_else(|| {
-            Error::Input(format!("there is no task {name:?}; use {}, or a file of your own", Self::names().join(", ")))
+            Error::Input(format!(
+                "unknown task {name:?}; expected {}, or the path of a task file",
+                Self::names().join(", ")
+            ))
         })
     }
 
-    /// Reads a task from a file: YAML in the format of lm-evaluation-harness, or TOML; see `docs/tasks.md`.
+    /// Reads a task from a file: YAML in the format of lm-evaluation-harness, or TOML. `docs/tasks.md` describes both.
     ///
-    /// Python is never executed. A file that names a function (`!function utils.process_docs`) is refused, unless a
-    /// built-in task computes the same as that function of the harness.
+    /// No Python is executed. A file that names a function (`!function utils.process_docs`) is rejected, unless it is a
+    /// harness function that a built-in task implements.
     ///
     /// # Errors
-    /// Returns [`Error::Input`] with the file and the fault.
+    /// Returns [`Error::Input`], naming the file and the fault, if the file cannot be read or is not a valid task.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
@@ -255,23 +260,24 @@ impl Task {
             Some("toml") => {
                 std::fs::read_to_string(path).map_err(|e| e.to_string()).and_then(|text| template::parse(&text))
             }
-            _ => Err("expected a name that ends in .yaml, .yml or .toml".into()),
+            _ => Err("unknown extension of a task file; expected .yaml, .yml or .toml".into()),
         };
         let task = task.map_err(wrong)?;
-        // Names of result files and document files contain the task's name.
+        // The task name becomes part of the names of result and document files.
         let is_name = |name: &str| !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
         if !is_name(&task.name) || task.name.contains(char::is_control) {
-            return Err(wrong(format!("the task's name {:?} cannot be part of a file's name", task.name)));
+            return Err(wrong(format!("the task name {:?} cannot be part of a file name", task.name)));
         }
         Ok(task)
     }
 
-    /// Returns the name.
+    /// Returns the name of the task.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Returns the version of the definition, empty if it has none. Figures of different versions are not comparable.
+    /// Returns the version of the definition, or an empty string if it has none. Results of different versions are not
+    /// comparable.
     pub fn version(&self) -> String {
         match &self.version {
             Value::Number(number) => number.as_f64().unwrap_or_default().to_string(),
@@ -280,17 +286,17 @@ impl Task {
         }
     }
 
-    /// Returns the text of the definition. Tasks with the same definition make the same requests.
+    /// Returns the text that defines the task. Two tasks with equal definitions make the same requests.
     pub fn definition(&self) -> &str {
         &self.definition
     }
 
-    /// Returns the kind of requests.
+    /// Returns the kind of the task.
     pub fn kind(&self) -> TaskKind {
         self.kind
     }
 
-    /// Returns the metrics.
+    /// Returns the metrics of the task.
     pub fn metrics(&self) -> &[Metric] {
         &self.metrics
     }
@@ -300,13 +306,13 @@ impl Task {
         &self.split
     }
 
-    /// Returns the split of the examples, if it is another one.
+    /// Returns the split of the few-shot examples, if it differs from [`Task::split`].
     pub fn examples_split(&self) -> Option<&str> {
         self.examples_split.as_deref()
     }
 
-    /// Returns the number of examples before each question: `asked`, or the number of the definition, or 0. If the
-    /// definition says 0, `asked` is ignored, as in the harness.
+    /// Returns the number of few-shot examples before each question: `asked`, else the number of the definition, else
+    /// 0. As in the harness, a definition with 0 overrides `asked`.
     pub fn shots(&self, asked: Option<usize>) -> usize {
         match (asked, self.shots) {
             (_, Some(0)) => 0,
@@ -314,17 +320,17 @@ impl Task {
         }
     }
 
-    /// Returns whether the definition itself contains the examples.
+    /// Returns whether the definition lists the few-shot examples itself.
     pub fn has_samples(&self) -> bool {
         self.samples.is_some()
     }
 
-    /// Returns the files of a split, if the definition names files (`dataset_kwargs.data_files` of the harness).
+    /// Returns the files of a split if the definition names files (`dataset_kwargs.data_files` in the harness).
     pub fn files(&self, split: &str) -> Option<&[PathBuf]> {
         self.files.as_ref()?.get(split).map(Vec::as_slice)
     }
 
-    /// Returns the Hub repository of the documents, and its configuration.
+    /// Returns the repository on the Hub that holds the documents, and its configuration.
     pub fn dataset(&self) -> Option<(&str, Option<&str>)> {
         self.dataset.as_ref().map(|(repo, config)| (repo.as_str(), config.as_deref()))
     }

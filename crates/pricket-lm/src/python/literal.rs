@@ -1,11 +1,11 @@
-//! Python literals: `str` and `repr` format them, `ast.literal_eval` reads them.
+//! Python literals: formatting as `str` and `repr`, and parsing as `ast.literal_eval`.
 
 use serde_json::{Number, Value, json};
 
-/// Deepest nesting of lists and dictionaries.
+/// Maximum nesting depth of parsed lists and tuples.
 const MAX_DEPTH: usize = 64;
 
-/// `str(value)`.
+/// Formats a value as `str(value)`.
 pub(crate) fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -13,7 +13,7 @@ pub(crate) fn text(value: &Value) -> String {
     }
 }
 
-/// `repr(value)`.
+/// Formats a value as `repr(value)`.
 pub(crate) fn repr(value: &Value) -> String {
     match value {
         Value::Null => "None".into(),
@@ -30,10 +30,10 @@ pub(crate) fn repr(value: &Value) -> String {
     }
 }
 
-/// `repr` of a float; `None` for an integer.
+/// Formats a float as `repr` does. Returns `None` for an integer.
 fn float(number: &Number) -> Option<String> {
     let x = number.as_f64().filter(|_| number.is_f64())?;
-    // Both languages print the shortest digits. Python uses exponents below 1e-4 and from 1e16.
+    // Rust and Python both print the shortest digits. Python uses an exponent below 1e-4 and from 1e16 on.
     if x == 0.0 || (1e-4..1e16).contains(&x.abs()) {
         return Some(format!("{x:?}"));
     }
@@ -63,14 +63,16 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// `str.isprintable` of a character: not a control or format character, and not a separator other than the space.
+/// Implements `str.isprintable` for a character. Control characters, format characters and separators other than the
+/// space are not printable.
 fn is_printable(c: char) -> bool {
     let formats = matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
         | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e000}'..='\u{f8ff}' | '\u{e0000}'..='\u{10ffff}');
     c == ' ' || !(c.is_control() || c.is_whitespace() || formats)
 }
 
-/// `ast.literal_eval(text)` for strings, numbers, `True`, `False`, `None`, lists and tuples; `None` for anything else.
+/// Implements `ast.literal_eval(text)` for strings, numbers, `True`, `False`, `None`, lists and tuples. Returns `None`
+/// for anything else.
 pub(crate) fn literal_eval(text: &str) -> Option<Value> {
     let mut parser = Parser { rest: text.trim_start_matches([' ', '\t']) };
     let value = parser.value(0)?;
@@ -99,7 +101,7 @@ impl Parser<'_> {
         match self.rest.chars().next().filter(|_| depth < MAX_DEPTH)? {
             '[' => self.items('[', ']', depth).map(|(items, _)| Value::Array(items)),
             '(' => match self.items('(', ')', depth)? {
-                // A tuple of one value has a comma.
+                // Parentheses around one value make a tuple only with a trailing comma.
                 (mut items, false) if items.len() == 1 => items.pop(),
                 (items, _) => Some(Value::Array(items)),
             },
@@ -116,7 +118,7 @@ impl Parser<'_> {
         }
     }
 
-    /// Parses the items between brackets. Returns them, and whether a comma follows the last one.
+    /// Returns the items between brackets, and whether a comma follows the last one.
     fn items(&mut self, open: char, close: char, depth: usize) -> Option<(Vec<Value>, bool)> {
         self.rest = self.rest.strip_prefix(open)?;
         let (mut items, mut comma) = (Vec::new(), false);
@@ -183,7 +185,7 @@ impl Parser<'_> {
 mod tests {
     use super::*;
 
-    /// Expected values from CPython 3.11.
+    /// Expected values are from CPython 3.11.
     #[test]
     fn values_print_as_python_prints_them() {
         for (value, expected) in [

@@ -1,4 +1,4 @@
-//! The tasks that papers about these models report, as lm-evaluation-harness 0.4 defines them.
+//! Built-in tasks, as lm-evaluation-harness 0.4 defines them: the tasks that papers about these models report.
 
 use std::sync::{Arc, LazyLock};
 
@@ -67,19 +67,19 @@ pub(super) fn task(name: &str) -> Option<Task> {
 }
 
 fn text<'a>(document: &'a Value, key: &str) -> Result<&'a str, String> {
-    document[key].as_str().ok_or_else(|| wrong(key, "a text", &document[key]))
+    document[key].as_str().ok_or_else(|| wrong(key, "a string", &document[key]))
 }
 
 fn texts(value: &Value, key: &str) -> Result<Vec<String>, String> {
-    let list = value.as_array().ok_or_else(|| wrong(key, "a list of texts", value))?;
-    list.iter().map(|x| x.as_str().map(str::to_owned).ok_or_else(|| wrong(key, "a list of texts", x))).collect()
+    let list = value.as_array().ok_or_else(|| wrong(key, "a list of strings", value))?;
+    list.iter().map(|x| x.as_str().map(str::to_owned).ok_or_else(|| wrong(key, "a list of strings", x))).collect()
 }
 
-/// Reads a number that is a JSON number or a text.
+/// Reads the index of a choice, given as a number or as a string of digits.
 fn number(document: &Value, key: &str) -> Result<usize, String> {
     let value = &document[key];
     let number = value.as_u64().or_else(|| value.as_str().and_then(|text| text.trim().parse().ok()));
-    number.map(|n| n as usize).ok_or_else(|| wrong(key, "the number of a choice", value))
+    number.map(|n| n as usize).ok_or_else(|| wrong(key, "the index of a choice", value))
 }
 
 fn wrong(key: &str, expected: &str, found: &Value) -> String {
@@ -89,21 +89,22 @@ fn wrong(key: &str, expected: &str, found: &Value) -> String {
 
 fn choices(context: String, choices: &[String], answer: usize) -> Result<Asked, String> {
     if answer >= choices.len() {
-        return Err(format!("the right answer is number {answer} of {} choices", choices.len()));
+        return Err(format!("answer {answer} is out of range for {} choices", choices.len()));
     }
     Ok(Asked::Choices(Choices::new(vec![context], " ", choices, vec![answer])))
 }
 
-/// LAMBADA: the last word of a passage (Paperno et al. 2016, arXiv:1606.06031), in the form of OpenAI.
+/// LAMBADA: predicts the last word of a passage (Paperno et al. 2016, arXiv:1606.06031). Uses OpenAI's version of the
+/// texts.
 fn lambada(document: &Value) -> Result<Asked, String> {
     let text = text(document, "text")?;
     let (context, word) = text.rsplit_once(' ').unwrap_or(("", text));
     Ok(Asked::Continuation { context: context.into(), continuation: format!(" {word}") })
 }
 
-/// HellaSwag: the continuation of a situation (Zellers et al. 2019, arXiv:1905.07830).
+/// HellaSwag: chooses the continuation of a described situation (Zellers et al. 2019, arXiv:1905.07830).
 fn hellaswag(document: &Value) -> Result<Asked, String> {
-    // Removes bracketed headings that come from WikiHow.
+    // Bracketed text is an artifact of WikiHow.
     static BRACKETS: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\[.*?\]").expect("a pattern"));
     let cleaned = |text: &str| {
         let text = text.trim_matches(is_space).replace(" [title]", ". ");
@@ -114,22 +115,23 @@ fn hellaswag(document: &Value) -> Result<Asked, String> {
     choices(cleaned(&format!("{activity}: {a} {}", capitalize(b))), &endings, number(document, "label")?)
 }
 
-/// PIQA: methods for everyday tasks (Bisk et al. 2020, arXiv:1911.11641).
+/// PIQA: chooses the solution of an everyday physical problem (Bisk et al. 2020, arXiv:1911.11641).
 fn piqa(document: &Value) -> Result<Asked, String> {
     let solutions = [text(document, "sol1")?.to_owned(), text(document, "sol2")?.to_owned()];
     choices(format!("Question: {}\nAnswer:", text(document, "goal")?), &solutions, number(document, "label")?)
 }
 
-/// WinoGrande: the person or thing that a blank stands for (Sakaguchi et al. 2020, arXiv:1907.10641), by the likelihood
-/// of the text after the blank (Trinh and Le 2018, arXiv:1806.02847).
+/// WinoGrande: chooses the option that fills a blank (Sakaguchi et al. 2020, arXiv:1907.10641). Each option is scored
+/// by the likelihood of the text after the blank (Trinh and Le 2018, arXiv:1806.02847).
 fn winogrande(document: &Value) -> Result<Asked, String> {
     let sentence = text(document, "sentence")?;
-    let (before, after) = sentence.split_once('_').ok_or_else(|| format!("there is no blank in {sentence:?}"))?;
+    let (before, after) =
+        sentence.split_once('_').ok_or_else(|| format!("the sentence {sentence:?} has no blank (_)"))?;
     let contexts = [text(document, "option1")?, text(document, "option2")?].map(|option| format!("{before}{option}"));
     let answer = match text(document, "answer")? {
         "1" => 0,
         "2" => 1,
-        other => return Err(format!("the answer is {other:?}, neither \"1\" nor \"2\"")),
+        other => return Err(format!("the answer is {other:?}; expected \"1\" or \"2\"")),
     };
     Ok(Asked::Choices(Choices {
         lengths: contexts.iter().map(|context| context.as_str().into()).collect(),
@@ -139,17 +141,17 @@ fn winogrande(document: &Value) -> Result<Asked, String> {
     }))
 }
 
-/// ARC: science questions of school examinations (Clark et al. 2018, arXiv:1803.05457).
+/// ARC: questions from school science examinations (Clark et al. 2018, arXiv:1803.05457).
 fn arc(document: &Value) -> Result<Asked, String> {
     let labels = texts(&document["choices"]["label"], "choices.label")?;
     let key = text(document, "answerKey")?;
     let answer = labels.iter().position(|label| label == key);
-    let answer = answer.ok_or_else(|| format!("the answer {key:?} is none of {labels:?}"))?;
+    let answer = answer.ok_or_else(|| format!("the answer is {key:?}; expected one of {labels:?}"))?;
     let options = texts(&document["choices"]["text"], "choices.text")?;
     choices(format!("Question: {}\nAnswer:", text(document, "question")?), &options, answer)
 }
 
-/// SciQ: science questions, each with a passage (Welbl et al. 2017, arXiv:1707.06209).
+/// SciQ: science questions, each with a supporting passage (Welbl et al. 2017, arXiv:1707.06209).
 fn sciq(document: &Value) -> Result<Asked, String> {
     let options = ["distractor1", "distractor2", "distractor3", "correct_answer"];
     let options: Vec<String> =
@@ -158,14 +160,14 @@ fn sciq(document: &Value) -> Result<Asked, String> {
     choices(format!("{support}\nQuestion: {}\nAnswer:", text(document, "question")?), &options, 3)
 }
 
-/// WikiText: whole pages of an encyclopedia (Merity et al. 2016, arXiv:1609.07843). Words and bytes are counted in the
-/// page as stored. The scored text is the page before its tokenization into words.
+/// WikiText: scores whole pages of Wikipedia (Merity et al. 2016, arXiv:1609.07843). The text is the detokenized page.
+/// The numbers of words and bytes are those of the page before detokenization.
 fn wikitext(document: &Value) -> Result<Asked, String> {
     let page = text(document, "page")?;
     Ok(Asked::Text { text: detokenized(page), words: count_words(page), bytes: page.len() })
 }
 
-/// Returns the number of pieces of Python's `re.split(r"\s+", text)`.
+/// Counts the pieces between runs of spaces: the length of Python's `re.split(r"\s+", text)`.
 pub(super) fn count_words(text: &str) -> usize {
     let mut runs = 0;
     let mut before = false;

@@ -1,4 +1,4 @@
-//! Evaluation of a task.
+//! Evaluation of a task: prompts with few-shot examples, scoring, and aggregation of the metrics.
 
 use pricket_nn::{CausalLm, Error as NnError};
 use serde_json::{Value, json};
@@ -8,35 +8,34 @@ use crate::loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelih
 use crate::python::Random;
 use crate::{Error, Result, Tokenizer};
 
-/// Number of documents that are evaluated together: enough to fill batches of equal length, and few enough to keep in
-/// memory.
+/// Number of documents scored together: enough to fill batches of similar length, few enough to keep in memory.
 const TOGETHER: usize = 1024;
 
-/// Options of an evaluation.
+/// Options of [`evaluate`].
 #[derive(Clone, Debug)]
 pub struct EvalOptions {
-    /// Number of examples before each question; by default that of the task's definition, 0 for most tasks.
+    /// Number of few-shot examples before each question. Defaults to the number in the task's definition, usually 0.
     pub shots: Option<usize>,
-    /// Random seed of the choice of examples; 1234 by default.
+    /// Random seed of the selection of examples. Defaults to 1234.
     pub seed: u32,
-    /// Limit of the documents; by default all are evaluated.
+    /// Limit on the number of documents. Defaults to all documents.
     pub limit: Option<Limit>,
-    /// Number of bootstrap samples for the standard error of a perplexity; 0 for none.
+    /// Number of bootstrap draws for the standard error of a perplexity. Defaults to 100,000; 0 disables it.
     pub bootstrap: usize,
-    /// The token at the beginning of texts, the context where there is no other.
+    /// Token that stands in for an empty context.
     pub prefix: u32,
-    /// Whether the requests and answers of each document are kept.
+    /// Whether each document's requests and answers are kept in [`Outcome::samples`].
     pub samples: bool,
-    /// Options of scoring.
+    /// Options for scoring continuations.
     pub score: ScoreOptions,
 }
 
-/// Number of documents that are evaluated, from the first.
+/// Limit on the number of documents of a task, counted from the first.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Limit {
-    /// This many documents.
+    /// Number of documents, at least 1.
     Documents(usize),
-    /// This share of all documents, above 0 and below 1, rounded up.
+    /// Share of all documents, above 0 and below 1. The resulting number is rounded up.
     Share(f64),
 }
 
@@ -71,7 +70,7 @@ impl Limit {
         }
     }
 
-    /// Formats the number as the harness does.
+    /// Returns the limit as the number that the harness writes to its results.
     pub fn to_json(self) -> Value {
         match self {
             Limit::Documents(count) => json!(count),
@@ -81,7 +80,7 @@ impl Limit {
 }
 
 impl Default for EvalOptions {
-    /// The defaults of the harness: the task's number of examples, seed 1234, 100,000 bootstrap samples.
+    /// Returns the defaults of the harness: the task's own number of examples, seed 1234, 100,000 bootstrap draws.
     fn default() -> Self {
         Self {
             shots: None,
@@ -95,31 +94,31 @@ impl Default for EvalOptions {
     }
 }
 
-/// A figure with its standard error.
+/// Value of a metric with its standard error.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Figure {
-    /// The metric.
+    /// Metric.
     pub metric: Metric,
-    /// The value.
+    /// Value of the metric over all documents.
     pub value: f64,
-    /// The standard error, if there is one.
+    /// Standard error. `None` for a single document and for metrics that have no standard error.
     pub stderr: Option<f64>,
 }
 
-/// The requests and answers of a document.
+/// Requests, answers and scores of one document.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// Index of the document.
+    /// Zero-based index of the document.
     pub id: usize,
-    /// The document.
+    /// Document.
     pub document: Value,
     /// Index of the correct choice, or the text that was scored.
     pub target: Value,
     /// Context and continuation of each request.
     pub requests: Vec<(String, String)>,
-    /// Likelihood of each continuation.
+    /// Log-likelihoods of the requests. A text of several windows has several.
     pub answers: Vec<Loglikelihood>,
-    /// Contribution to each metric.
+    /// Contribution of the document to each metric.
     pub scores: Vec<(Metric, f64)>,
 }
 
@@ -128,36 +127,36 @@ pub struct Sample {
 pub struct Outcome {
     /// Name of the task.
     pub task: String,
-    /// Version of the task, empty if it has none.
+    /// Version of the task, or an empty string if it has none.
     pub version: String,
-    /// Number of examples before each question.
+    /// Number of few-shot examples before each question.
     pub shots: usize,
-    /// Number of documents that were evaluated.
+    /// Number of evaluated documents.
     pub documents: usize,
-    /// The figures, in the task's order.
+    /// Values of the metrics, in the order of the task.
     pub figures: Vec<Figure>,
-    /// Number of requests whose context was cut off on the left because it did not fit.
+    /// Number of requests whose context was truncated on the left to fit the context length.
     pub cut: usize,
-    /// Requests and answers of each document, if they were kept.
+    /// Requests and answers of each document. Empty unless [`EvalOptions::samples`] is set.
     pub samples: Vec<Sample>,
 }
 
 impl Outcome {
-    /// Returns the figure of a metric.
+    /// Returns the value of a metric, or `None` if the task does not compute it.
     pub fn get(&self, metric: Metric) -> Option<f64> {
         self.figures.iter().find(|figure| figure.metric == metric).map(|figure| figure.value)
     }
 }
 
-/// Evaluates `task` over `documents`, with examples from `examples`. The figures are those of lm-evaluation-harness
-/// 0.4.
+/// Evaluates `task` on `documents`, with few-shot examples from `examples`.
 ///
-/// Examples are drawn for each document with Python's random number generator. Documents are read a thousand at a time,
-/// so memory does not grow with their number.
+/// Follows the rules of lm-evaluation-harness 0.4 and computes the same metrics. Random examples are drawn again for
+/// each document, with Python's random number generator. Documents are read 1024 at a time to bound memory; a
+/// [`Limit::Share`] reads all of them first.
 ///
 /// # Errors
-/// Returns [`Error::Input`] for a document that does not fit the task or if there are too few examples, errors of
-/// reading documents, and the errors of [`loglikelihoods`].
+/// Returns [`Error::Input`] if a document does not fit the task, if there are no documents or too few examples, or if
+/// an option is invalid. Returns an error if a document cannot be read, and the errors of [`loglikelihoods`].
 pub fn evaluate(
     model: &dyn CausalLm,
     tokenizer: &Tokenizer,
@@ -230,14 +229,14 @@ pub fn evaluate(
         }
     }
     if outcome.documents == 0 {
-        return Err(Error::Input(format!("task {}: there is no document", task.name)));
+        return Err(Error::Input(format!("task {}: no documents to evaluate", task.name)));
     }
     outcome.figures =
         task.metrics.iter().zip(&scores).map(|(&metric, scores)| figure(metric, scores, options)).collect();
     Ok(outcome)
 }
 
-/// Returns the documents within a limit. A share needs the total number, so all documents are read.
+/// Applies a limit to the documents. A share needs their total number, so it reads all of them first.
 fn limited<'a>(
     documents: impl Iterator<Item = Result<Value>> + 'a,
     limit: Option<Limit>,
@@ -253,7 +252,7 @@ fn limited<'a>(
     })
 }
 
-/// Returns context and continuation of each request of a question, after its examples.
+/// Returns the context and continuation of each request of a question. `before` holds the description and the examples.
 fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
     match question {
         Asked::Text { text, .. } => vec![(String::new(), text.clone())],
@@ -272,7 +271,7 @@ fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
 
 fn target_of(question: &Asked) -> Value {
     match question {
-        // If contexts differ, the harness calls the continuation the target and the context the choice.
+        // With several contexts, the harness reports the continuation as the target and the contexts as the choices.
         Asked::Choices(choices) if choices.contexts.len() > 1 => {
             json!(
                 choices
@@ -290,12 +289,12 @@ fn target_of(question: &Asked) -> Value {
     }
 }
 
-/// Returns the contribution of a document to each metric: a value and its weight.
+/// Returns the contribution of a document to each metric, as a value and its weight.
 fn judge(question: &Asked, answers: &[Loglikelihood], metrics: &[Metric]) -> Vec<(f64, f64)> {
     let likeliest = |weight: &dyn Fn(usize) -> f64| {
         let mut best = 0;
         for (i, answer) in answers.iter().enumerate() {
-            // Of equal values the first counts.
+            // Ties go to the first choice.
             if answer.sum / weight(i) > answers[best].sum / weight(best) {
                 best = i;
             }
@@ -334,15 +333,15 @@ fn figure(metric: Metric, scores: &[(f64, f64)], options: &EvalOptions) -> Figur
     Figure { metric, value, stderr: stderr.filter(|_| values.len() > 1) }
 }
 
-/// Returns the sample standard deviation, with `n - 1`.
+/// Returns the sample standard deviation, with the divisor `n - 1`.
 fn deviation(values: &[f64]) -> f64 {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
     (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
 }
 
-/// Returns the standard deviation of the perplexities of bootstrap samples, a thousand for each seed, as the harness
-/// draws them.
+/// Returns the bootstrap standard error of a perplexity: the standard deviation over samples drawn with replacement. As
+/// in the harness, each seed yields 1000 draws.
 fn bootstrap(values: &[f64], draws: usize) -> Option<f64> {
     if draws == 0 {
         return None;
@@ -376,12 +375,12 @@ fn bootstrap(values: &[f64], draws: usize) -> Option<f64> {
     Some(deviation(&found))
 }
 
-/// The examples before questions.
+/// Few-shot examples.
 struct Shots<'a> {
     count: usize,
     sampler: Sampler,
     random: Random,
-    /// Documents and their texts as examples.
+    /// Documents to choose from, each with its text as an example.
     pool: Vec<(&'a Value, String)>,
 }
 
@@ -391,7 +390,10 @@ impl<'a> Shots<'a> {
         let mut pool = Vec::new();
         if count > 0 {
             if task.kind == super::TaskKind::Perplexity {
-                return Err(Error::Input(format!("task {}: whole texts are scored without examples", task.name)));
+                return Err(Error::Input(format!(
+                    "task {}: scoring of whole texts takes no few-shot examples",
+                    task.name
+                )));
             }
             for (number, document) in task.samples.as_deref().unwrap_or(examples).iter().enumerate() {
                 let example = example(task, &task.ask(document, number)?).map_err(|what| task.wrong(number, what))?;
@@ -410,7 +412,7 @@ impl<'a> Shots<'a> {
         Ok(Self { count, sampler: task.sampler, random: Random::new(options.seed), pool })
     }
 
-    /// Returns the examples before a document.
+    /// Returns the text of the examples before a document.
     fn draw(&mut self, document: &Value) -> Result<String> {
         if self.count == 0 {
             return Ok(String::new());
@@ -426,7 +428,7 @@ impl<'a> Shots<'a> {
         Ok(chosen.iter().map(|&i| self.pool[i].1.as_str()).collect())
     }
 
-    /// Checks that there are enough examples.
+    /// Returns an error if there are fewer than `count` examples.
     fn enough(&self, found: Vec<usize>) -> Result<Vec<usize>> {
         if found.len() >= self.count {
             return Ok(found);
@@ -435,30 +437,30 @@ impl<'a> Shots<'a> {
         Err(Error::Input(format!("expected {count} examples other than the question, found {found}")))
     }
 
-    /// One more example is drawn than is used, and the document itself is left out.
+    /// Draws one more example than needed and leaves out the document itself.
     fn draw_others(&mut self, document: &Value) -> Result<Vec<usize>> {
         let drawn = self.random.sample(self.pool.len(), self.count + 1);
         let others: Vec<usize> = drawn.into_iter().filter(|&i| self.pool[i].0 != document).take(self.count).collect();
         if others.len() == self.count {
             return Ok(others);
         }
-        // The document occurs more than once: examples are drawn again from the others.
+        // The document occurs more than once in the pool: draw again from the other documents.
         let rest = self.enough((0..self.pool.len()).filter(|&i| self.pool[i].0 != document).collect())?;
         Ok(self.random.sample(rest.len(), self.count).into_iter().map(|i| rest[i]).collect())
     }
 }
 
-/// Returns a question with its answer.
+/// Returns the text of a few-shot example: a question with its answer.
 fn example(task: &Task, question: &Asked) -> Result<String, &'static str> {
     let Layout { target_delimiter, example_delimiter, .. } = &task.layout;
     let text = match question {
         Asked::Text { text, .. } => text.clone(),
-        // The harness omits the delimiter before an empty answer, and keeps it before an answer that begins with a
-        // space.
+        // As in the harness: an empty answer gets no delimiters. An answer that begins with a space still gets the
+        // target delimiter before it.
         Asked::Continuation { context, continuation } if continuation.is_empty() => return Ok(context.clone()),
         Asked::Continuation { context, continuation } => format!("{context}{target_delimiter}{continuation}"),
         Asked::Choices(choices) => {
-            let &[answer] = &choices.answers[..] else { return Err("an example has several right answers") };
+            let &[answer] = &choices.answers[..] else { return Err("an example has several correct answers") };
             let at = |list: &[String]| list[answer.min(list.len() - 1)].clone();
             at(&choices.contexts) + &at(&choices.continuations)
         }

@@ -1,5 +1,7 @@
-//! Task files of lm-evaluation-harness: YAML, read as version 0.4.13 reads it. Python is never executed. A file that
-//! names a function is refused, unless a built-in task computes the same.
+//! Task files of lm-evaluation-harness: YAML, with the semantics of version 0.4.13.
+//!
+//! No Python is executed. A file that names a Python function is rejected, unless a built-in task implements that
+//! function.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,27 +20,27 @@ use super::yaml;
 use super::{Asked, Choices, Describe, Layout, Metric, Sampler, Task, TaskKind};
 use crate::python::literal_eval;
 
-/// Largest size of a task file or a Python module in bytes. The largest of the harness has 20 kB.
+/// Maximum size of a task file or a Python module, in bytes. The largest file of the harness has 20 kB.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Largest number of files that include one another.
+/// Maximum number of files that a task consists of, including the task file.
 const MAX_INCLUDES: usize = 32;
 
-/// Keys that affect neither requests nor metrics.
+/// Keys that do not change the requests or the metrics.
 const WITHOUT_EFFECT: [&str; 6] =
     ["task_alias", "tag", "group", "should_decontaminate", "doc_to_decontamination_query", "generation_kwargs"];
 
-/// The value of a key and the directory of its file.
+/// Values by key, each with the directory of the file that sets it.
 type Keys = BTreeMap<String, (Yaml, PathBuf)>;
 
-/// A module of the harness whose functions a built-in task computes.
+/// Python module of the harness whose functions a built-in task implements.
 struct Module {
     name: &'static str,
     task: &'static str,
     sha256: &'static str,
-    /// Whether other tasks have a module of this name too.
+    /// Whether other tasks also have a module of this name.
     is_common: bool,
-    /// The harness's values of the keys for text, target and choices. A file with other values makes other requests.
+    /// Values of the [`ASKS`] keys in the harness's own task file. A file with other values makes other requests.
     asks: &'static [(&'static str, &'static str)],
 }
 
@@ -94,9 +96,9 @@ pub(super) fn parse(path: &Path) -> Result<Task, String> {
     let definition = seen.into_iter().map(|(_, text)| text).collect();
     let mut keys = Reader(keys);
     let task = keys.task(definition, computed)?;
-    // An unknown key may change the figures.
+    // An unknown key may change the results.
     match keys.0.keys().find(|key| !WITHOUT_EFFECT.contains(&key.as_str())) {
-        Some(key) => Err(format!("{key}: this key of lm-evaluation-harness is not supported")),
+        Some(key) => Err(format!("{key}: this key is not supported")),
         None => Ok(task),
     }
 }
@@ -110,22 +112,22 @@ fn small_file(path: &Path) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Returns the keys of a file, over those of the files that it includes.
+/// Reads the keys of a file and of the files that it includes. The file's own keys take precedence.
 fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> {
     let whole = path.canonicalize().map_err(|e| e.to_string())?;
     if seen.iter().any(|(other, _)| *other == whole) || seen.len() >= MAX_INCLUDES {
-        return Err(format!("include: {} is included by itself, or too many files are included", path.display()));
+        return Err(format!("include: {} includes itself, or the task has too many files", path.display()));
     }
     let text = small_file(path).map_err(|e| e.to_string())?;
     let parsed = yaml::parse(&text)?;
-    // Paths are relative to the real location of the file, as in the harness, not to a link to it.
+    // As in the harness, included paths are relative to the file itself, not to a symbolic link to it.
     let directory = whole.parent().unwrap_or(Path::new("")).to_owned();
     seen.push((whole, text));
     let Yaml::Mapping(mapping) = parsed else { return Err("expected a YAML mapping of keys".into()) };
     let mut own = Keys::new();
     let mut merged = Keys::new();
     for (key, value) in mapping {
-        let Yaml::String(key) = key else { return Err(format!("expected texts as keys, found {}", shown(&key))) };
+        let Yaml::String(key) = key else { return Err(format!("expected strings as keys, found {}", shown(&key))) };
         if key != "include" {
             own.insert(key, (value, directory.clone()));
             continue;
@@ -144,16 +146,18 @@ fn read(path: &Path, seen: &mut Vec<(PathBuf, String)>) -> Result<Keys, String> 
     Ok(merged)
 }
 
-/// Returns the built-in task that computes the functions of a file, if the file names any.
+/// Returns the built-in task that implements the Python functions named in a file, or `None` if it names no function.
 fn computed(keys: &Keys) -> Result<Option<Task>, String> {
     let named = keys.iter().find_map(|(key, (value, directory))| Some((key, function(value)?, directory)));
     let Some((key, function, directory)) = named else { return Ok(None) };
-    let refused = |why: &str| Err(format!("{key}: !function {function} is Python, which is not executed{why}"));
+    let refused =
+        |why: &str| Err(format!("{key}: !function {function} names a Python function, which is not executed{why}"));
     let module = function.rsplit_once('.').map_or("", |(module, _)| module);
     let Some(known) = MODULES.iter().find(|known| known.name == module) else { return refused("") };
     let file = directory.join(format!("{module}.py"));
     if !file.is_file() && known.is_common {
-        let missing = format!("; {} is built in where {} lies beside the task file", known.task, file.display());
+        let missing =
+            format!("; to use the built-in task {}, put {} next to the task file", known.task, file.display());
         return refused(&missing);
     }
     if file.is_file() {
@@ -161,10 +165,12 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
         let sha256 = Sha256::digest(text).iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
         if sha256 != known.sha256 {
             let path = file.display();
-            return refused(&format!("; {path} differs from that of lm-evaluation-harness 0.4.13, which is built in"));
+            return refused(&format!(
+                "; {path} differs from the file of lm-evaluation-harness 0.4.13 that the built-in task implements"
+            ));
         }
     }
-    // The whole question comes from the built-in task, or none of it.
+    // The file must agree with the built-in task in all of these keys: they cannot be combined with other values.
     let said = |key: &str| match keys.get(key).map(|(value, _)| value) {
         Some(Yaml::Tagged(tagged)) => {
             format!("!{} {}", tagged.tag.to_string().trim_start_matches('!'), shown(&tagged.value).trim_matches('"'))
@@ -175,23 +181,23 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
     let expected = |key: &str| known.asks.iter().find(|(known, _)| *known == key).map_or("", |(_, said)| said);
     if let Some(other) = ASKS.iter().find(|key| said(key) != expected(key)) {
         let (task, found) = (known.task, said(other));
-        return refused(&format!("; {other} is not that of {task} as built in: {found:?}"));
+        return refused(&format!("; {other} differs from the built-in task {task}: found {found:?}"));
     }
     Ok(builtin::task(known.task))
 }
 
-/// Returns the function that a value names: `!function module.name`.
+/// Returns the Python function that a value names (`!function module.name`).
 fn function(value: &Yaml) -> Option<&str> {
     match value {
         Yaml::Tagged(tagged) if tagged.tag == "function" => tagged.value.as_str(),
-        // Functions may occur in metrics and in the settings of examples too.
+        // Metrics and `fewshot_config` can contain functions.
         Yaml::Sequence(items) => items.iter().find_map(function),
         Yaml::Mapping(entries) => entries.values().find_map(function),
         _ => None,
     }
 }
 
-/// The keys of a task file; each is taken once.
+/// Keys of a task file. Each key is removed when it is read, so the remaining keys are unknown.
 struct Reader(Keys);
 
 impl Reader {
@@ -201,7 +207,7 @@ impl Reader {
 
     fn text(&mut self, key: &str) -> Result<Option<String>, String> {
         let Some(value) = self.take(key) else { return Ok(None) };
-        value.as_str().map(|text| Some(text.to_owned())).ok_or_else(|| unexpected(key, "a text", &value))
+        value.as_str().map(|text| Some(text.to_owned())).ok_or_else(|| unexpected(key, "a string", &value))
     }
 
     fn whole(&mut self, key: &str) -> Result<Option<usize>, String> {
@@ -211,9 +217,9 @@ impl Reader {
 
     fn task(&mut self, definition: String, computed: Option<Task>) -> Result<Task, String> {
         if matches!(self.0.get("task"), Some((Yaml::Sequence(_), _))) {
-            return Err("task: a group of tasks; name the files of its tasks instead".into());
+            return Err("task: groups of tasks are not supported; pass the files of the tasks instead".into());
         }
-        let name = self.text("task")?.ok_or("the key `task` is missing: expected the task's name")?;
+        let name = self.text("task")?.ok_or("the key `task` is missing; expected the name of the task")?;
         let kind = match self.text("output_type")?.as_deref().unwrap_or("generate_until") {
             "multiple_choice" => TaskKind::MultipleChoice,
             "loglikelihood" => TaskKind::Loglikelihood,
@@ -226,16 +232,16 @@ impl Reader {
         let (train, validation) = (self.text("training_split")?, self.text("validation_split")?);
         let test = self.text("test_split")?;
         let split = test.as_ref().or(validation.as_ref());
-        let split = split.ok_or("expected a split to ask about: test_split or validation_split")?.clone();
+        let split = split.ok_or("no split to evaluate; set test_split or validation_split")?.clone();
         let config = self.take("fewshot_config");
         let Examples { first_n, split: of_config, samples } = Examples::new(config)?;
         let of_examples = self.text("fewshot_split")?;
         let of_examples = of_config.or(of_examples);
-        // If examples come from the evaluated split, the harness leaves out the document itself.
+        // If the examples come from the evaluated split, the harness leaves out the document itself.
         let spare = of_examples == test;
         let examples_split = of_examples.or(train).or(validation).or(test);
         if self.whole("repeats")?.is_some_and(|repeats| repeats != 1) {
-            return Err("repeats: expected 1; likelihoods do not differ between repetitions".into());
+            return Err("repeats: expected 1, since repetitions do not change log-likelihoods".into());
         }
         let metrics = match self.take("metric_list") {
             None => kind.defaults().to_vec(),
@@ -260,7 +266,7 @@ impl Reader {
             let templates = templates.clone();
             Arc::new(move |document| match field.of(&templates, document)? {
                 Found::Text(text) => Ok(text),
-                _ => Err("description: expected a text".into()),
+                _ => Err("description: expected a string".into()),
             })
         });
         let layout = Layout {
@@ -273,14 +279,15 @@ impl Reader {
                 let (name, delimiter) = (&computed.name, &computed.layout.target_delimiter);
                 let kind = computed.kind.name();
                 return Err(format!(
-                    "{name} is built in with output_type {kind} and target_delimiter {delimiter:?} only"
+                    "the built-in task {name} supports only output_type {kind} and target_delimiter {delimiter:?}"
                 ));
             }
             computed.ask
         } else {
             let is_choice = kind == TaskKind::MultipleChoice;
             if choices.is_some() != is_choice {
-                let what = if is_choice { "the key is missing" } else { "only a multiple_choice task has choices" };
+                let what =
+                    if is_choice { "the key is missing" } else { "only multiple_choice tasks can have this key" };
                 return Err(format!("doc_to_choice: {what}"));
             }
             let target = target.ok_or("the key `doc_to_target` is missing")?;
@@ -308,7 +315,7 @@ impl Reader {
     }
 }
 
-/// Returns the source of the examples, as `fewshot_config` defines it.
+/// Source of the few-shot examples, from the key `fewshot_config`.
 #[derive(Default)]
 struct Examples {
     first_n: bool,
@@ -342,8 +349,8 @@ impl Examples {
     }
 }
 
-/// Returns the files that `data_files` names for each split, and checks that the rest of `dataset_kwargs` changes
-/// nothing.
+/// Returns the files that `data_files` names for each split, and whether the other keys of `dataset_kwargs` can be
+/// ignored.
 #[allow(clippy::type_complexity, reason = "used once")]
 fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathBuf>>>, bool), String> {
     let entries = match kwargs {
@@ -367,7 +374,7 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
                         .iter()
                         .map(|(split, value)| Ok((split.as_str().unwrap_or_default().to_owned(), paths(value)?)))
                         .collect::<Result<_, String>>()?,
-                    // Without names of splits, all files belong to the split `train`.
+                    // Files without a split belong to the split `train`.
                     other => BTreeMap::from([("train".to_owned(), paths(other)?)]),
                 });
             }
@@ -375,12 +382,13 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
         }
     }
     match (&files, &other) {
-        (Some(_), Some(key)) => Err(format!("dataset_kwargs.{key}: not supported beside data_files")),
+        (Some(_), Some(key)) => Err(format!("dataset_kwargs.{key}: not supported together with data_files")),
         _ => Ok((files, other.is_none())),
     }
 }
 
-/// Checks that a metric is computed and averaged as here.
+/// Reads an entry of `metric_list`. The entry must describe the same computation and aggregation as the built-in
+/// metric.
 fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     let Yaml::Mapping(entries) = entry else {
         return Err(unexpected("metric_list", "a mapping for each metric", entry));
@@ -389,7 +397,7 @@ fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     let metric = Metric::named(name, kind).map_err(|e| format!("metric_list: {e}"))?;
     for (key, value) in entries {
         let is_same = match key.as_str().unwrap_or_default() {
-            // Weights only matter for groups of tasks.
+            // Weights matter only in groups of tasks.
             "metric" | "weight_by_size" => true,
             "aggregation" => value.as_str() == Some(metric.aggregation()),
             "higher_is_better" => value.as_bool() == Some(metric.higher_is_better()),
@@ -403,17 +411,17 @@ fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
     Ok(metric)
 }
 
-/// Returns whether a text could be the name of a column.
+/// Returns whether a string could be the name of a column.
 fn is_name(text: &str) -> bool {
     let is_letter = |c: char| c.is_alphabetic() || c == '_';
     text.starts_with(is_letter) && text.chars().all(|c| is_letter(c) || c.is_numeric())
 }
 
-/// A key of the task file that gives a value for each document.
+/// Key of the task file that yields a value for each document.
 struct Field {
     key: &'static str,
     is: Is,
-    /// Whether the text was the name of a column in earlier documents: unknown, yes or no.
+    /// Interpretation of the string for the previous documents: 0 if unknown, else [`COLUMN`] or [`LITERAL`].
     was: AtomicU8,
 }
 
@@ -422,13 +430,13 @@ const COLUMN: u8 = 1;
 const LITERAL: u8 = 2;
 
 enum Is {
-    /// The name of a column, or a template.
+    /// Name of a column, or a template.
     Text(String),
     Number(i64),
     List(Vec<Value>),
 }
 
-/// The value of a key for a document.
+/// Value of a [`Field`] for one document.
 enum Found {
     Text(String),
     Number(i64),
@@ -445,7 +453,7 @@ impl Field {
             Yaml::Number(n) if n.is_i64() => Is::Number(n.as_i64().unwrap_or_default()),
             Yaml::Sequence(items) => Is::List(items.iter().map(json_of).collect()),
             Yaml::Mapping(entries) => Is::List(entries.values().map(json_of).collect()),
-            other => return Err(unexpected(key, "a text, a number or a list", &other)),
+            other => return Err(unexpected(key, "a string, a number or a list", &other)),
         };
         Ok(Self { key, is, was: AtomicU8::new(0) })
     }
@@ -454,7 +462,7 @@ impl Field {
         matches!(&self.is, Is::Text(source) if source.is_empty())
     }
 
-    /// Returns whether the text was of the other kind for an earlier document.
+    /// Records the interpretation and returns whether it differs from that of an earlier document.
     fn changed(&self, now: u8) -> bool {
         let before = self.was.swap(now, Ordering::Relaxed);
         before != 0 && before != now
@@ -465,12 +473,12 @@ impl Field {
             Is::Number(n) => Ok(Found::Number(*n)),
             Is::List(items) => Ok(Found::List(items.clone())),
             Is::Text(source) => match document.get(source) {
-                // The harness decides by the columns of the whole dataset whether a text is the name of a column.
+                // The harness checks the columns of the whole dataset. Here only the current document is known.
                 None if is_name(source) => {
                     let key = self.key;
-                    Err(format!("{key}: no column {source:?}; for a literal text write {{{{ \"{source}\" }}}}"))
+                    Err(format!("{key}: no column {source:?}; write {{{{ \"{source}\" }}}} for a literal string"))
                 }
-                // A literal text is the same for all documents.
+                // The interpretation must be the same for all documents.
                 found if !source.contains('{') && self.changed(if found.is_some() { COLUMN } else { LITERAL }) => {
                     Err(format!("{}: some documents have a column {source:?}, and others do not", self.key))
                 }
@@ -479,18 +487,19 @@ impl Field {
                 Some(Value::Array(items)) => Ok(Found::List(items.clone())),
                 Some(Value::Bool(flag)) => Ok(Found::Number((*flag).into())),
                 Some(other) => other.as_i64().map(Found::Number).ok_or_else(|| {
-                    format!("{}: expected a text, a whole number or a list under {source:?}, found {other}", self.key)
+                    format!("{}: expected a string, a whole number or a list under {source:?}, found {other}", self.key)
                 }),
             },
         }
     }
 
-    /// Returns whether the text is a template for this document rather than the name of a column.
+    /// Returns whether the field is a template, rather than the name of a column, for this document.
     fn is_template(&self, document: &Value) -> bool {
         matches!(&self.is, Is::Text(source) if document.get(source).is_none())
     }
 }
 
+/// Builds the requests for a document from the fields of a task file.
 struct Asker {
     templates: Arc<Templates>,
     kind: TaskKind,
@@ -506,7 +515,7 @@ impl Asker {
             let target = match self.found(&self.target, document)? {
                 Found::Text(text) => text,
                 Found::Number(n) => n.to_string(),
-                Found::List(_) => return Err("doc_to_target: expected a text, found a list".into()),
+                Found::List(_) => return Err("doc_to_target: expected a string, found a list".into()),
             };
             return Ok(if self.kind == TaskKind::Perplexity {
                 Asked::Text { words: count_words(&target), bytes: target.len(), text: target }
@@ -517,23 +526,23 @@ impl Asker {
         let choices = match choices.of(&self.templates, document)? {
             Found::List(items) => Value::Array(items),
             Found::Text(text) => literal_eval(&text)
-                .ok_or_else(|| format!("doc_to_choice: expected a list in Python's notation, found {text:?}"))?,
+                .ok_or_else(|| format!("doc_to_choice: expected a list in Python syntax, found {text:?}"))?,
             Found::Number(n) => n.into(),
         };
         let choices = super::texts(&choices).filter(|texts| !texts.is_empty());
-        let choices = choices.ok_or("doc_to_choice: expected a list of texts")?;
+        let choices = choices.ok_or("doc_to_choice: expected a list of strings")?;
         let target = self.found(&self.target, document)?;
         let number = |n: i64| {
             let found = usize::try_from(n).ok().filter(|&n| n < choices.len());
-            found.ok_or_else(|| format!("the right answer is number {n} of {} choices", choices.len()))
+            found.ok_or_else(|| format!("answer {n} is out of range for {} choices", choices.len()))
         };
         let position = |text: &str| {
             let found = choices.iter().position(|choice| choice == text);
-            found.ok_or_else(|| format!("doc_to_target: {text:?} is none of the choices {choices:?}"))
+            found.ok_or_else(|| format!("doc_to_target: {text:?} is not one of the choices {choices:?}"))
         };
-        // A number as the question: the choices are the contexts, and the target follows each of them.
+        // If the question is a number, the choices are contexts and the target follows each of them.
         if let Found::Number(answer) = self.found(&self.text, document)? {
-            let Found::Text(target) = target else { return Err("doc_to_target: expected a text".into()) };
+            let Found::Text(target) = target else { return Err("doc_to_target: expected a string".into()) };
             let answers = vec![number(answer)?];
             let continuations = vec![format!("{}{target}", self.delimiter)];
             let lengths = choices.iter().map(String::as_str).map(Into::into).collect();
@@ -546,14 +555,15 @@ impl Asker {
                 let numbers = items.iter().map(|item| item.as_i64().ok_or(item));
                 let numbers: Result<Vec<i64>, &Value> = numbers.collect();
                 let numbers =
-                    numbers.map_err(|item| format!("doc_to_target: expected numbers of choices, found {item}"))?;
+                    numbers.map_err(|item| format!("doc_to_target: expected indices of choices, found {item}"))?;
                 numbers.into_iter().map(number).collect::<Result<_, _>>()?
             }
         };
         Ok(Asked::Choices(Choices::new(vec![self.context(document)?], &self.delimiter, &choices, answers)))
     }
 
-    /// Converts a rendered text: to a number if there are choices, to a list if it is a rendered list.
+    /// Returns the value of a field, converting the output of a template as the harness does. Digits become a number if
+    /// the task has choices. A list in Python syntax becomes a list in `doc_to_target`.
     fn found(&self, field: &Field, document: &Value) -> Result<Found, String> {
         let found = field.of(&self.templates, document)?;
         let Found::Text(text) = &found else { return Ok(found) };
@@ -576,7 +586,7 @@ impl Asker {
     fn context(&self, document: &Value) -> Result<String, String> {
         match self.found(&self.text, document)? {
             Found::Text(text) => Ok(text),
-            _ => Err("doc_to_text: expected a text".into()),
+            _ => Err("doc_to_text: expected a string".into()),
         }
     }
 }
@@ -585,12 +595,12 @@ fn unexpected(key: &str, expected: &str, found: &Yaml) -> String {
     format!("{key}: expected {expected}, found {}", shown(found))
 }
 
-/// Formats a value for a message.
+/// Formats a value for a message, in at most 80 characters.
 fn shown(value: &Yaml) -> String {
     json_of(value).to_string().chars().take(80).collect()
 }
 
-/// Returns the texts of a YAML list of texts.
+/// Returns the strings of a YAML sequence, or `None` if the value is anything else.
 fn strings(value: &Yaml) -> Option<Vec<String>> {
     value.as_sequence()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }

@@ -1,5 +1,5 @@
-//! Templates as lm-evaluation-harness renders them: Jinja with the methods of Python's strings and lists, and with
-//! values formatted as in Python.
+//! Templates of task files, rendered as in lm-evaluation-harness: Jinja with the methods of Python's strings and lists.
+//! Values are printed in Python syntax.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
@@ -10,26 +10,30 @@ use serde_json::Value;
 
 use crate::python::{self, capitalize, is_space};
 
-/// Largest number of steps of a template. It ends loops in a task file and prevents values too deep for the stack.
+/// Maximum number of steps of a template. Bounds loops, and the depth of the values that they build.
 const FUEL: u64 = 100_000;
 
-/// Deepest nesting of lists and dictionaries.
+/// Maximum nesting depth of lists and dictionaries.
 const MAX_DEPTH: usize = 64;
 
-/// Largest size of a template in bytes, and of the stack of its compiler. The parser refuses deep brackets, but a chain
-/// such as `a ~ b ~ c`, `not not a` or of `elif`s is a tree as deep as it is long, which the compiler visits
-/// recursively.
+/// Maximum size of a template, in bytes.
+///
+/// The parser rejects deeply nested brackets. A chain such as `a ~ b ~ c`, `not not a` or of `elif`s is still a tree as
+/// deep as the chain is long, and the compiler recurses through it.
 const MAX_TEMPLATE: usize = 16 << 10;
+
+/// Stack size of the thread that compiles a template, in bytes. Large enough for every template of [`MAX_TEMPLATE`]
+/// bytes.
 const STACK: usize = 64 << 20;
 
-/// The templates of a task, by name.
+/// Templates of a task, by name.
 #[derive(Debug)]
 pub(super) struct Templates(Environment<'static>);
 
 impl Templates {
     pub(super) fn new() -> Result<Self, String> {
         let mut templates = Environment::new();
-        // A key that a document lacks is an error, not an empty text.
+        // A missing key of a document is an error. It does not render as an empty string.
         templates.set_undefined_behavior(UndefinedBehavior::Strict);
         templates.set_syntax(SyntaxConfig::builder().keep_trailing_newline(true).build().map_err(|e| e.to_string())?);
         templates.set_unknown_method_callback(method);
@@ -37,7 +41,7 @@ impl Templates {
         templates.set_fuel(Some(FUEL));
         templates.set_formatter(|out, _, value| {
             if is_deeper(value, MAX_DEPTH) {
-                return Err(wrong(format!("a value nested deeper than {MAX_DEPTH} levels")));
+                return Err(wrong(format!("the value is nested deeper than {MAX_DEPTH} levels")));
             }
             let value =
                 serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
@@ -60,7 +64,7 @@ impl Templates {
         template.render(minijinja::Value::from(Serde(document))).map_err(|e| format!("{key}: {e:#}"))
     }
 
-    /// Checks an expression.
+    /// Returns an error if an expression does not compile.
     pub(super) fn check(&self, key: &str, source: &str) -> Result<(), String> {
         compile(key, source.len(), || self.0.compile_expression(source)).map(drop)
     }
@@ -73,15 +77,15 @@ impl Templates {
     }
 }
 
-/// Compiles a template of `len` bytes on a stack that is large enough for the largest allowed template.
+/// Compiles a source of `len` bytes, at most [`MAX_TEMPLATE`], on a thread with a stack of [`STACK`] bytes.
 fn compile<T: Send>(key: &str, len: usize, f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, String> {
     if len > MAX_TEMPLATE {
-        return Err(format!("{key}: a template of {len} bytes; {MAX_TEMPLATE} are possible"));
+        return Err(format!("{key}: the template is {len} bytes; the limit is {MAX_TEMPLATE}"));
     }
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, f);
         let compiled = thread.map_err(|e| format!("{key}: {e}"))?.join();
-        compiled.map_err(|_| format!("{key}: the compiler of templates failed"))?.map_err(|e| format!("{key}: {e:#}"))
+        compiled.map_err(|_| format!("{key}: the template compiler panicked"))?.map_err(|e| format!("{key}: {e:#}"))
     })
 }
 
@@ -93,7 +97,7 @@ fn method(
     args: &[minijinja::Value],
 ) -> Result<minijinja::Value, Error> {
     match (value.as_str(), method, args) {
-        // `str.isspace` and `str.capitalize` differ from Rust's functions for a few characters.
+        // `str.isspace` and `str.capitalize` differ from Rust's rules for a few characters.
         (Some(text), "strip", []) => Ok(text.trim_matches(is_space).into()),
         (Some(text), "lstrip", []) => Ok(text.trim_start_matches(is_space).into()),
         (Some(text), "rstrip", []) => Ok(text.trim_end_matches(is_space).into()),
@@ -128,15 +132,15 @@ fn is_deeper(value: &minijinja::Value, depth: usize) -> bool {
     }
 }
 
-/// The harness's own filter: `re.sub(pattern, repl, text, count)`.
+/// Implements the filter `regex_replace` of the harness: Python's `re.sub(pattern, repl, text, count)`.
 fn regex_replace(text: &str, pattern: &str, replacement: &str, count: Option<usize>) -> Result<String, Error> {
     let found = Regex::new(pattern).map_err(|e| wrong(format!("regex_replace: {e}")))?;
     let replacement = replacement_of(replacement, found.captures_len())?;
     Ok(found.replacen(text, count.unwrap_or(0), &*replacement).into_owned())
 }
 
-/// Converts a replacement from Python's notation to that of the crate `regex`: `\1` and `\g<1>` become `${1}`, and a
-/// dollar sign stays one.
+/// Converts a replacement from Python's syntax to that of the crate `regex`: `\1` and `\g<1>` become `${1}`, `$`
+/// becomes `$$`.
 fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
     let unknown = || wrong(format!("regex_replace: the replacement {python:?} is not supported"));
     let mut out = String::new();
@@ -144,7 +148,7 @@ fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
     while let Some(c) = chars.next() {
         if c != '\\' {
             out.push(c);
-            // A doubled backslash is no reference.
+            // A doubled dollar sign is a literal one.
             if c == '$' {
                 out.push(c);
             }
@@ -167,7 +171,7 @@ fn replacement_of(python: &str, groups: usize) -> Result<String, Error> {
             digit @ '1'..='9' => {
                 digits.push(digit);
                 digits.extend(chars.next_if(char::is_ascii_digit));
-                // In Python, three digits are the number of a character.
+                // In Python, three digits are an octal character code.
                 if digits.len() == 2 && chars.peek().is_some_and(char::is_ascii_digit) {
                     return Err(unknown());
                 }

@@ -1,11 +1,11 @@
-//! Results in the file formats of lm-evaluation-harness, for programs that read its files.
+//! Results and samples in the JSON formats of lm-evaluation-harness.
 
 use serde_json::{Map, Value, json};
 
 use super::{EvalOptions, Limit, Outcome, Sample, Task, TaskKind};
 
 impl TaskKind {
-    /// Returns the name in the harness.
+    /// Returns the name of this kind in lm-evaluation-harness, its `output_type`.
     pub const fn name(self) -> &'static str {
         match self {
             TaskKind::MultipleChoice => "multiple_choice",
@@ -58,7 +58,7 @@ pub fn results_json(outcomes: &[(Task, Outcome)], options: &EvalOptions) -> Valu
 }
 
 impl Sample {
-    /// Returns a line of the harness's `samples_*.jsonl`.
+    /// Returns the sample as a line of the harness's `samples_*.jsonl`.
     pub fn to_json(&self) -> Value {
         let arguments: Map<_, _> = self
             .requests
@@ -73,7 +73,7 @@ impl Sample {
                 (format!("gen_args_{i}"), arguments)
             })
             .collect();
-        // Numbers are written as texts, as in the harness.
+        // The harness writes these values as strings.
         let python = |flag: bool| if flag { "True" } else { "False" };
         let rolling = arguments.values().all(|arguments| arguments["arg_1"].is_null());
         let answers: Vec<Value> = if rolling {
@@ -81,7 +81,7 @@ impl Sample {
         } else {
             self.answers.iter().map(|answer| json!([answer.sum.to_string(), python(answer.is_greedy)])).collect()
         };
-        // The value is always a text, as in the harness.
+        // The harness always writes the target as a string.
         let target = self.target.as_str().map_or_else(|| self.target.to_string(), str::to_owned);
         let mut line = json!({
             "doc_id": self.id, "doc": self.document, "target": target, "arguments": arguments,

@@ -1,4 +1,4 @@
-//! Custom tasks: a small TOML file with templates in the language of the harness's tasks.
+//! Task files in TOML, with templates in the language of lm-evaluation-harness.
 
 use std::sync::Arc;
 
@@ -19,13 +19,13 @@ struct File {
     /// Template of the context.
     #[serde(default)]
     text: String,
-    /// Expression whose value is a list of texts.
+    /// Expression for the list of choices.
     choices: Option<String>,
-    /// Expression whose value is the index of the correct choice, or its text.
+    /// Expression for the index or the text of the correct choice.
     answer: Option<String>,
     /// Template of the scored text.
     target: Option<String>,
-    /// Text before every choice.
+    /// Text before each choice.
     #[serde(default = "space")]
     delimiter: String,
     metrics: Option<Vec<String>>,
@@ -85,7 +85,7 @@ pub(super) fn parse(text: &str) -> Result<Task, String> {
             .map_err(|e| format!("metrics: {e}"))?,
         None => kind.defaults().to_vec(),
     };
-    let missing = |key: &str| format!("a task of this kind needs {key}");
+    let missing = |key: &str| format!("the key {key} is missing; tasks of this kind require it");
     let mut templates = Templates::new()?;
     templates.add("text", file.text)?;
     match file.kind {
@@ -146,15 +146,16 @@ impl Asker {
             }),
             TaskKind::MultipleChoice => {
                 let found = self.templates.evaluate("choices", &self.choices, document)?;
-                let texts =
-                    super::texts(&found).ok_or_else(|| format!("choices: expected a list of texts, found {found}"))?;
+                let texts = super::texts(&found)
+                    .ok_or_else(|| format!("choices: expected a list of strings, found {found}"))?;
                 let found = self.templates.evaluate("answer", &self.answer, document)?;
                 let answer = match &found {
                     Value::String(text) => texts.iter().position(|choice| choice == text).or_else(|| text.parse().ok()),
                     other => other.as_u64().map(|n| n as usize),
                 };
                 let answer = answer.filter(|&answer| answer < texts.len());
-                let answer = answer.ok_or_else(|| format!("answer: {found} is none of {} choices", texts.len()))?;
+                let answer =
+                    answer.ok_or_else(|| format!("answer: {found} is not one of the {} choices", texts.len()))?;
                 let context = self.templates.render("text", document)?;
                 Ok(Asked::Choices(Choices::new(vec![context], &self.delimiter, &texts, vec![answer])))
             }

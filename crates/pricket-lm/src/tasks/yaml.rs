@@ -1,4 +1,4 @@
-//! YAML of limited size. An alias can repeat a long list many times.
+//! YAML parser with a limit on the expanded size, since repeated aliases can expand a small file to a huge value.
 
 use std::cell::Cell;
 use std::fmt;
@@ -6,23 +6,23 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess, Visitor};
 use yaml_serde::Value;
 
-/// Largest number of values in a file. Values that aliases repeat count each time, and each byte of a text counts.
+/// Maximum number of values in a file after the expansion of aliases. Each byte of a string counts as another value.
 const MAX_VALUES: usize = 16 << 20;
 
-/// Parses a text.
+/// Parses a YAML text.
 pub(super) fn parse(text: &str) -> Result<Value, String> {
     let left = Cell::new(MAX_VALUES);
     Count(&left).deserialize(yaml_serde::Deserializer::from_str(text)).map_err(|e| e.to_string())?;
     yaml_serde::from_str(text).map_err(|e| e.to_string())
 }
 
-/// Visits a value and counts its parts without keeping them.
+/// Counts the values of a document without storing them. Holds the number of values that remain.
 struct Count<'a>(&'a Cell<usize>);
 
 impl Count<'_> {
     fn add<E: Error>(&self, count: usize) -> Result<(), E> {
         let left = self.0.get().checked_sub(count + 1);
-        let left = left.ok_or_else(|| E::custom(format!("aliases repeat more than {MAX_VALUES} values")))?;
+        let left = left.ok_or_else(|| E::custom(format!("the file expands to more than {MAX_VALUES} values")))?;
         self.0.set(left);
         Ok(())
     }
