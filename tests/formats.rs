@@ -304,7 +304,7 @@ fn several_files_in_a_directory_are_refused() {
     for error in
         [pricket::load(dir.path()).unwrap_err().to_string(), pricket::inspect(dir.path()).unwrap_err().to_string()]
     {
-        assert!(error.contains("2 files of a model (a.gguf, ...): name one of them"), "{error}");
+        assert!(error.contains("2 files of a model (a.gguf, ...); name one of them"), "{error}");
     }
     assert_eq!(Loader::new(dir.path()).file("b.gguf").load().unwrap().info().family, "mpt");
 }
@@ -493,8 +493,8 @@ fn a_header_with_a_wrong_block_version_warns() {
     for (case, file_type, words) in [
         ("neox-ggml-20230520-q4_0-qnt2", 2u32, None),
         ("mpt-ggml-20230524-storywriter-q8_0", 7, None),
-        ("mpt-ggml-20230524-storywriter-q8_0", 1007, Some("the header says version 1 of the quantized blocks")),
-        ("neox-ggml-20230515-q4_0", 2002, Some("the header says version 2 of the quantized blocks")),
+        ("mpt-ggml-20230524-storywriter-q8_0", 1007, Some("the header gives block version 1")),
+        ("neox-ggml-20230515-q4_0", 2002, Some("the header gives block version 2")),
     ] {
         let source = golden("files").join(case).join("model.bin");
         let mut bytes = std::fs::read(&source).unwrap();

@@ -418,7 +418,7 @@ impl Weights {
         };
         let origin = store.origin(&spelling);
         if let Dtype::Other(kind) = entry.dtype {
-            let what = format!("tensor {spelling} is stored as {kind}, which is not read");
+            let what = format!("tensor {spelling} is stored as {kind}, which is not supported");
             return Err(pricket_weights::Error::Unsupported { path: origin.into(), what }.into());
         }
         if !entry.dtype.is_float() {
