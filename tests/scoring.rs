@@ -150,7 +150,7 @@ fn a_user_task_matches_the_built_in_task() {
 
     for (text, what) in [
         ("name = 'x'", "kind"),
-        ("name = 'x'\nkind = 'multiple_choice'\ntext = ''", "needs choices"),
+        ("name = 'x'\nkind = 'multiple_choice'\ntext = ''", "the key choices is missing"),
         ("name = 'x'\nkind = 'loglikelihood'\ntext = '{{ a'\ntarget = ''", "text"),
         ("name = 'x'\nkind = 'perplexity'\ntarget = ''\nmetrics = ['acc']", "expected one of word_perplexity"),
         ("name = 'x'\nkind = 'perplexity'\ntarget = ''\nmetric = []", "metric"),
@@ -175,7 +175,7 @@ fn invalid_documents_are_named() {
     };
     for (task, document, what) in [
         ("piqa", json!({"goal": "g", "sol1": "a"}), "\"sol2\""),
-        ("piqa", json!({"goal": "g", "sol1": "a", "sol2": "b", "label": 2}), "number 2 of 2"),
+        ("piqa", json!({"goal": "g", "sol1": "a", "sol2": "b", "label": 2}), "answer 2 is out of range for 2"),
         ("winogrande", json!({"sentence": "no blank"}), "no blank"),
         ("arc_easy", json!({"question": "q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": "B"}), "\"B\""),
         ("hellaswag", json!({"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": "d"}), "endings"),
