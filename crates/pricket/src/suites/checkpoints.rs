@@ -40,7 +40,7 @@ pub(crate) enum Home {
 /// ```
 /// let tiny = pricket::checkpoints(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))?;
 /// let log: Vec<String> = tiny.select(&"log".parse()?)?.iter().map(|c| c.revision.clone()).collect();
-/// assert_eq!(log[..4], ["step0", "step1", "step2", "step4"]);
+/// assert_eq!(log[..4], ["step0", "step1", "step16", "step64"]);
 /// # Ok::<(), pricket::Error>(())
 /// ```
 #[derive(Clone, Debug)]
