@@ -8,6 +8,7 @@ use pricket::hub::{NoProgress, Settings};
 use pricket::suites::{Audit, AuditOptions, Checkpoints, FindingKind};
 use pricket_testhub::{Content, Repo};
 
+use crate::common::root;
 use crate::world::{SUITE, World, blob, case, snapshots, suite_cache, suite_repo, tiny_repo};
 
 fn groups(audit: &Audit) -> BTreeSet<BTreeSet<String>> {
@@ -267,4 +268,30 @@ fn an_offline_audit_covers_the_cached_revisions() {
     let audit = audit.audit(&Steps::all(), AuditOptions::default(), &NoProgress).unwrap();
     assert!(!audit.is_alarming(), "{:?}", audit.findings);
     assert_eq!(said(&audit, FindingKind::NotCached)[0].0, ["main"]);
+}
+
+/// The training steps of models/tiny are GGUF files; main is safetensors, with which they cannot be compared.
+#[test]
+fn gguf_steps_are_audited() {
+    let audit = |model: &std::path::Path| {
+        let checkpoints = pricket::checkpoints(model).unwrap();
+        checkpoints.audit(&Steps::all(), AuditOptions::default(), &NoProgress).unwrap()
+    };
+    let tiny = audit(&root().join("models/tiny"));
+    assert_eq!((tiny.revisions.len(), tiny.findings.len()), (9, 0), "{:?}", tiny.findings);
+    assert!(tiny.revisions.iter().all(|revision| revision.weights.len() == 1));
+    // A copied step is found, whether main is there or not.
+    let directory = tempfile::tempdir().unwrap();
+    let put = |from: &str, to: &str| {
+        let to = directory.path().join("revisions").join(to);
+        std::fs::create_dir_all(&to).unwrap();
+        std::fs::copy(root().join("models/tiny/revisions").join(from).join("model.gguf"), to.join("model.gguf"))
+            .unwrap();
+    };
+    for (from, to) in [("step64", "step64"), ("step1000", "step512"), ("step1000", "step1000")] {
+        put(from, to);
+    }
+    let planted = audit(directory.path());
+    assert_eq!(said(&planted, FindingKind::EqualsFinal)[0].0, ["step512"]);
+    assert_eq!(planted.identical, [["step512", "step1000"]]);
 }

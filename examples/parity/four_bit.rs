@@ -8,13 +8,13 @@ use pricket::Loader;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::nn::ops::{FourBit, FourBitType};
 use pricket::train::Lora;
-use pricket::weights::{FourBitTensors, Outline, four_bit_parts, read_tensor};
+use pricket::weights::{Dtype, FourBitTensors, Outline, four_bit_parts, read_tensor};
 use serde_json::Value;
 
 use super::training::{distance, logits, train_steps};
 use super::{Check, Setup, flat, get, read_tensors, tolerance};
 
-/// Runs a case of 4-bit types; `None` if it is of another kind.
+/// Runs a case of 4-bit types. Returns `None` for other kinds of cases.
 pub(super) fn run(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Option<Result<()>> {
     Some(match case["kind"].as_str()? {
         "quantise-4bit" => quantize(dir, case, check),
@@ -24,14 +24,7 @@ pub(super) fn run(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) ->
     })
 }
 
-fn dtype(name: &str) -> pricket::weights::Dtype {
-    match name {
-        "float16" => pricket::weights::Dtype::F16,
-        "bfloat16" => pricket::weights::Dtype::BF16,
-        _ => pricket::weights::Dtype::F32,
-    }
-}
-
+/// Compares the bytes of quantized tensors, and the values that they stand for.
 fn quantize(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
     for item in case["items"].as_array().context("case.json has no items")? {
@@ -41,8 +34,7 @@ fn quantize(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
         let is_double = item["double_quant"] == true;
         let block = item["blocksize"].as_u64().context("blocksize")? as usize;
         let matrix = FourBit::quantize(kind, &flat(input)?, input.dims2()?, block, is_double)?;
-        let original = dtype(item["dtype"].as_str().unwrap_or_default());
-        for (Outline { name: end, .. }, bytes) in four_bit_parts(&name, &matrix, original) {
+        for (Outline { name: end, .. }, bytes) in four_bit_parts(&name, &matrix, Dtype::F32) {
             let end = if end == name { format!("{name}.packed") } else { end };
             if let Some(stored) = expected.get(&end) {
                 check.equal(&end, &bytes, &raw(stored)?);
@@ -68,7 +60,7 @@ fn quantize(dir: &Path, case: &Value, check: &mut Check) -> Result<()> {
     Ok(())
 }
 
-/// The bytes of a tensor.
+/// Returns the bytes of a tensor.
 fn raw(tensor: &Tensor) -> Result<Vec<u8>> {
     let tensor = tensor.flatten_all()?;
     Ok(match tensor.dtype() {
@@ -89,6 +81,7 @@ fn dequantized(model: &Path, expected: &HashMap<String, Tensor>, check: &mut Che
     Ok(())
 }
 
+/// Compares the values and logits of a 4-bit checkpoint of transformers.
 fn checkpoint(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
     let model = dir.join(case["model"].as_str().context("model")?);
@@ -104,6 +97,7 @@ fn checkpoint(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Res
     Ok(())
 }
 
+/// Compares a 4-bit base, read and quantized here, and the training of an adapter over both.
 fn qlora(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<()> {
     let expected = read_tensors(&dir.join("expected.safetensors"))?;
     let of = |key: &str| -> Result<_> { Ok(dir.join(case[key].as_str().with_context(|| key.to_owned())?)) };
@@ -121,7 +115,7 @@ fn qlora(dir: &Path, case: &Value, setup: &Setup, check: &mut Check) -> Result<(
     // The bytes that bitsandbytes stored are those that pricket makes.
     let on_file = FourBitTensors::over(pricket::loading::open_weights(stored.join("model.safetensors"))?)?;
     for (name, tensor) in read_tensors(&plain.join("model.safetensors"))? {
-        if !matches!(on_file.entry(&name).map(|entry| entry.dtype), Some(pricket::weights::Dtype::FourBit(_))) {
+        if !matches!(on_file.entry(&name).map(|entry| entry.dtype), Some(Dtype::FourBit(_))) {
             continue;
         }
         let (theirs, original) = on_file.four_bit(&name)?;

@@ -1,9 +1,10 @@
 //! The 4-bit types of bitsandbytes: NF4 (Dettmers et al. 2023, arXiv:2305.14314) and FP4.
 //!
-//! A matrix is one run of elements, row after row, in blocks of 64 (or another size) that may cross rows. An element is an index of
-//! 4 bits into a table of sixteen values between -1 and 1, times the scale of its block, which is the largest magnitude in it. Two
-//! elements share a byte, the first in its high half. With double quantization the scales are bytes too: indices into a table
-//! of 256 values, times a scale for every 256 blocks, plus an offset for the matrix.
+//! The elements of a matrix form one sequence, row after row, in blocks of 64 (or another size) that may cross rows. An
+//! element is a 4-bit index into a table of sixteen values between -1 and 1. Its value is multiplied by the scale of
+//! its block, the largest magnitude in the block. Two elements share a byte, the first in the high half. With double
+//! quantization, a scale is a byte too: an index into a table of 256 values, times a scale for every 256 blocks, plus
+//! an offset for the whole matrix.
 //!
 //! ```
 //! use pricket_kernels::{FourBit, FourBitType};
@@ -15,7 +16,11 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
-use std::sync::{Arc, OnceLock};
+mod scales;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::sync::Arc;
 
 use candle_core::{Result, bail};
 
@@ -25,16 +30,15 @@ use crate::cpu::detect::isa;
 use crate::cpu::isa::InstructionSet;
 use crate::cpu::pool::parallel_chunks;
 
-/// Block size of bitsandbytes.
+pub use scales::{NESTED_BLOCK, Scales};
+
+/// Default block size of bitsandbytes, in elements.
 pub const FOUR_BIT_BLOCK: usize = 64;
 
-/// Blocks that share a scale of scales.
-const NESTED_BLOCK: usize = 256;
-
-/// Elements that are quantized at once, a multiple of every block size.
+/// Number of elements that are quantized at once, a multiple of every block size.
 const PIECE: usize = 1 << 20;
 
-/// The largest block size of bitsandbytes.
+/// Largest block size of bitsandbytes, in elements.
 const LARGEST_BLOCK: usize = 4096;
 
 /// A 4-bit type.
@@ -47,7 +51,7 @@ pub enum FourBitType {
 }
 
 impl FourBitType {
-    /// The name, as bitsandbytes spells it.
+    /// Returns the name in bitsandbytes.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Nf4 => "nf4",
@@ -55,7 +59,7 @@ impl FourBitType {
         }
     }
 
-    /// The sixteen values.
+    /// Returns the sixteen values.
     pub const fn table(self) -> [f32; 16] {
         match self {
             Self::Nf4 => [
@@ -85,7 +89,7 @@ impl FourBitType {
                 6.0 / 12.0,
                 2.0 / 12.0,
                 3.0 / 12.0,
-                // bitsandbytes has 0 here too, not -0.
+                // The pattern of -0; bitsandbytes dequantizes it to 0.
                 0.0,
                 -0.0625 / 12.0,
                 -8.0 / 12.0,
@@ -99,158 +103,13 @@ impl FourBitType {
     }
 }
 
-/// The scales of the blocks of a matrix.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Scales {
-    /// One number for each block.
-    Plain(Vec<f32>),
-    /// Double quantization: the scale of block `i` is `table[codes[i]] · nested[i / nested_block] + offset`.
-    Double {
-        /// One index for each block.
-        codes: Vec<u8>,
-        /// The values of the indices, 256.
-        table: Vec<f32>,
-        /// One scale for every `nested_block` blocks.
-        nested: Vec<f32>,
-        /// Blocks that share a scale, 256.
-        nested_block: usize,
-        /// The mean of the scales.
-        offset: f32,
-    },
-}
-
-impl Scales {
-    /// Number of blocks.
-    pub fn len(&self) -> usize {
-        match self {
-            Self::Plain(scales) => scales.len(),
-            Self::Double { codes, .. } => codes.len(),
-        }
-    }
-
-    /// Returns whether there are no blocks.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The scale of block `i`. The product and the sum are rounded one after the other, as bitsandbytes does.
-    fn of(&self, i: usize) -> f32 {
-        match self {
-            Self::Plain(scales) => scales[i],
-            Self::Double { codes, table, nested, nested_block, offset } => {
-                table[codes[i] as usize] * nested[i / nested_block] + offset
-            }
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Plain(scales) => 4 * scales.len(),
-            Self::Double { codes, table, nested, .. } => codes.len() + 4 * (table.len() + nested.len()) + 4,
-        }
-    }
-
-    /// Quantizes `scales` to 8 bits.
-    fn double(scales: &[f32]) -> Self {
-        let offset = mean(scales);
-        let table = dynamic_table();
-        let (mut codes, mut nested) = (Vec::with_capacity(scales.len()), Vec::new());
-        for block in scales.chunks(NESTED_BLOCK) {
-            let largest = block.iter().fold(0f32, |max, scale| max.max((scale - offset).abs()));
-            // A block whose scales are all the offset has the largest magnitude 0; the division gives NaN, and the index is 0.
-            let inverse = 1.0 / largest;
-            codes.extend(block.iter().map(|scale| nearest(table, on_grid((scale - offset) * inverse))));
-            nested.push(largest);
-        }
-        Self::Double { codes, table: table.to_vec(), nested, nested_block: NESTED_BLOCK, offset }
-    }
-}
-
-/// The mean as torch computes it on one thread of a processor with vectors of eight: the order of the additions decides its last bit, and the
-/// bytes of the scales follow from it (`cascade_sum` in ATen's SumKernel.cpp).
-fn mean(values: &[f32]) -> f32 {
-    const LANES: usize = 8;
-    const ROWS: usize = 4;
-    const LEVELS: usize = 4;
-    type Sums = [[f32; LANES]; ROWS];
-    let add = |to: &mut [f32; LANES], from: &[f32; LANES]| to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
-    let (vectors, rest) = values.as_chunks::<LANES>();
-    let (steps, left) = vectors.as_chunks::<ROWS>();
-    let power = (steps.len().next_power_of_two().ilog2() as usize / LEVELS).max(4);
-    let mut sums: [Sums; LEVELS] = Default::default();
-    for (i, step) in steps.iter().enumerate() {
-        sums[0].iter_mut().zip(step).for_each(|(sum, vector)| add(sum, vector));
-        // Whole groups of steps are added to the next level, so that rounding errors stay small.
-        let mut count = i + 1;
-        for level in 1..LEVELS {
-            if !count.is_multiple_of(1 << power) {
-                break;
-            }
-            count >>= power;
-            let lower = std::mem::take(&mut sums[level - 1]);
-            sums[level].iter_mut().zip(&lower).for_each(|(sum, vector)| add(sum, vector));
-        }
-    }
-    let [mut sum, higher @ ..] = sums;
-    for level in &higher {
-        sum.iter_mut().zip(level).for_each(|(sum, vector)| add(sum, vector));
-    }
-    let [mut lanes, rows @ ..] = sum;
-    left.iter().chain(&rows).for_each(|vector| add(&mut lanes, vector));
-    let total = rest.iter().chain(&lanes).fold(0f32, |sum, x| sum + x);
-    total / values.len().max(1) as f32
-}
-
-/// The signed dynamic map of 8 bits of bitsandbytes (`create_dynamic_map`): 256 values in ascending order.
-fn dynamic_table() -> &'static [f32] {
-    static TABLE: OnceLock<Vec<f32>> = OnceLock::new();
-    TABLE.get_or_init(|| {
-        let mut table = vec![0.0, 1.0];
-        for i in 0..7 {
-            let steps = 1usize << i;
-            // The points of torch's linspace(0.1, 1, steps + 1), from both ends, each rounded once.
-            let step = (1.0f32 - 0.1) / steps as f32;
-            let point = |j: usize| {
-                if j < steps.div_ceil(2) {
-                    step.mul_add(j as f32, 0.1)
-                } else {
-                    (-step).mul_add((steps - j) as f32, 1.0)
-                }
-            };
-            for j in 0..steps {
-                let middle = f32::midpoint(point(j), point(j + 1));
-                let value = (10f64.powi(i - 6) as f32) * middle;
-                table.extend([value, -value]);
-            }
-        }
-        table.sort_by(f32::total_cmp);
-        table
-    })
-}
-
-/// The nearest of 65,536 numbers from -1 to 1. bitsandbytes looks the index of a scale up by it on a CPU; near the middle of two values of the
-/// table it decides.
-fn on_grid(x: f32) -> f32 {
-    const LAST: f32 = 65535.0;
-    let index = ((x.clamp(-1.0, 1.0) + 1.0) * 0.5 * LAST + 0.5).trunc();
-    index / LAST * 2.0 - 1.0
-}
-
-/// The index of the nearest value of a sorted table. Of two at one distance it is the lower one.
-fn nearest(table: &[f32], x: f32) -> u8 {
-    let above = table.partition_point(|&value| value < x).min(table.len() - 1);
-    let below = above.saturating_sub(1);
-    // NaN is below nothing.
-    if (x - table[below]).abs() <= (table[above] - x).abs() { below as u8 } else { above as u8 }
-}
-
 /// A matrix of 4-bit elements. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct FourBit {
     parts: Arc<Parts>,
     rows: usize,
     columns: usize,
-    /// For each row its place in the run of elements; `None` for the order of the rows.
+    /// For each row, its position in the sequence of elements; `None` if rows are in the order of the sequence.
     order: Option<Arc<[u32]>>,
 }
 
@@ -264,10 +123,11 @@ struct Parts {
 }
 
 impl FourBit {
-    /// A matrix of `rows` and `columns` from its parts: `bytes` holds two elements each, and `table` their values.
+    /// Makes a matrix of the shape `(rows, columns)` from its parts.
     ///
     /// # Errors
-    /// If the parts do not have the sizes that the shape and the block size imply, or if the block size is odd or 0.
+    /// Returns an error if the sizes of the parts do not fit the shape and the block size, or if the block size is odd
+    /// or 0.
     pub fn new(
         kind: FourBitType,
         table: [f32; 16],
@@ -301,10 +161,10 @@ impl FourBit {
         Ok(Self { parts: Arc::new(Parts { kind, table, block, bytes, scales }), rows, columns, order: None })
     }
 
-    /// Quantizes `values`, row after row, as bitsandbytes does on a CPU.
+    /// Quantizes `values`, row after row, to the bytes of bitsandbytes on a CPU.
     ///
     /// # Errors
-    /// If the number of values is not that of the shape, or if one is not finite.
+    /// Returns an error if the number of values does not fit the shape, or if a value is not finite.
     pub fn quantize(
         kind: FourBitType,
         values: &[f32],
@@ -318,10 +178,11 @@ impl FourBit {
         Self::quantize_parts(kind, shape, block, is_double, |from, to| Ok(values[from..to].to_vec()))
     }
 
-    /// [`FourBit::quantize`], of elements `[from, to)` that `read` returns, so that a large matrix is never widened as a whole.
+    /// Quantizes a matrix in pieces: `read(from, to)` returns the elements `[from, to)`. A large matrix is never in
+    /// memory in f32 as a whole.
     ///
     /// # Errors
-    /// As [`FourBit::quantize`], and what `read` returns.
+    /// Returns the errors of [`FourBit::quantize`] and of `read`.
     pub fn quantize_parts(
         kind: FourBitType,
         (rows, columns): (usize, usize),
@@ -352,7 +213,7 @@ impl FourBit {
                 for (j, byte) in bytes.iter_mut().enumerate() {
                     let at = first + 2 * j;
                     let inverse = 1.0 / scales[at / block];
-                    // An odd end is filled up with 0.
+                    // The last byte of an odd number of elements ends with 0.
                     let of = |at: usize| index.of(values.get(at).map_or(0.0, |x| x * inverse));
                     *byte = of(at) << 4 | of(at + 1);
                 }
@@ -362,42 +223,43 @@ impl FourBit {
         Self::new(kind, kind.table(), (rows, columns), block, bytes, scales)
     }
 
-    /// The type.
+    /// Returns the type.
     pub fn kind(&self) -> FourBitType {
         self.parts.kind
     }
 
-    /// Rows, columns.
+    /// Returns the numbers of rows and columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
 
-    /// Elements that share a scale.
+    /// Returns the number of elements that share a scale.
     pub fn block(&self) -> usize {
         self.parts.block
     }
 
-    /// The sixteen values.
+    /// Returns the sixteen values.
     pub fn table(&self) -> &[f32; 16] {
         &self.parts.table
     }
 
-    /// The elements as bitsandbytes stores them, in the order in which they were quantized.
+    /// Returns the elements as bitsandbytes stores them, in the order in which they were quantized.
     pub fn bytes(&self) -> &[u8] {
         &self.parts.bytes
     }
 
-    /// The scales, in the same order.
+    /// Returns the scales, in the same order.
     pub fn scales(&self) -> &Scales {
         &self.parts.scales
     }
 
-    /// Bytes in memory.
+    /// Returns the size in memory, in bytes.
     pub fn size(&self) -> usize {
         self.parts.bytes.len() + self.parts.scales.bytes()
     }
 
-    /// The matrix with its rows in another order: row `i` of the result is row `order(i)`. Elements are not moved.
+    /// Returns the matrix with its rows in another order: row `i` of the result is row `order(i)`. Elements are not
+    /// copied.
     #[must_use]
     pub fn reordered(&self, order: impl Fn(usize) -> usize) -> Self {
         Self { order: Some((0..self.rows).map(|row| self.place(order(row)) as u32).collect()), ..self.clone() }
@@ -410,9 +272,15 @@ impl FourBit {
     /// Writes the values of a row.
     ///
     /// # Panics
-    /// If `out` is not as long as a row, or the row does not exist.
+    /// Panics if `out` is not as long as a row, or if the row does not exist.
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        assert!(row < self.rows && out.len() == self.columns, "a row of {}", out.len());
+        assert!(
+            row < self.rows && out.len() == self.columns,
+            "row {row} of {} rows of {}, into {} numbers",
+            self.rows,
+            self.columns,
+            out.len()
+        );
         self.parts.widen(self.place(row) * self.columns, out);
     }
 
@@ -426,7 +294,7 @@ impl FourBit {
         }
     }
 
-    /// Every value, row after row.
+    /// Returns all values, row after row.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.columns];
         parallel_chunks(&mut out, self.columns.max(1), |row, out| self.row(row, out));
@@ -455,12 +323,12 @@ impl Parts {
         if from.is_multiple_of(2) {
             let whole = out.len() / 16 * 16;
             if isa() >= InstructionSet::Avx512 {
-                // SAFETY: the processor has AVX-512. `bytes` holds two elements a byte of all that `out` takes.
+                // SAFETY: `isa` shows that the processor has AVX-512.
                 unsafe { x86::avx512(&self.table, scale, &bytes[..whole / 2], &mut out[..whole]) };
                 return self.plain(from + whole, scale, &mut out[whole..]);
             }
             if isa() >= InstructionSet::Avx2 {
-                // SAFETY: the processor has AVX2, and `bytes` is as long as before.
+                // SAFETY: `isa` shows that the processor has AVX2.
                 unsafe { x86::avx2(&self.table, scale, &bytes[..whole / 2], &mut out[..whole]) };
                 return self.plain(from + whole, scale, &mut out[whole..]);
             }
@@ -469,6 +337,7 @@ impl Parts {
         self.plain(from, scale, out);
     }
 
+    /// [`Parts::widen_block`] without vectors.
     fn plain(&self, from: usize, scale: f32, out: &mut [f32]) {
         for (i, out) in out.iter_mut().enumerate() {
             let at = from + i;
@@ -479,59 +348,11 @@ impl Parts {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::{
-        __m128i, _mm_and_si128, _mm_cvtsi64_si128, _mm_set1_epi8, _mm_srli_epi16, _mm_srli_si128, _mm_unpacklo_epi8,
-        _mm256_blendv_ps, _mm256_castsi256_ps, _mm256_cvtepu8_epi32, _mm256_loadu_ps, _mm256_mul_ps,
-        _mm256_permutevar8x32_ps, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_cvtepu8_epi32,
-        _mm512_loadu_ps, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_storeu_ps,
-    };
-
-    /// The indices of sixteen elements, a byte each, from eight bytes.
-    #[target_feature(enable = "avx2")]
-    fn indices(bytes: [u8; 8]) -> __m128i {
-        let pairs = _mm_cvtsi64_si128(i64::from_le_bytes(bytes));
-        let low = _mm_and_si128(pairs, _mm_set1_epi8(15));
-        let high = _mm_and_si128(_mm_srli_epi16::<4>(pairs), _mm_set1_epi8(15));
-        _mm_unpacklo_epi8(high, low)
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx2")]
-    pub(super) fn avx512(table: &[f32; 16], scale: f32, bytes: &[u8], out: &mut [f32]) {
-        // SAFETY: the table has sixteen values.
-        let (table, scale) = (unsafe { _mm512_loadu_ps(table.as_ptr()) }, _mm512_set1_ps(scale));
-        for (bytes, out) in bytes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
-            let values = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices(*bytes)), table);
-            // SAFETY: sixteen values are written to sixteen places.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(values, scale)) };
-        }
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn avx2(table: &[f32; 16], scale: f32, bytes: &[u8], out: &mut [f32]) {
-        // SAFETY: each half of the table has eight values.
-        let (low, high) = unsafe { (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8))) };
-        let scale = _mm256_set1_ps(scale);
-        for (bytes, out) in bytes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
-            let all = indices(*bytes);
-            for (indices, out) in [all, _mm_srli_si128::<8>(all)].into_iter().zip(out.as_chunks_mut::<8>().0) {
-                let index = _mm256_cvtepu8_epi32(indices);
-                let is_high = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
-                let (a, b) = (_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index));
-                let values = _mm256_mul_ps(_mm256_blendv_ps(a, b, is_high), scale);
-                // SAFETY: eight values are written to eight places.
-                unsafe { _mm256_storeu_ps(out.as_mut_ptr(), values) };
-            }
-        }
-    }
-}
-
 /// Finds the index of the nearest value of a table.
 struct Indices {
     /// The values in ascending order, with their indices.
     sorted: Vec<(f32, u8)>,
-    /// The middle between each value and the next.
+    /// The midpoint between each value and the next.
     middles: Vec<f32>,
     kind: FourBitType,
 }
@@ -546,21 +367,21 @@ impl Indices {
         Self { sorted, middles, kind }
     }
 
-    /// The index of the value nearest to `x`; of two at one distance, the first in the table.
+    /// Returns the index of the value nearest to `x`, the first in the table if two are equally near.
     fn of(&self, x: f32) -> u8 {
         if x.is_nan() {
-            // A block of zeros: its scale is 0, and so is every value.
+            // In a block of zeros the scale is 0, and 0 times its inverse is NaN. The result is the index of 0.
             return if self.kind == FourBitType::Nf4 { 7 } else { 0 };
         }
         let guess = self.middles.partition_point(|&middle| middle < x);
-        // Distances are compared as rounded numbers, which decide near a middle.
+        // Near a midpoint, the rounding of the distances decides.
         let near = guess.saturating_sub(1)..=(guess + 1).min(self.sorted.len() - 1);
         let distance = |i: usize| (x - self.sorted[i].0).abs();
         let best =
             near.min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then(self.sorted[a].1.cmp(&self.sorted[b].1)));
         match self.sorted[best.unwrap_or(guess)].1 {
-            // bitsandbytes searches its sorted table, in which the second 0 follows the first, so that small positive numbers
-            // get its index.
+            // bitsandbytes searches its sorted table, in which the second 0 follows the first, so that small positive
+            // numbers get its index.
             0 if self.kind == FourBitType::Fp4 && x > 0.0 => 8,
             index => index,
         }

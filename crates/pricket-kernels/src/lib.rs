@@ -50,6 +50,6 @@ pub use cpu::reduce::{RowSummary, SoftmaxOp, SumOp, argmax, row_summaries, row_s
 pub use cpu::rotary::RotaryOp;
 pub use cpu::store::{StoreOp, q8_row_bytes, q8_values};
 pub use cpu::wkv::WkvOp;
-pub use four_bit::{FOUR_BIT_BLOCK, FourBit, FourBitType, Scales};
+pub use four_bit::{FOUR_BIT_BLOCK, FourBit, FourBitType, NESTED_BLOCK, Scales};
 pub use in_place::{InPlace, MappedBytes};
 pub use matrix::Matrix;

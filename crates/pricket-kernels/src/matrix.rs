@@ -13,7 +13,7 @@ pub enum Matrix {
     Blocks(Blocks),
     /// Quantized blocks in the order in which the kernels read them, on the CPU.
     Packed(Packed),
-    /// Elements of 4 bits, on the CPU.
+    /// 4-bit types of bitsandbytes, on the CPU.
     FourBit(FourBit),
     /// Numbers in a mapped file, not copied, on the CPU.
     InPlace(InPlace),

@@ -18,15 +18,15 @@ pub struct Quantization {
 }
 
 impl Quantization {
-    /// Returns the quantized type of a matrix with `columns` columns, or `None` if it stays as stored. `is_embedding_or_head` is
-    /// true for an embedding or a head.
+    /// Returns the quantized type of a matrix with `columns` columns, or `None` if it stays as stored.
+    /// `is_embedding_or_head` is true for an embedding or a head.
     pub fn of(self, is_embedding_or_head: bool, columns: usize) -> Option<BlockType> {
         let kind = if is_embedding_or_head { self.embeddings_and_head } else { Some(self.weights) };
         kind?.fitting(columns)
     }
 }
 
-/// The 4-bit type of the matrices of the blocks. The embedding and the head stay as stored, as in transformers.
+/// 4-bit quantization of the matrices of the blocks. The embedding and the head stay as stored, as in transformers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FourBitQuantization {
     /// NF4 or FP4.
@@ -64,7 +64,7 @@ pub enum Storage {
     Cast(DType),
     /// Quantized blocks.
     Quantize(Quantization),
-    /// Elements of 4 bits.
+    /// 4-bit types of bitsandbytes.
     FourBit(FourBitQuantization),
 }
 

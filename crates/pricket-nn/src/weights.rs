@@ -538,7 +538,7 @@ impl Weights {
         Ok(matrix)
     }
 
-    /// A matrix in elements of 4 bits. Blocks are those of the order on file, as bitsandbytes quantizes.
+    /// Loads a matrix in a 4-bit type. Blocks follow the row order of the file, as in bitsandbytes.
     fn four_bit(&self, name: String, entry: &Entry, rows: RowOrder, wanted: FourBitQuantization) -> Result<Matrix> {
         let store = &*self.shared.store;
         let kind = Dtype::FourBit(wanted.kind);
@@ -555,7 +555,11 @@ impl Weights {
             let matrix = matrix.map_err(|e| Error::Input(format!("{}: tensor {name}: {e}", store.origin(&name))))?;
             rows.apply_to_matrix(Matrix::FourBit(matrix))?
         };
-        self.loaded(name, entry, kind.bytes(entry.elements()));
+        let bytes = match &matrix {
+            Matrix::FourBit(matrix) => matrix.size(),
+            _ => kind.bytes(entry.elements()),
+        };
+        self.loaded(name, entry, bytes);
         Ok(matrix)
     }
 

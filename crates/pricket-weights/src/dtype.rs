@@ -29,7 +29,7 @@ pub enum Dtype {
     Bool,
     /// Quantized blocks.
     Block(BlockType),
-    /// Elements of 4 bits with a scale for every 64, as bitsandbytes stores them.
+    /// 4-bit type of bitsandbytes.
     FourBit(FourBitType),
     /// An unsupported type, by its name.
     Other(&'static str),

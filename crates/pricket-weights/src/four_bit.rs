@@ -1,6 +1,6 @@
-//! Checkpoints of 4-bit matrices, as transformers saves them with bitsandbytes.
+//! 4-bit matrices in the layout in which transformers saves them with bitsandbytes.
 //!
-//! A matrix `W` is stored as several tensors:
+//! A matrix `W` is stored in several tensors:
 //!
 //! | name | type | holds |
 //! |---|---|---|
@@ -13,54 +13,54 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use pricket_kernels::{FourBit, FourBitType, Scales};
+use pricket_kernels::{FourBit, FourBitType, NESTED_BLOCK, Scales};
 use serde::{Deserialize, Serialize};
 
 use crate::{Bytes, Dtype, Entry, Error, Outline, Result, Store};
 
-/// Separates the name of a matrix from the type of its elements.
+/// Separator between the name of a matrix and the type of its elements.
 const STATE: &str = ".quant_state.bitsandbytes__";
 
-/// Endings of the tensors that belong to a matrix.
+/// Ends of the names of the other tensors of a matrix.
 const PARTS: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
 
-/// The largest JSON of a matrix that is read, in bytes.
+/// Largest JSON of a matrix that is read, in bytes.
 const LARGEST_STATE: usize = 64 << 10;
 
-/// The JSON of a matrix.
+/// JSON of a matrix.
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq)]
-pub struct QuantState {
+struct QuantState {
     /// `nf4` or `fp4`.
-    pub quant_type: String,
-    /// Elements that share a scale.
-    pub blocksize: usize,
+    quant_type: String,
+    /// Number of elements that share a scale.
+    blocksize: usize,
     /// The type before quantization: `float32`, `float16` or `bfloat16`.
-    pub dtype: String,
+    dtype: String,
     /// The shape of the matrix.
-    pub shape: Vec<usize>,
-    /// Blocks that share a scale of scales.
+    shape: Vec<usize>,
+    /// Number of blocks that share a scale of their scales.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub nested_blocksize: Option<usize>,
+    nested_blocksize: Option<usize>,
     /// The type of the scales: `float32`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub nested_dtype: Option<String>,
+    nested_dtype: Option<String>,
     /// The mean of the scales.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub nested_offset: Option<f64>,
+    nested_offset: Option<f64>,
 }
 
-/// A store whose 4-bit matrices appear under their names with their shapes, and whose other tensors are those of another store.
+/// Store that shows the 4-bit matrices of another store under their names, with their shapes.
 pub struct FourBitTensors {
     store: Arc<dyn Store>,
     matrices: BTreeMap<String, (FourBitType, QuantState)>,
 }
 
 impl FourBitTensors {
-    /// Returns `store` with its 4-bit matrices put together, or `store` itself if it has none.
+    /// Wraps `store`; returns it unchanged if it has no 4-bit matrices.
     ///
     /// # Errors
-    /// Returns [`Error::Corrupt`] if the JSON of a matrix cannot be read or does not fit its tensors, and [`Error::Unsupported`] for a type of
-    /// elements other than NF4 and FP4.
+    /// Returns [`Error::Corrupt`] if the JSON of a matrix is invalid or does not fit its tensors, and
+    /// [`Error::Unsupported`] for a 4-bit type other than NF4 and FP4.
     pub fn over(store: Arc<dyn Store>) -> Result<Arc<dyn Store>> {
         let mut matrices = BTreeMap::new();
         for name in store.names() {
@@ -80,6 +80,7 @@ impl FourBitTensors {
         Ok(if matrices.is_empty() { store } else { Arc::new(Self { store, matrices }) })
     }
 
+    /// Returns whether a tensor is a part of a matrix, other than the elements.
     fn is_part(&self, name: &str) -> bool {
         let of = |end: &str| name.strip_suffix(end).is_some_and(|matrix| self.matrices.contains_key(matrix));
         PARTS.into_iter().any(of)
@@ -99,7 +100,7 @@ fn read_state(store: &dyn Store, name: &str) -> Result<QuantState> {
     serde_json::from_slice(&store.bytes(name)?).map_err(|e| corrupt(store, name, e))
 }
 
-/// Checks the tensors of a matrix by their headers.
+/// Checks the types and sizes of the tensors of a matrix by their headers.
 fn check(store: &dyn Store, matrix: &str, state: &QuantState) -> Result<()> {
     let bad = |what: String| Err(corrupt(store, matrix, what));
     let [rows, columns] = state.shape[..] else {
@@ -117,45 +118,39 @@ fn check(store: &dyn Store, matrix: &str, state: &QuantState) -> Result<()> {
             state.dtype
         ));
     }
-    let blocks = elements.div_ceil(state.blocksize);
-    let nested = blocks.div_ceil(state.nested_blocksize.unwrap_or(1).max(1));
     let is_double = state.nested_offset.is_some();
-    let mut parts = vec![
-        // `bnb_4bit_quant_storage` may give the same bytes another type.
-        (String::new(), None, elements.div_ceil(2)),
-        (".quant_map".to_owned(), Some(Dtype::F32), 64),
-        (
-            ".absmax".to_owned(),
-            Some(if is_double { Dtype::U8 } else { Dtype::F32 }),
-            blocks * if is_double { 1 } else { 4 },
-        ),
-    ];
-    if is_double {
-        if state.nested_blocksize.is_none_or(|size| size == 0) {
-            return bad("nested_blocksize is missing".into());
-        }
-        parts.push((".nested_absmax".into(), Some(Dtype::F32), nested * 4));
-        parts.push((".nested_quant_map".into(), Some(Dtype::F32), 1024));
+    if is_double && state.nested_blocksize.is_none_or(|size| size == 0) {
+        return bad("nested_blocksize is missing".into());
     }
-    for (end, dtype, bytes) in parts {
+    let part = |end: &str, dtype: Option<Dtype>, bytes: usize| {
         let name = format!("{matrix}{end}");
         let entry = store.entry(&name).ok_or_else(|| store.missing(&name))?;
-        if dtype.is_some_and(|dtype| dtype != entry.dtype) || entry.bytes() != bytes {
-            let (found, bits) = (entry.bytes(), entry.dtype);
-            let expected = dtype.map_or_else(String::new, |dtype| format!(" of {dtype}"));
-            return Err(corrupt(
-                store,
-                &name,
-                format!(
-                    "expected {bytes} bytes{expected} for a 4-bit matrix of [{rows}, {columns}], found {found} of {bits}"
-                ),
-            ));
+        if dtype.is_none_or(|dtype| dtype == entry.dtype) && entry.bytes() == bytes {
+            return Ok(());
         }
+        let expected = dtype.map_or_else(String::new, |dtype| format!(" of {dtype}"));
+        let (found, kind) = (entry.bytes(), entry.dtype);
+        let what = format!(
+            "expected {bytes} bytes{expected} for a 4-bit matrix of [{rows}, {columns}], found {found} of {kind}"
+        );
+        Err(corrupt(store, &name, what))
+    };
+    // The elements first: after this check, no size below can overflow. `bnb_4bit_quant_storage` can give the same
+    // bytes another type.
+    part("", None, elements.div_ceil(2))?;
+    let blocks = elements.div_ceil(state.blocksize);
+    part(".quant_map", Some(Dtype::F32), 64)?;
+    match state.nested_blocksize.filter(|_| is_double) {
+        Some(nested_block) => {
+            part(".absmax", Some(Dtype::U8), blocks)?;
+            part(".nested_absmax", Some(Dtype::F32), blocks.div_ceil(nested_block) * 4)?;
+            part(".nested_quant_map", Some(Dtype::F32), 1024)
+        }
+        None => part(".absmax", Some(Dtype::F32), blocks * 4),
     }
-    Ok(())
 }
 
-/// The type before quantization.
+/// Returns the type before quantization.
 fn original(state: &QuantState) -> Option<Dtype> {
     match &state.dtype[..] {
         "float32" => Some(Dtype::F32),
@@ -225,7 +220,8 @@ impl Store for FourBitTensors {
     }
 }
 
-/// Bytes of the JSON of a matrix that pricket writes. Its end is filled with spaces, so that the size is known before the offset is.
+/// Size in bytes of the JSON that pricket writes. It is padded with spaces, because the size must be known before the
+/// offset is.
 const WRITTEN_STATE: usize = 256;
 
 /// Returns the outlines of the tensors that [`four_bit_parts`] makes of a matrix, in the same order.
@@ -251,9 +247,6 @@ pub fn four_bit_outlines(
     out.push(part(&format!("{STATE}{}", kind.name()), Dtype::U8, WRITTEN_STATE));
     out
 }
-
-/// Blocks that share a scale of scales.
-const NESTED_BLOCK: usize = 256;
 
 /// Returns the tensors that store a 4-bit matrix `name` of the type `original` before quantization, with their bytes.
 pub fn four_bit_parts(name: &str, matrix: &FourBit, original: Dtype) -> Vec<(Outline, Vec<u8>)> {
@@ -288,4 +281,91 @@ pub fn four_bit_parts(name: &str, matrix: &FourBit, original: Dtype) -> Vec<(Out
     parts.push(json);
     let is_double = matches!(matrix.scales(), Scales::Double { .. });
     four_bit_outlines(name, shape, kind, block, is_double).into_iter().zip(parts).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tensors in memory.
+    struct Tensors(BTreeMap<String, (Dtype, Vec<u8>)>);
+
+    impl Store for Tensors {
+        fn names(&self) -> Vec<String> {
+            self.0.keys().cloned().collect()
+        }
+
+        fn entry(&self, name: &str) -> Option<Entry> {
+            let (dtype, bytes) = self.0.get(name)?;
+            Some(Entry { shape: vec![bytes.len() / dtype.bytes(1)], dtype: *dtype })
+        }
+
+        fn bytes(&self, name: &str) -> Result<Bytes<'_>> {
+            Ok(self.0.get(name).ok_or_else(|| self.missing(name))?.1.clone().into())
+        }
+
+        fn origin(&self, _: &str) -> String {
+            "memory".into()
+        }
+    }
+
+    fn tensors(is_double: bool) -> BTreeMap<String, (Dtype, Vec<u8>)> {
+        let values: Vec<f32> = (0..35u8).map(|i| f32::from(i) / 16.0 - 1.0).collect();
+        let matrix = FourBit::quantize(FourBitType::Nf4, &values, (5, 7), 64, is_double).unwrap();
+        let parts = four_bit_parts("w", &matrix, Dtype::F16);
+        parts.into_iter().map(|(outline, bytes)| (outline.name, (outline.dtype, bytes))).collect()
+    }
+
+    #[test]
+    fn outlines_have_the_sizes_of_the_parts() {
+        for is_double in [false, true] {
+            let values = vec![0.5f32; 3 * 90];
+            let matrix = FourBit::quantize(FourBitType::Fp4, &values, (3, 90), 64, is_double).unwrap();
+            for (outline, bytes) in four_bit_parts("w", &matrix, Dtype::BF16) {
+                assert_eq!(outline.bytes(), bytes.len(), "{}", outline.name);
+            }
+        }
+    }
+
+    #[test]
+    fn invalid_parts_are_refused() {
+        for is_double in [false, true] {
+            let store = FourBitTensors::over(Arc::new(Tensors(tensors(is_double)))).unwrap();
+            assert_eq!((store.names(), store.four_bit("w").unwrap().1), (vec!["w".to_owned()], Dtype::F16));
+            // Every part that is missing or cut short.
+            for name in tensors(is_double).keys().filter(|name| !name.contains(STATE)) {
+                let (mut missing, mut short) = (tensors(is_double), tensors(is_double));
+                missing.remove(name);
+                short.get_mut(name).unwrap().1.truncate(4);
+                for parts in [missing, short] {
+                    let error = FourBitTensors::over(Arc::new(Tensors(parts))).err().unwrap().to_string();
+                    assert!(error.contains(name.as_str()), "{name}: {error}");
+                }
+            }
+            for (from, to) in [
+                ("[5,7]", "[5,7,1]".to_owned()),
+                ("[5,7]", format!("[{},1]", usize::MAX)),
+                ("[5,7]", format!("[{},{}]", usize::MAX, usize::MAX)),
+                ("[5,7]", "[0,7]".into()),
+                ("\"blocksize\":64", "\"blocksize\":0".into()),
+                ("\"blocksize\":64", "\"blocksize\":1".into()),
+                ("\"blocksize\":64", "\"blocksize\":-1".into()),
+                ("\"nf4\"", "null".into()),
+                ("{", "[".into()),
+            ] {
+                let mut parts = tensors(is_double);
+                let state = parts.get_mut(&format!("w{STATE}nf4")).unwrap();
+                let json = String::from_utf8(state.1.clone()).unwrap();
+                assert!(json.contains(from), "{json}");
+                state.1 = json.trim_end().replace(from, &to).into_bytes();
+                let error = FourBitTensors::over(Arc::new(Tensors(parts))).err();
+                assert!(error.is_some_and(|error| error.to_string().contains("tensor w")), "{from} {to}");
+            }
+        }
+        let mut parts = tensors(false);
+        let state = parts.remove(&format!("w{STATE}nf4")).unwrap();
+        parts.insert(format!("w{STATE}nf3"), state);
+        let error = FourBitTensors::over(Arc::new(Tensors(parts))).err().unwrap().to_string();
+        assert!(error.contains("4-bit type nf3"), "{error}");
+    }
 }

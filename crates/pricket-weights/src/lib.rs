@@ -65,7 +65,7 @@ mod zip_directory;
 pub use dtype::Dtype;
 pub use error::{Error, Result, clip, counted};
 pub use format::{Format, open_one, open_remote, sniff, sniff_remote, stand_in};
-pub use four_bit::{FourBitTensors, QuantState, four_bit_outlines, four_bit_parts};
+pub use four_bit::{FourBitTensors, four_bit_outlines, four_bit_parts};
 pub use ggml::{GgmlBody, GgmlFile, GgmlLayout, GgmlType};
 pub use gguf::GgufFile;
 pub use json::{parse_json, to_python_json};

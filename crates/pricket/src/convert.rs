@@ -9,6 +9,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod four_bit;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufWriter;
@@ -17,11 +19,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use pricket_lm::Vocabulary;
-use pricket_nn::ops::{BlockType, Blocks, FOUR_BIT_BLOCK, FourBit, Matrix, quantize, with_f16_scales};
+use pricket_nn::ops::{BlockType, Blocks, FOUR_BIT_BLOCK, Matrix, quantize, with_f16_scales};
 use pricket_nn::{Family, FourBitQuantization, LoadOptions, Names, Quantization, RowOrder, Weights};
-use pricket_weights::{
-    Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, four_bit_outlines, four_bit_parts, to_python_json,
-};
+use pricket_weights::{Dtype, Entry, GgufValue, Headers, Outline, Store, Writer, four_bit_outlines, to_python_json};
 use serde_json::Value;
 
 use crate::loading::containers::paired_order;
@@ -48,7 +48,8 @@ pub enum Target {
     BF16,
     /// Quantized blocks.
     Quantized(Quantization),
-    /// 4-bit types of bitsandbytes, in Hub layout, as transformers saves them. Embeddings and head keep the stored type.
+    /// 4-bit types of bitsandbytes, in Hub layout, as transformers saves them. Embeddings and head keep the stored
+    /// type.
     FourBit(FourBitQuantization),
 }
 
@@ -165,7 +166,7 @@ impl Loader {
         let (mut config, left_out) =
             python_config(&opened, family, largest.map_or(Dtype::F32, |outline| outline.dtype));
         if let Target::FourBit(wanted) = options.target {
-            config["quantization_config"] = quantization_config(wanted, largest.map(|outline| outline.dtype));
+            config["quantization_config"] = four_bit::quantization_config(wanted, largest.map(|outline| outline.dtype));
         }
         if gguf {
             let ends = crate::loading::opened::eos_ids(
@@ -198,13 +199,13 @@ impl Loader {
         };
         let mut done = 0;
         // The tensors of the 4-bit matrix that is being written.
-        let mut four_bit = Vec::new();
+        let mut parts = Vec::new();
         for item in &items {
             #[cfg(feature = "train")]
             let merge = item.merge(&adapters, family.names(), in_model_order);
             #[cfg(not(feature = "train"))]
             let merge = None;
-            item.write_as(options.target, &*opened.store, merge, &mut four_bit, &mut |bytes| {
+            item.write_as(options.target, &*opened.store, merge, &mut parts, &mut |bytes| {
                 if progress.cancelled() {
                     return Err(Error::Cancelled);
                 }
@@ -337,20 +338,6 @@ impl Plan<'_> {
     }
 }
 
-/// Returns the `quantization_config` of a 4-bit checkpoint whose other tensors are mostly of type `others`, in which transformers then computes.
-fn quantization_config(wanted: FourBitQuantization, others: Option<Dtype>) -> Value {
-    let compute = match others {
-        Some(Dtype::F16) => "float16",
-        Some(Dtype::BF16) => "bfloat16",
-        _ => "float32",
-    };
-    serde_json::json!({
-        "quant_method": "bitsandbytes", "load_in_4bit": true, "_load_in_4bit": true, "load_in_8bit": false,
-        "bnb_4bit_quant_type": wanted.kind.name(), "bnb_4bit_use_double_quant": wanted.is_double,
-        "bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": "uint8",
-    })
-}
-
 /// A function that merges adapters into a tensor.
 type Merge<'a> = Box<dyn FnOnce(Tensor) -> Result<Tensor> + 'a>;
 
@@ -369,45 +356,13 @@ impl Item {
         })
     }
 
-    /// Writes the tensor, or its part of a 4-bit matrix, whose tensors `four_bit` holds from the first of them on.
-    fn write_as(
-        &self,
-        target: Target,
-        store: &dyn Store,
-        merge: Option<Merge<'_>>,
-        four_bit: &mut Vec<Vec<u8>>,
-        out: &mut dyn FnMut(&[u8]) -> Result<()>,
-    ) -> Result<()> {
-        let (Some(part), Target::FourBit(wanted)) = (self.part, target) else { return self.write(store, merge, out) };
-        if part == 0 {
-            *four_bit = self.four_bit(store, merge, wanted)?;
-        }
-        out(&four_bit[part])
-    }
-
-    /// Returns the tensors of a matrix that is quantized to 4 bits, merged with the adapters.
-    fn four_bit(
-        &self,
-        store: &dyn Store,
-        merge: Option<Merge<'_>>,
-        wanted: FourBitQuantization,
-    ) -> Result<Vec<Vec<u8>>> {
-        let tensor = pricket_weights::read_tensor(store, &self.from, &Device::Cpu)?;
-        let original = Dtype::from_candle(tensor.dtype());
-        let tensor = merge.map_or(Ok(tensor.clone()), |merge| merge(tensor))?;
-        let tensor = match self.rows {
-            Change::None => tensor,
-            Change::Apply(order) => order.apply(&tensor)?,
-            Change::Undo(order) => order.undo(&tensor)?,
-        };
-        let (shape, flat) = (tensor.dims2()?, tensor.flatten_all()?);
-        let read = |from: usize, to: usize| flat.narrow(0, from, to - from)?.to_dtype(DType::F32)?.to_vec1::<f32>();
-        let matrix = FourBit::quantize_parts(wanted.kind, shape, FOUR_BIT_BLOCK, wanted.is_double, read);
-        let wrong =
-            |e| Error::Malformed { origin: store.origin(&self.from), what: format!("tensor {}: {e}", self.from) };
-        let name = self.outline.name.clone();
-        let parts = four_bit_parts(&name, &matrix.map_err(wrong)?, original);
-        Ok(parts.into_iter().map(|(_, bytes)| bytes).collect())
+    /// Returns the tensor with its rows in the order of the output.
+    fn reordered(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(match self.rows {
+            Change::None => tensor.clone(),
+            Change::Apply(order) => order.apply(tensor)?,
+            Change::Undo(order) => order.undo(tensor)?,
+        })
     }
 
     /// Writes the converted bytes of the tensor.
@@ -419,11 +374,6 @@ impl Item {
     ) -> Result<()> {
         let (from, dtype) = (&self.from, self.outline.dtype);
         let entry = store.entry(from).map(|entry| entry.dtype);
-        let rows = |tensor: &Tensor| match self.rows {
-            Change::None => Ok(tensor.clone()),
-            Change::Apply(order) => order.apply(tensor),
-            Change::Undo(order) => order.undo(tensor),
-        };
         if let (Some(Dtype::Block(stored)), Dtype::Block(wanted)) = (entry, dtype)
             && (stored == wanted || stored.with_f16_scales() == Some(wanted))
             && merge.is_none()
@@ -449,7 +399,7 @@ impl Item {
             }
         }
         let tensor = pricket_weights::read_tensor(store, from, &Device::Cpu)?;
-        let tensor = rows(&merge.map_or(Ok(tensor.clone()), |merge| merge(tensor))?)?;
+        let tensor = self.reordered(&merge.map_or(Ok(tensor.clone()), |merge| merge(tensor))?)?;
         let (count, columns) = match tensor.dims() {
             [count, columns] => (*count, *columns),
             dims => (1, dims.iter().product()),

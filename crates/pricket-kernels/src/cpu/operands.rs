@@ -33,7 +33,7 @@ pub enum Stored<'a> {
     Blocks(&'a Blocks),
     /// Quantized blocks in the order in which the kernels read them.
     Packed(&'a Packed),
-    /// Elements of 4 bits.
+    /// 4-bit types of bitsandbytes.
     FourBit(&'a FourBit),
 }
 

@@ -68,7 +68,8 @@ pub(crate) fn checked_family(config: &Value) -> Result<&'static dyn Family> {
     Ok(family)
 }
 
-/// Removes `quantization_config` from the configuration of a checkpoint of bitsandbytes' 4-bit types, whose tensors say more.
+/// Removes `quantization_config` from the configuration of a 4-bit checkpoint of bitsandbytes: the tensors of such a
+/// checkpoint contain all settings.
 pub(crate) fn remove_four_bit(config: &mut Value) {
     let quantized = &config["quantization_config"];
     let is_four_bit = quantized["quant_method"] == "bitsandbytes" && quantized["load_in_4bit"] == true;

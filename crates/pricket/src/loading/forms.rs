@@ -1,5 +1,5 @@
-//! Forms of a revision's weights: safetensors or PyTorch, one file or shards. Some revisions have several forms, whose
-//! weights can differ.
+//! Forms of a revision's weights: safetensors or PyTorch, one file or shards, or a GGUF or GGML file. Some revisions
+//! have several forms, whose weights can differ.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,6 +14,8 @@ pub(crate) enum Form {
     SafetensorsShards,
     Torch,
     TorchShards,
+    /// GGUF and GGML.
+    Container,
 }
 
 const SHARDED: [(&str, &str, &str, Form); 2] = [
@@ -61,8 +63,7 @@ pub(crate) fn forms(listing: &[Listed]) -> BTreeMap<Form, Vec<Listed>> {
             (Some("safetensors"), true) => Some(Form::SafetensorsShards),
             (Some("bin"), true) => Some(Form::TorchShards),
             (Some("pth"), false) => Some(Form::Torch),
-            // GGUF and GGML files do not count as forms.
-            _ => None,
+            _ => Some(Form::Container),
         };
         out.extend(form.zip(files));
     }
@@ -84,7 +85,10 @@ mod tests {
 
     #[test]
     fn the_first_form_is_what_a_loader_takes() {
-        let sets: [&[&str]; 11] = [
+        let sets: [&[&str]; 14] = [
+            &["model.gguf", "README.md"],
+            &["a.gguf", "b.gguf"],
+            &["pythia-ggml-q4_0.bin", "config.json"],
             &["RWKV-4-Pile-169M-20220807-8023.pth", "README.md"],
             &["model.safetensors", "RWKV-4-Pile-169M-20220807-8023.pth"],
             &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],

@@ -164,6 +164,12 @@ impl Looked {
         self.forms.get(&form)?.iter().map(|file| file.digest.as_ref()).collect()
     }
 
+    /// Returns whether equal weights would be equal in the files. A GGUF file may be quantized and has its rows in
+    /// another order than safetensors, so it is compared with GGUF files only.
+    fn is_comparable(&self, other: &Self) -> bool {
+        (self.form() == Form::Container) == (other.form() == Form::Container)
+    }
+
     /// Returns whether the files have the same hashes; `None` if hashes cannot be compared.
     fn same_files(&self, other: &Self) -> Option<bool> {
         let form = self.agreeing.iter().find(|form| other.agreeing.contains(form))?;

@@ -101,6 +101,9 @@ impl Auditor<'_> {
         let mut pairs = Vec::new();
         for (n, &b) in heads.iter().enumerate() {
             for &a in &heads[..n] {
+                if !self.looked[a].is_comparable(&self.looked[b]) {
+                    continue;
+                }
                 let told = members[&a]
                     .iter()
                     .any(|&a| members[&b].iter().any(|&b| self.looked[a].same_files(&self.looked[b]).is_some()));

@@ -24,6 +24,12 @@ impl Auditor<'_> {
         Some(last)
     }
 
+    /// Returns whether the weights of `main` are known to differ from those of a training step.
+    fn main_differs_from(&mut self, step: &str) -> bool {
+        let (Some(main), Some(step)) = (self.position("main"), self.position(step)) else { return false };
+        self.looked[main].is_comparable(&self.looked[step]) && self.classes.head(main) != self.classes.head(step)
+    }
+
     /// Turns the sets of equal revisions into findings.
     pub(super) fn conclude(mut self) -> Audit {
         let last = self.last();
@@ -33,8 +39,7 @@ impl Auditor<'_> {
         }
         self.judge_shards(last.as_deref());
         if let Some(end) = &last
-            && let (Some(main), Some(at)) = (self.position("main"), self.position(end))
-            && self.classes.head(main) != self.classes.head(at)
+            && self.main_differs_from(end)
         {
             let words = format!("main is not {end}, the last step: their weights differ");
             self.say(FindingKind::MainDiffers, vec![end.clone()], words, true);
@@ -68,10 +73,7 @@ impl Auditor<'_> {
             }
             None => String::new(),
         };
-        let main_is_elsewhere = last.is_some_and(|last| {
-            let (main, end) = (self.position("main"), self.position(last));
-            matches!((main, end), (Some(main), Some(end)) if self.classes.head(main) != self.classes.head(end))
-        });
+        let main_is_elsewhere = last.is_some_and(|last| self.main_differs_from(last));
         let is_end = |name: &String| name == "main" || Some(name.as_str()) == last;
         let (ends, others): (Vec<String>, Vec<String>) = names.iter().cloned().partition(is_end);
         if others.is_empty() {
