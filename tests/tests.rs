@@ -101,6 +101,10 @@ mod audit;
 #[cfg(feature = "train")]
 mod training;
 
+/// The example `finetune`.
+#[cfg(feature = "train")]
+mod finetune;
+
 /// The examples as a user runs them.
 mod examples;
 

@@ -6,14 +6,14 @@ use std::sync::atomic::Ordering;
 use pricket::candle::{DType, Device, Tensor};
 use pricket::convert::{ConvertOptions, Target};
 use pricket::train::{
-    Bias, Checkpointing, Gradients, Initial, Lora, LoraConfig, Optimizer, OptimizerConfig, Rule, Sample, Schedule,
-    Select, TrainOptions, TrainTarget, Trainer, add_gradients, losses, read_records,
+    Bias, Checkpointing, Gradients, Initial, Lora, LoraConfig, Optimizer, OptimizerConfig, Record, Rule, Sample,
+    Schedule, Select, TrainOptions, TrainTarget, Trainer, add_gradients, losses, read_records,
 };
 use pricket::{CausalLm, Context, Loader, Pricket};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::common::{example, root, small, worst};
+use crate::common::{root, small, worst};
 use crate::properties::any_config;
 
 fn row(len: usize, seed: u64) -> Vec<u32> {
@@ -367,7 +367,7 @@ fn records_of_all_forms_become_samples() {
     ];
     let text: Vec<String> = lines.iter().map(Value::to_string).collect();
     std::fs::write(&path, text.join("\n\n")).unwrap();
-    let records = read_records(&path).unwrap();
+    let records: Vec<Record> = read_records(&[&path]).unwrap().into_iter().map(|(_, record)| record).collect();
     let tiny = pricket::tiny().unwrap();
     let tokenizer = tiny.tokenizer().unwrap();
     let counted = |record: usize, format: &str| {
@@ -400,171 +400,12 @@ fn records_of_all_forms_become_samples() {
         ("{\"input_ids\": [1, -2]}", "input_ids: expected a list of token ids"),
         ("{\"input_ids\": [1, 2], \"labels\": [1, 3]}", "labels: expected -100"),
         ("{\"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}", "at least one message of the assistant"),
-        ("{\"text\": ", "is not JSON"),
+        ("{\"text\": ", "not valid JSON"),
     ] {
         std::fs::write(&path, format!("{{\"text\": \"x\"}}\n{line}\n")).unwrap();
-        let error = read_records(&path).unwrap_err().to_string();
+        let error = read_records(&[&path]).unwrap_err().to_string();
         assert!(error.contains("data.jsonl, line 2: ") && error.contains(what), "{error}");
     }
-}
-
-fn finetune(out: &Path, data: &Path, more: &[&str]) -> std::process::Command {
-    let mut command = example("finetune");
-    command.args(["--data", data.to_str().unwrap(), "--out", out.to_str().unwrap(), "--threads", "1"]);
-    command.args(["--rank", "2", "--batch", "2"]).args(more);
-    if !more.contains(&"--steps") {
-        command.args(["--steps", "12", "--save-every", "1", "--dropout", "0.1"]);
-    }
-    command.current_dir(root());
-    command
-}
-
-fn data(dir: &Path) -> std::path::PathBuf {
-    let path = dir.join("data.jsonl");
-    let line =
-        |i: usize| json!({"prompt": format!("Say {i}:"), "completion": format!(" {i}, and no more.")}).to_string();
-    std::fs::write(&path, (0..9).map(line).collect::<Vec<_>>().join("\n")).unwrap();
-    path
-}
-
-/// A run that was killed resumes and gives the bytes of an undisturbed run.
-#[test]
-fn a_killed_run_resumes_to_the_same_adapter() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = data(dir.path());
-    let adapter = |run: &Path| std::fs::read(run.join("adapter_model.safetensors")).unwrap();
-    let whole = dir.path().join("whole");
-    let output = finetune(&whole, &data, &[]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let lines = std::fs::read_to_string(whole.join("log.jsonl")).unwrap();
-    assert_eq!(lines.lines().count(), 12);
-
-    let killed = dir.path().join("killed");
-    let mut kills = 0;
-    for attempt in 0..60 {
-        let mut child = finetune(&killed, &data, &["--resume"])
-            .stderr(std::process::Stdio::null())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        // The process is killed after some lines of output, independent of time, at 20 places of the run.
-        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
-        let done = (0..=attempt % 3).all(|_| lines.next().is_some());
-        if done && kills < 20 {
-            child.kill().unwrap();
-            kills += 1;
-        }
-        drop(lines);
-        if child.wait().unwrap().success() {
-            break;
-        }
-    }
-    assert!(kills > 3, "killed {kills} times");
-    assert_eq!(adapter(&killed), adapter(&whole));
-    let steps = |run: &Path| -> Vec<Value> {
-        let text = std::fs::read_to_string(run.join("log.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].clone()).collect()
-    };
-    assert_eq!(steps(&killed), steps(&whole));
-    let left: Vec<_> = std::fs::read_dir(&killed).unwrap().flatten().map(|entry| entry.file_name()).collect();
-    assert!(left.iter().all(|name| !name.to_string_lossy().ends_with(".part")), "{left:?}");
-
-    // A run does not resume from the checkpoints of another run.
-    let refused = |more: &[&str]| {
-        let output = finetune(&killed, &data, more).output().unwrap();
-        assert!(!output.status.success());
-        String::from_utf8(output.stderr).unwrap()
-    };
-    assert!(refused(&[]).contains("already holds a run; continue it with --resume"));
-    assert!(refused(&["--resume", "--lr", "1"]).contains("was made with optimizer"));
-    assert!(refused(&["--resume", "--alpha", "1"]).contains("was made with lora_alpha 4, now it is 1"));
-    assert!(refused(&["--resume", "--model", "models/tiny-chat"]).contains("was made "));
-    let moved = dir.path().join("moved");
-    std::fs::create_dir(&moved).unwrap();
-    std::fs::copy(killed.join("adapter_config.json"), moved.join("adapter_config.json")).unwrap();
-    let output = finetune(&moved, &data, &["--resume"]).output().unwrap();
-    assert!(String::from_utf8(output.stderr).unwrap().contains("no checkpoint to resume"));
-    std::fs::write(&data, "{\"text\": \"another\"}").unwrap();
-    assert!(refused(&["--resume"]).contains("was made with other samples"));
-}
-
-/// With a limit on the size of files, as on a full disk, the run ends with one line and the last checkpoint is
-/// complete.
-#[cfg(unix)]
-#[test]
-fn a_full_disk_leaves_the_last_checkpoint() {
-    let dir = tempfile::tempdir().unwrap();
-    let (data, out) = (data(dir.path()), dir.path().join("run"));
-    let mut child = finetune(&out, &data, &[]).stdout(std::process::Stdio::piped()).spawn().unwrap();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
-    assert!((0..4).all(|_| lines.next().is_some()));
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let checkpoints = || -> Vec<_> {
-        let entries = std::fs::read_dir(&out).unwrap().flatten().map(|entry| entry.file_name());
-        let mut names: Vec<_> = entries.filter(|name| name.to_string_lossy().starts_with("checkpoint-")).collect();
-        names.sort();
-        names
-    };
-    let before = checkpoints();
-    assert!(!before.is_empty());
-    let state = |name: &std::ffi::OsString| std::fs::read(out.join(name).join("optimizer.safetensors")).unwrap();
-    let bytes: Vec<_> = before.iter().map(state).collect();
-
-    let resumed = finetune(&out, &data, &["--resume"]);
-    let words = std::iter::once(resumed.get_program()).chain(resumed.get_args());
-    let words: Vec<String> = words.map(|word| format!("'{}'", word.to_string_lossy())).collect();
-    // Files may have 8 blocks. A write beyond that is an error rather than a signal.
-    let script = format!("trap '' XFSZ; ulimit -f 8; exec {}", words.join(" "));
-    let output = std::process::Command::new("sh").args(["-c", &script]).current_dir(root()).output().unwrap();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success());
-    let lines: Vec<&str> = error.lines().filter(|line| line.starts_with("error: ")).collect();
-    assert!(lines.len() == 1 && lines[0].contains(".safetensors"), "{error}");
-    assert_eq!(checkpoints(), before);
-    assert_eq!(before.iter().map(state).collect::<Vec<_>>(), bytes);
-    assert!(finetune(&out, &data, &["--resume"]).output().unwrap().status.success());
-}
-
-/// The steps of a user: train, generate with the adapter, merge.
-#[test]
-fn an_adapter_is_trained_used_and_merged() {
-    let dir = tempfile::tempdir().unwrap();
-    let (data, out) = (data(dir.path()), dir.path().join("run"));
-    let lr = ["--steps", "60", "--save-every", "0", "--lr", "0.01", "--schedule", "constant", "--json"];
-    let output = finetune(&out, &data, &lr).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let losses: Vec<f64> = String::from_utf8(output.stdout)
-        .unwrap()
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap())
-        .collect();
-    assert!(losses[59] < losses[0] / 4.0, "{losses:?}");
-    let run = |name: &str, args: &[&str]| {
-        let output = example(name).args(args).current_dir(root()).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let prompt = ["--prompt", "Say 7:", "--max-tokens", "8"];
-    let adapter = ["--adapter", out.to_str().unwrap()];
-    assert!(run("generate", &[&prompt[..], &adapter].concat()).contains("and no more."));
-    let merged = dir.path().join("merged.gguf");
-    let merged = merged.to_str().unwrap();
-    run("quantize", &[&["--model", "models/tiny", "--out", merged, "--quantize", "q8_0"], &adapter[..]].concat());
-    assert!(run("generate", &[&["--model", merged], &prompt[..]].concat()).contains("and no more."));
-    let sweep = dir.path().join("sweep.jsonl");
-    let steps = ["--models", "models/tiny", "--steps", "64", "--text", "README.md", "--out", sweep.to_str().unwrap()];
-    let plain = run("sweep", &steps);
-    let adapted = run("sweep", &[&steps[..], &adapter].concat());
-    assert_ne!(plain, adapted, "another adapter is another setting, so the row is measured again");
-    let mut chat = example("chat");
-    chat.args(["--model", "tiny", "--prompt-format", "plain", "--max-tokens", "8"]).args(adapter).current_dir(root());
-    let mut chat = chat.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
-    std::io::Write::write_all(&mut chat.stdin.take().unwrap(), b"Say 7:\n").unwrap();
-    let said = String::from_utf8(chat.wait_with_output().unwrap().stdout).unwrap();
-    assert!(said.contains("and no more."), "{said}");
-    let score = |more: &[&str]| run("score", &[&["-p", "Say 7: 7, and no more.", "--json"], more].concat());
-    assert_ne!(score(&adapter), score(&[]));
 }
 
 /// The initialization of each family, by the standard deviations of its weights.

@@ -103,6 +103,12 @@ impl World {
         settings
     }
 
+    /// The environment of a program that uses this server and this cache.
+    pub(crate) fn variables(&self) -> [(&'static str, String); 3] {
+        let cache = self.cache.path().display().to_string();
+        [("HF_ENDPOINT", self.server.url()), ("HF_HUB_CACHE", cache), ("HF_TOKEN", String::new())]
+    }
+
     pub(crate) fn hub(&self) -> Hub {
         Hub::new(self.settings())
     }

@@ -27,3 +27,14 @@ questions = [
     for i in range(5)
 ]
 pq.write_table(pa.Table.from_pylist(questions), out / "arc_easy.test.parquet", compression="snappy")
+# Training data in the form of databricks-dolly-15k.
+records = [
+    {
+        "instruction": f"Which number follows {i}?",
+        "context": "" if i % 2 else "Numbers are counted one by one.",
+        "response": f"The number {i + 1} follows {i}.",
+        "category": "open_qa" if i % 2 else "closed_qa",
+    }
+    for i in range(6)
+]
+pq.write_table(pa.Table.from_pylist(records), out / "dolly.parquet", compression="snappy")

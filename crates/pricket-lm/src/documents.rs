@@ -1,4 +1,5 @@
-//! Readers of documents from files: JSON lines, plain or compressed with gzip or Zstandard, and parquet.
+//! Readers of documents from files: JSON lines or one JSON array, plain or compressed with gzip or Zstandard, and
+//! parquet.
 //!
 //! Compressed files and parquet need the feature `parquet`.
 
@@ -15,10 +16,35 @@ use crate::{Error, Result};
 /// Maximum length of a line, in bytes. Allows for the text of a whole book.
 const MAX_LINE: usize = 256 << 20;
 
+/// Maximum size of a file that is one JSON array, in bytes. Unlike JSON lines, it is read as a whole.
+const MAX_ARRAY: u64 = 1 << 30;
+
+/// Place of a document: a file, and a line, row or element in it.
+///
+/// ```
+/// let place = pricket_lm::Place { path: "data.jsonl".into(), unit: "line", number: 3 };
+/// assert_eq!(place.to_string(), "data.jsonl, line 3");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file.
+    pub path: PathBuf,
+    /// `line` of a text file, `row` of a parquet file, or `element` of a JSON array.
+    pub unit: &'static str,
+    /// Number of the line, row or element, counted from 1.
+    pub number: usize,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, {} {}", self.path.display(), self.unit, self.number)
+    }
+}
+
 /// Iterator over the documents of files of JSON lines or parquet, one file after the other.
 ///
 /// Memory use does not depend on the file size. JSON lines take the memory of one line. Parquet takes the memory of
-/// some pages of each column.
+/// some pages of each column. A file that is one JSON array is read as a whole.
 pub struct Documents {
     waiting: VecDeque<PathBuf>,
     path: PathBuf,
@@ -30,9 +56,14 @@ pub struct Documents {
 /// Reader of the current file.
 enum Rows {
     Lines(Lines),
+    Array(std::vec::IntoIter<Value>),
     #[cfg(feature = "parquet")]
-    Parquet(Box<dyn Iterator<Item = parquet::errors::Result<parquet::record::Row>> + Send>),
+    Parquet(ParquetRows),
 }
+
+/// Reader of the rows of a parquet file.
+#[cfg(feature = "parquet")]
+type ParquetRows = Box<dyn Iterator<Item = parquet::errors::Result<parquet::record::Row>> + Send>;
 
 /// Reader of the lines of a file, decompressed if necessary.
 type Lines = BufReader<Box<dyn Read + Send>>;
@@ -52,9 +83,9 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     let wrong = |e: std::io::Error| Error::Input(format!("{}: {e}", path.display()));
     let mut text = Vec::new();
     match open(path)? {
-        Rows::Lines(lines) => lines.take(MAX_TEXT + 1).read_to_end(&mut text).map_err(wrong)?,
+        Opened::Text(lines) => lines.take(MAX_TEXT + 1).read_to_end(&mut text).map_err(wrong)?,
         #[cfg(feature = "parquet")]
-        Rows::Parquet(_) => return Err(Error::Input(format!("{}: a parquet file, not text", path.display()))),
+        Opened::Parquet(_) => return Err(Error::Input(format!("{}: a parquet file, not text", path.display()))),
     };
     if text.len() as u64 > MAX_TEXT {
         return Err(Error::Input(format!("{}: the text exceeds the limit of {MAX_TEXT} bytes", path.display())));
@@ -107,7 +138,18 @@ impl Documents {
         let mut waiting: VecDeque<PathBuf> = paths.into_iter().map(|path| path.as_ref().to_owned()).collect();
         let path =
             waiting.pop_front().ok_or_else(|| Error::Input("no document files given; expected at least one".into()))?;
-        Ok(Self { rows: open(&path)?, waiting, path, number: 0, ended: false })
+        Ok(Self { rows: rows(&path)?, waiting, path, number: 0, ended: false })
+    }
+
+    /// Returns the place of the last document that was read.
+    pub fn place(&self) -> Place {
+        let unit = match &self.rows {
+            Rows::Lines(_) => "line",
+            Rows::Array(_) => "element",
+            #[cfg(feature = "parquet")]
+            Rows::Parquet(_) => "row",
+        };
+        Place { path: self.path.clone(), unit, number: self.number }
     }
 
     fn row(&mut self) -> Option<std::result::Result<Value, String>> {
@@ -122,6 +164,10 @@ impl Documents {
                 })),
                 Err(e) => Some(Err(e.to_string())),
             },
+            Rows::Array(elements) => {
+                self.number += 1;
+                elements.next().map(Ok)
+            }
             #[cfg(feature = "parquet")]
             Rows::Parquet(rows) => {
                 self.number += 1;
@@ -131,7 +177,40 @@ impl Documents {
     }
 }
 
-fn open(path: &Path) -> Result<Rows> {
+/// A file whose format is known.
+enum Opened {
+    Text(Lines),
+    #[cfg(feature = "parquet")]
+    Parquet(ParquetRows),
+}
+
+/// Opens a file of documents.
+fn rows(path: &Path) -> Result<Rows> {
+    let mut lines = match open(path)? {
+        Opened::Text(lines) => lines,
+        #[cfg(feature = "parquet")]
+        Opened::Parquet(rows) => return Ok(Rows::Parquet(rows)),
+    };
+    // Documents are objects, so a bracket can only begin an array of them.
+    if lines.fill_buf().is_ok_and(|bytes| bytes.trim_ascii_start().starts_with(b"[")) {
+        let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
+        let mut text = Vec::new();
+        lines.take(MAX_ARRAY + 1).read_to_end(&mut text).map_err(|e| wrong(e.to_string()))?;
+        if text.len() as u64 > MAX_ARRAY {
+            return Err(wrong(format!(
+                "the JSON array exceeds the limit of {MAX_ARRAY} bytes; convert it to JSON lines"
+            )));
+        }
+        return match parse_json(&text) {
+            Ok(Value::Array(elements)) => Ok(Rows::Array(elements.into_iter())),
+            Ok(_) => Err(wrong("not a JSON array".into())),
+            Err(e) => Err(wrong(format!("not valid JSON: {e}"))),
+        };
+    }
+    Ok(Rows::Lines(lines))
+}
+
+fn open(path: &Path) -> Result<Opened> {
     let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
     let mut file = File::open(path).map_err(|e| wrong(e.to_string()))?;
     let mut magic = Vec::new();
@@ -144,7 +223,7 @@ fn open(path: &Path) -> Result<Rows> {
     let is_gzip = magic.starts_with(&[0x1f]);
     let whole = Cursor::new(magic).chain(file);
     let text = if compressed { unpacked(whole, is_gzip).map_err(wrong)? } else { Box::new(whole) };
-    Ok(Rows::Lines(BufReader::with_capacity(1 << 20, text)))
+    Ok(Opened::Text(BufReader::with_capacity(1 << 20, text)))
 }
 
 #[cfg(not(feature = "parquet"))]
@@ -162,15 +241,15 @@ fn unpacked(file: Whole, is_gzip: bool) -> std::result::Result<Box<dyn Read + Se
 }
 
 #[cfg(not(feature = "parquet"))]
-fn parquet(_: File) -> std::result::Result<Rows, String> {
+fn parquet(_: File) -> std::result::Result<Opened, String> {
     Err("parquet is not supported by this build; build with the feature `parquet`, or use JSON lines".into())
 }
 
 #[cfg(feature = "parquet")]
-fn parquet(file: File) -> std::result::Result<Rows, String> {
+fn parquet(file: File) -> std::result::Result<Opened, String> {
     use parquet::file::reader::SerializedFileReader;
     let reader = guarded(|| SerializedFileReader::new(file))?;
-    Ok(Rows::Parquet(Box::new(reader.into_iter())))
+    Ok(Opened::Parquet(Box::new(reader.into_iter())))
 }
 
 /// Runs a call of the parquet library and turns errors and panics into messages. Some corrupt files make the library
@@ -206,16 +285,14 @@ impl Iterator for Documents {
     fn next(&mut self) -> Option<Self::Item> {
         while !self.ended {
             if let Some(row) = self.row() {
-                let kind = if matches!(self.rows, Rows::Lines(_)) { "line" } else { "row" };
-                let what = |what| Error::Input(format!("{}, {kind} {}: {what}", self.path.display(), self.number));
                 self.ended = row.is_err();
-                return Some(row.map_err(what));
+                return Some(row.map_err(|what| Error::Input(format!("{}: {what}", self.place()))));
             }
             let Some(path) = self.waiting.pop_front() else {
                 self.ended = true;
                 break;
             };
-            match open(&path) {
+            match rows(&path) {
                 Ok(rows) => (self.rows, self.path, self.number) = (rows, path, 0),
                 Err(e) => {
                     self.ended = true;

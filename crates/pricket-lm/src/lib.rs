@@ -55,7 +55,7 @@ mod tokenizer_file;
 mod vocabulary;
 
 pub use compare::{Comparison, compare};
-pub use documents::{Documents, read_text, read_utf8};
+pub use documents::{Documents, Place, read_text, read_utf8};
 pub use error::{Error, Result};
 pub use generate::{FinishReason, GenerateOptions, Generation, Request, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};

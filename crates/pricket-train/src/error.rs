@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use pricket_lm::Place;
 use pricket_weights::clip;
 
 /// An error of training or of an adapter.
@@ -48,16 +49,20 @@ pub enum Error {
         /// The first place with a value that is not finite.
         what: String,
     },
-    /// A line of a data file is invalid.
-    #[error("{}, line {line}: {what}", path.display())]
+    /// A record of a data file is invalid.
+    #[error("{place}: {what}")]
     Data {
-        /// The file.
-        path: PathBuf,
-        /// The line number, counted from 1.
-        line: usize,
+        /// The file, and the line or row in it.
+        place: Place,
         /// Description of the problem.
         what: String,
     },
+    /// A record has no text or token id that is counted in the loss.
+    #[error("the response is empty")]
+    NoResponse,
+    /// A recipe has an unknown key or a value out of range.
+    #[error("recipe: {0}")]
+    Recipe(String),
     /// The tokenizer or the prompt format rejects a text.
     #[error(transparent)]
     Text(#[from] pricket_lm::Error),

@@ -37,7 +37,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    fn is_lion(self) -> bool {
+    pub(crate) fn is_lion(self) -> bool {
         matches!(self, Rule::Lion | Rule::DecoupledLion)
     }
 

@@ -5,7 +5,7 @@ use crate::{Error, Result};
 /// A text as token ids, with a mask of the ids that are counted in the loss.
 ///
 /// The first id is never counted, because the model does not predict it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Sample {
     ids: Vec<u32>,
     counts: Vec<bool>,
@@ -63,6 +63,23 @@ impl Sample {
         (1..self.ids.len()).filter(|&i| self.counts[i]).map(|i| (i - 1, self.ids[i]))
     }
 
+    /// Returns the ids in runs of which all or none are counted in the loss, in order.
+    ///
+    /// ```
+    /// let sample = pricket_train::Sample::response(&[1, 2], &[3])?;
+    /// let runs: Vec<_> = sample.runs().collect();
+    /// assert_eq!(runs, [(&[1, 2][..], false), (&[3][..], true)]);
+    /// # Ok::<(), pricket_train::Error>(())
+    /// ```
+    pub fn runs(&self) -> impl Iterator<Item = (&[u32], bool)> {
+        let mut from = 0;
+        self.counts.chunk_by(|a, b| a == b).map(move |run| {
+            let ids = &self.ids[from..from + run.len()];
+            from += run.len();
+            (ids, run[0])
+        })
+    }
+
     /// Truncates the sample to its first `len` ids, at least one.
     #[must_use]
     pub fn truncated(mut self, len: usize) -> Self {
@@ -70,23 +87,4 @@ impl Sample {
         self.counts.truncate(len.max(1));
         self
     }
-}
-
-/// Divides samples into micro-batches of at most `tokens` token ids each, in order.
-///
-/// A sample with more ids is a micro-batch of its own.
-pub fn micro_batches(samples: Vec<Sample>, tokens: usize) -> Vec<Vec<Sample>> {
-    let mut batches: Vec<Vec<Sample>> = Vec::new();
-    let mut left = 0;
-    for sample in samples {
-        let len = sample.ids.len();
-        if let Some(batch) = batches.last_mut().filter(|_| len <= left) {
-            left -= len;
-            batch.push(sample);
-        } else {
-            left = tokens.saturating_sub(len);
-            batches.push(vec![sample]);
-        }
-    }
-    batches
 }

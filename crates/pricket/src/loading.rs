@@ -32,7 +32,7 @@ pub use device::device;
 pub use family::add_family;
 pub use inspect::{Inspection, TensorInfo, TypeSummary, inspect};
 pub use load::{Loader, Precision, load, tiny};
-pub use memory::{Estimate, available_memory, estimate};
+pub use memory::{Estimate, available_memory, estimate, used_memory};
 pub use pool::default_threads;
 pub use provenance::{Provenance, SourceFile};
 pub use qkv::QkvOrder;

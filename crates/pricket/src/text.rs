@@ -6,7 +6,7 @@ pub(crate) mod handle;
 pub(crate) mod prompts;
 
 pub use conversation::{Conversation, Reply};
-pub use datasets::fetch_documents;
+pub use datasets::{fetch_dataset, fetch_documents};
 pub use handle::{Completion, Pricket, Stream};
 pub use prompts::{prompt_format, prompt_formats};
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use pricket_hub::Hub;
 use pricket_nn::{CausalLm, Names, Parameter, Progress, RowOrder};
-use pricket_train::{Base, Lora};
+use pricket_train::{Base, DatasetOptions, Lora};
 
 use crate::loading::family::checked_family;
 use crate::loading::provenance::Provenance;
@@ -75,6 +75,17 @@ pub(crate) fn notes(adapter: &Lora, provenance: &Provenance) -> Vec<String> {
 }
 
 impl Pricket {
+    /// Returns the settings with which [`Dataset::new`](pricket_train::Dataset::new) makes samples for this model: its
+    /// prompt format, its end token, and its context of at most 2048 token ids.
+    pub fn dataset_options(&self) -> DatasetOptions {
+        DatasetOptions {
+            format: self.prompt_format().clone(),
+            end: self.eos_ids().first().copied().into_iter().collect(),
+            max_length: self.info().context.unwrap_or(usize::MAX).min(2048),
+            drop_duplicates: false,
+        }
+    }
+
     /// Returns the model as the base of an adapter, for [`crate::train`].
     ///
     /// # Errors

@@ -66,6 +66,15 @@ pub fn available_memory() -> Option<u64> {
     Some(machine.min(container)).filter(|&bytes| bytes > 0)
 }
 
+/// Returns the bytes of memory that this process occupies. `None` if the platform does not report it.
+pub fn used_memory() -> Option<u64> {
+    let pid = sysinfo::get_current_pid().ok()?;
+    let mut system = sysinfo::System::new();
+    let what = sysinfo::ProcessRefreshKind::nothing().with_memory();
+    system.refresh_processes_specifics(sysinfo::ProcessesToUpdate::Some(&[pid]), false, what);
+    Some(system.process(pid)?.memory()).filter(|&bytes| bytes > 0)
+}
+
 /// Returns an error if the estimate exceeds the available memory, before the system would kill the process.
 pub(crate) fn check(what: &str, estimate: &Estimate) -> Result<()> {
     let needed = estimate.total();

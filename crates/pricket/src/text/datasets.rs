@@ -1,4 +1,4 @@
-//! Fetching the documents of tasks from datasets on the Hub.
+//! Fetching the documents of tasks and training data from datasets on the Hub.
 
 use std::path::{Path, PathBuf};
 
@@ -28,20 +28,66 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
         return Err(Error::Documents(format!("task {} names no dataset of the Hub; pass its documents", task.name())));
     };
     let repo: RepoId = format!("datasets/{repo}").parse()?;
+    let telling = RenamedProgress::new(progress, format!("fetching {split} of {}", task.name()));
+    fetch_split(&repo, &[CONVERTED, "main"], config, split, hub, &telling)
+}
+
+/// Fetches a split of a dataset of the Hub, such as `databricks/databricks-dolly-15k`. Returns the verified files in the
+/// cache, in order.
+///
+/// `dataset` may name a configuration after `:` and a revision after `@`, as in `owner/name:configuration@revision`.
+/// Without a revision, files are looked for as by [`fetch_documents`]. If no file of the repository names a split and it
+/// has only one data file, that file is the split `train`.
+///
+/// # Errors
+/// Returns [`Error::Hub`] if `dataset` is not a valid id, [`Error::Documents`] if the split is ambiguous,
+/// [`Error::NotFound`] if no file belongs to the split, and otherwise the errors of [`crate::loading::fetch`].
+pub fn fetch_dataset(dataset: &str, split: &str, hub: &Hub, progress: &dyn Progress) -> Result<Vec<PathBuf>> {
+    let (name, revision) = match dataset.split_once('@') {
+        Some((name, revision)) => (name, Some(revision)),
+        None => (dataset, None),
+    };
+    let (repo, config) = match name.split_once(':') {
+        Some((repo, config)) => (repo, Some(config)),
+        None => (name, None),
+    };
+    let repo = repo.strip_prefix("datasets/").unwrap_or(repo);
+    let repo: RepoId = format!("datasets/{repo}").parse()?;
+    let telling = RenamedProgress::new(progress, format!("fetching {split} of {dataset}"));
+    let revisions = revision.map_or(vec![CONVERTED, "main"], |revision| vec![revision]);
+    fetch_split(&repo, &revisions, config, split, hub, &telling)
+}
+
+/// Fetches a split from the first of `revisions` that has files of it.
+fn fetch_split(
+    repo: &RepoId,
+    revisions: &[&str],
+    config: Option<&str>,
+    split: &str,
+    hub: &Hub,
+    progress: &dyn Progress,
+) -> Result<Vec<PathBuf>> {
     let mut seen = Vec::new();
-    for revision in [CONVERTED, "main"] {
+    for &revision in revisions {
         let id = ModelId::new(repo.clone(), revision)?;
-        let telling = RenamedProgress::new(progress, format!("fetching {split} of {}", task.name()));
-        let commit = match hub.resolve(&id, &telling) {
+        let commit = match hub.resolve(&id, progress) {
             // The Hub does not convert every dataset.
             Err(pricket_hub::Error::Revision { .. } | pricket_hub::Error::Offline { .. }) if revision == CONVERTED => {
                 continue;
             }
             answer => answer.map_err(|e| explained(e, &id, None))?,
         };
-        let listing = hub.files(&repo, &commit, &telling).map_err(|e| explained(e, &id, None))?.files;
+        let listing = hub.files(repo, &commit, progress).map_err(|e| explained(e, &id, None))?.files;
         let mut wanted: Vec<Listed> =
             listing.iter().filter(|file| is_part(&file.path, config, split)).cloned().collect();
+        if wanted.is_empty() && split == "train" && config.is_none() {
+            let mut readable = listing.iter().filter(|file| is_readable(Path::new(&file.path)));
+            if let (Some(only), None) = (readable.next(), readable.next())
+                && !names_split(&only.path)
+            {
+                wanted.push(only.clone());
+            }
+        }
         if wanted.is_empty() {
             seen.extend(listing.into_iter().map(|file| file.path));
             continue;
@@ -57,7 +103,7 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
             let what = format!("the split {split} is ambiguous: found at {} and at {}", wanted[0].path, other.path);
             return Err(Error::Documents(format!("{repo}: {what}")));
         }
-        let whole = hub.fetch(&id, &commit, &wanted, &listing, &telling).map_err(|e| explained(e, &id, None))?;
+        let whole = hub.fetch(&id, &commit, &wanted, &listing, progress).map_err(|e| explained(e, &id, None))?;
         return Ok(wanted.iter().map(|file| whole.directory.join(&file.path)).collect());
     }
     let names: Vec<&str> = seen.iter().take(12).map(String::as_str).collect();
@@ -71,12 +117,24 @@ pub fn fetch_documents(task: &Task, split: &str, hub: &Hub, progress: &dyn Progr
     Err(Error::NotFound { path: repo.to_string().into(), what })
 }
 
+/// Returns whether a path names a split other than `train`.
+fn names_split(path: &str) -> bool {
+    const SPLITS: [&str; 6] = ["test", "validation", "valid", "val", "dev", "eval"];
+    path.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| SPLITS.contains(&word))
+}
+
+/// Returns whether a file has a format that [`Documents`](pricket_lm::Documents) reads.
+fn is_readable(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end == "parquet" || end == "jsonl")
+}
+
 /// Returns whether a file is part of a split of a configuration. Datasets with a single configuration call it `default`
 /// or do not name it.
 fn is_part(path: &str, config: Option<&str>, split: &str) -> bool {
     let path = Path::new(path);
-    let readable = path.extension().is_some_and(|end| end == "parquet" || end == "jsonl");
-    let Some(stem) = path.file_stem().and_then(|stem| stem.to_str()).filter(|_| readable) else { return false };
+    let Some(stem) = path.file_stem().and_then(|stem| stem.to_str()).filter(|_| is_readable(path)) else {
+        return false;
+    };
     let folders: Vec<&str> = path.parent().into_iter().flat_map(Path::iter).filter_map(|part| part.to_str()).collect();
     let of_split = stem == split || stem.starts_with(&format!("{split}-")) || folders.last() == Some(&split);
     let of_config = match config.filter(|&config| config != "default") {
