@@ -80,7 +80,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let mut rows = Vec::new();
     for &len in args.prefill.iter().filter(|&&len| len < context) {
         let rate = median(args.runs, || Ok(len as f64 / generate(&pricket, len, 1, 1)?.0))?;
-        rows.push(Row { what: "prefill", prompt: len, streams: 1, rate });
+        rows.push(Row { what: "prefill", prompt: len, streams: 1, rate, memory: None });
     }
     for &len in args.decode.iter().filter(|&&len| len + args.new_tokens <= context) {
         for &streams in std::iter::once(&1).chain(&args.streams) {
@@ -89,13 +89,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
                 ensure!(first > 0.0, "the system clock did not advance during a run");
                 Ok((streams * (args.new_tokens - 1)) as f64 / rest)
             })?;
-            rows.push(Row { what: "decode", prompt: len, streams, rate });
+            rows.push(Row { what: "decode", prompt: len, streams, rate, memory: None });
         }
     }
     #[cfg(feature = "train")]
     for shape in &args.train {
-        let rate = median(1, || train::rate(&pricket, *shape, args.masked, !args.no_checkpointing, args.runs))?;
-        rows.push(Row { what: "train", prompt: shape.tokens, streams: shape.rows, rate });
+        let (rate, memory) = train::rate(&pricket, *shape, args.masked, !args.no_checkpointing, args.runs)?;
+        rows.push(Row { what: "train", prompt: shape.tokens, streams: shape.rows, rate, memory: Some(memory) });
     }
     let threads = pricket.threads();
     // Each token reads every weight once, except an embedding that is not also the head: of it, each token reads one
@@ -121,7 +121,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             let share = row.is_one_stream().then(|| share(row.rate));
             json!({
                 "what": row.what, "prompt": row.prompt, "streams": row.streams, "tokens_per_second": row.rate,
-                "share_of_bandwidth": share,
+                "share_of_bandwidth": share, "estimated_memory": row.memory,
             })
         };
         let rows: Vec<_> = rows.iter().map(row).collect();
@@ -141,8 +141,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
     writeln!(out, "{} weights in {}, loaded in {load_seconds:.2} s", info.parameters, info.dtype)?;
     for row in &rows {
         let mut about = String::new();
-        if row.streams > 1 {
-            about = format!("  {} {}", row.streams, if row.what == "train" { "rows" } else { "streams" });
+        if let Some(memory) = row.memory {
+            about = format!("  {} rows; estimated memory {:.0} MiB", row.streams, mib(memory));
+        } else if row.streams > 1 {
+            about = format!("  {} streams", row.streams);
         } else if row.is_one_stream() {
             about = format!("  {:.0} % of the bandwidth", 100.0 * share(row.rate));
         }
@@ -173,6 +175,8 @@ struct Row {
     prompt: usize,
     streams: usize,
     rate: f64,
+    /// Estimated memory of training in bytes, with the weights.
+    memory: Option<u64>,
 }
 
 impl Row {

@@ -22,14 +22,15 @@ impl std::str::FromStr for Shape {
     }
 }
 
-/// Measures the tokens per second of LoRA training: the best of `runs` steps, after one step that is not timed.
+/// Measures LoRA training: the tokens per second of the best of `runs` steps, after one step that is not timed. Also
+/// returns the estimated memory of model and training in bytes.
 pub(crate) fn rate(
     pricket: &Pricket,
     shape: Shape,
     masked: f64,
     checkpointing: bool,
     runs: usize,
-) -> anyhow::Result<f64> {
+) -> anyhow::Result<(f64, u64)> {
     let (base, vocab) = (pricket.base()?, pricket.info().vocab as u32);
     let lora = Lora::new(LoraConfig { rank: 16, alpha: 32.0, ..LoraConfig::default() }, &base, 0)?;
     let tuned = lora.train(&base, 0)?;
@@ -46,6 +47,7 @@ pub(crate) fn rate(
         ..TrainOptions::new(1 + runs as u64, 1e-4)
     };
     let mut trainer = Trainer::new(TrainTarget::Adapter(Box::new(lora)), tuned, samples, options)?;
+    let memory = pricket.info().weight_bytes + trainer.memory()?.total();
     trainer.advance()?;
     let mut best = f64::INFINITY;
     for _ in 0..runs {
@@ -53,5 +55,5 @@ pub(crate) fn rate(
         trainer.advance()?;
         best = best.min(start.elapsed().as_secs_f64());
     }
-    Ok((shape.rows * shape.tokens) as f64 / best)
+    Ok(((shape.rows * shape.tokens) as f64 / best, memory))
 }
