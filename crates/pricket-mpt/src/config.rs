@@ -5,7 +5,7 @@ use pricket_nn::{Activation, Alibi, Error, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::keys::{Spelling, from_mosaic_gpt, tables};
+use crate::keys::{ConfigClass, from_mosaic_gpt, key_tables};
 
 /// Keys of an MPT config.json that affect the forward pass, with the defaults of llm-foundry.
 ///
@@ -29,7 +29,7 @@ pub struct Config {
     /// Whether all linear layers and norms have no bias.
     #[serde(default)]
     pub no_bias: Option<bool>,
-    /// Whether the model has learned positions; ignored with ALiBi.
+    /// Whether the model has learned positions, if it does not use ALiBi.
     #[serde(default = "yes")]
     pub learned_pos_emb: bool,
     /// Whether the fused query-key-value projection has a bias; overrides `no_bias` for this layer.
@@ -53,11 +53,11 @@ pub struct Config {
     /// Settings of attention.
     #[serde(default, deserialize_with = "null_as_default")]
     pub attn_config: AttentionConfig,
-    /// Settings of the MLP in later versions: `ffn_hidden_size`, `ffn_act_fn` and others.
+    /// Settings of the MLP in later versions of llm-foundry: `ffn_hidden_size`, `ffn_act_fn` and others.
     #[serde(default)]
     pub ffn_config: Value,
     #[serde(skip)]
-    spelling: Spelling,
+    class: ConfigClass,
 }
 
 /// Settings of attention, the object `attn_config`.
@@ -79,8 +79,8 @@ pub struct AttentionConfig {
     pub clip_qkv: Option<f64>,
     /// Factor of the scores; `1 / sqrt(head_dim)` by default.
     pub softmax_scale: Option<f64>,
-    /// Whether attention uses ALiBi. The defaults of llm-foundry and transformers differ, so if the key is absent, the
-    /// checkpoint decides: it has either learned positions or ALiBi.
+    /// Whether attention uses ALiBi. If the key is absent, ALiBi is used unless the checkpoint has learned positions,
+    /// because the defaults of llm-foundry and transformers differ.
     pub alibi: Option<bool>,
     /// Largest exponent of the ALiBi slopes; 8 by default.
     pub alibi_bias_max: Option<f64>,
@@ -102,15 +102,15 @@ fn yes() -> bool {
 }
 
 impl Config {
-    /// Reads and checks a config.json of any of the three classes.
+    /// Reads and checks a config.json of any of the three classes that the [crate documentation](crate) lists.
     ///
     /// # Errors
     /// Returns [`Error::Config`] naming the key if a value is missing, invalid or not implemented.
     pub fn from_json(json: &Value) -> Result<Self> {
-        let (original, spelling) = (json, Spelling::of(json));
-        let json = if spelling == Spelling::MosaicGpt { &from_mosaic_gpt(json) } else { json };
+        let (original, class) = (json, ConfigClass::of(json));
+        let json = if class == ConfigClass::MosaicGpt { &from_mosaic_gpt(json) } else { json };
         let mut config: Self = parse(json)?;
-        config.spelling = spelling;
+        config.class = class;
         plausible("vocab_size", config.vocab_size, 1 << 24)?;
         plausible("d_model", config.d_model, 1 << 17)?;
         plausible("n_layers", config.n_layers, 1 << 12)?;
@@ -123,12 +123,12 @@ impl Config {
         Ok(config)
     }
 
-    /// Returns the keys of a config.json that no version of its class has.
+    /// Returns the keys of a config.json that are not in the tables of its class.
     ///
     /// # Errors
     /// Returns [`Error::Config`] naming the first key whose effect is not implemented.
     pub fn unknown_keys(json: &Value) -> Result<Vec<String>> {
-        Keys::check(tables(json), json)
+        Keys::check(key_tables(json), json)
     }
 
     fn check_sizes(&self) -> Result<()> {
@@ -139,7 +139,7 @@ impl Config {
         let hidden = self.expansion_ratio * d as f64;
         if let Some(hidden) = self.ffn_config["ffn_hidden_size"].as_u64() {
             plausible("ffn_config.ffn_hidden_size", hidden as usize, 1 << 20)?;
-        // The product may differ from a whole number by rounding, because the ratio was computed from two widths.
+        // `config_from_gguf` computes the ratio from two widths, so the product may differ from an integer by rounding.
         } else if !(hidden >= 1.0 && hidden <= f64::from(1 << 20) && (hidden - hidden.round()).abs() < 1e-6) {
             let what = format!("{} times d_model {d} is not a valid MLP width", self.expansion_ratio);
             return Err(Error::config("expansion_ratio", what));
@@ -153,18 +153,20 @@ impl Config {
         epsilon("attn_config.norm_eps", attention.norm_eps)
     }
 
-    /// Returns the epsilon of the norms except those of queries and keys. Each implementation has its own key, which
-    /// has priority.
+    /// Returns the epsilon of the norms except those of queries and keys.
+    ///
+    /// transformers reads `layer_norm_epsilon`, the others `norm_eps`. If both are present, the key of the
+    /// configuration's own class wins.
     pub(crate) fn eps(&self) -> f64 {
-        let (own, other) = match self.spelling {
-            Spelling::Native => (self.layer_norm_epsilon, self.norm_eps),
+        let (own, other) = match self.class {
+            ConfigClass::Transformers => (self.layer_norm_epsilon, self.norm_eps),
             _ => (self.norm_eps, self.layer_norm_epsilon),
         };
         own.or(other).unwrap_or(EPS)
     }
 
-    /// Returns the epsilon of the norms of queries and keys. llm-foundry does not pass the top-level `norm_eps` to
-    /// them.
+    /// Returns the epsilon of the norms of queries and keys. As in llm-foundry, the top-level `norm_eps` does not apply
+    /// to them.
     pub(crate) fn qk_eps(&self) -> f64 {
         self.attn_config.norm_eps.unwrap_or(EPS)
     }
@@ -190,29 +192,30 @@ impl Config {
 
     /// Returns whether the fused query-key-value projection has a bias.
     pub(crate) fn has_attention_bias(&self) -> bool {
-        match self.spelling {
-            Spelling::Native => false,
+        match self.class {
+            ConfigClass::Transformers => false,
             _ => self.attention_bias.unwrap_or(self.has_bias()),
         }
     }
 
     pub(crate) fn has_bias(&self) -> bool {
-        match self.spelling {
-            Spelling::Native => false,
+        match self.class {
+            ConfigClass::Transformers => false,
             _ => !self.no_bias.unwrap_or(false),
         }
     }
 
     pub(crate) fn alibi(&self) -> Alibi {
         let bias_max = self.attn_config.alibi_bias_max.unwrap_or(8.0);
-        match self.spelling {
-            Spelling::MosaicGpt => Alibi::geometric(self.n_heads, bias_max),
+        match self.class {
+            ConfigClass::MosaicGpt => Alibi::geometric(self.n_heads, bias_max),
             _ => Alibi::new(self.n_heads, bias_max),
         }
     }
 
-    /// Returns whether the ALiBi slopes follow the usual rule, [`Alibi::new`].
-    pub(crate) fn alibi_as_others_do(&self) -> bool {
+    /// Returns whether the ALiBi slopes are those of [`Alibi::new`]. MosaicGPT computes others if the number of heads
+    /// is not a power of two.
+    pub(crate) fn has_standard_alibi_slopes(&self) -> bool {
         self.alibi() == Alibi::new(self.n_heads, self.attn_config.alibi_bias_max.unwrap_or(8.0))
     }
 
@@ -251,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn the_spellings_differ_where_their_code_does() {
+    fn classes_differ_in_bias_and_alibi() {
         let foundry = with(&json!({})).unwrap();
         assert!(foundry.has_bias() && foundry.hidden() == 256 && foundry.kv_heads().unwrap() == 4);
         assert!(!with(&json!({"architectures": ["MptForCausalLM"]})).unwrap().has_bias());
@@ -263,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_that_changes_the_maths_is_read() {
+    fn every_key_that_changes_the_forward_pass_is_read() {
         let eps = |changes: &Value| with(changes).map(|config| (config.eps(), config.qk_eps())).unwrap();
         assert_eq!(eps(&json!({})), (1e-5, 1e-5));
         assert_eq!(eps(&json!({"norm_eps": 1e-3})), (1e-3, 1e-5));
@@ -295,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_implemented_is_refused_by_name() {
+    fn unsupported_settings_name_their_key() {
         for (key, value) in [
             ("prefix_lm", json!(true)),
             ("attn_uses_sequence_id", json!(true)),

@@ -9,7 +9,7 @@ use pricket_nn::{
 use serde_json::{Value, json};
 
 use crate::formats::{GGML, config_from_ggml, config_from_gguf, gguf_metadata};
-use crate::keys::{GGUF_KEYS, Spelling, tables};
+use crate::keys::{ConfigClass, GGUF_KEYS, key_tables};
 use crate::names::{GGUF, NAMES};
 use crate::{Config, load};
 
@@ -40,14 +40,14 @@ impl Family for MptFamily {
     }
 
     fn keys(&self, config: &Value) -> Vec<Keys> {
-        tables(config).to_vec()
+        key_tables(config).to_vec()
     }
 
     fn class(&self, config: &Value) -> &'static str {
         let classes = self.spellings().1;
         let named = config["architectures"][0].as_str();
-        match Spelling::of(config) {
-            Spelling::MosaicGpt => "MosaicGPT",
+        match ConfigClass::of(config) {
+            ConfigClass::MosaicGpt => "MosaicGPT",
             _ => classes.iter().find(|class| Some(**class) == named).unwrap_or(&classes[0]),
         }
     }

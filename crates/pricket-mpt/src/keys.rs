@@ -1,11 +1,11 @@
-//! The keys of the three configuration classes of MPT and of llama.cpp's GGUF metadata.
+//! The configuration classes of MPT, their keys, and the keys of llama.cpp's GGUF metadata.
 
 use pricket_nn::config::{GENERIC, Keys};
 use serde_json::{Value, json};
 
-/// Configuration class. The three differ in behavior, not only in the names of their keys.
+/// Python class of a configuration. The classes differ in behavior too, not only in the names of their keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Spelling {
+pub(crate) enum ConfigClass {
     /// llm-foundry's `MPTForCausalLM`.
     #[default]
     Foundry,
@@ -15,19 +15,20 @@ pub(crate) enum Spelling {
     MosaicGpt,
 }
 
-impl Spelling {
+impl ConfigClass {
+    /// Returns the class of a config.json; llm-foundry's if it names no other.
     pub(crate) fn of(json: &Value) -> Self {
         match (json["architectures"][0].as_str(), json["model_type"].as_str()) {
-            (Some("MosaicGPT"), _) | (_, Some("mosaic_gpt")) => Spelling::MosaicGpt,
-            (Some("MptForCausalLM"), _) => Spelling::Native,
-            _ => Spelling::Foundry,
+            (Some("MosaicGPT"), _) | (_, Some("mosaic_gpt")) => ConfigClass::MosaicGpt,
+            (Some("MptForCausalLM"), _) => ConfigClass::Transformers,
+            _ => ConfigClass::LlmFoundry,
         }
     }
 }
 
-/// Returns the keys of the class of a config.json.
-pub(crate) fn tables(json: &Value) -> &'static [Keys] {
-    if Spelling::of(json) == Spelling::MosaicGpt { &[MOSAIC_GPT_KEYS, GENERIC] } else { &[KEYS, GENERIC] }
+/// Returns the key tables for the configuration class of `json`.
+pub(crate) fn key_tables(json: &Value) -> &'static [Keys] {
+    if ConfigClass::of(json) == ConfigClass::MosaicGpt { &[MOSAIC_GPT_KEYS, GENERIC] } else { &[KEYS, GENERIC] }
 }
 
 /// Converts a MosaicGPT configuration to the keys of MPT.
@@ -35,10 +36,13 @@ pub(crate) fn from_mosaic_gpt(json: &Value) -> Value {
     let mut out = json.clone();
     out["expansion_ratio"] = json.get("mlp_ratio").cloned().unwrap_or(json!(4));
     let mut attention = json!({});
-    let kept = ["softmax_scale", "alibi", "alibi_bias_max", "prefix_lm", "attn_uses_sequence_id"].map(|key| (key, key));
-    for (ours, theirs) in kept.into_iter().chain([("qk_ln", "attn_qk_ln"), ("clip_qkv", "attn_clip_qkv")]) {
-        if let Some(value) = json.get(theirs) {
-            attention[ours] = value.clone();
+    let unchanged_keys =
+        ["softmax_scale", "alibi", "alibi_bias_max", "prefix_lm", "attn_uses_sequence_id"].map(|key| (key, key));
+    for (mpt_key, mosaic_gpt_key) in
+        unchanged_keys.into_iter().chain([("qk_ln", "attn_qk_ln"), ("clip_qkv", "attn_clip_qkv")])
+    {
+        if let Some(value) = json.get(mosaic_gpt_key) {
+            attention[mpt_key] = value.clone();
         }
     }
     out["attn_config"] = attention;

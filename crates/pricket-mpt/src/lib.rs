@@ -1,4 +1,5 @@
 //! MPT: decoders with ALiBi attention, layers without biases, a GELU MLP, and a head tied to the embedding.
+//! A configuration may select learned positions, biases or a separate head instead.
 //!
 //! ```text
 //!  x ──┬── norm_1 ── attn ──+──┬── norm_2 ── ffn ──+── x'
@@ -7,8 +8,9 @@
 //!
 //! Three classes are supported: llm-foundry's `MPTForCausalLM` (the published 7b, 7b-8k, storywriter and 30b),
 //! transformers' native `MptForCausalLM`, and their predecessor `MosaicGPT` (mpt-1b). They differ in configuration keys
-//! and tensor names. MosaicGPT also computes other ALiBi slopes if the number of heads is not a power of two. The
-//! native code ignores `alibi_bias_max` and has a maximum length; this crate does neither.
+//! and tensor names. MosaicGPT also computes other ALiBi slopes if the number of heads is not a power of two.
+//! transformers ignores `alibi_bias_max` and fails beyond `max_seq_len`. This crate uses `alibi_bias_max` and has no
+//! maximum length with ALiBi.
 //!
 //! Sources: llm-foundry v0.1 to v0.3 (`models/mpt`), mosaicml/examples v0.0.4, Press et al. 2022 (arXiv:2108.12409).
 //!
@@ -121,7 +123,7 @@ impl MptBlock {
 pub fn load(config: &Config, weights: &Weights) -> Result<Mpt> {
     let (vocab, d) = (config.vocab_size, config.d_model);
     let trunk = weights.pp("transformer");
-    // If the configuration does not set ALiBi, it is used unless the checkpoint has learned positions.
+    // If `attn_config.alibi` is absent, ALiBi is used unless the checkpoint has learned positions.
     let alibi = config.attn_config.alibi.unwrap_or_else(|| !trunk.holds("wpe.weight"));
     let learned = !alibi && config.learned_pos_emb;
     let embedding_and_head =

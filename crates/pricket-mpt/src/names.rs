@@ -8,11 +8,11 @@ pub const NAMES: Names = Names {
     head: "lm_head",
     aliases: &[],
     spellings: &[MOSAIC_GPT, GGUF],
-    // Old code saved its tables of attention biases.
+    // Early versions saved the biases of the attention scores beside the weights.
     buffers: &["attn_bias"],
 };
 
-/// Parts of canonical names, and their names in MosaicGPT checkpoints.
+/// Parts of the names in [`NAMES`], and their replacements in MosaicGPT checkpoints.
 const MOSAIC_GPT: &[(&str, &str)] = &[
     ("norm_1", "ln_1"),
     ("norm_2", "ln_2"),
@@ -21,7 +21,7 @@ const MOSAIC_GPT: &[(&str, &str)] = &[
     ("ffn.down_proj", "mlp.mlp_down"),
 ];
 
-/// Parts of canonical names, and their names in llama.cpp's files.
+/// Parts of the names in [`NAMES`], and their replacements in llama.cpp's files.
 pub(crate) const GGUF: &[(&str, &str)] = &[
     ("transformer.wte", "token_embd"),
     ("transformer.wpe", "position_embd"),
