@@ -23,7 +23,7 @@ pub struct Config {
     /// Number of positions for which the model was trained; a limit only without ALiBi.
     #[serde(default = "max_seq_len", deserialize_with = "whole")]
     pub max_seq_len: usize,
-    /// Width of the MLP divided by `d_model`.
+    /// Width of the MLP divided by `d_model`; ignored if `ffn_config.ffn_hidden_size` is present.
     #[serde(default = "four")]
     pub expansion_ratio: f64,
     /// Whether all linear layers and norms have no bias.

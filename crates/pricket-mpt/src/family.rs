@@ -68,6 +68,7 @@ impl Family for MptFamily {
     fn initialization(&self, config: &Value) -> Result<Initialization> {
         let Config { d_model, n_layers, .. } = Config::from_json(config)?;
         let (residual, mut init) = (&["out_proj.weight", "down_proj.weight"], config["init_config"].clone());
+        // llm-foundry defines `neox_init_` as `small_init_` with this divisor of the residual projections.
         if init["name"] == "neox_init_" {
             init["name"] = "small_init_".into();
             init["init_div_is_residual"] = (n_layers as f64 / 10f64.sqrt()).into();

@@ -95,7 +95,8 @@ pub(crate) fn config_from_gguf(metadata: &Value, shape: &dyn Fn(&str) -> Option<
         "no_bias": !has_bias(shape), "attention_bias": holds("blk.0.attn_qkv.bias"),
         "attn_config": {
             "attn_type": if kv == heads { "multihead_attention" } else { "grouped_query_attention" }, "kv_n_heads": kv,
-            "alibi": metadata_value("attention.max_alibi_bias").as_f64().map_or(!holds("position_embd.weight"), |bias| bias > 0.0),
+            "alibi": metadata_value("attention.max_alibi_bias").as_f64()
+                .map_or(!holds("position_embd.weight"), |bias| bias > 0.0),
             "alibi_bias_max": float("attention.max_alibi_bias"),
             "clip_qkv": float("attention.clamp_kqv"), "qk_ln": holds("blk.0.attn_q_norm.weight"),
             // GGUF has one epsilon for all norms.
