@@ -20,43 +20,46 @@ use pricket::nn::ops::multiply_add_rate;
 use pricket::{GenerateOptions, Pricket};
 use serde_json::json;
 
-/// Measure the speed of prefill, decoding and training. Decoding is greedy and includes the conversion of tokens to
-/// text, as in `generate`.
+/// Measure the speed of prefill, decoding and training, in tokens per second. Decoding is greedy. Its time includes the
+/// conversion of tokens to text if the model has a tokenizer.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// Measure random weights in a published shape instead of a model: 14m to 12b, neox-20b, incite-3b, mpt-1b, mpt-7b,
-    /// open-llama-3b, rwkv4-430m, and others of models/shapes.toml. The weights have the type of --dtype (f16 for auto)
+    /// Measure a model with random weights in the architecture of a published model, instead of --model: 14m to 12b
+    /// (Pythia), neox-20b, incite-3b, mpt-1b, mpt-7b, open-llama-3b, rwkv4-430m, or another name in models/shapes.toml.
+    /// The weights have the type of --dtype; auto is f16 on the CPU and bf16 on a GPU
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,
-    /// Prompt lengths for which prefill is measured, in tokens
+    /// Prompt lengths for which prefill is measured, in tokens. Lengths that do not fit the context are skipped
     #[arg(long, value_delimiter = ',', default_value = "128,512")]
     prefill: Vec<usize>,
-    /// Prompt lengths after which decoding is measured, in tokens
+    /// Prompt lengths after which decoding is measured, in tokens. Lengths that do not fit the context together with
+    /// --new-tokens are skipped
     #[arg(long, value_delimiter = ',', default_value = "128,1792")]
     decode: Vec<usize>,
-    /// Batch sizes for which decoding is measured besides 1. The speed is the total over the batch
-    #[arg(long, value_delimiter = ',')]
-    streams: Vec<usize>,
-    /// Measure training steps of LoRA (rank 16, all linear layers, AdamW, f32 adapters) on batches of this shape, such
-    /// as 4x256
+    /// Batch sizes for which decoding is measured, in addition to 1. The speed is the total over the batch
+    #[arg(long, alias = "streams", value_delimiter = ',')]
+    batch_sizes: Vec<usize>,
+    /// Measure LoRA training (rank 16, all linear layers, AdamW, f32 adapters) on batches of this shape, such as 4x256.
+    /// Can be given several times
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ROWSxTOKENS")]
     train: Vec<train::Shape>,
-    /// Share of each training row, at its start, without loss (from 0 to below 1)
+    /// Fraction of the tokens of each training row, from its start, that is excluded from the loss, as a prompt is (0
+    /// to below 1)
     #[cfg(feature = "train")]
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
-    masked: f64,
-    /// Turn off gradient checkpointing in training: keep all results for the backward pass
+    #[arg(long, alias = "masked", value_name = "FRACTION", default_value_t = 0.0)]
+    masked_fraction: f64,
+    /// Turn off gradient checkpointing in training, which recomputes each block in the backward pass
     #[cfg(feature = "train")]
-    #[arg(long)]
-    no_checkpointing: bool,
+    #[arg(long, alias = "no-checkpointing")]
+    no_gradient_checkpointing: bool,
     /// Number of new tokens per decoding run, at least 2
     #[arg(long, default_value_t = 128)]
     new_tokens: usize,
-    /// Number of runs per measurement, of which the median is reported (for training the best)
+    /// Number of runs per measurement, at least 1. The median is reported; for training, the fastest step
     #[arg(long, default_value_t = 3)]
     runs: usize,
     /// Print one JSON object instead of text
@@ -83,7 +86,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         rows.push(Row { what: "prefill", prompt: len, streams: 1, rate, memory: None });
     }
     for &len in args.decode.iter().filter(|&&len| len + args.new_tokens <= context) {
-        for &streams in std::iter::once(&1).chain(&args.streams) {
+        for &streams in std::iter::once(&1).chain(&args.batch_sizes) {
             let rate = median(args.runs, || {
                 let (first, rest) = generate(&pricket, len, args.new_tokens, streams)?;
                 ensure!(first > 0.0, "the system clock did not advance during a run");
@@ -94,7 +97,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     #[cfg(feature = "train")]
     for shape in &args.train {
-        let (rate, memory) = train::rate(&pricket, *shape, args.masked, !args.no_checkpointing, args.runs)?;
+        let checkpointing = !args.no_gradient_checkpointing;
+        let (rate, memory) = train::rate(&pricket, *shape, args.masked_fraction, checkpointing, args.runs)?;
         rows.push(Row { what: "train", prompt: shape.tokens, streams: shape.rows, rate, memory: Some(memory) });
     }
     let threads = pricket.threads();
@@ -144,7 +148,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         if let Some(memory) = row.memory {
             about = format!("  {} rows; estimated memory {:.0} MiB", row.streams, mib(memory));
         } else if row.streams > 1 {
-            about = format!("  {} streams", row.streams);
+            about = format!("  batch size {}", row.streams);
         } else if row.is_one_stream() {
             about = format!("  {:.0} % of the bandwidth", 100.0 * share(row.rate));
         }
@@ -166,7 +170,8 @@ fn mib(bytes: u64) -> f64 {
 
 fn load(args: &Args) -> anyhow::Result<Pricket> {
     let Some(shape) = &args.shape else { return Ok(args.model.load("tiny")?) };
-    Ok(args.model.configure(common::random(shape, args.model.compute.dtype)?)?.load()?)
+    let dtype = args.model.compute.dtype;
+    Ok(args.model.configure(common::random(shape, dtype)?)?.precision(dtype).load()?)
 }
 
 /// A measurement.

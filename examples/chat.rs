@@ -34,13 +34,14 @@ A line that ends with \\ continues on the next line. Ctrl-C stops a reply.";
 
 /// Chat with a model. If standard input is not a terminal, each line is a turn.
 #[derive(Parser)]
-#[command(version, after_help = HELP)]
+#[command(version, after_help = HELP, mut_arg("model", default_model))]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// Prompt format: a name listed by --formats, a TOML file (its first format counts), or auto for the model's own format
+    /// Prompt format: a name listed by --formats, a TOML file (its first format is used), or auto for the model's own
+    /// format
     #[arg(long, value_name = "NAME", default_value = "auto")]
     prompt_format: String,
     /// List the prompt formats and exit
@@ -50,18 +51,25 @@ struct Args {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Maximum number of tokens of prompt and reply together. The oldest turns are dropped to fit [default: the length
-    /// the model was trained for]
+    /// that the model was trained for]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
     /// Continue a conversation saved with /save
     #[arg(long, value_name = "FILE")]
     load: Option<PathBuf>,
-    /// Print the number of tokens read and written and the time after each reply
+    /// After each reply, print its number of tokens, the number of prompt tokens read, and the time in seconds, to
+    /// stderr
     #[arg(long)]
     stats: bool,
     /// Print one JSON object per reply instead of text
     #[arg(long)]
     json: bool,
+}
+
+/// Replaces the default in the help text of `--model`, which `chat` does not share with the other examples.
+fn default_model(arg: clap::Arg) -> clap::Arg {
+    let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+    arg.help(help.replace("[default: tiny]", "[default: tiny-chat]"))
 }
 
 fn main() -> ExitCode {

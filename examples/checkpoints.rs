@@ -42,8 +42,8 @@ struct Which {
     /// A repository of the Hub, a name such as pythia-160m, or a directory with revisions/
     #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
     model: String,
-    /// Training steps, separated by commas: all, final, log (powers of two up to 512, then 1000, 2000, 4000, ...),
-    /// numbers such as 0,512, or ranges such as 0..143000:10000
+    /// Training steps, separated by commas: all, final, log (0, powers of two up to 512, then 1000, 2000, 4000, ...),
+    /// numbers such as 0,512, or ranges FIRST..LAST:INTERVAL such as 0..143000:10000
     #[arg(long, short, default_value = "all")]
     steps: Steps,
 }
@@ -54,29 +54,30 @@ enum Command {
     List {
         #[command(flatten)]
         which: Which,
-        /// Also fetch and show the size of each step
+        /// Also show the size of the weights of each step. Takes a request per step on the Hub
         #[arg(long)]
         sizes: bool,
     },
-    /// Fetch steps into the cache and verify their hashes. Interrupted downloads resume
+    /// Fetch training steps into the cache and verify their hashes. Interrupted downloads resume
     Fetch {
         #[command(flatten)]
         which: Which,
-        /// After each step, delete the least recently used commits until pricket's files take at most this size, such
-        /// as 50GB
+        /// Maximum size of the model commits in the cache that pricket fetched, such as 50GB. After each fetched
+        /// training step, the least recently used commits are deleted [default: no limit]
         #[arg(long, value_name = "SIZE", value_parser = size::parse)]
         budget: Option<u64>,
     },
-    /// Find revisions whose weights equal those of another revision or of main, and missing revisions. The exit code is
-    /// 3 if there is a problem
+    /// Check the selected training steps and main. Finds missing steps, and steps that hold the weights of another
+    /// step. The exit code is 3 if a finding is marked WRONG
     Audit {
         #[command(flatten)]
         which: Which,
-        /// Compare the tensors of files that differ, in case only the headers differ
-        #[arg(long)]
-        deep: bool,
+        /// Also compare tensors where the hashes of files differ, because equal weights can have different headers.
+        /// Takes a few requests per revision on the Hub. Always on for a directory
+        #[arg(long, alias = "deep")]
+        compare_tensors: bool,
     },
-    /// Print the L2 norm of one tensor at each step. Fetches only that tensor
+    /// Print the L2 norm of one tensor at each training step. Fetches only that tensor
     Norm {
         #[command(flatten)]
         which: Which,
@@ -89,9 +90,10 @@ enum Command {
         #[command(subcommand)]
         what: Option<CacheCommand>,
     },
-    /// List the known models, or the good, wrong, missing and unusual training steps of one model
+    /// List the published models that pricket knows, or the training steps of one of them with their known problems.
+    /// Needs no network
     Cards {
-        /// A model, such as pythia-2.8b
+        /// Model whose training steps to list, such as pythia-2.8b [default: list all models]
         model: Option<String>,
     },
 }
@@ -102,12 +104,12 @@ enum CacheCommand {
     List,
     /// Check the hash of every file. The exit code is 3 if a file is damaged
     Verify {
-        /// Repository to check [default: all]
+        /// Repository to check, such as EleutherAI/pythia-160m [default: all]
         repo: Option<RepoId>,
     },
-    /// Delete the least recently used commits that pricket fetched
+    /// Delete the least recently used model commits that pricket fetched
     Evict {
-        /// Maximum size that pricket's files may take afterwards, such as 50GB
+        /// Maximum size to keep of the model commits that pricket fetched, such as 50GB
         #[arg(value_parser = size::parse)]
         budget: u64,
     },
@@ -154,8 +156,8 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command.unwrap_or_else(|| Command::List { which: which(), sizes: false }) {
         Command::List { which, sizes } => list(&which, sizes, &out),
         Command::Fetch { which, budget } => fetch(&which, budget, &out),
-        Command::Audit { which, deep } => {
-            let options = AuditOptions::default().deep(deep);
+        Command::Audit { which, compare_tensors } => {
+            let options = AuditOptions::default().deep(compare_tensors);
             let audit = pricket::checkpoints(&which.model)?.audit(&which.steps, options, &bar::Bar::default())?;
             print_audit(&audit, &out)?;
             Ok(if audit.is_alarming() { WRONG.into() } else { ExitCode::SUCCESS })

@@ -26,20 +26,20 @@ struct Args {
     prompt: String,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
-    /// Prompt format in which the prompt is asked as a question: a name listed by `chat --formats`, a file, auto for
-    /// the model's own format, or plain to continue the prompt as it is
+    /// Prompt format applied to --prompt as a user turn: a name listed by `chat --formats`, a TOML file (its first
+    /// format is used), auto for the model's own format, or plain for no format
     #[arg(long, value_name = "NAME", default_value = "plain")]
     prompt_format: String,
     /// System text to use instead of the prompt format's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Stop string at which generation ends. Can be given several times
+    /// Text at which generation ends. Can be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     /// Continue after the model's end token
     #[arg(long)]
     ignore_eos: bool,
-    /// Allow more tokens than the length the model was trained for
+    /// Allow prompt and reply together to exceed the length that the model was trained for
     #[arg(long)]
     beyond_trained_length: bool,
     /// Print one JSON object instead of text

@@ -15,20 +15,22 @@ use pricket::loading::Inspection;
 use pricket::weights::counted;
 use serde_json::json;
 
-/// Show the content of a checkpoint. The exit code is 1 if it is damaged.
+/// Show the content of a checkpoint: format, tensors, parameters and memory. The exit code is 1 if it is damaged.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// A repository of the Hub (only its headers are fetched), a directory in Hub layout, or a weight file
+    /// A repository of the Hub (of the weight files, only the headers are fetched), a directory in Hub layout, or a
+    /// weight file
     #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny"))]
     path: PathBuf,
-    /// Same as PATH, under the name that the other examples use
+    /// Same as PATH, as a flag like that of the other examples
     #[arg(long, short, conflicts_with = "path")]
     model: Option<PathBuf>,
-    /// Branch, tag or commit of a repository, such as step3000
+    /// Revision to show, such as step3000: a branch, tag or commit of a repository, or a subdirectory of revisions/ in
+    /// a directory
     #[arg(long)]
     revision: Option<String>,
-    /// Weight file to show, if a repository or directory has several
+    /// Name of the weight file to show, if the repository or directory has several
     #[arg(long, value_name = "NAME")]
     file: Option<String>,
     /// Omit metadata and the list of tensors

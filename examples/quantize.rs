@@ -22,15 +22,29 @@ use serde_json::json;
 /// The default text of --report. It shows the effect of quantization, but is too short for a perplexity to publish.
 const TEXT: &str = include_str!("../README.md");
 
+/// Help text of `--quantize`, which applies to the output of this example.
+const QUANTIZE: &str = "Quantize the weight matrices of the output: to q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, \
+    q5_k or q6_k of ggml (in a .gguf file only), or to nf4 or fp4 of bitsandbytes (in a directory only; nf4_f32 and \
+    fp4_f32 keep f32 scales)";
+
+/// Help text of `--dtype`, which applies to the output of this example.
+const DTYPE: &str = "Type of the output's weights: auto (as in the input, but f32 for nf4 and fp4, and in a directory \
+    for all quantized weights), f32, bf16 or f16. Not with --quantize";
+
 /// Convert a model to a GGUF file (if --out ends in .gguf) or to a directory in Hub layout (any other --out).
-/// --quantize or --dtype sets the type of the output; without them, types are kept. With --report and without --out,
-/// quantize in memory and write nothing.
+/// --quantize or --dtype sets the type of the output. With --report and without --out, convert in memory and write
+/// nothing.
 #[derive(Parser)]
-#[command(version)]
+#[command(
+    version,
+    mut_arg("quantize", |arg| arg.help(QUANTIZE)),
+    mut_arg("dtype", |arg| arg.help(DTYPE)),
+)]
 struct Args {
     #[command(flatten)]
     model: common::ModelArgs,
-    /// Convert random weights in a published shape instead of a model, for measurements (see `bench --help`)
+    /// Convert random weights in the architecture of a published model, instead of --model, to measure the conversion;
+    /// names as in `bench --help`
     #[arg(long, conflicts_with_all = ["model", "report"])]
     shape: Option<String>,
     /// Output: a file name that ends in .gguf, or a directory

@@ -38,11 +38,13 @@ struct Args {
     /// or files (.yaml of lm-evaluation-harness, or .toml)
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
-    /// Directory with the documents of the tasks, as .jsonl or .parquet: TASK.validation.jsonl or TASK.test.jsonl, and
-    /// TASK.train.jsonl for few-shot examples [default: fetched from the Hub]
+    /// Directory with the documents of the tasks: TASK.SPLIT.jsonl or TASK.SPLIT.parquet, for the split that the task
+    /// evaluates (such as validation or test) and the split of its few-shot examples (usually train) [default: the
+    /// files that the task's own file names, otherwise fetched from the Hub]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// JSON lines file of texts, each with the name of its group ("slice"). Prints the loss of each group
+    /// JSON lines file with the keys "text" and "slice" (or "meta.pile_set_name", as in the Pile), the name of the
+    /// text's group; without a name, "all". Prints the loss of each group
     #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
     slices: Option<PathBuf>,
     /// Number of few-shot examples before each question. Several numbers, such as 0,5, are evaluated in turn [default:
@@ -52,27 +54,27 @@ struct Args {
     /// Random seed for the choice of few-shot examples [default: 1234]
     #[arg(long, value_name = "N")]
     fewshot_seed: Option<u32>,
-    /// Maximum number of documents per task, or a fraction of them such as 0.5 [default: all]
+    /// Maximum number of documents per task, or a fraction of them, such as 0.5 [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<Limit>,
     /// Number of bootstrap samples for the standard error of perplexities; 0 for no standard error [default: 100000]
     #[arg(long, value_name = "N")]
     bootstrap_iters: Option<usize>,
-    /// Maximum number of tokens the model reads at once, at least 1 [default: the model's context]
+    /// Maximum number of tokens that the model reads at once, at least 1 [default: the model's context]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
-    /// Allow a --max-length above the length the model was trained for
+    /// Allow a --max-length above the length that the model was trained for
     #[arg(long, requires = "max_length")]
     beyond_trained_length: bool,
     /// Number of tokens scored per window of a long text, from 1 to --max-length. A smaller number gives each token
     /// more context and takes longer [default: --max-length]
     #[arg(long, value_name = "N")]
     stride: Option<usize>,
-    /// Number of tokens per batch [default: 1024 on the CPU, 16384 on a GPU]
+    /// Maximum number of tokens per batch, at least 1 [default: 1024 on the CPU, 16384 on a GPU]
     #[arg(long, value_name = "N")]
     batch_tokens: Option<usize>,
-    /// Write the results to a JSON file in the format of lm-evaluation-harness. Several values of --num-fewshot give
-    /// one file each, such as results.5shot.json
+    /// Write the results to a JSON file, those of tasks in the format of lm-evaluation-harness. Several values of
+    /// --num-fewshot give one file each, such as results.5shot.json
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Also write the requests and answers of every document, to samples_TASK.jsonl next to --output

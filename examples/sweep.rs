@@ -43,26 +43,27 @@ struct Args {
     /// Models to measure: repositories of the Hub, or directories with revisions/ [default: models/tiny]
     #[arg(long, short, value_delimiter = ',', value_name = "MODEL")]
     models: Vec<String>,
-    /// Training steps to measure, separated by commas: all, final, log (powers of two up to 512, then 1000, 2000, 4000,
-    /// ...), numbers such as 0,512, or ranges such as 0..143000:10000
+    /// Training steps to measure, separated by commas: all, final, log (0, powers of two up to 512, then 1000, 2000,
+    /// 4000, ...), numbers such as 0,512, or ranges FIRST..LAST:INTERVAL such as 0..143000:10000
     #[arg(long, default_value = "all")]
     steps: Steps,
     /// Tasks to evaluate: names or files (.yaml of lm-evaluation-harness, or .toml); see `score --help`
     #[arg(long, value_delimiter = ',', value_name = "TASK")]
     tasks: Vec<String>,
-    /// Directory with the documents of the tasks; see `score --help` [default: fetched from the Hub]
+    /// Directory with the documents of the tasks; names and default as in `score --help`
     #[arg(long, value_name = "DIR", requires = "tasks")]
     data: Option<PathBuf>,
-    /// JSON lines file of texts, each with the name of its group ("slice"), to measure the loss of each group
+    /// JSON lines file with the keys "text" and "slice" (or "meta.pile_set_name", as in the Pile), the name of the
+    /// text's group; without a name, "all". The loss of each group is measured
     #[arg(long, value_name = "FILE")]
     slices: Option<PathBuf>,
-    /// Plain text files of any length, to measure loss, perplexity and bits per byte of each
+    /// Plain text files of any length. The loss, perplexity and bits per byte of each are measured
     #[arg(long, value_delimiter = ',', value_name = "FILE")]
     text: Vec<PathBuf>,
     /// Number of few-shot examples before each question [default: the task's own number, 0 for built-in tasks]
     #[arg(long, value_name = "N", requires = "tasks")]
     num_fewshot: Option<usize>,
-    /// Maximum number of documents per task, or a fraction of them such as 0.5 [default: all]
+    /// Maximum number of documents per task, or a fraction of them, such as 0.5 [default: all]
     #[arg(long, value_name = "N", requires = "tasks")]
     limit: Option<Limit>,
     /// Number of tokens scored per window of a long text, from 1 to the model's context [default: the context, without
@@ -75,26 +76,26 @@ struct Args {
     /// JSON lines file to which the results are appended
     #[arg(long, default_value = "sweep.jsonl")]
     out: PathBuf,
-    /// Shard of the checkpoints to measure, as INDEX/COUNT such as 0/4 [default: the task of a Slurm array job,
-    /// otherwise all checkpoints]
-    #[arg(long, value_name = "I/N")]
+    /// Shard of the checkpoints to measure, as INDEX/COUNT, such as 0/4; INDEX counts from 0 [default: in a Slurm array
+    /// job its SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, otherwise all checkpoints]
+    #[arg(long, value_name = "INDEX/COUNT")]
     shard: Option<Shard>,
-    /// Maximum size of the fetched checkpoints in the cache, such as 50GB. The least recently used are deleted before
-    /// another is fetched
+    /// Maximum size of the model commits in the cache that pricket fetched, such as 50GB. Before a checkpoint is
+    /// fetched, the least recently used commits are deleted [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     disk_budget: Option<u64>,
-    /// Measure again what an earlier version of pricket wrote without hashes of documents and weights [default: keep
-    /// it]
+    /// Measure again where a row in --out has no hashes of its documents and weights (rows of earlier pricket versions)
+    /// [default: such rows are kept, with a warning]
     #[arg(long)]
     remeasure: bool,
-    /// Do not load the next checkpoint during a measurement. Halves the memory
+    /// Do not load the next checkpoint while one is measured. Takes longer, but halves the memory
     #[arg(long)]
     no_prefetch: bool,
-    /// Draw curves over training, with a panel for each metric, to an .svg or .png file (.pdf with the feature pdf).
-    /// Can be given several times
+    /// Draw curves over training to an .svg or .png file (.pdf with the feature pdf), with one panel for each metric of
+    /// each task or slice. Can be given several times
     #[arg(long, value_name = "FILE")]
     plot: Vec<PathBuf>,
-    /// Draw a table of each model's last step to an .svg or .png file (.pdf with the feature pdf)
+    /// Draw a table of the results at the last step of each model, as an .svg or .png file (.pdf with the feature pdf)
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
     /// Write the results to a .csv file: model, revision, step, metric, value and standard error
@@ -103,25 +104,26 @@ struct Args {
     /// Metrics to include in --plot, --table and --csv, such as piqa/acc [default: all]
     #[arg(long, value_delimiter = ',', value_name = "METRIC")]
     metrics: Vec<String>,
-    /// Draw runs that differ only in their seed as one curve: their mean, with a band of one standard deviation
+    /// Draw models whose names differ only in the number after -seed as one curve: their mean, with a band of one
+    /// standard deviation
     #[arg(long)]
     mean_of_seeds: bool,
-    /// Do not draw the published results of the models beside the measured ones
+    /// Do not draw the published results of the models in addition to the measured ones
     #[arg(long)]
     no_published: bool,
-    /// Draw one panel per metric, with a curve for each slice and task, instead of one panel per curve
-    #[arg(long)]
-    together: bool,
-    /// Title above the curves
+    /// Draw all tasks and slices that have the same metric in one panel
+    #[arg(long, alias = "together")]
+    panel_per_metric: bool,
+    /// Title above the panels
     #[arg(long, default_value = "", hide_default_value = true)]
     title: String,
     /// Width and height of a panel in CSS pixels, from 200x150 to 4000x4000
-    #[arg(long, value_name = "WxH", default_value = "440x330", value_parser = panel)]
-    panel: (u32, u32),
+    #[arg(long, alias = "panel", value_name = "WxH", default_value = "440x330", value_parser = panel_size)]
+    panel_size: (u32, u32),
     /// Position of the legend
     #[arg(long, value_enum, default_value_t = LegendPlace::Right)]
     legend: LegendPlace,
-    /// Measure nothing, and draw the results of these files instead
+    /// Result files of earlier sweeps to draw. Nothing is measured
     #[arg(long, value_delimiter = ',', value_name = "FILE", conflicts_with_all = ["models", "tasks", "slices", "text"])]
     from: Vec<PathBuf>,
     #[command(flatten)]
@@ -240,7 +242,7 @@ impl From<LegendPlace> for Legend {
 }
 
 /// Parses the size of a panel.
-fn panel(text: &str) -> Result<(u32, u32), String> {
+fn panel_size(text: &str) -> Result<(u32, u32), String> {
     let parts = text.split_once('x').and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)));
     parts.ok_or_else(|| format!("{text:?}: expected WIDTHxHEIGHT, such as 440x330"))
 }
@@ -258,8 +260,8 @@ fn draw(args: &Args, files: &[PathBuf]) -> anyhow::Result<()> {
         let options = CurveOptions {
             mean_of_seeds: args.mean_of_seeds,
             published: !args.no_published,
-            together: args.together,
-            layout: Layout { title: args.title.clone(), panel: args.panel, legend: args.legend.into() },
+            together: args.panel_per_metric,
+            layout: Layout { title: args.title.clone(), panel: args.panel_size, legend: args.legend.into() },
         };
         let curves = sweep::curves(&rows, &args.metrics, &options)?;
         args.plot.iter().try_for_each(|path| curves.save(path))?;

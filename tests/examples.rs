@@ -57,6 +57,20 @@ fn parity_reports_differences_and_fails_on_them() {
     assert_eq!(out.lines().count(), 2);
 }
 
+/// Some shared flags have another help text in one example.
+#[test]
+fn help_is_that_of_the_example() {
+    for (name, text) in [
+        ("generate", "[default: tiny]"),
+        ("chat", "[default: tiny-chat]"),
+        ("quantize", "Quantize the weight matrices of the output"),
+        ("quantize", "Type of the output's weights"),
+    ] {
+        let (code, out, err) = output(name, &["--help"]);
+        assert!(code == Some(0) && out.contains(text), "{name}: {out}{err}");
+    }
+}
+
 #[test]
 fn bench_measures_random_weights() {
     let args = ["--shape", "14m", "--prefill", "16", "--decode", "8", "--new-tokens", "4", "--runs", "1", "--json"];

@@ -285,7 +285,8 @@ fn settings_apply_before_the_configuration_is_checked() {
     command
         .arg("--model")
         .arg(dir.path())
-        .args(["--set", "intermediate_size=40", "--set", "hidden=3", "--out"])
+        // The second flag is the earlier name of the first.
+        .args(["--set-config", "intermediate_size=40", "--set", "hidden=3", "--out"])
         .arg(&out);
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));

@@ -33,30 +33,31 @@ pub(crate) struct ComputeArgs {
     /// Device: cpu, cuda, cuda:N or metal
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
-    /// Type of the weights: auto (as stored on the CPU, bf16 on a GPU), f32, bf16 or f16
+    /// Type of the weights in memory: auto (on the CPU the type in the file, on a GPU bf16), f32, bf16 or f16
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: Precision,
-    /// Quantize the weight matrices while loading: q4_0, q4_1, q5_0, q5_1, q8_0, q2k, q3k, q4k, q5k, q6k, or the
-    /// 4-bit types of bitsandbytes, nf4 and fp4 (nf4_f32 and fp4_f32 keep f32 scales)
+    /// Quantize the weight matrices while loading: to q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k or q6_k of
+    /// ggml, or to nf4 or fp4 of bitsandbytes (nf4_f32 and fp4_f32 keep f32 scales). Requires the CPU and --dtype auto
     #[arg(long, value_name = "TYPE")]
     pub(crate) quantize: Option<QuantizedType>,
-    /// Type of the embedding and the head with --quantize, or none to leave them unquantized. With nf4 and fp4 they
-    /// are never quantized
+    /// Type of the embedding and the head if --quantize has a ggml type: another ggml type, or none for no
+    /// quantization. With nf4 and fp4 they are never quantized
     #[arg(long, alias = "quantize-tables", value_name = "TYPE", default_value = "q8_0")]
     pub(crate) quantize_embeddings_and_head: String,
-    /// Precision of activations on the CPU: f32, bf16 (as in torch), or q8 (8 bits with quantized weights, as in ggml)
+    /// Precision of activations in matrix products on the CPU: f32, bf16 (as in torch), or q8 (as in ggml: 8-bit
+    /// integers if the weight has a ggml block type, f16 or bf16 if the weight has that type)
     #[arg(long, value_name = "PRECISION", default_value = "f32", value_parser = ["f32", "bf16", "q8"])]
     pub(crate) activations: String,
     /// Type of cached keys and values: f32, f16, bf16 or q8_0 [default: f32; f16 with --activations q8; bf16 with
     /// --activations bf16]
     #[arg(long, value_name = "TYPE")]
     pub(crate) cache_type: Option<CacheType>,
-    /// Use f32, f16 and bf16 weights from the memory-mapped file instead of copying them (CPU only). Loading is
-    /// immediate, and processes share the memory. The file must not change meanwhile
+    /// Use f32, f16 and bf16 weights directly in the memory-mapped file instead of copying them (CPU only). Loading is
+    /// immediate, and processes share the memory. The file must not change while the program runs
     #[arg(long)]
     pub(crate) in_place: bool,
-    /// LoRA adapter in PEFT's format: a directory or a repository of the Hub. Repeat the flag to add up several
-    /// adapters
+    /// LoRA adapter in PEFT's format: a directory or a repository of the Hub. Can be given several times; the changes
+    /// of the adapters add up
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ADAPTER")]
     pub(crate) adapter: Vec<std::path::PathBuf>,

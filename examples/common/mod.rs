@@ -23,32 +23,35 @@ pub(crate) use random::random;
 pub(crate) struct ModelArgs {
     /// Model to load: a repository of the Hub (EleutherAI/pythia-410m, pythia-410m or pythia-410m@step3000), a
     /// directory in Hub layout, a weight file (GGUF, legacy GGML, or another format with a config.json next to it), or
-    /// an embedded model (tiny, tiny-chat, tiny-mpt, tiny-llama or tiny-rwkv) [default: tiny; tiny-chat for chat]
+    /// an embedded model (tiny, tiny-chat, tiny-mpt, tiny-llama or tiny-rwkv) [default: tiny]
     #[arg(long, short)]
     pub(crate) model: Option<PathBuf>,
-    /// Branch, tag or commit of a repository, such as step3000, or a training step in a directory's revisions/
+    /// Revision to load, such as step3000: a branch, tag or commit of a repository, or a subdirectory of revisions/ in
+    /// a directory
     #[arg(long)]
     pub(crate) revision: Option<String>,
-    /// Weight file to load from a repository or directory that has several, such as one of its GGUF files
+    /// Name of the weight file to load, if the repository or directory has several, such as
+    /// GGUF files of different types
     #[arg(long, value_name = "NAME")]
     pub(crate) file: Option<String>,
-    /// Tokenizer file to use instead of the model's: a tokenizer.json or tokenizer.model
+    /// Tokenizer file, instead of the model's own: a tokenizer.json or tokenizer.model
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
     /// Override the activation function of config.json: gelu or gelu_tanh (llama.cpp uses gelu_tanh for every model)
     #[arg(long, alias = "activation", value_name = "NAME")]
     pub(crate) activation_function: Option<String>,
-    /// Order of the QKV rows in a GGUF file that does not name it: split, interleaved, or auto (the order with the
-    /// lower loss on a text)
+    /// Row order of the fused QKV matrices in a GGUF file that does not state it: split (all of Q, then K, then V),
+    /// interleaved (Q, K and V of each head), or auto (the order with the lower loss on a built-in English text; if
+    /// that does not decide, by row norms)
     #[arg(long, alias = "neox-qkv", value_name = "ORDER", default_value = "auto")]
     pub(crate) qkv_order: pricket::loading::QkvOrder,
     /// Override a key of the configuration, such as use_parallel_residual=false or attn_config.clip_qkv=6. Can be given
     /// several times
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub(crate) set: Vec<String>,
-    /// Load a checkpoint even if it has weights that its configuration does not use
-    #[arg(long)]
-    pub(crate) allow_unused: bool,
+    #[arg(long, alias = "set", value_name = "KEY=VALUE")]
+    pub(crate) set_config: Vec<String>,
+    /// Load a checkpoint even if it has weights that its configuration does not use, and ignore them
+    #[arg(long, alias = "allow-unused")]
+    pub(crate) allow_unused_weights: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
 }
@@ -105,12 +108,12 @@ impl ModelArgs {
         if let Some(name) = &self.activation_function {
             loader = loader.activation_function(name);
         }
-        for change in &self.set {
+        for change in &self.set_config {
             let (key, value) = change.split_once('=').unwrap_or((change, ""));
             let value = serde_json::from_str::<serde_json::Value>(value).unwrap_or_else(|_| value.into());
             loader = loader.set(key, value);
         }
-        if self.allow_unused {
+        if self.allow_unused_weights {
             loader = loader.allow_unused();
         }
         Ok(loader.qkv_order(self.qkv_order))

@@ -9,32 +9,35 @@ pub(crate) struct SamplingArgs {
     /// Maximum number of new tokens, or -1 to fill the model's context
     #[arg(long, short = 'n', default_value = "128", value_name = "N", value_parser = count, allow_negative_numbers = true)]
     pub(crate) max_tokens: usize,
-    /// Sampling temperature, by which logits are divided; 0 always takes the most likely token
+    /// Sampling temperature, by which logits are divided; 0 to always take the most likely token
     #[arg(long, short, default_value_t = 0.8)]
     temperature: f32,
     /// Sample from the K most likely tokens; 0 or -1 for all tokens
     #[arg(long, default_value = "0", value_name = "K", value_parser = count, allow_negative_numbers = true)]
     top_k: usize,
-    /// Sample from the most likely tokens whose probabilities add up to P, from 0 to 1 [default: 0.95, or 1 at
-    /// temperature 0]
+    /// Sample from the most likely tokens whose probabilities add up to P, from 0 to 1; 1 for all tokens [default:
+    /// 0.95, or 1 at temperature 0]
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
-    /// Sample from tokens with at least P times the probability of the most likely token, P from 0 to 1
+    /// Sample from the tokens with at least P times the probability of the most likely token, P from 0 to 1; 0 for all
+    /// tokens
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     min_p: f32,
-    /// Sample from the most typical tokens whose probabilities add up to P, from 0 to 1
+    /// Sample from the most typical tokens (locally typical sampling) whose probabilities add up to P, from 0 to 1; 1
+    /// for all tokens
     #[arg(long, default_value_t = 1.0, value_name = "P")]
     typical_p: f32,
-    /// Factor by which tokens of the prompt and the reply become less likely, above 0; 1 for no change
+    /// Penalty of tokens that occur in the prompt or the reply, above 0: positive logits are divided by it, negative
+    /// ones multiplied; 1 for no change
     #[arg(long, default_value_t = 1.0, value_name = "X")]
     repetition_penalty: f32,
-    /// Number subtracted from the logits of tokens that were generated before
+    /// Number subtracted once from the logit of each token that occurs in the reply
     #[arg(long, default_value_t = 0.0, value_name = "X")]
     presence_penalty: f32,
-    /// Number subtracted from the logits of a token for each time it was generated before
+    /// Number subtracted from the logit of a token for each time that it occurs in the reply
     #[arg(long, default_value_t = 0.0, value_name = "X")]
     frequency_penalty: f32,
-    /// Never repeat a sequence of N tokens; 0 to allow repetition
+    /// Length N of token sequences that may not occur twice; 0 to allow repetition
     #[arg(long, default_value_t = 0, value_name = "N")]
     no_repeat_ngram_size: usize,
     /// Random seed [default: the current time]

@@ -25,8 +25,8 @@ struct Args {
     /// Device: cpu, cuda, cuda:N or metal
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Type of the weights: auto (as stored on the CPU, f32 on a GPU), f32, bf16 or f16. bf16 and f16 compare logits
-    /// only, with wider tolerances
+    /// Type of the weights: auto (on the CPU the type in the file, on a GPU f32), f32, bf16 or f16. With bf16 and f16,
+    /// only logits are compared, with wider tolerances
     #[arg(long, default_value = "auto")]
     dtype: Precision,
 }

@@ -64,7 +64,7 @@ def main():
         ours, theirs = [], []
         for _ in range(args.pairs):
             done = subprocess.run([args.bench, "--shape", shape, "--dtype", "f32", "--threads", str(args.threads), "--prefill", "4096",
-                                   "--decode", "4096", "--train", f"{args.rows}x{args.tokens}", "--masked", str(args.masked),
+                                   "--decode", "4096", "--train", f"{args.rows}x{args.tokens}", "--masked-fraction", str(args.masked),
                                    "--runs", str(args.runs), "--json"], capture_output=True, text=True, check=True)
             rows = json.loads(done.stdout)["rows"]
             ours.append(next(row["tokens_per_second"] for row in rows if row["what"] == "train"))

@@ -76,7 +76,7 @@ impl Family for LlamaFamily {
     }
 
     fn ggml_assumes(&self) -> Option<&'static str> {
-        Some("rms_norm_eps 1e-6, rotary base 10000 and 2048 positions; change them with --set")
+        Some("rms_norm_eps 1e-6, rotary base 10000 and 2048 positions; change them with --set-config")
     }
 
     fn config_from_ggml(&self, header: &Value, shape: ShapeOf<'_>) -> Result<Value> {
