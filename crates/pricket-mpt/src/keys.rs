@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 pub(crate) enum ConfigClass {
     /// llm-foundry's `MPTForCausalLM`.
     #[default]
-    Foundry,
+    LlmFoundry,
     /// transformers' `MptForCausalLM`, which never has biases.
-    Native,
+    Transformers,
     /// `MosaicGPT` of mosaicml/examples, which computes the ALiBi slopes differently.
     MosaicGpt,
 }
