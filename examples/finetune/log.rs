@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
+#[cfg(feature = "plots")]
+use pricket::notebook::LossCurve;
 use pricket::train::StepReport;
 use serde_json::{Value, json};
 
@@ -104,40 +106,18 @@ impl Log {
 /// Draws the losses of a log into loss.svg beside it.
 #[cfg(feature = "plots")]
 fn picture(log: &Path) -> anyhow::Result<()> {
-    use pricket::plots::{Curve, Curves, Layout, Picture, Point, XAxis};
-
-    /// Maximum number of points of the training curve. Each is the mean of several steps.
-    const POINTS: usize = 100;
-
     let text = std::fs::read_to_string(log)?;
-    let lines: Vec<Value> = text.lines().filter_map(parse).collect();
-    let of = |key: &str| -> Vec<(f64, f64)> {
-        lines.iter().filter_map(|line| Some((line["step"].as_f64()?, line[key].as_f64()?))).collect()
-    };
-    let losses = of("loss");
-    let mean = |points: &[(f64, f64)]| {
-        let n = points.len() as f64;
-        Point::new(
-            points.iter().map(|point| point.0).sum::<f64>() / n,
-            points.iter().map(|point| point.1).sum::<f64>() / n,
-        )
-    };
-    let training = losses.chunks(losses.len().div_ceil(POINTS).max(1)).map(mean).collect();
-    let evaluation: Vec<Point> = of("eval_loss").into_iter().map(|(step, loss)| Point::new(step, loss)).collect();
-    let mut curves = vec![Curve::new("training", training)];
-    if !evaluation.is_empty() {
-        curves.push(Curve::new("evaluation", evaluation));
+    let mut curve = LossCurve::default();
+    for line in text.lines().filter_map(parse) {
+        let Some(step) = line["step"].as_u64() else { continue };
+        match (line["loss"].as_f64(), line["eval_loss"].as_f64()) {
+            (Some(loss), evaluation) => curve.add(step, loss, evaluation),
+            (None, Some(loss)) => curve.add_evaluation(step, loss),
+            (None, None) => {}
+        }
     }
-    let panel = Curves {
-        x: XAxis::Linear("training step".into()),
-        y: "loss (nats per token)".into(),
-        curves,
-        ..Curves::default()
-    };
-    if panel.is_drawable() {
-        let layout = Layout { panel: (640, 400), ..Layout::default() };
-        let svg = Picture::of_curves_in(vec![panel], &layout)?.svg()?;
-        write_whole(&log.with_file_name("loss.svg"), svg)?;
+    if let Ok(picture) = curve.picture() {
+        write_whole(&log.with_file_name("loss.svg"), picture.svg()?)?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@
 //! ```
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use pricket_nn::{CausalLm, Context, Parameter};
 
 use crate::{Error, Result, Sample};
@@ -120,6 +120,7 @@ pub fn add_gradients(
     if samples.iter().all(|sample| sample.counted() == 0) {
         return Ok(0.0);
     }
+    separate_ids(parameters)?;
     let mut result = Err(Error::Input("the model did not run the gradient computation on its threads".into()));
     model.on_threads(&mut || {
         let pass = Pass { model, batch: Batch::new(samples), weight, parameters };
@@ -129,6 +130,23 @@ pub fn add_gradients(
         };
     });
     result
+}
+
+/// Makes sure that new tensors get ids that no parameter has.
+///
+/// candle finds gradients by tensor ids, which are numbered by a counter of the library. In a notebook each cell is
+/// linked with its own copy of the library, so a parameter that an earlier cell made can have the id of a new tensor,
+/// whose gradient would be added to its own.
+fn separate_ids(parameters: &[Parameter]) -> Result<()> {
+    // candle shows the number of an id in its debug format only.
+    let number = |tensor: &Tensor| -> Option<u64> {
+        format!("{:?}", tensor.id()).trim_matches(|c: char| !c.is_ascii_digit()).parse().ok()
+    };
+    let Some(last) = parameters.iter().filter_map(|parameter| number(parameter.var.as_tensor())).max() else {
+        return Ok(());
+    };
+    while number(&Tensor::zeros((), DType::F32, &Device::Cpu)?).is_some_and(|new| new <= last) {}
+    Ok(())
 }
 
 /// Returns the loss of each sample: the cross-entropy in nats, summed over its counted token ids.

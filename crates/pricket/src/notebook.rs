@@ -26,6 +26,8 @@ use crate::text::handle::{Completion, Pricket};
 use crate::{Error, Result};
 use pricket_lm::Comparison;
 use pricket_lm::{GenerateOptions, ScoredToken};
+#[cfg(feature = "train")]
+use pricket_plots::{Curve, Curves, Layout, Point, XAxis};
 use pricket_plots::{Picture, Table};
 
 /// Maximum number of rows of a table. A final row gives the number of omitted rows.
@@ -69,6 +71,41 @@ impl Tabular for [ScoredToken] {
             ]);
         }
         table(&["token", "id", "log-probability", "probability", "top-1"], rows)
+    }
+}
+
+#[cfg(feature = "train")]
+impl Tabular for pricket_train::Statistics {
+    fn table(&self) -> Table {
+        let [shortest, median, most, longest] = self.lengths;
+        pairs(vec![
+            ("examples", self.samples.to_string()),
+            ("tokens", self.tokens.to_string()),
+            ("counted in the loss", self.counted.to_string()),
+            ("shortest, median, longest", format!("{shortest}, {median}, {longest}")),
+            ("95 % of the lengths up to", most.to_string()),
+            ("truncated", self.truncated.count.to_string()),
+            ("left out: prompt too long", self.too_long.count.to_string()),
+            ("left out: empty response", self.blank.count.to_string()),
+            ("duplicates", self.duplicates.count.to_string()),
+        ])
+    }
+}
+
+#[cfg(feature = "train")]
+impl Tabular for pricket_train::TrainMemory {
+    fn table(&self) -> Table {
+        let size = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+        pairs(vec![
+            ("trained parameters", size(self.parameters)),
+            ("gradients", size(self.gradients)),
+            ("optimizer", size(self.optimizer)),
+            ("inputs of the blocks", size(self.block_inputs)),
+            ("activations", size(self.activations)),
+            ("head and loss", size(self.head)),
+            ("total without the base model", size(self.total())),
+            ("tokens per micro-batch", self.micro_batch_tokens.to_string()),
+        ])
     }
 }
 
@@ -227,6 +264,94 @@ impl Progress for PrintedProgress {
     }
 
     fn end(&self) {}
+}
+
+/// The losses of a training run: printed while it trains, and drawn as a picture.
+///
+/// evcxr displays pictures at the end of a cell, so the curve of a running cell is text: a line with a bar for every
+/// twentieth of the run and for every evaluation.
+///
+/// ```
+/// use pricket::notebook::LossCurve;
+/// let mut curve = LossCurve::new(100);
+/// curve.add(1, 6.0, None);
+/// curve.add(100, 0.2, Some(0.3)); // prints: step 100 of 100  loss 0.20  evaluation 0.30  ##
+/// assert!(curve.picture()?.svg()?.contains("evaluation"));
+/// # Ok::<(), pricket::Error>(())
+/// ```
+#[cfg(feature = "train")]
+#[derive(Clone, Debug, Default)]
+pub struct LossCurve {
+    total: u64,
+    training: Vec<Point>,
+    evaluation: Vec<Point>,
+}
+
+#[cfg(feature = "train")]
+impl LossCurve {
+    /// Maximum number of points of the training curve. Each is the mean of several steps.
+    const POINTS: usize = 100;
+
+    /// Creates an empty curve of a run of `total` training steps.
+    pub fn new(total: u64) -> Self {
+        Self { total, ..Self::default() }
+    }
+
+    /// Adds a training step, and prints it if it is a twentieth of the run, the first or last step, or was evaluated.
+    pub fn push(&mut self, report: &pricket_train::StepReport) {
+        self.add(report.step, report.loss, report.eval_loss);
+    }
+
+    /// Adds the losses of a training step, as [`LossCurve::push`] does.
+    pub fn add(&mut self, step: u64, loss: f64, eval_loss: Option<f64>) {
+        self.training.push(Point::new(step as f64, loss));
+        if let Some(loss) = eval_loss {
+            self.add_evaluation(step, loss);
+        }
+        let is_shown = step == 1 || step == self.total || step.is_multiple_of((self.total / 20).max(1));
+        if self.total > 0 && (is_shown || eval_loss.is_some()) {
+            let (total, width) = (self.total, self.total.to_string().len());
+            let evaluation = eval_loss.map_or_else(String::new, |loss| format!("  evaluation {loss:.2}"));
+            let most = self.training.iter().map(|point| point.value).fold(f64::MIN_POSITIVE, f64::max);
+            let bar = "#".repeat((50.0 * loss / most).round() as usize);
+            println!("step {step:width$} of {total}  loss {loss:.2}{evaluation:18}  {bar}");
+        }
+    }
+
+    /// Adds an evaluation without printing it, such as the one before the first step.
+    pub fn add_evaluation(&mut self, step: u64, loss: f64) {
+        self.evaluation.push(Point::new(step as f64, loss));
+    }
+
+    /// Draws the training and the evaluation loss over the training steps.
+    ///
+    /// # Errors
+    /// Returns [`Error::Picture`] if there are no losses.
+    pub fn picture(&self) -> Result<Picture> {
+        let mean = |points: &[Point]| {
+            let of = |value: fn(&Point) -> f64| points.iter().map(value).sum::<f64>() / points.len() as f64;
+            Point::new(of(|point| point.step), of(|point| point.value))
+        };
+        let training = self.training.chunks(self.training.len().div_ceil(Self::POINTS).max(1)).map(mean).collect();
+        let curves = [("training", training), ("evaluation", self.evaluation.clone())];
+        let curves = curves.into_iter().filter(|(_, points)| !points.is_empty());
+        let panel = Curves {
+            x: XAxis::Linear("training step".into()),
+            y: "loss (nats per token)".into(),
+            curves: curves.map(|(label, points)| Curve::new(label, points)).collect(),
+            ..Curves::default()
+        };
+        let layout = Layout { panel: (640, 400), ..Layout::default() };
+        Ok(Picture::of_curves_in(vec![panel], &layout)?)
+    }
+
+    /// Shows the picture as the value of a notebook's cell.
+    pub fn evcxr_display(&self) {
+        match self.picture() {
+            Ok(picture) => picture.evcxr_display(),
+            Err(e) => println!("{e}"),
+        }
+    }
 }
 
 #[cfg(test)]
