@@ -14,6 +14,7 @@ use crate::common::ModelArgs;
 /// {"input_ids", "labels"}. Prompts are not counted in the loss.
 #[derive(Parser)]
 #[command(version)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,

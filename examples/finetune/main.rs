@@ -121,18 +121,17 @@ fn whole(pricket: &Pricket) -> (TrainTarget, Tuned) {
 /// Returns a new adapter, or the adapter of `--from`, attached to the model.
 fn adapter(args: &Args, recipe: &Recipe, pricket: &Pricket) -> anyhow::Result<(TrainTarget, Tuned)> {
     let base = pricket.base()?;
-    let lora = match &args.from_adapter {
-        Some(from) => Lora::read(from)?,
-        None => {
-            let provenance = pricket.provenance();
-            let revision = provenance.repo.as_ref().and(provenance.revision.clone());
-            let config = LoraConfig {
-                base: provenance.repo.clone(),
-                revision: revision.filter(|revision| revision != "main"),
-                ..recipe.lora()?
-            };
-            Lora::new(config, &base, recipe.seed)?
-        }
+    let lora = if let Some(from) = &args.from_adapter {
+        Lora::read(from)?
+    } else {
+        let provenance = pricket.provenance();
+        let revision = provenance.repo.as_ref().and(provenance.revision.clone());
+        let config = LoraConfig {
+            base: provenance.repo.clone(),
+            revision: revision.filter(|revision| revision != "main"),
+            ..recipe.lora()?
+        };
+        Lora::new(config, &base, recipe.seed)?
     };
     let tuned = lora.train(&base, recipe.seed)?;
     common::tell(format_args!(

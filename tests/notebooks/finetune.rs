@@ -2,7 +2,7 @@
 
 pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     use pricket::GenerateOptions;
-    use pricket::notebook::{self, LossCurve, Tabular};
+    use pricket::notebook::{LossCurve, Tabular};
     use pricket::text::prompt_format;
     use pricket::train::{Dataset, Evaluation, Lora, LoraConfig, TrainOptions, TrainTarget, Trainer, read_records};
 

@@ -186,11 +186,15 @@ enum Opened {
 
 /// Opens a file of documents.
 fn rows(path: &Path) -> Result<Rows> {
-    let mut lines = match open(path)? {
-        Opened::Text(lines) => lines,
+    match open(path)? {
+        Opened::Text(lines) => rows_of_text(path, lines),
         #[cfg(feature = "parquet")]
-        Opened::Parquet(rows) => return Ok(Rows::Parquet(rows)),
-    };
+        Opened::Parquet(rows) => Ok(Rows::Parquet(rows)),
+    }
+}
+
+/// Returns the lines of a text file, or the elements of its JSON array.
+fn rows_of_text(path: &Path, mut lines: Lines) -> Result<Rows> {
     // Documents are objects, so a bracket can only begin an array of them.
     if lines.fill_buf().is_ok_and(|bytes| bytes.trim_ascii_start().starts_with(b"[")) {
         let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));

@@ -25,6 +25,7 @@ use crate::{
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag")]
 pub struct Recipe {
     /// Name.
     pub name: String,
@@ -199,10 +200,7 @@ impl Recipe {
             seed: self.seed,
             evaluation: is_evaluated
                 .then(|| Evaluation { every: self.eval_every.unwrap_or((steps / 10).max(1)), patience: self.patience }),
-            checkpointing: match self.no_gradient_checkpointing {
-                true => Checkpointing::Off,
-                false => Checkpointing::PerBlock,
-            },
+            checkpointing: if self.no_gradient_checkpointing { Checkpointing::Off } else { Checkpointing::PerBlock },
             ..TrainOptions::new(steps, lr)
         })
     }

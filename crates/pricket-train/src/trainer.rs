@@ -77,6 +77,7 @@ impl Trainer {
     /// For an adapter, `tuned` is the result of [`Lora::train`]. For a whole model, its parameters are
     /// [`Weights::parameters`].
     ///
+    /// [`Lora::train`]: crate::Lora::train
     /// [`Weights::parameters`]: pricket_nn::Weights::parameters
     ///
     /// # Errors
