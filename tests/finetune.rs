@@ -393,8 +393,53 @@ fn recipes_set_the_run_and_flags_replace_their_keys() {
         let error = Recipe::from_toml(text).unwrap().options(&samples).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
+    // Data for evaluation replace examples taken out of the data, and 0 turns the evaluation off.
+    let other = dolly.with(&json!({"eval_data": ["held.jsonl"]})).unwrap();
+    assert_eq!((other.eval_examples, other.is_evaluated()), (None, true));
+    let none = dolly.with(&json!({"eval_examples": 0})).unwrap();
+    assert_eq!(none.options(&samples).unwrap().evaluation, None);
+    for (text, expected) in [
+        ("eval_examples = 2\neval_data = [\"x\"]", "eval_data and eval_examples are both set"),
+        ("full = true\n[adapter]\nr = 4", "full is set, so the table adapter has no effect"),
+        ("pack = 0", "pack is 0"),
+    ] {
+        let error = Recipe::from_toml(text).unwrap().options(&samples).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    assert!(Recipe::from_toml("clip = inf").unwrap_err().to_string().contains("finite"));
+    let huge = Recipe::from_toml("steps = 9223372036854775807").unwrap().options(&samples).unwrap();
+    assert_eq!(huge.steps, i64::MAX as u64);
     let error = Recipe::from_toml("[adapter]\nuse_qalora = true").unwrap().lora().unwrap_err().to_string();
     assert!(error.contains("use_qalora"), "{error}");
+}
+
+/// A directory of best weights that another run left has no effect, and flags that a recipe excludes are refused.
+#[test]
+fn nothing_of_another_run_or_recipe_is_used_silently() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, run, clean) = (data(dir.path()), dir.path().join("run"), dir.path().join("clean"));
+    let more = "--steps 4 --eval-examples 2 --eval-every 2 --best --save-every 0 --lr 0.01";
+    let more: Vec<&str> = more.split(' ').collect();
+    assert!(finetune(&clean, &data, &more).output().unwrap().status.success());
+    for step in [2, 4] {
+        let old = run.join(format!("best-{step}"));
+        std::fs::create_dir_all(&old).unwrap();
+        std::fs::write(old.join("adapter_config.json"), "{}").unwrap();
+    }
+    let output = finetune(&run, &data, &more).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let adapter = |run: &Path| std::fs::read(run.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(adapter(&run), adapter(&clean));
+    assert_eq!(names(&clean).iter().filter(|name| name.starts_with("best-")).count(), 1, "{:?}", names(&clean));
+
+    let none = dir.path().join("none");
+    let refused = |more: &[&str]| failed(&mut finetune(&none, &data, more));
+    assert!(refused(&["--recipe", "dolly"]).contains("settings of an adapter have no effect"));
+    assert!(refused(&["--pack", "20", "--max-length", "30"]).contains("--max-length is 30, but --pack is 20"));
+    assert!(refused(&["--clip", "inf"]).contains("expected a finite number"));
+    assert!(refused(&["--batch", "99999999"]).contains("batch is 99999999; expected at most 1048576"));
+    std::fs::create_dir_all(none.join("checkpoint-3")).unwrap();
+    assert!(refused(&["--resume"]).contains("checkpoints of another program"));
 }
 
 /// `--estimate` prints the parts of the memory and the time, and writes nothing.

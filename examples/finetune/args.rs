@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::ensure;
 use clap::{Parser, ValueEnum};
 use pricket::train::{Recipe, Rule};
 use serde::Serialize;
@@ -18,8 +19,8 @@ use crate::common::ModelArgs;
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Settings of the run: the name of a built-in recipe (dolly, dolly-lora, redpajama-chat, mpt-lion) or a TOML file.
-    /// Its keys are the flags below, with _ for -. Flags on the command line override it
+    /// Settings of the run: the name of a built-in recipe (dolly, dolly-lora, redpajama-chat, mpt-lion) or a TOML file,
+    /// described in docs/fine-tuning.md. Flags on the command line override its keys
     #[arg(long, value_name = "NAME")]
     pub(crate) recipe: Option<String>,
     /// Directory for the adapter, the checkpoints, log.jsonl and loss.svg
@@ -48,7 +49,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CONFIG", requires = "tokenizer", conflicts_with = "model")]
     pub(crate) from_scratch: Option<PathBuf>,
     /// Print one JSON object per training step instead of text
-    #[arg(long)]
+    #[arg(long, conflicts_with = "estimate")]
     pub(crate) json: bool,
 }
 
@@ -58,10 +59,24 @@ impl Args {
         let recipe = self.recipe.as_deref().map(pricket::suites::recipe).transpose()?.unwrap_or_default();
         let mut flags = given(&self.run)?;
         let adapter = self.lora.keys()?;
+        let is_full = recipe.full || flags.contains_key("full");
+        ensure!(
+            !is_full || adapter.is_empty(),
+            "the recipe trains all weights, so settings of an adapter have no effect"
+        );
+        if let Some(from) = &self.from_adapter {
+            let from = from.display();
+            ensure!(!is_full, "the recipe trains all weights, so --from-adapter {from} has no effect");
+            ensure!(recipe.adapter.is_empty(), "the recipe sets an adapter, which --from-adapter {from} would replace");
+        }
         if !adapter.is_empty() {
             flags.insert("adapter".into(), Value::Object(adapter));
         }
-        Ok(recipe.with(&Value::Object(flags))?)
+        let recipe = recipe.with(&Value::Object(flags))?;
+        if !recipe.full && self.from_adapter.is_none() {
+            recipe.lora()?;
+        }
+        Ok(recipe)
     }
 }
 
@@ -104,7 +119,10 @@ pub(crate) struct RunArgs {
     /// Examples for evaluation, in the forms of --data. Repeat the flag to combine several
     #[arg(long, value_name = "DATA", conflicts_with = "eval_examples")]
     eval_data: Vec<String>,
-    /// Number of examples to take out of --data at random, for evaluation
+    /// Split of the dataset in --eval-data [default: validation]
+    #[arg(long, value_name = "NAME")]
+    eval_split: Option<String>,
+    /// Number of examples to take out of --data at random, for evaluation; 0 for no evaluation
     #[arg(long, value_name = "N")]
     eval_examples: Option<usize>,
     /// Number of training steps between evaluations, at least 1 [default: a tenth of the steps]
@@ -118,7 +136,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", conflicts_with = "epochs")]
     steps: Option<u64>,
     /// Number of passes over the examples, such as 0.5 [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = finite, value_name = "N")]
     epochs: Option<f64>,
     /// Number of examples per training step, or of packs with --pack [default: 16]
     #[arg(long, value_name = "N")]
@@ -128,7 +146,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N")]
     micro_batch_tokens: Option<usize>,
     /// Learning rate [default: 2e-4, or 2e-5 for LION]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     lr: Option<f64>,
     /// Optimizer: adamw, decoupled_adamw, lion, or decoupled_lionw [default: adamw]
     #[arg(long, value_name = "NAME")]
@@ -138,13 +156,13 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "B1,B2", value_parser = pair)]
     betas: Option<(f64, f64)>,
     /// Weight decay [default: 0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     weight_decay: Option<f64>,
     /// Apply weight decay to biases and norms too
     #[arg(long)]
     decay_vectors: bool,
     /// Learning rate of the B matrices as a multiple of --lr (LoRA+)
-    #[arg(long, value_name = "RATIO", conflicts_with = "full")]
+    #[arg(long, value_parser = finite, value_name = "RATIO", conflicts_with = "full")]
     lora_plus: Option<f64>,
     /// Learning-rate schedule: linear, constant, constant_with_warmup, cosine, cosine_with_min_lr, cosine_with_restarts,
     /// polynomial, inverse_sqrt or warmup_stable_decay as in transformers, composer_cosine_with_warmup or
@@ -153,14 +171,14 @@ pub(crate) struct RunArgs {
     schedule: Option<String>,
     /// Final learning rate as a fraction of --lr, from 0 to 1, for cosine, cosine_with_min_lr, polynomial,
     /// warmup_stable_decay and the composer schedules; an error with others [default: 0; 0.1 for cosine_with_min_lr]
-    #[arg(long, value_name = "FRACTION")]
+    #[arg(long, value_parser = finite, value_name = "FRACTION")]
     min_lr_rate: Option<f64>,
     /// Number of warm-up steps, during which the learning rate rises linearly. The schedule constant has none [default:
     /// 3 % of the steps]
     #[arg(long, value_name = "N")]
     warmup: Option<u64>,
     /// Maximum gradient norm; 0 for no clipping [default: 1]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     clip: Option<f64>,
     /// Normalization of the loss: mean over all tokens of a step, or mean of the micro-batch means [default: tokens]
     #[arg(long, value_enum)]
@@ -183,9 +201,14 @@ pub(crate) struct RunArgs {
     full: bool,
 }
 
+/// Parses a number that is not infinite or NaN.
+fn finite(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(|| "expected a finite number".into())
+}
+
 /// Parses two numbers with a comma between them.
 fn pair(text: &str) -> Result<(f64, f64), String> {
-    let parse = |text: &str| text.trim().parse().ok();
+    let parse = |text: &str| finite(text.trim()).ok();
     let parsed = text.split_once(',').and_then(|(first, second)| Some((parse(first)?, parse(second)?)));
     parsed.ok_or_else(|| "expected two numbers, such as 0.9,0.95".into())
 }
@@ -197,10 +220,10 @@ pub(crate) struct LoraArgs {
     #[arg(long)]
     rank: Option<usize>,
     /// LoRA alpha: the low-rank product BA is multiplied by alpha / rank [default: twice the rank]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     alpha: Option<f64>,
     /// Dropout rate of the adapter's input, from 0 to below 1 [default: 0]
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     dropout: Option<f64>,
     /// Modules to adapt: all-linear (every linear layer except the head); full names or their last components, such as
     /// query_key_value, separated by commas; or re:REGEX, which must match the full name [default: all-linear]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use pricket::lm::{Place, Tokenizer};
-use pricket::train::{Dataset, DatasetOptions, Recipe, Record, Sample, Skipped, best_fit, read_records};
+use pricket::train::{Dataset, DatasetOptions, Recipe, Record, Sample, Skipped, Statistics, best_fit, read_records};
 use pricket::weights::counted;
 use pricket::{Hub, Pricket};
 
@@ -18,8 +18,11 @@ pub(crate) fn files(names: &[String], split: &str) -> anyhow::Result<Vec<PathBuf
     let mut out = Vec::new();
     for name in names {
         let path = Path::new(name);
-        let is_id = name.split('/').count() == 2 && !name.starts_with(['.', '/']) && path.extension().is_none();
-        if path.exists() || !is_id {
+        let ends = ["jsonl", "json", "parquet", "gz", "zst", "ndjson"];
+        let is_file = path.exists() || path.extension().is_some_and(|end| ends.iter().any(|known| end == *known));
+        let id = name.strip_prefix("datasets/").unwrap_or(name).split([':', '@']).next().unwrap_or_default();
+        let is_id = id.split('/').count() == 2 && !name.starts_with(['.', '/']);
+        if is_file || !is_id {
             ensure!(!path.is_dir(), "{name}: is a directory; expected a file or a dataset of the Hub");
             out.push(path.to_owned());
         } else {
@@ -49,16 +52,27 @@ impl Data {
         options.drop_duplicates = recipe.drop_duplicates;
         ensure!(options.max_length >= 2, "--max-length is {}; expected 2 or more", options.max_length);
         ensure!(options.max_length <= limit, "--max-length is {}; the model's context is {limit}", options.max_length);
+        if let Some(pack) = recipe.pack {
+            let is_default = recipe.max_length.is_none();
+            ensure!(
+                is_default || options.max_length <= pack,
+                "--max-length is {}, but --pack is {pack}",
+                options.max_length
+            );
+            options.max_length = options.max_length.min(pack);
+        }
         if recipe.no_end_token {
             options.end.clear();
         }
         let tokenizer = pricket.tokenizer().ok();
-        let mut training = Dataset::new(records, tokenizer, &options)?;
+        let mut training = Dataset::new(records, tokenizer, &options).context("--data")?;
         let evaluation = match recipe.eval_examples {
             Some(count) if count > 0 => training.split(count, recipe.seed)?,
             _ if !recipe.eval_data.is_empty() => {
-                let files = self::files(&recipe.eval_data, recipe.split.as_deref().unwrap_or("validation"))?;
-                Dataset::new(&read_records(&files)?, tokenizer, &options)?.samples
+                let files = self::files(&recipe.eval_data, recipe.eval_split.as_deref().unwrap_or("validation"))?;
+                let dataset = Dataset::new(&read_records(&files)?, tokenizer, &options).context("--eval-data")?;
+                warn(&dataset.statistics, &options, "evaluation: ");
+                dataset.samples
             }
             _ => Vec::new(),
         };
@@ -90,24 +104,29 @@ impl Data {
                 tell(format_args!("warning: {} for evaluation also used for training", counted(shared, "example")));
             }
         }
-        let warn = |skipped: &Skipped, what: &str| {
-            if let Some(first) = &skipped.first {
-                tell(format_args!("warning: {} {what}; the first is {first}", counted(skipped.count, "example")));
-            }
-        };
-        let (limit, removed) = (self.options.max_length, counted(statistics.removed, "token"));
-        warn(&statistics.truncated, &format!("truncated to {limit} tokens ({removed} removed)"));
-        warn(&statistics.too_long, &format!("left out, because the prompt alone has {limit} tokens or more"));
-        warn(&statistics.blank, "left out, because the response is empty");
-        let kept = if self.options.drop_duplicates { "left out" } else { "kept; --drop-duplicates leaves them out" };
-        let repeated = statistics.repeated.as_ref().map(|place| format!(" (it repeats {place})")).unwrap_or_default();
-        if let Some(first) = &statistics.duplicates.first {
-            let count = counted(statistics.duplicates.count, "duplicate");
-            tell(format_args!("warning: {count} {kept}; the first is {first}{repeated}"));
-        }
+        warn(statistics, &self.options, "");
         if let (Some(tokenizer), Some(sample)) = (tokenizer, self.training.samples.first()) {
             show(sample, tokenizer);
         }
+    }
+}
+
+/// Prints a warning for each kind of example that was changed, left out or repeated. `of` begins each warning.
+fn warn(statistics: &Statistics, options: &DatasetOptions, of: &str) {
+    let tell_of = |skipped: &Skipped, what: &str| {
+        if let Some(first) = &skipped.first {
+            tell(format_args!("warning: {of}{} {what}; the first is {first}", counted(skipped.count, "example")));
+        }
+    };
+    let (limit, removed) = (options.max_length, counted(statistics.removed, "token"));
+    tell_of(&statistics.truncated, &format!("truncated to {limit} tokens ({removed} removed)"));
+    tell_of(&statistics.too_long, &format!("left out, because the prompt alone has {limit} tokens or more"));
+    tell_of(&statistics.blank, "left out, because the response is empty");
+    let kept = if options.drop_duplicates { "left out" } else { "kept; --drop-duplicates leaves them out" };
+    let repeated = statistics.repeated.as_ref().map(|place| format!(" (it repeats {place})")).unwrap_or_default();
+    if let Some(first) = &statistics.duplicates.first {
+        let count = counted(statistics.duplicates.count, "duplicate");
+        tell(format_args!("warning: {of}{count} {kept}; the first is {first}{repeated}"));
     }
 }
 

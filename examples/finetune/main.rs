@@ -44,8 +44,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         "--dtype cannot be used with --full, which trains in f32"
     );
     ensure!(recipe.full || args.from_scratch.is_none(), "--from-scratch requires --full");
-    let is_evaluated = !recipe.eval_data.is_empty() || recipe.eval_examples.is_some_and(|count| count > 0);
-    ensure!(is_evaluated || !args.best, "--best requires --eval-data or --eval-examples");
+    ensure!(recipe.is_evaluated() || !args.best, "--best requires --eval-data or --eval-examples");
     if let Some(out) = args.out.as_deref().filter(|_| !args.estimate) {
         check_directory(out, args.resume)?;
     }
@@ -72,6 +71,9 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if args.resume {
         match trainer.resume(out)? {
             Some(checkpoint) => common::tell(format_args!("continuing from {}", checkpoint.display())),
+            None if holds(out) == Held::Checkpoints => {
+                bail!("{} has checkpoints of another program; change --out", out.display())
+            }
             None => common::tell(format_args!("{} has no checkpoint; starting a new run", out.display())),
         }
     }
@@ -118,7 +120,7 @@ fn whole(pricket: &Pricket) -> (TrainTarget, Tuned) {
     (TrainTarget::Model { config: pricket.config().clone() }, tuned)
 }
 
-/// Returns a new adapter, or the adapter of `--from`, attached to the model.
+/// Returns a new adapter, or the adapter of `--from-adapter`, attached to the model.
 fn adapter(args: &Args, recipe: &Recipe, pricket: &Pricket) -> anyhow::Result<(TrainTarget, Tuned)> {
     let base = pricket.base()?;
     let lora = if let Some(from) = &args.from_adapter {
@@ -234,7 +236,6 @@ fn train(args: &Args, recipe: &Recipe, pricket: &Pricket, trainer: &mut Trainer,
     if save_every > 0 {
         trainer.save(out, keep)?;
     }
-    log.finish()?;
     if trainer.has_ended_early() {
         common::tell(format_args!("ended early at step {}: the evaluation loss did not improve", trainer.steps()));
     }
@@ -252,10 +253,14 @@ fn train(args: &Args, recipe: &Recipe, pricket: &Pricket, trainer: &mut Trainer,
     } else {
         common::tell(format_args!("wrote {}; load it with --adapter {0}", out.display()));
     }
+    if let Err(e) = log.finish() {
+        common::tell(format_args!("warning: loss.svg was not drawn: {e:#}"));
+    }
     Ok(())
 }
 
 /// The content of an output directory.
+#[derive(PartialEq)]
 enum Held {
     Checkpoints,
     Result,

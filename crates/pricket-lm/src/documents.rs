@@ -19,6 +19,9 @@ const MAX_LINE: usize = 256 << 20;
 /// Maximum size of a file that is one JSON array, in bytes. Unlike JSON lines, it is read as a whole.
 const MAX_ARRAY: u64 = 1 << 30;
 
+/// Number of bytes at the beginning of a file that decide its format.
+const PEEKED: u64 = 4096;
+
 /// Place of a document: a file, and a line, row or element in it.
 ///
 /// ```
@@ -184,6 +187,11 @@ enum Opened {
     Parquet(ParquetRows),
 }
 
+/// Removes a byte order mark at the beginning of a text.
+fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text)
+}
+
 /// Opens a file of documents.
 fn rows(path: &Path) -> Result<Rows> {
     match open(path)? {
@@ -196,7 +204,8 @@ fn rows(path: &Path) -> Result<Rows> {
 /// Returns the lines of a text file, or the elements of its JSON array.
 fn rows_of_text(path: &Path, mut lines: Lines) -> Result<Rows> {
     // Documents are objects, so a bracket can only begin an array of them.
-    if lines.fill_buf().is_ok_and(|bytes| bytes.trim_ascii_start().starts_with(b"[")) {
+    let begins_with_bracket = |bytes: &[u8]| without_mark(bytes).trim_ascii_start().starts_with(b"[");
+    if lines.fill_buf().is_ok_and(begins_with_bracket) {
         let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
         let mut text = Vec::new();
         lines.take(MAX_ARRAY + 1).read_to_end(&mut text).map_err(|e| wrong(e.to_string()))?;
@@ -205,7 +214,7 @@ fn rows_of_text(path: &Path, mut lines: Lines) -> Result<Rows> {
                 "the JSON array exceeds the limit of {MAX_ARRAY} bytes; convert it to JSON lines"
             )));
         }
-        return match parse_json(&text) {
+        return match parse_json(without_mark(&text)) {
             Ok(Value::Array(elements)) => Ok(Rows::Array(elements.into_iter())),
             Ok(_) => Err(wrong("not a JSON array".into())),
             Err(e) => Err(wrong(format!("not valid JSON: {e}"))),
@@ -218,12 +227,12 @@ fn open(path: &Path) -> Result<Opened> {
     let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
     let mut file = File::open(path).map_err(|e| wrong(e.to_string()))?;
     let mut magic = Vec::new();
-    file.by_ref().take(4).read_to_end(&mut magic).map_err(|e| wrong(e.to_string()))?;
-    if magic == *b"PAR1" {
+    file.by_ref().take(PEEKED).read_to_end(&mut magic).map_err(|e| wrong(e.to_string()))?;
+    if magic.starts_with(b"PAR1") {
         // The parquet reader seeks by itself, so the bytes read so far do not matter.
         return parquet(file).map_err(wrong);
     }
-    let compressed = magic.starts_with(&[0x1f, 0x8b]) || magic == [0x28, 0xb5, 0x2f, 0xfd];
+    let compressed = magic.starts_with(&[0x1f, 0x8b]) || magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
     let is_gzip = magic.starts_with(&[0x1f]);
     let whole = Cursor::new(magic).chain(file);
     let text = if compressed { unpacked(whole, is_gzip).map_err(wrong)? } else { Box::new(whole) };

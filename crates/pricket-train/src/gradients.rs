@@ -163,7 +163,13 @@ pub fn losses(model: &dyn CausalLm, samples: &[Sample]) -> Result<Vec<f64>> {
     }
     model.on_threads(&mut || {
         result = (|| {
-            let hidden = model.hidden(&batch.ids(model)?, &mut batch.context())?;
+            // Without detaching, the activations of all blocks would be kept for a backward pass.
+            let mut ctx = batch.context();
+            let mut x = model.embed(&batch.ids(model)?, &mut ctx)?.detach();
+            for i in 0..model.info().layers {
+                x = model.block(i, &x, &mut ctx)?.detach();
+            }
+            let hidden = model.finish(&x)?.detach();
             let nll = model.nll(&batch.select(&hidden)?, &batch.targets)?.to_vec1::<f32>()?;
             let mut nll = nll.into_iter();
             Ok(samples.iter().map(|sample| nll.by_ref().take(sample.counted()).map(f64::from).sum()).collect())

@@ -32,7 +32,7 @@ pub enum Rule {
     /// LION of the paper (Chen et al. 2023, arXiv:2302.06675) and of lion-pytorch. Weights shrink by `lr · wd`.
     Lion,
     /// llm-foundry's `DecoupledLionW`, which trained MPT. Weights shrink by `wd · lr / lr₀`.
-    #[serde(rename = "decoupled_lionw")]
+    #[serde(rename = "decoupled_lionw", alias = "decoupled_lion")]
     DecoupledLion,
 }
 

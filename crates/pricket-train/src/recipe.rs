@@ -1,12 +1,13 @@
 //! Recipes: the settings of a run as TOML.
 //!
-//! The keys are the flags of the example `finetune`, with `_` for `-`. The table `adapter` has the keys of PEFT's
-//! adapter_config.json.
+//! The keys are the flags of the example `finetune` that set the data and the run, with `_` for `-`. The settings of the
+//! adapter are in the table `adapter`, with the keys of PEFT's adapter_config.json.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::data::best_fit;
+use crate::trainer::default_warmup;
 use crate::{
     Checkpointing, Error, Evaluation, LoraConfig, Normalization, OptimizerConfig, Result, Rule, Sample, Schedule,
     TrainOptions,
@@ -51,6 +52,8 @@ pub struct Recipe {
     pub pack: Option<usize>,
     /// Files with examples for evaluation.
     pub eval_data: Vec<String>,
+    /// Split of a dataset in `eval_data`. Default: validation.
+    pub eval_split: Option<String>,
     /// Number of examples to take out of the data for evaluation.
     pub eval_examples: Option<usize>,
     /// Number of steps between evaluations. Default: a tenth of the steps.
@@ -105,10 +108,18 @@ impl Recipe {
     /// # Errors
     /// Returns [`Error::Recipe`] with the line if the TOML is invalid or a key is unknown.
     pub fn from_toml(text: &str) -> Result<Self> {
-        toml::from_str(text).map_err(|e| {
+        let recipe: Self = toml::from_str(text).map_err(|e| {
             let before = e.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
             Error::Recipe(format!("line {}: {}", before.matches('\n').count() + 1, e.message()))
-        })
+        })?;
+        // TOML has infinity and NaN, which JSON, and so `with`, does not have.
+        let (first, second) = recipe.betas.unwrap_or_default();
+        let numbers =
+            [recipe.epochs, recipe.lr, recipe.weight_decay, recipe.lora_plus, recipe.min_lr_rate, recipe.clip];
+        match numbers.into_iter().flatten().chain([first, second]).find(|number| !number.is_finite()) {
+            Some(number) => Err(Error::Recipe(format!("a value is {number}; expected a finite number"))),
+            None => Ok(recipe),
+        }
     }
 
     /// Returns the recipe with other settings. `settings` is a JSON object; its keys replace those of the recipe, and
@@ -120,13 +131,16 @@ impl Recipe {
         let wrong = |e: serde_json::Error| Error::Recipe(e.to_string());
         let mut own = serde_json::to_value(self).map_err(wrong)?;
         for (key, value) in settings.as_object().into_iter().flatten() {
-            // Each of these keys sets the number of steps.
-            for (key, other) in
-                [(key, "epochs"), (key, "steps")].into_iter().filter(|_| key == "steps" || key == "epochs")
-            {
-                if key != other {
+            // Of these pairs, one key replaces the other.
+            for (one, other) in [("steps", "epochs"), ("eval_data", "eval_examples")] {
+                if key == one {
                     own[other] = Value::Null;
+                } else if key == other {
+                    own[one] = Value::Null;
                 }
+            }
+            if key == "full" && settings.get("adapter").is_none() {
+                own["adapter"] = json!({});
             }
             match (key.as_str(), value) {
                 ("adapter", Value::Object(adapter)) => {
@@ -137,19 +151,31 @@ impl Recipe {
                 _ => own[key] = value.clone(),
             }
         }
+        // A list cannot be null.
+        if own["eval_data"].is_null() {
+            own["eval_data"] = json!([]);
+        }
         serde_json::from_value(own).map_err(wrong)
+    }
+
+    /// Returns whether the run is evaluated.
+    pub fn is_evaluated(&self) -> bool {
+        !self.eval_data.is_empty() || self.eval_examples.is_some_and(|count| count > 0)
     }
 
     /// Returns the settings of the adapter.
     ///
     /// # Errors
-    /// Returns [`Error::Config`] if a setting is invalid or not implemented.
+    /// Returns [`Error::Recipe`] with the key if a setting is invalid or not implemented.
     pub fn lora(&self) -> Result<LoraConfig> {
         let mut adapter = self.adapter.clone();
         let rank = adapter.entry("r").or_insert(json!(16)).clone();
         adapter.entry("lora_alpha").or_insert_with(|| json!(rank.as_f64().map(|rank| 2.0 * rank)));
         adapter.entry("target_modules").or_insert(json!("all-linear"));
-        LoraConfig::from_json(&Value::Object(adapter))
+        LoraConfig::from_json(&Value::Object(adapter)).map_err(|e| match e {
+            Error::Config { key, what } => Error::Recipe(format!("adapter.{key}: {what}")),
+            e => e,
+        })
     }
 
     /// Returns the settings of a run over `samples`.
@@ -172,15 +198,19 @@ impl Recipe {
         let rule = self.optimizer.unwrap_or(Rule::AdamW);
         let lr = self.lr.unwrap_or(if rule.is_lion() { 2e-5 } else { 2e-4 });
         let defaults = OptimizerConfig::new(rule, lr);
-        let warmup = self.warmup.unwrap_or(steps * 3 / 100);
+        let warmup = self.warmup.unwrap_or_else(|| default_warmup(steps));
         let mut schedule = Schedule::named(self.schedule.as_deref().unwrap_or("linear"), warmup, steps)?;
         if let Some(rate) = self.min_lr_rate {
             check((0.0..=1.0).contains(&rate), format!("min_lr_rate is {rate}; expected 0 to 1"))?;
             schedule = schedule.with_min(rate)?;
         }
-        let is_evaluated = !self.eval_data.is_empty() || self.eval_examples.is_some_and(|count| count > 0);
+        check(!self.full || self.adapter.is_empty(), "full is set, so the table adapter has no effect".into())?;
+        check(self.pack != Some(0), "pack is 0; expected at least 1".into())?;
+        let is_evaluated = self.is_evaluated();
+        let has_both = !self.eval_data.is_empty() && self.eval_examples.is_some();
+        check(!has_both, "eval_data and eval_examples are both set; set one".into())?;
         check(
-            is_evaluated || (self.eval_every.is_none() && self.patience.is_none()),
+            is_evaluated || self.eval_examples == Some(0) || (self.eval_every.is_none() && self.patience.is_none()),
             "eval_every and patience need eval_data or eval_examples".into(),
         )?;
         Ok(TrainOptions {

@@ -13,6 +13,7 @@ use candle_core::{DType, Tensor};
 use pricket_nn::{CausalLm, Context, ModelInfo};
 
 pub use checkpoint::Best;
+pub(crate) use options::default_warmup;
 pub use options::{Evaluation, Normalization, TrainOptions};
 pub use target::TrainTarget;
 
@@ -23,6 +24,9 @@ use crate::optimizer::Optimizer;
 use crate::random::{number_of, shuffled};
 use crate::sample::Sample;
 use crate::{Error, Result};
+
+/// Maximum number of samples of a training step.
+const MAX_BATCH: usize = 1 << 20;
 
 /// Report of a training step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,6 +73,11 @@ pub struct Trainer {
     base: String,
     /// Step of the last checkpoint that this run wrote or resumed from.
     saved: Option<u64>,
+    /// Best step that the last checkpoint refers to.
+    saved_best: Option<u64>,
+    /// Hashes of the samples and of the evaluation samples, which checkpoints hold.
+    samples_digest: String,
+    eval_digest: Option<String>,
 }
 
 impl Trainer {
@@ -86,6 +95,9 @@ impl Trainer {
     pub fn new(target: TrainTarget, tuned: Tuned, samples: Vec<Sample>, options: TrainOptions) -> Result<Self> {
         if options.batch == 0 || options.micro_batch_tokens == 0 {
             return Err(Error::Input("batch or micro_batch_tokens is 0; expected at least 1".into()));
+        }
+        if options.batch > MAX_BATCH {
+            return Err(Error::Input(format!("batch is {}; expected at most {MAX_BATCH}", options.batch)));
         }
         if options.evaluation.is_some_and(|evaluation| evaluation.every == 0) {
             return Err(Error::Input("the number of steps between evaluations is 0; expected at least 1".into()));
@@ -111,6 +123,7 @@ impl Trainer {
             }
             None => (0..samples.len()).map(|i| vec![i]).collect(),
         };
+        let samples_digest = checkpoint::digest(&samples);
         Ok(Self {
             target,
             tuned,
@@ -126,6 +139,9 @@ impl Trainer {
             micro_batches: 0,
             base,
             saved: None,
+            saved_best: None,
+            samples_digest,
+            eval_digest: None,
         })
     }
 
@@ -135,6 +151,7 @@ impl Trainer {
     /// Returns [`Error::Input`] if no token id is counted, or a sample does not fit the model.
     pub fn with_evaluation(mut self, samples: Vec<Sample>) -> Result<Self> {
         check_samples(&samples, self.tuned.model.info())?;
+        self.eval_digest = Some(checkpoint::digest(&samples));
         self.eval_samples = samples;
         Ok(self)
     }
@@ -157,7 +174,9 @@ impl Trainer {
             longest = longest.max(len);
             all += len;
         }
-        let batch = longest.saturating_mul(self.options.batch).min(all.max(longest));
+        // A batch may be larger than the data, and may contain the end of one epoch and the beginning of the next.
+        let epochs = self.options.batch.div_ceil(self.packs.len().max(1)) + 1;
+        let batch = longest.saturating_mul(self.options.batch).min(epochs.saturating_mul(all));
         longest.max(self.options.micro_batch_tokens.min(batch))
     }
 
@@ -189,7 +208,8 @@ impl Trainer {
     /// Returns whether the evaluation loss has not improved for [`Evaluation::patience`] evaluations.
     pub fn has_ended_early(&self) -> bool {
         let patience = self.options.evaluation.and_then(|evaluation| evaluation.patience);
-        patience.is_some_and(|patience| self.evaluations_since_best >= patience.max(1))
+        let is_over = patience.is_some_and(|patience| self.evaluations_since_best >= patience.max(1));
+        is_over && self.step < self.options.steps
     }
 
     /// Returns the packs of `step`, counted from 0. Every epoch has its own random order.

@@ -79,10 +79,9 @@ impl Trainer {
         whole_directory(&path, |part| self.write_checkpoint(part))?;
         self.saved = Some(self.step);
         // The checkpoint refers to the best step by now, so older ones are not needed to resume.
-        for (step, old) in numbered(directory, BEST)? {
-            if self.best.is_some_and(|best| best.step != step) {
-                std::fs::remove_dir_all(&old).map_err(Error::io(old))?;
-            }
+        if let Some(best) = self.best {
+            self.saved_best = Some(best.step);
+            remove_older(directory, [self.saved_best, None])?;
         }
         let mut steps = checkpoints(directory)?;
         steps.retain(|(step, _)| *step < self.step);
@@ -94,16 +93,21 @@ impl Trainer {
 
     /// Writes the adapter or model into `directory/best-STEP`, if the current step is the [best](Trainer::best) so far.
     ///
-    /// [`Trainer::save`] deletes older ones. An interrupted write leaves no incomplete directory under this name.
+    /// Older ones are deleted, except the one that the last checkpoint refers to. An interrupted write leaves no incomplete directory under this name.
     ///
     /// # Errors
     /// Returns [`Error::Io`] if it cannot be written.
     pub fn save_best(&self, directory: &Path) -> Result<()> {
-        let path = directory.join(format!("{BEST}{}", self.step));
-        if self.best.is_none_or(|best| best.step != self.step) || path.exists() {
+        if self.best.is_none_or(|best| best.step != self.step) {
             return Ok(());
         }
-        whole_directory(&path, |part| self.write(part))
+        let path = directory.join(format!("{BEST}{}", self.step));
+        if path.exists() {
+            // A run that ended before its first checkpoint may have left it, with other settings.
+            std::fs::remove_dir_all(&path).map_err(Error::io(&path))?;
+        }
+        whole_directory(&path, |part| self.write(part))?;
+        remove_older(directory, [Some(self.step), self.saved_best])
     }
 
     /// Sets the parameters to those of the best step, as written by [`Trainer::save_best`], and returns that step.
@@ -134,11 +138,6 @@ impl Trainer {
         Ok(())
     }
 
-    /// Returns a hash of the evaluation samples, if there are any.
-    fn eval_digest(&self) -> Option<String> {
-        (!self.eval_samples.is_empty()).then(|| digest(&self.eval_samples))
-    }
-
     fn write_checkpoint(&self, directory: &Path) -> Result<()> {
         self.write(directory)?;
         let state = self.optimizer.state(&self.tuned.parameters);
@@ -146,8 +145,8 @@ impl Trainer {
         let progress = SavedState {
             step: self.step,
             micro_batches: self.micro_batches,
-            samples: digest(&self.samples),
-            eval_samples: self.eval_digest(),
+            samples: self.samples_digest.clone(),
+            eval_samples: self.eval_digest.clone(),
             best: self.best,
             evaluations_since_best: self.evaluations_since_best,
             base: self.base.clone(),
@@ -185,10 +184,10 @@ impl Trainer {
         let json =
             parse_json(&read_small(&path.join("trainer.json"))?).map_err(|e| wrong(format!("trainer.json: {e}")))?;
         let progress: SavedState = serde_json::from_value(json).map_err(|e| wrong(format!("trainer.json: {e}")))?;
-        if progress.samples != digest(&self.samples) {
+        if progress.samples != self.samples_digest {
             return Err(wrong("was made with other samples; give the same data or another directory".into()));
         }
-        if progress.eval_samples != self.eval_digest() {
+        if progress.eval_samples != self.eval_digest {
             return Err(wrong(
                 "was made with other evaluation samples; give the same data or another directory".into(),
             ));
@@ -212,6 +211,7 @@ impl Trainer {
         self.optimizer.restore(&self.tuned.parameters, state, progress.step)?;
         (self.step, self.micro_batches, self.order) = (progress.step, progress.micro_batches, None);
         (self.best, self.evaluations_since_best) = (progress.best, progress.evaluations_since_best);
+        self.saved_best = progress.best.map(|best| best.step);
         // Steps after the checkpoint are repeated, so their best weights are written again.
         for (_, old) in numbered(directory, BEST)?.into_iter().filter(|(step, _)| *step > self.step) {
             std::fs::remove_dir_all(&old).map_err(Error::io(old))?;
@@ -246,6 +246,16 @@ fn numbered(directory: &Path, prefix: &str) -> Result<Vec<(u64, PathBuf)>> {
     Ok(out)
 }
 
+/// Deletes the directories of best steps, except those of the steps `kept`.
+fn remove_older(directory: &Path, kept: [Option<u64>; 2]) -> Result<()> {
+    for (step, old) in numbered(directory, BEST)? {
+        if !kept.contains(&Some(step)) {
+            std::fs::remove_dir_all(&old).map_err(Error::io(old))?;
+        }
+    }
+    Ok(())
+}
+
 /// Returns the complete checkpoints in a directory, ordered by step.
 fn checkpoints(directory: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut out = numbered(directory, CHECKPOINT)?;
@@ -269,7 +279,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Returns a hash that identifies a list of samples: the SHA-256 of their token ids and masks.
-fn digest(samples: &[Sample]) -> String {
+pub(super) fn digest(samples: &[Sample]) -> String {
     let mut hash = Sha256::new();
     for sample in samples {
         hash.update((sample.ids().len() as u64).to_le_bytes());

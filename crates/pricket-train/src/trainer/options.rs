@@ -62,6 +62,11 @@ fn per_block() -> Checkpointing {
     Checkpointing::PerBlock
 }
 
+/// Returns 3 % of the steps.
+pub(crate) fn default_warmup(steps: u64) -> u64 {
+    steps / 100 * 3 + steps % 100 * 3 / 100
+}
+
 impl TrainOptions {
     /// Creates settings: AdamW at `lr`, warm-up over 3 % of the steps, then linear decay to 0. Batches have 16 samples,
     /// micro-batches 2048 token ids, and gradients are clipped at norm 1.
@@ -73,7 +78,7 @@ impl TrainOptions {
             micro_batch_tokens: 2048,
             normalization: Normalization::Tokens,
             optimizer: OptimizerConfig::new(Rule::AdamW, lr),
-            schedule: Schedule { warmup_steps: steps * 3 / 100, total_steps: steps, decay: Decay::Linear },
+            schedule: Schedule { warmup_steps: default_warmup(steps), total_steps: steps, decay: Decay::Linear },
             clip: Some(1.0),
             seed: 0,
             evaluation: None,
