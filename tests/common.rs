@@ -82,9 +82,14 @@ pub(crate) fn small_config(changes: &Value) -> Value {
 
 /// A model with random weights of that configuration, which may be of a toy family.
 pub(crate) fn small(changes: &Value, seed: u64) -> Pricket {
+    small_loader(changes, seed).load().unwrap()
+}
+
+/// A loader of that model.
+pub(crate) fn small_loader(changes: &Value, seed: u64) -> Loader {
     pricket::loading::add_family(pricket_toys::GATED);
     pricket::loading::add_family(pricket_toys::RECURRENT);
-    Loader::from_store(small_config(changes), Arc::new(Random::new(Dtype::F32, seed))).threads(2).load().unwrap()
+    Loader::from_store(small_config(changes), Arc::new(Random::new(Dtype::F32, seed))).threads(2)
 }
 
 /// Largest absolute difference of two tensors.

@@ -32,6 +32,9 @@ mod twins;
 /// Interfaces with families that only tests have: plans, decoders, losses and adapters.
 mod seams;
 
+/// Requests that join and leave a batch, kept states, draft models.
+mod engine;
+
 /// Features of single families: checkpoints without a configuration, rows in pairs, recurrences.
 #[cfg(feature = "train")]
 mod families;

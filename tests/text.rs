@@ -68,11 +68,10 @@ fn prompts_in_a_batch_give_the_texts_they_give_alone() {
 }
 
 #[test]
-fn rows_of_a_batch_can_have_seeds_of_their_own() {
+fn samples_are_the_texts_of_their_seeds() {
     let pricket = pricket::tiny().unwrap();
-    let options = GenerateOptions { row_seeds: vec![7, 8], ..sampled(9) };
-    let rows = pricket.generate_batch(&["The"; 3], &options).unwrap();
-    for (row, seed) in rows.iter().zip([7, 8, 9]) {
+    let rows = pricket.samples("The", 3, &sampled(7)).unwrap();
+    for (row, seed) in rows.iter().zip(7..) {
         assert_eq!(row.text, pricket.generate("The", &sampled(seed)).unwrap().text);
     }
 }

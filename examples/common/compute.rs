@@ -61,6 +61,10 @@ pub(crate) struct ComputeArgs {
     #[cfg(feature = "train")]
     #[arg(long, value_name = "ADAPTER")]
     pub(crate) adapter: Vec<std::path::PathBuf>,
+    /// Fix the order of summation, so that a text gets the same bits alone and in any batch (CPU only). Slower for
+    /// small batches
+    #[arg(long)]
+    pub(crate) deterministic: bool,
     /// Number of CPU threads [default: number of physical cores]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -139,7 +143,7 @@ impl ComputeArgs {
 
     /// Applies these flags to a loader, except `--dtype`.
     pub(crate) fn configure(&self, loader: Loader) -> pricket::Result<Loader> {
-        let mut loader = loader.device(pricket::loading::device(&self.device)?);
+        let mut loader = loader.device(pricket::loading::device(&self.device)?).deterministic(self.deterministic);
         if let Some(threads) = self.threads {
             loader = loader.threads(threads);
         }

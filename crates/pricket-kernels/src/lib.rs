@@ -45,7 +45,7 @@ pub use cpu::norm::{LayerNormOp, RmsNormOp};
 pub use cpu::operands::Stored;
 pub use cpu::packed::Packed;
 pub use cpu::peak::multiply_add_rate;
-pub use cpu::pool::{Pool, collect, parallel, threads};
+pub use cpu::pool::{Pool, collect, map, parallel, threads};
 pub use cpu::reduce::{RowSummary, SoftmaxOp, SumOp, argmax, row_summaries, row_summary};
 pub use cpu::rotary::RotaryOp;
 pub use cpu::store::{StoreOp, q8_row_bytes, q8_values};

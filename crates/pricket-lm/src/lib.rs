@@ -37,6 +37,7 @@
 mod compare;
 mod diagnose;
 mod documents;
+mod engine;
 mod error;
 mod generate;
 mod head;
@@ -56,11 +57,15 @@ mod vocabulary;
 
 pub use compare::{Comparison, compare};
 pub use documents::{Documents, Place, read_text, read_utf8};
+pub use engine::{
+    Engine, EngineOptions, FinishReason, GenerateOptions, ModelId, Request, RequestId, Score, Speculation,
+    SpeculationOptions, Update,
+};
 pub use error::{Error, Result};
-pub use generate::{FinishReason, GenerateOptions, Generation, Request, Token};
+pub use generate::{Generation, Token};
 pub use loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
-/// Sampling parameters, in the form that decoders take.
-pub use pricket_nn::SamplingParams;
+/// A generated token, and sampling parameters, in the form that decoders take.
+pub use pricket_nn::{Choice, SamplingParams};
 pub use prompt::{PromptFormat, Role, Turn};
 pub use sampling::Sampler;
 pub use score::{ScoredToken, check_finite, loss, text_logprobs, token_logprobs};

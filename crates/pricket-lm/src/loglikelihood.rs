@@ -4,11 +4,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::Tensor;
-use pricket_nn::{CausalLm, Context, Error as NnError, NoProgress, Progress, State};
+use pricket_nn::{CausalLm, Context, Error as NnError, NoProgress, Progress};
 
-use crate::diagnose::diagnose;
-use crate::head::logprobs;
+use crate::engine::{EngineOptions, Request, Scheduler, Score};
 use crate::python::is_space;
 use crate::{Error, Result, Tokenizer};
 
@@ -160,8 +158,8 @@ impl ScoreOptions {
 /// Returns the log-likelihoods of `requests`, in the same order.
 ///
 /// Requests are sorted by length, longest first, and packed into passes of at most [`ScoreOptions::batch_tokens`]
-/// tokens. A context shared by several requests is read once. The head is applied only to the scored positions, a block
-/// at a time.
+/// tokens. A context shared by several requests is read once, as is the common beginning of contexts. The head is
+/// applied only to the scored positions, a block at a time.
 ///
 /// # Errors
 /// Returns the errors of [`ScoreOptions::check`]. Returns [`Error::Input`] if a token is outside the vocabulary, if a
@@ -175,16 +173,11 @@ pub fn loglikelihoods(
 ) -> Result<Vec<Loglikelihood>> {
     options.check(model)?;
     let room = options.max_length(model);
-    let limit = options.batch_tokens.unwrap_or(if model.info().device.is_cpu() { 1024 } else { 16_384 });
     let mut results = vec![Loglikelihood { sum: 0.0, is_greedy: true, tokens: 0, cut: 0 }; requests.len()];
-    let mut rows: Vec<Row<'_>> = Vec::new();
+    // The contexts, each with the indices of its requests.
+    let mut contexts: Vec<(&[u32], Vec<usize>)> = Vec::new();
     let mut by_context: HashMap<&[u32], usize> = HashMap::new();
-    for (i, request) in requests.iter().enumerate() {
-        let Continuation { context, ids } = request;
-        let vocab = model.info().vocab;
-        if let Some(id) = context.iter().chain(ids).find(|&&id| id as usize >= vocab) {
-            return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab} tokens")));
-        }
+    for (i, Continuation { context, ids }) in requests.iter().enumerate() {
         if ids.is_empty() || context.is_empty() || ids.len() > room {
             let (given, scored) = (context.len(), ids.len());
             let what = format!(
@@ -196,168 +189,61 @@ pub fn loglikelihoods(
         results[i].tokens = ids.len();
         results[i].cut = cut;
         let context = &context[cut..];
-        let row = *by_context.entry(context).or_insert_with(|| {
-            rows.push(Row { context, choices: Vec::new() });
-            rows.len() - 1
+        let known = *by_context.entry(context).or_insert_with(|| {
+            contexts.push((context, Vec::new()));
+            contexts.len() - 1
         });
-        rows[row].choices.push((i, ids));
+        contexts[known].1.push(i);
     }
-    rows.sort_by_key(|row| std::cmp::Reverse(row.len()));
-    let total: usize = rows.iter().map(Row::work).sum();
-    let scoring = Scoring { model, requests, progress: &*options.progress };
-    scoring.progress.begin("scoring", total as u64, "tokens");
-    let outcome = scoring.run(&rows, limit, &mut results);
-    scoring.progress.end();
-    outcome.map(|()| results)
+    let longest = |(context, of): &(&[u32], Vec<usize>)| {
+        context.len() + of.iter().map(|&i| requests[i].ids.len()).max().unwrap_or(0)
+    };
+    contexts.sort_by_key(|context| std::cmp::Reverse(longest(context)));
+    let jobs = contexts.iter().map(|(context, of)| {
+        let branches = of.iter().map(|&i| requests[i].ids.clone()).collect();
+        Request::score_branches(context.to_vec(), branches)
+    });
+    score(model, jobs.collect(), options, |job, score| {
+        let result = &mut results[contexts[job].1[score.branch]];
+        result.sum += score.logprob;
+        result.is_greedy &= score.is_greedy;
+    })?;
+    Ok(results)
 }
 
-/// Context with its continuations.
-struct Row<'a> {
-    context: &'a [u32],
-    choices: Vec<(usize, &'a [u32])>,
-}
-
-impl<'a> Row<'a> {
-    /// Returns the tokens of a continuation that the model reads: all but the last one, which is only scored.
-    fn read(&self, choice: usize) -> &'a [u32] {
-        self.choices.get(choice).map_or(&[][..], |(_, ids)| &ids[..ids.len() - 1])
+/// Runs requests that only score, and calls `each` with the index of a request and a score.
+pub(crate) fn score(
+    model: &dyn CausalLm,
+    requests: Vec<Request>,
+    options: &ScoreOptions,
+    mut each: impl FnMut(usize, Score),
+) -> Result<()> {
+    let batch = options.batch_tokens.unwrap_or(if model.info().device.is_cpu() { 1024 } else { 16_384 });
+    let engine = EngineOptions { rows: batch, step_tokens: Some(batch), ..EngineOptions::default() };
+    let mut scheduler = Scheduler::new(model, &engine)?.with_whole_prompts();
+    let total: usize = requests.iter().map(Request::work).sum();
+    for mut request in requests {
+        request.options.beyond_trained_length = true;
+        scheduler.submit(&[model], request)?;
     }
-
-    fn is_shared(&self) -> bool {
-        self.choices.len() > 1
-    }
-
-    fn longest(&self) -> usize {
-        self.choices.iter().map(|(_, ids)| ids.len()).max().unwrap_or(1)
-    }
-
-    /// Returns the number of tokens that the first pass reads for this row.
-    fn len(&self) -> usize {
-        if self.is_shared() { self.context.len() } else { self.context.len() + self.longest() - 1 }
-    }
-
-    /// Returns the total number of tokens that the model reads for this row.
-    fn work(&self) -> usize {
-        self.context.len() + self.choices.iter().map(|(_, ids)| ids.len() - 1).sum::<usize>()
-    }
-}
-
-/// Continuation with computed hidden states: index of the request, tokens, and the hidden states that predict the
-/// tokens, `[ids, d]`.
-type Place<'a> = (usize, &'a [u32], Tensor);
-
-struct Scoring<'a> {
-    model: &'a dyn CausalLm,
-    requests: &'a [Continuation],
-    progress: &'a dyn Progress,
-}
-
-impl Scoring<'_> {
-    fn run(&self, rows: &[Row<'_>], limit: usize, results: &mut [Loglikelihood]) -> Result<()> {
-        let (shared, alone): (Vec<&Row<'_>>, Vec<&Row<'_>>) = rows.iter().partition(|row| row.is_shared());
-        let mut done = 0;
-        for (rows, is_shared) in [(shared, true), (alone, false)] {
-            let mut left = &rows[..];
-            while !left.is_empty() {
-                if self.progress.cancelled() {
-                    return Err(NnError::Cancelled.into());
-                }
-                let lens = left.iter().scan(0, |total, row| {
-                    *total += row.len();
-                    Some(*total)
-                });
-                let count = lens.take_while(|&total| total <= limit).count().max(1);
-                let (batch, rest) = left.split_at(count);
-                if is_shared {
-                    self.shared(batch, results)?;
-                } else {
-                    self.alone(batch, results)?;
-                }
-                done += batch.iter().map(|row| row.work()).sum::<usize>();
-                self.progress.update(done as u64);
-                left = rest;
+    options.progress.begin("scoring", total as u64, "tokens");
+    let mut run = || -> Result<()> {
+        while let Some(updates) = scheduler.step(&[model], None)? {
+            for update in updates {
+                update.finish.transpose()?;
+                // Requests are numbered in the order in which they were submitted.
+                update.scores.into_iter().for_each(|score| each(update.request.0 as usize, score));
+            }
+            options.progress.update(scheduler.tokens_read().min(total as u64));
+            if options.progress.cancelled() {
+                return Err(NnError::Cancelled.into());
             }
         }
         Ok(())
-    }
-
-    /// Reads tokens of several rows in one packed pass. Returns the hidden states of all positions, row after row.
-    fn read(&self, rows: &[(usize, Vec<u32>)], ctx: &mut Context) -> Result<Tensor> {
-        let lens: Vec<(usize, usize)> = rows.iter().map(|(row, ids)| (*row, ids.len())).collect();
-        let ids: Vec<u32> = rows.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
-        ctx.pack_rows(&lens);
-        let input = Tensor::new(ids, &self.model.info().device)?.unsqueeze(0)?;
-        Ok(self.model.hidden(&input, ctx)?.squeeze(0)?)
-    }
-
-    /// Scores contexts with one continuation each, in one pass.
-    fn alone(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
-        let ids = rows.iter().enumerate().map(|(i, row)| (i, [row.context, row.read(0)].concat()));
-        let hidden = self.read(&ids.collect::<Vec<_>>(), &mut roomy())?;
-        let (mut places, mut at) = (Vec::with_capacity(rows.len()), 0);
-        for row in rows {
-            let (request, ids) = row.choices[0];
-            places.push((request, ids, hidden.narrow(0, at + row.context.len() - 1, ids.len())?));
-            at += row.len();
-        }
-        self.score(&places, results)
-    }
-
-    /// Scores contexts with several continuations. Reads the contexts once. Then reads the first continuation of each
-    /// from the state of its context, rewinds, reads the second, and so on.
-    fn shared(&self, rows: &[&Row<'_>], results: &mut [Loglikelihood]) -> Result<()> {
-        let mut ctx = roomy().with_state(State::with_type(self.model.info().cache));
-        let contexts: Vec<_> = rows.iter().enumerate().map(|(i, row)| (i, row.context.to_vec())).collect();
-        let hidden = self.read(&contexts, &mut ctx)?;
-        let last = ctx.last_positions(&hidden.unsqueeze(0)?)?;
-        if let Some(state) = ctx.state_mut() {
-            (0..rows.len()).for_each(|row| state.mark(row));
-        }
-        for choice in 0..rows.iter().map(|row| row.choices.len()).max().unwrap_or(0) {
-            let read: Vec<(usize, Vec<u32>)> = (0..).zip(rows).map(|(i, row)| (i, row.read(choice).to_vec())).collect();
-            let read: Vec<(usize, Vec<u32>)> = read.into_iter().filter(|(_, ids)| !ids.is_empty()).collect();
-            let more = if read.is_empty() { None } else { Some(self.read(&read, &mut ctx)?) };
-            let (mut places, mut at) = (Vec::with_capacity(rows.len()), 0);
-            for (i, row) in rows.iter().enumerate() {
-                let Some(&(request, ids)) = row.choices.get(choice) else { continue };
-                let first = last.narrow(0, i, 1)?;
-                let states = match &more {
-                    Some(more) if ids.len() > 1 => {
-                        at += ids.len() - 1;
-                        Tensor::cat(&[&first, &more.narrow(0, at + 1 - ids.len(), ids.len() - 1)?], 0)?
-                    }
-                    _ => first,
-                };
-                places.push((request, ids, states));
-            }
-            self.score(&places, results)?;
-            for (i, row) in rows.iter().enumerate() {
-                let kept = ctx.state_mut().map_or(0, |state| state.rewind(i, row.context.len()));
-                // Read positions again that the state lost in the rewind.
-                if kept < row.context.len() {
-                    self.read(&[(i, row.context[kept..].to_vec())], &mut ctx)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds the log-probabilities of the tokens to the results of their requests.
-    fn score(&self, places: &[Place<'_>], results: &mut [Loglikelihood]) -> Result<()> {
-        let states: Vec<&Tensor> = places.iter().map(|(_, _, states)| states).collect();
-        let targets: Vec<u32> = places.iter().flat_map(|(_, ids, _)| ids.iter().copied()).collect();
-        let owners = places.iter().flat_map(|(request, ids, _)| std::iter::repeat_n(*request, ids.len()));
-        let scored = logprobs(self.model, &Tensor::cat(&states, 0)?, &targets)?;
-        for ((request, &id), (summary, logprob)) in owners.zip(&targets).zip(scored) {
-            if !summary.finite {
-                let Continuation { context, ids } = &self.requests[request];
-                return Err(diagnose(self.model, &[&context[..], ids].concat()));
-            }
-            results[request].sum += logprob;
-            results[request].is_greedy &= summary.argmax == id as usize;
-        }
-        Ok(())
-    }
+    };
+    let outcome = run();
+    options.progress.end();
+    outcome
 }
 
 /// Creates a [`Context`] without a length limit. [`ScoreOptions::check`] has already checked the length.

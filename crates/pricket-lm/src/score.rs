@@ -1,11 +1,11 @@
 //! Log-probabilities of the tokens of a text, and the cross-entropy loss of a batch.
 
 use candle_core::Tensor;
-use pricket_nn::{CausalLm, Context, ops};
+use pricket_nn::{CausalLm, Context, Error as NnError, ops};
 
 use crate::diagnose::diagnose;
-use crate::head::logprobs;
-use crate::loglikelihood::{Continuation, ScoreOptions, roomy};
+use crate::engine::{Request, Score};
+use crate::loglikelihood::{self, Continuation, ScoreOptions};
 use crate::{Error, Result};
 
 /// Token of a text with its log-probability.
@@ -30,10 +30,17 @@ pub struct ScoredToken {
 /// Returns [`pricket_nn::Error::ContextExceeded`] if the text is longer than the model was trained for. Returns
 /// [`Error::NonFinite`] if the logits are not finite.
 pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredToken>> {
-    match ids.split_first() {
-        Some((_, rest)) if !rest.is_empty() => scored_after(model, ids, 1, Context::new()),
-        _ => Ok(Vec::new()),
+    if ids.len() < 2 {
+        return Ok(Vec::new());
     }
+    let asked = ids.len() - 1;
+    if let Some(limit) = model.info().context.filter(|&limit| asked > limit) {
+        return Err(NnError::ContextExceeded { asked, limit }.into());
+    }
+    let mut out = Vec::with_capacity(asked);
+    let add = |_, score| out.push(scored(ids[out.len() + 1], score));
+    loglikelihood::score(model, vec![Request::score(ids.to_vec(), 1)], &ScoreOptions::default(), add)?;
+    Ok(out)
 }
 
 /// Returns the log-probability of every token of a text of any length. [`Continuation::windows`] splits the text.
@@ -49,41 +56,21 @@ pub fn text_logprobs(
     prefix: u32,
     options: &ScoreOptions,
 ) -> Result<Vec<ScoredToken>> {
-    let mut out = Vec::with_capacity(ids.len());
     let windows = options.windows(model, ids, prefix)?;
-    options.progress.begin("scoring", ids.len() as u64, "tokens");
-    for Continuation { mut context, ids } in windows {
-        if options.progress.cancelled() {
-            return Err(pricket_nn::Error::Cancelled.into());
-        }
-        let given = context.len();
-        context.extend(ids);
-        out.extend(scored_after(model, &context, given, roomy())?);
-        options.progress.update(out.len() as u64);
-    }
-    options.progress.end();
-    Ok(out)
+    let mut parts: Vec<Vec<ScoredToken>> = windows.iter().map(|window| Vec::with_capacity(window.ids.len())).collect();
+    let requests = windows.iter().map(|window| {
+        let Continuation { context, ids } = window;
+        Request::score([&context[..], ids].concat(), context.len())
+    });
+    loglikelihood::score(model, requests.collect(), options, |window, score| {
+        let part = &mut parts[window];
+        part.push(scored(windows[window].ids[part.len()], score));
+    })?;
+    Ok(parts.concat())
 }
 
-/// Returns the log-probabilities of `ids[given..]`, each given all preceding tokens. `given` must be at least 1 and
-/// less than the number of tokens.
-fn scored_after(model: &dyn CausalLm, ids: &[u32], given: usize, mut ctx: Context) -> Result<Vec<ScoredToken>> {
-    let input = Tensor::new(&ids[..ids.len() - 1], &model.info().device)?.unsqueeze(0)?;
-    let hidden = model.hidden(&input, &mut ctx)?.squeeze(0)?;
-    let hidden = hidden.narrow(0, given - 1, ids.len() - given)?;
-    let mut out = Vec::with_capacity(ids.len() - given);
-    for ((summary, logprob), &id) in logprobs(model, &hidden, &ids[given..])?.into_iter().zip(&ids[given..]) {
-        if !summary.finite {
-            return Err(diagnose(model, ids));
-        }
-        out.push(ScoredToken {
-            id,
-            text: String::new(),
-            logprob: logprob as f32,
-            is_greedy: logprob >= -summary.log_sum,
-        });
-    }
-    Ok(out)
+fn scored(id: u32, score: Score) -> ScoredToken {
+    ScoredToken { id, text: String::new(), logprob: score.logprob as f32, is_greedy: score.is_likeliest }
 }
 
 /// Returns the mean cross-entropy of the tokens `ids` `[b, t]`, each given the preceding tokens of its row. The result

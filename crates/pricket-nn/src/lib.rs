@@ -86,6 +86,6 @@ pub use reordered::Reordered;
 pub use rotary::Rotary;
 pub use sampling::SamplingParams;
 pub use state::{CacheType, State};
-pub use step::{Admission, Choice, MAX_STEP, RowId, RowStep, StepDecoder};
+pub use step::{Admission, Choice, ChoiceInput, MAX_STEP, RowId, RowStep, StepDecoder};
 pub use tap::{Recording, Site, Taps};
 pub use weights::{Parameter, Weights};

@@ -20,8 +20,8 @@ pub use linear::*;
 pub use norm::*;
 pub use pricket_kernels::{
     ActivationPrecision, AttentionRow, BlockType, Blocks, FOUR_BIT_BLOCK, FourBit, FourBitType, Gate, Gelu, Isa,
-    Matrix, Pool, RowSummary, Scales, argmax, keep_freed_memory, multiply_add_rate, q8_row_bytes, quantize,
-    row_summaries, row_summary, selected_isa as cpu_isa, with_f16_scales,
+    Matrix, Pool, RowSummary, Scales, argmax, keep_freed_memory, map as parallel_map, multiply_add_rate, q8_row_bytes,
+    quantize, row_summaries, row_summary, selected_isa as cpu_isa, with_f16_scales,
 };
 pub use recurrence::*;
 pub use softmax::*;

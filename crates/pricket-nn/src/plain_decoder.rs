@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{IndexOp, Tensor};
 
-use crate::step::{Admission, Choice, MAX_STEP, RowId, RowStep, StepDecoder};
-use crate::{CausalLm, Context, Error, Recording, Result, SamplingParams, State, Taps, ops};
+use crate::step::{Admission, Choice, ChoiceInput, MAX_STEP, RowId, RowStep, StepDecoder};
+use crate::{CausalLm, Context, Error, Result, SamplingParams, State};
 
 /// [`StepDecoder`] for any model. Each step is one forward pass over the rows that read tokens, packed.
 pub struct PlainDecoder {
@@ -14,8 +14,6 @@ pub struct PlainDecoder {
     /// In the order of the rows of the state.
     rows: Vec<Row>,
     next: u64,
-    /// Logits of the last step, `[choices][vocab]`.
-    logits: Vec<Vec<f32>>,
 }
 
 struct Row {
@@ -36,29 +34,7 @@ impl PlainDecoder {
     /// Returns a decoder of `model` without rows.
     pub fn new(model: Arc<dyn CausalLm>) -> Self {
         let ctx = Context::new().with_state(State::with_type(model.info().cache)).beyond_trained_length();
-        Self { model, ctx, rows: Vec::new(), next: 0, logits: Vec::new() }
-    }
-
-    /// Replaces the taps, from the next step on. Returns the previous taps.
-    pub fn replace_taps(&mut self, taps: Option<Taps>) -> Option<Taps> {
-        let before = self.ctx.take_taps();
-        self.ctx.set_taps(taps);
-        before
-    }
-
-    /// Returns the tensors that the taps recorded in the last step, and clears them.
-    pub fn take_recording(&mut self) -> Recording {
-        self.ctx.take_recording()
-    }
-
-    /// Returns the logits of the last step, in the order of its choices: `[choices][vocab]`.
-    pub fn logits(&self) -> &[Vec<f32>] {
-        &self.logits
-    }
-
-    /// Returns the bytes of the state of all rows.
-    pub fn state_bytes(&self) -> usize {
-        self.ctx.state().map_or(0, State::bytes)
+        Self { model, ctx, rows: Vec::new(), next: 0 }
     }
 
     fn index(&self, row: RowId) -> Result<usize> {
@@ -106,28 +82,28 @@ impl StepDecoder for PlainDecoder {
         self.ctx.pack_rows(&packed);
         let ids = Tensor::new(tokens, &self.model.info().device)?.unsqueeze(0)?;
         let hidden = self.model.hidden(&ids, &mut self.ctx)?;
-        self.logits = self.model.head(&hidden)?.i(0)?.to_vec2()?;
-        let mut summaries = Vec::new();
-        let slices: Vec<&[f32]> = self.logits.iter().map(Vec::as_slice).collect();
-        self.model.on_threads(&mut || summaries = ops::row_summaries(&slices));
-        let mut at = 0;
-        let mut out = Vec::with_capacity(rows.len());
-        for ((step, &(row, len)), before) in rows.iter().zip(&packed).zip(before) {
+        let logits: Vec<Vec<f32>> = self.model.head(&hidden)?.i(0)?.to_vec2()?;
+        let mut inputs = Vec::with_capacity(logits.len());
+        for ((step, &(row, _)), before) in rows.iter().zip(&packed).zip(before) {
             let row = &self.rows[row];
-            // Greedy decoding without penalties does not need the previous tokens.
-            let is_free = row.sampling.is_argmax();
-            let mut read = if is_free { Vec::new() } else { row.ids[..before.min(row.ids.len())].to_vec() };
-            let choices = (0..len).map(|i| {
-                if !is_free {
-                    read.push(step.tokens[i]);
-                }
-                let logits = (&self.logits[at + i][..], &summaries[at + i]);
-                Choice::of(logits, &row.sampling, row.vocab, (&read, row.prompt_len), step.draws[i])
-            });
-            out.push(choices.collect());
-            at += len;
+            let known = &row.ids[..before.min(row.ids.len())];
+            for (i, &draw) in step.draws.iter().enumerate() {
+                // Greedy decoding without penalties does not need the previous tokens.
+                let ids = if row.sampling.is_argmax() { Vec::new() } else { [known, &step.tokens[..=i]].concat() };
+                inputs.push(ChoiceInput {
+                    logits: &logits[inputs.len()],
+                    sampling: &row.sampling,
+                    vocab: row.vocab,
+                    ids: ids.into(),
+                    prompt_len: row.prompt_len,
+                    draw,
+                });
+            }
         }
-        Ok(out)
+        let mut choices = Vec::new();
+        self.model.on_threads(&mut || choices = Choice::of_all(&inputs));
+        let mut choices = choices.into_iter();
+        Ok(packed.iter().map(|&(_, len)| choices.by_ref().take(len).collect()).collect())
     }
 
     fn rewind(&mut self, row: RowId, len: usize) -> Result<usize> {

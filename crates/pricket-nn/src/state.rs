@@ -130,6 +130,8 @@ pub(crate) struct RowState {
     len: usize,
     layers: Vec<Option<Arc<Slot>>>,
     marks: Vec<Mark>,
+    /// Number of positions that the row is expected to reach at most.
+    expected: Option<usize>,
 }
 
 /// State of one layer of a row.
@@ -185,6 +187,13 @@ impl State {
         self.clone()
     }
 
+    /// Returns a state of one row with the same past as `row`. Data is copied only when one of the two is written. A
+    /// row that does not exist gives an empty one.
+    #[must_use]
+    pub fn fork_row(&self, row: usize) -> Self {
+        Self { rows: vec![self.rows.get(row).cloned().unwrap_or_default()], kind: self.kind }
+    }
+
     /// Keeps the given rows, in that order. A row may repeat.
     ///
     /// # Errors
@@ -224,6 +233,26 @@ impl State {
     pub fn mark(&mut self, row: usize) {
         if let Some(row) = self.rows.get_mut(row) {
             row.mark();
+        }
+    }
+
+    /// Removes the mark of `row` at the position `len`, if there is one.
+    pub fn unmark(&mut self, row: usize, len: usize) {
+        if let Some(row) = self.rows.get_mut(row) {
+            row.marks.retain(|mark| mark.len != len);
+        }
+    }
+
+    /// Returns whether `row` has recurrent tensors, so that it can only be rewound to marks.
+    pub fn is_recurrent(&self, row: usize) -> bool {
+        self.rows.get(row).is_some_and(RowState::is_recurrent)
+    }
+
+    /// Tells that `row` reaches at most `len` positions. Its capacity then does not grow further, unless it reaches
+    /// more.
+    pub fn expect(&mut self, row: usize, len: usize) {
+        if let Some(row) = self.rows.get_mut(row) {
+            row.expected = Some(len);
         }
     }
 
@@ -333,6 +362,7 @@ impl RowState {
     fn slot_for(&mut self, layer: usize, new: &NewKeys<'_>, kind: Option<CacheType>) -> Result<Tensor> {
         let (_, heads, _, dim) = new.k.dims4()?;
         let (past, end) = (new.at, new.at + new.len);
+        let expected = self.expected.unwrap_or(usize::MAX).max(end).checked_next_multiple_of(CHUNK);
         let slot = self.slot(layer);
         let held = match slot.as_deref() {
             Some(Slot::KeyValue(held)) => Some((held.dims4()?, held.dtype())),
@@ -362,8 +392,8 @@ impl RowState {
         if capacity < end || slot.as_mut().and_then(Arc::get_mut).is_none() {
             // The slot is too small or shared with another row: copies the past to a new slot, by half larger if it has
             // to grow.
-            let room =
-                if capacity >= end { capacity } else { end.max(capacity + capacity / 2).next_multiple_of(CHUNK) };
+            let grown = if capacity >= end { end } else { end.max(capacity + capacity / 2) };
+            let room = grown.next_multiple_of(CHUNK).min(expected.unwrap_or(usize::MAX));
             let grown = Tensor::zeros((2, heads, room, width), stored, new.k.device())?;
             if let Some(Slot::KeyValue(old)) = slot.as_deref()
                 && past > 0

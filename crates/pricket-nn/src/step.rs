@@ -1,7 +1,9 @@
 //! Batched decoding. Rows join and leave the batch at any time. In each step a row reads a few tokens and gets the next
 //! ones.
 
-use crate::ops::RowSummary;
+use std::borrow::Cow;
+
+use crate::ops::{self, RowSummary};
 use crate::{Result, SamplingParams, State};
 
 /// Maximum number of tokens that a row reads in a step.
@@ -46,26 +48,41 @@ pub struct Choice {
     pub logprob: f32,
 }
 
+/// Logits from which a token is chosen, and the settings of its row.
+#[derive(Clone, Debug)]
+pub struct ChoiceInput<'a> {
+    /// Logits of the last position read.
+    pub logits: &'a [f32],
+    /// Sampling settings of the row.
+    pub sampling: &'a SamplingParams,
+    /// Only ids below this are chosen; `None` for no limit.
+    pub vocab: Option<usize>,
+    /// All previous tokens. May be empty if the settings do not depend on them ([`SamplingParams::is_argmax`]).
+    pub ids: Cow<'a, [u32]>,
+    /// Number of tokens at the start that are the prompt.
+    pub prompt_len: usize,
+    /// Random number from 0 to 1; see [`SamplingParams::choose`].
+    pub draw: f64,
+}
+
 impl Choice {
-    /// Chooses the next token from `logits`; `summary` is the summary of this row of logits.
-    ///
-    /// `ids` holds the previous tokens, the first `prompt_len` of which are the prompt. Only ids below `vocab` are
-    /// chosen. `draw` is a random number from 0 to 1; see [`SamplingParams::choose`].
-    pub fn of(
-        (logits, summary): (&[f32], &RowSummary),
-        sampling: &SamplingParams,
-        vocab: Option<usize>,
-        (ids, prompt_len): (&[u32], usize),
-        draw: f64,
-    ) -> Self {
+    /// Chooses the next token.
+    pub fn of(input: &ChoiceInput<'_>) -> Self {
+        let ChoiceInput { logits, sampling, vocab, ids, prompt_len, draw } = input;
+        let RowSummary { max, argmax, log_sum, finite } = ops::row_summary(logits);
         let vocab = vocab.unwrap_or(logits.len()).min(logits.len());
-        let id = if sampling.is_argmax() && summary.argmax < vocab {
-            summary.argmax as u32
+        let id = if sampling.is_argmax() && argmax < vocab {
+            argmax as u32
         } else {
-            sampling.choose(&mut logits[..vocab].to_vec(), ids, prompt_len, draw)
+            sampling.choose(&mut logits[..vocab].to_vec(), ids, *prompt_len, *draw)
         };
-        let logprob = f64::from(logits[id as usize] - summary.max) - summary.log_sum;
-        Self { id, logprob: if summary.finite { logprob as f32 } else { f32::NAN } }
+        let logprob = f64::from(logits[id as usize] - max) - log_sum;
+        Self { id, logprob: if finite { logprob as f32 } else { f32::NAN } }
+    }
+
+    /// Chooses a token for each input, on the installed thread pool.
+    pub fn of_all(inputs: &[ChoiceInput<'_>]) -> Vec<Self> {
+        ops::parallel_map(inputs.len(), |i| Self::of(&inputs[i]))
     }
 }
 

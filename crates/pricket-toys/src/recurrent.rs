@@ -94,7 +94,9 @@ impl Family for Recurrent {
         let (blocks, norm) = (blocks?, trunk.layer_norm("norm", d_model, 1e-5, true)?);
         let (family, heads, kv_heads, head_dim) = ("toy_recurrent", 1, 0, d_model);
         let sizes = Sizes { family, d_model, heads, kv_heads, head_dim, vocab, trained_length: 96, context: None };
-        Ok(Arc::new(Decoder::new(sizes, embedding_and_head, blocks, norm, weights).with_embed_norm(embed_norm)))
+        let model = Decoder::new(sizes, embedding_and_head, blocks, norm, weights).with_embed_norm(embed_norm);
+        // Two saved positions and the three parts of the recurrence in each layer.
+        Ok(Arc::new(model.with_recurrent_state(layers * 5 * d_model)))
     }
 
     fn names(&self) -> Names {

@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor,
 use crate::cpu::detect::isa;
 use crate::cpu::isa::{Isa, by_isa};
 use crate::cpu::lanes::{Floats, LANES};
-use crate::cpu::pool::{parallel, scratch, zeros};
+use crate::cpu::pool::{order_is_fixed, parallel, scratch, zeros};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Kind, Rows, q8_row};
 use crate::cpu::shared::Shared;
@@ -21,7 +21,7 @@ const CHUNK: usize = 1024;
 
 /// Largest number of queries for which scores are inner products with the keys in place. More queries take panels and a
 /// blocked product.
-const FEW_ROWS: usize = 4;
+pub(crate) const FEW_ROWS: usize = 4;
 
 /// Sizes that all rows of an attention call share.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +96,7 @@ pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &
     };
     blocks.sort_by_key(|block| std::cmp::Reverse(visible(block)));
     let out = Shared::new(out);
+    let few = if order_is_fixed() { 0 } else { FEW_ROWS };
     parallel(blocks.len() * s.heads, |task| {
         let ((row, from), h) = (blocks[task / s.heads], task % s.heads);
         let row = rows[row];
@@ -105,6 +106,7 @@ pub(crate) fn run(q: View<'_>, rows: &[Row<'_>], s: Sizes, scale: f32, slopes: &
             before: row.keys - row.queries + from,
             slope: slopes.get(h).copied().unwrap_or(0.0),
             scale,
+            few,
             isa,
         };
         let (batch, at) = (row.at.0, row.at.1 + from);
@@ -123,6 +125,8 @@ pub(crate) struct Head {
     pub(crate) before: usize,
     pub(crate) slope: f32,
     pub(crate) scale: f32,
+    /// Largest number of queries that take inner products; see [`FEW_ROWS`].
+    pub(crate) few: usize,
     pub(crate) isa: Isa,
 }
 
@@ -188,7 +192,7 @@ impl Head {
         stride: usize,
     ) {
         let (dim, isa, scores) = (self.s.dim, self.isa, Shared::new(scores));
-        if self.rows <= FEW_ROWS {
+        if self.rows <= self.few {
             let (q, out) = ((q.floats(), q.stride(), self.rows), (scores, stride));
             // SAFETY: this function has the only reference to the scores.
             return unsafe { rows::inner_products(isa, k, (keys, dim), q, Start::Zero, out) };
@@ -227,7 +231,7 @@ impl Head {
         out: Shared<'_, f32>,
     ) {
         let (dim, isa, out_stride) = (self.s.dim, self.isa, self.s.heads * self.s.dim);
-        if self.rows <= FEW_ROWS {
+        if self.rows <= self.few {
             for row in 0..self.rows {
                 // SAFETY: the row is this thread's, as the caller promises.
                 let out = unsafe { out.slice(row * out_stride, dim) };

@@ -3,7 +3,7 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::cpu::attention::{BLOCK, Bias, Head, Row, Sizes, View, online_softmax, run};
+use crate::cpu::attention::{BLOCK, Bias, FEW_ROWS, Head, Row, Sizes, View, online_softmax, run};
 use crate::cpu::detect::isa;
 use crate::cpu::isa::Isa;
 use crate::cpu::lanes::LANES;
@@ -151,7 +151,15 @@ impl SelfAttentionOp {
             for h in kv * group..(kv + 1) * group {
                 for start in (0..len).step_by(BLOCK) {
                     let rows = BLOCK.min(len - start);
-                    let head = Head { s: sizes, rows, before: start, slope: self.slope(h), scale: self.scale, isa };
+                    let head = Head {
+                        s: sizes,
+                        rows,
+                        before: start,
+                        slope: self.slope(h),
+                        scale: self.scale,
+                        few: FEW_ROWS,
+                        isa,
+                    };
                     let at = from + start;
                     let element = |heads: usize, head: usize, at: usize| ((row * heads + head) * time + at) * dim;
                     let block = Block {

@@ -13,7 +13,7 @@ use crate::cpu::isa::InstructionSet;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::lanes::LANES;
 use crate::cpu::operands::{Begin, Left, Right, Stored, finish};
-use crate::cpu::pool::{parallel, parallel_chunks, scratch, threads};
+use crate::cpu::pool::{order_is_fixed, parallel, parallel_chunks, scratch, threads};
 use crate::cpu::product::{PANEL, Product, Start};
 use crate::cpu::rows::{self, Rows};
 use crate::cpu::shared::Shared;
@@ -101,7 +101,7 @@ impl<'a> Gemm<'a> {
         if rows == 0 {
             return;
         }
-        if rows > FEW_ROWS {
+        if rows > FEW_ROWS || order_is_fixed() {
             let begin = bias.map_or(Begin::Zero, Begin::Bias);
             return blocked(Left { at: x, row: k, column: 1 }, rows, Right::Rows(weight), (k, n), begin, then, y);
         }
@@ -144,6 +144,7 @@ impl<'a> Gemm<'a> {
     pub(crate) fn run_bf16(self) -> Option<Self> {
         let isa = isa();
         let fits = match self.weight {
+            _ if order_is_fixed() => false,
             Stored::Packed(w) => isa == InstructionSet::Amx && w.shape().1.is_multiple_of(K_BLOCK),
             Stored::Blocks(_) | Stored::FourBit(_) => false,
             Stored::F32(_) | Stored::F16(_) | Stored::BF16(_) => true,
@@ -171,7 +172,7 @@ pub(crate) fn blocked(
 ) {
     assert_eq!(y.len(), rows * n, "output is not [rows, columns]");
     #[cfg(target_arch = "x86_64")]
-    if tiles::is_faster(isa(), rows, (k, n)) {
+    if tiles::is_faster(isa(), rows, (k, n)) && !order_is_fixed() {
         return tiles::blocked(left, rows, right, (k, n), begin, then, y);
     }
     let (isa, out) = (isa(), Shared::new(y));

@@ -44,6 +44,7 @@ thread_local! {
 pub struct Pool {
     shared: Arc<Shared>,
     _workers: Arc<Workers>,
+    fixed_order: bool,
 }
 
 struct Shared {
@@ -117,7 +118,19 @@ impl Pool {
             let worker = thread::Builder::new().name(format!("pricket-{i}"));
             workers.handles.push(worker.spawn(move || shared.worker_loop())?);
         }
-        Ok(Self { shared, _workers: Arc::new(workers) })
+        Ok(Self { shared, _workers: Arc::new(workers), fixed_order: false })
+    }
+
+    /// Fixes the order of summation in products and attention, so that a row of activations gives the same bits alone
+    /// and among any other rows.
+    ///
+    /// Without a fixed order, kernels for few rows and for many rows add the same numbers in different orders. With
+    /// one, all products use the kernels for many rows, which are slower for a few rows, and activations are not
+    /// rounded to bfloat16 ([`ActivationPrecision::BF16`](crate::ActivationPrecision::BF16) acts as `F32`). The threads
+    /// stay shared with `self`.
+    #[must_use]
+    pub fn with_fixed_order(self) -> Self {
+        Self { fixed_order: true, ..self }
     }
 
     /// Returns the number of threads, including the caller.
@@ -251,6 +264,11 @@ pub fn threads() -> usize {
     if INSIDE.get() { 1 } else { Pool::current().threads() }
 }
 
+/// Returns whether the installed pool fixes the order of summation; see [`Pool::with_fixed_order`].
+pub(crate) fn order_is_fixed() -> bool {
+    CURRENT.with_borrow(|pool| pool.as_ref().is_some_and(|pool| pool.fixed_order))
+}
+
 /// Runs `f` for every number below `tasks`, on the threads of the installed pool, in no particular order.
 ///
 /// # Panics
@@ -274,6 +292,13 @@ pub(crate) fn parallel_chunks<T: Send>(data: &mut [T], size: usize, f: impl Fn(u
         // SAFETY: the pieces do not overlap, and each belongs to one task.
         f(i, unsafe { all.slice(from, size.min(len - from)) });
     });
+}
+
+/// Returns `f(i)` for every number `i` below `len`, computed on the installed pool.
+pub fn map<T: Send>(len: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let mut out: Vec<Option<T>> = std::iter::repeat_with(|| None).take(len).collect();
+    parallel_chunks(&mut out, 1, |i, out| out[0] = Some(f(i)));
+    out.into_iter().flatten().collect()
 }
 
 /// Collects `len` elements, computed on the installed pool in pieces of `size`.

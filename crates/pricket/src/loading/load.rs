@@ -130,6 +130,7 @@ pub struct Loader {
     device: Device,
     precision: Precision,
     threads: Option<usize>,
+    deterministic: bool,
     tokenizer: Option<PathBuf>,
     progress: Arc<dyn Progress>,
     hub: Option<Hub>,
@@ -219,6 +220,7 @@ impl Loader {
             device: Device::Cpu,
             precision: Precision::Auto,
             threads: None,
+            deterministic: false,
             tokenizer: None,
             progress: Arc::new(NoProgress),
             hub: None,
@@ -298,6 +300,18 @@ impl Loader {
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
+        self
+    }
+
+    /// Fixes the order of summation, so that a prompt gives the same bits alone and in any batch, read at once or in
+    /// parts.
+    ///
+    /// Products of a few rows then take longer, mostly in decoding with float weights; docs/performance.md has
+    /// measurements. [`ActivationPrecision::BF16`] acts as `F32`. Supported on the CPU only. Results of another
+    /// instruction set or another release may still differ.
+    #[must_use]
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.deterministic = deterministic;
         self
     }
 
@@ -467,9 +481,13 @@ impl Loader {
         if self.cache == Some(CacheType::Q8_0) && !self.device.is_cpu() {
             return Err(Error::Options("a q8_0 cache requires the CPU; on a GPU use f32, f16 or bf16".into()));
         }
+        if self.deterministic && !self.device.is_cpu() {
+            return Err(Error::Options("a fixed order of summation requires the CPU".into()));
+        }
         #[cfg(feature = "train")]
         let adapters = self.read_adapters()?;
         let pool = pool(self.threads)?;
+        let pool = if self.deterministic { pool.with_fixed_order() } else { pool };
         let read = headers.bytes_read();
         let build = |in_model_order: bool| {
             self.progress.begin(&format!("loading {}", self.origin.name()), read, "bytes");

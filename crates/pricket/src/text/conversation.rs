@@ -1,7 +1,6 @@
 //! Conversations: turns in a prompt format, over a state that is reused from turn to turn.
 
-use pricket_lm::{PromptFormat, Role, Turn};
-use pricket_nn::State;
+use pricket_lm::{Engine, EngineOptions, PromptFormat, Role, SpeculationOptions, Turn};
 use serde::{Deserialize, Serialize};
 
 use crate::text::handle::Completion;
@@ -33,15 +32,10 @@ pub struct Conversation {
     left_out: usize,
     limit: Option<usize>,
     reuse: bool,
-    past: Past,
+    /// Engine that keeps the state after the last reply; `None` before the first one.
+    engine: Option<Engine>,
+    draft: Option<(Pricket, SpeculationOptions)>,
     read: usize,
-}
-
-/// The tokens that the model has read, and the state after them.
-#[derive(Clone, Debug, Default)]
-struct Past {
-    ids: Vec<u32>,
-    state: State,
 }
 
 /// JSON form of a conversation: `{"format": ..., "messages": [{"role": ..., "content": ...}, ...]}`. The system text,
@@ -65,7 +59,8 @@ impl Pricket {
             left_out: 0,
             limit: None,
             reuse: true,
-            past: Past::default(),
+            engine: None,
+            draft: None,
             read: 0,
         }
     }
@@ -91,6 +86,14 @@ impl Conversation {
     #[must_use]
     pub fn without_reuse(mut self) -> Self {
         self.reuse = false;
+        self
+    }
+
+    /// Speeds replies up with a draft model: a much smaller model with the same tokenizer. The texts do not change.
+    #[must_use]
+    pub fn with_draft(mut self, draft: &Pricket, options: SpeculationOptions) -> Self {
+        self.draft = Some((draft.clone(), options));
+        self.engine = None;
         self
     }
 
@@ -183,16 +186,29 @@ impl Conversation {
         let left = limit.saturating_sub(ids.len()).max(1);
         let cut = options.max_tokens > left;
         options.max_tokens = options.max_tokens.min(left);
-        let mut past = if self.reuse { std::mem::take(&mut self.past) } else { Past::default() };
-        // The last token is always read again, because its logits predict the first new token.
-        let same = past.ids.iter().zip(&ids[..ids.len() - 1]).take_while(|(a, b)| a == b).count();
-        // Positions that the state cannot keep are read again.
-        let kept = past.state.rewind(0, same);
-        self.read = ids.len() - kept;
-        let stream = Stream::of_ids(&self.pricket, ids, past.state, &options)?;
+        let engine = match self.engine.take().filter(|_| self.reuse) {
+            Some(engine) => engine,
+            None => self.new_engine()?,
+        };
+        let request = self.pricket.request(ids, &options);
+        let stream = Stream::new(&self.pricket, engine, request)?.as_reply();
         self.left_out = left_out;
         self.turns = turns;
-        Ok(Reply { conversation: self, stream, text: String::new(), space: String::new(), cut, failed: false })
+        let before = stream.tokens_read();
+        let stream = Some(stream);
+        Ok(Reply { conversation: self, stream, before, text: String::new(), space: String::new(), cut, failed: false })
+    }
+
+    /// Creates an engine that keeps the states of the last two replies.
+    fn new_engine(&self) -> Result<Engine> {
+        let info = self.pricket.info();
+        let longest = self.limit.unwrap_or(info.trained_length) as u64;
+        let kept = if self.reuse { 2 * info.cache_bytes_per_token() * longest + 64 * info.state_bytes } else { 0 };
+        let engine = self.pricket.engine(EngineOptions { prefix_memory: Some(kept), ..EngineOptions::default() })?;
+        match &self.draft {
+            Some((draft, options)) => self.pricket.with_draft(engine, draft, *options),
+            None => Ok(engine),
+        }
     }
 
     /// Returns the conversation as JSON, with the usual list of `role` and `content`.
@@ -228,7 +244,10 @@ impl Conversation {
 #[derive(Debug)]
 pub struct Reply<'a> {
     conversation: &'a mut Conversation,
-    stream: Stream,
+    /// Taken when the reply is dropped.
+    stream: Option<Stream>,
+    /// Number of tokens that the engine had read before the reply.
+    before: u64,
     text: String,
     /// White space that is held back because it may be at the end of the reply.
     space: String,
@@ -239,7 +258,7 @@ pub struct Reply<'a> {
 
 impl Reply<'_> {
     fn advance(&mut self) -> Result<Option<String>> {
-        let piece = match self.stream.next().transpose() {
+        let piece = match self.stream.as_mut().and_then(Iterator::next).transpose() {
             Ok(Some(piece)) => piece,
             Ok(None) => return Ok(None),
             Err(e) => {
@@ -264,7 +283,8 @@ impl Reply<'_> {
     /// Ends the reply and returns it as a completion. `text` is the turn; `ids` and `logprobs` cover all generated
     /// tokens.
     pub fn finish(self) -> Completion {
-        let mut done = Completion { text: self.text.clone(), ..self.stream.completion().clone() };
+        let completion = self.stream.as_ref().expect("the stream is taken only on drop").completion().clone();
+        let mut done = Completion { text: self.text.clone(), ..completion };
         if self.cut && done.finish == FinishReason::Length {
             done.finish = FinishReason::Context;
         }
@@ -282,13 +302,15 @@ impl Iterator for Reply<'_> {
 
 impl Drop for Reply<'_> {
     fn drop(&mut self) {
+        let Some(stream) = self.stream.take() else { return };
+        // The last new token is not read.
+        let written = stream.completion().ids.len().saturating_sub(1);
+        self.conversation.read = ((stream.tokens_read() - self.before) as usize).saturating_sub(written);
         if self.failed {
             self.conversation.undo();
             return;
         }
-        let (ids, mut state) = self.stream.take_past();
-        state.mark(0);
-        self.conversation.past = Past { ids, state };
+        self.conversation.engine = Some(stream.into_engine());
         self.conversation.turns.push(Turn::assistant(std::mem::take(&mut self.text)));
     }
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use pricket_hub::InUse;
 use pricket_lm::{
-    Comparison, Continuation, EvalOptions, FinishReason, GenerateOptions, Generation, Loglikelihood, Outcome,
-    PromptFormat, Request, ScoreOptions, ScoredToken, Task, TextStream, Tokenizer, evaluate, loglikelihoods,
-    token_logprobs,
+    Comparison, Continuation, Engine, EngineOptions, EvalOptions, FinishReason, GenerateOptions, Generation,
+    Loglikelihood, Outcome, PromptFormat, Request, ScoreOptions, ScoredToken, Speculation, SpeculationOptions, Task,
+    Tokenizer, evaluate, loglikelihoods, token_logprobs,
 };
-use pricket_nn::{CausalLm, ModelInfo, Parameter, State};
+use pricket_nn::{CausalLm, ModelInfo, Parameter};
 use serde_json::Value;
 
 use crate::loading::provenance::Provenance;
@@ -175,9 +175,54 @@ impl Pricket {
     /// # Errors
     /// Returns the errors of [`Pricket::generate`].
     pub fn generate_batch(&self, prompts: &[&str], options: &GenerateOptions) -> Result<Vec<Completion>> {
-        let mut batch = Batch::new(self, prompts, options)?;
-        while batch.step()?.is_some() {}
-        Ok(batch.rows.into_iter().map(|row| row.completion).collect())
+        let ids = prompts.iter().map(|prompt| self.prompt_ids(prompt)).collect::<Result<Vec<_>>>()?;
+        self.complete(ids.into_iter().map(|ids| (ids, options.seed)), options)
+    }
+
+    /// Samples `count` continuations of `prompt` at once. The prompt is read once. Continuation `i` has the seed
+    /// `options.seed + i` and is the text that this seed gives alone.
+    ///
+    /// ```
+    /// use pricket::{GenerateOptions, SamplingParams};
+    /// let options = GenerateOptions { max_tokens: 8, sampling: SamplingParams::unchanged(), ..Default::default() };
+    /// let samples = pricket::tiny()?.samples("The people", 3, &options)?;
+    /// assert_eq!(samples.len(), 3);
+    /// # Ok::<(), pricket::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns the errors of [`Pricket::generate`].
+    pub fn samples(&self, prompt: &str, count: usize, options: &GenerateOptions) -> Result<Vec<Completion>> {
+        let ids = self.prompt_ids(prompt)?;
+        let seeds = (0..count as u64).map(|i| options.seed.wrapping_add(i));
+        self.complete(seeds.map(|seed| (ids.clone(), seed)), options)
+    }
+
+    /// Continues prompts, each with a random seed.
+    fn complete(
+        &self,
+        prompts: impl Iterator<Item = (Vec<u32>, u64)>,
+        options: &GenerateOptions,
+    ) -> Result<Vec<Completion>> {
+        self.tokenizer()?;
+        let mut engine = self.engine(EngineOptions::default())?;
+        let mut rows = Vec::new();
+        for (ids, seed) in prompts {
+            rows.push(Completion::new(&ids, options));
+            engine.submit(self.request(ids, &GenerateOptions { seed, ..options.clone() }))?;
+        }
+        while let Some(updates) = engine.step()? {
+            for update in updates {
+                let row = &mut rows[update.request.0 as usize];
+                row.ids.extend(update.tokens.iter().map(|token| token.id));
+                row.logprobs.extend(update.tokens.iter().map(|token| token.logprob));
+                row.text.push_str(&update.text);
+                if let Some(finish) = update.finish {
+                    row.finish = finish?;
+                }
+            }
+        }
+        Ok(rows)
     }
 
     /// Continues `prompt` and streams the text as it is generated. Nothing is computed before the first call of `next`.
@@ -185,7 +230,10 @@ impl Pricket {
     /// # Errors
     /// Returns the errors of [`Pricket::generate`].
     pub fn stream(&self, prompt: &str, options: &GenerateOptions) -> Result<Stream> {
-        Ok(Stream { batch: Batch::new(self, &[prompt], options)? })
+        let request = self.request(self.prompt_ids(prompt)?, options);
+        // No other request can use a kept state.
+        let engine = self.engine(EngineOptions { prefix_memory: Some(0), ..EngineOptions::default() })?;
+        Stream::new(self, engine, request)
     }
 
     /// Returns the log-probability of each token of `text` except the first, given the tokens before it.
@@ -295,91 +343,64 @@ impl Pricket {
         Ok(ids)
     }
 
-    /// Returns the request for row `row` of a batch. The caller handles stop strings.
-    fn request(&self, row: usize, ids: Vec<u32>, options: &GenerateOptions) -> Request {
-        let seed = options.row_seeds.get(row).copied().unwrap_or(options.seed);
+    /// Returns the request that continues `ids` in an engine of this model ([`Pricket::engine`]).
+    pub fn request(&self, ids: Vec<u32>, options: &GenerateOptions) -> Request {
         Request {
-            ids,
-            options: GenerateOptions { seed, ..options.clone() },
             eos: self.parts.eos.clone(),
             vocab: self.parts.tokenizer.as_ref().map(Tokenizer::vocab_size),
+            tokenizer: self.parts.tokenizer.clone(),
+            ..Request::new(ids, options.clone())
         }
     }
 
-    /// Continues prompts of token ids. No tokenizer is needed.
+    /// Creates an engine, which continues and scores prompts that arrive at any time in one batch.
+    ///
+    /// # Errors
+    /// Returns [`Error::Options`] if an option is out of range.
+    pub fn engine(&self, options: EngineOptions) -> Result<Engine> {
+        Ok(Engine::new(self.model(), options)?)
+    }
+
+    /// Continues prompts of token ids. No tokenizer is needed, unless there are stop strings.
     ///
     /// # Errors
     /// Returns the errors of [`Pricket::generate`].
     pub fn generation(&self, prompts: Vec<Vec<u32>>, options: &GenerateOptions) -> Result<Generation> {
-        let requests = prompts.into_iter().enumerate().map(|(row, ids)| self.request(row, ids, options)).collect();
-        Ok(Generation::new(self.model(), requests)?)
-    }
-}
-
-/// A batch of texts being generated.
-#[derive(Debug)]
-struct Batch {
-    generation: Generation,
-    rows: Vec<Row>,
-    /// Whether the text is a turn of a conversation.
-    is_reply: bool,
-}
-
-#[derive(Debug)]
-struct Row {
-    text: TextStream,
-    completion: Completion,
-}
-
-impl Batch {
-    fn new(pricket: &Pricket, prompts: &[&str], options: &GenerateOptions) -> Result<Self> {
-        let ids = prompts.iter().map(|prompt| pricket.prompt_ids(prompt)).collect::<Result<Vec<_>>>()?;
-        Self::of_ids(pricket, ids, options)
+        let requests = prompts.into_iter().map(|ids| Request { logits: true, ..self.request(ids, options) });
+        Ok(Generation::new(self.model(), requests.collect())?)
     }
 
-    fn of_ids(pricket: &Pricket, prompts: Vec<Vec<u32>>, options: &GenerateOptions) -> Result<Self> {
-        let tokenizer = pricket.tokenizer()?;
-        let row = |prompt_ids: &Vec<u32>| Row {
-            text: TextStream::new(tokenizer, &options.stop),
-            completion: Completion {
-                text: String::new(),
-                ids: Vec::new(),
-                logprobs: Vec::new(),
-                prompt_ids: prompt_ids.clone(),
-                // With a limit of 0 tokens, the text has already reached its length.
-                finish: if options.max_tokens == 0 { FinishReason::Length } else { FinishReason::Unfinished },
-            },
-        };
-        let rows = prompts.iter().map(row).collect();
-        Ok(Self { generation: pricket.generation(prompts, options)?, rows, is_reply: false })
-    }
-
-    /// Generates one token per row. Returns pairs of row and new text; text that may belong to a stop string is held
-    /// back.
-    fn step(&mut self) -> Result<Option<Vec<(usize, String)>>> {
-        let Some(tokens) = self.generation.step()? else { return Ok(None) };
-        let mut out = Vec::with_capacity(tokens.len());
-        for token in tokens {
-            let Row { text, completion } = &mut self.rows[token.row];
-            completion.ids.push(token.id);
-            completion.logprobs.push(token.logprob);
-            let mut new = text.push(token.id);
-            let finish = if text.stopped() {
-                self.generation.stop(token.row);
-                Some(FinishReason::Stop)
-            } else {
-                token.finish
-            };
-            if let Some(finish) = finish {
-                let cut = matches!(finish, FinishReason::Length | FinishReason::Context);
-                // The held text may be the start of a stop string, which a reply does not include.
-                new.push_str(&if cut && self.is_reply { text.finish_cut() } else { text.finish() });
-                completion.finish = finish;
-            }
-            completion.text.push_str(&new);
-            out.push((token.row, new));
+    /// Adds a draft model, which speeds decoding up, to an engine of this model. Texts do not change; see
+    /// [`Engine::with_draft`].
+    ///
+    /// # Errors
+    /// Returns [`Error::Options`] if the tokenizers differ or an option is out of range, and [`Error::Tokenizer`] if a
+    /// model has no tokenizer.
+    pub fn with_draft(&self, engine: Engine, draft: &Self, options: SpeculationOptions) -> Result<Engine> {
+        let (own, other) = (self.tokenizer()?, draft.tokenizer()?);
+        if own.vocab_size() != other.vocab_size() || draft.info().vocab < own.vocab_size() {
+            let (own, other) = (own.vocab_size(), other.vocab_size());
+            let what = format!("the tokenizer of the draft model has {other} tokens, and that of the model {own}");
+            return Err(Error::Options(what));
         }
-        Ok(Some(out))
+        let differs = |&id: &u32| own.token_bytes(id) != other.token_bytes(id);
+        match (0..own.vocab_size() as u32).find(differs) {
+            Some(id) => Err(Error::Options(format!("token {id} of the draft model differs from that of the model"))),
+            None => Ok(engine.with_draft(draft.model(), options)?),
+        }
+    }
+}
+
+impl Completion {
+    fn new(prompt_ids: &[u32], options: &GenerateOptions) -> Self {
+        Self {
+            text: String::new(),
+            ids: Vec::new(),
+            logprobs: Vec::new(),
+            prompt_ids: prompt_ids.to_vec(),
+            // With a limit of 0 tokens, the text has already reached its length.
+            finish: if options.max_tokens == 0 { FinishReason::Length } else { FinishReason::Unfinished },
+        }
     }
 }
 
@@ -387,48 +408,84 @@ impl Batch {
 /// stop string.
 #[derive(Debug)]
 pub struct Stream {
-    batch: Batch,
+    engine: Engine,
+    /// The request, until the first step.
+    request: Option<Request>,
+    completion: Completion,
 }
 
 impl Stream {
+    /// Creates a stream in an engine without requests, which may keep states of earlier streams.
+    pub(crate) fn new(pricket: &Pricket, engine: Engine, request: Request) -> Result<Self> {
+        pricket.tokenizer()?;
+        engine.check(&request)?;
+        let completion = Completion::new(&request.ids, &request.options);
+        Ok(Self { engine, request: Some(request), completion })
+    }
+
     /// Omits the beginning of a stop string at the end of a text that the length limit cuts off. Use it for replies in
-    /// a prompt format. Other streams return every character.
+    /// a prompt format, before the first piece is taken. Other streams return every character.
     #[must_use]
     pub fn as_reply(mut self) -> Self {
-        self.batch.is_reply = true;
+        if let Some(request) = &mut self.request {
+            request.is_reply = true;
+        }
         self
     }
 
-    fn advance(&mut self) -> Result<Option<String>> {
-        Ok(self.batch.step()?.map(|mut pieces| pieces.pop().map_or_else(String::new, |(_, text)| text)))
+    /// Speeds the stream up with a draft model: a much smaller model with the same tokenizer. The text does not change.
+    ///
+    /// # Errors
+    /// Returns [`Error::Options`] if the tokenizers differ or an option is out of range.
+    pub fn with_draft(self, pricket: &Pricket, draft: &Pricket, options: SpeculationOptions) -> Result<Self> {
+        Ok(Self { engine: pricket.with_draft(self.engine, draft, options)?, ..self })
     }
 
-    /// Creates the stream of a reply to `ids`. `past` is the state after the first of them.
-    pub(crate) fn of_ids(pricket: &Pricket, ids: Vec<u32>, past: State, options: &GenerateOptions) -> Result<Self> {
-        let mut batch = Batch::of_ids(pricket, vec![ids], options)?;
-        if past.len(0) > 0 {
-            batch.generation = batch.generation.with_past(past)?;
+    /// Returns the measurements of speculative decoding, if there is a draft model.
+    pub fn speculation(&self) -> Option<Speculation> {
+        self.engine.speculation()
+    }
+
+    pub(crate) fn advance(&mut self) -> Result<Option<String>> {
+        if let Some(request) = self.request.take() {
+            self.engine.submit(request)?;
         }
-        Ok(Self { batch }.as_reply())
+        while let Some(updates) = self.engine.step()? {
+            // The engine has only one request, so there is at most one update.
+            for update in updates {
+                self.completion.ids.extend(update.tokens.iter().map(|token| token.id));
+                self.completion.logprobs.extend(update.tokens.iter().map(|token| token.logprob));
+                self.completion.text.push_str(&update.text);
+                if let Some(finish) = update.finish {
+                    self.completion.finish = finish?;
+                }
+                if !update.tokens.is_empty() {
+                    return Ok(Some(update.text));
+                }
+            }
+        }
+        Ok(None)
     }
 
-    /// Returns all token ids that the model has read and the state after them. Ends the generation.
-    pub(crate) fn take_past(&mut self) -> (Vec<u32>, State) {
-        let state = self.batch.generation.take_state().unwrap_or_default();
-        let Completion { prompt_ids, ids, .. } = self.completion();
-        let mut ids = [&prompt_ids[..], ids].concat();
-        ids.truncate(state.len(0));
-        (ids, state)
+    /// Ends the stream and returns the engine, with the state after the tokens read.
+    pub(crate) fn into_engine(mut self) -> Engine {
+        self.engine.clear();
+        self.engine
+    }
+
+    /// Returns the number of tokens that the model has read for all streams of the engine.
+    pub(crate) fn tokens_read(&self) -> u64 {
+        self.engine.tokens_read()
     }
 
     /// Returns the completion so far.
     pub fn completion(&self) -> &Completion {
-        &self.batch.rows[0].completion
+        &self.completion
     }
 
     /// Ends the generation and returns the completion.
-    pub fn into_completion(mut self) -> Completion {
-        self.batch.rows.swap_remove(0).completion
+    pub fn into_completion(self) -> Completion {
+        self.completion
     }
 }
 
