@@ -3,6 +3,8 @@
 //! `cargo run --example chat`
 
 mod common;
+#[path = "common/draft.rs"]
+mod draft;
 #[path = "common/sampling.rs"]
 mod sampling;
 
@@ -40,6 +42,8 @@ struct Args {
     model: common::ModelArgs,
     #[command(flatten)]
     sampling: sampling::SamplingArgs,
+    #[command(flatten)]
+    draft: draft::DraftArgs,
     /// Prompt format: a name listed by --formats, a TOML file (its first format is used), or auto for the model's own
     /// format
     #[arg(long, value_name = "NAME", default_value = "auto")]
@@ -99,6 +103,9 @@ fn run(args: &Args) -> anyhow::Result<()> {
         ));
     }
     let mut conversation = pricket.conversation().with_format(format);
+    if let Some((draft, options)) = args.draft.load(&args.model.compute)? {
+        conversation = conversation.with_draft(&draft, options);
+    }
     if let Some(context) = args.context {
         conversation = conversation.with_context(context);
     }

@@ -276,7 +276,10 @@ fn show_tasks(out: &mut impl Write, outcomes: &[(Task, Outcome)]) -> std::io::Re
     for (task, outcome) in outcomes {
         for figure in &outcome.figures {
             let stderr = figure.stderr.map_or_else(|| "N/A".into(), |x| format!("{x:.4}"));
-            let (name, metric) = (task.name(), figure.metric.name());
+            let (name, mut metric) = (task.name(), figure.metric.name().to_owned());
+            if figure.filter != "none" {
+                metric = format!("{metric} ({})", figure.filter);
+            }
             let (version, shots, documents) = (task.version(), outcome.shots, outcome.documents);
             let value = figure.value;
             writeln!(out, "|{name}|{version}|{shots}|{documents}|{metric}|{value:.4}|{stderr}|")?;

@@ -233,8 +233,8 @@ proptest! {
         }
         let found = engine.speculation().unwrap();
         prop_assert!(found.accepted <= found.drafted);
-        if is_itself && found.drafted > 0 && kind != 1 {
-            prop_assert!(found.acceptance() > 0.5, "{:?}", found);
+        if is_itself && found.drafted > 30 {
+            prop_assert!(found.acceptance() > 0.3, "{:?}", found);
         }
     }
 }

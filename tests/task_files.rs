@@ -156,6 +156,7 @@ fn unsupported_task_files_are_refused_by_name() {
     let document = json!({"a": "the", "b": "man", "list": ["the", "man"], "label": 5});
     let choices = "task: t\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: a\n";
     let text = "task: t\noutput_type: loglikelihood\ntest_split: test\ndoc_to_text: a\n";
+    let written_answers = "task: t\noutput_type: generate_until\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\n";
     let long = format!("a: &a [{}]\nb: [{}]\n", "x,".repeat(100_000), "*a,".repeat(1000));
     let deep = "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
     let nested = "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
@@ -217,7 +218,38 @@ fn unsupported_task_files_are_refused_by_name() {
         ),
         (format!("{text}doc_to_target: b").replace("task: t", "task: ../t"), "the task name \"../t\""),
         (long, "the file expands to more than"),
-        ("task: t\noutput_type: generate_until".into(), "found generate_until"),
+        ("task: t\noutput_type: greedy_until".into(), "found greedy_until"),
+        (format!("{written_answers}generation_kwargs: {{until: 3}}"), "generation_kwargs.until: expected a string"),
+        (
+            format!("{written_answers}generation_kwargs: {{num_beams: 3}}"),
+            "generation_kwargs.num_beams: this key is not supported",
+        ),
+        (
+            format!("{written_answers}generation_kwargs: {{max_gen_toks: 0}}"),
+            "max_gen_toks: expected a whole number, at least 1",
+        ),
+        (format!("{written_answers}repeats: 0"), "repeats: expected 1 to 1024, found 0"),
+        (
+            format!("{written_answers}repeats: 3\nfilter_list: [{{name: a, filter: []}}]"),
+            "a keeps 3 answers; end it with take_first",
+        ),
+        (
+            format!("{written_answers}filter_list: [{{name: a, filter: [{{function: regex, regex_pattern: '('}}]}}]"),
+            "the pattern \"(\"",
+        ),
+        (
+            format!("{written_answers}filter_list: [{{name: a, filter: [{{function: exec}}]}}]"),
+            "exec: this filter is not supported",
+        ),
+        (format!("{written_answers}metric_list: [{{metric: bleu}}]"), "\"bleu\" is not a metric of this kind of task"),
+        (
+            format!("{written_answers}metric_list: [{{metric: exact_match, ignore_case: 3}}]"),
+            "exact_match with \"ignore_case\": 3 is not supported",
+        ),
+        (
+            format!("{written_answers}metric_list: [{{metric: exact_match, regexes_to_ignore: ['[']}}]"),
+            "the pattern \"[\"",
+        ),
         ("task: [a, b]\ngroup: g".into(), "groups of tasks"),
         ("- a\n- b".into(), "mapping"),
         ("a: [".into(), "t.yaml"),
@@ -402,4 +434,45 @@ fn a_stride_gives_each_token_more_context() {
     for stride in ["0", "33"] {
         assert!(loss(&["--stride", stride]).unwrap_err().contains("stride: expected 1 to 32"));
     }
+}
+
+/// Answers, filters and metrics of tasks whose answers the model writes, as lm-evaluation-harness computed them
+/// (`tools/peers/answers_parity.py --write`).
+#[test]
+fn written_answers_are_those_of_the_harness() {
+    let file = std::fs::read(crate::common::root().join("tests/data/answers.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_slice(&file).unwrap();
+    let model = pricket::load(crate::common::root().join("models/tiny")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for (name, of_task) in record.as_object().unwrap() {
+        let definition = of_task["definition"].as_str().unwrap();
+        let task = Task::from_file(written(dir.path(), &format!("{name}.yaml"), definition)).unwrap();
+        let documents = |split: &str| of_task["documents"][split].as_array().cloned().unwrap_or_default();
+        for (shots, expected) in of_task["results"].as_object().unwrap() {
+            let options = EvalOptions { shots: Some(shots.parse().unwrap()), samples: true, ..EvalOptions::default() };
+            let examples = documents(task.examples_split().unwrap_or_default());
+            let questions = documents(task.split()).into_iter().map(Ok);
+            let outcome = model.evaluate(&task, questions, &examples, &options).unwrap();
+            for (filter, answers) in expected["answers"].as_object().unwrap() {
+                let of_filter = outcome.samples.iter().filter_map(|sample| sample.written.as_ref());
+                let found: Vec<&str> = of_filter
+                    .filter(|written| written.filter == *filter)
+                    .map(|written| &written.filtered[..])
+                    .collect();
+                assert_eq!(json!(found), *answers, "{name}, {shots} examples, {filter}");
+            }
+            for figure in &outcome.figures {
+                let key = |part: &str| format!("{}{part},{}", figure.metric.name(), figure.filter);
+                let (value, stderr) = (&expected["figures"][key("")], &expected["figures"][key("_stderr")]);
+                assert!((figure.value - value.as_f64().unwrap()).abs() < 1e-9, "{name} {figure:?} {value}");
+                assert!((figure.stderr.unwrap() - stderr.as_f64().unwrap()).abs() < 1e-9, "{name} {figure:?} {stderr}");
+            }
+        }
+    }
+    // A question leaves no room for an answer as long as the context.
+    let text = "task: t\noutput_type: generate_until\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\n\
+                generation_kwargs: {max_gen_toks: 512}";
+    let task = Task::from_file(written(dir.path(), "long.yaml", text)).unwrap();
+    let error = model.evaluate(&task, [Ok(json!({"a": "x", "b": "y"}))], &[], &EvalOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("leaves no room for a question in 512 tokens"), "{error}");
 }

@@ -122,6 +122,7 @@ impl ComputeArgs {
             ("quantize", quantize),
             ("activations", Some(self.activations.clone()).filter(|activations| activations != "f32")),
             ("cache_type", cache),
+            ("deterministic", self.deterministic.then(|| "true".into())),
             ("adapter", adapter),
         ];
         flags.into_iter().filter_map(|(flag, value)| Some((flag.to_owned(), value?))).collect()

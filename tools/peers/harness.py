@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 FILES = {"hellaswag": "hellaswag/hellaswag.yaml", "piqa": "piqa/piqa.yaml", "winogrande": "winogrande/default.yaml",
          "arc_easy": "arc/arc_easy.yaml", "openbookqa": "openbookqa/openbookqa.yaml", "sciq": "sciq/sciq.yaml", "lambada_openai": "lambada/lambada_openai.yaml",
-         "wikitext": "wikitext/wikitext.yaml"}
+         "wikitext": "wikitext/wikitext.yaml", "drop": "drop/default.yaml"}
 
 PROGRAM = r"""
 import json, sys, time
@@ -15,7 +15,7 @@ model, folder, tasks, shots, dtype, batch, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 lm = HFLM(pretrained=model, dtype=dtype, batch_size=batch, device="cpu")
 took = []
-for name in ("loglikelihood", "loglikelihood_rolling"):
+for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
     def wrap(inner):
         def timed(requests, **kw):
             start = time.time(); out = inner(requests, **kw); took.append(time.time() - start); return out
@@ -24,7 +24,8 @@ for name in ("loglikelihood", "loglikelihood_rolling"):
 out = lm_eval.simple_evaluate(lm, tasks=["local_" + t for t in tasks], num_fewshot=shots, task_manager=TaskManager(include_path=folder),
                               bootstrap_iters=1000, log_samples=True)
 print(json.dumps({"seconds": sum(took), "results": {t: out["results"]["local_" + t] for t in tasks},
-                  "samples": {t: [{"arguments": s["arguments"], "resps": s["resps"]} for s in out["samples"]["local_" + t]] for t in tasks}}, default=str))
+                  "samples": {t: [{k: s.get(k) for k in ("doc_id", "arguments", "resps", "filter", "filtered_resps", *s["metrics"])}
+                                  for s in out["samples"]["local_" + t]] for t in tasks}}, default=str))
 """
 
 

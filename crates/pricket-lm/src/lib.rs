@@ -71,7 +71,7 @@ pub use sampling::Sampler;
 pub use score::{ScoredToken, check_finite, loss, text_logprobs, token_logprobs};
 pub use sentencepiece_text::Pieces;
 pub use slices::{SliceLoss, slice_losses};
-pub use tasks::{EvalOptions, Figure, Limit, Metric, Outcome, Sample, Task, TaskKind, evaluate, results_json};
+pub use tasks::{EvalOptions, Figure, Limit, Metric, Outcome, Sample, Task, TaskKind, Written, evaluate, results_json};
 pub use text::TextStream;
 pub use tokenizer::{TextDecoder, Tokenizer};
 pub use vocabulary::Vocabulary;

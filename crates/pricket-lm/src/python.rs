@@ -107,6 +107,30 @@ fn title(letter: char) -> String {
     }
 }
 
+/// Returns the number that Python's `float` makes of a text, or `None` if it refuses the text.
+pub(crate) fn float(text: &str) -> Option<f64> {
+    let text = text.trim_matches(is_space);
+    // Underscores may stand between digits.
+    let is_digit = |c: Option<&u8>| c.is_some_and(u8::is_ascii_digit);
+    let bytes = text.as_bytes();
+    let misplaced = |(i, &c): (usize, &u8)| {
+        c == b'_' && !(is_digit(i.checked_sub(1).and_then(|i| bytes.get(i))) && is_digit(bytes.get(i + 1)))
+    };
+    if bytes.iter().enumerate().any(misplaced) {
+        return None;
+    }
+    text.replace('_', "").parse().ok()
+}
+
+/// Returns Python's `repr` of a float.
+pub(crate) fn float_repr(x: f64) -> String {
+    match x {
+        _ if x.is_finite() => repr(&x.into()),
+        _ if x.is_nan() => "nan".into(),
+        _ => if x > 0.0 { "inf" } else { "-inf" }.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

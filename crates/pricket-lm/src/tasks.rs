@@ -5,6 +5,7 @@
 
 mod builtin;
 mod evaluate;
+mod generation;
 mod harness;
 mod jinja;
 mod report;
@@ -17,8 +18,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-pub use evaluate::{EvalOptions, Figure, Limit, Outcome, Sample, evaluate};
+pub use evaluate::{EvalOptions, Figure, Limit, Outcome, Sample, Written, evaluate};
 pub use report::results_json;
+
+use generation::{Generation, Targets};
 
 use crate::{Error, Result};
 
@@ -31,6 +34,8 @@ pub enum TaskKind {
     Loglikelihood,
     /// Scores a whole text.
     Perplexity,
+    /// Lets the model write an answer and compares it with the correct ones.
+    Generation,
 }
 
 impl TaskKind {
@@ -40,6 +45,7 @@ impl TaskKind {
             TaskKind::MultipleChoice => &[Metric::Acc, Metric::AccNorm],
             TaskKind::Loglikelihood => &[Metric::Perplexity, Metric::Acc],
             TaskKind::Perplexity => &[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte],
+            TaskKind::Generation => &[Metric::ExactMatch],
         }
     }
 
@@ -70,6 +76,12 @@ pub enum Metric {
     BytePerplexity,
     /// Base-2 logarithm of [`Metric::BytePerplexity`].
     BitsPerByte,
+    /// Share of the documents whose written answer is equal to a correct one.
+    ExactMatch,
+    /// [`Metric::ExactMatch`] after the normalization of DROP (Dua et al. 2019, arXiv:1903.00161).
+    Em,
+    /// Mean of the harmonic means of precision and recall of the words of an answer, as in DROP.
+    F1,
 }
 
 impl Metric {
@@ -83,18 +95,26 @@ impl Metric {
             Metric::WordPerplexity => "word_perplexity",
             Metric::BytePerplexity => "byte_perplexity",
             Metric::BitsPerByte => "bits_per_byte",
+            Metric::ExactMatch => "exact_match",
+            Metric::Em => "em",
+            Metric::F1 => "f1",
         }
     }
 
     /// Returns whether higher values are better.
     pub const fn higher_is_better(self) -> bool {
-        matches!(self, Metric::Acc | Metric::AccNorm | Metric::AccBytes)
+        self.is_mean()
+    }
+
+    /// Returns whether the value is the mean of the values of the documents.
+    const fn is_mean(self) -> bool {
+        matches!(self, Metric::Acc | Metric::AccNorm | Metric::AccBytes | Metric::ExactMatch | Metric::Em | Metric::F1)
     }
 
     /// Returns the harness's name for the aggregation of the per-document values.
     const fn aggregation(self) -> &'static str {
         match self {
-            Metric::Acc | Metric::AccNorm | Metric::AccBytes => "mean",
+            Metric::Acc | Metric::AccNorm | Metric::AccBytes | Metric::ExactMatch | Metric::Em | Metric::F1 => "mean",
             Metric::Perplexity => "perplexity",
             Metric::WordPerplexity | Metric::BytePerplexity => "weighted_perplexity",
             Metric::BitsPerByte => "bits_per_byte",
@@ -115,8 +135,21 @@ impl Metric {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Asked {
     Choices(Choices),
-    Continuation { context: String, continuation: String },
-    Text { text: String, words: usize, bytes: usize },
+    Continuation {
+        context: String,
+        continuation: String,
+    },
+    Text {
+        text: String,
+        words: usize,
+        bytes: usize,
+    },
+    /// A question to answer in writing. `example` is the answer of a few-shot example.
+    Question {
+        context: String,
+        targets: Targets,
+        example: String,
+    },
 }
 
 /// Multiple-choice question.
@@ -215,6 +248,8 @@ pub struct Task {
     files: Option<BTreeMap<String, Vec<PathBuf>>>,
     /// Repository on the Hub that holds the documents, and its configuration.
     dataset: Option<(String, Option<String>)>,
+    /// How answers are generated and scored, for [`TaskKind::Generation`].
+    generation: Option<Arc<Generation>>,
     /// Text of the task file, or the name and version of a built-in task.
     definition: String,
     ask: Ask,

@@ -162,7 +162,7 @@ pub fn tokens(scored: &[ScoredToken]) -> Result<Picture> {
 /// # Errors
 /// Returns the errors of [`Pricket::generate`].
 pub fn next_tokens(pricket: &Pricket, prompt: &str, count: usize) -> Result<Picture> {
-    let ids = pricket.prompt_ids(prompt)?;
+    let ids = pricket.encode_prompt(prompt)?;
     let mut generation = pricket.generation(vec![ids], &GenerateOptions { max_tokens: 1, ..Default::default() })?;
     generation.step()?;
     let logits = generation.logits().first().ok_or_else(|| Error::Empty("there is no next token"))?;

@@ -11,6 +11,6 @@ pub use handle::{Completion, Pricket, Stream};
 pub use prompts::{prompt_format, prompt_formats};
 
 pub use pricket_lm::{
-    Comparison, EvalOptions, FinishReason, GenerateOptions, PromptFormat, Role, SamplingParams, ScoreOptions,
-    ScoredToken, Task, Tokenizer, Turn,
+    Comparison, Engine, EngineOptions, EvalOptions, FinishReason, GenerateOptions, Generation, PromptFormat, Request,
+    Role, SamplingParams, ScoreOptions, ScoredToken, Speculation, SpeculationOptions, Task, Tokenizer, Turn,
 };

@@ -5,11 +5,12 @@ use std::sync::{Arc, LazyLock};
 use regex::Regex;
 use serde_json::Value;
 
+use super::generation::{Generation, Targets};
 use super::{Asked, Choices, Layout, Metric, Sampler, Task, TaskKind};
 use crate::python::{capitalize, is_space};
 
-pub(super) const NAMES: [&str; 8] =
-    ["lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "sciq", "wikitext"];
+pub(super) const NAMES: [&str; 9] =
+    ["lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "sciq", "wikitext", "drop"];
 
 const CHOICES: &[Metric] = &[Metric::Acc, Metric::AccNorm];
 
@@ -45,9 +46,25 @@ pub(super) fn task(name: &str) -> Option<Task> {
             "EleutherAI/wikitext_document_level",
             Some("wikitext-2-raw-v1"),
         ),
+        "drop" => (
+            TaskKind::Generation,
+            &[Metric::Em, Metric::F1][..],
+            drop_question as Plain,
+            false,
+            true,
+            "EleutherAI/drop",
+            None,
+        ),
         _ => return None,
     };
-    let version = if name == "wikitext" { 2.0 } else { 1.0 };
+    let version = match name {
+        "wikitext" => 2.0,
+        "drop" => 3.0,
+        _ => 1.0,
+    };
+    let is_drop = name == "drop";
+    let generation = || Generation { until: vec![".".into()], ..Generation::default() };
+    let layout = Layout { target_delimiter: if is_drop { "" } else { " " }.into(), ..Layout::default() };
     Some(Task {
         name: name.into(),
         definition: format!("built-in {name} {version:?}"),
@@ -57,13 +74,46 @@ pub(super) fn task(name: &str) -> Option<Task> {
         split: if has_test { "test" } else { "validation" }.into(),
         examples_split: has_train.then(|| "train".into()),
         sampler: Sampler::Random { spare: !has_test },
-        layout: Layout::default(),
+        layout,
         samples: None,
+        generation: is_drop.then(|| Arc::new(generation())),
         shots: None,
         files: None,
         dataset: Some((repo.into(), config.map(Into::into))),
         ask: Arc::new(ask),
     })
+}
+
+/// A question of DROP. The accepted answers are the answer and the validated answers, each as one or more spans.
+fn drop_question(document: &Value) -> Result<Asked, String> {
+    let spans = |number: &Value, spans: &Value, date: &Value, key: &str| -> Result<Vec<String>, String> {
+        match number {
+            Value::String(number) if number.is_empty() => {}
+            Value::String(number) => return Ok(vec![number.clone()]),
+            Value::Number(number) => return Ok(vec![number.to_string()]),
+            other => return Err(wrong(&format!("{key}.number"), "a string or a number", other)),
+        }
+        let spans = texts(spans, &format!("{key}.spans"))?;
+        if !spans.is_empty() {
+            return Ok(spans);
+        }
+        let parts = ["day", "month", "year"].map(|part| text(date, part));
+        let [day, month, year] = parts;
+        Ok(vec![format!("{} {} {}", day?, month?, year?).trim_matches(is_space).to_owned()])
+    };
+    let answer = &document["answer"];
+    let mut alternatives = vec![spans(&answer["number"], &answer["spans"], &answer["date"], "answer")?];
+    let validated = &document["validated_answers"];
+    for (i, number) in validated["number"].as_array().into_iter().flatten().enumerate() {
+        let found = spans(number, &validated["spans"][i], &validated["date"][i], "validated_answers")?;
+        if !alternatives.contains(&found) {
+            alternatives.push(found);
+        }
+    }
+    let context = format!("{} {}", text(document, "passage")?, text(document, "question")?);
+    // In the harness, the answer of an example is the list of the names of the fields.
+    let keys: Vec<&str> = answer.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
+    Ok(Asked::Question { context, targets: Targets::Spans(alternatives), example: keys.join(",") })
 }
 
 fn text<'a>(document: &'a Value, key: &str) -> Result<&'a str, String> {

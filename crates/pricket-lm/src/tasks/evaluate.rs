@@ -3,6 +3,7 @@
 use pricket_nn::{CausalLm, Error as NnError};
 use serde_json::{Value, json};
 
+use super::generation::{self, Targets};
 use super::{Asked, Layout, Metric, Sampler, Task};
 use crate::loglikelihood::{Continuation, Loglikelihood, ScoreOptions, loglikelihoods};
 use crate::python::Random;
@@ -24,6 +25,8 @@ pub struct EvalOptions {
     pub bootstrap: usize,
     /// Token that stands in for an empty context.
     pub prefix: u32,
+    /// Ids of the tokens that end a written answer.
+    pub end: Vec<u32>,
     /// Whether each document's requests and answers are kept in [`Outcome::samples`].
     pub samples: bool,
     /// Options for scoring continuations.
@@ -88,6 +91,7 @@ impl Default for EvalOptions {
             limit: None,
             bootstrap: 100_000,
             prefix: 0,
+            end: Vec::new(),
             samples: false,
             score: ScoreOptions::default(),
         }
@@ -95,10 +99,12 @@ impl Default for EvalOptions {
 }
 
 /// Value of a metric with its standard error.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Figure {
     /// Metric.
     pub metric: Metric,
+    /// Name of the list of filters that the written answers went through; `none` for other tasks and without filters.
+    pub filter: String,
     /// Value of the metric over all documents.
     pub value: f64,
     /// Standard error. `None` for a single document and for metrics that have no standard error.
@@ -118,8 +124,22 @@ pub struct Sample {
     pub requests: Vec<(String, String)>,
     /// Log-likelihoods of the requests. A text of several windows has several.
     pub answers: Vec<Loglikelihood>,
+    /// Written answers, for [`TaskKind::Generation`](super::TaskKind::Generation). Each list of filters has its own
+    /// sample.
+    pub written: Option<Written>,
     /// Contribution of the document to each metric.
     pub scores: Vec<(Metric, f64)>,
+}
+
+/// Answers that the model wrote to a question.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Written {
+    /// All answers.
+    pub answers: Vec<String>,
+    /// Name of the list of filters.
+    pub filter: String,
+    /// The answer that the filters leave, which is scored.
+    pub filtered: String,
 }
 
 /// Result of a task.
@@ -180,6 +200,9 @@ pub fn evaluate(
         cut: 0,
         samples: Vec::new(),
     };
+    if task.generation.is_some() {
+        return questions(model, tokenizer, task, &mut documents, shots, options, outcome);
+    }
     let mut scores: Vec<Vec<(f64, f64)>> = vec![Vec::new(); task.metrics.len()];
     while documents.peek().is_some() {
         if options.score.progress.cancelled() {
@@ -222,6 +245,7 @@ pub fn evaluate(
                     target: target_of(&question),
                     requests: texts,
                     answers: answers.to_vec(),
+                    written: None,
                     scores: task.metrics.iter().copied().zip(found.iter().map(|score| score.0)).collect(),
                 });
             }
@@ -232,7 +256,79 @@ pub fn evaluate(
         return Err(Error::Input(format!("task {}: no documents to evaluate", task.name)));
     }
     outcome.figures =
-        task.metrics.iter().zip(&scores).map(|(&metric, scores)| figure(metric, scores, options)).collect();
+        task.metrics.iter().zip(&scores).map(|(&metric, scores)| figure(metric, "none", scores, options)).collect();
+    Ok(outcome)
+}
+
+/// Evaluates a task whose answers the model writes. `outcome` is empty.
+fn questions(
+    model: &dyn CausalLm,
+    tokenizer: &Tokenizer,
+    task: &Task,
+    documents: &mut dyn Iterator<Item = Result<Value>>,
+    mut shots: Shots<'_>,
+    options: &EvalOptions,
+    mut outcome: Outcome,
+) -> Result<Outcome> {
+    let generation = task.generation.as_deref().cloned().unwrap_or_default();
+    let mut scores = vec![vec![Vec::new(); task.metrics.len()]; generation.filters.len()];
+    loop {
+        if options.score.progress.cancelled() {
+            return Err(NnError::Cancelled.into());
+        }
+        let (mut asked, mut contexts) = (Vec::new(), Vec::new());
+        for document in documents.take(TOGETHER) {
+            let (document, number) = (document?, outcome.documents + asked.len());
+            let Asked::Question { context, targets, .. } = task.ask(&document, number)? else {
+                return Err(task.wrong(number, "expected a question to answer in writing"));
+            };
+            let described = task.layout.describe.as_ref().map(|describe| describe(&document)).transpose();
+            let described = described.map_err(|what| task.wrong(number, &what))?.unwrap_or_default();
+            contexts.push(described + &shots.draw(&document)? + &context);
+            asked.push((document, targets));
+        }
+        if asked.is_empty() {
+            break;
+        }
+        let ends = (options.prefix, &options.end[..]);
+        let answers = generation.answers(model, tokenizer, &contexts, ends, &options.score, &mut outcome.cut)?;
+        for (((document, targets), context), answers) in asked.into_iter().zip(contexts).zip(answers) {
+            let number = outcome.documents;
+            for ((name, filters), scores) in generation.filters.iter().zip(&mut scores) {
+                let scored = generation::filtered(filters, &answers).and_then(|answer| {
+                    let found = generation::scores(&generation, &answer, &targets, &task.metrics)?;
+                    Ok((answer, found))
+                });
+                let (filtered, found) = scored.map_err(|what| task.wrong(number, &what))?;
+                for (scores, score) in scores.iter_mut().zip(&found) {
+                    scores.push(*score);
+                }
+                if options.samples {
+                    outcome.samples.push(Sample {
+                        id: number,
+                        document: document.clone(),
+                        target: match &targets {
+                            Targets::Texts(texts) if texts.len() == 1 => json!(texts[0]),
+                            Targets::Texts(texts) => json!(texts),
+                            Targets::Spans(spans) => json!(spans),
+                        },
+                        requests: vec![(context.clone(), String::new())],
+                        answers: Vec::new(),
+                        written: Some(Written { answers: answers.clone(), filter: name.clone(), filtered }),
+                        scores: task.metrics.iter().copied().zip(found.iter().map(|score| score.0)).collect(),
+                    });
+                }
+            }
+            outcome.documents += 1;
+        }
+    }
+    if outcome.documents == 0 {
+        return Err(Error::Input(format!("task {}: no documents to evaluate", task.name)));
+    }
+    let of_filter = |((name, _), scores): (&(String, _), &Vec<Vec<(f64, f64)>>)| -> Vec<Figure> {
+        task.metrics.iter().zip(scores).map(|(&metric, scores)| figure(metric, name, scores, options)).collect()
+    };
+    outcome.figures = generation.filters.iter().zip(&scores).flat_map(of_filter).collect();
     Ok(outcome)
 }
 
@@ -256,6 +352,7 @@ fn limited<'a>(
 fn texts_of(question: &Asked, before: &str) -> Vec<(String, String)> {
     match question {
         Asked::Text { text, .. } => vec![(String::new(), text.clone())],
+        Asked::Question { context, .. } => vec![(format!("{before}{context}"), String::new())],
         Asked::Continuation { context, continuation } => vec![(format!("{before}{context}"), continuation.clone())],
         Asked::Choices(choices) => {
             let (contexts, continuations) = (&choices.contexts, &choices.continuations);
@@ -284,7 +381,9 @@ fn target_of(question: &Asked) -> Value {
             [answer] => json!(answer),
             ref answers => json!(answers),
         },
-        Asked::Continuation { continuation, .. } => json!(continuation),
+        Asked::Continuation { continuation, .. } | Asked::Question { example: continuation, .. } => {
+            json!(continuation)
+        }
         Asked::Text { text, .. } => json!(text),
     }
 }
@@ -319,18 +418,18 @@ fn judge(question: &Asked, answers: &[Loglikelihood], metrics: &[Metric]) -> Vec
     metrics.iter().map(of).collect()
 }
 
-fn figure(metric: Metric, scores: &[(f64, f64)], options: &EvalOptions) -> Figure {
+fn figure(metric: Metric, filter: &str, scores: &[(f64, f64)], options: &EvalOptions) -> Figure {
     let values: Vec<f64> = scores.iter().map(|score| score.0).collect();
     let weighted = || values.iter().sum::<f64>() / scores.iter().map(|score| score.1).sum::<f64>();
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
     let (value, stderr) = match metric {
-        Metric::Acc | Metric::AccNorm | Metric::AccBytes => (mean, Some(deviation(&values) / n.sqrt())),
+        metric if metric.is_mean() => (mean, Some(deviation(&values) / n.sqrt())),
         Metric::Perplexity => ((-mean).exp(), bootstrap(&values, options.bootstrap)),
         Metric::WordPerplexity | Metric::BytePerplexity => ((-weighted()).exp(), None),
-        Metric::BitsPerByte => (-weighted() / std::f64::consts::LN_2, None),
+        _ => (-weighted() / std::f64::consts::LN_2, None),
     };
-    Figure { metric, value, stderr: stderr.filter(|_| values.len() > 1) }
+    Figure { metric, filter: filter.into(), value, stderr: stderr.filter(|_| values.len() > 1) }
 }
 
 /// Returns the sample standard deviation, with the divisor `n - 1`.
@@ -457,8 +556,14 @@ fn example(task: &Task, question: &Asked) -> Result<String, &'static str> {
         Asked::Text { text, .. } => text.clone(),
         // As in the harness: an empty answer gets no delimiters. An answer that begins with a space still gets the
         // target delimiter before it.
-        Asked::Continuation { context, continuation } if continuation.is_empty() => return Ok(context.clone()),
-        Asked::Continuation { context, continuation } => format!("{context}{target_delimiter}{continuation}"),
+        Asked::Continuation { context, continuation } | Asked::Question { context, example: continuation, .. }
+            if continuation.is_empty() =>
+        {
+            return Ok(context.clone());
+        }
+        Asked::Continuation { context, continuation } | Asked::Question { context, example: continuation, .. } => {
+            format!("{context}{target_delimiter}{continuation}")
+        }
         Asked::Choices(choices) => {
             let &[answer] = &choices.answers[..] else { return Err("an example has several correct answers") };
             let at = |list: &[String]| list[answer.min(list.len() - 1)].clone();

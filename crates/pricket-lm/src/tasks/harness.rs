@@ -15,10 +15,11 @@ use sha2::{Digest, Sha256};
 use yaml_serde::Value as Yaml;
 
 use super::builtin::{self, count_words};
+use super::generation::{ExactMatch, Filter, Generation, Targets, python_regex};
 use super::jinja::Templates;
 use super::yaml;
 use super::{Asked, Choices, Describe, Layout, Metric, Sampler, Task, TaskKind};
-use crate::python::literal_eval;
+use crate::python::{literal_eval, text};
 
 /// Maximum size of a task file or a Python module, in bytes. The largest file of the harness has 20 kB.
 const MAX_FILE: u64 = 4 << 20;
@@ -29,6 +30,9 @@ const MAX_INCLUDES: usize = 32;
 /// Keys that do not change the requests or the metrics.
 const WITHOUT_EFFECT: [&str; 6] =
     ["task_alias", "tag", "group", "should_decontaminate", "doc_to_decontamination_query", "generation_kwargs"];
+
+/// Key that has an effect only on tasks whose answers the model writes.
+const GENERATION_KWARGS: &str = "generation_kwargs";
 
 /// Values by key, each with the directory of the file that sets it.
 type Keys = BTreeMap<String, (Yaml, PathBuf)>;
@@ -47,7 +51,7 @@ struct Module {
 /// Keys that define the requests.
 const ASKS: [&str; 5] = ["doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results"];
 
-const MODULES: [Module; 3] = [
+const MODULES: [Module; 4] = [
     Module {
         name: "preprocess_winogrande",
         task: "winogrande",
@@ -80,6 +84,18 @@ const MODULES: [Module; 3] = [
             ("doc_to_text", "{{query}}"),
             ("doc_to_target", "{{label}}"),
             ("doc_to_choice", "choices"),
+        ],
+    },
+    Module {
+        name: "utils",
+        task: "drop",
+        sha256: "a5782ee7d2e537968a5b83976195ae2b9b6e2a565a0bfb5c24d221b4d61a04f5",
+        is_common: true,
+        asks: &[
+            ("process_docs", "!function utils.process_docs"),
+            ("doc_to_text", "{{passage}} {{question}}"),
+            ("doc_to_target", "{{ answer|join(',')}}"),
+            ("process_results", "!function utils.process_results"),
         ],
     },
 ];
@@ -153,7 +169,18 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
     let refused =
         |why: &str| Err(format!("{key}: !function {function} names a Python function, which is not executed{why}"));
     let module = function.rsplit_once('.').map_or("", |(module, _)| module);
-    let Some(known) = MODULES.iter().find(|known| known.name == module) else { return refused("") };
+    // The file must agree with a built-in task in all of these keys: they cannot be combined with other values.
+    let said = |key: &str| match keys.get(key).map(|(value, _)| value) {
+        Some(Yaml::Tagged(tagged)) => {
+            format!("!{} {}", tagged.tag.to_string().trim_start_matches('!'), shown(&tagged.value).trim_matches('"'))
+        }
+        Some(value) => value.as_str().map_or_else(|| shown(value), str::to_owned),
+        None => String::new(),
+    };
+    let agrees = |known: &&Module| known.asks.iter().all(|(key, value)| said(key) == *value);
+    // Several tasks have a module of this name. The one that makes the same requests is meant.
+    let named = || MODULES.iter().filter(|known| known.name == module);
+    let Some(known) = named().find(agrees).or_else(|| named().next()) else { return refused("") };
     let file = directory.join(format!("{module}.py"));
     if !file.is_file() && known.is_common {
         let missing =
@@ -170,14 +197,6 @@ fn computed(keys: &Keys) -> Result<Option<Task>, String> {
             ));
         }
     }
-    // The file must agree with the built-in task in all of these keys: they cannot be combined with other values.
-    let said = |key: &str| match keys.get(key).map(|(value, _)| value) {
-        Some(Yaml::Tagged(tagged)) => {
-            format!("!{} {}", tagged.tag.to_string().trim_start_matches('!'), shown(&tagged.value).trim_matches('"'))
-        }
-        Some(value) => value.as_str().map_or_else(|| shown(value), str::to_owned),
-        None => String::new(),
-    };
     let expected = |key: &str| known.asks.iter().find(|(known, _)| *known == key).map_or("", |(_, said)| said);
     if let Some(other) = ASKS.iter().find(|key| said(key) != expected(key)) {
         let (task, found) = (known.task, said(other));
@@ -224,8 +243,9 @@ impl Reader {
             "multiple_choice" => TaskKind::MultipleChoice,
             "loglikelihood" => TaskKind::Loglikelihood,
             "loglikelihood_rolling" => TaskKind::Perplexity,
+            "generate_until" => TaskKind::Generation,
             other => {
-                let kinds = "multiple_choice, loglikelihood or loglikelihood_rolling";
+                let kinds = "multiple_choice, loglikelihood, loglikelihood_rolling or generate_until";
                 return Err(format!("output_type: expected {kinds}, found {other}"));
             }
         };
@@ -240,14 +260,22 @@ impl Reader {
         // If the examples come from the evaluated split, the harness leaves out the document itself.
         let spare = of_examples == test;
         let examples_split = of_examples.or(train).or(validation).or(test);
-        if self.whole("repeats")?.is_some_and(|repeats| repeats != 1) {
+        let repeats = self.whole("repeats")?;
+        if kind != TaskKind::Generation && repeats.is_some_and(|repeats| repeats != 1) {
             return Err("repeats: expected 1, since repetitions do not change log-likelihoods".into());
         }
+        let mut generation = Generation::default();
         let metrics = match self.take("metric_list") {
-            None => kind.defaults().to_vec(),
-            Some(Yaml::Sequence(list)) => list.iter().map(|entry| metric(entry, kind)).collect::<Result<_, _>>()?,
+            None => computed.as_ref().map_or_else(|| kind.defaults().to_vec(), |computed| computed.metrics.clone()),
+            Some(Yaml::Sequence(list)) => {
+                let metric = |entry| metric(entry, kind, computed.as_ref(), &mut generation.exact_match);
+                list.iter().map(metric).collect::<Result<_, _>>()?
+            }
             Some(other) => return Err(unexpected("metric_list", "a list", &other)),
         };
+        if kind == TaskKind::Generation {
+            self.generation(&mut generation, repeats.unwrap_or(1))?;
+        }
         let version = match self.take("metadata") {
             Some(Yaml::Mapping(metadata)) => metadata.get("version").map_or(Value::Null, json_of),
             _ => Value::Null,
@@ -285,7 +313,7 @@ impl Reader {
             computed.ask
         } else {
             let is_choice = kind == TaskKind::MultipleChoice;
-            if choices.is_some() != is_choice {
+            if choices.is_some() != is_choice && kind != TaskKind::Generation {
                 let what =
                     if is_choice { "the key is missing" } else { "only multiple_choice tasks can have this key" };
                 return Err(format!("doc_to_choice: {what}"));
@@ -306,12 +334,43 @@ impl Reader {
             split,
             examples_split,
             samples,
+            generation: (kind == TaskKind::Generation).then(|| Arc::new(generation)),
             layout,
             files,
             dataset,
             definition,
             ask,
         })
+    }
+}
+
+impl Reader {
+    /// Reads the keys of a task whose answers the model writes.
+    fn generation(&mut self, generation: &mut Generation, repeats: usize) -> Result<(), String> {
+        generation.set_repeats(repeats)?;
+        match self.take(GENERATION_KWARGS) {
+            Some(kwargs) => generation.read_kwargs(&json_of(&kwargs))?,
+            // Without the key, the harness ends an answer where an example would end.
+            None => {
+                let delimiter = self.0.get("fewshot_delimiter").and_then(|(value, _)| value.as_str());
+                generation.until = vec![delimiter.unwrap_or("\n\n").to_owned()];
+            }
+        }
+        let list = match self.take("filter_list") {
+            None => return generation.check_filters(),
+            Some(Yaml::Sequence(list)) => list,
+            Some(other) => return Err(unexpected("filter_list", "a list", &other)),
+        };
+        generation.filters.clear();
+        for entry in list {
+            let entry = json_of(&entry);
+            let (Some(name), Some(filters)) = (entry["name"].as_str(), entry["filter"].as_array()) else {
+                return Err("filter_list: expected entries with a `name` and a list under `filter`".into());
+            };
+            let filters = filters.iter().map(Filter::read).collect::<Result<_, _>>()?;
+            generation.filters.push((name.to_owned(), filters));
+        }
+        generation.check_filters()
     }
 }
 
@@ -389,18 +448,41 @@ fn data_files(kwargs: Option<Yaml>) -> Result<(Option<BTreeMap<String, Vec<PathB
 
 /// Reads an entry of `metric_list`. The entry must describe the same computation and aggregation as the built-in
 /// metric.
-fn metric(entry: &Yaml, kind: TaskKind) -> Result<Metric, String> {
+fn metric(
+    entry: &Yaml,
+    kind: TaskKind,
+    computed: Option<&Task>,
+    exact_match: &mut ExactMatch,
+) -> Result<Metric, String> {
     let Yaml::Mapping(entries) = entry else {
         return Err(unexpected("metric_list", "a mapping for each metric", entry));
     };
     let name = entries.get("metric").and_then(Yaml::as_str).ok_or("metric_list: expected a name under `metric`")?;
-    let metric = Metric::named(name, kind).map_err(|e| format!("metric_list: {e}"))?;
+    let of_task = computed.and_then(|task| task.metrics.iter().copied().find(|metric| metric.name() == name));
+    let metric = of_task.map_or_else(|| Metric::named(name, kind), Ok).map_err(|e| format!("metric_list: {e}"))?;
+    let mut option = |key: &str, value: &Yaml| -> Result<bool, String> {
+        let options = match (key, value) {
+            ("regexes_to_ignore", Yaml::Sequence(_)) => {
+                let patterns = strings(value).ok_or_else(|| unexpected("regexes_to_ignore", "strings", value))?;
+                let patterns = patterns.iter().map(|pattern| python_regex(pattern)).collect::<Result<_, _>>();
+                exact_match.ignored = patterns.map_err(|e| format!("metric_list: {e}"))?;
+                return Ok(true);
+            }
+            ("ignore_case", _) => &mut exact_match.ignore_case,
+            ("ignore_punctuation", _) => &mut exact_match.ignore_punctuation,
+            ("ignore_numbers", _) => &mut exact_match.ignore_numbers,
+            _ => return Ok(*value == Yaml::Null || (key == "hf_evaluate" && value.as_bool() == Some(false))),
+        };
+        *options = value.as_bool().unwrap_or(false);
+        Ok(value.as_bool().is_some())
+    };
     for (key, value) in entries {
         let is_same = match key.as_str().unwrap_or_default() {
             // Weights matter only in groups of tasks.
             "metric" | "weight_by_size" => true,
             "aggregation" => value.as_str() == Some(metric.aggregation()),
             "higher_is_better" => value.as_bool() == Some(metric.higher_is_better()),
+            key if metric == Metric::ExactMatch => option(key, value)?,
             _ => *value == Yaml::Null,
         };
         if !is_same {
@@ -511,6 +593,9 @@ struct Asker {
 
 impl Asker {
     fn ask(&self, document: &Value) -> Result<Asked, String> {
+        if self.kind == TaskKind::Generation {
+            return self.question(document);
+        }
         let Some(choices) = &self.choices else {
             let target = match self.found(&self.target, document)? {
                 Found::Text(text) => text,
@@ -560,6 +645,27 @@ impl Asker {
             }
         };
         Ok(Asked::Choices(Choices::new(vec![self.context(document)?], &self.delimiter, &choices, answers)))
+    }
+
+    /// Builds a question to answer in writing. The correct answers are a string, a list of strings, or a number of a
+    /// choice.
+    fn question(&self, document: &Value) -> Result<Asked, String> {
+        let context = self.context(document)?;
+        let targets = match (self.found(&self.target, document)?, &self.choices) {
+            (Found::Number(n), Some(choices)) => {
+                let Found::List(choices) = choices.of(&self.templates, document)? else {
+                    return Err("doc_to_choice: expected a list of strings".into());
+                };
+                let choice = usize::try_from(n).ok().and_then(|n| choices.get(n));
+                vec![text(choice.ok_or_else(|| format!("answer {n} is out of range for {} choices", choices.len()))?)]
+            }
+            (_, Some(_)) => return Err("doc_to_target: expected the number of a choice".into()),
+            (Found::Number(n), None) => vec![n.to_string()],
+            (Found::Text(text), None) => vec![text],
+            (Found::List(items), None) => items.iter().map(text).collect(),
+        };
+        let example = targets.first().ok_or("doc_to_target: expected at least one correct answer")?.clone();
+        Ok(Asked::Question { context, targets: Targets::Texts(targets), example })
     }
 
     /// Returns the value of a field, converting the output of a template as the harness does. Digits become a number if

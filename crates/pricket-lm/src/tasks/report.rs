@@ -11,6 +11,7 @@ impl TaskKind {
             TaskKind::MultipleChoice => "multiple_choice",
             TaskKind::Loglikelihood => "loglikelihood",
             TaskKind::Perplexity => "loglikelihood_rolling",
+            TaskKind::Generation => "generate_until",
         }
     }
 }
@@ -26,9 +27,9 @@ pub fn results_json(outcomes: &[(Task, Outcome)], options: &EvalOptions) -> Valu
         row.insert("alias".into(), json!(outcome.task));
         row.insert("sample_len".into(), json!(outcome.documents));
         for figure in &outcome.figures {
-            let name = figure.metric.name();
-            row.insert(format!("{name},none"), json!(figure.value));
-            row.insert(format!("{name}_stderr,none"), figure.stderr.map_or_else(|| json!("N/A"), |x| json!(x)));
+            let (name, filter) = (figure.metric.name(), &figure.filter);
+            row.insert(format!("{name},{filter}"), json!(figure.value));
+            row.insert(format!("{name}_stderr,{filter}"), figure.stderr.map_or_else(|| json!("N/A"), |x| json!(x)));
         }
         row.into()
     };
@@ -75,18 +76,31 @@ impl Sample {
             .collect();
         // The harness writes these values as strings.
         let python = |flag: bool| if flag { "True" } else { "False" };
+        // The harness always writes the target as a string.
+        let target = self.target.as_str().map_or_else(|| self.target.to_string(), str::to_owned);
+        let metrics: Vec<_> = self.scores.iter().map(|(metric, _)| metric.name()).collect();
+        if let Some(written) = &self.written {
+            let context = self.requests.first().map_or("", |(context, _)| context);
+            let mut line = json!({
+                "doc_id": self.id, "doc": self.document, "target": target,
+                "arguments": {"gen_args_0": {"arg_0": context}}, "resps": [written.answers],
+                "filtered_resps": [written.filtered], "filter": written.filter, "metrics": metrics,
+            });
+            for (metric, score) in &self.scores {
+                line[metric.name()] = json!(score);
+            }
+            return line;
+        }
         let rolling = arguments.values().all(|arguments| arguments["arg_1"].is_null());
         let answers: Vec<Value> = if rolling {
             vec![json!([self.answers.iter().map(|answer| answer.sum).sum::<f64>().to_string()])]
         } else {
             self.answers.iter().map(|answer| json!([answer.sum.to_string(), python(answer.is_greedy)])).collect()
         };
-        // The harness always writes the target as a string.
-        let target = self.target.as_str().map_or_else(|| self.target.to_string(), str::to_owned);
         let mut line = json!({
             "doc_id": self.id, "doc": self.document, "target": target, "arguments": arguments,
             "resps": answers.iter().map(|answer| json!([answer])).collect::<Vec<_>>(), "filtered_resps": answers,
-            "filter": "none", "metrics": self.scores.iter().map(|(metric, _)| metric.name()).collect::<Vec<_>>(),
+            "filter": "none", "metrics": metrics,
         });
         for (metric, score) in &self.scores {
             line[metric.name()] = json!(score);

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::builtin::count_words;
+use super::generation::{Generation, Targets};
 use super::jinja::Templates;
 use super::{Asked, Choices, Layout, Metric, Sampler, Task, TaskKind};
 
@@ -21,8 +22,13 @@ struct File {
     text: String,
     /// Expression for the list of choices.
     choices: Option<String>,
-    /// Expression for the index or the text of the correct choice.
+    /// Expression for the index or the text of the correct choice, or for the text or the texts that a written answer
+    /// has to be.
     answer: Option<String>,
+    /// Strings that end a written answer.
+    until: Option<Vec<String>>,
+    /// Maximum number of tokens of a written answer.
+    max_tokens: Option<usize>,
     /// Template of the scored text.
     target: Option<String>,
     /// Text before each choice.
@@ -49,6 +55,7 @@ enum Kind {
     MultipleChoice,
     Loglikelihood,
     Perplexity,
+    Generation,
 }
 
 #[derive(Deserialize, PartialEq)]
@@ -76,7 +83,17 @@ pub(super) fn parse(text: &str) -> Result<Task, String> {
         Kind::MultipleChoice => TaskKind::MultipleChoice,
         Kind::Loglikelihood => TaskKind::Loglikelihood,
         Kind::Perplexity => TaskKind::Perplexity,
+        Kind::Generation => TaskKind::Generation,
     };
+    if kind != TaskKind::Generation && (file.until.is_some() || file.max_tokens.is_some()) {
+        return Err("until and max_tokens have an effect only with the kind generation".into());
+    }
+    let mut generation = Generation::default();
+    generation.until = file.until.unwrap_or_else(|| vec!["\n\n".into()]);
+    generation.max_tokens = file.max_tokens.unwrap_or(generation.max_tokens);
+    if generation.max_tokens == 0 {
+        return Err("max_tokens: expected at least 1, found 0".into());
+    }
     let metrics = match &file.metrics {
         Some(names) => names
             .iter()
@@ -94,6 +111,7 @@ pub(super) fn parse(text: &str) -> Result<Task, String> {
                 templates.check(key, source.as_ref().ok_or_else(|| missing(key))?)?;
             }
         }
+        Kind::Generation => templates.check("answer", file.answer.as_ref().ok_or_else(|| missing("answer"))?)?,
         Kind::Loglikelihood | Kind::Perplexity => {
             templates.add("target", file.target.clone().ok_or_else(|| missing("target"))?)?;
         }
@@ -117,6 +135,7 @@ pub(super) fn parse(text: &str) -> Result<Task, String> {
         sampler: Sampler::Random { spare: !has_test },
         layout: Layout::default(),
         samples: None,
+        generation: (kind == TaskKind::Generation).then(|| Arc::new(generation)),
         shots: None,
         files: None,
         dataset: file.dataset.map(|dataset| (dataset.repo, dataset.config)),
@@ -144,6 +163,14 @@ impl Asker {
                 context: self.templates.render("text", document)?,
                 continuation: self.templates.render("target", document)?,
             }),
+            TaskKind::Generation => {
+                let found = self.templates.evaluate("answer", &self.answer, document)?;
+                let one = found.as_str().map(|text| vec![text.to_owned()]);
+                let targets = one.or_else(|| super::texts(&found)).filter(|texts| !texts.is_empty());
+                let targets = targets.ok_or_else(|| format!("answer: expected a string or strings, found {found}"))?;
+                let (context, example) = (self.templates.render("text", document)?, targets[0].clone());
+                Ok(Asked::Question { context, targets: Targets::Texts(targets), example })
+            }
             TaskKind::MultipleChoice => {
                 let found = self.templates.evaluate("choices", &self.choices, document)?;
                 let texts = super::texts(&found)

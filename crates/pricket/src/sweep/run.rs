@@ -383,8 +383,12 @@ impl Sweep {
                     Vec::new()
                 };
                 let outcome = model.evaluate(task, Documents::open_all(documents)?, &examples, &self.options)?;
-                let name = |metric: pricket_lm::Metric| format!("{}/{}", task.name(), metric.name());
-                let figure = |f: &pricket_lm::Figure| (name(f.metric), f.value, f.stderr, outcome.documents);
+                // Written answers may be scored after several lists of filters.
+                let name = |f: &pricket_lm::Figure| match &f.filter[..] {
+                    "none" => format!("{}/{}", task.name(), f.metric.name()),
+                    filter => format!("{}/{},{filter}", task.name(), f.metric.name()),
+                };
+                let figure = |f: &pricket_lm::Figure| (name(f), f.value, f.stderr, outcome.documents);
                 Ok(outcome.figures.iter().map(figure).collect())
             }
             Measure::Slices(path) => slices(&mut Documents::open(path)?, &SLICE_METRICS),

@@ -6,7 +6,7 @@ use pricket_hub::InUse;
 use pricket_lm::{
     Comparison, Continuation, Engine, EngineOptions, EvalOptions, FinishReason, GenerateOptions, Generation,
     Loglikelihood, Outcome, PromptFormat, Request, ScoreOptions, ScoredToken, Speculation, SpeculationOptions, Task,
-    Tokenizer, evaluate, loglikelihoods, token_logprobs,
+    Tokenizer, Update, evaluate, loglikelihoods, token_logprobs,
 };
 use pricket_nn::{CausalLm, ModelInfo, Parameter};
 use serde_json::Value;
@@ -175,7 +175,7 @@ impl Pricket {
     /// # Errors
     /// Returns the errors of [`Pricket::generate`].
     pub fn generate_batch(&self, prompts: &[&str], options: &GenerateOptions) -> Result<Vec<Completion>> {
-        let ids = prompts.iter().map(|prompt| self.prompt_ids(prompt)).collect::<Result<Vec<_>>>()?;
+        let ids = prompts.iter().map(|prompt| self.encode_prompt(prompt)).collect::<Result<Vec<_>>>()?;
         self.complete(ids.into_iter().map(|ids| (ids, options.seed)), options)
     }
 
@@ -193,7 +193,7 @@ impl Pricket {
     /// # Errors
     /// Returns the errors of [`Pricket::generate`].
     pub fn samples(&self, prompt: &str, count: usize, options: &GenerateOptions) -> Result<Vec<Completion>> {
-        let ids = self.prompt_ids(prompt)?;
+        let ids = self.encode_prompt(prompt)?;
         let seeds = (0..count as u64).map(|i| options.seed.wrapping_add(i));
         self.complete(seeds.map(|seed| (ids.clone(), seed)), options)
     }
@@ -213,13 +213,7 @@ impl Pricket {
         }
         while let Some(updates) = engine.step()? {
             for update in updates {
-                let row = &mut rows[update.request.0 as usize];
-                row.ids.extend(update.tokens.iter().map(|token| token.id));
-                row.logprobs.extend(update.tokens.iter().map(|token| token.logprob));
-                row.text.push_str(&update.text);
-                if let Some(finish) = update.finish {
-                    row.finish = finish?;
-                }
+                rows[update.request.0 as usize].add(update)?;
             }
         }
         Ok(rows)
@@ -230,7 +224,7 @@ impl Pricket {
     /// # Errors
     /// Returns the errors of [`Pricket::generate`].
     pub fn stream(&self, prompt: &str, options: &GenerateOptions) -> Result<Stream> {
-        let request = self.request(self.prompt_ids(prompt)?, options);
+        let request = self.request(self.encode_prompt(prompt)?, options);
         // No other request can use a kept state.
         let engine = self.engine(EngineOptions { prefix_memory: Some(0), ..EngineOptions::default() })?;
         Stream::new(self, engine, request)
@@ -317,8 +311,8 @@ impl Pricket {
         Ok(loglikelihoods(&*self.parts.model, &requests, options)?)
     }
 
-    /// Evaluates the model on a task; see [`pricket_lm::evaluate`]. [`Pricket::prefix_id`] replaces the prefix of
-    /// `options`.
+    /// Evaluates the model on a task; see [`pricket_lm::evaluate`]. [`Pricket::prefix_id`] and [`Pricket::eos_ids`]
+    /// replace the prefix and the end tokens of `options`.
     ///
     /// # Errors
     /// Returns the errors of [`pricket_lm::evaluate`].
@@ -329,12 +323,16 @@ impl Pricket {
         examples: &[Value],
         options: &EvalOptions,
     ) -> Result<Outcome> {
-        let options = EvalOptions { prefix: self.prefix_id(), ..options.clone() };
+        let options = EvalOptions { prefix: self.prefix_id(), end: self.parts.eos.clone(), ..options.clone() };
         Ok(evaluate(&*self.parts.model, self.tokenizer()?, task, documents, examples, &options)?)
     }
 
-    /// Returns the tokens of a prompt. An empty prompt becomes the begin token of a document.
-    pub(crate) fn prompt_ids(&self, prompt: &str) -> Result<Vec<u32>> {
+    /// Encodes a prompt to continue, as [`Pricket::generate`] does. An empty prompt becomes the begin token of a
+    /// document.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Pricket::encode`].
+    pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(prompt)?;
         if ids.is_empty() {
             let begin = self.parts.config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
@@ -392,7 +390,8 @@ impl Pricket {
 }
 
 impl Completion {
-    fn new(prompt_ids: &[u32], options: &GenerateOptions) -> Self {
+    /// Creates the completion of a prompt before its first token.
+    pub fn new(prompt_ids: &[u32], options: &GenerateOptions) -> Self {
         Self {
             text: String::new(),
             ids: Vec::new(),
@@ -401,6 +400,20 @@ impl Completion {
             // With a limit of 0 tokens, the text has already reached its length.
             finish: if options.max_tokens == 0 { FinishReason::Length } else { FinishReason::Unfinished },
         }
+    }
+
+    /// Adds the news of an engine about the completion.
+    ///
+    /// # Errors
+    /// Returns the error with which the request ended.
+    pub fn add(&mut self, update: Update) -> Result<()> {
+        self.ids.extend(update.tokens.iter().map(|token| token.id));
+        self.logprobs.extend(update.tokens.iter().map(|token| token.logprob));
+        self.text.push_str(&update.text);
+        if let Some(finish) = update.finish {
+            self.finish = finish?;
+        }
+        Ok(())
     }
 }
 
@@ -453,14 +466,10 @@ impl Stream {
         while let Some(updates) = self.engine.step()? {
             // The engine has only one request, so there is at most one update.
             for update in updates {
-                self.completion.ids.extend(update.tokens.iter().map(|token| token.id));
-                self.completion.logprobs.extend(update.tokens.iter().map(|token| token.logprob));
-                self.completion.text.push_str(&update.text);
-                if let Some(finish) = update.finish {
-                    self.completion.finish = finish?;
-                }
-                if !update.tokens.is_empty() {
-                    return Ok(Some(update.text));
+                let text = (!update.tokens.is_empty()).then(|| update.text.clone());
+                self.completion.add(update)?;
+                if text.is_some() {
+                    return Ok(text);
                 }
             }
         }

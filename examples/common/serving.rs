@@ -1,0 +1,122 @@
+//! Measurement of the engine: requests that arrive at random times.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use pricket::lm::{EngineOptions, RequestId};
+use pricket::{GenerateOptions, Pricket};
+use rand::{Rng, SeedableRng};
+
+/// Requests to the engine.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct ServingArgs {
+    /// Measure the engine with this number of requests, of --new-tokens new tokens each. All run in one batch
+    #[arg(long, value_name = "N")]
+    pub(crate) requests: Option<usize>,
+    /// Smallest and largest prompt length of the requests, in tokens
+    #[arg(long, value_name = "FROM-TO", default_value = "64-512", value_parser = range)]
+    request_prompts: (usize, usize),
+    /// Requests that arrive per second, at random times; 0 for all at the start
+    #[arg(long, value_name = "RATE", default_value_t = 0.0)]
+    arrival_rate: f64,
+    /// Maximum number of requests that run at the same time
+    #[arg(long, value_name = "N", default_value_t = EngineOptions::default().rows)]
+    slots: usize,
+    /// Number of tokens that a step reads at most [default: 512 on the CPU, 2048 on a GPU]
+    #[arg(long, value_name = "N")]
+    step_tokens: Option<usize>,
+    /// Run the requests that have arrived as one fixed batch after the other, for comparison: none joins a running
+    /// batch
+    #[arg(long)]
+    fixed_batches: bool,
+}
+
+fn range(text: &str) -> Result<(usize, usize), String> {
+    let wrong = || format!("expected two lengths such as 64-512, found {text:?}");
+    let (from, to) = text.split_once('-').ok_or_else(wrong)?;
+    let (from, to) = (from.parse().map_err(|_| wrong())?, to.parse().map_err(|_| wrong())?);
+    if (1..=to).contains(&from) { Ok((from, to)) } else { Err(wrong()) }
+}
+
+/// What was measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Serving {
+    pub(crate) requests: usize,
+    /// Prompt tokens of all requests.
+    pub(crate) prompt: usize,
+    /// New tokens of all requests.
+    pub(crate) new: usize,
+    /// Time from the first arrival to the last token.
+    pub(crate) seconds: f64,
+    /// Median and 95th percentile of the seconds from the arrival of a request to its first token.
+    pub(crate) first: (f64, f64),
+    /// Median and 95th percentile of the seconds between two tokens of a request.
+    pub(crate) between: (f64, f64),
+}
+
+impl ServingArgs {
+    /// Runs the requests.
+    pub(crate) fn measure(&self, pricket: &Pricket, requests: usize, new_tokens: usize) -> anyhow::Result<Serving> {
+        ensure!(requests > 0 && self.slots > 0, "expected --requests and --slots of at least 1");
+        ensure!(self.arrival_rate >= 0.0, "expected --arrival-rate of at least 0");
+        // The same requests in every run.
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        let vocab = pricket.info().vocab as u32;
+        let (mut prompts, mut arrivals, mut now) = (Vec::new(), Vec::new(), 0.0);
+        for _ in 0..requests {
+            let len = random.random_range(self.request_prompts.0..=self.request_prompts.1);
+            prompts.push((0..len).map(|_| random.random_range(0..vocab)).collect::<Vec<u32>>());
+            arrivals.push(Duration::from_secs_f64(now));
+            if self.arrival_rate > 0.0 {
+                // The times between arrivals have an exponential distribution.
+                now -= (1.0 - random.random::<f64>()).ln() / self.arrival_rate;
+            }
+        }
+        let options = GenerateOptions { max_tokens: new_tokens, stop_at_eos: false, ..Default::default() };
+        let engine = EngineOptions { rows: self.slots, step_tokens: self.step_tokens, ..EngineOptions::default() };
+        let mut engine = pricket.engine(engine)?;
+        let prompt = prompts.iter().map(Vec::len).sum();
+        let mut left = prompts.into_iter().zip(&arrivals).peekable();
+        let mut arrived: HashMap<RequestId, (Duration, Option<Duration>)> = HashMap::new();
+        let (mut firsts, mut gaps, mut new) = (Vec::new(), Vec::new(), 0);
+        let start = Instant::now();
+        loop {
+            let may_join = !self.fixed_batches || engine.running() + engine.waiting() == 0;
+            let mut joined = 0;
+            while may_join
+                && joined < if self.fixed_batches { self.slots } else { usize::MAX }
+                && let Some((ids, &arrival)) = left.next_if(|(_, arrival)| **arrival <= start.elapsed())
+            {
+                let request = pricket::lm::Request { tokenizer: None, ..pricket.request(ids, &options) };
+                arrived.insert(engine.submit(request)?, (arrival, None));
+                joined += 1;
+            }
+            let Some(updates) = engine.step()? else {
+                let Some((_, arrival)) = left.peek() else { break };
+                std::thread::sleep(arrival.saturating_sub(start.elapsed()));
+                continue;
+            };
+            let now = start.elapsed();
+            for update in updates.into_iter().filter(|update| !update.tokens.is_empty()) {
+                new += update.tokens.len();
+                if let Some((arrival, last)) = arrived.get_mut(&update.request) {
+                    match last.replace(now) {
+                        None => firsts.push((now - *arrival).as_secs_f64()),
+                        Some(last) => gaps.push((now - last).as_secs_f64()),
+                    }
+                }
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let (first, between) = (percentiles(firsts), percentiles(gaps));
+        Ok(Serving { requests, prompt, new, seconds, first, between })
+    }
+}
+
+/// Returns the median and the 95th percentile; NaN if there are no values.
+fn percentiles(mut values: Vec<f64>) -> (f64, f64) {
+    values.sort_by(f64::total_cmp);
+    let at = |share: f64| values.get((values.len() as f64 * share) as usize).copied().unwrap_or(f64::NAN);
+    (at(0.5), at(0.95))
+}
