@@ -105,17 +105,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         let (rate, memory) = train::rate(&pricket, *shape, args.masked_fraction, checkpointing, args.runs)?;
         rows.push(Row { what: "train", prompt: shape.tokens, streams: shape.rows, rate, memory: Some(memory) });
     }
-    let serving = match args.serving.requests {
-        Some(requests) => {
-            let mut runs = Vec::new();
-            for _ in 0..args.runs {
-                runs.push(args.serving.measure(&pricket, requests, args.new_tokens)?);
-            }
-            runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
-            Some(runs[args.runs / 2])
-        }
-        None => None,
-    };
+    let serving = args.serving.median(&pricket, args.runs, args.new_tokens)?;
     let threads = pricket.threads();
     // Each token reads every weight once, except an embedding that is not also the head: of it, each token reads one
     // row. MPT always uses its embedding as the head, whatever its configuration says.
@@ -144,15 +134,6 @@ fn run(args: &Args) -> anyhow::Result<()> {
             })
         };
         let rows: Vec<_> = rows.iter().map(row).collect();
-        let serving = serving.map(|found| {
-            json!({
-                "requests": found.requests, "prompt_tokens": found.prompt, "new_tokens": found.new,
-                "seconds": found.seconds, "tokens_per_second": (found.prompt + found.new) as f64 / found.seconds,
-                "new_tokens_per_second": found.new as f64 / found.seconds,
-                "first_token_seconds": {"median": found.first.0, "p95": found.first.1},
-                "between_tokens_seconds": {"median": found.between.0, "p95": found.between.1},
-            })
-        });
         let name = args.shape.clone().unwrap_or_else(|| info.family.into());
         writeln!(
             out,
@@ -161,7 +142,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
                 "model": name, "provenance": pricket.provenance().to_json(), "parameters": info.parameters,
                 "dtype": info.dtype.name().to_lowercase(), "weight_bytes": info.weight_bytes,
                 "load_seconds": load_seconds, "peak_rss": peak, "bandwidth": bandwidth, "flops": arithmetic,
-                "threads": threads, "rows": rows, "serving": serving,
+                "threads": threads, "rows": rows,
+                "serving": serving.map(serving::Serving::to_json),
             })
         )?;
         return Ok(());
@@ -179,10 +161,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         writeln!(out, "{:8} {:5}  {:10.1} tokens/s{about}", row.what, row.prompt, row.rate)?;
     }
     if let Some(found) = serving {
-        let (total, new) = ((found.prompt + found.new) as f64 / found.seconds, found.new as f64 / found.seconds);
-        writeln!(out, "{} requests in {:.1} s: {total:.1} tokens/s, {new:.1} new", found.requests, found.seconds)?;
-        let ms = |(median, p95): (f64, f64)| format!("{:.0} ms (95th percentile {:.0} ms)", 1e3 * median, 1e3 * p95);
-        writeln!(out, "first token after {}; next tokens after {}", ms(found.first), ms(found.between))?;
+        writeln!(out, "{found}")?;
     }
     let (bandwidth, arithmetic) = (bandwidth / 1e9, arithmetic / 1e9);
     let who = if device.is_cpu() { format!("{threads} threads read") } else { "the device moves".into() };

@@ -221,6 +221,9 @@ impl Chat {
                 "prompt: {read} of {} read; reply: {written}; {seconds:.2} s",
                 counted(whole, "token")
             ));
+            if let Some(found) = conversation.speculation() {
+                draft::report(&found);
+            }
         }
         Ok(())
     }

@@ -156,7 +156,6 @@ fn unsupported_task_files_are_refused_by_name() {
     let document = json!({"a": "the", "b": "man", "list": ["the", "man"], "label": 5});
     let choices = "task: t\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: a\n";
     let text = "task: t\noutput_type: loglikelihood\ntest_split: test\ndoc_to_text: a\n";
-    let written_answers = "task: t\noutput_type: generate_until\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\n";
     let long = format!("a: &a [{}]\nb: [{}]\n", "x,".repeat(100_000), "*a,".repeat(1000));
     let deep = "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
     let nested = "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
@@ -219,6 +218,20 @@ fn unsupported_task_files_are_refused_by_name() {
         (format!("{text}doc_to_target: b").replace("task: t", "task: ../t"), "the task name \"../t\""),
         (long, "the file expands to more than"),
         ("task: t\noutput_type: greedy_until".into(), "found greedy_until"),
+        ("task: [a, b]\ngroup: g".into(), "groups of tasks"),
+        ("- a\n- b".into(), "mapping"),
+        ("a: [".into(), "t.yaml"),
+        (format!("k0: &k0 x\n{bomb}task: t"), "t.yaml"),
+    ] {
+        let error = asked(&file, &document).unwrap_err();
+        assert!(error.contains(expected), "{file}\n{error}");
+    }
+}
+
+#[test]
+fn unsupported_keys_of_written_answers_are_refused_by_name() {
+    let written_answers = "task: t\noutput_type: generate_until\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\n";
+    for (file, expected) in [
         (format!("{written_answers}generation_kwargs: {{until: 3}}"), "generation_kwargs.until: expected a string"),
         (
             format!("{written_answers}generation_kwargs: {{num_beams: 3}}"),
@@ -250,12 +263,8 @@ fn unsupported_task_files_are_refused_by_name() {
             format!("{written_answers}metric_list: [{{metric: exact_match, regexes_to_ignore: ['[']}}]"),
             "the pattern \"[\"",
         ),
-        ("task: [a, b]\ngroup: g".into(), "groups of tasks"),
-        ("- a\n- b".into(), "mapping"),
-        ("a: [".into(), "t.yaml"),
-        (format!("k0: &k0 x\n{bomb}task: t"), "t.yaml"),
     ] {
-        let error = asked(&file, &document).unwrap_err();
+        let error = asked(&file, &json!({"a": "x", "b": "y"})).unwrap_err();
         assert!(error.contains(expected), "{file}\n{error}");
     }
 }

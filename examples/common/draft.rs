@@ -42,12 +42,16 @@ impl DraftArgs {
 
 /// Prints the measurements of speculative decoding on stderr.
 pub(crate) fn report(found: &Speculation) {
+    tell(format_args!("{}", described(found)));
+}
+
+fn described(found: &Speculation) -> String {
     if found.drafted == 0 {
-        return tell(format_args!("draft: too few tokens to try the draft model"));
+        return "draft: too few tokens to try the draft model".into();
     }
     let acceptance = 100.0 * found.acceptance();
     let millis = |seconds: f64| format!("{:.1} ms", 1e3 * seconds);
-    let mut text = format!(
+    let text = format!(
         "draft: {} of {} tokens accepted ({acceptance:.0} %), {:.2} tokens a step; draft {}, check {}",
         found.accepted,
         found.drafted,
@@ -55,13 +59,11 @@ pub(crate) fn report(found: &Speculation) {
         millis(found.draft_seconds),
         millis(found.verify_seconds)
     );
-    if found.plain_seconds.is_finite() {
-        let needed =
-            if found.break_even > 1.0 { "more than 100".into() } else { format!("{:.0}", 100.0 * found.break_even) };
-        text += &format!(", step without draft {}; pays above {needed} %", millis(found.plain_seconds));
-        if !found.is_on {
-            text += "; turned off";
-        }
+    if found.plain_seconds.is_nan() {
+        return text;
     }
-    tell(format_args!("{text}"));
+    let needed =
+        if found.break_even > 1.0 { "more than 100".into() } else { format!("{:.0}", 100.0 * found.break_even) };
+    let off = if found.is_on { "" } else { "; turned off" };
+    format!("{text}, step without draft {}; pays above {needed} %{off}", millis(found.plain_seconds))
 }

@@ -13,8 +13,8 @@ use rand::{Rng, SeedableRng};
 pub(crate) struct ServingArgs {
     /// Measure the engine with this number of requests, of --new-tokens new tokens each. All run in one batch
     #[arg(long, value_name = "N")]
-    pub(crate) requests: Option<usize>,
-    /// Smallest and largest prompt length of the requests, in tokens
+    requests: Option<usize>,
+    /// Smallest and largest prompt length of the requests, in tokens. The lengths are spread evenly between them
     #[arg(long, value_name = "FROM-TO", default_value = "64-512", value_parser = range)]
     request_prompts: (usize, usize),
     /// Requests that arrive per second, at random times; 0 for all at the start
@@ -42,30 +42,32 @@ fn range(text: &str) -> Result<(usize, usize), String> {
 /// What was measured.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Serving {
-    pub(crate) requests: usize,
+    requests: usize,
     /// Prompt tokens of all requests.
-    pub(crate) prompt: usize,
+    prompt: usize,
     /// New tokens of all requests.
-    pub(crate) new: usize,
+    new: usize,
     /// Time from the first arrival to the last token.
-    pub(crate) seconds: f64,
+    seconds: f64,
     /// Median and 95th percentile of the seconds from the arrival of a request to its first token.
-    pub(crate) first: (f64, f64),
+    first: (f64, f64),
     /// Median and 95th percentile of the seconds between two tokens of a request.
-    pub(crate) between: (f64, f64),
+    between: (f64, f64),
 }
 
 impl ServingArgs {
     /// Runs the requests.
-    pub(crate) fn measure(&self, pricket: &Pricket, requests: usize, new_tokens: usize) -> anyhow::Result<Serving> {
+    fn measure(&self, pricket: &Pricket, requests: usize, new_tokens: usize) -> anyhow::Result<Serving> {
         ensure!(requests > 0 && self.slots > 0, "expected --requests and --slots of at least 1");
         ensure!(self.arrival_rate >= 0.0, "expected --arrival-rate of at least 0");
         // The same requests in every run.
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
         let vocab = pricket.info().vocab as u32;
         let (mut prompts, mut arrivals, mut now) = (Vec::new(), Vec::new(), 0.0);
-        for _ in 0..requests {
-            let len = random.random_range(self.request_prompts.0..=self.request_prompts.1);
+        let (least, most) = self.request_prompts;
+        for i in 0..requests {
+            // Evenly spread lengths in a mixed order, which other programs can repeat.
+            let len = least + i * 7919 % requests * (most - least) / (requests - 1).max(1);
             prompts.push((0..len).map(|_| random.random_range(0..vocab)).collect::<Vec<u32>>());
             arrivals.push(Duration::from_secs_f64(now));
             if self.arrival_rate > 0.0 {
@@ -102,8 +104,8 @@ impl ServingArgs {
                 new += update.tokens.len();
                 if let Some((arrival, last)) = arrived.get_mut(&update.request) {
                     match last.replace(now) {
-                        None => firsts.push((now - *arrival).as_secs_f64()),
-                        Some(last) => gaps.push((now - last).as_secs_f64()),
+                        None => firsts.push(now.saturating_sub(*arrival).as_secs_f64()),
+                        Some(last) => gaps.push(now.saturating_sub(last).as_secs_f64()),
                     }
                 }
             }
@@ -111,6 +113,40 @@ impl ServingArgs {
         let seconds = start.elapsed().as_secs_f64();
         let (first, between) = (percentiles(firsts), percentiles(gaps));
         Ok(Serving { requests, prompt, new, seconds, first, between })
+    }
+
+    /// Measures as often as `runs` says, and returns the median run by time.
+    pub(crate) fn median(&self, pricket: &Pricket, runs: usize, new_tokens: usize) -> anyhow::Result<Option<Serving>> {
+        let Some(requests) = self.requests else { return Ok(None) };
+        let measured = (0..runs).map(|_| self.measure(pricket, requests, new_tokens));
+        let mut measured = measured.collect::<anyhow::Result<Vec<_>>>()?;
+        measured.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+        Ok(Some(measured[runs / 2]))
+    }
+}
+
+impl Serving {
+    fn rates(&self) -> (f64, f64) {
+        ((self.prompt + self.new) as f64 / self.seconds, self.new as f64 / self.seconds)
+    }
+
+    pub(crate) fn to_json(self) -> serde_json::Value {
+        let (total, new) = self.rates();
+        serde_json::json!({
+            "requests": self.requests, "prompt_tokens": self.prompt, "new_tokens": self.new, "seconds": self.seconds,
+            "tokens_per_second": total, "new_tokens_per_second": new,
+            "first_token_seconds": {"median": self.first.0, "p95": self.first.1},
+            "between_tokens_seconds": {"median": self.between.0, "p95": self.between.1},
+        })
+    }
+}
+
+impl std::fmt::Display for Serving {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = |(median, p95): (f64, f64)| format!("{:.0} ms (95th percentile {:.0} ms)", 1e3 * median, 1e3 * p95);
+        let (total, new) = self.rates();
+        writeln!(f, "{} requests in {:.1} s: {total:.1} tokens/s, {new:.1} new", self.requests, self.seconds)?;
+        write!(f, "first token after {}; next tokens after {}", ms(self.first), ms(self.between))
     }
 }
 

@@ -136,8 +136,9 @@ impl Engine {
     /// Adds a model for requests that name it in [`Request::model`], usually the same weights with an adapter
     /// ([`CausalLm::map_linears`]). A step has a pass for each model.
     pub fn add_model(&mut self, model: Arc<dyn CausalLm>) -> ModelId {
-        self.models.push(Arc::clone(&model));
-        ModelId(self.scheduler.add_model(&*model))
+        let id = self.scheduler.add_model(&*model);
+        self.models.push(model);
+        ModelId(id)
     }
 
     /// Submits a request. It joins the batch in one of the next steps.

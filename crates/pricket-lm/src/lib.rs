@@ -3,8 +3,8 @@
 //!
 //! Everything works on the trait [`pricket_nn::CausalLm`]:
 //!
-//! - [`Generation`] runs a batch of [`Request`]s, each with its own sampling parameters, seed and stop rules. Each step
-//!   gives one [`Token`] per row.
+//! - [`Engine`] runs [`Request`]s in one batch, which they join and leave at any time. Each has its own sampling
+//!   parameters, seed and stop rules. [`Generation`] is an engine with a fixed batch of prompts.
 //! - [`token_logprobs`] scores a text.
 //! - [`Tokenizer`] and [`TextStream`] turn ids into text and never emit part of a UTF-8 character.
 //! - [`PromptFormat`] lays out a conversation as the prompt that a chat model was tuned on.

@@ -169,7 +169,7 @@ fn break_even(needed: f64, tokens: usize) -> f64 {
         high *= 2.0;
     }
     for _ in 0..60 {
-        let middle = (low + high) / 2.0;
+        let middle = f64::midpoint(low, high);
         if gained(middle) < needed { low = middle } else { high = middle }
     }
     high

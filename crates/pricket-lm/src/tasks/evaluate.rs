@@ -325,10 +325,10 @@ fn questions(
     if outcome.documents == 0 {
         return Err(Error::Input(format!("task {}: no documents to evaluate", task.name)));
     }
-    let of_filter = |((name, _), scores): (&(String, _), &Vec<Vec<(f64, f64)>>)| -> Vec<Figure> {
-        task.metrics.iter().zip(scores).map(|(&metric, scores)| figure(metric, name, scores, options)).collect()
-    };
-    outcome.figures = generation.filters.iter().zip(&scores).flat_map(of_filter).collect();
+    for ((name, _), scores) in generation.filters.iter().zip(&scores) {
+        let figures = task.metrics.iter().zip(scores).map(|(&metric, scores)| figure(metric, name, scores, options));
+        outcome.figures.extend(figures);
+    }
     Ok(outcome)
 }
 

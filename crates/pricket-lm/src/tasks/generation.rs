@@ -279,6 +279,7 @@ impl Filter {
     }
 
     fn apply(&self, mut answers: Vec<String>) -> Result<Vec<String>, String> {
+        let each = |answers: &[String], f: fn(&str) -> String| answers.iter().map(|answer| f(answer)).collect();
         match self {
             Filter::TakeFirst => answers.truncate(1),
             Filter::TakeFirstK(k) => answers.truncate(*k),
@@ -289,11 +290,9 @@ impl Filter {
                 let first = answers.iter().find(|answer| count(answer) == most).cloned();
                 answers = first.into_iter().collect();
             }
-            Filter::RemoveWhitespace => {
-                answers.iter_mut().for_each(|answer| *answer = answer.trim_matches(is_space).to_owned());
-            }
-            Filter::Lowercase => answers.iter_mut().for_each(|answer| *answer = answer.to_lowercase()),
-            Filter::Uppercase => answers.iter_mut().for_each(|answer| *answer = answer.to_uppercase()),
+            Filter::RemoveWhitespace => answers = each(&answers, |answer| answer.trim_matches(is_space).to_owned()),
+            Filter::Lowercase => answers = each(&answers, str::to_lowercase),
+            Filter::Uppercase => answers = each(&answers, str::to_uppercase),
             Filter::Regex { pattern, group_select, fallback } => {
                 for answer in &mut answers {
                     *answer = matched(pattern, answer, *group_select)?.unwrap_or_else(|| fallback.clone());

@@ -239,16 +239,7 @@ impl Reader {
             return Err("task: groups of tasks are not supported; pass the files of the tasks instead".into());
         }
         let name = self.text("task")?.ok_or("the key `task` is missing; expected the name of the task")?;
-        let kind = match self.text("output_type")?.as_deref().unwrap_or("generate_until") {
-            "multiple_choice" => TaskKind::MultipleChoice,
-            "loglikelihood" => TaskKind::Loglikelihood,
-            "loglikelihood_rolling" => TaskKind::Perplexity,
-            "generate_until" => TaskKind::Generation,
-            other => {
-                let kinds = "multiple_choice, loglikelihood, loglikelihood_rolling or generate_until";
-                return Err(format!("output_type: expected {kinds}, found {other}"));
-            }
-        };
+        let kind = self.kind()?;
         let (train, validation) = (self.text("training_split")?, self.text("validation_split")?);
         let test = self.text("test_split")?;
         let split = test.as_ref().or(validation.as_ref());
@@ -345,16 +336,28 @@ impl Reader {
 }
 
 impl Reader {
+    fn kind(&mut self) -> Result<TaskKind, String> {
+        match self.text("output_type")?.as_deref().unwrap_or("generate_until") {
+            "multiple_choice" => Ok(TaskKind::MultipleChoice),
+            "loglikelihood" => Ok(TaskKind::Loglikelihood),
+            "loglikelihood_rolling" => Ok(TaskKind::Perplexity),
+            "generate_until" => Ok(TaskKind::Generation),
+            other => {
+                let kinds = "multiple_choice, loglikelihood, loglikelihood_rolling or generate_until";
+                Err(format!("output_type: expected {kinds}, found {other}"))
+            }
+        }
+    }
+
     /// Reads the keys of a task whose answers the model writes.
     fn generation(&mut self, generation: &mut Generation, repeats: usize) -> Result<(), String> {
         generation.set_repeats(repeats)?;
-        match self.take(GENERATION_KWARGS) {
-            Some(kwargs) => generation.read_kwargs(&json_of(&kwargs))?,
+        if let Some(kwargs) = self.take(GENERATION_KWARGS) {
+            generation.read_kwargs(&json_of(&kwargs))?;
+        } else {
             // Without the key, the harness ends an answer where an example would end.
-            None => {
-                let delimiter = self.0.get("fewshot_delimiter").and_then(|(value, _)| value.as_str());
-                generation.until = vec![delimiter.unwrap_or("\n\n").to_owned()];
-            }
+            let delimiter = self.0.get("fewshot_delimiter").and_then(|(value, _)| value.as_str());
+            generation.until = vec![delimiter.unwrap_or("\n\n").to_owned()];
         }
         let list = match self.take("filter_list") {
             None => return generation.check_filters(),

@@ -1,6 +1,6 @@
 //! Conversations: turns in a prompt format, over a state that is reused from turn to turn.
 
-use pricket_lm::{Engine, EngineOptions, PromptFormat, Role, SpeculationOptions, Turn};
+use pricket_lm::{Engine, EngineOptions, PromptFormat, Role, Speculation, SpeculationOptions, Turn};
 use serde::{Deserialize, Serialize};
 
 use crate::text::handle::Completion;
@@ -131,6 +131,11 @@ impl Conversation {
     /// count.
     pub fn read(&self) -> usize {
         self.read
+    }
+
+    /// Returns the measurements of speculative decoding, if there is a draft model and a reply has ended.
+    pub fn speculation(&self) -> Option<Speculation> {
+        self.engine.as_ref()?.speculation()
     }
 
     /// Removes all turns. Prompt format and system text stay.
