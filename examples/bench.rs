@@ -204,9 +204,10 @@ impl Row {
 /// rest.
 fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) -> anyhow::Result<(f64, f64)> {
     let vocab = pricket.info().vocab as u32;
-    let prompt: Vec<u32> = (0..len as u32).map(|i| i * 7919 % vocab).collect();
+    // The prompts differ from the first token on, so that none continues from the state of another.
+    let prompt = |stream: u32| (0..len as u32).map(|i| (i * 7919 + stream * 31) % vocab).collect::<Vec<u32>>();
     let options = GenerateOptions { max_tokens: new_tokens, stop_at_eos: false, ..Default::default() };
-    let mut generation = pricket.generation(vec![prompt; streams], &options)?;
+    let mut generation = pricket.generation((0..streams as u32).map(prompt).collect(), &options)?;
     let text = pricket.tokenizer().ok().map(|tokenizer| TextStream::new(tokenizer, &[]));
     let mut texts = vec![text; streams];
     let mut step = || -> anyhow::Result<bool> {

@@ -196,6 +196,7 @@ fn batch(
     let mut out = std::io::stdout().lock();
     let (start, mut shown) = (Instant::now(), 0);
     let mut ended = vec![options.max_tokens == 0; jobs.len()];
+    let mut failed = None;
     loop {
         while let (Some(job), Some(true)) = (jobs.get(shown), ended.get(shown)) {
             let text: &Completion = &texts[shown];
@@ -212,7 +213,10 @@ fn batch(
         for update in updates {
             let RequestId(row) = update.request;
             ended[row as usize] = update.finish.is_some();
-            texts[row as usize].add(update)?;
+            // The other texts go on.
+            if let Err(error) = texts[row as usize].add(update) {
+                failed.get_or_insert(error);
+            }
         }
     }
     let seconds = start.elapsed().as_secs_f64();
@@ -227,7 +231,7 @@ fn batch(
     if let Some(found) = engine.speculation() {
         draft::report(&found);
     }
-    Ok(())
+    failed.map_or(Ok(()), |error| Err(error.into()))
 }
 
 fn to_json(pricket: &Pricket, job: &Job, text: &Completion) -> serde_json::Value {

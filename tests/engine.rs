@@ -557,3 +557,104 @@ fn child_serves_requests() {
     assert!(engine.state_bytes() <= 100_000);
     println!("GROWN {}", resident().saturating_sub(before));
 }
+
+/// Prompts with a common beginning are read in few passes, also if no state may be kept and each request ends with its
+/// first token.
+#[test]
+fn prompts_that_begin_alike_are_read_in_few_steps() {
+    for own_decoder in [false, true] {
+        let plain = small(&json!({}), 2).model();
+        let model: Arc<dyn CausalLm> =
+            if own_decoder { Arc::new(WithDecoder(Arc::clone(&plain))) } else { Arc::clone(&plain) };
+        let prompt = |i: u32| [&(0..20).collect::<Vec<u32>>()[..], &[30 + i, 5]].concat();
+        for max_tokens in [1, 4] {
+            let options = EngineOptions { prefix_memory: Some(0), ..Default::default() };
+            let mut engine = Engine::new(Arc::clone(&model), options).unwrap();
+            for i in 0..20 {
+                engine.submit(few(prompt(i), max_tokens)).unwrap();
+            }
+            let (mut steps, mut got) = (0, BTreeMap::new());
+            while let Some(updates) = engine.step().unwrap() {
+                steps += 1;
+                updates.into_iter().for_each(|update| got.entry(update.request).or_insert_with(Got::default).add(update));
+            }
+            assert!(steps <= max_tokens + 2, "{steps} steps for {max_tokens} tokens");
+            assert_eq!(engine.prompt_tokens_read(), 22 + 19 * 2);
+            for i in 0..20 {
+                assert_eq!(got[&RequestId(i)].ids, alone(&plain, &few(prompt(i as u32), max_tokens)).ids);
+            }
+        }
+    }
+}
+
+/// States from passes with taps are not used without them, and every prompt is seen in full.
+#[test]
+fn taps_see_whole_prompts_and_leave_no_states() {
+    use pricket::{Site, Taps};
+    let model = small(&json!({}), 2).model();
+    let request = || few((0..20).collect(), 6);
+    let plain = alone(&model, &request());
+    let with_decoder: Arc<dyn CausalLm> = Arc::new(WithDecoder(Arc::clone(&model)));
+    for model in [model, with_decoder] {
+        let mut engine = Engine::new(model, EngineOptions::default()).unwrap();
+        let run = |engine: &mut Engine| {
+            let id = engine.submit(request()).unwrap();
+            let mut got = BTreeMap::new();
+            drain(engine, &mut got);
+            got.remove(&id).unwrap().ids
+        };
+        assert_eq!(run(&mut engine), plain.ids);
+        engine.set_taps(Some(Taps::new().edit(Site::ResidPost, |_, x| Ok((x * -1.0)?))));
+        let steered = run(&mut engine);
+        assert_ne!(steered, plain.ids);
+        engine.set_taps(None);
+        assert_eq!(run(&mut engine), plain.ids);
+        // Taps can be set while requests run.
+        engine.submit(few(vec![1, 2, 3], 8)).unwrap();
+        engine.submit(few(vec![4, 2, 3, 5], 8)).unwrap();
+        engine.step().unwrap();
+        engine.set_taps(Some(Taps::new().record(Site::ResidPost)));
+        engine.step().unwrap();
+        assert_eq!(engine.take_recording().spans().len(), 2);
+        let mut got = BTreeMap::new();
+        drain(&mut engine, &mut got);
+        assert!(got.values().all(|got| got.finish.as_deref() == Some("Length")));
+    }
+}
+
+/// A request beyond the table of learned positions fails when it gets there. The others go on.
+#[test]
+fn a_request_beyond_the_learned_positions_fails_alone() {
+    let config = json!({
+        "model_type": "mpt", "vocab_size": 61, "d_model": 24, "n_layers": 1, "n_heads": 3, "expansion_ratio": 2,
+        "max_seq_len": 24, "learned_pos_emb": true, "attn_config": {"alibi": false, "attn_impl": "torch"}, "no_bias": true,
+    });
+    let model = small(&config, 4).model();
+    let mut engine = Engine::new(Arc::clone(&model), EngineOptions::default()).unwrap();
+    let options = GenerateOptions { max_tokens: usize::MAX, beyond_trained_length: true, ..Default::default() };
+    let long = engine.submit(Request::new(vec![1; 20], options)).unwrap();
+    let short = engine.submit(few(vec![3, 4], 15)).unwrap();
+    let mut got = BTreeMap::new();
+    drain(&mut engine, &mut got);
+    assert_eq!(got[&long].ids.len(), 5);
+    assert!(got[&long].finish.as_ref().unwrap().contains("24"), "{:?}", got[&long].finish);
+    assert_eq!(got[&short].ids, alone(&model, &few(vec![3, 4], 15)).ids);
+}
+
+/// The row that shares a short beginning with a long one takes no more memory than it needs.
+#[test]
+fn a_shared_beginning_does_not_bring_the_room_of_its_source() {
+    let config = json!({"max_position_embeddings": 2048});
+    let model = small(&config, 4).model();
+    let per_position = model.info().cache_bytes_per_token();
+    let options = EngineOptions { memory: Some(per_position * (1088 + 2 * 64)), ..Default::default() };
+    let mut engine = Engine::new(model, options.clone()).unwrap();
+    engine.submit(few((0..1024).map(|i| i % 61).collect(), 60)).unwrap();
+    (0..4).for_each(|_| drop(engine.step().unwrap()));
+    for i in 0..4 {
+        engine.submit(few((0..30).chain([40 + i]).collect(), 20)).unwrap();
+    }
+    while engine.step().unwrap().is_some() {
+        assert!(engine.state_bytes() <= options.memory.unwrap(), "{} bytes", engine.state_bytes());
+    }
+}

@@ -59,7 +59,8 @@ impl ServingArgs {
     /// Runs the requests.
     fn measure(&self, pricket: &Pricket, requests: usize, new_tokens: usize) -> anyhow::Result<Serving> {
         ensure!(requests > 0 && self.slots > 0, "expected --requests and --slots of at least 1");
-        ensure!(self.arrival_rate >= 0.0, "expected --arrival-rate of at least 0");
+        let rate = self.arrival_rate;
+        ensure!(rate == 0.0 || (1e-3..1e6).contains(&rate), "expected --arrival-rate 0, or at least 0.001 per second");
         // The same requests in every run.
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
         let vocab = pricket.info().vocab as u32;
@@ -100,7 +101,11 @@ impl ServingArgs {
                 continue;
             };
             let now = start.elapsed();
-            for update in updates.into_iter().filter(|update| !update.tokens.is_empty()) {
+            for update in updates {
+                update.finish.transpose()?;
+                if update.tokens.is_empty() {
+                    continue;
+                }
                 new += update.tokens.len();
                 if let Some((arrival, last)) = arrived.get_mut(&update.request) {
                     match last.replace(now) {

@@ -34,8 +34,9 @@ pub struct EngineOptions {
     /// Number of tokens that a step reads at most, over all rows. A row that has read its prompt always reads its
     /// token, and prompts always have a quarter of the budget. Defaults to 512 on the CPU and 2,048 on other devices.
     pub step_tokens: Option<usize>,
-    /// Maximum size in bytes of the states (KV caches) of all rows and of kept states together. A request joins when
-    /// the state of its prompt and all its new tokens fits. `None`, the default, for no limit.
+    /// Maximum size in bytes of the states (KV caches) of all rows and of kept states together, without the states of a
+    /// draft model and of the model's own decoder. A request joins when the state of its prompt and all its new tokens
+    /// fits. `None`, the default, for no limit.
     pub memory: Option<u64>,
     /// Maximum size in bytes of the states that are kept after their requests ended, for prompts that begin with the
     /// same tokens. Defaults to the size of 2,048 positions. 0 keeps none.
@@ -95,7 +96,7 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Clone for Engine {
-    /// Returns an engine over the same models that has the same kept states and no requests.
+    /// Returns an engine over the same models that has the same kept states, and no requests and taps.
     fn clone(&self) -> Self {
         let fresh = || -> Result<Scheduler> {
             let mut scheduler = Scheduler::new(&*self.models[0], &self.options)?;
@@ -189,9 +190,9 @@ impl Engine {
     }
 
     /// Records or edits activations in every pass of the first model. Its own decoder ([`CausalLm::step_decoder`]) is
-    /// then not used.
+    /// then not used, every prompt is read in full, and kept states are discarded.
     pub fn set_taps(&mut self, taps: Option<Taps>) {
-        self.scheduler.set_taps(taps);
+        self.scheduler.set_taps(&*self.models[0], taps);
     }
 
     /// Takes the recording of the last pass.
@@ -209,12 +210,19 @@ impl Engine {
         self.scheduler.running()
     }
 
-    /// Returns the number of tokens that the models have read so far.
+    /// Returns the number of tokens that the models have read so far, without draft tokens.
     pub fn tokens_read(&self) -> u64 {
-        self.scheduler.tokens_read()
+        self.scheduler.read().all
     }
 
-    /// Returns the size in bytes of the states of all rows and of kept states.
+    /// Returns the number of tokens of prompts that the models have read so far. Tokens that a kept state held do not
+    /// count.
+    pub fn prompt_tokens_read(&self) -> u64 {
+        self.scheduler.read().of_prompts
+    }
+
+    /// Returns the size in bytes of the states of all rows, of kept states and of a draft model. States in the model's
+    /// own decoder do not count.
     pub fn state_bytes(&self) -> u64 {
         self.scheduler.state_bytes()
     }

@@ -143,7 +143,8 @@ impl Generation {
         &self.logits
     }
 
-    /// Returns the size in bytes of the states of all rows that have not ended.
+    /// Returns the size in bytes of the states of all rows that have not ended. States in the model's own decoder do not
+    /// count.
     pub fn state_bytes(&self) -> u64 {
         self.engine.state_bytes()
     }

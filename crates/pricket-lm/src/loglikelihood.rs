@@ -199,11 +199,19 @@ pub fn loglikelihoods(
         context.len() + of.iter().map(|&i| requests[i].ids.len()).max().unwrap_or(0)
     };
     contexts.sort_by_key(|context| std::cmp::Reverse(longest(context)));
+    let vocab = model.info().vocab;
+    for Continuation { context, ids } in requests {
+        if let Some(id) = context.iter().chain(ids).find(|&&id| id as usize >= vocab) {
+            return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocab}")));
+        }
+    }
     let jobs = contexts.iter().map(|(context, of)| {
         let branches = of.iter().map(|&i| requests[i].ids.clone()).collect();
         Request::score_branches(context.to_vec(), branches)
     });
-    score(model, jobs.collect(), options, |job, score| {
+    let read = |of: &[usize]| of.iter().map(|&i| requests[i].ids.len() - 1).sum::<usize>();
+    let total = contexts.iter().map(|(context, of)| context.len() + read(of)).sum();
+    score(model, jobs, total, options, |job, score| {
         let result = &mut results[contexts[job].1[score.branch]];
         result.sum += score.logprob;
         result.is_greedy &= score.is_greedy;
@@ -211,35 +219,40 @@ pub fn loglikelihoods(
     Ok(results)
 }
 
-/// Runs requests that only score, and calls `each` with the index of a request and a score.
+/// Runs requests that only score and read `total` tokens, and calls `each` with the index of a request and a score.
 pub(crate) fn score(
     model: &dyn CausalLm,
-    requests: Vec<Request>,
+    requests: impl Iterator<Item = Request>,
+    total: usize,
     options: &ScoreOptions,
     mut each: impl FnMut(usize, Score),
 ) -> Result<()> {
     let batch = options.batch_tokens.unwrap_or(if model.info().device.is_cpu() { 1024 } else { 16_384 });
     let engine = EngineOptions { rows: batch, step_tokens: Some(batch), ..EngineOptions::default() };
     let mut scheduler = Scheduler::new(model, &engine)?.with_whole_prompts();
-    let total: usize = requests.iter().map(Request::work).sum();
-    for mut request in requests {
-        request.options.beyond_trained_length = true;
-        scheduler.submit(&[model], request)?;
-    }
+    let mut requests = requests.fuse();
     options.progress.begin("scoring", total as u64, "tokens");
     let mut run = || -> Result<()> {
-        while let Some(updates) = scheduler.step(&[model], None)? {
+        loop {
+            if options.progress.cancelled() {
+                return Err(NnError::Cancelled.into());
+            }
+            // Few requests wait at a time, to bound the memory.
+            while scheduler.waiting() < batch
+                && let Some(mut request) = requests.next()
+            {
+                request.options.beyond_trained_length = true;
+                scheduler.submit(&[model], request)?;
+            }
+            let Some(updates) = scheduler.step(&[model], None)? else { return Ok(()) };
             for update in updates {
                 update.finish.transpose()?;
                 // Requests are numbered in the order in which they were submitted.
                 update.scores.into_iter().for_each(|score| each(update.request.0 as usize, score));
             }
-            options.progress.update(scheduler.tokens_read().min(total as u64));
-            if options.progress.cancelled() {
-                return Err(NnError::Cancelled.into());
-            }
+            let read = scheduler.read();
+            options.progress.update((read.all + read.shared).min(total as u64));
         }
-        Ok(())
     };
     let outcome = run();
     options.progress.end();

@@ -39,7 +39,8 @@ pub fn token_logprobs(model: &dyn CausalLm, ids: &[u32]) -> Result<Vec<ScoredTok
     }
     let mut out = Vec::with_capacity(asked);
     let add = |_, score| out.push(scored(ids[out.len() + 1], score));
-    loglikelihood::score(model, vec![Request::score(ids.to_vec(), 1)], &ScoreOptions::default(), add)?;
+    let request = Request::score(ids.to_vec(), 1);
+    loglikelihood::score(model, std::iter::once(request), asked, &ScoreOptions::default(), add)?;
     Ok(out)
 }
 
@@ -62,7 +63,8 @@ pub fn text_logprobs(
         let Continuation { context, ids } = window;
         Request::score([&context[..], ids].concat(), context.len())
     });
-    loglikelihood::score(model, requests.collect(), options, |window, score| {
+    let total = windows.iter().map(|window| window.context.len() + window.ids.len() - 1).sum();
+    loglikelihood::score(model, requests, total, options, |window, score| {
         let part = &mut parts[window];
         part.push(scored(windows[window].ids[part.len()], score));
     })?;

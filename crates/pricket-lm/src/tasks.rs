@@ -336,6 +336,18 @@ impl Task {
         &self.metrics
     }
 
+    /// Returns the names of the figures of an outcome ([`Figure::name`]), in their order.
+    pub fn figure_names(&self) -> Vec<String> {
+        let filters = self
+            .generation
+            .as_ref()
+            .map_or_else(Vec::new, |generation| generation.filters.iter().map(|(name, _)| name.as_str()).collect());
+        let filters = if filters.is_empty() { vec!["none"] } else { filters };
+        let of_filter =
+            |filter: &str| self.metrics.iter().map(|&metric| evaluate::figure_name(metric, filter)).collect();
+        filters.into_iter().flat_map(|filter| -> Vec<String> { of_filter(filter) }).collect()
+    }
+
     /// Returns the split that is evaluated, such as `test` or `validation`.
     pub fn split(&self) -> &str {
         &self.split

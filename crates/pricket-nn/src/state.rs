@@ -229,11 +229,9 @@ impl State {
     }
 
     /// Saves the recurrent tensors of `row`, so that [`State::rewind`] can return to this position. The last eight
-    /// marks are kept. A KV cache needs no marks, and calling this does nothing.
-    pub fn mark(&mut self, row: usize) {
-        if let Some(row) = self.rows.get_mut(row) {
-            row.mark();
-        }
+    /// marks are kept. A KV cache needs no marks, and calling this does nothing. Returns whether the mark is new.
+    pub fn mark(&mut self, row: usize) -> bool {
+        self.rows.get_mut(row).is_some_and(RowState::mark)
     }
 
     /// Removes the mark of `row` at the position `len`, if there is one.
@@ -254,6 +252,15 @@ impl State {
         if let Some(row) = self.rows.get_mut(row) {
             row.expected = Some(len);
         }
+    }
+
+    /// Copies keys and values of `row` that are shared with another row, or that have room for more than `positions`
+    /// positions, to tensors with room for `positions`. Without this, the first write copies them with all their room.
+    ///
+    /// # Errors
+    /// Returns an error if a tensor operation fails.
+    pub fn compact(&mut self, row: usize, positions: usize) -> Result<()> {
+        self.rows.get_mut(row).map_or(Ok(()), |row| row.compact(positions))
     }
 
     /// Returns the bytes of keys, values and recurrent tensors. Data that rows share is counted once.
@@ -328,7 +335,8 @@ impl RowState {
         self.layers.iter().flatten().any(|slot| matches!(**slot, Slot::Recurrent(_)))
     }
 
-    fn mark(&mut self) {
+    fn mark(&mut self) -> bool {
+        let is_known = self.marks.iter().any(|mark| mark.len == self.len);
         self.marks.retain(|mark| mark.len < self.len);
         if self.is_recurrent() {
             let recurrent = |slot: &Option<Arc<Slot>>| slot.clone().filter(|slot| matches!(**slot, Slot::Recurrent(_)));
@@ -338,6 +346,25 @@ impl RowState {
             }
             self.marks.push(Mark { len: self.len, layers: self.layers.iter().map(recurrent).collect() });
         }
+        self.is_recurrent() && !is_known
+    }
+
+    fn compact(&mut self, positions: usize) -> Result<()> {
+        let (len, room) = (self.len, positions.max(self.len).next_multiple_of(CHUNK));
+        for slot in &mut self.layers {
+            let Some(Slot::KeyValue(held)) = slot.as_deref() else { continue };
+            let (parts, heads, capacity, width) = held.dims4()?;
+            if capacity <= room && slot.as_mut().and_then(Arc::get_mut).is_some() {
+                continue;
+            }
+            let Some(Slot::KeyValue(held)) = slot.as_deref() else { continue };
+            let kept = Tensor::zeros((parts, heads, room, width), held.dtype(), held.device())?;
+            if len > 0 {
+                kept.slice_set(&held.narrow(2, 0, len)?.contiguous()?, 2, 0)?;
+            }
+            *slot = Some(Arc::new(Slot::KeyValue(kept)));
+        }
+        Ok(())
     }
 
     fn rewind(&mut self, len: usize) -> usize {

@@ -80,49 +80,60 @@ impl Lane {
         self.ctx.state_mut().expect("the context was made with a state")
     }
 
-    /// Marks the recurrent state of a row, so that it can return to the tokens read so far.
-    pub(super) fn mark(&mut self, index: usize) {
-        let place = self.place(index);
-        if self.rows[index].decoder.is_none() {
-            self.state().mark(place);
+    /// Moves all rows out of the decoder.
+    pub(super) fn drop_decoder(&mut self) {
+        let Some(mut decoder) = self.decoder.take() else { return };
+        let mut states = Vec::with_capacity(self.rows.len());
+        for row in &mut self.rows {
+            states.push(match row.decoder.take() {
+                Some(id) => decoder.release(id).unwrap_or_default(),
+                None => self.ctx.state_mut().map(|state| state.take_row(0)).unwrap_or_default(),
+            });
         }
+        states.into_iter().for_each(|state| self.state().extend(state));
     }
 
-    /// Reads tokens of some rows and adds the results to the rows. Returns an update for each of `readings`.
+    /// Marks the recurrent state of a row before it reads draft tokens, so that it can return to the tokens read so
+    /// far. Removes the mark of the draft tokens before.
+    pub(super) fn mark_for_drafts(&mut self, index: usize) {
+        let (place, row) = (self.place(index), &mut self.rows[index]);
+        if row.decoder.is_some() {
+            return;
+        }
+        let (before, read) = (row.draft_mark.take(), row.read);
+        let state = self.state();
+        if let Some(before) = before.filter(|before| *before != read) {
+            state.unmark(place, before);
+        }
+        let is_new = state.mark(place);
+        self.rows[index].draft_mark = (is_new || before == Some(read)).then_some(read);
+    }
+
+    /// Reads tokens of some rows and adds the results to the rows. Returns an update for each of `readings`, in another
+    /// order.
     ///
     /// With `is_last`, every row ends with this pass, and no state is kept.
-    pub(super) fn read(&mut self, model: &dyn CausalLm, readings: &[Reading], is_last: bool) -> Vec<Update> {
-        let answers = self.answers(model, readings, is_last);
-        let mut updates = Vec::with_capacity(readings.len());
-        match answers {
-            Ok(answers) => {
-                for (reading, answer) in readings.iter().zip(answers) {
-                    updates.push(self.add(model, reading, answer));
-                }
-            }
-            Err(error) => {
-                // The first row gets the error itself, so that a caller can match on it.
-                let message = error.to_string();
-                let mut error = Some(error);
-                for reading in readings {
-                    let row = &mut self.rows[reading.row];
-                    row.finish = Some(Err(error.take().unwrap_or_else(|| Error::Input(message.clone()))));
-                    updates.push(Update::new(row.id()));
-                }
-            }
+    pub(super) fn read(&mut self, model: &dyn CausalLm, readings: &[Reading], is_last: bool) -> Vec<(usize, Update)> {
+        let in_decoder = |i: &usize| self.rows[readings[*i].row].decoder.is_some();
+        let (decoding, reading): (Vec<usize>, Vec<usize>) = (0..readings.len()).partition(in_decoder);
+        let of = |group: &[usize]| group.iter().map(|&i| &readings[i]).collect::<Vec<_>>();
+        let mut answers: Vec<(usize, Result<Answer>)> = Vec::with_capacity(readings.len());
+        match self.decode(&of(&decoding)) {
+            Ok(found) => answers.extend(decoding.into_iter().zip(found)),
+            Err(error) => answers.extend(spread(error, &decoding)),
         }
-        updates
-    }
-
-    fn answers(&mut self, model: &dyn CausalLm, readings: &[Reading], is_last: bool) -> Result<Vec<Result<Answer>>> {
-        let in_decoder = |reading: &&Reading| self.rows[reading.row].decoder.is_some();
-        let (decoding, reading): (Vec<&Reading>, Vec<&Reading>) = readings.iter().partition(in_decoder);
-        let mut decoding = self.decode(&decoding)?.into_iter();
-        let mut reading = self.pass(model, &reading, is_last)?.into_iter();
-        let answer = |item: &Reading| {
-            if self.rows[item.row].decoder.is_some() { decoding.next() } else { reading.next() }
-        };
-        Ok(readings.iter().filter_map(answer).collect())
+        match self.pass(model, &of(&reading), is_last) {
+            Ok(found) => answers.extend(reading.into_iter().zip(found)),
+            // The error may come from a single row, which must not end the others.
+            Err(_) if reading.len() > 1 => {
+                for i in reading {
+                    let alone = self.pass(model, &[&readings[i]], is_last);
+                    answers.push((i, alone.and_then(|mut found| found.pop().unwrap_or_else(|| Ok(Answer::default())))));
+                }
+            }
+            Err(error) => answers.extend(spread(error, &reading)),
+        }
+        answers.into_iter().map(|(i, answer)| (i, self.add(model, &readings[i], answer))).collect()
     }
 
     /// Runs a step of the model's own decoder.
@@ -273,16 +284,23 @@ impl Lane {
         if row.decoder.is_none()
             && let Some(decoder) = &mut self.decoder
         {
-            let state = self.ctx.state_mut().expect("the context was made with a state").take_row(place);
+            let state = self.ctx.state_mut().expect("the context was made with a state");
+            if row.is_awaited {
+                row.handed = Some(state.fork_row(place));
+            }
             let admission = Admission {
-                state,
+                state: state.fork_row(place),
                 ids: row.ids.clone(),
                 prompt_len: row.request.ids.len(),
                 sampling: row.request.options.sampling.clone(),
                 vocab: row.request.vocab,
             };
             match decoder.admit(admission) {
-                Ok(id) => row.decoder = Some(id),
+                Ok(id) => {
+                    row.decoder = Some(id);
+                    // The decoder has the only reference to the state when it writes.
+                    drop(state.take_row(place));
+                }
                 Err(error) => {
                     row.finish = Some(Err(error.into()));
                     return update;
@@ -336,6 +354,14 @@ impl Lane {
             None => row.end(super::request::FinishReason::Length, update),
         }
     }
+}
+
+/// Returns an error for each of the readings. The first one gets the error itself, so that a caller can match on it.
+fn spread(error: Error, readings: &[usize]) -> Vec<(usize, Result<Answer>)> {
+    let message = error.to_string();
+    let mut error = Some(error);
+    let of = |&i: &usize| (i, Err(error.take().unwrap_or_else(|| Error::Input(message.clone()))));
+    readings.iter().map(of).collect()
 }
 
 /// Returns whether a state stores keys and values exactly as the model computes them. Only then does a pass without a

@@ -143,22 +143,21 @@ impl Request {
 
     /// Returns the maximum number of positions that the model reads for the request.
     pub(crate) fn positions(&self, context: Option<usize>) -> usize {
-        let branch = self.branches.iter().map(|branch| branch.len() - 1).max().unwrap_or(0);
-        let longest = self.ids.len().saturating_add(branch.max(self.options.max_tokens.saturating_sub(1)));
+        let written = self.ids.len().saturating_add(self.options.max_tokens.saturating_sub(1));
+        let longest = written.max(self.longest_reading());
         let limit = context.filter(|_| !self.options.beyond_trained_length);
         limit.map_or(longest, |limit| longest.min(limit))
+    }
+
+    /// Returns the number of positions of the prompt and its longest continuation to score.
+    pub(crate) fn longest_reading(&self) -> usize {
+        self.ids.len() + self.branches.iter().map(|branch| branch.len() - 1).max().unwrap_or(0)
     }
 
     /// Returns whether there is nothing to score and nothing to continue.
     pub(crate) fn has_no_work(&self) -> bool {
         let scores = self.score_from.is_some_and(|from| from < self.ids.len()) || !self.branches.is_empty();
         self.options.max_tokens == 0 && !scores
-    }
-
-    /// Returns the number of tokens that the model reads for a request that only scores.
-    pub(crate) fn work(&self) -> usize {
-        let branches: usize = self.branches.iter().map(|branch| branch.len() - 1).sum();
-        self.ids.len() - usize::from(self.branches.is_empty()) + branches
     }
 
     /// Checks the request.
@@ -190,7 +189,7 @@ impl Request {
         if self.tokenizer.is_none() && options.stop.iter().any(|stop| !stop.is_empty()) {
             return Err(Error::Input("stop strings need a tokenizer, and the request has none".into()));
         }
-        let asked = ids.len() + branches.iter().map(|branch| branch.len() - 1).max().unwrap_or(0);
+        let asked = self.longest_reading();
         match model.info().context.filter(|&limit| asked > limit && !options.beyond_trained_length) {
             Some(limit) => Err(NnError::ContextExceeded { asked, limit }.into()),
             None => Ok(()),

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use pricket_nn::{Choice, RowId};
+use pricket_nn::{Choice, RowId, State};
 
 use super::queue::Turn;
 use super::request::{FinishReason, Request, RequestId, Update};
@@ -35,6 +35,10 @@ pub(super) struct Row {
     pub(super) stops: Vec<usize>,
     /// Whether another request waits for a part of the state.
     pub(super) is_awaited: bool,
+    /// State after the prompt, for requests that wait for it, of a row that the model's own decoder continues.
+    pub(super) handed: Option<State>,
+    /// Position that was marked for the last draft tokens only.
+    pub(super) draft_mark: Option<usize>,
     pub(super) finish: Option<Result<FinishReason>>,
 }
 
@@ -59,6 +63,8 @@ impl Row {
             // The continuations after the first begin from the end of the prompt.
             stops: if request.branches.len() > 1 { vec![prompt] } else { Vec::new() },
             is_awaited: false,
+            handed: None,
+            draft_mark: None,
             finish: None,
             ids,
             request,
@@ -67,6 +73,11 @@ impl Row {
 
     pub(super) fn id(&self) -> RequestId {
         self.turn.request()
+    }
+
+    /// Returns the number of new tokens that the row may still get.
+    pub(super) fn left(&self) -> usize {
+        self.request.options.max_tokens.saturating_sub(self.ids.len() - self.given)
     }
 
     pub(super) fn generates(&self) -> bool {
@@ -151,7 +162,7 @@ impl Row {
         let full = limit.is_some_and(|limit| self.ids.len() > limit) && !options.beyond_trained_length;
         let mut finish = if self.request.ends(choice.id) {
             Some(FinishReason::Eos)
-        } else if self.ids.len() - self.given >= options.max_tokens {
+        } else if self.left() == 0 {
             Some(FinishReason::Length)
         } else {
             full.then_some(FinishReason::Context)

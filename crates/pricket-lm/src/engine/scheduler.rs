@@ -36,7 +36,20 @@ pub(crate) struct Scheduler {
     has_taps: bool,
     /// Updates about requests that ended outside of a pass.
     ended: Vec<Update>,
-    tokens_read: u64,
+    /// Tokens that the models have read, without drafts; those of prompts; and those of prompts that were not read
+    /// because a state held them.
+    read: Read,
+}
+
+/// Numbers of tokens.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Read {
+    /// Tokens that the models have read, without draft tokens.
+    pub(crate) all: u64,
+    /// Tokens of prompts and of continuations to score among them.
+    pub(crate) of_prompts: u64,
+    /// Tokens of prompts that were not read, because a state held them.
+    pub(crate) shared: u64,
 }
 
 /// Where the state of a new row comes from.
@@ -74,7 +87,7 @@ impl Scheduler {
             next: 0,
             has_taps: false,
             ended: Vec::new(),
-            tokens_read: 0,
+            read: Read::default(),
         })
     }
 
@@ -97,11 +110,15 @@ impl Scheduler {
         self.speculator.as_ref()
     }
 
-    pub(crate) fn set_taps(&mut self, taps: Option<Taps>) {
+    /// Sets the taps of the first model. States from passes with other taps are not used any more.
+    pub(crate) fn set_taps(&mut self, model: &dyn CausalLm, taps: Option<Taps>) {
         self.has_taps = taps.is_some();
+        self.prefixes.clear(0);
         let lane = &mut self.lanes[0];
         if taps.is_some() {
-            lane.decoder = None;
+            lane.drop_decoder();
+        } else if lane.decoder.is_none() {
+            lane.decoder = model.step_decoder();
         }
         lane.ctx.set_taps(taps);
     }
@@ -160,6 +177,9 @@ impl Scheduler {
     /// Ends all requests without updates.
     pub(crate) fn clear(&mut self) {
         self.queue = Queue::default();
+        if let Some(speculator) = &mut self.speculator {
+            speculator.clear();
+        }
         for lane in 0..self.lanes.len() {
             while let Some(row) = self.lanes[lane].rows.first() {
                 let mut update = Update::new(row.id());
@@ -178,13 +198,14 @@ impl Scheduler {
         self.lanes.iter().map(|lane| lane.rows.len()).sum()
     }
 
-    pub(crate) fn tokens_read(&self) -> u64 {
-        self.tokens_read
+    pub(crate) fn read(&self) -> Read {
+        self.read
     }
 
     pub(crate) fn state_bytes(&self) -> u64 {
         let rows = self.lanes.iter().filter_map(|lane| lane.ctx.state()).map(|state| state.bytes() as u64);
-        rows.sum::<u64>() + self.prefixes.bytes()
+        let drafts = self.speculator.as_ref().map_or(0, Speculator::state_bytes);
+        rows.sum::<u64>() + self.prefixes.bytes() + drafts
     }
 
     pub(super) fn prefixes(&self) -> &Prefixes {
@@ -217,15 +238,26 @@ impl Scheduler {
                 speculator.propose(draft, model.info(), &mut self.lanes[0], &mut readings)?;
             }
             let is_last = self.is_last(lane, model, &readings);
-            self.tokens_read += readings.iter().map(|reading| reading.len as u64).sum::<u64>();
+            let mut decodes_only = true;
+            for reading in &readings {
+                let is_decoding = self.lanes[lane].rows[reading.row].is_decoding();
+                decodes_only &= is_decoding;
+                self.read.all += reading.len as u64;
+                self.read.of_prompts += if is_decoding { 0 } else { reading.len as u64 };
+            }
             let start = std::time::Instant::now();
             let of_pass = self.lanes[lane].read(model, &readings, is_last);
             if lane == 0
                 && let Some(speculator) = &mut self.speculator
             {
-                speculator.record(&readings, &of_pass, start.elapsed());
+                speculator.record(&readings, &of_pass, decodes_only.then(|| start.elapsed()));
             }
-            updates.extend(of_pass);
+            for row in &mut self.lanes[lane].rows {
+                if let Some(state) = row.handed.take() {
+                    self.prefixes.keep(lane, row.ids[..state.len(0)].to_vec(), state, true);
+                }
+            }
+            updates.extend(of_pass.into_iter().map(|(_, update)| update));
             for row in (0..self.lanes[lane].rows.len())
                 .rev()
                 .filter(|&row| self.lanes[lane].rows[row].finish.is_some())
@@ -244,8 +276,9 @@ impl Scheduler {
     fn end(&mut self, lane: usize, row: usize, update: &mut Update) {
         let (row, state) = self.lanes[lane].leave(row);
         update.finish = row.finish;
-        if matches!(update.finish, Some(Ok(_))) && state.len(0) == row.read {
-            self.prefixes.keep(lane, row.ids[..row.read].to_vec(), state);
+        let has_taps = lane == 0 && self.has_taps;
+        if matches!(update.finish, Some(Ok(_))) && state.len(0) == row.read && !has_taps {
+            self.prefixes.keep(lane, row.ids[..row.read].to_vec(), state, row.is_awaited);
         }
     }
 
@@ -280,9 +313,14 @@ impl Scheduler {
                 Source::Wait { row, shared } => {
                     let other = &mut self.lanes[lane].rows[row];
                     other.is_awaited = true;
-                    other.stops.push(shared);
-                    let given = readings[lane].iter_mut().find(|reading| reading.row == row);
-                    if let Some(reading) = given.filter(|_| info.state_bytes > 0) {
+                    if info.state_bytes == 0 {
+                        continue;
+                    }
+                    // A recurrent state is marked where the waiting request branches off.
+                    if !other.stops.contains(&shared) {
+                        other.stops.push(shared);
+                    }
+                    if let Some(reading) = readings[lane].iter_mut().find(|reading| reading.row == row) {
                         let len = reading.len.min(shared - other.read);
                         left += reading.len - len;
                         reading.len = len;
@@ -292,20 +330,31 @@ impl Scheduler {
                 Source::Nothing => 0,
                 Source::Row { shared, .. } | Source::Kept(Found { shared, .. }) => shared,
             };
-            if !self.splits_prompts && request.ids.len() - shared > left && left < self.step_tokens {
+            let longest = request.longest_reading() - shared;
+            if !self.splits_prompts && longest > left && left < self.step_tokens {
                 break;
             }
+            let room = request.ids.len();
             // A request that does not fit keeps its turn: no later one overtakes it.
             if !self.has_room(reserved) {
                 break;
             }
-            let (state, kept) = self.state_from(lane, source);
+            let (mut state, kept) = self.state_from(lane, source);
             self.make_room(reserved);
             let Some(request) = self.queue.remove(next) else { break };
-            self.lanes[lane].join(Row::new(next, request, reserved).after(kept), state, positions);
+            let mut row = Row::new(next, request, reserved).after(kept);
+            // The row gets a state of its own now, with room for its prompt only.
+            row.finish = state.compact(0, room).err().map(|error| Err(error.into()));
+            self.read.shared += kept as u64;
+            self.lanes[lane].join(row, state, positions);
             running += 1;
             self.give(lane, self.lanes[lane].rows.len() - 1, info, &mut left, &mut readings[lane]);
+            if !self.splits_prompts {
+                // A later continuation may be longer than the first one.
+                left = left.saturating_sub(longest.saturating_sub(self.lanes[lane].rows.last().map_or(0, Row::unread)));
+            }
         }
+        self.prefixes.release();
         readings
     }
 
@@ -326,17 +375,25 @@ impl Scheduler {
         let (lane, ids) = (request.model.0, &request.ids);
         // The token before the first one that is scored or chosen has to be read, to predict it.
         let most = request.score_from.unwrap_or(ids.len()).min(ids.len()) - 1;
+        if lane == 0 && self.has_taps {
+            return Source::Nothing;
+        }
         let found = self.prefixes.find(lane, ids, most);
-        let least = found.map_or(WORTH_SHARING - 1, |found| found.shared);
-        let shared = |row: &Row| common_prefix(&row.ids, ids).min(most);
-        let rows = self.lanes[lane].rows.iter().enumerate().filter(|(_, row)| row.decoder.is_none());
-        match rows.map(|(i, row)| (i, shared(row))).max_by_key(|(_, shared)| *shared) {
-            Some((row, shared)) if shared > least => {
-                let other = &self.lanes[lane].rows[row];
-                let is_read = other.read >= shared.min(other.ids.len() - 1);
-                if is_read { Source::Row { row, shared } } else { Source::Wait { row, shared } }
+        let mut best = found.map_or(Source::Nothing, Source::Kept);
+        let mut held = found.map_or(0, |found| found.shared);
+        let (mut wait, mut later) = (None, 0);
+        for (row, other) in self.lanes[lane].rows.iter().enumerate().filter(|(_, row)| row.decoder.is_none()) {
+            let shared = common_prefix(&other.ids, ids).min(most);
+            if shared > held.max(WORTH_SHARING - 1) && other.read >= shared.min(other.ids.len() - 1) {
+                (best, held) = (Source::Row { row, shared }, shared);
             }
-            _ => found.map_or(Source::Nothing, Source::Kept),
+            if shared > later && other.read < shared.min(other.ids.len() - 1) {
+                (wait, later) = (Some(row), shared);
+            }
+        }
+        match wait {
+            Some(row) if later >= held + WORTH_SHARING => Source::Wait { row, shared: later },
+            _ => best,
         }
     }
 
@@ -361,9 +418,10 @@ impl Scheduler {
         self.lanes.iter().flat_map(|lane| &lane.rows).map(|row| row.reserved).sum()
     }
 
-    /// Returns whether there is memory for a new row, apart from kept states.
+    /// Returns whether there is memory for a new row, apart from kept states for which no request waits.
     fn has_room(&self, bytes: u64) -> bool {
-        self.memory.is_none_or(|limit| self.reserved().saturating_add(bytes) <= limit)
+        let used = self.reserved() + self.prefixes.awaited_bytes();
+        self.memory.is_none_or(|limit| used.saturating_add(bytes) <= limit)
     }
 
     /// Discards kept states so that a new row fits into the memory.
@@ -386,6 +444,6 @@ impl Scheduler {
 
 /// Returns the largest size of the state of a request, in bytes.
 fn reservation(info: &ModelInfo, request: &Request) -> u64 {
-    let positions = request.positions(info.context).next_multiple_of(64) as u64;
+    let positions = request.positions(info.context).checked_next_multiple_of(64).unwrap_or(usize::MAX) as u64;
     info.cache_bytes_per_token().saturating_mul(positions).saturating_add(RECURRENT_COPIES * info.state_bytes)
 }

@@ -94,8 +94,8 @@ pub(crate) struct Speculator {
     accepted: u64,
     /// Measurements by number of rows, in powers of two.
     costs: Vec<Costs>,
-    /// Time of the last proposal.
-    proposal: Duration,
+    /// Time of the last proposal; `None` if it is not typical.
+    proposal: Option<Duration>,
 }
 
 struct DraftRow {
@@ -183,7 +183,7 @@ impl Speculator {
     pub(crate) fn new(draft: &dyn CausalLm, options: SpeculationOptions) -> Result<Self> {
         options.check()?;
         let ctx = Context::new().with_state(State::with_type(draft.info().cache)).beyond_trained_length();
-        let proposal = Duration::ZERO;
+        let proposal = None;
         Ok(Self { options, ctx, rows: Vec::new(), drafted: 0, accepted: 0, costs: Vec::new(), proposal })
     }
 
@@ -221,7 +221,7 @@ impl Speculator {
         lane: &mut Lane,
         readings: &mut [Reading],
     ) -> Result<()> {
-        self.proposal = Duration::ZERO;
+        self.proposal = Some(Duration::ZERO);
         self.leave(lane);
         let adaptive = self.options.adaptive;
         let mut decoding: Vec<&mut Reading> =
@@ -233,15 +233,17 @@ impl Speculator {
         let mut wanted = Vec::with_capacity(decoding.len());
         for reading in &decoding {
             let row = &lane.rows[reading.row];
-            let limits = [info, draft.info()].map(|info| {
-                let limit = info.context.filter(|_| !row.request.options.beyond_trained_length);
-                limit.map_or(usize::MAX, |limit| limit.saturating_sub(row.ids.len()))
-            });
+            // Positions beyond its length could end the draft model's pass with an error.
+            let limits = [info.context.filter(|_| !row.request.options.beyond_trained_length), draft.info().context];
+            let [own, of_draft] =
+                limits.map(|limit| limit.map_or(usize::MAX, |limit| limit.saturating_sub(row.ids.len())));
             // The pass itself gives one token more than there are drafts.
-            let left = (row.request.ids.len() + row.request.options.max_tokens - row.ids.len()).saturating_sub(1);
-            let room = left.min(limits[0]).min(limits[1]).min(MAX_STEP - reading.len.min(MAX_STEP));
-            wanted.push(if reading.len == row.unread() { self.options.tokens.min(room) } else { 0 });
+            let room = (row.left() - 1).min(own).min(of_draft).min(MAX_STEP - reading.len.min(MAX_STEP));
+            let knows = |&id: &u32| (id as usize) < draft.info().vocab;
+            let is_possible = reading.len == row.unread() && row.ids.iter().all(knows);
+            wanted.push(if is_possible { self.options.tokens.min(room) } else { 0 });
         }
+        let mut is_typical = true;
         for round in 0..self.options.tokens {
             let active: Vec<usize> = (0..decoding.len()).filter(|&i| wanted[i] > round).collect();
             if active.is_empty() {
@@ -251,6 +253,11 @@ impl Speculator {
             for &i in &active {
                 places.push(self.place(lane, decoding[i], draft.info().state_bytes > 0));
             }
+            // The first time, the draft model reads whole prompts, which later steps do not have to.
+            let unread = |(&i, &place): (&usize, &usize)| {
+                lane.rows[decoding[i].row].ids.len() - self.rows[place].ids.len() > 2 * MAX_STEP
+            };
+            is_typical &= round > 0 || !active.iter().zip(&places).any(unread);
             let logits = self.read(draft, lane, &active, &decoding, &places)?;
             let mut inputs = Vec::with_capacity(active.len());
             for (&i, logits) in active.iter().zip(&logits) {
@@ -281,9 +288,9 @@ impl Speculator {
             }
         }
         for reading in decoding.iter().filter(|reading| !reading.drafts.is_empty()) {
-            lane.mark(reading.row);
+            lane.mark_for_drafts(reading.row);
         }
-        self.proposal = start.elapsed();
+        self.proposal = is_typical.then(|| start.elapsed());
         Ok(())
     }
 
@@ -358,33 +365,40 @@ impl Speculator {
         Ok(draft.head(&Tensor::cat(&last, 0)?)?.to_vec2()?)
     }
 
-    /// Takes over the measurements of a step.
-    pub(super) fn record(&mut self, readings: &[Reading], updates: &[Update], time: Duration) {
-        let is_decoding = |(reading, update): &(&Reading, &Update)| reading.len == 1 && !update.tokens.is_empty();
-        let rows = readings.len();
-        let drafted: usize = readings.iter().map(|reading| reading.drafts.len()).sum();
-        let mut gained = 0;
-        for (reading, update) in readings.iter().zip(updates).filter(|(reading, _)| !reading.drafts.is_empty()) {
-            self.drafted += reading.drafts.len() as u64;
-            let same = reading.drafts.iter().zip(&update.tokens).take_while(|(draft, token)| **draft == token.id);
+    /// Takes over the measurements of a step. `time` is the time of the pass; `None` if it also read prompts, so that
+    /// it cannot be compared.
+    pub(super) fn record(&mut self, readings: &[Reading], updates: &[(usize, Update)], time: Option<Duration>) {
+        let (mut gained, mut with_drafts) = (0, 0);
+        for (i, update) in updates.iter().filter(|(i, _)| !readings[*i].drafts.is_empty()) {
+            let drafts = &readings[*i].drafts;
+            self.drafted += drafts.len() as u64;
+            let same = drafts.iter().zip(&update.tokens).take_while(|(draft, token)| **draft == token.id);
             self.accepted += same.count() as u64;
             gained += update.tokens.len();
+            with_drafts += 1;
         }
-        // Only steps in which every row decodes are comparable.
-        if !readings.iter().zip(updates).all(|pair| is_decoding(&pair)) {
-            return;
-        }
-        let proposal = self.proposal;
-        let with_drafts = readings.iter().filter(|reading| !reading.drafts.is_empty()).count();
-        let costs = self.costs(rows);
-        if drafted == 0 {
+        let (Some(time), Some(proposal)) = (time, self.proposal) else { return };
+        let costs = self.costs(readings.len());
+        if with_drafts == 0 {
             costs.plain.add(time.as_secs_f64());
         } else {
             costs.draft.add(proposal.as_secs_f64());
             costs.verify.add(time.as_secs_f64());
-            costs.gained.add(gained as f64 / with_drafts as f64);
+            costs.gained.add(f64::from(gained as u32) / f64::from(with_drafts));
         }
         costs.judge();
+    }
+
+    /// Discards the states of all rows.
+    pub(super) fn clear(&mut self) {
+        self.rows.clear();
+        if let Some(state) = self.ctx.state_mut() {
+            let _ = state.select_rows(&[]);
+        }
+    }
+
+    pub(super) fn state_bytes(&self) -> u64 {
+        self.ctx.state().map_or(0, |state| state.bytes() as u64)
     }
 }
 

@@ -111,6 +111,17 @@ pub struct Figure {
     pub stderr: Option<f64>,
 }
 
+impl Figure {
+    /// Returns the name of the metric, followed by a comma and the name of the filters if there are any.
+    pub fn name(&self) -> String {
+        figure_name(self.metric, &self.filter)
+    }
+}
+
+pub(super) fn figure_name(metric: Metric, filter: &str) -> String {
+    if filter == "none" { metric.name().into() } else { format!("{},{filter}", metric.name()) }
+}
+
 /// Requests, answers and scores of one document.
 #[derive(Clone, Debug)]
 pub struct Sample {

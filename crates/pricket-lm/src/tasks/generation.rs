@@ -147,16 +147,23 @@ impl Generation {
             let what = format!("an answer of {most} tokens leaves no room for a question in {length} tokens");
             return Err(Error::Input(what));
         };
-        let mut scheduler = Scheduler::new(model, &EngineOptions::default())?;
-        let mut ids = Vec::with_capacity(contexts.len() * self.repeats);
-        for context in contexts {
-            let mut prompt = tokenizer.encode_from_start(context)?;
-            if prompt.is_empty() {
-                prompt.push(prefix);
-            }
-            *cut += usize::from(prompt.len() > room);
-            prompt.drain(..prompt.len().saturating_sub(room));
-            for seed in 0..self.repeats as u64 {
+        let engine = EngineOptions { step_tokens: options.batch_tokens, ..EngineOptions::default() };
+        let mut scheduler = Scheduler::new(model, &engine)?;
+        let count = contexts.len() * self.repeats;
+        let mut ids: Vec<Vec<u32>> = Vec::with_capacity(count);
+        let mut prompt = Vec::new();
+        // Submits the next request. Few wait at a time, to bound the memory.
+        let mut submit = |scheduler: &mut Scheduler, ids: &mut Vec<Vec<u32>>| -> Result<()> {
+            while ids.len() < count && scheduler.waiting() < 2 * engine.rows {
+                let seed = (ids.len() % self.repeats) as u64;
+                if seed == 0 {
+                    prompt = tokenizer.encode_from_start(&contexts[ids.len() / self.repeats])?;
+                    if prompt.is_empty() {
+                        prompt.push(prefix);
+                    }
+                    *cut += usize::from(prompt.len() > room);
+                    prompt.drain(..prompt.len().saturating_sub(room));
+                }
                 let options = GenerateOptions {
                     max_tokens: self.max_tokens,
                     sampling: self.sampling.clone(),
@@ -174,21 +181,23 @@ impl Generation {
                 scheduler.submit(&[model], request)?;
                 ids.push(Vec::new());
             }
-        }
+            Ok(())
+        };
         let mut ended = 0;
-        options.progress.begin("answering", ids.len() as u64, "answers");
+        options.progress.begin("answering", count as u64, "answers");
         let mut run = || -> Result<()> {
-            while let Some(updates) = scheduler.step(&[model], None)? {
+            loop {
+                if options.progress.cancelled() {
+                    return Err(NnError::Cancelled.into());
+                }
+                submit(&mut scheduler, &mut ids)?;
+                let Some(updates) = scheduler.step(&[model], None)? else { return Ok(()) };
                 for update in updates {
                     ids[update.request.0 as usize].extend(update.tokens.iter().map(|token| token.id));
                     ended += u64::from(update.finish.transpose()?.is_some());
                 }
                 options.progress.update(ended);
-                if options.progress.cancelled() {
-                    return Err(NnError::Cancelled.into());
-                }
             }
-            Ok(())
         };
         let outcome = run();
         options.progress.end();
@@ -341,7 +350,7 @@ fn matched(pattern: &Regex, text: &str, select: i64) -> Result<Option<String>, S
 /// # Errors
 /// Returns a message if the pattern is invalid or has syntax that only Python knows.
 pub(super) fn python_regex(pattern: &str) -> Result<Regex, String> {
-    let (mut out, mut chars, mut in_class) = (String::with_capacity(pattern.len()), pattern.chars(), false);
+    let (mut out, mut chars, mut in_class) = (String::with_capacity(pattern.len()), pattern.chars().peekable(), false);
     let is_multi_line = pattern.contains("(?m") || pattern.contains("(?sm") || pattern.contains("(?im");
     while let Some(c) = chars.next() {
         match c {
@@ -356,8 +365,13 @@ pub(super) fn python_regex(pattern: &str) -> Result<Regex, String> {
             '[' if !in_class => {
                 in_class = true;
                 out.push('[');
+                out.extend(chars.next_if_eq(&'^'));
+                // At the start of a class, the bracket is an element.
+                if chars.next_if_eq(&']').is_some() {
+                    out.push_str(r"\]");
+                }
             }
-            ']' if in_class && !out.ends_with('[') && !out.ends_with("[^") => {
+            ']' if in_class => {
                 in_class = false;
                 out.push(']');
             }
@@ -510,6 +524,9 @@ mod tests {
         assert_eq!(sub(r"[$[\]]", "a$[b]"), "ab");
         assert_eq!(sub(r"[]$]", "a]$b"), "ab");
         assert_eq!(sub(r"(?<=x)\d+\Z", "1x23"), "1x");
+        assert_eq!(sub(r"[(\[]([A-D])[)\]]", "x [B] (C) y"), "x   y");
+        assert_eq!(sub(r"[[](\d+)$", "[12 [34"), "[12 ");
+        assert_eq!(sub(r"[^]a]+", "]bc]a"), "]]a");
         assert!(python_regex("(").is_err());
     }
 

@@ -352,12 +352,11 @@ impl Reader {
     /// Reads the keys of a task whose answers the model writes.
     fn generation(&mut self, generation: &mut Generation, repeats: usize) -> Result<(), String> {
         generation.set_repeats(repeats)?;
+        // By default, the harness ends an answer where an example would end.
+        let delimiter = self.0.get("fewshot_delimiter").and_then(|(value, _)| value.as_str());
+        generation.until = vec![delimiter.unwrap_or("\n\n").to_owned()];
         if let Some(kwargs) = self.take(GENERATION_KWARGS) {
             generation.read_kwargs(&json_of(&kwargs))?;
-        } else {
-            // Without the key, the harness ends an answer where an example would end.
-            let delimiter = self.0.get("fewshot_delimiter").and_then(|(value, _)| value.as_str());
-            generation.until = vec![delimiter.unwrap_or("\n\n").to_owned()];
         }
         let list = match self.take("filter_list") {
             None => return generation.check_filters(),

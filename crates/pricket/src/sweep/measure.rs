@@ -53,7 +53,7 @@ impl Measure {
     pub(crate) fn metrics(&self) -> Option<Vec<String>> {
         match self {
             Measure::Task { task, .. } => {
-                Some(task.metrics().iter().map(|metric| format!("{}/{}", task.name(), metric.name())).collect())
+                Some(task.figure_names().iter().map(|figure| format!("{}/{figure}", task.name())).collect())
             }
             Measure::Text { name, .. } => Some(SLICE_METRICS.iter().map(|metric| format!("{name}/{metric}")).collect()),
             Measure::TextFile(path) => {

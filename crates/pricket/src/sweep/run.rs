@@ -383,11 +383,7 @@ impl Sweep {
                     Vec::new()
                 };
                 let outcome = model.evaluate(task, Documents::open_all(documents)?, &examples, &self.options)?;
-                // Written answers may be scored after several lists of filters.
-                let name = |f: &pricket_lm::Figure| match &f.filter[..] {
-                    "none" => format!("{}/{}", task.name(), f.metric.name()),
-                    filter => format!("{}/{},{filter}", task.name(), f.metric.name()),
-                };
+                let name = |f: &pricket_lm::Figure| format!("{}/{}", task.name(), f.name());
                 let figure = |f: &pricket_lm::Figure| (name(f), f.value, f.stderr, outcome.documents);
                 Ok(outcome.figures.iter().map(figure).collect())
             }

@@ -199,7 +199,7 @@ impl Conversation {
         let stream = Stream::new(&self.pricket, engine, request)?.as_reply();
         self.left_out = left_out;
         self.turns = turns;
-        let before = stream.tokens_read();
+        let before = stream.prompt_tokens_read();
         let stream = Some(stream);
         Ok(Reply { conversation: self, stream, before, text: String::new(), space: String::new(), cut, failed: false })
     }
@@ -251,7 +251,7 @@ pub struct Reply<'a> {
     conversation: &'a mut Conversation,
     /// Taken when the reply is dropped.
     stream: Option<Stream>,
-    /// Number of tokens that the engine had read before the reply.
+    /// Number of prompt tokens that the engine had read before the reply.
     before: u64,
     text: String,
     /// White space that is held back because it may be at the end of the reply.
@@ -308,9 +308,7 @@ impl Iterator for Reply<'_> {
 impl Drop for Reply<'_> {
     fn drop(&mut self) {
         let Some(stream) = self.stream.take() else { return };
-        // The last new token is not read.
-        let written = stream.completion().ids.len().saturating_sub(1);
-        self.conversation.read = ((stream.tokens_read() - self.before) as usize).saturating_sub(written);
+        self.conversation.read = (stream.prompt_tokens_read() - self.before) as usize;
         if self.failed {
             self.conversation.undo();
             return;

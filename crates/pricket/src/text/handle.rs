@@ -482,9 +482,9 @@ impl Stream {
         self.engine
     }
 
-    /// Returns the number of tokens that the model has read for all streams of the engine.
-    pub(crate) fn tokens_read(&self) -> u64 {
-        self.engine.tokens_read()
+    /// Returns the number of prompt tokens that the model has read for all streams of the engine.
+    pub(crate) fn prompt_tokens_read(&self) -> u64 {
+        self.engine.prompt_tokens_read()
     }
 
     /// Returns the completion so far.
