@@ -25,7 +25,7 @@ fn kinds() -> [Value; 4] {
     [json!({}), mpt, toy("toy_gated"), toy("toy_recurrent")]
 }
 
-/// What a request got.
+/// Everything that a request got.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Got {
     ids: Vec<u32>,
@@ -576,7 +576,9 @@ fn prompts_that_begin_alike_are_read_in_few_steps() {
             let (mut steps, mut got) = (0, BTreeMap::new());
             while let Some(updates) = engine.step().unwrap() {
                 steps += 1;
-                updates.into_iter().for_each(|update| got.entry(update.request).or_insert_with(Got::default).add(update));
+                for update in updates {
+                    got.entry(update.request).or_insert_with(Got::default).add(update);
+                }
             }
             assert!(steps <= max_tokens + 2, "{steps} steps for {max_tokens} tokens");
             assert_eq!(engine.prompt_tokens_read(), 22 + 19 * 2);

@@ -39,7 +39,7 @@ fn range(text: &str) -> Result<(usize, usize), String> {
     if (1..=to).contains(&from) { Ok((from, to)) } else { Err(wrong()) }
 }
 
-/// What was measured.
+/// Figures of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Serving {
     requests: usize,

@@ -18,7 +18,7 @@ pub(super) struct Lane {
     pub(super) decoder: Option<Box<dyn StepDecoder>>,
 }
 
-/// What a row reads in a step.
+/// Tokens that a row reads in a step.
 #[derive(Debug)]
 pub(super) struct Reading {
     /// Index of the row.
@@ -29,7 +29,7 @@ pub(super) struct Reading {
     pub(super) drafts: Vec<u32>,
 }
 
-/// What the model computed for a [`Reading`].
+/// Result of a [`Reading`].
 #[derive(Default)]
 struct Answer {
     scores: Vec<Score>,
@@ -90,7 +90,9 @@ impl Lane {
                 None => self.ctx.state_mut().map(|state| state.take_row(0)).unwrap_or_default(),
             });
         }
-        states.into_iter().for_each(|state| self.state().extend(state));
+        for state in states {
+            self.state().extend(state);
+        }
     }
 
     /// Marks the recurrent state of a row before it reads draft tokens, so that it can return to the tokens read so
