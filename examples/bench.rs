@@ -86,15 +86,15 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let context = info.context.unwrap_or(usize::MAX);
     let mut rows = Vec::new();
     for &len in args.prefill.iter().filter(|&&len| len < context) {
-        let rate = median(args.runs, || Ok(len as f64 / generate(&pricket, len, 1, 1)?.0))?;
+        let rate = median(args.runs, || Ok(len as f64 / generate(&pricket, len, 1, 1)?.first))?;
         rows.push(Row { what: "prefill", prompt: len, streams: 1, rate, memory: None });
     }
     for &len in args.decode.iter().filter(|&&len| len + args.new_tokens <= context) {
         for &streams in std::iter::once(&1).chain(&args.batch_sizes) {
             let rate = median(args.runs, || {
-                let (first, rest) = generate(&pricket, len, args.new_tokens, streams)?;
-                ensure!(first > 0.0, "the system clock did not advance during a run");
-                Ok((streams * (args.new_tokens - 1)) as f64 / rest)
+                let Run { rest, tokens, .. } = generate(&pricket, len, args.new_tokens, streams)?;
+                ensure!(rest > 0.0, "the system clock did not advance during a run");
+                Ok(tokens as f64 / rest)
             })?;
             rows.push(Row { what: "decode", prompt: len, streams, rate, memory: None });
         }
@@ -200,9 +200,18 @@ impl Row {
     }
 }
 
-/// Generates after prompts of `len` tokens. Returns the seconds until the first new tokens, and the seconds for the
-/// rest.
-fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) -> anyhow::Result<(f64, f64)> {
+/// Times of a run.
+struct Run {
+    /// Seconds until every text has its first new token.
+    first: f64,
+    /// Seconds for the rest.
+    rest: f64,
+    /// Number of tokens generated in the rest of the time.
+    tokens: usize,
+}
+
+/// Generates after prompts of `len` tokens.
+fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) -> anyhow::Result<Run> {
     let vocab = pricket.info().vocab as u32;
     // The prompts differ from the first token on, so that none continues from the state of another.
     let prompt = |stream: u32| (0..len as u32).map(|i| (i * 7919 + stream * 31) % vocab).collect::<Vec<u32>>();
@@ -210,20 +219,24 @@ fn generate(pricket: &Pricket, len: usize, new_tokens: usize, streams: usize) ->
     let mut generation = pricket.generation((0..streams as u32).map(prompt).collect(), &options)?;
     let text = pricket.tokenizer().ok().map(|tokenizer| TextStream::new(tokenizer, &[]));
     let mut texts = vec![text; streams];
-    let mut step = || -> anyhow::Result<bool> {
-        let Some(tokens) = generation.step()? else { return Ok(false) };
+    let mut begun = vec![false; streams];
+    let mut step = || -> anyhow::Result<Option<(usize, bool)>> {
+        let Some(tokens) = generation.step()? else { return Ok(None) };
         for token in &tokens {
+            begun[token.row] = true;
             if let Some(text) = &mut texts[token.row] {
                 std::hint::black_box(text.push(token.id));
             }
         }
-        Ok(true)
+        Ok(Some((tokens.len(), begun.iter().all(|&begun| begun))))
     };
     let start = Instant::now();
-    step()?;
-    let first = start.elapsed().as_secs_f64();
-    while step()? {}
-    Ok((first, start.elapsed().as_secs_f64() - first))
+    while step()?.is_some_and(|(_, have_begun)| !have_begun) {}
+    let (first, mut tokens) = (start.elapsed().as_secs_f64(), 0);
+    while let Some((count, _)) = step()? {
+        tokens += count;
+    }
+    Ok(Run { first, rest: start.elapsed().as_secs_f64() - first, tokens })
 }
 
 fn median(runs: usize, mut measure: impl FnMut() -> anyhow::Result<f64>) -> anyhow::Result<f64> {
