@@ -15,7 +15,7 @@ use crate::{Error, Result};
 const WORTH_SHARING: usize = 8;
 
 /// Share of the step budget that prompts always have, as a divisor.
-const PROMPT_SHARE: usize = 4;
+const READING_SHARE: usize = 4;
 
 /// Number of copies of a recurrent state that a row may hold: its own and its marks.
 const RECURRENT_COPIES: u64 = 9;
@@ -297,7 +297,7 @@ impl Scheduler {
                 }
             }
         }
-        let mut left = self.step_tokens.saturating_sub(decoding).max(self.step_tokens.div_ceil(PROMPT_SHARE));
+        let mut left = self.step_tokens.saturating_sub(decoding).max(self.step_tokens.div_ceil(READING_SHARE));
         prompts.sort_unstable_by_key(|(turn, ..)| *turn);
         for (_, lane, row) in prompts {
             self.give(lane, row, models[lane].info(), &mut left, &mut readings[lane]);
