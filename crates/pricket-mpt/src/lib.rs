@@ -8,9 +8,9 @@
 //!
 //! Three classes are supported: llm-foundry's `MPTForCausalLM` (the published 7b, 7b-8k, storywriter and 30b),
 //! transformers' native `MptForCausalLM`, and their predecessor `MosaicGPT` (mpt-1b). They differ in configuration keys
-//! and tensor names. MosaicGPT also computes other ALiBi slopes if the number of heads is not a power of two.
-//! transformers ignores `alibi_bias_max` and fails beyond `max_seq_len`. This crate uses `alibi_bias_max` and has no
-//! maximum length with ALiBi.
+//! and tensor names. In addition, MosaicGPT's ALiBi slopes differ from those of the other two classes if the number of
+//! heads is not a power of two. transformers ignores `alibi_bias_max` and fails beyond `max_seq_len`. This crate uses
+//! `alibi_bias_max` and has no maximum length with ALiBi.
 //!
 //! Sources: llm-foundry v0.1 to v0.3 (`models/mpt`), mosaicml/examples v0.0.4, Press et al. 2022 (arXiv:2108.12409).
 //!
