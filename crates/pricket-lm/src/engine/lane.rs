@@ -126,8 +126,9 @@ impl Lane {
         }
         match self.pass(model, &of(&reading), is_last) {
             Ok(found) => answers.extend(reading.into_iter().zip(found)),
-            // The error may come from a single row, which must not end the others.
-            Err(_) if reading.len() > 1 => {
+            // The error may come from a single row, which must not end the others. A pass that has already changed the
+            // states cannot be repeated.
+            Err(_) if reading.len() > 1 && reading.iter().all(|&i| self.is_unchanged(readings[i].row)) => {
                 for i in reading {
                     let alone = self.pass(model, &[&readings[i]], is_last);
                     answers.push((i, alone.and_then(|mut found| found.pop().unwrap_or_else(|| Ok(Answer::default())))));
@@ -136,6 +137,11 @@ impl Lane {
             Err(error) => answers.extend(spread(error, &reading)),
         }
         answers.into_iter().map(|(i, answer)| (i, self.add(model, &readings[i], answer))).collect()
+    }
+
+    /// Returns whether the state of a row holds just the tokens that the row has read.
+    fn is_unchanged(&self, index: usize) -> bool {
+        self.ctx.position(self.place(index)) == self.rows[index].read
     }
 
     /// Runs a step of the model's own decoder.
@@ -167,14 +173,11 @@ impl Lane {
             return Ok(Vec::new());
         }
         let (mut packed, mut tokens) = (Vec::with_capacity(readings.len()), Vec::new());
-        // Index of the first token of each reading.
-        let mut starts = Vec::with_capacity(readings.len());
         let (mut chosen, mut scored, mut targets) = (Vec::new(), Vec::new(), Vec::new());
         let mut counts = Vec::with_capacity(readings.len());
         for (i, Reading { row: index, len, drafts }) in readings.iter().enumerate() {
             let row = &self.rows[*index];
             let start = tokens.len();
-            starts.push(start);
             packed.push((if is_last { i } else { self.place(*index) }, len + drafts.len()));
             tokens.extend_from_slice(&row.ids[row.read..row.read + len]);
             tokens.extend_from_slice(drafts);
